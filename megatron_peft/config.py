@@ -1,0 +1,409 @@
+"""Typed configuration: frozen dataclasses that validate themselves.
+
+Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag.
+Nothing here imports torch or megatron-core. `megatron_peft.arguments` is the only place that builds these from a
+command line; tests and tools build them directly.
+
+Every `__post_init__` raises `ConfigurationError` with the flag, the numbers and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+PEFT_METHODS = ("full", "lora")
+LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+JSON_SUFFIXES = (".json", ".jsonl")
+
+
+class ConfigurationError(ValueError):
+    """A contradiction in what the user asked for. The message names the flag, the numbers and the way out."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigurationError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def flag(name: str) -> str:
+    """`lora_rank` -> `--lora-rank`."""
+    return "--" + name.replace("_", "-")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
+
+
+def _require_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{flag(name)} is {value}; it is a probability, at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are split over `world_size` processes."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    sequence_parallel: bool = False
+    distributed_backend: Literal["nccl", "gloo"] | None = None  # None: nccl with CUDA, else gloo
+    distributed_timeout_minutes: float = 10
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_layers_per_virtual_pipeline_stage",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "distributed_timeout_minutes",
+        )
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        require(
+            self.world_size % (tp * pp) == 0,
+            f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks a replica: start a multiple of {tp * pp} "
+            f"(torchrun --nproc-per-node), or lower one of the two.",
+        )
+        require(
+            not self.sequence_parallel or tp > 1,
+            "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
+            "--tensor-model-parallel-size above 1.",
+        )
+        require(
+            self.num_layers_per_virtual_pipeline_stage is None or pp > 1,
+            "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages: it needs "
+            "--pipeline-model-parallel-size above 1.",
+        )
+        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
+        require(
+            not uneven or pp > 1,
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
+            "--pipeline-model-parallel-size above 1.",
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model, and how it runs.
+
+    `shape_flags` holds the shape that the user typed (`num_layers`, `hidden_size`, ...), to be compared with what
+    the checkpoint says; `transformer` holds the served fields of megatron-core's TransformerConfig that describe a
+    run and not a model (dropouts, recompute, fusions).
+    """
+
+    pretrained_checkpoint: str | None = None
+    shape_flags: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    bf16: bool = False
+    make_vocab_size_divisible_by: int = 128
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # norms and core attention only
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.pretrained_checkpoint),
+            "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
+        )
+        _require_positive(self, "make_vocab_size_divisible_by")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Which parameters are trained, and the numbers of the method."""
+
+    method: str = "lora"  # --peft-method
+    target_modules: tuple[str, ...] = LINEAR_MODULES  # --peft-target-modules: Megatron or HF names, wildcards
+    lora_rank: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    lora_rs: bool = False  # rank-stabilised: scale alpha / sqrt(r)
+    lora_plus_ratio: float = 1.0  # learning rate of B over that of A
+
+    def __post_init__(self) -> None:
+        require(
+            self.method in PEFT_METHODS,
+            f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
+        )
+        _require_positive(self, "lora_rank", "lora_alpha", "lora_plus_ratio")
+        _require_fraction(self, "lora_dropout")
+        require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.method != "full"
+
+    @property
+    def lora_scale(self) -> float:
+        """s of y = W x + s B (A x): alpha / r, or alpha / sqrt(r) with --lora-rs."""
+        return self.lora_alpha / (self.lora_rank**0.5 if self.lora_rs else self.lora_rank)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from and how a sample becomes tokens.
+
+    Either `train_data_path` (JSON lines: prompt/completion, messages, text) or `data_path` (Megatron's indexed
+    .bin/.idx prefixes, optionally weighted, cut by `split`), never both.
+    """
+
+    train_data_path: tuple[str, ...] = ()
+    valid_data_path: tuple[str, ...] = ()
+    test_data_path: tuple[str, ...] = ()
+    data_path: tuple[str, ...] = ()
+    split: str | None = None  # "969, 30, 1" when data_path is given
+    data_cache_path: str | None = None
+    seq_length: int = 1024
+    overlong: Literal["error", "skip", "truncate"] = "truncate"
+    pack_sequences: bool = False
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"
+    tokenizer_model: str | None = None  # default: the pretrained checkpoint's folder
+    vocab_size: int | None = None  # NullTokenizer only
+    num_workers: int = 2
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seq_length", "vocab_size")
+        _require_not_negative(self, "num_workers")
+        separate = self.train_data_path or self.valid_data_path or self.test_data_path
+        require(
+            not (separate and self.data_path),
+            "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
+            "(a source each) exclude one another: give one of the two.",
+        )
+        require(
+            bool(self.data_path or self.train_data_path),
+            "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset.",
+        )
+        require(
+            not (self.split and separate),
+            "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
+        )
+        for name in ("train_data_path", "valid_data_path", "test_data_path"):
+            kinds = {path.endswith(JSON_SUFFIXES) for path in getattr(self, name)}
+            require(
+                len(kinds) < 2,
+                f"{flag(name)} mixes JSON files with indexed datasets ({' '.join(getattr(self, name))}): "
+                f"convert the JSON files with tools/preprocess_data.py, or give JSON files only.",
+            )
+        require(
+            not self.pack_sequences or self.reads_json,
+            "--pack-sequences packs JSON samples; an indexed dataset (--data-path) is packed already.",
+        )
+        require(
+            self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
+            "--tokenizer-type NullTokenizer needs --vocab-size.",
+        )
+
+    @property
+    def reads_json(self) -> bool:
+        return bool(self.train_data_path) and self.train_data_path[0].endswith(JSON_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length of the run, batch sizes, evaluation and the ways to stop."""
+
+    micro_batch_size: int = 1
+    global_batch_size: int | None = None  # default: micro_batch_size x data-parallel size
+    train_iters: int | None = None
+    train_samples: int | None = None
+    train_epochs: float | None = None  # resolves to iterations when the dataset's length is known
+    eval_interval: int | None = 1000
+    eval_iters: int | None = None  # iterations of global_batch_size samples; None: the whole validation set, once
+    seed: int = 1234
+    check_for_nan_in_loss_and_grad: bool = True
+    exit_interval: int | None = None
+    exit_duration_in_mins: float | None = None
+    exit_signal_handler: bool = True  # SIGTERM and SIGUSR1 save and exit
+    overlap_grad_reduce: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "micro_batch_size",
+            "global_batch_size",
+            "train_iters",
+            "train_samples",
+            "train_epochs",
+            "eval_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+        )
+        _require_not_negative(self, "eval_iters")
+        lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
+        require(
+            len(lengths) == 1,
+            "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
+            + (f" (given: {', '.join(map(flag, lengths))})." if lengths else " (none given)."),
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW or SGD, its learning-rate schedule and its sharding. Units: rates per step, decay per unit of rate.
+
+    `extra` holds served fields of megatron-core's OptimizerConfig with no meaning of our own.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    lr_decay_iters: int | None = None
+    lr_decay_samples: int | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_samples: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_init: float = 0.0
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_samples: int | None = None
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    weight_decay: float = 0.01
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = False
+    overlap_param_gather: bool = False
+    override_opt_param_scheduler: bool = False
+    use_checkpoint_opt_param_scheduler: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "lr_decay_iters", "lr_decay_samples", "adam_eps")
+        _require_not_negative(
+            self, "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay", "clip_grad"
+        )
+        _require_fraction(self, "adam_beta1", "adam_beta2")
+        require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
+        require(
+            self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
+            "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples: give one.",
+        )
+        require(
+            self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction <= 1,
+            f"--lr-warmup-fraction is {self.lr_warmup_fraction}; it is a part of the decay, between 0 and 1.",
+        )
+        require(
+            not self.overlap_param_gather or self.use_distributed_optimizer,
+            "--overlap-param-gather needs --use-distributed-optimizer.",
+        )
+        require(
+            not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
+            "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude one another.",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where state is written and read. Intervals are iterations."""
+
+    save: str | None = None
+    load: str | None = None
+    save_interval: int | None = None
+    finetune: bool = False  # load parameters only, start at iteration 0
+    no_load_optim: bool = False
+    no_load_rng: bool = False
+    no_save_optim: bool = False
+    no_save_rng: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "save_interval")
+        require(
+            self.save_interval is None or self.save is not None,
+            f"--save-interval {self.save_interval} needs --save PATH.",
+        )
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run prints and records. Intervals are iterations."""
+
+    log_interval: int = 10
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_save_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "log_interval")
+        require(
+            self.wandb_project is None or bool(self.wandb_exp_name),
+            "--wandb-project needs --wandb-exp-name.",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs. Checks here are those that span two groups."""
+
+    parallel: ParallelConfig
+    model: ModelConfig
+    peft: PeftConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self) -> None:
+        step = self.training.micro_batch_size * self.parallel.data_parallel_size
+        require(
+            self.global_batch_size % step == 0,
+            f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{self.training.micro_batch_size} x {self.parallel.data_parallel_size} data-parallel ranks = {step}: "
+            f"use {max(step, self.global_batch_size // step * step)} or "
+            f"{(self.global_batch_size // step + 1) * step}.",
+        )
+        interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
+        pp = self.parallel.pipeline_model_parallel_size
+        require(
+            not interleaved or self.num_microbatches % pp == 0,
+            f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a step, "
+            f"but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
+        )
+        tp = self.parallel.tensor_model_parallel_size
+        require(
+            not self.parallel.sequence_parallel or self.data.seq_length % tp == 0,
+            f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
+            f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
+        )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples a step over all ranks."""
+        return self.training.global_batch_size or self.training.micro_batch_size * self.parallel.data_parallel_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches a step on each rank."""
+        return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
+
+
+def field_names(config_class: type) -> tuple[str, ...]:
+    """The field names of a dataclass, in order."""
+    return tuple(f.name for f in fields(config_class))
