@@ -1,0 +1,43 @@
+# Every target makes its own .venv if there is none; only Python 3.11 (or newer) and make are needed beforehand.
+# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench
+.DELETE_ON_ERROR:
+
+# The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
+HOST_PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+METHOD ?= lora
+ARGS ?=
+
+# One thread a process: ranks share the cores, and a second OpenMP thread made a forward 14 times slower under load.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+
+help: ## print the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@echo "  METHOD=lora|full chooses the demo's method; ARGS='...' is passed on to what a target runs."
+
+demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
+	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
+
+test: $(INSTALLED) ## run the test-suite
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## style (ruff) and types (pyright)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pyright
+
+bench: $(INSTALLED) ## measure steps, memory and collectives beside other libraries
+	$(PYTHON) tools/bench.py $(ARGS)
+
+# A half-made environment is removed, so that the next call starts afresh.
+$(INSTALLED): pyproject.toml setup.py
+	@test -n "$(HOST_PYTHON)" || { echo "Python 3.11 or newer is needed; HOST_PYTHON=PATH names one." >&2; exit 1; }
+	@test -x $(PYTHON) || $(HOST_PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	$(PYTHON) -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
