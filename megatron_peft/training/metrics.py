@@ -1,0 +1,191 @@
+"""The record of a run: `metrics.jsonl` under --save, TensorBoard and Weights & Biases.
+
+One JSON object a log line. Fields (design: "Files under --save"): iteration, epoch (a fraction), consumed_samples,
+consumed_tokens, loss, learning_rate, grad_norm, step_seconds, tokens_per_second, memory_bytes, peak_memory_bytes, and
+validation_loss where it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from megatron_peft.config import ConfigurationError, LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+PROCESS_STATUS = Path("/proc/self/status")
+
+
+class MetricsWriter:
+    """Appends one record a log line to every place that the run writes to. All methods do nothing off the writer.
+
+    Args:
+        save_dir: the folder of `metrics.jsonl`; None writes no file.
+        logging: --tensorboard-dir and --wandb-*.
+        is_writer: whether this rank writes (one rank of the run does).
+        resumed_iteration: the last iteration that the run keeps. Records after it are removed, so that the
+            iterations that are trained again do not appear twice; 0 starts the file anew.
+        run_settings: the run's configuration, shown by Weights & Biases.
+
+    Raises:
+        ConfigurationError: --save cannot be written, or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path | None,
+        logging: LoggingConfig,
+        is_writer: bool,
+        resumed_iteration: int = 0,
+        run_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not is_writer:
+            return
+        if save_dir is not None:
+            self._file = _open_metrics(Path(save_dir) / METRICS_FILE, resumed_iteration)
+        if logging.tensorboard_dir is not None:
+            self._tensorboard = _open_tensorboard(logging.tensorboard_dir, resumed_iteration)
+        if logging.wandb_project is not None:
+            self._wandb = _open_wandb(logging, save_dir, run_settings)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write `record` (it has `iteration`; values are numbers or mappings of numbers) and flush it."""
+        if self._file is not None:
+            _append_line(self._file, json.dumps(_finite(record)))
+        scalars = dict(_scalars(record))
+        iteration = int(scalars.pop("iteration"))
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=iteration)
+
+    def close(self) -> None:
+        """Close what is open. Calling it twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._tensorboard = self._wandb = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; a last line torn by a kill is left out.
+
+    Raises ConfigurationError, with file and line number, for any other line that is not a record.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"]
+        except (ValueError, TypeError, KeyError) as error:
+            if not line.endswith(b"\n"):
+                break  # the last one: its write was cut short
+            raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
+        records.append(record)
+    return records
+
+
+def memory_bytes() -> tuple[int, int]:
+    """(memory now, its high-water mark) of this process, in bytes.
+
+    On CUDA what torch's allocator holds; on a CPU the resident set.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    if PROCESS_STATUS.exists():
+        status = dict(line.split(":", 1) for line in PROCESS_STATUS.read_text().splitlines())
+        resident, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return resident, peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak  # no /proc: the high-water mark is all that the system tells
+
+
+def _open_metrics(path: Path, resumed_iteration: int) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_records_after(path, resumed_iteration)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
+
+
+def _drop_records_after(path: Path, iteration: int) -> None:
+    """Replace the file by its records up to `iteration`; a kill at any moment leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _append_line(file: TextIO, line: str) -> None:
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:  # "no space left on device" alone does not say which
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _open_tensorboard(folder: str, resumed_iteration: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # over a second to import: only when asked for
+
+    return SummaryWriter(folder, purge_step=resumed_iteration + 1)
+
+
+def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_settings: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigurationError(
+            "--wandb-project needs the package wandb, which is not installed: pip install wandb, or drop the flag."
+        ) from error
+    folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=logging.wandb_project, name=logging.wandb_exp_name, dir=folder, config=dict(run_settings or {})
+    )
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of every number; those of a nested mapping are named `outer/inner`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from megatron_peft.config import ConfigurationError, LoggingConfig
+from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics
+
+SILENT = LoggingConfig()
+
+
+def _write(folder, iterations, resumed_iteration=0, **extra):
+    with MetricsWriter(folder, SILENT, is_writer=True, resumed_iteration=resumed_iteration) as writer:
+        for iteration in iterations:
+            writer.write({"iteration": iteration, "loss": 1.0 / iteration, **extra})
+
+
+def _iterations(folder):
+    return [record["iteration"] for record in read_metrics(folder / METRICS_FILE)]
+
+
+def test_one_json_object_a_line_readable_while_the_run_goes_on(tmp_path):
+    writer = MetricsWriter(tmp_path / "new" / "folder", SILENT, is_writer=True)
+    writer.write({"iteration": 1, "loss": 2.5, "lambda": {"mean": 0.5}})
+    lines = (tmp_path / "new" / "folder" / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"iteration": 1, "loss": 2.5, "lambda": {"mean": 0.5}}]
+
+
+def test_resume_removes_the_records_that_will_be_trained_again(tmp_path):
+    _write(tmp_path, [1, 2, 3, 4])
+    _write(tmp_path, [3, 4, 5], resumed_iteration=2)
+    assert _iterations(tmp_path) == [1, 2, 3, 4, 5]
+    assert list(tmp_path.iterdir()) == [tmp_path / METRICS_FILE]
+
+
+def test_a_run_from_the_start_begins_a_new_record(tmp_path):
+    _write(tmp_path, [1, 2, 3])
+    _write(tmp_path, [1])
+    assert _iterations(tmp_path) == [1]
+
+
+def test_a_line_torn_by_a_kill_is_dropped_on_resume(tmp_path):
+    _write(tmp_path, [1, 2])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"iteration": 3, "lo')
+    _write(tmp_path, [3], resumed_iteration=2)
+    assert _iterations(tmp_path) == [1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"iteration": 1}\nnot json\n{"iteration": 2}\n')
+    with pytest.raises(ConfigurationError, match=r"metrics\.jsonl, line 2: not a record"):
+        read_metrics(tmp_path / METRICS_FILE)
+
+
+def test_a_loss_that_is_not_a_number_is_null(tmp_path):
+    _write(tmp_path, [1], grad_norm=float("nan"), validation_loss=float("inf"))
+    text = (tmp_path / METRICS_FILE).read_text()
+    assert json.loads(text) == {"iteration": 1, "loss": 1.0, "grad_norm": None, "validation_loss": None}
+    assert "NaN" not in text
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    logging = LoggingConfig(tensorboard_dir=str(tmp_path / "tensorboard"))
+    with MetricsWriter(tmp_path, logging, is_writer=False) as writer:
+        writer.write({"iteration": 1, "loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigurationError, match=r"--save .*taken cannot be written"):
+        MetricsWriter(tmp_path / "taken", SILENT, is_writer=True)
+
+
+def test_a_full_disk_names_the_file():
+    writer = MetricsWriter(None, SILENT, is_writer=True)
+    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer.write({"iteration": 1})
+
+
+def test_tensorboard_gets_every_number_at_its_iteration(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(None, LoggingConfig(tensorboard_dir=str(tmp_path)), is_writer=True) as writer:
+        writer.write({"iteration": 7, "loss": 1.5, "lambda": {"min": 0.25}})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {tag: (events.Scalars(tag)[0].step, events.Scalars(tag)[0].value) for tag in events.Tags()["scalars"]} == {
+        "loss": (7, 1.5),
+        "lambda/min": (7, 0.25),
+    }
+
+
+def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigurationError, match="--wandb-project needs the package wandb"):
+        MetricsWriter(None, LoggingConfig(wandb_project="p", wandb_exp_name="e"), is_writer=True)
+
+
+def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):
+    calls = []
+
+    class Run:
+        def log(self, scalars, step):
+            calls.append((step, scalars))
+
+        def finish(self):
+            calls.append("finished")
+
+    class Wandb:
+        @staticmethod
+        def init(**settings):
+            calls.append(settings)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    logging = LoggingConfig(wandb_project="p", wandb_exp_name="e", wandb_save_dir=str(tmp_path / "w"))
+    with MetricsWriter(None, logging, is_writer=True, run_settings={"lr": 1e-3}) as writer:
+        writer.write({"iteration": 3, "loss": 1.0, "validation_loss": None})
+    settings = {"project": "p", "name": "e", "dir": str(tmp_path / "w"), "config": {"lr": 1e-3}}
+    assert calls == [settings, (3, {"loss": 1.0}), "finished"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the resident set of a CPU run")
+def test_memory_follows_what_the_process_holds():
+    before, _ = memory_bytes()
+    held = torch.ones(25_000_000)  # 100 MB, touched
+    now, peak = memory_bytes()
+    del held
+    assert 90e6 < now - before < 150e6
+    assert peak >= now
