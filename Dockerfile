@@ -20,6 +20,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
+# The tag is in the stages above.
+# hadolint ignore=DL3006
 FROM base-${DEVICE}
 ARG PIP_EXTRA_INDEX_URL
 ENV OMP_NUM_THREADS=1 \

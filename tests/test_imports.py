@@ -1,0 +1,250 @@
+"""Imports point one way, and a few things are done in one place only. Everything here reads source, runs none."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megatron_peft"
+SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+LAYERS = ("config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
+BELOW_TRAINING = {*LAYERS, "models", "data", "checkpoint", "conversion"}
+ALLOWED: Mapping[str, set[str]] = {
+    **{layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
+    "argument_tables": {"config"},
+    "arguments": {"config", "argument_tables", "models"},
+    "models": {"config", "runtime", "parallel", "adapters"},
+    "data": {"config", "runtime", "parallel"},
+    "checkpoint": {*LAYERS, "models"},
+    "conversion": {*LAYERS, "models", "checkpoint"},
+    "training": BELOW_TRAINING,
+    "evaluation": BELOW_TRAINING | {"training"},
+    # Apart: they read what a run wrote, or reckon with what a run would need.
+    "reporting": {"config"},
+    "planner": {"config", "models"},
+    "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
+}
+
+
+def module_name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parse_package(package: Path) -> dict[str, ast.Module]:
+    """Module name -> syntax tree, for every file of the package."""
+    return {module_name(path, package): ast.parse(path.read_text(), str(path)) for path in package.rglob("*.py")}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def nodes_run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node outside functions and outside `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(child):
+            continue
+        yield child
+        yield from nodes_run_at_import(child)
+
+
+def imported_names(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """`import a.b` gives a.b; `from a import b` gives a.b, be b a module or not; a relative import gives `.`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(nodes: Iterator[ast.AST], known: Mapping[str, ast.Module]) -> set[str]:
+    """The package's own modules among the imports."""
+    candidates = {name for full in imported_names(nodes) for name in (full, full.rpartition(".")[0])}
+    return candidates & known.keys()
+
+
+def part(module: str) -> str:
+    """`megatron_peft.adapters.attach` -> `adapters`; the package itself -> ''."""
+    return (module.split(".") + [""])[1]
+
+
+def upward_arrows(modules: Mapping[str, ast.Module]) -> list[str]:
+    """Imports that the table of layers does not allow, lazy ones and those for type checkers included."""
+    arrows = []
+    for module, tree in modules.items():
+        for target in imported_modules(ast.walk(tree), modules):
+            source_part, target_part = part(module), part(target)
+            if target_part and source_part != target_part and target_part not in ALLOWED.get(source_part, set()):
+                arrows.append(f"{module} imports {target}")
+    return sorted(arrows)
+
+
+def import_cycle(modules: Mapping[str, ast.Module]) -> list[str]:
+    """The modules of one import cycle, or nothing."""
+    graph = {
+        name: imported_modules(nodes_run_at_import(tree), modules) - {name, *parents(name)}
+        for name, tree in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def parents(module: str) -> set[str]:
+    """The packages that a module lies in: they are imported before it, always, and hold no code of ours."""
+    parts = module.split(".")
+    return {".".join(parts[:length]) for length in range(1, len(parts))}
+
+
+def patched_attributes(tree: ast.Module) -> list[str]:
+    """Assignments to attributes of modules or classes of megatron-core, torch.cuda or torch.Tensor."""
+    origins = dict(pair for node in ast.walk(tree) for pair in names_bound(node))
+    patched = []
+    for text in assigned_attributes(tree):
+        root, _, rest = text.partition(".")
+        if f"{origins.get(root, '')}.{rest}".startswith(("megatron.", "torch.cuda.", "torch.Tensor.")):
+            patched.append(text)
+    return patched
+
+
+def names_bound(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """What an import statement binds: (local name, what it stands for)."""
+    if isinstance(node, ast.ImportFrom):
+        yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            root = alias.name.partition(".")[0]
+            yield (alias.asname, alias.name) if alias.asname else (root, root)
+
+
+def assigned_attributes(tree: ast.Module) -> Iterator[str]:
+    """`a.b = x` and `setattr(a, "b", x)`, both as 'a.b'."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            yield from (ast.unparse(target) for target in node.targets if isinstance(target, ast.Attribute))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            yield f"{ast.unparse(node.args[0])}.{ast.unparse(node.args[1])}"
+
+
+def unsafe_loads(tree: ast.Module) -> list[str]:
+    """Calls of torch.load that may run code from the file."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and "weights_only=True" not in [f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords]
+    ]
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, ast.Module]:
+    return parse_package(PACKAGE)
+
+
+def test_every_part_of_the_package_has_its_layer(modules: dict[str, ast.Module]) -> None:
+    assert {part(name) for name in modules} - {""} <= ALLOWED.keys()
+
+
+def test_imports_point_one_way(modules: dict[str, ast.Module]) -> None:
+    assert upward_arrows(modules) == []
+
+
+def test_imports_have_no_cycle(modules: dict[str, ast.Module]) -> None:
+    assert import_cycle(modules) == []
+
+
+def test_imports_are_absolute(modules: dict[str, ast.Module]) -> None:
+    relative = {name for name, tree in modules.items() for full in imported_names(ast.walk(tree)) if full[0] == "."}
+    assert relative == set(), "the walk above follows absolute imports only"
+
+
+def test_arguments_is_the_only_user_of_argparse(modules: dict[str, ast.Module]) -> None:
+    users = {
+        name
+        for name, tree in modules.items()
+        for full in imported_names(ast.walk(tree))
+        if full.partition(".")[0] == "argparse"
+    }
+    assert users <= {"megatron_peft.arguments", "megatron_peft.argument_tables"}
+
+
+def test_configuration_imports_nothing_heavy(modules: dict[str, ast.Module]) -> None:
+    imported = {full.split(".")[0] for full in imported_names(ast.walk(modules["megatron_peft.config"]))}
+    assert not imported & {"torch", "megatron", "transformers", "numpy"}
+
+
+def test_modules_are_named_for_what_they_hold(modules: dict[str, ast.Module]) -> None:
+    assert [name for name in modules if name.rpartition(".")[2] in SHAPELESS_NAMES] == []
+
+
+def test_megatron_and_cuda_are_patched_in_one_file(modules: dict[str, ast.Module]) -> None:
+    patches = {name: found for name, tree in modules.items() if (found := patched_attributes(tree))}
+    assert patches.keys() <= {"megatron_peft.runtime.cpu"}, patches
+
+
+def test_torch_load_never_runs_code_of_a_file(modules: dict[str, ast.Module]) -> None:
+    assert [call for tree in modules.values() for call in unsafe_loads(tree)] == []
+
+
+FABRICATED = {
+    "config.py": "import argparse\n",
+    "runtime/cpu.py": "def late():\n    from megatron_peft.models import llama\n",
+    "models/__init__.py": "",
+    "models/llama.py": "from megatron_peft.models import attention\n",
+    "models/attention.py": "import megatron_peft.models.llama\n",
+}
+
+
+@pytest.fixture
+def fabricated(tmp_path: Path) -> dict[str, ast.Module]:
+    for name, text in {"__init__.py": "", **FABRICATED}.items():
+        path = tmp_path / "megatron_peft" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return parse_package(tmp_path / "megatron_peft")
+
+
+def test_walk_finds_an_upward_arrow_in_a_function(fabricated: dict[str, ast.Module]) -> None:
+    assert "megatron_peft.runtime.cpu imports megatron_peft.models.llama" in upward_arrows(fabricated)
+
+
+def test_walk_finds_a_cycle(fabricated: dict[str, ast.Module]) -> None:
+    assert set(import_cycle(fabricated)) == {"megatron_peft.models.llama", "megatron_peft.models.attention"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.cuda.synchronize = print",
+        "import torch.cuda as cuda\ncuda.synchronize = print",
+        "from torch import cuda\ncuda.synchronize = print",
+        "import torch\nsetattr(torch.Tensor, 'cuda', print)",
+        "from megatron.core import parallel_state as p\np.get_rank = print",
+        "from megatron.core.transformer.mlp import MLP\nMLP.forward = print",
+    ],
+)
+def test_walk_finds_a_patch(source: str) -> None:
+    assert len(patched_attributes(ast.parse(source))) == 1
+
+
+def test_walk_lets_ordinary_attributes_be() -> None:
+    assert patched_attributes(ast.parse("import torch\nself.weight = torch.zeros(1)\nparam.main_grad = None")) == []
+
+
+@pytest.mark.parametrize("call", ["torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, None, p)"])
+def test_walk_finds_an_unsafe_load(call: str) -> None:
+    assert unsafe_loads(ast.parse(call)) == [call]
+
+
+def test_walk_accepts_a_safe_load() -> None:
+    assert unsafe_loads(ast.parse("torch.load(f, mmap=True, weights_only=True)")) == []

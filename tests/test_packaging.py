@@ -1,0 +1,99 @@
+"""The metadata says what the code needs: no dependency is missing and none is listed in vain."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+DISTRIBUTIONS = {"megatron": "megatron-core"}  # where a distribution is not named like its module
+OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
+PATH = "/usr/local/bin:/usr/bin:/bin"
+BENCH_PEERS = {"peft"}  # of the dev extra: tools/bench.py compares with them
+
+
+def distribution_name(requirement: str) -> str:
+    """`megatron-core>=0.16.1,<0.20` -> `megatron-core`."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return match.group().lower()
+
+
+def imported_roots(*paths: Path) -> set[str]:
+    """Top-level names of the third-party modules that the files import, anywhere in them."""
+    roots = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                roots.add((node.module or "").split(".")[0])
+    return roots - set(sys.stdlib_module_names) - {"megatron_peft", "pretrain_peft"}
+
+
+DEPENDENCIES = {distribution_name(requirement) for requirement in PROJECT["dependencies"]}
+PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
+
+
+def imported_distributions() -> set[str]:
+    roots = imported_roots(*(path for path in PRODUCT_FILES if path.exists()))
+    return {DISTRIBUTIONS.get(root, root).lower() for root in roots - OPTIONAL - BENCH_PEERS}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    assert imported_distributions() - DEPENDENCIES == set()
+
+
+def test_every_declared_dependency_is_imported() -> None:
+    # tensorboard is imported by torch.utils.tensorboard, for us.
+    assert DEPENDENCIES - imported_distributions() - {"tensorboard"} == set()
+
+
+def test_tensorboard_is_needed() -> None:
+    assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES if path.exists())
+
+
+def test_dependencies_are_ranges() -> None:
+    everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    assert [requirement for requirement in everything if "==" in requirement or ">=" not in requirement] == []
+
+
+def test_apex_of_pypi_is_never_listed() -> None:
+    everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    assert "apex" not in {distribution_name(requirement) for requirement in everything}
+
+
+def test_changelog_knows_the_version() -> None:
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) -> None:
+    """In a clone without .venv each target starts by making one, then runs that interpreter."""
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert planned.index("-m venv .venv") < planned.index("pip install") < planned.rindex(".venv/bin/python")
+
+
+def test_make_demo_passes_the_method_on() -> None:
+    command = ["make", "-n", "demo", "METHOD=full", "ARGS=--more"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "tools/demo.py --method full --more" in planned
+
+
+def test_make_targets_run_one_thread_a_process_and_offline(tmp_path: Path) -> None:
+    (tmp_path / "probe.mk").write_text(f"include {ROOT / 'Makefile'}\nprobe:\n\t@env\n")
+    command = ["make", "-s", "-f", "probe.mk", "probe"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": PATH})
+    assert {"OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE", "HF_HUB_OFFLINE=1"} <= set(printed.stdout.splitlines())
+
+
