@@ -1,0 +1,170 @@
+"""Hugging Face weight files, read slice by slice.
+
+`open_source(folder)` reads the headers of every file and nothing else; `Source.slice` maps the file and gives a lazy
+view of the region asked for. Pages of a mapped file that were touched count as resident until the mapping goes, so a
+source maps its file anew every `MAPPED_BYTES` of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.rules import Index
+
+MAPPED_BYTES = 64 * 2**20
+NAMED_AT_MOST = 8  # names listed in one error
+# First bytes of files that are something else than they seem, and what to say.
+IMPOSTORS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.",
+    b"\x80\x02\x8a\x0al\xfc\x9cF": "it has the format of torch before 1.6, which cannot be memory-mapped. "
+    "Convert it to safetensors.",
+}
+# Which weights of a folder are read: the first that exists, in the order of transformers.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where a tensor lies and what it is, read without its data. `dtype` is the file format's own name."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightFile(Protocol):
+    """An open weight file."""
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]: ...
+
+    def view(self, name: str, index: Index) -> Tensor: ...
+
+
+class SafetensorsFile:
+    """One .safetensors file. Opening checks that the file is as long as its header says."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+    def view(self, name: str, index: Index) -> Tensor:
+        return self._file.get_slice(name)[index]
+
+
+class TorchFile:
+    """One pytorch_model*.bin, memory-mapped; unpickles weights only."""
+
+    def __init__(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        self._tensors: dict[str, Tensor] = {name: value for name, value in state.items() if torch.is_tensor(value)}
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
+
+    def view(self, name: str, index: Index) -> Tensor:
+        return self._tensors[name][index]
+
+
+FORMATS: dict[str, type[SafetensorsFile] | type[TorchFile]] = {".safetensors": SafetensorsFile, ".bin": TorchFile}
+
+
+class Source:
+    """The tensors of a folder. `bytes_read` counts the data of the slices handed out, in the stored type."""
+
+    def __init__(self, folder: Path, headers: dict[str, Header]) -> None:
+        self.folder = folder
+        self.headers = headers
+        self.bytes_read = 0
+        self._open: tuple[Path, WeightFile] | None = None
+        self._mapped_bytes = 0
+
+    def slice(self, name: str, index: Index) -> Tensor:
+        """`tensor[index]` as a view of the mapped file: copy it at once, and keep no reference."""
+        header = self.headers[name]
+        file = self._file_of(header)
+        view = file.view(name, index)
+        self.bytes_read += view.numel() * view.element_size()
+        self._mapped_bytes += prod(header.shape) * view.element_size()
+        return view
+
+    def _file_of(self, header: Header) -> WeightFile:
+        if self._open is None or self._open[0] != header.file or self._mapped_bytes > MAPPED_BYTES:
+            self._open = header.file, _open_file(header.file)
+            self._mapped_bytes = 0
+        return self._open[1]
+
+
+def open_source(folder: str | Path) -> Source:
+    """Headers of all weights of a Hugging Face folder.
+
+    ConfigurationError names a file that is missing, torn or unreadable, and a tensor that the index promises and its
+    file does not hold.
+    """
+    folder = Path(folder)
+    chosen = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if chosen is None:
+        raise ConfigurationError(
+            f"--pretrained-checkpoint {folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}."
+        )
+    promised = _read_index(chosen) if chosen.suffix == ".json" else {}
+    headers: dict[str, Header] = {}
+    for path in sorted({folder / file for file in promised.values()}) or [chosen]:
+        headers |= {name: Header(path, *header) for name, header in _open_file(path).headers().items()}
+    lost = [f"{name} in {file}" for name, file in promised.items() if name not in headers]
+    require(not lost, f"{chosen} lists tensors that are not there: {listed(lost)}.")
+    return Source(folder, headers)
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b, c` with at most `NAMED_AT_MOST` names and the count of the others."""
+    names = list(names)
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a sharded checkpoint."""
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{path} is no index of weights ({error!r}): copy the file again.") from error
+
+
+def _open_file(path: Path) -> WeightFile:
+    require(path.is_file(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
+    format_of = FORMATS.get(path.suffix)
+    require(format_of is not None, f"{path} is neither {' nor '.join(FORMATS)}.")
+    try:
+        return format_of(path)
+    except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {_why(path, error)}") from error
+
+
+def _why(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(max(map(len, IMPOSTORS)))
+    told = next((text for magic, text in IMPOSTORS.items() if start.startswith(magic)), None)
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, pickle.UnpicklingError):
+        return f"it holds more than tensors ({reason}). Convert it to safetensors."
+    return told or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
