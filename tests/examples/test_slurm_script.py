@@ -1,0 +1,126 @@
+"""examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and for torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "finetune.sbatch"
+
+SRUN = '#!/bin/bash\nuntil [[ $1 == bash ]]; do shift; done\nexec "$@"\n'
+SCONTROL = """#!/bin/bash
+case $1 in
+    hostnames | show) printf 'n1\\nn2\\n' ;;
+    *) echo "$@" >>"$RECORD/scontrol" ;;
+esac
+"""
+SCANCEL = '#!/bin/bash\necho "$@" >"$RECORD/scancel"\nkill -USR1 "$(cat "$RECORD/pid")"\n'
+# Like torchrun's workers: notes how USR1 arrives, then handles it by saving, which takes a moment.
+TORCHRUN = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+record = pathlib.Path(os.environ["RECORD"])
+def save(*_):
+    time.sleep(0.5)
+    (record / "saved").touch()
+    sys.exit(0)
+ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+signal.signal(signal.SIGUSR1, save)
+(record / "ignored").write_text(str(ignored))
+(record / "arguments").write_text("\\n".join(sys.argv[1:]))
+(record / "pid").write_text(str(os.getpid()))
+if code := os.environ.get("STEP_CODE"):
+    sys.exit(int(code))
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """Where the stand-ins write down what happened."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    stand_ins = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "torchrun": TORCHRUN}
+    for name, text in stand_ins.items():
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    (tmp_path / "recipe.args").write_text("# a comment\n--tensor-model-parallel-size 2 # after a flag\n\n--bf16\n")
+    return tmp_path
+
+
+def start(record: Path, *flags: str, step_code: int | None = None) -> subprocess.Popen[str]:
+    environment = {
+        "PATH": f"{record / 'bin'}:/usr/bin:/bin",
+        "RECORD": str(record),
+        "CHECKPOINT": "/models/llama",
+        "TRAIN_DATA": "train.jsonl",
+        "SAVE": str(record / "save"),
+        "SLURM_SUBMIT_DIR": str(record),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "4242",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    if step_code is not None:
+        environment["STEP_CODE"] = str(step_code)
+    command = ["bash", str(SCRIPT), "recipe.args", *flags]
+    return subprocess.Popen(command, cwd=record, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def running(record: Path) -> Iterator[subprocess.Popen[str]]:
+    """The script with its step started."""
+    process = start(record)
+    deadline = time.monotonic() + 20
+    while not (record / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+    try:
+        os.kill(int((record / "pid").read_text()), signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # the step has ended, as it should
+
+
+def test_recipe_and_flags_reach_the_run(record: Path) -> None:
+    assert start(record, "--lr", "1e-3", step_code=0).wait(timeout=20) == 0
+    arguments = (record / "arguments").read_text().split("\n")
+    program = arguments[arguments.index("pretrain_peft.py") :]
+    assert program[-5:] == ["--tensor-model-parallel-size", "2", "--bf16", "--lr", "1e-3"]
+    assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
+    assert "--load" not in program
+    assert not (record / "scontrol").exists(), "a finished job must not be queued again"
+
+
+def test_a_checkpoint_is_resumed(record: Path) -> None:
+    (record / "save").mkdir()
+    (record / "save" / "latest_checkpointed_iteration.txt").write_text("50")
+    start(record, step_code=0).wait(timeout=20)
+    arguments = (record / "arguments").read_text().split("\n")
+    assert arguments[arguments.index("--load") + 1] == str(record / "save")
+
+
+def test_a_failed_step_fails_the_job(record: Path) -> None:
+    assert start(record, step_code=3).wait(timeout=20) == 3
+    assert not (record / "scontrol").exists()
+
+
+def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.Popen[str]) -> None:
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait(timeout=20) == 0
+    assert (record / "saved").exists(), "the script did not wait for the step to save"
+    assert (record / "scancel").read_text().split() == ["--signal=USR1", "4242.0"]
+    assert (record / "scontrol").read_text().split() == ["requeue", "4242"]
+
+
+@pytest.mark.usefixtures("running")
+def test_usr1_is_off_in_the_agent_itself(record: Path) -> None:
+    assert (record / "ignored").read_text() == "True"
