@@ -4,7 +4,8 @@ Field names are Megatron's argument names (underscores for dashes), so an error 
 Nothing here imports torch or megatron-core. `megatron_peft.arguments` is the only place that builds these from a
 command line; tests and tools build them directly.
 
-Every `__post_init__` raises `ConfigurationError` with the flag, the numbers and the way out.
+Every `__post_init__` raises one `ConfigurationError` that holds all problems of its group, each with the flag, the
+numbers and the way out.
 """
 
 from __future__ import annotations
@@ -13,42 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_peft.config_error import ConfigurationError as ConfigurationError
+from megatron_peft.config_error import Requirements
+from megatron_peft.config_error import flag as flag
+from megatron_peft.config_error import require as require
+
 PEFT_METHODS = ("full", "lora")
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 JSON_SUFFIXES = (".json", ".jsonl")
-
-
-class ConfigurationError(ValueError):
-    """A contradiction in what the user asked for. The message names the flag, the numbers and the way out."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigurationError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigurationError(message)
-
-
-def flag(name: str) -> str:
-    """`lora_rank` -> `--lora-rank`."""
-    return "--" + name.replace("_", "-")
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
-
-
-def _require_not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
-
-
-def _require_fraction(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(0 <= value < 1, f"{flag(name)} is {value}; it is a probability, at least 0 and below 1.")
 
 
 @dataclass(frozen=True)
@@ -66,38 +40,43 @@ class ParallelConfig:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "num_layers_per_virtual_pipeline_stage",
-            "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers",
-            "distributed_timeout_minutes",
-        )
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        require(
-            self.world_size % (tp * pp) == 0,
-            f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks a replica: start a multiple of {tp * pp} "
-            f"(torchrun --nproc-per-node), or lower one of the two.",
-        )
-        require(
-            not self.sequence_parallel or tp > 1,
-            "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
-            "--tensor-model-parallel-size above 1.",
-        )
-        require(
-            self.num_layers_per_virtual_pipeline_stage is None or pp > 1,
-            "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages: it needs "
-            "--pipeline-model-parallel-size above 1.",
-        )
-        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
-        require(
-            not uneven or pp > 1,
-            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
-            "--pipeline-model-parallel-size above 1.",
-        )
+        uneven = bool(self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers)
+        with Requirements(self) as require:
+            require.positive(
+                "tensor_model_parallel_size",
+                "pipeline_model_parallel_size",
+                "num_layers_per_virtual_pipeline_stage",
+                "decoder_first_pipeline_num_layers",
+                "decoder_last_pipeline_num_layers",
+                "distributed_timeout_minutes",
+            )
+            require(
+                tp * pp <= 0 or self.world_size % (tp * pp) == 0,
+                f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
+                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks a replica: start a multiple of {tp * pp} "
+                f"(torchrun --nproc-per-node), or lower one of the two.",
+            )
+            require(
+                not self.sequence_parallel or tp > 1,
+                "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
+                "--tensor-model-parallel-size above 1.",
+            )
+            require(
+                self.num_layers_per_virtual_pipeline_stage is None or pp > 1,
+                "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages: it needs "
+                "--pipeline-model-parallel-size above 1.",
+            )
+            require(
+                not uneven or pp > 1,
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
+                "--pipeline-model-parallel-size above 1.",
+            )
+            require(
+                not uneven or self.num_layers_per_virtual_pipeline_stage is None,
+                "--num-layers-per-virtual-pipeline-stage needs stages of equal size: leave out "
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers.",
+            )
 
     @property
     def data_parallel_size(self) -> int:
@@ -121,11 +100,30 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # norms and core attention only
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.pretrained_checkpoint),
-            "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
-        )
-        _require_positive(self, "make_vocab_size_divisible_by")
+        run = self.transformer
+        full = run.get("recompute_granularity") == "full"
+        only_full = [name for name in FULL_RECOMPUTE_FIELDS if run.get(name)]
+        with Requirements(self) as require:
+            require(
+                bool(self.pretrained_checkpoint),
+                "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
+            )
+            require.positive("make_vocab_size_divisible_by")
+            for name in ("attention_dropout", "hidden_dropout"):
+                require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
+            require(
+                not full or {"recompute_method", "recompute_num_layers"} <= run.keys(),
+                "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers N "
+                "(uniform: layers a recomputed unit; block: layers a stage that are recomputed).",
+            )
+            require(
+                full or not only_full,
+                f"{', '.join(map(flag, only_full))} belong to --recompute-granularity full, which is not given.",
+            )
+            require(
+                run.get("recompute_num_layers", 1) > 0,
+                f"--recompute-num-layers is {run.get('recompute_num_layers')}; it must be above 0.",
+            )
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,14 @@ class PeftConfig:
     lora_plus_ratio: float = 1.0  # learning rate of B over that of A
 
     def __post_init__(self) -> None:
-        require(
-            self.method in PEFT_METHODS,
-            f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
-        )
-        _require_positive(self, "lora_rank", "lora_alpha", "lora_plus_ratio")
-        _require_fraction(self, "lora_dropout")
-        require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
+        with Requirements(self) as require:
+            require(
+                self.method in PEFT_METHODS,
+                f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
+            )
+            require.positive("lora_rank", "lora_alpha", "lora_plus_ratio")
+            require.fraction("lora_dropout")
+            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
 
     @property
     def trains_adapters(self) -> bool:
@@ -183,37 +182,46 @@ class DataConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seq_length", "vocab_size")
-        _require_not_negative(self, "num_workers")
         separate = self.train_data_path or self.valid_data_path or self.test_data_path
-        require(
-            not (separate and self.data_path),
-            "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
-            "(a source each) exclude one another: give one of the two.",
-        )
-        require(
-            bool(self.data_path or self.train_data_path),
-            "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset.",
-        )
-        require(
-            not (self.split and separate),
-            "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
-        )
-        for name in ("train_data_path", "valid_data_path", "test_data_path"):
-            kinds = {path.endswith(JSON_SUFFIXES) for path in getattr(self, name)}
+        with Requirements(self) as require:
+            require.positive("seq_length", "vocab_size")
+            require.not_negative("num_workers")
             require(
-                len(kinds) < 2,
-                f"{flag(name)} mixes JSON files with indexed datasets ({' '.join(getattr(self, name))}): "
-                f"convert the JSON files with tools/preprocess_data.py, or give JSON files only.",
+                not (separate and self.data_path),
+                "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
+                "(a source each) exclude one another: give one of the two.",
             )
-        require(
-            not self.pack_sequences or self.reads_json,
-            "--pack-sequences packs JSON samples; an indexed dataset (--data-path) is packed already.",
-        )
-        require(
-            self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
-            "--tokenizer-type NullTokenizer needs --vocab-size.",
-        )
+            require(
+                bool(self.data_path or self.train_data_path),
+                "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset.",
+            )
+            require(
+                not (self.split and separate),
+                "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
+            )
+            require(
+                self.split is None or _is_split(self.split),
+                f"--split {self.split} is not a list of up to three shares, as in 969,30,1.",
+            )
+            for name in ("train_data_path", "valid_data_path", "test_data_path"):
+                paths = getattr(self, name)
+                require(
+                    len({path.endswith(JSON_SUFFIXES) for path in paths}) < 2,
+                    f"{flag(name)} mixes JSON files with indexed datasets ({' '.join(paths)}): "
+                    f"convert the JSON files with tools/preprocess_data.py, or give JSON files only.",
+                )
+            require(
+                not self.pack_sequences or self.reads_json or not self.train_data_path + self.data_path,
+                "--pack-sequences packs JSON samples; an indexed dataset is packed already: leave it out.",
+            )
+            require(
+                self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
+                "--tokenizer-type NullTokenizer needs --vocab-size.",
+            )
+            require(
+                self.tokenizer_type != "SentencePieceTokenizer" or bool(self.tokenizer_model),
+                "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE.model.",
+            )
 
     @property
     def reads_json(self) -> bool:
@@ -239,24 +247,24 @@ class TrainingConfig:
     overlap_grad_reduce: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            "micro_batch_size",
-            "global_batch_size",
-            "train_iters",
-            "train_samples",
-            "train_epochs",
-            "eval_interval",
-            "exit_interval",
-            "exit_duration_in_mins",
-        )
-        _require_not_negative(self, "eval_iters")
         lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
-        require(
-            len(lengths) == 1,
-            "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
-            + (f" (given: {', '.join(map(flag, lengths))})." if lengths else " (none given)."),
-        )
+        with Requirements(self) as require:
+            require.positive(
+                "micro_batch_size",
+                "global_batch_size",
+                "train_iters",
+                "train_samples",
+                "train_epochs",
+                "eval_interval",
+                "exit_interval",
+                "exit_duration_in_mins",
+            )
+            require.not_negative("eval_iters")
+            require(
+                len(lengths) == 1,
+                "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
+                + (f" (given: {', '.join(map(flag, lengths))})." if lengths else " (none given)."),
+            )
 
 
 @dataclass(frozen=True)
@@ -294,28 +302,49 @@ class OptimizerSettings:
     use_checkpoint_opt_param_scheduler: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "lr_decay_iters", "lr_decay_samples", "adam_eps")
-        _require_not_negative(
-            self, "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay", "clip_grad"
-        )
-        _require_fraction(self, "adam_beta1", "adam_beta2")
-        require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
-        require(
-            self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
-            "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples: give one.",
-        )
-        require(
-            self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction <= 1,
-            f"--lr-warmup-fraction is {self.lr_warmup_fraction}; it is a part of the decay, between 0 and 1.",
-        )
-        require(
-            not self.overlap_param_gather or self.use_distributed_optimizer,
-            "--overlap-param-gather needs --use-distributed-optimizer.",
-        )
-        require(
-            not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
-            "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude one another.",
-        )
+        wsd_flags = [n for n in ("lr_wsd_decay_iters", "lr_wsd_decay_samples") if getattr(self, n) is not None]
+        decays = (self.start_weight_decay, self.end_weight_decay)
+        with Requirements(self) as require:
+            require.positive("lr", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+            require.positive("adam_eps")
+            require.not_negative("min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay")
+            require.not_negative("start_weight_decay", "clip_grad")
+            require.fraction("adam_beta1", "adam_beta2", "sgd_momentum")
+            require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
+            require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
+            require(
+                self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
+                "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples: give one.",
+            )
+            require(
+                self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction < 1,
+                f"--lr-warmup-fraction is {self.lr_warmup_fraction}; it is a part of the decay: at least 0, below 1.",
+            )
+            require(
+                self.lr_decay_style != "WSD" or len(wsd_flags) == 1,
+                "--lr-decay-style WSD needs the length of its last phase: give --lr-wsd-decay-iters (or, with "
+                "--train-samples, --lr-wsd-decay-samples).",
+            )
+            require(
+                self.lr_decay_style == "WSD" or not wsd_flags,
+                f"{', '.join(map(flag, wsd_flags))} belong to --lr-decay-style WSD, but it is {self.lr_decay_style}.",
+            )
+            constant = self.weight_decay_incr_style == "constant"
+            require(
+                not constant or decays == (None, None),
+                "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine.",
+            )
+            require(
+                constant or (None not in decays and decays[0] <= decays[1]),
+                f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay at most "
+                f"--end-weight-decay (given: {decays[0]} and {decays[1]}).",
+            )
+            require.needs("overlap_param_gather", "use_distributed_optimizer")
+            require(
+                not self.use_distributed_optimizer or self.optimizer == "adam",
+                f"--use-distributed-optimizer shards Adam only: leave it out with --optimizer {self.optimizer}.",
+            )
+            require.at_most_one("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
 
 
 @dataclass(frozen=True)
@@ -332,11 +361,9 @@ class CheckpointConfig:
     no_save_rng: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "save_interval")
-        require(
-            self.save_interval is None or self.save is not None,
-            f"--save-interval {self.save_interval} needs --save PATH.",
-        )
+        with Requirements(self) as require:
+            require.positive("save_interval")
+            require.needs("save_interval", "save")
 
 
 @dataclass(frozen=True)
@@ -350,11 +377,9 @@ class LoggingConfig:
     wandb_save_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "log_interval")
-        require(
-            self.wandb_project is None or bool(self.wandb_exp_name),
-            "--wandb-project needs --wandb-exp-name.",
-        )
+        with Requirements(self) as require:
+            require.positive("log_interval")
+            require.needs("wandb_project", "wandb_exp_name")
 
 
 @dataclass(frozen=True)
@@ -371,26 +396,61 @@ class RunConfig:
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self) -> None:
-        step = self.training.micro_batch_size * self.parallel.data_parallel_size
+        with Requirements(self) as require:
+            self._check_batches(require)
+            self._check_schedule(require)
+            self._check_memory_savers(require)
+
+    def _check_batches(self, require: Requirements) -> None:
+        replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
+        step = self.training.micro_batch_size * replicas
         require(
             self.global_batch_size % step == 0,
             f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{self.training.micro_batch_size} x {self.parallel.data_parallel_size} data-parallel ranks = {step}: "
+            f"{self.training.micro_batch_size} x {replicas} data-parallel ranks = {step}: "
             f"use {max(step, self.global_batch_size // step * step)} or "
             f"{(self.global_batch_size // step + 1) * step}.",
         )
         interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
-        pp = self.parallel.pipeline_model_parallel_size
         require(
             not interleaved or self.num_microbatches % pp == 0,
             f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a step, "
             f"but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",
         )
-        tp = self.parallel.tensor_model_parallel_size
+
+    def _check_schedule(self, require: Requirements) -> None:
+        """Lengths of the schedule count what the length of the run counts, and the warmup ends before the decay."""
+        by_samples = self.training.train_samples is not None
+        unit, other = ("samples", "iters") if by_samples else ("iters", "samples")
+        for stem in ("lr_decay_", "lr_warmup_", "lr_wsd_decay_"):
+            require(
+                not getattr(self.optimizer, stem + other),
+                f"{flag(stem + other)} does not fit a run whose length is given "
+                f"{'by' if by_samples else 'without'} --train-samples: use {flag(stem + unit)}.",
+            )
+        warmup = getattr(self.optimizer, "lr_warmup_" + unit)
+        decay = getattr(self.optimizer, "lr_decay_" + unit) or getattr(self.training, "train_" + unit)
         require(
-            not self.parallel.sequence_parallel or self.data.seq_length % tp == 0,
+            decay is None or warmup < decay,
+            f"{flag('lr_warmup_' + unit)} {warmup} leaves nothing to decay: it must be below the {decay} {unit} of "
+            f"{flag('lr_decay_' + unit)} (default: {flag('train_' + unit)}).",
+        )
+
+    def _check_memory_savers(self, require: Requirements) -> None:
+        tp, sequence_parallel = self.parallel.tensor_model_parallel_size, self.parallel.sequence_parallel
+        require(
+            not sequence_parallel or self.data.seq_length % tp == 0,
             f"--seq-length {self.data.seq_length} is not a multiple of --tensor-model-parallel-size {tp}, which "
             f"--sequence-parallel needs: use {self.data.seq_length // tp * tp or tp}.",
+        )
+        require(
+            not self.model.transformer.get("distribute_saved_activations") or (tp > 1 and not sequence_parallel),
+            "--distribute-saved-activations splits them over tensor-parallel ranks: it needs "
+            "--tensor-model-parallel-size above 1, and no --sequence-parallel (which has split them already).",
+        )
+        require(
+            not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
+            "--overlap-param-gather needs --overlap-grad-reduce.",
         )
 
     @property
@@ -402,6 +462,16 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """Microbatches a step on each rank."""
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
+
+
+def _is_split(text: str) -> bool:
+    """Whether `text` is Megatron's "969, 30, 1": one to three shares, not negative and not all zero."""
+    shares = text.split(",")
+    try:
+        numbers = [float(share) for share in shares]
+    except ValueError:
+        return False
+    return len(shares) <= 3 and min(numbers) >= 0 and sum(numbers) > 0
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

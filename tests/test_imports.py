@@ -12,12 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-LAYERS = ("config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
+LAYERS = ("config_error", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
 BELOW_TRAINING = {*LAYERS, "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
     **{layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
+    "config_record": {"config"},
+    "megatron_fields": {"config"},
+    "megatron_flags": set(),
     "argument_tables": {"config"},
-    "arguments": {"config", "argument_tables", "models"},
+    "arguments": {"config", "argument_tables", "megatron_fields", "megatron_flags", "models"},
     "models": {"config", "runtime", "parallel", "adapters"},
     "data": {"config", "runtime", "parallel"},
     "checkpoint": {*LAYERS, "models"},

@@ -1,0 +1,72 @@
+"""What is wrong with a configuration, gathered so that a user is told everything at once."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """Contradictions in what the user asked for. Each message names the flag, the numbers and the way out.
+
+    `problems` holds the messages one by one; the text of the exception is all of them, a line each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigurationError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def flag(name: str) -> str:
+    """`lora_rank` -> `--lora-rank`."""
+    return "--" + name.replace("_", "-")
+
+
+class Requirements:
+    """Notes what is unmet inside a `with` block; at its end raises all of it as one `ConfigurationError`.
+
+    `config` is the dataclass whose fields the methods look at; None stands for "not set" and passes.
+    """
+
+    def __init__(self, config: object) -> None:
+        self.config = config
+        self.problems: list[str] = []
+
+    def __enter__(self) -> Requirements:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.problems:
+            raise ConfigurationError(*self.problems)
+
+    def __call__(self, condition: bool, message: str) -> None:
+        if not condition:
+            self.problems.append(message)
+
+    def positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self.config, name)
+            self(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
+
+    def not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self.config, name)
+            self(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
+
+    def fraction(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self.config, name)
+            self(0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
+
+    def needs(self, name: str, other: str) -> None:
+        """A field that is set needs `other` to be set too."""
+        value = getattr(self.config, name)
+        shown = flag(name) if value is True else f"{flag(name)} {value}"
+        self(not value or bool(getattr(self.config, other)), f"{shown} needs {flag(other)}.")
+
+    def at_most_one(self, *names: str) -> None:
+        given = [flag(name) for name in names if getattr(self.config, name)]
+        self(len(given) < 2, f"{' and '.join(given)} exclude one another: give one of the two.")
