@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,7 +36,8 @@ ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 signal.signal(signal.SIGUSR1, save)
 (record / "ignored").write_text(str(ignored))
 (record / "arguments").write_text("\\n".join(sys.argv[1:]))
-(record / "pid").write_text(str(os.getpid()))
+(record / "pid.new").write_text(str(os.getpid()))
+(record / "pid.new").rename(record / "pid")
 if code := os.environ.get("STEP_CODE"):
     sys.exit(int(code))
 time.sleep(30)
@@ -84,10 +86,9 @@ def running(record: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     process.wait()
-    try:
+    assert (record / "pid").exists(), "the step never started"
+    with contextlib.suppress(ProcessLookupError):  # the step has ended, as it should
         os.kill(int((record / "pid").read_text()), signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # the step has ended, as it should
 
 
 def test_recipe_and_flags_reach_the_run(record: Path) -> None:
@@ -115,6 +116,8 @@ def test_a_failed_step_fails_the_job(record: Path) -> None:
 
 def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.Popen[str]) -> None:
     running.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGUSR1)  # a second one must not end the wait either
     assert running.wait(timeout=20) == 0
     assert (record / "saved").exists(), "the script did not wait for the step to save"
     assert (record / "scancel").read_text().split() == ["--signal=USR1", "4242.0"]
