@@ -1,0 +1,120 @@
+"""Which linear layers are adapted, and the adapters put in place.
+
+Target names: Megatron's (`linear_qkv`), Hugging Face's (`q_proj`: the fused layer that holds it is adapted whole), full
+names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over either (`decoder.layers.1?.*`, `*.linear_fc*`).
+Layer numbers are those of the whole model, from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from megatron_peft.adapters.linear import AdaptedLinear
+from megatron_peft.adapters.registry import ADAPTERS
+from megatron_peft.config import PeftConfig, require
+
+HF_NAMES = {
+    "q_proj": "linear_qkv",
+    "k_proj": "linear_qkv",
+    "v_proj": "linear_qkv",
+    "o_proj": "linear_proj",
+    "gate_proj": "linear_fc1",
+    "up_proj": "linear_fc1",
+    "down_proj": "linear_fc2",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer under its global name, `decoder.layers.N.….linear_x`."""
+
+    name: str
+    module: AdaptedLinear
+
+
+def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int) -> list[str]:
+    """Freeze the base model and give every targeted layer its adapter.
+
+    Args:
+        model_chunks: this rank's chunks.
+        peft: method, targets and numbers.
+        seed: of the run; with the global names it fixes the initial values.
+
+    Returns:
+        Global names of this rank's adapted layers.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing in the whole model; the message lists what exists.
+    """
+    targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
+    require_matches(peft.target_modules, all_names(targets))
+    for chunk in model_chunks:
+        chunk.requires_grad_(False)
+    adapter = ADAPTERS[peft.method]
+    adapted = [target for target in targets if is_targeted(target.name, peft.target_modules)]
+    for target in adapted:
+        module = target.module
+        module.adapter = adapter(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+    for chunk in model_chunks:
+        _start_gradients_at_the_embedding(chunk)
+    return [target.name for target in adapted]
+
+
+def linear_layers(chunk: nn.Module) -> Iterator[Target]:
+    """The linear layers of a model chunk that can be adapted."""
+    for layer in chunk.modules():
+        if isinstance(layer, TransformerLayer):
+            for name, module in layer.named_modules():
+                if isinstance(module, AdaptedLinear):
+                    yield Target(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
+
+
+def all_names(targets: Sequence[Target]) -> list[str]:
+    """The names of every rank's layers, so that a pattern may match on another pipeline stage only."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, [target.name for target in targets])
+    return sorted({name for names in gathered for name in names})
+
+
+def is_targeted(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a layer's global name is meant by any pattern."""
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Every pattern must match a layer.
+
+    Raises:
+        ConfigurationError: naming the patterns that do not, and what exists.
+    """
+    lost = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in names)]
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    require(
+        not lost,
+        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)} "
+        f"(Hugging Face: {', '.join(HF_NAMES)}), with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
+        if names
+        else "the model has no linear layer to adapt.",
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = HF_NAMES.get(pattern, pattern)
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def _start_gradients_at_the_embedding(chunk: nn.Module) -> None:
+    """Make the frozen embedding's output require a gradient.
+
+    Activation recompute skips the backward of a checkpointed block whose input needs none: every adapter of the first
+    stage would silently keep gradient zero.
+    """
+    embedding = getattr(chunk, "embedding", None)
+    if embedding is not None:
+        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

@@ -1,0 +1,117 @@
+"""One autograd function for a frozen linear layer and its low-rank branch: y = W x + s B (A x).
+
+Fused by hand so that the branch costs its arithmetic and little else: its output is added in place, its part of dx
+joins the base's before the one all-reduce (or reduce-scatter) that the base does anyway, and the tensors kept for
+backward are the rank's own x, once, and the r-wide A x.
+
+    backward, with g = dy:   u = A x   du = s g B   dx = g W + du A   dB = s g^T u   dA = du^T x
+
+Under sequence parallelism (column-parallel layers) A is applied to the rank's own tokens and the r-wide u is gathered;
+du is summed and scattered back, r-wide too. The gathered x is never kept.
+
+Letters: s sequence, b batch, r rank, t tensor-parallel size; in and out are a rank's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_peft.parallel.collectives import (
+    start_gather_sequence_over_tensor_parallel,
+    start_sum_over_tensor_parallel,
+    start_sum_scatter_sequence_over_tensor_parallel,
+)
+
+
+@dataclass(frozen=True)
+class FrozenLinearCall:
+    """What megatron-core hands to a linear layer's `_forward_impl`, for a frozen weight.
+
+    Args:
+        weight: [out, in].
+        bias: [out] or None; added here only where the layer does not leave it to its caller.
+        sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
+        splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
+        group: tensor-parallel ranks.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    sums_input_gradient: bool
+    splits_sequence: bool
+    group: dist.ProcessGroup
+
+
+def frozen_linear_plus_low_rank(
+    x: Tensor, A: Tensor, B: Tensor, scale: float, call: FrozenLinearCall, mask: Tensor | None = None
+) -> Tensor:
+    """y = W x + s B (A (mask x)).
+
+    Args:
+        x: [s, b, in], or [s / t, b, in] where the sequence is split.
+        A, B: [r, in], [out, r].
+        mask: dropout of the branch's input, shaped like x.
+
+    Returns:
+        [s, b, out].
+    """
+    return _FrozenLinearPlusLowRank.apply(x, A, B, scale, call, mask)
+
+
+class _FrozenLinearPlusLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, scale, call, mask):  # type: ignore[override]
+        branch_input = x if mask is None else x * mask
+        u = branch_input @ A.t()
+        if call.splits_sequence:
+            wait_u = start_gather_sequence_over_tensor_parallel(u, call.group)
+            x = start_gather_sequence_over_tensor_parallel(x, call.group)()
+            u = wait_u()
+        y = x @ call.weight.t()
+        if call.bias is not None:
+            y += call.bias
+        _flat(y).addmm_(_flat(u), B.t(), alpha=scale)
+        ctx.save_for_backward(branch_input, u, A, B, call.weight, mask)
+        ctx.scale, ctx.call = scale, call
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        branch_input, u, A, B, weight, mask = ctx.saved_tensors
+        call = ctx.call
+        du = torch.mul(grad @ B, ctx.scale)
+        if call.splits_sequence:
+            wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
+            wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad @ weight, call.group)
+            dB = _weight_gradient(grad, u, ctx.scale)
+            du = wait_du()
+            dx = _add_branch(wait_dx(), du, A, mask)
+        else:
+            dx = _add_branch(grad @ weight, du, A, mask)
+            wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
+            dB = _weight_gradient(grad, u, ctx.scale)
+        dA = _weight_gradient(du, branch_input)
+        if not call.splits_sequence:
+            dx = wait_dx()
+        return dx, dA, dB, None, None, None
+
+
+def _flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
+    return x.view(-1, x.shape[-1])
+
+
+def _add_branch(dx: Tensor, du: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """dx + mask (du A), in place where nothing has to be masked."""
+    if mask is None:
+        _flat(dx).addmm_(_flat(du), A)
+        return dx
+    return dx.addcmul_(mask, du @ A)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:  # [s, b, out], [s, b, in] -> [out, in]
+    gradient = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return gradient if scale == 1.0 else gradient.mul_(scale)

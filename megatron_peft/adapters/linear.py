@@ -1,0 +1,100 @@
+"""megatron-core's column- and row-parallel linear layers with a place for an adapter.
+
+Subclasses, put in place through the layer spec: names, shapes and checkpoint keys of the base weight stay Megatron's.
+Without an adapter they behave as their parents do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.parallel.layout import LinearLayout
+
+_MODULE_NAMES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
+
+
+class AdaptedLinear(nn.Module):
+    """What the two adapted layers share. `adapter` is None until `attach_adapters` sets it."""
+
+    adapter: nn.Module | None
+    layout: LinearLayout
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    tp_group: dist.ProcessGroup
+    config: Any
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        if self.adapter is None:
+            return super()._forward_impl(input=input, weight=weight, **kwargs)  # type: ignore[misc]
+        call = FrozenLinearCall(
+            weight=weight,
+            bias=kwargs["bias"],
+            sums_input_gradient=kwargs["allreduce_dgrad"],
+            splits_sequence=kwargs["sequence_parallel"],
+            group=self.tp_group,
+        )
+        return self.adapter(input, call)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's keys for the base, `adapter.*` for the adapter, each split as it lies on the ranks.
+
+        `MLP` splits fc1's own weight and bias into gate and up; the adapter's output side is split likewise here.
+        """
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {name: p.partition_dim for name, p in self.named_parameters() if p.tensor_model_parallel}
+        sharded = make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        for name, parameter in self.named_parameters():
+            if name.startswith("adapter.") and parameter.tensor_model_parallel and parameter.partition_stride > 1:
+                key = f"{prefix}{name}"
+                sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
+        return sharded
+
+
+class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
+    """y = x W^T with the rows of W, the output features, split over the tensor-parallel ranks."""
+
+    def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, stride)
+        self.adapter = None
+        self.layout = LinearLayout("column", output_size, input_size, self.tp_group, num_parts=stride)
+
+
+class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
+    """y = x W^T with the columns of W, the input features, split over the tensor-parallel ranks."""
+
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **_with_own_bias(kwargs))
+        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        if self.bias is not None:
+            set_tensor_model_parallel_attributes(self.bias, False, -1, 1)
+        self.adapter = None
+        self.layout = LinearLayout("row", output_size, input_size, self.tp_group)
+
+
+def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Whether this very layer has a bias: TransformerConfig knows one switch, Hugging Face one for each half."""
+    biased = getattr(kwargs["config"], "linear_biases", None)
+    if biased is None:
+        return kwargs
+    return {**kwargs, "bias": _MODULE_NAMES[kwargs["tp_comm_buffer_name"]] in biased}

@@ -1,0 +1,7 @@
+"""The adapter methods by name. A new method is one new file and one line here."""
+
+from __future__ import annotations
+
+from megatron_peft.adapters.low_rank import LowRank
+
+ADAPTERS = {"lora": LowRank}

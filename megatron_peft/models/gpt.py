@@ -1,0 +1,204 @@
+"""A base model on megatron-core's GPTModel, from its shape.
+
+Everything is megatron-core's own but four parts that its layer spec lets us choose: the linear layers (with a place
+for an adapter), the norms, the core attention, and a mask over the padded part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.models.attention import ScaledDotProductAttention
+from megatron_peft.models.norms import LayerNorm, RMSNorm
+from megatron_peft.models.shape import ModelShape, RopeScaling
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+
+
+@dataclass
+class GPTConfig(TransformerConfig):
+    """TransformerConfig that also knows which linear layers own a bias."""
+
+    linear_biases: frozenset[str] = frozenset()
+
+
+def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> GPTConfig:
+    """megatron-core's configuration of a model of this shape, at this layout."""
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    run: Mapping[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **model.transformer}
+    return GPTConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization=shape.normalization,
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=_ACTIVATIONS[shape.activation],
+        gated_linear_unit=shape.gated_linear_unit,
+        add_bias_linear=False,
+        linear_biases=shape.linear_biases,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(shape, parallel),
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.bf16,
+        perform_initialization=False,  # every weight is loaded
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # unused: its default is refused beside variable lengths
+        **run,
+    )
+
+
+def num_virtual_stages(shape: ModelShape, parallel: ParallelConfig) -> int | None:
+    """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is None:
+        return None
+    return shape.num_layers // parallel.pipeline_model_parallel_size // chunk
+
+
+def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[nn.Module]:
+    """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
+    config = transformer_config(shape, model, parallel)
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    return [
+        _build_chunk(shape, model, config, stage if num_chunks else None) for stage in range(num_chunks or 1)
+    ]
+
+
+def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> nn.Module:
+    tp = config.tensor_model_parallel_size
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(shape, model, config, vp_stage),
+        vocab_size=shape.padded_vocab_size(model.make_vocab_size_divisible_by, tp),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope" if shape.position_embedding == "rope" else "none",
+        rotary_base=shape.rotary_base,
+        vp_stage=vp_stage,
+    )
+    if shape.rope_scaling is not None:
+        _scale_rope(chunk, shape, shape.rope_scaling)
+    _mark_vocabulary_weights(chunk)
+    if chunk.post_process:
+        chunk.output_layer.register_forward_hook(_PaddedLogitsMask(shape.vocab_size))
+    return chunk
+
+
+def _block_spec(
+    shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    norm, core_attention = _norm_and_attention(shape, model)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=AdaptedColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=AdaptedRowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=AdaptedColumnParallelLinear, linear_fc2=AdaptedRowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={},
+        ),
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _norm_and_attention(shape: ModelShape, model: ModelConfig) -> tuple[Any, Any]:
+    """Ours, or Transformer Engine's where it is asked for (or there is a GPU and it is installed).
+
+    Its linear layers are never used: they lack the seam for adapters, and keys would change.
+    """
+    wanted = model.transformer_impl == "transformer_engine"
+    if wanted or (model.transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+        return TENorm, TEDotProductAttention
+    return _NORMS[shape.normalization], ScaledDotProductAttention
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> None:
+    """Llama-3's frequencies: long wavelengths slowed by `factor`, short ones kept, a linear blend between.
+
+    megatron-core's own `rope_scaling` knows the factor alone; the other three numbers vary between models.
+    """
+    rope = chunk.rotary_pos_emb
+    wavelength = 2 * torch.pi / rope.inv_freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    rope.inv_freq = rope.inv_freq * (kept + (1 - kept) / scaling.factor)
+
+
+def _mark_vocabulary_weights(chunk: GPTModel) -> None:
+    """Without initialisation megatron-core leaves these two unmarked, and the norm would count one rank's part."""
+    for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
+        weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
+        if weight is not None:
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
+
+
+class _PaddedLogitsMask:
+    """Forward hook of the output layer: the logits of rows above the vocabulary are -inf, whatever the padding."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
+        logits, first = outputs[0], 0
+        if logits.shape[-1] == module.output_size_per_partition:
+            first = module.tp_group.rank() * module.output_size_per_partition
+        num_real = max(self.vocab_size - first, 0)
+        if num_real < logits.shape[-1]:
+            logits[..., num_real:] = -torch.inf

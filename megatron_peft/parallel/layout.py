@@ -1,0 +1,70 @@
+"""How a linear layer's global matrix is laid over the tensor-parallel ranks.
+
+Every adapter derives its shapes and its slices from this, so that its parameters are defined as global tensors with
+no mention of the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """The split of y = W x, W [out_features, in_features], over the ranks of `group`.
+
+    Args:
+        split: "column" splits the rows of W (the output), "row" its columns (the input).
+        out_features, in_features: of the whole matrix.
+        num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
+        group: the tensor-parallel ranks.
+    """
+
+    split: Literal["column", "row"]
+    out_features: int
+    in_features: int
+    group: dist.ProcessGroup
+    num_parts: int = 1
+
+    @property
+    def local_out_features(self) -> int:
+        return self.out_features // self.group.size() if self.split == "column" else self.out_features
+
+    @property
+    def local_in_features(self) -> int:
+        return self.in_features // self.group.size() if self.split == "row" else self.in_features
+
+    def slice_output(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor over the output features: [out, ...] -> [local out, ...]."""
+        if self.split == "row":
+            return whole
+        parts = whole.unflatten(0, (self.num_parts, self.group.size(), -1))
+        return parts[:, self.group.rank()].flatten(0, 1)
+
+    def slice_input(self, whole: Tensor) -> Tensor:
+        """This rank's columns of a tensor over the input features: [..., in] -> [..., local in]."""
+        if self.split == "column":
+            return whole
+        return whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]
+
+    def mark_output(self, parameter: nn.Parameter) -> None:
+        """Tell the optimizer and the gradient sums how `parameter` [local out, ...] is laid out."""
+        _mark(parameter, axis=0 if self.split == "column" else None, stride=self.num_parts)
+
+    def mark_input(self, parameter: nn.Parameter) -> None:
+        """The same for `parameter` [..., local in]."""
+        _mark(parameter, axis=parameter.ndim - 1 if self.split == "row" else None, stride=1)
+
+
+def _mark(parameter: nn.Parameter, axis: int | None, stride: int) -> None:
+    """`axis` None: every rank holds the whole parameter, and a gradient that the ranks' gradients add up to."""
+    parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]
+    parameter.partition_dim = -1 if axis is None else axis  # type: ignore[attr-defined]
+    parameter.partition_stride = stride  # type: ignore[attr-defined]
+    setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)

@@ -1,0 +1,118 @@
+"""megatron-core without a GPU: the one file that patches it.
+
+megatron-core runs on gloo once the CUDA calls that it makes unconditionally are answered by the CPU:
+
+* `torch.cuda.current_device()` names the device of every buffer that it allocates;
+* `device="cuda"` in factory calls (token counters, gradient norms, loss scales);
+* the CUDA generator behind `CudaRNGStatesTracker` and activation recompute;
+* streams and `synchronize`, which have nothing to wait for;
+* `Tensor.type()`, which its optimizers compare with "torch.cuda.FloatTensor".
+
+With a GPU `install()` does nothing. It is idempotent, and nothing outside this file replaces an attribute of torch or
+megatron-core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint")
+_installed = False
+
+
+def install() -> None:
+    """Answer megatron-core's CUDA calls from the CPU, once, where no GPU is available."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _redirect_devices()
+    _redirect_streams()
+    _redirect_tensor_methods()
+    _redirect_generator()
+
+
+def _redirect_devices() -> None:
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
+    torch.cuda.device_count = lambda: 0
+    torch.cuda.set_device = lambda device: None
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same factory, with device="cuda" read as the CPU. There is no CUDA device that a caller could have meant."""
+
+    @functools.wraps(factory)
+    def redirected(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_streams() -> None:
+    stream = SimpleNamespace(
+        synchronize=lambda: None,
+        wait_stream=lambda other: None,
+        wait_event=lambda event: None,
+        record_event=lambda event=None: event,
+    )
+
+    @contextlib.contextmanager
+    def stream_context(_: Any) -> Iterator[None]:
+        yield
+
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment, misc]
+    torch.cuda.stream = stream_context  # type: ignore[assignment]
+    torch.cuda.empty_cache = lambda: None
+
+
+def _redirect_tensor_methods() -> None:
+    plain_type, plain_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        asked_by_megatron = sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
+        if isinstance(answer, str) and asked_by_megatron:
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    functools.update_wrapper(tensor_type, plain_type)
+    functools.update_wrapper(tensor_cuda, plain_cuda)
+    torch.Tensor.type = tensor_type  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = tensor_cuda  # type: ignore[assignment, method-assign]
+
+
+def _redirect_generator() -> None:
+    """Let the default CPU generator stand in for the CUDA one, seeds and states alike."""
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.FloatTensor = torch.FloatTensor  # type: ignore[attr-defined]
+    tensor_parallel_random._get_cuda_rng_state = get_state
+    tensor_parallel_random._set_cuda_rng_state = set_state

@@ -1,0 +1,97 @@
+"""Processes, groups and seeds of a run, and the checks that end all ranks together."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.runtime import cpu
+
+Checked = TypeVar("Checked")
+
+
+def checked_together(check: Callable[[], Checked]) -> Checked:
+    """Run `check` on every rank; if it raises ConfigurationError on any, raise that one error on all.
+
+    The world must exist. Use it for whatever a rank finds out by itself (files, shapes), before anything is written.
+    """
+    result, message = None, None
+    try:
+        result = check()
+    except ConfigurationError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    found = list(dict.fromkeys(m for m in messages if m is not None))
+    if found:
+        raise ConfigurationError("\n".join(found))
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """The world, its tensor-, pipeline- and data-parallel groups and the random generators; torn down at the end.
+
+    Args:
+        parallel: sizes, backend and timeout.
+        seed: of the run. Generators differ between pipeline stages and data-parallel replicas (dropout), parameters
+            never depend on them.
+    """
+    start_world(parallel)
+    try:
+        start_model_parallel(parallel, seed)
+        yield
+    finally:
+        stop()
+
+
+def start_world(parallel: ParallelConfig) -> None:
+    """Join the processes. Alone, without torchrun, a process is a world of one."""
+    cpu.install()
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(
+        backend=parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+        timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+    )
+
+
+def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Create megatron-core's groups and seed its generators."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=torch.cuda.is_available(),
+    )
+    stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    generator_seed = seed + 100 * stage + 10_000 * replica
+    torch.manual_seed(generator_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(generator_seed)
+
+
+def stop() -> None:
+    """Leave the groups and the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
