@@ -1,0 +1,154 @@
+"""Read JSON-lines files record by record, without holding them: an index of byte offsets into a memory map.
+
+A `.json` file may also be one array; such a file is loaded whole (it cannot be cut without parsing it).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_peft.config import ConfigurationError, require
+
+Record = dict[str, Any]
+_COUNT_BYTES = 1 << 24  # copied at once to count lines
+
+
+class RecordFile(Protocol):
+    """One file of records."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """The record, parsed. Raises ConfigurationError without the place."""
+
+    def place(self, index: int) -> str:
+        """Where the record is, for a message: `FILE, line 7`."""
+
+
+class Lines:
+    """A file with one JSON value a line; blank lines do not count.
+
+    Costs 8 bytes of memory a line (`starts`), and the pages of the map that are in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts = _line_starts(path)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Any:
+        start = int(self._starts[index])
+        end = self._map.find(b"\n", start)
+        return _parse(self._map[start : end if end >= 0 else len(self._map)])
+
+    def place(self, index: int) -> str:
+        """Counts the lines up to the record: for messages, not for loops."""
+        start = int(self._starts[index])
+        steps = range(0, start, _COUNT_BYTES)
+        line = 1 + sum(self._map[at : min(at + _COUNT_BYTES, start)].count(b"\n") for at in steps)
+        return f"{self.path}, line {line}"
+
+
+class Array:
+    """A `.json` file that is one array, in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._records = _parse(path.read_bytes())
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._records[index]
+
+    def place(self, index: int) -> str:
+        return f"{self.path}, record {index + 1}"
+
+
+class JsonRecords:
+    """The records of several files, one after the other."""
+
+    def __init__(self, paths: Sequence[str], flag: str) -> None:
+        """`flag` is what the user typed the paths after. Raises ConfigurationError for a missing or an empty file."""
+        self._files = [_open(Path(path), flag) for path in paths]
+        self._ends = list(accumulate(len(file) for file in self._files))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Record:
+        file, local = self._locate(index)
+        try:
+            record = file[local]
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{file.place(local)}: {error}") from error
+        if not isinstance(record, dict):
+            raise ConfigurationError(f"{file.place(local)}: not a JSON object but {type(record).__name__}.")
+        return record
+
+    def place(self, index: int) -> str:
+        """`FILE, line N` (or `FILE, record N` in an array)."""
+        file, local = self._locate(index)
+        return file.place(local)
+
+    def _locate(self, index: int) -> tuple[RecordFile, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = bisect_right(self._ends, index)
+        return self._files[which], index - (self._ends[which - 1] if which else 0)
+
+
+def _open(path: Path, flag: str) -> RecordFile:
+    try:
+        is_array = path.suffix == ".json" and _starts_with_bracket(path)
+        file: RecordFile = Array(path) if is_array else Lines(path)
+    except OSError as error:
+        raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+    require(len(file) > 0, f"{flag} {path} is empty: it holds no record.")
+    return file
+
+
+def _starts_with_bracket(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    """int64 byte offsets of the lines that are not blank."""
+    starts = array("q")
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.isspace():
+                starts.append(offset)
+            offset += len(line)
+    return np.frombuffer(starts, dtype=np.int64) if starts else np.empty(0, dtype=np.int64)
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"not JSON: {error.msg} (character {error.pos + 1}). A file holds one JSON object a line, or, named "
+            ".json, one array of objects."
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigurationError(f"not JSON: {error}.") from error

@@ -1,0 +1,90 @@
+"""Samples as the tensors of one microbatch: padded rows, or one packed row. b rows, s positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_peft.data.sample import Sample
+
+EMPTY = Sample(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass reads. Padding has loss_mask 0.
+
+    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
+    cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
+    padding at the end is a sequence of its own. max_seqlen: the longest of them. num_samples: real ones.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    num_samples: int
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.loss_mask.sum())
+
+
+def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
+    """One sample a row (none: a row of padding), to the right of which is padding up to the longest one, rounded up to
+    `multiple` positions (tensor-parallel ranks under sequence parallelism share a sequence evenly)."""
+    samples = [row[0] if row else EMPTY for row in rows]
+    width = _round_up(max(len(sample) for sample in samples), multiple)
+    return Microbatch(
+        tokens=_rows([sample.tokens for sample in samples], width, pad_id),
+        labels=_rows([sample.labels for sample in samples], width, pad_id),
+        loss_mask=_rows([sample.loss_mask for sample in samples], width, 0.0),
+        position_ids=torch.arange(width).expand(len(samples), width).contiguous(),
+        num_samples=sum(len(row) for row in rows),
+    )
+
+
+def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
+    """All samples of all packs one after the other in a single row, Megatron's `thd` format; see `pad`."""
+    samples = [sample for row in rows for sample in row]
+    total = sum(len(sample) for sample in samples)
+    padding = _padding(_round_up(total, multiple) - total, pad_id)
+    parts = [*samples, padding] if len(padding) else samples
+    lengths = [len(part) for part in parts]
+    return Microbatch(
+        tokens=_join([part.tokens for part in parts]),
+        labels=_join([part.labels for part in parts]),
+        loss_mask=_join([part.loss_mask for part in parts]),
+        position_ids=_join([np.arange(length) for length in lengths]),
+        num_samples=len(samples),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        max_seqlen=max(lengths),
+    )
+
+
+def _padding(length: int, pad_id: int) -> Sample:
+    ids = np.full(length, pad_id, dtype=np.int64)
+    return Sample(ids, ids, np.zeros(length, dtype=np.float32))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    """At least one multiple: a microbatch without samples still runs."""
+    return max(-(-length // multiple), 1) * multiple
+
+
+def _rows(rows: Sequence[np.ndarray], width: int, value: float) -> Tensor:
+    padded = np.full((len(rows), width), value, dtype=rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _join(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)

@@ -1,0 +1,205 @@
+"""Text to token ids: Hugging Face, sentencepiece and null tokenizers behind one small interface.
+
+Every class also has the attributes that megatron-core's datasets ask of a tokenizer (`eod`, `unique_identifiers`,
+`vocab_size`); none has `pad`, so those datasets pad with -1, which no token can be mistaken for.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.data.chat import Part, chat_parts
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package knows of a tokenizer. Ids are Python integers below `vocab_size`."""
+
+    vocab_size: int
+    bos_id: int | None  # put before a prompt; None where the tokenizer does not do so by itself
+    eos_id: int
+
+    @property
+    def eod(self) -> int:
+        """megatron-core's name for `eos_id`."""
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """What megatron-core hashes to name its cached indices."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without special tokens around it."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids to generate from: the beginning-of-sequence token, if the tokenizer has that habit, then `text`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as one text, special tokens included: encode it with `encode`."""
+
+    def chat_parts(self, messages: Sequence[Message]) -> list[Part]:
+        """`render_chat` cut into parts, each marked as trained (what the assistant says) or not."""
+
+
+class _Base:
+    """What the three tokenizers share; `identity` is what tells two of a kind apart."""
+
+    def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int, identity: str) -> None:
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self._identity = identity
+
+    @property
+    def eod(self) -> int:
+        return self.eos_id
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        return OrderedDict({"class": type(self).__name__, "model": self._identity, "vocab_size": self.vocab_size})
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        raise ConfigurationError(
+            f"{type(self).__name__} has no chat template, which records with messages need: use "
+            "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
+        )
+
+    def chat_parts(self, messages: Sequence[Message]) -> list[Part]:
+        return chat_parts(self.render_chat, messages)
+
+
+class HuggingFaceTokenizer(_Base):
+    """The tokenizer of a local Hugging Face folder, read by transformers. Nothing is fetched."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"--tokenizer-model {folder} holds no tokenizer that transformers can read: {_first_line(error)}"
+            ) from error
+        eos_id = self._tokenizer.eos_token_id
+        require(eos_id is not None, f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token.")
+        super().__init__(len(self._tokenizer), None, eos_id, folder)
+        self.folder = folder
+        with_specials = self._tokenizer.encode("a")
+        if with_specials[:1] == [self._tokenizer.bos_token_id]:
+            self.bos_id = self._tokenizer.bos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        require(
+            self._tokenizer.chat_template is not None,
+            f"the tokenizer in {self.folder} has no chat template, which records with messages need: give "
+            "--tokenizer-model a folder that has one, or use records with prompt and completion.",
+        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ConfigurationError(f"the chat template refuses the messages: {error}") from error
+
+
+class SentencePieceTokenizer(_Base):
+    """A sentencepiece `.model` file. As in megatron-core, no beginning-of-sequence token is put before a text."""
+
+    def __init__(self, model_file: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        path = Path(model_file)
+        path = path / "tokenizer.model" if path.is_dir() else path
+        require(path.is_file(), f"--tokenizer-model {path}: no such file.")
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ConfigurationError(f"--tokenizer-model {path} is not a sentencepiece model: {error}") from error
+        eos_id = self._model.eos_id()
+        require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
+        super().__init__(self._model.get_piece_size(), None, eos_id, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode(list(ids))
+
+
+class NullTokenizer(_Base):
+    """Text is ids separated by spaces. As in megatron-core, `vocab_size` ids come from the text and one more,
+    `vocab_size` itself, ends a document: a model with V rows takes --vocab-size V - 1."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size + 1, None, vocab_size, "")
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise ConfigurationError(f"NullTokenizer reads ids separated by spaces, not {_shorten(text)!r}.") from error
+        bad = [i for i in ids if not 0 <= i < self.vocab_size]
+        require(not bad, f"NullTokenizer: id {bad[:1]} is not below --vocab-size {self.eos_id}.")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> Tokenizer:
+    """The tokenizer of --tokenizer-type; --tokenizer-model defaults to the base model's folder.
+
+    Raises `ConfigurationError` where it cannot be read.
+    """
+    source = config.tokenizer_model or pretrained_checkpoint
+    builders: dict[str, Callable[[], Tokenizer]] = {
+        "HuggingFaceTokenizer": lambda: HuggingFaceTokenizer(_required(source)),
+        "SentencePieceTokenizer": lambda: SentencePieceTokenizer(_required(source)),
+        "NullTokenizer": lambda: NullTokenizer(config.vocab_size or 0),
+    }
+    return builders[config.tokenizer_type]()
+
+
+def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raise `ConfigurationError` if the tokenizer has ids for which the model (`model_vocab_size` rows) has no row."""
+    require(
+        tokenizer.vocab_size <= model_vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary holds {model_vocab_size}: "
+        "--tokenizer-model belongs to another model.",
+    )
+
+
+def _required(source: str | None) -> str:
+    if not source:
+        raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
+    return source
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _shorten(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
