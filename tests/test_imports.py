@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 LAYERS = ("config_error", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
+CONFIGURATION = {"config_error", "config"}
 BELOW_TRAINING = {*LAYERS, "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
     **{layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
@@ -28,8 +29,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING | {"training"},
     # Apart: they read what a run wrote, or reckon with what a run would need.
-    "reporting": {"config"},
-    "planner": {"config", "models"},
+    "reporting": CONFIGURATION,
+    "planner": CONFIGURATION | {"models"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
 }
 
@@ -109,12 +110,13 @@ def parents(module: str) -> set[str]:
 
 
 def patched_attributes(tree: ast.Module) -> list[str]:
-    """Assignments to attributes of modules or classes of megatron-core, torch.cuda or torch.Tensor."""
+    """Assignments to attributes of modules or classes of megatron-core and torch; torch.backends is for settings."""
     origins = dict(pair for node in ast.walk(tree) for pair in names_bound(node))
     patched = []
     for text in assigned_attributes(tree):
         root, _, rest = text.partition(".")
-        if f"{origins.get(root, '')}.{rest}".startswith(("megatron.", "torch.cuda.", "torch.Tensor.")):
+        full = f"{origins.get(root, '')}.{rest}"
+        if full.startswith(("megatron.", "torch.")) and not full.startswith("torch.backends."):
             patched.append(text)
     return patched
 
@@ -231,6 +233,7 @@ def test_walk_finds_a_cycle(fabricated: dict[str, ast.Module]) -> None:
         "import torch\ntorch.cuda.synchronize = print",
         "import torch.cuda as cuda\ncuda.synchronize = print",
         "from torch import cuda\ncuda.synchronize = print",
+        "import torch\ntorch.zeros = print",
         "import torch\nsetattr(torch.Tensor, 'cuda', print)",
         "from megatron.core import parallel_state as p\np.get_rank = print",
         "from megatron.core.transformer.mlp import MLP\nMLP.forward = print",
