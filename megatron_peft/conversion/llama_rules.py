@@ -51,10 +51,10 @@ def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterato
     for module, norm in LAYER_NORMS.items():
         yield Replicated(f"{megatron}{module}.weight", (Part(f"{hugging_face}{norm}.weight", (hidden,)),))
     for module, linears in COLUMN_PARALLEL.items():
-        groups = (shape.num_query_groups, "key-value heads") if module.endswith("linear_qkv") else ()
+        num_groups = shape.num_query_groups if module.endswith("linear_qkv") else None
         for kind, columns in _kinds(shape, module, (hidden,)):
             parts = (Part(f"{hugging_face}{n}.{kind}", (features[size], *columns)) for n, size in linears.items())
-            yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), *groups)
+            yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
     for module, (linear, size) in ROW_PARALLEL.items():
         for kind, columns in _kinds(shape, module, (features[size],)):
             part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -73,7 +74,8 @@ def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _global_layer(chunk: nn.Module, match: re.Match[str]) -> int:
     """From 0; megatron-core numbers its layers over all stages from 1."""
-    return chunk.get_submodule(match.group().rstrip(".")).layer_number - 1
+    layer: Any = chunk.get_submodule(match.group().rstrip("."))
+    return layer.layer_number - 1
 
 
 def _targets(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator[Target]:

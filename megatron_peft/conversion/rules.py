@@ -122,8 +122,7 @@ class FusedRows(Rule):
     [q x (heads / groups), k, v] a key-value head), and tp divides them.
     """
 
-    num_groups: int | None = None
-    group_name: str = ""
+    num_groups: int | None
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         self._local_groups(size)
@@ -139,7 +138,7 @@ class FusedRows(Rule):
             start += width
 
     def _local_groups(self, size: int) -> int:
-        return 1 if self.num_groups is None else self._share(self.num_groups, size, self.group_name)
+        return 1 if self.num_groups is None else self._share(self.num_groups, size, "key-value heads")
 
     def _local_rows(self, size: int) -> list[int]:
         return [self._share(part.shape[0], size, f"rows of {part.name}") for part in self.parts]

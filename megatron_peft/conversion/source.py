@@ -152,10 +152,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_file(path: Path) -> WeightFile:
     require(path.is_file(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
-    format_of = FORMATS.get(path.suffix)
-    require(format_of is not None, f"{path} is neither {' nor '.join(FORMATS)}.")
+    require(path.suffix in FORMATS, f"{path} is neither {' nor '.join(FORMATS)}.")
     try:
-        return format_of(path)
+        return FORMATS[path.suffix](path)
     except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise ConfigurationError(f"{path} cannot be read: {_why(path, error)}") from error
 
