@@ -38,24 +38,15 @@ def checked_together(check: Callable[[], Checked]) -> Checked:
 
 
 @contextmanager
-def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
-    """The world, its tensor-, pipeline- and data-parallel groups and the random generators; torn down at the end.
-
-    Args:
-        parallel: sizes, backend and timeout.
-        seed: of the run. Generators differ between pipeline stages and data-parallel replicas (dropout), parameters
-            never depend on them.
-    """
+def world(parallel: ParallelConfig) -> Iterator[None]:
+    """All processes, joined; left at the end. Alone, without torchrun, a process is a world of one."""
     start_world(parallel)
-    try:
-        start_model_parallel(parallel, seed)
-        yield
-    finally:
-        stop()
+    yield
+    stop()
 
 
 def start_world(parallel: ParallelConfig) -> None:
-    """Join the processes. Alone, without torchrun, a process is a world of one."""
+    """Join the processes; on CUDA take the device of LOCAL_RANK."""
     cpu.install()
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("RANK", "0")
@@ -70,11 +61,19 @@ def start_world(parallel: ParallelConfig) -> None:
     )
 
 
-def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
-    """Create megatron-core's groups and seed its generators."""
+def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> None:
+    """Create megatron-core's tensor-, pipeline- and data-parallel groups and seed its generators.
+
+    Args:
+        parallel: sizes and timeout.
+        seed: of the run. The generators (dropout) differ between pipeline stages and data-parallel replicas; initial
+            values never depend on them.
+        num_virtual_stages: model chunks of a pipeline rank under the interleaved schedule, else None.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=torch.cuda.is_available(),
     )

@@ -1,0 +1,94 @@
+"""Gradients' buffers, optimizer and learning-rate schedule: megatron-core's own, from our configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import nn
+
+from megatron_peft.config import OptimizerSettings, RunConfig
+
+
+def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
+    """Each chunk with megatron-core's gradient buffers around its trainable parameters.
+
+    Under --bf16 gradients are summed in float32, as Megatron does.
+    """
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.model.bf16,
+        overlap_grad_reduce=config.training.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model_chunks)
+    ]
+
+
+def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
+    """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own."""
+    settings = config.optimizer
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    optimizer_config = OptimizerConfig(
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        sgd_momentum=settings.sgd_momentum,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    ratio = config.peft.lora_plus_ratio
+    if ratio != 1.0:
+        overrides[ParamKey(name="*.adapter.B")] = ParamGroupOverride(
+            max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
+        )
+    return get_megatron_optimizer(
+        optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
+    )
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:
+    """megatron-core's schedule. It counts samples, so that a change of batch size keeps its shape.
+
+    Args:
+        train_iters: iterations of the whole run; the decay's default length.
+    """
+    settings, batch = config.optimizer, config.global_batch_size
+    decay = settings.lr_decay_samples or (settings.lr_decay_iters or train_iters) * batch
+    warmup = settings.lr_warmup_samples or settings.lr_warmup_iters * batch
+    if settings.lr_warmup_fraction is not None:
+        warmup = int(settings.lr_warmup_fraction * decay)
+    wsd_decay = settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * batch
+    start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay if start_wd is None else start_wd,
+        end_wd=settings.weight_decay if end_wd is None else end_wd,
+        wd_incr_steps=train_iters * batch,
+        wd_incr_style=settings.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=settings.override_opt_param_scheduler,
+        wsd_decay_steps=wsd_decay or None,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )
