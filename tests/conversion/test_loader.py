@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
 from megatron_peft.conversion import loader
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
 ENDS = {"first": ("embedding",), "last": ("decoder.final_layernorm", "output_layer")}
 
@@ -164,3 +166,33 @@ def test_bar_is_shown_at_a_terminal_only(
     printed = capsys.readouterr()
     assert ("Loading weights" in printed.err) == shown
     assert printed.out == ""
+
+
+@pytest.fixture
+def alone() -> Iterator[ParallelConfig]:
+    """A world of one process."""
+    layout = ParallelConfig()
+    start_world(layout)
+    start_model_parallel(layout, seed=1)
+    yield layout
+    stop()
+
+
+@pytest.mark.parametrize("kind", ["single", "tied"])
+def test_logits_equal_those_of_transformers(
+    kind: str,
+    alone: ParallelConfig,
+    saved_folders: dict[str, Path],
+    odd_llama: LlamaForCausalLM,
+    tied_llama: LlamaForCausalLM,
+) -> None:
+    """A real GPTModel: grouped queries, biases, head_dim, llama3 frequencies beyond the trained length."""
+    folder, reference = saved_folders[kind], {"single": odd_llama, "tied": tied_llama}[kind]
+    tokens = torch.randint(0, 101, (2, 48), generator=torch.Generator().manual_seed(0))
+    chunks = build_model_chunks(read_shape(folder), ModelConfig(pretrained_checkpoint=str(folder)), alone)
+    load(chunks, folder)
+    with torch.no_grad():
+        logits = chunks[0].eval()(tokens, torch.arange(48).expand(2, -1), None)
+        expected = reference(tokens).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits[..., :101], expected, rtol=0, atol=1e-4)
