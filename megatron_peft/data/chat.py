@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError
@@ -26,7 +27,7 @@ def chat_parts(render: Callable[..., str], messages: Sequence[Any]) -> list[Part
     parts: list[Part] = []
     position = 0
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        start = _prefix_length(whole, render(messages[:turn], True) if turn else "")
+        start = _turn_start(render, whole, messages[:turn]) if turn else 0
         end = _prefix_length(whole, render(messages[: turn + 1]))
         if not position <= start <= end:
             raise ConfigurationError(_NOT_LEFT_TO_RIGHT)
@@ -35,6 +36,13 @@ def chat_parts(render: Callable[..., str], messages: Sequence[Any]) -> list[Part
     if not parts:
         raise ConfigurationError('no message has the role "assistant", so there is nothing to learn.')
     return [*parts, Part(whole[position:], False)]
+
+
+def _turn_start(render: Callable[..., str], whole: str, before: Sequence[Any]) -> int:
+    """Behind the generation prompt, or behind as much of it as the turn has: some templates put into the prompt what
+    they leave out of a finished turn (an opened thought)."""
+    shortest = _prefix_length(whole, render(before))
+    return max(shortest, len(commonprefix([whole, render(before, True)])))
 
 
 def _prefix_length(whole: str, prefix: str) -> int:

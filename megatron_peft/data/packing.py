@@ -31,14 +31,14 @@ class PackedOrder(SampleOrder):
         self.lengths = lengths
         self.seq_length = seq_length
         self._bounds = lru_cache(maxsize=2)(self._pack)
-        self.epoch_length = lru_cache(maxsize=None)(self._count)
+        self._num_packs = lru_cache(maxsize=None)(lambda epoch: len(self._bounds(epoch)) - 1)
 
     def _pack(self, epoch: int) -> np.ndarray:
         epoch = epoch if self.shuffle else 0
         return pack_bounds(self.lengths[self.permutation(epoch)], self.seq_length)
 
-    def _count(self, epoch: int) -> int:
-        return len(self._bounds(epoch)) - 1
+    def epoch_length(self, epoch: int) -> int:
+        return self._num_packs(epoch)
 
     def unit(self, epoch: int, offset: int) -> np.ndarray:
         start, stop = self._bounds(epoch)[offset : offset + 2]

@@ -1,0 +1,67 @@
+"""--data-path and its like: prefixes of indexed datasets, with or without weights, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
+
+from megatron_peft.config import ConfigurationError, require
+
+_SMALLEST_INDEX = 34 + 8  # bytes: header and counts, and where the first document begins
+
+
+class Blend(NamedTuple):
+    """What megatron-core calls a blend; `weights` is None where only prefixes were given."""
+
+    prefixes: list[str]
+    weights: list[float] | None
+
+
+def parse_blend(paths: Sequence[str], flag: str) -> Blend:
+    """`p q` or `0.3 p 0.7 q`. Raises ConfigurationError for another mixture, and for a dataset that is not whole."""
+    given = " ".join([flag, *paths])
+    weights = [number(path) for path in paths]
+    weighted = any(weight is not None for weight in weights)
+    pairs = len(paths) % 2 == 0 and all((weight is None) == bool(i % 2) for i, weight in enumerate(weights))
+    require(not weighted or pairs, f"{given}: give prefixes only, or a weight before each prefix (0.3 A 0.7 B).")
+    chosen = [weight for weight in weights if weight is not None]
+    require(all(weight > 0 for weight in chosen), f"{given}: weights must be above 0.")
+    prefixes = list(paths[1::2] if weighted else paths)
+    for prefix in prefixes:
+        _require_whole(prefix, flag)
+    return Blend(prefixes, chosen or None)
+
+
+def number(text: str) -> float | None:
+    """`text` as a number, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _require_whole(prefix: str, flag: str) -> None:
+    """Both files are there, the index is one, and the tokens are all there."""
+    index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
+    missing = [str(path) for path in (index, data) if not path.is_file()]
+    require(
+        not missing,
+        f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
+        "tools/preprocess_data.py writes it.",
+    )
+    torn = f"{flag} {prefix}: {index} is not an index of Megatron's, or it is torn"
+    require(index.stat().st_size >= _SMALLEST_INDEX, f"{torn} ({index.stat().st_size} bytes).")
+    try:
+        dataset = IndexedDataset(prefix)
+    except (AssertionError, ValueError) as error:
+        raise ConfigurationError(f"{torn}: {error}") from error
+    expected = int(np.sum(dataset.sequence_lengths, dtype=np.int64)) * DType.size(dataset.index.dtype)
+    actual = data.stat().st_size
+    require(
+        actual == expected,
+        f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is torn.",
+    )

@@ -1,0 +1,141 @@
+"""From the run's configuration to its sources of training, validation and test steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.datasets.utils import Split
+
+from megatron_peft.config import JSON_SUFFIXES, RunConfig, require
+from megatron_peft.data.batches import BatchLayout, GlobalBatches
+from megatron_peft.data.dataset import InstructionDataset
+from megatron_peft.data.indexed import build_indexed
+from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.order import SampleOrder
+from megatron_peft.data.packing import PackedOrder
+from megatron_peft.data.sample import SampleSource
+from megatron_peft.data.survey import Fit
+from megatron_peft.data.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sources of a run. `valid` and `test` are None where there is no such data, or no use for it."""
+
+    train: GlobalBatches
+    valid: GlobalBatches | None
+    test: GlobalBatches | None
+    train_iters: int  # from --train-iters, --train-samples or --train-epochs
+
+
+def build_data(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    consumed_samples: int = 0,
+) -> Data:
+    """Open, check and index all data. Must be called by all ranks if torch.distributed runs.
+
+    Raises ConfigurationError, on every rank, for whatever is wrong with it.
+    """
+    layout = BatchLayout(
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+        pad_id=tokenizer.eos_id,
+    )
+    train = _train(config, tokenizer, layout, consumed_samples)
+    iterations = train_iterations(config, train)
+    evaluates = config.training.eval_interval is not None and config.training.eval_iters != 0
+    valid = _evaluation(config, Split.valid, tokenizer, layout) if evaluates else None
+    test = _evaluation(config, Split.test, tokenizer, layout) if config.training.eval_iters != 0 else None
+    return Data(train, valid, test, iterations)
+
+
+def train_iterations(config: RunConfig, train: GlobalBatches) -> int:
+    """Iterations of the run; --train-samples are rounded down to whole batches, as in Megatron, epochs up."""
+    if config.training.train_epochs is not None:
+        return train.iterations_for_epochs(config.training.train_epochs)
+    return _asked_iterations(config) or 0
+
+
+def _asked_iterations(config: RunConfig) -> int | None:
+    """What --train-iters or --train-samples say; None with --train-epochs."""
+    training = config.training
+    if training.train_samples is None:
+        return training.train_iters
+    require(
+        training.train_samples >= config.global_batch_size,
+        f"--train-samples {training.train_samples} is less than one --global-batch-size {config.global_batch_size}.",
+    )
+    return training.train_samples // config.global_batch_size
+
+
+def _train(config: RunConfig, tokenizer: Tokenizer, layout: BatchLayout, consumed_samples: int) -> GlobalBatches:
+    iterations = _asked_iterations(config)
+    num_samples = None if iterations is None else iterations * config.global_batch_size
+    dataset = _dataset(config, Split.train, num_samples, tokenizer)
+    require(dataset is not None, "no training data: give --train-data-path or --data-path.")
+    assert dataset is not None
+    # megatron-core has shuffled an indexed dataset already, for as long as it lasts.
+    shuffled = not isinstance(dataset, InstructionDataset) and len(dataset) >= (num_samples or len(dataset) + 1)
+    order = _order(config, dataset, shuffle=not shuffled)
+    return GlobalBatches(dataset, order, layout, consumed_samples, prefetch=config.data.num_workers)
+
+
+def _evaluation(config: RunConfig, split: Split, tokenizer: Tokenizer, layout: BatchLayout) -> GlobalBatches | None:
+    """One pass in the order of the file, ended by --eval-iters: the same samples at each evaluation."""
+    eval_iters = config.training.eval_iters
+    asked = None if eval_iters is None else eval_iters * config.global_batch_size
+    dataset = _dataset(config, split, asked, tokenizer)
+    if dataset is None:
+        return None
+    order = _order(config, dataset, shuffle=False)
+    whole = order.epoch_length(0)
+    end = whole if asked is None else min(asked, whole)
+    return GlobalBatches(dataset, order, layout, end=end, prefetch=config.data.num_workers)
+
+
+def _order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> SampleOrder:
+    data = config.data
+    if data.pack_sequences and isinstance(dataset, InstructionDataset):
+        return PackedOrder(dataset.lengths, data.seq_length, data.seed, shuffle)
+    return SampleOrder(len(dataset), data.seed, shuffle)
+
+
+def _dataset(config: RunConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer) -> SampleSource | None:
+    paths = _paths(config, split)
+    if not paths:
+        return None
+    if not paths[0].endswith(JSON_SUFFIXES):
+        return build_indexed(config.data, split, paths, num_samples, tokenizer)
+    records = JsonRecords(paths, f"--{split.name}-data-path")
+    dataset = InstructionDataset(records, Fit(tokenizer, config.data.seq_length, config.data.overlong))
+    _warn_once(f"--{split.name}-data-path", dataset.warnings)
+    return dataset
+
+
+def _paths(config: RunConfig, split: Split) -> Sequence[str]:
+    own = {
+        Split.train: config.data.train_data_path,
+        Split.valid: config.data.valid_data_path,
+        Split.test: config.data.test_data_path,
+    }
+    return config.data.data_path or own[split]
+
+
+def _warn_once(flag: str, sentences: Sequence[str]) -> None:
+    """All ranks know the same; one says it."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    for sentence in sentences:
+        logger.warning("%s: %s", flag, sentence)

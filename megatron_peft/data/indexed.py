@@ -1,0 +1,134 @@
+"""Megatron's indexed datasets (`.bin` and `.idx`), read by megatron-core's own GPTDataset and blended builder.
+
+Sequences are `seq_length` tokens cut from the documents of a split, all counted by the loss. As in Megatron, how
+documents are shuffled depends on the number of samples asked for: a run that is to be resumed keeps its length.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.data.blend import Blend, number, parse_blend
+from megatron_peft.data.sample import Sample
+from megatron_peft.data.tokenizers import Tokenizer
+
+DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
+logger = logging.getLogger(__name__)
+
+
+class IndexedSamples:
+    """A dataset of megatron-core as a source of samples."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._dataset[index]
+        return Sample(row["tokens"].numpy(), row["labels"].numpy(), row["loss_mask"].float().numpy())
+
+
+def build_indexed(
+    config: DataConfig, split: Split, paths: Sequence[str], num_samples: int | None, tokenizer: Tokenizer
+) -> IndexedSamples | None:
+    """The samples of one split; None where --split leaves it nothing (not for training: that is an error).
+
+    paths: prefixes, or weights and prefixes. They are cut by --split if they came with --data-path, else they are the
+    split's own. num_samples: at least so many, documents repeated as needed; None: each document once (weights then
+    mean nothing, and are an error for training). Must be called by all ranks if torch.distributed runs.
+    """
+    flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
+    blend = parse_blend(paths, flag)
+    require(
+        blend.weights is None or num_samples is not None or split != Split.train,
+        f"{flag} has weights, and an epoch of a weighted blend means nothing: give --train-iters or --train-samples.",
+    )
+    blend = blend if num_samples is not None else Blend(blend.prefixes, None)
+    core_config = _core_config(config, split, blend, tokenizer)
+    repeats = num_samples is not None and (blend.weights is not None or len(blend.prefixes) == 1)
+    needed = 2 if repeats or split == Split.valid else config.seq_length + 1
+    for prefix in blend.prefixes:
+        tokens = _tokens_of_split(prefix, core_config, split)
+        if tokens < needed:
+            lack = f"{flag}: the {split.name} split has {tokens} tokens of {prefix} and needs {needed}"
+            require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
+            logger.warning("%s, so there is no %s data.", lack, split.name)
+            return None
+    return _build(core_config, split, num_samples)
+
+
+def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Tokenizer) -> GPTDatasetConfig:
+    source: dict[str, Any] = {"blend_per_split": [blend if one == split else None for one in Split]}
+    if config.data_path:
+        source = {"blend": blend, "split": _checked_split(config.split or DEFAULT_SPLIT)}
+    core_config = GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.seq_length,
+        path_to_cache=config.data_cache_path,
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # ours has what GPTDataset asks of one
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=False,
+        **source,
+    )
+    if core_config.split_matrix is not None:  # build this split alone: the others have sizes of their own
+        cut = zip(Split, core_config.split_matrix, strict=True)
+        core_config.split_matrix = [book_ends if one == split else None for one, book_ends in cut]
+    return core_config
+
+
+def _checked_split(split: str) -> str:
+    numbers = [number(part) for part in split.split(",")]
+    require(
+        len(numbers) <= len(Split) and all(n is not None and n >= 0 for n in numbers) and any(numbers),
+        f"--split {split!r} is not up to three numbers for train, valid and test, such as {DEFAULT_SPLIT!r}.",
+    )
+    return split
+
+
+def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> IndexedSamples:
+    blends = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend is not None]
+    blended = any(len(prefixes) > 1 or weights for prefixes, weights in blends)
+    require(
+        not (blended and config.path_to_cache and not dist.is_initialized()),
+        "--data-cache-path with a blend: megatron-core writes its cache under torch.distributed only; start with "
+        "torchrun, or leave --data-cache-path out.",
+    )
+    sizes = [num_samples if one == split else 0 for one in Split]
+    try:
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, OSError):
+            raise
+        raise ConfigurationError(
+            f"the indices of the {split.name} data cannot be written ({error.__cause__ or error}): give "
+            "--data-cache-path a folder that can."
+        ) from error
+    return IndexedSamples(built[split.value])
+
+
+def _tokens_of_split(prefix: str, config: GPTDatasetConfig, split: Split) -> int:
+    """Tokens that the split has of one dataset. megatron-core loops for ever over a split of none."""
+    dataset = IndexedDataset(prefix)
+    lengths = dataset.sequence_lengths
+    if config.split_matrix is None:
+        return int(np.sum(lengths))
+    book_ends = config.split_matrix[split.value]
+    if book_ends is None:
+        return 0
+    begin, end = (round(edge * float(len(lengths))) for edge in book_ends)
+    return int(np.sum(lengths[begin:end]))

@@ -1,0 +1,173 @@
+"""JSON lines to Megatron's indexed datasets: one `.bin`/`.idx` pair for each key of the records.
+
+A pair appears under its name only when it is complete; nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from rich.progress import track
+
+from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
+
+_CHUNK = 64  # records sent to a worker at once
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Fields are the flags of tools/preprocess_data.py. `data` carries the tokenizer and, as its training paths, the
+    input files."""
+
+    data: DataConfig
+    output_prefix: str
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    workers: int = 1
+    log_interval: int = 1000
+
+    def output(self, key: str) -> str:
+        """The prefix of a key's pair, as Megatron names it."""
+        return f"{self.output_prefix}_{key}_document"
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """What was written: output prefixes, and counts over all keys."""
+
+    prefixes: tuple[str, ...]
+    documents: int
+    empty_documents: int
+    tokens: int
+
+
+class DocumentEncoder:
+    """Tokenizes the keys of one record. Begins a document as transformers would (with a beginning-of-sequence token,
+    if the tokenizer has that habit)."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self.config = config
+        self.records = JsonRecords(config.data.train_data_path, "--input")
+        self.tokenizer: Tokenizer = build_tokenizer(config.data, None)
+
+    def encode(self, index: int) -> list[list[int]] | str:
+        """Ids of each key, or what is wrong with the record (an exception would lose its place among workers)."""
+        try:
+            record = self.records[index]
+        except ConfigurationError as error:
+            return str(error)
+        try:
+            return [self._document(record, key) for key in self.config.json_keys]
+        except ConfigurationError as error:
+            return f"{self.records.place(index)}: {error}"
+
+    def _document(self, record: dict, key: str) -> list[int]:
+        require(key in record, f'lacks the field "{key}" (it has {", ".join(record)}); name others with --json-keys.')
+        text = record[key]
+        require(isinstance(text, str), f'"{key}" is not text but {type(text).__name__}.')
+        ids = self.tokenizer.encode_prompt(text) if text else []
+        return [*ids, self.tokenizer.eos_id] if ids and self.config.append_eod else ids
+
+
+def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) -> Preprocessed:
+    """Write all pairs. Empty documents are left out and counted.
+
+    report: gets a line of progress each `log_interval` records (a bar is shown instead at a terminal).
+    Raises ConfigurationError for bad input, and if an output exists.
+    """
+    outputs = tuple(config.output(key) for key in config.json_keys)
+    _require_new(outputs)
+    encoder = DocumentEncoder(config)
+    dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
+    documents = empty = tokens = 0
+    with ExitStack() as stack:
+        builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in outputs]
+        encoded = stack.enter_context(_encoded(config, encoder))
+        for found in _with_progress(encoded, len(encoder.records), config.log_interval, report):
+            if isinstance(found, str):
+                raise ConfigurationError(found)
+            for builder, ids in zip(builders, found, strict=True):
+                if ids:
+                    builder.add_document(torch.tensor(ids), [len(ids)])
+                documents, empty, tokens = documents + bool(ids), empty + (not ids), tokens + len(ids)
+        require(documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
+    return Preprocessed(outputs, documents, empty, tokens)
+
+
+def _require_new(outputs: Sequence[str]) -> None:
+    existing = [path for prefix in outputs for path in _pair(prefix) if Path(path).exists()]
+    require(not existing, f"{' and '.join(existing)} exist: remove them, or give another --output-prefix.")
+    for prefix in outputs:
+        folder = Path(prefix).parent
+        require(
+            folder.is_dir() and os.access(folder, os.W_OK), f"--output-prefix: cannot write to the folder {folder}."
+        )
+
+
+def _pair(prefix: str) -> tuple[str, str]:
+    return get_bin_path(prefix), get_idx_path(prefix)
+
+
+@contextmanager
+def _new_pair(prefix: str, dtype: type) -> Iterator[IndexedDatasetBuilder]:
+    """A builder whose files get their names at the end, the index last; they vanish if anything goes wrong."""
+    part = f"{prefix}.part-{os.getpid()}"
+    builder = IndexedDatasetBuilder(get_bin_path(part), dtype=dtype)
+    try:
+        yield builder
+        builder.finalize(get_idx_path(part))
+        for unfinished, path in zip(_pair(part), _pair(prefix), strict=True):
+            os.replace(unfinished, path)
+    finally:
+        builder.data_file.close()
+        for unfinished in _pair(part):
+            Path(unfinished).unlink(missing_ok=True)
+
+
+@contextmanager
+def _encoded(config: PreprocessConfig, encoder: DocumentEncoder) -> Iterator[Iterable[list[list[int]] | str]]:
+    """Every record in the order of the input, by this process or by `workers`."""
+    indices = range(len(encoder.records))
+    if config.workers == 1:
+        yield map(encoder.encode, indices)
+        return
+    with multiprocessing.get_context("spawn").Pool(config.workers, _start_worker, (config,)) as pool:
+        yield pool.imap(_encode_in_worker, indices, chunksize=_CHUNK)
+
+
+_worker_encoder: DocumentEncoder  # set once in each worker process
+
+
+def _start_worker(config: PreprocessConfig) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_encoder = DocumentEncoder(config)
+
+
+def _encode_in_worker(index: int) -> list[list[int]] | str:
+    return _worker_encoder.encode(index)
+
+
+def _with_progress(
+    encoded: Iterable[list[list[int]] | str], total: int, log_interval: int, report: Callable[[str], None]
+) -> Iterator[list[list[int]] | str]:
+    from rich.console import Console
+
+    if Console().is_terminal:
+        yield from track(encoded, "tokenizing", total=total)
+        return
+    begin = time.monotonic()
+    for done, found in enumerate(encoded, 1):
+        yield found
+        if done % log_interval == 0 or done == total:
+            report(f"{done} of {total} records, {done / (time.monotonic() - begin):.0f} a second")
