@@ -14,17 +14,17 @@ SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 LAYERS = ("config_error", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
 CONFIGURATION = {"config_error", "config"}
-BELOW_TRAINING = {*LAYERS, "models", "data", "checkpoint", "conversion"}
+BELOW_TRAINING = {*LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
     **{layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
-    "config_record": {"config"},
-    "megatron_fields": {"config"},
-    "megatron_flags": set(),
-    "argument_tables": {"config"},
-    "arguments": {"config", "argument_tables", "megatron_fields", "megatron_flags", "models"},
-    "models": {"config", "runtime", "parallel", "adapters"},
-    "data": {"config", "runtime", "parallel"},
-    "checkpoint": {*LAYERS, "models"},
+    "config_record": CONFIGURATION,
+    "megatron_fields": CONFIGURATION,
+    "megatron_flags": CONFIGURATION,
+    "argument_tables": CONFIGURATION | {"megatron_fields", "megatron_flags"},
+    "arguments": CONFIGURATION | {"argument_tables", "megatron_fields", "megatron_flags", "models"},
+    "models": CONFIGURATION | {"runtime", "parallel", "adapters"},
+    "data": CONFIGURATION | {"runtime", "parallel"},
+    "checkpoint": {*LAYERS, "config_record", "models"},
     "conversion": {*LAYERS, "models", "checkpoint"},
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING | {"training"},
