@@ -1,0 +1,293 @@
+"""Megatron's flags -> typed configuration. The only user of argparse, and nothing heavy is imported.
+
+Everything that is wrong (unknown flags, flags of Megatron that are not served, values, contradictions, also with the
+checkpoint's shape and the world size) is gathered and told in one message, by rank 0 alone; every rank exits with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any, NoReturn
+
+from megatron_peft.argument_tables import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag
+from megatron_peft.megatron_fields import SOURCES, megatron_fields
+from megatron_peft.megatron_flags import reason_of, refusal, refused_flags
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+
+PROGRAM = "pretrain_peft.py"
+USAGE = f"""
+  torchrun --nproc-per-node N {PROGRAM} --pretrained-checkpoint FOLDER
+    --train-data-path FILE.jsonl --train-iters N [--save FOLDER] [flag ...]"""
+DESCRIPTION = (
+    "Fine-tune a pretrained Llama, whole or with adapters, split over tensor- and pipeline-parallel ranks. "
+    "Flags are Megatron's, with Megatron's meanings; they cannot be abbreviated."
+)
+TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
+
+ShapeReader = Callable[[str], ModelShape]
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    read_shape: ShapeReader | None = None,
+) -> RunConfig:
+    """The configuration that `argv` (default: the process's own) asks for.
+
+    The world size is `WORLD_SIZE` of `environ` (1 if it is missing). `read_shape` gives the shape of the model in a
+    checkpoint folder, or raises ConfigurationError; with it, flags and layout are held against the model as well.
+
+    Raises SystemExit: 0 after `--help`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    served = served_flags()
+    parser = _build_parser(served)
+    if {"--help", "-h"} & set(argv):
+        if _is_first_rank(environ):
+            parser.print_help()
+        raise SystemExit(0)
+    typed = _Typed(parser, {name: one for one in served for name in one.names})
+    for name, values in _split_at_flags(argv):
+        typed.read(name, values)
+    try:
+        return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
+    except ConfigurationError as error:
+        exit_with_error(error, environ)
+
+
+def exit_with_error(error: ConfigurationError, environ: Mapping[str, str] = os.environ) -> NoReturn:
+    """Tell on rank 0 what is wrong, all of it in one message on stderr, and exit with 2 on every rank."""
+    if _is_first_rank(environ):
+        lines = error.problems if len(error.problems) == 1 else ("several things are wrong:", *error.problems)
+        print(f"{PROGRAM}: error: " + "\n  - ".join(lines), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def known_flags() -> dict[str, str | None]:
+    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
+
+    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
+    version: a field is served by a flag of `argument_tables`, or it is refused; there is no third state.
+    """
+    of_fields = {name: reason_of(name.lstrip("-")) or FIELD_REASON for name in _flags_of_fields()}
+    refused = {f"--{name}": reason for name, reason in refused_flags().items()}
+    return of_fields | refused | {name: None for served in served_flags() for name in served.names}
+
+
+def _flags_of_fields() -> Iterator[str]:
+    """`--field`, Megatron's own name for it, and for a switch `--no-field` and `--disable-field`."""
+    for class_name in SOURCES:
+        for one in megatron_fields(class_name).values():
+            yield from (flag(one.name), *one.flags)
+            if one.annotation == "bool":
+                yield from (flag("no_" + one.name), flag("disable_" + one.name))
+
+
+def _is_first_rank(environ: Mapping[str, str]) -> bool:
+    return environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class _Typed:
+    """What the user typed so far, by where it goes, and what was wrong with it."""
+
+    parser: argparse.ArgumentParser
+    served: Mapping[str, Flag]
+    values: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"config": {}, "shape": {}, "transformer": {}, "nothing": {}}
+    )
+    spellings: dict[tuple[str, str], str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, name: str, words: list[str]) -> None:
+        """One flag and the words up to the next flag."""
+        try:
+            value = self._value(name, words)
+        except ConfigurationError as error:
+            self.problems += error.problems
+            return
+        served = self.served[name]
+        place, values = (served.target, served.key), self.values[served.target]
+        before = self.spellings.setdefault(place, name)
+        if before not in served.names and values[served.key] != value:
+            self.problems.append(f"{before} and {name} contradict one another: give one of the two.")
+        values[served.key] = value
+
+    def _value(self, name: str, words: list[str]) -> Any:
+        if not name:
+            raise ConfigurationError(f"{' '.join(words)} belongs to no flag.")
+        if name not in self.served:
+            raise ConfigurationError(_not_served(name))
+        served = self.served[name]
+        if served.constant is not TAKES_A_VALUE:
+            if words:
+                raise ConfigurationError(f"{name} takes no value, but {' '.join(words)} follows it.")
+            return served.constant
+        if len(words) > 1 and not served.many:
+            raise ConfigurationError(f"{name} takes one value, but {' '.join(words)} follow it.")
+        return self._parsed(name, words)
+
+    def _parsed(self, name: str, words: list[str]) -> Any:
+        """argparse's reading of one flag. Joining by `=` lets a value start with a dash."""
+        try:
+            namespace = self.parser.parse_args([f"{name}={words[0]}"] if len(words) == 1 else [name, *words])
+        except argparse.ArgumentError as error:
+            raise ConfigurationError(f"{name}: {error.message}.") from error
+        (value,) = vars(namespace).values()
+        return tuple(value) if isinstance(value, list) else value
+
+
+def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """`a --lr 1 --split=9,1 --bf16` -> ("", [a]), (--lr, [1]), (--split, [9,1]), (--bf16, [])."""
+    parts: list[tuple[str, list[str]]] = [("", [])]
+    for word in argv:
+        if re.match(r"--|-[^\d.]", word):
+            name, equals, value = word.partition("=")
+            parts.append((name, [value] if equals else []))
+        else:
+            parts[-1][1].append(word)
+    return [(name, words) for name, words in parts if name or words]
+
+
+def _not_served(name: str) -> str:
+    """What to tell about a flag that is not served: refused by name, or not known at all."""
+    known = known_flags()
+    if reason := known.get(name):
+        return refusal(name, reason)
+    served = [other for other, reason in known.items() if reason is None]
+    family = reason_of(name.lstrip("-"))
+    if family and not _nearest(name, served, TYPO):
+        return refusal(name, family)
+    nearest = _nearest(name, served, TYPO) or _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
+    if not nearest:
+        return f"{name} is not a known flag; --help lists them."
+    not_served = "" if known[nearest] is None else ", which is Megatron's and not served here"
+    return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
+
+
+def _nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
+    """The flag most like `name`, if it is at least so alike (0 to 1); dashes in front do not count."""
+    found = get_close_matches(name.lstrip("-"), [other.lstrip("-") for other in others], 1, likeness)
+    return f"--{found[0]}" if found else None
+
+
+def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None) -> RunConfig:
+    """The configuration of what was typed; ConfigurationError with everything that is wrong."""
+    problems = [*typed.problems, *_method_problems(typed)]
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
+    config = typed.values["config"]
+    shape_flags = dict(typed.values["shape"])
+    if "vocab_size" in config and config.get("tokenizer_type") != "NullTokenizer":
+        shape_flags["vocab_size"] = config["vocab_size"]  # of a real tokenizer: the checkpoint's
+    given = {
+        **config,
+        "world_size": int(world_size),
+        "shape_flags": shape_flags,
+        "transformer": typed.values["transformer"],
+    }
+    parts = {name: _build(config_class, given, problems) for name, config_class in sections().items()}
+    whole = None if None in parts.values() else _build(RunConfig, parts, problems)
+    if read_shape and config.get("pretrained_checkpoint"):
+        problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
+    if problems or whole is None:
+        raise ConfigurationError(*problems)
+    return whole
+
+
+def _build(config_class: type, given: Mapping[str, Any], problems: list[str]) -> Any:
+    """An instance from those values of `given` that are its fields, or None, with its problems added to `problems`."""
+    own = {one.name for one in fields(config_class)} & given.keys()
+    try:
+        return config_class(**{name: given[name] for name in own})
+    except ConfigurationError as error:
+        problems += error.problems
+        return None
+
+
+def _method_problems(typed: _Typed) -> list[str]:
+    """Flags of one PEFT method beside another: they would have no effect."""
+    config = typed.values["config"]
+    method = config.get("method", PeftConfig.method)
+    names = [one.name for one in fields(PeftConfig) if one.name in config and one.name != "method"]
+    return [
+        f"{typed.spellings['config', name]} belongs to --peft-method {' or '.join(methods_of(name))}, "
+        f"but the method is {method}: remove it."
+        for name in names
+        if method not in methods_of(name)
+    ]
+
+
+def _shape_problems(
+    folder: str, shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
+) -> list[str]:
+    """What the model in `folder` contradicts; sections that could not be built are left out."""
+    try:
+        shape = read_shape(folder)
+    except ConfigurationError as error:
+        return list(error.problems)
+    return [
+        *compare_shape(shape_flags, shape),
+        *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
+        *(check_lengths(parts["data"], shape) if parts["data"] else []),
+    ]
+
+
+def _build_parser(served: Sequence[Flag]) -> argparse.ArgumentParser:
+    """A parser that stores only what is typed: defaults are the dataclasses' own."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=USAGE,
+        description=DESCRIPTION,
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for one in served:
+        groups[one.group].add_argument(*one.names, **_argparse_settings(one))
+    return parser
+
+
+def _argparse_settings(served: Flag) -> dict[str, Any]:
+    words = served.help.replace("%", "%%")
+    settings: dict[str, Any] = {"dest": f"{served.target}.{served.key}", "help": words}
+    if served.constant is not TAKES_A_VALUE:
+        return settings | {"action": "store_const", "const": served.constant}
+    shown = " ".join(map(str, served.default)) if served.many else served.default
+    if shown not in (None, ""):
+        settings["help"] += f" (default: {shown})"
+    if served.choices:
+        return settings | {"choices": served.choices}
+    metavar = "PATH" if served.key in PATH_FIELDS else {int: "N", float: "X", str: "TEXT"}[served.kind]
+    kind = _number if served.kind is float else served.kind
+    return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+_number.__name__ = "number"  # argparse says: invalid number value
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help that stays readable: at most 100 columns, whatever the terminal's width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(100, shutil.get_terminal_size().columns) - 2)
