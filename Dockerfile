@@ -36,9 +36,9 @@ COPY --chown=peft:peft pyproject.toml setup.py README.md LICENSE ./
 COPY --chown=peft:peft megatron_peft/__init__.py megatron_peft/__init__.py
 RUN python3 -m venv .venv \
     && .venv/bin/pip install --no-cache-dir torch setuptools \
-    && .venv/bin/pip install --no-cache-dir --no-build-isolation --editable ".[${EXTRAS}]" \
-    && touch .venv/.installed
+    && .venv/bin/pip install --no-cache-dir --no-build-isolation --editable ".[${EXTRAS}]"
 COPY --chown=peft:peft . .
+# The Makefile's stamp, newer than the files just copied.
 RUN touch .venv/.installed
 
 CMD ["make", "help"]
