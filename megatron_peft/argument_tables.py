@@ -65,8 +65,8 @@ FLAG_NAMES = {  # where a flag is not simply its field's name
 }
 NO_FLAG = frozenset({"world_size", "shape_flags", "transformer"})  # from the environment, or gathered from others
 PATH_FIELDS = frozenset(
-    "pretrained_checkpoint train_data_path valid_data_path test_data_path data_path data_cache_path tokenizer_model save "
-    "load tensorboard_dir wandb_save_dir".split()
+    "pretrained_checkpoint train_data_path valid_data_path test_data_path data_path data_cache_path tokenizer_model "
+    "save load tensorboard_dir wandb_save_dir".split()
 )
 
 # PeftConfig field or its prefix (the longest wins) -> methods that it belongs to; with others it is an error.

@@ -303,7 +303,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         wsd_flags = [n for n in ("lr_wsd_decay_iters", "lr_wsd_decay_samples") if getattr(self, n) is not None]
-        decays = (self.start_weight_decay, self.end_weight_decay)
+        start, end = self.start_weight_decay, self.end_weight_decay
         with Requirements(self) as require:
             require.positive("lr", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
             require.positive("adam_eps")
@@ -331,13 +331,13 @@ class OptimizerSettings:
             )
             constant = self.weight_decay_incr_style == "constant"
             require(
-                not constant or decays == (None, None),
+                not constant or start is end is None,
                 "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine.",
             )
             require(
-                constant or (None not in decays and decays[0] <= decays[1]),
+                constant or (start is not None and end is not None and start <= end),
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay at most "
-                f"--end-weight-decay (given: {decays[0]} and {decays[1]}).",
+                f"--end-weight-decay (given: {start} and {end}).",
             )
             require.needs("overlap_param_gather", "use_distributed_optimizer")
             require(
