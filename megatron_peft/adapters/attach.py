@@ -53,7 +53,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         ConfigurationError: a pattern matches nothing in the whole model; the message lists what exists.
     """
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    require_matches(peft.target_modules, all_names(targets))
+    require_matches(peft.target_modules, all_names([target.name for target in targets]))
     for chunk in model_chunks:
         chunk.requires_grad_(False)
     adapter = ADAPTERS[peft.method]
@@ -75,11 +75,11 @@ def linear_layers(chunk: nn.Module) -> Iterator[Target]:
                     yield Target(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
 
 
-def all_names(targets: Sequence[Target]) -> list[str]:
-    """The names of every rank's layers, so that a pattern may match on another pipeline stage only."""
+def all_names(names: Sequence[str]) -> list[str]:
+    """The union of every rank's names: a pattern may match on another pipeline stage only. A collective."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, [target.name for target in targets])
-    return sorted({name for names in gathered for name in names})
+    dist.all_gather_object(gathered, list(names))
+    return sorted({name for found in gathered for name in found})
 
 
 def is_targeted(name: str, patterns: Sequence[str]) -> bool:

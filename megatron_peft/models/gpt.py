@@ -45,6 +45,7 @@ class GPTConfig(TransformerConfig):
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> GPTConfig:
     """megatron-core's configuration of a model of this shape, at this layout."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
     run: Mapping[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **model.transformer}
     return GPTConfig(
         num_layers=shape.num_layers,
@@ -71,6 +72,9 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         perform_initialization=False,  # every weight is loaded
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
+        # Two stages are each other's next and previous: batched messages would be taken for one another.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",  # unused: its default is refused beside variable lengths
         **run,
     )

@@ -1,0 +1,82 @@
+"""A fine-tuning run from its configuration: check everything, build, load, train."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_peft.adapters.attach import all_names, attach_adapters
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.config import RunConfig, require
+from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape_check import check_shape
+from megatron_peft.runtime.launch import checked_together, start_model_parallel
+from megatron_peft.training.loop import train
+from megatron_peft.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_peft.training.state import TrainingState
+from megatron_peft.training.summary import count_parameters, training_summary
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(config: RunConfig) -> None:
+    """Run `config` to its end, within a started world.
+
+    Raises:
+        ConfigurationError: on every rank, before anything large is loaded and anything is written, for whatever is
+            wrong with the model, the layout, the data, the targets or the folders.
+    """
+    shape = checked_together(lambda: _checked_shape(config))
+    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+    checked_together(lambda: _check_save_folder(config))
+    data = build_data(
+        config,
+        tokenizer,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    state = build_state(config, shape, data)
+    load_checkpoint(state)
+    data.train.consumed_samples = state.position.consumed_samples
+    say(train(state, data, save_checkpoint))
+
+
+def _checked_shape(config: RunConfig) -> ModelShape:
+    assert config.model.pretrained_checkpoint is not None
+    shape = read_shape(config.model.pretrained_checkpoint)
+    check_shape(config, shape)
+    return shape
+
+
+def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
+    tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
+    require(
+        tokenizer.vocab_size <= shape.vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} tokens, but the embedding of --pretrained-checkpoint "
+        f"{config.model.pretrained_checkpoint} has {shape.vocab_size} rows: give the tokenizer that belongs to it.",
+    )
+    return tokenizer
+
+
+def _check_save_folder(config: RunConfig) -> None:
+    if config.checkpoint.save is None:
+        return
+    folder = Path(config.checkpoint.save)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        require(False, f"--save {folder} cannot be made: {error.strerror}. Give a folder that you may write to.")
+    require(writable, f"--save {folder} cannot be written. Give a folder that you may write to.")

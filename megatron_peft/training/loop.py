@@ -1,0 +1,149 @@
+"""The training loop: steps, log lines, validation, checkpoints, and the ways to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_peft.data.build import Data
+from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.metrics import MetricsWriter, memory_bytes
+from megatron_peft.training.progress import Progress
+from megatron_peft.training.signals import ExitSignals
+from megatron_peft.training.state import TrainingState
+from megatron_peft.training.step import StepReport, train_step
+
+Record = dict[str, Any]
+
+
+@dataclass
+class _Interval:
+    """Time and tokens since the last log line."""
+
+    started_at: float = field(default_factory=time.perf_counter)
+    num_steps: int = 0
+    num_positions: int = 0
+
+    def add(self, report: StepReport) -> None:
+        self.num_steps += 1
+        self.num_positions += report.num_positions
+
+    def rates(self) -> Record:
+        seconds = time.perf_counter() - self.started_at
+        return {"step_seconds": seconds / self.num_steps, "tokens_per_second": self.num_positions / seconds}
+
+
+def train(state: TrainingState, data: Data, save: Callable[[TrainingState], Any]) -> str:
+    """Train from `state.position` to the end of the run, or until it is asked to stop.
+
+    Args:
+        state: updated in place.
+        data: training steps (set to the state's position) and validation steps.
+        save: writes a checkpoint; called every --save-interval and at the end if --save is given.
+
+    Returns:
+        Why it ended, a sentence for the terminal.
+    """
+    config, position = state.config, state.position
+    is_writer = dist.get_rank() == 0
+    writer = MetricsWriter(config.checkpoint.save, config.logging, is_writer, position.iteration)
+    progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
+    with ExitSignals(config.training.exit_signal_handler) as signals, writer, progress:
+        run = _Run(state, data, save, writer, progress, signals)
+        return run.to_the_end()
+
+
+@dataclass
+class _Run:
+    state: TrainingState
+    data: Data
+    save: Callable[[TrainingState], Any]
+    writer: MetricsWriter
+    progress: Progress
+    signals: ExitSignals
+    started_at: float = field(default_factory=time.monotonic)
+    saved_iteration: int = -1
+    interval: _Interval = field(default_factory=_Interval)
+
+    def to_the_end(self) -> str:
+        position = self.state.position
+        self.saved_iteration = position.iteration
+        steps = iter(self.data.train)
+        reason = "nothing to do: the run had ended before"
+        while position.iteration < self.data.train_iters:
+            reason = self._one_iteration(next(steps))
+            if reason:
+                break
+        steps.close()  # type: ignore[attr-defined]
+        if self.state.config.checkpoint.save and self.saved_iteration != position.iteration:
+            self._save()
+        return reason or f"trained {position.iteration} iterations"
+
+    def _one_iteration(self, microbatches: list) -> str:
+        """Train one step and do what is due after it. Returns why the run should end now, or nothing."""
+        config, position = self.state.config, self.state.position
+        report = train_step(self.state, microbatches, stop=self._wants_to_stop())
+        position.iteration += 1
+        position.consumed_samples += config.global_batch_size
+        position.consumed_tokens += report.num_positions
+        self.interval.add(report)
+        self.progress.advance(position.iteration)
+        self._log_and_validate(report)
+        if _due(position.iteration, config.checkpoint.save_interval):
+            self._save()
+        if report.stop:
+            return f"asked to stop at iteration {position.iteration}"
+        if _due(position.iteration, config.training.exit_interval):
+            return f"--exit-interval reached at iteration {position.iteration}"
+        return ""
+
+    def _wants_to_stop(self) -> bool:
+        limit = self.state.config.training.exit_duration_in_mins
+        minutes = (time.monotonic() - self.started_at) / 60
+        return self.signals.received or (limit is not None and minutes > limit)
+
+    def _log_and_validate(self, report: StepReport) -> None:
+        iteration, is_last = self.state.position.iteration, self.state.position.iteration == self.data.train_iters
+        validates = self.data.valid is not None and (_due(iteration, self._eval_interval()) or is_last)
+        if not (_due(iteration, self.state.config.logging.log_interval) or validates or is_last):
+            return
+        record = self._record(report)
+        if validates:
+            assert self.data.valid is not None
+            record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
+        self.writer.write(record)
+        self.progress.update(record)
+        self.interval = _Interval()
+
+    def _eval_interval(self) -> int | None:
+        return self.state.config.training.eval_interval
+
+    def _record(self, report: StepReport) -> Record:
+        position, (memory, peak) = self.state.position, memory_bytes()
+        return {
+            "iteration": position.iteration,
+            "epoch": self.data.train.epochs_at(position.consumed_samples),
+            "consumed_samples": position.consumed_samples,
+            "consumed_tokens": position.consumed_tokens,
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "grad_norm": report.grad_norm,
+            **self.interval.rates(),
+            "memory_bytes": memory,
+            "peak_memory_bytes": peak,
+        }
+
+    def _save(self) -> None:
+        self.save(self.state)
+        self.saved_iteration = self.state.position.iteration
+        self.progress.message(
+            f"saved iteration {self.saved_iteration} in {self.state.config.checkpoint.save}"
+        )
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0

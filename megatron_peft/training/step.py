@@ -1,0 +1,195 @@
+"""One training step: microbatches through megatron-core's schedule, gradients summed, checked, applied.
+
+The loss is the mean over the completion tokens of the whole global batch, however they fall on microbatches and
+ranks: each microbatch contributes a sum, and gradients are divided by the global number of tokens at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_peft.data.batches import Microbatch
+from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.training.state import TrainingState
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What every rank knows after a step.
+
+    Args:
+        loss: mean over the completion tokens of the global batch.
+        num_tokens: completion tokens of the global batch.
+        num_positions: all tokens that went through the model, prompts and padding included.
+        grad_norm: of the whole gradient, before clipping.
+        learning_rate: that the step was taken with.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    num_tokens: int
+    num_positions: int
+    grad_norm: float
+    learning_rate: float
+    stop: bool
+
+
+def finish_gradients(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+    """megatron-core's sums (data parallel, norms under sequence parallelism, tied embeddings, division by the tokens),
+    then ours: the partial gradients of replicated adapter parameters, in one call."""
+    finalize_model_grads(model, *args, **kwargs)
+    sum_partial_gradients_over_tensor_parallel(model, parallel_state.get_tensor_model_parallel_group())
+
+
+def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False) -> StepReport:
+    """Forward, backward and update on this rank's microbatches of one global batch.
+
+    Args:
+        state: updated in place, its position aside.
+        microbatches: of this data-parallel rank.
+        stop: this rank wants the run to end; the report says so on all ranks.
+
+    Raises:
+        NonFiniteError: on every rank, before the optimizer has used anything.
+    """
+    for chunk in state.model_chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
+    check = state.config.training.check_for_nan_in_loss_and_grad
+    summary = _sum_over_world(losses, state.model_chunks if check else (), stop)
+    if check and summary.non_finite:
+        _raise_non_finite(state, losses)
+    learning_rate = _learning_rate(state)
+    _, grad_norm, _ = state.optimizer.step()
+    state.schedule.step(increment=state.config.global_batch_size)
+    return StepReport(
+        loss=summary.loss,
+        num_tokens=summary.num_tokens,
+        num_positions=summary.num_positions,
+        grad_norm=float(grad_norm or 0.0),
+        learning_rate=learning_rate,
+        stop=summary.stop,
+    )
+
+
+def run_schedule(
+    model_chunks: Sequence[DistributedDataParallel], microbatches: Sequence[Microbatch], forward_only: bool
+) -> Tensor:
+    """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
+
+    Returns:
+        float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
+        number of positions; [0, 3] on the other stages.
+    """
+    config = model_chunks[0].module.config
+    config.finalize_model_grads_func = finish_gradients
+    config.no_sync_func = [chunk.no_sync for chunk in model_chunks]
+    if len(model_chunks) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+    device = torch.device(torch.cuda.current_device())
+    moved = [microbatch.to(device) for microbatch in microbatches]
+    iterators = [iter(moved) for _ in model_chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
+        model=list(model_chunks),
+        num_microbatches=len(moved),
+        seq_length=moved[0].tokens.shape[1],
+        micro_batch_size=moved[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return torch.stack(reports) if reports else torch.zeros(0, 3, dtype=torch.float64, device=device)
+
+
+def _forward(microbatches: Iterable[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
+    microbatch = next(iter(microbatches))
+    token_losses = model(
+        input_ids=microbatch.tokens,
+        position_ids=microbatch.position_ids,
+        attention_mask=None,  # causal; padding is on the right, where no real token looks
+        labels=microbatch.labels,
+        packed_seq_params=packing(microbatch),
+    )
+    return token_losses, partial(_sum_of_losses, microbatch.loss_mask)
+
+
+def _sum_of_losses(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the losses of completion tokens, their number, both for the report)"""
+    loss = torch.sum(token_losses.float() * loss_mask)
+    num_tokens = loss_mask.sum()
+    report = torch.stack([loss.detach().double(), num_tokens.double(), num_tokens.new_tensor(loss_mask.numel()).double()])
+    return loss, num_tokens.to(torch.int), report
+
+
+def packing(microbatch: Microbatch) -> PackedSeqParams | None:
+    """Sample boundaries of a packed microbatch in megatron-core's form."""
+    if microbatch.cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=microbatch.max_seqlen,
+        max_seqlen_kv=microbatch.max_seqlen,
+    )
+
+
+@dataclass(frozen=True)
+class _Summary:
+    loss: float
+    num_tokens: int
+    num_positions: int
+    non_finite: bool
+    stop: bool
+
+
+def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> _Summary:
+    """All that ranks must agree on, in one all-reduce of five numbers and one look at the answer."""
+    # Tensor-parallel peers compute the same losses: one of them speaks.
+    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+    total = losses.sum(0) if speaks else torch.zeros_like(losses).sum(0)
+    finite = torch.isfinite(losses).all()
+    for chunk in model_chunks:
+        for buffer in chunk.buffers:
+            finite = finite & torch.isfinite(buffer.grad_data.sum())
+    numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
+    dist.all_reduce(numbers)
+    loss_sum, num_tokens, num_positions, non_finite, stopping = numbers.tolist()
+    return _Summary(
+        loss_sum / max(num_tokens, 1), int(num_tokens), int(num_positions), non_finite > 0, stopping > 0
+    )
+
+
+def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
+    bad = (~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist()
+    found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, bad)
+    places = [f"rank {rank}, microbatch {index}" for rank, indices in enumerate(found) for index in indices]
+    what = f"the loss is NaN or infinite ({'; '.join(places[:8])})" if places else "a gradient is NaN or infinite"
+    raise NonFiniteError(
+        f"iteration {state.position.iteration + 1}: {what}. The parameters are those of iteration "
+        f"{state.position.iteration}. Lower --lr, check the data, or let it pass with "
+        f"--no-check-for-nan-in-loss-and-grad."
+    )
+
+
+def _learning_rate(state: TrainingState) -> float:
+    groups = state.optimizer.param_groups
+    return next((group["lr"] for group in groups if group.get("default_config", True)), 0.0)

@@ -1,0 +1,98 @@
+"""Short training runs at several layouts in one world; started on ranks by test_layout.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_peft.config import DataConfig, ModelConfig, OptimizerSettings, ParallelConfig, PeftConfig, RunConfig
+from megatron_peft.config import TrainingConfig
+from megatron_peft.data.build import build_data
+from megatron_peft.data.tokenizers import build_tokenizer
+from megatron_peft.models.gpt import num_virtual_stages
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.training.build import build_state
+from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.step import train_step
+from tests.tiny_llama import VOCAB_SIZE
+
+NUM_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A name for it, the base and data, and what differs from the plain run (fields of the config's groups)."""
+
+    name: str
+    base: str
+    data: str
+    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
+    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    num_steps: int = NUM_STEPS
+
+    def config(self, world_size: int) -> RunConfig:
+        return RunConfig(
+            parallel=ParallelConfig(**self.parallel, world_size=world_size),
+            model=ModelConfig(self.base, transformer=self.transformer, **self.model),
+            peft=PeftConfig(**self.peft),
+            data=DataConfig(
+                train_data_path=(self.data,),
+                valid_data_path=(self.data,),
+                seq_length=32,
+                tokenizer_type="NullTokenizer",
+                vocab_size=VOCAB_SIZE - 1,
+                num_workers=0,
+                **self.data_settings,
+            ),
+            training=TrainingConfig(
+                **{"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
+            ),
+            optimizer=OptimizerSettings(**{"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}),
+        )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses and gradient norms by step, and the validation loss at the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    validation_loss: float
+
+
+def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
+    """Every job, one after the other, in one world."""
+    import torch.distributed as dist
+
+    start_world(ParallelConfig())
+    curves = {}
+    for job in jobs:
+        config = job.config(dist.get_world_size())
+        curves[job.name] = run(config)
+        parallel_state.destroy_model_parallel()
+    return curves
+
+
+def run(config: RunConfig) -> Curve:
+    shape = read_shape(config.model.pretrained_checkpoint)
+    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    data = build_data(
+        config,
+        build_tokenizer(config.data, None),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    state = build_state(config, shape, data.train_iters)
+    steps = iter(data.train)
+    reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
+    loss = validation_loss(state.model_chunks, data.valid)
+    return Curve([r.loss for r in reports], [r.grad_norm for r in reports], loss)

@@ -1,0 +1,80 @@
+"""The layout never changes the model: losses, gradient norms and validation losses equal one process's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+from tests.training.layout_runs import Job
+
+TARGET = "tests.training.layout_runs:run_jobs"
+SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+METHODS = {
+    "lora": {"peft": {"method": "lora", "lora_rank": 4}},
+    "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
+    "lora-packed": {"peft": {"method": "lora", "lora_rank": 4}, "data_settings": {"pack_sequences": True}},
+}
+ON_TWO_RANKS = {
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "TP2+SP": {"parallel": SP},
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "PP2 interleaved": {
+        "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    },
+    "DP2": {},
+    "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True}},
+    "DP2 overlapped": {
+        "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
+        "training": {"overlap_grad_reduce": True},
+    },
+}
+ON_FOUR_RANKS = {
+    "TP2xPP2 recompute": {
+        "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        "transformer": RECOMPUTE,
+    },
+    "TP2xPP2+SP": {"parallel": {**SP, "pipeline_model_parallel_size": 2}},
+}
+
+
+def merged(*groups: dict) -> dict:
+    keys = {key for group in groups for key in group}
+    return {key: {name: value for group in groups for name, value in group.get(key, {}).items()} for key in keys}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layout")
+    base, data = str(save_llama(folder / "base")), str(save_pairs(folder / "pairs.jsonl"))
+
+    def jobs(layouts: dict) -> list[Job]:
+        return [
+            Job(f"{method} {layout}", base, data, **merged(METHODS[method], layouts[layout]))
+            for method in METHODS
+            for layout in layouts
+        ]
+
+    found = {}
+    for num_ranks, layouts in ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS)):
+        by_rank = run_ranks(num_ranks, TARGET, jobs(layouts))
+        assert all(curves == by_rank[0] for curves in by_rank), "ranks report different numbers"
+        found.update(by_rank[0])
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", [*ON_TWO_RANKS, *ON_FOUR_RANKS])
+def test_layout_equals_one_process(curves, method, layout):
+    alone, here = curves[f"{method} alone"], curves[f"{method} {layout}"]
+    np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
+    np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
+    np.testing.assert_allclose(here.validation_loss, alone.validation_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_learns(curves, method):
+    losses = curves[f"{method} alone"].losses
+    assert losses[-1] < losses[0] - 0.05
