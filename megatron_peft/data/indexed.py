@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
-from megatron_peft.data.blend import Blend, number, parse_blend
+from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.sample import Sample
 from megatron_peft.data.tokenizers import Tokenizer
 
@@ -72,7 +72,7 @@ def build_indexed(
 def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Tokenizer) -> GPTDatasetConfig:
     source: dict[str, Any] = {"blend_per_split": [blend if one == split else None for one in Split]}
     if config.data_path:
-        source = {"blend": blend, "split": _checked_split(config.split or DEFAULT_SPLIT)}
+        source = {"blend": blend, "split": config.split or DEFAULT_SPLIT}
     core_config = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
@@ -89,15 +89,6 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
         cut = zip(Split, core_config.split_matrix, strict=True)
         core_config.split_matrix = [book_ends if one == split else None for one, book_ends in cut]
     return core_config
-
-
-def _checked_split(split: str) -> str:
-    numbers = [number(part) for part in split.split(",")]
-    require(
-        len(numbers) <= len(Split) and all(n is not None and n >= 0 for n in numbers) and any(numbers),
-        f"--split {split!r} is not up to three numbers for train, valid and test, such as {DEFAULT_SPLIT!r}.",
-    )
-    return split
 
 
 def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> IndexedSamples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ class Microbatch:
     num_samples: int
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same on `device`."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     @property
     def num_loss_tokens(self) -> int:

@@ -76,7 +76,10 @@ class Survey:
         skipped = self.positions == 0
         findings = (
             (self.overlong & ~skipped, f"are longer than --seq-length {fit.seq_length} and were cut at their end"),
-            (self.overlong & skipped, f"are longer than --seq-length {fit.seq_length} and were {_WHY[fit.overlong]}"),
+            (
+                self.overlong & skipped,
+                f"are longer than --seq-length {fit.seq_length} and were {_skipped(fit.overlong)}",
+            ),
             (~self.overlong & skipped, "have no token to learn from and were skipped"),
         )
         return [
@@ -86,10 +89,9 @@ class Survey:
         ]
 
 
-_WHY = {
-    "truncate": "skipped, since their prompt alone fills it and no token of a completion is left",
-    "skip": "skipped",
-}
+def _skipped(overlong: str) -> str:
+    because = ", since their prompt alone fills it and no token of a completion is left"
+    return "skipped" + (because if overlong == "truncate" else "")
 
 
 def survey(records: JsonRecords, fit: Fit) -> Survey:
@@ -104,10 +106,9 @@ def survey(records: JsonRecords, fit: Fit) -> Survey:
         if isinstance(share, str):
             raise ConfigurationError(share)
     found = Survey(*(np.concatenate(arrays) for arrays in zip(*shares, strict=True)))
-    require(
-        len(found.usable) > 0,
-        f"no sample is left of {len(records)} (from {records.place(0)} on). " + " ".join(found.summary(records, fit)),
-    )
+    if not found.positions.any():
+        why = " ".join(found.summary(records, fit))
+        raise ConfigurationError(f"no sample is left of {len(records)} (from {records.place(0)} on). {why}")
     return found
 
 

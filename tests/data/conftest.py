@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tiny_tokenizers import CORPUS, save_tokenizer
+
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def hf(tokenizer_folder) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory) -> Path:
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def null() -> NullTokenizer:
+    return NullTokenizer(99)
+
+
+@pytest.fixture
+def write_lines(tmp_path):
+    """Write records (or raw lines) as JSON lines; returns the path as text."""
+
+    def write(records: list, name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("".join(line + "\n" for line in lines))
+        return str(path)
+
+    return write

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+
+from megatron_peft.data.microbatch import pack, pad
+from megatron_peft.data.sample import sample_from_ids
+
+LONG = sample_from_ids([1, 2, 3, 4], [False, False, True, True], 9)
+SHORT = sample_from_ids([7, 8], [False, True], 9)
+
+
+def test_rows_are_padded_on_the_right_to_the_longest():
+    batch = pad([[LONG], [SHORT]], 1, 99)
+    assert batch.tokens.tolist() == [[1, 2, 3], [7, 99, 99]]
+    assert batch.labels.tolist() == [[2, 3, 4], [8, 99, 99]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert (batch.num_samples, batch.num_loss_tokens, batch.cu_seqlens, batch.max_seqlen) == (2, 3, None, None)
+    assert [t.dtype for t in (batch.tokens, batch.labels, batch.position_ids)] == [torch.int64] * 3
+    assert batch.loss_mask.dtype == torch.float32
+
+
+def test_the_width_is_rounded_up_for_sequence_parallelism():
+    assert pad([[LONG]], 4, 99).tokens.shape == (1, 4)
+    assert pad([[SHORT]], 4, 99).tokens.shape == (1, 4)
+
+
+def test_a_row_without_a_sample_is_padding():
+    batch = pad([[SHORT], []], 1, 99)
+    assert batch.tokens.tolist() == [[7], [99]]
+    assert (batch.loss_mask.tolist(), batch.num_samples) == ([[1], [0]], 1)
+    nothing = pad([[], []], 2, 99)
+    assert nothing.tokens.shape == (2, 2) and nothing.num_loss_tokens == nothing.num_samples == 0
+
+
+def test_packed_samples_stand_in_one_row_with_their_bounds():
+    batch = pack([[LONG, SHORT], [LONG]], 1, 99)
+    assert batch.tokens.tolist() == [[1, 2, 3, 7, 1, 2, 3]]
+    assert batch.labels.tolist() == [[2, 3, 4, 8, 2, 3, 4]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 0, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 7] and batch.cu_seqlens.dtype == torch.int32
+    assert (batch.max_seqlen, batch.num_samples) == (3, 3)
+
+
+def test_padding_of_a_packed_row_is_a_sequence_of_its_own():
+    batch = pack([[LONG, SHORT]], 3, 99)
+    assert batch.tokens.tolist() == [[1, 2, 3, 7, 99, 99]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert (batch.num_samples, batch.num_loss_tokens) == (2, 3)
+    nothing = pack([[], []], 2, 99)
+    assert (nothing.cu_seqlens.tolist(), nothing.num_loss_tokens, nothing.num_samples) == ([0, 2], 0, 0)
+
+
+def test_a_microbatch_moves_whole():
+    moved = pack([[LONG]], 1, 99).to(torch.device("meta"))
+    tensors = [moved.tokens, moved.labels, moved.loss_mask, moved.position_ids, moved.cu_seqlens]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert moved.max_seqlen == 3

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data.preprocess import PreprocessConfig, preprocess
+from tools.preprocess_data import main
+
+TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
+
+
+def config(path: str, prefix: Path, **settings) -> PreprocessConfig:
+    data = DataConfig(train_data_path=(path,), tokenizer_type="NullTokenizer", vocab_size=99)
+    return PreprocessConfig(data, str(prefix), **settings)
+
+
+def documents(prefix: Path | str) -> list[list[int]]:
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def test_documents_come_back_in_order_and_empty_ones_are_counted(write_lines, tmp_path):
+    done = preprocess(config(write_lines(TEXTS), tmp_path / "out", append_eod=True))
+    assert documents(tmp_path / "out_text_document") == [[1, 2, 3, 99], [4, 5, 99]]
+    assert (done.documents, done.empty_documents, done.tokens) == (2, 1, 7)
+    assert done.prefixes == (f"{tmp_path}/out_text_document",)
+
+
+def test_each_key_has_a_dataset_of_its_own_and_no_end_unless_asked(write_lines, tmp_path):
+    preprocess(config(write_lines(TEXTS), tmp_path / "out", json_keys=("text", "title")))
+    assert documents(tmp_path / "out_text_document") == [[1, 2, 3], [4, 5]]
+    assert documents(tmp_path / "out_title_document") == [[7], [8], [9]]
+
+
+def test_workers_keep_the_order(write_lines, tmp_path):
+    lines = [{"text": str(i % 90)} for i in range(150)]
+    preprocess(config(write_lines(lines), tmp_path / "out", workers=2), report=lambda line: None)
+    assert documents(tmp_path / "out_text_document") == [[i % 90] for i in range(150)]
+
+
+def test_progress_is_told_in_lines(write_lines, tmp_path):
+    lines: list[str] = []
+    preprocess(config(write_lines(TEXTS), tmp_path / "out", log_interval=2), report=lines.append)
+    assert [line.split(",")[0] for line in lines] == ["2 of 3 records", "3 of 3 records"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "data.jsonl, line 4: not JSON"),
+        ({"body": "1"}, 'line 4: lacks the field "text" \\(it has body\\); name others with --json-keys'),
+        ({"text": 1}, 'line 4: "text" is not text but int'),
+        ({"text": "one"}, "line 4: NullTokenizer reads ids"),
+    ],
+)
+def test_a_bad_record_is_named_and_leaves_nothing_behind(write_lines, tmp_path, record, message):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    with pytest.raises(ConfigurationError, match=message):
+        preprocess(config(write_lines([*TEXTS, record]), folder / "out"))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_dataset_without_text_is_an_error(write_lines, tmp_path):
+    with pytest.raises(ConfigurationError, match="no document of .*data.jsonl holds any text"):
+        preprocess(config(write_lines([{"text": ""}]), tmp_path / "out"))
+
+
+def test_what_exists_is_not_overwritten(write_lines, tmp_path):
+    path = write_lines(TEXTS)
+    (tmp_path / "out_text_document.idx").write_text("mine")
+    with pytest.raises(ConfigurationError, match="out_text_document.idx exist: remove them, or give another --output"):
+        preprocess(config(path, tmp_path / "out"))
+    assert (tmp_path / "out_text_document.idx").read_text() == "mine"
+
+
+def test_a_folder_that_is_not_there_is_named(write_lines, tmp_path):
+    with pytest.raises(ConfigurationError, match="--output-prefix: cannot write to the folder .*nowhere"):
+        preprocess(config(write_lines(TEXTS), tmp_path / "nowhere" / "out"))
+
+
+def command(path: str, prefix: Path, *more: str) -> list[str]:
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+    return ["--input", path, "--output-prefix", str(prefix), *null, *more]
+
+
+def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, capsys):
+    write_lines([{"text": "1"}], "part-1.jsonl")
+    write_lines([{"text": "2"}], "part-2.jsonl")
+    pattern = str(tmp_path / "part-*.jsonl")
+    assert main(command(pattern, tmp_path / "out", "--append-eod", "--keep-sequential-samples")) == 0
+    assert documents(tmp_path / "out_text_document") == [[1, 99], [2, 99]]
+    assert "wrote 2 documents, 4 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--split-sentences"], "--split-sentences is a flag of Megatron's that this tool does not serve"),
+        (["--partitions", "4"], "--partitions is a flag of Megatron's"),
+        (["--workers", "0"], "--workers is 0; it must be above 0"),
+    ],
+)
+def test_the_tool_refuses_flags_by_name(write_lines, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(command(write_lines(TEXTS), tmp_path / "out", *flags))
+    assert message in capsys.readouterr().err
+
+
+def test_the_tool_tells_bad_input_in_one_line(tmp_path, capsys):
+    assert main(command(str(tmp_path / "nowhere.jsonl"), tmp_path / "out")) == 2
+    assert "error: --input" in (said := capsys.readouterr().err) and "nowhere.jsonl cannot be read" in said

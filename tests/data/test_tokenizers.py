@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import sentencepiece
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer as MegatronNullTokenizer
+from tiny_tokenizers import save_tokenizer
+from transformers import AutoTokenizer
+
+from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, build_tokenizer, require_vocabulary_fits
+
+MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
+
+
+def config(**settings) -> DataConfig:
+    return DataConfig(train_data_path=("a.jsonl",), **settings)
+
+
+def test_the_default_tokenizer_is_that_of_the_base_model(tokenizer_folder):
+    theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ours = build_tokenizer(config(), str(tokenizer_folder))
+    ids = ours.encode("hello world")
+    assert ids == theirs.encode("hello world", add_special_tokens=False)
+    assert ours.decode([*ids, ours.eos_id]) == "hello world"
+    assert (ours.vocab_size, ours.eos_id, ours.eod, ours.bos_id) == (len(theirs), 2, 2, None)
+    assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False)
+
+
+def test_bos_comes_first_where_transformers_puts_it(tmp_path):
+    folder = str(save_tokenizer(tmp_path, adds_bos=True))
+    ours = HuggingFaceTokenizer(folder)
+    assert ours.encode_prompt("hello") == AutoTokenizer.from_pretrained(folder).encode("hello")
+    assert ours.encode_prompt("hello") == [3, *ours.encode("hello")]
+
+
+def test_a_truncation_saved_with_the_tokenizer_does_not_cut(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    assert len(HuggingFaceTokenizer(str(folder)).encode("the cat sat on the mat")) > 2
+
+
+def test_a_sentencepiece_model_is_read_from_a_file_or_from_its_folder(sentencepiece_file):
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    for source in (sentencepiece_file, sentencepiece_file.parent):
+        ours = build_tokenizer(config(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(source)), None)
+        ids = ours.encode("the cat sat")
+        assert ids == theirs.encode("the cat sat")
+        assert ours.decode(ids) == "the cat sat"
+        assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (theirs.get_piece_size(), theirs.eos_id(), None)
+
+
+def test_null_tokenizer_means_what_it_means_to_megatron():
+    theirs = MegatronNullTokenizer(99)
+    ours = build_tokenizer(config(tokenizer_type="NullTokenizer", vocab_size=99), None)
+    assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod) == (100, 99)
+    assert ours.encode("3 1 4") == theirs.text_to_ids("3 1 4")
+    assert ours.decode([3, 1, 4]) == "3 1 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("3 one", "not '3 one'"), ("3 100", r"id \[100\] is not below --vocab-size 99")]
+)
+def test_null_tokenizer_refuses_what_is_not_an_id(null, text, message):
+    with pytest.raises(ConfigurationError, match=message):
+        null.encode(text)
+
+
+def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
+    torn = tmp_path / "torn.model"
+    torn.write_bytes(b"not a model")
+    cases = (
+        ("HuggingFaceTokenizer", str(tmp_path / "nowhere"), "nowhere: no such folder"),
+        ("HuggingFaceTokenizer", str(tmp_path), "holds no tokenizer that transformers can read"),
+        ("SentencePieceTokenizer", str(tmp_path), "tokenizer.model: no such file"),
+        ("SentencePieceTokenizer", str(torn), "torn.model is not a sentencepiece model"),
+        ("HuggingFaceTokenizer", None, "no tokenizer: give --tokenizer-model"),
+    )
+    for kind, source, message in cases:
+        with pytest.raises(ConfigurationError, match=message):
+            build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source), None)
+
+
+def test_messages_need_a_chat_template(tmp_path, null):
+    bare = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=None)))
+    with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
+        bare.render_chat(MESSAGES)
+    with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
+        null.chat_parts(MESSAGES)
+
+
+def test_a_refusal_of_the_template_is_told(tmp_path):
+    folder = save_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigurationError, match="refuses the messages: roles must alternate"):
+        HuggingFaceTokenizer(str(folder)).render_chat(MESSAGES)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    require_vocabulary_fits(NullTokenizer(99), 100)
+    with pytest.raises(ConfigurationError, match="has 100 ids but the model's vocabulary holds 99"):
+        require_vocabulary_fits(NullTokenizer(99), 99)
