@@ -80,18 +80,21 @@ def known_flags() -> dict[str, str | None]:
     Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
     version: a field is served by a flag of `argument_tables`, or it is refused; there is no third state.
     """
-    of_fields = {name: reason_of(name.lstrip("-")) or FIELD_REASON for name in _flags_of_fields()}
+    of_fields = {
+        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
+        for name, field_name in _flags_of_fields()
+    }
     refused = {f"--{name}": reason for name, reason in refused_flags().items()}
     return of_fields | refused | {name: None for served in served_flags() for name in served.names}
 
 
-def _flags_of_fields() -> Iterator[str]:
-    """`--field`, Megatron's own name for it, and for a switch `--no-field` and `--disable-field`."""
+def _flags_of_fields() -> Iterator[tuple[str, str]]:
+    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
     for class_name in SOURCES:
         for one in megatron_fields(class_name).values():
-            yield from (flag(one.name), *one.flags)
-            if one.annotation == "bool":
-                yield from (flag("no_" + one.name), flag("disable_" + one.name))
+            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
+                yield name, one.name
 
 
 def _is_first_rank(environ: Mapping[str, str]) -> bool:
@@ -200,7 +203,7 @@ def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None
     parts = {name: _build(config_class, given, problems) for name, config_class in sections().items()}
     whole = None if None in parts.values() else _build(RunConfig, parts, problems)
     if read_shape and config.get("pretrained_checkpoint"):
-        problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
+        problems += _shape_problems(config, shape_flags, parts, read_shape)
     if problems or whole is None:
         raise ConfigurationError(*problems)
     return whole
@@ -230,17 +233,17 @@ def _method_problems(typed: _Typed) -> list[str]:
 
 
 def _shape_problems(
-    folder: str, shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
+    config: Mapping[str, Any], shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
 ) -> list[str]:
-    """What the model in `folder` contradicts; sections that could not be built are left out."""
+    """What contradicts the model; sections that could not be built are left out, and so is what was not typed."""
     try:
-        shape = read_shape(folder)
+        shape = read_shape(config["pretrained_checkpoint"])
     except ConfigurationError as error:
         return list(error.problems)
     return [
         *compare_shape(shape_flags, shape),
         *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
-        *(check_lengths(parts["data"], shape) if parts["data"] else []),
+        *(check_lengths(parts["data"], shape) if parts["data"] and "seq_length" in config else []),
     ]
 
 

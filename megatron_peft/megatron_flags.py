@@ -69,6 +69,7 @@ FAMILIES = {
     "tiktoken-": "tiktoken tokenizers",
     "torch-fsdp2-": "fully sharded data parallelism",
     "tp-comm-": "communication overlap inside Transformer Engine's linear layers",
+    "use-mamba-": "Mamba",
     "use-kitchen": "quantisation",
     "vision-": "vision",
     "yarn-": "YaRN rope scaling",

@@ -1,0 +1,266 @@
+"""Flags in, typed configuration out; and everything that is wrong with them in one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.arguments import known_flags, parse_arguments
+from megatron_peft.config import ConfigurationError, RunConfig, flag
+from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
+from megatron_peft.models.shape import ModelShape
+
+NEEDED = ["--pretrained-checkpoint", "model", "--train-data-path", "a.jsonl", "--train-iters", "10"]
+REPOSITORY = Path(__file__).parents[1]
+MEGATRON_IMPORT = """
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+"""
+SHAPE = ModelShape("llama", 4, 64, 128, 4, 2, 16, 100, 2048)
+
+
+def parse(*flags: str, world_size: int = 1, **options: object) -> RunConfig:
+    return parse_arguments([*NEEDED, *flags], {"WORLD_SIZE": str(world_size)}, **options)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *flags: str, **options: object) -> str:
+    """What is told on stderr about wrong flags."""
+    with pytest.raises(SystemExit) as caught:
+        parse(*flags, **options)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    assert err.startswith("pretrain_peft.py: error: ")
+    return err
+
+
+def test_defaults_are_the_dataclasses_own() -> None:
+    config = parse()
+    assert config.optimizer == type(config.optimizer)()
+    assert config.logging == type(config.logging)()
+    assert config.peft == type(config.peft)()
+    assert config.model.shape_flags == {} and config.model.transformer == {}
+
+
+def test_values_have_the_types_of_their_fields() -> None:
+    config = parse(
+        *"--tensor-model-parallel-size 2 --sequence-parallel --distributed-backend gloo --bf16".split(),
+        *"--peft-target-modules linear_qkv linear_fc* --lora-alpha 8 --lora-rs --lora-rank=4".split(),
+        *"--eval-iters 3 --micro-batch-size 2 --lr 2e-3 --lr-decay-style cosine --min-lr 1e-5".split(),
+        *"--save runs/x --save-interval 5 --no-load-rng --no-exit-signal-handler".split(),
+        *"--no-check-for-nan-in-loss-and-grad --distributed-timeout-minutes 1.5 --seed 7".split(),
+        world_size=4,
+    )
+    assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.data_parallel_size == 2
+    assert config.parallel.sequence_parallel is True and config.parallel.distributed_backend == "gloo"
+    assert config.parallel.distributed_timeout_minutes == 1.5
+    assert config.model.bf16 is True
+    assert config.peft.target_modules == ("linear_qkv", "linear_fc*")
+    assert (config.peft.lora_rank, config.peft.lora_alpha, config.peft.lora_rs) == (4, 8.0, True)
+    assert (config.training.eval_iters, config.training.micro_batch_size) == (3, 2)
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.lr_decay_style) == (2e-3, 1e-5, "cosine")
+    assert (config.checkpoint.save, config.checkpoint.save_interval, config.checkpoint.no_load_rng) == (
+        "runs/x",
+        5,
+        True,
+    )
+    assert config.training.exit_signal_handler is False
+    assert config.training.check_for_nan_in_loss_and_grad is False
+    assert config.training.seed == config.data.seed == 7
+
+
+def test_only_typed_shape_and_run_fields_are_kept() -> None:
+    config = parse(
+        *"--num-layers 4 --swiglu --norm-epsilon 1e-6 --untie-embeddings-and-output-weights".split(),
+        *"--hidden-dropout 0.1 --recompute-activations --no-rope-fusion --vocab-size 100".split(),
+    )
+    assert config.model.shape_flags == {
+        "num_layers": 4,
+        "swiglu": True,
+        "norm_epsilon": 1e-6,
+        "untie_embeddings_and_output_weights": True,
+        "vocab_size": 100,
+    }
+    assert config.model.transformer == {
+        "hidden_dropout": 0.1,
+        "recompute_granularity": "selective",
+        "apply_rope_fusion": False,
+    }
+
+
+def test_vocabulary_of_a_null_tokenizer_is_not_the_checkpoints() -> None:
+    config = parse("--tokenizer-type", "NullTokenizer", "--vocab-size", "50", read_shape=lambda folder: SHAPE)
+    assert config.data.vocab_size == 50 and config.model.shape_flags == {}
+
+
+def test_megatrons_misspelled_names_are_served() -> None:
+    assert parse("--override-opt_param-scheduler").optimizer.override_opt_param_scheduler is True
+
+
+def test_flags_that_hold_anyway_change_nothing() -> None:
+    flags = ["--use-mcore-models", "--ckpt-format", "torch_dist", "--accumulate-allreduce-grads-in-fp32"]
+    assert parse(*flags) == parse()
+
+
+def test_a_later_value_replaces_an_earlier_one() -> None:
+    """Scripts append "$@" to their own flags."""
+    assert parse("--lr", "1e-3", "--lr", "1e-2").optimizer.lr == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--trian-iters 10", "--trian-iters is not a known flag; did you mean --train-iters?"),
+        ("--train_iters 10", "did you mean --train-iters?"),
+        ("--rl-decay-style linear", "did you mean --lr-decay-style?"),
+        ("--num-expert 8", "did you mean --num-experts, which is Megatron's and not served here?"),
+        ("--wibble", "--wibble is not a known flag; --help lists them."),
+        ("--tensor-model-parallel 1", "is not a known flag; did you mean --tensor-model-parallel-size?"),
+        ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not serve (mixture of experts)"),
+        ("--moe-of-tomorrow 8", "does not serve (mixture of experts); remove it."),
+        ("--fp16", "(float16); use --bf16."),
+        ("--softmax-scale 1", "--softmax-scale is a Megatron flag"),
+        ("--no-gradient-reduce-div-fusion", "--no-gradient-reduce-div-fusion is a Megatron flag"),
+        ("--disable-mamba-mem-eff-path", "(Mamba)"),
+        ("--lr fast", "--lr: invalid number value: 'fast'."),
+        ("--lr nan", "--lr: invalid number value: 'nan'."),
+        ("--lr", "--lr: expected one argument."),
+        ("--lr 1 2", "--lr takes one value, but 1 2 follow it."),
+        ("--lr -1e-3", "--lr is -0.001; it must be above 0."),
+        ("--seq-length 12.5", "--seq-length: invalid int value: '12.5'."),
+        ("--overlong cut", "--overlong: invalid choice: 'cut'"),
+        ("--ckpt-format torch", "--ckpt-format: invalid choice: 'torch'"),
+        ("--bf16 true", "--bf16 takes no value, but true follows it."),
+        ("--recompute-activations --recompute-granularity full", "contradict one another"),
+        ("--peft-method full --lora-rank 8", "--lora-rank belongs to --peft-method lora, but the method is full"),
+        ("--peft-method full --peft-target-modules linear_qkv", "--peft-target-modules belongs to"),
+        ("--sequence-parallel", "--tensor-model-parallel-size above 1"),
+        ("--tensor-model-parallel-size 2", "1 processes cannot hold"),
+        ("--global-batch-size 3 --micro-batch-size 2", "--global-batch-size 3 is not a multiple"),
+    ],
+)
+def test_wrong_flag_is_told(flags: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in complaint(capsys, *flags.split())
+
+
+def test_words_before_any_flag_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["train.jsonl", *NEEDED], {})
+    assert "train.jsonl belongs to no flag" in capsys.readouterr().err
+
+
+def test_nothing_given_names_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([], {})
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("--pretrained-checkpoint", "--train-data-path", "--train-iters"))
+
+
+def test_everything_wrong_is_told_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    told = complaint(
+        capsys,
+        *"--num-experts 8 --lr fast --lora-dropout 2 --wandb-project p --num-layers 5".split(),
+        *"--tensor-model-parallel-size 4".split(),
+        world_size=4,
+        read_shape=lambda folder: SHAPE,
+    )
+    assert told.count("pretrain_peft.py: error: ") == 1
+    names = ("--num-experts", "--lr:", "--lora-dropout", "--wandb-project", "--num-layers 5", "2 key-value heads")
+    assert [name for name in names if name not in told] == []
+    assert told.count("\n  - ") == len(names)
+
+
+def test_checkpoint_is_asked_for_the_folder_that_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    def read_shape(folder: str) -> ModelShape:
+        raise ConfigurationError(f"{folder} has no config.json.")
+
+    assert "model has no config.json." in complaint(capsys, read_shape=read_shape)
+    assert parse("--num-layers", "4", read_shape=lambda folder: SHAPE).model.shape_flags == {"num_layers": 4}
+
+
+def test_too_long_samples_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    told = complaint(capsys, "--seq-length", "4096", read_shape=lambda folder: SHAPE)
+    assert "--seq-length 4096 is above the 2048 positions" in told
+    assert parse(read_shape=lambda folder: replace(SHAPE, max_position_embeddings=64)) == parse()
+
+
+@pytest.mark.parametrize("world_size", ["0", "two"])
+def test_strange_world_size_is_told(world_size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(NEEDED, {"WORLD_SIZE": world_size})
+    assert caught.value.code == 2
+    assert f"WORLD_SIZE is '{world_size}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "15"])
+@pytest.mark.parametrize(("flags", "code"), [(["--wibble"], 2), (["--help"], 0)])
+def test_only_rank_0_speaks_and_all_exit_alike(
+    flags: list[str], code: int, rank: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(flags, {"RANK": rank, "WORLD_SIZE": "16"})
+    assert caught.value.code == code
+    assert bool("".join(capsys.readouterr())) == (rank == "0")
+
+
+@pytest.mark.parametrize("class_name", SOURCES)
+def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
+    known = known_flags()
+    names = [name for one in _fields(class_name) for name in (flag(one.name), *one.flags)]
+    assert [name for name in names if name not in known or known[name] == ""] == []
+
+
+def _fields(class_name: str) -> list[MegatronField]:
+    return list(megatron_fields(class_name).values())
+
+
+def test_field_of_a_newer_megatron_core_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = MegatronField("quantum_speedup", "bool", "", ())
+    monkeypatch.setattr("megatron_peft.arguments.megatron_fields", lambda name: {"quantum_speedup": field})
+    assert "--quantum-speedup is a Megatron flag" in complaint(capsys, "--quantum-speedup")
+    assert "--no-quantum-speedup is a Megatron flag" in complaint(capsys, "--no-quantum-speedup")
+
+
+def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--train-iters", "5", "--help"], {})
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    expected = "model PEFT data tokenizer training validation checkpointing distributed logging".split()
+    expected += ["learning rate", "mixed precision"]
+    assert [title for title in expected if title not in titles] == []
+    assert max(map(len, lines)) <= 100
+    section = lines[lines.index("PEFT:") : lines.index("data:")]
+    assert any("--lora-rank N" in line and "(default: 16)" in line for line in section)
+
+
+def seconds_of(code: str) -> float:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode in (0, 2), done.stderr
+    return time.monotonic() - start
+
+
+def test_help_and_errors_answer_within_a_second_of_importing_megatron_core() -> None:
+    parse_code = "from megatron_peft.arguments import parse_arguments; parse_arguments({})"
+    bound = seconds_of(MEGATRON_IMPORT) + 1
+    assert seconds_of(parse_code.format(["--help"])) < bound
+    assert seconds_of(parse_code.format([*NEEDED, "--num-experts", "8", "--wibble"])) < bound
+
+
+def test_parsing_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from megatron_peft.arguments import parse_arguments; "
+        f"parse_arguments({[*NEEDED, '--num-layers', '4']}, {{}}); "
+        "sys.exit(bool({'torch', 'megatron.core', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
