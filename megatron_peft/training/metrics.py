@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
-
 from megatron_peft.config import ConfigurationError, LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -115,6 +113,8 @@ def memory_bytes() -> tuple[int, int]:
 
     On CUDA what torch's allocator holds; on a CPU the resident set.
     """
+    import torch  # here, so that a file of metrics can be read without it
+
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     if PROCESS_STATUS.exists():

@@ -1,0 +1,200 @@
+"""The demo from nothing to a report: model and messages, score, training, score, picture.
+
+Everything lies under one folder and is reused by a second call. The folder of the method's own run begins afresh when
+its flags change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_peft
+from megatron_peft.config import ConfigurationError
+from megatron_peft.demo.model import prepare_model
+from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
+from megatron_peft.demo.score import Score
+from megatron_peft.reporting.run_plot import Translation, plot_run
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
+ITERATIONS = 60
+RATES = {"lora": 4e-3, "full": 3e-4}  # the best of a small grid on this data
+METHOD_FLAGS = {"lora": ("--lora-rank", "16", "--lora-alpha", "32")}
+NUM_EXAMPLES = 7
+PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What report.json holds. BLEU is sacreBLEU's, 0 to 100; losses are means over the held-out completions' tokens.
+
+    seconds: of the whole call that wrote the report; a second call reuses what is there and takes less.
+    training_seconds: of the training steps alone, whenever they ran.
+    """
+
+    bleu_before: float
+    bleu_after: float
+    validation_loss_before: float
+    validation_loss_after: float
+    tensor_parallel_size: int
+    trainable_parameters: int
+    seconds: float
+    training_seconds: float
+    method: str
+    iterations: int
+    training_messages: int
+    held_out_messages: int
+    bleu_signature: str
+    translations: tuple[Translation, ...]
+
+
+def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()) -> Report:
+    """Run all that is not there yet under `folder`; writes report.json and report.png.
+
+    Args:
+        method: of --peft-method.
+        extra_flags: for pretrain_peft.py, after the demo's own and so in their place.
+
+    Raises:
+        ConfigurationError: a download, the training or a scoring failed.
+    """
+    started_at = time.monotonic()
+    _say(f"model and messages in {folder}")
+    model = prepare_model(folder / "model", folder / "downloads")
+    files = prepare_pairs(folder / "data", folder / "downloads")
+    run = _Run(folder / method, [*training_flags(model, files, method), *extra_flags])
+    run.begin()
+    before = run.score("before")
+    run.train()
+    after = run.score("after", "--load", str(run.checkpoints), "--finetune")
+    records = read_metrics(run.checkpoints / METRICS_FILE)
+    report = _report(method, files, before, after, records, started_at)
+    _write_json(folder / "report.json", asdict(report))
+    plot_run(
+        folder / "report.png",
+        f"SmolLM2-135M, English to French: {method} over {TENSOR_PARALLEL_SIZE} tensor-parallel ranks",
+        records,
+        (before.bleu, after.bleu),
+        (before.validation_loss, after.validation_loss),
+        report.translations,
+    )
+    return report
+
+
+def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
+    """pretrain_peft.py's flags for the demo's run, --save and --load aside."""
+    flags = {
+        "pretrained-checkpoint": model,
+        "train-data-path": files.train,
+        "valid-data-path": files.valid,
+        "peft-method": method,
+        "tensor-model-parallel-size": TENSOR_PARALLEL_SIZE,
+        "seq-length": 512,
+        "micro-batch-size": 8,
+        "global-batch-size": 8,
+        "train-iters": ITERATIONS,
+        "lr": RATES.get(method, RATES["lora"]),
+        "lr-decay-style": "linear",
+        "clip-grad": 1.0,
+        "log-interval": 1,
+        "eval-interval": 20,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return words + list(METHOD_FLAGS.get(method, ()))
+
+
+class _Run:
+    """The folder of one method's run: its flags, checkpoints and scores."""
+
+    def __init__(self, folder: Path, flags: list[str]) -> None:
+        self.folder, self.flags = folder, flags
+        self.checkpoints = folder / "checkpoints"
+
+    def begin(self) -> None:
+        """Keep what an earlier call left, if it was made with the same flags."""
+        record = self.folder / "flags.json"
+        if record.exists() and json.loads(record.read_text()) == self.flags:
+            return
+        if self.folder.exists():
+            _say(f"the flags have changed: {self.folder} begins afresh")
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        _write_json(record, self.flags)
+
+    def train(self) -> None:
+        """Train to the end; a run that was stopped goes on from its last checkpoint."""
+        if (self.folder / "trained").exists():
+            return
+        _say(f"training, {' '.join(self.flags)}")
+        save = ["--save", str(self.checkpoints), "--save-interval", "20"]
+        load = ["--load", str(self.checkpoints)] if self.checkpoints.exists() else []
+        _launch(str(PROGRAM), *self.flags, *save, *load)
+        (self.folder / "trained").touch()
+
+    def score(self, name: str, *extra_flags: str) -> Score:
+        """The model's score `name`, computed unless it is there."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            _say(f"scoring {name} training")
+            _launch("-m", "megatron_peft.demo.scoring", str(path), *self.flags, *extra_flags)
+        return Score.read(path)
+
+
+def _launch(*command: str) -> None:
+    """torchrun on this machine, its output on our terminal."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ranks = ["--nproc-per-node", str(TENSOR_PARALLEL_SIZE)]
+    done = subprocess.run([*torchrun, *ranks, *command], env={**os.environ, **ENVIRONMENT})
+    if done.returncode != 0:
+        raise ConfigurationError(f"{' '.join(command[:2])} ended with exit code {done.returncode}; see above.")
+
+
+def _report(
+    method: str, files: PairFiles, before: Score, after: Score, records: list[dict[str, Any]], started_at: float
+) -> Report:
+    held_out = read_pairs(files.valid)
+    return Report(
+        bleu_before=before.bleu,
+        bleu_after=after.bleu,
+        validation_loss_before=before.validation_loss,
+        validation_loss_after=after.validation_loss,
+        tensor_parallel_size=TENSOR_PARALLEL_SIZE,
+        trainable_parameters=after.trainable_parameters,
+        seconds=time.monotonic() - started_at,
+        training_seconds=sum(record["step_seconds"] for record in records),
+        method=method,
+        iterations=records[-1]["iteration"],
+        training_messages=len(read_pairs(files.train)),
+        held_out_messages=len(held_out),
+        bleu_signature=after.bleu_signature,
+        translations=_examples(held_out, before, after),
+    )
+
+
+def _examples(held_out: Sequence[Pair], before: Score, after: Score) -> tuple[Translation, ...]:
+    """Messages spread evenly over the held-out ones: not the best."""
+    chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
+    return tuple(
+        Translation(held_out[i].english, held_out[i].french, before.translations[i], after.translations[i])
+        for i in chosen
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _say(text: str) -> None:
+    print(f"demo: {text}", flush=True)

@@ -1,0 +1,38 @@
+"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it before and after, and draw the run.
+
+python tools/demo.py downloads the model and the messages (once), trains, and writes report.json and report.png.
+Any flag that is not the demo's own goes to pretrain_peft.py, for instance --lr 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_peft.config import PEFT_METHODS, ConfigurationError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 when something is wrong; the message says what."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--method", default="lora", choices=PEFT_METHODS, help="--peft-method of the run (lora)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the folder of all of it (runs/demo)")
+    args, extra_flags = parser.parse_known_args(argv)
+    from megatron_peft.demo.run import run_demo
+    from megatron_peft.demo.table import print_report
+
+    try:
+        report = run_demo(args.output, args.method, extra_flags)
+    except ConfigurationError as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    print_report(report, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
