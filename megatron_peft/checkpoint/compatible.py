@@ -1,0 +1,126 @@
+"""Whether a checkpoint can be loaded into a run: everything that contradicts, each with both values and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.config import PeftConfig, RunConfig, flag
+from megatron_peft.models.shape import ModelShape
+
+# Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.
+FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio"}
+SCHEDULE_FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-iters (or -samples, -fraction) in samples",
+    "lr_decay_steps": "--lr-decay-iters (or -samples; default: the length of the run) in samples",
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+    "wd_incr_steps": "the length of the run, over which weight decay grows, in samples",
+    "wd_incr_style": "--weight-decay-incr-style",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """The run that wants to load."""
+
+    config: RunConfig
+    shape: ModelShape
+    adapted_layers: tuple[str, ...]
+    base_fingerprint: Mapping[str, str] | None
+    schedule: Mapping[str, Any]
+
+
+def contradictions(record: RunRecord, here: Here) -> list[str]:
+    """Why the checkpoint's parameters do not belong into this run."""
+    there = record.config.peft.method
+    if there != here.config.peft.method:
+        return [
+            f"{_load(here)} was trained with --peft-method {there}, but this run has --peft-method "
+            f"{here.config.peft.method}: give --peft-method {there}, or another --load."
+        ]
+    return [*_other_base(record, here), *_other_numbers(record, here), *_other_layers(record, here)]
+
+
+def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:
+    """Why the checkpoint's optimizer and schedule cannot go on in this run."""
+    there, now = record.config.optimizer.optimizer, here.config.optimizer.optimizer
+    if record.optimizer_steps is None or record.schedule is None:
+        return [f"{_load(here)} was written with --no-save-optim: give --no-load-optim, or --finetune."]
+    if there != now:
+        return [
+            f"{_load(here)} was trained with --optimizer {there}, but this run has --optimizer {now}: give "
+            f"--optimizer {there}, or start the optimizer afresh with --no-load-optim."
+        ]
+    settings = here.config.optimizer
+    if settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler:
+        return []
+    changed = [
+        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {here.schedule[name]} here"
+        for name in SCHEDULE_FLAGS
+        if record.schedule[name] != here.schedule[name] and name not in unused_schedule_values(here.schedule)
+    ]
+    return [
+        f"{_load(here)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
+        f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
+    ] * bool(changed)
+
+
+def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
+    """Values that a constant rate, or a constant weight decay, never looks at."""
+    unused = set()
+    if schedule["lr_decay_style"] == "constant":
+        unused |= {"min_lr", "lr_decay_steps"}
+    if schedule["wd_incr_style"] == "constant":
+        unused |= {"wd_incr_steps"}
+    return unused
+
+
+def _other_base(record: RunRecord, here: Here) -> Iterator[str]:
+    there, now = record.config.model.pretrained_checkpoint, here.config.model.pretrained_checkpoint
+    shapes = dataclasses.asdict(record.shape), dataclasses.asdict(here.shape)
+    differing = [
+        f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
+        for name in shapes[0]
+        if shapes[0][name] != shapes[1][name]
+    ]
+    if not differing and record.base_fingerprint and here.base_fingerprint:
+        names = sorted(record.base_fingerprint.keys() | here.base_fingerprint.keys())
+        differing = [name for name in names if record.base_fingerprint.get(name) != here.base_fingerprint.get(name)]
+    if differing:
+        yield (
+            f"{_load(here)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
+            f"({', '.join(differing)}): give the base that it was trained on."
+        )
+
+
+def _other_numbers(record: RunRecord, here: Here) -> Iterator[str]:
+    if not here.config.peft.trains_adapters:
+        return
+    for name in (field.name for field in dataclasses.fields(PeftConfig) if field.name not in FREE_TO_CHANGE):
+        there, now = getattr(record.config.peft, name), getattr(here.config.peft, name)
+        if there != now:
+            yield (
+                f"{_load(here)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
+                f"give {flag(name)} {there}, or another --load."
+            )
+
+
+def _other_layers(record: RunRecord, here: Here) -> Iterator[str]:
+    there, now = set(record.adapted_layers), set(here.adapted_layers)
+    if there != now:
+        patterns = " ".join(record.config.peft.target_modules)
+        yield (
+            f"{_load(here)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run has "
+            f"--peft-target-modules {' '.join(here.config.peft.target_modules)} ({len(now)} layers; the first that "
+            f"differs is {min(there ^ now)}): give --peft-target-modules {patterns}."
+        )
+
+
+def _load(here: Here) -> str:
+    return f"--load {here.config.checkpoint.load}"

@@ -1,0 +1,59 @@
+"""A cheap fingerprint of a base model's folder, so that adapters are never put on another base.
+
+It reads config.json whole, and of each weight file the size and a few stretches: the start (with safetensors it holds
+names, types, shapes and offsets), the end, and some between, so that two models of one shape differ as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.distcp")  # the first that matches anything counts
+_START_BYTES = 256 * 1024
+_END_BYTES = 64 * 1024
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@lru_cache
+def fingerprint(folder: str) -> dict[str, str]:
+    """{file name: digest} of config.json and the weight files. Kept: a run asks at each save.
+
+    Raises:
+        OSError: the folder or a file cannot be read.
+    """
+    root = Path(folder)
+    config = [root / "config.json"] if (root / "config.json").is_file() else []
+    files = config + weight_files(root)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds neither config.json nor weights")
+    return {path.name: _digest(path) for path in files}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, by name."""
+    matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
+    return next((found for found in matches if found), [])
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start, length in _stretches(size):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def _stretches(size: int) -> Iterator[tuple[int, int]]:
+    """(first byte, number of bytes) of what is read; all of a small file."""
+    if size <= _START_BYTES + _END_BYTES:
+        yield 0, size
+        return
+    yield 0, _START_BYTES
+    for sample in range(1, _NUM_SAMPLES + 1):
+        yield size * sample // (_NUM_SAMPLES + 1), _SAMPLE_BYTES
+    yield size - _END_BYTES, _END_BYTES

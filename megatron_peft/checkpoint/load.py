@@ -1,0 +1,149 @@
+"""Going on from a checkpoint, or taking its parameters only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_peft.checkpoint.compatible import (
+    Here,
+    contradictions,
+    optimizer_contradictions,
+    unused_schedule_values,
+)
+from megatron_peft.checkpoint.folders import newest_checkpoint
+from megatron_peft.checkpoint.optimizer_state import optimizer_targets, set_optimizer_steps
+from megatron_peft.checkpoint.parameters import adapted_layers, load_parameters, sharded_parameters
+from megatron_peft.checkpoint.random_state import random_targets, restore_random
+from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.resumable import Resumable
+from megatron_peft.checkpoint.save import base_fingerprint
+from megatron_peft.checkpoint.sharded_files import Sharded, read_tensors, stored_shapes
+from megatron_peft.config import ConfigurationError
+from megatron_peft.runtime.launch import checked_together
+
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(state: Resumable) -> bool:
+    """Go on from the newest checkpoint under --load: parameters, optimizer, schedule, position, generators.
+
+    --finetune takes the parameters only; --no-load-optim leaves optimizer and schedule as they are, --no-load-rng the
+    generators. Under another layout everything but the generators is carried over.
+
+    Returns:
+        Whether there was one. Without --load, and with a warning for a folder that holds no checkpoint, the run starts
+        from the beginning.
+
+    Raises:
+        ConfigurationError: on every rank and before anything has changed: another method, rank, base model, ...; or
+            files that are damaged.
+    """
+    settings = state.config.checkpoint
+    if settings.load is None:
+        return False
+    folder = Path(settings.load)
+    checkpoint = _from_first_rank(lambda: newest_checkpoint(folder))
+    if checkpoint is None:
+        _say("--load %s holds no checkpoint: starting from the beginning", folder)
+        return False
+    chunks = [chunk.module for chunk in state.model_chunks]
+    record = _from_first_rank(lambda: read_record(checkpoint))
+    here = Here(
+        state.config,
+        state.shape,
+        adapted_layers(chunks),
+        base_fingerprint(state.config.model.pretrained_checkpoint),
+        state.schedule.state_dict(),
+    )
+    resumes_optimizer = not (settings.finetune or settings.no_load_optim)
+    checked_together(lambda: _refuse(record, here, resumes_optimizer))
+    entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
+    load_parameters(entries, checkpoint)
+    state.optimizer.reload_model_params()
+    if resumes_optimizer:
+        _load_optimizer(state, entries, record, checkpoint)
+    if not settings.finetune:
+        for name, value in record.position.items():
+            setattr(state.position, name, value)
+    if not (settings.finetune or settings.no_load_rng):
+        _load_random(checkpoint)
+    return True
+
+
+def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
+    """The parameters of the newest checkpoint in a --save folder into bare chunks, for scoring and generation.
+
+    Args:
+        model_chunks: this rank's, with the base loaded and the adapters attached as `read_run_record(folder)` says.
+        folder: a --save folder, or a checkpoint in it.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        ConfigurationError: on every rank: no checkpoint, other parameters than the chunks', damaged files.
+    """
+    checkpoint = _from_first_rank(lambda: find_checkpoint(folder))
+    record = _from_first_rank(lambda: read_record(checkpoint))
+    entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
+    load_parameters(entries, checkpoint)
+    return record
+
+
+def _refuse(record: RunRecord, here: Here, resumes_optimizer: bool) -> None:
+    """The first rank speaks for all: it alone has read the base model's files."""
+    if dist.get_rank() == 0:
+        problems = contradictions(record, here)
+        if resumes_optimizer and not problems:
+            problems = optimizer_contradictions(record, here)
+        if problems:
+            raise ConfigurationError(*problems)
+
+
+def _load_optimizer(state: Resumable, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path) -> None:
+    assert record.optimizer_steps is not None and record.schedule is not None
+    targets = optimizer_targets(state.optimizer, entries, stored_shapes(checkpoint))
+    read_tensors(targets, checkpoint)
+    set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+    schedule = state.schedule
+    max_lr, min_lr = schedule.max_lr, schedule.min_lr
+    own = schedule.state_dict()
+    schedule.num_steps = 0  # megatron-core adds the stored steps
+    schedule.load_state_dict({**record.schedule, **{name: own[name] for name in unused_schedule_values(own)}})
+    if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
+        _scale_groups(state.optimizer.param_groups, max_lr, schedule.max_lr, schedule.min_lr)
+    schedule.step(0)
+
+
+def _scale_groups(groups: Sequence[dict[str, Any]], old_max_lr: float, max_lr: float, min_lr: float) -> None:
+    """Each group has its own rates, a multiple of the schedule's (LoRA+), and the schedule looks at them alone."""
+    for group in groups:
+        ratio = group["max_lr"] / old_max_lr
+        group["max_lr"], group["min_lr"] = ratio * max_lr, ratio * min_lr
+
+
+def _load_random(checkpoint: Path) -> None:
+    targets = random_targets(stored_shapes(checkpoint))
+    if not targets:
+        _say("%s holds no random generators for this layout: they start from --seed", checkpoint)
+    read_tensors(targets, checkpoint)
+    if targets:
+        restore_random(targets)
+
+
+def _from_first_rank(look: Any) -> Any:
+    """What rank 0 finds on the disk, on all ranks: they must not see different moments."""
+    found = [checked_together(lambda: look() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _say(message: str, *values: Any) -> None:
+    if dist.get_rank() == 0:
+        logger.warning(message, *values)
