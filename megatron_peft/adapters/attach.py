@@ -62,7 +62,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         module = target.module
         module.adapter = adapter(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
     for chunk in model_chunks:
-        _start_gradients_at_the_embedding(chunk)
+        start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]
 
 
@@ -109,7 +109,7 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 
-def _start_gradients_at_the_embedding(chunk: nn.Module) -> None:
+def start_gradients_at_the_embedding(chunk: nn.Module) -> None:
     """Make the frozen embedding's output require a gradient.
 
     Activation recompute skips the backward of a checkpointed block whose input needs none: every adapter of the first

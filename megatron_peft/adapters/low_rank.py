@@ -71,5 +71,5 @@ class LowRank(nn.Module):
             return None
         if self.layout.split == "column" and not call.splits_sequence:
             return F.dropout(torch.ones_like(x), self.dropout)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        with tensor_parallel.get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
             return F.dropout(torch.ones_like(x), self.dropout)

@@ -41,6 +41,7 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        assert config.kv_channels is not None
         self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -77,7 +78,8 @@ class ScaledDotProductAttention(MegatronModule):
         """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d]; `visible` None: causal."""
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor-parallel ranks: each drops its own.
-        generator = tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext()
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        generator = tracker.fork() if dropout and tracker else nullcontext()
         with generator:
             return F.scaled_dot_product_attention(
                 query,

@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.config import ModelConfig, ParallelConfig
@@ -88,7 +88,7 @@ def num_virtual_stages(shape: ModelShape, parallel: ParallelConfig) -> int | Non
     return shape.num_layers // parallel.pipeline_model_parallel_size // chunk
 
 
-def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[nn.Module]:
+def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     config = transformer_config(shape, model, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size
@@ -97,7 +97,7 @@ def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: Parallel
     ]
 
 
-def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> nn.Module:
+def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> GPTModel:
     tp = config.tensor_model_parallel_size
     chunk = GPTModel(
         config=config,
@@ -109,7 +109,7 @@ def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_st
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope" if shape.position_embedding == "rope" else "none",
-        rotary_base=shape.rotary_base,
+        rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]
         vp_stage=vp_stage,
     )
     if shape.rope_scaling is not None:
@@ -120,10 +120,10 @@ def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_st
     return chunk
 
 
-def _block_spec(
-    shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules:
+def _block_spec(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> Any:
+    """One spec for every layer of the stage, and the final norm (which a layer spec alone could not choose)."""
     norm, core_attention = _norm_and_attention(shape, model)
+    bias_dropout_add: Any = get_bias_dropout_add
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -137,13 +137,13 @@ def _block_spec(
                     linear_proj=AdaptedRowParallelLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=AdaptedColumnParallelLinear, linear_fc2=AdaptedRowParallelLinear),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map={},
         ),
     )
@@ -199,7 +199,7 @@ class _PaddedLogitsMask:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def __call__(self, module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
+    def __call__(self, module: Any, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
         logits, first = outputs[0], 0
         if logits.shape[-1] == module.output_size_per_partition:
             first = module.tp_group.rank() * module.output_size_per_partition

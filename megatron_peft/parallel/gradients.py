@@ -12,9 +12,9 @@ from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 
 
 def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Gradients of the replicated adapter parameters: each rank's is its part of the sum."""
+    """Gradients (in megatron-core's buffers) of the replicated adapter parameters: each rank's is its part."""
     return [
-        parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+        parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
         for parameter in parameters
         if parameter.requires_grad and getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, False)
     ]

@@ -74,7 +74,7 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=torch.cuda.is_available(),
     )
     stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()

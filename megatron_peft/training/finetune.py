@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import tempfile
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
-from megatron_peft.config import RunConfig, require
-from megatron_peft.conversion.loader import load_pretrained
-from megatron_peft.data.build import Data, build_data
+from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.models.shape_check import check_shape
+from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
+from megatron_peft.training.build import build_state
 from megatron_peft.training.loop import train
-from megatron_peft.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_peft.training.state import TrainingState
-from megatron_peft.training.summary import count_parameters, training_summary
-
-logger = logging.getLogger(__name__)
+from megatron_peft.training.summary import say
 
 
 def finetune(config: RunConfig) -> None:
@@ -47,7 +39,7 @@ def finetune(config: RunConfig) -> None:
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    state = build_state(config, shape, data)
+    state = build_state(config, shape, data.train_iters)
     load_checkpoint(state)
     data.train.consumed_samples = state.position.consumed_samples
     say(train(state, data, save_checkpoint))
@@ -56,7 +48,13 @@ def finetune(config: RunConfig) -> None:
 def _checked_shape(config: RunConfig) -> ModelShape:
     assert config.model.pretrained_checkpoint is not None
     shape = read_shape(config.model.pretrained_checkpoint)
-    check_shape(config, shape)
+    problems = [
+        *compare_shape(config.model.shape_flags, shape),
+        *check_layout(config.parallel, shape),
+        *check_lengths(config.data, shape),
+    ]
+    if problems:
+        raise ConfigurationError(*problems)
     return shape
 
 
@@ -76,7 +74,8 @@ def _check_save_folder(config: RunConfig) -> None:
     folder = Path(config.checkpoint.save)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        require(False, f"--save {folder} cannot be made: {error.strerror}. Give a folder that you may write to.")
-    require(writable, f"--save {folder} cannot be written. Give a folder that you may write to.")
+        raise ConfigurationError(
+            f"--save {folder} cannot be written ({error.strerror}): give a folder that you may write to."
+        ) from error

@@ -10,9 +10,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_peft.config import OptimizerSettings, RunConfig
+from megatron_peft.config import RunConfig
 
 
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
@@ -27,7 +28,7 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
     )
     return [
-        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model_chunks)
     ]
 
@@ -54,7 +55,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
     overrides = get_standard_config_overrides(optimizer_config)
     ratio = config.peft.lora_plus_ratio
     if ratio != 1.0:
-        overrides[ParamKey(name="*.adapter.B")] = ParamGroupOverride(
+        overrides[ParamKey(name="*.adapter.B")] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
             max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
         )
     return get_megatron_optimizer(

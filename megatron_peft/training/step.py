@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
@@ -53,8 +54,9 @@ class StepReport:
 def finish_gradients(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
     """megatron-core's sums (data parallel, norms under sequence parallelism, tied embeddings, division by the tokens),
     then ours: the partial gradients of replicated adapter parameters, in one call."""
-    finalize_model_grads(model, *args, **kwargs)
-    sum_partial_gradients_over_tensor_parallel(model, parallel_state.get_tensor_model_parallel_group())
+    finalize_model_grads(list(model), *args, **kwargs)
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    sum_partial_gradients_over_tensor_parallel(model, group)
 
 
 def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False) -> StepReport:
@@ -77,7 +79,8 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     if check and summary.non_finite:
         _raise_non_finite(state, losses)
     learning_rate = _learning_rate(state)
-    _, grad_norm, _ = state.optimizer.step()
+    outcome: Any = state.optimizer.step()
+    _, grad_norm, _ = outcome
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
         loss=summary.loss,
@@ -98,11 +101,10 @@ def run_schedule(
         float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
         number of positions; [0, 3] on the other stages.
     """
-    config = model_chunks[0].module.config
+    config = get_model_config(model_chunks[0])
     config.finalize_model_grads_func = finish_gradients
-    config.no_sync_func = [chunk.no_sync for chunk in model_chunks]
-    if len(model_chunks) == 1:
-        config.no_sync_func = config.no_sync_func[0]
+    no_sync: Any = [chunk.no_sync for chunk in model_chunks]
+    config.no_sync_func = no_sync if len(model_chunks) > 1 else no_sync[0]
     device = torch.device(torch.cuda.current_device())
     moved = [microbatch.to(device) for microbatch in microbatches]
     iterators = [iter(moved) for _ in model_chunks]
@@ -131,16 +133,16 @@ def _forward(microbatches: Iterable[Microbatch], model: nn.Module) -> tuple[Tens
 
 
 def _sum_of_losses(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the losses of completion tokens, their number, both for the report)"""
+    """(sum of the losses of completion tokens, their number, both and all positions for the report)"""
     loss = torch.sum(token_losses.float() * loss_mask)
     num_tokens = loss_mask.sum()
-    report = torch.stack([loss.detach().double(), num_tokens.double(), num_tokens.new_tensor(loss_mask.numel()).double()])
-    return loss, num_tokens.to(torch.int), report
+    num_positions = torch.full_like(num_tokens, loss_mask.numel())
+    return loss, num_tokens.to(torch.int), torch.stack([loss.detach(), num_tokens, num_positions]).double()
 
 
 def packing(microbatch: Microbatch) -> PackedSeqParams | None:
     """Sample boundaries of a packed microbatch in megatron-core's form."""
-    if microbatch.cu_seqlens is None:
+    if microbatch.cu_seqlens is None or microbatch.max_seqlen is None:
         return None
     return PackedSeqParams(
         qkv_format="thd",
@@ -167,7 +169,8 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
     total = losses.sum(0) if speaks else torch.zeros_like(losses).sum(0)
     finite = torch.isfinite(losses).all()
     for chunk in model_chunks:
-        for buffer in chunk.buffers:
+        buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
+        for buffer in buffers:
             finite = finite & torch.isfinite(buffer.grad_data.sum())
     numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
     dist.all_reduce(numbers)

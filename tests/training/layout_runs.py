@@ -8,8 +8,15 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_peft.config import DataConfig, ModelConfig, OptimizerSettings, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config import TrainingConfig
+from megatron_peft.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
