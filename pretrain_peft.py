@@ -2,10 +2,11 @@
 """Fine-tune a pretrained model with Megatron's arguments: torchrun --nproc-per-node N pretrain_peft.py --help"""
 
 from megatron_peft.arguments import parse_arguments
+from megatron_peft.models.huggingface import read_shape
 
 
 def main() -> None:
-    config = parse_arguments()
+    config = parse_arguments(read_shape=read_shape)
 
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     from megatron_peft.runtime.failure import run_together

@@ -22,19 +22,25 @@ Record = dict[str, Any]
 
 @dataclass
 class _Interval:
-    """Time and tokens since the last log line."""
+    """Time, tokens and losses since the last log line."""
 
     started_at: float = field(default_factory=time.perf_counter)
     num_steps: int = 0
     num_positions: int = 0
+    sum_of_losses: float = 0.0
 
     def add(self, report: StepReport) -> None:
         self.num_steps += 1
         self.num_positions += report.num_positions
+        self.sum_of_losses += report.loss
 
-    def rates(self) -> Record:
+    def averages(self) -> Record:
         seconds = time.perf_counter() - self.started_at
-        return {"step_seconds": seconds / self.num_steps, "tokens_per_second": self.num_positions / seconds}
+        return {
+            "loss": self.sum_of_losses / self.num_steps,
+            "step_seconds": seconds / self.num_steps,
+            "tokens_per_second": self.num_positions / seconds,
+        }
 
 
 def train(state: TrainingState, data: Data, save: Callable[[TrainingState], Any]) -> str:
@@ -81,6 +87,9 @@ class _Run:
         steps.close()  # type: ignore[attr-defined]
         if self.state.config.checkpoint.save and self.saved_iteration != position.iteration:
             self._save()
+        if self.data.test is not None and position.iteration >= self.data.train_iters:
+            loss = validation_loss(self.state.model_chunks, self.data.test)
+            self.progress.message(f"test loss at iteration {position.iteration}: {loss:.6E}")
         return reason or f"trained {position.iteration} iterations"
 
     def _one_iteration(self, microbatches: list) -> str:
@@ -129,10 +138,9 @@ class _Run:
             "epoch": self.data.train.epochs_at(position.consumed_samples),
             "consumed_samples": position.consumed_samples,
             "consumed_tokens": position.consumed_tokens,
-            "loss": report.loss,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
-            **self.interval.rates(),
+            **self.interval.averages(),
             "memory_bytes": memory,
             "peak_memory_bytes": peak,
         }
