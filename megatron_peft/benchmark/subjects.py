@@ -1,0 +1,184 @@
+"""What is measured: steps of the frozen base, of LoRA, of full fine-tuning, and of HF PEFT's LoRA.
+
+One microbatch of random tokens, all of which count in the loss. A step of ours that trains is the training loop's own
+`train_step`: forward, backward, gradient sums, the check for NaN, clipping and Adam. The frozen base has nothing to
+update, so its step is forward, backward (the embedding's output requires a gradient, so that it runs through every
+layer) and the gradient sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_peft.adapters.attach import start_gradients_at_the_embedding
+from megatron_peft.config import DataConfig, ModelConfig, OptimizerSettings, ParallelConfig, PeftConfig, RunConfig
+from megatron_peft.config import TrainingConfig
+from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.data.microbatch import Microbatch
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from megatron_peft.training.build import build_state
+from megatron_peft.training.optimizer import wrap_data_parallel
+from megatron_peft.training.step import run_schedule, train_step
+
+Step = Callable[[], Any]
+
+LAYERS_OF_SHAPE = 8
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": LAYERS_OF_SHAPE,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+LEARNING_RATE = 1e-4
+NUM_ITERS = 1000  # length of the learning-rate schedule; no run gets there
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a layout and a microbatch.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        tensor_parallel, pipeline_parallel, sequence_parallel: the layout; one data-parallel replica.
+        rows, positions: of the microbatch.
+        rank: of LoRA, on all four linear layers; alpha is twice that.
+    """
+
+    checkpoint: str
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+    rows: int = 4
+    positions: int = 256
+    rank: int = 16
+
+    @property
+    def layout(self) -> str:
+        """TP1, TP2+SP, PP2: as people say it."""
+        if self.pipeline_parallel > 1:
+            return f"PP{self.pipeline_parallel}"
+        return f"TP{self.tensor_parallel}" + "+SP" * self.sequence_parallel
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_parallel,
+            pipeline_model_parallel_size=self.pipeline_parallel,
+            sequence_parallel=self.sequence_parallel,
+            world_size=self.world_size,
+        )
+
+
+def save_shape(folder: Path) -> Path:
+    """The model of design section 6 (8 layers, hidden 512) with random weights, as a Hugging Face folder; once."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    return folder
+
+
+def join(setting: Setting) -> None:
+    """Join the world of this process and make its groups."""
+    start_world(setting.parallel)
+    start_model_parallel(setting.parallel, seed=1)
+
+
+leave = stop
+
+
+def microbatch(setting: Setting, vocab_size: int) -> Microbatch:
+    """Random tokens, the same on every rank."""
+    size = setting.rows, setting.positions + 1
+    tokens = torch.randint(vocab_size, size, generator=torch.Generator().manual_seed(0))
+    return Microbatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=torch.ones(setting.rows, setting.positions),
+        position_ids=torch.arange(setting.positions).expand(setting.rows, -1).contiguous(),
+        num_samples=setting.rows,
+    )
+
+
+def training_step(setting: Setting, method: str) -> Step:
+    """`train_step` on the same microbatch again and again, of a `--peft-method`."""
+    shape = read_shape(setting.checkpoint)
+    state = build_state(_run_config(setting, method), shape, NUM_ITERS)
+    batch = [microbatch(setting, shape.vocab_size)]
+    return lambda: train_step(state, batch)
+
+
+def frozen_step(setting: Setting) -> Step:
+    """Forward, backward and gradient sums of the base model, none of which is trained."""
+    shape, config = read_shape(setting.checkpoint), _run_config(setting, "lora")
+    chunks = build_model_chunks(shape, config.model, config.parallel)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), setting.tensor_parallel
+    load_pretrained(
+        chunks, setting.checkpoint, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False
+    )
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        start_gradients_at_the_embedding(chunk)
+    wrapped = wrap_data_parallel(chunks, config)
+    batch = [microbatch(setting, shape.vocab_size)]
+    return lambda: run_schedule(wrapped, batch, forward_only=False)
+
+
+def hf_peft_step(setting: Setting) -> Step:
+    """The same training with transformers and HF PEFT: forward, backward, clipping, AdamW."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(setting.checkpoint, dtype=torch.float32)
+    batch = microbatch(setting, model.config.vocab_size)
+    lora = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear")
+    model = get_peft_model(model, lora).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        # shift_labels: already shifted, so that every position counts as it does in ours.
+        model(input_ids=batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    return step
+
+
+STEPS: dict[str, Callable[[Setting], Step]] = {
+    "frozen": frozen_step,
+    "lora": lambda setting: training_step(setting, "lora"),
+    "full": lambda setting: training_step(setting, "full"),
+    "hf-peft-lora": hf_peft_step,
+}
+
+
+def _run_config(setting: Setting, method: str) -> RunConfig:
+    return RunConfig(
+        parallel=dataclasses.replace(setting.parallel, world_size=dist.get_world_size()),
+        model=ModelConfig(setting.checkpoint),
+        peft=PeftConfig(method=method, lora_rank=setting.rank, lora_alpha=2 * setting.rank),
+        data=DataConfig(train_data_path=("random.jsonl",), seq_length=setting.positions),  # never opened
+        training=TrainingConfig(micro_batch_size=setting.rows, global_batch_size=setting.rows, train_iters=NUM_ITERS),
+        optimizer=OptimizerSettings(lr=LEARNING_RATE),
+    )
