@@ -172,7 +172,7 @@ def _not_served(name: str) -> str:
     family = reason_of(name.lstrip("-"))
     if family and not _nearest(name, served, TYPO):
         return refusal(name, family)
-    nearest = _nearest(name, served, TYPO) or _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
+    nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
     if not nearest:
         return f"{name} is not a known flag; --help lists them."
     not_served = "" if known[nearest] is None else ", which is Megatron's and not served here"

@@ -103,6 +103,12 @@ def test_contradiction_inside_a_group(group: type, values: dict[str, object], me
     assert len(caught.value.problems) == 1
 
 
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+    "distribute_saved_activations": True,
+}
 RUN_CONTRADICTIONS = [
     (
         {"training": {"micro_batch_size": 2, "global_batch_size": 7}, "parallel": {"world_size": 2}},
@@ -136,16 +142,11 @@ RUN_CONTRADICTIONS = [
         {"optimizer": {"overlap_param_gather": True, "use_distributed_optimizer": True}},
         "--overlap-param-gather needs --overlap-grad-reduce",
     ),
+    ({"model": {"transformer": FULL_RECOMPUTE}}, "--distribute-saved-activations"),
     (
         {
-            "model": {
-                "transformer": {
-                    "recompute_granularity": "full",
-                    "recompute_method": "uniform",
-                    "recompute_num_layers": 1,
-                    "distribute_saved_activations": True,
-                }
-            }
+            "model": {"transformer": FULL_RECOMPUTE},
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2},
         },
         "--distribute-saved-activations",
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from math import gcd, isclose
+from math import gcd
 from typing import Any
 
 from megatron_peft.config import DataConfig, ParallelConfig, flag
@@ -87,13 +87,9 @@ def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:
         agrees, instead = CLAIMS[name]
         return None if agrees(shape) else f"{flag(name)} contradicts the checkpoint, which has {instead(shape)}."
     actual = VALUES[name](shape)
-    if actual == typed or _close(actual, typed):
+    if actual == typed:
         return None
     return f"{flag(name)} {_shown(typed)} contradicts the checkpoint, which has {_shown(actual)}: leave it out."
-
-
-def _close(actual: Any, typed: Any) -> bool:
-    return isinstance(actual, float) and isclose(actual, typed, rel_tol=1e-6)
 
 
 def _shown(value: Any) -> str:

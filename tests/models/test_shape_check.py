@@ -65,6 +65,8 @@ def layout(tp: int = 1, pp: int = 1, **stages: int) -> ParallelConfig:
 
 def test_flags_that_agree_say_nothing() -> None:
     assert compare_shape(LLAMA_FLAGS, LLAMA) == []
+    biased = replace(LLAMA, linear_biases=frozenset({"linear_qkv"}))
+    assert compare_shape({"disable_bias_linear": True, "add_qkv_bias": True}, biased) == []
     assert compare_shape({"openai_gelu": True, "add_qkv_bias": True, "normalization": "LayerNorm"}, BLOOM) == []
 
 
