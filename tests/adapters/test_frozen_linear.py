@@ -1,0 +1,82 @@
+"""The fused function on one rank: values, gradients and what it keeps. test_linear.py splits it over two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from tests.one_rank import Place
+
+S, BATCH, IN, OUT, RANK, SCALE = 5, 2, 6, 4, 3, 1.7
+
+
+def _tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _call(with_bias: bool) -> FrozenLinearCall:
+    return FrozenLinearCall(_tensor(OUT, IN), _tensor(OUT) if with_bias else None, True, False, Place(0, 1))
+
+
+def _leaves() -> tuple[Tensor, Tensor, Tensor]:
+    """x, A, B"""
+    x, A, B = _tensor(S, BATCH, IN), _tensor(RANK, IN), _tensor(OUT, RANK)
+    return x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
+
+
+def _mask() -> Tensor:
+    return (_tensor(S, BATCH, IN, seed=1) > 0).double() / 0.5
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("mask", [None, _mask()], ids=["plain", "dropout"])
+def test_forward_is_the_formula(with_bias, mask):
+    x, A, B = _leaves()
+    call = _call(with_bias)
+    bias = call.bias if with_bias else 0.0
+    branch = (x if mask is None else x * mask) @ A.T @ B.T
+    expected = x @ call.weight.T + SCALE * branch + bias
+    torch.testing.assert_close(frozen_linear_plus_low_rank(x, A, B, SCALE, call, mask), expected)
+
+
+@pytest.mark.parametrize("mask", [None, _mask()], ids=["plain", "dropout"])
+def test_gradients_are_those_of_finite_differences(mask):
+    call = _call(with_bias=True)
+    assert torch.autograd.gradcheck(lambda *leaves: frozen_linear_plus_low_rank(*leaves, SCALE, call, mask), _leaves())
+
+
+@pytest.mark.parametrize("loss", [lambda y: y.sum(), lambda y: y.transpose(0, 2).square().sum()], ids=["expanded", "t"])
+def test_gradients_that_arrive_in_another_memory_order(loss):
+    leaves, call = _leaves(), _call(with_bias=False)
+    x, A, B = leaves
+    expected = torch.autograd.grad(loss(x @ call.weight.T + SCALE * (x @ A.T @ B.T)), leaves)
+    found = torch.autograd.grad(loss(frozen_linear_plus_low_rank(*leaves, SCALE, call)), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_kept_for_backward_is_x_once_and_the_narrow_product():
+    (x, A, B), call = _leaves(), _call(with_bias=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        frozen_linear_plus_low_rank(x, A, B, SCALE, call)
+    weights = {t.data_ptr() for t in (A, B, call.weight)}
+    activations = {pointer: size for pointer, size in kept.items() if pointer not in weights}
+    assert activations.pop(x.data_ptr()) == x.numel()
+    assert list(activations.values()) == [S * BATCH * RANK]
+
+
+def test_arguments_are_not_written_to():
+    leaves, call = _leaves(), _call(with_bias=True)
+    before = [tensor.detach().clone() for tensor in (*leaves, call.weight, call.bias)]
+    y = frozen_linear_plus_low_rank(*leaves, SCALE, call)
+    gradient = torch.ones_like(y)
+    y.backward(gradient)
+    assert all(torch.equal(*pair) for pair in zip(before, (*leaves, call.weight, call.bias), strict=True))
+    assert torch.equal(gradient, torch.ones_like(y))
