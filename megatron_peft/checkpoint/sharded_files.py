@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,8 +32,11 @@ _WRITER_THREADS = 2
 
 
 def parts(sharded: Sharded) -> list[ShardedTensor]:
-    """The boxes of the global tensor that a rank's tensor consists of: one, or two for a gated fc1 (gate and up)."""
-    return sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+    """The boxes of the global tensor that a rank's tensor consists of: one, or two for a gated fc1 (gate and up).
+
+    Copies of the descriptions, not of the data: megatron-core writes into those that it is given.
+    """
+    return sharded.build() if isinstance(sharded, ShardedTensorFactory) else [replace(sharded)]
 
 
 def write_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
