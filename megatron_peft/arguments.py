@@ -203,7 +203,7 @@ def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None
     parts = {name: _build(config_class, given, problems) for name, config_class in sections().items()}
     whole = None if None in parts.values() else _build(RunConfig, parts, problems)
     if read_shape and config.get("pretrained_checkpoint"):
-        problems += _shape_problems(config, shape_flags, parts, read_shape)
+        problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
     if problems or whole is None:
         raise ConfigurationError(*problems)
     return whole
@@ -233,17 +233,17 @@ def _method_problems(typed: _Typed) -> list[str]:
 
 
 def _shape_problems(
-    config: Mapping[str, Any], shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
+    folder: str, shape_flags: Mapping[str, Any], parts: Mapping[str, Any], read_shape: ShapeReader
 ) -> list[str]:
-    """What contradicts the model; sections that could not be built are left out, and so is what was not typed."""
+    """What contradicts the model; sections that could not be built are left out."""
     try:
-        shape = read_shape(config["pretrained_checkpoint"])
+        shape = read_shape(folder)
     except ConfigurationError as error:
         return list(error.problems)
     return [
         *compare_shape(shape_flags, shape),
         *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
-        *(check_lengths(parts["data"], shape) if parts["data"] and "seq_length" in config else []),
+        *(check_lengths(parts["data"], shape) if parts["data"] else []),
     ]
 
 

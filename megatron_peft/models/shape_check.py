@@ -75,9 +75,13 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
 
 
 def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
-    """A message if samples may be longer than the positions that a rotary model was made for."""
+    """A message if samples may be longer than the positions that a rotary model was made for.
+
+    The default --seq-length asks for nothing and contradicts no model.
+    """
     longest = shape.max_position_embeddings
-    if shape.position_embedding != "rope" or data.seq_length <= longest:
+    fits = data.seq_length <= longest or data.seq_length == DataConfig.seq_length
+    if fits or shape.position_embedding != "rope":
         return []
     return [f"--seq-length {data.seq_length} is above the {longest} positions of the model: use at most {longest}."]
 

@@ -144,3 +144,9 @@ def test_samples_longer_than_rotary_positions_are_told() -> None:
     assert "--seq-length 4096" in problem and "2048" in problem
     assert check_lengths(data, BLOOM) == []
     assert check_lengths(replace(data, seq_length=2048), LLAMA) == []
+
+
+def test_default_length_of_samples_contradicts_no_model() -> None:
+    small = replace(LLAMA, max_position_embeddings=64)
+    assert check_lengths(DataConfig(train_data_path=("a.jsonl",)), small) == []
+    assert len(check_lengths(DataConfig(train_data_path=("a.jsonl",), seq_length=65), small)) == 1
