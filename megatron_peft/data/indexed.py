@@ -86,8 +86,9 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
         **source,
     )
     if core_config.split_matrix is not None:  # build this split alone: the others have sizes of their own
-        cut = zip(Split, core_config.split_matrix, strict=True)
-        core_config.split_matrix = [book_ends if one == split else None for one, book_ends in cut]
+        cut: list[Any] = [None] * len(Split)
+        cut[split.value] = core_config.split_matrix[split.value]
+        core_config.split_matrix = cut
     return core_config
 
 

@@ -29,9 +29,11 @@ class RecordFile(Protocol):
 
     def __getitem__(self, index: int) -> Any:
         """The record, parsed. Raises ConfigurationError without the place."""
+        ...
 
     def place(self, index: int) -> str:
         """Where the record is, for a message: `FILE, line 7`."""
+        ...
 
 
 class Lines:

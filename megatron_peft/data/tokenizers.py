@@ -27,25 +27,32 @@ class Tokenizer(Protocol):
     @property
     def eod(self) -> int:
         """megatron-core's name for `eos_id`."""
+        ...
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
         """What megatron-core hashes to name its cached indices."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without special tokens around it."""
+        ...
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids to generate from: the beginning-of-sequence token, if the tokenizer has that habit, then `text`."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
+        ...
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as one text, special tokens included: encode it with `encode`."""
+        ...
 
     def chat_parts(self, messages: Sequence[Message]) -> list[Part]:
         """`render_chat` cut into parts, each marked as trained (what the assistant says) or not."""
+        ...
 
 
 class _Base:
