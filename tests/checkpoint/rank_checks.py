@@ -1,0 +1,297 @@
+"""What the tests of this folder look at, gathered in one world: a function of the name of each fact."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemWriter
+
+from megatron_peft.checkpoint import sharded_files
+from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
+from megatron_peft.checkpoint.parameters import sharded_parameters
+from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.checkpoint.save import CheckpointNotSaved, save_checkpoint
+from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.runtime.launch import start_world
+from tests.checkpoint.runs import Files, Run, Settings, configure, differences, merged, resume_differences, start
+
+DROPOUT: Settings = {
+    "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "peft": {"lora_dropout": 0.1},
+}
+BF16: Settings = {"model": {"bf16": True}}
+FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
+TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
+TP2_SP: Settings = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
+PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
+PP2_INTERLEAVED: Settings = {
+    "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+}
+TP2_PP2: Settings = merged(TP2, PP2)
+DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
+LAST_LAYER: Settings = {"peft": {"target_modules": ("decoder.layers.3.*",)}}  # nothing to train on the first of 2 stages
+
+RESUMED_ON_TWO = {
+    "lora TP2": TP2,
+    "lora TP2+SP bf16": merged(TP2_SP, BF16),
+    "lora PP2 bf16": merged(PP2, BF16),
+    "lora PP2 on the last layer": merged(PP2, LAST_LAYER),
+    "lora PP2 interleaved": PP2_INTERLEAVED,
+    "lora DP2": {},
+    "lora DP2 distributed": DISTRIBUTED,
+    "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
+    "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
+    "full TP2 bf16": merged(FULL, TP2, BF16),
+    "full TP2+SP": merged(FULL, TP2_SP),
+    "full PP2": merged(FULL, PP2),
+    "full DP2 distributed": merged(FULL, DISTRIBUTED),
+    "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
+}
+RESUMED_ON_FOUR = {
+    "lora TP2xPP2": TP2_PP2,
+    "full TP2xPP2 bf16": merged(FULL, TP2_PP2, BF16),
+    "lora TP2xDP2 distributed bf16": merged(TP2, DISTRIBUTED, BF16),
+    "full PP2xDP2 distributed": merged(FULL, PP2, DISTRIBUTED),
+}
+RESHARDED = {  # from, to
+    "full TP2 to PP2": ("full TP2+SP", merged(FULL, PP2)),
+    "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
+    "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
+    "lora+ DP2 distributed to PP2, bf16": (
+        "lora+ DP2 distributed bf16",
+        merged(PP2, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
+    ),
+    "lora PP2 on the last layer to TP2": ("lora PP2 on the last layer", merged(TP2, LAST_LAYER)),
+}
+CHANGED = {  # what contradicts a checkpoint of "lora TP2"
+    "method": merged(FULL, TP2),
+    "rank": merged(TP2, {"peft": {"lora_rank": 8}}),
+    "alpha": merged(TP2, {"peft": {"lora_alpha": 8}}),
+    "targets": merged(TP2, {"peft": {"target_modules": ("linear_qkv", "linear_fc2")}}),
+    "optimizer": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
+    "schedule": merged(TP2, {"optimizer": {"lr": 1e-3}}),
+}
+
+
+def on_two_ranks(files: Files) -> dict[str, Any]:
+    """Every fact by name. The folders of the resumed runs serve the others."""
+    start_world(ParallelConfig())
+    return {
+        "resumed": _each(files, RESUMED_ON_TWO, _resumed),
+        "resharded": _each(files, RESHARDED, _resharded),
+        "bf16 to float32": _bf16_to_float32(files),
+        "refused": _each(files, CHANGED, _refused),
+        "refused base": _refused(files, "base", merged(TP2, {"model": {"pretrained_checkpoint": files.base + "-2"}})),
+        "loaded partly": _loaded_partly(files),
+        "schedule": _schedule(files),
+        "saved partly": _saved_partly(files),
+        "empty": load_checkpoint(start(configure(files, _loading(files, "nothing", TP2))).state),
+        "inference": _inference(files),
+        "failed saves": _failed_saves(files),
+        "damaged": _damaged(files),
+    }
+
+
+def on_four_ranks(files: Files) -> dict[str, list[str]]:
+    start_world(ParallelConfig())
+    return _each(files, RESUMED_ON_FOUR, _resumed)
+
+
+def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any], Any]) -> dict[str, Any]:
+    return {name: check(files, name, value) for name, value in table.items()}
+
+
+def _resumed(files: Files, name: str, settings: Settings) -> list[str]:
+    return resume_differences(files, name, merged(DROPOUT, settings))
+
+
+def _loading(files: Files, name: str, settings: Settings, **flags: Any) -> Settings:
+    folder = str(Path(files.work, name.replace(" ", "-")))
+    return merged(DROPOUT, settings, {"checkpoint": {"load": folder, **flags}})
+
+
+def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
+    run = start(configure(files, _loading(files, name, settings, **flags)), disturbed=True)
+    assert load_checkpoint(run.state)
+    return run
+
+
+def _stored(folder: str) -> dict[str, torch.Tensor]:
+    """All whole tensors of the newest checkpoint, generators aside."""
+    checkpoint = next(Path(folder).glob("iter_*"))
+    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("rng.")}
+
+
+def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
+    """What differs between a checkpoint and one that another layout makes of it."""
+    source, settings = value
+    copy = str(Path(files.work, name.replace(" ", "-")))
+    run = _loaded(files, source, settings, save=copy)
+    save_checkpoint(run.state)
+    before, after = read_run_record(run.state.config.checkpoint.load), read_run_record(copy)
+    same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
+    return differences(_stored(run.state.config.checkpoint.load), _stored(copy)) + ["record"] * (not same)
+
+
+def _bf16_to_float32(files: Files) -> list[str]:
+    """A float32 run takes over the float32 copies of a bf16 run."""
+    run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
+    stored = _stored(run.state.config.checkpoint.load)
+    entries = sharded_parameters([chunk.module for chunk in run.state.model_chunks], only_adapters=False)
+    norms = {entry.key: entry.data for entry in entries if "layernorm" in entry.key}
+    assert norms
+    return differences(norms, {key: stored[f"optimizer.master.{key}"] for key in norms})
+
+
+def _refused(files: Files, name: str, settings: Settings) -> tuple[str, list[str]]:
+    """(message, what the attempt has changed)"""
+    run = start(configure(files, _loading(files, "lora TP2", settings)))
+    before = run.snapshot()
+    try:
+        load_checkpoint(run.state)
+    except ConfigurationError as error:
+        return str(error), differences(before, run.snapshot())
+    return "", []
+
+
+def _kinds(names: list[str]) -> set[str]:
+    """What kind of things differ: 'exp_avg decoder...' -> 'exp_avg'; parameters give 'parameter'."""
+    return {name.partition(" ")[0] if " " in name else "parameter" for name in names}
+
+
+def _loaded_partly(files: Files) -> dict[str, tuple[set[str], int]]:
+    """For each flag: which kinds of things are not the checkpoint's, and the iteration."""
+    whole = _loaded(files, "lora TP2", TP2).snapshot()
+    found = {}
+    for name in ("finetune", "no_load_optim", "no_load_rng"):
+        run = _loaded(files, "lora TP2", TP2, **{name: True})
+        found[name] = _kinds(differences(whole, run.snapshot())), run.state.position.iteration
+    return found
+
+
+def _schedule(files: Files) -> dict[str, list[float]]:
+    """Learning rates after loading a checkpoint of --lr 5e-3 (LoRA+ 4) into a run of --lr 1e-3."""
+    found = {}
+    for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
+        changes = {"optimizer": {"lr": 1e-3, name: True}, "peft": {"lora_plus_ratio": 4.0}}
+        run = _loaded(files, "lora+ DP2 distributed bf16", merged(DISTRIBUTED, BF16, changes))
+        found[name] = sorted({group["lr"] for group in run.state.optimizer.param_groups if group["params"]})
+    return found
+
+
+def _saved_partly(files: Files) -> dict[str, Any]:
+    folder = str(Path(files.work, "partly"))
+    run = start(configure(files, merged(TP2, {"checkpoint": {"save": folder, "no_save_optim": True, "no_save_rng": True}})))
+    save_checkpoint(run.state)
+    checkpoint = next(Path(folder).glob("iter_*"))
+    refused = _attempt(lambda: load_checkpoint(start(configure(files, merged(TP2, {"checkpoint": {"load": folder}}))).state))
+    taken = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
+    return {
+        "keys": sorted(dist_checkpointing.load_tensors_metadata(str(checkpoint))),
+        "refused": refused,
+        "taken": load_checkpoint(taken.state),
+    }
+
+
+def _inference(files: Files) -> dict[str, Any]:
+    """Parameters into bare chunks: what differs, and the message for chunks with other adapters."""
+    folder = str(Path(files.work, "lora-TP2"))
+    trained = _loaded(files, "lora TP2", TP2)
+    bare = start(configure(files, TP2))
+    record = load_trained_parameters([chunk.module for chunk in bare.state.model_chunks], folder)
+    fewer = start(configure(files, merged(TP2, {"peft": {"target_modules": ("linear_qkv",)}})))
+    kinds = _kinds(differences(trained.snapshot(), bare.snapshot()))
+    chunks = [chunk.module for chunk in fewer.state.model_chunks]
+    return {
+        "parameters differ": "parameter" in kinds,
+        "rank": record.config.peft.lora_rank,
+        "iteration": record.position["iteration"],
+        "fewer adapters": _attempt(lambda: load_trained_parameters(chunks, folder)),
+    }
+
+
+def _attempt(action: Callable[[], Any]) -> str:
+    """The message of the ConfigurationError that it raises, or nothing."""
+    try:
+        action()
+    except ConfigurationError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@contextmanager
+def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
+    """On one rank, a function that writes finds no space."""
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with mock.patch.object(owner, name, full if dist.get_rank() == rank else getattr(owner, name)):
+        yield
+
+
+def _failed_saves(files: Files) -> dict[str, Any]:
+    """Saves that fail in each phase after a good one: messages, whether the folder is as before, and a good one after."""
+    folder = Path(files.work, "full-disk")
+    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(folder)}})))
+    run.train(1)
+    save_checkpoint(run.state)
+    before = _contents(folder)
+    run.train(1)
+    found: dict[str, Any] = {}
+    phases = {
+        "data on rank 1": (1, FileSystemWriter, "write_data"),
+        "metadata": (0, FileSystemWriter, "finish"),
+        "common file": (0, sharded_files, "save_config"),
+        "record": (0, Path, "write_text"),
+    }
+    for phase, (rank, owner, name) in phases.items():
+        with _disk_full(rank, owner, name):
+            message = _attempt(lambda: save_checkpoint(run.state))
+        found[phase] = message, _contents(folder) == before
+    save_checkpoint(run.state)
+    found["afterwards"] = read_run_record(folder).position["iteration"]
+    found["no folder"] = _unwritable(files)
+    return found
+
+
+def _unwritable(files: Files) -> str:
+    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(Path(files.data, "runs"))}})))
+    try:
+        save_checkpoint(run.state)
+    except CheckpointNotSaved as error:
+        return str(error)
+    return ""
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    dist.barrier()
+    found = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    dist.barrier()
+    return found
+
+
+def _damaged(files: Files) -> dict[str, str]:
+    """Messages for a checkpoint whose files were cut short."""
+    folder = Path(files.work, "lora-TP2+SP-bf16")
+    checkpoint = next(folder.glob("iter_*"))
+    found = {}
+    for name in ("__1_0.distcp", ".metadata", "run_record.json"):
+        whole = (checkpoint / name).read_bytes()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        dist.barrier()
+        run = start(configure(files, _loading(files, folder.name, merged(TP2_SP, BF16))))
+        found[name] = _attempt(lambda run=run: load_checkpoint(run.state))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (checkpoint / name).write_bytes(whole)
+        dist.barrier()
+    return found
