@@ -10,7 +10,9 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -33,6 +35,7 @@ DESCRIPTION = (
     "Flags are Megatron's, with Megatron's meanings; they cannot be abbreviated."
 )
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+PATIENCE_SECONDS = 2.0
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 
 ShapeReader = Callable[[str], ModelShape]
@@ -70,8 +73,19 @@ def exit_with_error(error: ConfigurationError, environ: Mapping[str, str] = os.e
     """Tell on rank 0 what is wrong, all of it in one message on stderr, and exit with 2 on every rank."""
     if _is_first_rank(environ):
         lines = error.problems if len(error.problems) == 1 else ("several things are wrong:", *error.problems)
-        print(f"{PROGRAM}: error: " + "\n  - ".join(lines), file=sys.stderr)
+        print(f"{PROGRAM}: error: " + "\n  - ".join(lines), file=sys.stderr, flush=True)
+    else:
+        _let_rank_0_speak()
     raise SystemExit(2)
+
+
+def _let_rank_0_speak() -> None:
+    """torchrun ends every rank once one has exited, so the silent ones wait, or rank 0 may be ended unheard."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as if it had exited by itself
+    try:
+        time.sleep(PATIENCE_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def known_flags() -> dict[str, str | None]:
