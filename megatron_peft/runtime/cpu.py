@@ -18,7 +18,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,13 +60,27 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return redirected
 
 
+class _Stream:
+    """A stream with nothing in it. A class, as torch's is: transformers writes `torch.cuda.Stream | None`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
 def _redirect_streams() -> None:
-    stream = SimpleNamespace(
-        synchronize=lambda: None,
-        wait_stream=lambda other: None,
-        wait_event=lambda event: None,
-        record_event=lambda event=None: event,
-    )
+    stream = _Stream()
 
     @contextlib.contextmanager
     def stream_context(_: Any) -> Iterator[None]:
@@ -76,7 +89,7 @@ def _redirect_streams() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
     torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
-    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment, misc]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
     torch.cuda.stream = stream_context  # type: ignore[assignment]
     torch.cuda.empty_cache = lambda: None
 
