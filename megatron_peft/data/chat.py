@@ -28,7 +28,7 @@ def chat_parts(render: Callable[..., str], messages: Sequence[Any]) -> list[Part
     position = 0
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         start = _turn_start(render, whole, messages[:turn]) if turn else 0
-        end = _prefix_length(whole, render(messages[: turn + 1]))
+        end = _prefix_length(whole, render(messages[: turn + 1])) if turn + 1 < len(messages) else len(whole)
         if not position <= start <= end:
             raise ConfigurationError(_NOT_LEFT_TO_RIGHT)
         parts += [Part(whole[position:start], False), Part(whole[start:end], True)]
@@ -41,8 +41,10 @@ def chat_parts(render: Callable[..., str], messages: Sequence[Any]) -> list[Part
 def _turn_start(render: Callable[..., str], whole: str, before: Sequence[Any]) -> int:
     """Behind the generation prompt, or behind as much of it as the turn has: some templates put into the prompt what
     they leave out of a finished turn (an opened thought)."""
-    shortest = _prefix_length(whole, render(before))
-    return max(shortest, len(commonprefix([whole, render(before, True)])))
+    prompt = render(before, True)
+    if whole.startswith(prompt):
+        return len(prompt)
+    return max(_prefix_length(whole, render(before)), len(commonprefix([whole, prompt])))
 
 
 def _prefix_length(whole: str, prefix: str) -> int:
