@@ -1,7 +1,7 @@
 """Which linear layers are adapted, and the adapters put in place.
 
 Target names: Megatron's (`linear_qkv`), Hugging Face's (`q_proj`: the fused layer that holds it is adapted whole), full
-names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over either (`decoder.layers.1?.*`, `*.linear_fc*`).
+names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three (`decoder.layers.1?.*`, `*_proj`).
 Layer numbers are those of the whole model, from 0.
 """
 
@@ -105,8 +105,9 @@ def require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    pattern = HF_NAMES.get(pattern, pattern)
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+    module = name.rpartition(".")[2]
+    parts_in_hf = [hf_name for hf_name, fused in HF_NAMES.items() if fused == module]
+    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts_in_hf))
 
 
 def start_gradients_at_the_embedding(chunk: nn.Module) -> None:

@@ -1,0 +1,136 @@
+"""A gated column layer and a row layer with adapters, in float64, at several layouts; started by test_linear.py.
+
+Everything is drawn as a whole and sliced, and what is returned is joined to the whole, so that two layouts can be
+compared tensor by tensor. Letters: s sequence, b batch, h hidden, f features between the two layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.config import ParallelConfig, PeftConfig
+from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.runtime.launch import start_model_parallel, start_world
+
+S, BATCH, H, F, RANK = 8, 3, 12, 10, 2
+PEFT = PeftConfig(lora_rank=RANK, lora_alpha=3.0)
+
+
+def draw(name: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator_for(0, name))
+
+
+class GatedPair(nn.Module):
+    """row(gate * up) with [gate; up] = column(x) + bias, adapters on both (or on neither)."""
+
+    def __init__(self, size: int, sequence_parallel: bool, with_adapters: bool) -> None:
+        super().__init__()
+        config: Any = TransformerConfig(
+            num_layers=1,
+            hidden_size=H,
+            num_attention_heads=2,
+            tensor_model_parallel_size=size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=torch.float64,
+            perform_initialization=False,
+        )
+        config.linear_biases = {"linear_fc1", "linear_fc2"}
+        common: dict[str, Any] = {"config": config, "init_method": None}
+        self.column = AdaptedColumnParallelLinear(H, 2 * F, stride=2, tp_comm_buffer_name="fc1", **common)
+        self.row = AdaptedRowParallelLinear(
+            F, H, input_is_parallel=True, skip_bias_add=False, tp_comm_buffer_name="fc2", **common
+        )
+        for name, layer in self.named_children():
+            _fill(layer, name, with_adapters)
+
+    def forward(self, x: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
+        gate, up = self.column(x)[0].chunk(2, -1)
+        return self.row(gate * up)[0]
+
+
+def _fill(layer: Any, name: str, with_adapters: bool) -> None:
+    layout = layer.layout
+    weight = draw(f"{name}.weight", layout.out_features, layout.in_features)
+    layer.requires_grad_(False)
+    layer.weight.copy_(layout.slice_input(layout.slice_output(weight)))
+    layer.bias.copy_(layout.slice_output(draw(f"{name}.bias", layout.out_features)))
+    if with_adapters:
+        layer.adapter = LowRank(layout, PEFT, f"{name}.adapter", seed=3, dtype=torch.float64)
+        with torch.no_grad():
+            layer.adapter.B.copy_(layout.slice_output(draw(f"{name}.B", layout.out_features, RANK)))
+
+
+def run(layouts: list[tuple[bool, bool]]) -> list[dict[str, Any]]:
+    """For each (sequence parallel, with adapters): whole tensors by name, and counts of collectives."""
+    start_world(ParallelConfig())
+    size = dist.get_world_size()
+    start_model_parallel(ParallelConfig(tensor_model_parallel_size=size, world_size=size), seed=1)
+    return [run_here(*layout) for layout in layouts]
+
+
+def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
+    """One forward, backward and sum of partial gradients in the present world."""
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    pair = GatedPair(group.size(), sequence_parallel, with_adapters)
+
+    def own_tokens(whole: Tensor) -> Tensor:
+        return whole.chunk(group.size())[group.rank()] if sequence_parallel else whole
+
+    def whole_sequence(own: Tensor) -> Tensor:
+        return torch.cat(_from_all(own, group)) if sequence_parallel else own
+
+    x = own_tokens(draw("x", S, BATCH, H)).clone().requires_grad_()
+    with CollectiveCalls() as calls:
+        y = pair(x)
+        y.backward(own_tokens(draw("dy", S, BATCH, H)))
+        for parameter in pair.parameters():
+            parameter.main_grad = parameter.grad
+        sum_partial_gradients_over_tensor_parallel([pair], group)
+    found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad), "calls": calls.counts}
+    for name, parameter in pair.named_parameters():
+        if parameter.requires_grad:
+            found[name] = _joined(parameter.detach(), parameter, group)
+            found[f"d {name}"] = _joined(parameter.main_grad, parameter, group)
+    return found
+
+
+def _joined(tensor: Tensor, parameter: Any, group: Any) -> Tensor:
+    """A tensor laid out like `parameter`, whole. Replicated ones must be equal on all ranks."""
+    parts = _from_all(tensor, group)
+    if not parameter.tensor_model_parallel:
+        assert all(torch.equal(part, parts[0]) for part in parts), "copies differ between ranks"
+        return tensor
+    stacked = zip(*(part.chunk(parameter.partition_stride) for part in parts), strict=True)
+    return torch.cat([torch.cat(same_part, parameter.partition_dim) for same_part in stacked])
+
+
+def _from_all(tensor: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return parts
+
+
+class CollectiveCalls(TorchDispatchMode):
+    """Counts collectives by (name, elements of the result)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        namespace, _, name = function.name().partition("::")
+        if namespace == "c10d":
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            self.counts[name, first.numel()] += 1
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,135 @@
+"""Which layers are adapted, what stays frozen, and the messages for names that match nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from megatron_peft.adapters.attach import HF_NAMES, attach_adapters, is_targeted, linear_layers, require_matches
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
+from tests.one_rank import one_rank
+from tests.tiny_gpt import tiny_gpt
+
+NAMES = [
+    f"decoder.layers.{layer}.{module}"
+    for layer in (0, 1)
+    for module in ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    with one_rank():
+        yield
+
+
+def _targeted(*patterns):
+    return [name for name in NAMES if is_targeted(name, patterns)]
+
+
+def test_linear_layers_have_the_names_of_the_whole_model():
+    assert sorted(target.name for target in linear_layers(tiny_gpt())) == sorted(NAMES)
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("linear_qkv", "self_attention.linear_qkv"),
+        ("q_proj", "self_attention.linear_qkv"),
+        ("v_proj", "self_attention.linear_qkv"),
+        ("o_proj", "self_attention.linear_proj"),
+        ("up_proj", "mlp.linear_fc1"),
+        ("down_proj", "mlp.linear_fc2"),
+    ],
+)
+def test_a_module_name_means_that_module_in_every_layer(pattern, expected):
+    assert _targeted(pattern) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
+
+
+def test_full_names_and_wildcards():
+    assert _targeted("decoder.layers.1.mlp.linear_fc2") == ["decoder.layers.1.mlp.linear_fc2"]
+    assert _targeted("decoder.layers.0.*") == NAMES[:4]
+    assert _targeted("linear_fc?") == _targeted("*.linear_fc[12]") == NAMES[2:4] + NAMES[6:]
+    assert _targeted("linear") == []
+
+
+def test_wildcards_work_on_hugging_face_names_too():
+    assert _targeted("[qkv]_proj") == _targeted("linear_qkv")
+    assert _targeted("*_proj") == NAMES
+
+
+def test_several_patterns_are_a_union():
+    assert set(_targeted("linear_qkv", "down_proj")) == {*_targeted("linear_qkv"), *_targeted("down_proj")}
+
+
+def test_every_hugging_face_name_stands_for_a_module_that_exists():
+    assert set(HF_NAMES.values()) == set(LINEAR_MODULES)
+
+
+def test_a_pattern_that_matches_nothing_lists_what_exists():
+    with pytest.raises(ConfigurationError) as error:
+        require_matches(["linear_qkv", "query", "linear_fc9"], NAMES)
+    assert str(error.value).startswith("--peft-target-modules query linear_fc9 matches no linear layer.")
+    for name in (*LINEAR_MODULES, "q_proj", "down_proj", NAMES[0]):
+        assert name in str(error.value)
+
+
+def test_a_model_with_a_wrong_target_is_refused_before_it_is_changed():
+    model = tiny_gpt()
+    with pytest.raises(ConfigurationError, match="--peft-target-modules nothing"):
+        attach_adapters([model], PeftConfig(target_modules=("nothing",), lora_rank=4), seed=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_adapters_of_targeted_layers_are_trained():
+    model = tiny_gpt()
+    found = attach_adapters([model], PeftConfig(target_modules=("q_proj", "*.1.mlp.linear_fc2"), lora_rank=4), seed=1)
+    expected = {NAMES[1], NAMES[5], NAMES[7]}
+    assert set(found) == expected
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.adapter.{factor}" for name in expected for factor in "AB"}
+
+
+def test_adapters_start_from_their_global_names():
+    first, second = tiny_gpt(), tiny_gpt()
+    attach_adapters([first], PeftConfig(lora_rank=4), seed=1)
+    attach_adapters([second], PeftConfig(target_modules=("linear_fc2",), lora_rank=4), seed=1)
+    layers = [model.decoder.layers[1].mlp.linear_fc2.adapter.A for model in (first, second)]
+    assert torch.equal(*layers)
+    assert not torch.equal(layers[0], first.decoder.layers[0].mlp.linear_fc2.adapter.A)
+
+
+RECOMPUTE = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+def _gradients(recompute):
+    model = tiny_gpt(transformer=recompute)
+    attach_adapters([model], PeftConfig(lora_rank=4), seed=1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("adapter.B"):
+            parameter.data.fill_(0.01)
+    tokens = torch.arange(24).reshape(2, 12)
+    model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", list(RECOMPUTE)[1:])
+def test_recompute_behind_a_frozen_embedding_keeps_every_gradient(kind):
+    expected, found = _gradients({}), _gradients(RECOMPUTE[kind])
+    assert len(found) == 16
+    for name, gradient in found.items():
+        assert gradient is not None and gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_names_in_the_message_are_shown_once():
+    with pytest.raises(ConfigurationError) as error:
+        require_matches(["x"], NAMES)
+    assert len(re.findall(r"\blinear_fc1\b,", str(error.value))) == 1

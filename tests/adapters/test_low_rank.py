@@ -1,0 +1,110 @@
+"""Factors of one adapted layer: initial values that no layout changes, scale, dropout, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.parallel.layout import LinearLayout
+from tests.one_rank import Place, one_rank, places
+
+OUT, IN, RANK = 24, 12, 4
+NAME = "decoder.layers.0.mlp.linear_fc1.adapter"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    with one_rank():
+        yield
+
+
+def _adapter(split="column", place=None, name=NAME, seed=1, **settings):
+    layout = LinearLayout(split, OUT, IN, place or Place(0, 1))
+    return LowRank(layout, PeftConfig(**{"lora_rank": RANK, **settings}), name, seed, torch.float32)
+
+
+def _forward(adapter, x, splits_sequence=False):
+    torch.manual_seed(0)
+    call = FrozenLinearCall(torch.zeros(OUT, IN), None, False, splits_sequence, Place(0, 1))
+    return adapter(x, call)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_slices_of_a_row_layers_A_join_to_the_one_ranks(size):
+    slices = [_adapter("row", place).A.data for place in places(size)]
+    assert torch.equal(torch.cat(slices, dim=1), _adapter("row").A.data)
+
+
+def test_a_column_layers_A_is_the_same_on_every_rank():
+    first, second = (_adapter("column", place).A.data for place in places(2))
+    assert torch.equal(first, second) and torch.equal(first, _adapter().A.data)
+
+
+def test_initial_values_depend_on_seed_and_name():
+    adapters = [_adapter(), _adapter(seed=2), _adapter(name=NAME.replace("0", "1"))]
+    assert len({adapter.A.flatten()[0].item() for adapter in adapters}) == 3
+
+
+def test_A_is_uniform_within_the_inverse_root_of_the_input_and_B_is_zero():
+    adapter = _adapter()
+    bound = 1 / math.sqrt(IN)
+    assert 0.8 * bound < adapter.A.abs().max().item() <= bound
+    assert adapter.A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+    assert not adapter.B.any()
+
+
+def test_rows_of_B_follow_the_base_output():
+    assert [tuple(_adapter("column", place).B.shape) for place in places(2)] == [(OUT // 2, RANK)] * 2
+    assert tuple(_adapter("row", Place(0, 2)).B.shape) == (OUT, RANK)
+
+
+@pytest.mark.parametrize("settings, scale", [({}, 8 / RANK), ({"lora_rs": True}, 8 / math.sqrt(RANK))])
+def test_scale_is_alpha_over_the_rank_or_over_its_root(settings, scale):
+    adapter = _adapter(lora_alpha=8, **settings)
+    adapter.B.data.normal_()
+    x = torch.randn(3, 2, IN)
+    torch.testing.assert_close(_forward(adapter, x), scale * (x @ adapter.A.T @ adapter.B.T))
+    torch.testing.assert_close(_forward(adapter, x), x @ adapter.delta_weight().T)
+
+
+def test_a_rank_above_the_matrix_is_refused():
+    message = rf"--lora-rank 13 is above 12, the smaller side of .*linear_fc1 \({OUT} x {IN}\): use at most 12"
+    with pytest.raises(ConfigurationError, match=message):
+        _adapter(lora_rank=13)
+    assert _adapter(lora_rank=12).A.shape == (12, IN)
+
+
+def _with_dropout(split="column"):
+    """An adapter whose output shows which inputs were dropped: y = x on the first IN outputs."""
+    adapter = _adapter(split, lora_rank=IN, lora_alpha=IN, lora_dropout=0.25)
+    adapter.A.data.copy_(torch.eye(IN))
+    adapter.B.data[:IN].copy_(torch.eye(IN))
+    return adapter
+
+
+def test_dropout_zeroes_inputs_and_scales_the_rest():
+    y = _forward(_with_dropout(), torch.ones(50, 4, IN))[..., :IN]
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_dropout_is_off_in_evaluation():
+    x = torch.ones(5, 4, IN)
+    assert torch.equal(_forward(_with_dropout().eval(), x)[..., :IN], x)
+
+
+@pytest.mark.parametrize(
+    "split, splits_sequence, common", [("column", False, True), ("column", True, False), ("row", False, False)]
+)
+def test_ranks_drop_the_same_where_they_hold_the_same(split, splits_sequence, common):
+    """Common: drawn from the default generator; otherwise it stays where it was, the ranks' own is used."""
+    x = torch.ones(5, 4, IN)
+    _forward(_with_dropout(split), x, splits_sequence)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.get_rng_state()) != common

@@ -1,0 +1,119 @@
+"""What we choose around megatron-core's GPTModel: padded vocabulary, rope, biases, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.config import ParallelConfig, PeftConfig
+from megatron_peft.models.gpt import num_virtual_stages
+from megatron_peft.models.shape import ModelShape, RopeScaling
+from tests.one_rank import one_rank
+from tests.tiny_gpt import SIZES, tiny_gpt
+
+VOCAB = SIZES["vocab_size"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    with one_rank():
+        yield
+
+
+def _batch():
+    tokens = torch.arange(20).reshape(2, 10) % VOCAB
+    return tokens, torch.arange(10).expand(2, 10), None
+
+
+def _losses(model):
+    return model(*_batch(), labels=(_batch()[0] * 7 + 3) % VOCAB)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_do_not_depend_on_the_vocabularys_padding(tied):
+    results = []
+    for multiple in (1, 8, 128):
+        model = tiny_gpt({"tied_embeddings": tied}, make_vocab_size_divisible_by=multiple)
+        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        assert weight.shape[0] == -(-VOCAB // multiple) * multiple
+        losses = _losses(model)
+        losses.sum().backward()
+        assert not weight.grad[VOCAB:].any()
+        results.append((losses, weight.grad[:VOCAB]))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_padded_logits_are_never_the_largest():
+    logits = tiny_gpt(make_vocab_size_divisible_by=128)(*_batch())
+    assert logits.shape[-1] == 128
+    assert torch.isneginf(logits[..., VOCAB:]).all() and torch.isfinite(logits[..., :VOCAB]).all()
+
+
+@pytest.mark.parametrize("numbers", [(8.0, 1.0, 4.0, 8192), (3.0, 0.5, 6.0, 100)])
+def test_scaled_rope_has_the_frequencies_of_transformers(numbers):
+    scaling = RopeScaling(*numbers)
+    model = tiny_gpt({"rope_scaling": scaling, "kv_channels": 32, "rotary_base": 5e5})
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **vars(scaling)}
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=4, head_dim=32, max_position_embeddings=4096, rope_parameters=rope
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    torch.testing.assert_close(model.rotary_pos_emb.inv_freq, expected)
+    plain = tiny_gpt({"kv_channels": 32, "rotary_base": 5e5}).rotary_pos_emb.inv_freq
+    assert not torch.allclose(expected, plain)
+
+
+def _biased(model):
+    biased = [name for name, module in model.named_modules() if getattr(module, "bias", None) is not None]
+    return {name.rpartition(".")[2] for name in biased}
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [set(), {"linear_qkv"}, {"linear_qkv", "linear_proj"}, {"linear_fc1", "linear_fc2"}],
+    ids=lambda kinds: "+".join(sorted(kinds)) or "none",
+)
+def test_exactly_the_named_linear_layers_have_biases(kinds):
+    assert _biased(tiny_gpt({"linear_biases": frozenset(kinds)})) == kinds
+
+
+def test_biases_act():
+    plain, biased = tiny_gpt(), tiny_gpt({"linear_biases": frozenset({"linear_fc2"})})
+    for layer in biased.decoder.layers:
+        nn.init.zeros_(layer.mlp.linear_fc2.bias)
+    torch.testing.assert_close(_losses(biased), _losses(plain))
+    nn.init.ones_(biased.decoder.layers[0].mlp.linear_fc2.bias)
+    assert not torch.allclose(_losses(biased), _losses(plain))
+
+
+def test_every_weight_is_marked_as_split_or_whole():
+    for name, parameter in tiny_gpt({"linear_biases": frozenset({"linear_qkv", "linear_proj"})}).named_parameters():
+        is_whole = "norm" in name or name.endswith("linear_proj.bias")
+        assert getattr(parameter, "tensor_model_parallel", False) != is_whole, name
+
+
+def test_a_bfloat16_model_follows_the_float32_one():
+    wide, narrow = tiny_gpt(), tiny_gpt(bf16=True)
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    losses = []
+    for model in (wide, narrow):
+        attach_adapters([model], PeftConfig(lora_rank=4), seed=1)
+        losses.append(_losses(model).float())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0.03)
+    losses[1].sum().backward()
+    gradients = [parameter.grad for name, parameter in narrow.named_parameters() if name.endswith("adapter.B")]
+    assert all(gradient.dtype == torch.bfloat16 and gradient.any() for gradient in gradients)
+
+
+def test_chunks_of_a_rank_under_the_interleaved_schedule():
+    shape = ModelShape(**{**SIZES, "num_layers": 12})
+    assert num_virtual_stages(shape, ParallelConfig(pipeline_model_parallel_size=2, world_size=2)) is None
+    interleaved = ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3, world_size=2
+    )
+    assert num_virtual_stages(shape, interleaved) == 2
