@@ -9,17 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.parallel.layout import LinearLayout, mark_split
 
 _MODULE_NAMES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
 
@@ -75,7 +71,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
-        set_tensor_model_parallel_attributes(self.weight, True, 0, stride)
+        mark_split(self.weight, 0, stride)
         self.adapter = None
         self.layout = LinearLayout("column", output_size, input_size, self.tp_group, num_parts=stride)
 
@@ -85,9 +81,9 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **_with_own_bias(kwargs))
-        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        mark_split(self.weight, 1)
         if self.bias is not None:
-            set_tensor_model_parallel_attributes(self.bias, False, -1, 1)
+            mark_split(self.bias, None)
         self.adapter = None
         self.layout = LinearLayout("row", output_size, input_size, self.tp_group)
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -30,6 +29,7 @@ from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.attention import ScaledDotProductAttention
 from megatron_peft.models.norms import LayerNorm, RMSNorm
 from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.parallel.layout import mark_split
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
@@ -190,7 +190,7 @@ def _mark_vocabulary_weights(chunk: GPTModel) -> None:
     for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
         weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
         if weight is not None:
-            set_tensor_model_parallel_attributes(weight, True, 0, 1)
+            mark_split(weight, 0)
 
 
 class _PaddedLogitsMask:

@@ -55,16 +55,27 @@ class LinearLayout:
 
     def mark_output(self, parameter: nn.Parameter) -> None:
         """Tell the optimizer and the gradient sums how `parameter` [local out, ...] is laid out."""
-        _mark(parameter, axis=0 if self.split == "column" else None, stride=self.num_parts)
+        _mark_adapter(parameter, axis=0 if self.split == "column" else None, stride=self.num_parts)
 
     def mark_input(self, parameter: nn.Parameter) -> None:
         """The same for `parameter` [..., local in]."""
-        _mark(parameter, axis=parameter.ndim - 1 if self.split == "row" else None, stride=1)
+        _mark_adapter(parameter, axis=parameter.ndim - 1 if self.split == "row" else None, stride=1)
 
 
-def _mark(parameter: nn.Parameter, axis: int | None, stride: int) -> None:
-    """`axis` None: every rank holds the whole parameter, and a gradient that the ranks' gradients add up to."""
+def mark_split(parameter: nn.Parameter, axis: int | None, stride: int = 1) -> None:
+    """Say on a parameter how it lies on the tensor-parallel ranks, as megatron-core does (which leaves it out for a
+    weight that it does not initialise, in some of its versions).
+
+    Args:
+        axis: that is split; None: every rank holds all of it, and norms count it once.
+        stride: parts that are split apart along the axis.
+    """
     parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if axis is None else axis  # type: ignore[attr-defined]
     parameter.partition_stride = stride  # type: ignore[attr-defined]
+
+
+def _mark_adapter(parameter: nn.Parameter, axis: int | None, stride: int) -> None:
+    """`mark_split`, and: the gradients of a replicated factor are parts of a sum over the ranks."""
+    mark_split(parameter, axis, stride)
     setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)
