@@ -224,6 +224,7 @@ def test_silent_rank_that_torchrun_ends_exits_with_2_too() -> None:
         assert rank.stdout is not None
         rank.stdout.readline()
         time.sleep(0.5)
+        assert rank.poll() is None, "it did not wait for rank 0"
         rank.terminate()
         assert rank.wait(timeout=30) == 2
 
