@@ -217,16 +217,19 @@ def test_only_rank_0_speaks_and_all_exit_alike(
 
 
 def test_silent_rank_that_torchrun_ends_exits_with_2_too() -> None:
-    """Rank 0 exits first, and torchrun sends SIGTERM to the others."""
-    code = "from megatron_peft import arguments as a; a.PATIENCE_SECONDS = 60; print(); a.parse_arguments(['-x'])"
-    environ = os.environ | {"RANK": "1", "PYTHONUNBUFFERED": "1"}
+    """Rank 0 exits first, and torchrun sends SIGTERM to the others, which are waiting by then."""
+    code = """
+import time
+from megatron_peft.arguments import parse_arguments
+wait = time.sleep
+time.sleep = lambda seconds: (print("waiting", flush=True), wait(60))
+parse_arguments(["--wibble"])
+"""
+    environ = os.environ | {"RANK": "1"}
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environ, stdout=subprocess.PIPE) as rank:
-        assert rank.stdout is not None
-        rank.stdout.readline()
-        time.sleep(0.5)
-        assert rank.poll() is None, "it did not wait for rank 0"
+        assert rank.stdout is not None and rank.stdout.readline() == b"waiting\n"
         rank.terminate()
-        assert rank.wait(timeout=30) == 2
+        assert rank.wait(timeout=60) == 2
 
 
 @pytest.mark.parametrize("class_name", SOURCES)
