@@ -58,8 +58,8 @@ def save_checkpoint(state: Resumable) -> Path:
         if dist.get_rank() == 0 and draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointNotSaved(
-            f"--save {folder}: iteration {iteration} was not saved: {error}. What was saved before is untouched. "
-            f"Make room, or give another --save."
+            f"--save {folder}: iteration {iteration} was not saved: {error}. What was saved before is untouched: "
+            f"make room there, or give another --save."
         ) from error
     return iteration_folder(folder, iteration)
 

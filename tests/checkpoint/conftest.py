@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +16,21 @@ CHECKS = "tests.checkpoint.rank_checks"
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Files:
-    """A base model, another one of the same shape beside it (`-2`), and data."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_llama(folder / "base-2", seed=1)
-    return Files(str(save_llama(folder / "base")), str(save_pairs(folder / "pairs.jsonl")), str(folder / "work"))
+    """Base models: `base`, `other` of the same shape, `tied`; and data."""
+    return make_files(tmp_path_factory.mktemp("checkpoint"))
+
+
+def make_files(folder: Path) -> Files:
+    save_llama(folder / "bases" / "base")
+    save_llama(folder / "bases" / "other", seed=1)
+    save_llama(folder / "bases" / "tied", tie_word_embeddings=True)
+    return Files(str(folder / "bases"), str(save_pairs(folder / "pairs.jsonl")), str(folder / "work"))
 
 
 @pytest.fixture(scope="session")
 def two_ranks(files: Files) -> list[dict[str, Any]]:
     """`rank_checks.on_two_ranks` on each rank."""
-    return run_ranks(2, f"{CHECKS}:on_two_ranks", files)
+    return run_ranks(2, f"{CHECKS}:on_two_ranks", files, timeout=900)
 
 
 @pytest.fixture(scope="session")

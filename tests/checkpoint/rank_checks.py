@@ -37,21 +37,24 @@ PP2_INTERLEAVED: Settings = {
 }
 TP2_PP2: Settings = merged(TP2, PP2)
 DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
-LAST_LAYER: Settings = {"peft": {"target_modules": ("decoder.layers.3.*",)}}  # nothing to train on the first of 2 stages
+LAST_LAYER: Settings = {
+    "peft": {"target_modules": ("decoder.layers.3.*",)}
+}  # nothing to train on the first of 2 stages
+
+TIED: Settings = {"model": {"pretrained_checkpoint": "tied"}}
+ODD_ROWS: Settings = {"model": {"make_vocab_size_divisible_by": 7}}  # 1,008 rows of the vocabulary at TP2, else 1,001
 
 RESUMED_ON_TWO = {
     "lora TP2": TP2,
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
-    "lora PP2 bf16": merged(PP2, BF16),
-    "lora PP2 on the last layer": merged(PP2, LAST_LAYER),
+    "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
     "lora PP2 interleaved": PP2_INTERLEAVED,
     "lora DP2": {},
-    "lora DP2 distributed": DISTRIBUTED,
     "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
     "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
     "full TP2 bf16": merged(FULL, TP2, BF16),
-    "full TP2+SP": merged(FULL, TP2_SP),
-    "full PP2": merged(FULL, PP2),
+    "full TP2+SP": merged(FULL, TP2_SP, ODD_ROWS),
+    "full PP2 tied": merged(FULL, PP2, TIED),
     "full DP2 distributed": merged(FULL, DISTRIBUTED),
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
@@ -62,14 +65,15 @@ RESUMED_ON_FOUR = {
     "full PP2xDP2 distributed": merged(FULL, PP2, DISTRIBUTED),
 }
 RESHARDED = {  # from, to
-    "full TP2 to PP2": ("full TP2+SP", merged(FULL, PP2)),
+    "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
     "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
     "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
+    "full PP2 to TP2, tied": ("full PP2 tied", merged(FULL, TP2, TIED)),
     "lora+ DP2 distributed to PP2, bf16": (
         "lora+ DP2 distributed bf16",
         merged(PP2, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
     ),
-    "lora PP2 on the last layer to TP2": ("lora PP2 on the last layer", merged(TP2, LAST_LAYER)),
+    "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
 }
 CHANGED = {  # what contradicts a checkpoint of "lora TP2"
     "method": merged(FULL, TP2),
@@ -89,7 +93,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
         "refused": _each(files, CHANGED, _refused),
-        "refused base": _refused(files, "base", merged(TP2, {"model": {"pretrained_checkpoint": files.base + "-2"}})),
+        "refused base": _refused(files, "base", merged(TP2, {"model": {"pretrained_checkpoint": "other"}})),
         "loaded partly": _loaded_partly(files),
         "schedule": _schedule(files),
         "saved partly": _saved_partly(files),
@@ -132,14 +136,17 @@ def _stored(folder: str) -> dict[str, torch.Tensor]:
 
 
 def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
-    """What differs between a checkpoint and one that another layout makes of it."""
+    """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
     source, settings = value
     copy = str(Path(files.work, name.replace(" ", "-")))
     run = _loaded(files, source, settings, save=copy)
     save_checkpoint(run.state)
     before, after = read_run_record(run.state.config.checkpoint.load), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    return differences(_stored(run.state.config.checkpoint.load), _stored(copy)) + ["record"] * (not same)
+    tensors, copies = _stored(run.state.config.checkpoint.load), _stored(copy)
+    rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
+    cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
+    return differences(*cut) + ["record"] * (not same)
 
 
 def _bf16_to_float32(files: Files) -> list[str]:
@@ -190,15 +197,15 @@ def _schedule(files: Files) -> dict[str, list[float]]:
 
 def _saved_partly(files: Files) -> dict[str, Any]:
     folder = str(Path(files.work, "partly"))
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": folder, "no_save_optim": True, "no_save_rng": True}})))
-    save_checkpoint(run.state)
+    saving = {"checkpoint": {"save": folder, "no_save_optim": True, "no_save_rng": True}}
+    save_checkpoint(start(configure(files, merged(TP2, saving))).state)
     checkpoint = next(Path(folder).glob("iter_*"))
-    refused = _attempt(lambda: load_checkpoint(start(configure(files, merged(TP2, {"checkpoint": {"load": folder}}))).state))
-    taken = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
+    resuming = start(configure(files, merged(TP2, {"checkpoint": {"load": folder}})))
+    taking = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
     return {
         "keys": sorted(dist_checkpointing.load_tensors_metadata(str(checkpoint))),
-        "refused": refused,
-        "taken": load_checkpoint(taken.state),
+        "refused": _attempt(lambda: load_checkpoint(resuming.state)),
+        "taken": load_checkpoint(taking.state),
     }
 
 
@@ -237,7 +244,7 @@ def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
 
 
 def _failed_saves(files: Files) -> dict[str, Any]:
-    """Saves that fail in each phase after a good one: messages, whether the folder is as before, and a good one after."""
+    """Saves that fail in each phase: messages and whether the folder is as before; and a good save afterwards."""
     folder = Path(files.work, "full-disk")
     run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(folder)}})))
     run.train(1)

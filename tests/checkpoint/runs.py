@@ -36,15 +36,15 @@ from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
 from tests.tiny_llama import VOCAB_SIZE
 
-NUM_STEPS, STEPS_BEFORE_SAVE = 4, 2
+NUM_STEPS, STEPS_BEFORE_SAVE = 3, 2
 Settings = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Folders of one world's tests: the base model, the data, and a place to write."""
+    """Folders of one world's tests: of base models (`base`, `tied`, `other`), the data, and a place to write."""
 
-    base: str
+    bases: str
     data: str
     work: str
 
@@ -57,9 +57,11 @@ def merged(*groups: Settings) -> Settings:
 
 def configure(files: Files, settings: Settings) -> RunConfig:
     """A run of NUM_STEPS steps of four samples."""
-    model = {"pretrained_checkpoint": files.base, **settings.get("model", {})}
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    model = {"pretrained_checkpoint": "base", **settings.get("model", {})}
+    model["pretrained_checkpoint"] = str(Path(files.bases, model["pretrained_checkpoint"]))
     return RunConfig(
-        parallel=ParallelConfig(**settings.get("parallel", {}), world_size=dist.get_world_size()),
+        parallel=ParallelConfig(**{"world_size": world_size, **settings.get("parallel", {})}),
         model=ModelConfig(**model, transformer=settings.get("transformer", {})),
         peft=PeftConfig(**{"lora_rank": 4, **settings.get("peft", {})}),
         data=DataConfig(
@@ -69,7 +71,7 @@ def configure(files: Files, settings: Settings) -> RunConfig:
             vocab_size=VOCAB_SIZE - 1,
             num_workers=0,
         ),
-        training=TrainingConfig(micro_batch_size=1, global_batch_size=4, train_iters=NUM_STEPS, eval_interval=None),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=NUM_STEPS, eval_interval=None),
         optimizer=OptimizerSettings(**{"lr": 5e-3, "lr_decay_style": "cosine", **settings.get("optimizer", {})}),
         checkpoint=CheckpointConfig(**settings.get("checkpoint", {})),
     )
@@ -106,7 +108,7 @@ class Run:
             found[f"rate {entry.key}"] = torch.tensor([slot.group["lr"], slot.group["weight_decay"]])
             found.update({f"{m} {entry.key}": slot.state[m].clone() for m in MOMENTS if m in slot.state})
         found["torch generator"] = torch.get_rng_state()
-        found["python generator"] = torch.tensor(random.Random.getstate(random._inst)[1])
+        found["python generator"] = torch.tensor(random.getstate()[1])
         found["numpy generator"] = torch.tensor(np.random.get_state()[1].astype(np.int64))
         return found
 
