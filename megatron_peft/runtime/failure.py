@@ -1,8 +1,8 @@
 """One failure ends all ranks, with one message, at once.
 
 A rank that fails alone would leave the others waiting in a collective until the distributed timeout. Instead the first
-rank to fail writes to a board in the rendezvous store and prints its message; a thread on every other rank looks at
-the board twice a second and ends its process.
+rank to fail prints its message and writes to a board in the rendezvous store; a thread on every other rank looks at the
+board twice a second, and all processes end together.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
+FAREWELL_SECONDS = 10.0  # a rank that was killed never says that it leaves
 _LOOK_SECONDS = 0.5
-_FAREWELL_SECONDS = 5.0
 
 
 def run_together(main: Callable[[], None], program: str) -> None:
@@ -36,18 +37,19 @@ def run_together(main: Callable[[], None], program: str) -> None:
     board = _FailureBoard()
     try:
         main()
+        board.all_ended_well()
     except ConfigurationError as error:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
     except Exception:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         board.fail(1, f"{program}: rank {dist.get_rank()} failed:\n{traceback.format_exc()}")
-    board.close()
 
 
 class _FailureBoard:
-    """The first failure of the world, kept in the rendezvous store."""
+    """The first failure of the world, kept in the rendezvous store (torchrun's, or else rank 0's)."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
+        self._door = threading.Lock()
         self._world_size = int(os.environ["WORLD_SIZE"])
         if self._world_size == 1:
             return
@@ -56,33 +58,21 @@ class _FailureBoard:
         self._store = dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def fail(self, exit_code: int, message: str) -> None:
-        """End this process; print `message` if no other rank was first. Never returns."""
-        self._closed.set()
-        if self._is_first(exit_code):
-            print(message, file=sys.stderr, flush=True)
-            self._wait_for_the_others()
-        _exit(exit_code)
-
-    def close(self) -> None:
-        """Stop looking: the program ended well."""
+    def all_ended_well(self) -> None:
+        """Wait for the other ranks, then stop looking: the store may be gone with the first rank to leave."""
+        dist.barrier()
         self._closed.set()
 
-    def _is_first(self, exit_code: int) -> bool:
-        if self._world_size == 1:
-            return True
-        first = self._store.add("failures", 1) == 1
-        if first:
+    def fail(self, exit_code: int, message: str) -> NoReturn:
+        """End this process with all others; print `message` if no other rank was first."""
+        self._closed.set()
+        if self._world_size > 1 and self._store.add("failures", 1) > 1:
+            self._leave(int(self._store.get("exit_code")))
+        print(message, file=sys.stderr, flush=True)
+        if self._world_size > 1:
             self._store.set("exit_code", str(exit_code))
-        return first
-
-    def _wait_for_the_others(self) -> None:
-        """A launcher kills the remaining ranks when one exits; give them the time to end with the right code."""
-        give_up = time.monotonic() + _FAREWELL_SECONDS
-        while self._world_size > 1 and time.monotonic() < give_up:
-            if self._store.add("ended", 0) >= self._world_size - 1:
-                return
-            time.sleep(_LOOK_SECONDS / 5)
+            self._leave(exit_code)
+        _exit(exit_code)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
@@ -92,13 +82,25 @@ class _FailureBoard:
                 if not self._closed.is_set():
                     _exit(1)
                 return
-            if failed:
-                exit_code = int(self._store.get("exit_code"))
-                self._store.add("ended", 1)
-                _exit(exit_code)
+            if failed and not self._closed.is_set():
+                self._leave(int(self._store.get("exit_code")))
+
+    def _leave(self, exit_code: int) -> NoReturn:
+        """End when all ranks are about to. A launcher kills what remains when one ends, whatever its exit code."""
+        self._door.acquire()  # of this process's two threads, one leaves
+        give_up = time.monotonic() + FAREWELL_SECONDS
+        try:
+            self._store.add("leaving", 1)
+            while self._store.add("leaving", 0) < self._world_size and time.monotonic() < give_up:
+                time.sleep(_LOOK_SECONDS / 5)
+        except dist.DistError:
+            pass  # the rank that hosted the store saw all others and has left
+        if dist.get_rank() == 0:
+            time.sleep(_LOOK_SECONDS)  # it may host the store that the others are looking at
+        _exit(exit_code)
 
 
-def _exit(exit_code: int) -> None:
+def _exit(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

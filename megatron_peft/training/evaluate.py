@@ -17,7 +17,7 @@ from megatron_peft.training.step import run_schedule
 def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step]) -> float:
     """Mean token loss over all steps and ranks; the same number on every rank, at any layout."""
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    with inference_mode(model_chunks):
+    with inference_mode(model_chunks), torch.no_grad():  # megatron-core's schedules would record the graph
         for microbatches in steps:
             total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
     if parallel_state.get_tensor_model_parallel_rank() != 0:

@@ -1,0 +1,74 @@
+"""Worlds of one and of two; checks whose outcome all ranks share."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_peft.config import ParallelConfig
+from megatron_peft.runtime.launch import checked_together, free_port, start_model_parallel, world
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    return run_ranks(2, "tests.runtime.launch_runs:run")
+
+
+def test_without_a_launcher_a_process_is_a_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with world(ParallelConfig()):
+        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+        start_model_parallel(ParallelConfig(), seed=1)
+        assert parallel_state.get_tensor_model_parallel_world_size() == 1
+        monkeypatch.setenv("MASTER_PORT", os.environ["MASTER_PORT"])  # so that it is taken away again
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.setenv(name, os.environ[name])
+    assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
+
+
+def test_the_generators_follow_the_runs_seed():
+    draws = []
+    for seed in (1, 1, 2):
+        with one_rank(seed):
+            draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_tensor_parallel_ranks_share_one_generator_and_have_one_each(on_two_ranks):
+    first, second = on_two_ranks
+    assert first["common"] == second["common"]
+    assert len({tuple(draw) for draw in (first["own"], second["own"], first["common"])}) == 3
+
+
+def test_a_check_that_passes_gives_each_rank_its_own_answer(on_two_ranks):
+    assert [found["result"] for found in on_two_ranks] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("one", "rank 1 lacks a file."),
+        ("same", "no such folder."),
+        ("different", "rank 0 lacks a file.\nrank 1 lacks a file."),
+    ],
+)
+def test_a_check_that_fails_anywhere_fails_everywhere_with_one_message(on_two_ranks, case, message):
+    assert [found[case] for found in on_two_ranks] == [message, message]
+
+
+def test_other_errors_of_a_check_are_not_swallowed():
+    with one_rank(), pytest.raises(ZeroDivisionError):
+        checked_together(lambda: 1 / 0)
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as listener:
+        listener.bind(("localhost", free_port()))
