@@ -15,7 +15,7 @@ from megatron_peft.config import PEFT_METHODS, ConfigurationError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 when something is wrong; the message says what."""
+    """Exit code 2 when something is wrong (the message says what), 130 when it was interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print_report(report, args.output)
     return 0
 

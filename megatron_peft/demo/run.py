@@ -159,9 +159,14 @@ def _launch(*command: str) -> None:
     """torchrun on this machine, its output on our terminal."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(TENSOR_PARALLEL_SIZE)]
-    done = subprocess.run([*torchrun, *ranks, *command], env={**os.environ, **ENVIRONMENT})
-    if done.returncode != 0:
-        raise ConfigurationError(f"{' '.join(command[:2])} ended with exit code {done.returncode}; see above.")
+    process = subprocess.Popen([*torchrun, *ranks, *command], env={**os.environ, **ENVIRONMENT})
+    try:
+        exit_code = process.wait()
+    except KeyboardInterrupt:  # the terminal has told the ranks too: let them end
+        process.wait()
+        raise
+    if exit_code != 0:
+        raise ConfigurationError(f"{' '.join(command[:2])} ended with exit code {exit_code}; see above.")
 
 
 def _report(

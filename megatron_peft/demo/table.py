@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from megatron_peft.demo.run import Report
@@ -38,5 +37,5 @@ def _scores(report: Report) -> Table:
 def _translations(report: Report) -> Table:
     table = Table("English", "Reference", "Before", "After", show_lines=True)
     for example in report.translations[:NUM_SHOWN]:
-        table.add_row(*map(escape, (example.source, example.reference, example.before, example.after)))
+        table.add_row(example.source, example.reference, example.before, example.after)
     return table

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.config import ConfigurationError
+from megatron_peft.demo import run as module
+from megatron_peft.demo.pairs import Pair, PairFiles
+from megatron_peft.demo.run import run_demo
+from megatron_peft.demo.score import Score
+
+ASKED_FOR = {
+    "bleu_before",
+    "bleu_after",
+    "validation_loss_before",
+    "validation_loss_after",
+    "tensor_parallel_size",
+    "trainable_parameters",
+    "seconds",
+}
+HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
+
+
+class Launcher:
+    """Stands in for torchrun: notes what is launched and leaves the files that the program would."""
+
+    def __init__(self):
+        self.commands: list[tuple[str, ...]] = []
+        self.fails_in: str | None = None
+
+    def __call__(self, *command):
+        self.commands.append(command)
+        if self.fails_in in command:
+            raise ConfigurationError("ended with exit code 1; see above.")
+        if command[0] == "-m":
+            trained = "--load" in command
+            words = tuple(f"{'texte' if trained else 'text'} {i}" for i in range(len(HELD_OUT)))
+            Score(20.5 if trained else 3.0, "nrefs:1", 1.7 if trained else 3.9, 4096, words).write(Path(command[2]))
+        else:
+            save = Path(command[command.index("--save") + 1])
+            save.mkdir(parents=True, exist_ok=True)
+            records = [{"iteration": i, "loss": 3.0, "grad_norm": 1.0, "step_seconds": 0.5} for i in range(1, 61)]
+            (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def programs(self):
+        return [Path(command[0]).name if command[0] != "-m" else Path(command[2]).stem for command in self.commands]
+
+
+@pytest.fixture
+def launcher(monkeypatch, tmp_path) -> Launcher:
+    def prepare_pairs(folder, downloads):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = PairFiles(folder / "train.jsonl", folder / "valid.jsonl")
+        for path in (files.train, files.valid):
+            path.write_text("".join(json.dumps(pair.as_record()) + "\n" for pair in HELD_OUT))
+        return files
+
+    launcher = Launcher()
+    monkeypatch.setattr(module, "prepare_model", lambda folder, downloads: folder)
+    monkeypatch.setattr(module, "prepare_pairs", prepare_pairs)
+    monkeypatch.setattr(module, "_launch", launcher)
+    return launcher
+
+
+def test_the_report_holds_what_was_measured(tmp_path, launcher):
+    run_demo(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.keys() >= ASKED_FOR
+    assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
+    assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
+    assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
+    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 20)
+    example = report["translations"][1]
+    assert example == {"source": "message 2", "reference": "texte 2", "before": "text 2", "after": "texte 2"}
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_scored_before_and_after_training_with_the_flags_of_training(tmp_path, launcher):
+    run_demo(tmp_path, extra_flags=["--seed", "7"])
+    assert launcher.programs() == ["before", "pretrain_peft.py", "after"]
+    before, training, after = launcher.commands
+    assert before[3:] == training[1 : len(before) - 2]
+    assert after[3 : len(before)] == before[3:]
+    assert after[len(before) :] == ("--load", str(tmp_path / "lora" / "checkpoints"), "--finetune")
+    assert before[-2:] == ("--seed", "7")
+
+
+def test_a_second_call_reuses_everything(tmp_path, launcher):
+    first = run_demo(tmp_path)
+    launcher.commands.clear()
+    second = run_demo(tmp_path)
+    assert launcher.commands == []
+    assert (second.bleu_after, second.training_seconds) == (first.bleu_after, first.training_seconds)
+
+
+def test_other_flags_begin_afresh_and_other_methods_have_their_own_folder(tmp_path, launcher):
+    run_demo(tmp_path)
+    run_demo(tmp_path, "full")
+    assert (tmp_path / "lora" / "trained").exists()
+    launcher.commands.clear()
+    run_demo(tmp_path, extra_flags=["--lr", "1e-3"])
+    assert launcher.programs() == ["before", "pretrain_peft.py", "after"]
+    assert "--load" not in launcher.commands[1]
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(tmp_path, launcher):
+    launcher.fails_in = str(module.PROGRAM)
+    with pytest.raises(ConfigurationError):
+        run_demo(tmp_path)
+    checkpoints = tmp_path / "lora" / "checkpoints"
+    checkpoints.mkdir()
+    launcher.fails_in = None
+    launcher.commands.clear()
+    run_demo(tmp_path)
+    assert launcher.programs() == ["pretrain_peft.py", "after"]
+    assert launcher.commands[0][-2:] == ("--load", str(checkpoints))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
+    flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
+    config = parse_arguments(flags, {"WORLD_SIZE": "3"})
+    assert config.peft.method == method and config.optimizer.lr == module.RATES[method]
+    assert (config.parallel.data_parallel_size, config.global_batch_size, config.training.train_iters) == (1, 8, 60)
+
+
+def test_a_program_that_fails_is_named_with_its_exit_code(monkeypatch):
+    class Process:
+        def __init__(self, command, env):
+            assert command[-2:] == ["/x/pretrain_peft.py", "--flag"] and env["OMP_NUM_THREADS"] == "1"
+
+        def wait(self):
+            return 2
+
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    with pytest.raises(ConfigurationError, match=r"/x/pretrain_peft.py --flag ended with exit code 2"):
+        module._launch("/x/pretrain_peft.py", "--flag")
