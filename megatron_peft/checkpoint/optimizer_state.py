@@ -160,7 +160,7 @@ def optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) ->
 
 
 def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:
-    """Give each of this rank's parameters its count of updates."""
+    """Give each of this rank's parameters its count of updates, which Adam needs to correct its moments' bias."""
     for slot, entry in slots(optimizer, entries):
-        if steps.get(entry.key):
+        if "exp_avg" in slot.state:
             slot.set_steps(steps[entry.key])
