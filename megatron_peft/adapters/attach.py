@@ -27,6 +27,10 @@ HF_NAMES = {
     "gate_proj": "linear_fc1",
     "up_proj": "linear_fc1",
     "down_proj": "linear_fc2",
+    "query_key_value": "linear_qkv",
+    "dense": "linear_proj",
+    "dense_h_to_4h": "linear_fc1",
+    "dense_4h_to_h": "linear_fc2",
 }
 
 

@@ -56,8 +56,8 @@ def load_pretrained(
     before a weight is read. `progress` shows a bar at a terminal, and nothing elsewhere.
     """
     start = time.perf_counter()
-    rules = rules_for(shape)
     source = open_source(folder)
+    rules = rules_for(shape, source.headers)
     check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
     targets = [target for chunk in model_chunks for target in _targets(chunk, rules, tensor_parallel_size)]
     for target in _with_bar(targets, enabled=progress):

@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention: causal, grouped queries, key masks, packed sequences.
 
 megatron-core's own `DotProductAttention` materialises the scores, refuses packing and any bias. Ours takes the same
-arguments, so it goes into the same place of the layer spec.
+arguments, so it goes into the same place of the layer spec. ALiBi is a subclass, in alibi.py.
 
 Letters: s (query) sequence, k (key) sequence, b batch, n heads a rank, g key-value heads a rank, d features of a head.
 """
@@ -74,8 +74,11 @@ class ScaledDotProductAttention(MegatronModule):
         context = self._attend(query, key, value, _visible_keys(query.shape[2], key.shape[2], attention_mask))
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d]; `visible` None: causal."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d].
+
+        `mask` broadcasts to [b, n, s, k]: True where a query may look, or numbers to be added. None: causal.
+        """
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor-parallel ranks: each drops its own.
         tracker = tensor_parallel.get_cuda_rng_tracker()
@@ -85,9 +88,9 @@ class ScaledDotProductAttention(MegatronModule):
                 query,
                 key,
                 value,
-                attn_mask=visible,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=visible is None and query.shape[2] > 1,
+                is_causal=mask is None and query.shape[2] > 1,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

@@ -1,7 +1,8 @@
 """A base model on megatron-core's GPTModel, from its shape.
 
-Everything is megatron-core's own but four parts that its layer spec lets us choose: the linear layers (with a place
-for an adapter), the norms, the core attention, and a mask over the padded part of the vocabulary.
+Everything is megatron-core's own but the linear layers (with a place for an adapter), the norms and the core attention,
+which its layer spec lets us choose, and two hooks: Bloom's norm behind the word embeddings, and a mask over the padded
+part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
 from megatron_peft.models.norms import LayerNorm, RMSNorm
 from megatron_peft.models.shape import ModelShape, RopeScaling
@@ -91,17 +93,20 @@ def num_virtual_stages(shape: ModelShape, parallel: ParallelConfig) -> int | Non
 def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     config = transformer_config(shape, model, parallel)
+    parts = _Parts.of(shape, model)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
-        _build_chunk(shape, model, config, stage if num_chunks else None) for stage in range(num_chunks or 1)
+        _build_chunk(shape, model, config, parts, stage if num_chunks else None) for stage in range(num_chunks or 1)
     ]
 
 
-def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> GPTModel:
+def _build_chunk(
+    shape: ModelShape, model: ModelConfig, config: GPTConfig, parts: _Parts, vp_stage: int | None
+) -> GPTModel:
     tp = config.tensor_model_parallel_size
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(shape, model, config, vp_stage),
+        transformer_layer_spec=_block_spec(config, parts, vp_stage),
         vocab_size=shape.padded_vocab_size(model.make_vocab_size_divisible_by, tp),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -114,31 +119,32 @@ def _build_chunk(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_st
     )
     if shape.rope_scaling is not None:
         _scale_rope(chunk, shape, shape.rope_scaling)
+    if shape.embedding_layernorm and chunk.pre_process:
+        _add_embedding_norm(chunk, parts.norm)
     _mark_vocabulary_weights(chunk)
     if chunk.post_process:
         chunk.output_layer.register_forward_hook(_PaddedLogitsMask(shape.vocab_size))
     return chunk
 
 
-def _block_spec(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_stage: int | None) -> Any:
+def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
     """One spec for every layer of the stage, and the final norm (which a layer spec alone could not choose)."""
-    norm, core_attention = _norm_and_attention(shape, model)
     bias_dropout_add: Any = get_bias_dropout_add
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptedColumnParallelLinear,
-                    core_attention=core_attention,
+                    core_attention=parts.core_attention,
                     linear_proj=AdaptedRowParallelLinear,
                 ),
             ),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=AdaptedColumnParallelLinear, linear_fc2=AdaptedRowParallelLinear),
@@ -148,20 +154,40 @@ def _block_spec(shape: ModelShape, model: ModelConfig, config: GPTConfig, vp_sta
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)
 
 
-def _norm_and_attention(shape: ModelShape, model: ModelConfig) -> tuple[Any, Any]:
-    """Ours, or Transformer Engine's where it is asked for (or there is a GPU and it is installed).
+@dataclass(frozen=True)
+class _Parts:
+    """Norm and core attention, common to all layers of all chunks.
 
-    Its linear layers are never used: they lack the seam for adapters, and keys would change.
+    Ours, or Transformer Engine's where it is asked for (or there is a GPU and it is installed). ALiBi is always ours.
+    Transformer Engine's linear layers are never used: they lack the seam for adapters, and keys would change.
     """
-    wanted = model.transformer_impl == "transformer_engine"
-    if wanted or (model.transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
-        return TENorm, TEDotProductAttention
-    return _NORMS[shape.normalization], ScaledDotProductAttention
+    norm: Any
+    core_attention: Any
+
+    @classmethod
+    def of(cls, shape: ModelShape, model: ModelConfig) -> _Parts:
+        norm: Any = _NORMS[shape.normalization]
+        core_attention: Any = ScaledDotProductAttention
+        wanted = model.transformer_impl == "transformer_engine"
+        if wanted or (model.transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
+            from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+            norm, core_attention = TENorm, TEDotProductAttention
+        if shape.position_embedding == "alibi":
+            core_attention = ModuleSpec(module=AlibiAttention, params={"bias": _alibi_bias(shape)})
+        return cls(norm, core_attention)
+
+
+def _alibi_bias(shape: ModelShape) -> AlibiBias:
+    return AlibiBias(
+        shape.num_attention_heads,
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
 
 
 def _has_transformer_engine() -> bool:
@@ -183,6 +209,17 @@ def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> Non
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     rope.inv_freq = rope.inv_freq * (kept + (1 - kept) / scaling.factor)
+
+
+def _add_embedding_norm(chunk: GPTModel, norm: Any) -> None:
+    """Bloom's norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens.
+
+    It is a child of the embedding rather than of `word_embeddings`, whose sharded state leaves children out.
+    """
+    config, embedding = chunk.config, chunk.embedding
+    layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    embedding.word_embeddings_layernorm = layernorm
+    embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: layernorm(output))
 
 
 def _mark_vocabulary_weights(chunk: GPTModel) -> None:

@@ -1,0 +1,106 @@
+"""The shape of a Llama from its `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_peft.config import require
+from megatron_peft.models.huggingface_values import Config, number, size, switch
+from megatron_peft.models.shape import ModelShape, RopeScaling
+
+# Keys that change the computation, with the values that leave it as it is.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "pretraining_tp": (None, 1),
+    "hidden_act": (None, "silu"),
+    "partial_rotary_factor": (None, 1),
+    "rope_interleaved": (None, False),
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "use_qk_norm": (None, False),
+    "num_local_experts": (None, 0),
+}
+READ = {
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+}  # fmt: skip
+ROPE_KEYS = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "llama3": {
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    },
+}  # fmt: skip
+
+
+def llama_shape(config: Config) -> ModelShape:
+    heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
+    rope_theta, rope_scaling = _rope(config)
+    biased = {"attention_bias": ("linear_qkv", "linear_proj"), "mlp_bias": ("linear_fc1", "linear_fc2")}
+    return ModelShape(
+        architecture="llama",
+        num_layers=size(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=size(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=size(config, "num_key_value_heads", heads),
+        kv_channels=_head_dim(config, hidden, heads),
+        vocab_size=size(config, "vocab_size"),
+        max_position_embeddings=size(config, "max_position_embeddings", 2048),
+        norm_epsilon=number(config, "rms_norm_eps", 1e-6),
+        linear_biases=frozenset(name for key, names in biased.items() if switch(config, key) for name in names),
+        tied_embeddings=switch(config, "tie_word_embeddings"),
+        rotary_base=rope_theta,
+        rope_scaling=rope_scaling,
+    )
+
+
+def _head_dim(config: Config, hidden: int, heads: int) -> int:
+    require(
+        config.get("head_dim") is not None or hidden % heads == 0,
+        f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given.",
+    )
+    head_dim = size(config, "head_dim", hidden // heads)
+    require(head_dim % 2 == 0, f"head_dim {head_dim} is odd: rotary embeddings turn features in pairs.")
+    return head_dim
+
+
+def _rope(config: Config) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_theta` and `rope_scaling` or from the newer `rope_parameters` that holds both."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    require(isinstance(given, dict), f"rope_scaling is {given!r}, not an object.")
+    rope = {key: value for key, value in given.items() if value is not None}
+    kind = rope.pop("rope_type", None) or rope.get("type", "default")
+    rope.pop("type", None)
+    theta = number(rope, "rope_theta", number(config, "rope_theta", 10000.0))
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    require(
+        kind in ROPE_KEYS and (kind != "linear" or rope.get("factor") == 1),
+        f"rope_type {kind!r} is not supported. Supported: default, llama3.",
+    )
+    unknown = sorted(rope.keys() - ROPE_KEYS[kind])
+    require(not unknown, f"{', '.join(unknown)} of rope_type {kind!r} is not supported.")
+    return theta, _llama3_scaling(rope, config) if kind == "llama3" else None
+
+
+def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
+    length = "original_max_position_embeddings"
+    trained_length = config.get(length) or rope.get(length) or config.get("max_position_embeddings")
+    scaling = RopeScaling(
+        factor=number(rope, "factor"),
+        low_freq_factor=number(rope, "low_freq_factor"),
+        high_freq_factor=number(rope, "high_freq_factor"),
+        original_max_position_embeddings=size({length: trained_length}, length),
+    )
+    require(
+        scaling.high_freq_factor > scaling.low_freq_factor,
+        f"high_freq_factor {scaling.high_freq_factor} must be above low_freq_factor {scaling.low_freq_factor}.",
+    )
+    return scaling
