@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_peft.config import RunConfig
+from megatron_peft.config import RunConfig, require
 
 
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
@@ -68,12 +68,20 @@ def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters:
 
     Args:
         train_iters: iterations of the whole run; the decay's default length.
+
+    Raises:
+        ConfigurationError: the warmup is as long as the decay.
     """
     settings, batch = config.optimizer, config.global_batch_size
     decay = settings.lr_decay_samples or (settings.lr_decay_iters or train_iters) * batch
     warmup = settings.lr_warmup_samples or settings.lr_warmup_iters * batch
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)
+    require(
+        warmup < decay,  # known only here with --train-epochs
+        f"--lr-warmup-iters {settings.lr_warmup_iters} leaves nothing to decay: it must be below the {decay // batch} "
+        f"iterations of the run. Shorten it, lengthen --train-epochs, or use --lr-warmup-fraction.",
+    )
     wsd_decay = settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * batch
     start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
     return OptimizerParamScheduler(

@@ -9,7 +9,9 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_peft.config import (
+    CheckpointConfig,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
@@ -17,13 +19,14 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_peft.data.build import build_data
+from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.build import build_state
 from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
 from tests.tiny_llama import VOCAB_SIZE
 
@@ -44,6 +47,8 @@ class Job:
     data_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    checkpoint: dict[str, Any] = dataclasses.field(default_factory=dict)
+    logging: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_steps: int = NUM_STEPS
 
     def config(self, world_size: int) -> RunConfig:
@@ -64,23 +69,30 @@ class Job:
                 **{"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
             ),
             optimizer=OptimizerSettings(**{"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}),
+            checkpoint=CheckpointConfig(**self.checkpoint),
+            logging=LoggingConfig(**self.logging),
         )
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses and gradient norms by step, and the validation loss at the end."""
+    """Losses, gradient norms and rates by step, and the validation loss at the end."""
 
     losses: list[float]
     grad_norms: list[float]
     validation_loss: float
+    learning_rates: list[float]
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
     """Every job, one after the other, in one world."""
-    import torch.distributed as dist
 
     start_world(ParallelConfig())
+    return run_each(jobs)
+
+
+def run_each(jobs: list[Job]) -> dict[str, Curve]:
+    """Every job in the present world, in groups of its own."""
     curves = {}
     for job in jobs:
         config = job.config(dist.get_world_size())
@@ -92,14 +104,20 @@ def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
 def run(config: RunConfig) -> Curve:
     shape = read_shape(config.model.pretrained_checkpoint)
     start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    state, data = build(config)
+    steps = iter(data.train)
+    reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
+    loss = validation_loss(state.model_chunks, data.valid)
+    rates = [r.learning_rate for r in reports]
+    return Curve([r.loss for r in reports], [r.grad_norm for r in reports], loss, rates)
+
+
+def build(config: RunConfig) -> tuple[TrainingState, Data]:
+    """Model, optimizer and data of a run in the present groups."""
     data = build_data(
         config,
         build_tokenizer(config.data, None),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    state = build_state(config, shape, data.train_iters)
-    steps = iter(data.train)
-    reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
-    loss = validation_loss(state.model_chunks, data.valid)
-    return Curve([r.loss for r in reports], [r.grad_norm for r in reports], loss)
+    return build_state(config, read_shape(config.model.pretrained_checkpoint), data.train_iters), data

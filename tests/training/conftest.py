@@ -1,0 +1,47 @@
+"""A small base model and data on disk, and jobs that train it in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.one_rank import one_rank
+from tests.tiny_llama import save_llama, save_pairs
+from tests.training.layout_runs import Job, build
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> tuple[str, str]:
+    """(base model, samples)"""
+    folder = tmp_path_factory.mktemp("training")
+    base = save_llama(folder / "base", num_hidden_layers=2, num_key_value_heads=3, vocab_size=1001)
+    return str(base), str(save_pairs(folder / "pairs.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def job(files) -> Callable[..., Job]:
+    """A job of 4 steps of LoRA, with changes of its groups."""
+
+    def make(**groups: Any) -> Job:
+        return Job("job", *files, **{"peft": {"lora_rank": 4}, "num_steps": 4, **groups})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A world of one."""
+    with one_rank():
+        yield
+
+
+@pytest.fixture
+def start(job, alone) -> Callable[..., Any]:
+    """(state, data) of a job, built in a world of one."""
+
+    def started(**groups: Any) -> Any:
+        return build(job(**groups).config(1))
+
+    return started

@@ -1,0 +1,135 @@
+"""When the loop logs, validates, saves and stops."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+
+import pytest
+
+from megatron_peft.training import loop
+from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+
+class Run:
+    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
+
+    def __init__(self, start, folder, resume_at=0, **groups):
+        self.state, self.data = start(num_steps=6, checkpoint={"save": str(folder)}, **groups)
+        self.state.position.iteration = resume_at
+        self.saved = []
+        self.folder = folder
+
+    def to_the_end(self):
+        self.reason = train(self.state, self.data, lambda state: self.saved.append(state.position.iteration))
+        path = self.folder / METRICS_FILE
+        self.records = {record["iteration"]: record for record in read_metrics(path)} if path.exists() else {}
+        return self
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    return lambda **groups: Run(start, tmp_path, **groups).to_the_end()
+
+
+def test_a_run_to_its_end_saves_once_and_says_so(run):
+    found = run()
+    assert found.reason == "trained 6 iterations"
+    assert found.saved == [6]
+    assert found.state.position.iteration == 6
+    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 48
+
+
+def test_save_intervals(start, tmp_path):
+    run = Run(start, tmp_path)
+    checkpoint = {"save": str(tmp_path), "save_interval": 2}
+    run.state, run.data = start(num_steps=6, checkpoint=checkpoint)
+    assert run.to_the_end().saved == [2, 4, 6]  # the last is not saved twice
+
+
+def test_without_a_folder_nothing_is_saved(start, tmp_path):
+    run = Run(start, tmp_path)
+    run.state, run.data = start(num_steps=2)
+    assert run.to_the_end().saved == [] and run.records == {}
+
+
+def test_log_and_validation_intervals(run):
+    found = run(logging={"log_interval": 4}, training={"eval_interval": 3})
+    assert sorted(found.records) == [3, 4, 6]
+    assert [iteration for iteration, record in found.records.items() if "validation_loss" in record] == [3, 6]
+
+
+def test_fields_of_a_record(run):
+    found = run(logging={"log_interval": 1})
+    record = found.records[2]
+    assert record.keys() == {
+        "iteration",
+        "epoch",
+        "consumed_samples",
+        "consumed_tokens",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "step_seconds",
+        "tokens_per_second",
+        "memory_bytes",
+        "peak_memory_bytes",
+    }
+    assert (record["consumed_samples"], record["epoch"]) == (16, pytest.approx(16 / 40))
+    assert record["learning_rate"] < found.records[1]["learning_rate"] == pytest.approx(5e-3)
+    tokens = record["consumed_tokens"] - found.records[1]["consumed_tokens"]
+    assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(tokens)
+
+
+def test_a_line_averages_the_losses_since_the_last_one(run):
+    each = run(logging={"log_interval": 1}).records
+    thirds = run(logging={"log_interval": 3}).records
+    assert thirds[3]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (1, 2, 3)) / 3)
+    assert thirds[6]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (4, 5, 6)) / 3)
+
+
+def test_exit_interval(run):
+    found = run(training={"exit_interval": 4})
+    assert found.reason == "--exit-interval reached at iteration 4"
+    assert found.saved == [4]
+
+
+@pytest.mark.parametrize("limit, stops", [(1e6, False), (1.5, True)])
+def test_exit_duration(run, monkeypatch, limit, stops):
+    """A clock that runs 40 s ahead at each look."""
+    clock, looks = time.monotonic, itertools.count()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock() + 40 * next(looks))
+    found = run(training={"exit_duration_in_mins": limit})
+    assert (found.state.position.iteration < 6) == stops
+    assert found.reason.startswith("asked to stop at iteration" if stops else "trained 6")
+    assert found.saved == [found.state.position.iteration]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
+    run = Run(start, tmp_path)
+    steps = run.data.train.step_at
+
+    def step_at(first):
+        if first == 16:
+            os.kill(os.getpid(), number)
+        return steps(first)
+
+    run.data.train.step_at = step_at
+    run.to_the_end()
+    assert run.reason == "asked to stop at iteration 3"
+    assert run.saved == [3]
+
+
+def test_a_run_that_had_ended_does_nothing(run):
+    found = run(resume_at=6)
+    assert found.reason == "nothing to do: the run had ended before"
+    assert found.saved == []
+
+
+def test_a_resumed_run_goes_on_to_the_same_end(run):
+    found = run(resume_at=4, logging={"log_interval": 1})
+    assert sorted(found.records) == [5, 6] and found.saved == [6]

@@ -1,0 +1,124 @@
+"""One step: the loss is a mean over tokens, and nothing that is not finite reaches the parameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from megatron_peft.training.step import NonFiniteError, train_step
+
+
+def _trained(state):
+    return {name: p for chunk in state.model_chunks for name, p in chunk.named_parameters() if p.requires_grad}
+
+
+def _steps(start, count=3, **groups):
+    state, data = start(**groups)
+    steps = iter(data.train)
+    return [train_step(state, next(steps)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+def test_microbatches_change_nothing_but_rounding(start, micro_batch_size):
+    expected = _steps(start, training={"micro_batch_size": 2})
+    found = _steps(start, training={"micro_batch_size": micro_batch_size})
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-5)
+        assert ours.num_tokens == theirs.num_tokens
+
+
+def test_the_loss_is_the_mean_over_all_completion_tokens(start):
+    state, data = start()
+    microbatches = next(iter(data.train))
+    sums, counts = [], []
+    for microbatch in microbatches:
+        losses = state.model_chunks[0](
+            microbatch.tokens, microbatch.position_ids, None, labels=microbatch.labels
+        ).detach()
+        sums.append((losses * microbatch.loss_mask).sum().item())
+        counts.append(microbatch.loss_mask.sum().item())
+    report = train_step(state, microbatches)
+    assert len(set(counts)) > 1, "equal counts could not tell a mean of means from a mean"
+    assert report.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-6)
+    assert report.num_tokens == sum(counts)
+    assert report.num_positions == sum(microbatch.tokens.numel() for microbatch in microbatches)
+
+
+def test_gradients_do_not_pile_up_over_steps(start):
+    state, data = start(optimizer={"lr": 0.0 + 1e-30})
+    microbatches = next(iter(data.train))
+    norms = [train_step(state, microbatches).grad_norm for _ in range(2)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_the_norm_is_that_before_clipping_and_known_without_clipping(start):
+    norms = [
+        _steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e9, 1e-3, 0.0)
+    ]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
+    assert norms[0] > 1e-2
+
+
+def test_the_rate_is_the_one_that_the_step_was_taken_with(start):
+    reports = _steps(start, 4, optimizer={"lr": 1e-3, "lr_decay_style": "linear", "lr_warmup_iters": 2})
+    assert [report.learning_rate for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_wish_to_stop_is_reported(start, stop):
+    state, data = start()
+    assert train_step(state, next(iter(data.train)), stop=stop).stop is stop
+
+
+def _poison(state, index):
+    """Losses of the microbatch with this index are NaN."""
+    count = itertools.count()
+
+    def spoil(module, inputs, losses):
+        return losses * torch.nan if next(count) == index else losses
+
+    state.model_chunks[0].module.register_forward_hook(spoil)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_no_parameter(start):
+    state, data = start()
+    steps = iter(data.train)
+    train_step(state, next(steps))
+    state.position.iteration = 1
+    _poison(state, 2)
+    before = {name: parameter.detach().clone() for name, parameter in _trained(state).items()}
+    with pytest.raises(NonFiniteError) as error:
+        train_step(state, next(steps))
+    assert "iteration 2: the loss is NaN or infinite (rank 0, microbatch 2)" in str(error.value)
+    assert "The parameters are those of iteration 1." in str(error.value)
+    assert "--no-check-for-nan-in-loss-and-grad" in str(error.value)
+    assert all(torch.equal(before[name], parameter) for name, parameter in _trained(state).items())
+
+
+def test_a_gradient_that_is_not_finite_is_told_apart(start):
+    state, data = start()
+    parameter = next(iter(_trained(state).values()))
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(NonFiniteError, match="iteration 1: a gradient is NaN or infinite"):
+        train_step(state, next(iter(data.train)))
+    assert all(torch.isfinite(parameter).all() for parameter in _trained(state).values())
+
+
+def test_without_the_check_it_passes(start):
+    state, data = start(training={"check_for_nan_in_loss_and_grad": False})
+    _poison(state, 0)
+    assert math.isnan(train_step(state, next(iter(data.train))).loss)
+
+
+def test_a_bfloat16_step_trains(start):
+    state, data = start(model={"bf16": True}, optimizer={"lr": 1e-2})
+    steps = iter(data.train)
+    before = {name: parameter.detach().clone() for name, parameter in _trained(state).items()}
+    reports = [train_step(state, next(steps)) for _ in range(2)]
+    assert all(report.grad_norm > 0 for report in reports)
+    changed = [name for name, parameter in _trained(state).items() if not torch.equal(parameter, before[name])]
+    assert len(changed) == len(before)
+    assert {parameter.dtype for parameter in _trained(state).values()} == {torch.bfloat16}
