@@ -31,6 +31,7 @@ ALLOWED: Mapping[str, set[str]] = {
     # Apart: they read what a run wrote, or reckon with what a run would need.
     "reporting": CONFIGURATION,
     "planner": CONFIGURATION | {"models"},
+    "benchmark": BELOW_TRAINING | {"training", "demo"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
 }
 

@@ -8,20 +8,26 @@ layer) and the gradient sums.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import nn
 
 from megatron_peft.adapters.attach import start_gradients_at_the_embedding
-from megatron_peft.config import DataConfig, ModelConfig, OptimizerSettings, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config import TrainingConfig
-from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_peft.conversion.loader import LoadReport, load_pretrained
 from megatron_peft.data.microbatch import Microbatch
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.huggingface import read_shape
@@ -32,11 +38,10 @@ from megatron_peft.training.step import run_schedule, train_step
 
 Step = Callable[[], Any]
 
-LAYERS_OF_SHAPE = 8
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1536,
-    "num_hidden_layers": LAYERS_OF_SHAPE,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "vocab_size": 4096,
@@ -90,7 +95,9 @@ class Setting:
 def save_shape(folder: Path) -> Path:
     """The model of design section 6 (8 layers, hidden 512) with random weights, as a Hugging Face folder; once."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
@@ -127,40 +134,60 @@ def training_step(setting: Setting, method: str) -> Step:
     return lambda: train_step(state, batch)
 
 
+def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
+    """This rank's part of the base model with its pretrained weights, and what was read for it."""
+    shape = read_shape(setting.checkpoint)
+    chunks = build_model_chunks(shape, ModelConfig(setting.checkpoint), setting.parallel)
+    report = load_pretrained(
+        chunks,
+        setting.checkpoint,
+        shape,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=setting.tensor_parallel,
+        progress=False,
+    )
+    return chunks, report
+
+
 def frozen_step(setting: Setting) -> Step:
     """Forward, backward and gradient sums of the base model, none of which is trained."""
-    shape, config = read_shape(setting.checkpoint), _run_config(setting, "lora")
-    chunks = build_model_chunks(shape, config.model, config.parallel)
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), setting.tensor_parallel
-    load_pretrained(
-        chunks, setting.checkpoint, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False
-    )
+    chunks, _ = load_base(setting)
     for chunk in chunks:
         chunk.requires_grad_(False)
         start_gradients_at_the_embedding(chunk)
-    wrapped = wrap_data_parallel(chunks, config)
-    batch = [microbatch(setting, shape.vocab_size)]
+    wrapped = wrap_data_parallel(chunks, _run_config(setting, "lora"))
+    batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
     return lambda: run_schedule(wrapped, batch, forward_only=False)
+
+
+def load_with_transformers(setting: Setting) -> Any:
+    """The same weights in transformers' own model, float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(setting.checkpoint, dtype=torch.float32)
 
 
 def hf_peft_step(setting: Setting) -> Step:
     """The same training with transformers and HF PEFT: forward, backward, clipping, AdamW."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(setting.checkpoint, dtype=torch.float32)
+    model = load_with_transformers(setting)
     batch = microbatch(setting, model.config.vocab_size)
     lora = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear")
     model = get_peft_model(model, lora).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad()
         # shift_labels: already shifted, so that every position counts as it does in ours.
-        model(input_ids=batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False).loss.backward()
+        answer = model(input_ids=batch.tokens, labels=batch.labels, shift_labels=batch.labels, use_cache=False)
+        answer.loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        return answer.loss.item()
 
     return step
 
@@ -175,7 +202,7 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
 
 def _run_config(setting: Setting, method: str) -> RunConfig:
     return RunConfig(
-        parallel=dataclasses.replace(setting.parallel, world_size=dist.get_world_size()),
+        parallel=setting.parallel,
         model=ModelConfig(setting.checkpoint),
         peft=PeftConfig(method=method, lora_rank=setting.rank, lora_alpha=2 * setting.rank),
         data=DataConfig(train_data_path=("random.jsonl",), seq_length=setting.positions),  # never opened

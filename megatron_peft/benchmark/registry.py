@@ -1,0 +1,76 @@
+"""The benchmarks by name: what each measures on which model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_peft.benchmark.collectives import collectives_figures
+from megatron_peft.benchmark.figures import Figure
+from megatron_peft.benchmark.loading import loading_figures
+from megatron_peft.benchmark.logits import logits_figures
+from megatron_peft.benchmark.startup import startup_figures
+from megatron_peft.benchmark.steps import lora_full_figures, lora_ratio_figures
+from megatron_peft.benchmark.subjects import Setting, save_shape
+from megatron_peft.demo.model import prepare_model
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where models lie and how long to measure.
+
+    Args:
+        output: folder of the results and of the model with random weights.
+        model: Hugging Face folder of the 135M model; made if it is missing.
+        turns: of each step that is timed.
+    """
+
+    output: Path
+    model: Path
+    turns: int
+
+    def random_8_layers(self) -> Setting:
+        """8 layers, hidden 512, 4 x 256 tokens."""
+        return Setting(str(save_shape(self.output / "llama-8x512")))
+
+    def pretrained_135m(self) -> Setting:
+        """SmolLM2-135M-Instruct, 4 x 256 tokens."""
+        return Setting(str(prepare_model(self.model, self.model.parent / "downloads")))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A title for the table, and the function that measures."""
+
+    title: str
+    measure: Callable[[Workplace], list[Figure]]
+
+
+BENCHMARKS = {
+    "lora-ratio": Benchmark(
+        "CPU seconds of a LoRA step over the frozen base's: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
+        lambda place: lora_ratio_figures(place.random_8_layers(), place.turns),
+    ),
+    "collectives": Benchmark(
+        "Collectives of a LoRA step: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
+        lambda place: collectives_figures(place.random_8_layers()),
+    ),
+    "lora-full": Benchmark(
+        "Steps of the 135M model, 4 x 256 tokens, one process: CPU seconds and peak memory",
+        lambda place: lora_full_figures(place.pretrained_135m(), place.turns),
+    ),
+    "logits": Benchmark(
+        "Logits of the 135M model against transformers'",
+        lambda place: logits_figures(dataclasses.replace(place.pretrained_135m(), rows=2, positions=96)),
+    ),
+    "loading": Benchmark(
+        "Loading the 135M model",
+        lambda place: loading_figures(dataclasses.replace(place.pretrained_135m(), tensor_parallel=3)),
+    ),
+    "startup": Benchmark(
+        "pretrain_peft.py on the 135M model, one process",
+        lambda place: startup_figures(place.pretrained_135m()),
+    ),
+}
