@@ -49,6 +49,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A box of a Megatron global tensor, by its corner, and the view of a rank's local tensor that holds it."""
+
+    offset: tuple[int, ...]
+    view: Tensor
+
+
+@dataclass(frozen=True)
 class Rule(ABC):
     """One Megatron parameter (`name`, with the global layer number) and its Hugging Face parts."""
 
@@ -67,11 +75,21 @@ class Rule(ABC):
         """Whether a rank's parameter may have this shape."""
         return tuple(shape) == self.local_shape(size)
 
+    def regions(self, local: Tensor, rank: int, size: int) -> Iterator[Region]:
+        """Where `rank`'s local tensor lies in the global one: its share of the dimension that tp cuts, if any."""
+        sides = zip(local.shape, self.local_shape(size), self.local_shape(1), strict=True)
+        yield Region(tuple(rank * length * (share != whole) for length, share, whole in sides), local)
+
+    @torch.no_grad()
+    def clear_padding(self, local: Tensor, rank: int) -> None:  # noqa: B027 - most have none
+        """Zero what `rank`'s local tensor holds beyond the Hugging Face tensors."""
+
     @torch.no_grad()
     def read(self, local: Tensor, source: SliceSource, rank: int, size: int) -> None:
         """Fill `rank`'s local tensor in place, in its own dtype and on its own device."""
         for piece in self.pieces(local, rank, size):
             piece.view.copy_(source.slice(piece.name, piece.index).reshape(piece.view.shape))
+        self.clear_padding(local, rank)
 
     @torch.no_grad()
     def write(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -137,6 +155,17 @@ class FusedRows(Rule):
             yield Piece(part.name, _rows(_nth(rank, rows), local), grouped.narrow(1, start, width))
             start += width
 
+    def regions(self, local: Tensor, rank: int, size: int) -> Iterator[Region]:
+        """Without groups the global tensor has whole parts one after another, and a rank holds some rows of each."""
+        if self.num_groups is not None:
+            yield from super().regions(local, rank, size)
+            return
+        start, offset = 0, 0
+        for part, rows in zip(self.parts, self._local_rows(size), strict=True):
+            corner = (offset + rank * rows,) + (0,) * (local.dim() - 1)
+            yield Region(corner, local.narrow(0, start, rows))
+            start, offset = start + rows, offset + part.shape[0]
+
     def _local_groups(self, size: int) -> int:
         return 1 if self.num_groups is None else self._share(self.num_groups, size, "key-value heads")
 
@@ -164,11 +193,10 @@ class VocabularyRows(Rule):
         if stop > start:
             yield Piece(self.parts[0].name, _rows(slice(start, stop), local), local[: stop - start])
 
-    def read(self, local: Tensor, source: SliceSource, rank: int, size: int) -> None:
-        super().read(local, source, rank, size)
+    @torch.no_grad()
+    def clear_padding(self, local: Tensor, rank: int) -> None:
         filled = min(max(self._num_rows - rank * local.shape[0], 0), local.shape[0])
-        with torch.no_grad():
-            local[filled:].zero_()
+        local[filled:].zero_()
 
     @property
     def _num_rows(self) -> int:

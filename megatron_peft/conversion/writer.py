@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.stored_types import SAFETENSORS_TYPES
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = ".safetensors.index.json"
-TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALIGNMENT = 8  # bytes; the header is padded with spaces so that numbers start aligned
 

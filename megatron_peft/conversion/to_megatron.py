@@ -1,0 +1,190 @@
+"""A Hugging Face folder as a Megatron distributed checkpoint (`torch_dist`).
+
+Keys and shapes are those of GPTModel's `sharded_state_dict` with a key for each layer. A tensor is written as the
+shares of several tensor-parallel ranks, so that a rank that loads it later reads little more than its own. torch's
+writer asks for one share after another, and only then is it read: no more than one is ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.companions import copy_companions, set_stored_type
+from megatron_peft.conversion.families import rules_for
+from megatron_peft.conversion.inventory import check_inventory
+from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.progress import byte_bar
+from megatron_peft.conversion.rules import Region, Rule, VocabularyRows, expected_tensors
+from megatron_peft.conversion.source import Source, open_source
+from megatron_peft.conversion.stored_types import stored_type
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.shape import ModelShape
+
+NUM_SHARES = (8, 4, 2, 3)  # tried in this order
+MIN_SHARE_BYTES = 2**20
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of `size` tensor-parallel ranks holds of a parameter."""
+
+    rule: Rule
+    rank: int
+    size: int
+    local_shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def regions(self, local: Tensor) -> list[Region]:
+        return list(self.rule.regions(local, self.rank, self.size))
+
+
+def hf_to_megatron(
+    input: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    progress: bool = True,
+) -> Path:
+    """Write `output`, which --pretrained-checkpoint opens at any layout.
+
+    Args:
+        input: a Hugging Face folder.
+        output: must not exist.
+        dtype: of the weights; None keeps what is stored (of tensors that are fused, the wider type).
+        make_vocab_size_divisible_by: rows of embedding and output layer are padded with zeros to a multiple of it.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ConfigurationError: before anything is written, for a folder that is no model, torn, or at odds with its
+            config.json, and for an output that exists.
+    """
+    check_new(output)
+    require(
+        make_vocab_size_divisible_by > 0,
+        f"--make-vocab-size-divisible-by {make_vocab_size_divisible_by} must be above 0.",
+    )
+    shape, source = read_shape(input), open_source(input)
+    rules = rules_for(shape, source.headers)
+    check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
+    padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
+    shares = [
+        share
+        for rule in written_rules(rules, shape)
+        for share in shares_of(rule, padded, dtype or _widest(rule, source))
+    ]
+    with new_folder(output) as draft:
+        copy_companions(Path(input), draft)
+        set_stored_type(draft, {share.dtype for share in shares})
+        total = sum(prod(share.local_shape) * share.dtype.itemsize for share in shares)
+        with byte_bar("Converting", total, progress) as advance:
+            _write(shares, source, draft, advance)
+    return Path(output)
+
+
+def written_rules(rules: Mapping[str, Rule], shape: ModelShape) -> Iterator[Rule]:
+    """Those of the parameters that a whole model owns: a tied output layer is the embedding."""
+    return (rule for name, rule in rules.items() if not (shape.tied_embeddings and name == "output_layer.weight"))
+
+
+def shares_of(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> list[Share]:
+    """A parameter's shares, of at least MIN_SHARE_BYTES each if there are several."""
+    whole = _local_shape(rule, 1, padded_vocab_size)
+    assert whole is not None
+    num_bytes = prod(whole) * dtype.itemsize
+    for size in NUM_SHARES:
+        local = _local_shape(rule, size, padded_vocab_size)
+        if local not in (None, whole) and num_bytes >= size * MIN_SHARE_BYTES:
+            assert local is not None
+            return [Share(rule, rank, size, local, whole, dtype) for rank in range(size)]
+    return [Share(rule, 0, 1, whole, whole, dtype)]
+
+
+def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
+    """None if `size` ranks cannot share it evenly."""
+    if isinstance(rule, VocabularyRows):
+        rows, uneven = divmod(padded_vocab_size, size)
+        return None if uneven else (rows, *rule.local_shape(1)[1:])
+    try:
+        return rule.local_shape(size)
+    except ConfigurationError:
+        return None
+
+
+def _widest(rule: Rule, source: Source) -> torch.dtype:
+    return reduce(torch.promote_types, (stored_type(source.headers[part.name].dtype) for part in rule.parts))
+
+
+def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Callable[[int], None]) -> None:
+    writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group: it is not needed
+        torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(shares, source, advance), no_dist=True)
+    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    torch.save({}, folder / "common.pt")  # where Megatron keeps what is no tensor: here config.json says it
+
+
+class _Planner(SavePlanner):
+    """Announces every share to torch's writer, and reads one when the writer has come to it."""
+
+    def __init__(self, shares: Sequence[Share], source: Source, advance: Callable[[int], None]) -> None:
+        self._shares, self._source, self._advance = shares, source, advance
+        self._places: dict[MetadataIndex, tuple[Share, int]] = {}
+        self._held: tuple[Share, list[Region]] | None = None
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Everything is known from the start."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([item for share in self._shares for item in self._announce(share)])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        share, number = self._places[write_item.index]
+        if self._held is None or self._held[0] is not share:
+            self._held = None  # let go before the next is made
+            self._held = share, self._read(share)
+        view = self._held[1][number].view
+        self._advance(view.numel() * view.element_size())
+        return view
+
+    def _announce(self, share: Share) -> Iterator[WriteItem]:
+        properties = TensorProperties(dtype=share.dtype)
+        for number, region in enumerate(share.regions(torch.empty(share.local_shape, device="meta"))):
+            index = MetadataIndex(share.rule.name, region.offset)
+            self._places[index] = share, number
+            chunk = ChunkStorageMetadata(torch.Size(region.offset), region.view.shape)
+            data = TensorWriteData(chunk, properties, torch.Size(share.global_shape))
+            yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+    def _read(self, share: Share) -> list[Region]:
+        local = torch.empty(share.local_shape, dtype=share.dtype)
+        share.rule.read(local, self._source, share.rank, share.size)
+        return share.regions(local)
