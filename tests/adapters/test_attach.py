@@ -42,6 +42,10 @@ def test_linear_layers_have_the_names_of_the_whole_model():
         ("o_proj", "self_attention.linear_proj"),
         ("up_proj", "mlp.linear_fc1"),
         ("down_proj", "mlp.linear_fc2"),
+        ("query_key_value", "self_attention.linear_qkv"),
+        ("dense", "self_attention.linear_proj"),
+        ("dense_h_to_4h", "mlp.linear_fc1"),
+        ("dense_4h_to_h", "mlp.linear_fc2"),
     ],
 )
 def test_a_module_name_means_that_module_in_every_layer(pattern, expected):
