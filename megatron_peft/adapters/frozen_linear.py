@@ -1,20 +1,24 @@
-"""One autograd function for a frozen linear layer and its low-rank branch: y = W x + s B (A x).
+"""One autograd function for a frozen linear layer, its low-rank branch and its rotation.
 
-Fused by hand so that the branch costs its arithmetic and little else: the base's products are accumulated onto the
-branch's, which spares a pass over y and one over dx; the branch's part of dx joins the base's before the one
-all-reduce (or reduce-scatter) that the base does anyway; and the tensors kept for backward are the rank's own x, once,
-and the r-wide u.
+    y = z + D z + s B (A x),   z = W x,   D = diag(R_1, ..., R_k) - I        either branch may be missing
 
-    backward, with g = dy:   u = s A x   du = s g B   dx = g W + du A   dB = g^T u   dA = du^T x
+Fused by hand so that the branches cost their arithmetic and little else: products are accumulated onto one another,
+the branch's part of dx joins the base's before the one all-reduce (or reduce-scatter) that the base does anyway, and
+what is kept for backward is, for the low rank, the rank's own x once and the r-wide u; for a rotation alone y, which
+gives z back since R is orthogonal; for both, whose mixture is not, z.
+
+    backward, with g = dy:   u = s A x   du = s g B   dB = g^T u   dA = du^T x
+                             dz = R^T g  dx = dz W + du A          dD = g^T z  (= (g^T y) R for an orthogonal R)
 
 Under sequence parallelism (column-parallel layers) A is applied to the rank's own tokens and the r-wide u is gathered;
 du is summed and scattered back, r-wide too. The gathered x is never kept.
 
-Letters: s sequence, b batch, r rank, t tensor-parallel size; in and out are a rank's own.
+Letters: s sequence, b batch, r rank, t tensor-parallel size, k blocks of g features; in and out are a rank's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_peft.adapters.blocks import add_blocks, blocks_gradient
 from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_over_tensor_parallel,
@@ -29,9 +34,14 @@ from megatron_peft.parallel.collectives import (
 )
 
 
+def unreduced(z: Tensor) -> Tensor:
+    """A column-parallel layer's output needs no reduction."""
+    return z
+
+
 @dataclass(frozen=True)
 class FrozenLinearCall:
-    """What megatron-core hands to a linear layer's `_forward_impl`, for a frozen weight.
+    """A frozen linear layer in the middle of its forward, as megatron-core would run it.
 
     Args:
         weight: [out, in].
@@ -39,6 +49,9 @@ class FrozenLinearCall:
         sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
         splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
         group: tensor-parallel ranks.
+        reduce: what the layer does to its ranks' parts of the output: nothing (column), an all-reduce, or a
+            reduce-scatter to the rank's own tokens (row). It carries gradients.
+        keeps_tokens_whole: the reduced output holds every token on every rank (row, no sequence parallelism).
     """
 
     weight: Tensor
@@ -46,12 +59,29 @@ class FrozenLinearCall:
     sums_input_gradient: bool
     splits_sequence: bool
     group: dist.ProcessGroup
+    reduce: Callable[[Tensor], Tensor] = unreduced
+    keeps_tokens_whole: bool = False
+
+    def own_tokens(self, num_tokens: int) -> slice:
+        """The tokens of the reduced output for whose part of a replicated parameter's gradient this rank answers.
+
+        Where every rank sees all tokens each takes 1 / t of them, so that the ranks' parts add up to the whole.
+        """
+        if not self.keeps_tokens_whole:
+            return slice(0, num_tokens)
+        rank, size = self.group.rank(), self.group.size()
+        return slice(num_tokens * rank // size, num_tokens * (rank + 1) // size)
+
+
+def frozen_linear(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
+    """z = W x, unreduced."""
+    return _FrozenLinear.apply(x, None, None, None, 1.0, call, None)
 
 
 def frozen_linear_plus_low_rank(
     x: Tensor, A: Tensor, B: Tensor, scale: float, call: FrozenLinearCall, mask: Tensor | None = None
 ) -> Tensor:
-    """y = W x + s B (A (mask x)).
+    """y = W x + s B (A (mask x)), unreduced.
 
     Args:
         x: [s, b, in], or [s / t, b, in] where the sequence is split.
@@ -61,56 +91,113 @@ def frozen_linear_plus_low_rank(
     Returns:
         [s, b, out].
     """
-    return _FrozenLinearPlusLowRank.apply(x, A, B, scale, call, mask)
+    return _FrozenLinear.apply(x, A, B, None, scale, call, mask)
 
 
-class _FrozenLinearPlusLowRank(torch.autograd.Function):
+def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall) -> Tensor:
+    """y = R W x with R = I + diag(D) orthogonal, D [k, g, g]; for outputs that need no reduction."""
+    return _FrozenLinear.apply(x, None, None, D, 1.0, call, None)
+
+
+def frozen_linear_mixed(
+    x: Tensor, A: Tensor, B: Tensor, D: Tensor, scale: Tensor, call: FrozenLinearCall, mask: Tensor | None = None
+) -> Tensor:
+    """y = z + diag(D) z + scale B (A (mask x)), z = W x; `scale` a float32 scalar tensor, a constant."""
+    return _FrozenLinear.apply(x, A, B, D, scale, call, mask)
+
+
+class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, scale, call, mask):  # type: ignore[override]
-        branch_input = x if mask is None else x * mask
-        u = (branch_input @ A.t()).mul_(scale)
+    def forward(ctx, x, A, B, D, scale, call, mask):  # type: ignore[override]
+        branch_input, u = None, None
+        if A is not None:
+            branch_input = x if mask is None else x * mask
+            u = (branch_input @ A.t()).mul_(scale)
         if call.splits_sequence:
-            wait_u = start_gather_sequence_over_tensor_parallel(u, call.group)
+            wait_u = start_gather_sequence_over_tensor_parallel(u, call.group) if u is not None else None
             x = start_gather_sequence_over_tensor_parallel(x, call.group)()
-            u = wait_u()
-        y = F.linear(u, B, call.bias)
-        _flat(y).addmm_(_flat(x), call.weight.t())
-        ctx.save_for_backward(branch_input, u, A, B, call.weight, mask)
+            u = wait_u() if wait_u is not None else None
+        y, kept = _output(x, u, B, D, call)
+        ctx.save_for_backward(branch_input, u, A, B, D, call.weight, mask, kept)
         ctx.scale, ctx.call = scale, call
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, weight, mask = ctx.saved_tensors
+        branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
         call = ctx.call
-        du = (grad @ B).mul_(ctx.scale)
+        grad_z, dD = (grad, None) if D is None else rotation_gradients(grad, D, kept, kept_is_output=A is None)
+        du = None if A is None else (grad @ B).mul_(ctx.scale)
+        dB = None
         if call.splits_sequence:
-            wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
-            wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad @ weight, call.group)
-            dB = _weight_gradient(u, grad).t()
-            du = wait_du()
+            wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
+            wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
+            dB = None if u is None else _weight_gradient(u, grad).t()
+            du = wait_du() if wait_du is not None else None
             dx = _add_branch(wait_dx(), du, A, mask)
         else:
-            dx = du @ A if mask is None else (du @ A).mul_(mask)
-            _flat(dx).addmm_(_flat(grad), weight)
+            dx = _input_gradient(grad_z, weight, du, A, mask)
             wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
-            dB = _weight_gradient(u, grad).t()
-        dA = _weight_gradient(du, branch_input)
+            dB = None if u is None else _weight_gradient(u, grad).t()
+        dA = None if du is None else _weight_gradient(du, branch_input)
         if not call.splits_sequence:
             dx = wait_dx()
-        return dx, dA, dB, None, None, None
+        return dx, dA, dB, dD, None, None, None
 
 
-def _flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
-    return x.reshape(-1, x.shape[-1])
+def rotation_gradients(
+    grad: Tensor, D: Tensor, kept: Tensor, kept_is_output: bool, tokens: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """(dz, dD) of y = z + diag(D) z.
+
+    Args:
+        grad: dy, [s, b, k g].
+        D: [k, g, g].
+        kept: y of an orthogonal R = I + D, for which dD = g^T z = (g^T y) R; or z.
+        tokens: rows of the flattened tokens that dD is summed over.
+    """
+    grad_z = add_blocks(grad, D.transpose(1, 2))
+    dD = blocks_gradient(_flat(grad)[tokens], _flat(kept)[tokens], D)
+    return grad_z, torch.baddbmm(dD, dD, D) if kept_is_output else dD
 
 
-def _add_branch(dx: Tensor, du: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall):
+    """(y, what the rotation keeps): y = z + D z + B u + bias, z = W x."""
+    if D is None:
+        if u is None:
+            return F.linear(x, call.weight, call.bias), None
+        y = F.linear(u, B, call.bias)
+        _flat(y).addmm_(_flat(x), call.weight.t())
+        return y, None
+    z = F.linear(x, call.weight)
+    y = add_blocks(z, D)
+    if u is not None:
+        _flat(y).addmm_(_flat(u), B.t())
+    kept = y if u is None else z
+    return (y if call.bias is None else y + call.bias), kept
+
+
+def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
+    """dz W + mask (du A)."""
+    if du is None:
+        return grad_z @ weight
+    dx = du @ A if mask is None else (du @ A).mul_(mask)
+    _flat(dx).addmm_(_flat(grad_z), weight)
+    return dx
+
+
+def _add_branch(dx: Tensor, du: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
     """dx + mask (du A), in place where nothing has to be masked."""
+    if du is None:
+        return dx
     if mask is None:
         _flat(dx).addmm_(_flat(du), A)
         return dx
     return dx.addcmul_(mask, du @ A)
+
+
+def _flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [s, b, out], [s, b, in] -> [out, in]

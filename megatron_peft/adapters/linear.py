@@ -6,10 +6,15 @@ Without an adapter they behave as their parents do.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -30,18 +35,6 @@ class AdaptedLinear(nn.Module):
     tp_group: dist.ProcessGroup
     config: Any
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
-        if self.adapter is None:
-            return super()._forward_impl(input=input, weight=weight, **kwargs)  # type: ignore[misc]
-        call = FrozenLinearCall(
-            weight=weight,
-            bias=kwargs["bias"],
-            sums_input_gradient=kwargs["allreduce_dgrad"],
-            splits_sequence=kwargs["sequence_parallel"],
-            group=self.tp_group,
-        )
-        return self.adapter(input, call)
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
@@ -50,17 +43,17 @@ class AdaptedLinear(nn.Module):
         `MLP` splits fc1's own weight and bias into gate and up; the adapter's output side is split likewise here.
         """
         state = self.state_dict(prefix="", keep_vars=True)
-        axes = {name: p.partition_dim for name, p in self.named_parameters() if p.tensor_model_parallel}
+        split = {name: x for name, x in state.items() if getattr(x, "tensor_model_parallel", False)}
         sharded = make_sharded_tensors_for_checkpoint(
             state,
             prefix,
-            axes,
+            {name: x.partition_dim for name, x in split.items()},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
-        for name, parameter in self.named_parameters():
-            if name.startswith("adapter.") and parameter.tensor_model_parallel and parameter.partition_stride > 1:
+        for name, x in split.items():
+            if name.startswith("adapter.") and x.partition_stride > 1:
                 key = f"{prefix}{name}"
                 sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
         return sharded
@@ -75,6 +68,18 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         self.adapter = None
         self.layout = LinearLayout("column", output_size, input_size, self.tp_group, num_parts=stride)
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        if self.adapter is None:
+            return super()._forward_impl(input=input, weight=weight, **kwargs)
+        call = FrozenLinearCall(
+            weight=weight,
+            bias=kwargs["bias"],
+            sums_input_gradient=kwargs["allreduce_dgrad"],
+            splits_sequence=kwargs["sequence_parallel"],
+            group=self.tp_group,
+        )
+        return self.adapter(input, call)
+
 
 class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
     """y = x W^T with the columns of W, the input features, split over the tensor-parallel ranks."""
@@ -86,6 +91,30 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             mark_split(self.bias, None)
         self.adapter = None
         self.layout = LinearLayout("row", output_size, input_size, self.tp_group)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # [s, b, in / t] -> [s, b, out] or [s / t, ...]
+        """(y, bias); the adapter decides what is summed over the ranks, and acts before or after it."""
+        if self.adapter is None:
+            return super().forward(input_)
+        assert self.input_is_parallel, "as SelfAttention and MLP build it"
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        call = FrozenLinearCall(
+            weight=self.weight,
+            bias=None,
+            sums_input_gradient=False,
+            splits_sequence=False,
+            group=self.tp_group,
+            reduce=partial(reduce, group=self.tp_group),
+            keeps_tokens_whole=not self.sequence_parallel,
+        )
+        y = self.adapter(input_, call)
+        if self.skip_bias_add or self.bias is None:
+            return y, self.bias
+        return y + self.bias, None
 
 
 def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:

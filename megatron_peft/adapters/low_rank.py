@@ -54,8 +54,9 @@ class LowRank(nn.Module):
         layout.mark_output(self.B)
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-        """y = W x + s B (A x), W frozen. Row-parallel: the rank's part of the sum that the base reduces."""
-        return frozen_linear_plus_low_rank(x, self.A, self.B, self.scale, call, self._dropout_mask(x, call))
+        """y = W x + s B (A x), W frozen. Row-parallel: both terms are reduced in the base's own sum."""
+        mask = self._dropout_mask(x, call)
+        return call.reduce(frozen_linear_plus_low_rank(x, self.A, self.B, self.scale, call, mask))
 
     def delta_weight(self) -> Tensor:  # -> [out, in]
         """s B A, the rank's own slice of the change of W."""

@@ -12,6 +12,8 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor, nn
 
+Side = Literal["output", "input"]  # of y = W x
+
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 
 
@@ -52,6 +54,27 @@ class LinearLayout:
         if self.split == "column":
             return whole
         return whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]
+
+    def num_features(self, side: Side) -> int:
+        """Of the whole matrix."""
+        return self.out_features if side == "output" else self.in_features
+
+    def num_local_features(self, side: Side) -> int:
+        """Of one part on this rank: what a group of features has to divide."""
+        return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
+
+    def slice_groups(self, side: Side, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor over all groups of features of a side: [groups, ...] -> [own groups, ...]."""
+        if side == "output":
+            return self.slice_output(whole)
+        return whole if self.split == "column" else whole.chunk(self.group.size())[self.group.rank()]
+
+    def mark_groups(self, side: Side, parameter: nn.Parameter) -> None:
+        """`mark_output` for a parameter over the groups of a side, [local groups, ...]."""
+        if side == "output":
+            self.mark_output(parameter)
+        else:
+            _mark_adapter(parameter, axis=0 if self.split == "row" else None, stride=1)
 
     def mark_output(self, parameter: nn.Parameter) -> None:
         """Tell the optimizer and the gradient sums how `parameter` [local out, ...] is laid out."""

@@ -1,0 +1,28 @@
+"""Products of activations with a block-diagonal matrix: contiguous groups of features, each with its own g x g block.
+
+Letters: n tokens (any leading axes), k blocks, g features of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] -> [..., k g]
+    """x + diag(blocks) x. One batched product that writes into place: blocks are strided slices of x and of the answer.
+
+    With blocks = R - I this is R x; under bfloat16 the identity part stays exact.
+    """
+    out = x.clone(memory_format=torch.contiguous_format)
+    grouped(out, blocks).baddbmm_(grouped(x, blocks), blocks.to(x.dtype).transpose(1, 2))
+    return out
+
+
+def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] twice -> [k, g, g]
+    """sum over tokens of grad x^T by block, in the blocks' own type."""
+    return torch.bmm(grouped(grad, blocks).transpose(1, 2), grouped(x, blocks)).to(blocks.dtype)
+
+
+def grouped(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] -> [k, n, g], a view where x is contiguous
+    return x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)

@@ -1,0 +1,101 @@
+"""A frozen linear layer whose weight is turned by a block-diagonal rotation: what BOFT and uRNN share.
+
+    output side (default):   W' = R W      y = R (W x)         input side:   W' = W R^T      y = W (R^T x)
+
+R = diag(R_1, ..., R_k), contiguous groups of g features, so a rank applies its blocks with no communication at any
+layout. Where the side that turns is split over the ranks (the output of a column-parallel layer, the input of a
+row-parallel one) a rank holds its own blocks; otherwise it holds all of them, and a part of their gradient: that of
+its own tokens. The bias is added after R: R turns the weight. Blocks are built in float32.
+
+Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from megatron_peft.adapters.blocks import add_blocks
+from megatron_peft.adapters.frozen_linear import (
+    FrozenLinearCall,
+    frozen_linear,
+    frozen_linear_rotated,
+    rotation_gradients,
+)
+from megatron_peft.config import require
+from megatron_peft.parallel.layout import LinearLayout, Side
+
+
+class BlockRotation(nn.Module):
+    """One adapted linear layer's rotation. Subclasses own the parameters and say what the blocks are.
+
+    Args:
+        layout: of the base weight.
+        side: which side of W turns.
+        group_size: g.
+        name: global name of the adapter, for errors.
+        flags: what the user typed to get this g, for errors.
+
+    Raises:
+        ConfigurationError: g does not divide what a rank holds; the valid sizes are listed.
+    """
+
+    def __init__(self, layout: LinearLayout, side: Side, group_size: int, name: str, flags: str) -> None:
+        super().__init__()
+        self.layout, self.side, self.group_size = layout, side, group_size
+        held = layout.num_local_features(side)
+        require(
+            held % group_size == 0,
+            f"{flags} gives groups of {group_size} features, but {name.removesuffix('.adapter')} holds {held} per rank "
+            f"at --tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}.",
+        )
+
+    def changes(self) -> Tensor:
+        """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
+        """y = R W x, or W R^T x."""
+        return self.rotate_output(x, call) if self.side == "output" else self.rotate_input(x, call)
+
+    def rotate_output(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
+        """y = R (W x)."""
+        if self.layout.split == "column":
+            return frozen_linear_rotated(x, self.changes(), call)
+        z = call.reduce(frozen_linear(x, call))
+        return rotate(z, self.changes(), call.own_tokens(z.shape[0] * z.shape[1]))
+
+    def rotate_input(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
+        """y = W (R^T x)."""
+        if call.sums_input_gradient:  # x is whole on every rank: its gradient is summed once, in front of R
+            x = copy_to_tensor_model_parallel_region(x, group=call.group)
+            call = replace(call, sums_input_gradient=False)
+        return call.reduce(frozen_linear(rotate(x, self.changes().transpose(1, 2)), call))
+
+
+def rotate(z: Tensor, D: Tensor, tokens: slice = slice(None)) -> Tensor:  # -> [s, b, k g]
+    """y = z + diag(D) z for an orthogonal R = I + D. Keeps y, which gives z back.
+
+    Args:
+        z: [s, b, k g].
+        D: [k, g, g].
+        tokens: rows of the flattened tokens over which this rank forms the gradient of D.
+    """
+    return _Rotate.apply(z, D, tokens)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, D, tokens):  # type: ignore[override]
+        y = add_blocks(z, D)
+        ctx.save_for_backward(y, D)
+        ctx.tokens = tokens
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        y, D = ctx.saved_tensors
+        return *rotation_gradients(grad, D, y, kept_is_output=True, tokens=ctx.tokens), None
