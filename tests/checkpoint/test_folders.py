@@ -97,7 +97,7 @@ def count_down(monkeypatch, calls, error):
 
 
 @pytest.mark.parametrize("iteration", [50, 60])  # of the same iteration, and of a later one
-def test_killed_at_any_call_the_newest_is_whole(tmp_path, monkeypatch, iteration):
+def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monkeypatch, caplog, iteration):
     seen = set()
     for calls in range(100):
         folder = tmp_path / str(calls)
@@ -109,6 +109,7 @@ def test_killed_at_any_call_the_newest_is_whole(tmp_path, monkeypatch, iteration
             except Killed:
                 pass
         seen.add(newest_text(folder))
+        assert not caplog.records, "the tracker's checkpoint was missing, and another one was taken"
         save(folder, iteration, "again")  # and the run can go on
         assert newest_text(folder) == "again"
         if left[0] >= 0:
