@@ -83,20 +83,26 @@ def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
 
 def _other_base(record: RunRecord, here: Here) -> Iterator[str]:
     there, now = record.config.model.pretrained_checkpoint, here.config.model.pretrained_checkpoint
-    shapes = dataclasses.asdict(record.shape), dataclasses.asdict(here.shape)
-    differing = [
-        f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
-        for name in shapes[0]
-        if shapes[0][name] != shapes[1][name]
-    ]
-    if not differing and record.base_fingerprint and here.base_fingerprint:
-        names = sorted(record.base_fingerprint.keys() | here.base_fingerprint.keys())
-        differing = [name for name in names if record.base_fingerprint.get(name) != here.base_fingerprint.get(name)]
+    differing = differing_base(record, here.shape, here.base_fingerprint)
     if differing:
         yield (
             f"{_load(here)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
             f"({', '.join(differing)}): give the base that it was trained on."
         )
+
+
+def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[str, str] | None) -> list[str]:
+    """What tells a base model from the one that a run was trained on: sizes, or else files. Empty if it is the same."""
+    shapes = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
+    differing = [
+        f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
+        for name in shapes[0]
+        if shapes[0][name] != shapes[1][name]
+    ]
+    if not differing and record.base_fingerprint and fingerprint:
+        names = sorted(record.base_fingerprint.keys() | fingerprint.keys())
+        differing = [name for name in names if record.base_fingerprint.get(name) != fingerprint.get(name)]
+    return differing
 
 
 def _other_numbers(record: RunRecord, here: Here) -> Iterator[str]:
