@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -113,17 +113,17 @@ class Source:
         return self._open[1]
 
 
-def open_source(folder: str | Path) -> Source:
-    """Headers of all weights of a Hugging Face folder.
+def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Source:
+    """Headers of all weights of a Hugging Face folder, out of the first of `weight_files` that exists.
 
     ConfigurationError names a file that is missing, torn or unreadable, and a tensor that the index promises and its
     file does not hold.
     """
     folder = Path(folder)
-    chosen = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    chosen = next((folder / name for name in weight_files if (folder / name).is_file()), None)
     if chosen is None:
         raise ConfigurationError(
-            f"--pretrained-checkpoint {folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}."
+            f"--pretrained-checkpoint {folder} holds no weights: expected one of {', '.join(weight_files)}."
         )
     promised = _read_index(chosen) if chosen.suffix == ".json" else {}
     headers: dict[str, Header] = {}

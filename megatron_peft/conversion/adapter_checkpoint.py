@@ -1,0 +1,104 @@
+"""The adapters in a run's --save folder, whatever layout wrote them, as whole tensors and without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_peft.checkpoint.compatible import differing_base
+from megatron_peft.checkpoint.fingerprint import fingerprint
+from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.parameters import ADAPTER, NOT_PARAMETERS, master_key
+from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.adapter_factors import Factors
+from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.source import listed
+from megatron_peft.conversion.stored_boxes import StoredTensor
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """An open checkpoint of adapters. `stored` has its tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`."""
+
+    folder: Path
+    record: RunRecord
+    stored: dict[str, StoredTensor]
+
+    def tensor(self, layer: str, name: str) -> Tensor:
+        """A whole tensor of a layer's adapter; where training kept a float32 copy, that one."""
+        key = f"{layer}{ADAPTER}{name}"
+        stored = self.stored.get(master_key(key), self.stored.get(key))
+        if stored is None:
+            raise ConfigurationError(_lacks(self.folder, [key]))
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        stored.fill(tensor, (0,) * len(stored.shape))
+        return tensor
+
+
+def open_adapters(folder: str | Path) -> TrainedAdapters:
+    """The newest checkpoint in a --save folder; no tensor is read yet.
+
+    Raises:
+        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged.
+    """
+    checkpoint = find_checkpoint(folder)
+    record = read_record(checkpoint)
+    require(
+        record.config.peft.trains_adapters,
+        f"--input {folder} is a run of full fine-tuning and holds no adapters: tools/convert.py megatron-to-hf turns "
+        f"it into a Hugging Face folder.",
+    )
+    stored = open_distributed(checkpoint)
+    keys = [key for key in stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
+    names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
+    expected = [f"{layer}{ADAPTER}{name}" for layer in record.adapted_layers for name in names or ["*"]]
+    missing = [key for key in expected if key not in stored]
+    require(not missing, _lacks(checkpoint, missing))
+    return TrainedAdapters(checkpoint, record, stored)
+
+
+def low_rank_factors(adapters: TrainedAdapters, layer: str) -> Factors:
+    """A and B of a layer that LoRA adapted."""
+    return Factors(adapters.tensor(layer, "A"), adapters.tensor(layer, "B"))
+
+
+def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
+    """The base model's folder: --pretrained-checkpoint if given, else the one that the run names.
+
+    Raises:
+        ConfigurationError: it is not there, or it is another model than the one that was trained on.
+    """
+    named = adapters.record.config.model.pretrained_checkpoint
+    folder = Path(override or named or "")
+    require(
+        folder.is_dir(),
+        f"the base model {folder} of the run in {adapters.folder} is not there: give its folder with "
+        f"--pretrained-checkpoint.",
+    )
+    differing = differing_base(adapters.record, read_model_shape(folder), known_fingerprint(folder))
+    require(
+        not differing,
+        f"the adapters in {adapters.folder} were trained on the base model {named}, but {folder} is another one "
+        f"({', '.join(differing)}): give the base that they were trained on with --pretrained-checkpoint.",
+    )
+    return folder
+
+
+def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
+    """Of a base model's folder; None where there is nothing that it is made of (checkpoints of ranks)."""
+    try:
+        return fingerprint(str(base))
+    except OSError:
+        return None
+
+
+def _lacks(checkpoint: Path, keys: list[str]) -> str:
+    return (
+        f"{checkpoint} is damaged: it lacks {listed(keys)}, which belong to the layers of its {RECORD}. Copy it again."
+    )

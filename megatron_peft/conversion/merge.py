@@ -1,0 +1,92 @@
+"""A run's adapters folded into their base, as an ordinary Hugging Face folder.
+
+One parameter at a time: the base's is read in Megatron's form (fused, whole), changed in float32, cast, and written as
+the tensors that it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_peft.config import require
+from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
+from megatron_peft.conversion.adapter_factors import layer_of
+from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
+from megatron_peft.conversion.progress import byte_bar
+from megatron_peft.conversion.rules import Rule
+from megatron_peft.conversion.to_huggingface import describe
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec
+
+
+def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
+    """W + s B A."""
+    factors, scale = low_rank_factors(adapters, layer), adapters.record.config.peft.lora_scale
+    return weight.addmm_(factors.B.to(weight.dtype), factors.A.to(weight.dtype), alpha=scale)
+
+
+# How a method changes a weight: (adapters, layer, weight) -> the weight, in place or anew. The weight is the base's in
+# Megatron's form, [out, in], in float32 at least. A new method is one line here.
+Merger = Callable[[TrainedAdapters, str, Tensor], Tensor]
+MERGERS: dict[str, Merger] = {"lora": add_low_rank}
+
+
+def merge(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> Path:
+    """Write `output`: config.json, the tokenizer's files and sharded safetensors of the changed model.
+
+    Args:
+        input: the --save folder of a run, of any layout.
+        output: must not exist.
+        pretrained_checkpoint: the base, if it is not where the run says.
+        dtype: of the weights; None keeps the base's.
+        max_shard_bytes: of one file.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
+            exists, damaged files.
+    """
+    check_new(output)
+    adapters = open_adapters(input)
+    method, shape = adapters.record.config.peft.method, adapters.record.shape
+    require(method in MERGERS, f"--input {input}: adapters of --peft-method {method} cannot be merged.")
+    merger = MERGERS[method]
+    base = base_of(adapters, pretrained_checkpoint)
+    rules, weights = open_weights(base, shape)
+    owned = owned_rules(rules, shape)
+    types = {name: dtype or weights.stored_type(rule) for name, rule in owned.items()}
+    specs = {part.name: TensorSpec(part.shape, types[name]) for name, rule in owned.items() for part in rule.parts}
+    with new_folder(output) as draft:
+        describe(draft, shape, [base], set(types.values()))
+        writer = SafetensorsWriter(draft, specs, max_shard_bytes)
+        with byte_bar("Merging", sum(spec.num_bytes for spec in specs.values()), progress) as advance:
+            for rule in owned.values():
+                for name, tensor in _merged(rule, weights, adapters, merger).items():
+                    writer.write(name, tensor)
+                    advance(specs[name].num_bytes)
+        writer.finish()
+    return Path(output)
+
+
+def _merged(rule: Rule, weights: Weights, adapters: TrainedAdapters, merger: Merger) -> Mapping[str, Tensor]:
+    """The Hugging Face tensors of one parameter; in float32 (or float64) where an adapter has changed it."""
+    layer, dtype = layer_of(rule), weights.stored_type(rule)
+    if layer not in adapters.record.adapted_layers:
+        whole = torch.empty(rule.local_shape(1), dtype=dtype)
+        weights.read(rule, whole, 0, 1)
+        return rule.write([whole])
+    whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(dtype, torch.float32))
+    weights.read(rule, whole, 0, 1)
+    return rule.write([merger(adapters, layer, whole)])
