@@ -1,12 +1,24 @@
 #!/usr/bin/env python3
 """Fine-tune a pretrained model with Megatron's arguments: torchrun --nproc-per-node N pretrain_peft.py --help"""
 
+from pathlib import Path
+
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.shape import ModelShape
+
+
+def shape_of(folder: str) -> ModelShape:
+    """Of --pretrained-checkpoint. Without a config.json it may be a checkpoint of Megatron's, which torch must read."""
+    if not Path(folder).is_dir() or Path(folder, "config.json").is_file():
+        return read_shape(folder)
+    from megatron_peft.conversion.pretrained import read_model_shape
+
+    return read_model_shape(folder)
 
 
 def main() -> None:
-    config = parse_arguments(read_shape=read_shape)
+    config = parse_arguments(read_shape=shape_of)
 
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     from megatron_peft.runtime.failure import run_together

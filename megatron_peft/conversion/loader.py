@@ -1,4 +1,4 @@
-"""Hugging Face weights straight into the chunks of a GPTModel: each rank reads its own slices, one at a time."""
+"""Pretrained weights straight into the chunks of a GPTModel: each rank reads its own slices, one at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.inventory import check_inventory
-from megatron_peft.conversion.rules import Rule, expected_tensors
-from megatron_peft.conversion.source import open_source
+from megatron_peft.conversion.pretrained import open_weights
+from megatron_peft.conversion.progress import byte_bar
+from megatron_peft.conversion.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -51,18 +48,19 @@ def load_pretrained(
 ) -> LoadReport:
     """Fill the base parameters of each chunk in place, in their own dtype; adapters are left alone.
 
+    `folder` is a Hugging Face folder or a base model in Megatron's own form, and `shape` what `read_model_shape` says.
     The chunks are bare GPTModels (before Float16Module and DDP). Everything is compared with the headers of the files
     first, so a ConfigurationError (missing, extra, misshapen or truncated tensors, a parameter without a rule) comes
     before a weight is read. `progress` shows a bar at a terminal, and nothing elsewhere.
     """
     start = time.perf_counter()
-    source = open_source(folder)
-    rules = rules_for(shape, source.headers)
-    check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
+    rules, weights = open_weights(folder, shape)
     targets = [target for chunk in model_chunks for target in _targets(chunk, rules, tensor_parallel_size)]
-    for target in _with_bar(targets, enabled=progress):
-        target.rule.read(target.parameter, source, tensor_parallel_rank, tensor_parallel_size)
-    return LoadReport(source.bytes_read, len(targets), time.perf_counter() - start)
+    with byte_bar("Loading weights", sum(_num_bytes(target.parameter) for target in targets), progress) as advance:
+        for target in targets:
+            weights.read(target.rule, target.parameter, tensor_parallel_rank, tensor_parallel_size)
+            advance(_num_bytes(target.parameter))
+    return LoadReport(weights.bytes_read, len(targets), time.perf_counter() - start)
 
 
 def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -83,7 +81,7 @@ def _targets(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator
         rule = rules.get(name)
         if rule is None:
             raise ConfigurationError(
-                f"{name} {list(parameter.shape)} is part of the model, but no Hugging Face tensor holds it: "
+                f"{name} {list(parameter.shape)} is part of the model, but no tensor of the checkpoint holds it: "
                 f"the model was built with another shape than that of --pretrained-checkpoint."
             )
         require(
@@ -92,18 +90,6 @@ def _targets(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator
             f"{list(rule.local_shape(size))} at --tensor-model-parallel-size {size}.",
         )
         yield Target(rule, parameter)
-
-
-def _with_bar(targets: Sequence[Target], enabled: bool) -> Iterator[Target]:
-    """The targets one by one, with a bar over their bytes."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    shown = enabled and console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("Loading weights", total=sum(_num_bytes(t.parameter) for t in targets))
-        for target in targets:
-            yield target
-            bar.advance(task, _num_bytes(target.parameter))
 
 
 def _num_bytes(tensor: Tensor) -> int:

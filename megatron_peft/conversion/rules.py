@@ -80,9 +80,9 @@ class Rule(ABC):
         sides = zip(local.shape, self.local_shape(size), self.local_shape(1), strict=True)
         yield Region(tuple(rank * length * (share != whole) for length, share, whole in sides), local)
 
-    @torch.no_grad()
-    def clear_padding(self, local: Tensor, rank: int) -> None:  # noqa: B027 - most have none
-        """Zero what `rank`'s local tensor holds beyond the Hugging Face tensors."""
+    def clear_padding(self, local: Tensor, rank: int) -> None:
+        """Zero what `rank`'s local tensor holds beyond the Hugging Face tensors: for most, nothing."""
+        return
 
     @torch.no_grad()
     def read(self, local: Tensor, source: SliceSource, rank: int, size: int) -> None:

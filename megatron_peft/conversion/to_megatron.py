@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -28,12 +28,12 @@ from megatron_peft.conversion.companions import copy_companions, set_stored_type
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.pretrained import owned_rules
 from megatron_peft.conversion.progress import byte_bar
 from megatron_peft.conversion.rules import Region, Rule, VocabularyRows, expected_tensors
 from megatron_peft.conversion.source import Source, open_source
 from megatron_peft.conversion.stored_types import stored_type
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.models.shape import ModelShape
 
 NUM_SHARES = (8, 4, 2, 3)  # tried in this order
 MIN_SHARE_BYTES = 2**20
@@ -56,8 +56,24 @@ class Share:
     global_shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def regions(self, local: Tensor) -> list[Region]:
-        return list(self.rule.regions(local, self.rank, self.size))
+    @property
+    def regions(self) -> list[Region]:
+        """The boxes that it is stored as, without their numbers."""
+        return list(self.rule.regions(self._without_numbers, self.rank, self.size))
+
+    def read(self, source: Source, number: int) -> Tensor:
+        """The numbers of one region. If there are several, each is one piece, and is read by itself."""
+        if len(self.regions) == 1:
+            local = torch.empty(self.local_shape, dtype=self.dtype)
+            self.rule.read(local, source, self.rank, self.size)
+            return local
+        piece = list(self.rule.pieces(self._without_numbers, self.rank, self.size))[number]
+        region = torch.empty(self.regions[number].view.shape, dtype=self.dtype)
+        return region.copy_(source.slice(piece.name, piece.index))
+
+    @property
+    def _without_numbers(self) -> Tensor:
+        return torch.empty(self.local_shape, device="meta")
 
 
 def hf_to_megatron(
@@ -92,7 +108,7 @@ def hf_to_megatron(
     padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
     shares = [
         share
-        for rule in written_rules(rules, shape)
+        for rule in owned_rules(rules, shape).values()
         for share in shares_of(rule, padded, dtype or _widest(rule, source))
     ]
     with new_folder(output) as draft:
@@ -102,11 +118,6 @@ def hf_to_megatron(
         with byte_bar("Converting", total, progress) as advance:
             _write(shares, source, draft, advance)
     return Path(output)
-
-
-def written_rules(rules: Mapping[str, Rule], shape: ModelShape) -> Iterator[Rule]:
-    """Those of the parameters that a whole model owns: a tied output layer is the embedding."""
-    return (rule for name, rule in rules.items() if not (shape.tied_embeddings and name == "output_layer.weight"))
 
 
 def shares_of(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> list[Share]:
@@ -147,12 +158,11 @@ def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Calla
 
 
 class _Planner(SavePlanner):
-    """Announces every share to torch's writer, and reads one when the writer has come to it."""
+    """Announces every box to torch's writer, and reads one when the writer has come to it."""
 
     def __init__(self, shares: Sequence[Share], source: Source, advance: Callable[[int], None]) -> None:
         self._shares, self._source, self._advance = shares, source, advance
-        self._places: dict[MetadataIndex, tuple[Share, int]] = {}
-        self._held: tuple[Share, list[Region]] | None = None
+        self._boxes: dict[MetadataIndex, tuple[Share, int]] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Everything is known from the start."""
@@ -167,24 +177,15 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        share, number = self._places[write_item.index]
-        if self._held is None or self._held[0] is not share:
-            self._held = None  # let go before the next is made
-            self._held = share, self._read(share)
-        view = self._held[1][number].view
-        self._advance(view.numel() * view.element_size())
-        return view
+        share, number = self._boxes[write_item.index]
+        tensor = share.read(self._source, number)
+        self._advance(tensor.numel() * tensor.element_size())
+        return tensor
 
     def _announce(self, share: Share) -> Iterator[WriteItem]:
-        properties = TensorProperties(dtype=share.dtype)
-        for number, region in enumerate(share.regions(torch.empty(share.local_shape, device="meta"))):
+        for number, region in enumerate(share.regions):
             index = MetadataIndex(share.rule.name, region.offset)
-            self._places[index] = share, number
+            self._boxes[index] = share, number
             chunk = ChunkStorageMetadata(torch.Size(region.offset), region.view.shape)
-            data = TensorWriteData(chunk, properties, torch.Size(share.global_shape))
-            yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
-
-    def _read(self, share: Share) -> list[Region]:
-        local = torch.empty(share.local_shape, dtype=share.dtype)
-        share.rule.read(local, self._source, share.rank, share.size)
-        return share.regions(local)
+            properties, size = TensorProperties(dtype=share.dtype), torch.Size(share.global_shape)
+            yield WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, size))

@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
 from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -47,7 +47,7 @@ def finetune(config: RunConfig) -> None:
 
 def _checked_shape(config: RunConfig) -> ModelShape:
     assert config.model.pretrained_checkpoint is not None
-    shape = read_shape(config.model.pretrained_checkpoint)
+    shape = read_model_shape(config.model.pretrained_checkpoint)
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),

@@ -1,0 +1,99 @@
+"""A base model in Megatron's form, or the whole model of a run, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.record import read_record
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.companions import CONFIG, config_of_shape, copy_companions, set_stored_type, write_config
+from megatron_peft.conversion.families import rules_for
+from megatron_peft.conversion.megatron_weights import MegatronWeights, megatron_files, open_megatron
+from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
+from megatron_peft.conversion.progress import byte_bar
+from megatron_peft.conversion.rules import Rule
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec
+from megatron_peft.models.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+
+def megatron_to_hf(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> Path:
+    """Write `output`: sharded safetensors with their index, config.json and the tokenizer's files.
+
+    Args:
+        input: what hf-to-megatron wrote, the --save folder of full fine-tuning, or a checkpoint of Megatron-LM.
+        output: must not exist.
+        pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` leads to none.
+        dtype: of the weights; None keeps what is stored. float32 takes the float32 copies of bf16 training.
+        max_shard_bytes: of one file.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ConfigurationError: before anything is written, for an input that is torn, refused, of adapters only or at
+            odds with its shape, and for an output that exists.
+    """
+    check_new(output)
+    files = megatron_files(input)
+    if files is None:
+        raise ConfigurationError(
+            f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
+        )
+    shape = read_model_shape(pretrained_checkpoint or input)
+    weights = open_megatron(files)
+    rules = owned_rules(rules_for(shape), shape)
+    weights.check(rules)
+    types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
+    specs = {part.name: TensorSpec(part.shape, types[rule.name]) for rule in rules.values() for part in rule.parts}
+    with new_folder(output) as draft:
+        describe(draft, shape, _origins(Path(input), files, pretrained_checkpoint), set(types.values()))
+        writer = SafetensorsWriter(draft, specs, max_shard_bytes)
+        with byte_bar("Converting", sum(spec.num_bytes for spec in specs.values()), progress) as advance:
+            for name, rule in rules.items():
+                advance(_convert(rule, weights, types[name], writer))
+        writer.finish()
+    return Path(output)
+
+
+def _convert(rule: Rule, weights: MegatronWeights, dtype: torch.dtype, writer: SafetensorsWriter) -> int:
+    """One parameter; returns its bytes."""
+    whole = torch.empty(rule.local_shape(1), dtype=dtype)
+    weights.read(rule, whole, 0, 1)
+    for part, tensor in rule.write([whole]).items():
+        writer.write(part, tensor)
+    return whole.numel() * whole.element_size()
+
+
+def _origins(input: Path, files: Path, pretrained_checkpoint: str | Path | None) -> Iterator[Path]:
+    """Folders that may hold the model's own config.json and tokenizer, the surest first."""
+    if pretrained_checkpoint is not None:
+        yield Path(pretrained_checkpoint)
+    yield from (files, input)
+    base = read_record(files).config.model.pretrained_checkpoint if (files / RECORD).is_file() else None
+    if base is not None:
+        yield Path(base)
+
+
+def describe(draft: Path, shape: ModelShape, origins: Iterable[Path], types: set[torch.dtype]) -> None:
+    """config.json and the tokenizer's files, from the first of the `origins` that has a config.json."""
+    origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
+    if origin is None:
+        logger.warning("no config.json was found: one is made from the shape, and there is no tokenizer beside it")
+        write_config(draft, config_of_shape(shape))
+    else:
+        copy_companions(origin, draft)
+    set_stored_type(draft, types)

@@ -1,0 +1,202 @@
+"""Two models on the same tokens: how far their logits, and the outputs of their layers, are apart.
+
+A folder is run by what it was made for: transformers runs a Hugging Face folder, HF PEFT an adapter of its own, and
+our model everything that Megatron can hold: a base model, a run's adapters on their base, a fully fine-tuned model.
+All in float32, in one process, one model after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.record import read_record
+from megatron_peft.config import ModelConfig, ParallelConfig, require
+from megatron_peft.conversion.megatron_weights import megatron_files
+from megatron_peft.conversion.pretrained import read_model_shape
+
+PEFT_CONFIG = "adapter_config.json"
+BATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model computed: logits [batch, sequence, vocabulary], outputs of layers [batch, sequence, hidden]."""
+
+    logits: Tensor
+    layers: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference between two tensors, beside the largest magnitude in the second."""
+
+    absolute: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        return self.absolute / self.scale
+
+    @classmethod
+    def of(cls, tensor: Tensor, reference: Tensor) -> Difference:
+        return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two models; `same_best` of `num_positions` positions have the same most likely token."""
+
+    logits: Difference
+    layers: list[Difference]
+    same_best: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder, the folder of its base model (itself, if it is one), and what runs it."""
+
+    folder: Path
+    base: Path
+    trace: Callable[[Subject, Tensor], Trace]
+
+
+def verify(
+    input: str | Path,
+    reference: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    num_tokens: int = 64,
+    seed: int = 0,
+) -> Comparison:
+    """Compare the models of two folders on random tokens.
+
+    Args:
+        input, reference: of any kind, see above.
+        pretrained_checkpoint: base model of adapters; None takes the one that they were trained on.
+        num_tokens: of each of two sequences.
+        seed: of the tokens.
+
+    Raises:
+        ConfigurationError: a folder is no model, or the two have vocabularies or layers of different sizes.
+    """
+    subjects = [_subject(Path(folder), pretrained_checkpoint) for folder in (input, reference)]
+    shapes = [read_model_shape(subject.base) for subject in subjects]
+    for size in ("vocab_size", "num_layers", "hidden_size"):
+        sizes = [getattr(shape, size) for shape in shapes]
+        require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
+    longest = min(shape.max_position_embeddings for shape in shapes)
+    require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, shapes[0].vocab_size, (BATCH_SIZE, num_tokens), generator=draw)
+    return compare(*(subject.trace(subject, tokens) for subject in subjects))
+
+
+def compare(trace: Trace, reference: Trace) -> Comparison:
+    """The first against the second."""
+    same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
+    layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]
+    return Comparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
+
+
+def _subject(folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
+    files = megatron_files(folder)
+    if files is not None:
+        record = read_record(files) if (files / RECORD).is_file() else None
+        adapts = record is not None and record.config.peft.trains_adapters
+        own = record.config.model.pretrained_checkpoint if record else None
+        return Subject(folder, Path(pretrained_checkpoint or own or "") if adapts else folder, _trace_ours)
+    config = folder / PEFT_CONFIG
+    settings = json.loads(config.read_text()) if config.is_file() else {}
+    if "peft_type" in settings:
+        return Subject(folder, Path(pretrained_checkpoint or settings["base_model_name_or_path"]), _trace_peft)
+    return Subject(folder, folder, _trace_transformers)
+
+
+def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
+    from megatron_peft.adapters.attach import attach_adapters
+    from megatron_peft.checkpoint.load import load_trained_parameters
+    from megatron_peft.conversion.loader import load_pretrained
+    from megatron_peft.models.gpt import build_model_chunks
+
+    shape = read_model_shape(subject.base)
+    with _alone() as parallel:
+        model = ModelConfig(str(subject.base), transformer_impl="local")
+        chunks = build_model_chunks(shape, model, parallel)
+        if subject.base != subject.folder:
+            files = megatron_files(subject.folder)
+            assert files is not None
+            config = read_record(files).config
+            attach_adapters(chunks, config.peft, config.training.seed)
+        load_pretrained(chunks, subject.base, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=True)
+        if subject.base != subject.folder:
+            load_trained_parameters(chunks, subject.folder)
+        device = next(chunks[0].parameters()).device
+        positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
+        run = lambda: chunks[0].eval()(tokens.to(device), positions, None)[..., : shape.vocab_size]  # noqa: E731
+        trace = _traced(run, chunks[0].decoder.layers)
+        return Trace(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])  # [s, b, h] to [b, s, h]
+
+
+@contextmanager
+def _alone() -> Iterator[ParallelConfig]:
+    from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+
+    parallel = ParallelConfig()
+    start_world(parallel)
+    try:
+        start_model_parallel(parallel, seed=0)
+        yield parallel
+    finally:
+        stop()
+
+
+def _trace_transformers(subject: Subject, tokens: Tensor) -> Trace:
+    return _trace_hugging_face(_transformers_model(subject.base), tokens)
+
+
+def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        require(False, f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft.")
+        raise
+    return _trace_hugging_face(
+        PeftModel.from_pretrained(_transformers_model(subject.base), str(subject.folder)), tokens
+    )
+
+
+def _transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def _trace_hugging_face(model: Any, tokens: Tensor) -> Trace:
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = next(stack for stack in stacks if len(stack) == model.config.num_hidden_layers)
+    return _traced(lambda: model.eval()(tokens).logits, layers)
+
+
+@torch.no_grad()
+def _traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
+    """Run a model and keep the output of each layer (the first of several)."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append((output if isinstance(output, Tensor) else output[0]).float().cpu())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    logits = run().float().cpu()
+    for hook in hooks:
+        hook.remove()
+    return Trace(logits, outputs)
