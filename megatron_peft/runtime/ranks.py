@@ -1,7 +1,7 @@
 """Run a function on several ranks of this machine, each a process of its own, and collect what it returns.
 
 `run_ranks(2, "package.module:function", argument)` starts two processes with the environment of a world of two; the
-function joins it. Benchmarks and tests use it: a torchrun whose ranks answer. Importing torch and megatron-core takes
+function may join it. Benchmarks and tests use it: a torchrun whose ranks answer. Importing megatron-core takes
 seconds a process, so let one call do much.
 """
 
@@ -16,8 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-from megatron_peft.runtime.launch import free_port
 
 _LOOK_SECONDS = 0.05
 _FAREWELL_SECONDS = 1.0
@@ -37,6 +35,8 @@ def run_ranks(num_ranks: int, target: str, argument: Any = None, timeout: float 
     Raises:
         RanksFailed: a rank failed or the time was up.
     """
+    from megatron_peft.runtime.launch import free_port  # here, so that a rank imports what its function needs, no more
+
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "argument").write_bytes(pickle.dumps(argument))
         port = free_port()
@@ -78,9 +78,6 @@ def _wait(processes: list[subprocess.Popen], timeout: float, folder: str) -> Non
 
 
 def _main(target: str, folder: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     module, _, function = target.partition(":")
     argument = pickle.loads(Path(folder, "argument").read_bytes())
     result = getattr(importlib.import_module(module), function)(argument)

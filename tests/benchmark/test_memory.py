@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_peft.benchmark import memory
 from megatron_peft.benchmark.memory import Peak
-from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmark.subjects import Setting, Step
 
 MIB = 2**20
 
@@ -21,8 +23,20 @@ def test_peak_remembers_what_was_given_back() -> None:
     assert memory.resident_bytes() < memory.peak_resident_bytes() - 32 * MIB
 
 
-def test_bare_torch_is_smaller_than_a_step(tiny: Setting) -> None:
-    assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_of_steps(tiny, "full").peak
+def test_bare_torch_is_smaller_than_this_process() -> None:
+    assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_resident_bytes()
+
+
+def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(setting: Setting) -> Step:
+        model = bytearray(40 * MIB)
+        return lambda: len(model + bytearray(len(model)))
+
+    monkeypatch.setattr(memory, "join", lambda setting: None)
+    monkeypatch.setattr(memory, "leave", lambda: None)
+    monkeypatch.setattr(memory, "STEPS", {"big": build})
+    monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job: [memory.run_steps(job)])
+    assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
 
 
 def test_what_was_there_before_does_not_count() -> None:
