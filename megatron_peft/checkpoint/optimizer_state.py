@@ -19,11 +19,11 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_peft.checkpoint.boxes import boxes
 from megatron_peft.checkpoint.parameters import master_key
-from megatron_peft.checkpoint.sharded_files import Sharded, parts
+from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -41,7 +41,7 @@ class Slot:
         group: of `inner` that the parameter belongs to.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     master: Tensor
     start: int
     is_stretch: bool
@@ -85,10 +85,11 @@ def _stretched_slots(optimizer: DistributedOptimizer, entries: Sequence[Sharded]
 
 
 def _whole_slots(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> Iterator[Slot]:
-    by_master = {id(getattr(entry.data, "main_param", None)): entry.data for entry in entries}
+    parameters = [data_of(entry) for entry in entries]
+    by_master = {id(getattr(parameter, "main_param", parameter)): parameter for parameter in parameters}
     for group in optimizer.optimizer.param_groups:
         for master in group["params"]:
-            yield Slot(by_master.get(id(master), master), master, 0, False, optimizer.optimizer, group)
+            yield Slot(by_master[id(master)], master, 0, False, optimizer.optimizer, group)
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> list[ShardedTensor]:
@@ -134,8 +135,9 @@ def _boxes_of(slot: Slot, entry: Sharded, key: str, tensor: Tensor) -> Iterator[
     flat = tensor.detach().view(-1)
     end = slot.start + flat.numel()
     for part in parts(entry):
-        first = part.data.storage_offset() - entry.data.storage_offset()
-        numel = part.data.numel()
+        first = int(data_of(part).storage_offset() - data_of(entry).storage_offset())
+        numel = data_of(part).numel()
+        assert isinstance(part.replica_id, tuple)  # (pipeline, tensor parallel, data parallel)
         for box in boxes(max(slot.start - first, 0), min(end - first, numel), part.local_shape):
             own = slice(first + box.start - slot.start, first + box.end - slot.start)
             yield ShardedTensor(

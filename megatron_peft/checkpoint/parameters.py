@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 from megatron_peft.adapters.attach import all_names, linear_layers
-from megatron_peft.checkpoint.sharded_files import Sharded, parts, read_tensors, stored_shapes
+from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts, read_tensors, stored_shapes
 from megatron_peft.config import require
 from megatron_peft.runtime.launch import checked_together
 
@@ -79,7 +79,7 @@ def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> None:
 def _stored_source(entry: Sharded, stored: Mapping[str, Any]) -> Sharded:
     """The parameter's own tensor, or its float32 copy where the parameter has room for it."""
     key = master_key(entry.key)
-    return replace(entry, key=key) if entry.data.dtype == torch.float32 and key in stored else entry
+    return replace(entry, key=key) if data_of(entry).dtype == torch.float32 and key in stored else entry
 
 
 def _check_parameters(

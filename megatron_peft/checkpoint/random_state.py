@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
+
+from megatron_peft.checkpoint.sharded_files import data_of
 
 TRACKER = "tracker."
 
@@ -34,7 +37,7 @@ def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[ShardedTensor]
 
 def restore_random(filled: list[ShardedTensor]) -> None:
     """Set this rank's generators to what `random_targets` were filled with."""
-    states = {tensor.key.removeprefix(_prefix()): tensor.data for tensor in filled}
+    states = {tensor.key.removeprefix(_prefix()): data_of(tensor) for tensor in filled}
     version, words, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(_from_bytes(states["numpy"])))
@@ -42,11 +45,11 @@ def restore_random(filled: list[ShardedTensor]) -> None:
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
     tracked = {name.removeprefix(TRACKER): state for name, state in states.items() if name.startswith(TRACKER)}
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
+    _tracker().set_states(tracked)
 
 
 def _states() -> dict[str, Tensor]:
-    kind, words, *rest = np.random.get_state(legacy=True)
+    kind, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
         "python": _to_bytes(random.getstate()),
         "numpy": _to_bytes([kind, words.tolist(), *rest]),
@@ -54,8 +57,14 @@ def _states() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    tracked = _tracker().get_states()
     return {**states, **{f"{TRACKER}{name}": state.cpu() for name, state in tracked.items()}}
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
 
 
 def _prefix() -> str:

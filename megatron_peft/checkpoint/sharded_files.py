@@ -14,14 +14,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_peft.config import ConfigurationError
@@ -36,7 +38,17 @@ def parts(sharded: Sharded) -> list[ShardedTensor]:
 
     Copies of the descriptions, not of the data: megatron-core writes into those that it is given.
     """
-    return sharded.build() if isinstance(sharded, ShardedTensorFactory) else [replace(sharded)]
+    if isinstance(sharded, ShardedTensor):
+        return [replace(sharded)]
+    built = sharded.build()
+    assert isinstance(built, list)
+    return built
+
+
+def data_of(sharded: Sharded) -> Tensor:
+    """The rank's tensor that a description describes."""
+    assert sharded.data is not None
+    return sharded.data
 
 
 def write_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
@@ -45,7 +57,7 @@ def write_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
     Raises:
         ConfigurationError: on every rank, when any could not write.
     """
-    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
+    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
     for tensor in tensors:
         if is_main_replica(tensor.replica_id):
             by_key[tensor.key].append(tensor)
@@ -63,9 +75,9 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
         ConfigurationError: on every rank, when a file is missing or damaged.
     """
     wanted = {str(index): tensor for index, tensor in enumerate(tensors)}
-    targets = {name: tensor.data for name, tensor in wanted.items()}
+    targets = {name: data_of(tensor) for name, tensor in wanted.items()}
     with _failures_named(f"{folder} is damaged"), torch.no_grad():
-        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        loaded: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
         for name, target in targets.items():
             target.copy_(loaded[name])  # no-op where it was filled in place
 

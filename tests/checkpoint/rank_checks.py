@@ -62,7 +62,6 @@ RESUMED_ON_FOUR = {
     "lora TP2xPP2": TP2_PP2,
     "full TP2xPP2 bf16": merged(FULL, TP2_PP2, BF16),
     "lora TP2xDP2 distributed bf16": merged(TP2, DISTRIBUTED, BF16),
-    "full PP2xDP2 distributed": merged(FULL, PP2, DISTRIBUTED),
 }
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
