@@ -14,11 +14,16 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def one_rank(seed: int = 1234) -> Iterator[None]:
-    """megatron-core's groups with this process alone in them; the environment is given back afterwards."""
+def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
+    """A world, and megatron-core's groups, with this process alone in them; the environment is given back at the end.
+
+    Args:
+        with_groups: False leaves megatron-core's groups to the code under test.
+    """
     before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     start_world(ParallelConfig())
-    start_model_parallel(ParallelConfig(), seed)
+    if with_groups:
+        start_model_parallel(ParallelConfig(), seed)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from tests.training.layout_runs import Job, build
 def files(tmp_path_factory) -> tuple[str, str]:
     """(base model, samples)"""
     folder = tmp_path_factory.mktemp("training")
-    base = save_llama(folder / "base", num_hidden_layers=2, num_key_value_heads=3, vocab_size=1001)
+    base = save_llama(folder / "base", num_hidden_layers=2)
     return str(base), str(save_pairs(folder / "pairs.jsonl"))
 
 

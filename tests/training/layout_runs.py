@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.config import (
@@ -59,11 +60,9 @@ class Job:
             data=DataConfig(
                 train_data_path=(self.data,),
                 valid_data_path=(self.data,),
-                seq_length=32,
                 tokenizer_type="NullTokenizer",
-                vocab_size=VOCAB_SIZE - 1,
                 num_workers=0,
-                **self.data_settings,
+                **{"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings},
             ),
             training=TrainingConfig(
                 **{"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}

@@ -1,0 +1,82 @@
+"""Ranks that differ from one another: equal to one process, and of one mind about errors and signals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+from tests.training.corner_runs import BAD_RANK, Corners
+from tests.training.layout_runs import Job, run_each
+
+PP2 = {"pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+SHARDED = {"lr": 5e-3, "use_distributed_optimizer": True}
+LORA = {"lora_rank": 4}
+FIRST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.0.*",), "lora_plus_ratio": 4.0}}
+LAST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.3.*",)}}
+FULL = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
+RUNS = {"first layer": FIRST_LAYER, "last layer": LAST_LAYER, "tied lora": {"peft": LORA}, "tied full": FULL}
+LAYOUTS = {
+    "first layer": {"PP2": {"parallel": PP2}, "PP2 sharded": {"parallel": PP2, "optimizer": SHARDED}},
+    "last layer": {"PP2": {"parallel": PP2}},
+    "tied lora": {"PP2": {"parallel": PP2}},
+    "tied full": {"PP2": {"parallel": PP2}, "TP2+SP": {"parallel": {**TP2, "sequence_parallel": True}}},
+}
+CASES = [(run, layout) for run, layouts in LAYOUTS.items() for layout in layouts]
+POISONED = {"PP2": {"parallel": PP2}, "DP2": {}}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Curves of one process, and by rank what two ranks found."""
+    folder = tmp_path_factory.mktemp("corners")
+    bases = {
+        tied: str(save_llama(folder / f"tied-{tied}", tie_word_embeddings=tied, intermediate_size=64))
+        for tied in (False, True)
+    }
+    data = str(save_pairs(folder / "pairs.jsonl"))
+
+    def job(name, run, groups, num_steps=8):
+        return Job(name, bases[run.startswith("tied")], data, num_steps=num_steps, **{**RUNS[run], **groups})
+
+    with one_rank(with_groups=False):
+        alone = run_each([job(run, run, {}) for run in RUNS])
+    corners = Corners(
+        compared=[job(f"{run} {layout}", run, LAYOUTS[run][layout]) for run, layout in CASES],
+        poisoned=[job(name, "tied lora", groups) for name, groups in POISONED.items()],
+        signalled=job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}}),
+    )
+    return alone, run_ranks(2, "tests.training.corner_runs:run", corners)
+
+
+@pytest.mark.parametrize("run, layout", CASES)
+def test_two_ranks_equal_one(found, run, layout):
+    """A stage without trainable parameters; an embedding on the first stage that is the last one's output layer."""
+    alone, by_rank = found
+    for here in (rank.curves[f"{run} {layout}"] for rank in by_rank):
+        np.testing.assert_allclose(here.losses, alone[run].losses, rtol=1e-5)
+        np.testing.assert_allclose(here.grad_norms, alone[run].grad_norms, rtol=1e-4)
+        np.testing.assert_allclose(here.validation_loss, alone[run].validation_loss, rtol=1e-5)
+        np.testing.assert_allclose(here.learning_rates, alone[run].learning_rates)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_learns(found, run):
+    losses = found[0][run].losses
+    assert min(found[0][run].grad_norms) > 0
+    assert found[0][run].validation_loss < losses[0]
+
+
+@pytest.mark.parametrize("layout", POISONED)
+def test_nan_on_one_rank_stops_all_before_the_update(found, layout):
+    messages = [rank.errors[layout] for rank in found[1]]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("iteration 1: the loss is NaN or infinite (")
+    assert f"rank {BAD_RANK}, microbatch 0" in messages[0] and f"rank {1 - BAD_RANK}," not in messages[0]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
+    assert [rank.stopped for rank in found[1]] == [("asked to stop at iteration 2", [2])] * 2

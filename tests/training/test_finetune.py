@@ -1,0 +1,134 @@
+"""A run from its configuration to its checkpoint, and what stops it before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.core import parallel_state
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.training.finetune import finetune
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from tests.one_rank import one_rank
+from tests.tiny_llama import VOCAB_SIZE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    with one_rank(with_groups=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_groups():
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+@pytest.fixture
+def run(job):
+    """Fine-tune a job's configuration with changes of its groups; returns its records."""
+
+    def fine_tuned(folder, **groups):
+        checkpoint = {"save": str(folder), **groups.pop("checkpoint", {})}
+        config = job(num_steps=6, checkpoint=checkpoint, logging={"log_interval": 1}, **groups).config(1)
+        finetune(config)
+        parallel_state.destroy_model_parallel()
+        return {record["iteration"]: record for record in read_metrics(folder / METRICS_FILE)}
+
+    return fine_tuned
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, capsys):
+    whole = run(tmp_path / "whole")
+    first = run(tmp_path / "parts", training={"exit_interval": 3})
+    assert sorted(first) == [1, 2, 3]
+    both = run(tmp_path / "parts", checkpoint={"load": str(tmp_path / "parts")})
+    assert sorted(both) == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "epoch"):
+        assert [record[name] for record in both.values()] == [record[name] for record in whole.values()], name
+    assert both[6]["validation_loss"] == whole[6]["validation_loss"]
+    said = capsys.readouterr().out
+    assert "--exit-interval reached at iteration 3" in said and "trained 6 iterations" in said
+
+
+def _complaint(config):
+    with pytest.raises(ConfigurationError) as error:
+        finetune(config)
+    return str(error.value)
+
+
+def test_a_shape_flag_that_contradicts_the_checkpoint(job):
+    text = _complaint(job(model={"shape_flags": {"num_layers": 3}}).config(1))
+    assert "--num-layers 3" in text and "2" in text
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(job):
+    config = job(data_settings={"vocab_size": 1500}).config(1)
+    assert "the embedding of --pretrained-checkpoint" in _complaint(config)
+
+
+def test_a_folder_that_cannot_be_written(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    text = _complaint(job(checkpoint={"save": str(tmp_path / "file" / "run")}).config(1))
+    assert text.startswith(f"--save {tmp_path}/file/run cannot be written (Not a directory)")
+
+
+@pytest.fixture(scope="module")
+def launched(files, tmp_path_factory):
+    """Outputs of torchrun with two tensor-parallel ranks: a good run and one with a wrong target."""
+    folder = tmp_path_factory.mktemp("launched")
+    runs = {"good": [], "wrong": ["--peft-target-modules", "lm_head"]}
+    processes = {name: _torchrun(files, folder / name, flags) for name, flags in runs.items()}
+    try:
+        outputs = {name: process.communicate(timeout=400)[0] for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.terminate()
+    return folder, outputs, {name: process.returncode for name, process in processes.items()}
+
+
+def _torchrun(files, save, flags):
+    base, data = files
+    flags = [
+        *("--pretrained-checkpoint", base, "--train-data-path", data, "--valid-data-path", data),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1), "--seq-length", "32"),
+        *("--peft-method", "lora", "--lora-rank", "4", "--lr", "5e-3", "--train-iters", "3", "--log-interval", "1"),
+        *("--micro-batch-size", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", "2"),
+        *("--sequence-parallel", "--save", str(save), *flags),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [*launcher, "pretrain_peft.py", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_command_line_trains_and_saves(launched):
+    folder, outputs, exit_codes = launched
+    assert exit_codes["good"] == 0, outputs["good"]
+    records = read_metrics(folder / "good" / METRICS_FILE)
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    assert records[-1]["validation_loss"] < records[0]["loss"]
+    assert (folder / "good" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    assert (folder / "good" / "iter_0000003").is_dir()
+    assert outputs["good"].count("trainable parameters:") == 1
+
+
+def test_the_command_line_refuses_with_one_message(launched):
+    _, outputs, exit_codes = launched
+    assert exit_codes["wrong"] != 0
+    said = "pretrain_peft.py: error: --peft-target-modules lm_head matches no linear layer."
+    assert outputs["wrong"].count(said) == 1, outputs["wrong"]
+    assert "megatron_peft/training" not in outputs["wrong"], "a traceback of ours"
