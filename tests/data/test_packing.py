@@ -26,6 +26,7 @@ def test_positions_run_through_the_packs_of_one_epoch_after_the_other(lengths, s
     packs = [order.samples_at(position) for position in range(first + second)]
     assert np.concatenate(packs[:first]).tolist() == order.permutation(0).tolist()
     assert np.concatenate(packs[first:]).tolist() == order.permutation(1).tolist()
+    assert max(lengths[pack].sum() for pack in packs) <= 12
     assert order.positions_in(2) == first + second
     assert order.epochs_at(first + second) == 2
 

@@ -6,7 +6,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.preprocess import PreprocessConfig, preprocess
+from megatron_peft.data.documents import PreprocessConfig
+from megatron_peft.data.preprocess import preprocess
 from tools.preprocess_data import main
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
@@ -33,12 +34,6 @@ def test_each_key_has_a_dataset_of_its_own_and_no_end_unless_asked(write_lines, 
     preprocess(config(write_lines(TEXTS), tmp_path / "out", json_keys=("text", "title")))
     assert documents(tmp_path / "out_text_document") == [[1, 2, 3], [4, 5]]
     assert documents(tmp_path / "out_title_document") == [[7], [8], [9]]
-
-
-def test_workers_keep_the_order(write_lines, tmp_path):
-    lines = [{"text": str(i % 90)} for i in range(150)]
-    preprocess(config(write_lines(lines), tmp_path / "out", workers=2), report=lambda line: None)
-    assert documents(tmp_path / "out_text_document") == [[i % 90] for i in range(150)]
 
 
 def test_progress_is_told_in_lines(write_lines, tmp_path):
