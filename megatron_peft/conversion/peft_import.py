@@ -41,7 +41,7 @@ from megatron_peft.models.shape import ModelShape
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path) -> Path:
+def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None) -> Path:
     """Write `output`, and print the flags that a run needs to load it.
 
     Args:
@@ -54,6 +54,8 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
             files, an output that exists.
     """
     check_new(output)
+    if pretrained_checkpoint is None:
+        raise ConfigurationError("which base model? --pretrained-checkpoint takes the folder that the adapter is for.")
     folder, shape = Path(input), read_model_shape(pretrained_checkpoint)
     settings = read_lora_settings(folder)
     source = _open(folder)

@@ -11,6 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from tests.conversion import adapter_runs
+from tests.conversion.adapter_runs import Moved
+from tests.ranks import run_ranks
+
 # 6 query heads on 2 key-value heads, head_dim 20 where hidden / heads is 16, every bias, a prime vocabulary.
 ODD = {
     "vocab_size": 101,
@@ -72,3 +76,11 @@ def saved_folders(odd_llama: LlamaForCausalLM, tied_llama: LlamaForCausalLM, tmp
 def copy_of(saved_folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of one of the saved folders, to be spoilt."""
     return lambda kind: Path(shutil.copytree(saved_folders[kind], tmp_path / kind))
+
+
+@pytest.fixture(scope="session")
+def moved(tmp_path_factory) -> Moved:
+    """Runs with adapters, each at a layout of its own, and their bases."""
+    files = adapter_runs.make_files(tmp_path_factory.mktemp("adapters"))
+    came_back = run_ranks(2, "tests.conversion.adapter_runs:save_runs", files)
+    return Moved(Path(files.bases), Path(files.work), all(came_back))

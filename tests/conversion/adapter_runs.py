@@ -1,0 +1,102 @@
+"""Runs with adapters at two ranks, for the tests of moving adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.config import ParallelConfig
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
+from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.runtime.launch import start_world
+from megatron_peft.training.state import TrainingState
+from tests.checkpoint.runs import Files, Settings, configure, merged, start
+from tests.tiny_bloom import save_bloom
+from tests.tiny_llama import save_llama, save_pairs
+
+TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
+PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
+# Some layers only (fc1 in two of them, fc2 in all, qkv in the last), float32 copies beside bfloat16, rank-stabilised.
+SOME_LAYERS: Settings = {
+    "model": {"bf16": True},
+    "peft": {
+        "target_modules": ("decoder.layers.[12].*fc1", "down_proj", "decoder.layers.3.*qkv"),
+        "lora_rs": True,
+        "lora_alpha": 6,
+    },
+}
+BLOOM: Settings = {"model": {"pretrained_checkpoint": "bloom"}}
+RUNS = {"tp2": TP2, "pp2": merged(PP2, SOME_LAYERS), "bloom": merged(TP2, BLOOM)}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """`base`, `other` (of the same shape), `small` and `bloom` are Hugging Face folders; `runs` are --save folders."""
+
+    bases: Path
+    runs: Path
+    # Whether an adapter that went to HF PEFT and back is loaded by a run at TP2 with every parameter as it was.
+    came_back: bool
+
+    def base(self, name: str) -> Path:
+        return self.bases / name
+
+    def run(self, name: str) -> Path:
+        return self.runs / name
+
+
+def make_files(folder: Path) -> Files:
+    """Base models and data."""
+    save_llama(folder / "bases" / "base")
+    save_llama(folder / "bases" / "other", seed=1)
+    save_llama(folder / "bases" / "small", hidden_size=72)
+    save_bloom(folder / "bases" / "bloom")
+    return Files(str(folder / "bases"), str(save_pairs(folder / "pairs.jsonl")), str(folder / "runs"))
+
+
+def save_runs(files: Files) -> bool:
+    """Write every run of RUNS; returns `came_back`. Called on each of two ranks."""
+    start_world(ParallelConfig(world_size=2))
+    for name, settings in RUNS.items():
+        run = start(configure(files, merged(settings, {"checkpoint": {"save": str(Path(files.work, name))}})))
+        _fill_adapters(run.state)
+        run.train(1)
+        save_checkpoint(run.state)
+        if name == "tp2":
+            before = _adapters(run.state)
+    there, back = Path(files.work, "there"), Path(files.work, "back")
+    if dist.get_rank() == 0:
+        export_adapter(Path(files.work, "tp2"), there)
+        import_adapter(there, back, pretrained_checkpoint=Path(files.bases, "base"))
+    dist.barrier()
+    again = start(configure(files, merged(TP2, {"checkpoint": {"load": str(back), "finetune": True}})))
+    loaded, after = load_checkpoint(again.state), _adapters(again.state)
+    return loaded and after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def _adapters(state: TrainingState) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": parameter.detach().clone()
+        for number, chunk in enumerate(state.model_chunks)
+        for name, parameter in chunk.named_parameters()
+        if ".adapter." in name
+    }
+
+
+@torch.no_grad()
+def _fill_adapters(state: TrainingState) -> None:
+    """Every factor random: split ones differ between the ranks, the others do not."""
+    for number, chunk in enumerate(state.model_chunks):
+        for name, parameter in chunk.named_parameters():
+            if ".adapter." in name:
+                seed = 1 + dist.get_rank() * parameter.tensor_model_parallel
+                values = torch.randn(parameter.shape, generator=generator_for(seed, f"{number}.{name}"))
+                parameter.copy_(0.1 * values)
+    state.optimizer.reload_model_params()

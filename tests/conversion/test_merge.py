@@ -1,0 +1,86 @@
+"""A merged folder is in transformers what the adapted model is here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.merge import MERGERS, merge
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.verify import verify
+from tests.conversion.adapter_runs import Moved
+
+
+@pytest.mark.parametrize(("run", "base"), [("tp2", "base"), ("pp2", "base"), ("bloom", "bloom")])
+def test_merged_folder_computes_what_the_adapted_model_does(run: str, base: str, moved: Moved, tmp_path: Path) -> None:
+    merge(moved.run(run), tmp_path / "merged", progress=False)
+    assert verify(tmp_path / "merged", moved.run(run)).logits.absolute < 1e-4
+    assert verify(tmp_path / "merged", moved.base(base)).logits.absolute > 0.1
+
+
+def test_what_has_no_adapter_keeps_its_bits(moved: Moved, tmp_path: Path) -> None:
+    merge(moved.run("pp2"), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(moved.base("base") / "model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {
+        *(f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (1, 2) for part in ("gate", "up")),
+        *(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)),
+        *(f"model.layers.3.self_attn.{part}_proj.weight" for part in "qkv"),
+    }
+
+
+def test_type_and_shards_are_chosen(moved: Moved, tmp_path: Path) -> None:
+    """Sums are formed in float32 and rounded once."""
+    merge(moved.run("tp2"), tmp_path / "whole")
+    merge(moved.run("tp2"), tmp_path / "small", dtype=torch.bfloat16, max_shard_bytes=200_000)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())["weight_map"]
+    small = {name: load_file(tmp_path / "small" / file)[name] for name, file in index.items()}
+    assert len(set(index.values())) > 2
+    assert all(torch.equal(small[name], whole[name].bfloat16()) for name in whole)
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_base_in_the_form_of_megatron(moved: Moved, tmp_path: Path) -> None:
+    base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
+    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
+    record = next(run.glob("iter_*")) / "run_record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "base_fingerprint": None}))
+    merge(run, tmp_path / "merged", pretrained_checkpoint=base)
+    merge(moved.run("tp2"), tmp_path / "expected")
+    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("other", r"trained on the base model .*base, but .*other is another one \(model.safetensors\): give the base"),
+        ("small", r"small is another one \(hidden_size 96 there, 72 here"),
+        ("nowhere", r"the base model .*nowhere of the run in .* is not there: give its folder with --pretrained-check"),
+    ],
+)
+def test_another_base_is_refused(base: str, message: str, moved: Moved, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        merge(moved.run("tp2"), tmp_path / "merged", pretrained_checkpoint=moved.base(base))
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_exists_is_refused(moved: Moved, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
+        merge(moved.run("tp2"), tmp_path)
+
+
+def test_method_that_cannot_be_merged_is_named(moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(MERGERS, "lora")
+    with pytest.raises(ConfigurationError, match="adapters of --peft-method lora cannot be merged"):
+        merge(moved.run("tp2"), tmp_path / "merged")

@@ -1,0 +1,97 @@
+"""HF PEFT opens an exported LoRA, and computes with it what the adapted model does here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.conversion.peft_export import EXPORTERS, export_adapter
+from megatron_peft.conversion.verify import verify
+from tests.conversion.adapter_runs import Moved
+
+TARGETS = {
+    "tp2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "pp2": {
+        "down_proj",
+        *(f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 2) for part in ("gate", "up")),
+        *(f"model.layers.3.self_attn.{part}_proj" for part in "qkv"),
+    },
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+}
+
+
+@pytest.mark.parametrize("run", TARGETS)
+def test_peft_computes_what_the_adapted_model_does(run: str, moved: Moved, tmp_path: Path) -> None:
+    base = read_run_record(moved.run(run)).config.model.pretrained_checkpoint
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == TARGETS[run]
+    assert config["base_model_name_or_path"] == base
+    assert verify(tmp_path / "adapter", moved.run(run)).logits.absolute < 1e-4
+    assert verify(tmp_path / "adapter", base).logits.absolute > 0.1
+
+
+@pytest.mark.filterwarnings("error:.*missing adapter keys.*")
+@pytest.mark.parametrize("run", TARGETS)
+def test_peft_finds_every_tensor_that_it_looks_for(run: str, moved: Moved, tmp_path: Path) -> None:
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(read_run_record(moved.run(run)).config.model.pretrained_checkpoint)
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    loaded = peft.get_peft_model_state_dict(model)
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert loaded.keys() == exported.keys()
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+
+
+def test_base_may_be_elsewhere(moved: Moved, tmp_path: Path) -> None:
+    """Its weights are not needed; a base that is given is compared with the one that was trained on."""
+    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
+    record = read_run_record(run)
+    model = dataclasses.replace(record.config.model, pretrained_checkpoint="far/away")
+    far = dataclasses.replace(record, config=dataclasses.replace(record.config, model=model))
+    (next(run.glob("iter_*")) / "run_record.json").write_text(far.to_json())
+    export_adapter(run, tmp_path / "without")
+    assert (
+        json.loads((tmp_path / "without" / "adapter_config.json").read_text())["base_model_name_or_path"] == "far/away"
+    )
+    with pytest.raises(ConfigurationError, match=r"trained on the base model far/away, but .*other is another one"):
+        export_adapter(run, tmp_path / "with", pretrained_checkpoint=moved.base("other"))
+
+
+def test_method_that_peft_does_not_have_is_refused(
+    moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(EXPORTERS, "lora")
+    with pytest.raises(
+        ConfigurationError, match=r"nothing that computes what --peft-method lora does.*convert.py merge"
+    ):
+        export_adapter(moved.run("tp2"), tmp_path / "adapter")
+
+
+def test_full_fine_tuning_has_no_adapter(moved: Moved, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
+    record = read_run_record(run)
+    full = dataclasses.replace(record, config=dataclasses.replace(record.config, peft=PeftConfig(method="full")))
+    (next(run.glob("iter_*")) / "run_record.json").write_text(full.to_json())
+    with pytest.raises(ConfigurationError, match=r"run of full fine-tuning and holds no adapters: .* megatron-to-hf"):
+        export_adapter(run, tmp_path / "adapter")
+
+
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"{tmp_path} holds no checkpoint: give the --save folder of a run"):
+        export_adapter(tmp_path, tmp_path / "adapter")
+
+
+def test_output_that_exists_is_refused(moved: Moved, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
+        export_adapter(moved.run("tp2"), tmp_path)
