@@ -193,6 +193,10 @@ class VocabularyRows(Rule):
         if stop > start:
             yield Piece(self.parts[0].name, _rows(slice(start, stop), local), local[: stop - start])
 
+    def regions(self, local: Tensor, rank: int, size: int) -> Iterator[Region]:
+        """Always a rank's rows, also where the vocabulary is so small that its padding alone makes several shares."""
+        yield Region((rank * local.shape[0], *(0,) * (local.dim() - 1)), local)
+
     @torch.no_grad()
     def clear_padding(self, local: Tensor, rank: int) -> None:
         filled = min(max(self._num_rows - rank * local.shape[0], 0), local.shape[0])

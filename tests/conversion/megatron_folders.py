@@ -1,0 +1,184 @@
+"""Small models in every form that weights come in, made of random numbers and the rules alone."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_peft.conversion.companions import config_of_shape, write_config
+from megatron_peft.conversion.families import rules_for
+from megatron_peft.conversion.pretrained import owned_rules
+from megatron_peft.conversion.rules import expected_tensors
+from megatron_peft.conversion.source import open_source
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.shape import ModelShape
+
+# Two key-value heads, head_dim not hidden / heads, every bias, a prime vocabulary.
+ODD = ModelShape(
+    architecture="llama",
+    num_layers=4,
+    hidden_size=10,
+    ffn_hidden_size=12,
+    num_attention_heads=6,
+    num_query_groups=2,
+    kv_channels=4,
+    vocab_size=23,
+    max_position_embeddings=64,
+    linear_biases=frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+)
+
+
+def save_random(folder: Path, shape: ModelShape = ODD, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A Hugging Face folder."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(size, generator=draw).to(dtype) for name, size in expected_tensors(rules_for(shape)).items()
+    }
+    folder.mkdir(parents=True)
+    write_config(folder, config_of_shape(shape) | {"dtype": str(dtype).removeprefix("torch.")})
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a Hugging Face folder, of one file or of several."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """The same names, types and bits."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def global_tensors(folder: Path, padded_vocab_size: int = 128) -> dict[str, Tensor]:
+    """The parameters of a Hugging Face folder as Megatron has them on one rank, by name."""
+    shape, source = read_shape(folder), open_source(folder)
+    tensors = {}
+    for name, rule in owned_rules(rules_for(shape), shape).items():
+        rows, *columns = rule.local_shape(1)
+        rows = padded_vocab_size if type(rule).__name__ == "VocabularyRows" else rows
+        tensors[name] = torch.empty(rows, *columns)
+        rule.read(tensors[name], source, 0, 1)
+    return tensors
+
+
+def save_distributed(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """What torch makes of these tensors: a distributed checkpoint without anything beside it."""
+    torch_checkpoint.save(tensors, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def save_ranks(source: Path, folder: Path, tp: int, pp: int, chunks: int = 1, **arguments: Any) -> Path:
+    """A checkpoint of Megatron-LM of old: a file for each rank, with the objects that it keeps beside the weights."""
+    shape = read_shape(source)
+    layers = shape.num_layers // (pp * chunks)
+    for stage in range(pp):
+        for rank in range(tp):
+            models = [_stage(source, shape, rank, tp, chunk * pp + stage, layers) for chunk in range(chunks)]
+            place = folder / (f"mp_rank_{rank:02d}_{stage:03d}" if pp > 1 else f"mp_rank_{rank:02d}")
+            place.mkdir(parents=True)
+            named = {f"model{i}": m for i, m in enumerate(models)} if chunks > 1 else {"model": models[0]}
+            torch.save({**named, **_beside(shape, arguments)}, place / "model_optim_rng.pt")
+    return folder
+
+
+def _stage(source: Path, shape: ModelShape, rank: int, tp: int, chunk: int, layers: int) -> dict[str, Any]:
+    """A chunk's parameters on a rank; layers are numbered within it. Copies of the embedding belong to both ends."""
+    first, last = chunk * layers, (chunk + 1) * layers
+    weights, found = open_source(source), {}
+    for name, rule in rules_for(shape).items():
+        prefix, _, rest = name.partition("decoder.layers.")
+        number, _, parameter = rest.partition(".")
+        if number and not first <= int(number) < last:
+            continue
+        if not number and (first > 0 if name.startswith("embedding") else last < shape.num_layers):
+            continue
+        local = torch.empty(rule.local_shape(tp))
+        rule.read(local, weights, rank, tp)
+        found[f"decoder.layers.{int(number) - first}.{parameter}" if number else name] = local
+    return found | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
+
+
+def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
+    given = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "padded_vocab_size": 128,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "norm_epsilon": shape.norm_epsilon,
+        "add_bias_linear": bool(shape.linear_biases),
+        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "params_dtype": torch.float32,
+        "exit_signal": signal.SIGTERM,
+    }
+    generators = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state()}
+    return {
+        "args": argparse.Namespace(**given | arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 10,
+        "rng_state": [generators],
+    }
+
+
+@st.composite
+def llama_shapes(draw: st.DrawFn) -> ModelShape:
+    groups = draw(st.integers(1, 3))
+    return ModelShape(
+        architecture="llama",
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=draw(st.integers(1, 9)),
+        num_attention_heads=groups * draw(st.integers(1, 3)),
+        num_query_groups=groups,
+        kv_channels=draw(st.sampled_from([2, 4, 6])),
+        vocab_size=draw(st.integers(1, 140)),
+        max_position_embeddings=64,
+        linear_biases=draw(st.sampled_from([ODD.linear_biases, frozenset(), frozenset({"linear_qkv", "linear_proj"})])),
+        tied_embeddings=draw(st.booleans()),
+    )
+
+
+@st.composite
+def bloom_shapes(draw: st.DrawFn) -> ModelShape:
+    heads, dim = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    return ModelShape(
+        architecture="bloom",
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=heads * dim,
+        ffn_hidden_size=4 * heads * dim,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=dim,
+        vocab_size=draw(st.integers(1, 140)),
+        max_position_embeddings=64,
+        normalization="LayerNorm",
+        activation="gelu_tanh",
+        gated_linear_unit=False,
+        linear_biases=ODD.linear_biases,
+        tied_embeddings=draw(st.booleans()),
+        position_embedding="alibi",
+        embedding_layernorm=True,
+    )
