@@ -199,6 +199,14 @@ def test_missing_base_output_and_files_are_named(bases: Path, tmp_path: Path) ->
         import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / "llama")
 
 
+def test_base_without_its_weights_is_refused(bases: Path, tmp_path: Path) -> None:
+    adapter, base = make_adapter(bases / "llama", tmp_path / "adapter"), tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text((bases / "llama" / "config.json").read_text())
+    with pytest.raises(ConfigurationError, match=r"--pretrained-checkpoint .*base holds no weights"):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=base)
+
+
 def test_config_of_peft_is_not_needed_to_load(bases: Path, tmp_path: Path) -> None:
     """The folder has a run's own files."""
     adapter = make_adapter(bases / "llama", tmp_path / "adapter")
