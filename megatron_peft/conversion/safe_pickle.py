@@ -12,6 +12,8 @@ import io
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,12 @@ def load_inertly(path: Path) -> Any:
         ConfigurationError: it names anything else (and nothing of it has run), or it is torn.
     """
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
-        stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with _nothing_called_safe():
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
+            stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         if isinstance(error, ConfigurationError):
             raise
@@ -94,6 +97,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         if not known and not METADATA_NAMES.fullmatch(f"{module}.{name}"):
             _refuse(self._path, [f"{module}.{name}"])
         return super().find_class(module, name)
+
+
+@contextmanager
+def _nothing_called_safe() -> Iterator[None]:
+    """Forget for a while what other libraries have declared safe: megatron-core does when it is imported."""
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(declared)
 
 
 def _refuse(path: Path, names: list[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
@@ -152,7 +153,11 @@ def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Calla
     writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group: it is not needed
-        torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(shares, source, advance), no_dist=True)
+        try:
+            torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(shares, source, advance), no_dist=True)
+        except CheckpointException as error:
+            cause, _ = error.failures[0]
+            raise cause from error
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
     torch.save({}, folder / "common.pt")  # where Megatron keeps what is no tensor: here config.json says it
 

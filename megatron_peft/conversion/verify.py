@@ -177,7 +177,9 @@ def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
 
 def _transformers_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 

@@ -135,7 +135,7 @@ def test_model_of_another_shape_is_named(saved_folders: dict[str, Path]) -> None
 
 def test_layer_beyond_the_checkpoint_is_named(saved_folders: dict[str, Path]) -> None:
     shape = replace(read_shape(saved_folders["single"]), num_layers=4)
-    with pytest.raises(ConfigurationError, match="decoder.layers.3.input_layernorm.weight .* no tensor of the checkpoint"):
+    with pytest.raises(ConfigurationError, match="decoder.layers.3.input_layernorm.* no tensor of the checkpoint"):
         load([stage(shape, 1, range(4))], saved_folders["single"])
 
 

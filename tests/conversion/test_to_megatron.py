@@ -1,0 +1,144 @@
+"""A Hugging Face folder becomes what megatron-core itself would have saved, and never lies in memory whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_peft.checkpoint.parameters import load_parameters, sharded_parameters
+from megatron_peft.checkpoint.sharded_files import stored_shapes
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import to_megatron
+from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.conversion.to_megatron import Share, hf_to_megatron
+from megatron_peft.models.shape import ModelShape
+from tests.conversion.megatron_folders import ODD, save_random, tensors_of
+from tests.one_rank import one_rank
+from tests.tiny_gpt import SIZES, tiny_gpt
+
+TIED = {"tied_embeddings": True}
+
+
+@pytest.fixture(autouse=True)
+def many_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny tensors are cut like large ones."""
+    monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return save_random(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("changes", [{}, TIED, {"linear_biases": ODD.linear_biases}])
+def test_megatron_core_reads_its_own_keys_and_shapes(changes: dict, tmp_path: Path) -> None:
+    original = save_random(tmp_path / "hf", ModelShape(**SIZES | changes))
+    folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    with one_rank():
+        loaded, expected = tiny_gpt(changes), tiny_gpt(changes)
+        entries = sharded_parameters([loaded], only_adapters=False)
+        assert {entry.key for entry in entries} == stored_shapes(folder).keys()
+        load_parameters(entries, folder)
+        shape = ModelShape(**SIZES | changes)
+        load_pretrained([expected], original, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+        for (name, parameter), other in zip(loaded.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(parameter, other), name
+
+
+def test_a_tensor_is_written_as_shares_that_ranks_read(original: Path, tmp_path: Path) -> None:
+    stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
+    assert len(stored["decoder.layers.0.self_attention.linear_qkv.weight"].boxes) == 2  # key-value heads
+    assert len(stored["decoder.layers.0.mlp.linear_fc1.weight"].boxes) == 2 * 4  # gate and up, 12 rows each
+    assert [box.shape for box in stored["decoder.layers.0.mlp.linear_fc2.weight"].boxes] == [(10, 3)] * 4
+    assert len(stored["embedding.word_embeddings.weight"].boxes) == 8
+    assert len(stored["decoder.final_layernorm.weight"].boxes) == 1
+
+
+def test_small_tensors_are_not_cut(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 2**20)
+    stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
+    assert len(stored["embedding.word_embeddings.weight"].boxes) == 1
+
+
+def test_one_share_is_held_at_a_time(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    read = Share.read
+
+    def watched(share: Share, source, number: int) -> Tensor:
+        alive = sum(tensor() is not None for tensor in made)
+        assert alive <= 1, f"{alive} shares are held"
+        made.append(weakref.ref(tensor := read(share, source, number)))
+        return tensor
+
+    monkeypatch.setattr(Share, "read", watched)
+    hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    assert len(made) > 60
+
+
+def test_vocabulary_is_padded_with_zeros(original: Path, tmp_path: Path) -> None:
+    folder = hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=16, progress=False)
+    stored = open_distributed(folder)["embedding.word_embeddings.weight"]
+    embedding = torch.full((32, 10), torch.nan)
+    stored.fill(embedding, (0, 0))
+    assert stored.shape == (32, 10)
+    assert torch.equal(embedding[:23], tensors_of(original)["model.embed_tokens.weight"])
+    assert embedding[23:].eq(0).all()
+
+
+def test_type_is_changed_on_demand_and_config_says_so(original: Path, tmp_path: Path) -> None:
+    folder = hf_to_megatron(original, tmp_path / "megatron", dtype=torch.bfloat16, progress=False)
+    assert {tensor.dtype for tensor in open_distributed(folder).values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_fused_tensors_of_two_types_take_the_wider(original: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(original)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    save_file(tensors, original / "model.safetensors")
+    stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
+    assert stored["decoder.layers.0.mlp.linear_fc1.weight"].dtype == torch.float32
+
+
+def test_tokenizer_and_config_come_along(original: Path, tmp_path: Path) -> None:
+    folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    for name in ("config.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (original / name).read_bytes()
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_what_is_there_is_not_overwritten(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "megatron").touch()
+    with pytest.raises(ConfigurationError, match="--output .*megatron exists already"):
+        hf_to_megatron(original, tmp_path / "megatron", progress=False)
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(original: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(original)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, original / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="1 missing: model.layers.3.mlp.up_proj.weight"):
+        hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Tensor:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Share, "read", full)
+    with pytest.raises(ConfigurationError, match="megatron could not be written .*No space left"):
+        hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_padding_to_a_multiple_of_nothing_is_refused(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--make-vocab-size-divisible-by 0"):
+        hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=0, progress=False)

@@ -1,0 +1,98 @@
+"""tools/convert.py as a user calls it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.megatron_folders import equal, save_random, tensors_of
+from tools.convert import COMMANDS, main
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return save_random(tmp_path / "hf")
+
+
+def convert(command: str, source: Path, output: Path, *flags: str) -> int:
+    return main([command, "--input", str(source), "--output", str(output), *flags])
+
+
+def test_there_and_back(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert convert("hf-to-megatron", original, megatron, "--make-vocab-size-divisible-by", "64") == 0
+    assert convert("megatron-to-hf", megatron, back, "--max-shard-size", "2KB") == 0
+    assert equal(tensors_of(back), tensors_of(original))
+    assert (back / "model.safetensors.index.json").is_file()
+    printed = capsys.readouterr()
+    assert printed.out == f"wrote {megatron}\nwrote {back}\n"
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["hf-to-megatron", "--input", "nowhere", "--output", "out"], "nowhere is not a folder"),
+        (["megatron-to-hf", "--input", "nowhere", "--output", "out"], "--input nowhere holds no Megatron checkpoint"),
+        (["megatron-to-hf", "--input", ".", "--output", "out", "--max-shard-size", "2 apples"], "is no size"),
+        (["merge", "--input", "nowhere", "--output", "out"], "nowhere"),
+        (["export-adapter", "--input", "nowhere", "--output", "out"], "nowhere"),
+        (
+            ["import-adapter", "--input", "nowhere", "--output", "out", "--pretrained-checkpoint", "nowhere"],
+            "nowhere",
+        ),
+        (["verify", "--input", "nowhere", "--reference", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and told in printed.err
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        assert "--input" in shown and all(flag in shown for flag in command.flags)
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", "--input", "a", "--output", "b", "--num-tokens", "3"])
+    assert stopped.value.code == 2
+    assert "--num-tokens" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    program = (
+        "import sys, tools.convert as c\ntry: c.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.strip().endswith("False"), done.stderr
+
+
+def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_peft.conversion import verify
+
+    found = verify.Comparison(verify.Difference(0.5, 100.0), [verify.Difference(0.25, 10.0)], 3, 4)
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: found)
+    flags = ["verify", "--input", "a", "--output", "b", "--per-layer"]
+    assert main(flags) == 1
+    assert capsys.readouterr().out == (
+        "layer   0: largest difference 0.25, relative 0.025\n"
+        "logits: largest difference 0.5, relative 0.005 (above --tolerance 0.0001); largest logit 100; "
+        "same best token at 3 of 4 positions\n"
+    )
+    assert main([*flags, "--tolerance", "0.01"]) == 0
