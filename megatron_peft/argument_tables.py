@@ -72,7 +72,10 @@ PATH_FIELDS = frozenset(
 # PeftConfig field or its prefix (the longest wins) -> methods that it belongs to; with others it is an error.
 METHODS_OF = {
     "lora_": ("lora",),
-    "target_modules": ("lora",),
+    "boft_": ("boft",),
+    "rotation_": ("boft",),
+    "peft_lr_rotation": ("boft",),
+    "target_modules": ("lora", "boft"),
 }
 
 # Our own fields, and Megatron's where megatron-core's dataclasses have no words for them.
@@ -89,6 +92,10 @@ HELP = {
     "lora_dropout": "dropout on the input of the low-rank part",
     "lora_rs": "scale by alpha / sqrt(r) instead (rsLoRA)",
     "lora_plus_ratio": "learning rate of B over that of A (LoRA+)",
+    "rotation_side": "which side of a weight turns: R W, or W R^T as in Hugging Face PEFT",
+    "boft_block_size": "b, the size of the orthogonal blocks",
+    "boft_factors": "m, butterfly factors: groups of b 2^(m-1) features turn together",
+    "peft_lr_rotation": "learning rate of rotation parameters; default: --lr",
     "train_data_path": "training data: *.json/*.jsonl with prompt and completion, messages or text; or indexed "
     "prefixes, optionally each after its weight",
     "valid_data_path": "validation data, as --train-data-path",

@@ -18,9 +18,10 @@ from megatron_peft.config_error import ConfigurationError as ConfigurationError
 from megatron_peft.config_error import Requirements
 from megatron_peft.config_error import flag as flag
 from megatron_peft.config_error import require as require
+from megatron_peft.peft_config import LINEAR_MODULES as LINEAR_MODULES
+from megatron_peft.peft_config import PEFT_METHODS as PEFT_METHODS
+from megatron_peft.peft_config import PeftConfig as PeftConfig
 
-PEFT_METHODS = ("full", "lora")
-LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 JSON_SUFFIXES = (".json", ".jsonl")
 
@@ -124,38 +125,6 @@ class ModelConfig:
                 run.get("recompute_num_layers", 1) > 0,
                 f"--recompute-num-layers is {run.get('recompute_num_layers')}; it must be above 0.",
             )
-
-
-@dataclass(frozen=True)
-class PeftConfig:
-    """Which parameters are trained, and the numbers of the method."""
-
-    method: str = "lora"  # --peft-method
-    target_modules: tuple[str, ...] = LINEAR_MODULES  # --peft-target-modules: Megatron or HF names, wildcards
-    lora_rank: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    lora_rs: bool = False  # rank-stabilised: scale alpha / sqrt(r)
-    lora_plus_ratio: float = 1.0  # learning rate of B over that of A
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require(
-                self.method in PEFT_METHODS,
-                f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
-            )
-            require.positive("lora_rank", "lora_alpha", "lora_plus_ratio")
-            require.fraction("lora_dropout")
-            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
-
-    @property
-    def trains_adapters(self) -> bool:
-        return self.method != "full"
-
-    @property
-    def lora_scale(self) -> float:
-        """s of y = W x + s B (A x): alpha / r, or alpha / sqrt(r) with --lora-rs."""
-        return self.lora_alpha / (self.lora_rank**0.5 if self.lora_rs else self.lora_rank)
 
 
 @dataclass(frozen=True)

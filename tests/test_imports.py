@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-LAYERS = ("config_error", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
-CONFIGURATION = {"config_error", "config"}
+LAYERS = ("config_error", "peft_config", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
+CONFIGURATION = {"config_error", "peft_config", "config"}
 BELOW_TRAINING = {*LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
     **{layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},

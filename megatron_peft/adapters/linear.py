@@ -66,7 +66,8 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         super().__init__(input_size, output_size, stride=stride, **_with_own_bias(kwargs))
         mark_split(self.weight, 0, stride)
         self.adapter = None
-        self.layout = LinearLayout("column", output_size, input_size, self.tp_group, num_parts=stride)
+        heads = self.config.kv_channels if kwargs.get("tp_comm_buffer_name") == "qkv" else None
+        self.layout = LinearLayout("column", output_size, input_size, self.tp_group, stride, heads)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if self.adapter is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.low_rank import LowRank
 
-ADAPTERS = {"lora": LowRank}
+ADAPTERS = {"lora": LowRank, "boft": Boft}

@@ -28,6 +28,8 @@ from megatron_peft.adapters.frozen_linear import (
 from megatron_peft.config import require
 from megatron_peft.parallel.layout import LinearLayout, Side
 
+IS_ROTATION = "is_rotation"
+
 
 class BlockRotation(nn.Module):
     """One adapted linear layer's rotation. Subclasses own the parameters and say what the blocks are.
@@ -52,6 +54,24 @@ class BlockRotation(nn.Module):
             f"{flags} gives groups of {group_size} features, but {name.removesuffix('.adapter')} holds {held} per rank "
             f"at --tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}.",
         )
+        heads = layout.head_features if side == "output" else None
+        require(
+            heads is None or heads % group_size == 0,
+            f"{flags} gives groups of {group_size} features, but the heads of {name.removesuffix('.adapter')} have "
+            f"{heads}: groups must divide that, so that no head is mixed with another.",
+        )
+
+    def mark_rotation(self, parameter: nn.Parameter) -> None:
+        """How a parameter over the rank's groups, [k, ...], lies on the ranks; it is never decayed, since the identity
+        need not be at zero, and has a learning rate of its own."""
+        self.layout.mark_groups(self.side, parameter)
+        setattr(parameter, IS_ROTATION, True)
+
+    @property
+    def num_local_groups(self) -> int:
+        """k."""
+        parts = self.layout.num_parts if self.side == "output" else 1
+        return parts * self.layout.num_local_features(self.side) // self.group_size
 
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""

@@ -26,6 +26,7 @@ class LinearLayout:
         out_features, in_features: of the whole matrix.
         num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
         group: the tensor-parallel ranks.
+        head_features: of an attention head, where the output is made of heads.
     """
 
     split: Literal["column", "row"]
@@ -33,6 +34,7 @@ class LinearLayout:
     in_features: int
     group: dist.ProcessGroup
     num_parts: int = 1
+    head_features: int | None = None
 
     @property
     def local_out_features(self) -> int:

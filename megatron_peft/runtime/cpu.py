@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,7 +118,10 @@ def _redirect_tensor_methods() -> None:
 
 
 def _redirect_generator() -> None:
-    """Let the default CPU generator stand in for the CUDA one, seeds and states alike."""
+    """Let the default CPU generator stand in for the CUDA one, seeds and states alike.
+
+    megatron-core then finds the CPU generator moved wherever the CUDA one was used, and would warn at each forward.
+    """
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -132,3 +136,6 @@ def _redirect_generator() -> None:
     torch.cuda.FloatTensor = torch.FloatTensor  # type: ignore[attr-defined]
     tensor_parallel_random._get_cuda_rng_state = get_state
     tensor_parallel_random._set_cuda_rng_state = set_state
+    logging.getLogger(tensor_parallel_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

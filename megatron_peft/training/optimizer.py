@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import RunConfig, require
 
 
@@ -34,7 +35,10 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
 
 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own."""
+    """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own.
+
+    Rotations have a rate of their own too, and no decay.
+    """
     settings = config.optimizer
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     optimizer_config = OptimizerConfig(
@@ -58,6 +62,10 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         overrides[ParamKey(name="*.adapter.B")] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
             max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
         )
+    rotation_lr = config.peft.peft_lr_rotation or settings.lr
+    overrides[ParamKey(attr=IS_ROTATION)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
+        max_lr=rotation_lr, min_lr=rotation_lr / settings.lr * settings.min_lr, wd_mult=0.0
+    )
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )

@@ -12,8 +12,11 @@ from tests.training.layout_runs import Job
 TARGET = "tests.training.layout_runs:run_jobs"
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
 METHODS = {
     "lora": {"peft": {"method": "lora", "lora_rank": 4}},
+    "boft": {"peft": {"method": "boft", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
+    "boft-input": {"peft": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
     "lora-packed": {"peft": {"method": "lora", "lora_rank": 4}, "data_settings": {"pack_sequences": True}},
 }

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import torch
+
+from megatron_peft.adapters.blocks import add_blocks, blocks_gradient
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+def test_add_blocks_is_the_block_diagonal_product():
+    x, blocks = draw(5, 2, 12), draw(3, 4, 4)
+    torch.testing.assert_close(add_blocks(x, blocks), x + x @ torch.block_diag(*blocks).t())
+
+
+def test_strided_input_is_as_good():
+    x, blocks = draw(12, 5).t(), draw(3, 4, 4)
+    torch.testing.assert_close(add_blocks(x, blocks), add_blocks(x.contiguous(), blocks))
+
+
+def test_identity_stays_exact_in_bfloat16():
+    x = draw(7, 8).bfloat16()
+    assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)
+
+
+def test_blocks_gradient_sums_over_tokens_by_block():
+    grad, x, blocks = draw(5, 2, 12), draw(10, 12).view(5, 2, 12), draw(3, 4, 4)
+    whole = grad.view(10, 12).t() @ x.view(10, 12)
+    expected = torch.stack([whole[i : i + 4, i : i + 4] for i in (0, 4, 8)])
+    torch.testing.assert_close(blocks_gradient(grad, x, blocks), expected)

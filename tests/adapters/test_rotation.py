@@ -1,0 +1,77 @@
+"""The fused layers with a rotation equal their formulas, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_peft.adapters.boft import cayley, compose, skew
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_mixed, frozen_linear_rotated
+from megatron_peft.adapters.rotation import rotate
+from tests.adapters.test_boft import Place
+
+IN, GROUPS, SIZE = 6, 2, 4
+
+
+def draw(*shape: int) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+    return values.requires_grad_()
+
+
+def changes(Q: torch.Tensor) -> torch.Tensor:
+    R = compose(cayley(skew(Q, 2)))
+    return R - torch.eye(SIZE, dtype=R.dtype)
+
+
+@pytest.fixture
+def call() -> FrozenLinearCall:
+    weight, bias = draw(GROUPS * SIZE, IN).detach(), draw(GROUPS * SIZE).detach()
+    return FrozenLinearCall(weight, bias, True, False, Place())  # type: ignore[arg-type]
+
+
+Q_SHAPE = (GROUPS, 2, 2, 1)
+
+
+def test_rotated_layer_is_the_formula_and_turns_no_bias(call):
+    x, Q = draw(3, 2, IN), draw(*Q_SHAPE)
+    R = torch.block_diag(*compose(cayley(skew(Q, 2))))
+    torch.testing.assert_close(frozen_linear_rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
+    torch.autograd.gradcheck(lambda x, Q: frozen_linear_rotated(x, changes(Q), call), (x, Q))
+
+
+def test_mixed_layer_is_the_formula(call):
+    x, Q, A, B = draw(3, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
+    scale = torch.tensor(0.7)
+
+    def mixed(x, A, B, Q):
+        return frozen_linear_mixed(x, A, B, 0.3 * changes(Q), scale, call)
+
+    D = torch.block_diag(*changes(Q))
+    expected = x @ (call.weight + 0.3 * D @ call.weight + 0.7 * B @ A).t() + call.bias
+    torch.testing.assert_close(mixed(x, A, B, Q), expected, atol=1e-6, rtol=1e-6)
+    torch.autograd.gradcheck(mixed, (x, A, B, Q))
+
+
+def test_rotate_forms_the_gradient_of_its_own_tokens():
+    z, Q = draw(3, 2, GROUPS * SIZE), draw(*Q_SHAPE)
+    torch.autograd.gradcheck(lambda z, Q: rotate(z, changes(Q)), (z, Q))
+    direction = draw(3, 2, GROUPS * SIZE)
+    whole, *parts = (
+        torch.autograd.grad((rotate(z, changes(Q), tokens) * direction).sum(), Q)[0]
+        for tokens in (slice(0, 6), slice(0, 2), slice(2, 6))
+    )
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+    assert parts[0].abs().max() > 1e-3
+
+
+def test_backward_keeps_one_output_and_no_second_wide_tensor(call):
+    kept: list[int] = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    x, D = draw(50, 2, IN), changes(draw(*Q_SHAPE)).detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        frozen_linear_rotated(x, D, call)
+    assert sum(kept) == 100 * GROUPS * SIZE + D.numel() + call.weight.numel()
