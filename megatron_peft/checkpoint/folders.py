@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "run_record.json"  # part of every checkpoint
+ADAPTER_CONFIG = "adapter_config.json"  # where there are adapters, also beside the tracker
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:

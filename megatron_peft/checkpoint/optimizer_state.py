@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_peft.checkpoint.boxes import boxes
-from megatron_peft.checkpoint.parameters import master_key
+from megatron_peft.checkpoint.keys import master_key
 from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")

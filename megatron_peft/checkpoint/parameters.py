@@ -17,18 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 from megatron_peft.adapters.attach import all_names, linear_layers
+from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts, read_tensors, stored_shapes
 from megatron_peft.config import require
 from megatron_peft.runtime.launch import checked_together
 
-NOT_PARAMETERS = ("optimizer.", "rng.")
-ADAPTER = ".adapter."
 _NAMED_KEYS = 3
-
-
-def master_key(key: str) -> str:
-    """Key of the float32 copy that bf16 training keeps of a parameter."""
-    return f"optimizer.master.{key}"
 
 
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:

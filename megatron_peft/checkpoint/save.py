@@ -12,7 +12,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.fingerprint import fingerprint
-from megatron_peft.checkpoint.folders import RECORD, iteration_folder, publish, start_draft, write_atomically
+from megatron_peft.checkpoint.folders import (
+    ADAPTER_CONFIG,
+    RECORD,
+    iteration_folder,
+    publish,
+    start_draft,
+    write_atomically,
+)
 from megatron_peft.checkpoint.optimizer_state import optimizer_steps, optimizer_tensors
 from megatron_peft.checkpoint.parameters import adapted_layers, sharded_parameters
 from megatron_peft.checkpoint.random_state import random_tensors
@@ -23,8 +30,6 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 class CheckpointNotSaved(ConfigurationError):

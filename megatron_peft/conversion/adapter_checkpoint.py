@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.compatible import differing_base
 from megatron_peft.checkpoint.fingerprint import fingerprint
 from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.parameters import ADAPTER, NOT_PARAMETERS, master_key
+from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.adapter_factors import Factors

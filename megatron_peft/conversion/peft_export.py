@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_peft.checkpoint.folders import ADAPTER_CONFIG
 from megatron_peft.checkpoint.record import RunRecord
-from megatron_peft.checkpoint.save import ADAPTER_CONFIG
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import Factors, is_weight, layer_of, modules_of, split
