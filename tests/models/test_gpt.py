@@ -1,4 +1,4 @@
-"""What we choose around megatron-core's GPTModel: padded vocabulary, rope, biases, precision."""
+"""What we choose around megatron-core's GPTModel: padded vocabulary, rope, biases, embedding norm, precision."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.shape import ModelShape, RopeScaling
@@ -95,6 +96,28 @@ def test_every_weight_is_marked_as_split_or_whole():
     for name, parameter in tiny_gpt({"linear_biases": frozenset({"linear_qkv", "linear_proj"})}).named_parameters():
         is_whole = "norm" in name or name.endswith("linear_proj.bias")
         assert getattr(parameter, "tensor_model_parallel", False) != is_whole, name
+
+
+BLOOM = {"architecture": "bloom", "num_query_groups": 4, "normalization": "LayerNorm", "embedding_layernorm": True}
+
+
+def test_the_norm_of_the_embedding_acts_and_is_saved_whole():
+    model = tiny_gpt({**BLOOM, "position_embedding": "alibi"})
+    names = {f"embedding.word_embeddings_layernorm.{kind}" for kind in ("weight", "bias")}
+    saved = [entry for entry in sharded_parameters([model], only_adapters=False) if entry.key in names]
+    assert {entry.key for entry in saved} == names
+    assert all(entry.global_shape == (SIZES["hidden_size"],) for entry in saved)
+    tokens, positions, _ = _batch()
+    embedded = model.embedding(tokens, positions)
+    norm = model.embedding.word_embeddings_layernorm
+    plain = nn.functional.embedding(tokens, model.embedding.word_embeddings.weight).transpose(0, 1)
+    torch.testing.assert_close(embedded, nn.functional.layer_norm(plain, plain.shape[-1:], norm.weight, norm.bias))
+
+
+def test_layers_share_one_alibi_bias():
+    model = tiny_gpt({**BLOOM, "position_embedding": "alibi"})
+    first, second = (layer.self_attention.core_attention._bias for layer in model.decoder.layers)
+    assert first is second
 
 
 def test_a_bfloat16_model_follows_the_float32_one():
