@@ -19,12 +19,13 @@ def config(path: str, **settings) -> PreprocessConfig:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_documents_keep_the_order_and_bad_records_their_place(write_lines, workers):
-    path = write_lines([*RECORDS, "{", {"text": "x"}])
+    long = {"text": "7 " * 1_000_000}  # so that a second worker overtakes the first
+    path = write_lines([long, *RECORDS, "{", {"text": "x"}])
     settings = config(path, workers=workers)
     with encoded_documents(settings, DocumentEncoder(settings)) as encoded:
-        *documents, torn, bad = encoded
-    assert documents == [[[i % 90]] for i in range(150)]
-    assert "line 151: not JSON" in torn and "line 152: NullTokenizer reads ids" in bad
+        first, *documents, torn, bad = encoded
+    assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(150)]
+    assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
 
 
 def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path):
