@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.argument_tables import served_flags
+from tools.convert import FLAGS as CONVERT_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -19,7 +20,8 @@ FOREIGN = set(
 
 
 def known_flags() -> set[str]:
-    return {name for served in served_flags() for name in served.names} | FOREIGN
+    convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
+    return {name for served in served_flags() for name in served.names} | FOREIGN | convert
 
 
 def page_id(path: Path) -> str:

@@ -45,9 +45,11 @@ def merge(args: argparse.Namespace) -> int:
     """a run's adapters folded into its base -> a Hugging Face folder"""
     from megatron_peft.conversion.merge import merge as convert
     from megatron_peft.conversion.stored_types import type_flag
+    from megatron_peft.conversion.writer import parse_bytes
 
-    base, dtype = args.pretrained_checkpoint, type_flag(args.dtype)
-    return _wrote(convert(args.input, args.output, pretrained_checkpoint=base, dtype=dtype))
+    size, dtype = parse_bytes(args.max_shard_size), type_flag(args.dtype)
+    base = args.pretrained_checkpoint
+    return _wrote(convert(args.input, args.output, pretrained_checkpoint=base, dtype=dtype, max_shard_bytes=size))
 
 
 def export_adapter(args: argparse.Namespace) -> int:
@@ -121,7 +123,7 @@ FLAGS: dict[str, dict] = {
 COMMANDS = {
     "hf-to-megatron": Command(hf_to_megatron, ("--dtype", "--make-vocab-size-divisible-by")),
     "megatron-to-hf": Command(megatron_to_hf, ("--pretrained-checkpoint", "--dtype", "--max-shard-size")),
-    "merge": Command(merge, ("--pretrained-checkpoint", "--dtype")),
+    "merge": Command(merge, ("--pretrained-checkpoint", "--dtype", "--max-shard-size")),
     "export-adapter": Command(export_adapter, ("--pretrained-checkpoint",)),
     "import-adapter": Command(import_adapter, ("--pretrained-checkpoint",)),
     "verify": Command(verify, ("--pretrained-checkpoint", "--num-tokens", "--per-layer", "--tolerance")),

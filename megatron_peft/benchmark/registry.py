@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.benchmark.collectives import collectives_figures
+from megatron_peft.benchmark.convert import convert_figures
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.loading import loading_figures
 from megatron_peft.benchmark.logits import logits_figures
@@ -68,6 +69,10 @@ BENCHMARKS = {
     "loading": Benchmark(
         "Loading the 135M model",
         lambda place: loading_figures(dataclasses.replace(place.pretrained_135m(), tensor_parallel=3)),
+    ),
+    "convert": Benchmark(
+        "Loading and converting the 135M model beside plain safetensors",
+        lambda place: convert_figures(Path(place.pretrained_135m().checkpoint), place.output / "convert"),
     ),
     "startup": Benchmark(
         "pretrain_peft.py on the 135M model, one process",

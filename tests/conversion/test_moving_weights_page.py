@@ -1,0 +1,21 @@
+"""The tests that docs/moving-weights.md names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "moving-weights.md").read_text()
+
+
+def test_every_named_test_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", PAGE)
+    assert len(named) >= 14
+    lost = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    assert lost == []
+
+
+def test_every_number_of_the_matrix_is_in_the_list() -> None:
+    used = {int(number) for cell in re.findall(r"\[([\d, ]+)\]", PAGE) for number in cell.split(",")}
+    assert used == {int(number) for number in re.findall(r"^(\d+)\. `tests/", PAGE, re.M)}
