@@ -71,11 +71,12 @@ PATH_FIELDS = frozenset(
 
 # PeftConfig field or its prefix (the longest wins) -> methods that it belongs to; with others it is an error.
 METHODS_OF = {
-    "lora_": ("lora",),
+    "lora_": ("lora", "lora-ga"),
+    "lora_ga_": ("lora-ga",),
     "boft_": ("boft",),
     "rotation_": ("boft",),
     "peft_lr_rotation": ("boft",),
-    "target_modules": ("lora", "boft"),
+    "target_modules": ("lora", "lora-ga", "boft"),
 }
 
 # Our own fields, and Megatron's where megatron-core's dataclasses have no words for them.
@@ -92,6 +93,7 @@ HELP = {
     "lora_dropout": "dropout on the input of the low-rank part",
     "lora_rs": "scale by alpha / sqrt(r) instead (rsLoRA)",
     "lora_plus_ratio": "learning rate of B over that of A (LoRA+)",
+    "lora_ga_batches": "global batches of the gradient that LoRA-GA starts from",
     "rotation_side": "which side of a weight turns: R W, or W R^T as in Hugging Face PEFT",
     "boft_block_size": "b, the size of the orthogonal blocks",
     "boft_factors": "m, butterfly factors: groups of b 2^(m-1) features turn together",
@@ -141,8 +143,10 @@ HELP = {
     "override_opt_param_scheduler": "take the schedule from these flags, not from the checkpoint that is loaded",
     "use_checkpoint_opt_param_scheduler": "take the schedule from the checkpoint that is loaded, not from these flags",
     "save": "folder of checkpoints and metrics",
-    "load": "folder of checkpoints to resume from",
+    "load": "folder of checkpoints to resume from (the newest whole one), or one of its iter_ folders",
     "save_interval": "iterations between checkpoints",
+    "async_save": "go on with training while a checkpoint is written (needs memory for a copy of what is saved)",
+    "keep_last_checkpoints": "remove older checkpoints when a new one is complete, so that this many stay",
     "finetune": "load parameters only and start at iteration 0",
     "no_load_optim": "do not load the optimizer's state",
     "no_load_rng": "do not load the state of the random generators",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_peft.config_error import Requirements
 
-PEFT_METHODS = ("full", "lora", "boft")
+PEFT_METHODS = ("full", "lora", "lora-ga", "boft")
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -22,6 +22,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     lora_rs: bool = False  # rank-stabilised: scale alpha / sqrt(r)
     lora_plus_ratio: float = 1.0  # learning rate of B over that of A
+    lora_ga_batches: int = 8  # global batches that LoRA-GA starts from
     rotation_side: Literal["output", "input"] = "output"  # R W, or W R^T as in HF PEFT
     boft_block_size: int = 8  # b
     boft_factors: int = 3  # m; groups of b 2^(m-1) features turn together
@@ -34,6 +35,7 @@ class PeftConfig:
                 f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
             )
             require.positive("lora_rank", "lora_alpha", "lora_plus_ratio")
+            require.positive("lora_ga_batches")
             require.positive("boft_block_size", "boft_factors", "peft_lr_rotation")
             require(
                 self.boft_block_size % 2 == 0,
@@ -45,6 +47,10 @@ class PeftConfig:
     @property
     def trains_adapters(self) -> bool:
         return self.method != "full"
+
+    @property
+    def starts_from_gradients(self) -> bool:
+        return self.method == "lora-ga"
 
     @property
     def lora_scale(self) -> float:

@@ -128,18 +128,17 @@ class _FrozenLinear(torch.autograd.Function):
         call = ctx.call
         grad_z, dD = (grad, None) if D is None else rotation_gradients(grad, D, kept, kept_is_output=A is None)
         du = None if A is None else (grad @ B).mul_(ctx.scale)
-        dB = None
         if call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
             wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
-            dB = None if u is None else _weight_gradient(u, grad).t()
+            dB = _weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
             du = wait_du() if wait_du is not None else None
             dx = _add_branch(wait_dx(), du, A, mask)
         else:
             dx = _input_gradient(grad_z, weight, du, A, mask)
             wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
-            dB = None if u is None else _weight_gradient(u, grad).t()
-        dA = None if du is None else _weight_gradient(du, branch_input)
+            dB = _weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
+        dA = _weight_gradient(du, branch_input) if ctx.needs_input_grad[1] else None
         if not call.splits_sequence:
             dx = wait_dx()
         return dx, dA, dB, dD, None, None, None

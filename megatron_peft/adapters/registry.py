@@ -5,4 +5,4 @@ from __future__ import annotations
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.low_rank import LowRank
 
-ADAPTERS = {"lora": LowRank, "boft": Boft}
+ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": Boft}

@@ -34,7 +34,7 @@ from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.training.build import build_state
 from megatron_peft.training.optimizer import wrap_data_parallel
-from megatron_peft.training.step import run_schedule, train_step
+from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 
 Step = Callable[[], Any]
 
@@ -157,6 +157,7 @@ def frozen_step(setting: Setting) -> Step:
         start_gradients_at_the_embedding(chunk)
     wrapped = wrap_data_parallel(chunks, _run_config(setting, "lora"))
     batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
+    finish_with(wrapped, finish_gradients)
     return lambda: run_schedule(wrapped, batch, forward_only=False)
 
 

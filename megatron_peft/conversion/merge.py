@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_peft.adapters.boft import cayley, compose, skew
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
@@ -29,10 +30,20 @@ def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tenso
     return weight.addmm_(factors.B.to(weight.dtype), factors.A.to(weight.dtype), alpha=scale)
 
 
+def turn(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
+    """R W, or W R^T, by groups of features."""
+    peft = adapters.record.config.peft
+    R = compose(cayley(skew(adapters.tensor(layer, "Q").to(weight.dtype), peft.boft_block_size)))
+    groups, size, _ = R.shape
+    if peft.rotation_side == "output":
+        return torch.bmm(R, weight.view(groups, size, -1)).view_as(weight)
+    return torch.einsum("okg,khg->okh", weight.view(-1, groups, size), R).reshape(weight.shape)
+
+
 # How a method changes a weight: (adapters, layer, weight) -> the weight, in place or anew. The weight is the base's in
 # Megatron's form, [out, in], in float32 at least. A new method is one line here.
 Merger = Callable[[TrainedAdapters, str, Tensor], Tensor]
-MERGERS: dict[str, Merger] = {"lora": add_low_rank}
+MERGERS: dict[str, Merger] = {"lora": add_low_rank, "lora-ga": add_low_rank, "boft": turn}
 
 
 def merge(

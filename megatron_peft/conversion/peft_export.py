@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import ADAPTER_CONFIG
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import Factors, is_weight, layer_of, modules_of, split
@@ -35,7 +34,7 @@ PREFIX = "base_model.model."
 # The methods that LoRA can express: (adapters, layer) -> the factors of the fused layer, for the run's own scale (their
 # rank may be another than the run's). A new method is one line here.
 Exporter = Callable[[TrainedAdapters, str], Factors]
-EXPORTERS: dict[str, Exporter] = {"lora": low_rank_factors}
+EXPORTERS: dict[str, Exporter] = {"lora": low_rank_factors, "lora-ga": low_rank_factors}
 
 
 def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None = None) -> Path:

@@ -43,8 +43,8 @@ def start_sum_scatter_sequence_over_tensor_parallel(x: Tensor, group: dist.Proce
     return lambda: _finished(work, own)
 
 
-def sum_coalesced_over_tensor_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Add up every tensor in place over the tensor-parallel ranks, in one call for each type of element."""
+def sum_coalesced(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Add up every tensor in place over the ranks of a group, in one call for each type of element."""
     if group.size() == 1:
         return
     by_type: dict[torch.dtype, list[Tensor]] = {}

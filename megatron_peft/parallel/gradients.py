@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.parallel.collectives import sum_coalesced_over_tensor_parallel
+from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 
 
@@ -27,4 +27,4 @@ def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module]
     distributed optimizer all tensor-parallel peers own the same shard of the gradient buffer.
     """
     parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    sum_coalesced_over_tensor_parallel(partial_gradients(parameters), group)
+    sum_coalesced(partial_gradients(parameters), group)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.data.build import build_data
@@ -19,6 +19,7 @@ from megatron_peft.models.shape_check import check_layout, check_lengths, compar
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.loop import train
+from megatron_peft.training.start import first_steps
 from megatron_peft.training.summary import say
 
 
@@ -33,16 +34,17 @@ def finetune(config: RunConfig) -> None:
     start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     checked_together(lambda: _check_save_folder(config))
-    data = build_data(
-        config,
-        tokenizer,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
-    state = build_state(config, shape, data.train_iters)
-    load_checkpoint(state)
-    data.train.consumed_samples = state.position.consumed_samples
-    say(train(state, data, save_checkpoint))
+    with Saver(config.checkpoint) as saver:
+        data = build_data(
+            config,
+            tokenizer,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+        state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
+        load_checkpoint(state)
+        data.train.consumed_samples = state.position.consumed_samples
+        say(train(state, data, saver))
 
 
 def _checked_shape(config: RunConfig) -> ModelShape:

@@ -6,7 +6,7 @@ ranks: each microbatch contributes a sum, and gradients are divided by the globa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,6 +73,7 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    finish_with(state.model_chunks, finish_gradients)
     losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
     check = state.config.training.check_for_nan_in_loss_and_grad
     summary = _sum_over_world(losses, state.model_chunks if check else (), stop)
@@ -92,19 +93,25 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     )
 
 
-def run_schedule(
-    model_chunks: Sequence[DistributedDataParallel], microbatches: Sequence[Microbatch], forward_only: bool
-) -> Tensor:
+def finish_with(model_chunks: Sequence[nn.Module], finish: Callable[..., None] | None) -> None:
+    """What megatron-core's schedule calls after the last backward, and how it holds back sums until then.
+
+    Args:
+        model_chunks: wrapped for data parallelism; bare ones (and `finish` None) leave gradients where they arose.
+    """
+    config = get_model_config(model_chunks[0])
+    config.finalize_model_grads_func = finish
+    no_sync: Any = [chunk.no_sync for chunk in model_chunks if isinstance(chunk, DistributedDataParallel)]
+    config.no_sync_func = no_sync if len(no_sync) > 1 else next(iter(no_sync), None)
+
+
+def run_schedule(model_chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], forward_only: bool) -> Tensor:
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
 
     Returns:
         float64 [microbatches, 3] on the last pipeline stage: sum of the token losses, number of completion tokens,
         number of positions; [0, 3] on the other stages.
     """
-    config = get_model_config(model_chunks[0])
-    config.finalize_model_grads_func = finish_gradients
-    no_sync: Any = [chunk.no_sync for chunk in model_chunks]
-    config.no_sync_func = no_sync if len(model_chunks) > 1 else no_sync[0]
     device = torch.device(torch.cuda.current_device())
     moved = [microbatch.to(device) for microbatch in microbatches]
     iterators = [iter(moved) for _ in model_chunks]

@@ -27,6 +27,7 @@ from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.build import build_state
 from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.start import first_steps
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
 from tests.tiny_llama import VOCAB_SIZE
@@ -119,4 +120,5 @@ def build(config: RunConfig) -> tuple[TrainingState, Data]:
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    return build_state(config, read_shape(config.model.pretrained_checkpoint), data.train_iters), data
+    shape = read_shape(config.model.pretrained_checkpoint)
+    return build_state(config, shape, data.train_iters, first_steps(config, data.train)), data
