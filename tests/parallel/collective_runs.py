@@ -27,7 +27,7 @@ def run(_: None) -> dict[str, Any]:
     found = _each_collective(group)
     calls = _count_all_reduces()
     coalesced = [torch.full((3,), 1.0 + dist.get_rank()), torch.ones(2, 2).double(), torch.full((1, 2), 3.0)]
-    collectives.sum_coalesced_over_tensor_parallel(coalesced, group)
+    collectives.sum_coalesced(coalesced, group)
     found |= {"coalesced": coalesced, "coalesced calls": list(calls)}
     calls.clear()
     model = two_layers(group, 1.0 + dist.get_rank())

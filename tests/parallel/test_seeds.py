@@ -21,7 +21,7 @@ def test_another_seed_or_name_gives_others():
 
 
 def test_seed_and_name_do_not_run_into_each_other():
-    assert _draw(1, "2:x") != _draw(12, "x")
+    assert _draw(1, "2x") != _draw(12, "x")
 
 
 def test_the_global_generator_neither_matters_nor_moves():
