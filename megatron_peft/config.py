@@ -323,6 +323,8 @@ class CheckpointConfig:
     save: str | None = None
     load: str | None = None
     save_interval: int | None = None
+    async_save: bool = False  # copy, go on, and write in the background
+    keep_last_checkpoints: int | None = None  # None: all
     finetune: bool = False  # load parameters only, start at iteration 0
     no_load_optim: bool = False
     no_load_rng: bool = False
@@ -331,8 +333,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
-            require.positive("save_interval")
+            require.positive("save_interval", "keep_last_checkpoints")
             require.needs("save_interval", "save")
+            require.needs("async_save", "save")
+            require.needs("keep_last_checkpoints", "save")
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ FLAGS = {
         tokenizer-hf-use-fast tokenizer-metadata tokenizer-sentencepiece-legacy tokenizer-special-tokens
         trust-remote-code use-gigatoken vocab-file""",
     "checkpoints are in a format of our own": """
-        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-save async-strategy
+        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy
         auto-detect-ckpt-format ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
         ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-fully-parallel-load
         ckpt-fully-parallel-load-exchange-algo ckpt-fully-parallel-load-per-rank-objects
@@ -197,6 +197,7 @@ WAYS_OUT = {
     "local-rank": "start it with torchrun",
     "local_rank": "start it with torchrun",
     "model-parallel-size": "use --tensor-model-parallel-size",
+    "most-recent-k": "use --keep-last-checkpoints",
     "num-layers-in-first-pipeline-stage": "use --decoder-first-pipeline-num-layers",
     "num-layers-in-last-pipeline-stage": "use --decoder-last-pipeline-num-layers",
     "num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",

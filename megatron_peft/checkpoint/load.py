@@ -10,13 +10,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.compatible import (
     Here,
     contradictions,
     optimizer_contradictions,
     unused_schedule_values,
 )
-from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.optimizer_state import optimizer_targets, set_optimizer_steps
 from megatron_peft.checkpoint.parameters import adapted_layers, load_parameters, sharded_parameters
 from megatron_peft.checkpoint.random_state import random_targets, restore_random
@@ -24,6 +24,7 @@ from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_rec
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.sharded_files import Sharded, read_tensors, stored_shapes
+from megatron_peft.checkpoint.whole import find_whole_checkpoint, require_whole
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(state: Resumable) -> bool:
-    """Go on from the newest checkpoint under --load: parameters, optimizer, schedule, position, generators.
+    """Go on from the newest whole checkpoint under --load: parameters, optimizer, schedule, position, generators.
 
     --finetune takes the parameters only; --no-load-optim leaves optimizer and schedule as they are, --no-load-rng the
     generators. Under another layout everything but the generators is carried over.
@@ -42,18 +43,18 @@ def load_checkpoint(state: Resumable) -> bool:
 
     Raises:
         ConfigurationError: on every rank and before anything has changed: another method, rank, base model, ...; or
-            files that are damaged.
+            there are checkpoints, but none is whole (`whole.find_whole_checkpoint`).
     """
     settings = state.config.checkpoint
     if settings.load is None:
         return False
     folder = Path(settings.load)
-    checkpoint = _from_first_rank(lambda: newest_checkpoint(folder))
+    checkpoint = find_whole_checkpoint(folder)
     if checkpoint is None:
         _say("--load %s holds no checkpoint: starting from the beginning", folder)
         return False
     chunks = [chunk.module for chunk in state.model_chunks]
-    record = _from_first_rank(lambda: read_record(checkpoint))
+    record = from_first_rank(lambda: read_record(checkpoint))
     here = Here(
         state.config,
         state.shape,
@@ -89,8 +90,9 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
     Raises:
         ConfigurationError: on every rank: no checkpoint, other parameters than the chunks', damaged files.
     """
-    checkpoint = _from_first_rank(lambda: find_checkpoint(folder))
-    record = _from_first_rank(lambda: read_record(checkpoint))
+    checkpoint = from_first_rank(lambda: find_checkpoint(folder))
+    require_whole(checkpoint)
+    record = from_first_rank(lambda: read_record(checkpoint))
     entries = sharded_parameters(model_chunks, only_adapters=record.config.peft.trains_adapters)
     load_parameters(entries, checkpoint)
     return record
@@ -135,13 +137,6 @@ def _load_random(checkpoint: Path) -> None:
     read_tensors(targets, checkpoint)
     if targets:
         restore_random(targets)
-
-
-def _from_first_rank(look: Any) -> Any:
-    """What rank 0 finds on the disk, on all ranks: they must not see different moments."""
-    found = [checked_together(lambda: look() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def _say(message: str, *values: Any) -> None:

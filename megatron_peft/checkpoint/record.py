@@ -15,6 +15,7 @@ from megatron_peft.config_record import config_from_dict, config_to_dict
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
 FORMAT_VERSION = 1
+ADAPTER_CONFIG = "adapter_config.json"  # where there are adapters: in the checkpoint, and beside the tracker
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.fingerprint import fingerprint
 from megatron_peft.checkpoint.folders import (
-    ADAPTER_CONFIG,
     RECORD,
     iteration_folder,
+    keep_last,
     publish,
     start_draft,
     write_atomically,
 )
+from megatron_peft.checkpoint.manifest import FileSum
 from megatron_peft.checkpoint.optimizer_state import optimizer_steps, optimizer_tensors
 from megatron_peft.checkpoint.parameters import adapted_layers, sharded_parameters
 from megatron_peft.checkpoint.random_state import random_tensors
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.resumable import Resumable
-from megatron_peft.checkpoint.sharded_files import Sharded, parts, write_tensors
+from megatron_peft.checkpoint.sharded_files import PlannedFiles, Sharded, Written, parts
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
@@ -48,17 +51,81 @@ def save_checkpoint(state: Resumable) -> Path:
     Raises:
         CheckpointNotSaved: on every rank; what was there before is untouched, and the draft is gone.
     """
+    return draft_checkpoint(state).complete()
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftedCheckpoint:
+    """A checkpoint that is decided on and not yet written."""
+
+    folder: Path
+    draft: Path
+    files: PlannedFiles
+    record: RunRecord
+    group: dist.ProcessGroup | None
+
+    @property
+    def iteration(self) -> int:
+        return self.record.position["iteration"]
+
+    def complete(self) -> Path:
+        """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
+
+        Raises:
+            CheckpointNotSaved: on every rank.
+        """
+        with _failures_told(self.folder, self.iteration, self.draft):
+            own = checked_together(self.files.write, self.group)
+            is_first = dist.get_rank() == 0
+            by_rank: list[Written] | None = [own] * dist.get_world_size() if is_first else None
+            dist.gather_object(own, by_rank, dst=0, group=self.group)
+            from_first_rank(lambda: self._publish(by_rank or []), self.group)
+        return iteration_folder(self.folder, self.iteration)
+
+    def _publish(self, by_rank: Sequence[Written]) -> None:
+        self.files.finish(by_rank)
+        adapter_config = self.record.adapter_config() if self.record.config.peft.trains_adapters else None
+        (self.draft / RECORD).write_text(self.record.to_json())
+        if adapter_config:
+            (self.draft / ADAPTER_CONFIG).write_text(adapter_config)
+        known: dict[str, FileSum] = {name: found for written in by_rank for name, found in written.sums.items()}
+        publish(self.draft, self.folder, self.iteration, known)
+        if adapter_config:
+            write_atomically(self.folder / ADAPTER_CONFIG, adapter_config)
+        num_kept = self.record.config.checkpoint.keep_last_checkpoints
+        if num_kept is not None:
+            keep_last(self.folder, self.iteration, num_kept)
+
+
+def draft_checkpoint(
+    state: Resumable, snapshot: bool = False, group: dist.ProcessGroup | None = None
+) -> DraftedCheckpoint:
+    """Begin a checkpoint of the state as it is now. A collective.
+
+    Args:
+        snapshot: copy what is to be saved, so that the run may go on before the files are written.
+        group: all ranks, by which they agree later on; one of its own (gloo) if `complete` runs in a thread.
+
+    Raises:
+        CheckpointNotSaved: on every rank.
+    """
     assert state.config.checkpoint.save is not None
     folder, iteration = Path(state.config.checkpoint.save), state.position.iteration
     chunks = [chunk.module for chunk in state.model_chunks]
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     record = _run_record(state, adapted_layers(chunks), entries)
-    draft: Path | None = None
+    with _failures_told(folder, iteration):
+        draft = from_first_rank(lambda: start_draft(folder, iteration))
+    with _failures_told(folder, iteration, draft):
+        files = PlannedFiles(_tensors(state, entries), draft, snapshot)
+    return DraftedCheckpoint(folder, draft, files, record, group)
+
+
+@contextmanager
+def _failures_told(folder: Path, iteration: int, draft: Path | None = None) -> Iterator[None]:
+    """Of what all ranks raise together. The draft is removed."""
     try:
-        draft = checked_together(lambda: _on_first_rank(start_draft, folder, iteration))
-        draft = _told_by_first_rank(draft)
-        write_tensors(_tensors(state, entries), draft)
-        checked_together(lambda: _on_first_rank(_publish, draft, folder, iteration, record))
+        yield
     except ConfigurationError as error:
         if dist.get_rank() == 0 and draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
@@ -66,10 +133,9 @@ def save_checkpoint(state: Resumable) -> Path:
             f"--save {folder}: iteration {iteration} was not saved: {error}. What was saved before is untouched: "
             f"make room there, or give another --save."
         ) from error
-    return iteration_folder(folder, iteration)
 
 
-def _tensors(state: Resumable, entries: Sequence[Sharded]) -> list:
+def _tensors(state: Resumable, entries: Sequence[Sharded]) -> list[ShardedTensor]:
     settings = state.config.checkpoint
     tensors = [part for entry in entries for part in parts(entry)]
     if not settings.no_save_optim:
@@ -101,28 +167,3 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
     except OSError as error:
         logger.warning("the base model %s cannot be read any more, so it is not checked: %s", folder, error)
         return None
-
-
-def _publish(draft: Path, folder: Path, iteration: int, record: RunRecord) -> None:
-    (draft / RECORD).write_text(record.to_json())
-    if record.config.peft.trains_adapters:
-        (draft / ADAPTER_CONFIG).write_text(record.adapter_config())
-    publish(draft, folder, iteration)
-    if record.config.peft.trains_adapters:
-        write_atomically(folder / ADAPTER_CONFIG, record.adapter_config())
-
-
-def _on_first_rank(action: Any, *arguments: Any) -> Any:
-    """Call it on rank 0; an OSError becomes the ConfigurationError that all ranks agree on."""
-    if dist.get_rank() != 0:
-        return None
-    try:
-        return action(*arguments)
-    except OSError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _told_by_first_rank(draft: Path | None) -> Path:
-    told: list[Any] = [draft]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]

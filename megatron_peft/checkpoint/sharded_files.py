@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
@@ -25,12 +24,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from megatron_peft.checkpoint.manifest import FileSum, measure
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory
-_WRITER_THREADS = 2
 
 
 def parts(sharded: Sharded) -> list[ShardedTensor]:
@@ -51,21 +54,86 @@ def data_of(sharded: Sharded) -> Tensor:
     return sharded.data
 
 
-def write_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
-    """Write every rank's tensors; of replicas the first one. A collective.
+class _LateWriter(torch_checkpoint.FileSystemWriter):
+    """Lets torch agree with all ranks on who writes what; the writing itself happens when it is asked for.
+
+    One thread: torch's writer loses what its further threads raise, and would leave out what they have not written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, thread_count=1, sync_files=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        self._plan, self._planner = plan, planner
+        nothing_yet: Future[list[WriteResult]] = Future()
+        nothing_yet.set_result([])
+        return nothing_yet
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._metadata = metadata
+
+    def write_now(self) -> list[WriteResult]:
+        return super().write_data(self._plan, self._planner).value()
+
+    def finish_now(self, results: list[list[WriteResult]]) -> None:
+        super().finish(self._metadata, results)
+
+
+class Written(NamedTuple):
+    """What a rank has written: where each tensor lies, and the sums of its files by name."""
+
+    results: list[WriteResult]
+    sums: dict[str, FileSum]
+
+
+class PlannedFiles:
+    """Every rank's tensors on their way into a folder; of replicas the first one.
+
+    Making it is a collective; `write` and `finish` are not, and may run in a thread.
+
+    Args:
+        tensors: of this rank.
+        folder: empty, the same on all ranks.
+        snapshot: copy the tensors to the CPU's memory now, so that training may change them before they are written.
 
     Raises:
-        ConfigurationError: on every rank, when any could not write.
+        ConfigurationError: on every rank, when they could not agree.
     """
-    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
-    for tensor in tensors:
-        if is_main_replica(tensor.replica_id):
+
+    def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
+        own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
+        by_key: dict[str, list[ShardedBase]] = defaultdict(list)
+        for tensor in checked_together(lambda: _copies(own) if snapshot else own):
             by_key[tensor.key].append(tensor)
-    writer = torch_checkpoint.FileSystemWriter(folder, thread_count=_WRITER_THREADS, sync_files=True)
-    planner = MCoreSavePlanner(flatten_state_dict=False)
-    with _failures_named(f"{folder} could not be written"):
-        torch_checkpoint.save(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner)
-    checked_together(lambda: _write_format(folder))
+        self.folder = folder
+        self._writer = _LateWriter(folder)
+        planner = MCoreSavePlanner(flatten_state_dict=False)
+        with _failures_named(f"{folder} could not be written"):
+            torch_checkpoint.save(mcore_to_pyt_state_dict(by_key), storage_writer=self._writer, planner=planner)
+
+    def write(self) -> Written:
+        """This rank's files, on the disk when it returns. Raises ConfigurationError if they could not be written."""
+        with _write_errors_named(self.folder):
+            results = self._writer.write_now()
+            names = {result.storage_data.relative_path for result in results}
+            return Written(results, {name: measure(self.folder / name) for name in names})
+
+    def finish(self, written: Iterable[Written]) -> None:
+        """The files that all share; for the first rank, with what every rank has written.
+
+        megatron-core's common file holds nothing: ours is the run's record.
+        """
+        with _write_errors_named(self.folder):
+            self._writer.finish_now([one.results for one in written])
+            torch.save({}, self.folder / "common.pt")
+            save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+
+
+def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+    try:
+        return [replace(tensor, data=data_of(tensor).detach().to("cpu", copy=True)) for tensor in tensors]
+    except RuntimeError as error:  # no memory
+        raise ConfigurationError(f"no copy could be made to save in the background: {error}") from error
 
 
 def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
@@ -91,14 +159,12 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
 
 
-def _write_format(folder: Path) -> None:
-    """The two small files that megatron-core looks for. Its common file holds nothing: ours is the run's record."""
-    if dist.get_rank() == 0:
-        try:
-            torch.save({}, folder / "common.pt")
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns some errors into RuntimeError
-            raise ConfigurationError(f"{folder} could not be written: {error}") from error
+@contextmanager
+def _write_errors_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+        raise ConfigurationError(f"{folder} could not be written: {error}") from error
 
 
 @contextmanager

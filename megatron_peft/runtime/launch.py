@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -19,10 +21,11 @@ from megatron_peft.runtime import cpu
 Checked = TypeVar("Checked")
 
 
-def checked_together(check: Callable[[], Checked]) -> Checked:
+def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
     """Run `check` on every rank; if it raises ConfigurationError on any, raise that one error on all.
 
     The world must exist. Use it for whatever a rank finds out by itself (files, shapes), before anything is written.
+    `group` holds all ranks; a thread of its own needs one of its own.
     """
     result, message = None, None
     try:
@@ -30,7 +33,7 @@ def checked_together(check: Callable[[], Checked]) -> Checked:
     except ConfigurationError as error:
         message = str(error)
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    dist.all_gather_object(messages, message, group=group)
     found = list(dict.fromkeys(m for m in messages if m is not None))
     if found:
         raise ConfigurationError("\n".join(found))
@@ -79,6 +82,8 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
     )
     stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     generator_seed = seed + 100 * stage + 10_000 * replica
+    random.seed(generator_seed)
+    np.random.seed(generator_seed % 2**32)
     torch.manual_seed(generator_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(generator_seed)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megatron_peft.checkpoint.saver import Outcome
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
@@ -18,6 +18,14 @@ from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 
 Record = dict[str, Any]
+
+
+class Saves(Protocol):
+    """What the loop asks of `checkpoint.saver.Saver`."""
+
+    def start(self, state: TrainingState) -> None: ...
+
+    def finish(self, wait: bool = True) -> Outcome | None: ...
 
 
 @dataclass
@@ -43,23 +51,26 @@ class _Interval:
         }
 
 
-def train(state: TrainingState, data: Data, save: Callable[[TrainingState], Any]) -> str:
+def train(state: TrainingState, data: Data, saver: Saves) -> str:
     """Train from `state.position` to the end of the run, or until it is asked to stop.
 
     Args:
         state: updated in place.
         data: training steps (set to the state's position) and validation steps.
-        save: writes a checkpoint; called every --save-interval and at the end if --save is given.
+        saver: writes checkpoints; asked to every --save-interval and at the end if --save is given.
 
     Returns:
         Why it ended, a sentence for the terminal.
+
+    Raises:
+        CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Others are told of and left out.
     """
     config, position = state.config, state.position
     is_writer = dist.get_rank() == 0
     writer = MetricsWriter(config.checkpoint.save, config.logging, is_writer, position.iteration)
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     with ExitSignals(config.training.exit_signal_handler) as signals, writer, progress:
-        run = _Run(state, data, save, writer, progress, signals)
+        run = _Run(state, data, saver, writer, progress, signals)
         return run.to_the_end()
 
 
@@ -67,7 +78,7 @@ def train(state: TrainingState, data: Data, save: Callable[[TrainingState], Any]
 class _Run:
     state: TrainingState
     data: Data
-    save: Callable[[TrainingState], Any]
+    saver: Saves
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
@@ -85,8 +96,7 @@ class _Run:
             if reason:
                 break
         steps.close()  # type: ignore[attr-defined]
-        if self.state.config.checkpoint.save and self.saved_iteration != position.iteration:
-            self._save()
+        self._save_the_end()
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             loss = validation_loss(self.state.model_chunks, self.data.test)
             self.progress.message(f"test loss at iteration {position.iteration}: {loss:.6E}")
@@ -102,6 +112,7 @@ class _Run:
         self.interval.add(report)
         self.progress.advance(position.iteration)
         self._log_and_validate(report)
+        self._tell(self.saver.finish(wait=False))
         if _due(position.iteration, config.checkpoint.save_interval):
             self._save()
         if report.stop:
@@ -146,11 +157,30 @@ class _Run:
         }
 
     def _save(self) -> None:
-        self.save(self.state)
-        self.saved_iteration = self.state.position.iteration
-        self.progress.message(
-            f"saved iteration {self.saved_iteration} in {self.state.config.checkpoint.save}"
-        )
+        self._tell(self.saver.finish())
+        self.saver.start(self.state)
+        self._tell(self.saver.finish(wait=False))
+
+    def _save_the_end(self) -> None:
+        """Wait for the pending save; write the last checkpoint, unless it is there. A failed one is tried again."""
+        self._tell(self.saver.finish())
+        if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
+            return
+        self.saver.start(self.state)
+        outcome = self.saver.finish()
+        assert outcome is not None
+        if outcome.error is not None:
+            raise outcome.error
+        self._tell(outcome)
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        if outcome.error is not None:
+            self.progress.message(f"WARNING: {outcome.error} Training goes on without it.")
+            return
+        self.saved_iteration = outcome.iteration
+        self.progress.message(f"saved iteration {outcome.iteration} in {self.state.config.checkpoint.save}")
 
 
 def _due(iteration: int, interval: int | None) -> bool:

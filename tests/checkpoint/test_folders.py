@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -12,11 +13,15 @@ from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import (
     RECORD,
     TRACKER,
+    checkpoints,
+    keep_last,
     newest_checkpoint,
     publish,
+    remove_leftovers,
     start_draft,
     write_atomically,
 )
+from megatron_peft.checkpoint.manifest import MANIFEST
 
 
 def save(folder, iteration, text):
@@ -64,11 +69,45 @@ def test_no_checkpoint_is_none(tmp_path):
     assert newest_checkpoint(tmp_path / "missing") is None
 
 
-def test_a_draft_removes_what_a_killed_run_left(tmp_path):
-    left = start_draft(tmp_path, 40)
-    (left / "data").write_text("half")
+def test_drafts_of_one_iteration_never_share_a_folder(tmp_path):
+    """A rank that outlives its killed run must not write into the next run's files."""
+    assert start_draft(tmp_path, 50) != start_draft(tmp_path, 50)
+
+
+def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
+    save(tmp_path, 40, "a")
     start_draft(tmp_path, 50)
-    assert not left.exists()
+    (tmp_path / ".iter_0000030.removed").mkdir()
+    os.rename(save(tmp_path, 50, "b"), tmp_path / ".iter_0000050.replaced")  # killed between the two renames
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000040", "iter_0000050", TRACKER]
+    assert newest_text(tmp_path) == "b"
+
+
+def test_the_last_are_kept_and_later_ones_of_another_run_are_left_alone(tmp_path):
+    for iteration in (10, 20, 30, 40, 90):
+        save(tmp_path, iteration, str(iteration))
+    save(tmp_path, 50, "50")
+    keep_last(tmp_path, 50, num_kept=3)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40", "30"]
+    keep_last(tmp_path, 50, num_kept=1)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90"]
+
+
+def test_what_cannot_be_removed_is_said_and_harms_nothing(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 40, "a")
+    save(tmp_path, 50, "b")
+    monkeypatch.setattr(os, "rename", mock.Mock(side_effect=PermissionError("not yours")))
+    keep_last(tmp_path, 50, num_kept=1)
+    assert "iter_0000040 cannot be removed: not yours" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [RECORD, MANIFEST])
+def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, lost):
+    """It must be named as damaged; passing it over would start a run from the beginning."""
+    checkpoint = save(tmp_path, 50, "a")
+    (checkpoint / lost).unlink()
+    assert checkpoints(tmp_path) == checkpoints(checkpoint) == [checkpoint]
 
 
 class Killed(BaseException):
@@ -108,8 +147,11 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
                 save(folder, iteration, "new")
             except Killed:
                 pass
-        seen.add(newest_text(folder))
+        survived = newest_text(folder)
+        seen.add(survived)
         assert not caplog.records, "the tracker's checkpoint was missing, and another one was taken"
+        remove_leftovers(folder)  # as the next run does first
+        assert newest_text(folder) == survived
         save(folder, iteration, "again")  # and the run can go on
         assert newest_text(folder) == "again"
         if left[0] >= 0:

@@ -19,6 +19,7 @@ from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step
 from tests.training.layout_runs import Curve, Job, build, run_each
+from tests.training.recorded_saves import RecordedSaves
 
 BAD_RANK = 1
 
@@ -71,7 +72,7 @@ def _poisoned(state: Any, data: Any) -> str:
 
 
 def _signalled(state: Any, data: Any) -> tuple[str, list[int]]:
-    saved: list[int] = []
+    saver = RecordedSaves()
     step_at = data.train.step_at
 
     def killing_step_at(first: int) -> Any:
@@ -80,4 +81,4 @@ def _signalled(state: Any, data: Any) -> tuple[str, list[int]]:
         return step_at(first)
 
     data.train.step_at = killing_step_at
-    return train(state, data, lambda state: saved.append(state.position.iteration)), saved
+    return train(state, data, saver), saver.saved

@@ -12,6 +12,7 @@ import pytest
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from tests.training.recorded_saves import RecordedSaves
 
 
 class Run:
@@ -20,11 +21,15 @@ class Run:
     def __init__(self, start, folder, resume_at=0, **groups):
         self.state, self.data = start(num_steps=6, checkpoint={"save": str(folder)}, **groups)
         self.state.position.iteration = resume_at
-        self.saved = []
+        self.saver = RecordedSaves()
         self.folder = folder
 
+    @property
+    def saved(self):
+        return self.saver.saved
+
     def to_the_end(self):
-        self.reason = train(self.state, self.data, lambda state: self.saved.append(state.position.iteration))
+        self.reason = train(self.state, self.data, self.saver)
         path = self.folder / METRICS_FILE
         self.records = {record["iteration"]: record for record in read_metrics(path)} if path.exists() else {}
         return self

@@ -1,0 +1,115 @@
+"""The checkpoints of one run: its lock on the folder, saves at once or in the background, and how each came out.
+
+With --async-save a save copies what it needs and the run goes on; a thread of each rank writes the files, agrees with
+the others through a group of its own, and the first rank publishes. One save is under way at a time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_peft.checkpoint.agreement import from_first_rank
+from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.checkpoint.folders import remove_leftovers
+from megatron_peft.checkpoint.resumable import Resumable
+from megatron_peft.checkpoint.save import CheckpointNotSaved, draft_checkpoint
+from megatron_peft.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+# Ranks may differ by this much in how long they write. One that dies is noticed at once.
+_GROUP_TIMEOUT = datetime.timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a save that is over: the same on all ranks. `error` is None if the checkpoint was published."""
+
+    iteration: int
+    error: CheckpointNotSaved | None
+
+
+class Saver:
+    """Takes the --save folder for this run; a context manager that completes a pending save and gives the folder back.
+
+    Making it and `start` are collectives. Without --save it must not be asked to save.
+
+    Raises:
+        ConfigurationError: on every rank: another run is saving there, or the folder cannot be written.
+    """
+
+    def __init__(self, settings: CheckpointConfig) -> None:
+        self._lock = self._executor = self._group = self._pending = None
+        self._runs_on = settings.async_save
+        if settings.save is not None:
+            folder = Path(settings.save)
+            from_first_rank(lambda: self._take(folder))
+        if settings.save is not None and settings.async_save:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+
+    def start(self, state: Resumable) -> None:
+        """Save the state as it is now: write it before returning, or copy it and write it in the background.
+
+        `finish` tells how it came out, and must have been called for the save before.
+        """
+        assert self._pending is None, "a save is under way"
+        iteration = state.position.iteration
+        try:
+            draft = draft_checkpoint(state, snapshot=self._runs_on, group=self._group)
+            self._pending = iteration, self._submit(draft.complete)
+        except CheckpointNotSaved as error:
+            self._pending = iteration, _failed(error)
+
+    def finish(self, wait: bool = True) -> Outcome | None:
+        """How the save that was started came out; None if there is none, or if it is not over and we do not wait."""
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return None
+        (iteration, save), self._pending = self._pending, None
+        error = save.exception()
+        if error is not None and not isinstance(error, CheckpointNotSaved):
+            raise error
+        return Outcome(iteration, error)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            outcome = self.finish()
+            if outcome is not None and outcome.error is not None:
+                logger.error("%s", outcome.error)
+        finally:
+            if self._executor is not None:
+                self._executor.shutdown()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _take(self, folder: Path) -> None:
+        self._lock = FolderLock(folder)
+        if self._lock.is_held:
+            remove_leftovers(folder)
+
+    def _submit(self, complete: Callable[[], Path]) -> Future[Any]:
+        if self._executor is not None:
+            return self._executor.submit(complete)
+        done: Future[Any] = Future()
+        done.set_result(complete())
+        return done
+
+
+def _failed(error: CheckpointNotSaved) -> Future[Any]:
+    failed: Future[Any] = Future()
+    failed.set_exception(error)
+    return failed

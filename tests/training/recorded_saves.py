@@ -1,0 +1,38 @@
+"""A saver that writes nothing, remembers what it was asked for, and fails when it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron_peft.checkpoint.save import CheckpointNotSaved
+from megatron_peft.checkpoint.saver import Outcome
+
+
+class RecordedSaves:
+    """Every save is over at once, or with `late` only when it is waited for.
+
+    Args:
+        failing: attempts that fail, counted from 0.
+    """
+
+    def __init__(self, failing: Collection[int] = (), late: bool = False) -> None:
+        self.saved: list[int] = []
+        self.attempts: list[int] = []
+        self._failing, self._late = failing, late
+        self._pending: Outcome | None = None
+
+    def start(self, state: Any) -> None:
+        assert self._pending is None, "the save before was not finished"
+        iteration = state.position.iteration
+        fails = len(self.attempts) in self._failing
+        self.attempts.append(iteration)
+        self._pending = Outcome(iteration, CheckpointNotSaved("No space left on device.") if fails else None)
+
+    def finish(self, wait: bool = True) -> Outcome | None:
+        if self._late and not wait:
+            return None
+        outcome, self._pending = self._pending, None
+        if outcome is not None and outcome.error is None:
+            self.saved.append(outcome.iteration)
+        return outcome
