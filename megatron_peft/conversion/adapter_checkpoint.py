@@ -13,6 +13,7 @@ from megatron_peft.checkpoint.compatible import differing_base
 from megatron_peft.checkpoint.fingerprint import fingerprint
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
+from megatron_peft.checkpoint.manifest import damage
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.adapter_factors import Factors
@@ -42,12 +43,18 @@ class TrainedAdapters:
 
 
 def open_adapters(folder: str | Path) -> TrainedAdapters:
-    """The newest checkpoint in a --save folder; no tensor is read yet.
+    """The newest checkpoint in a --save folder. Every file is compared with the manifest; no tensor is kept yet.
 
     Raises:
-        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged.
+        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged (--load would go back to
+            an older one: what moves on to other programs is chosen by hand).
     """
     checkpoint = find_checkpoint(folder)
+    problems = damage(checkpoint)
+    require(
+        not problems,
+        f"{checkpoint} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder as --input.",
+    )
     record = read_record(checkpoint)
     require(
         record.config.peft.trains_adapters,

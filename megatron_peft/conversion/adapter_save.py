@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import ADAPTER_CONFIG, RECORD, publish, start_draft
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.folders import RECORD, publish, start_draft
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.conversion.output_folder import new_folder
 from megatron_peft.conversion.to_megatron import FORMAT
 

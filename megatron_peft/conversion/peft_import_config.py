@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.checkpoint.folders import ADAPTER_CONFIG
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.models.huggingface_values import number, size, switch
 

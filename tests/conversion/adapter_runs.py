@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import save_checkpoint
 from megatron_peft.config import ParallelConfig
 from megatron_peft.conversion.peft_export import export_adapter
@@ -50,6 +55,15 @@ class Moved:
 
     def run(self, name: str) -> Path:
         return self.runs / name
+
+
+def copy_run(run: Path, to: Path, change: Callable[[RunRecord], RunRecord]) -> Path:
+    """A whole copy of a run with another record."""
+    shutil.copytree(run, to)
+    checkpoint = find_checkpoint(to)
+    (checkpoint / RECORD).write_text(change(read_record(checkpoint)).to_json())
+    write_manifest(checkpoint, {})
+    return to
 
 
 def make_files(folder: Path) -> Files:

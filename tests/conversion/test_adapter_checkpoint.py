@@ -57,7 +57,9 @@ def test_torn_file_is_named(tmp_path: Path) -> None:
     run = save(tmp_path / "run", {f"{LAYER}.adapter.A": A, f"{LAYER}.adapter.B": B})
     (file,) = run.glob("iter_*/*.distcp")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigurationError, match=f"{file.name} are shorter than written"):
+    with pytest.raises(
+        ConfigurationError, match=rf"{file.name} has \d+ bytes instead .* an older iter_\* folder as --in"
+    ):
         open_adapters(run)
 
 

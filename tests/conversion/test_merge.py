@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.merge import MERGERS, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
-from tests.conversion.adapter_runs import Moved
+from tests.conversion.adapter_runs import Moved, copy_run
 
 
 @pytest.mark.parametrize(("run", "base"), [("tp2", "base"), ("pp2", "base"), ("bloom", "bloom")])
@@ -51,9 +51,7 @@ def test_type_and_shards_are_chosen(moved: Moved, tmp_path: Path) -> None:
 
 def test_base_in_the_form_of_megatron(moved: Moved, tmp_path: Path) -> None:
     base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
-    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
-    record = next(run.glob("iter_*")) / "run_record.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "base_fingerprint": None}))
+    run = copy_run(moved.run("tp2"), tmp_path / "run", lambda record: replace(record, base_fingerprint=None))
     merge(run, tmp_path / "merged", pretrained_checkpoint=base)
     merge(moved.run("tp2"), tmp_path / "expected")
     merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.peft_export import EXPORTERS, export_adapter
 from megatron_peft.conversion.verify import verify
-from tests.conversion.adapter_runs import Moved
+from tests.conversion.adapter_runs import Moved, copy_run
 
 TARGETS = {
     "tp2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -52,13 +52,15 @@ def test_peft_finds_every_tensor_that_it_looks_for(run: str, moved: Moved, tmp_p
     assert all(torch.equal(loaded[name], exported[name]) for name in exported)
 
 
+def configured(record: RunRecord, **groups: Any) -> RunRecord:
+    """With other groups of the configuration."""
+    return replace(record, config=replace(record.config, **groups))
+
+
 def test_base_may_be_elsewhere(moved: Moved, tmp_path: Path) -> None:
     """Its weights are not needed; a base that is given is compared with the one that was trained on."""
-    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
-    record = read_run_record(run)
-    model = dataclasses.replace(record.config.model, pretrained_checkpoint="far/away")
-    far = dataclasses.replace(record, config=dataclasses.replace(record.config, model=model))
-    (next(run.glob("iter_*")) / "run_record.json").write_text(far.to_json())
+    model = ModelConfig(pretrained_checkpoint="far/away")
+    run = copy_run(moved.run("tp2"), tmp_path / "run", lambda record: configured(record, model=model))
     export_adapter(run, tmp_path / "without")
     assert (
         json.loads((tmp_path / "without" / "adapter_config.json").read_text())["base_model_name_or_path"] == "far/away"
@@ -78,10 +80,8 @@ def test_method_that_peft_does_not_have_is_refused(
 
 
 def test_full_fine_tuning_has_no_adapter(moved: Moved, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(moved.run("tp2"), tmp_path / "run"))
-    record = read_run_record(run)
-    full = dataclasses.replace(record, config=dataclasses.replace(record.config, peft=PeftConfig(method="full")))
-    (next(run.glob("iter_*")) / "run_record.json").write_text(full.to_json())
+    peft = PeftConfig(method="full")
+    run = copy_run(moved.run("tp2"), tmp_path / "run", lambda record: configured(record, peft=peft))
     with pytest.raises(ConfigurationError, match=r"run of full fine-tuning and holds no adapters: .* megatron-to-hf"):
         export_adapter(run, tmp_path / "adapter")
 
