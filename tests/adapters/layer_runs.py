@@ -98,11 +98,26 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
             parameter.main_grad = parameter.grad
         sum_partial_gradients_over_tensor_parallel([pair], group)
     found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad), "calls": calls.counts}
+    found["kept"] = _kept_elements(pair.column, x)
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:
             found[name] = _joined(parameter.detach(), parameter, group)
             found[f"d {name}"] = _joined(parameter.main_grad, parameter, group)
     return found
+
+
+def _kept_elements(layer: nn.Module, x: Tensor) -> list[int]:
+    """Sizes of what a layer's forward keeps for its backward, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    return sorted(size for storage, size in kept.items() if storage not in parameters)
 
 
 def _joined(tensor: Tensor, parameter: Any, group: Any) -> Tensor:

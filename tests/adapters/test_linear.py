@@ -44,7 +44,7 @@ def test_one_rank_equals_the_formula(alone):
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
 def test_two_ranks_equal_one(alone, on_two_ranks, layout):
     """Outputs, the input's gradient, initial values and gradients of all factors."""
-    names = alone.keys() - {"calls"}
+    names = alone.keys() - {"calls", "kept"}
     assert len(names) == 10
     for found in on_two_ranks:
         for name in names:
@@ -62,6 +62,12 @@ def test_under_sequence_parallelism_an_adapter_adds_narrow_calls_only(on_two_ran
     gather, scatter = S * BATCH * RANK, S // 2 * BATCH * RANK
     sums = ("allreduce_", RANK * H + H * RANK)
     assert extra == Counter({("_allgather_base_", gather): 1, ("_reduce_scatter_base_", scatter): 1, sums: 1})
+
+
+def test_a_rank_keeps_its_own_tokens_once_and_the_narrow_product(on_two_ranks):
+    x, narrow = S * BATCH * H, S * BATCH * RANK
+    assert on_two_ranks[0]["TP2"]["kept"] == [narrow, x]
+    assert on_two_ranks[0]["TP2+SP"]["kept"] == [narrow, x // 2]
 
 
 def test_without_an_adapter_a_layer_is_its_parent():

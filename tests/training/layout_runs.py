@@ -76,12 +76,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses, gradient norms and rates by step, and the validation loss at the end."""
+    """Losses, gradient norms, rates and completion tokens by step, and the validation loss at the end."""
 
     losses: list[float]
     grad_norms: list[float]
     validation_loss: float
     learning_rates: list[float]
+    num_tokens: list[int]
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
@@ -108,8 +109,13 @@ def run(config: RunConfig) -> Curve:
     steps = iter(data.train)
     reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
     loss = validation_loss(state.model_chunks, data.valid)
-    rates = [r.learning_rate for r in reports]
-    return Curve([r.loss for r in reports], [r.grad_norm for r in reports], loss, rates)
+    return Curve(
+        losses=[report.loss for report in reports],
+        grad_norms=[report.grad_norm for report in reports],
+        validation_loss=loss,
+        learning_rates=[report.learning_rate for report in reports],
+        num_tokens=[report.num_tokens for report in reports],
+    )
 
 
 def build(config: RunConfig) -> tuple[TrainingState, Data]:

@@ -61,6 +61,7 @@ def test_two_ranks_equal_one(found, run, layout):
         np.testing.assert_allclose(here.grad_norms, alone[run].grad_norms, rtol=1e-4)
         np.testing.assert_allclose(here.validation_loss, alone[run].validation_loss, rtol=1e-5)
         np.testing.assert_allclose(here.learning_rates, alone[run].learning_rates)
+        assert here.num_tokens == alone[run].num_tokens
 
 
 @pytest.mark.parametrize("run", RUNS)
