@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemWriter
@@ -19,9 +19,25 @@ from megatron_peft.checkpoint.load import load_checkpoint, load_trained_paramete
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.checkpoint.save import CheckpointNotSaved, save_checkpoint
+from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime.launch import start_world
-from tests.checkpoint.runs import Files, Run, Settings, configure, differences, merged, resume_differences, start
+from tests.checkpoint.runs import (
+    Files,
+    Run,
+    Settings,
+    attempt,
+    configure,
+    contents,
+    differences,
+    merged,
+    resume_differences,
+    save_differences,
+    start,
+    stored_tensors,
+    write_on_first_rank,
+)
+from tests.checkpoint.saver_checks import saver_facts
 
 DROPOUT: Settings = {
     "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
@@ -49,19 +65,16 @@ RESUMED_ON_TWO = {
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
     "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
     "lora PP2 interleaved": PP2_INTERLEAVED,
-    "lora DP2": {},
     "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
     "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
     "full TP2 bf16": merged(FULL, TP2, BF16),
     "full TP2+SP": merged(FULL, TP2_SP, ODD_ROWS),
     "full PP2 tied": merged(FULL, PP2, TIED),
-    "full DP2 distributed": merged(FULL, DISTRIBUTED),
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
 RESUMED_ON_FOUR = {
     "lora TP2xPP2": TP2_PP2,
-    "full TP2xPP2 bf16": merged(FULL, TP2_PP2, BF16),
-    "lora TP2xDP2 distributed bf16": merged(TP2, DISTRIBUTED, BF16),
+    "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
 }
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
@@ -89,6 +102,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
     start_world(ParallelConfig())
     return {
         "resumed": _each(files, RESUMED_ON_TWO, _resumed),
+        "saves disturb": save_differences(files, merged(DROPOUT, TP2)),
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
         "refused": _each(files, CHANGED, _refused),
@@ -100,6 +114,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "inference": _inference(files),
         "failed saves": _failed_saves(files),
         "damaged": _damaged(files),
+        **saver_facts(files),
     }
 
 
@@ -127,13 +142,6 @@ def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
     return run
 
 
-def _stored(folder: str) -> dict[str, torch.Tensor]:
-    """All whole tensors of the newest checkpoint, generators aside."""
-    checkpoint = next(Path(folder).glob("iter_*"))
-    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith("rng.")}
-
-
 def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
     """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
     source, settings = value
@@ -142,7 +150,7 @@ def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str
     save_checkpoint(run.state)
     before, after = read_run_record(run.state.config.checkpoint.load), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    tensors, copies = _stored(run.state.config.checkpoint.load), _stored(copy)
+    tensors, copies = stored_tensors(run.state.config.checkpoint.load), stored_tensors(copy)
     rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
     cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
     return differences(*cut) + ["record"] * (not same)
@@ -151,7 +159,7 @@ def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str
 def _bf16_to_float32(files: Files) -> list[str]:
     """A float32 run takes over the float32 copies of a bf16 run."""
     run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
-    stored = _stored(run.state.config.checkpoint.load)
+    stored = stored_tensors(run.state.config.checkpoint.load)
     entries = sharded_parameters([chunk.module for chunk in run.state.model_chunks], only_adapters=False)
     norms = {entry.key: entry.data for entry in entries if "layernorm" in entry.key}
     assert norms
@@ -203,7 +211,7 @@ def _saved_partly(files: Files) -> dict[str, Any]:
     taking = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
     return {
         "keys": sorted(dist_checkpointing.load_tensors_metadata(str(checkpoint))),
-        "refused": _attempt(lambda: load_checkpoint(resuming.state)),
+        "refused": attempt(lambda: load_checkpoint(resuming.state)),
         "taken": load_checkpoint(taking.state),
     }
 
@@ -221,17 +229,8 @@ def _inference(files: Files) -> dict[str, Any]:
         "parameters differ": "parameter" in kinds,
         "rank": record.config.peft.lora_rank,
         "iteration": record.position["iteration"],
-        "fewer adapters": _attempt(lambda: load_trained_parameters(chunks, folder)),
+        "fewer adapters": attempt(lambda: load_trained_parameters(chunks, folder)),
     }
-
-
-def _attempt(action: Callable[[], Any]) -> str:
-    """The message of the ConfigurationError that it raises, or nothing."""
-    try:
-        action()
-    except ConfigurationError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 @contextmanager
@@ -242,13 +241,23 @@ def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _small_files_only(rank: int, num_bytes: int = 4096) -> Iterator[None]:
+    """On one rank the kernel refuses to let a file grow further."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def _failed_saves(files: Files) -> dict[str, Any]:
     """Saves that fail in each phase: messages and whether the folder is as before; and a good save afterwards."""
     folder = Path(files.work, "full-disk")
     run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(folder)}})))
     run.train(1)
     save_checkpoint(run.state)
-    before = _contents(folder)
+    before = contents(folder)
     run.train(1)
     found: dict[str, Any] = {}
     phases = {
@@ -257,10 +266,12 @@ def _failed_saves(files: Files) -> dict[str, Any]:
         "common file": (0, sharded_files, "save_config"),
         "record": (0, Path, "write_text"),
     }
-    for phase, (rank, owner, name) in phases.items():
-        with _disk_full(rank, owner, name):
-            message = _attempt(lambda: save_checkpoint(run.state))
-        found[phase] = message, _contents(folder) == before
+    failures = {phase: _disk_full(*where) for phase, where in phases.items()}
+    failures["data on rank 1, for real"] = _small_files_only(rank=1)
+    for phase, failure in failures.items():
+        with failure:
+            message = attempt(lambda: save_checkpoint(run.state))
+        found[phase] = message, contents(folder) == before
     save_checkpoint(run.state)
     found["afterwards"] = read_run_record(folder).position["iteration"]
     found["no folder"] = _unwritable(files)
@@ -276,28 +287,14 @@ def _unwritable(files: Files) -> str:
     return ""
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    dist.barrier()
-    found = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    dist.barrier()
-    return found
-
-
 def _damaged(files: Files) -> dict[str, str]:
-    """Messages for a checkpoint whose files were cut short."""
+    """Messages for a checkpoint, the only one, whose files were cut short."""
     folder = Path(files.work, "lora-TP2+SP-bf16")
     checkpoint = next(folder.glob("iter_*"))
     found = {}
     for name in ("__1_0.distcp", ".metadata", "run_record.json"):
         whole = (checkpoint / name).read_bytes()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (checkpoint / name).write_bytes(whole[: len(whole) // 2])
-        dist.barrier()
-        run = start(configure(files, _loading(files, folder.name, merged(TP2_SP, BF16))))
-        found[name] = _attempt(lambda run=run: load_checkpoint(run.state))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (checkpoint / name).write_bytes(whole)
-        dist.barrier()
+        write_on_first_rank(checkpoint / name, whole[: len(whole) // 2])
+        found[name] = attempt(lambda: find_whole_checkpoint(folder))
+        write_on_first_rank(checkpoint / name, whole)
     return found

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.optimizer_state import MOMENTS, slots
 from megatron_peft.checkpoint.parameters import sharded_parameters
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint, save_checkpoint
 from megatron_peft.config import (
     CheckpointConfig,
+    ConfigurationError,
     DataConfig,
     ModelConfig,
     OptimizerSettings,
@@ -138,17 +140,67 @@ def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 def resume_differences(files: Files, name: str, settings: Settings) -> list[str]:
-    """What differs at the end between a run in one go and one that is saved after two steps and resumed."""
+    """What differs at the end between a run that saves after two steps and goes on, and one that resumes there."""
     folder = str(Path(files.work, name.replace(" ", "-")))
-    whole = start(configure(files, settings))
-    losses = whole.train(NUM_STEPS)
-    first = start(configure(files, merged(settings, {"checkpoint": {"save": folder}})))
-    resumed_losses = first.train(STEPS_BEFORE_SAVE)
-    save_checkpoint(first.state)
+    whole = start(configure(files, merged(settings, {"checkpoint": {"save": folder}})))
+    whole.train(STEPS_BEFORE_SAVE)
+    save_checkpoint(whole.state)
+    losses = whole.train(NUM_STEPS - STEPS_BEFORE_SAVE)
+    ended = whole.snapshot()
     second = start(configure(files, merged(settings, {"checkpoint": {"load": folder}})), disturbed=True)
     assert load_checkpoint(second.state)
-    resumed_losses += second.train(NUM_STEPS - STEPS_BEFORE_SAVE)
+    resumed_losses = second.train(NUM_STEPS - STEPS_BEFORE_SAVE)
     unequal = [] if resumed_losses == losses else [f"losses {losses} {resumed_losses}"]
     if second.state.position != whole.state.position:
         unequal.append("position")
-    return unequal + differences(whole.snapshot(), second.snapshot())
+    return unequal + differences(ended, second.snapshot())
+
+
+def save_differences(files: Files, settings: Settings) -> list[str]:
+    """What a save in between, at once or in the background, changes in a run."""
+    ends = []
+    for name, saves in {"at once": save_checkpoint, "behind": _save_behind, "never": None}.items():
+        folder = str(Path(files.work, f"saves-{name.replace(' ', '-')}"))
+        run = start(configure(files, merged(settings, {"checkpoint": {"save": folder}})))
+        run.train(1)
+        if saves is not None:
+            saves(run.state)
+        ends.append((run.train(1), run.snapshot()))
+    *saved, (losses, never) = ends
+    return [name for other, end in saved for name in [*differences(end, never), *["losses"] * (other != losses)]]
+
+
+def _save_behind(state: TrainingState) -> None:
+    draft_checkpoint(state, snapshot=True).complete()
+
+
+def stored_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All whole tensors of a --save folder's only checkpoint, generators aside."""
+    checkpoint = next(Path(folder).glob("iter_*"))
+    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("rng.")}
+
+
+def attempt(action: Callable[[], Any]) -> str:
+    """The message of the ConfigurationError that it raises, or nothing."""
+    try:
+        action()
+    except ConfigurationError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, while no rank writes."""
+    dist.barrier()
+    found = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    dist.barrier()
+    return found
+
+
+def write_on_first_rank(path: Path, content: bytes) -> None:
+    """Seen by all ranks when it returns."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path.write_bytes(content)
+    dist.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.parametrize("phase", ["data on rank 1", "metadata", "common file", "record"])
+@pytest.mark.parametrize("phase", ["data on rank 1", "data on rank 1, for real", "metadata", "common file", "record"])
 def test_a_full_disk_loses_nothing(two_ranks, phase):
     messages = set()
     for facts in two_ranks:

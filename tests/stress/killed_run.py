@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+
 from megatron_peft.config import (
     CheckpointConfig,
     DataConfig,
@@ -56,3 +59,18 @@ def run_config(work: Path, name: str, options: argparse.Namespace, saves_each_st
         checkpoint=CheckpointConfig(save=folder, load=folder, **(saving if saves_each_step else {})),
         logging=LoggingConfig(log_interval=10),
     )
+
+
+def differing_tensors(left: Path, right: Path) -> list[str]:
+    """Keys of two checkpoints whose tensors are not the same, bit for bit."""
+    tensors, others = _tensors(left), _tensors(right)
+    keys = sorted(tensors.keys() | others.keys())
+    return [key for key in keys if not (key in tensors and key in others and torch.equal(tensors[key], others[key]))]
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = FileSystemReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata.items()
+    room = {key: torch.empty(tensor.size, dtype=tensor.properties.dtype) for key, tensor in stored}
+    load(room, storage_reader=reader, no_dist=True)
+    return room
