@@ -5,25 +5,10 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.checkpoint.random_state import random_targets, random_tensors, restore_random
-from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import free_port, start_model_parallel, start_world, stop
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """A world of this process alone."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    start_world(ParallelConfig())
-    start_model_parallel(ParallelConfig(), seed=1)
-    yield
-    stop()
 
 
 def draws() -> list[float]:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
@@ -53,6 +54,38 @@ def test_save_intervals(start, tmp_path):
     checkpoint = {"save": str(tmp_path), "save_interval": 2}
     run.state, run.data = start(num_steps=6, checkpoint=checkpoint)
     assert run.to_the_end().saved == [2, 4, 6]  # the last is not saved twice
+
+
+class Saving:
+    """A run of six steps that saves every second one, with a saver that fails at some attempts or is late."""
+
+    def __init__(self, start, folder, **saver):
+        self.run = Run(start, folder)
+        self.run.state, self.run.data = start(num_steps=6, checkpoint={"save": str(folder), "save_interval": 2})
+        self.run.saver = self.saver = RecordedSaves(**saver)
+
+
+def test_a_save_that_fails_is_told_and_the_run_goes_on(start, tmp_path, capsys):
+    saving = Saving(start, tmp_path, failing={0})
+    assert saving.run.to_the_end().saved == [4, 6]
+    assert "WARNING: No space left on device. Training goes on without it." in capsys.readouterr().out
+
+
+def test_the_last_save_is_tried_again(start, tmp_path):
+    saving = Saving(start, tmp_path, failing={2})
+    assert saving.run.to_the_end().saved == [2, 4, 6]
+    assert saving.saver.attempts == [2, 4, 6, 6]
+
+
+def test_a_run_whose_last_save_fails_fails(start, tmp_path):
+    with pytest.raises(CheckpointNotSaved, match="No space left"):
+        Saving(start, tmp_path, failing={2, 3}).run.to_the_end()
+
+
+def test_saves_in_the_background_are_waited_for(start, tmp_path, capsys):
+    saving = Saving(start, tmp_path, late=True)
+    assert saving.run.to_the_end().saved == [2, 4, 6]
+    assert capsys.readouterr().out.count("saved iteration") == 3
 
 
 def test_without_a_folder_nothing_is_saved(start, tmp_path):

@@ -1,0 +1,19 @@
+"""Ten kills of a real run; `kill_runs.py` by hand does many."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("kill_runs.py")
+
+
+def test_a_run_that_is_killed_again_and_again_loses_nothing():
+    command = [sys.executable, SCRIPT, "--kills", "10", "--iterations", "20", "--layout", "dp2", "--async-save"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tally = json.loads(done.stdout.splitlines()[-1])
+    assert tally["kills"] == 10 and tally["rounds"] >= 1
+    assert tally["restarts_that_resumed"] > 0
