@@ -26,9 +26,10 @@ from megatron_peft.reporting.run_plot import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
-ITERATIONS = 60
-RATES = {"lora": 4e-3, "full": 3e-4}  # the best of a small grid on this data
-METHOD_FLAGS = {"lora": ("--lora-rank", "16", "--lora-alpha", "32")}
+ITERATIONS = 160  # of one pack of about 17 messages: most of an epoch
+RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "full": 3e-4}
+LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
+METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK}
 NUM_EXAMPLES = 7
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
 ENVIRONMENT = {
@@ -104,18 +105,19 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "valid-data-path": files.valid,
         "peft-method": method,
         "tensor-model-parallel-size": TENSOR_PARALLEL_SIZE,
-        "seq-length": 512,
-        "micro-batch-size": 8,
-        "global-batch-size": 8,
+        "seq-length": 320,
+        "micro-batch-size": 1,
+        "global-batch-size": 1,
         "train-iters": ITERATIONS,
         "lr": RATES.get(method, RATES["lora"]),
         "lr-decay-style": "linear",
         "clip-grad": 1.0,
         "log-interval": 1,
-        "eval-interval": 20,
+        "lr-warmup-iters": 10,
+        "eval-interval": 40,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return words + list(METHOD_FLAGS.get(method, ()))
+    return [*words, "--pack-sequences", *METHOD_FLAGS.get(method, ())]
 
 
 class _Run:
@@ -141,7 +143,7 @@ class _Run:
         if (self.folder / "trained").exists():
             return
         _say(f"training, {' '.join(self.flags)}")
-        save = ["--save", str(self.checkpoints), "--save-interval", "20"]
+        save = ["--save", str(self.checkpoints), "--save-interval", "40"]
         load = ["--load", str(self.checkpoints)] if self.checkpoints.exists() else []
         _launch(str(PROGRAM), *self.flags, *save, *load)
         (self.folder / "trained").touch()

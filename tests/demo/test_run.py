@@ -119,12 +119,13 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(tmp_path, launc
     assert launcher.commands[0][-2:] == ("--load", str(checkpoints))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", module.RATES)
 def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
     config = parse_arguments(flags, {"WORLD_SIZE": "3"})
     assert config.peft.method == method and config.optimizer.lr == module.RATES[method]
-    assert (config.parallel.data_parallel_size, config.global_batch_size, config.training.train_iters) == (1, 8, 60)
+    assert config.parallel.data_parallel_size == 1 and config.training.train_iters == module.ITERATIONS
+    assert config.data.pack_sequences
 
 
 def test_a_program_that_fails_is_named_with_its_exit_code(monkeypatch):
