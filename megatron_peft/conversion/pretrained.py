@@ -30,7 +30,10 @@ OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 class Weights(Protocol):
     """An open base model."""
 
-    bytes_read: int
+    @property
+    def bytes_read(self) -> int:
+        """So far, in the stored types."""
+        ...
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""

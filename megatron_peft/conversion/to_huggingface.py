@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.manifest import MANIFEST, damage
 from megatron_peft.checkpoint.record import read_record
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.companions import CONFIG, config_of_shape, copy_companions, set_stored_type, write_config
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.megatron_weights import MegatronWeights, megatron_files, open_megatron
@@ -53,6 +54,8 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
+    problems = damage(files) if (files / MANIFEST).is_file() else []
+    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
     shape = read_model_shape(pretrained_checkpoint or input)
     weights = open_megatron(files)
     rules = owned_rules(rules_for(shape), shape)

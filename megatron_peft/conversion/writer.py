@@ -73,7 +73,7 @@ class SafetensorsWriter:
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
         with open(place.path, "r+b") as file:
             file.seek(place.start)
-            file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def finish(self) -> None:

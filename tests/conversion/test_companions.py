@@ -56,6 +56,6 @@ def test_a_config_that_says_so_already_stays_byte_for_byte(tmp_path: Path) -> No
 
 
 def test_several_types_say_nothing(tmp_path: Path) -> None:
-    write_config(tmp_path, {"dtype": "float32"})
+    write_config(tmp_path, {"dtype": "float16"})
     set_stored_type(tmp_path, [torch.float32, torch.bfloat16])
-    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float32"}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "float16"}

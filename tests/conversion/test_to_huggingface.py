@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
@@ -126,6 +127,18 @@ def test_a_lost_base_costs_the_tokenizer_only(original: Path, tmp_path: Path, ca
     assert equal(tensors_of(written), tensors_of(original))
     assert read_shape(written) == ODD
     assert "no config.json was found" in caplog.text
+
+
+def test_a_flipped_byte_of_a_run_is_named(original: Path, tmp_path: Path) -> None:
+    run = save_run(original, tmp_path / "run", global_tensors(original))
+    write_manifest(run / "iter_0000002", {})
+    path = run / "iter_0000002" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp has other bytes"):
+        megatron_to_hf(run, tmp_path / "hf", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_of_adapters_is_refused_with_the_way_out(original: Path, tmp_path: Path) -> None:
