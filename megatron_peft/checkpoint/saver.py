@@ -48,14 +48,16 @@ class Saver:
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
-        self._lock = self._executor = self._group = self._pending = None
-        self._runs_on = settings.async_save
+        self._lock: FolderLock | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[int, Future[Any]] | None = None
         if settings.save is not None:
             folder = Path(settings.save)
             from_first_rank(lambda: self._take(folder))
         if settings.save is not None and settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
 
     def start(self, state: Resumable) -> None:
         """Save the state as it is now: write it before returning, or copy it and write it in the background.
@@ -65,7 +67,7 @@ class Saver:
         assert self._pending is None, "a save is under way"
         iteration = state.position.iteration
         try:
-            draft = draft_checkpoint(state, snapshot=self._runs_on, group=self._group)
+            draft = draft_checkpoint(state, snapshot=self._executor is not None, group=self._group)
             self._pending = iteration, self._submit(draft.complete)
         except CheckpointNotSaved as error:
             self._pending = iteration, _failed(error)
@@ -90,6 +92,10 @@ class Saver:
             outcome = self.finish()
             if outcome is not None and outcome.error is not None:
                 logger.error("%s", outcome.error)
+        except Exception as failure:
+            if error is None:
+                raise
+            logger.error("the pending checkpoint is lost: %s", failure)  # and the run ends with its own error
         finally:
             if self._executor is not None:
                 self._executor.shutdown()

@@ -80,6 +80,11 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=torch.cuda.is_available(),
     )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Python's, numpy's, torch's and megatron-core's, for this rank's place in the layout."""
     stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     generator_seed = seed + 100 * stage + 10_000 * replica
     random.seed(generator_seed)

@@ -32,7 +32,7 @@ from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.runtime.launch import start_model_parallel
+from megatron_peft.runtime.launch import seed_generators, start_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
@@ -40,6 +40,7 @@ from tests.tiny_llama import VOCAB_SIZE
 
 NUM_STEPS, STEPS_BEFORE_SAVE = 3, 2
 Settings = dict[str, dict[str, Any]]
+_layouts: list[tuple[ParallelConfig, int | None]] = []  # of this process, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +116,22 @@ class Run:
         return found
 
 
-def start(config: RunConfig, disturbed: bool = False) -> Run:
-    """A fresh run, as a new process builds it; `disturbed` leaves no generator where its seed has put it."""
+def _lay_out(config: RunConfig, num_stages: int | None) -> None:
+    """Groups cost more than such a run: those of the run before are kept if the layout is the same."""
+    layout = config.parallel, num_stages
+    if parallel_state.is_initialized() and _layouts[-1:] == [layout]:
+        seed_generators(config.training.seed)
+        return
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
+    start_model_parallel(config.parallel, config.training.seed, num_stages)
+    _layouts.append(layout)
+
+
+def start(config: RunConfig, disturbed: bool = False) -> Run:
+    """A fresh run, as a new process builds it; `disturbed` leaves no generator where its seed has put it."""
     shape = read_shape(config.model.pretrained_checkpoint)
-    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    _lay_out(config, num_virtual_stages(shape, config.parallel))
     data = build_data(
         config,
         build_tokenizer(config.data, None),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+from pathlib import Path
+
+from megatron_peft.checkpoint.manifest import damage
+
 
 def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):
     assert [facts["gone back"]["iteration"] for facts in two_ranks] == [2, 2]
@@ -28,3 +34,19 @@ def test_when_none_is_whole_the_damage_of_each_is_named(two_ranks):
         assert "iter_0000003 is damaged: __1_0.distcp" in message
         assert "iter_0000002 is damaged: .metadata has other bytes" in message
         assert "from the beginning" in message
+
+
+def test_any_flipped_byte_and_any_truncation_of_a_real_checkpoint_is_found(files, two_ranks, tmp_path):
+    """Every file of it; 40 offsets and 40 lengths each, the first and the last among them."""
+    checkpoint = Path(shutil.copytree(Path(files.work, "lora-TP2", "iter_0000002"), tmp_path / "copy"))
+    draw = random.Random(0)
+    assert damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 8
+    for path in checkpoint.iterdir():
+        whole = path.read_bytes()
+        for offset in {0, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(38))}:
+            flipped = whole[:offset] + bytes([whole[offset] ^ 1 << draw.randrange(8)]) + whole[offset + 1 :]
+            for torn in (flipped, whole[:offset]):
+                path.write_bytes(torn)
+                (problem,) = damage(checkpoint)
+                assert problem.startswith(path.name), (path.name, offset)
+        path.write_bytes(whole)
