@@ -71,12 +71,13 @@ PATH_FIELDS = frozenset(
 
 # PeftConfig field or its prefix (the longest wins) -> methods that it belongs to; with others it is an error.
 METHODS_OF = {
-    "lora_": ("lora", "lora-ga"),
-    "lora_ga_": ("lora-ga",),
-    "boft_": ("boft",),
-    "rotation_": ("boft",),
-    "peft_lr_rotation": ("boft",),
-    "target_modules": ("lora", "lora-ga", "boft"),
+    "lora_": ("lora", "lora-ga", "hybrid"),
+    "lora_ga_": ("lora-ga", "hybrid"),
+    "boft_": ("boft", "hybrid"),
+    "rotation_": ("boft", "hybrid"),
+    "peft_lr_rotation": ("boft", "hybrid"),
+    "hybrid_": ("hybrid",),
+    "target_modules": ("lora", "lora-ga", "boft", "hybrid"),
 }
 
 # Our own fields, and Megatron's where megatron-core's dataclasses have no words for them.
@@ -97,7 +98,9 @@ HELP = {
     "rotation_side": "which side of a weight turns: R W, or W R^T as in Hugging Face PEFT",
     "boft_block_size": "b, the size of the orthogonal blocks",
     "boft_factors": "m, butterfly factors: groups of b 2^(m-1) features turn together",
-    "peft_lr_rotation": "learning rate of rotation parameters; default: --lr",
+    "peft_lr_rotation": "learning rate of rotation parameters; default: --lr, in the Hybrid --lr / 8",
+    "hybrid_lambda": "the mixture: gradient (norms of the gradients before mixing), raw (the paper's), or fixed:X",
+    "hybrid_lambda_ema": "weight of lambda's last value in its moving average",
     "train_data_path": "training data: *.json/*.jsonl with prompt and completion, messages or text; or indexed "
     "prefixes, optionally each after its weight",
     "valid_data_path": "validation data, as --train-data-path",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_peft.config_error import Requirements
 
-PEFT_METHODS = ("full", "lora", "lora-ga", "boft")
+PEFT_METHODS = ("full", "lora", "lora-ga", "boft", "hybrid")
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -26,7 +26,9 @@ class PeftConfig:
     rotation_side: Literal["output", "input"] = "output"  # R W, or W R^T as in HF PEFT
     boft_block_size: int = 8  # b
     boft_factors: int = 3  # m; groups of b 2^(m-1) features turn together
-    peft_lr_rotation: float | None = None  # of rotation parameters; None: --lr
+    peft_lr_rotation: float | None = None  # of rotation parameters; None: --lr, in the Hybrid --lr / 8
+    hybrid_lambda: str = "gradient"  # gradient, raw or fixed:X
+    hybrid_lambda_ema: float = 0.9  # weight of lambda's last value
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
@@ -41,7 +43,15 @@ class PeftConfig:
                 self.boft_block_size % 2 == 0,
                 f"--boft-block-size is {self.boft_block_size}; a butterfly mixes halves of a block: use an even size.",
             )
-            require.fraction("lora_dropout")
+            require.fraction("lora_dropout", "hybrid_lambda_ema")
+            require(
+                self.hybrid_lambda in ("gradient", "raw") or self._fixed_mix is not None,
+                f"--hybrid-lambda is {self.hybrid_lambda}; it is gradient, raw, or fixed:X with X between 0 and 1.",
+            )
+            require(
+                self.method != "hybrid" or self.rotation_side == "output",
+                "--peft-method hybrid turns the output side: leave out --rotation-side input.",
+            )
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
 
     @property
@@ -50,7 +60,30 @@ class PeftConfig:
 
     @property
     def starts_from_gradients(self) -> bool:
-        return self.method == "lora-ga"
+        return self.method in ("lora-ga", "hybrid")
+
+    @property
+    def adapts_mix(self) -> bool:
+        """Whether lambda follows the gradients."""
+        return self._fixed_mix is None
+
+    @property
+    def initial_mix(self) -> float:
+        """lambda at the start: X of fixed:X, else 0.5."""
+        return 0.5 if self._fixed_mix is None else self._fixed_mix
+
+    @property
+    def _fixed_mix(self) -> float | None:
+        kind, _, value = self.hybrid_lambda.partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if kind == "fixed" and 0 <= number <= 1 else None
+
+    def rotation_lr(self, lr: float) -> float:
+        """Learning rate of rotation parameters: a rotation mixed with a low rank wants about an eighth of its rate."""
+        return self.peft_lr_rotation or (lr / 8 if self.method == "hybrid" else lr)
 
     @property
     def lora_scale(self) -> float:

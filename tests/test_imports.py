@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-LAYERS = ("config_error", "peft_config", "config", "runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
+# Each may import those before it.
+LAYERS = ("config_error", "peft_config", "config", "runtime", "parallel", "adapters", "lora_ga")
 CONFIGURATION = {"config_error", "peft_config", "config"}
 BELOW_TRAINING = {*LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {

@@ -131,14 +131,14 @@ class _FrozenLinear(torch.autograd.Function):
         if call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
             wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
-            dB = _weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
+            dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
             du = wait_du() if wait_du is not None else None
             dx = _add_branch(wait_dx(), du, A, mask)
         else:
             dx = _input_gradient(grad_z, weight, du, A, mask)
             wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
-            dB = _weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
-        dA = _weight_gradient(du, branch_input) if ctx.needs_input_grad[1] else None
+            dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
+        dA = weight_gradient(du, branch_input) if ctx.needs_input_grad[1] else None
         if not call.splits_sequence:
             dx = wait_dx()
         return dx, dA, dB, dD, None, None, None
@@ -156,7 +156,7 @@ def rotation_gradients(
         tokens: rows of the flattened tokens that dD is summed over.
     """
     grad_z = add_blocks(grad, D.transpose(1, 2))
-    dD = blocks_gradient(_flat(grad)[tokens], _flat(kept)[tokens], D)
+    dD = blocks_gradient(flat(grad)[tokens], flat(kept)[tokens], D)
     return grad_z, torch.baddbmm(dD, dD, D) if kept_is_output else dD
 
 
@@ -166,12 +166,12 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
         if u is None:
             return F.linear(x, call.weight, call.bias), None
         y = F.linear(u, B, call.bias)
-        _flat(y).addmm_(_flat(x), call.weight.t())
+        flat(y).addmm_(flat(x), call.weight.t())
         return y, None
     z = F.linear(x, call.weight)
     y = add_blocks(z, D)
     if u is not None:
-        _flat(y).addmm_(_flat(u), B.t())
+        flat(y).addmm_(flat(u), B.t())
     kept = y if u is None else z
     return (y if call.bias is None else y + call.bias), kept
 
@@ -181,7 +181,7 @@ def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Tensor
     if du is None:
         return grad_z @ weight
     dx = du @ A if mask is None else (du @ A).mul_(mask)
-    _flat(dx).addmm_(_flat(grad_z), weight)
+    flat(dx).addmm_(flat(grad_z), weight)
     return dx
 
 
@@ -190,15 +190,16 @@ def _add_branch(dx: Tensor, du: Tensor | None, A: Tensor, mask: Tensor | None) -
     if du is None:
         return dx
     if mask is None:
-        _flat(dx).addmm_(_flat(du), A)
+        flat(dx).addmm_(flat(du), A)
         return dx
     return dx.addcmul_(mask, du @ A)
 
 
-def _flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
+def flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
+    """A view where x is contiguous."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [s, b, out], [s, b, in] -> [out, in]
-    """Fast where out is the narrow side; the other way round it takes a quarter longer."""
-    return _flat(grad).t() @ _flat(x)
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [s, b, out], [s, b, in] -> [out, in]
+    """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
+    return flat(grad).t() @ flat(x)

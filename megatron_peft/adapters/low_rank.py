@@ -55,14 +55,14 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = W x + s B (A x), W frozen. Row-parallel: both terms are reduced in the base's own sum."""
-        mask = self._dropout_mask(x, call)
+        mask = self.dropout_mask(x, call)
         return call.reduce(frozen_linear_plus_low_rank(x, self.A, self.B, self.scale, call, mask))
 
     def delta_weight(self) -> Tensor:  # -> [out, in]
         """s B A, the rank's own slice of the change of W."""
         return self.scale * (self.B @ self.A)
 
-    def _dropout_mask(self, x: Tensor, call: FrozenLinearCall) -> Tensor | None:
+    def dropout_mask(self, x: Tensor, call: FrozenLinearCall) -> Tensor | None:
         """Zeros and 1 / (1 - p), shaped like x; None without dropout.
 
         Where the ranks hold the same x they must drop the same of it: the default generator is common to the

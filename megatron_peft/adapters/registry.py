@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.low_rank import LowRank
 
-ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": Boft}
+ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": Boft, "hybrid": Hybrid}

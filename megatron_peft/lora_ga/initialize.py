@@ -64,7 +64,7 @@ def start_from_gradients(
     """
     started_at = time.perf_counter()
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    sketches = [_Sketch(target, peft, seed) for target in targets if isinstance(target.module.adapter, LowRank)]
+    sketches = [_Sketch(target, peft, seed) for target in targets if _low_rank(target.module.adapter) is not None]
     branches = [sketch.branch for sketch in sketches]
     groups = (tensor_parallel_group, data_parallel_group)
     _collect([branch.B for branch in branches], replay, *groups)
@@ -120,9 +120,16 @@ class _Sketch:
         triplets = leading_triplets(self.Q, self.branch.A.main_grad, rank, self.add_up_columns)
         triplets = with_fixed_signs(triplets, self.direction, self.add_up_columns)
         self.target.module.adapter = self.adapter
-        assert isinstance(self.adapter, LowRank)
-        self.adapter.A.copy_(ALIGNED_NORM * triplets.V.T)
+        low_rank = _low_rank(self.adapter)
+        assert low_rank is not None
+        low_rank.A.copy_(ALIGNED_NORM * triplets.V.T)
         return float(triplets.S.square().sum()) / max(self.squared_norm, 1e-300)
+
+
+def _low_rank(adapter: nn.Module | None) -> LowRank | None:
+    """The low-rank part of an adapter, if it has one."""
+    part = getattr(adapter, "low_rank", adapter)
+    return part if isinstance(part, LowRank) else None
 
 
 def _collect(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -101,7 +102,9 @@ def stop() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on right now, below those that the system gives to connections of its own."""
+    while True:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port

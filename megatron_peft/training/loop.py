@@ -12,6 +12,7 @@ from megatron_peft.checkpoint.saver import Outcome
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
+from megatron_peft.training.mixture import mixture_summary
 from megatron_peft.training.progress import Progress
 from megatron_peft.training.signals import ExitSignals
 from megatron_peft.training.state import TrainingState
@@ -144,6 +145,7 @@ class _Run:
 
     def _record(self, report: StepReport) -> Record:
         position, (memory, peak) = self.state.position, memory_bytes()
+        mixture = mixture_summary(self.state)
         return {
             "iteration": position.iteration,
             "epoch": self.data.train.epochs_at(position.consumed_samples),
@@ -151,6 +153,7 @@ class _Run:
             "consumed_tokens": position.consumed_tokens,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
+            **({"lambda": mixture} if mixture else {}),
             **self.interval.averages(),
             "memory_bytes": memory,
             "peak_memory_bytes": peak,

@@ -59,10 +59,10 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
     overrides = get_standard_config_overrides(optimizer_config)
     ratio = config.peft.lora_plus_ratio
     if ratio != 1.0:
-        overrides[ParamKey(name="*.adapter.B")] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
+        overrides[ParamKey(name=("*.adapter.B", "*.adapter.low_rank.B"))] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
             max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
         )
-    rotation_lr = config.peft.peft_lr_rotation or settings.lr
+    rotation_lr = config.peft.rotation_lr(settings.lr)
     overrides[ParamKey(attr=IS_ROTATION)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
         max_lr=rotation_lr, min_lr=rotation_lr / settings.lr * settings.min_lr, wd_mult=0.0
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.training.mixture import mix_from_gradients
 from megatron_peft.training.state import TrainingState
 
 
@@ -79,6 +80,7 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     summary = _sum_over_world(losses, state.model_chunks if check else (), stop)
     if check and summary.non_finite:
         _raise_non_finite(state, losses)
+    mix_from_gradients(state)
     learning_rate = _learning_rate(state)
     outcome: Any = state.optimizer.step()
     _, grad_norm, _ = outcome

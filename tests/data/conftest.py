@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tiny_tokenizers import CORPUS, save_tokenizer
 
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
+from tests.data.tiny_tokenizers import CORPUS, save_tokenizer
 
 
 @pytest.fixture(scope="session")

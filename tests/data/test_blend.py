@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from indexed_corpus import numbered_documents, write_indexed
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.blend import Blend, parse_blend
+from tests.data.indexed_corpus import numbered_documents, write_indexed
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from indexed_corpus import numbered_documents, write_indexed
 
 from megatron_peft.config import (
     ConfigurationError,
@@ -18,6 +17,7 @@ from megatron_peft.config import (
 )
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import NullTokenizer
+from tests.data.indexed_corpus import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
 

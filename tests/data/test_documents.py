@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny_tokenizers import save_tokenizer
 
 from megatron_peft.config import DataConfig
 from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
+from tests.data.tiny_tokenizers import save_tokenizer
 
 RECORDS = [{"text": str(i % 90), "title": ""} for i in range(150)]
 

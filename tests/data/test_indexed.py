@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from gloo_ranks import run_ranks
-from indexed_corpus import numbered_documents, write_indexed
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.tokenizers import NullTokenizer
+from tests.data.gloo_ranks import run_ranks
+from tests.data.indexed_corpus import numbered_documents, write_indexed
 
 TOKENIZER = NullTokenizer(999)
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import save_tokenizer
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.instruction import encode_parts, tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
+from tests.data.tiny_tokenizers import save_tokenizer
 
 
 def trained_text(record: dict, tokenizer: HuggingFaceTokenizer) -> str:

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gloo_ranks import run_ranks
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import NullTokenizer
+from tests.data.gloo_ranks import run_ranks
 
 FLAG = "--train-data-path"
 RECORDS = [

@@ -5,11 +5,11 @@ import json
 import pytest
 import sentencepiece
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer as MegatronNullTokenizer
-from tiny_tokenizers import save_tokenizer
 from transformers import AutoTokenizer
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, build_tokenizer, require_vocabulary_fits
+from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 

@@ -18,6 +18,9 @@ METHODS = {
     "boft": {"peft": {"method": "boft", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
     "boft-input": {"peft": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
     "lora-ga": {"peft": {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}},
+    "hybrid": {
+        "peft": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "peft_lr_rotation": 2e-3, **GROUPS_OF_FOUR}
+    },
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
     "lora-packed": {"peft": {"method": "lora", "lora_rank": 4}, "data_settings": {"pack_sequences": True}},
 }

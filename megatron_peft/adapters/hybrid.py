@@ -1,0 +1,84 @@
+"""The Hybrid (Algorithm 2): LoRA-GA's low rank and BOFT's rotation in one layer, mixed by lambda.
+
+    y = z + lambda s B (A x) + (1 - lambda) (R - I) z,   z = W x
+
+lambda is a number a layer, from the norms of the gradients of the two parts (`adapters/mixture.py`). The paper adds
+this change to W at every step, which would apply it again and again; W stays frozen here and the change is added once.
+I + (1 - lambda)(R - I) is not orthogonal, so backward keeps z itself.
+
+Where the layer is row-parallel R acts on the reduced z, so the r-wide A x is reduced apart from it.
+
+Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_peft.adapters.blocks import add_blocks
+from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.frozen_linear import (
+    FrozenLinearCall,
+    flat,
+    frozen_linear,
+    frozen_linear_mixed,
+    rotation_gradients,
+    weight_gradient,
+)
+from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.config import PeftConfig
+from megatron_peft.parallel.layout import LinearLayout
+
+
+class Hybrid(nn.Module):
+    """The two parts of one adapted linear layer and their mixture.
+
+    Args: as for `LowRank`, and BOFT's numbers in `peft`.
+
+    Attributes:
+        mix: lambda, a float32 scalar in the checkpoint.
+
+    Raises:
+        ConfigurationError: as `LowRank` and `Boft`.
+    """
+
+    mix: Tensor
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layout = layout
+        self.low_rank = LowRank(layout, peft, f"{name}.low_rank", seed, dtype)
+        self.rotation = Boft(layout, peft, name, seed, dtype)
+        self.register_buffer("mix", torch.tensor(peft.initial_mix, device=torch.cuda.current_device()))
+
+    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
+        """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
+        A, B, mask = self.low_rank.A, self.low_rank.B, self.low_rank.dropout_mask(x, call)
+        scale, D = self.mix * self.low_rank.scale, (1 - self.mix) * self.rotation.changes()
+        if self.layout.split == "column":
+            return frozen_linear_mixed(x, A, B, D, scale, call, mask)
+        z = call.reduce(frozen_linear(x, call))
+        u = call.reduce(F.linear(x if mask is None else x * mask, A))
+        return _MixReduced.apply(z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]))
+
+
+class _MixReduced(torch.autograd.Function):
+    """y = z + diag(D) z + scale B u for z and u that are whole; gradients of B and D over this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx, z, u, B, D, scale, tokens):  # type: ignore[override]
+        u = u * scale
+        y = add_blocks(z, D)
+        flat(y).addmm_(flat(u), B.t())
+        ctx.save_for_backward(z, u, B, D)
+        ctx.scale, ctx.tokens = scale, tokens
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        z, u, B, D = ctx.saved_tensors
+        dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens)
+        dB = weight_gradient(flat(u)[ctx.tokens], flat(grad)[ctx.tokens]).t()
+        return dz, (grad @ B).mul_(ctx.scale), dB, dD, None, None
