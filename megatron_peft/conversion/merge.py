@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_peft.adapters.boft import cayley, compose, skew
 from megatron_peft.config import require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
+from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
 from megatron_peft.conversion.output_folder import check_new, new_folder
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
@@ -26,14 +26,29 @@ from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWrit
 
 def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
     """W + s B A."""
-    factors, scale = low_rank_factors(adapters, layer), adapters.record.config.peft.lora_scale
-    return weight.addmm_(factors.B.to(weight.dtype), factors.A.to(weight.dtype), alpha=scale)
+    return _add_low_rank(adapters, layer, weight, "", 1.0)
 
 
 def turn(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
     """R W, or W R^T, by groups of features."""
+    return _turned(adapters, layer, weight, "Q")
+
+
+def mix(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
+    """W + lambda s B A + (1 - lambda) (R - I) W."""
+    share = float(adapters.tensor(layer, "mix"))
+    turned = _turned(adapters, layer, weight, "rotation.Q")
+    return _add_low_rank(adapters, layer, weight.lerp(turned, 1 - share), "low_rank.", share)
+
+
+def _add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor, part: str, share: float) -> Tensor:
+    A, B = (adapters.tensor(layer, f"{part}{factor}").to(weight.dtype) for factor in "AB")
+    return weight.addmm_(B, A, alpha=share * adapters.record.config.peft.lora_scale)
+
+
+def _turned(adapters: TrainedAdapters, layer: str, weight: Tensor, name: str) -> Tensor:
     peft = adapters.record.config.peft
-    R = compose(cayley(skew(adapters.tensor(layer, "Q").to(weight.dtype), peft.boft_block_size)))
+    R = compose(cayley(skew(adapters.tensor(layer, name).to(weight.dtype), peft.boft_block_size)))
     groups, size, _ = R.shape
     if peft.rotation_side == "output":
         return torch.bmm(R, weight.view(groups, size, -1)).view_as(weight)
@@ -43,7 +58,7 @@ def turn(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
 # How a method changes a weight: (adapters, layer, weight) -> the weight, in place or anew. The weight is the base's in
 # Megatron's form, [out, in], in float32 at least. A new method is one line here.
 Merger = Callable[[TrainedAdapters, str, Tensor], Tensor]
-MERGERS: dict[str, Merger] = {"lora": add_low_rank, "lora-ga": add_low_rank, "boft": turn}
+MERGERS: dict[str, Merger] = {"lora": add_low_rank, "lora-ga": add_low_rank, "boft": turn, "hybrid": mix}
 
 
 def merge(

@@ -1,0 +1,71 @@
+"""lambda from the norms of the gradients before mixing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_peft.adapters.mixture import HIGHEST, LOWEST, update_mixtures
+from megatron_peft.config import ConfigurationError, PeftConfig
+from tests.adapters.test_boft import Place
+
+
+def adapter(mix: float, low: float, rotation: float) -> Any:
+    """An adapter whose two raw gradients have these norms."""
+
+    def part(norm: float) -> nn.Module:
+        module = nn.Linear(1, 1, bias=False)
+        module.weight.main_grad = torch.tensor([[norm]])  # type: ignore[attr-defined]
+        return module
+
+    return SimpleNamespace(mix=torch.tensor(mix), low_rank=part(low), rotation=part(rotation))
+
+
+def updated(mix: float, low: float, rotation: float, **settings: Any) -> float:
+    one = adapter(mix, low, rotation)
+    peft = PeftConfig("hybrid", **{"hybrid_lambda_ema": 0.0, **settings})
+    update_mixtures([one], peft, lambda parameter: parameter.main_grad, Place())  # type: ignore[attr-defined, arg-type]
+    return float(one.mix)
+
+
+def test_norms_are_divided_by_the_mixture_that_they_carry():
+    low, rotation = 3.0, 1.0  # before mixing: 3 / 0.25 = 12 and 1 / 0.75 = 4 / 3
+    assert updated(0.25, low, rotation) == pytest.approx(12 / (12 + 4 / 3))
+
+
+def test_equal_norms_before_mixing_are_a_fixed_point_of_one_half():
+    assert updated(0.3, 0.3, 0.7) == pytest.approx(0.5)
+
+
+def test_raw_is_the_papers_formula():
+    assert updated(0.25, 3.0, 1.0, hybrid_lambda="raw") == pytest.approx(0.75)
+
+
+def test_the_average_moves_slowly():
+    assert updated(0.5, 1.0, 3.0, hybrid_lambda_ema=0.9) == pytest.approx(0.9 * 0.5 + 0.1 * 0.25)
+
+
+def test_lambda_is_clamped():
+    assert updated(0.5, 1.0, 1e-6) == pytest.approx(HIGHEST)
+    assert updated(0.5, 1e-6, 1.0) == pytest.approx(LOWEST)
+
+
+@pytest.mark.parametrize("low", [float("nan"), float("inf")])
+def test_without_a_finite_gradient_lambda_stays(low):
+    assert updated(0.4, low, 1.0) == pytest.approx(0.4)
+    assert updated(0.4, 0.0, 0.0) == pytest.approx(0.4)
+
+
+def test_fixed_stays_where_it_is_put():
+    assert updated(0.3, 5.0, 1.0, hybrid_lambda="fixed:0.3") == pytest.approx(0.3)
+    assert PeftConfig("hybrid", hybrid_lambda="fixed:1").initial_mix == 1.0
+
+
+@pytest.mark.parametrize("value", ["fixed:1.5", "fixed:", "fixed:-0.1", "norms"])
+def test_other_rules_are_refused(value):
+    with pytest.raises(ConfigurationError, match="gradient, raw, or fixed:X with X between 0 and 1"):
+        PeftConfig("hybrid", hybrid_lambda=value)
