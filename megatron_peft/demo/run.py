@@ -27,9 +27,9 @@ from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack of about 17 messages: most of an epoch
-RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "full": 3e-4}
+RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "hybrid": 2e-3, "full": 3e-4}
 LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
-METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK}
+METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK, "hybrid": LOW_RANK}
 NUM_EXAMPLES = 7
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
 ENVIRONMENT = {
