@@ -92,7 +92,8 @@ def _into_new(work: Path, convert: Callable[[Path], object]) -> None:
 
 
 def _least_seconds(jobs: dict[str, Job]) -> dict[str, float]:
-    """CPU seconds of each job; they take turns, so that a busy machine slows all alike."""
+    """CPU seconds of each job on one thread; they take turns, so that a busy machine slows all alike."""
+    torch.set_num_threads(1)
     least = dict.fromkeys(jobs, float("inf"))
     for _ in range(NUM_TURNS):
         for name, job in jobs.items():

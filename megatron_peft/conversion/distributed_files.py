@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -62,13 +63,37 @@ def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict)
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(boxes))
 
 
+class _Window(io.RawIOBase):
+    """A stretch of a file as a file of its own: torch reads numbers from it straight into their tensor."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(self._start + origin + offset) - self._start
+
+    def readinto(self, buffer: Any, /) -> int:
+        left = max(self._length - self.tell(), 0)
+        return self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+
+
 def _loader(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     def load() -> Tensor:
-        with open(path, "rb") as file:
-            file.seek(start)
-            blob = io.BytesIO(file.read(length))
         try:
-            tensor = torch.load(blob, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:
+                window = cast(IO[bytes], _Window(file, start, length))
+                tensor = torch.load(window, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
         require(

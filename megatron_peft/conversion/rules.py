@@ -93,7 +93,13 @@ class Rule(ABC):
 
     @torch.no_grad()
     def write(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The Hugging Face tensors, from the local tensors of all ranks in order (a global tensor is `[tensor]`)."""
+        """The Hugging Face tensors, from the local tensors of all ranks in order (a global tensor is `[tensor]`).
+
+        One that is a global tensor as it stands, but for padding, shares its memory.
+        """
+        whole = list(self.pieces(shards[0], 0, 1)) if len(shards) == len(self.parts) == 1 else []
+        if len(whole) == 1:
+            return {whole[0].name: whole[0].view.reshape(self.parts[0].shape)}
         tensors = {part.name: shards[0].new_empty(part.shape) for part in self.parts}
         for rank, shard in enumerate(shards):
             for piece in self.pieces(shard, rank, len(shards)):

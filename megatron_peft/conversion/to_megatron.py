@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -151,7 +152,7 @@ def _widest(rule: Rule, source: Source) -> torch.dtype:
 
 def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Callable[[int], None]) -> None:
     writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_checksums():
         warnings.simplefilter("ignore")  # that there is no process group: it is not needed
         try:
             torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(shares, source, advance), no_dist=True)
@@ -160,6 +161,17 @@ def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Calla
             raise cause from error
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
     torch.save({}, folder / "common.pt")  # where Megatron keeps what is no tensor: here config.json says it
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.save computes a checksum of each tensor, a sixth of all time, and torch.load never looks at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Planner(SavePlanner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.distributed_files import _Window, open_distributed
 from tests.conversion.megatron_folders import save_distributed
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.weight": torch.arange(5).bfloat16()}
@@ -39,6 +40,15 @@ def test_any_box_is_read(folder: Path) -> None:
     box = torch.zeros(2, 2)
     assert open_distributed(folder)["a.weight"].fill(box, (1, 2)) == 48  # the whole tensor was stored as one
     assert torch.equal(box, TENSORS["a.weight"][1:, 2:])
+
+
+def test_a_window_is_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"before[inside]after")
+    with open(tmp_path / "file", "rb") as file:
+        window = _Window(file, 7, 6)
+        assert window.read() == b"inside" and window.read() == b""
+        assert window.seek(-4, io.SEEK_END) == 2 and window.read(2) == b"si" and window.tell() == 4
+        assert window.seek(-1, io.SEEK_CUR) == 3 and window.read(9) == b"ide"
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:

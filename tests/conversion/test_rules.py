@@ -156,3 +156,10 @@ def test_only_the_vocabulary_may_have_rows_to_spare() -> None:
     assert not embedding.accepts((2, 3), size=2) and not embedding.accepts((64, 4), size=2)
     fused = FusedRows("f", (Part("f", (6, 3)),), num_groups=None)
     assert fused.accepts((3, 3), size=2) and not fused.accepts((4, 3), size=2)
+
+
+def test_a_whole_tensor_is_written_without_a_copy() -> None:
+    rules = rules_for(ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64))
+    whole = torch.zeros(12, 5)  # padded
+    (written,) = rules["output_layer.weight"].write([whole]).values()
+    assert written.shape == (10, 5) and written.data_ptr() == whole.data_ptr()

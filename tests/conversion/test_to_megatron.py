@@ -139,6 +139,12 @@ def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
+def test_settings_of_torch_are_left_as_they_were(original: Path, tmp_path: Path) -> None:
+    assert torch.serialization.get_crc32_options()
+    hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    assert torch.serialization.get_crc32_options()
+
+
 def test_padding_to_a_multiple_of_nothing_is_refused(original: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--make-vocab-size-divisible-by 0"):
         hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=0, progress=False)
