@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,7 +128,7 @@ class _FrozenLinear(torch.autograd.Function):
         branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
         call = ctx.call
         grad_z, dD = (grad, None) if D is None else rotation_gradients(grad, D, kept, kept_is_output=A is None)
-        du = None if A is None else (grad @ B).mul_(ctx.scale)
+        du: Any = None if A is None else (grad @ B).mul_(ctx.scale)
         if call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
             wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
@@ -176,7 +177,7 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
     return (y if call.bias is None else y + call.bias), kept
 
 
-def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
+def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Any, mask: Tensor | None) -> Tensor:
     """dz W + mask (du A)."""
     if du is None:
         return grad_z @ weight
@@ -185,7 +186,7 @@ def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Tensor
     return dx
 
 
-def _add_branch(dx: Tensor, du: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
+def _add_branch(dx: Tensor, du: Tensor | None, A: Any, mask: Tensor | None) -> Tensor:
     """dx + mask (du A), in place where nothing has to be masked."""
     if du is None:
         return dx

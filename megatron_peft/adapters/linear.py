@@ -93,8 +93,11 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         self.adapter = None
         self.layout = LinearLayout("row", output_size, input_size, self.tp_group)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # [s, b, in / t] -> [s, b, out] or [s / t, ...]
-        """(y, bias); the adapter decides what is summed over the ranks, and acts before or after it."""
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[s, b, in / t] -> [s, b, out], or [s / t, b, out] under sequence parallelism.
+
+        Returns (y, bias). The adapter decides what is summed over the ranks, and acts before or after it.
+        """
         if self.adapter is None:
             return super().forward(input_)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"

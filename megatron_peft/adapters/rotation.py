@@ -47,7 +47,8 @@ class BlockRotation(nn.Module):
 
     def __init__(self, layout: LinearLayout, side: Side, group_size: int, name: str, flags: str) -> None:
         super().__init__()
-        self.layout, self.side, self.group_size = layout, side, group_size
+        self.layout, self.group_size = layout, group_size
+        self.side: Side = side
         held = layout.num_local_features(side)
         require(
             held % group_size == 0,

@@ -146,7 +146,7 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
         tensor_parallel_size=setting.tensor_parallel,
         progress=False,
     )
-    return chunks, report
+    return list(chunks), report
 
 
 def frozen_step(setting: Setting) -> Step:

@@ -38,10 +38,11 @@ def _entries(catalog: bytes) -> Iterator[tuple[str, str]]:
         if magic != MAGIC:
             raise ValueError(f"magic number {magic:#x}")
         for index in range(count):
-            yield tuple(
+            original, translation = (
                 _text(catalog, *struct.unpack_from(order + "2I", catalog, table + 8 * index))
                 for table in (originals_at, translations_at)
             )
+            yield original, translation
     except (struct.error, ValueError) as error:
         raise ConfigurationError(f"not a compiled gettext catalog (.mo): {error}.") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 BEFORE, AFTER, GUIDE = "#9aa5b1", "#1f6feb", "#d0d7de"
 COLUMNS = ("English", "Reference", "Before", "After")
@@ -87,7 +88,7 @@ def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
     texts = [[_wrapped(text) for text in (t.source, t.reference, t.before, t.after)] for t in translations]
     if not texts:
         return
-    table = axes.table(texts, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=(0, 0, 1, 1))
+    table = axes.table(texts, colLabels=COLUMNS, cellLoc="left", colLoc="left", bbox=Bbox.unit())
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     for (row, column), cell in table.get_celld().items():

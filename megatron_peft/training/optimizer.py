@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -59,7 +60,8 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
     overrides = get_standard_config_overrides(optimizer_config)
     ratio = config.peft.lora_plus_ratio
     if ratio != 1.0:
-        overrides[ParamKey(name=("*.adapter.B", "*.adapter.low_rank.B"))] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
+        names: Any = ("*.adapter.B", "*.adapter.low_rank.B")
+        overrides[ParamKey(name=names)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
             max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
         )
     rotation_lr = config.peft.rotation_lr(settings.lr)

@@ -55,13 +55,14 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
             say(f"LoRA-GA start: pass {passes} of 2, batch {index + 1} of {len(steps)}")
 
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    data_parallel: Any = parallel_state.get_data_parallel_group()
     report = start_from_gradients(
         model_chunks,
         config.peft,
         config.training.seed,
         replay,
         tensor_parallel,
-        parallel_state.get_data_parallel_group(),
+        data_parallel,
     )
     gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, report.energy)
