@@ -25,7 +25,7 @@ def test_captured_energy_is_that_of_the_exact_subspace(found):
         basis = found.A[name].double() * 3**0.5
         exact = torch.linalg.svdvals(G)[:RANK].square().sum()
         captured = (G @ basis.T).square().sum()
-        assert captured > 0.97 * exact, name  # of a random model: flat spectra are the hard case
+        assert captured > 0.95 * exact, name  # of a random model: flat spectra are the hard case
 
 
 def test_rows_are_orthonormal_with_the_norm_of_loras_own_start(found):

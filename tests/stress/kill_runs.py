@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_peft.checkpoint.folders import checkpoints, iteration_folder  # noqa: E402
+from megatron_peft.checkpoint.folders import TRACKER, checkpoints, iteration_folder  # noqa: E402
 from megatron_peft.checkpoint.manifest import damage  # noqa: E402
 from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.launch import free_port, world  # noqa: E402
@@ -149,7 +149,7 @@ def _wait_for_drafts(ranks: list[Rank], folder: Path, wanted: int, tally: Tally)
     give_up_at = time.monotonic() + SECONDS_WITHOUT_END
     while len(found) < wanted:
         found |= {path.name for path in folder.glob(".iter_*.draft")} - seen
-        tally.newest = max([tally.newest, *_iterations(folder)])
+        tally.newest = max(tally.newest, _published(folder))
         if any(rank.exit_code() is not None for rank in ranks):
             return False
         if time.monotonic() > give_up_at:
@@ -158,8 +158,10 @@ def _wait_for_drafts(ranks: list[Rank], folder: Path, wanted: int, tally: Tally)
     return True
 
 
-def _iterations(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*")]
+def _published(folder: Path) -> int:
+    """What the tracker names: a checkpoint counts from then on, not from its rename just before."""
+    tracker = folder / TRACKER
+    return int(tracker.read_text()) if tracker.exists() else -1
 
 
 def _check_folder(folder: Path, tally: Tally) -> None:
