@@ -114,7 +114,7 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "clip-grad": 1.0,
         "log-interval": 1,
         "lr-warmup-iters": 10,
-        "eval-interval": 40,
+        "eval-interval": 80,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [*words, "--pack-sequences", *METHOD_FLAGS.get(method, ())]
