@@ -13,16 +13,26 @@ TARGET = "tests.training.layout_runs:run_jobs"
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
+SHORT = {"train_iters": 8}  # LoRA and full fine-tuning run 20 steps
 METHODS = {
     "lora": {"peft": {"method": "lora", "lora_rank": 4}},
-    "boft": {"peft": {"method": "boft", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
-    "boft-input": {"peft": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}},
-    "lora-ga": {"peft": {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}},
+    "boft": {"peft": {"method": "boft", **GROUPS_OF_FOUR}, "optimizer": {"lr": 1e-2}, "training": SHORT},
+    "boft-input": {
+        "peft": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR},
+        "optimizer": {"lr": 1e-2},
+        "training": SHORT,
+    },
+    "lora-ga": {"peft": {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}, "training": SHORT},
     "hybrid": {
-        "peft": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "peft_lr_rotation": 2e-3, **GROUPS_OF_FOUR}
+        "peft": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "peft_lr_rotation": 2e-3, **GROUPS_OF_FOUR},
+        "training": SHORT,
     },
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
-    "lora-packed": {"peft": {"method": "lora", "lora_rank": 4}, "data_settings": {"pack_sequences": True}},
+    "lora-packed": {
+        "peft": {"method": "lora", "lora_rank": 4},
+        "data_settings": {"pack_sequences": True},
+        "training": SHORT,
+    },
 }
 ON_TWO_RANKS = {
     "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
