@@ -139,7 +139,10 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--ckpt-format torch", "--ckpt-format: invalid choice: 'torch'"),
         ("--bf16 true", "--bf16 takes no value, but true follows it."),
         ("--recompute-activations --recompute-granularity full", "contradict one another"),
-        ("--peft-method full --lora-rank 8", "--lora-rank belongs to --peft-method lora or lora-ga or hybrid, but the method is full"),
+        (
+            "--peft-method full --lora-rank 8",
+            "--lora-rank belongs to --peft-method lora or lora-ga or hybrid, but the method is full",
+        ),
         ("--peft-method full --peft-target-modules linear_qkv", "--peft-target-modules belongs to"),
         ("--sequence-parallel", "--tensor-model-parallel-size above 1"),
         ("--tensor-model-parallel-size 2", "1 processes cannot hold"),

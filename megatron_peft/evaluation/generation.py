@@ -163,7 +163,7 @@ def _without_sequence_parallelism(model: nn.Module) -> Iterator[None]:
     owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
     switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
     for owner, name in switched:
-        pass
+        setattr(owner, name, False)
     try:
         yield
     finally:
