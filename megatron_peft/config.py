@@ -238,10 +238,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW or SGD, its learning-rate schedule and its sharding. Units: rates per step, decay per unit of rate.
-
-    `extra` holds served fields of megatron-core's OptimizerConfig with no meaning of our own.
-    """
+    """AdamW or SGD, its learning-rate schedule and its sharding. Units: rates per step, decay per unit of rate."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-4
@@ -377,12 +374,12 @@ class RunConfig:
     def _check_batches(self, require: Requirements) -> None:
         replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
         step = self.training.micro_batch_size * replicas
+        below = self.global_batch_size // step * step
         require(
             self.global_batch_size % step == 0,
             f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
             f"{self.training.micro_batch_size} x {replicas} data-parallel ranks = {step}: "
-            f"use {max(step, self.global_batch_size // step * step)} or "
-            f"{(self.global_batch_size // step + 1) * step}.",
+            f"use {' or '.join(str(batch) for batch in (below, below + step) if batch)}.",
         )
         interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
         require(
