@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
@@ -50,30 +51,3 @@ class Boft(BlockRotation):
         """D = R - I, [k, g, g]."""
         R = compose(cayley(skew(self.Q, self.block_size)))
         return R - torch.eye(self.group_size, dtype=R.dtype, device=R.device)
-
-
-def skew(upper: Tensor, size: int) -> Tensor:  # [..., b (b - 1) / 2] -> [..., b, b]
-    """The skew-symmetric matrix with these numbers above its diagonal, row by row."""
-    row, column = torch.triu_indices(size, size, 1, device=upper.device)
-    Q = upper.new_zeros(*upper.shape[:-1], size, size)
-    Q[..., row, column] = upper
-    return Q - Q.transpose(-1, -2)
-
-
-def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
-    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q."""
-    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return 2 * torch.linalg.inv(identity - Q) - identity
-
-
-def compose(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
-    """R = B_m ... B_1 as dense blocks."""
-    num_groups, num_factors, count, size, _ = factors.shape
-    group_size = count * size
-    R = torch.eye(group_size, dtype=factors.dtype, device=factors.device).expand(num_groups, -1, -1)
-    for i in range(num_factors):
-        pairs = (num_groups, -1, 2, 2**i, size // 2, group_size)
-        rows = R.reshape(pairs).transpose(2, 3).reshape(num_groups, count, size, group_size)
-        mixed = factors[:, i] @ rows
-        R = mixed.reshape(num_groups, -1, 2**i, 2, size // 2, group_size).transpose(2, 3).reshape(R.shape)
-    return R

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.adapters.boft import cayley, compose, skew
+from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
-from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
+from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.progress import byte_bar
 from megatron_peft.conversion.rules import Rule
-from megatron_peft.conversion.to_huggingface import describe
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
 
 
 def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
@@ -92,17 +91,14 @@ def merge(
     base = base_of(adapters, pretrained_checkpoint)
     rules, weights = open_weights(base, shape)
     owned = owned_rules(rules, shape)
-    types = {name: dtype or weights.stored_type(rule) for name, rule in owned.items()}
-    specs = {part.name: TensorSpec(part.shape, types[name]) for name, rule in owned.items() for part in rule.parts}
-    with new_folder(output) as draft:
-        describe(draft, shape, [base], set(types.values()))
-        writer = SafetensorsWriter(draft, specs, max_shard_bytes)
-        with byte_bar("Merging", sum(spec.num_bytes for spec in specs.values()), progress) as advance:
-            for rule in owned.values():
-                for name, tensor in _merged(rule, weights, adapters, merger).items():
-                    writer.write(name, tensor)
-                    advance(specs[name].num_bytes)
-        writer.finish()
+    contents = Contents(
+        shape=shape,
+        rules=owned,
+        types={name: dtype or weights.stored_type(rule) for name, rule in owned.items()},
+        tensors=lambda rule: _merged(rule, weights, adapters, merger),
+        origins=[base],
+    )
+    write_huggingface(Path(output), contents, max_shard_bytes, "Merging", progress)
     return Path(output)
 
 

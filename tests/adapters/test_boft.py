@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.boft import Boft, cayley, compose, skew
+from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_peft.adapters.boft import cayley, compose, skew
+from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_mixed, frozen_linear_rotated
 from megatron_peft.adapters.rotation import rotate
 from tests.adapters.test_boft import Place

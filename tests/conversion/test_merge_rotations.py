@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_peft.adapters.boft import cayley, compose, skew
+from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.config import PeftConfig
 from megatron_peft.conversion.merge import mix, turn
 

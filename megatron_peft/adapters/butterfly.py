@@ -1,0 +1,42 @@
+"""The butterfly of BOFT: an orthogonal matrix out of small orthogonal blocks (eq. (3)-(6)). Tensors in, tensors out.
+
+    R = B_m ... B_1                                                                                 eq. (3)
+
+R is block-diagonal in groups of g = b 2^(m-1) features. Factor i (from 0) views a group as [., 2, 2^i, b/2] and mixes
+the pairs, eq. (4): its blocks act on the b features {pair} x {b/2}, at a stride of 2^i b/2. So m factors of b x b
+blocks reach every feature of the group.
+
+Letters: k groups, m factors, c = g / b blocks of a factor in a group, b block size, g features of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew(upper: Tensor, size: int) -> Tensor:  # [..., b (b - 1) / 2] -> [..., b, b]
+    """The skew-symmetric matrix with these numbers above its diagonal, row by row."""
+    row, column = torch.triu_indices(size, size, 1, device=upper.device)
+    Q = upper.new_zeros(*upper.shape[:-1], size, size)
+    Q[..., row, column] = upper
+    return Q - Q.transpose(-1, -2)
+
+
+def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
+    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q."""
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return 2 * torch.linalg.inv(identity - Q) - identity
+
+
+def compose(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
+    """R = B_m ... B_1 as dense blocks."""
+    num_groups, num_factors, count, size, _ = factors.shape
+    group_size = count * size
+    R = torch.eye(group_size, dtype=factors.dtype, device=factors.device).expand(num_groups, -1, -1)
+    for i in range(num_factors):
+        pairs = (num_groups, -1, 2, 2**i, size // 2, group_size)
+        rows = R.reshape(pairs).transpose(2, 3).reshape(num_groups, count, size, group_size)
+        mixed = factors[:, i] @ rows
+        R = mixed.reshape(num_groups, -1, 2**i, 2, size // 2, group_size).transpose(2, 3).reshape(R.shape)
+    return R
