@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.manifest import MANIFEST, damage
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.companions import CONFIG, config_of_shape, copy_companions, set_stored_type, write_config
 from megatron_peft.conversion.families import rules_for
+from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.megatron_weights import MegatronWeights, megatron_files, open_megatron
-from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
-from megatron_peft.conversion.progress import byte_bar
 from megatron_peft.conversion.rules import Rule
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, TensorSpec
-from megatron_peft.models.shape import ModelShape
-
-logger = logging.getLogger(__name__)
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
 
 
 def megatron_to_hf(
@@ -60,25 +56,22 @@ def megatron_to_hf(
     weights = open_megatron(files)
     rules = owned_rules(rules_for(shape), shape)
     weights.check(rules)
-    types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
-    specs = {part.name: TensorSpec(part.shape, types[rule.name]) for rule in rules.values() for part in rule.parts}
-    with new_folder(output) as draft:
-        describe(draft, shape, _origins(Path(input), files, pretrained_checkpoint), set(types.values()))
-        writer = SafetensorsWriter(draft, specs, max_shard_bytes)
-        with byte_bar("Converting", sum(spec.num_bytes for spec in specs.values()), progress) as advance:
-            for name, rule in rules.items():
-                advance(_convert(rule, weights, types[name], writer))
-        writer.finish()
+    contents = Contents(
+        shape=shape,
+        rules=rules,
+        types={name: dtype or weights.stored_type(rule) for name, rule in rules.items()},
+        tensors=lambda rule: _tensors(rule, weights, dtype),
+        origins=_origins(Path(input), files, pretrained_checkpoint),
+    )
+    write_huggingface(Path(output), contents, max_shard_bytes, "Converting", progress)
     return Path(output)
 
 
-def _convert(rule: Rule, weights: MegatronWeights, dtype: torch.dtype, writer: SafetensorsWriter) -> int:
-    """One parameter; returns its bytes."""
-    whole = torch.empty(rule.local_shape(1), dtype=dtype)
+def _tensors(rule: Rule, weights: MegatronWeights, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The Hugging Face tensors of one parameter."""
+    whole = torch.empty(rule.local_shape(1), dtype=dtype or weights.stored_type(rule))
     weights.read(rule, whole, 0, 1)
-    for part, tensor in rule.write([whole]).items():
-        writer.write(part, tensor)
-    return whole.numel() * whole.element_size()
+    return rule.write([whole])
 
 
 def _origins(input: Path, files: Path, pretrained_checkpoint: str | Path | None) -> Iterator[Path]:
@@ -89,14 +82,3 @@ def _origins(input: Path, files: Path, pretrained_checkpoint: str | Path | None)
     base = read_record(files).config.model.pretrained_checkpoint if (files / RECORD).is_file() else None
     if base is not None:
         yield Path(base)
-
-
-def describe(draft: Path, shape: ModelShape, origins: Iterable[Path], types: set[torch.dtype]) -> None:
-    """config.json and the tokenizer's files, from the first of the `origins` that has a config.json."""
-    origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
-    if origin is None:
-        logger.warning("no config.json was found: one is made from the shape, and there is no tokenizer beside it")
-        write_config(draft, config_of_shape(shape))
-    else:
-        copy_companions(origin, draft)
-    set_stored_type(draft, types)
