@@ -45,8 +45,9 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] = os.environ,
     read_shape: ShapeReader | None = None,
+    program: str = PROGRAM,
 ) -> RunConfig:
-    """The configuration that `argv` (default: the process's own) asks for.
+    """The configuration that `argv` (default: the process's own) asks for; `program` is named in front of an error.
 
     The world size is `WORLD_SIZE` of `environ` (1 if it is missing). `read_shape` gives the shape of the model in a
     checkpoint folder, or raises ConfigurationError; with it, flags and layout are held against the model as well.
@@ -66,14 +67,16 @@ def parse_arguments(
     try:
         return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
     except ConfigurationError as error:
-        exit_with_error(error, environ)
+        exit_with_error(error, environ, program)
 
 
-def exit_with_error(error: ConfigurationError, environ: Mapping[str, str] = os.environ) -> NoReturn:
+def exit_with_error(
+    error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM
+) -> NoReturn:
     """Tell on rank 0 what is wrong, all of it in one message on stderr, and exit with 2 on every rank."""
     if _is_first_rank(environ):
         lines = error.problems if len(error.problems) == 1 else ("several things are wrong:", *error.problems)
-        print(f"{PROGRAM}: error: " + "\n  - ".join(lines), file=sys.stderr, flush=True)
+        print(f"{program}: error: " + "\n  - ".join(lines), file=sys.stderr, flush=True)
     else:
         _let_rank_0_speak()
     raise SystemExit(2)

@@ -9,6 +9,8 @@ import pytest
 
 from megatron_peft.argument_tables import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
+from tools.evaluate import FLAGS as EVALUATE_FLAGS
+from tools.generate import FLAGS as GENERATE_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -21,7 +23,8 @@ FOREIGN = set(
 
 def known_flags() -> set[str]:
     convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
-    return {name for served in served_flags() for name in served.names} | FOREIGN | convert
+    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS}
+    return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation
 
 
 def page_id(path: Path) -> str:

@@ -1,0 +1,65 @@
+"""Score a model on tasks of the language model evaluation harness.
+
+python tools/evaluate.py --load RUN --tasks TASK... --include-path FOLDER --output RESULTS.json
+torchrun --nproc-per-node N tools/evaluate.py ... splits the model; the layout's flags are those of pretrain_peft.py.
+
+Every other flag is one of pretrain_peft.py. With --load the model is what that run trained, and its flags need not be
+repeated; without it, the model of --pretrained-checkpoint. An evaluation that was stopped goes on where it was.
+docs/evaluation.md has the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+PROGRAM = "evaluate.py"
+FLAGS: dict[str, dict[str, Any]] = {
+    "--tasks": {"nargs": "+", "required": True, "metavar": "TASK", "help": "names of tasks, groups or tags"},
+    "--include-path": {"nargs": "+", "default": [], "metavar": "FOLDER", "help": "folders with task files (YAML)"},
+    "--output": {"required": True, "metavar": "FILE", "help": "results, as JSON; replaced at once when all is done"},
+    "--num-fewshot": {"type": int, "metavar": "N", "help": "examples before each question (default: the task's)"},
+    "--limit": {"type": float, "metavar": "N", "help": "first N questions of each task; below 1, that share of them"},
+    "--batch-size": {"type": int, "default": 16, "metavar": "N", "help": "requests in a forward of a replica (16)"},
+    "--apply-chat-template": {"action": "store_true", "help": "put the questions into the tokenizer's chat template"},
+    "--sampling-seed": {"type": int, "default": 1234, "metavar": "N", "help": "of answers that are drawn (1234)"},
+    "--log-samples": {"action": "store_true", "help": "also write every question and answer to OUTPUT.samples.jsonl"},
+    "--confirm-run-unsafe-code": {"action": "store_true", "help": "allow tasks that run code which a model wrote"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this program; those of pretrain_peft.py are left over."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, settings in FLAGS.items():
+        parser.add_argument(name, **settings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for whatever the user can put right: flags, tasks, folders, checkpoints."""
+    args, flags = build_parser().parse_known_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported
+
+    from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+    from megatron_peft.evaluation.run_flags import model_flags
+
+    from megatron_peft.arguments import parse_arguments
+    from megatron_peft.conversion.pretrained import read_model_shape
+    from megatron_peft.runtime.failure import run_together
+    from megatron_peft.runtime.launch import world
+
+    settings = HarnessSettings(**vars(args))
+    config = parse_arguments(model_flags(flags, PROGRAM), read_shape=read_model_shape, program=PROGRAM)
+    with world(config.parallel):
+        run_together(lambda: evaluate(config, settings), program=PROGRAM)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+r"""Answer a prompt, or a file of prompts, with a base model or a trained one.
+
+python tools/generate.py --load RUN --prompt "English: Open file\nFrench:" --stop "\n"
+python tools/generate.py --pretrained-checkpoint FOLDER --prompt-file prompts.jsonl --output answers.jsonl
+torchrun --nproc-per-node N tools/generate.py ... splits the model; the layout's flags are those of pretrain_peft.py.
+
+Every other flag is one of pretrain_peft.py. With --load the model is what that run trained, and its flags need not be
+repeated. docs/evaluation.md has the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+PROGRAM = "generate.py"
+FLAGS: dict[str, dict[str, Any]] = {
+    "--prompt": {"metavar": "TEXT", "help": "what to answer; the answer is shown as it grows"},
+    "--prompt-file": {"metavar": "FILE", "help": "a prompt a line, or JSON lines with prompt or messages (.jsonl)"},
+    "--output": {"metavar": "FILE", "help": "JSON lines of prompt and answers (default: the terminal)"},
+    "--max-new-tokens": {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"},
+    "--temperature": {"type": float, "default": 0.0, "metavar": "X", "help": "0 takes the likeliest token (0)"},
+    "--top-p": {"type": float, "default": 1.0, "metavar": "X", "help": "draw from the likeliest X of probability (1)"},
+    "--top-k": {"type": int, "default": 0, "metavar": "N", "help": "draw from the N likeliest tokens (0: all)"},
+    "--num-samples": {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt (1)"},
+    "--stop": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "TEXT",
+        "help": "an answer ends before these; \\n is a new line",
+    },
+    "--chat": {"action": "store_true", "help": "the prompt is what a user says: use the tokenizer's chat template"},
+    "--batch-size": {"type": int, "default": 16, "metavar": "N", "help": "answers that are generated together (16)"},
+    "--sampling-seed": {"type": int, "default": 1234, "metavar": "N", "help": "of answers that are drawn (1234)"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this program; those of pretrain_peft.py are left over."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, settings in FLAGS.items():
+        parser.add_argument(name, **settings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
+    args, flags = build_parser().parse_known_args(argv)
+
+    from megatron_peft.evaluation.answers import AnswerSettings, answer
+    from megatron_peft.evaluation.run_flags import model_flags
+
+    from megatron_peft.arguments import parse_arguments
+    from megatron_peft.conversion.pretrained import read_model_shape
+    from megatron_peft.runtime.failure import run_together
+    from megatron_peft.runtime.launch import world
+
+    settings = AnswerSettings(**vars(args))
+    config = parse_arguments(model_flags(flags, PROGRAM), read_shape=read_model_shape, program=PROGRAM)
+    with world(config.parallel):
+        run_together(lambda: answer(config, settings), program=PROGRAM)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
