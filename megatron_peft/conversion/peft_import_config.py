@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of a Hugging Face PEFT folder, as far as it describes a plain LoRA.
+"""The `adapter_config.json` of a Hugging Face PEFT folder, as far as it describes a plain LoRA or BOFT.
 
 Everything else is refused by name: what changes the computation, and what this version does not know.
 """
@@ -7,47 +7,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.peft_names import WAY_OUT
 from megatron_peft.models.huggingface_values import number, size, switch
 
-WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."
 ALL_LINEAR = "all-linear"
 
-# Values that leave a plain LoRA as it is. Starts that write to the base's weights (pissa, olora, corda, loftq, lora_ga)
-# are refused: the base without its adapter is then another model.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "task_type": (None, "CAUSAL_LM"),
-    "bias": (None, "none"),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
-}
-# Read below, or without a meaning for what the trained adapter computes.
-KNOWN = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
-    "peft_version", "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config",
-    "enable_lora",
-}  # fmt: skip
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of an adapter. `targets` decides which modules have it."""
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """Of a plain LoRA. `targets` decides which modules have it."""
-
-    rank: int
-    alpha: float
-    rank_stabilised: bool
-    dropout: float
     targets: Mapping[str, Any]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
     def is_targeted(self, module: str) -> bool:
         """Whether HF PEFT would put its LoRA on the module of this full name."""
@@ -65,42 +42,116 @@ class LoraSettings:
         return not layers or (layer is not None and int(layer[1]) in layers)
 
 
-def read_lora_settings(folder: Path) -> LoraSettings:
-    """ConfigurationError: no HF PEFT folder, not a plain LoRA, or numbers that are none."""
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
+    """Of a plain LoRA."""
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool
+    dropout: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoftSettings(Settings):
+    """Of a plain BOFT: blocks of a size, or as many a layer that it follows; the other is 0."""
+
+    block_size: int
+    num_blocks: int
+    num_factors: int
+    dropout: float
+
+    def block_size_of(self, in_features: int) -> int:
+        """In a layer of this many input features."""
+        return self.block_size or in_features // self.num_blocks
+
+
+def _lora_settings(config: Mapping[str, Any]) -> LoraSettings:
+    return LoraSettings(
+        targets=config,
+        rank=size(config, "r"),
+        alpha=number(config, "lora_alpha"),
+        rank_stabilised=switch(config, "use_rslora"),
+        dropout=config.get("lora_dropout") or 0.0,
+    )
+
+
+def _boft_settings(config: Mapping[str, Any]) -> BoftSettings:
+    by_size = bool(config.get("boft_block_size"))
+    return BoftSettings(
+        targets=config,
+        block_size=size(config, "boft_block_size") if by_size else 0,
+        num_blocks=0 if by_size else size(config, "boft_block_num"),
+        num_factors=size(config, "boft_n_butterfly_factor", 1),
+        dropout=config.get("boft_dropout") or 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of adapter.
+
+    Args:
+        read: its settings, of a config that asks for nothing else.
+        accepted: values that leave a plain adapter as it is.
+        known: fields that are read, or without a meaning for what the trained adapter computes.
+    """
+
+    read: Callable[[Mapping[str, Any]], LoraSettings | BoftSettings]
+    accepted: Mapping[str, tuple[Any, ...]]
+    known: frozenset[str]
+
+
+ACCEPTED: dict[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
+KNOWN = {
+    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision",
+    "base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "runtime_config",
+}  # fmt: skip
+OF_LORA = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "megatron_core", "qalora_group_size", "eva_config",
+    "ensure_weight_tying", "enable_lora",
+}  # fmt: skip
+OF_BOFT = {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"}
+# Starts of LoRA that write to the base's weights (pissa, olora, corda, loftq, lora_ga) are refused: the base without
+# its adapter is then another model.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+KINDS = {
+    "LORA": Kind(_lora_settings, ACCEPTED | {"init_lora_weights": PLAIN_STARTS}, frozenset(KNOWN | OF_LORA)),
+    "BOFT": Kind(_boft_settings, ACCEPTED | {"init_weights": (None, True, False)}, frozenset(KNOWN | OF_BOFT)),
+}
+
+
+def read_settings(folder: Path) -> LoraSettings | BoftSettings:
+    """ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or numbers that are none."""
     path = folder / ADAPTER_CONFIG
     config = _read_json(path)
-    kind = config.get("peft_type")
+    name = config.get("peft_type", "")
     require(
-        kind == "LORA",
+        name in KINDS,
         f"{path} describes no HF PEFT adapter: it has no peft_type. A run's --save folder needs no import: --load "
         f"opens it."
-        if kind is None
-        else f"{path} describes an adapter of type {kind}; only LORA can be imported. {WAY_OUT}",
+        if not name
+        else f"{path} describes an adapter of type {name}; only {' and '.join(KINDS)} can be imported. {WAY_OUT}",
     )
-    refused = sorted(key for key, value in config.items() if not _is_plain(key, value))
+    kind = KINDS[name]
+    refused = sorted(key for key, value in config.items() if not _is_plain(kind, key, value))
     told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
     require(not refused, f"{path} asks for what is not supported: {told}. {WAY_OUT}")
-    return _settings(path, config)
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Settings are off by default, so that one with nothing in it says nothing."""
-    return value in ACCEPTED[key] if key in ACCEPTED else key in KNOWN or not value
-
-
-def _settings(path: Path, config: Mapping[str, Any]) -> LoraSettings:
     wanted = config.get("target_modules")
     require(bool(wanted) and isinstance(wanted, str | list), f"{path} names no target_modules.")
     try:
-        return LoraSettings(
-            rank=size(config, "r"),
-            alpha=number(config, "lora_alpha"),
-            rank_stabilised=switch(config, "use_rslora"),
-            dropout=config.get("lora_dropout") or 0.0,
-            targets=config,
-        )
+        return kind.read(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
+
+
+def _is_plain(kind: Kind, key: str, value: Any) -> bool:
+    """Settings are off by default, so that one with nothing in it says nothing."""
+    return value in kind.accepted[key] if key in kind.accepted else key in kind.known or not value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.record import read_record
-from megatron_peft.config import ModelConfig, ParallelConfig, require
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.conversion.megatron_weights import megatron_files
 from megatron_peft.conversion.pretrained import read_model_shape
 
@@ -170,9 +170,14 @@ def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
     except ImportError:
         require(False, f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft.")
         raise
-    return _trace_hugging_face(
-        PeftModel.from_pretrained(_transformers_model(subject.base), str(subject.folder)), tokens
-    )
+    try:
+        model = PeftModel.from_pretrained(_transformers_model(subject.base), str(subject.folder))
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"HF PEFT cannot open {subject.folder} ({' '.join(str(error).split())[:200]}). For BOFT with several "
+            f"factors it needs its CUDA extension."
+        ) from error
+    return _trace_hugging_face(model, tokens)
 
 
 def _transformers_model(folder: Path) -> Any:

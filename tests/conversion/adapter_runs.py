@@ -38,7 +38,16 @@ SOME_LAYERS: Settings = {
     },
 }
 BLOOM: Settings = {"model": {"pretrained_checkpoint": "bloom"}}
-RUNS = {"tp2": TP2, "pp2": merged(PP2, SOME_LAYERS), "bloom": merged(TP2, BLOOM)}
+# As HF PEFT knows it, of one factor and of three.
+BOFT: Settings = {"peft": {"method": "boft", "rotation_side": "input", "boft_block_size": 4, "boft_factors": 1}}
+BUTTERFLY: Settings = {"peft": {"boft_block_size": 2, "boft_factors": 3, "target_modules": ("linear_qkv", "*.0.*fc2")}}
+RUNS = {
+    "tp2": TP2,
+    "pp2": merged(PP2, SOME_LAYERS),
+    "bloom": merged(TP2, BLOOM),
+    "boft": merged(TP2, BOFT),
+    "butterfly": merged(PP2, BOFT, BUTTERFLY),
+}
 
 
 @dataclass(frozen=True)

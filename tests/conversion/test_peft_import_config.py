@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.peft_import_config import LoraSettings, read_lora_settings
+from megatron_peft.conversion.peft_import_config import LoraSettings, read_settings
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -19,14 +19,14 @@ MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("sel
 
 def read(folder: Path, **settings: Any) -> LoraSettings:
     (folder / "adapter_config.json").write_text(json.dumps({**PLAIN, **settings}))
-    return read_lora_settings(folder)
+    return read_settings(folder)
 
 
 def test_what_peft_itself_writes_is_plain(tmp_path: Path) -> None:
     LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True, lora_dropout=0.25).save_pretrained(
         tmp_path
     )
-    settings = read_lora_settings(tmp_path)
+    settings = read_settings(tmp_path)
     assert (settings.rank, settings.alpha, settings.dropout, settings.rank_stabilised) == (8, 16, 0.25, True)
     assert settings.scale == 16 / 8**0.5
 
@@ -51,9 +51,11 @@ def test_what_is_not_plain_is_named_with_the_way_out(settings: dict[str, Any], m
         read(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("kind", ["ADALORA", "IA3", "OFT", "BOFT", "PREFIX_TUNING"])
+@pytest.mark.parametrize("kind", ["ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING"])
 def test_other_types_are_named(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"an adapter of type {kind}; only LORA can be imported. Merge it"):
+    with pytest.raises(
+        ConfigurationError, match=f"of type {kind}; only LORA and BOFT can be imported. Merge it"
+    ):
         read(tmp_path, peft_type=kind)
 
 
@@ -76,12 +78,12 @@ def test_numbers_and_targets_are_checked(settings: dict[str, Any], message: str,
 def test_torn_config_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ConfigurationError, match=f"adapter_config.json {message}"):
-        read_lora_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_folder_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
-        read_lora_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 @pytest.mark.parametrize(

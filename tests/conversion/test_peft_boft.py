@@ -1,0 +1,239 @@
+"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
+from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.conversion.adapter_checkpoint import open_adapters
+from megatron_peft.conversion.peft_boft import from_huggingface, to_huggingface
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
+from megatron_peft.conversion.verify import verify
+from tests.conversion.adapter_runs import Moved, copy_run
+from tests.conversion.hf_butterfly import use_no_extension, use_pure_torch
+from tests.one_rank import one_rank
+
+IN, OUT = 64, 24
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with one_rank():
+        yield
+
+
+def our_layer(settings: PeftConfig) -> AdaptedColumnParallelLinear:
+    config: Any = TransformerConfig(num_layers=1, hidden_size=IN, num_attention_heads=1, perform_initialization=False)
+    config.linear_biases = {"linear_fc1"}
+    layer = AdaptedColumnParallelLinear(IN, OUT, config=config, init_method=None, tp_comm_buffer_name="fc1")
+    layer.requires_grad_(False)
+    layer.adapter = Boft(layer.layout, settings, "layer.adapter", 0, torch.float32)
+    return layer
+
+
+@pytest.mark.parametrize("factors", [1, 3])
+def test_layers_have_the_same_output_and_gradients(factors: int, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs_module = use_pure_torch(monkeypatch)
+    draw = torch.Generator().manual_seed(2)
+    config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=factors)
+    theirs = theirs_module.Linear(nn.Linear(IN, OUT), "default", config)
+    ours = our_layer(PeftConfig("boft", rotation_side="input", boft_block_size=8, boft_factors=factors))
+    D = theirs.boft_R["default"]
+    with torch.no_grad():
+        D.normal_(std=0.3, generator=draw)
+        ours.adapter.Q.copy_(from_huggingface(D))
+        for own, other in (
+            (ours.weight, theirs.base_layer.weight.normal_(std=IN**-0.5, generator=draw)),
+            (ours.bias, theirs.base_layer.bias),
+        ):
+            own.copy_(other)
+    x, weights = (torch.randn(5, 2, size, generator=draw) for size in (IN, OUT))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [ours(inputs[0])[0], theirs(inputs[1])]
+    for output in outputs:
+        (output * weights).sum().backward()
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
+    assert (inputs[0].grad - inputs[1].grad).abs().max() < 1e-5
+    # A number above the diagonal stands for two of theirs; they differentiate (D - D^T) / 2 in each.
+    torch.testing.assert_close(ours.adapter.Q.grad, 2 * from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_our_numbers_come_back_bit_for_bit(factors: int) -> None:
+    Q = torch.randn(3, factors, 2 ** (factors - 1), 6, generator=torch.Generator().manual_seed(0))
+    D = to_huggingface(Q, 4)
+    assert D.shape == (factors, 3 * 2 ** (factors - 1), 4, 4)
+    assert torch.equal(from_huggingface(D), Q)
+
+
+@pytest.mark.parametrize("run", ["boft", "butterfly"])
+def test_peft_computes_what_the_adapted_model_does(
+    run: str, moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pure_torch(monkeypatch)
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    assert verify(tmp_path / "adapter", moved.run(run)).logits.absolute < 1e-4
+    assert verify(tmp_path / "adapter", moved.base("base")).logits.absolute > 0.1
+
+
+def test_peft_finds_every_tensor_that_it_looks_for(
+    moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_no_extension(monkeypatch)
+    export_adapter(moved.run("boft"), tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(moved.base("base")), str(tmp_path / "adapter")
+    )
+    loaded = peft.get_peft_model_state_dict(model)
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert loaded.keys() == exported.keys() and len(exported) == 4 * 7 * 2
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+
+
+def test_several_factors_need_the_extension(
+    moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_no_extension(monkeypatch)
+    export_adapter(moved.run("boft"), tmp_path / "one")
+    assert capsys.readouterr().out == ""
+    export_adapter(moved.run("butterfly"), tmp_path / "three")
+    assert "HF PEFT opens this adapter only with its CUDA extension" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"HF PEFT cannot open .*three .*boft_R.* needs its CUDA extension"):
+        verify(tmp_path / "three", moved.run("butterfly"))
+
+
+def test_the_output_side_is_refused(moved: Moved, tmp_path: Path) -> None:
+    def turned(record: RunRecord) -> RunRecord:
+        peft = replace(record.config.peft, rotation_side="output")
+        return replace(record, config=replace(record.config, peft=peft))
+
+    run = copy_run(moved.run("boft"), tmp_path / "run", turned)
+    with pytest.raises(ConfigurationError, match=r"turned the output side .* HF PEFT's BOFT turns the input: .*merge"):
+        export_adapter(run, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("run", ["boft", "butterfly"])
+def test_export_and_import_give_the_run_back(
+    run: str, moved: Moved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    before, after = open_adapters(moved.run(run)), open_adapters(tmp_path / "run")
+    assert after.record.adapted_layers == before.record.adapted_layers
+    assert all(
+        torch.equal(after.tensor(layer, "Q"), before.tensor(layer, "Q")) for layer in after.record.adapted_layers
+    )
+    settings = before.record.config.peft
+    assert (
+        f"Load it with --finetune --peft-method boft --boft-block-size {settings.boft_block_size} --boft-factors "
+        f"{settings.boft_factors} --rotation-side input --peft-target-modules "
+    ) in capsys.readouterr().out
+
+
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """A BOFT of HF PEFT with random rotations."""
+    defaults = {"boft_block_size": 4, "target_modules": ["o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.BOFTConfig(**{**defaults, **settings}))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "boft_R" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"boft_block_num": 8, "boft_block_size": 0, "target_modules": ["down_proj"]},
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 3, "layers_to_transform": [1, 2]},
+    ],
+    ids=["blocks", "number of blocks", "butterfly"],
+)
+def test_imported_adapter_computes_what_it_does_in_peft(
+    settings: dict[str, Any], moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_pure_torch(monkeypatch)
+    adapter = make_adapter(moved.base("base"), tmp_path / "adapter", **settings)
+    import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
+    assert verify(tmp_path / "run", moved.base("base")).logits.absolute > 0.1
+
+
+def test_a_factor_that_was_not_trained_is_told(
+    moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_no_extension(monkeypatch)
+    adapter = make_adapter(
+        moved.base("base"),
+        tmp_path / "adapter",
+        boft_n_butterfly_factor=2,
+        boft_dropout=0.25,
+        target_modules=["o_proj"],
+    )
+    capsys.readouterr()
+    import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert capsys.readouterr().out.startswith(
+        "The adapter holds 1 butterfly factor instead of the 2 of its config: HF PEFT trains one where it lacks its "
+        "CUDA extension.\nboft_dropout=0.25 is left out: rotations have no dropout here.\nLoad it with --finetune "
+        "--peft-method boft --boft-block-size 4 --boft-factors 1 --rotation-side input"
+    )
+    assert read_run_record(tmp_path / "run").config.peft.boft_factors == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, r"q_proj, .*v_proj meet one input in .*linear_qkv, so they have one rotation"),
+        (
+            {"target_modules": ["gate_proj", "up_proj"]},
+            r"has one for .*gate_proj, .*up_proj, or different ones\. Merge",
+        ),
+        ({"boft_block_size": 0, "boft_block_num": 20}, r"boft_block_num=20 .* gives blocks of 6 and 8 features; all"),
+        ({"boft_block_size": 5, "target_modules": ["down_proj"]}, "--boft-block-size is 5; .* use an even size"),
+        ({"bias": "boft_only"}, 'asks for what is not supported: bias="boft_only"'),
+        ({"fan_in_fan_out": True}, "asks for what is not supported: fan_in_fan_out=true"),
+    ],
+    ids=["part of a fused layer", "different in a fused layer", "sizes", "odd", "bias", "transposed"],
+)
+def test_what_has_no_place_here_is_refused(
+    settings: dict[str, Any], message: str, moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_no_extension(monkeypatch)
+    adapter = make_adapter(moved.base("base"), tmp_path / "adapter", **settings)
+    if "fan_in_fan_out" in settings:  # HF PEFT puts it right for linear layers, in its config as well
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(ConfigurationError, match=message):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_scaled_outputs_are_refused(moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_no_extension(monkeypatch)
+    weights = make_adapter(moved.base("base"), tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = "base_model.model.model.layers.2.mlp.down_proj.boft_s"
+    tensors[name][3] = 1.5
+    save_file(tensors, weights)
+    with pytest.raises(ConfigurationError, match=rf"{name} .* scales output features by 1 to 1\.5; .* Merge it with"):
+        import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base("base"))
