@@ -95,6 +95,8 @@ HELP = {
     "lora_rs": "scale by alpha / sqrt(r) instead (rsLoRA)",
     "lora_plus_ratio": "learning rate of B over that of A (LoRA+)",
     "lora_ga_batches": "global batches of the gradient that LoRA-GA starts from",
+    "lora_ga_init": "LoRA-GA's start: aligned (A along the gradient, B zero), paper (eq. (8)) or original (as "
+    "published); the last two subtract a frozen copy of it",
     "rotation_side": "which side of a weight turns: R W, or W R^T as in Hugging Face PEFT",
     "boft_block_size": "b, the size of the orthogonal blocks",
     "boft_factors": "m, butterfly factors: groups of b 2^(m-1) features turn together",

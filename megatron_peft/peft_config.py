@@ -23,6 +23,7 @@ class PeftConfig:
     lora_rs: bool = False  # rank-stabilised: scale alpha / sqrt(r)
     lora_plus_ratio: float = 1.0  # learning rate of B over that of A
     lora_ga_batches: int = 8  # global batches that LoRA-GA starts from
+    lora_ga_init: Literal["aligned", "paper", "original"] = "aligned"  # what A and B start as
     rotation_side: Literal["output", "input"] = "output"  # R W, or W R^T as in HF PEFT
     boft_block_size: int = 8  # b
     boft_factors: int = 3  # m; groups of b 2^(m-1) features turn together
@@ -61,6 +62,11 @@ class PeftConfig:
     @property
     def starts_from_gradients(self) -> bool:
         return self.method in ("lora-ga", "hybrid")
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether B A starts away from zero, so that a frozen B0 A0 is subtracted to keep the pretrained function."""
+        return self.starts_from_gradients and self.lora_ga_init != "aligned"
 
     @property
     def adapts_mix(self) -> bool:

@@ -55,7 +55,7 @@ class Hybrid(nn.Module):
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
-        A, B, mask = self.low_rank.A, self.low_rank.B, self.low_rank.dropout_mask(x, call)
+        (A, B), mask = self.low_rank.factors(), self.low_rank.dropout_mask(x, call)
         scale, D = self.mix * self.low_rank.scale, (1 - self.mix) * self.rotation.changes()
         if self.layout.split == "column":
             return frozen_linear_mixed(x, A, B, D, scale, call, mask)

@@ -3,7 +3,10 @@
     y = W x + s B (A x)        A [r, in], B [out, r], s = alpha / r (rank-stabilised: alpha / sqrt(r))
 
 The paper calls our B its A in Algorithm 2, and our A its B. A starts Kaiming-uniform (a = sqrt 5, which is uniform in
-+-1 / sqrt(in)), B at zero, so the change starts at zero.
++-1 / sqrt(in)), B at zero, so the change starts at zero. Two starts of LoRA-GA begin with a product that is not zero
+and subtract a frozen copy of it; both products are one of width 2r:
+
+    y = W x + s (B A - B0 A0) x = W x + s [B, -B0] [A; A0] x
 
 Sharding follows the base's: what meets the split side of W is split with it, the other factor is whole on every rank
 (`LinearLayout`). Letters: s sequence, b batch, r rank; in and out are a rank's own.
@@ -21,6 +24,8 @@ from megatron_peft.config import PeftConfig, require
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.parallel.seeds import generator_for
 
+IS_NOT_DECAYED = "is_not_decayed"
+
 
 class LowRank(nn.Module):
     """The factors A and B of one adapted linear layer, and the layer's forward with them.
@@ -32,35 +37,71 @@ class LowRank(nn.Module):
         seed: of the run.
         dtype: of the parameters.
 
+    Attributes:
+        A, B: trained.
+        A0, B0: the start that is subtracted, sharded like A and B; buffers in the checkpoint, or None.
+
     Raises:
-        ConfigurationError: the rank is above the smaller side of W.
+        ConfigurationError: the rank is above the smaller side of W, or the start needs more singular vectors than that.
     """
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
-        rank, largest = peft.lora_rank, min(layout.out_features, layout.in_features)
-        require(
-            rank <= largest,
-            f"--lora-rank {rank} is above {largest}, the smaller side of {name.removesuffix('.adapter')} "
-            f"({layout.out_features} x {layout.in_features}): use at most {largest}.",
-        )
+        _check_rank(layout, peft, name)
+        rank = peft.lora_rank
         self.layout, self.scale, self.dropout = layout, peft.lora_scale, peft.lora_dropout
         device = torch.cuda.current_device()
         bound = layout.in_features**-0.5
         A = torch.empty(rank, layout.in_features).uniform_(-bound, bound, generator=generator_for(seed, f"{name}.A"))
         self.A = nn.Parameter(layout.slice_input(A).to(device, dtype, copy=True).contiguous())
         self.B = nn.Parameter(torch.zeros(layout.local_out_features, rank, dtype=dtype, device=device))
-        layout.mark_input(self.A)
-        layout.mark_output(self.B)
+        self.register_buffer("A0", torch.zeros_like(self.A.data) if peft.subtracts_start else None)
+        self.register_buffer("B0", torch.zeros_like(self.B.data) if peft.subtracts_start else None)
+        for A, B in self._pairs():
+            layout.mark_input(A)
+            layout.mark_output(B)
+        if peft.subtracts_start:  # decay pulls B A to zero, which is not where the change is zero
+            setattr(self.A, IS_NOT_DECAYED, True)
+            setattr(self.B, IS_NOT_DECAYED, True)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.A, self.B), *([(self.A0, self.B0)] if self.A0 is not None and self.B0 is not None else [])]
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Begin with these factors, the rank's own slices. Where the start is subtracted it is what is subtracted."""
+        for own_A, own_B in self._pairs():
+            own_A.copy_(A)
+            own_B.copy_(B)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to no change: B at zero where no start is subtracted, else both factors at the start."""
+        if self.A0 is None or self.B0 is None:
+            self.B.zero_()
+        else:
+            self.A.copy_(self.A0)
+            self.B.copy_(self.B0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the whole change: [A; A0] and [B, -B0] where a start is subtracted. [w, in], [out, w]."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = W x + s B (A x), W frozen. Row-parallel: both terms are reduced in the base's own sum."""
+        A, B = self.factors()
         mask = self.dropout_mask(x, call)
-        return call.reduce(frozen_linear_plus_low_rank(x, self.A, self.B, self.scale, call, mask))
+        return call.reduce(frozen_linear_plus_low_rank(x, A, B, self.scale, call, mask))
 
     def delta_weight(self) -> Tensor:  # -> [out, in]
-        """s B A, the rank's own slice of the change of W."""
-        return self.scale * (self.B @ self.A)
+        """s B A (less s B0 A0), the rank's own slice of the change of W."""
+        A, B = self.factors()
+        return self.scale * (B @ A)
 
     def dropout_mask(self, x: Tensor, call: FrozenLinearCall) -> Tensor | None:
         """Zeros and 1 / (1 - p), shaped like x; None without dropout.
@@ -74,3 +115,17 @@ class LowRank(nn.Module):
             return F.dropout(torch.ones_like(x), self.dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
             return F.dropout(torch.ones_like(x), self.dropout)
+
+
+def _check_rank(layout: LinearLayout, peft: PeftConfig, name: str) -> None:
+    rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
+    side = (
+        f"{smaller}, the smaller side of {name.removesuffix('.low_rank').removesuffix('.adapter')} "
+        f"({layout.out_features} x {layout.in_features})"
+    )
+    require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
+    require(
+        not peft.subtracts_start or peft.lora_ga_init != "original" or 2 * rank <= smaller,
+        f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {side}: use a "
+        f"rank of at most {smaller // 2}, or --lora-ga-init aligned or paper.",
+    )

@@ -62,9 +62,22 @@ def with_fixed_signs(triplets: Triplets, direction: Tensor, add_up: AddUp) -> Tr
     return Triplets(triplets.U * signs, triplets.S, triplets.V * signs)
 
 
-def squared_norm_estimate(Y: Tensor, variance: float, add_up: AddUp) -> float:
-    """|G|_F^2 estimated without bias from Y = G Omega, Omega's entries independent and of that variance."""
-    return float(add_up(Y.double().square().sum())) / (Y.shape[1] * variance)
+def squared_residual_estimate(Y: Tensor, variance: float, add_up: AddUp) -> float:
+    """|G - Q Q^T G|_F^2, what the sketch Y = G Omega leaves of G, by leaving out one column of Omega at a time.
+
+    G omega_i is independent of the basis of the other columns, and the square of what that basis leaves of it is
+    1 / [(Y^T Y)^-1]_ii. The mean over i is that of w - 1 columns without bias, so a little too large for w.
+
+    Args:
+        Y: [out, w].
+        variance: of Omega's independent entries.
+        add_up: the sum over the holders of Y's rows.
+    """
+    Y = Y.double()
+    eigenvalues, vectors = torch.linalg.eigh(add_up(Y.T @ Y))
+    floor = (NEGLIGIBLE * eigenvalues.max()).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    inverse_diagonal = (vectors.square() / eigenvalues.clamp_min(floor)).sum(1)
+    return float(inverse_diagonal.reciprocal().mean()) / variance
 
 
 def _inverse(values: Tensor, negligible: float) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 Side = Literal["output", "input"]  # of y = W x
 
@@ -71,23 +71,23 @@ class LinearLayout:
             return self.slice_output(whole)
         return whole if self.split == "column" else whole.chunk(self.group.size())[self.group.rank()]
 
-    def mark_groups(self, side: Side, parameter: nn.Parameter) -> None:
+    def mark_groups(self, side: Side, parameter: Tensor) -> None:
         """`mark_output` for a parameter over the groups of a side, [local groups, ...]."""
         if side == "output":
             self.mark_output(parameter)
         else:
             _mark_adapter(parameter, axis=0 if self.split == "row" else None, stride=1)
 
-    def mark_output(self, parameter: nn.Parameter) -> None:
+    def mark_output(self, parameter: Tensor) -> None:
         """Tell the optimizer and the gradient sums how `parameter` [local out, ...] is laid out."""
         _mark_adapter(parameter, axis=0 if self.split == "column" else None, stride=self.num_parts)
 
-    def mark_input(self, parameter: nn.Parameter) -> None:
+    def mark_input(self, parameter: Tensor) -> None:
         """The same for `parameter` [..., local in]."""
         _mark_adapter(parameter, axis=parameter.ndim - 1 if self.split == "row" else None, stride=1)
 
 
-def mark_split(parameter: nn.Parameter, axis: int | None, stride: int = 1) -> None:
+def mark_split(parameter: Tensor, axis: int | None, stride: int = 1) -> None:
     """Say on a parameter how it lies on the tensor-parallel ranks, as megatron-core does (which leaves it out for a
     weight that it does not initialise, in some of its versions).
 
@@ -100,7 +100,7 @@ def mark_split(parameter: nn.Parameter, axis: int | None, stride: int = 1) -> No
     parameter.partition_stride = stride  # type: ignore[attr-defined]
 
 
-def _mark_adapter(parameter: nn.Parameter, axis: int | None, stride: int) -> None:
+def _mark_adapter(parameter: Tensor, axis: int | None, stride: int) -> None:
     """`mark_split`, and: the gradients of a replicated factor are parts of a sum over the ranks."""
     mark_split(parameter, axis, stride)
     setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from megatron_peft.adapters.low_rank import IS_NOT_DECAYED
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import RunConfig, require
 
@@ -38,7 +39,7 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own.
 
-    Rotations have a rate of their own too, and no decay.
+    Rotations have a rate of their own too, and no decay; nor have factors whose start is subtracted.
     """
     settings = config.optimizer
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
@@ -64,6 +65,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         overrides[ParamKey(name=names)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
             max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
         )
+    overrides[ParamKey(attr=IS_NOT_DECAYED)] = ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
     rotation_lr = config.peft.rotation_lr(settings.lr)
     overrides[ParamKey(attr=IS_ROTATION)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
         max_lr=rotation_lr, min_lr=rotation_lr / settings.lr * settings.min_lr, wd_mult=0.0

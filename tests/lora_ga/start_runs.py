@@ -48,7 +48,7 @@ def exact_and_started(job: Job) -> Found:
     gradients = _exact_gradients(layers, replay)
     attach_adapters([chunk], config.peft, config.training.seed)
     groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    report = start_from_gradients([chunk], config.peft, config.training.seed, replay, *groups)
+    report = start_from_gradients([chunk], config.peft, config.training.seed, replay, 1, *groups)
     A, B = ({name: getattr(module.adapter, factor).detach() for name, module in layers.items()} for factor in "AB")
     return Found(gradients, A, B, report.energy)
 

@@ -8,7 +8,7 @@ import torch
 from megatron_peft.lora_ga.sketch import (
     leading_triplets,
     orthonormal_basis,
-    squared_norm_estimate,
+    squared_residual_estimate,
     with_fixed_signs,
 )
 
@@ -78,7 +78,20 @@ def test_signs_follow_the_direction():
     assert (direction.double() @ same.V > 0).all()
 
 
-def test_the_norm_is_estimated_without_bias():
-    G = decaying(decay=0.95)
-    omega = 0.3 * torch.randn(40, 4000, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    assert squared_norm_estimate(G @ omega, 0.09, alone) == pytest.approx(float(G.square().sum()), rel=0.05)
+def test_what_a_sketch_leaves_is_estimated():
+    """Over many sketches the estimate is the mean of what they leave."""
+    G = decaying(decay=0.9)
+    left, estimated = [], []
+    for seed in range(200):
+        omega = 0.3 * torch.randn(40, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        Q = orthonormal_basis(G @ omega[:, :-1], alone)
+        left.append(float((G - Q @ (Q.T @ G)).square().sum()))
+        estimated.append(squared_residual_estimate(G @ omega, 0.09, alone))
+    assert sum(estimated) == pytest.approx(sum(left), rel=0.05)
+
+
+def test_what_a_wide_enough_sketch_leaves_is_nothing():
+    G = decaying()[:, :6] @ torch.randn(6, 40, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    omega = torch.randn(40, 12, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    assert squared_residual_estimate(G @ omega, 1.0, alone) < 1e-9 * float(G.square().sum())
+    assert squared_residual_estimate(0 * G @ omega, 1.0, alone) == pytest.approx(0)
