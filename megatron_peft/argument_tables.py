@@ -74,10 +74,11 @@ METHODS_OF = {
     "lora_": ("lora", "lora-ga", "hybrid"),
     "lora_ga_": ("lora-ga", "hybrid"),
     "boft_": ("boft", "hybrid"),
-    "rotation_": ("boft", "hybrid"),
-    "peft_lr_rotation": ("boft", "hybrid"),
+    "urnn_": ("urnn", "hybrid"),
+    "rotation_": ("boft", "urnn", "hybrid"),
+    "peft_lr_rotation": ("boft", "urnn", "hybrid"),
     "hybrid_": ("hybrid",),
-    "target_modules": ("lora", "lora-ga", "boft", "hybrid"),
+    "target_modules": ("lora", "lora-ga", "boft", "urnn", "hybrid"),
 }
 
 # Our own fields, and Megatron's where megatron-core's dataclasses have no words for them.
@@ -94,6 +95,8 @@ HELP = {
     "lora_dropout": "dropout on the input of the low-rank part",
     "lora_rs": "scale by alpha / sqrt(r) instead (rsLoRA)",
     "lora_plus_ratio": "learning rate of B over that of A (LoRA+)",
+    "lora_max_norm_ratio": "after each step, scale the low-rank change of a weight down to at most this part of the "
+    "weight's own Frobenius norm",
     "lora_ga_batches": "global batches of the gradient that LoRA-GA starts from",
     "lora_ga_init": "LoRA-GA's start: aligned (A along the gradient, B zero), paper (eq. (8)) or original (as "
     "published); the last two subtract a frozen copy of it",
@@ -101,7 +104,16 @@ HELP = {
     "boft_block_size": "b, the size of the orthogonal blocks",
     "boft_factors": "m, butterfly factors: groups of b 2^(m-1) features turn together",
     "peft_lr_rotation": "learning rate of rotation parameters; default: --lr, in the Hybrid --lr / 8",
-    "hybrid_lambda": "the mixture: gradient (norms of the gradients before mixing), raw (the paper's), or fixed:X",
+    "boft_parametrization": "cayley: blocks are Cayley transforms; projection: blocks themselves are trained, and "
+    "each step ends at the nearest orthogonal ones",
+    "urnn_block_size": "real features that turn together; two of them make a complex one",
+    "urnn_update": "structured: phases and reflections are trained; riemannian: the unitary blocks, by the exponential "
+    "map with the plain gradient (needs a rate of its own: --peft-lr-rotation)",
+    "urnn_mode": "replace DISCARDS the pretrained weight of square layers and puts a unitary one in its place",
+    "hybrid_rotation": "the rotation that is mixed in",
+    "hybrid_lambda": "the mixture: gradient (norms of the gradients before mixing), rms (the same per parameter), "
+    "descent (what a step of each part gains), raw (the paper's norms), or fixed:X",
+    "hybrid_merge_interval": "fold the change into the weight after so many iterations and start the adapters again",
     "hybrid_lambda_ema": "weight of lambda's last value in its moving average",
     "train_data_path": "training data: *.json/*.jsonl with prompt and completion, messages or text; or indexed "
     "prefixes, optionally each after its weight",

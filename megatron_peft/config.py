@@ -370,6 +370,7 @@ class RunConfig:
             self._check_batches(require)
             self._check_schedule(require)
             self._check_memory_savers(require)
+            self._check_method(require)
 
     def _check_batches(self, require: Requirements) -> None:
         replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
@@ -421,6 +422,18 @@ class RunConfig:
         require(
             not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
             "--overlap-param-gather needs --overlap-grad-reduce.",
+        )
+
+    def _check_method(self, require: Requirements) -> None:
+        require(
+            not (self.peft.leaves_the_optimizer and self.optimizer.overlap_param_gather),
+            "--boft-parametrization projection and --urnn-update riemannian end a step on whole parameters, which "
+            "--overlap-param-gather has not gathered by then: leave it out, or use cayley or structured.",
+        )
+        require(
+            self.peft.hybrid_merge_interval is None or not self.model.bf16,
+            "--hybrid-merge-interval folds changes into weights that have to be kept in float32, which --bf16 does "
+            "not: leave out one of them.",
         )
 
     @property

@@ -7,7 +7,8 @@ from typing import Literal
 
 from megatron_peft.config_error import Requirements
 
-PEFT_METHODS = ("full", "lora", "lora-ga", "boft", "hybrid")
+PEFT_METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
+LAMBDA_RULES = ("gradient", "raw", "rms", "descent")
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -22,14 +23,21 @@ class PeftConfig:
     lora_dropout: float = 0.0
     lora_rs: bool = False  # rank-stabilised: scale alpha / sqrt(r)
     lora_plus_ratio: float = 1.0  # learning rate of B over that of A
+    lora_max_norm_ratio: float | None = None  # largest |s B A| / |W0|, Frobenius norms; None: unbounded
     lora_ga_batches: int = 8  # global batches that LoRA-GA starts from
     lora_ga_init: Literal["aligned", "paper", "original"] = "aligned"  # what A and B start as
     rotation_side: Literal["output", "input"] = "output"  # R W, or W R^T as in HF PEFT
     boft_block_size: int = 8  # b
     boft_factors: int = 3  # m; groups of b 2^(m-1) features turn together
+    boft_parametrization: Literal["cayley", "projection"] = "cayley"  # what the blocks are made of
+    urnn_block_size: int = 64  # real features of a group, two of them a complex one
+    urnn_update: Literal["structured", "riemannian"] = "structured"  # eq. (10), or eq. (11)-(12)
+    urnn_mode: Literal["multiply", "replace"] = "multiply"  # Q W, or Q in place of a square W
     peft_lr_rotation: float | None = None  # of rotation parameters; None: --lr, in the Hybrid --lr / 8
-    hybrid_lambda: str = "gradient"  # gradient, raw or fixed:X
+    hybrid_rotation: Literal["boft", "urnn"] = "boft"
+    hybrid_lambda: str = "gradient"  # one of LAMBDA_RULES, or fixed:X
     hybrid_lambda_ema: float = 0.9  # weight of lambda's last value
+    hybrid_merge_interval: int | None = None  # iterations after which the change is folded into W
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
@@ -38,16 +46,22 @@ class PeftConfig:
                 f"--peft-method {self.method} is not one of {', '.join(PEFT_METHODS)}.",
             )
             require.positive("lora_rank", "lora_alpha", "lora_plus_ratio")
-            require.positive("lora_ga_batches")
-            require.positive("boft_block_size", "boft_factors", "peft_lr_rotation")
+            require.positive("lora_ga_batches", "lora_max_norm_ratio")
+            require.positive("boft_block_size", "boft_factors", "urnn_block_size", "peft_lr_rotation")
+            require.positive("hybrid_merge_interval")
             require(
                 self.boft_block_size % 2 == 0,
                 f"--boft-block-size is {self.boft_block_size}; a butterfly mixes halves of a block: use an even size.",
             )
+            require(
+                self.urnn_block_size % 2 == 0,
+                f"--urnn-block-size is {self.urnn_block_size}; two real features make a complex one: use an even size.",
+            )
             require.fraction("lora_dropout", "hybrid_lambda_ema")
             require(
-                self.hybrid_lambda in ("gradient", "raw") or self._fixed_mix is not None,
-                f"--hybrid-lambda is {self.hybrid_lambda}; it is gradient, raw, or fixed:X with X between 0 and 1.",
+                self.hybrid_lambda in LAMBDA_RULES or self._fixed_mix is not None,
+                f"--hybrid-lambda is {self.hybrid_lambda}; it is {', '.join(LAMBDA_RULES)}, or fixed:X with X between "
+                f"0 and 1.",
             )
             require(
                 self.method != "hybrid" or self.rotation_side == "output",
@@ -67,6 +81,14 @@ class PeftConfig:
     def subtracts_start(self) -> bool:
         """Whether B A starts away from zero, so that a frozen B0 A0 is subtracted to keep the pretrained function."""
         return self.starts_from_gradients and self.lora_ga_init != "aligned"
+
+    @property
+    def leaves_the_optimizer(self) -> bool:
+        """Whether a step ends with an update of whole matrices on every rank: eq. (6), or eq. (11)-(12)."""
+        kinds = (self.method, self.hybrid_rotation if self.method == "hybrid" else "")
+        return ("boft" in kinds and self.boft_parametrization == "projection") or (
+            "urnn" in kinds and self.urnn_update == "riemannian"
+        )
 
     @property
     def adapts_mix(self) -> bool:

@@ -64,7 +64,10 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules)]
     for target in adapted:
         module = target.module
-        module.adapter = adapter(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+        made = adapter(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+        if peft.hybrid_merge_interval is not None:
+            made.keep_folded(module.weight)  # pyright: ignore[reportCallIssue]
+        module.adapter = made
     for chunk in model_chunks:
         start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]

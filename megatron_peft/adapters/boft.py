@@ -1,16 +1,14 @@
 """BOFT: the weight turned by a product of butterfly factors, each block-diagonal and orthogonal (eq. (3)-(6)).
 
-    W' = R W,   R = B_m ... B_1                                                                     eq. (3)
+    W' = R W (output side) or W R^T (input side),   R = B_m ... B_1                                 eq. (3)
 
-R is block-diagonal in groups of g = b 2^(m-1) features. Factor i (from 0) views a group as [., 2, 2^i, b/2] and mixes
-the pairs, eq. (4): its blocks act on the b features {pair} x {b/2}, at a stride of 2^i b/2. So m factors of b x b
-blocks reach every feature of the group with m g (b - 1) / 2 parameters instead of g (g - 1) / 2.
+`cayley`: a block is (I + Q)(I - Q)^-1 with Q skew-symmetric, given by the b (b - 1) / 2 numbers above its diagonal, so
+m factors have m g (b - 1) / 2 a group instead of g (g - 1) / 2. The paper puts its learning rate inside, Cayley(eta Q),
+which makes the true step eta^3: we don't. `projection`: the blocks themselves are trained, and each step ends at the
+nearest orthogonal ones, eq. (5)-(6). Both start at R = I.
 
-A block is Cayley(Q) = (I + Q)(I - Q)^-1 with Q skew-symmetric, given by the b (b - 1) / 2 numbers above its diagonal.
-Zeros give R = I. The paper puts its learning rate inside, Cayley(eta Q), which makes the true step eta^3: we don't.
-
-The factors are composed into dense g x g blocks once a forward (weights only), then one batched product turns the
-activations. Letters: k groups, m factors, c blocks of a factor in a group, b block size, g features of a group.
+The factors (`butterfly.py`) are composed into dense g x g blocks once a forward (weights only), then one batched
+product turns the activations. Letters: k groups, m factors, c blocks of a factor in a group, b block size.
 """
 
 from __future__ import annotations
@@ -18,14 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.butterfly import cayley, compose, skew
+from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 
 
-class Boft(BlockRotation):
-    """The Cayley parameters of one adapted linear layer.
+class Butterfly(BlockRotation):
+    """What both parametrizations share: shapes, and how blocks become a rotation.
 
     Args:
         layout: of the base weight.
@@ -43,11 +41,58 @@ class Boft(BlockRotation):
         flags = f"--boft-block-size {size} with --boft-factors {num_factors}"
         super().__init__(layout, peft.rotation_side, group_size, name, flags)
         self.block_size = size
-        shape = (self.num_local_groups, num_factors, group_size // size, size * (size - 1) // 2)
-        self.Q = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=torch.cuda.current_device()))
-        self.mark_rotation(self.Q)
+        self.shape = (self.num_local_groups, num_factors, group_size // size)
+
+    def blocks(self) -> Tensor:
+        """Of every factor, [k, m, c, b, b]; orthogonal."""
+        raise NotImplementedError
 
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g]."""
-        R = compose(cayley(skew(self.Q, self.block_size)))
+        R = compose(self.blocks())
         return R - torch.eye(self.group_size, dtype=R.dtype, device=R.device)
+
+
+class Boft(Butterfly):
+    """Cayley: Q [k, m, c, b (b - 1) / 2] is trained."""
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__(layout, peft, name, seed, dtype)
+        count = self.block_size * (self.block_size - 1) // 2
+        self.Q = nn.Parameter(torch.zeros(*self.shape, count, device=torch.cuda.current_device()))
+        self.mark_rotation(self.Q)
+
+    def blocks(self) -> Tensor:
+        return cayley(skew(self.Q, self.block_size))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.Q.zero_()
+
+
+class ProjectedBoft(Butterfly):
+    """Projection: the blocks P [k, m, c, b, b] are trained; `project` ends every step."""
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__(layout, peft, name, seed, dtype)
+        identity = torch.eye(self.block_size, device=torch.cuda.current_device())
+        self.P = nn.Parameter(identity.expand(*self.shape, -1, -1).clone(memory_format=torch.contiguous_format))
+        self.mark_rotation(self.P)
+
+    def blocks(self) -> Tensor:
+        return self.P
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.P.copy_(torch.eye(self.block_size, device=self.P.device))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """P <- the nearest orthogonal blocks, eq. (6)."""
+        self.P.copy_(nearest_orthogonal(self.P))
+
+
+def boft(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> Butterfly:
+    """The rotation that `--boft-parametrization` asks for."""
+    kinds = {"cayley": Boft, "projection": ProjectedBoft}
+    return kinds[peft.boft_parametrization](layout, peft, name, seed, dtype)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_peft.adapters.blocks import add_blocks
-from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.boft import boft
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     flat,
@@ -28,8 +28,11 @@ from megatron_peft.adapters.frozen_linear import (
     weight_gradient,
 )
 from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.adapters.urnn import urnn_rotation
 from megatron_peft.config import PeftConfig
-from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.parallel.layout import LinearLayout, mark_split
+
+ROTATIONS = {"boft": boft, "urnn": urnn_rotation}
 
 
 class Hybrid(nn.Module):
@@ -39,19 +42,45 @@ class Hybrid(nn.Module):
 
     Attributes:
         mix: lambda, a float32 scalar in the checkpoint.
+        num_kept: steps in which a gradient's norm was not finite, so that lambda kept its value.
+        folded_weight: the base's weight with changes folded in, or None (`--hybrid-merge-interval`).
 
     Raises:
         ConfigurationError: as `LowRank` and `Boft`.
     """
 
     mix: Tensor
+    num_kept: Tensor
+    folded_weight: Tensor | None
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.layout = layout
         self.low_rank = LowRank(layout, peft, f"{name}.low_rank", seed, dtype)
-        self.rotation = Boft(layout, peft, name, seed, dtype)
-        self.register_buffer("mix", torch.tensor(peft.initial_mix, device=torch.cuda.current_device()))
+        self.rotation = ROTATIONS[peft.hybrid_rotation](layout, peft, name, seed, dtype)
+        device = torch.cuda.current_device()
+        self.register_buffer("mix", torch.tensor(peft.initial_mix, device=device))
+        self.register_buffer("num_kept", torch.tensor(0, device=device), persistent=False)
+        self.register_buffer("folded_weight", None)
+
+    def keep_folded(self, weight: Tensor) -> None:
+        """Put the layer's weight into the checkpoint: from now on changes may be folded into it.
+
+        Args:
+            weight: [out, in], the base's own tensor; the buffer is a view of it, so a loaded checkpoint loads it.
+        """
+        self.folded_weight = weight.detach()
+        mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """W <- W + lambda s (B A) + (1 - lambda) (R - I) W, this rank's slice; the parts start again at no change."""
+        assert self.folded_weight is not None
+        weight, D = self.folded_weight, (1 - self.mix) * self.rotation.changes()
+        weight.add_(torch.bmm(D, weight.view(*D.shape[:2], -1)).view_as(weight))
+        weight.add_(self.mix * self.low_rank.delta_weight())
+        self.low_rank.restart()
+        self.rotation.restart()
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.boft import boft
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.adapters.urnn import urnn
 
-ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": Boft, "hybrid": Hybrid}
+ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": boft, "urnn": urnn, "hybrid": Hybrid}

@@ -49,17 +49,20 @@ class BlockRotation(nn.Module):
         super().__init__()
         self.layout, self.group_size = layout, group_size
         self.side: Side = side
-        held = layout.num_local_features(side)
+        layer, held = name.removesuffix(".adapter"), layout.num_local_features(side)
+        heads = layout.head_features if side == "output" else None
+        whole = heads or layout.num_features(side) // (layout.num_parts if side == "output" else 1)
+        here = ", ".join(str(size) for size in even_divisors(heads or held))
         require(
             held % group_size == 0,
-            f"{flags} gives groups of {group_size} features, but {name.removesuffix('.adapter')} holds {held} per rank "
-            f"at --tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}.",
+            f"{flags} gives groups of {group_size} features, but {layer} holds {held} per rank at "
+            f"--tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}. "
+            f"Groups that do: {here}{_elsewhere(layout, side, whole, group_size)}.",
         )
-        heads = layout.head_features if side == "output" else None
         require(
             heads is None or heads % group_size == 0,
-            f"{flags} gives groups of {group_size} features, but the heads of {name.removesuffix('.adapter')} have "
-            f"{heads}: groups must divide that, so that no head is mixed with another.",
+            f"{flags} gives groups of {group_size} features, but the heads of {layer} have {heads}: groups must divide "
+            f"that, so that no head is mixed with another. Groups that do, at any layout: {here}.",
         )
 
     def mark_rotation(self, parameter: nn.Parameter) -> None:
@@ -78,6 +81,10 @@ class BlockRotation(nn.Module):
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
         raise NotImplementedError
 
+    def restart(self) -> None:
+        """Back to R = I."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = R W x, or W R^T x."""
         return self.rotate_output(x, call) if self.side == "output" else self.rotate_input(x, call)
@@ -94,7 +101,23 @@ class BlockRotation(nn.Module):
         if call.sums_input_gradient:  # x is whole on every rank: its gradient is summed once, in front of R
             x = copy_to_tensor_model_parallel_region(x, group=call.group)
             call = replace(call, sums_input_gradient=False)
-        return call.reduce(frozen_linear(rotate(x, self.changes().transpose(1, 2)), call))
+        return call.reduce(frozen_linear(self.turn_input(x), call))
+
+    def turn_input(self, x: Tensor) -> Tensor:
+        """R^T x."""
+        return rotate(x, self.changes().transpose(1, 2))
+
+
+def even_divisors(number: int) -> list[int]:
+    """Sizes of the groups that can divide so many features."""
+    return [size for size in range(2, number + 1, 2) if number % size == 0]
+
+
+def _elsewhere(layout: LinearLayout, side: Side, whole: int, group_size: int) -> str:
+    """Where groups of this size would fit, for an error."""
+    sizes = range(1, layout.group.size() + 1)
+    fitting = [str(size) for size in sizes if whole % (size * group_size) == 0]
+    return f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(fitting)}" if fitting else ""
 
 
 def rotate(z: Tensor, D: Tensor, tokens: slice = slice(None)) -> Tensor:  # -> [s, b, k g]

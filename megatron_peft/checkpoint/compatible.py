@@ -11,7 +11,7 @@ from megatron_peft.config import PeftConfig, RunConfig, flag
 from megatron_peft.models.shape import ModelShape
 
 # Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.
-FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio"}
+FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio", "lora_max_norm_ratio"}
 SCHEDULE_FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",

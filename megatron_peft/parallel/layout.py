@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Side = Literal["output", "input"]  # of y = W x
 
@@ -64,6 +64,13 @@ class LinearLayout:
     def num_local_features(self, side: Side) -> int:
         """Of one part on this rank: what a group of features has to divide."""
         return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
+
+    def num_global(self, module: nn.Module) -> int:
+        """Numbers in a module's trained parameters over all ranks, replicated ones counted once."""
+        return sum(
+            parameter.numel() * (self.group.size() if parameter.tensor_model_parallel else 1)  # pyright: ignore[reportAttributeAccessIssue]
+            for parameter in module.parameters()
+        )
 
     def slice_groups(self, side: Side, whole: Tensor) -> Tensor:
         """This rank's part of a tensor over all groups of features of a side: [groups, ...] -> [own groups, ...]."""

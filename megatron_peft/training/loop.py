@@ -12,7 +12,7 @@ from megatron_peft.checkpoint.saver import Outcome
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
-from megatron_peft.training.mixture import mixture_summary
+from megatron_peft.training.mixture import mixtures
 from megatron_peft.training.progress import Progress
 from megatron_peft.training.signals import ExitSignals
 from megatron_peft.training.state import TrainingState
@@ -145,7 +145,14 @@ class _Run:
 
     def _record(self, report: StepReport) -> Record:
         position, (memory, peak) = self.state.position, memory_bytes()
-        mixture = mixture_summary(self.state)
+        mixture = mixtures(self.state)
+        if mixture is not None:
+            self.writer.write_layers(position.iteration, "lambda", mixture.by_layer)
+            if mixture.num_kept:
+                self.progress.message(
+                    f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
+                    f"were zero or not finite."
+                )
         return {
             "iteration": position.iteration,
             "epoch": self.data.train.epochs_at(position.consumed_samples),
@@ -153,7 +160,7 @@ class _Run:
             "consumed_tokens": position.consumed_tokens,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
-            **({"lambda": mixture} if mixture else {}),
+            **({"lambda": mixture.summary()} if mixture else {}),
             **self.interval.averages(),
             "memory_bytes": memory,
             "peak_memory_bytes": peak,

@@ -2,7 +2,8 @@
 
 One JSON object a log line. Fields (design: "Files under --save"): iteration, epoch (a fraction), consumed_samples,
 consumed_tokens, loss, learning_rate, grad_norm, step_seconds, tokens_per_second, memory_bytes, peak_memory_bytes, and
-validation_loss where it was measured.
+validation_loss where it was measured. The Hybrid's lambda of each layer goes to `lambda.jsonl`, one object a log line:
+{"iteration": N, "lambda": {"decoder.layers.0.self_attention.linear_qkv": 0.41, ...}}.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ class MetricsWriter:
         run_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._file: TextIO | None = None
+        self._layers_file: TextIO | None = None
+        self._folder = Path(save_dir) if is_writer and save_dir is not None else None
+        self._resumed_iteration = resumed_iteration
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_writer:
             return
-        if save_dir is not None:
-            self._file = _open_metrics(Path(save_dir) / METRICS_FILE, resumed_iteration)
+        if self._folder is not None:
+            self._file = _open_metrics(self._folder / METRICS_FILE, resumed_iteration)
         if logging.tensorboard_dir is not None:
             self._tensorboard = _open_tensorboard(logging.tensorboard_dir, resumed_iteration)
         if logging.wandb_project is not None:
@@ -71,15 +75,26 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=iteration)
 
+    def write_layers(self, iteration: int, name: str, by_layer: Mapping[str, float]) -> None:
+        """Write a number of each layer to `{name}.jsonl` and, one curve a layer, to TensorBoard."""
+        if self._folder is not None:
+            path = self._folder / f"{name}.jsonl"
+            self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration)
+            _append_line(self._layers_file, json.dumps(_finite({"iteration": iteration, name: by_layer})))
+        if self._tensorboard is not None:
+            for layer, value in by_layer.items():
+                self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
+
     def close(self) -> None:
         """Close what is open. Calling it twice is harmless."""
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._layers_file):
+            if file is not None:
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._layers_file = self._tensorboard = self._wandb = None
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -67,9 +67,13 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         )
     overrides[ParamKey(attr=IS_NOT_DECAYED)] = ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
     rotation_lr = config.peft.rotation_lr(settings.lr)
-    overrides[ParamKey(attr=IS_ROTATION)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
-        max_lr=rotation_lr, min_lr=rotation_lr / settings.lr * settings.min_lr, wd_mult=0.0
-    )
+    rotations: Any = {
+        "max_lr": rotation_lr,
+        "min_lr": rotation_lr / settings.lr * settings.min_lr,
+        "wd_mult": 0.0,
+        IS_ROTATION: True,
+    }
+    overrides[ParamKey(attr=IS_ROTATION)] = rotations
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )

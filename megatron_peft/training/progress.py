@@ -115,6 +115,4 @@ def _make_bar(console: Console) -> Bar:
 def _readings(
     record: Mapping[str, Any], fields: tuple[tuple[str, str, Callable[[Any], str]], ...], separator: str
 ) -> list[str]:
-    return [
-        f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None
-    ]
+    return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.training.folding import fold_if_due
 from megatron_peft.training.mixture import mix_from_gradients
 from megatron_peft.training.state import TrainingState
+from megatron_peft.training.update import update
 
 
 class NonFiniteError(RuntimeError):
@@ -82,8 +84,8 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
         _raise_non_finite(state, losses)
     mix_from_gradients(state)
     learning_rate = _learning_rate(state)
-    outcome: Any = state.optimizer.step()
-    _, grad_norm, _ = outcome
+    grad_norm = update(state)
+    fold_if_due(state)
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
         loss=summary.loss,
@@ -184,9 +186,7 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
     numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
     dist.all_reduce(numbers)
     loss_sum, num_tokens, num_positions, non_finite, stopping = numbers.tolist()
-    return _Summary(
-        loss_sum / max(num_tokens, 1), int(num_tokens), int(num_positions), non_finite > 0, stopping > 0
-    )
+    return _Summary(loss_sum / max(num_tokens, 1), int(num_tokens), int(num_positions), non_finite > 0, stopping > 0)
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
@@ -204,4 +204,4 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
 
 def _learning_rate(state: TrainingState) -> float:
     groups = state.optimizer.param_groups
-    return next((group["lr"] for group in groups if group.get("default_config", True)), 0.0)
+    return next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"])

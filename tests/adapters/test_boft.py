@@ -1,4 +1,4 @@
-"""BOFT: identity at zero, orthogonal, reaching every feature of a group, and Hugging Face PEFT's rotation."""
+"""BOFT's adapters: what a rank holds, both parametrizations, and Hugging Face PEFT's rotation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.boft import Boft, ProjectedBoft, boft
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-
-BLOCK, FACTORS, GROUPS = 4, 3, 2
-SIZE = BLOCK * 2 ** (FACTORS - 1)
 
 
 class Place:
@@ -28,36 +25,6 @@ class Place:
 
     def size(self) -> int:
         return self._size
-
-
-def parameters(scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (GROUPS, FACTORS, SIZE // BLOCK, BLOCK * (BLOCK - 1) // 2)
-    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def rotation(Q: torch.Tensor) -> torch.Tensor:
-    return compose(cayley(skew(Q, BLOCK)))
-
-
-def test_zero_is_the_identity_exactly():
-    assert torch.equal(rotation(torch.zeros_like(parameters())), torch.eye(SIZE, dtype=torch.float64).expand(2, -1, -1))
-
-
-def test_blocks_are_orthogonal_and_reach_every_feature():
-    R = rotation(parameters())
-    torch.testing.assert_close(R @ R.mT, torch.eye(SIZE, dtype=torch.float64).expand_as(R))
-    assert (R.abs() > 1e-6).all()
-
-
-def test_one_factor_is_block_diagonal():
-    R = compose(cayley(skew(parameters()[:, :1], BLOCK)))
-    inside = torch.block_diag(*[torch.ones(BLOCK, BLOCK)] * (SIZE // BLOCK)).bool()
-    assert (R[:, ~inside] == 0).all() and (R[:, inside] != 0).all()
-
-
-def test_gradients():
-    torch.autograd.gradcheck(rotation, parameters(0.3).requires_grad_())
 
 
 def layout(split: str, size: int = 1, heads: int | None = None) -> LinearLayout:
@@ -91,6 +58,26 @@ def test_groups_that_do_not_divide_are_refused():
         adapter(layout("column", 2), boft_block_size=4, boft_factors=4)
     with pytest.raises(ConfigurationError, match="the heads of decoder.layers.0.linear have 12"):
         adapter(layout("column", heads=12), boft_block_size=4, boft_factors=2)
+
+
+def projected(split: str = "column") -> ProjectedBoft:
+    cpu.install()
+    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, boft_parametrization="projection")
+    made = boft(layout(split), peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
+    assert isinstance(made, ProjectedBoft)
+    return made
+
+
+def test_projected_blocks_start_at_the_identity_and_end_a_step_orthogonal():
+    adapter = projected()
+    assert (adapter.changes() == 0).all() and adapter.P.shape == (6, 2, 2, 4, 4)
+    with torch.no_grad():
+        adapter.P += 0.05 * torch.randn(adapter.P.shape, generator=torch.Generator().manual_seed(0))
+    U, _, Vh = torch.linalg.svd(adapter.P.detach().double())
+    adapter.project()
+    torch.testing.assert_close(adapter.P.detach(), (U @ Vh).float(), atol=1e-6, rtol=0)
+    R = adapter.changes() + torch.eye(8)
+    torch.testing.assert_close(R @ R.mT, torch.eye(8).expand_as(R), atol=1e-6, rtol=0)
 
 
 class PureBlockDiagonal:

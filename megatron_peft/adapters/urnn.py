@@ -1,0 +1,167 @@
+"""uRNN: the weight turned by blocks that are unitary over pairs of features (eq. (10)-(12), Algorithm 1).
+
+    W' = Q W (output side) or W Q^H (input side),   Q = diag(Q_1, ..., Q_k)
+
+`structured`: Q = U(theta) U(theta_0)^H with U of eq. (10), trained in theta. `riemannian`: the block U itself is the
+parameter, and eq. (11)-(12) move it on the unitary group in place of the optimizer's own rule. Both start at the
+identity; a group is `--urnn-block-size` real features, half as many complex ones.
+
+`--urnn-mode replace` (Algorithm 1, line 7 read literally): the weight of a square layer is Q, and the pretrained one is
+not used at all.
+
+Letters: k groups, n complex features of a group, g = 2n real ones; s sequence, b batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
+from megatron_peft.adapters.rotation import BlockRotation, rotate
+from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, random_theta
+from megatron_peft.config import PeftConfig, require
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.parallel.seeds import generator_for
+
+DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT (measured: tools/bench.py urnn-crossover)
+
+
+class StructuredUrnn(BlockRotation):
+    """The phases and reflections of one adapted linear layer.
+
+    Args:
+        layout: of the base weight.
+        peft: block size, side.
+        name: global name of the adapter; with `seed` it fixes theta_0 and Pi.
+        seed: of the run.
+        dtype: not used: rotations are in float32.
+
+    Attributes:
+        theta: [k, 7, n], trained; starts at theta_0.
+        start, permutation: theta_0 [k, 7, n] and Pi [n], buffers in the checkpoint.
+
+    Raises:
+        ConfigurationError: the block size does not divide what a rank holds.
+    """
+
+    start: Tensor
+    permutation: Tensor
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__(layout, peft.rotation_side, peft.urnn_block_size, name, _flags(peft))
+        size, num_groups = self.group_size // 2, layout.num_features(self.side) // self.group_size
+        generator, device = generator_for(seed, f"{name}.theta"), torch.cuda.current_device()
+        start = layout.slice_groups(self.side, random_theta(num_groups, size, generator)).to(device).contiguous()
+        self.theta = nn.Parameter(start.clone())
+        self.mark_rotation(self.theta)
+        self.register_buffer("start", start)
+        layout.mark_groups(self.side, self.start)
+        self.register_buffer("permutation", torch.randperm(size, generator=generator).to(device))
+
+    def changes(self) -> Tensor:
+        """D = Q - I, [k, g, g]."""
+        return as_real(change_from_start(self.theta, self.start, self.permutation))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.theta.copy_(self.start)
+
+    def rotate_output(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
+        """y = Q (W x)."""
+        if self.group_size <= DENSE_UP_TO:
+            return super().rotate_output(x, call)
+        z = call.reduce(frozen_linear(x, replace(call, bias=None)))
+        y = self._turn(z, call.own_tokens(z.shape[0] * z.shape[1]), inverse=False)
+        return y if call.bias is None else y + call.bias
+
+    def turn_input(self, x: Tensor) -> Tensor:
+        """Q^H x."""
+        return super().turn_input(x) if self.group_size <= DENSE_UP_TO else self._turn(x, slice(None), inverse=True)
+
+    def _turn(self, x: Tensor, tokens: slice, inverse: bool) -> Tensor:
+        return rotate_by_fourier(x, self.theta, self.start, self.permutation, tokens, inverse)
+
+
+class RiemannianUrnn(BlockRotation):
+    """The unitary blocks of one adapted linear layer, moved by `move` and not by the optimizer's rule.
+
+    Args: as for `StructuredUrnn`.
+
+    Attributes:
+        U: [k, n, n, 2], real and imaginary parts; the identity at the start.
+    """
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__(layout, peft.rotation_side, peft.urnn_block_size, name, _flags(peft))
+        size = self.group_size // 2
+        identity = torch.eye(size, dtype=torch.complex64, device=torch.cuda.current_device())
+        blocks = identity.expand(self.num_local_groups, size, size)
+        self.U = nn.Parameter(torch.view_as_real(blocks).clone(memory_format=torch.contiguous_format))
+        self.mark_rotation(self.U)
+
+    def changes(self) -> Tensor:
+        """D = U - I, [k, g, g]."""
+        R = as_real(torch.view_as_complex(self.U))
+        return R - torch.eye(self.group_size, dtype=R.dtype, device=R.device)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.U.zero_()
+        self.U[..., 0].diagonal(dim1=-2, dim2=-1).fill_(1)
+
+    @torch.no_grad()
+    def move(self, before: Tensor, gradient: Tensor, rate: Tensor | float) -> None:
+        """U <- exp(-rate S) U from the U and the gradient of before the step, both [k, n, n, 2]; eq. (11)-(12)."""
+        U, G = torch.view_as_complex(before), torch.view_as_complex(gradient)
+        self.U.copy_(torch.view_as_real(exponential_step(U, G, rate)))
+
+
+class UnitaryReplacement(nn.Module):
+    """y = Q x in place of a square row-parallel layer; the pretrained weight is not used.
+
+    A rank turns its own input features into the output features of the same numbers, and the layer's usual sum puts
+    the ranks' parts together.
+
+    Args: as for `StructuredUrnn`.
+
+    Raises:
+        ConfigurationError: the layer is not square and row-parallel.
+    """
+
+    def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        require(
+            layout.split == "row" and layout.out_features == layout.in_features,
+            f"--urnn-mode replace needs square layers, but {name.removesuffix('.adapter')} is {layout.out_features} x "
+            f"{layout.in_features}: give --peft-target-modules linear_proj, which is square where the heads fill the "
+            f"hidden size, or use --urnn-mode multiply.",
+        )
+        self.layout = layout
+        self.rotation = urnn_rotation(layout, replace(peft, rotation_side="input"), name, seed, dtype)
+
+    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
+        """y = Q x, in its place among the features of all ranks."""
+        y = rotate(x, self.rotation.changes())
+        before = self.layout.group.rank() * self.layout.local_in_features
+        after = self.layout.out_features - before - self.layout.local_in_features
+        return call.reduce(nn.functional.pad(y, (before, after)))
+
+
+def urnn(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The adapter that `--urnn-mode` and `--urnn-update` ask for."""
+    build = UnitaryReplacement if peft.urnn_mode == "replace" else urnn_rotation
+    return build(layout, peft, name, seed, dtype)
+
+
+def urnn_rotation(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> BlockRotation:
+    """The rotation that `--urnn-update` asks for."""
+    kinds = {"structured": StructuredUrnn, "riemannian": RiemannianUrnn}
+    return kinds[peft.urnn_update](layout, peft, name, seed, dtype)
+
+
+def _flags(peft: PeftConfig) -> str:
+    return f"--urnn-block-size {peft.urnn_block_size}"

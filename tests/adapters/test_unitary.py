@@ -1,0 +1,118 @@
+"""The structured unitary matrix: eq. (10) factor by factor, and the exponential map of eq. (11)-(12)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_peft.adapters.unitary import (
+    apply_structured,
+    apply_structured_inverse,
+    as_real,
+    change_from_start,
+    exponential_step,
+    orthogonality_error,
+    random_theta,
+    structured,
+    unitarised,
+)
+
+GROUPS, SIZE = 3, 8
+
+
+@pytest.fixture
+def theta() -> Tensor:
+    return random_theta(GROUPS, SIZE, torch.Generator().manual_seed(0)).double()
+
+
+@pytest.fixture
+def permutation() -> Tensor:
+    return torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def eq_10(theta: Tensor, permutation: Tensor) -> Tensor:
+    """Of one group, matrix by matrix as it is printed: D3 R2 F^-1 D2 Pi R1 F D1."""
+    j = torch.arange(SIZE)
+    F = torch.exp(-2j * torch.pi * (j[:, None] * j).double() / SIZE) / SIZE**0.5
+    D1, D2, D3 = (torch.diag(torch.exp(1j * phase)) for phase in theta[:3])
+    R1, R2 = (reflection(torch.complex(*theta[row : row + 2])) for row in (3, 5))
+    Pi = torch.eye(SIZE, dtype=F.dtype)[permutation]
+    return D3 @ R2 @ F.conj().T @ D2 @ Pi @ R1 @ F @ D1
+
+
+def reflection(v: Tensor) -> Tensor:
+    return torch.eye(SIZE, dtype=v.dtype) - 2 * torch.outer(v, v.conj()) / v.abs().square().sum()
+
+
+def test_it_is_equation_10_and_unitary(theta, permutation):
+    U = structured(theta, permutation)
+    for group in range(GROUPS):
+        torch.testing.assert_close(U[group], eq_10(theta[group], permutation))
+    assert orthogonality_error(U) < 1e-14
+
+
+def test_fourier_transforms_apply_the_same_matrix(theta, permutation):
+    U = structured(theta, permutation)
+    x = torch.randn(5, GROUPS, SIZE, dtype=torch.complex128, generator=torch.Generator().manual_seed(2))
+    y = apply_structured(x, theta, permutation)
+    torch.testing.assert_close(y, torch.einsum("kij,tkj->tki", U, x))
+    torch.testing.assert_close(apply_structured_inverse(y, theta, permutation), x)
+
+
+def test_at_the_start_nothing_changes_exactly(theta, permutation):
+    assert (change_from_start(theta.float(), theta.float(), permutation) == 0).all()
+
+
+def test_away_from_the_start_it_is_unitary(theta, permutation):
+    moved = theta + 0.3 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(3))
+    Q = change_from_start(moved, theta, permutation) + torch.eye(SIZE)
+    assert orthogonality_error(Q) < 1e-14 and (Q - torch.eye(SIZE)).abs().max() > 0.1
+
+
+def test_gradients_of_every_parameter(theta, permutation):
+    start = theta + 0.1
+    torch.autograd.gradcheck(lambda theta: change_from_start(theta, start, permutation), theta.requires_grad_())
+
+
+def test_the_real_matrix_does_the_same_to_pairs(theta, permutation):
+    U = structured(theta, permutation)
+    x = torch.randn(GROUPS, SIZE, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))
+    pairs = torch.view_as_real(x).flatten(1)
+    expected = torch.view_as_real(torch.einsum("kij,kj->ki", U, x)).flatten(1)
+    torch.testing.assert_close(torch.einsum("kij,kj->ki", as_real(U), pairs), expected)
+    assert orthogonality_error(as_real(U)) < 1e-14
+
+
+def skew_hermitian(norm: float) -> Tensor:
+    X = torch.randn(GROUPS, SIZE, SIZE, dtype=torch.complex128, generator=torch.Generator().manual_seed(5))
+    X = X - X.mH
+    return norm * X / torch.linalg.matrix_norm(X, 2)[:, None, None]
+
+
+def test_a_step_descends_and_stays_unitary():
+    """The loss Re tr(C^H U) falls by rate x |S|^2 / 2; with the paper's plus sign it would rise."""
+    U = torch.linalg.matrix_exp(skew_hermitian(2.0))
+    C = torch.randn(GROUPS, SIZE, SIZE, dtype=torch.complex128, generator=torch.Generator().manual_seed(6))
+
+    def loss(U: Tensor) -> Tensor:
+        return (C.conj() * U).real.sum()
+
+    rate, M = 1e-6, C @ U.mH  # C is the gradient, dL/dRe U + i dL/dIm U
+    predicted = -rate * (M - M.mH).abs().square().sum() / 2
+    moved = exponential_step(U, C, rate)
+    torch.testing.assert_close(loss(moved) - loss(U), predicted, rtol=1e-3, atol=0)
+    assert orthogonality_error(moved) < 1e-12
+
+
+def test_drift_is_mended():
+    U = torch.linalg.matrix_exp(skew_hermitian(1.0)) * 1.01
+    assert orthogonality_error(U) > 1e-2
+    assert orthogonality_error(unitarised(U)) < 1e-6
+
+
+@pytest.mark.parametrize("norm", [3.0, 50.0])
+def test_a_long_step_stays_unitary(norm):
+    U = torch.eye(SIZE, dtype=torch.complex64).expand(GROUPS, -1, -1)
+    moved = exponential_step(U, (norm * skew_hermitian(1.0)).to(torch.complex64), 1.0)
+    assert orthogonality_error(moved) < 1e-5

@@ -1,0 +1,155 @@
+"""uRNN's adapters: the identity at the start, their formula, and what may be replaced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_peft.adapters import urnn as module
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.rotation import IS_ROTATION
+from megatron_peft.adapters.unitary import as_real, orthogonality_error, structured
+from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, urnn
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime import cpu
+from tests.one_rank import Place
+
+OUT, IN = 48, 32
+NAME = "decoder.layers.0.linear.adapter"
+
+
+def made(split: str, out: int = OUT, place: Place | None = None, **settings):
+    cpu.install()
+    layout = LinearLayout(split, out, IN, place or Place(0, 1))  # type: ignore[arg-type]
+    return urnn(layout, PeftConfig("urnn", **{"urnn_block_size": 8, **settings}), NAME, 0, torch.bfloat16)
+
+
+def frozen(weight: torch.Tensor, bias: torch.Tensor | None = None, row: bool = False) -> FrozenLinearCall:
+    return FrozenLinearCall(weight, bias, False, False, Place(0, 1), keeps_tokens_whole=row)  # type: ignore[arg-type]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def move(adapter: StructuredUrnn | RiemannianUrnn) -> None:
+    if isinstance(adapter, RiemannianUrnn):
+        adapter.move(adapter.U.detach(), draw(*adapter.U.shape), 0.2)
+        return
+    with torch.no_grad():
+        adapter.theta += 0.2 * draw(*adapter.theta.shape)
+
+
+@pytest.mark.parametrize("update", ["structured", "riemannian"])
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("split", ["column", "row"])
+def test_it_starts_as_the_base_and_is_its_formula(split, side, update):
+    adapter = made(split, rotation_side=side, urnn_update=update)
+    weight, x, bias = draw(OUT, IN), draw(5, 2, IN), draw(OUT) if split == "column" else None
+    call = frozen(weight, bias, row=split == "row")
+    torch.testing.assert_close(adapter(x, call), torch.nn.functional.linear(x, weight, bias), rtol=0, atol=0)
+    move(adapter)
+    R = torch.block_diag(*adapter.changes()) + torch.eye(OUT if side == "output" else IN)
+    assert (R - torch.eye(len(R))).abs().max() > 0.01 and orthogonality_error(R) < 1e-5
+    turned = R @ weight if side == "output" else weight @ R.T
+    torch.testing.assert_close(adapter(x, call), torch.nn.functional.linear(x, turned, bias), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("split", ["column", "row"])
+def test_fourier_transforms_do_what_dense_blocks_do(monkeypatch, split, side):
+    adapter = made(split, rotation_side=side)
+    move(adapter)
+    weight, bias = draw(OUT, IN), draw(OUT) if split == "column" else None
+    found = []
+    for largest in (8, 4):
+        monkeypatch.setattr(module, "DENSE_UP_TO", largest)
+        x = draw(5, 2, IN).requires_grad_()
+        y = adapter(x, frozen(weight, bias, row=split == "row"))
+        found.append((y, *torch.autograd.grad((y * draw(5, 2, OUT)).sum(), [x, adapter.theta])))
+    for dense, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_the_factor_is_u_times_the_inverse_of_its_start():
+    adapter = made("column")
+    move(adapter)
+    U, U0 = (structured(theta, adapter.permutation) for theta in (adapter.theta, adapter.start))
+    torch.testing.assert_close(adapter.changes() + torch.eye(8), as_real(U @ U0.mH), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("update", ["structured", "riemannian"])
+def test_ranks_hold_slices_of_one_global_start(update):
+    whole = made("column", urnn_update=update)
+    parts = [made("column", place=Place(rank, 2), urnn_update=update) for rank in range(2)]
+    for name, parameter in whole.named_parameters():
+        split = [dict(part.named_parameters())[name] for part in parts]
+        assert torch.equal(torch.cat(split), parameter) and parameter.dtype == torch.float32
+        assert getattr(parameter, IS_ROTATION) and split[0].tensor_model_parallel
+    replicated = made("row", place=Place(1, 2), urnn_update=update)
+    assert all(parameter.partial_over_tensor_parallel for parameter in replicated.parameters())
+
+
+def test_parameters_a_group():
+    assert made("column").theta.shape == (6, 7, 4)  # 7 n for n = 4 complex features
+    assert made("column", urnn_update="riemannian").U.shape == (6, 4, 4, 2)
+
+
+@pytest.mark.parametrize("update", ["structured", "riemannian"])
+def test_a_replaced_layer_is_its_unitary_matrix(update):
+    adapter = made("row", out=IN, urnn_mode="replace", urnn_update=update)
+    x = draw(5, 2, IN)
+    assert isinstance(adapter, UnitaryReplacement)
+    torch.testing.assert_close(adapter(x, frozen(draw(IN, IN))), x)  # it starts as the identity, whatever W is
+    move(adapter.rotation)
+    R = torch.block_diag(*adapter.rotation.changes()) + torch.eye(IN)
+    torch.testing.assert_close(adapter(x, frozen(draw(IN, IN))), x @ R.T, atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_of_a_replaced_layer_add_up_to_it():
+    whole, x = made("row", out=IN, urnn_mode="replace"), draw(5, 2, IN)
+    parts = [made("row", out=IN, place=Place(rank, 2), urnn_mode="replace") for rank in range(2)]
+    with torch.no_grad():
+        whole.rotation.theta.add_(0.3)
+        for part in parts:
+            part.rotation.theta.add_(0.3)
+    summed = sum(part(own, frozen(draw(IN, IN // 2))) for part, own in zip(parts, x.chunk(2, -1), strict=True))
+    torch.testing.assert_close(summed, whole(x, frozen(draw(IN, IN))))
+
+
+def test_layers_that_are_not_square_are_not_replaced():
+    with pytest.raises(ConfigurationError, match=r"needs square layers, but decoder.layers.0.linear is 48 x 32: give"):
+        made("row", urnn_mode="replace")
+
+
+def test_group_sizes_that_would_fit_are_listed():
+    with pytest.raises(ConfigurationError) as error:
+        made("column", place=Place(0, 2), urnn_block_size=16)
+    assert "--urnn-block-size 16 gives groups of 16 features" in str(error.value)
+    assert "holds 24 per rank at --tensor-model-parallel-size 2" in str(error.value)
+    assert "Groups that do: 2, 4, 6, 8, 12, 24; groups of 16 fit at --tensor-model-parallel-size 1." in str(error.value)
+
+
+def test_odd_blocks_are_refused():
+    with pytest.raises(ConfigurationError, match="--urnn-block-size is 7; two real features make a complex one"):
+        PeftConfig("urnn", urnn_block_size=7)
+
+
+def test_fourier_rotation_keeps_one_output(monkeypatch):
+    monkeypatch.setattr(module, "DENSE_UP_TO", 4)
+    adapter, kept = made("row"), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    z = draw(50, 2, OUT)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        adapter._turn(z, slice(None), inverse=False)
+    assert sum(kept) == z.numel() + 2 * adapter.theta.numel() + adapter.permutation.numel()
+
+
+def test_structured_and_riemannian_are_what_the_flag_says():
+    assert isinstance(made("column"), StructuredUrnn)
+    assert isinstance(made("column", urnn_update="riemannian"), RiemannianUrnn)
