@@ -42,8 +42,8 @@ def score(config: RunConfig, output: Path) -> None:
     is_writer = dist.get_rank() == 0
     with Progress(disable=not is_writer) as progress:
         task = progress.add_task("translating", total=len(pairs))
-        (model,) = unwrap_model(state.model_chunks)
-        translations = translate(model, tokenizer, pairs, lambda done: progress.advance(task, done))
+        chunks = unwrap_model(state.model_chunks)
+        translations = translate(chunks, tokenizer, pairs, lambda done: progress.advance(task, done))
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
         Score(*corpus_bleu(translations, pairs), loss, trainable, translations).write(output)

@@ -9,24 +9,27 @@ from sacrebleu.metrics import BLEU
 
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.demo.pairs import Pair
-from megatron_peft.evaluation.generation import Greedy, generate
+from megatron_peft.evaluation.generation import GenerationSettings, generate
 
 MAX_NEW_TOKENS = 64  # two held-out references are longer; an untrained model may never end
 BATCH_SIZE = 64
 
 
 def translate(
-    model: GPTModel, tokenizer: Tokenizer, pairs: Sequence[Pair], report: Callable[[int], None] = lambda n: None
+    model_chunks: Sequence[GPTModel],
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    report: Callable[[int], None] = lambda n: None,
 ) -> tuple[str, ...]:
     """The model's French for each pair's English; `report` is told how many more messages are done."""
-    settings = Greedy(
-        eos_id=tokenizer.eos_id,
+    settings = GenerationSettings(
+        end_ids=frozenset({tokenizer.eos_id}),
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=BATCH_SIZE,
         is_complete=lambda ids: "\n" in tokenizer.decode(ids).lstrip(),  # an answer is one line
     )
     prompts = [tokenizer.encode_prompt(pair.prompt) for pair in pairs]
-    return tuple(first_line(tokenizer.decode(ids)) for ids in generate(model, prompts, settings, report))
+    return tuple(first_line(tokenizer.decode(ids)) for ids in generate(model_chunks, prompts, settings, report))
 
 
 def first_line(text: str) -> str:

@@ -1,171 +1,165 @@
-"""Greedy generation with a key-value cache, batched, at any tensor-parallel size.
+"""Generation with a key-value cache, batched, at any layout.
 
-Prompts of unequal length are padded on the left, so that every row's newest token stands in the last column. The
-padding is hidden from attention by a key mask; rotary and ALiBi positions are relative, so the shift changes nothing.
-Finished rows leave the batch: the longest answer alone pays for its length.
-
-Letters: b rows, s new positions of a forward, k positions in the cache.
+Rows that have ended leave the batch: the longest answer alone pays for its length. Equal prompts of a batch go through
+the model once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_peft.config import require
+from megatron_peft.evaluation.cache import CachedRows, left_padded
+from megatron_peft.evaluation.sampling import GREEDY, RandomStreams, Sampling, choose_tokens
+from megatron_peft.evaluation.stages import broadcast_from_last_stage
+from megatron_peft.evaluation.switches import inference
 
-# What modules and their configuration call it; static batching refuses all of it.
-SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+OnToken = Callable[[int, int], None]
 
 
 def never(ids: Sequence[int]) -> bool:
-    """Answers end at the end-of-sequence token or at their longest."""
+    """Answers end at an end token or at their longest."""
     return False
 
 
 @dataclass(frozen=True)
-class Greedy:
+class GenerationSettings:
     """How to generate.
 
     Args:
-        eos_id: ends an answer; it is not part of it.
+        end_ids: tokens that end an answer; they are not part of it.
         max_new_tokens: the longest answer.
         is_complete: asked after each token with the answer's ids so far; True ends it, its last token included.
-        batch_size: prompts that run together.
+        batch_size: answers that grow together, on each replica.
+        sampling: what tokens are drawn from.
+        seed: of everything that is drawn.
+        max_length: of prompt and answer together, in tokens; None for no limit.
     """
 
-    eos_id: int
+    end_ids: frozenset[int]
     max_new_tokens: int
     is_complete: Callable[[Sequence[int]], bool] = never
     batch_size: int = 32
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    max_length: int | None = None
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """The longest answer to a prompt, in tokens."""
+        limit = self.max_new_tokens if self.max_length is None else self.max_length - len(prompt)
+        return min(limit, self.max_new_tokens)
 
 
 def generate(
-    model: GPTModel, prompts: Sequence[Sequence[int]], settings: Greedy, report: Callable[[int], None] = lambda n: None
+    model_chunks: Sequence[GPTModel],
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    report: Callable[[int], None] = lambda n: None,
+    *,
+    names: Sequence[str] | None = None,
+    on_token: OnToken = lambda row, token: None,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token.
+    """An answer to each prompt, token by token.
 
     Args:
-        model: the whole model (one pipeline stage), not wrapped; every tensor-parallel rank calls this alike. It is
-            left as it was: training mode and sequence parallelism are off only meanwhile.
-        prompts: token ids, each at least one.
-        settings: when an answer ends.
+        model_chunks: this rank's part of the model, not wrapped; every rank of a replica calls this alike. They are
+            left as they were: training mode and sequence parallelism are off only meanwhile.
+        prompts: token ids, each at least one. One that stands there n times gets n answers.
+        settings: when an answer ends, and what tokens are drawn from.
         report: told how many prompts a batch finished.
+        names: of the random streams, one for each prompt; by default its number.
+        on_token: told (number of the prompt, id) of each new token, in time.
 
     Returns:
-        New ids of each prompt, in the order of the prompts, the same on every rank.
+        New ids of each prompt, in the order of the prompts, the same on every rank of the replica.
 
     Raises:
-        ConfigurationError: the model is split over pipeline stages, or a prompt is empty.
+        ConfigurationError: a prompt is empty.
     """
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    require(stages == 1, f"generation runs at --pipeline-model-parallel-size 1, not {stages}: tensor-parallel only.")
     require(all(prompts), "a prompt is empty: generation needs at least one token to start from.")
-    answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in a batch
-    with torch.no_grad(), _evaluating(model), _without_sequence_parallelism(model):
-        for start in range(0, len(prompts), settings.batch_size):
-            rows = by_length[start : start + settings.batch_size]
-            for row, answer in zip(rows, _continue(model, [prompts[row] for row in rows], settings), strict=True):
-                answers[row] = answer
-            report(len(rows))
-    return answers
+    streams = RandomStreams(settings.seed, names or [str(index) for index in range(len(prompts))])
+    answers = _Answers(prompts, settings, on_token)
+    running = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
+    by_length = sorted(
+        running, key=lambda index: (len(prompts[index]), tuple(prompts[index]))
+    )  # little padding in a batch
+    report(len(prompts) - len(running))
+    with inference(model_chunks):
+        for start in range(0, len(running), settings.batch_size):
+            batch = running[start : start + settings.batch_size]
+            for indices, logits in _grow(model_chunks, batch, answers):
+                draws = streams.draw(indices) if settings.sampling.temperature else None
+                answers.append(indices, _choose(logits, settings.sampling, draws, len(indices)))
+            report(len(batch))
+    return answers.ids
 
 
-def _continue(model: GPTModel, prompts: Sequence[Sequence[int]], settings: Greedy) -> list[list[int]]:
-    """Answers of one batch."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    batch = _Batch(model, prompts, settings.max_new_tokens)
-    running = list(range(len(prompts)))  # the prompt of each row of the batch
-    tokens = batch.prompt_tokens
-    for _ in range(settings.max_new_tokens):
-        tokens = batch.next_tokens(tokens)
-        kept = []
-        for row, (index, token) in enumerate(zip(running, tokens.flatten().tolist(), strict=True)):
-            if token == settings.eos_id:
-                continue
-            answers[index].append(token)
-            if not settings.is_complete(answers[index]):
-                kept.append(row)
-        if not kept:
-            break
-        if len(kept) < len(running):
-            running = [running[row] for row in kept]
-            tokens = batch.keep(kept, tokens)
-    return answers
+class _Answers:
+    """The answers so far, by the number of their prompt."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, on_token: OnToken) -> None:
+        self.prompts = prompts
+        self.settings = settings
+        self.ids: list[list[int]] = [[] for _ in prompts]
+        self._on_token = on_token
+        self._ended: set[int] = set()
+
+    def append(self, indices: Sequence[int], tokens: Sequence[int]) -> None:
+        for index, token in zip(indices, tokens, strict=True):
+            if token not in self.settings.end_ids:
+                self.ids[index].append(token)
+                self._on_token(index, token)
+            if token in self.settings.end_ids or self._is_complete(index):
+                self._ended.add(index)
+
+    def goes_on(self, index: int) -> bool:
+        return index not in self._ended
+
+    def _is_complete(self, index: int) -> bool:
+        answer = self.ids[index]
+        return len(answer) >= self.settings.room(self.prompts[index]) or self.settings.is_complete(answer)
 
 
-class _Batch:
-    """Rows that are generated together: the model's cache, and which of its positions are padding."""
+def _grow(
+    model_chunks: Sequence[GPTModel], batch: Sequence[int], answers: _Answers
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Runs one batch: yields rows that go on and the logits of their next token, until no row goes on.
 
-    def __init__(self, model: GPTModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        longest = max(map(len, prompts))
-        device = next(model.parameters()).device
-        self._model = model
-        self._cache = StaticInferenceContext(len(prompts), longest + max_new_tokens)
-        padding = [longest - len(prompt) for prompt in prompts]
-        self._padding = torch.tensor(padding, device=device)  # [b], on the left
-        self.prompt_tokens = torch.tensor(
-            [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)], device=device
-        )
-
-    def next_tokens(self, tokens: Tensor) -> Tensor:  # [b, s] -> [b, 1]
-        """The likeliest token after `tokens`, which follow what the cache holds."""
-        done = self._cache.sequence_len_offset
-        positions = torch.arange(done, done + tokens.shape[1], device=tokens.device)
-        logits = self._model(
-            input_ids=tokens,
-            position_ids=positions.expand_as(tokens),
-            attention_mask=self._hidden_keys(done + tokens.shape[1]),
-            inference_context=self._cache,
-            runtime_gather_output=True,
-        )  # [b, 1, vocabulary]: megatron-core computes the last position only
-        self._cache.increment_sequence_len_offset(tokens.shape[1])
-        return logits[:, -1:].argmax(-1)
-
-    def keep(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
-        """Drop all other rows, of `tokens` [b, 1] too."""
-        memory = self._cache.key_value_memory_dict
-        for layer, pair in memory.items():
-            memory[layer] = tuple(x[:, rows] for x in pair)
-        self._padding = self._padding[rows]
-        return tokens[rows]
-
-    def _hidden_keys(self, num_keys: int) -> Tensor:  # -> [b, 1, 1, k]
-        """True where a key is padding."""
-        keys = torch.arange(num_keys, device=self._padding.device)
-        return (keys < self._padding[:, None])[:, None, None]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def _without_sequence_parallelism(model: nn.Module) -> Iterator[None]:
-    """Switch it off in modules and configurations, and afterwards on again exactly where it was on.
-
-    megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may inherit.
+    Whoever asks for the next has appended a token to each.
     """
-    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
-    switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
-    for owner, name in switched:
-        setattr(owner, name, False)
-    try:
-        yield
-    finally:
-        for owner, name in switched:
-            setattr(owner, name, True)
+    prompts = [tuple(answers.prompts[index]) for index in batch]
+    distinct = list(dict.fromkeys(prompts))
+    tokens, padding = left_padded(distinct)
+    num_new = max(answers.settings.room(prompt) for prompt in distinct)
+    rows = CachedRows(model_chunks, padding, tokens.shape[1] + num_new)
+    logits = rows.forward(tokens)
+    if len(distinct) < len(prompts):
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        copies = [row_of[prompt] for prompt in prompts]
+        rows.keep(copies)
+        logits = None if logits is None else logits[copies]
+    running = list(batch)
+    while True:
+        yield running, logits
+        kept = [row for row, index in enumerate(running) if answers.goes_on(index)]
+        if not kept:
+            return
+        if len(kept) < len(running):
+            rows.keep(kept)
+            running = [running[row] for row in kept]
+        newest = [[answers.ids[index][-1]] for index in running]
+        logits = rows.forward(torch.tensor(newest, device=torch.cuda.current_device()))
+
+
+def _choose(logits: Tensor | None, sampling: Sampling, draws: Tensor | None, num_rows: int) -> list[int]:
+    """The next token of each row, from the logits [b, 1, v] of the last stage."""
+    if logits is None:
+        tokens = torch.empty(num_rows, dtype=torch.long, device=torch.cuda.current_device())
+    else:
+        tokens = choose_tokens(logits[:, -1], sampling, draws)
+    return broadcast_from_last_stage(tokens).tolist()

@@ -45,7 +45,7 @@ def test_an_answer_is_the_first_line_that_is_not_empty(says):
     prompts, generated, settings = says[0]
     assert prompts == ["English: Open file\nFrench:"]
     assert generated == "\n\n Ouvrir \n", "blank lines in front do not end an answer, the end of its line does"
-    assert settings.eos_id == 0
+    assert settings.end_ids == {0}
     assert reported == [1]
 
 

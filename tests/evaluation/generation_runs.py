@@ -1,81 +1,108 @@
-"""Greedy generation at several layouts; started on ranks by test_generation.py."""
+"""Answers and scores at several layouts in one world; started on ranks by the tests beside it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.checkpoint.parameters import sharded_parameters
+from megatron_peft.checkpoint.sharded_files import parts
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.loader import load_pretrained
-from megatron_peft.evaluation.generation import SEQUENCE_PARALLEL_SWITCHES, Greedy, generate
-from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.evaluation.scoring import Continuation, Score, score
+from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES
+from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.parallel.seeds import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
+LAYOUTS = {
+    "TP2": TP2,
+    "TP2+SP": SP,
+    "PP2": PP2,
+    "PP2 interleaved": {**PP2, "num_layers_per_virtual_pipeline_stage": 1},
+    "TP2xPP2+SP": {**SP, **PP2},
+}
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "base": None,
+    "lora": {"method": "lora", "lora_rank": 4},
+    "boft": {"method": "boft", **GROUPS_OF_FOUR},
+    "boft-input": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, **GROUPS_OF_FOUR},
+}
+
 
 @dataclass(frozen=True)
 class Job:
-    """What to generate from, and at which layout (fields of ParallelConfig)."""
+    """What to ask of a model, and at which layout (fields of ParallelConfig)."""
 
     base: str
     prompts: list[list[int]]
-    settings: Greedy
+    settings: GenerationSettings
+    continuations: list[Continuation] = field(default_factory=list)
     parallel: dict[str, Any] = field(default_factory=dict)
-    with_adapters: bool = False
+    peft: dict[str, Any] | None = None
+    names: list[str] | None = None
+    score_batch_size: int = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The answers; whether the model was left as it was found; numbers that `report` was told."""
+    """Answers and scores; whether the model was left as it was found; numbers that `report` was told."""
 
     answers: list[list[int]]
+    scores: list[Score]
     left_as_found: bool
     reported: list[int]
 
 
 def run_jobs(jobs: list[Job]) -> list[Outcome]:
     start_world(ParallelConfig())
-    outcomes = []
-    for job in jobs:
-        parallel = ParallelConfig(**job.parallel, world_size=dist.get_world_size())
-        start_model_parallel(parallel, seed=1)
-        outcomes.append(_run(job, parallel))
-        parallel_state.destroy_model_parallel()
-    return outcomes
+    return [_run(job) for job in jobs]
 
 
-def _run(job: Job, parallel: ParallelConfig) -> Outcome:
+def _run(job: Job) -> Outcome:
     shape = read_shape(job.base)
-    (model,) = chunks = build_model_chunks(shape, ModelConfig(job.base), parallel)
-    if job.with_adapters:
-        attach_adapters(chunks, PeftConfig(lora_rank=4), seed=1)
-        _fill_adapters(model)
+    parallel = ParallelConfig(**job.parallel, world_size=dist.get_world_size())
+    start_model_parallel(parallel, 1, num_virtual_stages(shape, parallel))
+    chunks = build_model_chunks(shape, ModelConfig(job.base), parallel)
+    if job.peft:
+        attach_adapters(chunks, PeftConfig(**job.peft), seed=1)
+        _stir_adapters(chunks)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
-    load_pretrained(
-        chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False
-    )
-    before = _switches(model)
+    load_pretrained(chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
+    before = _switches(chunks)
     reported: list[int] = []
-    answers = generate(model, job.prompts, job.settings, reported.append)
-    return Outcome(answers, _switches(model) == before, reported)
+    answers = generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
+    scores = score(chunks, job.continuations, job.score_batch_size)
+    outcome = Outcome(answers, scores, _switches(chunks) == before, reported)
+    parallel_state.destroy_model_parallel()
+    return outcome
 
 
-def _fill_adapters(model) -> None:
-    """B is zero at the start: give it the same random numbers at any layout."""
-    for name, module in model.named_modules():
-        adapter = getattr(module, "adapter", None)
-        if adapter is not None:
-            whole = adapter.B.new_empty(module.layout.out_features, adapter.B.shape[1])
-            whole.normal_(std=0.3, generator=generator_for(1, name))
-            adapter.B.data.copy_(module.layout.slice_output(whole))
+@torch.no_grad()
+def _stir_adapters(chunks) -> None:
+    """Adapters start at no change: add the same random numbers to every global tensor at any layout."""
+    trained = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+    for entry in sharded_parameters(chunks, only_adapters=True):
+        for part in parts(entry) if entry.data.data_ptr() in trained else ():
+            whole = torch.randn(part.global_shape, generator=generator_for(1, part.key))
+            box = zip(part.global_offset, part.local_shape, strict=True)
+            part.data.add_(0.2 * whole[tuple(slice(start, start + length) for start, length in box)])
 
 
-def _switches(model) -> list[Any]:
-    owners = [owner for module in model.modules() for owner in (module, getattr(module, "config", None))]
+def _switches(chunks) -> list[Any]:
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    owners = [owner for module in modules for owner in (module, getattr(module, "config", None))]
     names = (*SEQUENCE_PARALLEL_SWITCHES, "training")
     return [getattr(owner, name, None) for owner in owners for name in names]

@@ -1,3 +1,5 @@
+"""Answers: those of transformers, at any layout, with every method, in any batch."""
+
 from __future__ import annotations
 
 import random
@@ -5,117 +7,227 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.generation import Greedy, generate
-from tests.evaluation.generation_runs import Job
+from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.scoring import Continuation
+from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
 from tests.ranks import run_ranks
+from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import VOCAB_SIZE, save_llama
 
 TARGET = "tests.evaluation.generation_runs:run_jobs"
-NUM_NEW = 12
-TP2 = {"tensor_model_parallel_size": 2}
-TP2_SP = {**TP2, "sequence_parallel": True}
+NUM_NEW = 8
+DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50)
+# What is compared with one process. A collective of gloo takes a millisecond whatever it carries: no more than tells.
+COMPARED = {
+    "TP2": ("base", "lora", "boft-input", "hybrid", "bloom", "drawn, bloom with LoRA"),
+    "TP2+SP": ("lora", "boft", "boft-input", "hybrid"),
+    "PP2": ("lora", "drawn"),
+    "PP2 interleaved": ("hybrid", "drawn, bloom with LoRA"),
+    "TP2xPP2+SP": ("drawn, bloom with LoRA",),
+}
 
 
-def _greedy_by_transformers(base, prompts, eos_id=None):
+def greedy_by_transformers(base, prompts, end_id=None):
     """Each prompt alone and whole at every token: no batch, no padding, no cache."""
-    model = LlamaForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     answers = []
     for prompt in prompts:
         answer: list[int] = []
         while len(answer) < NUM_NEW:
             with torch.no_grad():
                 token = int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax())
-            if token == eos_id:
+            if token == end_id:
                 break
             answer.append(token)
         answers.append(answer)
     return answers
 
 
+def scores_by_transformers(base, continuations):
+    """(sum of log-probabilities, all likeliest) of each, alone and whole."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    scores = []
+    for one in continuations:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*one.context, *one.ids]])).logits[0, len(one.context) - 1 : -1]
+        ids = torch.tensor(one.ids)
+        total = logits.log_softmax(-1).gather(-1, ids[:, None]).sum()
+        scores.append((float(total), bool((logits.argmax(-1) == ids).all())))
+    return scores
+
+
+def some_continuations(prompts, answers):
+    """Choices of one context (one token, several, the likeliest ones), and a text that starts from one token."""
+    draw = random.Random(1)
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found += [Continuation(tuple(prompt), tuple(answer[:length])) for length in (1, 3) if answer]
+        lengths = (1, 1, 2, 5)
+        found += [Continuation(tuple(prompt), tuple(draw.choices(range(VOCAB_SIZE), k=k))) for k in lengths]
+    found.append(Continuation((3,), tuple(draw.choices(range(VOCAB_SIZE), k=40))))
+    draw.shuffle(found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Job:
-    """Seven prompts of one to nineteen tokens. The shortest, the first row of its batch, is the first to end there."""
+    """Seven prompts of one to nineteen tokens, two of them equal. The shortest, first of its batch, ends first."""
     base = str(save_llama(tmp_path_factory.mktemp("base")))
     draw = random.Random(0)
-    prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 8, 2, 13, 8)]
-    eos_id = _greedy_by_transformers(base, prompts)[1][4]
-    return Job(base, prompts, Greedy(eos_id, NUM_NEW, batch_size=3))
+    prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 8, 2, 13)]
+    answers = greedy_by_transformers(base, prompts)
+    settings = GenerationSettings(frozenset({answers[1][4]}), NUM_NEW, batch_size=4)
+    return Job(base, [*prompts, prompts[3]], settings, some_continuations(prompts, answers))
 
 
 @pytest.fixture(scope="module")
-def alone(job):
-    adapted = replace(job, with_adapters=True)
-    return run_ranks(1, TARGET, [job, adapted, replace(adapted, settings=replace(job.settings, batch_size=1))])[0]
+def bloom(job, tmp_path_factory) -> Job:
+    return replace(job, base=str(save_bloom(tmp_path_factory.mktemp("bloom"))))
 
 
-def test_answers_are_those_of_one_prompt_at_a_time_without_a_cache(job, alone):
-    expected = _greedy_by_transformers(job.base, job.prompts, job.settings.eos_id)
-    ends = {len(prompt): len(answer) for prompt, answer in zip(job.prompts, expected, strict=True)}
+@pytest.fixture(scope="module")
+def jobs(job, bloom) -> dict[str, Job]:
+    """Everything that is compared between layouts, by name."""
+    drawn = replace(job.settings, sampling=DRAWN, seed=5)
+    return {
+        **{name: replace(job, peft=peft) for name, peft in METHODS.items()},
+        "bloom": bloom,
+        "drawn": replace(job, settings=drawn),
+        "drawn, bloom with LoRA": replace(bloom, settings=drawn, peft=METHODS["lora"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(jobs):
+    """Outcomes of one process, by name; `one by one` has batches of one row."""
+    lora, drawn = jobs["lora"], jobs["drawn"]
+    singly = replace(lora, settings=replace(lora.settings, batch_size=1), score_batch_size=1)
+    more = {
+        "one by one": singly,
+        "drawn, one by one": replace(drawn, settings=replace(drawn.settings, batch_size=1)),
+        "drawn, other seed": replace(drawn, settings=replace(drawn.settings, seed=6)),
+        "drawn, reversed": replace(drawn, prompts=drawn.prompts[::-1], names=[str(i) for i in range(7)][::-1]),
+    }
+    everything = {**jobs, **more}
+    return dict(zip(everything, run_ranks(1, TARGET, list(everything.values()))[0], strict=True))
+
+
+def _same(outcome, expected):
+    assert outcome.answers == expected.answers
+    for found, wanted in zip(outcome.scores, expected.scores, strict=True):
+        assert found.is_greedy == wanted.is_greedy
+        assert found.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-5, abs=1e-4)
+    assert outcome.left_as_found
+
+
+@pytest.mark.parametrize("family", ["base", "bloom"])
+def test_answers_are_those_of_one_prompt_at_a_time_without_a_cache(jobs, alone, family):
+    job = jobs[family]
+    (end_id,) = job.settings.end_ids
+    assert alone[family].answers == greedy_by_transformers(job.base, job.prompts, end_id)
+
+
+def test_the_prompts_try_what_they_should(job, alone):
+    ends = {len(prompt): len(answer) for prompt, answer in zip(job.prompts, alone["base"].answers, strict=True)}
     assert ends[1] < min(ends[2], ends[5]), "the first row of a batch must end before the others"
-    assert alone[0].answers == expected
+
+
+@pytest.mark.parametrize("family", ["base", "bloom"])
+def test_scores_are_those_of_one_text_at_a_time(jobs, alone, family):
+    expected = scores_by_transformers(jobs[family].base, jobs[family].continuations)
+    assert {greedy for _, greedy in expected} == {True, False} or family == "bloom"
+    for found, (total, greedy) in zip(alone[family].scores, expected, strict=True):
+        assert found.log_likelihood == pytest.approx(total, abs=1e-4)
+        assert found.is_greedy == greedy
 
 
 def test_batches_report_how_many_prompts_they_finished(alone):
-    assert alone[0].reported == [3, 3, 1]
+    assert alone["base"].reported == [0, 4, 3]
 
 
-def test_adapters_take_part_and_batches_change_nothing(alone):
-    base, adapted, one_by_one = (outcome.answers for outcome in alone)
-    assert adapted != base
-    assert adapted == one_by_one
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "base"])
+def test_adapters_take_part(alone, method):
+    assert alone[method].answers != alone["base"].answers
+    assert alone[method].scores != alone["base"].scores
 
 
-def test_tensor_and_sequence_parallel_ranks_answer_as_one_process_and_are_left_as_found(job, alone):
-    adapted = replace(job, with_adapters=True)
-    jobs = [replace(job, parallel=TP2), replace(adapted, parallel=TP2), replace(adapted, parallel=TP2_SP)]
-    for outcomes in run_ranks(2, TARGET, jobs):
-        base, split, sequence = outcomes
-        assert base.answers == alone[0].answers
-        assert split.answers == sequence.answers == alone[1].answers
-        assert all(outcome.left_as_found for outcome in outcomes)
+def test_what_is_beside_a_row_changes_nothing(alone):
+    _same(alone["one by one"], alone["lora"])
+    assert alone["drawn, one by one"].answers == alone["drawn"].answers
+    assert alone["drawn, reversed"].answers == alone["drawn"].answers[::-1]
 
 
-def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
-    settings = Greedy(eos_id=9, max_new_tokens=5, is_complete=lambda ids: ids[-1] == 3)
-    assert _generate_by_script(monkeypatch, settings, {1: [4, 3, 7], 2: [5, 6, 9], 8: [4, 4, 4, 4, 4, 4]}) == [
-        [4, 3],
-        [5, 6],
-        [4, 4, 4, 4, 4],
-    ]
+def test_draws_follow_the_seed_and_the_name(alone):
+    drawn = alone["drawn"].answers
+    assert drawn != alone["base"].answers and drawn != alone["drawn, other seed"].answers
+    assert drawn[3] != drawn[6], "two answers to one prompt"
 
 
-def _generate_by_script(monkeypatch, settings, script):
+@pytest.fixture(scope="module")
+def split(jobs):
+    """Outcomes of every rank, by (layout, name)."""
+    outcomes = {}
+    for num_ranks in (2, 4):
+        keys = [(at, name) for at, names in COMPARED.items() if (4 if "x" in at else 2) == num_ranks for name in names]
+        by_rank = run_ranks(num_ranks, TARGET, [replace(jobs[name], parallel=LAYOUTS[at]) for at, name in keys])
+        outcomes |= {key: [of_rank[i] for of_rank in by_rank] for i, key in enumerate(keys)}
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", COMPARED)
+def test_every_layout_answers_and_scores_as_one_process(split, alone, layout):
+    """Sequence parallelism too: left on, megatron-core refuses a cache, or answers differ."""
+    for name in COMPARED[layout]:
+        for outcome in split[layout, name]:
+            _same(outcome, alone[name])
+
+
+def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: None):
     """`generate` over a model that says what `script` holds for the first token of a prompt."""
     from megatron_peft.evaluation import generation
 
-    class Batch:
-        def __init__(self, model, prompts, max_new_tokens):
-            self.lines = [iter(script[prompt[0]]) for prompt in prompts]
-            self.prompt_tokens = torch.zeros(len(prompts), 1)
+    class Rows:
+        def __init__(self, model_chunks, padding, num_columns):
+            self.num_columns, self.seen = num_columns, 0
 
-        def next_tokens(self, tokens):
-            assert len(tokens) == len(self.lines)
-            return torch.tensor([[next(line)] for line in self.lines])
+        def forward(self, tokens):
+            if self.seen == 0:
+                self.lines = [iter(script[row[-1]]) for row in tokens.tolist()]
+            self.seen += tokens.shape[1]
+            assert len(tokens) == len(self.lines) and self.seen <= self.num_columns
+            said = torch.tensor([[next(line)] for line in self.lines])
+            return torch.nn.functional.one_hot(said, 10).float()
 
-        def keep(self, rows, tokens):
+        def keep(self, rows):
             self.lines = [self.lines[row] for row in rows]
-            return tokens[rows]
 
-    monkeypatch.setattr(generation, "_Batch", Batch)
-    monkeypatch.setattr(generation.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 1)
-    return generate(torch.nn.Module(), [[first] for first in script], settings)
+    monkeypatch.setattr(generation, "CachedRows", Rows)
+    monkeypatch.setattr(generation, "left_padded", lambda rows: (torch.tensor(rows), [0] * len(rows)))
+    monkeypatch.setattr(generation, "broadcast_from_last_stage", lambda values: values)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    return generate([torch.nn.Module()], [[first] for first in script], settings, on_token=told)
 
 
-def test_pipeline_stages_and_empty_prompts_are_refused(monkeypatch):
-    from megatron_peft.evaluation import generation
+def test_an_answer_that_is_complete_ends_with_its_last_token(monkeypatch):
+    settings = GenerationSettings(frozenset({9, 0}), 5, is_complete=lambda ids: ids[-1] == 3)
+    script = {1: [4, 3, 7], 2: [5, 6, 9], 7: [0], 8: [4, 4, 4, 4, 4, 4]}
+    told: list[tuple[int, int]] = []
+    answers = _generate_by_script(monkeypatch, settings, script, lambda row, token: told.append((row, token)))
+    assert answers == [[4, 3], [5, 6], [], [4, 4, 4, 4, 4]]
+    assert told[:4] == [(0, 4), (1, 5), (3, 4), (0, 3)], "a token is told when it comes, an end is not told"
 
-    stages = generation.parallel_state
-    monkeypatch.setattr(stages, "get_pipeline_model_parallel_world_size", lambda: 2)
-    with pytest.raises(ConfigurationError, match="--pipeline-model-parallel-size 1, not 2"):
-        generate(torch.nn.Module(), [[1]], Greedy(0, 1))
-    monkeypatch.setattr(stages, "get_pipeline_model_parallel_world_size", lambda: 1)
+
+def test_prompt_and_answer_stay_within_the_longest_text(monkeypatch):
+    settings = GenerationSettings(frozenset(), 5, max_length=3)
+    assert _generate_by_script(monkeypatch, settings, {1: [4, 4, 4]}) == [[4, 4]]
+    assert settings.room([1, 2, 3]) == 0 and settings.room([1]) == 2
+    assert GenerationSettings(frozenset(), 5).room([1] * 100) == 5
+
+
+def test_empty_prompts_are_refused():
     with pytest.raises(ConfigurationError, match="a prompt is empty"):
-        generate(torch.nn.Module(), [[1], []], Greedy(0, 1))
+        generate([torch.nn.Module()], [[1], []], GenerationSettings(frozenset(), 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.loader import load_pretrained
-from megatron_peft.evaluation.generation import Greedy, generate
+from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world
@@ -28,7 +28,7 @@ class Job:
     parallel: dict[str, Any]
     tokens: list[Tensor]
     prompts: list[list[int]] = field(default_factory=list)
-    settings: Greedy = Greedy(eos_id=0, max_new_tokens=1)
+    settings: GenerationSettings = GenerationSettings(frozenset(), max_new_tokens=1)
 
 
 def run_jobs(jobs: list[Job]) -> list[tuple[list[Tensor], list[list[int]]]]:
@@ -45,7 +45,7 @@ def _run(job: Job) -> tuple[list[Tensor], list[list[int]]]:
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
     load_pretrained(chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
     logits = [x[..., : shape.vocab_size].clone() for x in _logits(chunks, job.tokens)]
-    answers = generate(chunks[0], job.prompts, job.settings) if job.prompts else []
+    answers = generate(chunks, job.prompts, job.settings) if job.prompts else []
     parallel_state.destroy_model_parallel()
     return logits, answers
 

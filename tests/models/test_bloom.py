@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from megatron_peft.evaluation.generation import Greedy
+from megatron_peft.evaluation.generation import GenerationSettings
 from tests.models.bloom_runs import Job
 from tests.ranks import run_ranks
 from tests.tiny_bloom import random_bloom
@@ -51,7 +51,7 @@ def outcomes(models, tokens, prompts, tmp_path_factory):
         for layout, parallel in LAYOUTS.items():
             keys.append((name, layout))
             asked = prompts if layout in GENERATING else []
-            jobs.append(Job(base, parallel, tokens, asked, Greedy(eos_id=-1, max_new_tokens=NUM_NEW)))
+            jobs.append(Job(base, parallel, tokens, asked, GenerationSettings(frozenset(), NUM_NEW)))
     return dict(zip(keys, run_ranks(2, "tests.models.bloom_runs:run_jobs", jobs)[-1], strict=True))
 
 

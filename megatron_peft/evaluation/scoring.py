@@ -1,0 +1,132 @@
+"""Log-likelihoods of continuations, batched; continuations of one context share its pass through the model.
+
+Letters: b rows, s positions of the longest continuation, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_peft.config import require
+from megatron_peft.evaluation.cache import CachedRows, left_padded
+from megatron_peft.evaluation.stages import broadcast_from_last_stage
+from megatron_peft.evaluation.switches import inference
+
+MAX_LOGITS = 2**28  # of a forward, on the last stage: 1 GiB in float32
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What is scored, and what it follows: token ids, at least one of each."""
+
+    context: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    @property
+    def row(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What has to go through the model for it: everything but its last token."""
+        return self.context, self.ids[:-1]
+
+
+@dataclass(frozen=True)
+class Score:
+    """log p(ids | context) summed over the ids, in nats; whether each id was the likeliest in its place."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def score(
+    model_chunks: Sequence[GPTModel],
+    continuations: Sequence[Continuation],
+    batch_size: int,
+    report: Callable[[int], None] = lambda n: None,
+) -> list[Score]:
+    """The score of each continuation, the same on every rank of the replica.
+
+    Args:
+        model_chunks: this rank's, not wrapped; every rank of a replica calls this alike. They are left as they were.
+        batch_size: continuations that go through together.
+        report: told how many continuations a batch finished.
+
+    Raises:
+        ConfigurationError: a context or a continuation is empty.
+    """
+    require(
+        all(one.context and one.ids for one in continuations),
+        "a context or a continuation has no token: a score needs at least one of each.",
+    )
+    scores: list[Score] = [Score(0.0, False)] * len(continuations)
+    order = sorted(range(len(continuations)), key=lambda index: _by_length(continuations[index]), reverse=True)
+    with inference(model_chunks):
+        for batch in _batches(order, continuations, batch_size, model_chunks[0].vocab_size):
+            found = _score_batch(model_chunks, [continuations[index] for index in batch])
+            for index, one in zip(batch, found, strict=True):
+                scores[index] = one
+            report(len(batch))
+    return scores
+
+
+def _by_length(one: Continuation) -> tuple[int, tuple[int, ...], int]:
+    """Longest first, and those with one context side by side."""
+    return len(one.context), one.context, len(one.ids)
+
+
+def _batches(
+    order: Sequence[int], continuations: Sequence[Continuation], batch_size: int, vocab_size: int
+) -> Iterator[list[int]]:
+    """At most `batch_size` at a time, and (beyond one) no more than MAX_LOGITS logits."""
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, len(continuations[index].ids))
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest * vocab_size > MAX_LOGITS):
+            yield batch
+            batch, longest = [], len(continuations[index].ids)
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _score_batch(model_chunks: Sequence[GPTModel], batch: Sequence[Continuation]) -> list[Score]:
+    rows = sorted({one.row for one in batch})
+    logits = _logits(model_chunks, rows)
+    found = torch.zeros(len(batch), 2, dtype=torch.float64, device=torch.cuda.current_device())
+    if logits is not None:
+        row_of = {row: number for number, row in enumerate(rows)}
+        log_probabilities = logits.log_softmax(-1)
+        for number, one in enumerate(batch):
+            found[number] = _score_row(log_probabilities[row_of[one.row]], one.ids)
+    return [Score(total, bool(greedy)) for total, greedy in broadcast_from_last_stage(found).tolist()]
+
+
+def _score_row(log_probabilities: Tensor, ids: Sequence[int]) -> Tensor:
+    """[s, v] of a row -> [2]: the sum over the ids, and 1 if each was the likeliest."""
+    wanted = torch.tensor(ids, device=log_probabilities.device)
+    own = log_probabilities[: len(ids)]
+    total = own.gather(-1, wanted[:, None]).sum()
+    return torch.stack([total, (own.argmax(-1) == wanted).all()])
+
+
+def _logits(model_chunks: Sequence[GPTModel], rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor | None:
+    """[b, s, v] on the last stage: what follows each context, and each token of what came after it.
+
+    Distinct contexts go into the cache but for their last token, then each row's continuation follows its context.
+    So logits are computed for continuations only.
+    """
+    contexts = list(dict.fromkeys(context for context, _ in rows))
+    tokens, padding = left_padded([context[:-1] for context in contexts])
+    longest = 1 + max(len(before_last) for _, before_last in rows)
+    cached = CachedRows(model_chunks, padding, tokens.shape[1] + longest)
+    if tokens.shape[1]:
+        cached.forward(tokens)
+    row_of = {context: row for row, context in enumerate(contexts)}
+    cached.keep([row_of[context] for context, _ in rows])
+    following = [[context[-1], *before_last] for context, before_last in rows]
+    padded = [row + [0] * (longest - len(row)) for row in following]  # on the right: causal, so nobody looks at it
+    return cached.forward(torch.tensor(padded, device=torch.cuda.current_device()), every_position=True)
