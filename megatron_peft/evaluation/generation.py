@@ -85,9 +85,7 @@ def generate(
     streams = RandomStreams(settings.seed, names or [str(index) for index in range(len(prompts))])
     answers = _Answers(prompts, settings, on_token)
     running = [index for index, prompt in enumerate(prompts) if settings.room(prompt) > 0]
-    by_length = sorted(
-        running, key=lambda index: (len(prompts[index]), tuple(prompts[index]))
-    )  # little padding in a batch
+    running.sort(key=lambda index: (len(prompts[index]), tuple(prompts[index])))  # little padding in a batch
     report(len(prompts) - len(running))
     with inference(model_chunks):
         for start in range(0, len(running), settings.batch_size):
