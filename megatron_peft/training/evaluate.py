@@ -29,10 +29,21 @@ def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iter
 
 @contextmanager
 def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Dropout off; parameters whole (with --overlap-param-gather they are gathered during the training forward)."""
-    overlaps = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
+    """Dropout off, parameters whole."""
     for chunk in model_chunks:
         chunk.eval()
+    try:
+        with whole_parameters(model_chunks):
+            yield
+    finally:
+        for chunk in model_chunks:
+            chunk.train()
+
+
+@contextmanager
+def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """With --overlap-param-gather a step's parameters are gathered in the next training forward: gather them now."""
+    overlaps = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlaps:
         chunk.disable_forward_pre_hook()
     try:
@@ -40,5 +51,3 @@ def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[
     finally:
         for chunk in overlaps:
             chunk.enable_forward_pre_hook()
-        for chunk in model_chunks:
-            chunk.train()

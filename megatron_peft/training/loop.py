@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_peft.checkpoint.saver import Outcome
 from megatron_peft.data.build import Data
-from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.evaluate import validation_loss, whole_parameters
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.mixture import mixtures
 from megatron_peft.training.progress import Progress
@@ -42,6 +44,13 @@ class _Interval:
         self.num_steps += 1
         self.num_positions += report.num_positions
         self.sum_of_losses += report.loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count."""
+        began_at = time.perf_counter()
+        yield
+        self.started_at += time.perf_counter() - began_at
 
     def averages(self) -> Record:
         seconds = time.perf_counter() - self.started_at
@@ -112,14 +121,19 @@ class _Run:
         position.consumed_tokens += report.num_positions
         self.interval.add(report)
         self.progress.advance(position.iteration)
-        self._log_and_validate(report)
+        reason = self._reason_to_end(report)
+        self._log_and_validate(report, ends=bool(reason))
         self._tell(self.saver.finish(wait=False))
         if _due(position.iteration, config.checkpoint.save_interval):
             self._save()
+        return reason
+
+    def _reason_to_end(self, report: StepReport) -> str:
+        iteration = self.state.position.iteration
         if report.stop:
-            return f"asked to stop at iteration {position.iteration}"
-        if _due(position.iteration, config.training.exit_interval):
-            return f"--exit-interval reached at iteration {position.iteration}"
+            return f"asked to stop at iteration {iteration}"
+        if _due(iteration, self.state.config.training.exit_interval):
+            return f"--exit-interval reached at iteration {iteration}"
         return ""
 
     def _wants_to_stop(self) -> bool:
@@ -127,10 +141,12 @@ class _Run:
         minutes = (time.monotonic() - self.started_at) / 60
         return self.signals.received or (limit is not None and minutes > limit)
 
-    def _log_and_validate(self, report: StepReport) -> None:
+    def _log_and_validate(self, report: StepReport, ends: bool) -> None:
+        """`ends`: the run stops here, before its end. The record is written; what is lost by not validating is little
+        beside a run that is killed before it has saved."""
         iteration, is_last = self.state.position.iteration, self.state.position.iteration == self.data.train_iters
         validates = self.data.valid is not None and (_due(iteration, self._eval_interval()) or is_last)
-        if not (_due(iteration, self.state.config.logging.log_interval) or validates or is_last):
+        if not (_due(iteration, self.state.config.logging.log_interval) or validates or is_last or ends):
             return
         record = self._record(report)
         if validates:
@@ -167,16 +183,22 @@ class _Run:
         }
 
     def _save(self) -> None:
-        self._tell(self.saver.finish())
-        self.saver.start(self.state)
-        self._tell(self.saver.finish(wait=False))
+        """Start a checkpoint. The time it takes is not that of a step."""
+        with self.interval.paused():
+            self._tell(self.saver.finish())
+            self._start_saving()
+            self._tell(self.saver.finish(wait=False))
+
+    def _start_saving(self) -> None:
+        with whole_parameters(self.state.model_chunks):
+            self.saver.start(self.state)
 
     def _save_the_end(self) -> None:
         """Wait for the pending save; write the last checkpoint, unless it is there. A failed one is tried again."""
         self._tell(self.saver.finish())
         if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
             return
-        self.saver.start(self.state)
+        self._start_saving()
         outcome = self.saver.finish()
         assert outcome is not None
         if outcome.error is not None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 from torch import nn
 
+from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import IS_NOT_DECAYED
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import RunConfig, require
@@ -30,10 +31,31 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
         overlap_param_gather=config.optimizer.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model_chunks)
     ]
+    if settings.overlap_param_gather:
+        for chunk in wrapped:
+            _wait_for_parts_of_adapters(chunk)
+    return wrapped
+
+
+def _wait_for_parts_of_adapters(chunk: DistributedDataParallel) -> None:
+    """Have an adapter's forward wait until the parameters of its parts are gathered.
+
+    megatron-core starts and awaits a gather in front of the forward of the module that owns the parameter. An adapter
+    made of parts (the Hybrid) reads their parameters and never calls them, and would train with stale ones.
+    """
+    wait = chunk._make_forward_pre_hook()
+
+    def wait_for_parts(adapter: nn.Module, inputs: Any) -> None:
+        for part in adapter.modules():
+            wait(part)
+
+    for module in chunk.modules():
+        if isinstance(module, AdaptedLinear) and module.adapter is not None:
+            module.adapter.register_forward_pre_hook(wait_for_parts)
 
 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -26,7 +27,7 @@ from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.build import build_state
-from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.evaluate import validation_loss, whole_parameters
 from megatron_peft.training.start import first_steps
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
@@ -76,13 +77,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses, gradient norms, rates and completion tokens by step, and the validation loss at the end."""
+    """Losses, gradient norms, rates and completion tokens by step, and the validation loss at the end.
+
+    `replicas_agree`: after the last step, before anything else, all data-parallel ranks hold the same parameters where
+    a checkpoint would be written.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     validation_loss: float
     learning_rates: list[float]
     num_tokens: list[int]
+    replicas_agree: bool
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
@@ -108,6 +114,7 @@ def run(config: RunConfig) -> Curve:
     state, data = build(config)
     steps = iter(data.train)
     reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
+    agree = replicas_agree(state)
     loss = validation_loss(state.model_chunks, data.valid)
     return Curve(
         losses=[report.loss for report in reports],
@@ -115,7 +122,18 @@ def run(config: RunConfig) -> Curve:
         validation_loss=loss,
         learning_rates=[report.learning_rate for report in reports],
         num_tokens=[report.num_tokens for report in reports],
+        replicas_agree=agree,
     )
+
+
+def replicas_agree(state: TrainingState) -> bool:
+    with whole_parameters(state.model_chunks):
+        trained = [p for chunk in state.model_chunks for p in chunk.parameters() if p.requires_grad]
+        largest = torch.cat([p.detach().double().flatten() for p in trained])
+    smallest, group = largest.clone(), parallel_state.get_data_parallel_group()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+    return torch.equal(largest, smallest)
 
 
 def build(config: RunConfig) -> tuple[TrainingState, Data]:

@@ -10,7 +10,9 @@ from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job
 
 TARGET = "tests.training.layout_runs:run_jobs"
-SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+TP2 = {"tensor_model_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
 SHORT = {"train_iters": 8}  # LoRA and full fine-tuning run 20 steps
@@ -34,13 +36,17 @@ METHODS = {
         "training": SHORT,
     },
 }
+# Two microbatches a step where one process has four: a collective of gloo costs a millisecond whatever it carries, and
+# how samples fall on microbatches must not matter either.
+HALF_AS_MANY = {"training": {"micro_batch_size": 4}}
 ON_TWO_RANKS = {
-    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
-    "TP2+SP": {"parallel": SP},
-    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}},
-    "PP2 interleaved": {
-        "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-    },
+    "TP2": {"parallel": TP2, **HALF_AS_MANY},
+    "TP2+SP": {"parallel": SP, **HALF_AS_MANY},
+    "TP2 selective recompute": {"parallel": TP2, "transformer": {"recompute_granularity": "selective"}, **HALF_AS_MANY},
+    "PP2": {"parallel": PP2},
+    "PP2 uneven, first": {"parallel": {**PP2, "decoder_first_pipeline_num_layers": 1}},
+    "PP2 uneven, last": {"parallel": {**PP2, "decoder_last_pipeline_num_layers": 1}},
+    "PP2 interleaved": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}},
     "DP2": {},
     "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True}},
     "DP2 overlapped": {
@@ -49,23 +55,28 @@ ON_TWO_RANKS = {
     },
 }
 ON_FOUR_RANKS = {
-    "TP2xPP2 recompute": {
-        "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        "transformer": RECOMPUTE,
-    },
-    "TP2xPP2+SP": {"parallel": {**SP, "pipeline_model_parallel_size": 2}},
+    "TP2xPP2 recompute": {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE, **HALF_AS_MANY},
+    "TP2xPP2+SP": {"parallel": {**SP, **PP2}, **HALF_AS_MANY},
 }
 
 EVERY_LAYOUT = (*ON_TWO_RANKS, *ON_FOUR_RANKS)
-# The methods whose parameters lie differently on the ranks; schedules and replicas treat all parameters alike.
-SPLIT_LAYOUTS = ("TP2", "TP2+SP", "DP2 distributed optimizer", "TP2xPP2 recompute")
+# Uneven stages, plain replicas and selective recompute treat the parameters of all methods alike.
+MAIN_LAYOUTS = (
+    "TP2",
+    "TP2+SP",
+    "PP2",
+    "PP2 interleaved",
+    "DP2 distributed optimizer",
+    "DP2 overlapped",
+    "TP2xPP2 recompute",
+)
 LAYOUTS_OF = {
     "lora": EVERY_LAYOUT,
     "full": EVERY_LAYOUT,
-    "boft": SPLIT_LAYOUTS,
+    "boft": MAIN_LAYOUTS,
     "boft-input": ("TP2", "TP2+SP"),
-    "lora-ga": SPLIT_LAYOUTS,
-    "hybrid": SPLIT_LAYOUTS,
+    "lora-ga": MAIN_LAYOUTS,
+    "hybrid": MAIN_LAYOUTS,
     "lora-packed": ("TP2+SP", "PP2 interleaved"),
 }
 
@@ -75,6 +86,10 @@ def merged(*groups: dict) -> dict:
     return {key: {name: value for group in groups for name, value in group.get(key, {}).items()} for key in keys}
 
 
+def layout_job(method: str, layout: str, settings: dict, base: str, data: str) -> Job:
+    return Job(f"{method} {layout}", base, data, **merged(METHODS[method], settings))
+
+
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layout")
@@ -82,7 +97,7 @@ def curves(tmp_path_factory):
 
     def jobs(layouts: dict) -> list[Job]:
         return [
-            Job(f"{method} {layout}", base, data, **merged(METHODS[method], layouts[layout]))
+            layout_job(method, layout, layouts[layout], base, data)
             for method in METHODS
             for layout in layouts
             if layout == "alone" or layout in LAYOUTS_OF[method]
@@ -90,7 +105,7 @@ def curves(tmp_path_factory):
 
     found = {}
     for num_ranks, layouts in ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS)):
-        by_rank = run_ranks(num_ranks, TARGET, jobs(layouts))
+        by_rank = run_ranks(num_ranks, TARGET, jobs(layouts), timeout=900)
         assert all(curves == by_rank[0] for curves in by_rank), "ranks report different numbers"
         found.update(by_rank[0])
     return found
@@ -102,6 +117,7 @@ def test_layout_equals_one_process(curves, method, layout):
     np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
     np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
     np.testing.assert_allclose(here.validation_loss, alone.validation_loss, rtol=1e-5)
+    assert here.replicas_agree
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,6 +15,8 @@ from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.training.recorded_saves import RecordedSaves
 
+EACH = {"log_interval": 1}
+
 
 class Run:
     """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
@@ -132,7 +134,7 @@ def test_a_line_averages_the_losses_since_the_last_one(run):
 def test_exit_interval(run):
     found = run(training={"exit_interval": 4})
     assert found.reason == "--exit-interval reached at iteration 4"
-    assert found.saved == [4]
+    assert found.saved == [4] and sorted(found.records) == [4]
 
 
 @pytest.mark.parametrize("limit, stops", [(1e6, False), (1.5, True)])
@@ -160,6 +162,22 @@ def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run.to_the_end()
     assert run.reason == "asked to stop at iteration 3"
     assert run.saved == [3]
+    assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due
+
+
+def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path):
+    run = Run(start, tmp_path)
+    run.state, run.data = start(num_steps=3, checkpoint={"save": str(tmp_path), "save_interval": 1}, logging=EACH)
+    begin = run.saver.start
+
+    def start_slowly(state):
+        time.sleep(0.5)
+        begin(state)
+
+    run.saver.start = start_slowly
+    records = run.to_the_end().records
+    assert run.saved == [1, 2, 3]
+    assert all(records[iteration]["step_seconds"] < 0.4 for iteration in (2, 3))
 
 
 def test_a_run_that_had_ended_does_nothing(run):
