@@ -27,7 +27,7 @@ from megatron_peft.config import PeftConfig, require
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.parallel.seeds import generator_for
 
-DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT (measured: tools/bench.py urnn-crossover)
+DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT: tools/bench.py urnn-crossover measures it
 
 
 class StructuredUrnn(BlockRotation):

@@ -15,6 +15,7 @@ from megatron_peft.benchmark.logits import logits_figures
 from megatron_peft.benchmark.startup import startup_figures
 from megatron_peft.benchmark.steps import lora_full_figures, lora_ratio_figures
 from megatron_peft.benchmark.subjects import Setting, save_shape
+from megatron_peft.benchmark.urnn_crossover import crossover_figures
 from megatron_peft.demo.model import prepare_model
 
 
@@ -73,6 +74,10 @@ BENCHMARKS = {
     "convert": Benchmark(
         "Loading and converting the 135M model beside plain safetensors",
         lambda place: convert_figures(Path(place.pretrained_135m().checkpoint), place.output / "convert"),
+    ),
+    "urnn-crossover": Benchmark(
+        "A uRNN layer's rotation by dense blocks and by Fourier transforms: 4096 features, 1024 tokens",
+        lambda place: crossover_figures(place.turns),
     ),
     "startup": Benchmark(
         "pretrain_peft.py on the 135M model, one process",
