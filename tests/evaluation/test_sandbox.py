@@ -1,0 +1,212 @@
+"""The sandbox keeps what it confines away from the host, and no program stops the evaluation."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.config_error import ConfigurationError
+from megatron_peft.evaluation import sandbox as sandbox_module
+from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Sandbox, open_sandbox
+from megatron_peft.evaluation.sandbox_command import Limits
+from megatron_peft.evaluation.sandbox_filter import MACHINES
+from tests.evaluation.attacks import ATTACKS
+from tests.evaluation.confined import needs_bubblewrap
+
+SHORT = Limits(wall_seconds=3, cpu_seconds=1)
+MARKER = f"outlives-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    return open_sandbox(SHORT, packages=("numpy",))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """What the attacks reach for: a file, a TCP server, an abstract Unix socket, an environment variable."""
+    secret = tmp_path_factory.mktemp("host") / "secret"
+    secret.write_text("of the host")
+    os.environ["SANDBOX_TEST_SECRET"] = "of the host"
+    name = f"host-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind(f"\0{name}")
+        local.listen()
+        yield {"secret": secret, "port": server.getsockname()[1], "name": name, "marker": MARKER, "clone": _clone()}
+    del os.environ["SANDBOX_TEST_SECRET"]
+
+
+def _clone() -> int:
+    return MACHINES[os.uname().machine].clone
+
+
+@pytest.fixture(scope="module")
+def outcomes(sandbox: Sandbox, host: dict[str, object]) -> dict[str, Outcome]:
+    """All attacks, and an honest program after each, in parallel."""
+    programs = [_filled(source, host) for source in ATTACKS.values()]
+    honest = ["print(6 * 7)"] * len(programs)
+    everything = sandbox.run_all([program for pair in zip(programs, honest, strict=True) for program in pair])
+    assert [outcome for outcome in everything[1::2] if outcome != Outcome("passed", "42\n")] == []
+    return dict(zip(ATTACKS, everything[::2], strict=True))
+
+
+def _filled(source: str, host: dict[str, object]) -> str:
+    for name, value in host.items():
+        source = source.replace(f"{{{name}}}", str(value))
+    return source
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_does_not_get_what_it_wants(outcomes: dict[str, Outcome], name: str) -> None:
+    assert not outcomes[name].passed
+
+
+@needs_bubblewrap
+def test_attacks_fail_for_the_reason_they_should(outcomes: dict[str, Outcome]) -> None:
+    """An attack that fails at an import of its own would prove nothing."""
+    mistaken = ("ModuleNotFoundError", "ImportError", "NameError", "SyntaxError", "IndentationError", "AttributeError")
+    assert [(n, o.verdict) for n, o in outcomes.items() if any(word in o.verdict for word in mistaken)] == []
+    assert "BlockingIOError" in outcomes["fork bomb"].verdict
+    assert "No space left" in outcomes["fills the disk"].verdict
+    assert "MemoryError" in outcomes["takes all memory"].verdict
+    assert outcomes["prints gigabytes"].verdict == "too much output"
+    assert len(outcomes["prints gigabytes"].output) < 10 * SHORT.output_bytes
+    assert {outcomes[name].verdict for name in ("never ends", "sleeps")} == {"timeout"}
+
+
+@needs_bubblewrap
+def test_attacks_leave_nothing_behind(outcomes: dict[str, Outcome]) -> None:
+    assert "looked for outside" in outcomes["leaves a process behind"].verdict
+    time.sleep(0.2)
+    assert [path for path in Path("/proc").glob("[0-9]*/cmdline") if MARKER in _read(path)] == []
+    assert [folder for folder in ("/", "/dev", "/etc", "/usr", "/tmp") if (Path(folder) / MARKER).exists()] == []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:  # it ended meanwhile
+        return ""
+
+
+def test_attacks_work_without_a_sandbox(host: dict[str, object]) -> None:
+    """Those that do no harm succeed unconfined, so it is the sandbox that stops them."""
+    unsafe = Sandbox(None, SHORT)
+    harmless = ("listening server of the host", "datagrams", "reads a file of the host", "reads other processes")
+    programs = [_filled(ATTACKS[name], host) for name in (*harmless, "abstract socket of the host", "memory files")]
+    verdicts = [outcome.verdict for outcome in unsafe.run_all(programs)]
+    assert verdicts[:5] == ["passed"] * 5
+
+
+@needs_bubblewrap
+def test_programs_may_do_what_solutions_do(sandbox: Sandbox) -> None:
+    honest = [
+        "import numpy as np\nassert np.arange(4).sum() == 6",
+        "import collections, hashlib, heapq, itertools, math, random, re, string, typing",
+        "import tempfile\nwith tempfile.TemporaryFile() as file: file.write(bytes(1 << 20))",
+        "import asyncio\nasync def one(): return 1\nassert asyncio.run(one()) == 1",
+        "import sys\nsys.setrecursionlimit(5000)\ndef down(n): return n and down(n - 1)\ndown(4000)",
+        "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()",
+        "held = bytearray(200 << 20)",
+    ]
+    assert [outcome.verdict for outcome in sandbox.run_all(honest)] == ["passed"] * len(honest)
+
+
+@needs_bubblewrap
+def test_failures_say_why(sandbox: Sandbox) -> None:
+    programs = ["assert 1 == 2, 'one is not two'", "def f(:", "print('before')\nraise ValueError(3)"]
+    first, second, third = sandbox.run_all(programs)
+    assert first.verdict == "failed: AssertionError: one is not two"
+    assert second.verdict.startswith("failed: SyntaxError")
+    assert third == Outcome("failed: ValueError: 3", "before\n")
+
+
+@needs_bubblewrap
+def test_sets_have_the_same_order_every_time(sandbox: Sandbox) -> None:
+    printed = {outcome.output for outcome in sandbox.run_all(["print({'a', 'b', 'c', 'd', 'e'})"] * 4)}
+    assert len(printed) == 1
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: Path) -> None:
+    """In a user namespace. The interpreter of the tests may lie in root's home, so it is the system's that runs."""
+    python = "/usr/bin/python3"
+    if not Path(python).exists() or _as_nobody(["bwrap", "--unshare-user", "--ro-bind", "/", "/", "true"]):
+        pytest.skip("no interpreter, no bwrap or no namespaces for an ordinary user")
+    copied = tmp_path / "tree"
+    subprocess.run([sys.executable, "-c", COPY, str(copied)], check=True, cwd=Path(__file__).parents[2])
+    for folder in (copied, *copied.parents[:3]):
+        folder.chmod(0o755)
+    attacks = [_filled(ATTACKS[name], host) for name in ("writes anywhere", "fork bomb", "namespace of a child")]
+    script = USE.format(tree=str(copied), programs=["print(1)", *attacks])
+    printed = subprocess.run([python, "-c", script], user=65534, group=65534, extra_groups=[], capture_output=True)
+    assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
+
+
+COPY = """
+import shutil, sys
+from pathlib import Path
+for name in ("__init__.py", "config_error.py", "evaluation/__init__.py", "evaluation/sandbox.py",
+             "evaluation/sandbox_command.py", "evaluation/sandbox_driver.py", "evaluation/sandbox_filter.py"):
+    target = Path(sys.argv[1]) / "megatron_peft" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path("megatron_peft") / name, target)
+"""
+USE = """
+import sys
+sys.path.insert(0, {tree!r})
+from megatron_peft.evaluation.sandbox import open_sandbox
+print(*(outcome.passed for outcome in open_sandbox().run_all({programs!r})))
+"""
+
+
+def _as_nobody(command: list[str]) -> int:
+    try:
+        return subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True).returncode
+    except OSError:
+        return 1
+
+
+def test_refuses_without_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
+    with pytest.raises(ConfigurationError, match="no bwrap here.*apt install bubblewrap.*--unsafe-execution"):
+        open_sandbox()
+
+
+def test_refuses_a_bubblewrap_that_cannot_confine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace'\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(broken))
+    with pytest.raises(ConfigurationError, match="No permissions to create new namespace.*CAP_SYS_ADMIN"):
+        open_sandbox()
+
+
+def test_refuses_a_bubblewrap_that_confines_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that merely runs the driver: the probe sees the host."""
+    fake = tmp_path / "bwrap"
+    driver = Path(sandbox_module.__file__).with_name("sandbox_driver.py")
+    fake.write_text(f"#!/bin/sh\nexec {sys.executable} {driver}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(fake))
+    with pytest.raises(ConfigurationError, match="cannot confine programs here"):
+        open_sandbox()
+
+
+def test_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
+    monkeypatch.setenv(UNSAFE_VARIABLE, "1")
+    outcomes = open_sandbox(SHORT).run_all(["assert True", "assert False", "import os; os._exit(0)"])
+    assert [outcome.passed for outcome in outcomes] == [True, False, False]
+    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    with pytest.raises(ConfigurationError):
+        open_sandbox()
