@@ -55,19 +55,25 @@ def parse_arguments(
     Raises SystemExit: 0 after `--help`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
     """
     argv = sys.argv[1:] if argv is None else argv
-    served = served_flags()
-    parser = _build_parser(served)
     if {"--help", "-h"} & set(argv):
         if _is_first_rank(environ):
-            parser.print_help()
+            _build_parser(served_flags()).print_help()
         raise SystemExit(0)
-    typed = _Typed(parser, {name: one for one in served for name in one.names})
-    for name, values in _split_at_flags(argv):
-        typed.read(name, values)
     try:
-        return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
+        return read_config(argv, environ, read_shape)
     except ConfigurationError as error:
         exit_with_error(error, environ, program)
+
+
+def read_config(
+    argv: Sequence[str], environ: Mapping[str, str] = os.environ, read_shape: ShapeReader | None = None
+) -> RunConfig:
+    """As `parse_arguments`, but raises ConfigurationError with all that is wrong, for its caller to tell."""
+    served = served_flags()
+    typed = _Typed(_build_parser(served), {name: one for one in served for name in one.names})
+    for name, values in _split_at_flags(argv):
+        typed.read(name, values)
+    return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
 
 
 def exit_with_error(

@@ -33,6 +33,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "reporting": CONFIGURATION,
     "planner": CONFIGURATION | {"models"},
     "benchmark": BELOW_TRAINING | {"training", "demo"},
+    "experiment": CONFIGURATION | {"arguments", "models", "checkpoint", "training"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
 }
 

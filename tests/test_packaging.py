@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-DISTRIBUTIONS = {"megatron": "megatron-core"}  # where a distribution is not named like its module
+DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where a distribution is not named like its module
 OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
 PATH = "/usr/local/bin:/usr/bin:/bin"
 BENCH_PEERS = {"peft"}  # of the dev extra: tools/bench.py compares with them
@@ -96,5 +96,3 @@ def test_make_targets_run_one_thread_a_process_and_offline(tmp_path: Path) -> No
     command = ["make", "-s", "-f", "probe.mk", "probe"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": PATH})
     assert {"OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE", "HF_HUB_OFFLINE=1"} <= set(printed.stdout.splitlines())
-
-

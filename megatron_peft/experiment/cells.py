@@ -1,0 +1,91 @@
+"""The cells of an experiment: one training run each, of a model on a task by a method at one point of its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from megatron_peft.experiment.spec import Choice, Experiment
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        settings: flag -> word, the point of the grid.
+        flags: all flags of pretrain_peft.py, --save and --load aside.
+        processes: that it takes.
+    """
+
+    model: str
+    task: str
+    method: str
+    settings: Mapping[str, str]
+    seed: int
+    flags: tuple[str, ...]
+    processes: int = 1
+
+    @property
+    def key(self) -> str:
+        """The same for the same place of the grid, and fit for a file's name."""
+        point = "".join(f",{name}={value}" for name, value in self.settings.items())
+        return f"{self.model},{self.task},{self.method}{point},seed={self.seed}".replace("/", "_").replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one method does for one model and task: its grid with the tuning seed, then the best point's seeds."""
+
+    model: Choice
+    task: Choice
+    method: Choice
+    tuning: tuple[Cell, ...]
+    finals: tuple[tuple[Cell, ...], ...]  # of each point of the grid, a cell for each seed
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.model.name, self.task.name, self.method.name
+
+
+def groups(experiment: Experiment) -> list[Group]:
+    """All of the experiment, in the order of its file."""
+    return [
+        _group(experiment, *choices) for choices in product(experiment.models, experiment.tasks, experiment.methods)
+    ]
+
+
+def _group(experiment: Experiment, model: Choice, task: Choice, method: Choice) -> Group:
+    points = list(_points(method))
+
+    def cell(point: Mapping[str, Any], seed: int) -> Cell:
+        flags = {**experiment.flags, **model.flags, **task.flags, **method.flags, **point, "seed": seed}
+        settings = {name: str(value) for name, value in point.items()}
+        return Cell(model.name, task.name, method.name, settings, seed, command_line(flags), model.processes)
+
+    return Group(
+        model,
+        task,
+        method,
+        tuple(cell(point, experiment.tuning_seed) for point in points),
+        tuple(tuple(cell(point, seed) for seed in experiment.seeds) for point in points),
+    )
+
+
+def _points(method: Choice) -> Iterator[dict[str, Any]]:
+    for values in product(*method.grid.values()):
+        yield dict(zip(method.grid, values, strict=True))
+
+
+def command_line(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """`{"lr": 0.1, "bf16": True, "split": None, "x": [1, 2]}` -> --lr 0.1 --bf16 --x 1 2."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(word) for word in value] if isinstance(value, list | tuple) else [str(value)]
+    return tuple(words)

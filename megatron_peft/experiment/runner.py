@@ -1,0 +1,263 @@
+"""Runs the cells that are missing, a few at a time, and leaves a file for each.
+
+The runner keeps nothing in memory that matters: `plan.work` derives the next cell from the files. A cell that fails is
+told, recorded and left for the next call, which tries it again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import process
+from megatron_peft.experiment.cells import Cell, Group
+from megatron_peft.experiment.plan import Work, work
+from megatron_peft.experiment.record import from_metrics, of_cell, read_record, trainable_parameters, write_record
+from megatron_peft.experiment.spec import Experiment, Score
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 60  # for a run that was asked to end: it saves first
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Runner:
+    """One call of the runner on one folder.
+
+    Attributes:
+        jobs: cells at a time.
+        report: is told a sentence at each event; refresh: is called at each look at the running cells.
+        program: the training program, as words after `python`; None is pretrain_peft.py.
+        keep_checkpoints: leave the checkpoints of cells that are through.
+        gave_up: keys of the cells that failed in this call.
+        running: what runs now.
+    """
+
+    folder: Path
+    groups: Sequence[Group]
+    jobs: int = 1
+    report: Report = print
+    refresh: Callable[[Runner], None] = lambda runner: None
+    program: Sequence[str] | None = None
+    keep_checkpoints: bool = False
+    gave_up: set[str] = field(default_factory=set)
+    running: dict[str, tuple[Work, process.Running]] = field(default_factory=dict)
+    _stopped_by: int | None = None
+
+    def run(self) -> bool:
+        """Until nothing is left to do here; whether all cells are through.
+
+        Raises KeyboardInterrupt when it was asked to end (SIGINT, SIGTERM), after its cells have ended.
+        """
+        with self._signals():
+            while self._stopped_by is None and (self._start_what_fits() or self.running):
+                self.refresh(self)
+                time.sleep(POLL_SECONDS)
+                self._collect()
+            self._end_cells()
+        self.refresh(self)
+        if self._stopped_by is not None:
+            raise KeyboardInterrupt
+        return not self.gave_up
+
+    def _start_what_fits(self) -> bool:
+        """Whether anything was started."""
+        started = False
+        for todo in self._work():
+            if len(self.running) >= self.jobs:
+                break
+            self._start(todo)
+            started = True
+        return started
+
+    def _work(self) -> Iterator[Work]:
+        for group in self.groups:
+            for todo in work(self.folder, group, self._has_checkpoint, self.gave_up):
+                if todo.cell.key not in self.running:
+                    yield todo
+
+    def _has_checkpoint(self, cell: Cell) -> bool:
+        return process.has_checkpoint(self.folder, cell)
+
+    def _start(self, todo: Work) -> None:
+        folder = process.run_folder(self.folder, todo.cell)
+        if todo.kind == "train":
+            command = process.training_command(self.folder, todo.cell, self.program or (str(process.PROGRAM),))
+            if "--load" not in command:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            assert todo.score is not None
+            process.score_file(self.folder, todo.cell).unlink(missing_ok=True)
+            command = process.score_command(self.folder, todo.cell, todo.score)
+        self.report(f"{todo.kind} {todo.cell.key}")
+        self.running[todo.cell.key] = todo, process.start(command, folder / process.LOG)
+
+    def _collect(self) -> None:
+        for key, (todo, running) in list(self.running.items()):
+            if running.process.poll() is None:
+                continue
+            del self.running[key]
+            if self._stopped_by is None:
+                self._finish(todo, running)
+
+    def _finish(self, todo: Work, running: process.Running) -> None:
+        try:
+            if running.process.returncode != 0:
+                raise ConfigurationError(f"{_how_it_ended(running.process.returncode)}: {running.last_words()}")
+            told = self._trained(todo.cell, running) if todo.kind == "train" else self._scored(todo, running)
+        except ConfigurationError as error:
+            self._failed(todo, running, str(error))
+            return
+        self.report(f"{todo.kind}ed {todo.cell.key} in {running.seconds:.0f} s: {told}".replace("scoreed", "scored"))
+
+    def _trained(self, cell: Cell, running: process.Running) -> str:
+        path = process.checkpoints(self.folder, cell) / METRICS_FILE
+        records = read_metrics(path) if path.exists() else []
+        if not records:
+            raise ConfigurationError(f"it ended well, but left no {path}")
+        record = of_cell(
+            cell,
+            "trained",
+            started_at=running.started_at,
+            seconds=running.seconds,
+            trainable_parameters=trainable_parameters(running.log.read_text(encoding="utf-8", errors="replace")),
+            **from_metrics(records),
+        )
+        write_record(self.folder, cell, record)
+        self._remove_checkpoints(cell)
+        return f"validation loss {_shown(record.validation_loss)}"
+
+    def _scored(self, todo: Work, running: process.Running) -> str:
+        assert todo.score is not None
+        record = read_record(self.folder, todo.cell)
+        assert record is not None
+        scores = read_scores(process.score_file(self.folder, todo.cell), todo.score)
+        record = replace(record, scores=scores, score_command=todo.score.command, score_seconds=running.seconds)
+        write_record(self.folder, todo.cell, record)
+        self._remove_checkpoints(todo.cell)
+        return ", ".join(f"{name} {_shown(value)}" for name, value in scores.items())
+
+    def _failed(self, todo: Work, running: process.Running, reason: str) -> None:
+        self.gave_up.add(todo.cell.key)
+        self.report(f"FAILED: {todo.kind} {todo.cell.key}: {reason}\n  all of it: {running.log}")
+        if todo.kind == "train":
+            record = of_cell(todo.cell, "failed", started_at=running.started_at, seconds=running.seconds, reason=reason)
+            write_record(self.folder, todo.cell, record)
+
+    def _remove_checkpoints(self, cell: Cell) -> None:
+        """Of the cells of `cell`'s group that have nothing left to be done with, once its grid is through."""
+        group = next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
+        todo = list(work(self.folder, group, self._has_checkpoint))
+        if self.keep_checkpoints or any(one.kind == "train" and one.cell in group.tuning for one in todo):
+            return
+        needed = {one.cell.key for one in todo} | self.running.keys()
+        for one in (*group.tuning, *(final for finals in group.finals for final in finals)):
+            if one.key not in needed:
+                _remove_all_but_metrics(process.checkpoints(self.folder, one))
+
+    def _end_cells(self) -> None:
+        for _, running in self.running.values():
+            running.stop()
+        for key, (_, running) in self.running.items():
+            try:
+                running.process.wait(PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+            self.report(f"stopped {key}")
+        self.running.clear()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self._stopped_by = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group], **settings: Any) -> bool:
+    """Prepare, then run what is missing of the experiment; whether all of it is through.
+
+    Raises:
+        ConfigurationError: another runner works in the folder, or a command of prepare: failed.
+    """
+    lock = _lock(folder)
+    try:
+        runner = Runner(folder, groups, **settings)
+        for command in experiment.prepare:
+            _prepare(command, folder, runner.report)
+        return runner.run()
+    finally:
+        lock.release()
+
+
+def read_scores(path: Path, score: Score) -> dict[str, float]:
+    """The numbers that the task names, out of the score's file.
+
+    Raises ConfigurationError: no file, or it has no such number.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the score's file {path} cannot be read: {error}") from error
+    return {name: _number_at(content, metric.path, path) for name, metric in score.metrics.items()}
+
+
+def _number_at(content: Any, keys: str, path: Path) -> float:
+    found = content
+    for key in keys.split("/"):
+        if not isinstance(found, Mapping) or key not in found:
+            there = ", ".join(found) if isinstance(found, Mapping) else repr(found)
+            raise ConfigurationError(f"{path} has no {keys}: instead of {key} there is {there}.")
+        found = found[key]
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ConfigurationError(f"{path}: {keys} is {found!r}, not a number.")
+    return float(found)
+
+
+def _lock(folder: Path) -> FolderLock:
+    try:
+        return FolderLock(folder, grace_seconds=1)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"another runner works in {folder}: wait for its end, or give --output another folder."
+        ) from error
+
+
+def _prepare(command: Sequence[str], folder: Path, report: Report) -> None:
+    words = [*process.launcher(1), *command[1:]] if command[0] == "python" else list(command)
+    report(f"prepare: {' '.join(command)}")
+    running = process.start(words, folder / "prepare.log")
+    if running.process.wait() != 0:
+        raise ConfigurationError(f"prepare: {' '.join(command)} failed: {running.last_words()}")
+
+
+def _remove_all_but_metrics(folder: Path) -> None:
+    for path in folder.glob("iter_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / process.TRACKER).unlink(missing_ok=True)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"

@@ -1,0 +1,43 @@
+"""Stands in for pretrain_peft.py: the loss is a function of the flags, and it takes a moment.
+
+FAKE_SECONDS in the environment is how long; a file named as FAKE_KILL says is removed, and the process killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def value(name: str, default: str = "") -> str:
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
+
+
+def main() -> None:
+    trap = Path(os.environ.get("FAKE_KILL", "/nowhere"))
+    if trap.exists():
+        trap.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if value("--lr") == "9":
+        sys.exit("the loss is not a number")
+    save = Path(value("--save"))
+    save.mkdir(parents=True, exist_ok=True)
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    loss = abs(float(value("--lr")) - 0.3) + int(value("--seed")) / 100 + len(value("--peft-method")) / 10
+    print("trainable parameters: 1,024 of 2,048 (50%)")
+    records = [
+        {"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, "grad_norm": 1.0, "step_seconds": 0.5}
+        for at in (1, 2)
+    ]
+    records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
+    (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (save / "iter_0000002").mkdir(exist_ok=True)
+    (save / "latest_checkpointed_iteration.txt").write_text("2")
+
+
+if __name__ == "__main__":
+    main()

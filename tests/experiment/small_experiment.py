@@ -1,0 +1,49 @@
+"""A small experiment whose training and scoring are the fakes beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_peft.experiment.cells import Group, groups
+from megatron_peft.experiment.spec import Experiment
+from megatron_peft.experiment.spec_file import read_experiment
+
+HERE = Path(__file__).parent
+FAKE_TRAINING = (str(HERE / "fake_training.py"),)
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """Of the YAML file: one model and task, two methods with two rates, three seeds."""
+    return {
+        "title": "Small",
+        "flags": {"train-iters": 2},
+        "models": {"tiny": {"flags": {"pretrained-checkpoint": "nowhere"}}},
+        "tasks": {
+            "talk": {
+                "flags": {"train-data-path": "train.jsonl"},
+                "score": {
+                    "command": f"python {HERE / 'fake_score.py'} {{output}} {{checkpoints}} {{flags}}",
+                    "metrics": {"accuracy": {"path": "results/task/acc,none"}},
+                },
+            }
+        },
+        "methods": {"lora": {"grid": {"lr": [0.1, 0.4]}}, "boft": {"grid": {"lr": [0.2, 0.5]}}},
+        "seeds": [1, 2, 3],
+        "tuning_seed": 1,
+        **changes,
+    }
+
+
+def experiment(folder: Path, **changes: Any) -> tuple[Experiment, list[Group]]:
+    path = write(folder, content(**changes))
+    found = read_experiment(path)
+    return found, groups(found)
+
+
+def write(folder: Path, values: Any) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False))
+    return path

@@ -1,0 +1,179 @@
+"""The runner, with a training program that takes no time: what is run, what a failure and a kill leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import process
+from megatron_peft.experiment.plan import progress
+from megatron_peft.experiment.runner import read_scores, run_experiment
+from megatron_peft.experiment.spec import Metric, Score
+from tests.experiment.small_experiment import FAKE_TRAINING, experiment
+
+ROOT = Path(__file__).parents[2]
+VARYING = ("started_at", "seconds", "score_seconds", "versions")
+
+
+def run(folder: Path, jobs: int = 2, **changes: Any) -> tuple[bool, list[str]]:
+    """Whether all cells are through, and what was told."""
+    told: list[str] = []
+    found, groups = experiment(folder, **changes)
+    whole = run_experiment(found, folder / "out", groups, jobs=jobs, report=told.append, program=FAKE_TRAINING)
+    return whole, told
+
+
+def cells(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of the file -> what it says, without what differs between two runs of it."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted((folder / "out" / "cells").glob("*.json"))}
+    return {name: {k: v for k, v in one.items() if k not in VARYING} for name, one in found.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("finished")
+    whole, told = run(folder)
+    assert whole
+    return folder, told
+
+
+def test_best_rate_of_each_method_runs_all_seeds(finished: tuple[Path, list[str]]) -> None:
+    names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("boft", 0.2)) for s in (1, 2, 3)}
+    tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,boft,lr=0.5,seed=1.json"}
+    assert cells(finished[0]).keys() == names | tried
+
+
+def test_only_final_cells_are_scored(finished: tuple[Path, list[str]]) -> None:
+    scored = {name for name, one in cells(finished[0]).items() if one["scores"]}
+    assert len(scored) == 6 and not any("lr=0.1" in name or "lr=0.5" in name for name in scored)
+
+
+def test_checkpoints_of_cells_that_are_through_are_removed(finished: tuple[Path, list[str]]) -> None:
+    assert list((finished[0] / "out").rglob("iter_*")) == []
+    assert len(list((finished[0] / "out").rglob("metrics.jsonl"))) == 8
+
+
+def test_second_call_runs_nothing(finished: tuple[Path, list[str]]) -> None:
+    assert run(finished[0]) == (True, [])
+
+
+def test_cell_says_what_came_out(finished: tuple[Path, list[str]]) -> None:
+    one = cells(finished[0])["tiny,talk,lora,lr=0.4,seed=2.json"]
+    assert one["validation_loss"] == pytest.approx(0.1 + 0.02 + 0.4)
+    assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
+    assert (one["trainable_parameters"], one["epoch_seconds"], one["peak_memory_bytes"]) == (1024, 1.0, 100)
+    assert one["curves"]["loss"] == [[1, 0.5, 1.52], [2, 1.0, 1.02]]
+
+
+def test_changed_flag_runs_its_cells_again(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run(tmp_path, methods={"lora": {"grid": {"lr": [0.1, 0.4]}}})
+    _, told = run(tmp_path, methods={"lora": {"flags": {"lora-rank": 4}, "grid": {"lr": [0.1, 0.4]}}})
+    assert sum(line.startswith("trained") for line in told) == 4
+
+
+def test_failed_cell_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [9, 0.4]}}})
+    (failure,) = [line for line in told if line.startswith("FAILED")]
+    assert not whole
+    assert "lr=9" in failure and "exit code 1: " in failure and "the loss is not a number" in failure
+    assert cells(tmp_path)["tiny,talk,lora,lr=9,seed=1.json"]["status"] == "failed"
+    assert sum(bool(one["scores"]) for one in cells(tmp_path).values()) == 3
+
+
+def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap = tmp_path / "trap"
+    trap.touch()
+    monkeypatch.setenv("FAKE_KILL", str(trap))
+    whole, told = run(tmp_path, jobs=1)
+    assert not whole and "ended by SIGKILL" in next(line for line in told if line.startswith("FAILED"))
+    whole, told = run(tmp_path, jobs=1)
+    assert whole and all(one["status"] == "trained" for one in cells(tmp_path).values())
+
+
+def test_second_runner_is_refused(tmp_path: Path) -> None:
+    holder = "import sys, time; sys.path[0:0] = [{!r}]; from pathlib import Path; "
+    holder += "from megatron_peft.checkpoint.folder_lock import FolderLock; "
+    holder += "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", holder.format(str(ROOT)), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline() == "held\n"
+            with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
+                run(tmp_path)
+        finally:
+            first.kill()
+    FolderLock(tmp_path / "out").release()
+
+
+def test_runner_killed_ten_times_ends_with_the_cells_of_an_unkilled_run(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    random.seed(5)
+    script = (
+        "import sys; from pathlib import Path; from tests.experiment.test_runner import run; run(Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_SECONDS": "0.3"}
+    for _ in range(10):
+        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment) as runner:
+            time.sleep(random.uniform(0.3, 1.8))
+            runner.send_signal(signal.SIGKILL)
+    run(tmp_path)
+    assert cells(tmp_path) == cells(finished[0])
+
+
+def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from megatron_peft.experiment.process import start; "
+    script += f"r = start([sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r})); "
+    script += "print(r.process.pid, flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as runner:
+        assert runner.stdout is not None
+        child = int(runner.stdout.readline())
+        runner.kill()
+    deadline = time.monotonic() + 5
+    while _is_running(child):
+        assert time.monotonic() < deadline, "the cell outlived its runner"
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_failed_preparation_stops_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="(?s)prepare: python -c 1/0 failed: Traceback.*ZeroDivisionError"):
+        run(tmp_path, prepare=["python -c 1/0"])
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_score_without_the_number_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "score.json").write_text('{"results": {"gsm8k": {"acc": 1}}}')
+    score = Score(("x",), {"accuracy": Metric("results/mnli/acc")})
+    with pytest.raises(ConfigurationError, match="no results/mnli/acc: instead of mnli there is gsm8k"):
+        read_scores(tmp_path / "score.json", score)
+
+
+def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
+    methods = {"lora": {"grid": {"lr": [0.4]}}}
+    run(tmp_path, methods=methods)
+    for path in (tmp_path / "out" / "cells").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}}))
+    whole, told = run(tmp_path, methods=methods)
+    assert whole and sum(line.startswith("scored") for line in told) == 3
+    _, groups = experiment(tmp_path, methods=methods)
+    assert progress(tmp_path / "out", groups[0]).is_done
+    assert not process.has_checkpoint(tmp_path / "out", groups[0].tuning[0])

@@ -1,0 +1,93 @@
+"""Files that say nothing, too much, or two things at once, and what their author is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment.spec_file import read_experiment
+from tests.experiment.small_experiment import content, experiment, write
+
+ROOT = Path(__file__).parents[2]
+GRID = {"grid": {"lr": [0.1]}}
+
+
+def test_file_is_read_as_it_says(tmp_path: Path) -> None:
+    found, _ = experiment(tmp_path)
+    assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
+    assert found.methods[0].flags == {"peft-method": "lora"}
+    assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
+
+
+def test_method_of_another_name_keeps_its_own_peft_method(tmp_path: Path) -> None:
+    found, _ = experiment(tmp_path, methods={"fixed": {"flags": {"peft-method": "hybrid"}}})
+    assert found.methods[0].flags == {"peft-method": "hybrid"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_read(path: Path) -> None:
+    assert read_experiment(path).seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {}}, "the grid is empty: methods names nothing"),
+        ({"seeds": []}, "the grid is empty: seeds names nothing"),
+        ({"methods": {"lora": {"grid": {"lr": []}}}}, r"methods.lora.grid.lr is empty: list the values"),
+        ({"methods": {"lora": {"grid": {"lr": [0.1, 0.1]}}}}, "methods.lora.grid.lr holds 0.1 twice"),
+        (
+            {"methods": {"lora": {"flags": {"lr": 1}, **GRID}}},
+            "--lr is in methods.lora.flags and in methods.lora.grid: leave it in one of the two",
+        ),
+        ({"flags": {"lr": 1, "train-iters": 2}}, "--lr is in flags and in methods.lora.grid"),
+        ({"flags": {"train-iters": 2, "seed": 4}}, "flags: --seed is the runner's own: list the seeds under seeds:"),
+        ({"flags": {"train-iters": 2, "save": "x"}}, "--save is the runner's own: each cell has a folder"),
+        ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
+        ({"seeds": [1, "two"]}, "seeds holds 'two', which is not a whole number"),
+        (
+            {"methods": {"lora": GRID, "boft": {"grid": {"lr": [1, 2]}}}},
+            "the same number of tuning runs, but their grids hold: lora 1, boft 2",
+        ),
+        (
+            {"flags": {}, "methods": {"lora": {"flags": {"train-iters": 9}}}},
+            "methods.lora: --train-iters must be the same for all methods",
+        ),
+        ({"method": {}}, "the key 'method', which means nothing: did you mean methods?"),
+        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the key 'flag', which means nothing: did you mean flags"),
+        ({"models": {"tiny": {"processes": 0}}}, "models.tiny.processes is 0; a cell needs one at least"),
+        ({"models": {"a/b": {}}}, "the name 'a/b' becomes a folder's"),
+        ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
+        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
+        ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
+        ({"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {}}}}}}, "metrics.a needs path"),
+    ],
+)
+def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        experiment(tmp_path, **changes)
+    assert all("small.yaml" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"), ("- a\n", "it is a mapping")],
+)
+def test_broken_file_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read_experiment(write(tmp_path, text))
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="none.yaml cannot be read: No such file"):
+        read_experiment(tmp_path / "none.yaml")
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    values = content(seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
+    with pytest.raises(ConfigurationError) as caught:
+        read_experiment(write(tmp_path, values))
+    assert len(caught.value.problems) == 3  # the flag once for each method that it would go to

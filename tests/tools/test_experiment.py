@@ -1,0 +1,45 @@
+"""tools/experiment.py: exit codes, and what is said on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_peft.experiment import runner
+from tests.experiment.small_experiment import FAKE_TRAINING, content, write
+from tools import experiment
+
+
+def call(folder: Path, *extra: str, **changes: Any) -> int:
+    return experiment.main([str(write(folder, content(**changes))), "--output", str(folder / "out"), *extra])
+
+
+@pytest.fixture
+def fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.process, "PROGRAM", Path(FAKE_TRAINING[0]))
+
+
+def test_whole_experiment_exits_with_0(fake_training: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(tmp_path, "--jobs", "2", methods={"lora": {"grid": {"lr": [0.4]}}}) == 0
+    assert "trained tiny,talk,lora,lr=0.4,seed=3 in" in capsys.readouterr().out
+
+
+def test_failed_cell_exits_with_1(fake_training: None, tmp_path: Path) -> None:
+    assert call(tmp_path, "--jobs", "2", methods={"lora": {"grid": {"lr": [9]}}}) == 1
+
+
+def test_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, "--list") == 0
+    assert "0/2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_wrong_file_exits_with_2_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(tmp_path, seeds=[1, 1]) == 2
+    assert "experiment: error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_wrong_flag_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, methods={"lorra": {}}) == 2
+    assert "lorra" in capsys.readouterr().err
