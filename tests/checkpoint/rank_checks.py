@@ -60,6 +60,17 @@ LAST_LAYER: Settings = {
 TIED: Settings = {"model": {"pretrained_checkpoint": "tied"}}
 ODD_ROWS: Settings = {"model": {"make_vocab_size_divisible_by": 7}}  # 1,008 rows of the vocabulary at TP2, else 1,001
 
+HYBRID: Settings = {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2}}
+FOLDED: Settings = {  # the last fold is the step before the save
+    "peft": {"method": "hybrid", "hybrid_rotation": "urnn", "urnn_block_size": 4, "hybrid_merge_interval": 2}
+}
+RIEMANNIAN: Settings = {
+    "peft": {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": 0.02}
+}
+PROJECTED: Settings = {
+    "peft": {"method": "boft", "boft_parametrization": "projection", "boft_block_size": 2, "boft_factors": 2}
+}
+
 RESUMED_ON_TWO = {
     "lora TP2": TP2,
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
@@ -67,6 +78,10 @@ RESUMED_ON_TWO = {
     "lora PP2 interleaved": PP2_INTERLEAVED,
     "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
     "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
+    "hybrid TP2+SP bf16": merged(HYBRID, TP2_SP, BF16),
+    "hybrid folded TP2": merged(FOLDED, TP2),
+    "riemannian DP2 distributed bf16": merged(RIEMANNIAN, DISTRIBUTED, BF16),
+    "projected PP2": merged(PROJECTED, PP2),
     "full TP2 bf16": merged(FULL, TP2, BF16),
     "full TP2+SP": merged(FULL, TP2_SP, ODD_ROWS),
     "full PP2 tied": merged(FULL, PP2, TIED),
@@ -85,6 +100,9 @@ RESHARDED = {  # from, to
         "lora+ DP2 distributed bf16",
         merged(PP2, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
     ),
+    "hybrid TP2+SP to DP2 distributed, bf16": ("hybrid TP2+SP bf16", merged(HYBRID, DISTRIBUTED, BF16)),
+    "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
+    "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
     "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
 }
 CHANGED = {  # what contradicts a checkpoint of "lora TP2"

@@ -189,7 +189,7 @@ def stored_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """All whole tensors of a --save folder's only checkpoint, generators aside."""
     checkpoint = next(Path(folder).glob("iter_*"))
     tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith("rng.")}
+    return {key: torch.atleast_1d(tensor) for key, tensor in tensors.items() if not key.startswith("rng.")}
 
 
 def attempt(action: Callable[[], Any]) -> str:
