@@ -423,6 +423,11 @@ class RunConfig:
             not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
             "--overlap-param-gather needs --overlap-grad-reduce.",
         )
+        require(
+            self.peft.lora_max_norm_ratio is None or not self.optimizer.overlap_param_gather,
+            "--lora-max-norm-ratio scales whole parameters after a step, which --overlap-param-gather has not gathered "
+            "by then: leave out one of them.",
+        )
 
     def _check_method(self, require: Requirements) -> None:
         require(

@@ -40,6 +40,7 @@ class LowRank(nn.Module):
     Attributes:
         A, B: trained.
         A0, B0: the start that is subtracted, sharded like A and B; buffers in the checkpoint, or None.
+        base_norm: ||W0||_F of the whole weight, once somebody has found it.
 
     Raises:
         ConfigurationError: the rank is above the smaller side of W, or the start needs more singular vectors than that.
@@ -47,6 +48,7 @@ class LowRank(nn.Module):
 
     A0: Tensor | None
     B0: Tensor | None
+    base_norm: Tensor | None = None
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,6 +117,12 @@ class LowRank(nn.Module):
             return F.dropout(torch.ones_like(x), self.dropout)
         with tensor_parallel.get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
             return F.dropout(torch.ones_like(x), self.dropout)
+
+
+def low_rank_part(adapter: nn.Module | None) -> LowRank | None:
+    """An adapter itself, or the low-rank part of a Hybrid; None if there is none."""
+    part = getattr(adapter, "low_rank", adapter)
+    return part if isinstance(part, LowRank) else None
 
 
 def _check_rank(layout: LinearLayout, peft: PeftConfig, name: str) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import Target, linear_layers
-from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import PeftConfig, require
 from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
 from megatron_peft.lora_ga.sketch import (
@@ -76,7 +76,7 @@ def start_from_gradients(
     """
     started_at = time.perf_counter()
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    sketches = [_Sketch(target, peft, seed) for target in targets if _low_rank(target.module.adapter) is not None]
+    sketches = [_Sketch(target, peft, seed) for target in targets if low_rank_part(target.module.adapter) is not None]
     groups = (tensor_parallel_group, data_parallel_group)
     _collect(sketches, replay, *groups)
     checked_together(lambda: _check_finite(sketches))
@@ -141,7 +141,7 @@ class _Sketch:
         energy = triplets.S[: peft.lora_rank].square().sum()
         sketched = self.add_up_columns(Z.double().square().sum())
         self.target.module.adapter = self.adapter
-        low_rank = _low_rank(self.adapter)
+        low_rank = low_rank_part(self.adapter)
         assert low_rank is not None
         of_the_mean = triplets._replace(S=triplets.S / num_tokens)
         low_rank.start_at(*start.factors(of_the_mean, peft.lora_rank, self.layout.out_features))
@@ -155,12 +155,6 @@ def _check_finite(sketches: Sequence[_Sketch]) -> None:
         f"LoRA-GA's start: the gradient of {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} is NaN or infinite. "
         f"Check the data and the base model, or start with --peft-method lora.",
     )
-
-
-def _low_rank(adapter: nn.Module | None) -> LowRank | None:
-    """The low-rank part of an adapter, if it has one."""
-    part = getattr(adapter, "low_rank", adapter)
-    return part if isinstance(part, LowRank) else None
 
 
 def _collect(

@@ -25,6 +25,7 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.training.folding import fold_if_due
 from megatron_peft.training.mixture import mix_from_gradients
+from megatron_peft.training.norm_bound import bound_low_rank_norms
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.update import update
 
@@ -85,6 +86,7 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     mix_from_gradients(state)
     learning_rate = _learning_rate(state)
     grad_norm = update(state)
+    bound_low_rank_norms(state)
     fold_if_due(state)
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
