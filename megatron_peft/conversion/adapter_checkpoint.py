@@ -31,6 +31,10 @@ class TrainedAdapters:
     record: RunRecord
     stored: dict[str, StoredTensor]
 
+    def has(self, layer: str, name: str) -> bool:
+        """Whether a layer's adapter has a tensor of this name."""
+        return f"{layer}{ADAPTER}{name}" in self.stored
+
     def tensor(self, layer: str, name: str) -> Tensor:
         """A whole tensor of a layer's adapter; where training kept a float32 copy, that one."""
         key = f"{layer}{ADAPTER}{name}"
@@ -70,9 +74,19 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
     return TrainedAdapters(checkpoint, record, stored)
 
 
-def low_rank_factors(adapters: TrainedAdapters, layer: str) -> Factors:
-    """A and B of a layer that LoRA adapted."""
-    return Factors(adapters.tensor(layer, "A"), adapters.tensor(layer, "B"))
+def low_rank_factors(adapters: TrainedAdapters, layer: str, part: str = "") -> Factors:
+    """A and B of a layer's whole low-rank change, without its scale.
+
+    Some starts of LoRA-GA subtract a frozen B0 A0: the change is then of rank 2r, [B, -B0] [A; A0].
+
+    Args:
+        part: what comes before the names, where an adapter has several parts: `low_rank.`.
+    """
+    change = Factors(adapters.tensor(layer, f"{part}A"), adapters.tensor(layer, f"{part}B"))
+    if not adapters.has(layer, f"{part}A0"):
+        return change
+    A0, B0 = (adapters.tensor(layer, f"{part}{name}").to(change.A.dtype) for name in ("A0", "B0"))
+    return Factors(torch.cat([change.A, A0]), torch.cat([change.B, -B0], dim=1))
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:

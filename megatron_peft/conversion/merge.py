@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.config import require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
+from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
+from megatron_peft.conversion.rotations import rotation_blocks
 from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
 
@@ -30,26 +30,35 @@ def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tenso
 
 def turn(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
     """R W, or W R^T, by groups of features."""
-    return _turned(adapters, layer, weight, "Q")
+    return _turned(adapters, layer, weight, "")
+
+
+def turn_or_replace(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
+    """As `turn`; with --urnn-mode replace the weight is R itself."""
+    if adapters.record.config.peft.urnn_mode == "multiply":
+        return turn(adapters, layer, weight)
+    return torch.block_diag(*rotation_blocks(adapters, layer, "rotation.")).to(weight.dtype)
 
 
 def mix(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:
-    """W + lambda s B A + (1 - lambda) (R - I) W."""
+    """W + lambda s B A + (1 - lambda) (R - I) W; W has what --hybrid-merge-interval has folded into it."""
+    if adapters.has(layer, "folded_weight"):
+        weight = adapters.tensor(layer, "folded_weight").to(weight.dtype)
     share = float(adapters.tensor(layer, "mix"))
-    turned = _turned(adapters, layer, weight, "rotation.Q")
+    turned = _turned(adapters, layer, weight, "rotation.")
     return _add_low_rank(adapters, layer, weight.lerp(turned, 1 - share), "low_rank.", share)
 
 
 def _add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor, part: str, share: float) -> Tensor:
-    A, B = (adapters.tensor(layer, f"{part}{factor}").to(weight.dtype) for factor in "AB")
+    change = low_rank_factors(adapters, layer, part)
+    A, B = change.A.to(weight.dtype), change.B.to(weight.dtype)
     return weight.addmm_(B, A, alpha=share * adapters.record.config.peft.lora_scale)
 
 
-def _turned(adapters: TrainedAdapters, layer: str, weight: Tensor, name: str) -> Tensor:
-    peft = adapters.record.config.peft
-    R = compose(cayley(skew(adapters.tensor(layer, name).to(weight.dtype), peft.boft_block_size)))
+def _turned(adapters: TrainedAdapters, layer: str, weight: Tensor, part: str) -> Tensor:
+    R = rotation_blocks(adapters, layer, part).to(weight.dtype)
     groups, size, _ = R.shape
-    if peft.rotation_side == "output":
+    if adapters.record.config.peft.rotation_side == "output":
         return torch.bmm(R, weight.view(groups, size, -1)).view_as(weight)
     return torch.einsum("okg,khg->okh", weight.view(-1, groups, size), R).reshape(weight.shape)
 
@@ -57,7 +66,13 @@ def _turned(adapters: TrainedAdapters, layer: str, weight: Tensor, name: str) ->
 # How a method changes a weight: (adapters, layer, weight) -> the weight, in place or anew. The weight is the base's in
 # Megatron's form, [out, in], in float32 at least. A new method is one line here.
 Merger = Callable[[TrainedAdapters, str, Tensor], Tensor]
-MERGERS: dict[str, Merger] = {"lora": add_low_rank, "lora-ga": add_low_rank, "boft": turn, "hybrid": mix}
+MERGERS: dict[str, Merger] = {
+    "lora": add_low_rank,
+    "lora-ga": add_low_rank,
+    "boft": turn,
+    "urnn": turn_or_replace,
+    "hybrid": mix,
+}
 
 
 def merge(

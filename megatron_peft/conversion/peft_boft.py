@@ -3,7 +3,8 @@
 Both compute W' = W R^T with R = B_m ... B_1 and pair the same features. A block of ours is Cayley(Q) =
 (I + Q)(I - Q)^-1 with Q given by the numbers above its diagonal; one of theirs is (I - S)(I + S)^-1 with S =
 (D - D^T) / 2 out of a whole b x b matrix D (`boft_R`). So S = -Q. Theirs lie in one row of n = in / b blocks a factor,
-ours by groups.
+ours by groups. Blocks that were trained by projection have the Q of Cayley's inverse, unless they turn a direction
+around: no Q is large enough for that.
 
 Their `boft_s` scales the output features; ours has no such thing. Modules that are fused here meet one input, so they
 share R: an export gives each a copy, an import needs them all, with the same numbers.
@@ -32,6 +33,8 @@ from megatron_peft.conversion.source import Source, listed
 from megatron_peft.conversion.writer import TensorSpec
 from megatron_peft.models.shape import ModelShape
 
+LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3
+
 
 def to_huggingface(Q: Tensor, block_size: int) -> Tensor:  # [k, m, c, b (b - 1) / 2] -> [m, n, b, b]
     """`boft_R` of the same rotation."""
@@ -44,6 +47,14 @@ def from_huggingface(D: Tensor) -> Tensor:  # [m, n, b, b] -> [k, m, c, b (b - 1
     row, column = torch.triu_indices(size, size, 1)
     Q = ((D.mT - D) / 2)[..., row, column]
     return Q.unflatten(1, (-1, 2 ** (num_factors - 1))).transpose(0, 1).contiguous()
+
+
+def inverse_cayley(R: Tensor) -> Tensor:  # [..., b, b] -> [..., b (b - 1) / 2]
+    """Q of (I + Q)(I - Q)^-1 = R: above the diagonal of (R + I)^-1 (R - I). Not finite where R has an eigenvalue -1."""
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    Q, _ = torch.linalg.solve_ex(R + identity, R - identity)
+    row, column = torch.triu_indices(Q.shape[-1], Q.shape[-1], 1)
+    return ((Q - Q.mT) / 2)[..., row, column]
 
 
 class BoftExport:
@@ -89,10 +100,23 @@ class BoftExport:
 
     def tensors(self, rule: Rule) -> Iterator[tuple[str, Tensor]]:
         """Those of one fused layer's modules."""
-        R = to_huggingface(self._adapters.tensor(layer_of(rule), "Q"), self._peft.boft_block_size)
+        R = to_huggingface(self._numbers(layer_of(rule)), self._peft.boft_block_size)
         for module, (out_features, _) in modules_of(rule).items():
             yield f"{PREFIX}{module}.boft_R", R
             yield f"{PREFIX}{module}.boft_s", torch.ones(out_features, 1)
+
+    def _numbers(self, layer: str) -> Tensor:
+        """Q of a layer."""
+        if self._adapters.has(layer, "Q"):
+            return self._adapters.tensor(layer, "Q")
+        Q = inverse_cayley(self._adapters.tensor(layer, "P").double())
+        largest = Q.abs().max().item()
+        require(
+            largest < LARGEST_NUMBER,
+            f"a block of {layer} in {self._adapters.folder} turns a direction around, which HF PEFT's BOFT cannot "
+            f"(Cayley's numbers would reach {largest:.2g}). tools/convert.py merge folds the adapters into their base.",
+        )
+        return Q.float()
 
 
 class BoftImport:

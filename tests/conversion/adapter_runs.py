@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_peft.adapters.boft import ProjectedBoft
+from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.manifest import write_manifest
@@ -41,13 +43,27 @@ BLOOM: Settings = {"model": {"pretrained_checkpoint": "bloom"}}
 # As HF PEFT knows it, of one factor and of three.
 BOFT: Settings = {"peft": {"method": "boft", "rotation_side": "input", "boft_block_size": 4, "boft_factors": 1}}
 BUTTERFLY: Settings = {"peft": {"boft_block_size": 2, "boft_factors": 3, "target_modules": ("linear_qkv", "*.0.*fc2")}}
+PROJECTION: Settings = {"peft": {"boft_block_size": 2, "boft_factors": 2, "boft_parametrization": "projection"}}
+PAPER: Settings = {"peft": {"method": "lora-ga", "lora_ga_init": "paper", "lora_rs": True, "lora_alpha": 3}}
+URNN: Settings = {"peft": {"method": "urnn", "urnn_block_size": 4}}
+REPLACE: Settings = {"peft": {"urnn_mode": "replace", "target_modules": ("linear_proj",)}}
+HYBRID: Settings = {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2, "lora_ga_init": "original"}}
+FOLDING: Settings = {"peft": {"lora_ga_init": "aligned", "hybrid_rotation": "urnn", "hybrid_merge_interval": 1}}
 RUNS = {
     "tp2": TP2,
     "pp2": merged(PP2, SOME_LAYERS),
     "bloom": merged(TP2, BLOOM),
     "boft": merged(TP2, BOFT),
     "butterfly": merged(PP2, BOFT, BUTTERFLY),
+    "projection": merged(TP2, BOFT, PROJECTION),
+    "paper": merged(TP2, PAPER),
+    "urnn": merged(TP2, URNN),
+    "riemannian": merged(TP2, URNN, {"peft": {"urnn_update": "riemannian", "rotation_side": "input"}}),
+    "replace": merged(TP2, BLOOM, URNN, REPLACE),
+    "hybrid": merged(TP2, HYBRID),
+    "folding": merged(TP2, URNN, HYBRID, FOLDING),
 }
+MOVED = {"A", "B", "A0", "B0", "Q", "P", "theta", "U"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,8 @@ def save_runs(files: Files) -> bool:
         run = start(configure(files, merged(settings, {"checkpoint": {"save": str(Path(files.work, name))}})))
         _fill_adapters(run.state)
         run.train(1)
+        if run.state.config.peft.hybrid_merge_interval:  # the change is in the weights now: another one beside it
+            _fill_adapters(run.state)
         save_checkpoint(run.state)
         if name == "tp2":
             before = _adapters(run.state)
@@ -115,11 +133,22 @@ def _adapters(state: TrainingState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill_adapters(state: TrainingState) -> None:
-    """Every factor random: split ones differ between the ranks, the others do not."""
+    """Move every tensor by random numbers: split ones differ between the ranks, the others do not."""
     for number, chunk in enumerate(state.model_chunks):
-        for name, parameter in chunk.named_parameters():
-            if ".adapter." in name:
-                seed = 1 + dist.get_rank() * parameter.tensor_model_parallel
-                values = torch.randn(parameter.shape, generator=generator_for(seed, f"{number}.{name}"))
-                parameter.copy_(0.1 * values)
+        for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
+            if ".adapter." in name and name.rpartition(".")[2] in MOVED:
+                seed = 1 + dist.get_rank() * tensor.tensor_model_parallel
+                values = torch.randn(tensor.shape, generator=generator_for(seed, f"{number}.{name}"))
+                tensor.add_(0.1 * values)
+        for module in chunk.modules():
+            _mend(module)
     state.optimizer.reload_model_params()
+
+
+def _mend(module: nn.Module) -> None:
+    """Blocks that are to be orthogonal or unitary, made so."""
+    if isinstance(module, ProjectedBoft):
+        module.project()
+    if isinstance(module, RiemannianUrnn):
+        nearest, _, other = torch.linalg.svd(torch.view_as_complex(module.U))
+        module.U.copy_(torch.view_as_real(nearest @ other))

@@ -27,6 +27,15 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
     assert torch.equal(factors.A, A) and torch.equal(factors.B, B)
 
 
+def test_a_start_that_is_subtracted_is_part_of_the_change(tmp_path: Path) -> None:
+    A0, B0 = torch.full((2, 3), 2.0), torch.full((5, 2), 3.0)
+    tensors = {f"{LAYER}.adapter.low_rank.{name}": x for name, x in {"A": A, "B": B, "A0": A0, "B0": B0}.items()}
+    adapters = open_adapters(save(tmp_path / "run", tensors))
+    change = low_rank_factors(adapters, LAYER, "low_rank.")
+    assert change.rank == 4
+    assert torch.equal(change.B @ change.A, B @ A - B0 @ A0)
+
+
 def test_copies_in_float32_are_preferred(tmp_path: Path) -> None:
     """Under --bf16 a run goes on from them, so they are what it has trained."""
     tensors = {f"{LAYER}.adapter.A": A.bfloat16(), f"optimizer.master.{LAYER}.adapter.A": A + 1e-6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,21 @@ from megatron_peft.config import PeftConfig
 from megatron_peft.conversion.merge import mix, turn
 
 
+def opened(peft: PeftConfig, tensors: dict[str, torch.Tensor]) -> Any:
+    """A checkpoint of one layer."""
+    record = SimpleNamespace(config=SimpleNamespace(peft=peft))
+    return SimpleNamespace(
+        record=record, has=lambda layer, name: name in tensors, tensor=lambda layer, name: tensors[name]
+    )
+
+
 @pytest.mark.parametrize(("side", "features"), [("output", 24), ("input", 16)])
 def test_a_turned_weight_is_the_dense_product(side, features):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 16, generator=generator)
     Q = torch.randn(features // 8, 2, 2, 6, generator=generator)
     peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, rotation_side=side)
-    adapters = SimpleNamespace(record=SimpleNamespace(config=SimpleNamespace(peft=peft)), tensor=lambda layer, name: Q)
+    adapters = opened(peft, {"Q": Q})
     R = torch.block_diag(*compose(cayley(skew(Q, 4))))
     expected = R @ weight if side == "output" else weight @ R.T
     torch.testing.assert_close(turn(adapters, "decoder.layers.0.mlp.linear_fc2", weight.clone()), expected)
@@ -34,8 +43,7 @@ def test_a_mixed_weight_is_the_formula():
         "mix": torch.tensor(0.3),
     }
     peft = PeftConfig("hybrid", lora_rank=3, lora_alpha=6, boft_block_size=4, boft_factors=2)
-    record = SimpleNamespace(config=SimpleNamespace(peft=peft))
-    adapters = SimpleNamespace(record=record, tensor=lambda layer, name: tensors[name])
+    adapters = opened(peft, tensors)
     R = torch.block_diag(*compose(cayley(skew(tensors["rotation.Q"], 4))))
     low = 2 * tensors["low_rank.B"] @ tensors["low_rank.A"]
     expected = weight + 0.3 * low + 0.7 * (R @ weight - weight)

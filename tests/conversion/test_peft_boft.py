@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.butterfly import cayley, skew
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.conversion import peft_boft
 from megatron_peft.conversion.adapter_checkpoint import open_adapters
-from megatron_peft.conversion.peft_boft import from_huggingface, to_huggingface
+from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley, to_huggingface
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.verify import verify
@@ -82,7 +84,21 @@ def test_our_numbers_come_back_bit_for_bit(factors: int) -> None:
     assert torch.equal(from_huggingface(D), Q)
 
 
-@pytest.mark.parametrize("run", ["boft", "butterfly"])
+def test_cayley_is_undone_unless_a_direction_turns_around() -> None:
+    Q = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(inverse_cayley(cayley(skew(Q, 4))), Q)
+    around = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
+    assert not (inverse_cayley(around).abs() < LARGEST_NUMBER).all()
+
+
+def test_blocks_that_turn_around_are_refused(moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_boft, "LARGEST_NUMBER", 1e-3)
+    with pytest.raises(ConfigurationError, match=r"a block of decoder.layers.0.* turns a direction around, .* merge"):
+        export_adapter(moved.run("projection"), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", ["boft", "butterfly", "projection"])
 def test_peft_computes_what_the_adapted_model_does(
     run: str, moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
-from megatron_peft.conversion.peft_export import EXPORTERS, export_adapter
+from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import Moved, copy_run
 
@@ -28,6 +28,7 @@ TARGETS = {
     },
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
 }
+TARGETS["paper"] = TARGETS["tp2"]
 
 
 @pytest.mark.parametrize("run", TARGETS)
@@ -52,6 +53,21 @@ def test_peft_finds_every_tensor_that_it_looks_for(run: str, moved: Moved, tmp_p
     assert all(torch.equal(loaded[name], exported[name]) for name in exported)
 
 
+def test_a_start_that_is_subtracted_doubles_the_rank(moved: Moved, tmp_path: Path) -> None:
+    """The run has rank 4, alpha 3, and a scale of alpha / sqrt(rank)."""
+    export_adapter(moved.run("paper"), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["use_rslora"]
+    assert config["lora_alpha"] / 8**0.5 == pytest.approx(3 / 4**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("run", ["urnn", "hybrid"])
+def test_methods_that_peft_does_not_have_are_refused(run: str, moved: Moved, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"nothing that computes what --peft-method {run} does.*py merge"):
+        export_adapter(moved.run(run), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
 def configured(record: RunRecord, **groups: Any) -> RunRecord:
     """With other groups of the configuration."""
     return replace(record, config=replace(record.config, **groups))
@@ -67,16 +83,6 @@ def test_base_may_be_elsewhere(moved: Moved, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match=r"trained on the base model far/away, but .*other is another one"):
         export_adapter(run, tmp_path / "with", pretrained_checkpoint=moved.base("other"))
-
-
-def test_method_that_peft_does_not_have_is_refused(
-    moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(EXPORTERS, "lora")
-    with pytest.raises(
-        ConfigurationError, match=r"nothing that computes what --peft-method lora does.*convert.py merge"
-    ):
-        export_adapter(moved.run("tp2"), tmp_path / "adapter")
 
 
 def test_full_fine_tuning_has_no_adapter(moved: Moved, tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def test_what_is_not_plain_is_named_with_the_way_out(settings: dict[str, Any], m
 
 @pytest.mark.parametrize("kind", ["ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING"])
 def test_other_types_are_named(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=f"of type {kind}; only LORA and BOFT can be imported. Merge it"
-    ):
+    with pytest.raises(ConfigurationError, match=f"of type {kind}; only LORA and BOFT can be imported. Merge it"):
         read(tmp_path, peft_type=kind)
 
 
