@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_peft.checkpoint.saver import Outcome
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
+from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.mixture import mixtures
 from megatron_peft.training.progress import Progress
@@ -94,6 +95,7 @@ class _Run:
     signals: ExitSignals
     started_at: float = field(default_factory=time.monotonic)
     saved_iteration: int = -1
+    is_first_step: bool = True
     interval: _Interval = field(default_factory=_Interval)
 
     def to_the_end(self) -> str:
@@ -120,6 +122,9 @@ class _Run:
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
         self.interval.add(report)
+        if self.is_first_step:
+            self._check_gradients(report)
+            self.is_first_step = False
         self.progress.advance(position.iteration)
         reason = self._reason_to_end(report)
         self._log_and_validate(report, ends=bool(reason))
@@ -152,9 +157,32 @@ class _Run:
         if validates:
             assert self.data.valid is not None
             record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
+        if validates or is_last:
+            record.update(self._orthogonality())
         self.writer.write(record)
         self.progress.update(record)
         self.interval = _Interval()
+
+    def _orthogonality(self) -> Record:
+        with whole_parameters(self.state.model_chunks):
+            error = largest_orthogonality_error(self.state)
+        if error is None:
+            return {}
+        if not error <= ORTHOGONALITY_LIMIT:
+            self.progress.message(
+                f"WARNING: a rotation is {error:.1e} away from orthogonal, above {ORTHOGONALITY_LIMIT:.0e}: lower "
+                f"--peft-lr-rotation."
+            )
+        return {"orthogonality_error": error}
+
+    def _check_gradients(self, report: StepReport) -> None:
+        """After the first step: an adapter that something has cut off would keep its start, and nobody would see it."""
+        lost = layers_without_gradient(self.state) if report.num_tokens else []
+        if lost:
+            self.progress.message(
+                f"WARNING: {len(lost)} adapted layers have no gradient after the first step ({', '.join(lost[:4])}"
+                f"{', ...' if lost[4:] else ''}): they will not be trained."
+            )
 
     def _eval_interval(self) -> int | None:
         return self.state.config.training.eval_interval

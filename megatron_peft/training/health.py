@@ -1,0 +1,52 @@
+"""What is looked at while adapters train: that all of them get gradients, and that rotations stay orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.adapters.unitary import orthogonality_error
+from megatron_peft.training.state import TrainingState
+
+ORTHOGONALITY_LIMIT = 1e-5  # of the float32 blocks, the largest entry of |R^T R - I|
+
+
+def layers_without_gradient(state: TrainingState) -> list[str]:
+    """Adapted layers whose every gradient of the last step is zero, by global name. A collective.
+
+    Something has cut them off: they would keep their start while the loss still falls through the others.
+    """
+    layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    own = {layer.name: _largest_gradient(layer.module.adapter) for layer in layers if layer.module.adapter is not None}
+    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    largest = {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
+    return sorted(name for name, value in largest.items() if value == 0)
+
+
+def largest_orthogonality_error(state: TrainingState) -> float | None:
+    """Of all rotations of the model; None where there are none. A collective."""
+    with torch.no_grad():
+        errors = [_error_of(rotation) for rotation in _rotations(state)]
+    worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return None if worst < 0 else float(worst)
+
+
+def _largest_gradient(adapter: nn.Module) -> float:
+    gradients = [parameter.main_grad for parameter in adapter.parameters() if parameter.requires_grad]  # pyright: ignore[reportAttributeAccessIssue]
+    return max((float(gradient.abs().max()) for gradient in gradients if gradient.numel()), default=0.0)
+
+
+def _rotations(state: TrainingState) -> Iterator[BlockRotation]:
+    return (module for chunk in state.model_chunks for module in chunk.modules() if isinstance(module, BlockRotation))
+
+
+def _error_of(rotation: BlockRotation) -> torch.Tensor:
+    D = rotation.changes()
+    return orthogonality_error(D + torch.eye(rotation.group_size, dtype=D.dtype, device=D.device))
