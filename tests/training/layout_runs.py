@@ -28,6 +28,7 @@ from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.build import build_state
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
+from megatron_peft.training.mixture import mixtures
 from megatron_peft.training.start import first_steps
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
@@ -77,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses, gradient norms, rates and completion tokens by step, and the validation loss at the end.
+    """Losses, gradient norms, rates and completion tokens by step; the validation loss and lambda by layer at the end.
 
     `replicas_agree`: after the last step, before anything else, all data-parallel ranks hold the same parameters where
     a checkpoint would be written.
@@ -88,6 +89,7 @@ class Curve:
     validation_loss: float
     learning_rates: list[float]
     num_tokens: list[int]
+    lambdas: dict[str, float]
     replicas_agree: bool
 
 
@@ -116,12 +118,14 @@ def run(config: RunConfig) -> Curve:
     reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
     agree = replicas_agree(state)
     loss = validation_loss(state.model_chunks, data.valid)
+    mixed = mixtures(state)
     return Curve(
         losses=[report.loss for report in reports],
         grad_norms=[report.grad_norm for report in reports],
         validation_loss=loss,
         learning_rates=[report.learning_rate for report in reports],
         num_tokens=[report.num_tokens for report in reports],
+        lambdas=mixed.by_layer if mixed else {},
         replicas_agree=agree,
     )
 

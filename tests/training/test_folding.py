@@ -57,7 +57,7 @@ def test_lambda_and_training_go_on(start):
 
 
 def test_weights_that_cannot_be_kept_in_float32_are_refused(job):
-    with pytest.raises(ConfigurationError, match="--hybrid-merge-interval folds changes into weights .* --bf16 does not"):
+    with pytest.raises(ConfigurationError, match="folds changes into weights .* --bf16 does not"):
         job(peft={**PEFT, "hybrid_merge_interval": 2}, model={"bf16": True}).config(1)
 
 

@@ -29,6 +29,29 @@ METHODS = {
         "peft": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "peft_lr_rotation": 2e-3, **GROUPS_OF_FOUR},
         "training": SHORT,
     },
+    "urnn": {"peft": {"method": "urnn", "urnn_block_size": 4}, "training": SHORT},
+    "riemannian": {
+        "peft": {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": 0.2},
+        "training": SHORT,
+    },
+    "projection": {
+        "peft": {"method": "boft", "boft_parametrization": "projection", **GROUPS_OF_FOUR},
+        "training": SHORT,
+    },
+    "hybrid-folded": {
+        "peft": {
+            "method": "hybrid",
+            "hybrid_rotation": "urnn",
+            "hybrid_lambda": "descent",
+            "hybrid_merge_interval": 3,
+            "lora_rank": 4,
+            "lora_ga_batches": 2,
+            "lora_ga_init": "original",
+            "peft_lr_rotation": 2e-3,
+            "urnn_block_size": 4,
+        },
+        "training": SHORT,
+    },
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
     "lora-packed": {
         "peft": {"method": "lora", "lora_rank": 4},
@@ -77,6 +100,10 @@ LAYOUTS_OF = {
     "boft-input": ("TP2", "TP2+SP"),
     "lora-ga": MAIN_LAYOUTS,
     "hybrid": MAIN_LAYOUTS,
+    "urnn": MAIN_LAYOUTS,
+    "riemannian": ("TP2", "DP2 distributed optimizer"),
+    "projection": ("TP2+SP", "DP2 distributed optimizer"),
+    "hybrid-folded": ("TP2", "PP2", "DP2 distributed optimizer"),
     "lora-packed": ("TP2+SP", "PP2 interleaved"),
 }
 
@@ -117,6 +144,10 @@ def test_layout_equals_one_process(curves, method, layout):
     np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
     np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
     np.testing.assert_allclose(here.validation_loss, alone.validation_loss, rtol=1e-5)
+    assert here.lambdas.keys() == alone.lambdas.keys() and bool(here.lambdas) == method.startswith("hybrid")
+    np.testing.assert_allclose(
+        [here.lambdas[layer] for layer in alone.lambdas], list(alone.lambdas.values()), rtol=1e-4
+    )
     assert here.replicas_agree
 
 

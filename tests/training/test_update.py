@@ -75,7 +75,7 @@ def test_projected_blocks_end_where_the_optimizer_led_to(start):
 @pytest.mark.parametrize("settings", [RIEMANNIAN, PROJECTED])
 def test_gathering_parameters_late_is_refused(job, settings):
     late = {"use_distributed_optimizer": True, "overlap_param_gather": True}
-    with pytest.raises(ConfigurationError, match="end a step on whole parameters, which --overlap-param-gather has not"):
+    with pytest.raises(ConfigurationError, match="whole parameters, which --overlap-param-gather has not"):
         job(peft=settings, optimizer=late, training={"overlap_grad_reduce": True}).config(1)
 
 
