@@ -31,6 +31,7 @@ from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
 from megatron_peft.models.norms import LayerNorm, RMSNorm
 from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.models.swiglu import SwiGLU
 from megatron_peft.parallel.layout import mark_split
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -60,6 +61,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         layernorm_epsilon=shape.norm_epsilon,
         activation_func=_ACTIVATIONS[shape.activation],
         gated_linear_unit=shape.gated_linear_unit,
+        use_te_activation_func=is_swiglu(shape),  # megatron-core's name of the place where ours goes in
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -80,6 +82,11 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         moe_token_dispatcher_type="alltoall",  # unused: its default is refused beside variable lengths
         **run,
     )
+
+
+def is_swiglu(shape: ModelShape) -> bool:
+    """Whether the MLP multiplies silu of one half by the other, as Llama's does."""
+    return shape.gated_linear_unit and shape.activation == "silu"
 
 
 def num_virtual_stages(shape: ModelShape, parallel: ParallelConfig) -> int | None:
@@ -147,7 +154,11 @@ def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
             pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=AdaptedColumnParallelLinear, linear_fc2=AdaptedRowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=AdaptedColumnParallelLinear,
+                    linear_fc2=AdaptedRowParallelLinear,
+                    activation_func=SwiGLU if config.use_te_activation_func else None,
+                ),
             ),
             mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map={},

@@ -1,0 +1,46 @@
+"""SwiGLU in one function: the composed one's numbers, and less kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_peft.models.swiglu import _SwiGLU
+
+
+def composed(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_the_composed_ones_bit_for_bit(dtype):
+    x, grad = inputs(dtype)
+    ours, theirs = _SwiGLU.apply(x), composed(x)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
+
+
+def test_gradcheck():
+    x, _ = inputs(torch.float64)
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (x,))
+
+
+def test_a_gradient_that_is_not_contiguous():
+    x, _ = inputs(torch.float64)
+    grad = torch.randn(7, 3, 5, dtype=torch.float64).transpose(0, 2)
+    assert torch.equal(*(torch.autograd.grad(f(x), x, grad)[0] for f in (_SwiGLU.apply, composed)))
+
+
+def test_only_the_input_is_kept():
+    x, _ = inputs(torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _SwiGLU.apply(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
