@@ -128,15 +128,15 @@ class _Sketch:
     def turn_to_second_pass(self) -> None:
         Y = self.branch.total.t()
         self.squared_residual = squared_residual_estimate(Y, 1.0, self.add_up_rows)
-        self.Q = orthonormal_basis(Y, self.add_up_rows)
-        Q = self.Q.to(self.target.module.weight)
+        Q = orthonormal_basis(Y, self.add_up_rows).to(self.target.module.weight)
         self._stand_in(RightProduct(Q, self.layout.local_in_features))
 
     @torch.no_grad()
     def finish(self, peft: PeftConfig, num_tokens: int) -> float:
         """Put the adapter back with its new A and B. Returns the part of |G|^2 that the r leading directions hold."""
-        start, Z = STARTS[peft.lora_ga_init], self.branch.total
-        triplets = leading_triplets(self.Q, Z, start.triplets_a_rank * peft.lora_rank, self.add_up_columns)
+        assert isinstance(self.branch, RightProduct)
+        start, Q, Z = STARTS[peft.lora_ga_init], self.branch.Q.double(), self.branch.total
+        triplets = leading_triplets(Q, Z, start.triplets_a_rank * peft.lora_rank, self.add_up_columns)
         triplets = with_fixed_signs(triplets, self.direction, self.add_up_columns)
         energy = triplets.S[: peft.lora_rank].square().sum()
         sketched = self.add_up_columns(Z.double().square().sum())

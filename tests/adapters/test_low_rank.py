@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, low_rank_part
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from tests.one_rank import Place, one_rank, places
@@ -77,6 +77,76 @@ def test_a_rank_above_the_matrix_is_refused():
     with pytest.raises(ConfigurationError, match=message):
         _adapter(lora_rank=13)
     assert _adapter(lora_rank=12).A.shape == (12, IN)
+
+
+def test_the_published_start_takes_twice_the_rank():
+    message = (
+        r"--lora-ga-init original takes 2 x --lora-rank 7 = 14 singular vectors, more than 12, the smaller side of "
+        rf".*linear_fc1 \({OUT} x {IN}\): use a rank of at most 6, or --lora-ga-init aligned or paper"
+    )
+    settings = {"method": "lora-ga", "lora_ga_init": "original"}
+    with pytest.raises(ConfigurationError, match=message):
+        _adapter(lora_rank=7, **settings)
+    assert _adapter(lora_rank=6, **settings).A.shape == (6, IN)
+    assert _adapter(lora_rank=12, method="lora-ga", lora_ga_init="paper").A.shape == (12, IN)
+
+
+def _started(split="column", place=None):
+    """A start that is subtracted: A and B random."""
+    adapter = _adapter(split, place, method="lora-ga", lora_ga_init="paper")
+    A, B = (torch.randn(*shape, generator=torch.Generator().manual_seed(7)) for shape in ((RANK, IN), (OUT, RANK)))
+    adapter.start_at(adapter.layout.slice_input(A), adapter.layout.slice_output(B))
+    return adapter
+
+
+def test_a_subtracted_start_changes_nothing_and_trains_A_and_B_alone():
+    adapter, x = _started(), torch.randn(3, 2, IN)
+    assert _forward(adapter, x).abs().max() < 1e-5
+    _forward(adapter, x).square().sum().backward()
+    assert {name for name, _ in adapter.named_parameters()} == {"A", "B"}
+    assert adapter.A0.grad is None and adapter.B0.grad is None
+
+
+def test_only_what_is_trained_beyond_the_start_changes_the_layer():
+    adapter, x = _started(), torch.randn(3, 2, IN)
+    A0, B0 = adapter.A0.clone(), adapter.B0.clone()
+    with torch.no_grad():
+        adapter.A.add_(1.0)
+        adapter.B.mul_(0.5)
+    change = adapter.scale * (adapter.B @ adapter.A - B0 @ A0)
+    torch.testing.assert_close(_forward(adapter, x), x @ change.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(adapter.delta_weight(), change, atol=1e-5, rtol=1e-4)
+    adapter.restart()
+    assert _forward(adapter, x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("split", ["column", "row"])
+def test_the_frozen_start_is_split_as_the_factors_are(split):
+    for place in places(2):
+        adapter = _started(split, place)
+        for factor, frozen in ((adapter.A, adapter.A0), (adapter.B, adapter.B0)):
+            assert frozen.shape == factor.shape and frozen.dtype == factor.dtype
+            for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                assert getattr(frozen, mark) == getattr(factor, mark)
+
+
+def test_the_frozen_start_is_in_the_state_only_where_there_is_one():
+    assert set(_adapter().state_dict()) == {"A", "B"}
+    assert set(_adapter(method="lora-ga").state_dict()) == {"A", "B"}
+    assert set(_started().state_dict()) == {"A", "B", "A0", "B0"}
+
+
+def test_factors_whose_start_is_subtracted_are_not_decayed():
+    assert all(getattr(parameter, IS_NOT_DECAYED) for parameter in _started().parameters())
+    assert not any(hasattr(parameter, IS_NOT_DECAYED) for parameter in _adapter().parameters())
+
+
+def test_the_low_rank_part_of_an_adapter_is_found():
+    adapter = _adapter()
+    holder = torch.nn.Module()
+    holder.low_rank = adapter
+    assert low_rank_part(adapter) is low_rank_part(holder) is adapter
+    assert low_rank_part(None) is None and low_rank_part(torch.nn.Linear(2, 2)) is None
 
 
 def _with_dropout(split="column"):

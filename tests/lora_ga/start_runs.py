@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers
-from megatron_peft.config import ParallelConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.lora_ga.initialize import start_from_gradients
@@ -21,45 +24,105 @@ from tests.training.layout_runs import Job
 
 
 @dataclass(frozen=True)
-class Found:
-    """By layer: the exact gradient [out, in], A [r, in], B [out, r], the reported energy; sizes seen meanwhile."""
+class Started:
+    """By layer: A [r, in], B [out, r], |s (B A - B0 A0)|, the reported energy. What is not by layer: the loss with the
+    adapters over that without, shapes of new tensors meanwhile."""
 
-    gradients: dict[str, torch.Tensor]
     A: dict[str, torch.Tensor]
     B: dict[str, torch.Tensor]
+    change: dict[str, float]
     energy: dict[str, float]
+    losses: tuple[float, float]
+    shapes: set[tuple[int, ...]]
 
 
-def exact_and_started(job: Job) -> Found:
+@dataclass(frozen=True)
+class Found:
+    """The exact gradient [out, in] of the mean loss by layer; each start by its name; what a NaN is told as."""
+
+    gradients: dict[str, torch.Tensor]
+    starts: dict[str, Started]
+    nan_message: str
+
+
+def exact_and_started(asked: tuple[Job, Sequence[str]]) -> Found:
+    """The starts asked for by name, on the job's base and data."""
+    job, inits = asked
     start_world(ParallelConfig())
     config = job.config(1)
     start_model_parallel(config.parallel, config.training.seed)
-    shape = read_shape(config.model.pretrained_checkpoint)
+    shape = read_shape(job.base)
     data = build_data(config, build_tokenizer(config.data, None), data_parallel_rank=0, data_parallel_size=1)
     (chunk,) = (wrapped.module for wrapped in build_state(config, shape, data.train_iters).model_chunks)
     steps = first_steps(config, data.train)
+    num_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
 
-    def replay() -> None:
+    def replay() -> float:
         finish_with([chunk], None)
-        for step in steps:
-            run_schedule([chunk], step, forward_only=False)
+        reports = [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps]
+        return float(sum(report[0] for report in reports)) / num_tokens
 
     layers = {target.name: target.module for target in linear_layers(chunk)}
-    gradients = _exact_gradients(layers, replay)
-    attach_adapters([chunk], config.peft, config.training.seed)
-    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    report = start_from_gradients([chunk], config.peft, config.training.seed, replay, 1, *groups)
-    A, B = ({name: getattr(module.adapter, factor).detach() for name, module in layers.items()} for factor in "AB")
-    return Found(gradients, A, B, report.energy)
+    gradients, loss = _exact_gradients(layers, replay)
+    gradients = {name: G / num_tokens for name, G in gradients.items()}
+    starts = {}
+    for init in inits:
+        attach_adapters([chunk], replace(config.peft, lora_ga_init=init), config.training.seed)
+        starts[init] = _started(chunk, replace(config.peft, lora_ga_init=init), replay, num_tokens, loss)
+    return Found(gradients, starts, _told_of_nan(chunk, config.peft, replay, layers))
 
 
-def _exact_gradients(layers, replay) -> dict[str, torch.Tensor]:
+def _started(chunk: Any, peft: Any, replay: Any, num_tokens: int, base_loss: float) -> Started:
+    layers = {target.name: target.module for target in linear_layers(chunk)}
+    with _NewShapes() as new:
+        report = start_from_gradients([chunk], peft, 1, replay, num_tokens, *_groups())
+    adapters = {name: module.adapter for name, module in layers.items()}
+    return Started(
+        A={name: adapter.A.detach() for name, adapter in adapters.items()},
+        B={name: adapter.B.detach() for name, adapter in adapters.items()},
+        change={name: float(adapter.delta_weight().norm()) for name, adapter in adapters.items()},
+        energy=report.energy,
+        losses=(replay(), base_loss),
+        shapes=new.shapes,
+    )
+
+
+def _groups() -> Any:
+    return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+
+
+def _told_of_nan(chunk: Any, peft: Any, replay: Any, layers: dict[str, Any]) -> str:
+    layers["decoder.layers.1.mlp.linear_fc2"].weight.data[0, 0] = torch.nan
+    try:
+        start_from_gradients([chunk], peft, 1, replay, 1, *_groups())
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:
     for module in layers.values():
         module.adapter = None
         module.weight.requires_grad_(True)
-    replay()
+    loss = replay()
     gradients = {name: module.weight.grad.double() for name, module in layers.items()}
     for module in layers.values():
         module.weight.requires_grad_(False)
         module.weight.grad = None
-    return gradients
+    return gradients, loss
+
+
+class _NewShapes(TorchDispatchMode):
+    """Shapes of the tensors that operations return and that are not views of what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.shapes.add(tuple(tensor.shape))
+        return result
