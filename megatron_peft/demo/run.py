@@ -27,7 +27,7 @@ from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack, ten messages on average: half an epoch
-RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "hybrid": 2e-3, "full": 3e-4}
+RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "urnn": 3e-3, "hybrid": 2e-3, "full": 3e-4}
 LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
 METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK, "hybrid": LOW_RANK}
 NUM_EXAMPLES = 7

@@ -2,6 +2,7 @@
 
     python tests/stress/layouts.py                  every method of the layout test at every layout
     python tests/stress/layouts.py hybrid lora      these two
+    python tests/stress/layouts.py --base bloom     on a Bloom
 
 `tests/training/test_layout.py` holds the same runs, shorter and not all of them, to its bounds.
 """
@@ -12,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.ranks import run_ranks
+from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import NUM_STEPS, Curve
 from tests.training.test_layout import METHODS, ON_FOUR_RANKS, ON_TWO_RANKS, TARGET, layout_job
 
+BASES = {"llama": save_llama, "bloom": save_bloom}
 TIMEOUT_SECONDS = 3600.0
 WORLDS = ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS))
 
@@ -31,10 +34,12 @@ WORLDS = ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
-    methods = parser.parse_args().methods or list(METHODS)
+    parser.add_argument("--base", choices=BASES, default="llama")
+    arguments = parser.parse_args()
+    methods = arguments.methods or list(METHODS)
     worst: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        curves = _all_curves(methods, Path(folder))
+        curves = _all_curves(methods, BASES[arguments.base], Path(folder))
     print(f"{NUM_STEPS} steps; largest relative difference from one process")
     print(f"{'':42}{'loss':>12}{'grad norm':>12}{'validation':>12}{'lambda':>12}")
     for name in (name for name in curves if not name.endswith(" alone")):
@@ -44,8 +49,8 @@ def main() -> None:
     print(f"{'largest':42}" + "".join(f"{value:12.1e}" for value in worst.values()))
 
 
-def _all_curves(methods: list[str], folder: Path) -> dict[str, Curve]:
-    base, data = str(save_llama(folder / "base")), str(save_pairs(folder / "pairs.jsonl"))
+def _all_curves(methods: list[str], save: Callable[[Path], Path], folder: Path) -> dict[str, Curve]:
+    base, data = str(save(folder / "base")), str(save_pairs(folder / "pairs.jsonl"))
     curves: dict[str, Curve] = {}
     for num_ranks, layouts in WORLDS:
         jobs = [

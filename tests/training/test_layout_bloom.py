@@ -17,6 +17,10 @@ INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeli
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 METHODS = {
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
+    "hybrid": {
+        "peft": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 2, "boft_factors": 2}
+    },
+    "urnn": {"peft": {"method": "urnn", "urnn_block_size": 4}},
     "lora-packed": {"peft": {"method": "lora", "lora_rank": 4}, "data_settings": {"pack_sequences": True}},
 }
 LAYOUTS = {
