@@ -16,7 +16,8 @@ from pathlib import Path
 
 DRIVER = Path(__file__).with_name("sandbox_driver.py")
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
-INTERPRETER_FLAGS = ("-s", "-S", "-B", "-X", "utf8")
+NO_PACKAGES = "-S"
+INTERPRETER_FLAGS = ("-s", NO_PACKAGES, "-B", "-X", "utf8")
 # Fixed places inside. (Under its own path an interpreter in root's home would lie behind a folder closed to others.)
 PYTHON = "/python"
 PACKAGES = "/packages"
@@ -100,8 +101,8 @@ def bubblewrap_command(bubblewrap: str, limits: Limits, packages: Sequence[str],
 
 
 def plain_command() -> list[str]:
-    """The same driver with no confinement but its limits."""
-    return [_interpreter(), *INTERPRETER_FLAGS, str(DRIVER)]
+    """The same driver with no confinement but its limits, and with all packages that are installed here."""
+    return [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
 
 
 def environment() -> dict[str, str]:
