@@ -96,7 +96,7 @@ def test_no_test_items_at_all_is_an_error(tmp_path: Path) -> None:
 def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
     problems = [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(40)]
     tests = Tests((TEMPLATE,), problems[:2])
-    done = prepare(Benchmark(TEMPLATE, problems, [tests]), tmp_path / "out", HashSplit(20))
+    done = prepare(Benchmark(TEMPLATE, problems, [tests]), tmp_path / "out", HashSplit(50))
     shown = [record["question"] for record in lines(done.folder / "fewshot.jsonl")]
     trained = {record["prompt"] for record in lines(done.folder / "train.jsonl")}
     assert len(shown) == 8 and {f"Question: {question}\nAnswer:" for question in shown} <= trained
