@@ -78,7 +78,7 @@ METHODS_OF = {
     "rotation_": ("boft", "urnn", "hybrid"),
     "peft_lr_rotation": ("boft", "urnn", "hybrid"),
     "hybrid_": ("hybrid",),
-    "target_modules": ("lora", "lora-ga", "boft", "urnn", "hybrid"),
+    "target_modules": tuple(method for method in PEFT_METHODS if method != "full"),
 }
 
 # Our own fields, and Megatron's where megatron-core's dataclasses have no words for them.
@@ -304,7 +304,7 @@ def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[F
     group, words = _group_of(section, field.name), _help_of(field.name)
     default = None if field.default is MISSING else field.default
     if kind is not bool:
-        choices = PEFT_METHODS if field.name == "method" else choices
+        choices = tuple(PEFT_METHODS) if field.name == "method" else choices
         yield Flag(names, "config", field.name, words, group, kind, choices, many, default=default)
         return
     yield Flag(names, "config", field.name, words + (" (the default)" if default else ""), group, constant=True)

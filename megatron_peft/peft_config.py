@@ -7,7 +7,15 @@ from typing import Literal
 
 from megatron_peft.config_error import Requirements
 
-PEFT_METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
+# The registry: --peft-method -> what builds its adapters, imported when it is asked for (`adapters/registry.py`).
+PEFT_METHODS = {
+    "full": "",
+    "lora": "megatron_peft.adapters.low_rank:LowRank",
+    "lora-ga": "megatron_peft.adapters.low_rank:LowRank",
+    "boft": "megatron_peft.adapters.boft:boft",
+    "urnn": "megatron_peft.adapters.urnn:urnn",
+    "hybrid": "megatron_peft.adapters.hybrid:Hybrid",
+}
 LAMBDA_RULES = ("gradient", "raw", "rms", "descent")
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 

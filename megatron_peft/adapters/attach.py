@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_peft.adapters.linear import AdaptedLinear
-from megatron_peft.adapters.registry import ADAPTERS
+from megatron_peft.adapters.registry import adapter_builder
 from megatron_peft.config import PeftConfig, require
 
 HF_NAMES = {
@@ -60,11 +60,11 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     require_matches(peft.target_modules, all_names([target.name for target in targets]))
     for chunk in model_chunks:
         chunk.requires_grad_(False)
-    adapter = ADAPTERS[peft.method]
+    build = adapter_builder(peft.method)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules)]
     for target in adapted:
         module = target.module
-        made = adapter(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+        made = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
         if peft.hybrid_merge_interval is not None:
             made.keep_folded(module.weight)  # pyright: ignore[reportCallIssue]
         module.adapter = made

@@ -1,10 +1,20 @@
-"""The adapter methods by name. A new method is one new file and one line here."""
+"""The adapter methods by name: `PEFT_METHODS` in `peft_config.py`. A new method is one new file and one line there."""
 
 from __future__ import annotations
 
-from megatron_peft.adapters.boft import boft
-from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.adapters.low_rank import LowRank
-from megatron_peft.adapters.urnn import urnn
+from collections.abc import Callable
+from importlib import import_module
 
-ADAPTERS = {"lora": LowRank, "lora-ga": LowRank, "boft": boft, "urnn": urnn, "hybrid": Hybrid}
+import torch
+from torch import nn
+
+from megatron_peft.config import PEFT_METHODS, PeftConfig
+from megatron_peft.parallel.layout import LinearLayout
+
+AdapterBuilder = Callable[[LinearLayout, PeftConfig, str, int, torch.dtype], nn.Module]
+
+
+def adapter_builder(method: str) -> AdapterBuilder:
+    """(layout, peft, name, seed, dtype) -> the adapter of one layer, for any --peft-method but full."""
+    module, _, name = PEFT_METHODS[method].partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,44 @@
+"""A method costs one file and one line: the one that docs/new-method.md shows trains alike at every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.adapters.new_method_runs import example
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+from tests.training.layout_runs import Job
+
+TARGET = "tests.adapters.new_method_runs:run"
+LAYOUTS = {
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "TP2+SP": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True, "lr": 1e-1}},
+}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new_method")
+    base, data = str(save_llama(folder / "base", num_hidden_layers=2)), str(save_pairs(folder / "pairs.jsonl"))
+    found = {}
+    for num_ranks, layouts in ((1, {"alone": {}}), (2, LAYOUTS)):
+        jobs = [
+            Job(name, base, data, **{"peft": {"method": "gains"}, "optimizer": {"lr": 1e-1}, **changes}, num_steps=12)
+            for name, changes in layouts.items()
+        ]
+        found.update(run_ranks(num_ranks, TARGET, jobs)[0])
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_trains_alike_at_every_layout(curves, layout):
+    alone, here = curves["alone"], curves[layout]
+    assert alone.losses[-1] < alone.losses[0] - 0.02
+    np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
+    np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
+
+
+def test_it_takes_about_forty_lines():
+    assert len([line for line in example().splitlines() if line.strip()]) <= 40
