@@ -28,6 +28,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--sampling-seed": {"type": int, "default": 1234, "metavar": "N", "help": "of answers that are drawn (1234)"},
     "--log-samples": {"action": "store_true", "help": "also write every question and answer to OUTPUT.samples.jsonl"},
     "--confirm-run-unsafe-code": {"action": "store_true", "help": "allow tasks that run code which a model wrote"},
+    "--unsafe-execution": {"action": "store_true", "help": "run such code with no sandbox around it"},
 }
 
 
@@ -44,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for whatever the user can put right: flags, tasks, folders, checkpoints."""
     args, flags = build_parser().parse_known_args(argv)
+    if vars(args).pop("unsafe_execution"):
+        os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported
 
     from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate

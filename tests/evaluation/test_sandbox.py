@@ -19,8 +19,9 @@ from megatron_peft.evaluation.sandbox_command import Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
 from tests.evaluation.attacks import ATTACKS
 from tests.evaluation.confined import needs_bubblewrap
+from tools.evaluate import main
 
-SHORT = Limits(wall_seconds=3, cpu_seconds=1)
+SHORT = Limits(wall_seconds=8, cpu_seconds=1)  # an honest program must end in it on a busy machine too
 MARKER = f"outlives-{os.getpid()}"
 
 
@@ -210,3 +211,10 @@ def test_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(UNSAFE_VARIABLE, "0")
     with pytest.raises(ConfigurationError):
         open_sandbox()
+
+
+def test_flag_of_the_evaluation_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNSAFE_VARIABLE, "0")
+    with pytest.raises(SystemExit):
+        main(["--tasks", "humaneval_greedy", "--output", "scores.json", "--unsafe-execution", "--no-such-flag"])
+    assert os.environ[UNSAFE_VARIABLE] == "1"
