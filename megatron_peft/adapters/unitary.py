@@ -15,6 +15,8 @@ Letters: k groups, n complex features of a group, g = 2n real ones.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,13 @@ def random_theta(num_groups: int, size: int, generator: torch.Generator) -> Tens
 def structured(theta: Tensor, permutation: Tensor) -> Tensor:  # [k, 7, n], [n] -> [k, n, n] complex
     """U(theta), eq. (10), read from the right."""
     (phase1, phase2, phase3), (v1, v2) = _phases(theta), _directions(theta)
-    F = fourier(theta.shape[-1], phase1)
-    U = _reflect_rows(F * phase1[:, None], v1)  # R1 F D1
-    U = F.conj() @ (phase2[..., None] * U[:, permutation])  # F^-1 D2 Pi ...
+    U = _reflect_rows(fourier(theta.shape[-1], phase1.dtype, phase1.device) * phase1[:, None], v1)  # R1 F D1
+    U = torch.fft.ifft(phase2[..., None] * U[:, permutation], dim=1, norm="ortho")  # F^-1 D2 Pi ...
     return phase3[..., None] * _reflect_rows(U, v2)  # D3 R2 ...
 
 
-def change_from_start(theta: Tensor, start: Tensor, permutation: Tensor) -> Tensor:  # -> [k, n, n] complex
-    """Q - I = (U(theta) - U(theta_0)) U(theta_0)^H: exactly zero at theta_0."""
-    with torch.no_grad():
-        U0 = structured(start, permutation)
+def change_from_start(theta: Tensor, U0: Tensor, permutation: Tensor) -> Tensor:  # -> [k, n, n] complex
+    """Q - I = (U(theta) - U(theta_0)) U(theta_0)^H, given U(theta_0): exactly zero at theta_0."""
     return (structured(theta, permutation) - U0) @ U0.mH
 
 
@@ -61,10 +60,12 @@ def apply_structured_inverse(y: Tensor, theta: Tensor, permutation: Tensor) -> T
 
 
 def as_real(U: Tensor) -> Tensor:  # [k, n, n] complex -> [k, 2n, 2n]
-    """The real matrix that does to (Re, Im) pairs what U does: a + ib becomes [[a, -b], [b, a]]."""
-    real, imaginary = U.real, U.imag
-    rows = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], -3)
-    return rows.reshape(U.shape[0], 2 * U.shape[1], 2 * U.shape[2])
+    """The real matrix that does to (Re, Im) pairs what U does: a + ib becomes [[a, -b], [b, a]].
+
+    (a, -b) is conj(a + ib) as a pair, and (b, a) is i conj(a + ib).
+    """
+    rows = torch.stack([U.conj(), 1j * U.conj()], 2)
+    return torch.view_as_real(rows).reshape(U.shape[0], 2 * U.shape[1], 2 * U.shape[2])
 
 
 def exponential_step(U: Tensor, gradient: Tensor, rate: Tensor | float) -> Tensor:  # [k, n, n] complex, twice
@@ -89,9 +90,10 @@ def orthogonality_error(R: Tensor) -> Tensor:  # [k, g, g] -> scalar
     return (R.mH @ R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max()
 
 
-def fourier(size: int, like: Tensor) -> Tensor:  # -> [n, n] complex
+@cache
+def fourier(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # -> [n, n] complex
     """The unitary Fourier matrix."""
-    return torch.fft.fft(torch.eye(size, dtype=like.dtype, device=like.device), norm="ortho")
+    return torch.fft.fft(torch.eye(size, dtype=dtype, device=device), norm="ortho")
 
 
 def _phases(theta: Tensor) -> tuple[Tensor, ...]:  # -> 3 times [k, n] complex

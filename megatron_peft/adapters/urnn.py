@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.rotation import BlockRotation, rotate
-from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, random_theta
+from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, random_theta, structured
 from megatron_peft.config import PeftConfig, require
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.parallel.seeds import generator_for
@@ -61,10 +61,19 @@ class StructuredUrnn(BlockRotation):
         self.register_buffer("start", start)
         layout.mark_groups(self.side, self.start)
         self.register_buffer("permutation", torch.randperm(size, generator=generator).to(device))
+        self._start_blocks: tuple[tuple[int, int], Tensor] | None = None
 
     def changes(self) -> Tensor:
         """D = Q - I, [k, g, g]."""
-        return as_real(change_from_start(self.theta, self.start, self.permutation))
+        return as_real(change_from_start(self.theta, self.start_blocks(), self.permutation))
+
+    @torch.no_grad()
+    def start_blocks(self) -> Tensor:
+        """U(theta_0), [k, n, n]; computed again when a checkpoint has been read into theta_0 or Pi."""
+        read = self.start._version, self.permutation._version
+        if self._start_blocks is None or self._start_blocks[0] != read:
+            self._start_blocks = read, structured(self.start, self.permutation)
+        return self._start_blocks[1]
 
     @torch.no_grad()
     def restart(self) -> None:

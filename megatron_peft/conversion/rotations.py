@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.adapters.unitary import as_real, change_from_start
+from megatron_peft.adapters.unitary import as_real, change_from_start, structured
 from megatron_peft.config import PeftConfig
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters
 
@@ -40,7 +40,8 @@ def projected_blocks(read: Read, peft: PeftConfig) -> Tensor:
 
 def structured_blocks(read: Read, peft: PeftConfig) -> Tensor:
     """uRNN's, of phases and reflections."""
-    change = as_real(change_from_start(read("theta"), read("start"), read("permutation").long()))
+    permutation = read("permutation").long()
+    change = as_real(change_from_start(read("theta"), structured(read("start"), permutation), permutation))
     return change + torch.eye(change.shape[-1], dtype=change.dtype)
 
 

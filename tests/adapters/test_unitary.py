@@ -61,18 +61,19 @@ def test_fourier_transforms_apply_the_same_matrix(theta, permutation):
 
 
 def test_at_the_start_nothing_changes_exactly(theta, permutation):
-    assert (change_from_start(theta.float(), theta.float(), permutation) == 0).all()
+    theta = theta.float()
+    assert (change_from_start(theta, structured(theta, permutation), permutation) == 0).all()
 
 
 def test_away_from_the_start_it_is_unitary(theta, permutation):
     moved = theta + 0.3 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(3))
-    Q = change_from_start(moved, theta, permutation) + torch.eye(SIZE)
+    Q = change_from_start(moved, structured(theta, permutation), permutation) + torch.eye(SIZE)
     assert orthogonality_error(Q) < 1e-14 and (Q - torch.eye(SIZE)).abs().max() > 0.1
 
 
 def test_gradients_of_every_parameter(theta, permutation):
-    start = theta + 0.1
-    torch.autograd.gradcheck(lambda theta: change_from_start(theta, start, permutation), theta.requires_grad_())
+    U0 = structured(theta + 0.1, permutation)
+    torch.autograd.gradcheck(lambda theta: change_from_start(theta, U0, permutation), theta.requires_grad_())
 
 
 def test_the_real_matrix_does_the_same_to_pairs(theta, permutation):

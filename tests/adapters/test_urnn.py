@@ -91,6 +91,17 @@ def test_ranks_hold_slices_of_one_global_start(update):
     assert all(parameter.partial_over_tensor_parallel for parameter in replicated.parameters())
 
 
+def test_a_start_that_is_read_from_a_checkpoint_is_the_one_that_counts():
+    adapter = made("column")
+    assert (adapter.changes() == 0).all()
+    with torch.no_grad():
+        adapter.start.add_(0.1)
+    assert (adapter.changes() != 0).any()
+    with torch.no_grad():
+        adapter.theta.copy_(adapter.start)
+    assert (adapter.changes() == 0).all()
+
+
 def test_parameters_a_group():
     assert made("column").theta.shape == (6, 7, 4)  # 7 n for n = 4 complex features
     assert made("column", urnn_update="riemannian").U.shape == (6, 4, 4, 2)
