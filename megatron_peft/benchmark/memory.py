@@ -10,7 +10,9 @@ from pathlib import Path
 from megatron_peft.benchmark.subjects import STEPS, Setting, join, leave
 from megatron_peft.runtime.ranks import run_ranks
 
+MIB = 2**20
 NUM_STEPS = 3
+TIMEOUT_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class StepsJob:
 
     setting: Setting
     name: str
+    num_steps: int = NUM_STEPS
 
 
-def peak_of_steps(setting: Setting, name: str) -> Peak:
+def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
     """Of some steps of one subject in a fresh process of one rank."""
-    return run_ranks(1, f"{__name__}:run_steps", StepsJob(setting, name))[0]
+    return run_ranks(1, f"{__name__}:run_steps", StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
 
 
 def run_steps(job: StepsJob) -> Peak:
@@ -43,7 +46,7 @@ def run_steps(job: StepsJob) -> Peak:
     join(job.setting)
     start = resident_bytes()
     step = STEPS[job.name](job.setting)
-    for _ in range(NUM_STEPS):
+    for _ in range(job.num_steps):
         step()
     leave()
     return Peak(peak_resident_bytes(), start)

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_peft.benchmark.activations import activations_figures
+from megatron_peft.benchmark.boft_layer import boft_layer_figures
 from megatron_peft.benchmark.collectives import collectives_figures
 from megatron_peft.benchmark.convert import convert_figures
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.loading import loading_figures
 from megatron_peft.benchmark.logits import logits_figures
+from megatron_peft.benchmark.lora_ga_start import lora_ga_start_figures
 from megatron_peft.benchmark.startup import startup_figures
-from megatron_peft.benchmark.steps import lora_full_figures, lora_ratio_figures
+from megatron_peft.benchmark.steps import (
+    hybrid_full_figures,
+    hybrid_ratio_figures,
+    lora_full_figures,
+    lora_ratio_figures,
+    rotation_figures,
+)
 from megatron_peft.benchmark.subjects import Setting, save_shape
 from megatron_peft.benchmark.urnn_crossover import crossover_figures
 from megatron_peft.demo.model import prepare_model
@@ -55,13 +64,37 @@ BENCHMARKS = {
         "CPU seconds of a LoRA step over the frozen base's: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
         lambda place: lora_ratio_figures(place.random_8_layers(), place.turns),
     ),
+    "hybrid-ratio": Benchmark(
+        "CPU seconds of a Hybrid step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 4 x 256 tokens",
+        lambda place: hybrid_ratio_figures(place.random_8_layers(), place.turns),
+    ),
+    "boft-layer": Benchmark(
+        "A layer of BOFT, b 8, m 3, 2048 x 2048, 1024 tokens, forward and backward",
+        lambda place: boft_layer_figures(place.turns),
+    ),
+    "activations": Benchmark(
+        "What autograd keeps for backward: 8 layers, hidden 512, rank 16, b 8, m 3, 4 x 256 tokens",
+        lambda place: activations_figures(place.random_8_layers()),
+    ),
     "collectives": Benchmark(
-        "Collectives of a LoRA step: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
+        "Collectives of a LoRA and a Hybrid step: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
         lambda place: collectives_figures(place.random_8_layers()),
     ),
     "lora-full": Benchmark(
         "Steps of the 135M model, 4 x 256 tokens, one process: CPU seconds and peak memory",
         lambda place: lora_full_figures(place.pretrained_135m(), place.turns),
+    ),
+    "hybrid-full": Benchmark(
+        "The Hybrid and full fine-tuning of the 135M model, 4 x 256 tokens: CPU seconds and peak memory",
+        lambda place: hybrid_full_figures(place.pretrained_135m(), place.turns),
+    ),
+    "rotations": Benchmark(
+        "Steps of BOFT and uRNN, the 135M model, 4 x 256 tokens: CPU seconds",
+        lambda place: rotation_figures(place.pretrained_135m(), place.turns),
+    ),
+    "lora-ga-start": Benchmark(
+        "LoRA-GA's start on the 135M model, batches of 4 x 256 tokens",
+        lambda place: lora_ga_start_figures(place.pretrained_135m()),
     ),
     "logits": Benchmark(
         "Logits of the 135M model against transformers'",

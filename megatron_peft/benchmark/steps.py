@@ -1,4 +1,4 @@
-"""CPU seconds of a LoRA step beside those of the frozen base, of full fine-tuning and of HF PEFT."""
+"""CPU seconds and memory of the methods' steps beside those of the frozen base, of full fine-tuning and of HF PEFT."""
 
 from __future__ import annotations
 
@@ -24,28 +24,43 @@ TIMER = f"{time_turns.__module__}:{time_turns.__name__}"
 
 def lora_ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
     """LoRA over the frozen base, at TP1, TP2 and TP2 with sequence parallelism."""
-    return [_over_frozen(dataclasses.replace(setting, **layout), limit, num_turns) for layout, limit in LAYOUTS]
+    return [_over_frozen(dataclasses.replace(setting, **layout), "lora", limit, num_turns) for layout, limit in LAYOUTS]
+
+
+def hybrid_ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
+    """The Hybrid over the frozen base."""
+    return [_over_frozen(setting, "hybrid", 1.20, num_turns)]
 
 
 def lora_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
     """The steps of `OVER_FULL` over full fine-tuning's, LoRA over HF PEFT's, and the peak memory of each alone."""
     seconds = _take_turns(setting, (*OVER_FULL, "full"), num_turns)
-    full = _spent(seconds, "full")
-    times = [
-        Figure(f"{name} step / full step", median_ratio(seconds[name], seconds["full"]), limit, "", note)
-        for name, limit in OVER_FULL.items()
-        for note in [f"{_spent(seconds, name)}; {full}"]
-    ]
-    ours, theirs = seconds["lora"], seconds["hf-peft-lora"]
-    note = f"{_spent(seconds, 'lora')}; {_spent(seconds, 'hf-peft-lora')}"
-    return [*times, Figure("LoRA step / HF PEFT's", median_ratio(ours, theirs), 1.0, "", note), *_memory(setting)]
+    times = [_ratio(seconds, name, "full", limit) for name, limit in OVER_FULL.items()]
+    peer = _ratio(seconds, "lora", "hf-peft-lora", 1.0)
+    return [*times, peer, *_memory(setting, dict.fromkeys(OVER_FULL))]
 
 
-def _over_frozen(setting: Setting, limit: float, num_turns: int) -> Figure:
-    seconds = _take_turns(setting, ("frozen", "lora"), num_turns)
-    ratio = median_ratio(seconds["lora"], seconds["frozen"])
-    note = f"{_spent(seconds, 'lora')}; {_spent(seconds, 'frozen')}; {num_turns} turns"
-    return Figure(f"{setting.layout}: LoRA step / frozen base step", ratio, limit, "", note)
+def hybrid_full_figures(setting: Setting, num_turns: int) -> list[Figure]:
+    """Time and peak memory of the Hybrid over full fine-tuning's."""
+    seconds = _take_turns(setting, ("hybrid", "full"), num_turns)
+    return [_ratio(seconds, "hybrid", "full", 0.80), *_memory(setting, {"hybrid": 0.60})]
+
+
+def rotation_figures(setting: Setting, num_turns: int) -> list[Figure]:
+    """BOFT over LoRA, uRNN over the frozen base."""
+    seconds = _take_turns(setting, ("frozen", "lora", "boft", "urnn"), num_turns)
+    return [_ratio(seconds, "boft", "lora", 1.10), _ratio(seconds, "urnn", "frozen", 1.30)]
+
+
+def _over_frozen(setting: Setting, name: str, limit: float, num_turns: int) -> Figure:
+    figure = _ratio(_take_turns(setting, ("frozen", name), num_turns), name, "frozen", limit)
+    return dataclasses.replace(figure, name=f"{setting.layout}: {figure.name}")
+
+
+def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float | None) -> Figure:
+    ratio = median_ratio(seconds[name], seconds[below])
+    note = f"{_spent(seconds, name)}; {_spent(seconds, below)}; {len(seconds[name])} turns"
+    return Figure(f"{name} step / {below} step", ratio, limit, "", note)
 
 
 def _take_turns(setting: Setting, names: tuple[str, ...], num_turns: int) -> dict[str, list[float]]:
@@ -57,13 +72,13 @@ def _spent(seconds: dict[str, list[float]], name: str) -> str:
     return f"{name} {median(seconds[name]):.3f} CPU s"
 
 
-def _memory(setting: Setting) -> list[Figure]:
-    peaks = {name: peak_of_steps(setting, name) for name in (*OVER_FULL, "full")}
-    full = peaks["full"]
+def _memory(setting: Setting, limits: dict[str, float | None]) -> list[Figure]:
+    full = peak_of_steps(setting, "full")
+    peaks = {name: peak_of_steps(setting, name) for name in limits}
     return [
-        Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, None, "", _sizes(peak, full))
+        Figure(f"{name}: peak memory / full's", peak.above_start / full.above_start, limits[name], "", note)
         for name, peak in peaks.items()
-        if peak is not full
+        for note in [_sizes(peak, full)]
     ]
 
 

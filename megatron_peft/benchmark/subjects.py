@@ -1,4 +1,4 @@
-"""What is measured: steps of the frozen base, of LoRA, of full fine-tuning, and of HF PEFT's LoRA.
+"""What is measured: steps of the frozen base, of the methods, of full fine-tuning, and of HF PEFT's LoRA.
 
 One microbatch of random tokens, all of which count in the loss. A step of ours that trains is the training loop's own
 `train_step`: forward, backward, gradient sums, the check for NaN, clipping and Adam. The frozen base has nothing to
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_peft.adapters.attach import start_gradients_at_the_embedding
+from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.config import (
     DataConfig,
     ModelConfig,
@@ -34,6 +35,7 @@ from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.training.build import build_state
 from megatron_peft.training.optimizer import wrap_data_parallel
+from megatron_peft.training.start import start_lora_ga
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 
 Step = Callable[[], Any]
@@ -61,6 +63,7 @@ class Setting:
         tensor_parallel, pipeline_parallel, sequence_parallel: the layout; one data-parallel replica.
         rows, positions: of the microbatch.
         rank: of LoRA, on all four linear layers; alpha is twice that.
+        block_size, num_factors: of BOFT.
     """
 
     checkpoint: str
@@ -70,6 +73,8 @@ class Setting:
     rows: int = 4
     positions: int = 256
     rank: int = 16
+    block_size: int = 8
+    num_factors: int = 3
 
     @property
     def layout(self) -> str:
@@ -81,6 +86,16 @@ class Setting:
     @property
     def world_size(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
+
+    def peft(self, method: str) -> PeftConfig:
+        """The numbers of a method."""
+        return PeftConfig(
+            method=method,
+            lora_rank=self.rank,
+            lora_alpha=2 * self.rank,
+            boft_block_size=self.block_size,
+            boft_factors=self.num_factors,
+        )
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -127,7 +142,7 @@ def microbatch(setting: Setting, vocab_size: int) -> Microbatch:
 
 
 def training_step(setting: Setting, method: str) -> Step:
-    """`train_step` on the same microbatch again and again, of a `--peft-method`."""
+    """`train_step` on the same microbatch again and again, of a `--peft-method`; the Hybrid starts as LoRA does."""
     shape = read_shape(setting.checkpoint)
     state = build_state(_run_config(setting, method), shape, NUM_ITERS)
     batch = [microbatch(setting, shape.vocab_size)]
@@ -159,6 +174,15 @@ def frozen_step(setting: Setting) -> Step:
     batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
     finish_with(wrapped, finish_gradients)
     return lambda: run_schedule(wrapped, batch, forward_only=False)
+
+
+def lora_ga_start(setting: Setting, num_batches: int) -> Step:
+    """LoRA-GA's start of every layer from the same batch, so many times over."""
+    chunks, _ = load_base(setting)
+    config = _run_config(setting, "lora-ga")
+    attach_adapters(chunks, config.peft, config.training.seed)
+    batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
+    return lambda: start_lora_ga(chunks, config, [batch] * num_batches)
 
 
 def load_with_transformers(setting: Setting) -> Any:
@@ -195,8 +219,8 @@ def hf_peft_step(setting: Setting) -> Step:
 
 STEPS: dict[str, Callable[[Setting], Step]] = {
     "frozen": frozen_step,
-    "lora": lambda setting: training_step(setting, "lora"),
-    "full": lambda setting: training_step(setting, "full"),
+    **{method: partial(training_step, method=method) for method in ("lora", "boft", "urnn", "hybrid", "full")},
+    "lora-ga-start": lambda setting: lora_ga_start(setting, num_batches=1),
     "hf-peft-lora": hf_peft_step,
 }
 
@@ -205,7 +229,7 @@ def _run_config(setting: Setting, method: str) -> RunConfig:
     return RunConfig(
         parallel=setting.parallel,
         model=ModelConfig(setting.checkpoint),
-        peft=PeftConfig(method=method, lora_rank=setting.rank, lora_alpha=2 * setting.rank),
+        peft=setting.peft(method),
         data=DataConfig(train_data_path=("random.jsonl",), seq_length=setting.positions),  # never opened
         training=TrainingConfig(micro_batch_size=setting.rows, global_batch_size=setting.rows, train_iters=NUM_ITERS),
         optimizer=OptimizerSettings(lr=LEARNING_RATE),

@@ -6,15 +6,18 @@ CPU seconds of all threads of the process, not wall time: waiting for another ra
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+import torch.distributed as dist
 
 from megatron_peft.benchmark.subjects import STEPS, Setting, Step, join, leave
 
 NUM_WARMUPS = 2
+FEWEST_TURNS = 3
+MAX_SECONDS = 300.0  # of wall time: no turn begins after that, so that a benchmark ends on a busy machine too
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,35 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     join(job.setting)
     steps = {name: STEPS[name](job.setting) for name in job.names}
-    seconds = take_turns(steps, job.num_turns)
+    seconds = take_turns(steps, job.num_turns, _Limit(MAX_SECONDS).is_over)
     leave()
     return seconds
 
 
-def take_turns(steps: Mapping[str, Step], num_turns: int) -> dict[str, list[float]]:
+class _Limit:
+    """Wall time from now on, over when it is over on any rank."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self.end = time.monotonic() + max_seconds
+
+    def is_over(self) -> bool:
+        over = torch.tensor(time.monotonic() > self.end, dtype=torch.int32)
+        dist.all_reduce(over, dist.ReduceOp.MAX)
+        return bool(over)
+
+
+def take_turns(
+    steps: Mapping[str, Step], num_turns: int, is_late: Callable[[], bool] = lambda: False
+) -> dict[str, list[float]]:
     """CPU seconds of each step in each turn, after `NUM_WARMUPS` turns that do not count.
 
-    Every second turn runs the other way round, so that no step always follows the same one.
+    Every second turn runs the other way round, so that no step always follows the same one. When it is late the turns
+    end after `FEWEST_TURNS`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-NUM_WARMUPS, num_turns):
+        if is_late() and turn >= FEWEST_TURNS:
+            break
         for name in list(steps)[:: -1 if turn % 2 else 1]:
             spent = _cpu_seconds(steps[name])
             if turn >= 0:

@@ -22,18 +22,19 @@ def test_equal_calls_cancel_one_by_one() -> None:
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
     figures = {figure.name: figure for figure in collectives.collectives_figures(tiny)}
     calls = [figure for name, figure in figures.items() if "bytes" not in name]
-    assert [figure.measured for figure in calls] == [1, 0, 1, 0]
+    assert [figure.measured for figure in calls] == [1, 0, 1 + 8, 0, 1, 0, 1 + 2 * 8, 0]
+    assert all(figure.reached for figure in calls)
     # 4 layers: 2 row-parallel layers each forward, 2 column-parallel ones back, embedding and output, 3 for the loss.
     assert "frozen 21 calls" in figures["TP2: LoRA's all-reduces above the frozen base's"].note
     assert "8 allgather_base" in figures["TP2+SP: LoRA's other calls wider than r"].note
 
 
-def test_a_wide_gather_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_gather_is_found(monkeypatch: pytest.MonkeyPatch, tiny: Setting) -> None:
     gather = Collective("_allgather_base_", 1000, 4000, 100)
 
     def answer(num_ranks: int, target: str, argument: Any) -> Sequence[dict[str, list[Collective]]]:
-        return [{"frozen": [WIDE], "lora": [WIDE, gather]}]
+        return [{"frozen": [WIDE], "lora": [WIDE, gather], "hybrid": [WIDE, gather, NARROW, gather]}]
 
     monkeypatch.setattr(collectives, "run_ranks", answer)
-    found = [figure.reached for figure in collectives.collectives_figures(Setting("nowhere"))]
-    assert found == [True, False, False] * 2
+    found = [figure.reached for figure in collectives.collectives_figures(tiny)]
+    assert found == [True, False, False, True, False] * 2

@@ -35,7 +35,7 @@ def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "join", lambda setting: None)
     monkeypatch.setattr(memory, "leave", lambda: None)
     monkeypatch.setattr(memory, "STEPS", {"big": build})
-    monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job: [memory.run_steps(job)])
+    monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job, timeout: [memory.run_steps(job)])
     assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
 
 

@@ -10,7 +10,15 @@ from megatron_peft.benchmark import steps
 from megatron_peft.benchmark.memory import Peak
 from megatron_peft.benchmark.subjects import Setting
 
-SECONDS = {"frozen": [1.0], "lora": [1.5], "hf-peft-lora": [2.0], "full": [3.0]}
+SECONDS = {
+    "frozen": [1.0],
+    "lora": [1.5],
+    "boft": [1.8],
+    "urnn": [1.2],
+    "hf-peft-lora": [2.0],
+    "hybrid": [2.1],
+    "full": [3.0],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +43,20 @@ def test_lora_over_frozen_at_three_layouts() -> None:
 def test_everything_over_full() -> None:
     figures = {f.name: f for f in steps.lora_full_figures(Setting("nowhere"), num_turns=1)}
     assert figures["lora step / full step"].measured == 0.5 and figures["lora step / full step"].target == 0.72
-    assert figures["LoRA step / HF PEFT's"].measured == 0.75 and figures["LoRA step / HF PEFT's"].target == 1.0
+    peer = figures["lora step / hf-peft-lora step"]
+    assert (peer.measured, peer.target) == (0.75, 1.0)
     assert figures["frozen: peak memory / full's"].measured == pytest.approx(1 / 3)
     assert len(figures) == 7
+
+
+def test_hybrid_over_frozen_and_over_full() -> None:
+    (over_frozen,) = steps.hybrid_ratio_figures(Setting("nowhere"), num_turns=1)
+    assert (over_frozen.measured, over_frozen.target) == (2.1, 1.20)
+    time, memory = steps.hybrid_full_figures(Setting("nowhere"), num_turns=1)
+    assert (time.measured, time.target) == (pytest.approx(0.7), 0.80)
+    assert (memory.measured, memory.target) == (pytest.approx(0.7), 0.60)
+
+
+def test_rotations() -> None:
+    boft, urnn = steps.rotation_figures(Setting("nowhere"), num_turns=1)
+    assert (boft.measured, boft.target, urnn.measured, urnn.target) == (pytest.approx(1.2), 1.10, 1.2, 1.30)

@@ -18,6 +18,11 @@ def test_every_second_turn_runs_the_other_way_round(monkeypatch: pytest.MonkeyPa
     assert {name: len(turns) for name, turns in seconds.items()} == {"a": 2, "b": 2}
 
 
+def test_late_turns_end_after_the_fewest() -> None:
+    seconds = timing.take_turns({"a": lambda: None}, num_turns=10, is_late=lambda: True)
+    assert len(seconds["a"]) == timing.FEWEST_TURNS
+
+
 def test_waiting_costs_nothing_and_work_does() -> None:
     def work() -> None:
         end = time.process_time() + 0.1

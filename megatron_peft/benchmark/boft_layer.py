@@ -1,0 +1,100 @@
+"""A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
+
+HF PEFT composes several factors only with a CUDA extension (without it the number of factors is silently 1); here it
+gets the same function in plain torch, so that both do b = 8, m = 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
+from megatron_peft.adapters.registry import ADAPTERS
+from megatron_peft.benchmark.figures import Figure
+from megatron_peft.benchmark.subjects import Setting, Step, join, leave
+from megatron_peft.benchmark.timing import median_ratio, take_turns
+from megatron_peft.config import PeftConfig
+from megatron_peft.runtime.ranks import run_ranks
+
+WIDTH, NUM_TOKENS, BLOCK_SIZE, NUM_FACTORS = 2048, 1024, 8, 3
+TARGET = 1.25
+TIMEOUT_SECONDS = 1200.0
+
+
+def boft_layer_figures(num_turns: int) -> list[Figure]:
+    """Over the frozen linear layer; HF PEFT's for comparison."""
+    seconds = run_ranks(1, f"{__name__}:time_layers", num_turns, timeout=TIMEOUT_SECONDS)[0]
+    return [_over_frozen(seconds, "BOFT", TARGET), _over_frozen(seconds, "HF PEFT's BOFT", None)]
+
+
+def time_layers(num_turns: int) -> dict[str, list[float]]:
+    """CPU seconds of every turn by name. Started on a rank."""
+    torch.set_num_threads(1)
+    join(Setting("none"))
+    steps = {name: _step(build()) for name, build in LAYERS.items()}
+    seconds = take_turns(steps, num_turns)
+    leave()
+    return seconds
+
+
+def _over_frozen(seconds: dict[str, list[float]], name: str, limit: float | None) -> Figure:
+    note = f"{median(seconds[name]):.3f} and {median(seconds['frozen']):.3f} CPU s"
+    return Figure(f"{name} layer / frozen layer", median_ratio(seconds[name], seconds["frozen"]), limit, "", note)
+
+
+def _step(layer: Callable[[Tensor], Tensor]) -> Step:
+    x = torch.randn(NUM_TOKENS, 1, WIDTH, requires_grad=True)
+    grad = torch.randn(NUM_TOKENS, 1, WIDTH)
+    return lambda: layer(x).backward(grad)
+
+
+def _frozen() -> Callable[[Tensor], Tensor]:
+    layer = _linear()
+    return lambda x: layer(x)[0]
+
+
+def _boft() -> Callable[[Tensor], Tensor]:
+    layer = _linear()
+    peft = PeftConfig(method="boft", boft_block_size=BLOCK_SIZE, boft_factors=NUM_FACTORS)
+    layer.adapter = ADAPTERS["boft"](layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
+    return lambda x: layer(x)[0]
+
+
+def _linear() -> Any:
+    config: Any = TransformerConfig(
+        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, perform_initialization=False
+    )
+    common: dict[str, Any] = {"config": config, "init_method": None, "bias": False, "tp_comm_buffer_name": "fc1"}
+    layer = AdaptedColumnParallelLinear(WIDTH, WIDTH, **common).requires_grad_(False)
+    nn.init.normal_(layer.weight, std=WIDTH**-0.5)
+    return layer
+
+
+def _hf_boft() -> Callable[[Tensor], Tensor]:
+    from peft import BOFTConfig, get_peft_model
+    from peft.tuners.boft import layer as boft
+
+    module: Any = boft
+    module.get_fbd_cuda = lambda: True
+    module.FastBlockDiag = _PureBlockDiagonal
+    config = BOFTConfig(
+        boft_block_size=BLOCK_SIZE, boft_n_butterfly_factor=NUM_FACTORS, boft_dropout=0.0, target_modules=["0"]
+    )
+    return get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), config)
+
+
+class _PureBlockDiagonal:
+    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
+
+    @staticmethod
+    def apply(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+LAYERS = {"frozen": _frozen, "BOFT": _boft, "HF PEFT's BOFT": _hf_boft}

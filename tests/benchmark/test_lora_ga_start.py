@@ -1,0 +1,32 @@
+"""LoRA-GA's start is timed a batch, over the frozen base."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_peft.benchmark import lora_ga_start
+from megatron_peft.benchmark.memory import Peak
+from megatron_peft.benchmark.subjects import Setting
+
+MIB = 2**20
+
+
+def test_figures(monkeypatch: pytest.MonkeyPatch):
+    peaks = {"lora-ga-start": Peak(300 * MIB, 0), "frozen": Peak(250 * MIB, 0)}
+    monkeypatch.setattr(lora_ga_start, "run_ranks", lambda *args, **kwargs: [(1.0, 2.5)])
+    monkeypatch.setattr(lora_ga_start, "peak_of_steps", lambda setting, name, num_steps: peaks[name])
+    time, memory = lora_ga_start.lora_ga_start_figures(Setting("nowhere"))
+    assert (time.measured, time.reached) == (2.5, False)
+    assert (memory.measured, memory.reached) == (50.0, True)
+
+
+def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):
+    """With two batches the start runs four, the frozen base three (one does not count)."""
+    from megatron_peft.training import start
+
+    runs = []
+    schedule = start.run_schedule
+    monkeypatch.setattr(lora_ga_start, "NUM_BATCHES", 2)
+    monkeypatch.setattr(start, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs))
+    frozen, a_batch = lora_ga_start.time_start(tiny)
+    assert len(runs) == 4 and frozen > 0 and a_batch > 0
