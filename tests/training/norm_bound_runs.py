@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import save_checkpoint
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.step import train_step
@@ -32,13 +34,17 @@ def run(jobs: list[Job]) -> dict[str, Bounded]:
 
 
 def here(job: Job) -> Bounded:
-    """Every step of the job in the present world."""
+    """Every step of the job in the present world; or none, where it has a checkpoint to load."""
     config = job.config(dist.get_world_size())
     start_model_parallel(config.parallel, config.training.seed)
     try:
         state, data = build(config)
         steps = iter(data.train)
-        losses = [train_step(state, next(steps)).loss for _ in range(config.training.train_iters)]
+        num_steps = 0 if load_checkpoint(state) else job.num_steps
+        losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
+        if config.checkpoint.save:
+            state.position.iteration = num_steps
+            save_checkpoint(state)
         gap = _master_gap(state)
         return Bounded(_ratios(state), losses, gap)
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job
 from tests.training.norm_bound_runs import here
@@ -27,10 +28,17 @@ def job_of(files, name: str, method: str, ratio: float | None = RATIO, **groups)
 
 
 @pytest.fixture(scope="module")
-def on_two(files):
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("bounded"))
+
+
+@pytest.fixture(scope="module")
+def on_two(files, folder):
     jobs = [
         job_of(files, "lora TP2", "lora", parallel={"tensor_model_parallel_size": 2}),
-        job_of(files, "original TP2", "original", parallel={"tensor_model_parallel_size": 2}),
+        job_of(
+            files, "original TP2", "original", parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": folder}
+        ),
         job_of(files, "lora DP2 distributed bf16", "lora", **BF16, **DISTRIBUTED),
         job_of(files, "original DP2 distributed bf16", "original", **BF16, **DISTRIBUTED),
     ]
@@ -39,8 +47,6 @@ def on_two(files):
 
 @pytest.fixture(scope="module")
 def alone_found(files):
-    from tests.one_rank import one_rank
-
     with one_rank(with_groups=False):
         return {
             **{name: here(job_of(files, name, name)) for name in METHODS},
@@ -70,6 +76,15 @@ def test_tensor_parallel_ranks_bound_the_whole_weight(on_two, alone_found, name)
     here, alone = on_two[0][f"{name} TP2"], alone_found[name]
     np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
     np.testing.assert_allclose(list(here.ratios.values()), list(alone.ratios.values()), rtol=1e-4)
+
+
+def test_a_subtracted_start_is_the_same_when_its_checkpoint_is_opened_on_one_rank(on_two, files, folder):
+    """Its norm would change if A0 or B0 were put together otherwise than A and B, gate and up of fc1 included."""
+    with one_rank(with_groups=False):
+        opened = here(job_of(files, "opened", "original", checkpoint={"load": folder}))
+    assert opened.losses == []
+    for name, ratio in on_two[0]["original TP2"].ratios.items():
+        assert opened.ratios[name] == pytest.approx(ratio, rel=1e-4), name
 
 
 @pytest.mark.parametrize("name", ["lora", "original"])
