@@ -30,9 +30,9 @@ ALLOWED: Mapping[str, set[str]] = {
     "training": BELOW_TRAINING,
     "evaluation": BELOW_TRAINING | {"training"},
     # Apart: they read what a run wrote, or reckon with what a run would need.
-    "reporting": CONFIGURATION,
+    "reporting": CONFIGURATION | {"experiment"},
     "planner": CONFIGURATION | {"models"},
-    "benchmark": BELOW_TRAINING | {"training", "demo"},
+    "benchmark": BELOW_TRAINING | {"training", "evaluation", "demo"},
     "experiment": CONFIGURATION | {"arguments", "models", "checkpoint", "training"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
 }

@@ -47,18 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = build_parser().parse_known_args(argv)
     if vars(args).pop("unsafe_execution"):
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read when the libraries are imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars beside ours
 
+    from megatron_peft.arguments import exit_with_error, parse_arguments
+    from megatron_peft.config import ConfigurationError
+    from megatron_peft.conversion.pretrained import read_model_shape
     from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
     from megatron_peft.evaluation.run_flags import model_flags
-
-    from megatron_peft.arguments import parse_arguments
-    from megatron_peft.conversion.pretrained import read_model_shape
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
 
-    settings = HarnessSettings(**vars(args))
-    config = parse_arguments(model_flags(flags, PROGRAM), read_shape=read_model_shape, program=PROGRAM)
+    try:
+        settings, flags = HarnessSettings(**vars(args)), model_flags(flags)
+    except ConfigurationError as error:
+        exit_with_error(error, program=PROGRAM)
+    config = parse_arguments(flags, read_shape=read_model_shape, program=PROGRAM)
     with world(config.parallel):
         run_together(lambda: evaluate(config, settings), program=PROGRAM)
     return 0

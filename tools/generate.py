@@ -51,16 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
     args, flags = build_parser().parse_known_args(argv)
 
+    from megatron_peft.arguments import exit_with_error, parse_arguments
+    from megatron_peft.config import ConfigurationError
+    from megatron_peft.conversion.pretrained import read_model_shape
     from megatron_peft.evaluation.answers import AnswerSettings, answer
     from megatron_peft.evaluation.run_flags import model_flags
-
-    from megatron_peft.arguments import parse_arguments
-    from megatron_peft.conversion.pretrained import read_model_shape
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
 
-    settings = AnswerSettings(**vars(args))
-    config = parse_arguments(model_flags(flags, PROGRAM), read_shape=read_model_shape, program=PROGRAM)
+    try:
+        settings, flags = AnswerSettings(**vars(args)), model_flags(flags)
+    except ConfigurationError as error:
+        exit_with_error(error, program=PROGRAM)
+    config = parse_arguments(flags, read_shape=read_model_shape, program=PROGRAM)
     with world(config.parallel):
         run_together(lambda: answer(config, settings), program=PROGRAM)
     return 0

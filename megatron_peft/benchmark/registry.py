@@ -12,6 +12,7 @@ from megatron_peft.benchmark.boft_layer import boft_layer_figures
 from megatron_peft.benchmark.collectives import collectives_figures
 from megatron_peft.benchmark.convert import convert_figures
 from megatron_peft.benchmark.figures import Figure
+from megatron_peft.benchmark.generation import generation_figures
 from megatron_peft.benchmark.loading import loading_figures
 from megatron_peft.benchmark.logits import logits_figures
 from megatron_peft.benchmark.lora_ga_start import lora_ga_start_figures
@@ -111,6 +112,10 @@ BENCHMARKS = {
     "urnn-crossover": Benchmark(
         "A uRNN layer's rotation by dense blocks and by Fourier transforms: 4096 features, 1024 tokens",
         lambda place: crossover_figures(place.turns),
+    ),
+    "generation": Benchmark(
+        "Greedy answers of the 135M model, their scores and their speed beside transformers'",
+        lambda place: generation_figures(place.pretrained_135m(), place.turns),
     ),
     "startup": Benchmark(
         "pretrain_peft.py on the 135M model, one process",

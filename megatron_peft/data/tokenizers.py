@@ -23,6 +23,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None  # put before a prompt; None where the tokenizer does not do so by itself
     eos_id: int
+    special_tokens: Mapping[str, int]  # those that `decode` leaves out
+    prefix_id: int  # what a text without a context follows: beginning of sequence, or else end of sequence
 
     @property
     def eod(self) -> int:
@@ -62,6 +64,8 @@ class _Base:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.prefix_id = eos_id
+        self.special_tokens: Mapping[str, int] = {}
         self._identity = identity
 
     @property
@@ -105,6 +109,12 @@ class HuggingFaceTokenizer(_Base):
         require(eos_id is not None, f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token.")
         super().__init__(len(self._tokenizer), None, eos_id, folder)
         self.folder = folder
+        if self._tokenizer.bos_token_id is not None:
+            self.prefix_id = self._tokenizer.bos_token_id
+        added = self._tokenizer.added_tokens_decoder
+        self.special_tokens: Mapping[str, int] = {
+            token.content: index for index, token in added.items() if token.special
+        }
         with_specials = self._tokenizer.encode("a")
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
@@ -147,6 +157,8 @@ class SentencePieceTokenizer(_Base):
         eos_id = self._model.eos_id()
         require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
         super().__init__(self._model.get_piece_size(), None, eos_id, str(path))
+        if self._model.bos_id() >= 0:
+            self.prefix_id = self._model.bos_id()
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)

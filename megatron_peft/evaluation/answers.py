@@ -1,0 +1,175 @@
+"""What tools/generate.py does: answers to one prompt, as they grow, or to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config_error import Requirements
+from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.evaluation.crew import over_replicas
+from megatron_peft.evaluation.generation import OnToken, generate
+from megatron_peft.evaluation.model import AskedModel, load_model
+from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
+from megatron_peft.evaluation.progress import request_bar
+from megatron_peft.evaluation.prompts import Record, encode_prompts, read_prompts
+from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.stop import StopTexts
+from megatron_peft.runtime.launch import checked_together
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What tools/generate.py was asked for; its flags have these names."""
+
+    prompt: str | None = None
+    prompt_file: str | None = None
+    output: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+    stop: Sequence[str] = ()
+    chat: bool = False
+    batch_size: int = 16
+    sampling_seed: int = 1234
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.positive("max_new_tokens", "num_samples", "batch_size")
+            given = [value for value in (self.prompt, self.prompt_file) if value is not None]
+            require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
+            require(
+                self.num_samples == 1 or self.temperature != 0,
+                f"--num-samples {self.num_samples} with --temperature 0 gives one answer {self.num_samples} times: "
+                "give --temperature above 0.",
+            )
+            try:
+                Sampling(self.temperature, self.top_p, self.top_k)
+            except ConfigurationError as error:
+                require.problems += error.problems
+
+    @property
+    def plan(self) -> AnswerPlan:
+        sampling = Sampling(self.temperature, self.top_p, self.top_k)
+        return AnswerPlan(tuple(map(unescaped, self.stop)), self.max_new_tokens, sampling, self.sampling_seed)
+
+    def records(self) -> list[Record]:
+        if self.prompt_file is not None:
+            return read_prompts(Path(self.prompt_file))
+        assert self.prompt is not None
+        return [{"prompt": unescaped(self.prompt)}]
+
+
+def unescaped(text: str) -> str:
+    """A command line's `\\n` and `\\t` as what they stand for."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def answer(config: RunConfig, settings: AnswerSettings) -> None:
+    """Print or write the answers of `config`'s model, within a started world.
+
+    Raises:
+        ConfigurationError: on every rank: files, checkpoint, prompts that are too long.
+    """
+    plan = settings.plan
+    records = checked_together(settings.records)
+    model = load_model(config)
+    ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
+    stop = StopTexts(model.tokenizer, plan.until)
+    is_first = dist.get_rank() == 0
+    is_shown = settings.prompt is not None and settings.num_samples == 1 and settings.output is None
+    if is_shown:
+        stream = Stream(model.tokenizer, stop, sys.stdout.write if is_first else lambda text: None)
+        _generate(model, settings, ids, ["0/0"], stream.add)
+        stream.end()
+        return
+    lines = _lines(model, settings, records, ids, stop)
+    with request_bar("answering", len(records)) as advance:
+        finished = []
+        for line in lines:
+            finished.append(line)
+            if is_first:
+                advance(1)
+                _show(line, settings)
+    if settings.output and is_first:
+        write_atomically(Path(settings.output), "".join(finished))
+        print(f"wrote {settings.output}")
+
+
+def _show(line: str, settings: AnswerSettings) -> None:
+    if settings.output is None:
+        print(line, end="", flush=True)
+
+
+def _lines(
+    model: AskedModel,
+    settings: AnswerSettings,
+    records: Sequence[Record],
+    ids: Sequence[Sequence[int]],
+    stop: StopTexts,
+) -> Iterator[str]:
+    """The object of each record with its answers, as JSON lines, in the order of the records. Collective."""
+    num_samples = settings.num_samples
+    portion = max(settings.batch_size * model.config.parallel.data_parallel_size // num_samples, 1)
+    for start in range(0, len(records), portion):
+        numbers = range(start, min(start + portion, len(records)))
+        asked = [(number, sample) for number in numbers for sample in range(num_samples)]
+        names = [f"{number}/{sample}" for number, sample in asked]
+        found = _generate(model, settings, [ids[number] for number, _ in asked], names)
+        texts = iter(stop.cut(model.tokenizer.decode(answer)) for answer in found)
+        for number in numbers:
+            answers = [next(texts) for _ in range(num_samples)]
+            yield json.dumps({**records[number], "answers": answers}, ensure_ascii=False) + "\n"
+
+
+def _generate(
+    model: AskedModel,
+    settings: AnswerSettings,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    on_token: OnToken = lambda row, token: None,
+) -> list[list[int]]:
+    rules = generation_settings(model, settings.plan, settings.batch_size)
+
+    def work(own: Sequence[Any]) -> list[list[int]]:
+        texts, own_names = [prompt for prompt, _ in own], [name for _, name in own]
+        return generate(model.chunks, texts, rules, names=own_names, on_token=on_token)
+
+    return over_replicas(list(zip(prompts, names, strict=True)), work)
+
+
+class Stream:
+    """Writes an answer as it grows, but for what may turn out to be a stop text or half a character."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: StopTexts, write: Callable[[str], Any]) -> None:
+        self._tokenizer, self._stop, self._write = tokenizer, stop, write
+        self._held = max((len(text) for text in stop.texts), default=1) - 1
+        self._ids: list[int] = []
+        self._num_written = 0
+
+    def add(self, row: int, token: int) -> None:
+        self._ids.append(token)
+        text = self._text()
+        if not text.endswith("\ufffd"):  # the first bytes of a character
+            self._write_up_to(text[: len(text) - self._held])
+
+    def end(self) -> None:
+        self._write_up_to(self._text())
+        self._write("\n")
+
+    def _text(self) -> str:
+        return self._stop.cut(self._tokenizer.decode(self._ids))
+
+    def _write_up_to(self, text: str) -> None:
+        self._write(text[self._num_written :])
+        self._num_written = max(self._num_written, len(text))

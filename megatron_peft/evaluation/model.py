@@ -1,0 +1,154 @@
+"""A model that is asked and not trained: base, adapters, tokenizer, and what tells it from every other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.checkpoint.compatible import Here, contradictions
+from megatron_peft.checkpoint.load import load_trained_parameters
+from megatron_peft.checkpoint.manifest import MANIFEST
+from megatron_peft.checkpoint.parameters import adapted_layers
+from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.save import base_fingerprint
+from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
+from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape_check import check_layout, compare_shape
+from megatron_peft.runtime.launch import checked_together, start_model_parallel
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """A model to be asked, on this rank.
+
+    Args:
+        config: of the evaluation: the model's, and the layout that it has now.
+        chunks: this rank's part, not wrapped.
+        end_ids: tokens at which the model ends an answer.
+        record: of the run that trained it; None for a base model.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    chunks: list[GPTModel]
+    tokenizer: Tokenizer
+    end_ids: frozenset[int]
+    record: RunRecord | None
+
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens."""
+        return self.shape.max_position_embeddings
+
+
+def load_model(config: RunConfig) -> AskedModel:
+    """The model of --load, or else of --pretrained-checkpoint, in a started world. Makes the layout's groups.
+
+    Raises:
+        ConfigurationError: on every rank: no checkpoint, another base, another method, a layout that does not divide.
+    """
+    # Our core attention honours the key mask of unequal prompts beside a cache; Transformer Engine's would not.
+    config = replace(config, model=replace(config.model, transformer_impl="local"))
+    shape = checked_together(lambda: _checked_shape(config))
+    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+    chunks = build_model_chunks(shape, config.model, config.parallel)
+    is_trained = config.checkpoint.load is not None
+    if is_trained and config.peft.trains_adapters:
+        attach_adapters(chunks, config.peft, config.training.seed)
+    load_pretrained(
+        chunks,
+        _base(config),
+        shape,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=config.parallel.tensor_model_parallel_size,
+        progress=dist.get_rank() == 0,
+    )
+    record = _load_trained(config, shape, chunks) if is_trained else None
+    ends = end_ids(_base(config)) | {tokenizer.eos_id}
+    return AskedModel(config, shape, chunks, tokenizer, ends, record)
+
+
+def model_fingerprint(config: RunConfig) -> str:
+    """32 hexadecimal digits that change with base, checkpoint and number type. Call it on the first rank."""
+    base, load = base_fingerprint(config.model.pretrained_checkpoint), config.checkpoint.load
+    manifest = (find_checkpoint(load) / MANIFEST).read_text() if load else None
+    parts = [dict(base or {}), manifest, config.model.bf16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def end_ids(base: str) -> frozenset[int]:
+    """Tokens that the base model's `generation_config.json` names as ends; a chat model may have several."""
+    path = Path(base, GENERATION_CONFIG)
+    if not path.is_file():
+        return frozenset()
+    try:
+        ends = json.loads(path.read_text()).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def describe(model: AskedModel) -> Mapping[str, Any]:
+    """What was asked and how it was laid out, for a record of results."""
+    parallel = model.config.parallel
+    return {
+        "pretrained_checkpoint": model.config.model.pretrained_checkpoint,
+        "checkpoint": model.config.checkpoint.load,
+        "iteration": None if model.record is None else model.record.position["iteration"],
+        "peft_method": None if model.record is None else model.config.peft.method,
+        "bf16": model.config.model.bf16,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "data_parallel_size": parallel.data_parallel_size,
+    }
+
+
+def _base(config: RunConfig) -> str:
+    assert config.model.pretrained_checkpoint is not None
+    return config.model.pretrained_checkpoint
+
+
+def _checked_shape(config: RunConfig) -> ModelShape:
+    shape = read_model_shape(_base(config))
+    problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
+    if problems:
+        raise ConfigurationError(*problems)
+    return shape
+
+
+def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
+    tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
+    require_vocabulary_fits(tokenizer, shape.vocab_size)
+    return tokenizer
+
+
+def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
+    load = config.checkpoint.load
+    assert load is not None
+    here = Here(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
+    checked_together(lambda: _refuse_another(here, load))
+    return load_trained_parameters(chunks, load)
+
+
+def _refuse_another(here: Here, load: str) -> None:
+    """The first rank speaks for all: it alone has read the base model's files."""
+    if dist.get_rank() == 0:
+        problems = contradictions(read_record(find_checkpoint(load)), here)
+        if problems:
+            raise ConfigurationError(*problems)

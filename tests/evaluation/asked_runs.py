@@ -1,0 +1,146 @@
+"""Evaluations and answers of a trained run, alone and split; started on ranks by test_harness.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.evaluation.answers import AnswerSettings, answer
+from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+from megatron_peft.evaluation.run_flags import model_flags
+from megatron_peft.runtime.launch import start_world
+from megatron_peft.training.finetune import finetune
+from tests.evaluation.local_tasks import TASKS
+
+LAYOUTS = {
+    "TP2": ["--tensor-model-parallel-size", "2"],
+    "PP2": ["--pipeline-model-parallel-size", "2"],
+    "DP2": [],
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Files of a test: a base model, its training data, a folder of tasks, and where everything else goes."""
+
+    work: str
+    base: str
+    data: str
+    tasks: str
+
+    def path(self, name: str) -> Path:
+        return Path(self.work, name)
+
+    @property
+    def run(self) -> list[str]:
+        return ["--load", str(self.path("run"))]
+
+
+def run_alone(place: Place) -> dict[str, Any]:
+    """Train, then ask the base, the run, and the base as the harness's own backend sees it."""
+    start_world(ParallelConfig())
+    _train(place)
+    base = ["--pretrained-checkpoint", place.base]
+    found = {"base": _evaluate(place, "base", base), "run": _evaluate(place, "run", place.run)}
+    found["finished"] = len(place.path("run.requests.jsonl").read_text().splitlines())
+    found["hf"] = _by_the_harness(place)
+    found["stopped"] = _evaluate_after_a_kill(place)
+    found["streamed"] = _printed(lambda: _answer(place, prompt="w1 w2", max_new_tokens=5))
+    _answer(place, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path("alone.jsonl")))
+    found["complaints"] = [_complaint(place, *wrong) for wrong in _wrong_models(place)]
+    return found
+
+
+def run_split(place: Place) -> dict[str, Any]:
+    """The trained run at each layout: results, and a file of answers that are drawn."""
+    start_world(ParallelConfig())
+    found = {}
+    for layout, flags in LAYOUTS.items():
+        found[layout] = _evaluate(place, layout, [*place.run, *flags])
+    for layout, flags in LAYOUTS.items():
+        drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
+        _answer(place, flags, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path(layout)), **drawn)
+    return found
+
+
+def _train(place: Place) -> None:
+    flags = ["--pretrained-checkpoint", place.base, "--train-data-path", place.data, "--num-workers", "0"]
+    flags += ["--peft-method", "lora", "--lora-rank", "3", "--lora-alpha", "9", "--lr", "2e-2", "--seq-length", "32"]
+    flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(place.path("run")), "--seed", "5"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        finetune(parse_arguments(flags))
+    parallel_state.destroy_model_parallel()
+
+
+def _evaluate(place: Place, name: str, flags: list[str]) -> dict[str, Any]:
+    """The file of results, and the file of questions and answers by (task, number)."""
+    output = place.path(f"{name}.json")
+    settings = HarnessSettings(list(TASKS), str(output), [place.tasks], batch_size=4, log_samples=True)
+    _ask(flags, lambda config: evaluate(config, settings))
+    samples = map(json.loads, output.with_suffix(".samples.jsonl").read_text().splitlines())
+    return {**json.loads(output.read_text()), "samples": {(one["task"], one["doc_id"]): one for one in samples}}
+
+
+def _answer(place: Place, flags: list[str] | None = None, **settings: Any) -> None:
+    _ask([*place.run, *(flags or [])], lambda config: answer(config, AnswerSettings(**settings)))
+
+
+def _ask(flags: list[str], question: Any) -> None:
+    question(parse_arguments(model_flags(flags), {"WORLD_SIZE": str(dist.get_world_size())}))
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def _by_the_harness(place: Place) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = [name for name in TASKS if name != "tiny_drawn"]
+    manager = TaskManager(include_path=place.tasks, include_defaults=False)
+    model = HFLM(pretrained=place.base, device="cpu", dtype="float32", batch_size=4)
+    results: Any = simple_evaluate(model=model, tasks=names, task_manager=manager)  # pyright: ignore
+    samples = {(task, one["doc_id"]): one for task, of_task in results["samples"].items() for one in of_task}
+    return {"results": results["results"], "samples": json.loads(json.dumps(list(samples.items()), default=str))}
+
+
+def _evaluate_after_a_kill(place: Place) -> dict[str, Any]:
+    """A file of requests that a kill has torn in the middle of a line."""
+    whole = place.path("run.requests.jsonl").read_bytes()
+    place.path("stopped.requests.jsonl").write_bytes(whole[: len(whole) // 2])
+    return _evaluate(place, "stopped", place.run)
+
+
+def _printed(work: Any) -> str:
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        work()
+    return written.getvalue()
+
+
+def _wrong_models(place: Place) -> list[tuple[list[str], str]]:
+    """Flags that name no model that can be asked."""
+    return [
+        (["--load", place.tasks], "w1"),
+        ([*place.run, "--lora-rank", "4"], "w1"),
+        ([*place.run, "--pretrained-checkpoint", str(place.path("other"))], "w1"),
+        (place.run, "w1 " * 300),
+    ]
+
+
+def _complaint(place: Place, flags: list[str], prompt: str) -> str:
+    try:
+        _ask(flags, lambda config: answer(config, AnswerSettings(prompt=prompt)))
+    except ConfigurationError as error:
+        parallel_state.destroy_model_parallel()
+        return str(error)
+    return "nothing"

@@ -1,0 +1,135 @@
+"""Scores of the harness: those of its own backend to the last item, at any layout, also after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluation.asked_runs import LAYOUTS, Place
+from tests.evaluation.local_tasks import TASKS, write_tasks
+from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
+from tests.ranks import run_ranks
+
+PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}], "id": 7}, {"prompt": "w4"}]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("asked")
+    base = save_worded_llama(folder / "base")
+    save_worded_llama(folder / "other", seed=1)
+    tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return Place(str(folder), str(base), str(save_worded_pairs(folder / "pairs.jsonl")), str(tasks))
+
+
+@pytest.fixture(scope="session")
+def alone(place) -> Mapping[str, Any]:
+    return run_ranks(1, "tests.evaluation.asked_runs:run_alone", place)[0]
+
+
+@pytest.fixture(scope="session")
+def split(place, alone) -> Mapping[str, Any]:
+    return run_ranks(2, "tests.evaluation.asked_runs:run_split", place)[0]
+
+
+def _numbers(results, tolerance=1e-4):
+    return {
+        task: {name: pytest.approx(value, rel=tolerance) for name, value in scores.items() if isinstance(value, float)}
+        for task, scores in results["results"].items()
+    }
+
+
+def _same_items(found, expected):
+    assert found.keys() == expected.keys()
+    for key, sample in found.items():
+        wanted = expected[key]
+        assert sample["doc"] == wanted["doc"]
+        for answers, others in zip(sample["filtered_resps"], wanted["filtered_resps"], strict=True):
+            _same_answer(answers, others)
+
+
+def _same_answer(answer, other):
+    if isinstance(answer, list):  # log-likelihood, and whether it was the likeliest
+        assert float(answer[0]) == pytest.approx(float(other[0]), abs=1e-3)
+        assert str(answer[1]) == str(other[1])
+    elif isinstance(answer, float):
+        assert answer == pytest.approx(float(other), rel=1e-5)
+    else:
+        assert answer == other
+
+
+def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
+    """Choices, answers and perplexities, among them a question that is longer than the model."""
+    expected = {(task, number): sample for (task, number), sample in alone["hf"]["samples"]}
+    _same_items({key: one for key, one in alone["base"]["samples"].items() if key[0] != "tiny_drawn"}, expected)
+    for task, scores in _numbers(alone["hf"]).items():
+        found = alone["base"]["results"][task]
+        assert {name: found[name] for name in scores} == scores
+    assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
+
+
+def test_training_shows(alone):
+    assert alone["run"]["results"]["tiny_texts"] != alone["base"]["results"]["tiny_texts"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_scores_of_one_process(alone, split, layout):
+    _same_items(split[layout]["samples"], alone["run"]["samples"])
+    for task, scores in _numbers(alone["run"]).items():
+        found = split[layout]["results"][task]
+        assert {name: found[name] for name in scores} == scores
+
+
+def test_two_draws_of_one_question_differ(alone):
+    drawn = [one["resps"][0] for (task, _), one in alone["run"]["samples"].items() if task == "tiny_drawn"]
+    assert drawn and all(first != second for first, second in drawn)
+
+
+def test_results_say_what_was_asked(place, alone, split):
+    config = alone["run"]["config"]
+    assert (config["checkpoint"], config["iteration"], config["peft_method"]) == (place.run[1], 6, "lora")
+    assert config["sampling_seed"] == 1234 and config["fewshot_seed"] == 1234
+    assert {"lm-eval", "megatron-core"} <= config["package_versions"].keys()
+    assert alone["run"]["versions"].keys() == set(TASKS)
+    assert alone["run"]["results"]["tiny_choices"]["acc_stderr,none"] > 0
+    assert split["PP2"]["config"]["pipeline_model_parallel_size"] == 2
+    assert split["DP2"]["config"]["checkpoint_fingerprint"] == config["checkpoint_fingerprint"]
+    assert alone["base"]["config"]["checkpoint_fingerprint"] != config["checkpoint_fingerprint"]
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(place, alone):
+    _same_items(alone["stopped"]["samples"], alone["run"]["samples"])
+    lines = Path(place.work, "stopped.requests.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(keys) == len(set(keys)) == alone["finished"], "what was finished was not asked again"
+
+
+def test_answers_to_a_file_of_prompts_keep_its_fields(place, alone):
+    lines = [json.loads(line) for line in Path(place.work, "alone.jsonl").read_text().splitlines()]
+    assert [{name: line[name] for name in line if name != "answers"} for line in lines] == PROMPTS
+    assert [len(line["answers"]) for line in lines] == [1, 1, 1]
+
+
+def test_the_answer_that_is_shown_as_it_grows_is_that_of_the_file(place, alone):
+    (whole,) = json.loads(Path(place.work, "alone.jsonl").read_text().splitlines()[0])["answers"]
+    assert alone["streamed"].splitlines()[-1].split() == whole.split()[:5] != []
+
+
+def test_drawn_answers_are_the_same_at_every_layout(place, split):
+    texts = {Path(place.work, layout).read_text() for layout in LAYOUTS}
+    assert len(texts) == 1
+    answers = [json.loads(line)["answers"] for line in texts.pop().splitlines()]
+    assert all(len(pair) == 2 for pair in answers) and any(first != second for first, second in answers)
+
+
+def test_what_cannot_be_asked_is_told(place, alone):
+    no_run, other_rank, other_base, too_long = alone["complaints"]
+    assert "holds no checkpoint" in no_run
+    assert "was trained with --lora-rank 3, but this run has --lora-rank 4" in other_rank
+    assert "was trained on the base model" in other_base
+    assert "prompt 1 has 300 tokens, but the model has 256 positions" in too_long
