@@ -12,17 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import megatron_peft
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.record import from_lambdas
 from megatron_peft.experiment.spec import Score
+from megatron_peft.training.metrics import read_metrics
 
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
 TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
+LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
 LAST_WORDS = 400  # characters
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
@@ -35,6 +39,13 @@ def run_folder(folder: Path, cell: Cell) -> Path:
 
 def checkpoints(folder: Path, cell: Cell) -> Path:
     return run_folder(folder, cell) / "checkpoints"
+
+
+def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
+    """The field `lambdas` of the cell's record from what its run wrote; empty where it wrote none."""
+    path = checkpoints(folder, cell) / LAMBDA_FILE
+    records = read_metrics(path) if path.exists() else []
+    return from_lambdas(records) if records else {}
 
 
 def has_checkpoint(folder: Path, cell: Cell) -> bool:

@@ -21,6 +21,7 @@ from megatron_peft.experiment.cells import Cell
 
 CELLS = "cells"
 MOST_POINTS = 200  # of a curve in the file; longer ones are thinned
+MOST_LAMBDAS = 20  # iterations of each layer
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.summary
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
@@ -34,6 +35,7 @@ class CellRecord:
         status: "trained" or "failed".
         validation_loss: at the end of the run; None if it failed or measured none.
         curves: name -> [[iteration, epoch, value], ...].
+        lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
         reason: of the failure, training's or scoring's last words.
@@ -56,6 +58,7 @@ class CellRecord:
     epoch_seconds: float | None = None
     peak_memory_bytes: int | None = None
     curves: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    lambdas: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     score_command: tuple[str, ...] = ()
     score_seconds: float = 0.0
@@ -130,6 +133,21 @@ def from_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def from_lambdas(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The field `lambdas` from the lines of lambda.jsonl, thinned: 120 layers a step would be most of the file."""
+    kept = thinned(records, MOST_LAMBDAS)
+    return {
+        "iterations": [record["iteration"] for record in kept],
+        "by_layer": {layer: [round(record["lambda"][layer], 3) for record in kept] for layer in kept[-1]["lambda"]},
+    }
+
+
+def thinned(points: Sequence[Any], most: int) -> list[Any]:
+    """Points at even distances, about `most` of them; the last is always there."""
+    step = -(-len(points) // most) or 1
+    return [point for at, point in enumerate(points) if at % step == 0 or at == len(points) - 1]
+
+
 def trainable_parameters(log: str) -> int | None:
     """What a run says about itself at its start."""
     found = TRAINABLE.search(log)
@@ -166,8 +184,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]
         for record in records
         if record.get(name) is not None
     ]
-    step = -(-len(points) // MOST_POINTS) or 1
-    return [point for at, point in enumerate(points) if at % step == 0 or at == len(points) - 1]
+    return thinned(points, MOST_POINTS)
 
 
 def _mean(values: Sequence[float]) -> float | None:

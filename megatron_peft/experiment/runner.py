@@ -27,6 +27,7 @@ from megatron_peft.experiment.record import from_metrics, of_cell, read_record, 
 from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
+EXPERIMENT_FILE = "experiment.yaml"  # beside the cells: what they are of
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # for a run that was asked to end: it saves first
 
@@ -134,6 +135,7 @@ class Runner:
             started_at=running.started_at,
             seconds=running.seconds,
             trainable_parameters=trainable_parameters(running.log.read_text(encoding="utf-8", errors="replace")),
+            lambdas=process.lambdas(self.folder, cell),
             **from_metrics(records),
         )
         write_record(self.folder, cell, record)
@@ -200,6 +202,7 @@ def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group]
     """
     lock = _lock(folder)
     try:
+        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
         runner = Runner(folder, groups, **settings)
         for command in experiment.prepare:
             _prepare(command, folder, runner.report)
@@ -217,7 +220,7 @@ def read_scores(path: Path, score: Score) -> dict[str, float]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"the score's file {path} cannot be read: {error}") from error
-    return {name: _number_at(content, metric.path, path) for name, metric in score.metrics.items()}
+    return {name: metric.scale * _number_at(content, metric.path, path) for name, metric in score.metrics.items()}
 
 
 def _number_at(content: Any, keys: str, path: Path) -> float:

@@ -31,10 +31,11 @@ BUDGET = (  # the same for all methods, or their results say nothing about the m
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a score's JSON file: `path` is its keys, joined by slashes."""
+    """A number of a score's JSON file: `path` is its keys, joined by slashes; `scale` multiplies it (100 for %)."""
 
     path: str
     higher_is_better: bool = True
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Choice:
         processes: of torchrun, for models; 1 starts plain python.
         score: for tasks; None leaves it at the validation loss.
         slurm: options of sbatch, for models.
+        paper: what of the paper's Table I it is set beside in reports: a column, a benchmark or a method.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Choice:
     processes: int = 1
     score: Score | None = None
     slurm: FlagValues = field(default_factory=dict)
+    paper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Experiment:
     Attributes:
         seeds: of the final runs; tuning_seed: of the runs that the settings are chosen by.
         prepare: commands that run before the first cell.
+        text: of the file, which the runner leaves beside the cells.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Experiment:
     seeds: tuple[int, ...]
     tuning_seed: int
     prepare: tuple[tuple[str, ...], ...] = ()
+    text: str = ""
 
     def __post_init__(self) -> None:
         problems = [*self._unfit_names(), *self._clashes(), *self._unequal_budgets()]
@@ -136,6 +141,11 @@ def grid_size(method: Choice) -> int:
     for values in method.grid.values():
         size *= len(values)
     return size
+
+
+def budget(experiment: Experiment, task: Choice) -> FlagValues:
+    """The flags, the same for all methods, that say how much each trains on and how."""
+    return {flag: value for flag, value in {**experiment.flags, **task.flags}.items() if flag in BUDGET}
 
 
 def default_folder(experiment: Experiment) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from megatron_peft.experiment.spec import Choice, Experiment, Metric, Score
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")
 CHOICE_KEYS = {
-    "models": ("flags", "processes", "slurm"),
-    "tasks": ("flags", "score"),
-    "methods": ("flags", "grid"),
+    "models": ("flags", "processes", "slurm", "paper"),
+    "tasks": ("flags", "score", "paper"),
+    "methods": ("flags", "grid", "paper"),
 }
-METRIC_KEYS = ("path", "higher_is_better")
+METRIC_KEYS = ("path", "higher_is_better", "scale")
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,13 +45,14 @@ def read_experiment(path: Path) -> Experiment:
         ConfigurationError: the file cannot be read, is not YAML, has a key that means nothing, or contradicts itself.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not YAML: {error}") from error
     try:
-        return _experiment(content, path.stem)
+        return replace(_experiment(content, path.stem), text=text)
     except ConfigurationError as error:
         raise ConfigurationError(*(f"{path}: {problem}" for problem in error.problems)) from error
 
@@ -94,7 +96,8 @@ def _choice(name: str, values: Mapping[str, Any], kind: str) -> Choice:
     if processes < 1:
         raise ConfigurationError(f"{place}.processes is {processes}; a cell needs one at least.")
     score = _score(values["score"], f"{place}.score") if values.get("score") else None
-    return Choice(name, flags, grid, processes, score, _flags(values.get("slurm"), f"{place}.slurm"))
+    paper = None if values.get("paper") is None else str(values["paper"])
+    return Choice(name, flags, grid, processes, score, _flags(values.get("slurm"), f"{place}.slurm"), paper)
 
 
 def _grid(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -129,7 +132,10 @@ def _metric(content: Any, place: str) -> Metric:
     _check_keys(values, METRIC_KEYS, place)
     if not values.get("path"):
         raise ConfigurationError(f"{place} needs path: the keys to the number, joined by slashes.")
-    return Metric(str(values["path"]), bool(values.get("higher_is_better", True)))
+    scale = values.get("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise ConfigurationError(f"{place}.scale is {scale!r}, not a number.")
+    return Metric(str(values["path"]), bool(values.get("higher_is_better", True)), float(scale))
 
 
 def _words(content: Any, place: str) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ def main() -> None:
     ]
     records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
     (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if value("--peft-method") == "hybrid":
+        lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 10}} for at in (1, 2)]
+        (save / "lambda.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lambdas))
     (save / "iter_0000002").mkdir(exist_ok=True)
     (save / "latest_checkpointed_iteration.txt").write_text("2")
 

@@ -76,6 +76,16 @@ def test_cell_says_what_came_out(finished: tuple[Path, list[str]]) -> None:
     assert one["curves"]["loss"] == [[1, 0.5, 1.52], [2, 1.0, 1.02]]
 
 
+def test_cell_of_a_hybrid_keeps_its_lambdas(tmp_path: Path) -> None:
+    run(tmp_path, methods={"hybrid": {"grid": {"lr": [0.4]}}}, seeds=[1])
+    (one,) = cells(tmp_path).values()
+    assert one["lambdas"] == {"iterations": [1, 2], "by_layer": {"decoder.layers.0.mlp.linear_fc1": [0.1, 0.2]}}
+
+
+def test_experiment_is_left_beside_its_cells(finished: tuple[Path, list[str]]) -> None:
+    assert (finished[0] / "out" / "experiment.yaml").read_text() == (finished[0] / "small.yaml").read_text()
+
+
 def test_changed_flag_runs_its_cells_again(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
     run(tmp_path, methods={"lora": {"grid": {"lr": [0.1, 0.4]}}})
     _, told = run(tmp_path, methods={"lora": {"flags": {"lora-rank": 4}, "grid": {"lr": [0.1, 0.4]}}})
@@ -165,6 +175,12 @@ def test_score_without_the_number_says_what_is_there(tmp_path: Path) -> None:
     score = Score(("x",), {"accuracy": Metric("results/mnli/acc")})
     with pytest.raises(ConfigurationError, match="no results/mnli/acc: instead of mnli there is gsm8k"):
         read_scores(tmp_path / "score.json", score)
+
+
+def test_score_is_scaled(tmp_path: Path) -> None:
+    (tmp_path / "score.json").write_text('{"acc": 0.5}')
+    score = Score(("x",), {"accuracy": Metric("acc", scale=100)})
+    assert read_scores(tmp_path / "score.json", score) == {"accuracy": 50}
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:

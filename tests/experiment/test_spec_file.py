@@ -64,6 +64,10 @@ def test_examples_are_read(path: Path) -> None:
         ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
         ({"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {}}}}}}, "metrics.a needs path"),
+        (
+            {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {"path": "b", "scale": "%"}}}}}},
+            "metrics.a.scale is '%', not a number",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

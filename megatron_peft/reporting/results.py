@@ -1,0 +1,140 @@
+"""What an experiment's cells say: for each model, task and method the tried settings, and the runs of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import process
+from megatron_peft.experiment.cells import Cell, Group, groups
+from megatron_peft.experiment.plan import progress
+from megatron_peft.experiment.record import CellRecord, write_record
+from megatron_peft.experiment.runner import EXPERIMENT_FILE
+from megatron_peft.experiment.spec import Choice, Experiment
+from megatron_peft.experiment.spec_file import read_experiment
+
+VALIDATION_LOSS = "validation loss"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one task with one model.
+
+    Attributes:
+        tuning: (cell, its record or None) of each point of the grid.
+        finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
+        settings: of the chosen point.
+    """
+
+    group: Group
+    tuning: tuple[tuple[Cell, CellRecord | None], ...]
+    finals: Mapping[int, CellRecord]
+    settings: Mapping[str, str]
+
+    @property
+    def model(self) -> str:
+        return self.group.model.name
+
+    @property
+    def task(self) -> str:
+        return self.group.task.name
+
+    @property
+    def method(self) -> str:
+        return self.group.method.name
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> the metric's value, of the runs that have one."""
+        found = {
+            seed: record.validation_loss if metric == VALIDATION_LOSS else record.scores.get(metric)
+            for seed, record in self.finals.items()
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of an experiment, in the order of its file."""
+
+    experiment: Experiment
+    all: tuple[Result, ...]
+
+    def of(self, model: str, task: str) -> list[Result]:
+        """Of each method, for one model and task."""
+        return [result for result in self.all if (result.model, result.task) == (model, task)]
+
+    def places(self) -> list[tuple[str, str]]:
+        """(model, task) of which at least one run is there."""
+        return list(dict.fromkeys((result.model, result.task) for result in self.all if result.finals))
+
+    def num_finals(self) -> tuple[int, int]:
+        """(final runs that are there, final runs of the whole experiment)."""
+        return sum(len(result.finals) for result in self.all), len(self.all) * len(self.experiment.seeds)
+
+
+def metrics(task: Choice) -> dict[str, bool]:
+    """Name -> whether higher is better."""
+    scores = task.score.metrics if task.score else {}
+    return {VALIDATION_LOSS: False, **{name: metric.higher_is_better for name, metric in scores.items()}}
+
+
+def peft_method(method: Choice) -> str:
+    """Of --peft-method."""
+    return str(method.flags.get("peft-method", method.name))
+
+
+def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
+    """The results under `folder`, of the experiment that the runner left there or that is named.
+
+    Raises:
+        ConfigurationError: no such file, or none of its cells is there.
+    """
+    source = experiment_file or folder / EXPERIMENT_FILE
+    if not source.exists():
+        raise ConfigurationError(f"{source} is not there: name the experiment's YAML file with --experiment.")
+    experiment = read_experiment(source)
+    found = Results(experiment, tuple(_result(folder, group) for group in groups(experiment)))
+    if not any(record for result in found.all for _, record in result.tuning):
+        raise ConfigurationError(
+            f"{folder}/cells holds no cell of {source}: cells count while their flags are those of the file."
+        )
+    return found
+
+
+def copy_results(results: Results, folder: Path) -> None:
+    """Write the cells and the experiment's file under `folder`, so that the report can be made there again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
+    for result in results.all:
+        for cell, record in (*result.tuning, *_final_cells(result)):
+            if record is not None:
+                write_record(folder, cell, record)
+
+
+def _final_cells(result: Result) -> list[tuple[Cell, CellRecord]]:
+    cells = {(tuple(cell.settings.items()), cell.seed): cell for cells in result.group.finals for cell in cells}
+    chosen = tuple(result.settings.items())
+    return [(cells[chosen, seed], record) for seed, record in result.finals.items()]
+
+
+def _result(folder: Path, group: Group) -> Result:
+    now = progress(folder, group)
+    tuning = tuple(
+        (cell, record and _with_lambdas(folder, cell, record))
+        for cell, record in zip(group.tuning, now.tuning, strict=True)
+    )
+    if now.best is None:
+        return Result(group, tuning, {}, {})
+    finals = {
+        cell.seed: _with_lambdas(folder, cell, record)
+        for cell, record in zip(group.finals[now.best], now.finals, strict=True)
+        if record is not None and record.is_trained
+    }
+    return Result(group, tuning, finals, dict(group.tuning[now.best].settings))
+
+
+def _with_lambdas(folder: Path, cell: Cell, record: CellRecord) -> CellRecord:
+    """The record, with what its run's lambda.jsonl says where the cell was written without."""
+    return record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))

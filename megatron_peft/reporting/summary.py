@@ -1,0 +1,110 @@
+"""The sentences of a report: the budget, who has the best mean, and how the Hybrid does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.spec import budget, grid_size
+from megatron_peft.reporting.results import Results, peft_method
+from megatron_peft.reporting.table import Table, number
+from megatron_peft.reporting.table1 import Row
+
+
+def state(results: Results) -> str:
+    """How much of the experiment is there."""
+    have, whole = results.num_finals()
+    seeds = ", ".join(map(str, results.experiment.seeds))
+    told = f"{have} of {whole} final runs are there (seeds {seeds})."
+    return told if have == whole else f"**Not finished:** {told}"
+
+
+def budgets(results: Results) -> list[str]:
+    """A sentence for each task, on what all methods have in common."""
+    experiment = results.experiment
+    tries = grid_size(experiment.methods[0])
+    tuning = (
+        "rates are given, not tuned"
+        if tries == 1
+        else f"{tries} tuning runs a method with seed {experiment.tuning_seed}, chosen by validation loss alone"
+    )
+    return [
+        f"All methods have the same budget on {task.name}: {tuning}; {len(experiment.seeds)} runs with these settings; "
+        f"each with `{' '.join(command_line(budget(experiment, task)))}`."
+        for task in experiment.tasks
+    ]
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each model, task and metric."""
+    return [
+        sentence
+        for (model, task, metric), group in groupby(rows, lambda row: (row.result.model, row.result.task, row.metric))
+        for sentence in _verdict(f"{model}, {task}, {metric}", list(group))
+    ]
+
+
+def _verdict(place: str, rows: Sequence[Row]) -> Iterator[str]:
+    have = [row for row in rows if row.mean is not None]
+    best = next((row for row in have if row.is_best), None)
+    if best is None:
+        return
+    first = f"{place}: {best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
+    yield f"{first} {_hybrid(have)}".rstrip()
+
+
+def _hybrid(rows: Sequence[Row]) -> str:
+    hybrid = next((row for row in rows if peft_method(row.result.group.method) == "hybrid"), None)
+    if hybrid is None:
+        return ""
+    if hybrid.is_best:
+        return "That is the Hybrid."
+    assert hybrid.mean is not None
+    ahead = [row.result.method for row in rows if row.mean is not None and _is_ahead(row, hybrid.mean, rows)]
+    return (
+        f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) does not win: "
+        f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of it."
+    )
+
+
+def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
+    """On the side of `mean` that the best method is on."""
+    best = next(other.mean for other in rows if other.is_best)
+    assert row.mean is not None and best is not None
+    return row.mean > mean if best > mean else row.mean < mean
+
+
+def tuning(results: Results) -> Table:
+    """What was tried, and what came of it."""
+    return Table(
+        "Settings that were tried",
+        ("model", "task", "method", "settings", "seed", "validation loss", "chosen"),
+        tuple(
+            (
+                *(result.model, result.task, result.method),
+                " ".join(f"{name}={value}" for name, value in cell.settings.items()) or _own_flags(cell.flags),
+                str(cell.seed),
+                number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
+                "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
+            )
+            for result in results.all
+            for cell, record in result.tuning
+        ),
+        text_columns=4,
+    )
+
+
+def _own_flags(flags: Sequence[str]) -> str:
+    """The learning rate, where there is no grid."""
+    return f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else ""
+
+
+def versions(results: Results) -> str:
+    """Of what the final runs ran with."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results.all:
+        for record in result.finals.values():
+            for name, value in record.versions.items():
+                found.setdefault(name, {})[value] = None
+    return "Versions: " + "; ".join(f"{name} {', '.join(values)}" for name, values in found.items()) + "."

@@ -1,0 +1,174 @@
+"""Table I: each method's runs, their mean and spread, and a paired test against one method; the paper's beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.experiment.spec import Choice
+from megatron_peft.reporting import paper
+from megatron_peft.reporting.comparison import Comparison, compare
+from megatron_peft.reporting.results import Result, Results, metrics, peft_method
+from megatron_peft.reporting.table import BEST, Table, number
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one method on one task with one model.
+
+    Attributes:
+        runs: in the order of the experiment's seeds; None where a run is not there.
+        deviation: of the sample (n - 1).
+        against: the reference method by seeds; None for itself and where nothing can be said.
+        is_best: of the methods' means.
+        printed: the paper's entry that is set beside it.
+    """
+
+    result: Result
+    metric: str
+    runs: tuple[float | None, ...]
+    mean: float | None
+    deviation: float | None
+    against: Comparison | None
+    is_best: bool
+    printed: paper.Entry | None
+
+
+def reference_method(results: Results, asked_for: str | None) -> str:
+    """The method that others are tested against: the one asked for, or the first Hybrid, or the first of all.
+
+    Raises ConfigurationError: the experiment has no such method.
+    """
+    names = [method.name for method in results.experiment.methods]
+    if asked_for is not None:
+        require(asked_for in names, f"--against {asked_for}: the experiment's methods are {', '.join(names)}.")
+        return asked_for
+    hybrids = [method.name for method in results.experiment.methods if peft_method(method) == "hybrid"]
+    return (hybrids or names)[0]
+
+
+def rows(results: Results, reference: str) -> list[Row]:
+    """By model, task, metric and method."""
+    return [
+        row
+        for model, task in results.places()
+        for metric, higher in metrics(results.of(model, task)[0].group.task).items()
+        for row in _rows(results, results.of(model, task), metric, higher, reference)
+    ]
+
+
+def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool, reference: str) -> Iterator[Row]:
+    means = {result.method: mean(values) for result in methods if (values := result.values(metric).values())}
+    best = (max if higher else min)(means.values(), default=None)
+    against = next(result for result in methods if result.method == reference).values(metric)
+    for result in methods:
+        values = result.values(metric)
+        runs = tuple(values.get(seed) for seed in results.experiment.seeds)
+        yield Row(
+            result,
+            metric,
+            runs,
+            means.get(result.method),
+            stdev(values.values()) if len(values) > 1 else None,
+            None if result.method == reference else compare(values, against),
+            best is not None and means.get(result.method) == best,
+            printed(result, metric),
+        )
+
+
+def printed(result: Result, metric: str) -> paper.Entry | None:
+    """The paper's entry beside a result: of the names that the experiment gives by `paper:`, or of the same names.
+
+    A benchmark of one number stands beside the task's first score.
+    """
+    task = result.group.task
+    model = result.group.model.paper or result.model
+    found = paper.entry(task.paper or task.name, papers_method(result), model, metric)
+    scores = list(task.score.metrics) if task.score else []
+    return found if found and (found.metric or metric in scores[:1]) else None
+
+
+def papers_method(result: Result) -> str | None:
+    """The method's name in the paper, if it is one of its six."""
+    return result.group.method.paper or paper.METHODS.get(result.method)
+
+
+def check_paper_names(results: Results) -> None:
+    """Raises ConfigurationError: a `paper:` of the experiment's file names nothing of the paper's Table I."""
+    known = {
+        "models": (results.experiment.models, paper.models()),
+        "tasks": (results.experiment.tasks, paper.benchmarks()),
+        "methods": (results.experiment.methods, list(paper.METHODS.values())),
+    }
+    problems = [problem for kind, (choices, names) in known.items() for problem in _unknown(kind, choices, names)]
+    if problems:
+        raise ConfigurationError(*problems)
+
+
+def _unknown(kind: str, choices: Sequence[Choice], names: Sequence[str]) -> Iterator[str]:
+    for choice in choices:
+        if choice.paper is not None and choice.paper not in names:
+            yield f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
+
+
+def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
+    """One line a row, with the test."""
+    runs = tuple(f"run {at}" for at in range(1, num_seeds + 1))
+    columns = ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p")
+    return Table(
+        f"Runs, mean, standard deviation, and a paired t-test against {reference}",
+        (*columns, "paper's average"),
+        tuple(_tested_row(row) for row in table_rows),
+        "Best means are bold. The test pairs runs of the same seed; of few seeds it sees large differences only, "
+        "and p is not corrected for the number of methods.",
+        text_columns=4,
+    )
+
+
+def _tested_row(row: Row) -> tuple[str, ...]:
+    test = row.against
+    return (
+        *(row.result.model, row.result.task, row.metric, row.result.method),
+        *(number(run) for run in row.runs),
+        (BEST if row.is_best else "") + number(row.mean),
+        number(row.deviation),
+        number(test.difference, signed=True) if test else "–",
+        f"{number(test.low, signed=True)} to {number(test.high, signed=True)}" if test else "–",
+        f"{test.p:.3f}" if test else "–",
+        f"{row.printed.average:.1f}" if row.printed else "–",
+    )
+
+
+def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
+    """Runs of each method under one another, then their mean; a column a model."""
+    models = [model.name for model in results.experiment.models]
+    cells = {(row.result.task, row.metric, row.result.method, row.result.model): row for row in table_rows}
+    lines: list[tuple[str, ...]] = []
+    seen = ""
+    for task, metric, method in dict.fromkeys(key[:3] for key in cells):
+        found = [cells.get((task, metric, method, model)) for model in models]
+        heading = f"{task} ({metric})"
+        lines.append(("" if heading == seen else heading, method, *(_runs_of(row) for row in found)))
+        lines.append(("", "Avg", *(_average_of(row) for row in found)))
+        seen = heading
+    return Table(
+        "Ours: each run and the average",
+        ("Benchmark", "Method", *models),
+        tuple(lines),
+        "Average ± standard deviation of the sample; the best of each benchmark is bold.",
+        text_columns=2,
+        is_sortable=False,
+    )
+
+
+def _runs_of(row: Row | None) -> str:
+    return " / ".join(number(run) for run in row.runs) if row else "–"
+
+
+def _average_of(row: Row | None) -> str:
+    if row is None or row.mean is None:
+        return "–"
+    spread = f" ± {number(row.deviation)}" if row.deviation is not None else ""
+    return (BEST if row.is_best else "") + number(row.mean) + spread

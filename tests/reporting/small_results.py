@@ -1,0 +1,63 @@
+"""Results of an experiment with made-up cells: one model and task, three methods, three seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.record import CellRecord, write_record
+from megatron_peft.experiment.runner import EXPERIMENT_FILE
+from megatron_peft.reporting.results import Results, read_results
+from tests.experiment.small_experiment import experiment
+
+METHODS = {
+    "lora": {"grid": {"lr": [0.1, 0.4]}},
+    "lora-ga": {"grid": {"lr": [0.1, 0.4]}},
+    "hybrid": {"grid": {"lr": [1, 2]}},
+}
+LOSSES = {"lora": 2.0, "lora-ga": 1.5, "hybrid": 1.6}  # with the better rate, at the end, of seed 0
+BETTER = {"lora": "0.4", "lora-ga": "0.1", "hybrid": "2"}
+SPREAD = {1: 0.01, 2: 0.02, 3: 0.06}  # seed -> what it adds to the loss
+LAYERS = ("decoder.layers.0.self_attention.linear_qkv", "decoder.layers.1.self_attention.linear_qkv")
+
+
+def write_cells(folder: Path, **changes: Any) -> Path:
+    """A folder as the runner leaves it: every point of the grid with seed 1, all seeds of the better ones."""
+    found, groups = experiment(folder, **{"methods": METHODS, **changes})
+    for group in groups:
+        for cell in (*group.tuning, *(cell for cells in group.finals for cell in cells)):
+            if cell.seed == found.tuning_seed or cell.settings["lr"] == BETTER[cell.method]:
+                write_record(folder, cell, record_of(cell))
+    (folder / EXPERIMENT_FILE).write_text(found.text)
+    return folder
+
+
+def record_of(cell: Cell, **changes: Any) -> CellRecord:
+    is_better = cell.settings["lr"] == BETTER[cell.method]
+    loss = LOSSES[cell.method] + SPREAD[cell.seed] * (1 + (cell.method == "lora")) + (not is_better)
+    values: Mapping[str, Any] = {
+        "validation_loss": loss,
+        "iterations": 40,
+        "trainable_parameters": 1000,
+        "step_seconds": 0.5,
+        "epoch_seconds": 60.0,
+        "peak_memory_bytes": 2_000_000_000,
+        "curves": {
+            "grad_norm": [[at, at / 40, 1 + 1 / at] for at in range(1, 41)],
+            "validation_loss": [[10, 0.25, loss + 1], [20, 0.5, loss + 0.5], [40, 1.0, loss]],
+        },
+        "scores": {"accuracy": 100 - 10 * loss} if is_better else {},
+        "lambdas": {"iterations": [20, 40], "by_layer": {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]}}
+        if cell.method == "hybrid"
+        else {},
+    }
+    place = {
+        name: getattr(cell, name) for name in ("model", "task", "method", "settings", "seed", "flags", "processes")
+    }
+    return CellRecord(**{**place, "status": "trained", "versions": {"python": "3.11"}, **values, **changes})
+
+
+def results(folder: Path, **changes: Any) -> Results:
+    return read_results(write_cells(folder, **changes))

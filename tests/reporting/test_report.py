@@ -1,0 +1,110 @@
+"""The page is read by a parser, and by a browser where Chromium is installed."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megatron_peft.reporting.report import Report, build, html, write
+from tests.reporting.small_results import results
+
+VOID = {"meta", "img", "br", "link"}
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+class Reader(HTMLParser):
+    """Notes whether tags nest, and what is fetched from where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("report")
+    write(build(results(place), "hybrid"), place)
+    return place
+
+
+def test_all_files_are_there(folder: Path) -> None:
+    figures = {"figure1-talk", "figure2-tiny-talk", "lambda-tiny-talk-hybrid"}
+    names = {path.name for path in folder.iterdir() if path.is_file()} - {"small.yaml", "experiment.yaml"}
+    assert names == {
+        *("report.md", "report.html", "table1.csv", "table1.tex", "table1-tested.tex"),
+        *(f"{name}.{kind}" for name in figures for kind in ("png", "svg")),
+    }
+
+
+def test_markdown_shows_ours_and_the_papers_apart(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[:3] == ["Result", "Table I", "Table I in the paper"]
+    ours, papers = text.split("## Table I in the paper")
+    assert "92.3" not in ours and "92.3" in papers and "none of it was measured here" in papers
+    links = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(links) == 3 and all((folder / link).exists() for link in links)
+
+
+def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
+    reader = Reader()
+    reader.feed((folder / "report.html").read_text())
+    assert reader.open == [] and len(reader.sources) == 3
+    for source in reader.sources:
+        kind, _, data = source.partition("base64,")
+        assert kind == "data:image/svg+xml;"
+        ElementTree.fromstring(base64.b64decode(data, validate=True))
+
+
+def test_words_of_the_experiment_are_escaped() -> None:
+    page = html(Report("<script>alert(1)</script>", (), {}))
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def browser() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    return found
+
+
+def in_browser(page: Path) -> str:
+    """The page's document after its scripts have run, without a network."""
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> None:
+    """Two clicks on the mean of the long table: by value, from the greatest; images have loaded by then."""
+    click = """<script>addEventListener("load", () => {
+        const table = document.querySelectorAll("table.sortable")[0];
+        const head = [...table.tHead.rows[0].cells].find((one) => one.textContent === "mean");
+        head.click(); head.click();
+        const means = [...table.tBodies[0].rows].map((row) => row.cells[head.cellIndex].textContent.trim());
+        const sizes = [...document.images].map((image) => image.naturalWidth > 100);
+        document.body.append(`means ${means.join(" ")}; sort ${head.ariaSort}; images ${sizes.join(" ")}.`);
+    });</script>"""
+    page = tmp_path / "clicked.html"
+    page.write_text((folder / "report.html").read_text().replace("</body>", f"{click}</body>"))
+    told = re.search(r"means (.*?); sort (\w+); images (.*?)\.", in_browser(page).rpartition("</script>")[2])
+    assert told is not None
+    assert told[1].split() == ["84.70", "83.70", "79.40", "2.060", "1.630", "1.530"]
+    assert (told[2], told[3]) == ("descending", "true true true")
