@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_peft.config_error import Requirements
@@ -48,14 +49,14 @@ class TestItems:
 
     def __init__(self) -> None:
         self._places: dict[str, str] = {}
-        self._fragments: dict[str, str] = {}
+        self._fragments: dict[str, list[tuple[str, str]]] = {}  # by their first words: (fragment, place)
 
     def add(self, document: Document) -> None:
         for text in document.texts:
             self._places.setdefault(normalised(text), document.place)
         for text in map(normalised, document.fragments):
-            if text.count(" ") + 1 >= FRAGMENT_WORDS:
-                self._fragments.setdefault(text, document.place)
+            if beginning := next(_windows(text), ""):
+                self._fragments.setdefault(beginning, []).append((text, document.place))
 
     def match(self, document: Document) -> str | None:
         """The place of the test item that `document` is or holds, or None."""
@@ -63,5 +64,18 @@ class TestItems:
         for text in texts:
             if text in self._places:
                 return self._places[text]
-        held = (place for fragment, place in self._fragments.items() if any(fragment in text for text in texts))
-        return next(held, None)
+        return next(filter(None, map(self._held_by, texts)), None)
+
+    def _held_by(self, text: str) -> str | None:
+        """The place of a test item of which a fragment stands in `text`."""
+        if not self._fragments:
+            return None
+        found = (pair for window in _windows(text) for pair in self._fragments.get(window, ()))
+        return next((place for fragment, place in found if f" {fragment} " in f" {text} "), None)
+
+
+def _windows(text: str) -> Iterator[str]:
+    """Every run of FRAGMENT_WORDS words; none of a shorter text."""
+    words = text.split(" ")
+    for start in range(len(words) - FRAGMENT_WORDS + 1):
+        yield " ".join(words[start : start + FRAGMENT_WORDS])

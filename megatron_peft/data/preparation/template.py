@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from megatron_peft.config_error import require
 
@@ -67,4 +67,9 @@ class TaskTemplate:
 
 
 def _render(template: str, fields: Mapping[str, Any]) -> str:
-    return _JINJA.from_string(template).render(**fields)
+    return _compiled(template).render(**fields)
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _JINJA.from_string(template)
