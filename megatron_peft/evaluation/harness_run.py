@@ -21,7 +21,7 @@ from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerp
 from megatron_peft.evaluation.orders import make_crew
 from megatron_peft.runtime.launch import checked_together
 
-PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval")
+PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
 
 
 @dataclass(frozen=True)
