@@ -58,6 +58,17 @@ def test_a_change_above_the_limit_comes_down_to_it(init, part):
     assert norm > (0.999 if init == "aligned" else 0.6) * limit
 
 
+def test_a_change_along_its_own_start_comes_down_to_the_limit_exactly():
+    """P and Q then point the same way, and nothing of |P| + |Q| is lost in |P + Q|."""
+    low_rank = moved("original")
+    with torch.no_grad():
+        low_rank.A.copy_(3 * low_rank.A0)
+        low_rank.B.copy_(2 * low_rank.B0)
+    limit = 0.3 * float(low_rank.delta_weight().norm())
+    bounded(low_rank, limit)
+    assert float(low_rank.delta_weight().norm()) == pytest.approx(limit, rel=1e-9)
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_a_change_within_the_limit_is_left_bit_for_bit(init):
     low_rank = moved(init)
