@@ -95,11 +95,11 @@ class Rule(ABC):
     def write(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The Hugging Face tensors, from the local tensors of all ranks in order (a global tensor is `[tensor]`).
 
-        One that is a global tensor as it stands, but for padding, shares its memory.
+        One that lies in a global tensor in one stretch shares its memory.
         """
-        whole = list(self.pieces(shards[0], 0, 1)) if len(shards) == len(self.parts) == 1 else []
-        if len(whole) == 1:
-            return {whole[0].name: whole[0].view.reshape(self.parts[0].shape)}
+        whole = list(self.pieces(shards[0], 0, 1)) if len(shards) == 1 else []
+        if len(whole) == len(self.parts):
+            return {piece.name: piece.view.reshape(part.shape) for piece, part in zip(whole, self.parts, strict=True)}
         tensors = {part.name: shards[0].new_empty(part.shape) for part in self.parts}
         for rank, shard in enumerate(shards):
             for piece in self.pieces(shard, rank, len(shards)):

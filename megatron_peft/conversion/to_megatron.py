@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.companions import copy_companions, set_stored_type
+from megatron_peft.conversion.companions import CONFIG, copy_companions, set_stored_type
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.output_folder import check_new, new_folder
@@ -104,6 +104,8 @@ def hf_to_megatron(
         make_vocab_size_divisible_by > 0,
         f"--make-vocab-size-divisible-by {make_vocab_size_divisible_by} must be above 0.",
     )
+    described = (Path(input) / CONFIG).is_file()
+    require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
     shape, source = read_shape(input), open_source(input)
     rules = rules_for(shape, source.headers)
     check_inventory(source, expected_tensors(rules), shape.tied_embeddings)

@@ -148,3 +148,9 @@ def test_settings_of_torch_are_left_as_they_were(original: Path, tmp_path: Path)
 def test_padding_to_a_multiple_of_nothing_is_refused(original: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--make-vocab-size-divisible-by 0"):
         hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=0, progress=False)
+
+
+def test_a_folder_that_is_no_model_is_named_by_its_flag(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigurationError, match=f"--input {folder} is not a folder with a config.json: give"):
+            hf_to_megatron(folder, tmp_path / "new", progress=False)
