@@ -11,8 +11,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_peft.config import ConfigurationError
+
+if TYPE_CHECKING:
+    from megatron_peft.experiment.cells import Group
+    from megatron_peft.experiment.spec import Experiment
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--output": {"type": Path, "metavar": "FOLDER", "help": "folder of the results (runs/experiments/NAME)"},
+    "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "cells at a time (1)"},
+    "--list": {"action": "store_true", "help": "show what is done and what is not, and run nothing"},
+    "--keep-checkpoints": {"action": "store_true", "help": "do not remove those of cells that are through"},
+    "--group": {"metavar": "MODEL,TASK,METHOD", "help": "run these cells only, beside runners of other groups"},
+    "--emit-slurm": {"type": Path, "metavar": "FILE", "help": "write a script that submits it all, and run nothing"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
-    parser.add_argument("--output", type=Path, help="folder of the results (runs/experiments/NAME)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (1)")
-    parser.add_argument("--list", action="store_true", help="show what is done and what is not, and run nothing")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="do not remove those of cells that are through")
+    for name, settings in FLAGS.items():
+        parser.add_argument(name, **settings)
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1.")
     try:
-        return _run(args.experiment, args.output, args.jobs, args.list, args.keep_checkpoints)
+        return _emit(args) if args.emit_slurm else _run(args)
     except ConfigurationError as error:
         print("experiment: error: " + "\n  - ".join(error.problems), file=sys.stderr)
         return 2
@@ -38,24 +51,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(path: Path, output: Path | None, jobs: int, only_list: bool, keep_checkpoints: bool) -> int:
-    from megatron_peft.experiment.board import Board, table
-    from megatron_peft.experiment.cells import groups
+def _read(args: argparse.Namespace) -> tuple[Experiment, Path, list[Group]]:
+    """The experiment, the folder of its results and its groups, with all flags checked."""
+    from megatron_peft.experiment.cells import group_named, groups
     from megatron_peft.experiment.flag_check import check_flags
-    from megatron_peft.experiment.runner import run_experiment
     from megatron_peft.experiment.spec import default_folder
     from megatron_peft.experiment.spec_file import read_experiment
 
-    experiment = read_experiment(path)
-    folder, parts = output or default_folder(experiment), groups(experiment)
-    check_flags(parts)
-    board, whole = Board(folder, parts), True
-    if not only_list:
-        settings = {"jobs": jobs, "keep_checkpoints": keep_checkpoints}
+    experiment = read_experiment(args.experiment)
+    found = groups(experiment)
+    check_flags(found)
+    chosen = [group_named(found, args.group)] if args.group else found
+    return experiment, args.output or default_folder(experiment), chosen
+
+
+def _run(args: argparse.Namespace) -> int:
+    from megatron_peft.experiment.board import Board, table
+    from megatron_peft.experiment.runner import run_experiment, run_group
+
+    experiment, folder, groups = _read(args)
+    board, whole = Board(folder, groups), True
+    if not args.list:
+        settings: dict[str, Any] = {"jobs": args.jobs, "keep_checkpoints": args.keep_checkpoints}
+        settings |= {"report": board.report, "refresh": board.refresh}
         with board:
-            whole = run_experiment(experiment, folder, parts, report=board.report, refresh=board.refresh, **settings)
-    board.console.print(table(folder, parts))
+            if args.group:
+                whole = run_group(experiment, folder, groups[0], **settings)
+            else:
+                whole = run_experiment(experiment, folder, groups, **settings)
+    board.console.print(table(folder, groups))
     return 0 if whole else 1
+
+
+def _emit(args: argparse.Namespace) -> int:
+    from megatron_peft.experiment.slurm import script
+
+    experiment, folder, groups = _read(args)
+    text = script(experiment, groups, args.experiment, folder, str(args.emit_slurm))
+    args.emit_slurm.write_text(text, encoding="utf-8")
+    print(f"wrote {args.emit_slurm}: {len(groups)} array tasks; bash {args.emit_slurm} submits them")
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.spec import Choice, Experiment
 
 
@@ -49,12 +50,24 @@ class Group:
     def name(self) -> tuple[str, str, str]:
         return self.model.name, self.task.name, self.method.name
 
+    @property
+    def key(self) -> str:
+        return ",".join(self.name)
+
 
 def groups(experiment: Experiment) -> list[Group]:
     """All of the experiment, in the order of its file."""
     return [
         _group(experiment, *choices) for choices in product(experiment.models, experiment.tasks, experiment.methods)
     ]
+
+
+def group_named(all_groups: Sequence[Group], key: str) -> Group:
+    """Raises ConfigurationError: no group of the experiment is MODEL,TASK,METHOD."""
+    for group in all_groups:
+        if group.key == key:
+            return group
+    raise ConfigurationError(f"--group {key}: there are {'; '.join(group.key for group in all_groups)}.")
 
 
 def _group(experiment: Experiment, model: Choice, task: Choice, method: Choice) -> Group:

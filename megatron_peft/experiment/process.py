@@ -27,6 +27,7 @@ PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.
 TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
 LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
+FIRST_PORT, NUM_PORTS = 20000, 10000  # where the nodes of an allocation meet, by the job's number
 LAST_WORDS = 400  # characters
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
@@ -84,10 +85,19 @@ def score_file(folder: Path, cell: Cell) -> Path:
     return run_folder(folder, cell) / "score.json"
 
 
-def launcher(processes: int) -> list[str]:
+def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What starts a program on so many processes: python, torchrun, or torchrun on each node of a SLURM allocation."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if processes == 1:
         return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if nodes == 1:
+        return [*torchrun, "--standalone", "--nproc-per-node", str(processes)]
+    job = int(environment["SLURM_JOB_ID"])
+    endpoint = f"{environment['MASTER_ADDR']}:{FIRST_PORT + job % NUM_PORTS}"
+    meeting = ["--rdzv-id", str(job), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    layout = ["--nnodes", str(nodes), "--nproc-per-node", str(processes // nodes)]
+    return ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *torchrun, *layout, *meeting]
 
 
 @dataclass

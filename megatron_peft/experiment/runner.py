@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 EXPERIMENT_FILE = "experiment.yaml"  # beside the cells: what they are of
+LOCKS = "locks"  # of runners of single groups
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60  # for a run that was asked to end: it saves first
 
@@ -194,6 +196,19 @@ class Runner:
                 signal.signal(number, handler)
 
 
+def run_group(experiment: Experiment, folder: Path, group: Group, **settings: Any) -> bool:
+    """Run what is missing of one group, beside runners of other groups in the same folder; nothing is prepared.
+
+    Raises ConfigurationError: another runner works on this group.
+    """
+    lock = _lock(folder / LOCKS / group.key)
+    try:
+        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
+        return Runner(folder, [group], **settings).run()
+    finally:
+        lock.release()
+
+
 def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group], **settings: Any) -> bool:
     """Prepare, then run what is missing of the experiment; whether all of it is through.
 
@@ -220,7 +235,10 @@ def read_scores(path: Path, score: Score) -> dict[str, float]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"the score's file {path} cannot be read: {error}") from error
-    return {name: metric.scale * _number_at(content, metric.path, path) for name, metric in score.metrics.items()}
+    return {
+        name: metric.scale * mean(_number_at(content, keys, path) for keys in metric.paths)
+        for name, metric in score.metrics.items()
+    }
 
 
 def _number_at(content: Any, keys: str, path: Path) -> float:

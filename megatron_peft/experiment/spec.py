@@ -31,9 +31,12 @@ BUDGET = (  # the same for all methods, or their results say nothing about the m
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a score's JSON file: `path` is its keys, joined by slashes; `scale` multiplies it (100 for %)."""
+    """A number of a score's JSON file: the mean of what is at `paths`, times `scale` (100 for %).
 
-    path: str
+    A path is the keys to a number, joined by slashes.
+    """
+
+    paths: tuple[str, ...]
     higher_is_better: bool = True
     scale: float = 1.0
 

@@ -130,12 +130,14 @@ def _score(content: Any, place: str) -> Score:
 def _metric(content: Any, place: str) -> Metric:
     values = _mapping(content, place)
     _check_keys(values, METRIC_KEYS, place)
-    if not values.get("path"):
-        raise ConfigurationError(f"{place} needs path: the keys to the number, joined by slashes.")
+    paths = values.get("path") or []
+    if not paths:
+        raise ConfigurationError(f"{place} needs path: the keys to the number, joined by slashes, or a list of such.")
     scale = values.get("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise ConfigurationError(f"{place}.scale is {scale!r}, not a number.")
-    return Metric(str(values["path"]), bool(values.get("higher_is_better", True)), float(scale))
+    keys = tuple(map(str, paths)) if isinstance(paths, list) else (str(paths),)
+    return Metric(keys, bool(values.get("higher_is_better", True)), float(scale))
 
 
 def _words(content: Any, place: str) -> tuple[str, ...]:

@@ -172,15 +172,15 @@ def test_failed_preparation_stops_all(tmp_path: Path) -> None:
 
 def test_score_without_the_number_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text('{"results": {"gsm8k": {"acc": 1}}}')
-    score = Score(("x",), {"accuracy": Metric("results/mnli/acc")})
+    score = Score(("x",), {"accuracy": Metric(("results/mnli/acc",))})
     with pytest.raises(ConfigurationError, match="no results/mnli/acc: instead of mnli there is gsm8k"):
         read_scores(tmp_path / "score.json", score)
 
 
-def test_score_is_scaled(tmp_path: Path) -> None:
-    (tmp_path / "score.json").write_text('{"acc": 0.5}')
-    score = Score(("x",), {"accuracy": Metric("acc", scale=100)})
-    assert read_scores(tmp_path / "score.json", score) == {"accuracy": 50}
+def test_score_is_the_scaled_mean_of_its_paths(tmp_path: Path) -> None:
+    (tmp_path / "score.json").write_text('{"a": {"acc,none": 0.5}, "b": {"acc,none": 0.25}}')
+    score = Score(("x",), {"accuracy": Metric(("a/acc,none", "b/acc,none"), scale=100)})
+    assert read_scores(tmp_path / "score.json", score) == {"accuracy": 37.5}
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:

@@ -35,6 +35,21 @@ def test_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "0/2" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_group_runs_its_cells_alone(fake_training: None, tmp_path: Path) -> None:
+    assert call(tmp_path, "--group", "tiny,talk,boft") == 0
+    assert {path.name.split(",")[2] for path in (tmp_path / "out" / "cells").iterdir()} == {"boft"}
+
+
+def test_unknown_group_lists_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, "--group", "tiny,talk") == 2
+    assert "--group tiny,talk: there are tiny,talk,lora; tiny,talk,boft" in capsys.readouterr().err
+
+
+def test_slurm_script_is_written_and_nothing_runs(tmp_path: Path) -> None:
+    assert call(tmp_path, "--emit-slurm", str(tmp_path / "submit.sh")) == 0
+    assert "--array=0-1" in (tmp_path / "submit.sh").read_text() and not (tmp_path / "out").exists()
+
+
 def test_wrong_file_exits_with_2_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert call(tmp_path, seeds=[1, 1]) == 2
     assert "experiment: error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
