@@ -75,6 +75,7 @@ METHODS_OF = {
     "lora_ga_": ("lora-ga", "hybrid"),
     "boft_": ("boft", "hybrid"),
     "urnn_": ("urnn", "hybrid"),
+    "urnn_mode": ("urnn",),
     "rotation_": ("boft", "urnn", "hybrid"),
     "peft_lr_rotation": ("boft", "urnn", "hybrid"),
     "hybrid_": ("hybrid",),

@@ -247,11 +247,19 @@ def _method_problems(typed: _Typed) -> list[str]:
     config = typed.values["config"]
     method = config.get("method", PeftConfig.method)
     names = [one.name for one in fields(PeftConfig) if one.name in config and one.name != "method"]
-    return [
+    problems = [
         f"{typed.spellings['config', name]} belongs to --peft-method {' or '.join(methods_of(name))}, "
         f"but the method is {method}: remove it."
         for name in names
         if method not in methods_of(name)
+    ]
+    rotation = config.get("hybrid_rotation", PeftConfig.hybrid_rotation)
+    others = [name for name in names if name.startswith("urnn_" if rotation == "boft" else "boft_")]
+    return problems + [
+        f"{typed.spellings['config', name]} says how another rotation turns, but --hybrid-rotation is {rotation}: "
+        f"remove one of them."
+        for name in others
+        if method == "hybrid" and method in methods_of(name)
     ]
 
 

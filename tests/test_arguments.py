@@ -144,6 +144,20 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
             "--lora-rank belongs to --peft-method lora or lora-ga or hybrid, but the method is full",
         ),
         ("--peft-method full --peft-target-modules linear_qkv", "--peft-target-modules belongs to"),
+        (
+            "--peft-method hybrid --urnn-block-size 32",
+            "--urnn-block-size says how another rotation turns, but --hybrid-rotation is boft",
+        ),
+        (
+            "--peft-method hybrid --hybrid-rotation urnn --boft-factors 2",
+            "--boft-factors says how another rotation turns, but --hybrid-rotation is urnn",
+        ),
+        (
+            "--peft-method hybrid --urnn-mode replace",
+            "--urnn-mode belongs to --peft-method urnn, but the method is hybrid",
+        ),
+        ("--peft-method boft --urnn-update riemannian", "--urnn-update belongs to --peft-method urnn or hybrid"),
+        ("--peft-method hybrid --hybrid-lambda fixed:1.5", "--hybrid-lambda is fixed:1.5; it is gradient, raw, rms,"),
         ("--sequence-parallel", "--tensor-model-parallel-size above 1"),
         ("--tensor-model-parallel-size 2", "1 processes cannot hold"),
         ("--global-batch-size 3 --micro-batch-size 2", "--global-batch-size 3 is not a multiple"),

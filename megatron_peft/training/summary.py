@@ -59,6 +59,11 @@ def training_summary(
         model_chunks: this rank's, for its bytes.
     """
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted)}"]
+    if config.peft.urnn_mode == "replace":
+        lines.append(
+            "WARNING: --urnn-mode replace DISCARDS the pretrained weights of these layers: unitary ones stand in their "
+            "place, and the model starts as another one."
+        )
     share = 100 * counts.trainable / max(counts.total, 1)
     lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
     weights, gradients, moments = rank_bytes(config, model_chunks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_peft.training.summary import count_parameters, rank_bytes, say, training_summary
@@ -42,6 +44,13 @@ def test_part_of_a_fused_layer_is_said_to_be_adapted_whole(start):
     text = training_summary(state.config, NAMES, count_parameters(_chunks(state)), _chunks(state))
     assert "note: q_proj is part of linear_qkv, which is adapted whole" in text
     assert "down_proj is part" not in text
+
+
+def test_a_discarded_weight_is_said_loudly(state):
+    peft = replace(state.config.peft, method="urnn", urnn_mode="replace")
+    counts = count_parameters(_chunks(state))
+    lines = training_summary(replace(state.config, peft=peft), NAMES, counts, _chunks(state)).splitlines()
+    assert lines[1].startswith("WARNING: --urnn-mode replace DISCARDS the pretrained weights")
 
 
 def test_full_fine_tuning_says_so(start):
