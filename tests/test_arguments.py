@@ -154,7 +154,7 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ),
         (
             "--peft-method hybrid --urnn-mode replace",
-            "--urnn-mode belongs to --peft-method urnn, but the method is hybrid",
+            "--urnn-mode belongs to --peft-method urnn, but the",
         ),
         ("--peft-method boft --urnn-update riemannian", "--urnn-update belongs to --peft-method urnn or hybrid"),
         ("--peft-method hybrid --hybrid-lambda fixed:1.5", "--hybrid-lambda is fixed:1.5; it is gradient, raw, rms,"),
