@@ -34,7 +34,7 @@ def flag_problems(cell: Cell) -> tuple[str, ...]:
     """
     read = read_shape if _model_is_here(cell) else None
     try:
-        read_config(list(cell.flags), {"WORLD_SIZE": str(cell.processes)}, read)
+        read_config([*cell.flags, "--save", "the cell's own"], {"WORLD_SIZE": str(cell.processes)}, read)
     except ConfigurationError as error:
         return error.problems
     return ()

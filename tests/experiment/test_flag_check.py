@@ -29,6 +29,10 @@ def test_wrong_flags_are_told_before_anything_runs(tmp_path: Path, changes: dict
         check_flags(experiment(tmp_path, **changes)[1])
 
 
+def test_flags_may_rely_on_the_folder_that_the_runner_gives(tmp_path: Path) -> None:
+    check_flags(experiment(tmp_path, flags={"train-iters": 2, "save-interval": 1})[1])
+
+
 def test_problem_of_many_cells_is_told_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_flags(experiment(tmp_path, flags={"train-iters": 2, "leraning-rate": 1})[1])
