@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "lora": {"method": "lora", "lora_rank": 4},
     "boft": {"method": "boft", **GROUPS_OF_FOUR},
     "boft-input": {"method": "boft", "rotation_side": "input", **GROUPS_OF_FOUR},
+    "urnn": {"method": "urnn", "urnn_block_size": 4},
     "hybrid": {"method": "hybrid", "lora_rank": 4, **GROUPS_OF_FOUR},
 }
 

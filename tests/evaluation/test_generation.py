@@ -24,7 +24,7 @@ DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50)
 # What is compared with one process. A collective of gloo takes a millisecond whatever it carries: no more than tells.
 COMPARED = {
     "TP2": ("base", "lora", "boft-input", "hybrid", "bloom", "drawn, bloom with LoRA"),
-    "TP2+SP": ("lora", "boft", "boft-input", "hybrid"),
+    "TP2+SP": ("lora", "boft", "boft-input", "urnn", "hybrid"),
     "PP2": ("lora", "drawn"),
     "PP2 interleaved": ("hybrid", "drawn, bloom with LoRA"),
     "TP2xPP2+SP": ("drawn, bloom with LoRA",),
