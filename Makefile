@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 
 help: ## print the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
-	@echo "  METHOD=lora|full chooses the demo's method; ARGS='...' is passed on to what a target runs."
+	@echo "  METHOD=lora|full|lora-ga|boft|urnn|hybrid chooses the demo's method; ARGS='...' is passed on to what a target runs."
 
 demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
