@@ -31,6 +31,7 @@ RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "urnn": 3e-3, "hybrid": 2e
 LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
 METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK, "hybrid": LOW_RANK}
 NUM_EXAMPLES = 7
+LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -93,6 +94,7 @@ def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()
         (before.bleu, after.bleu),
         (before.validation_loss, after.validation_loss),
         report.translations,
+        _lambdas(run.checkpoints / LAMBDA_FILE),
     )
     return report
 
@@ -200,6 +202,11 @@ def _examples(held_out: Sequence[Pair], before: Score, after: Score) -> tuple[Tr
         Translation(held_out[i].english, held_out[i].french, before.translations[i], after.translations[i])
         for i in chosen
     )
+
+
+def _lambdas(path: Path) -> list[dict[str, Any]]:
+    """Lines of lambda.jsonl; none for methods other than the Hybrid."""
+    return read_metrics(path) if path.exists() else []
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,7 @@
-"""One picture of a translation run: loss, gradient norm, BLEU before and after, translations beside the reference."""
+"""One picture of a translation run: loss, gradient norm, BLEU before and after, translations beside the reference.
+
+A Hybrid's has lambda by layer, too.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-BEFORE, AFTER, GUIDE = "#9aa5b1", "#1f6feb", "#d0d7de"
+from megatron_peft.reporting import lambda_plot
+from megatron_peft.reporting.drawing import GUIDE, new_figure, style
+
+BEFORE, AFTER = "#9aa5b1", "#1f6feb"
+LAMBDA_INCHES = 3.4
 COLUMNS = ("English", "Reference", "Before", "After")
 COLUMN_CHARACTERS = 42
 MOST_LINES = 3  # of a cell
@@ -36,6 +41,7 @@ def plot_run(
     bleu: tuple[float, float],
     validation_loss: tuple[float, float],
     translations: Sequence[Translation],
+    lambdas: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Draw the run into a PNG.
 
@@ -44,17 +50,20 @@ def plot_run(
         records: lines of metrics.jsonl: iteration, loss, grad_norm, validation_loss where it was measured.
         bleu, validation_loss: before and after training.
         translations: about six fill the page.
+        lambdas: lines of lambda.jsonl; empty for methods other than the Hybrid.
     """
-    figure = Figure(figsize=(13, 5 + 0.62 * len(translations)), facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
-    FigureCanvasAgg(figure)
+    heights = [4.2, *([LAMBDA_INCHES] if lambdas else []), 0.6 + 0.62 * len(translations)]
+    figure = new_figure(13, sum(heights) + 0.5)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    rows = figure.add_gridspec(2, 1, height_ratios=[4, 0.4 + 0.62 * len(translations)])
-    top = rows[0].subgridspec(1, 3, width_ratios=[5, 5, 3])
-    _draw_loss(figure.add_subplot(top[0]), records, validation_loss)
-    _draw_curve(figure.add_subplot(top[1]), "Gradient norm", *_series(records, "grad_norm"))
-    _draw_bars(figure.add_subplot(top[2]), "BLEU", bleu)
-    _draw_translations(figure.add_subplot(rows[1]), translations)
+    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
+    left, centre, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
+    _draw_loss(left, records, validation_loss)
+    _draw_curve(centre, "Gradient norm", *_series(records, "grad_norm"))
+    _draw_bars(right, "BLEU", bleu)
+    for part in middle:
+        lambda_plot.draw_into(part, *lambda_plot.read_lines(lambdas))
+    _draw_translations(texts.subplots(), translations)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)
@@ -72,7 +81,7 @@ def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], validation_loss
 
 def _draw_curve(axes: Axes, title: str, iterations: Sequence[int], values: Sequence[float]) -> None:
     axes.plot(iterations, values, color=AFTER, linewidth=1.8)
-    _style(axes, title)
+    style(axes, title)
     axes.set_xlabel("iteration")
 
 
@@ -80,7 +89,7 @@ def _draw_bars(axes: Axes, title: str, before_and_after: tuple[float, float]) ->
     bars = axes.bar(["before", "after"], before_and_after, color=[BEFORE, AFTER], width=0.6)
     axes.bar_label(bars, fmt="%.1f", padding=3, fontweight="bold")
     axes.margins(y=0.15)
-    _style(axes, title)
+    style(axes, title)
 
 
 def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
@@ -101,13 +110,6 @@ def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
             text.set_fontweight("bold")
         elif COLUMNS[column] in ("Before", "After"):
             text.set_color(AFTER if COLUMNS[column] == "After" else "#57606a")
-
-
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(axis="y", color=GUIDE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

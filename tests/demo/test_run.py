@@ -21,6 +21,7 @@ ASKED_FOR = {
     "trainable_parameters",
     "seconds",
 }
+LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
 HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
 
 
@@ -44,6 +45,8 @@ class Launcher:
             save.mkdir(parents=True, exist_ok=True)
             records = [{"iteration": i, "loss": 3.0, "grad_norm": 1.0, "step_seconds": 0.5} for i in range(1, 61)]
             (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            if "hybrid" in command:
+                (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
 
     def programs(self):
         return [Path(command[0]).name if command[0] != "-m" else Path(command[2]).stem for command in self.commands]
@@ -63,6 +66,14 @@ def launcher(monkeypatch, tmp_path) -> Launcher:
     monkeypatch.setattr(module, "prepare_pairs", prepare_pairs)
     monkeypatch.setattr(module, "_launch", launcher)
     return launcher
+
+
+def test_lambdas_of_a_hybrid_reach_the_picture(tmp_path, launcher, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, "plot_run", lambda *arguments: drawn.append(arguments[-1]))
+    run_demo(tmp_path, "hybrid")
+    run_demo(tmp_path, "lora")
+    assert drawn == [[LAMBDAS], []]
 
 
 def test_the_report_holds_what_was_measured(tmp_path, launcher):

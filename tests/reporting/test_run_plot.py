@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -55,3 +57,12 @@ def test_translations_stand_beside_their_reference_cut_to_fit(drawn):
     source, reference, before, after = (cells[1, column].get_text().get_text() for column in range(4))
     assert (source, reference, before) == ("Pay $5_^ or $6", "Payez 5 $", "(nothing)")
     assert after.count("\n") == 2 and after.endswith("…")
+
+
+def test_a_hybrid_has_its_lambdas_between_curves_and_translations(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), Path(a[0]).touch()))
+    lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 100}} for at in (10, 20)]
+    plot_run(tmp_path / "r.png", "A run", RECORDS, (3.0, 20.0), (4.0, 1.75), TRANSLATIONS, lambdas)
+    image = _axes(figures[0], "linear_fc1").images[0]
+    assert image.get_array().tolist() == [[0.1, 0.2]] and image.get_clim() == (0, 1)
