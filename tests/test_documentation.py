@@ -10,9 +10,11 @@ import pytest
 from megatron_peft.argument_tables import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
+from tools.experiment import FLAGS as EXPERIMENT_FLAGS
 from tools.generate import FLAGS as GENERATE_FLAGS
 from tools.prepare_data import COMMON as PREPARE_COMMON
 from tools.prepare_data import FLAGS as PREPARE_FLAGS
+from tools.report import FLAGS as REPORT_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -26,7 +28,8 @@ FOREIGN = set(
 def known_flags() -> set[str]:
     convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
     evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS, *PREPARE_FLAGS, *PREPARE_COMMON}
-    return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation
+    experiments = {*EXPERIMENT_FLAGS, *REPORT_FLAGS}
+    return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation | experiments
 
 
 def page_id(path: Path) -> str:
