@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "checkpoint": {*LAYERS, "config_record", "models"},
     "conversion": {*LAYERS, "models", "checkpoint"},
     "training": BELOW_TRAINING,
-    "evaluation": BELOW_TRAINING | {"training"},
+    "evaluation": BELOW_TRAINING | {"training", "argument_tables"},
     # Apart: they read what a run wrote, or reckon with what a run would need.
     "reporting": CONFIGURATION | {"experiment"},
     "planner": CONFIGURATION | {"models"},
