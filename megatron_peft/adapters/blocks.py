@@ -10,12 +10,17 @@ from torch import Tensor
 
 
 def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] -> [..., k g]
-    """x + diag(blocks) x. One batched product that writes into place: blocks are strided slices of x and of the answer.
+    """x + diag(blocks) x, one batched product that writes into place; with blocks = R - I this is R x.
 
-    With blocks = R - I this is R x; under bfloat16 the identity part stays exact.
+    In the blocks' own precision x is multiplied by I + blocks, which spares a pass over x and one over the answer. In a
+    lower one the identity part must stay exact: x is copied and the product with the blocks is added to it.
     """
-    out = x.clone(memory_format=torch.contiguous_format)
-    grouped(out, blocks).baddbmm_(grouped(x, blocks), blocks.to(x.dtype).transpose(1, 2))
+    if x.dtype == blocks.dtype:
+        out, beta = torch.empty_like(x, memory_format=torch.contiguous_format), 0
+        blocks = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    else:
+        out, beta = x.clone(memory_format=torch.contiguous_format), 1
+    grouped(out, blocks).baddbmm_(grouped(x, blocks), blocks.to(x.dtype).transpose(1, 2), beta=beta)
     return out
 
 

@@ -14,8 +14,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_peft.adapters.boft import boft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
-from megatron_peft.adapters.registry import ADAPTERS
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.subjects import Setting, Step, join, leave
 from megatron_peft.benchmark.timing import median_ratio, take_turns
@@ -62,7 +62,7 @@ def _frozen() -> Callable[[Tensor], Tensor]:
 def _boft() -> Callable[[Tensor], Tensor]:
     layer = _linear()
     peft = PeftConfig(method="boft", boft_block_size=BLOCK_SIZE, boft_factors=NUM_FACTORS)
-    layer.adapter = ADAPTERS["boft"](layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
+    layer.adapter = boft(layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
     return lambda x: layer(x)[0]
 
 

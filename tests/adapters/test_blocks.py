@@ -24,6 +24,11 @@ def test_identity_stays_exact_in_bfloat16():
     assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)
 
 
+def test_identity_is_exact_in_the_blocks_own_precision():
+    x = draw(7, 8).float()
+    assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)
+
+
 def test_blocks_gradient_sums_over_tokens_by_block():
     grad, x, blocks = draw(5, 2, 12), draw(10, 12).view(5, 2, 12), draw(3, 4, 4)
     whole = grad.view(10, 12).t() @ x.view(10, 12)
