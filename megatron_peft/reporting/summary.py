@@ -50,7 +50,8 @@ def _verdict(place: str, rows: Sequence[Row]) -> Iterator[str]:
     best = next((row for row in have if row.is_best), None)
     if best is None:
         return
-    first = f"{place}: {best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
+    so_far = "so far, " if any(run is None for row in rows for run in row.runs) else ""
+    first = f"{place}: {so_far}{best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
     yield f"{first} {_hybrid(have)}".rstrip()
 
 

@@ -13,7 +13,9 @@ def test_unfinished_experiment_says_so(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert summary.state(found) == "9 of 9 final runs are there (seeds 1, 2, 3)."
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
-    assert summary.state(read_results(tmp_path)).startswith("**Not finished:** 8 of 9")
+    found = read_results(tmp_path)
+    assert summary.state(found).startswith("**Not finished:** 8 of 9")
+    assert summary.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
 
 
 def test_budget_is_told_with_flags_and_tries(tmp_path: Path) -> None:
