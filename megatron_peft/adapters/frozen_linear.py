@@ -4,11 +4,15 @@
 
 Fused by hand so that the branches cost their arithmetic and little else: products are accumulated onto one another,
 the branch's part of dx joins the base's before the one all-reduce (or reduce-scatter) that the base does anyway, and
-what is kept for backward is, for the low rank, the rank's own x once and the r-wide u; for a rotation alone y, which
-gives z back since R is orthogonal; for both, whose mixture is not, z.
+what is kept for backward is the rank's own x once, the r-wide u and, for a rotation, y, which the next operation often
+keeps anyway.
 
-    backward, with g = dy:   u = s A x   du = s g B   dB = g^T u   dA = du^T x
-                             dz = R^T g  dx = dz W + du A          dD = g^T z  (= (g^T y) R for an orthogonal R)
+    backward, with g = dy:   u = s A x             du = s g B   dB = g^T u   dA = du^T x
+                             dz = (I + D)^T g      dx = dz W + du A          dD = g^T z
+
+z itself is never formed again. From y = (I + D) z + B u follows dD = (g^T y - dB B^T) (I + D)^-T, block by block: a
+small system a block, and for a rotation alone, where I + D is orthogonal, a product with it. (I + D of a mixture,
+lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R turns something around.)
 
 Under sequence parallelism (column-parallel layers) A is applied to the rank's own tokens and the r-wide u is gathered;
 du is summed and scattered back, r-wide too. The gathered x is never kept.
@@ -127,7 +131,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
         call = ctx.call
-        grad_z, dD = (grad, None) if D is None else rotation_gradients(grad, D, kept, kept_is_output=A is None)
+        grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
         du: Any = None if A is None else (grad @ B).mul_(ctx.scale)
         if call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
@@ -140,6 +144,7 @@ class _FrozenLinear(torch.autograd.Function):
             wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
             dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
         dA = weight_gradient(du, branch_input) if ctx.needs_input_grad[1] else None
+        dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
         if not call.splits_sequence:
             dx = wait_dx()
         return dx, dA, dB, dD, None, None, None
@@ -157,8 +162,21 @@ def rotation_gradients(
         tokens: rows of the flattened tokens that dD is summed over.
     """
     grad_z = add_blocks(grad, D.transpose(1, 2))
-    dD = blocks_gradient(flat(grad)[tokens], flat(kept)[tokens], D)
-    return grad_z, torch.baddbmm(dD, dD, D) if kept_is_output else dD
+    own_grad, own_kept = flat(grad)[tokens], flat(kept)[tokens]
+    if kept_is_output:
+        return grad_z, _changes_gradient(own_grad, own_kept, D, None, None)
+    return grad_z, blocks_gradient(own_grad, own_kept, D)
+
+
+def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: Any) -> Tensor:  # -> [k, g, g]
+    """dD out of y: (g^T y - dB B^T) (I + D)^-T; (g^T y)(I + D) where there is no low rank and I + D is orthogonal."""
+    products = blocks_gradient(grad, y, D)
+    if dB is None:
+        return torch.baddbmm(products, products, D)
+    by_block = (*D.shape[:2], -1)
+    products -= (dB.reshape(by_block) @ B.reshape(by_block).transpose(1, 2)).to(D.dtype)
+    turned = D + torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+    return torch.linalg.solve(turned, products.transpose(1, 2)).transpose(1, 2)
 
 
 def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall):
@@ -173,8 +191,7 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
     y = add_blocks(z, D)
     if u is not None:
         flat(y).addmm_(flat(u), B.t())
-    kept = y if u is None else z
-    return (y if call.bias is None else y + call.bias), kept
+    return (y if call.bias is None else y + call.bias), y
 
 
 def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Any, mask: Tensor | None) -> Tensor:

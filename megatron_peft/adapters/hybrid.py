@@ -4,9 +4,10 @@
 
 lambda is a number a layer, from the norms of the gradients of the two parts (`adapters/mixture.py`). The paper adds
 this change to W at every step, which would apply it again and again; W stays frozen here and the change is added once.
-I + (1 - lambda)(R - I) is not orthogonal, so backward keeps z itself.
+I + (1 - lambda)(R - I) is not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py`).
 
-Where the layer is row-parallel R acts on the reduced z, so the r-wide A x is reduced apart from it.
+Where the layer is row-parallel R acts on the reduced z, so the r-wide A x is reduced apart from it; what is kept is z,
+in the place of y.
 
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """

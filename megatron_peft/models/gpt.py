@@ -137,6 +137,7 @@ def _build_chunk(
 def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
     """One spec for every layer of the stage, and the final norm (which a layer spec alone could not choose)."""
     bias_dropout_add: Any = get_bias_dropout_add
+    activation: Any = SwiGLU if config.use_te_activation_func else None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -157,7 +158,7 @@ def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
                 submodules=MLPSubmodules(
                     linear_fc1=AdaptedColumnParallelLinear,
                     linear_fc2=AdaptedRowParallelLinear,
-                    activation_func=SwiGLU if config.use_te_activation_func else None,
+                    activation_func=activation,
                 ),
             ),
             mlp_bda=bias_dropout_add,
