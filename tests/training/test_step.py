@@ -55,9 +55,7 @@ def test_gradients_do_not_pile_up_over_steps(start):
 
 
 def test_the_norm_is_that_before_clipping_and_known_without_clipping(start):
-    norms = [
-        _steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e9, 1e-3, 0.0)
-    ]
+    norms = [_steps(start, 1, optimizer={"clip_grad": clip_grad})[0].grad_norm for clip_grad in (1e9, 1e-3, 0.0)]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
     assert norms[0] > 1e-2
 
