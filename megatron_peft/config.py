@@ -436,6 +436,11 @@ class RunConfig:
             "--overlap-param-gather has not gathered by then: leave it out, or use cayley or structured.",
         )
         require(
+            self.peft.hybrid_merge_interval is None or not self.optimizer.overlap_param_gather,
+            "--hybrid-merge-interval folds parameters in as a step ends, which --overlap-param-gather has not gathered "
+            "by then: leave out one of them.",
+        )
+        require(
             self.peft.hybrid_merge_interval is None or not self.model.bf16,
             "--hybrid-merge-interval folds changes into weights that have to be kept in float32, which --bf16 does "
             "not: leave out one of them.",

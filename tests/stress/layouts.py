@@ -57,7 +57,7 @@ def _all_curves(methods: list[str], save: Callable[[Path], Path], folder: Path) 
             _long(layout_job(method, name, layouts[name], base, data))
             for method in methods
             for name in layouts
-            if not (method in ("riemannian", "projection") and name == "DP2 overlapped")  # refused
+            if not (method in ("riemannian", "projection", "hybrid-folded") and name == "DP2 overlapped")  # refused
         ]
         curves |= run_ranks(num_ranks, TARGET, jobs, timeout=TIMEOUT_SECONDS)[0]
     return curves

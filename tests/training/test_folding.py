@@ -61,6 +61,12 @@ def test_weights_that_cannot_be_kept_in_float32_are_refused(job):
         job(peft={**PEFT, "hybrid_merge_interval": 2}, model={"bf16": True}).config(1)
 
 
+def test_parameters_that_are_gathered_late_are_not_folded(job):
+    late = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+    with pytest.raises(ConfigurationError, match="--hybrid-merge-interval folds parameters in as a step ends"):
+        job(peft={**PEFT, "hybrid_merge_interval": 2}, optimizer=late, training={"overlap_grad_reduce": True}).config(1)
+
+
 def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
     state, _ = start(peft=PEFT)
     assert all(adapter.folded_weight is None for adapter in hybrid_adapters(state).values())
