@@ -30,7 +30,7 @@ from megatron_peft.lora_ga.sketch import (
     squared_residual_estimate,
     with_fixed_signs,
 )
-from megatron_peft.lora_ga.starts import STARTS
+from megatron_peft.lora_ga.starts import STARTS, with_all_rows
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.seeds import generator_for
 from megatron_peft.runtime.launch import checked_together
@@ -144,7 +144,8 @@ class _Sketch:
         low_rank = low_rank_part(self.adapter)
         assert low_rank is not None
         of_the_mean = triplets._replace(S=triplets.S / num_tokens)
-        low_rank.start_at(*start.factors(of_the_mean, peft.lora_rank, self.layout.out_features))
+        factors = start.factors(of_the_mean, peft.lora_rank, self.layout.out_features)
+        low_rank.start_at(*with_all_rows(factors, triplets.S[: peft.lora_rank], low_rank.A.detach()))
         return float(energy) / max(float(sketched) + self.squared_residual, 1e-300)
 
 

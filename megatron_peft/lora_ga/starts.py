@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_peft.lora_ga.sketch import Triplets
+from megatron_peft.lora_ga.sketch import NEGLIGIBLE, Triplets
 
 ALIGNED_NORM = 3**-0.5  # of a row of A: that of LoRA's Kaiming-uniform start
 GAMMA = 16.0
@@ -46,6 +46,18 @@ def original(triplets: Triplets, rank: int, out_features: int) -> Factors:
     """A = c V_r^T, B = c U_{r+1..2r}, so that the first steps of A and B add up to the best change of rank 2r."""
     c = out_features**0.25 / GAMMA**0.5
     return Factors(c * triplets.V[:, :rank].T, c * triplets.U[:, rank : 2 * rank])
+
+
+def with_all_rows(factors: Factors, S: Tensor, own: Tensor) -> Factors:
+    """A with LoRA's own rows where the gradient has no direction left (fewer tokens than r): a row of zeros beside a
+    column of zeros of B would get no gradient, ever.
+
+    Args:
+        S: [r] singular values; those that are rounding have no vectors (`leading_triplets`).
+        own: [r, in], the A that LoRA starts with.
+    """
+    has_direction = S > NEGLIGIBLE**0.5 * S.max()
+    return factors._replace(A=torch.where(has_direction[:, None], factors.A, own.to(factors.A)))
 
 
 @dataclass(frozen=True)

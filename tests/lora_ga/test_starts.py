@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_peft.lora_ga.sketch import Triplets
-from megatron_peft.lora_ga.starts import STARTS
+from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
 from megatron_peft.peft_config import PeftConfig
 
 RANK, OUT, IN = 3, 16, 10
@@ -48,3 +48,10 @@ def test_original_takes_the_next_left_vectors():
 def test_shapes(name):
     A, B = start(name)
     assert A.shape == (RANK, IN) and B.shape == (OUT, RANK)
+
+
+def test_rows_without_a_direction_stay_loras_own():
+    S = torch.tensor([3.0, 1.0, 1e-9, 0.0], dtype=torch.float64)
+    A, own = torch.ones(4, 6, dtype=torch.float64), torch.arange(24.0).view(4, 6)
+    found = with_all_rows(Factors(A, torch.zeros(5, 4)), S, own)
+    assert torch.equal(found.A[:2], A[:2]) and torch.equal(found.A[2:], own[2:].double())
