@@ -133,7 +133,7 @@ def run(config: RunConfig) -> Curve:
 def replicas_agree(state: TrainingState) -> bool:
     with whole_parameters(state.model_chunks):
         trained = [p for chunk in state.model_chunks for p in chunk.parameters() if p.requires_grad]
-        largest = torch.cat([p.detach().double().flatten() for p in trained])
+        largest = torch.cat([torch.zeros(0).double(), *(p.detach().double().flatten() for p in trained)])
     smallest, group = largest.clone(), parallel_state.get_data_parallel_group()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
