@@ -83,23 +83,16 @@ ON_FOUR_RANKS = {
 }
 
 EVERY_LAYOUT = (*ON_TWO_RANKS, *ON_FOUR_RANKS)
-# Uneven stages, plain replicas and selective recompute treat the parameters of all methods alike.
-MAIN_LAYOUTS = (
-    "TP2",
-    "TP2+SP",
-    "PP2",
-    "PP2 interleaved",
-    "DP2 distributed optimizer",
-    "DP2 overlapped",
-    "TP2xPP2 recompute",
-)
+# Uneven stages, plain replicas and selective recompute treat the parameters of all methods alike, and the Hybrid stands
+# for the others where stages are interleaved or parameters gathered late (`tests/stress/layouts.py` runs them all).
+MAIN_LAYOUTS = ("TP2", "TP2+SP", "PP2", "DP2 distributed optimizer", "TP2xPP2 recompute")
 LAYOUTS_OF = {
     "lora": EVERY_LAYOUT,
     "full": EVERY_LAYOUT,
     "boft": MAIN_LAYOUTS,
     "boft-input": ("TP2", "TP2+SP"),
     "lora-ga": MAIN_LAYOUTS,
-    "hybrid": MAIN_LAYOUTS,
+    "hybrid": (*MAIN_LAYOUTS, "PP2 interleaved", "DP2 overlapped"),
     "urnn": MAIN_LAYOUTS,
     "riemannian": ("TP2", "DP2 distributed optimizer"),
     "projection": ("TP2+SP", "DP2 distributed optimizer"),
