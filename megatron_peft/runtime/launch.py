@@ -55,17 +55,13 @@ def start_world(parallel: ParallelConfig) -> None:
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    alone = {}
-    if "MASTER_PORT" not in os.environ:  # no torchrun: whichever port is free when it is taken
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
-        os.environ["MASTER_PORT"] = str(store.port)
-        alone = {"store": store, "rank": 0, "world_size": 1}
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         backend=parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo"),
         timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
-        **alone,
     )
 
 
