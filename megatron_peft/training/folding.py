@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_peft.training.mixture import hybrid_adapters
@@ -27,12 +28,14 @@ def fold_if_due(state: TrainingState) -> None:
 def forget_moments(optimizer: Any) -> None:
     """Set every moment and step count to zero: the parameters that they belong to have started again."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.is_stub_optimizer:
-            continue
-        for group in part.optimizer.param_groups:
-            if "step" in group:  # fused optimizers count a group's steps, torch's a parameter's
-                group["step"] = 0
-        for moments in part.optimizer.state.values():
-            for moment in moments.values():
-                if isinstance(moment, Tensor):
-                    moment.zero_()
+        if not part.is_stub_optimizer:  # a rank without trainable parameters
+            _forget(part.optimizer)
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:  # fused optimizers count a group's steps, torch's a parameter's
+            group["step"] = 0
+    for moment in (moment for moments in optimizer.state.values() for moment in moments.values()):
+        if isinstance(moment, Tensor):
+            moment.zero_()
