@@ -1,6 +1,6 @@
 """Run a grid of models, tasks, methods and seeds from one YAML file, and go on where an earlier call was stopped.
 
-python tools/experiment.py examples/experiments/methods_demo.yaml tunes each method on the validation loss, then runs
+python tools/experiment.py examples/experiments/paper_small.yaml tunes each method on the validation loss, then runs
 the seeds with the best settings and scores them. Each finished cell leaves a small JSON file under FOLDER/cells;
 tools/report.py makes tables and plots of them. docs/experiments.md describes the file.
 """

@@ -2,6 +2,7 @@
 
 python -m megatron_peft.demo.experiment_data FOLDER makes FOLDER/model and FOLDER/data as tools/demo.py does, and
 splits data/train.jsonl into data/experiment/train.jsonl and data/experiment/tuning.jsonl, by a hash of the words.
+data/reviews is a second task: sentences of film reviews, positive or negative.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import WORD, Pair, prepare_pairs, read_pairs
+from megatron_peft.demo.reviews import prepare_reviews
 
 TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
 
@@ -22,6 +24,7 @@ TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
 def prepare(folder: Path) -> None:
     """Make what is not there yet. Raises ConfigurationError when a download fails."""
     prepare_model(folder / "model", folder / "downloads")
+    prepare_reviews(folder / "data" / "reviews", folder / "downloads")
     files = prepare_pairs(folder / "data", folder / "downloads")
     pairs = read_pairs(files.train)
     split = folder / "data" / "experiment"

@@ -79,18 +79,20 @@ def _experiment(content: Any, name: str) -> Experiment:
 
 
 def _choices(top: Mapping[str, Any], kind: str) -> tuple[Choice, ...]:
+    common = _flags(top.get("flags"), "flags")
     return tuple(
-        _choice(str(name), _mapping(values, f"{kind}.{name}"), kind)
+        _choice(str(name), _mapping(values, f"{kind}.{name}"), kind, common)
         for name, values in _mapping(top[kind], kind).items()
     )
 
 
-def _choice(name: str, values: Mapping[str, Any], kind: str) -> Choice:
+def _choice(name: str, values: Mapping[str, Any], kind: str, common: Mapping[str, Any]) -> Choice:
+    """`common`: the flags of all cells; where they name no --peft-method, a method's own name is it."""
     place = f"{kind}.{name}"
     _check_keys(values, CHOICE_KEYS[kind], place)
     flags = _flags(values.get("flags"), f"{place}.flags")
     grid = {flag: _grid_values(points, f"{place}.grid.{flag}") for flag, points in _grid(values, place).items()}
-    if kind == "methods" and "peft-method" not in {*flags, *grid}:
+    if kind == "methods" and "peft-method" not in {*flags, *grid, *common}:
         flags = {"peft-method": name, **flags}
     (processes,) = _whole_numbers([values.get("processes", 1)], f"{place}.processes")
     if processes < 1:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import downloads
-from megatron_peft.demo.downloads import fetch_wheel
+from megatron_peft.demo.downloads import fetch_source, fetch_wheel
 
 
 @pytest.fixture
@@ -50,3 +50,12 @@ def test_no_network_says_what_to_do(tmp_path, pip):
     pip.stderr = "ERROR: No matching distribution found for django\n"
     with pytest.raises(ConfigurationError, match="No matching distribution found for django\n.*put its wheel into"):
         fetch_wheel("django", tmp_path)
+
+
+def test_a_source_distribution_is_told_from_a_wheel(tmp_path, pip):
+    (tmp_path / "vaderSentiment-3.3.2-py2.py3-none-any.whl").write_bytes(b"")
+    pip.leaves = "vaderSentiment-3.3.2.tar.gz"
+    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert "--no-binary=:all:" in pip.commands[0] and "vaderSentiment==3.3.2" in pip.commands[0]
+    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert len(pip.commands) == 1

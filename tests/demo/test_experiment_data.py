@@ -15,6 +15,7 @@ def test_tuning_and_training_messages_are_apart(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "data").mkdir()
     experiment_data._write_lines(files.train, PAIRS)
     monkeypatch.setattr(experiment_data, "prepare_model", lambda *_: None)
+    monkeypatch.setattr(experiment_data, "prepare_reviews", lambda *_: None)
     monkeypatch.setattr(experiment_data, "prepare_pairs", lambda *_: files)
     experiment_data.prepare(tmp_path)
     parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]

@@ -22,6 +22,13 @@ def test_file_is_read_as_it_says(tmp_path: Path) -> None:
     assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
 
 
+def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
+    found, _ = experiment(
+        tmp_path, flags={"peft-method": "hybrid"}, methods={"raw": {"flags": {"hybrid-lambda": "raw"}}}
+    )
+    assert found.methods[0].flags == {"hybrid-lambda": "raw"}
+
+
 def test_method_of_another_name_keeps_its_own_peft_method(tmp_path: Path) -> None:
     found, _ = experiment(tmp_path, methods={"fixed": {"flags": {"peft-method": "hybrid"}}})
     assert found.methods[0].flags == {"peft-method": "hybrid"}
