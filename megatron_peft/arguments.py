@@ -13,18 +13,17 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from math import isfinite
 from typing import Any, NoReturn
 
-from megatron_peft.argument_tables import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
-from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag
-from megatron_peft.megatron_fields import SOURCES, megatron_fields
-from megatron_peft.megatron_flags import reason_of, refusal, refused_flags
+from megatron_peft.argument_tables import GROUPS, PATH_FIELDS, methods_of
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
+from megatron_peft.known_flags import why_not_served
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+from megatron_peft.served_flags import TAKES_A_VALUE, Flag, sections, served_flags
 
 PROGRAM = "pretrain_peft.py"
 USAGE = f"""
@@ -34,9 +33,7 @@ DESCRIPTION = (
     "Fine-tune a pretrained Llama, whole or with adapters, split over tensor- and pipeline-parallel ranks. "
     "Flags are Megatron's, with Megatron's meanings; they cannot be abbreviated."
 )
-TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 PATIENCE_SECONDS = 2.0
-FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 
 ShapeReader = Callable[[str], ModelShape]
 
@@ -76,6 +73,27 @@ def read_config(
     return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
 
 
+def read_own_flags(
+    own: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None, program: str, description: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """A program's own flags by field name, and what else was typed: flags of pretrain_peft.py, for `parse_arguments`.
+
+    Args:
+        own: flag with its dashes -> settings of argparse's add_argument.
+        argv: None takes the process's own.
+        description: shown by --help, as it is laid out.
+
+    Raises:
+        SystemExit: 0 after `--help`; 2 after telling what is wrong with one of its own flags on stderr.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(program, description=description, formatter_class=layout, allow_abbrev=False)
+    for name, settings in own.items():
+        parser.add_argument(name, **settings)
+    values, rest = parser.parse_known_args(argv)
+    return vars(values), rest
+
+
 def exit_with_error(
     error: ConfigurationError, environ: Mapping[str, str] = os.environ, program: str = PROGRAM
 ) -> NoReturn:
@@ -95,29 +113,6 @@ def _let_rank_0_speak() -> None:
         time.sleep(PATIENCE_SECONDS)
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def known_flags() -> dict[str, str | None]:
-    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
-
-    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
-    version: a field is served by a flag of `argument_tables`, or it is refused; there is no third state.
-    """
-    of_fields = {
-        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
-        for name, field_name in _flags_of_fields()
-    }
-    refused = {f"--{name}": reason for name, reason in refused_flags().items()}
-    return of_fields | refused | {name: None for served in served_flags() for name in served.names}
-
-
-def _flags_of_fields() -> Iterator[tuple[str, str]]:
-    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
-    for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
 
 
 def _is_first_rank(environ: Mapping[str, str]) -> bool:
@@ -154,7 +149,7 @@ class _Typed:
         if not name:
             raise ConfigurationError(f"{' '.join(words)} belongs to no flag.")
         if name not in self.served:
-            raise ConfigurationError(_not_served(name))
+            raise ConfigurationError(why_not_served(name))
         served = self.served[name]
         if served.constant is not TAKES_A_VALUE:
             if words:
@@ -184,28 +179,6 @@ def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             parts[-1][1].append(word)
     return [(name, words) for name, words in parts if name or words]
-
-
-def _not_served(name: str) -> str:
-    """What to tell about a flag that is not served: refused by name, or not known at all."""
-    known = known_flags()
-    if reason := known.get(name):
-        return refusal(name, reason)
-    served = [other for other, reason in known.items() if reason is None]
-    family = reason_of(name.lstrip("-"))
-    if family and not _nearest(name, served, TYPO):
-        return refusal(name, family)
-    nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
-    if not nearest:
-        return f"{name} is not a known flag; --help lists them."
-    not_served = "" if known[nearest] is None else ", which is Megatron's and not served here"
-    return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
-
-
-def _nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
-    """The flag most like `name`, if it is at least so alike (0 to 1); dashes in front do not count."""
-    found = get_close_matches(name.lstrip("-"), [other.lstrip("-") for other in others], 1, likeness)
-    return f"--{found[0]}" if found else None
 
 
 def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None) -> RunConfig:

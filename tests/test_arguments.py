@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.arguments import ShapeReader, known_flags, parse_arguments
-from megatron_peft.config import ConfigurationError, RunConfig, flag
-from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
+from megatron_peft.arguments import ShapeReader, parse_arguments, read_own_flags
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
 
 NEEDED = ["--pretrained-checkpoint", "model", "--train-data-path", "a.jsonl", "--train-iters", "10"]
@@ -248,26 +247,6 @@ parse_arguments(["--wibble"])
         assert rank.wait(timeout=60) == 2
 
 
-@pytest.mark.parametrize("class_name", SOURCES)
-def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
-    known = known_flags()
-    names = [name for one in _fields(class_name) for name in (flag(one.name), *one.flags)]
-    assert [name for name in names if name not in known or known[name] == ""] == []
-
-
-def _fields(class_name: str) -> list[MegatronField]:
-    return list(megatron_fields(class_name).values())
-
-
-def test_field_of_a_newer_megatron_core_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    field = MegatronField("quantum_speedup", "bool", "", ())
-    monkeypatch.setattr("megatron_peft.arguments.megatron_fields", lambda name: {"quantum_speedup": field})
-    assert "--quantum-speedup is a Megatron flag" in complaint(capsys, "--quantum-speedup")
-    assert "--no-quantum-speedup is a Megatron flag" in complaint(capsys, "--no-quantum-speedup")
-
-
 def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     with pytest.raises(SystemExit):
@@ -280,6 +259,23 @@ def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkey
     assert max(map(len, lines)) <= 100
     section = lines[lines.index("PEFT:") : lines.index("data:")]
     assert any("--lora-rank N" in line and "(default: 16)" in line for line in section)
+
+
+def test_flags_of_another_program_stand_beside_ours() -> None:
+    own = {"--prompt-file": {"metavar": "FILE"}, "--top-k": {"type": int, "default": 0}}
+    values, rest = read_own_flags(own, ["--lr", "1", "--prompt-file", "a", "--prompt", "b"], "p.py", "What it does.")
+    assert values == {"prompt_file": "a", "top_k": 0}
+    assert rest == ["--lr", "1", "--prompt", "b"]  # not abbreviated either
+
+
+@pytest.mark.parametrize(("argv", "code", "told"), [(["--help"], 0, "What\n  it does."), (["--top-k", "x"], 2, "p.py")])
+def test_another_program_has_its_own_help_and_errors(
+    argv: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_own_flags({"--top-k": {"type": int}}, argv, "p.py", "What\n  it does.")
+    assert caught.value.code == code
+    assert told in "".join(capsys.readouterr())
 
 
 def cpu_seconds_of(code: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.argument_tables import served_flags
+from megatron_peft.served_flags import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.experiment import FLAGS as EXPERIMENT_FLAGS

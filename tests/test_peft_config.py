@@ -12,6 +12,7 @@ from megatron_peft.config import ConfigurationError, PeftConfig
     [
         ({"method": "prefix"}, "--peft-method prefix is not one of full, lora, lora-ga, boft, urnn, hybrid"),
         ({"lora_rank": 0}, "--lora-rank is 0; it must be above 0"),
+        ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it is a fraction"),
         ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; a butterfly mixes halves of a block"),
         ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; two real features make a complex one"),
         ({"method": "hybrid", "hybrid_lambda": "fixed:2"}, "or fixed:X with X between 0 and 1"),

@@ -10,10 +10,11 @@ repeated. docs/evaluation.md has the details.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from megatron_peft.arguments import read_own_flags
 
 PROGRAM = "generate.py"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -37,35 +38,14 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of this program; those of pretrain_peft.py are left over."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for name, settings in FLAGS.items():
-        parser.add_argument(name, **settings)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
-    args, flags = build_parser().parse_known_args(argv)
+    own, flags = read_own_flags(FLAGS, argv, PROGRAM, __doc__)
 
-    from megatron_peft.arguments import exit_with_error, parse_arguments
-    from megatron_peft.config import ConfigurationError
-    from megatron_peft.conversion.pretrained import read_model_shape
     from megatron_peft.evaluation.answers import AnswerSettings, answer
-    from megatron_peft.evaluation.run_flags import model_flags
-    from megatron_peft.runtime.failure import run_together
-    from megatron_peft.runtime.launch import world
+    from megatron_peft.evaluation.program import run_on_a_model
 
-    try:
-        settings, flags = AnswerSettings(**vars(args)), model_flags(flags)
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
-    config = parse_arguments(flags, read_shape=read_model_shape, program=PROGRAM)
-    with world(config.parallel):
-        run_together(lambda: answer(config, settings), program=PROGRAM)
+    run_on_a_model(answer, lambda: AnswerSettings(**own), flags, PROGRAM)
     return 0
 
 
