@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
+from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.megatron_weights import megatron_files
 from megatron_peft.conversion.pretrained import read_model_shape
 
@@ -89,7 +90,8 @@ def verify(
     Raises:
         ConfigurationError: a folder is no model, or the two have vocabularies or layers of different sizes.
     """
-    subjects = [_subject(Path(folder), pretrained_checkpoint) for folder in (input, reference)]
+    given = {"--input": input, "--reference": reference}
+    subjects = [_subject(flag, Path(folder), pretrained_checkpoint) for flag, folder in given.items()]
     shapes = [read_model_shape(subject.base) for subject in subjects]
     for size in ("vocab_size", "num_layers", "hidden_size"):
         sizes = [getattr(shape, size) for shape in shapes]
@@ -108,18 +110,35 @@ def compare(trace: Trace, reference: Trace) -> Comparison:
     return Comparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
-def _subject(folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
+def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
+    """What is in the folder that stands behind `flag`. ConfigurationError: no model, or its base is not there."""
+    require(folder.is_dir(), f"{flag} {folder} is not a folder: give that of a model, a run or an adapter of HF PEFT.")
+    trained_on, trace = _runner(folder)
+    if trained_on is None:
+        described = megatron_files(folder) is not None or (folder / CONFIG).is_file()
+        require(described, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
+        return Subject(folder, folder, trace)
+    base = Path(pretrained_checkpoint or trained_on)
+    require(
+        base.is_dir(),
+        f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
+    )
+    return Subject(folder, base, trace)
+
+
+def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace]]:
+    """Where the base of a folder's adapters was (None: it holds a whole model), and what runs it."""
     files = megatron_files(folder)
     if files is not None:
         record = read_record(files) if (files / RECORD).is_file() else None
-        adapts = record is not None and record.config.peft.trains_adapters
-        own = record.config.model.pretrained_checkpoint if record else None
-        return Subject(folder, Path(pretrained_checkpoint or own or "") if adapts else folder, _trace_ours)
+        if record is None or not record.config.peft.trains_adapters:
+            return None, _trace_ours
+        return record.config.model.pretrained_checkpoint or "", _trace_ours
     config = folder / PEFT_CONFIG
     settings = json.loads(config.read_text()) if config.is_file() else {}
     if "peft_type" in settings:
-        return Subject(folder, Path(pretrained_checkpoint or settings["base_model_name_or_path"]), _trace_peft)
-    return Subject(folder, folder, _trace_transformers)
+        return settings["base_model_name_or_path"] or "", _trace_peft
+    return None, _trace_transformers
 
 
 def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,6 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import Comparison, Trace, compare, verify
 from tests.tiny_llama import save_llama
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A world of one sets variables; the other tests find them as they were."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +68,22 @@ def test_tokens_beyond_the_trained_length_are_refused(original: Path, num_tokens
 
 
 def test_no_folder_at_all_is_named(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="nowhere is not a folder"):
-        verify(tmp_path / "nowhere", original)
+    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    with pytest.raises(ConfigurationError, match=f"^--input {nowhere} is not a folder"):
+        verify(nowhere, original)
+    with pytest.raises(ConfigurationError, match=f"^--reference {nowhere} is not a folder"):
+        verify(original, nowhere)
+    empty.mkdir()
+    with pytest.raises(ConfigurationError, match=f"^--reference {empty} holds no model"):
+        verify(original, empty)
+
+
+def test_a_lost_base_is_asked_for(original: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "moved"}')
+    with pytest.raises(ConfigurationError, match=f"^the base model moved of --input {adapter} is not there"):
+        verify(adapter, original)
 
 
 def test_comparison_of_traces() -> None:
