@@ -1,15 +1,17 @@
 """Which linear layers are adapted, and the adapters put in place.
 
-Target names: Megatron's (`linear_qkv`), Hugging Face's (`q_proj`: the fused layer that holds it is adapted whole), full
-names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three (`decoder.layers.1?.*`, `*_proj`).
+Target names: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`: the fused layer that holds it
+is adapted whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
+(`decoder.layers.1?.*`, `*_proj`).
 Layer numbers are those of the whole model, from 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -18,20 +20,6 @@ from torch import nn
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.registry import adapter_builder
 from megatron_peft.config import PeftConfig, require
-
-HF_NAMES = {
-    "q_proj": "linear_qkv",
-    "k_proj": "linear_qkv",
-    "v_proj": "linear_qkv",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1",
-    "up_proj": "linear_fc1",
-    "down_proj": "linear_fc2",
-    "query_key_value": "linear_qkv",
-    "dense": "linear_proj",
-    "dense_h_to_4h": "linear_fc1",
-    "dense_4h_to_h": "linear_fc2",
-}
 
 
 @dataclass(frozen=True)
@@ -57,11 +45,12 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         ConfigurationError: a pattern matches nothing in the whole model; the message lists what exists.
     """
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    require_matches(peft.target_modules, all_names([target.name for target in targets]))
+    modules = huggingface_modules(model_chunks)
+    require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     for chunk in model_chunks:
         chunk.requires_grad_(False)
     build = adapter_builder(peft.method)
-    adapted = [target for target in targets if is_targeted(target.name, peft.target_modules)]
+    adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     for target in adapted:
         module = target.module
         made = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
@@ -89,32 +78,37 @@ def all_names(names: Sequence[str]) -> list[str]:
     return sorted({name for found in gathered for name in found})
 
 
-def is_targeted(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a layer's global name is meant by any pattern."""
-    return any(_matches(name, pattern) for pattern in patterns)
+def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:
+    """Hugging Face's names of the model's linear layers -> the last part of Megatron's (`q_proj` -> `linear_qkv`)."""
+    return model_chunks[0].config.huggingface_modules
 
 
-def require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
+def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
+    """Whether a layer's global name is meant by any pattern; `modules` as `huggingface_modules` gives them."""
+    return any(_matches(name, pattern, modules) for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
     """Every pattern must match a layer.
 
     Raises:
         ConfigurationError: naming the patterns that do not, and what exists.
     """
-    lost = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in names)]
+    lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
     endings = sorted({name.rpartition(".")[2] for name in names})
     require(
         not lost,
         f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)} "
-        f"(Hugging Face: {', '.join(HF_NAMES)}), with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
+        f"(Hugging Face: {', '.join(modules)}), with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
         if names
         else "the model has no linear layer to adapt.",
     )
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str, modules: Mapping[str, str]) -> bool:
     module = name.rpartition(".")[2]
-    parts_in_hf = [hf_name for hf_name, fused in HF_NAMES.items() if fused == module]
-    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts_in_hf))
+    parts = [part for part, layer in modules.items() if layer == module]
+    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts))
 
 
 def start_gradients_at_the_embedding(chunk: nn.Module) -> None:

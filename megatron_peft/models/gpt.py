@@ -8,7 +8,7 @@ part of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRo
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
+from megatron_peft.models.huggingface import FAMILIES
 from megatron_peft.models.norms import LayerNorm, RMSNorm
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.models.swiglu import SwiGLU
@@ -40,9 +41,10 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """TransformerConfig that also knows which linear layers own a bias."""
+    """TransformerConfig that also knows which linear layers own a bias, and what Hugging Face calls their parts."""
 
     linear_biases: frozenset[str] = frozenset()
+    huggingface_modules: Mapping[str, str] = field(default_factory=dict)
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> GPTConfig:
@@ -64,6 +66,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         use_te_activation_func=is_swiglu(shape),  # megatron-core's name of the place where ours goes in
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
+        huggingface_modules=FAMILIES[shape.architecture].modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages(shape, parallel),

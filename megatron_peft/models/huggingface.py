@@ -43,24 +43,30 @@ HARMLESS = {
 
 @dataclass(frozen=True)
 class Family:
-    """How the configs of one model_type are read.
+    """How the configs of one model_type are read, and what its linear layers are called.
 
     Args:
         architectures: the classes that hold the whole language model; the first is the usual one.
         shape: reads the shape, and raises ConfigurationError with the key at fault.
         read: keys that it reads, or that are known to say nothing about the shape.
         refused: further keys that change the computation, with the values that leave it as it is.
+        modules: Hugging Face's name of a linear layer -> Megatron's layer that holds it, fused with others or not.
     """
 
     architectures: tuple[str, ...]
     shape: Callable[[Config], ModelShape]
     read: Set[str]
     refused: Mapping[str, tuple[Any, ...]]
+    modules: Mapping[str, str]
 
 
 FAMILIES = {
     "llama": Family(
-        ("LlamaForCausalLM",), huggingface_llama.llama_shape, huggingface_llama.READ, huggingface_llama.REFUSED
+        ("LlamaForCausalLM",),
+        huggingface_llama.llama_shape,
+        huggingface_llama.READ,
+        huggingface_llama.REFUSED,
+        huggingface_llama.MODULES,
     ),
     # Embedding and output are one matrix, so that a bare BloomModel is the whole language model.
     "bloom": Family(
@@ -68,6 +74,7 @@ FAMILIES = {
         huggingface_bloom.bloom_shape,
         huggingface_bloom.READ,
         huggingface_bloom.REFUSED,
+        huggingface_bloom.MODULES,
     ),
 }
 

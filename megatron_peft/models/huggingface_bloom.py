@@ -20,6 +20,13 @@ READ = {
     "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "skip_bias_add",
     "skip_bias_add_qkv",
 }  # fmt: skip
+# Linear layers: Megatron's that holds each.
+MODULES = {
+    "query_key_value": "linear_qkv",
+    "dense": "linear_proj",
+    "dense_h_to_4h": "linear_fc1",
+    "dense_4h_to_h": "linear_fc2",
+}
 
 
 def bloom_shape(config: Config) -> ModelShape:

@@ -30,6 +30,16 @@ READ = {
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
 }  # fmt: skip
+# Linear layers: Megatron's that holds each.
+MODULES = {
+    "q_proj": "linear_qkv",
+    "k_proj": "linear_qkv",
+    "v_proj": "linear_qkv",
+    "o_proj": "linear_proj",
+    "gate_proj": "linear_fc1",
+    "up_proj": "linear_fc1",
+    "down_proj": "linear_fc2",
+}
 ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},

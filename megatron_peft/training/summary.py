@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_peft.adapters.attach import HF_NAMES
+from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.config import RunConfig
 
 _MIB = 2**20
@@ -58,7 +58,7 @@ def training_summary(
         counts: of the whole model.
         model_chunks: this rank's, for its bytes.
     """
-    lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted)}"]
+    lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
     if config.peft.urnn_mode == "replace":
         lines.append(
             "WARNING: --urnn-mode replace DISCARDS the pretrained weights of these layers: unitary ones stand in their "
@@ -74,15 +74,15 @@ def training_summary(
     return "\n".join(lines)
 
 
-def _modules(config: RunConfig, adapted: Sequence[str]) -> str:
+def _modules(config: RunConfig, adapted: Sequence[str], parts: Mapping[str, str]) -> str:
     if not config.peft.trains_adapters:
         return "every parameter of the model"
     kinds = Counter(name.rpartition(".")[2] for name in adapted)
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     fused = [
-        f"{name} is part of {HF_NAMES[name]}, which is adapted whole"
+        f"{name} is part of {parts[name]}, which is adapted whole"
         for name in config.peft.target_modules
-        if name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        if name in parts and list(parts.values()).count(parts[name]) > 1
     ]
     return f"{len(adapted)} layers: {listed}" + "".join(f"\nnote: {line}" for line in fused)
 

@@ -7,8 +7,15 @@ import re
 import pytest
 import torch
 
-from megatron_peft.adapters.attach import HF_NAMES, attach_adapters, is_targeted, linear_layers, require_matches
+from megatron_peft.adapters.attach import (
+    attach_adapters,
+    huggingface_modules,
+    is_targeted,
+    linear_layers,
+    require_matches,
+)
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
+from megatron_peft.models.huggingface import FAMILIES
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
 
@@ -17,6 +24,7 @@ NAMES = [
     for layer in (0, 1)
     for module in ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 ]
+LLAMA, BLOOM = (FAMILIES[family].modules for family in ("llama", "bloom"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,8 +33,8 @@ def world():
         yield
 
 
-def _targeted(*patterns):
-    return [name for name in NAMES if is_targeted(name, patterns)]
+def _targeted(*patterns, modules=LLAMA):
+    return [name for name in NAMES if is_targeted(name, patterns, modules)]
 
 
 def test_linear_layers_have_the_names_of_the_whole_model():
@@ -42,14 +50,24 @@ def test_linear_layers_have_the_names_of_the_whole_model():
         ("o_proj", "self_attention.linear_proj"),
         ("up_proj", "mlp.linear_fc1"),
         ("down_proj", "mlp.linear_fc2"),
+    ],
+)
+def test_a_module_name_means_that_module_in_every_layer(pattern, expected):
+    assert _targeted(pattern) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("linear_qkv", "self_attention.linear_qkv"),
         ("query_key_value", "self_attention.linear_qkv"),
         ("dense", "self_attention.linear_proj"),
         ("dense_h_to_4h", "mlp.linear_fc1"),
         ("dense_4h_to_h", "mlp.linear_fc2"),
     ],
 )
-def test_a_module_name_means_that_module_in_every_layer(pattern, expected):
-    assert _targeted(pattern) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
+def test_a_bloom_has_names_of_its_own(pattern, expected):
+    assert _targeted(pattern, modules=BLOOM) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
 
 
 def test_full_names_and_wildcards():
@@ -68,13 +86,25 @@ def test_several_patterns_are_a_union():
     assert set(_targeted("linear_qkv", "down_proj")) == {*_targeted("linear_qkv"), *_targeted("down_proj")}
 
 
-def test_every_hugging_face_name_stands_for_a_module_that_exists():
-    assert set(HF_NAMES.values()) == set(LINEAR_MODULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_knows_the_names_of_its_family(family):
+    model = tiny_gpt({"architecture": family})
+    assert huggingface_modules([model]) == FAMILIES[family].modules
+    assert set(FAMILIES[family].modules.values()) == set(LINEAR_MODULES)
+
+
+@pytest.mark.parametrize(("modules", "foreign"), [(LLAMA, "dense"), (BLOOM, "q_proj")], ids=["llama", "bloom"])
+def test_a_name_of_another_family_is_answered_with_those_of_this_one(modules, foreign):
+    assert _targeted(foreign, modules=modules) == []
+    with pytest.raises(ConfigurationError) as error:
+        require_matches([foreign], NAMES, modules)
+    assert f"--peft-target-modules {foreign} matches no linear layer." in str(error.value)
+    assert f"(Hugging Face: {', '.join(modules)})" in str(error.value)
 
 
 def test_a_pattern_that_matches_nothing_lists_what_exists():
     with pytest.raises(ConfigurationError) as error:
-        require_matches(["linear_qkv", "query", "linear_fc9"], NAMES)
+        require_matches(["linear_qkv", "query", "linear_fc9"], NAMES, LLAMA)
     assert str(error.value).startswith("--peft-target-modules query linear_fc9 matches no linear layer.")
     for name in (*LINEAR_MODULES, "q_proj", "down_proj", NAMES[0]):
         assert name in str(error.value)
@@ -135,5 +165,5 @@ def test_recompute_behind_a_frozen_embedding_keeps_every_gradient(kind):
 
 def test_names_in_the_message_are_shown_once():
     with pytest.raises(ConfigurationError) as error:
-        require_matches(["x"], NAMES)
+        require_matches(["x"], NAMES, LLAMA)
     assert len(re.findall(r"\blinear_fc1\b,", str(error.value))) == 1
