@@ -34,7 +34,10 @@ HELP = {
     "hybrid_lambda": "the mixture: gradient (norms of the gradients before mixing), rms (the same per parameter), "
     "descent (what a step of each part gains), raw (the paper's norms), or fixed:X",
     "hybrid_merge_interval": "fold the change into the weight after so many iterations and start the adapters again",
+    "hybrid_lambda_init": "lambda before the first step, where it is not fixed",
     "hybrid_lambda_ema": "weight of lambda's last value in its moving average",
+    "hybrid_lambda_min": "lambda falls no lower",
+    "hybrid_lambda_max": "lambda rises no higher",
     "train_data_path": "training data: *.json/*.jsonl with prompt and completion, messages or text; or indexed "
     "prefixes, optionally each after its weight",
     "valid_data_path": "validation data, as --train-data-path",

@@ -44,7 +44,10 @@ class PeftConfig:
     peft_lr_rotation: float | None = None  # of rotation parameters; None: --lr, in the Hybrid --lr / 8
     hybrid_rotation: Literal["boft", "urnn"] = "boft"
     hybrid_lambda: str = "gradient"  # one of LAMBDA_RULES, or fixed:X
+    hybrid_lambda_init: float = 0.5  # of every layer, before the first step
     hybrid_lambda_ema: float = 0.9  # weight of lambda's last value
+    hybrid_lambda_min: float = 0.02  # both parts go on getting a gradient
+    hybrid_lambda_max: float = 0.98
     hybrid_merge_interval: int | None = None  # iterations after which the change is folded into W
 
     def __post_init__(self) -> None:
@@ -70,6 +73,12 @@ class PeftConfig:
                 self.hybrid_lambda in LAMBDA_RULES or self._fixed_mix is not None,
                 f"--hybrid-lambda is {self.hybrid_lambda}; it is {', '.join(LAMBDA_RULES)}, or fixed:X with X between "
                 f"0 and 1.",
+            )
+            low, start, high = self.hybrid_lambda_min, self.hybrid_lambda_init, self.hybrid_lambda_max
+            require(
+                0 < low <= start <= high < 1,
+                f"--hybrid-lambda-min {low}, --hybrid-lambda-init {start} and --hybrid-lambda-max {high}: they must "
+                f"rise in this order, above 0 and below 1.",
             )
             require(
                 self.method != "hybrid" or self.rotation_side == "output",
@@ -105,8 +114,8 @@ class PeftConfig:
 
     @property
     def initial_mix(self) -> float:
-        """lambda at the start: X of fixed:X, else 0.5."""
-        return 0.5 if self._fixed_mix is None else self._fixed_mix
+        """lambda at the start: X of fixed:X, else --hybrid-lambda-init."""
+        return self.hybrid_lambda_init if self._fixed_mix is None else self._fixed_mix
 
     @property
     def _fixed_mix(self) -> float | None:

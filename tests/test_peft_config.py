@@ -16,6 +16,8 @@ from megatron_peft.config import ConfigurationError, PeftConfig
         ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; a butterfly mixes halves of a block"),
         ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; two real features make a complex one"),
         ({"method": "hybrid", "hybrid_lambda": "fixed:2"}, "or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda_init": 0.99}, "--hybrid-lambda-init 0.99 and --hybrid-lambda-max 0.98"),
+        ({"method": "hybrid", "hybrid_lambda_min": 0.0}, "--hybrid-lambda-min 0.0"),
         ({"method": "hybrid", "hybrid_merge_interval": 0}, "--hybrid-merge-interval is 0; it must be above 0"),
         ({"method": "hybrid", "rotation_side": "input"}, "turns the output side"),
         ({"target_modules": ()}, "--peft-target-modules needs at least one name"),

@@ -28,8 +28,6 @@ from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_coalesced
 
-LOWEST, HIGHEST = 0.02, 0.98
-
 OwnGradient = Callable[[nn.Parameter], Tensor]
 
 
@@ -45,7 +43,7 @@ def update_mixtures(
 
     Args:
         adapters: this rank's; all ranks of `group` hold parts of the same ones.
-        peft: rule and moving average.
+        peft: rule, moving average and limits.
         own_gradient: the part of a parameter's complete gradient that this rank counts, such that over `group` every
             number of the global gradient is counted once.
         group: the holders of parts: tensor-parallel ranks and, with a distributed optimizer, data-parallel shards.
@@ -67,14 +65,15 @@ def update_mixtures(
     if peft.hybrid_lambda != "raw":
         measures = measures / torch.stack([mix, 1 - mix], 1)
     wanted = measures[:, 0] / measures.sum(1)
-    for adapter, value, known in zip(adapters, *_averaged(mix, wanted, peft.hybrid_lambda_ema), strict=True):
+    for adapter, value, known in zip(adapters, *_averaged(mix, wanted, peft), strict=True):
         adapter.mix.copy_(value)
         adapter.num_kept += ~known
 
 
-def _averaged(mix: Tensor, wanted: Tensor, average: float) -> tuple[Tensor, Tensor]:
+def _averaged(mix: Tensor, wanted: Tensor, peft: PeftConfig) -> tuple[Tensor, Tensor]:
     """(the moving average, clamped; where it could move): a NaN (no gradient, or an infinite one) moves nothing."""
-    moved = (average * mix + (1 - average) * wanted).clamp(LOWEST, HIGHEST)
+    average = peft.hybrid_lambda_ema
+    moved = (average * mix + (1 - average) * wanted).clamp(peft.hybrid_lambda_min, peft.hybrid_lambda_max)
     known = torch.isfinite(wanted)
     return torch.where(known, moved, mix), known
 

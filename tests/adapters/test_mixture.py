@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.mixture import HIGHEST, LOWEST, update_mixtures
+from megatron_peft.adapters.mixture import update_mixtures
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from tests.adapters.test_boft import Place
@@ -74,8 +74,10 @@ def test_the_average_moves_slowly():
 
 
 def test_lambda_is_clamped():
-    assert updated(0.5, 1.0, 1e-6) == pytest.approx(HIGHEST)
-    assert updated(0.5, 1e-6, 1.0) == pytest.approx(LOWEST)
+    assert updated(0.5, 1.0, 1e-6) == pytest.approx(0.98)
+    assert updated(0.5, 1e-6, 1.0) == pytest.approx(0.02)
+    assert updated(0.5, 1.0, 1e-6, hybrid_lambda_max=0.75) == 0.75
+    assert updated(0.5, 1e-6, 1.0, hybrid_lambda_min=0.25) == 0.25
 
 
 @pytest.mark.parametrize("low", [float("nan"), float("inf")])
@@ -87,6 +89,7 @@ def test_without_a_finite_gradient_lambda_stays(low):
 def test_fixed_stays_where_it_is_put():
     assert updated(0.3, 5.0, 1.0, hybrid_lambda="fixed:0.3") == pytest.approx(0.3)
     assert PeftConfig("hybrid", hybrid_lambda="fixed:1").initial_mix == 1.0
+    assert PeftConfig("hybrid", hybrid_lambda_init=0.7).initial_mix == 0.7
 
 
 @pytest.mark.parametrize("value", ["fixed:1.5", "fixed:", "fixed:-0.1", "norms"])
