@@ -38,9 +38,9 @@ def _skew_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor: 
 
 
 def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
-    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q."""
+    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q, and the inverse is always there."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return 2 * torch.linalg.inv(identity - Q) - identity
+    return 2 * inverse(identity - Q) - identity
 
 
 def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
@@ -51,8 +51,13 @@ def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
     within a few per cent of 1. A fixed number: the device is never waited for.
     """
     for _ in range(NUM_NEWTON_STEPS):
-        P = (P + torch.linalg.inv(P).mT) / 2
+        P = (P + inverse(P).mT) / 2
     return 1.5 * P - 0.5 * P @ (P.mT @ P)
+
+
+def inverse(matrices: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
+    """Of invertible matrices, unchecked: the check of `torch.linalg.inv` has the host wait for a CUDA device."""
+    return torch.linalg.inv_ex(matrices).inverse
 
 
 def compose(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
