@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,17 +9,14 @@ from dataclasses import dataclass
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
 
 @contextmanager
 def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
-    """A world, and megatron-core's groups, with this process alone in them; the environment is given back at the end.
+    """A world, and megatron-core's groups, with this process alone in them.
 
     Args:
         with_groups: False leaves megatron-core's groups to the code under test.
     """
-    before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     start_world(ParallelConfig())
     if with_groups:
         start_model_parallel(ParallelConfig(), seed)
@@ -28,9 +24,6 @@ def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
         yield
     finally:
         stop()
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-        for name in [name for name, value in before.items() if value is None]:
-            os.environ.pop(name, None)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class _FailureBoard:
     def __init__(self) -> None:
         self._closed = threading.Event()
         self._door = threading.Lock()
-        self._world_size = int(os.environ["WORLD_SIZE"])
+        self._world_size = dist.get_world_size()
         if self._world_size == 1:
             return
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -50,18 +50,20 @@ def world(parallel: ParallelConfig) -> Iterator[None]:
 
 
 def start_world(parallel: ParallelConfig) -> None:
-    """Join the processes; on CUDA take the device of LOCAL_RANK."""
+    """Join the processes; on CUDA take the device of LOCAL_RANK.
+
+    A process alone, with or without a launcher, meets nobody: its world needs no port, and the environment stays as
+    it is.
+    """
     cpu.install()
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     dist.init_process_group(
         backend=parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo"),
         timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+        **meeting,
     )
 
 

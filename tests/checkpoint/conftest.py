@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import free_port, start_model_parallel, start_world, stop
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from tests.checkpoint.runs import Files
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
@@ -42,11 +42,8 @@ def facts(two_ranks) -> dict[str, Any]:
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """A world of this process alone."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
     start_world(ParallelConfig())
     start_model_parallel(ParallelConfig(), seed=1)
     yield

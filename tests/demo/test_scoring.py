@@ -39,11 +39,6 @@ def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, base, monkeypat
     flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
     command = ["scoring", str(output), *flags, "--train-iters", "1", "--lora-rank", "2", "--num-workers", "0"]
     monkeypatch.setattr(sys, "argv", [*command, "--seq-length", "128"])
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        monkeypatch.setenv(name, value)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what the world sets is taken back
-        monkeypatch.delenv(name)
 
     _write_pairs(data, ["w1 w2 w3"] * NUM_PAIRS)
     scoring.main()

@@ -21,17 +21,31 @@ def on_two_ranks():
     return run_ranks(2, "tests.runtime.launch_runs:run")
 
 
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def test_without_a_launcher_a_process_is_a_world_of_one(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
     with world(ParallelConfig()):
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         start_model_parallel(ParallelConfig(), seed=1)
         assert parallel_state.get_tensor_model_parallel_world_size() == 1
-        monkeypatch.setenv("MASTER_PORT", os.environ["MASTER_PORT"])  # so that it is taken away again
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-            monkeypatch.setenv(name, os.environ[name])
+        assert dict(os.environ) == before
     assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
+
+
+def test_worlds_of_one_follow_one_another_whatever_the_port_is_used_for(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        for name, value in zip(LAUNCHERS, ("0", "1", "0", "localhost", str(other.getsockname()[1])), strict=True):
+            monkeypatch.setenv(name, value)
+        for number in range(3):
+            with world(ParallelConfig(distributed_timeout_minutes=0.1)):
+                assert checked_together(lambda: number) == number  # noqa: B023 - called at once
+                assert dist.get_world_size(dist.new_group()) == 1
 
 
 def test_the_generators_follow_the_runs_seed():
