@@ -40,19 +40,28 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
     _require_new(outputs)
     encoder = DocumentEncoder(config)
     dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
-    documents = empty = tokens = 0
     with ExitStack() as stack:
         builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in outputs]
         encoded = stack.enter_context(encoded_documents(config, encoder))
-        for found in _with_progress(encoded, len(encoder.records), config.log_interval, report):
-            if isinstance(found, str):
-                raise ConfigurationError(found)
-            for builder, ids in zip(builders, found, strict=True):
-                if ids:
-                    builder.add_document(torch.tensor(ids), [len(ids)])
-                documents, empty, tokens = documents + bool(ids), empty + (not ids), tokens + len(ids)
+        told = _with_progress(encoded, len(encoder.records), config.log_interval, report)
+        documents, empty, tokens = _add_documents(builders, told)
         require(documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
     return Preprocessed(outputs, documents, empty, tokens)
+
+
+def _add_documents(
+    builders: Sequence[IndexedDatasetBuilder], encoded: Iterable[list[list[int]] | str]
+) -> tuple[int, int, int]:
+    """(documents, empty ones, tokens); a text in place of a record's documents is what is wrong with it."""
+    documents = empty = tokens = 0
+    for found in encoded:
+        if isinstance(found, str):
+            raise ConfigurationError(found)
+        for builder, ids in zip(builders, found, strict=True):
+            if ids:
+                builder.add_document(torch.tensor(ids), [len(ids)])
+            documents, empty, tokens = documents + bool(ids), empty + (not ids), tokens + len(ids)
+    return documents, empty, tokens
 
 
 def _require_new(outputs: Sequence[str]) -> None:

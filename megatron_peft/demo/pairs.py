@@ -7,12 +7,12 @@ placeholders fall on the same side of the split, so that nothing held out was se
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -110,9 +110,8 @@ def _clean(text: str) -> str:
 def _messages(wheel: Path, pattern: str) -> Iterator[tuple[str, str]]:
     try:
         with ZipFile(wheel) as archive:
-            for name in sorted(archive.namelist()):
-                if fnmatch(name, pattern):
-                    yield from read_messages(archive.read(name))
+            for name in sorted(fnmatch.filter(archive.namelist(), pattern)):
+                yield from read_messages(archive.read(name))
     except BadZipFile as error:
         raise ConfigurationError(f"{wheel} is damaged ({error}): remove it and start again.") from error
 

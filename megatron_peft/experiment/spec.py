@@ -7,7 +7,7 @@ a flag with several values; anything else is the flag's value, as it stands.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,7 @@ class Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
         for places in self._places():
-            seen: dict[str, str] = {}
-            for place, flags in places:
-                for flag in flags:
-                    if flag in RUNNERS_OWN:
-                        yield f"{place}: --{flag} is the runner's own: {RUNNERS_OWN[flag]}."
-                    if flag in seen and seen[flag] != place:
-                        yield f"--{flag} is in {seen[flag]} and in {place}: leave it in one of the two."
-                    seen.setdefault(flag, place)
+            yield from _clashes_in_a_cell(places)
 
     def _places(self) -> Iterator[list[tuple[str, FlagValues]]]:
         """(where it is written, flags) of what comes together in a cell."""
@@ -136,6 +129,16 @@ class Experiment:
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name} {size}" for name, size in sizes.items())
             yield f"all methods get the same number of tuning runs, but their grids hold: {told}."
+
+
+def _clashes_in_a_cell(places: Iterable[tuple[str, FlagValues]]) -> Iterator[str]:
+    seen: dict[str, str] = {}
+    for place, flag in ((place, flag) for place, flags in places for flag in flags):
+        if flag in RUNNERS_OWN:
+            yield f"{place}: --{flag} is the runner's own: {RUNNERS_OWN[flag]}."
+        if flag in seen:
+            yield f"--{flag} is in {seen[flag]} and in {place}: leave it in one of the two."
+        seen.setdefault(flag, place)
 
 
 def grid_size(method: Choice) -> int:

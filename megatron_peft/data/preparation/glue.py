@@ -82,11 +82,13 @@ def read_glue(task: GlueTask, path: Path, skip_damaged: bool = False) -> Iterato
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of each line; nothing is quoted in GLUE's files, so a quotation mark is one."""
+    return ((number, line.split("\t")) for number, line in enumerate(_lines(path), start=1) if line)
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if text := line.rstrip("\r\n"):
-                    yield number, text.split("\t")
+            yield from (line.rstrip("\r\n") for line in file)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
