@@ -89,12 +89,14 @@ def _first_sentence(text: str) -> str:
 
 
 def _argument_names(value: ast.expr | None) -> tuple[str, ...]:
-    """`field(metadata={"argparse_meta": {"arg_names": [...]}})`: the flags under which Megatron-LM serves a field."""
-    if not isinstance(value, ast.Call):
-        return ()
-    metadata = next((word.value for word in value.keywords if word.arg == "metadata"), None)
-    names = ast.literal_eval(metadata).get("argparse_meta", {}).get("arg_names", []) if metadata else []
-    return tuple(names)
+    """`field(metadata={"argparse_meta": {"arg_names": [...]}})`: the flags under which Megatron-LM serves a field.
+
+    Nothing else is evaluated: what stands beside them may be computed.
+    """
+    dictionaries = (node for node in ast.walk(value) if isinstance(node, ast.Dict)) if value else ()
+    pairs = (pair for node in dictionaries for pair in zip(node.keys, node.values, strict=True))
+    names = (item for key, item in pairs if isinstance(key, ast.Constant) and key.value == "arg_names")
+    return tuple(name for item in names for name in ast.literal_eval(item))
 
 
 def _type_and_choices(annotation: ast.expr) -> tuple[type, tuple[str, ...] | None]:

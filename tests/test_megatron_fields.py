@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import typing
 import warnings
 from dataclasses import fields
@@ -45,6 +46,12 @@ def test_help_is_the_first_sentence_under_a_field() -> None:
 
 def test_names_of_megatrons_own_command_line_are_read() -> None:
     assert megatron_fields("TransformerConfig")["layernorm_epsilon"].flags == ("--norm-epsilon",)
+
+
+def test_what_is_computed_beside_the_names_is_left_alone() -> None:
+    metadata = "{'argparse_meta': {'arg_names': ['--x-y'], 'choices': [one.name for one in Scope]}}"
+    (found,) = module._fields(ast.parse(f"class C:\n  x: int = field(metadata={metadata})").body[0])  # type: ignore[arg-type]
+    assert found.flags == ("--x-y",)
 
 
 def test_field_without_a_type_for_a_flag_says_so() -> None:

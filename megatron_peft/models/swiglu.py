@@ -14,17 +14,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class SwiGLU:
-    """What megatron-core's MLP calls between its two linear layers, in place of an activation function."""
+class SwiGLU(nn.Module):
+    """What megatron-core's MLP calls between its two linear layers, in place of an activation function.
+
+    A module without parameters, since megatron-core takes nothing else there from 0.19 on.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
         assert config.gated_linear_unit and config.activation_func is F.silu
         assert config.activation_func_clamp_value is None and config.glu_linear_offset == 0
 
-    def __call__(self, x: Tensor) -> Tensor:  # [s, b, 2 f] -> [s, b, f]
+    def forward(self, x: Tensor) -> Tensor:  # [s, b, 2 f] -> [s, b, f]
         return _SwiGLU.apply(x)
 
 

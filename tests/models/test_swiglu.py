@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_peft.models.swiglu import _SwiGLU
+from megatron_peft.models.swiglu import SwiGLU, _SwiGLU
+from tests.one_rank import one_rank
+from tests.tiny_gpt import tiny_gpt
 
 
 def composed(x: torch.Tensor) -> torch.Tensor:
@@ -44,3 +46,12 @@ def test_only_the_input_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         _SwiGLU.apply(x)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_it_is_a_module_without_state_as_newer_versions_of_megatron_core_ask():
+    assert issubclass(SwiGLU, torch.nn.Module)
+    with one_rank():
+        activation = tiny_gpt().decoder.layers[0].mlp.activation_func
+    assert isinstance(activation, SwiGLU) and not activation.state_dict()
+    x, _ = inputs(torch.float32)
+    assert torch.equal(activation(x), composed(x))
