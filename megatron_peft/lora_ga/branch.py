@@ -7,10 +7,16 @@ Each costs two narrow products a layer beside the frozen layer's own, half of wh
 The sums are in float32, over all microbatches that are run. Under sequence parallelism the narrow side travels, as in
 `adapters/frozen_linear.py`.
 
+Both work in backward alone, and need x there. The frozen base keeps no layer's input; where the operation that x came
+from keeps what it can be made of again (SwiGLU, RMSNorm on a CPU), it is, and a pass takes the memory of its sketches
+and no more. Else x is kept.
+
 Letters: s sequence, b batch, w width; in and out are a rank's own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +27,23 @@ from megatron_peft.parallel.collectives import (
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 
+PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
 
-class LeftProduct(nn.Module):
+
+class _Product(nn.Module):
+    """One layer's frozen product, and a sum that grows on the way back."""
+
+    total: Tensor
+
+    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
+        return call.reduce(_AddOnTheWayBack.apply(frozen_linear(x, call), x.detach(), _maker(x), self, call))
+
+    def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
+        """The part of a microbatch: dy [s, b, out], x [s, b, in]."""
+        raise NotImplementedError
+
+
+class LeftProduct(_Product):
     """Adds up Y = G Omega for one layer.
 
     Args:
@@ -38,14 +59,14 @@ class LeftProduct(nn.Module):
         self.omega = omega
         self.total = torch.zeros(omega.shape[0], out_features, device=omega.device)
 
-    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-        u = x.detach() @ self.omega.t()
+    def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
+        u = x @ self.omega.t()
         if call.splits_sequence:
             u = start_gather_sequence_over_tensor_parallel(u, call.group)()
-        return call.reduce(_AddLeft.apply(frozen_linear(x, call), u, self.total))
+        self.total.add_(weight_gradient(u, grad))
 
 
-class RightProduct(nn.Module):
+class RightProduct(_Product):
     """Adds up Z = Q^T G for one layer.
 
     Args:
@@ -61,38 +82,34 @@ class RightProduct(nn.Module):
         self.Q = Q
         self.total = torch.zeros(Q.shape[1], in_features, device=Q.device)
 
-    def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-        return call.reduce(_AddRight.apply(frozen_linear(x, call), x.detach(), self.Q, self.total, call))
+    def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
+        du = grad @ self.Q
+        if call.splits_sequence:
+            du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)()
+        self.total.add_(weight_gradient(du, x))
 
 
-class _AddLeft(torch.autograd.Function):
-    """The identity on z; on the way back total += u^T dz."""
+class _AddOnTheWayBack(torch.autograd.Function):
+    """The identity on z."""
 
     @staticmethod
-    def forward(ctx, z, u, total):  # type: ignore[override]
-        ctx.save_for_backward(u)
-        ctx.total = total
+    def forward(ctx, z, x, maker, product, call):  # type: ignore[override]
+        ctx.save_for_backward(x if maker is None else None)
+        ctx.maker, ctx.product, ctx.call = maker, product, call
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        ctx.total.add_(weight_gradient(ctx.saved_tensors[0], grad))
-        return grad, None, None
-
-
-class _AddRight(torch.autograd.Function):
-    """The identity on z; on the way back total += (dz Q)^T x, over the rank's own tokens."""
-
-    @staticmethod
-    def forward(ctx, z, x, Q, total, call):  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.Q, ctx.total, ctx.call = Q, total, call
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        du = grad @ ctx.Q
-        if ctx.call.splits_sequence:
-            du = start_sum_scatter_sequence_over_tensor_parallel(du, ctx.call.group)()
-        ctx.total.add_(weight_gradient(du, ctx.saved_tensors[0]))
+        (x,) = ctx.saved_tensors
+        if x is None:  # the maker comes later in backward, and has all it kept
+            x = ctx.maker.make_again(*ctx.maker.saved_tensors)
+        ctx.product.add(grad, x, ctx.call)
         return grad, None, None, None, None
+
+
+def _maker(x: Tensor) -> Any:
+    """The operation whose output x is, if it has said how to make it again from what it keeps; else None."""
+    node: Any = x.grad_fn
+    if node is not None and node.name() == PASSES_ON:
+        node = node.next_functions[0][0]
+    return node if hasattr(node, "make_again") else None

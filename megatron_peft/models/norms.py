@@ -55,6 +55,10 @@ def _norm_parameter(config: TransformerConfig, hidden_size: int, value: float) -
     return parameter
 
 
+def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return (x * rstd).mul_(weight).to(x.dtype)
+
+
 class _RootMeanSquareNorm(torch.autograd.Function):
     """On CPU torch composes rms_norm of seven elementwise operators; this takes three passes and a sixth of the time.
 
@@ -66,7 +70,8 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        ctx.make_again = _scaled  # of what is saved: for who needs the output in backward and would else keep it
+        return _scaled(x, weight, rstd)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

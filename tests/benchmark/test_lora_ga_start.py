@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from megatron_peft.benchmark import lora_ga_start
-from megatron_peft.benchmark.memory import Peak
+from megatron_peft.benchmark.memory import Peak, resident_bytes
 from megatron_peft.benchmark.subjects import Setting
 
 MIB = 2**20
@@ -14,10 +16,28 @@ MIB = 2**20
 def test_figures(monkeypatch: pytest.MonkeyPatch):
     peaks = {"lora-ga-start": Peak(300 * MIB, 0), "frozen": Peak(250 * MIB, 0)}
     monkeypatch.setattr(lora_ga_start, "run_ranks", lambda *args, **kwargs: [(1.0, 2.5)])
-    monkeypatch.setattr(lora_ga_start, "peak_of_steps", lambda setting, name, num_steps: peaks[name])
+    monkeypatch.setattr(lora_ga_start, "_peak", lambda setting, name: peaks[name])
     time, memory = lora_ga_start.lora_ga_start_figures(Setting("nowhere"))
     assert (time.measured, time.reached) == (2.5, False)
     assert (memory.measured, memory.reached) == (50.0, True)
+
+
+def test_what_is_freed_is_given_back(monkeypatch: pytest.MonkeyPatch):
+    """In a process of its own, where large blocks have been freed before: then the C library keeps such ones."""
+
+    def freed_mib(job: object) -> int:
+        block = bytearray(24 * MIB)
+        del block
+        blocks = [bytearray(MIB) for _ in range(64)]
+        full = resident_bytes()
+        del blocks[:-1]
+        return (full - resident_bytes()) // MIB
+
+    monkeypatch.setattr(lora_ga_start, "run_steps", freed_mib)
+    child = os.fork()
+    if child == 0:
+        os._exit(lora_ga_start.run_steps_giving_back(None))  # type: ignore[arg-type]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 60
 
 
 def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,11 +39,13 @@ class Started:
 
 @dataclass(frozen=True)
 class Found:
-    """The exact gradient [out, in] of the mean loss by layer; each start by its name; what a NaN is told as."""
+    """The exact gradient [out, in] of the mean loss by layer; each start by its name; what a NaN is told as; bytes
+    that a batch keeps for backward in the frozen base and in the passes of the first start."""
 
     gradients: dict[str, torch.Tensor]
     starts: dict[str, Started]
     nan_message: str
+    kept_bytes: list[int]
 
 
 def exact_and_started(asked: tuple[Job, Sequence[str]]) -> Found:
@@ -56,20 +59,26 @@ def exact_and_started(asked: tuple[Job, Sequence[str]]) -> Found:
     (chunk,) = (wrapped.module for wrapped in build_state(config, shape, data.train_iters).model_chunks)
     steps = first_steps(config, data.train)
     num_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
+    kept: list[int] = []
 
     def replay() -> float:
         finish_with([chunk], None)
-        reports = [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps]
+        with _kept_bytes(kept):
+            reports = [run_schedule([chunk], steps[0], forward_only=False).sum(0)]
+        reports += [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps[1:]]
         return float(sum(report[0] for report in reports)) / num_tokens
 
     layers = {target.name: target.module for target in linear_layers(chunk)}
     gradients, loss = _exact_gradients(layers, replay)
     gradients = {name: G / num_tokens for name, G in gradients.items()}
-    starts = {}
+    replay()
+    starts, (_, *kept_by_frozen_base) = {}, list(kept)
+    kept.clear()
     for init in inits:
         attach_adapters([chunk], replace(config.peft, lora_ga_init=init), config.training.seed)
         starts[init] = _started(chunk, replace(config.peft, lora_ga_init=init), replay, num_tokens, loss)
-    return Found(gradients, starts, _told_of_nan(chunk, config.peft, replay, layers))
+    told = _told_of_nan(chunk, config.peft, replay, layers)
+    return Found(gradients, starts, told, [*kept_by_frozen_base, *kept[:2]])
 
 
 def _started(chunk: Any, peft: Any, replay: Any, num_tokens: int, base_loss: float) -> Started:
@@ -110,6 +119,20 @@ def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, tor
         module.weight.requires_grad_(False)
         module.weight.grad = None
     return gradients, loss
+
+
+@contextmanager
+def _kept_bytes(found: list[int]) -> Iterator[None]:
+    """Adds what is kept for backward meanwhile to the list; a memory that is kept twice counts once."""
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield
+    found.append(sum(kept.values()))
 
 
 class _NewShapes(TorchDispatchMode):

@@ -138,6 +138,11 @@ def test_no_tensor_of_a_weights_size_is_made(short, init):
     assert max(math.prod(shape) for shape in short.starts[init].shapes) < smallest
 
 
+def test_the_passes_keep_for_backward_what_the_frozen_base_keeps(short):
+    frozen, *passes = short.kept_bytes
+    assert frozen and passes == [frozen, frozen]
+
+
 def test_a_gradient_that_is_not_finite_is_told(short):
     assert short.nan_message.startswith("LoRA-GA's start: the gradient of decoder.layers.0.")
     assert "is NaN or infinite" in short.nan_message and "--peft-method lora" in short.nan_message

@@ -48,6 +48,11 @@ def test_only_the_input_is_kept():
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
+def test_the_output_can_be_made_again_of_what_is_kept():
+    y = _SwiGLU.apply(inputs(torch.float32)[0])
+    assert torch.equal(y.grad_fn.make_again(*y.grad_fn.saved_tensors), y)
+
+
 def test_it_is_a_module_without_state_as_newer_versions_of_megatron_core_ask():
     assert issubclass(SwiGLU, torch.nn.Module)
     with one_rank():
