@@ -32,17 +32,12 @@ class SwiGLU(nn.Module):
         return _SwiGLU.apply(x)
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
-        ctx.make_again = _swiglu  # of what is saved: for who needs y in backward and would else keep it
-        return _swiglu(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
