@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(MegatronModule):
     """What megatron-core's MLP calls between its two linear layers, in place of an activation function.
 
-    A module without parameters, since megatron-core takes nothing else there from 0.19 on.
+    A module without parameters, since megatron-core takes nothing else there from 0.19 on; one of Megatron's, since a
+    checkpoint asks each part of the MLP for what it has.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         assert config.gated_linear_unit and config.activation_func is F.silu
         assert config.activation_func_clamp_value is None and config.glu_linear_offset == 0
 
