@@ -11,6 +11,8 @@ Letters: s sequence, b batch, f a rank's own feed-forward features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
@@ -33,13 +35,22 @@ class SwiGLU(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:  # [s, b, 2 f] -> [s, b, f]
         return _SwiGLU.apply(x)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: megatron-core's MLP asks each of its modules."""
+        return {}
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        ctx.make_again = _swiglu  # of what is saved: for who needs y in backward and would else keep it
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
