@@ -24,6 +24,12 @@ def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] ->
     return out
 
 
+def turn_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
+    """(I + diag(blocks)) W: a copy of the weight with its rows turned."""
+    turned = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return torch.bmm(turned, weight.view(*blocks.shape[:2], -1)).view_as(weight)
+
+
 def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] twice -> [k, g, g]
     """sum over tokens of grad x^T by block, in the blocks' own type."""
     return torch.bmm(grouped(grad, blocks).transpose(1, 2), grouped(x, blocks)).to(blocks.dtype)

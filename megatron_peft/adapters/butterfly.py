@@ -11,7 +11,9 @@ Letters: k groups, m factors, c = g / b blocks of a factor in a group, b block s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,9 +40,25 @@ def _skew_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor: 
 
 
 def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
-    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q, and the inverse is always there."""
-    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return 2 * inverse(identity - Q) - identity
+    """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q, and the inverse is always there.
+
+    The answer C is kept for backward: with N = (I - Q)^-1 = (C + I) / 2, dQ = 2 N^T dC N^T."""
+    return _Cayley.apply(Q)
+
+
+class _Cayley(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, Q):  # type: ignore[override]
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        C = inverse(identity - Q).mul_(2).sub_(identity)
+        ctx.save_for_backward(C)
+        return C
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (C,) = ctx.saved_tensors
+        twice_N = (C + torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)).mT
+        return (twice_N @ grad @ twice_N).div_(2)
 
 
 def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
@@ -61,15 +79,51 @@ def inverse(matrices: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
 
 
 def compose(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
-    """R = B_m ... B_1 as dense blocks."""
+    """R = B_m ... B_1 as dense blocks. Keeps the factors for backward and nothing else."""
+    return _Compose.apply(factors)
+
+
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, factors):  # type: ignore[override]
+        ctx.save_for_backward(factors)
+        return _products(_dense_factors(factors))[-1]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (factors,) = ctx.saved_tensors
+        dense = _dense_factors(factors)
+        below = _products(dense[:-1])  # of the factors under each but the first
+        grad_factors = torch.empty_like(factors)
+        for i in range(len(dense) - 1, 0, -1):
+            grad_factors[:, i] = _entries(grad @ below[i - 1].mT, i, factors)
+            grad = dense[i].mT @ grad
+        grad_factors[:, 0] = _entries(grad, 0, factors)
+        return grad_factors
+
+
+def _products(dense: Sequence[Tensor]) -> list[Tensor]:
+    """B_1, B_2 B_1, B_3 B_2 B_1, ..."""
+    return list(accumulate(dense, lambda below, factor: factor @ below))
+
+
+def _dense_factors(factors: Tensor) -> list[Tensor]:  # [k, m, c, b, b] -> m times [k, g, g]
     num_groups, num_factors, count, size, _ = factors.shape
-    group_size = count * size
-    identity = torch.eye(count, dtype=factors.dtype, device=factors.device)
-    # The first factor's pairs are neighbours: it is block-diagonal as it stands.
-    R = (factors[:, 0, :, :, None] * identity[:, None, :, None]).reshape(num_groups, group_size, group_size)
-    for i in range(1, num_factors):
-        pairs = (num_groups, -1, 2, 2**i, size // 2, group_size)
-        rows = R.reshape(pairs).transpose(2, 3).reshape(num_groups, count, size, group_size)
-        mixed = factors[:, i] @ rows
-        R = mixed.reshape(num_groups, -1, 2**i, 2, size // 2, group_size).transpose(2, 3).reshape(R.shape)
-    return R
+    dense = [factors.new_zeros(num_groups, count * size, count * size) for _ in range(num_factors)]
+    for i, matrix in enumerate(dense):
+        entries = _entry_view(matrix, i, size)
+        entries.copy_(factors[:, i].reshape(entries.shape))
+    return dense
+
+
+def _entries(dense: Tensor, i: int, factors: Tensor) -> Tensor:  # [k, g, g] -> [k, c, b, b]
+    """What a dense matrix has in the places of factor i's blocks."""
+    return _entry_view(dense, i, factors.shape[-1]).reshape(factors[:, i].shape)
+
+
+def _entry_view(dense: Tensor, i: int, size: int) -> Tensor:  # [k, g, g] -> [k, c / 2^i, 2^i, 2, b / 2, 2, b / 2]
+    """The places of factor i's blocks in a dense matrix: where both features are of the same pair (eq. (4))."""
+    halves = 2 if i else 1  # the first factor's pairs are neighbours, so that b may be odd where it is the only one
+    side = (dense.shape[-1] // (2**i * size), halves, 2**i, size // halves)
+    same = dense.view(-1, *side, *side).diagonal(0, 1, 5).diagonal(0, 2, 5)
+    return same.permute(0, 5, 6, 1, 2, 3, 4)

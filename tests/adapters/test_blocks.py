@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_peft.adapters.blocks import add_blocks, blocks_gradient
+from megatron_peft.adapters.blocks import add_blocks, blocks_gradient, turn_rows
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -34,3 +34,8 @@ def test_blocks_gradient_sums_over_tokens_by_block():
     whole = grad.view(10, 12).t() @ x.view(10, 12)
     expected = torch.stack([whole[i : i + 4, i : i + 4] for i in (0, 4, 8)])
     torch.testing.assert_close(blocks_gradient(grad, x, blocks), expected)
+
+
+def test_turned_rows_are_those_of_the_block_diagonal_product():
+    weight, blocks = draw(12, 5), draw(3, 4, 4)
+    torch.testing.assert_close(turn_rows(weight, blocks), weight + torch.block_diag(*blocks) @ weight)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_mixed, frozen_linear_rotated
+from megatron_peft.adapters.frozen_linear import (
+    FrozenLinearCall,
+    folds_change,
+    frozen_linear_mixed,
+    frozen_linear_rotated,
+)
 from megatron_peft.adapters.rotation import rotate
 from tests.adapters.test_boft import Place
 
@@ -32,15 +37,20 @@ def call() -> FrozenLinearCall:
 Q_SHAPE = (GROUPS, 2, 2, 1)
 
 
-def test_rotated_layer_is_the_formula_and_turns_no_bias(call):
-    x, Q = draw(3, 2, IN), draw(*Q_SHAPE)
+NUM_TOKENS = pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
+
+
+@NUM_TOKENS
+def test_rotated_layer_is_the_formula_and_turns_no_bias(call, num_tokens):
+    x, Q = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE)
     R = torch.block_diag(*compose(cayley(skew(Q, 2))))
     torch.testing.assert_close(frozen_linear_rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
     torch.autograd.gradcheck(lambda x, Q: frozen_linear_rotated(x, changes(Q), call), (x, Q))
 
 
-def test_mixed_layer_is_the_formula(call):
-    x, Q, A, B = draw(3, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
+@NUM_TOKENS
+def test_mixed_layer_is_the_formula(call, num_tokens):
+    x, Q, A, B = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
     scale = torch.tensor(0.7)
 
     def mixed(x, A, B, Q):
@@ -75,3 +85,11 @@ def test_backward_keeps_one_output_and_no_second_wide_tensor(call):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         frozen_linear_rotated(x, D, call)
     assert sum(kept) == 100 * GROUPS * SIZE + D.numel() + call.weight.numel()
+
+
+def test_changes_go_into_the_weight_where_that_costs_less_and_loses_nothing():
+    weight, A, D = torch.zeros(8, IN), torch.zeros(2, IN), torch.zeros(2, 4, 4)
+    few, enough = torch.zeros(IN - 1, 1, IN), torch.zeros(IN, 1, IN)
+    assert folds_change(enough, weight, A, None) and folds_change(enough, weight, None, D)
+    assert not folds_change(few, weight, A, D) and not folds_change(enough, weight, None, None)
+    assert not folds_change(enough.bfloat16(), weight.bfloat16(), A.bfloat16(), D)
