@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -153,10 +153,10 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in a checkpoint, by key. Raises ConfigurationError if they cannot be read."""
     try:
-        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+        stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
         raise ConfigurationError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
-    return {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
+    return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 @contextmanager
