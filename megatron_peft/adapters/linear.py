@@ -6,10 +6,11 @@ Without an adapter they behave as their parents do.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
@@ -20,6 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.parallel.collectives import start_sum_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 
 _MODULE_NAMES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -69,7 +71,21 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         heads = self.config.kv_channels if kwargs.get("tp_comm_buffer_name") == "qkv" else None
         self.layout = LinearLayout("column", output_size, input_size, self.tp_group, stride, heads)
 
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, in] -> [s, b, out / t]; under sequence parallelism from [s / t, b, in]. Returns (y, bias)."""
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            return super().forward(input_, weight, runtime_gather_output)
+        # Nothing goes back: what megatron-core prepares for it takes longer than the product of a step of generation.
+        bias, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
+        y = self._forward_impl(input_, self.weight, bias=bias, allreduce_dgrad=False, sequence_parallel=False)
+        return y, left
+
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        if self.adapter is None and not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
+            y = F.linear(input, weight)
+            return y if kwargs["bias"] is None else y + kwargs["bias"]
         if self.adapter is None:
             return super()._forward_impl(input=input, weight=weight, **kwargs)
         call = FrozenLinearCall(
@@ -98,27 +114,30 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
         Returns (y, bias). The adapter decides what is summed over the ranks, and acts before or after it.
         """
-        if self.adapter is None:
+        if self.adapter is None and (torch.is_grad_enabled() or self.sequence_parallel):
             return super().forward(input_)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"
-        reduce = (
-            reduce_scatter_to_sequence_parallel_region
-            if self.sequence_parallel
-            else reduce_from_tensor_model_parallel_region
-        )
         call = FrozenLinearCall(
             weight=self.weight,
             bias=None,
             sums_input_gradient=False,
             splits_sequence=False,
             group=self.tp_group,
-            reduce=partial(reduce, group=self.tp_group),
+            reduce=self._reduce,
             keeps_tokens_whole=not self.sequence_parallel,
         )
-        y = self.adapter(input_, call)
+        y = self._reduce(F.linear(input_, self.weight)) if self.adapter is None else self.adapter(input_, call)
         if self.skip_bias_add or self.bias is None:
             return y, self.bias
         return y + self.bias, None
+
+    def _reduce(self, y: Tensor) -> Tensor:
+        """The sum of the ranks' parts."""
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        if torch.is_grad_enabled():
+            return reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+        return start_sum_over_tensor_parallel(y, self.tp_group)()
 
 
 def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,17 +81,29 @@ def compare(layout: str, found: Replies, expected: Replies) -> list[Figure]:
 
 
 def replies_of_transformers(questions: Questions) -> Replies:
-    """By `generate`, and by one whole forward for the scores. Started on a rank of its own."""
+    """By `generate`, and by one forward of prompt and answer for the scores. Started on a rank of its own.
+
+    Prompts of one length go together, so that nothing is padded or masked.
+    """
     model = load_with_transformers(questions.setting)
-    answers: list[list[int]] = []
-    totals: list[float] = []
-    for prompt in questions.prompts:
-        answer = _greedy(model, [prompt], NUM_NEW)[0]
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-        totals.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()))
-        answers.append(answer)
-    return Replies(answers, totals)
+    numbers = sorted(range(len(questions.prompts)), key=lambda number: len(questions.prompts[number]))
+    found: dict[int, tuple[list[int], float]] = {}
+    for _, group in itertools.groupby(numbers, key=lambda number: len(questions.prompts[number])):
+        alike = list(group)
+        prompts = [questions.prompts[number] for number in alike]
+        answers = _greedy(model, prompts, NUM_NEW)
+        found |= zip(alike, zip(answers, _log_likelihoods(model, prompts, answers), strict=True), strict=True)
+    in_order = [found[number] for number in range(len(numbers))]
+    return Replies([answer for answer, _ in in_order], [total for _, total in in_order])
+
+
+@torch.no_grad()
+def _log_likelihoods(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[float]:  # of prompts of one length
+    whole = torch.tensor([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+    logits = model(whole).logits[:, len(prompts[0]) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(answers)[:, :, None]).sum((1, 2)).tolist()
 
 
 def our_replies(questions: Questions) -> Replies:

@@ -73,5 +73,5 @@ class AlibiAttention(ScaledDotProductAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         bias = self._bias.of(query.shape[2], key.shape[2], query).unsqueeze(0)
         if mask is not None:
-            bias = bias.masked_fill(~mask, -torch.inf)
+            bias = bias + mask
         return super()._attend(query, key, value, bias)

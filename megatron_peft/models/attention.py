@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,30 +72,35 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None, "GPTModel passes no attention bias"
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params)
+        mask = _hiding(query.shape[0], key.shape[0], attention_mask, query.dtype)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = self._attend(query, key, value, _visible_keys(query.shape[2], key.shape[2], attention_mask))
+        context = self._attend(query, key, value, mask)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d].
 
-        `mask` broadcasts to [b, n, s, k]: True where a query may look, or numbers to be added. None: causal.
+        `mask` broadcasts to [b, n, s, k] and is added to the scores. None: causal.
         """
+        shape, is_causal = query.shape, mask is None and query.shape[2] > 1
+        if query.shape[2] == 1:
+            query, mask = (_by_key_head(x, key.shape[1]) for x in (query, mask))
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor-parallel ranks: each drops its own.
         tracker = tensor_parallel.get_cuda_rng_tracker()
         generator = tracker.fork() if dropout and tracker else nullcontext()
         with generator:
-            return F.scaled_dot_product_attention(
+            context = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=mask is None and query.shape[2] > 1,
+                is_causal=is_causal,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
+        return context.reshape(shape)
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
         """Each sample by itself: no score between two samples is ever computed. [t, n, d] -> [t, 1, n d]"""
@@ -106,16 +113,30 @@ class ScaledDotProductAttention(MegatronModule):
         return torch.cat(contexts).flatten(1).unsqueeze(1)
 
 
-def _visible_keys(num_queries: int, num_keys: int, attention_mask: Tensor | None) -> Tensor | None:
-    """True where a query may look, [..., s, k]; None where the plain causal mask (or none at all) says the same.
+def _by_key_head(x: Any, num_key_heads: int) -> Any:
+    """[b, n, 1, ...] -> [b, g, n / g, ...]: the heads of a group as queries of the key head that they share.
+
+    So keys and values of a step of generation are read once a group. What is common to all heads stays.
+    """
+    if x is None or x.shape[1] == 1:
+        return x
+    return x.squeeze(2).unflatten(1, (num_key_heads, -1))
+
+
+@lru_cache(maxsize=1)
+def _hiding(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query may look, -inf elsewhere, [..., s, k]; None where the plain causal mask (or none) says the same.
 
     A query always sees its own key, so that a padded position has something to attend to and stays finite.
+
+    The last answer is remembered: the layers of a model ask one after the other, with the same tensor.
     """
     if attention_mask is None and (num_queries == num_keys or num_queries == 1):
         return None
     device = attention_mask.device if attention_mask is not None else torch.device(torch.cuda.current_device())
     causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-    if attention_mask is None:
-        return causal
-    own = causal & ~causal.tril(num_keys - num_queries - 1)
-    return causal & ~attention_mask | own
+    visible = causal
+    if attention_mask is not None:
+        own = causal & ~causal.tril(num_keys - num_queries - 1)
+        visible = causal & ~attention_mask | own
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)

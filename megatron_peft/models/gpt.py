@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,6 +31,7 @@ from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
 from megatron_peft.models.huggingface import FAMILIES
 from megatron_peft.models.norms import LayerNorm, RMSNorm
+from megatron_peft.models.self_attention import CachingSelfAttention
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.models.swiglu import SwiGLU
 from megatron_peft.parallel.layout import mark_split
@@ -146,7 +147,7 @@ def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=CachingSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptedColumnParallelLinear,

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_peft.runtime.autograd import run_function
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32.
@@ -32,7 +34,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
+        return run_function(_RootMeanSquareNorm, x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -19,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_peft.runtime.autograd import run_function
+
 
 class SwiGLU(MegatronModule):
     """What megatron-core's MLP calls between its two linear layers, in place of an activation function.
@@ -33,7 +35,7 @@ class SwiGLU(MegatronModule):
         assert config.activation_func_clamp_value is None and config.glu_linear_offset == 0
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, 2 f] -> [s, b, f]
-        return _SwiGLU.apply(x)
+        return run_function(_SwiGLU, x)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing: megatron-core's MLP asks each of its modules."""
