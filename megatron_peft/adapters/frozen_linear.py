@@ -40,6 +40,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
+from megatron_peft.runtime.autograd import run_function
 
 PRECISE = (torch.float32, torch.float64)
 
@@ -85,7 +86,7 @@ class FrozenLinearCall:
 
 def frozen_linear(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
     """z = W x, unreduced."""
-    return _FrozenLinear.apply(x, None, None, None, 1.0, call, None)
+    return run_function(_FrozenLinear, x, None, None, None, 1.0, call, None)
 
 
 def frozen_linear_plus_low_rank(
@@ -101,19 +102,19 @@ def frozen_linear_plus_low_rank(
     Returns:
         [s, b, out].
     """
-    return _FrozenLinear.apply(x, A, B, None, scale, call, mask)
+    return run_function(_FrozenLinear, x, A, B, None, scale, call, mask)
 
 
 def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall) -> Tensor:
     """y = R W x with R = I + diag(D) orthogonal, D [k, g, g]; for outputs that need no reduction."""
-    return _FrozenLinear.apply(x, None, None, D, 1.0, call, None)
+    return run_function(_FrozenLinear, x, None, None, D, 1.0, call, None)
 
 
 def frozen_linear_mixed(
     x: Tensor, A: Tensor, B: Tensor, D: Tensor, scale: Tensor, call: FrozenLinearCall, mask: Tensor | None = None
 ) -> Tensor:
     """y = z + diag(D) z + scale B (A (mask x)), z = W x; `scale` a float32 scalar tensor, a constant."""
-    return _FrozenLinear.apply(x, A, B, D, scale, call, mask)
+    return run_function(_FrozenLinear, x, A, B, D, scale, call, mask)
 
 
 class _FrozenLinear(torch.autograd.Function):

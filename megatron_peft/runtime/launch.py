@@ -96,6 +96,13 @@ def seed_generators(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(generator_seed)
 
 
+def stop_model_parallel() -> None:
+    """End megatron-core's groups, which by itself forgets them but leaves gloo's threads and sockets to the process."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for the world
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     """Leave the groups and the world."""
     parallel_state.destroy_model_parallel()

@@ -32,7 +32,7 @@ from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.runtime.launch import seed_generators, start_model_parallel
+from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
@@ -123,7 +123,7 @@ def _lay_out(config: RunConfig, num_stages: int | None) -> None:
         seed_generators(config.training.seed)
         return
     if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
     start_model_parallel(config.parallel, config.training.seed, num_stages)
     _layouts.append(layout)
 

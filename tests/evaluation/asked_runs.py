@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.run_flags import model_flags
-from megatron_peft.runtime.launch import start_world
+from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from tests.evaluation.local_tasks import TASKS
 
@@ -78,7 +77,7 @@ def _train(place: Place) -> None:
     flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(place.path("run")), "--seed", "5"]
     with contextlib.redirect_stdout(io.StringIO()):
         finetune(parse_arguments(flags))
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
 
 
 def _evaluate(place: Place, name: str, flags: list[str]) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def _answer(place: Place, flags: list[str] | None = None, **settings: Any) -> No
 def _ask(flags: list[str], question: Any) -> None:
     question(parse_arguments(model_flags(flags), {"WORLD_SIZE": str(dist.get_world_size())}))
     dist.barrier()
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
 
 
 def _by_the_harness(place: Place) -> dict[str, Any]:
@@ -141,6 +140,6 @@ def _complaint(place: Place, flags: list[str], prompt: str) -> str:
     try:
         _ask(flags, lambda config: answer(config, AnswerSettings(prompt=prompt)))
     except ConfigurationError as error:
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
         return str(error)
     return "nothing"

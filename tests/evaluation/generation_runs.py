@@ -20,7 +20,7 @@ from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.parallel.seeds import generator_for
-from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -87,7 +87,7 @@ def _run(job: Job) -> Outcome:
     answers = generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
     scores = score(chunks, job.continuations, job.score_batch_size)
     outcome = Outcome(answers, scores, _switches(chunks) == before, reported)
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
     return outcome
 
 

@@ -17,7 +17,7 @@ from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _run(job: Job) -> tuple[list[Tensor], list[list[int]]]:
     load_pretrained(chunks, job.base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
     logits = [x[..., : shape.vocab_size].clone() for x in _logits(chunks, job.tokens)]
     answers = generate(chunks, job.prompts, job.settings) if job.prompts else []
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
     return logits, answers
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import checked_together, free_port, start_model_parallel, world
+from megatron_peft.runtime.launch import checked_together, free_port, start_model_parallel, stop_model_parallel, world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
@@ -34,6 +34,21 @@ def test_without_a_launcher_a_process_is_a_world_of_one(monkeypatch):
         assert parallel_state.get_tensor_model_parallel_world_size() == 1
         assert dict(os.environ) == before
     assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
+
+
+def test_layouts_of_one_world_leave_nothing_behind(monkeypatch):
+    """gloo's threads above all: a process that tried many layouts would end with a thousand of them."""
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    with world(ParallelConfig()):
+        for _ in range(3):
+            start_model_parallel(ParallelConfig(), seed=1)
+            group = parallel_state.get_tensor_model_parallel_group()
+            stop_model_parallel()
+            with pytest.raises(ValueError, match="not initialized"):
+                dist.get_backend(group)
+        assert not parallel_state.model_parallel_is_initialized()
+        dist.barrier()  # the world itself is still there
 
 
 def test_worlds_of_one_follow_one_another_whatever_the_port_is_used_for(monkeypatch):

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step
 from tests.training.layout_runs import Curve, Job, build, run_each
@@ -53,7 +52,7 @@ def _in_groups(job: Job, action: Any) -> Any:
     try:
         return action(*build(config))
     finally:
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
 
 
 def _poisoned(state: Any, data: Any) -> str:

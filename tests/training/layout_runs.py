@@ -25,7 +25,7 @@ from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
 from megatron_peft.training.mixture import mixtures
@@ -106,7 +106,7 @@ def run_each(jobs: list[Job]) -> dict[str, Curve]:
     for job in jobs:
         config = job.config(dist.get_world_size())
         curves[job.name] = run(config)
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
     return curves
 
 

@@ -14,7 +14,7 @@ from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import start_model_parallel, start_world
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.step import train_step
 from tests.training.layout_runs import Job, build
 
@@ -48,7 +48,7 @@ def here(job: Job) -> Bounded:
         gap = _master_gap(state)
         return Bounded(_ratios(state), losses, gap)
     finally:
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
 
 
 def _ratios(state: Any) -> dict[str, float]:

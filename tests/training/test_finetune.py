@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron.core import parallel_state
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.one_rank import one_rank
@@ -28,7 +28,7 @@ def world():
 @pytest.fixture(autouse=True)
 def no_groups():
     yield
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run(job):
         checkpoint = {"save": str(folder), **groups.pop("checkpoint", {})}
         config = job(num_steps=6, checkpoint=checkpoint, logging={"log_interval": 1}, **groups).config(1)
         finetune(config)
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
         return {record["iteration"]: record for record in read_metrics(folder / METRICS_FILE)}
 
     return fine_tuned
