@@ -11,8 +11,6 @@ Letters: s sequence, b batch, f a rank's own feed-forward features.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
@@ -36,10 +34,6 @@ class SwiGLU(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, 2 f] -> [s, b, f]
         return run_function(_SwiGLU, x)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: megatron-core's MLP asks each of its modules."""
-        return {}
 
 
 def _swiglu(x: Tensor) -> Tensor:

@@ -136,7 +136,5 @@ def test_a_bfloat16_model_follows_the_float32_one():
 def test_chunks_of_a_rank_under_the_interleaved_schedule():
     shape = ModelShape(**{**SIZES, "num_layers": 12})
     assert num_virtual_stages(shape, ParallelConfig(pipeline_model_parallel_size=2, world_size=2)) is None
-    interleaved = ParallelConfig(
-        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3, world_size=2
-    )
+    interleaved = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3, world_size=2)
     assert num_virtual_stages(shape, interleaved) == 2
