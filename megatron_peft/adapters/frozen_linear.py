@@ -14,7 +14,7 @@ z itself is never formed again. From y = (I + D) z + B u follows dD = (g^T y - d
 small system a block, and for a rotation alone, where I + D is orthogonal, a product with it. (I + D of a mixture,
 lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R turns something around.)
 
-In float32 and float64, where a product has at least as many tokens as W has columns, the change goes into W for the
+In float32 and float64, where a product has at least as many tokens as W has columns, a rotation goes into W for the
 moment of that product, y = (W + D W + s B A) x and dx = (W + D W + s B A)^T g: the same formula, fewer operations.
 
 Under sequence parallelism (column-parallel layers) A is applied to the rank's own tokens and the r-wide u is gathered;
@@ -128,10 +128,9 @@ class _FrozenLinear(torch.autograd.Function):
             wait_u = start_gather_sequence_over_tensor_parallel(u, call.group) if u is not None else None
             x = start_gather_sequence_over_tensor_parallel(x, call.group)()
             u = wait_u() if wait_u is not None else None
-        ctx.folds = mask is None and folds_change(x, call.weight, A, D)
+        ctx.folds = mask is None and folds_change(x, call.weight, D)
         if ctx.folds:
-            y = F.linear(x, changed_weight(call.weight, A, B, D, scale))
-            kept = None if D is None else y
+            y = kept = F.linear(x, changed_weight(call.weight, A, B, D, scale))
             y = y if call.bias is None else y + call.bias
         else:
             y, kept = _output(x, u, B, D, call)
@@ -194,21 +193,18 @@ def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: 
     return torch.linalg.solve_ex(turned, products.transpose(1, 2)).result.transpose(1, 2)  # unchecked: no wait for CUDA
 
 
-def folds_change(x: Tensor, weight: Tensor, A: Tensor | None, D: Tensor | None) -> bool:
+def folds_change(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
     """Whether the change goes into W for the moment of a product, y = (W + D W + s B A) x.
 
-    At as many tokens as W has columns, or more, that costs less than D z and B u, and the changed weight, formed in
+    At as many tokens as W has columns, or more, turning W costs less than turning z, and the changed weight, formed in
     forward and again in backward, is no larger than z and never kept. Not in a low precision, where rounding W + dW
-    would lose a small change.
+    would lose a small change. A low rank alone gains nothing by it.
     """
-    precise = weight.dtype in PRECISE and (D is None or D.dtype == weight.dtype)
-    return precise and (A is not None or D is not None) and x[..., 0].numel() >= weight.shape[1]
+    return D is not None and D.dtype == weight.dtype in PRECISE and x[..., 0].numel() >= weight.shape[1]
 
 
-def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor | None, scale: Any) -> Tensor:  # -> [out, in]
-    """W + D W + scale B A."""
-    if D is None:
-        return torch.addmm(weight, B, A * scale)
+def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any) -> Tensor:  # -> [out, in]
+    """W + D W + scale B A, this rank's slice."""
     changed = turn_rows(weight, D)
     return changed if A is None else changed.addmm_(B, A * scale)
 
