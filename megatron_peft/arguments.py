@@ -30,7 +30,7 @@ USAGE = f"""
   torchrun --nproc-per-node N {PROGRAM} --pretrained-checkpoint FOLDER
     --train-data-path FILE.jsonl --train-iters N [--save FOLDER] [flag ...]"""
 DESCRIPTION = (
-    "Fine-tune a pretrained Llama, whole or with adapters, split over tensor- and pipeline-parallel ranks. "
+    "Fine-tune a pretrained Llama or Bloom, whole or with adapters, split over tensor- and pipeline-parallel ranks. "
     "Flags are Megatron's, with Megatron's meanings; they cannot be abbreviated."
 )
 PATIENCE_SECONDS = 2.0
