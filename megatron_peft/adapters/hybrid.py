@@ -32,6 +32,7 @@ from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.adapters.urnn import urnn_rotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, mark_split
+from megatron_peft.runtime.autograd import made_again, maker_of, run_function
 
 ROTATIONS = {"boft": boft, "urnn": urnn_rotation}
 
@@ -90,8 +91,25 @@ class Hybrid(nn.Module):
         if self.layout.split == "column":
             return frozen_linear_mixed(x, A, B, D, scale, call, mask)
         z = call.reduce(frozen_linear(x, call))
-        u = call.reduce(F.linear(x if mask is None else x * mask, A))
+        x = x if mask is None else x * mask
+        u = call.reduce(run_function(_NarrowProduct, x, A, maker_of(x)))
         return _MixReduced.apply(z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]))
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """u = A x. What SwiGLU gives is made again of what it keeps: the widest input of a layer takes no memory twice."""
+
+    @staticmethod
+    def forward(ctx, x, A, maker):  # type: ignore[override]
+        ctx.save_for_backward(x if maker is None else None, A)
+        ctx.maker = maker
+        return F.linear(x, A)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, A = ctx.saved_tensors
+        dA = weight_gradient(grad, made_again(ctx.maker) if x is None else x)
+        return grad @ A, dA, None
 
 
 class _MixReduced(torch.autograd.Function):

@@ -16,8 +16,6 @@ Letters: s sequence, b batch, w width; in and out are a rank's own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +24,7 @@ from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
-
-PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
+from megatron_peft.runtime.autograd import made_again, maker_of
 
 
 class _Product(nn.Module):
@@ -36,7 +33,7 @@ class _Product(nn.Module):
     total: Tensor
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-        return call.reduce(_AddOnTheWayBack.apply(frozen_linear(x, call), x.detach(), _maker(x), self, call))
+        return call.reduce(_AddOnTheWayBack.apply(frozen_linear(x, call), x.detach(), maker_of(x), self, call))
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
         """The part of a microbatch: dy [s, b, out], x [s, b, in]."""
@@ -101,15 +98,7 @@ class _AddOnTheWayBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        if x is None:  # the maker comes later in backward, and has all it kept
-            x = ctx.maker.make_again(*ctx.maker.saved_tensors)
+        if x is None:
+            x = made_again(ctx.maker)
         ctx.product.add(grad, x, ctx.call)
         return grad, None, None, None, None
-
-
-def _maker(x: Tensor) -> Any:
-    """The operation whose output x is, if it has said how to make it again from what it keeps; else None."""
-    node: Any = x.grad_fn
-    if node is not None and node.name() == PASSES_ON:
-        node = node.next_functions[0][0]
-    return node if hasattr(node, "make_again") else None

@@ -1,7 +1,10 @@
-"""Autograd functions where nothing is recorded.
+"""Autograd functions: without a graph where nothing is recorded, and outputs that are made again instead of kept.
 
 torch prepares a node of its graph for each call of an autograd function, even where no gradient is recorded. A step of
 generation makes hundreds of such calls on a few numbers each: then preparing costs more than computing.
+
+A function whose context has `make_again` says how its output follows from the tensors that it saves. Who needs that
+output in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
+
+PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
 
 
 class _NothingKept:
@@ -24,3 +30,16 @@ def run_function(function: type[Function], *args: Any) -> Any:
     if torch.is_grad_enabled():
         return function.apply(*args)
     return function.forward(_NothingKept(), *args)
+
+
+def maker_of(x: Tensor) -> Any:
+    """The node of the operation whose output x is, if it has `make_again`; else None."""
+    node: Any = x.grad_fn
+    if node is not None and node.name() == PASSES_ON:
+        node = node.next_functions[0][0]
+    return node if hasattr(node, "make_again") else None
+
+
+def made_again(maker: Any) -> Tensor:
+    """The output of `maker`, equal to the last bit; only before the maker's own backward."""
+    return maker.make_again(*maker.saved_tensors)

@@ -8,6 +8,7 @@ import torch
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import PeftConfig
+from megatron_peft.models.swiglu import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.adapters.test_boft import Place
@@ -50,3 +51,24 @@ def test_it_starts_as_the_base():
     call = FrozenLinearCall(weight, None, False, False, Place())  # type: ignore[arg-type]
     torch.testing.assert_close(adapter(x, call), x @ weight.T)
     assert float(adapter.mix) == 0.5
+
+
+def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives():
+    adapter, weight = hybrid("row"), torch.randn(OUT, IN, dtype=torch.float64)
+    call = FrozenLinearCall(weight, None, False, False, Place(), keeps_tokens_whole=True)  # type: ignore[arg-type]
+    h = torch.randn(5, 2, 2 * IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    x, kept = _SwiGLU.apply(h), set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = adapter(x, call)
+    assert x.data_ptr() not in kept
+    alone = x.detach().requires_grad_()
+    direction = torch.randn(y.shape, dtype=torch.float64)
+    found = torch.autograd.grad((y * direction).sum(), [h, *adapter.parameters()])
+    dx, *expected = torch.autograd.grad((adapter(alone, call) * direction).sum(), [alone, *adapter.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(found[1:], expected, strict=True))
+    assert torch.equal(found[0], torch.autograd.grad(_SwiGLU.apply(h), h, dx)[0])

@@ -1,11 +1,11 @@
-"""A function gives the same with and without a graph, and makes none where nothing is recorded."""
+"""A function gives the same with and without a graph, makes none where nothing is recorded, and makes outputs again."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_peft.runtime.autograd import run_function
+from megatron_peft.runtime.autograd import made_again, maker_of, run_function
 
 
 class _Cube(torch.autograd.Function):
@@ -13,6 +13,7 @@ class _Cube(torch.autograd.Function):
     def forward(ctx, x, factor):  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.factor = factor
+        ctx.make_again = lambda x: factor * x**3
         return factor * x**3
 
     @staticmethod
@@ -32,3 +33,10 @@ def test_forward_alone_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_Cube, "apply", None)
     with torch.no_grad():
         assert run_function(_Cube, x, 5.0) == 40.0
+
+
+def test_an_output_is_made_again_of_what_its_function_keeps():
+    x = torch.randn(5, requires_grad=True)
+    y = run_function(_Cube, x, 5.0)
+    assert torch.equal(made_again(maker_of(y)), y)
+    assert maker_of(x) is None and maker_of(y + 1) is None and maker_of(y.detach()) is None
