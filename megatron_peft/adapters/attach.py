@@ -64,11 +64,11 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
 
 def linear_layers(chunk: nn.Module) -> Iterator[Target]:
     """The linear layers of a model chunk that can be adapted."""
-    for layer in chunk.modules():
-        if isinstance(layer, TransformerLayer):
-            for name, module in layer.named_modules():
-                if isinstance(module, AdaptedLinear):
-                    yield Target(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
+    layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, AdaptedLinear):
+                yield Target(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
 
 
 def all_names(names: Sequence[str]) -> list[str]:

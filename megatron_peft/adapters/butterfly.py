@@ -42,7 +42,8 @@ def _skew_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor: 
 def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
     """(I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I: orthogonal for a skew-symmetric Q, and the inverse is always there.
 
-    The answer C is kept for backward: with N = (I - Q)^-1 = (C + I) / 2, dQ = 2 N^T dC N^T."""
+    The answer C is kept for backward: with N = (I - Q)^-1 = (C + I) / 2, dQ = 2 N^T dC N^T.
+    """
     return _Cayley.apply(Q)
 
 

@@ -22,6 +22,7 @@ from megatron_peft.adapters.blocks import add_blocks
 from megatron_peft.adapters.boft import boft
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
+    changed_weight,
     flat,
     frozen_linear,
     frozen_linear_mixed,
@@ -78,16 +79,20 @@ class Hybrid(nn.Module):
     def fold(self) -> None:
         """W <- W + lambda s (B A) + (1 - lambda) (R - I) W, this rank's slice; the parts start again at no change."""
         assert self.folded_weight is not None
-        weight, D = self.folded_weight, (1 - self.mix) * self.rotation.changes()
-        weight.add_(torch.bmm(D, weight.view(*D.shape[:2], -1)).view_as(weight))
-        weight.add_(self.mix * self.low_rank.delta_weight())
+        scale, D = self._mixture()
+        weight = self.folded_weight
+        weight.copy_(changed_weight(weight, *self.low_rank.factors(), D, scale))
         self.low_rank.restart()
         self.rotation.restart()
+
+    def _mixture(self) -> tuple[Tensor, Tensor]:
+        """(lambda s, (1 - lambda) (R - I) as blocks [k, g, g])."""
+        return self.mix * self.low_rank.scale, (1 - self.mix) * self.rotation.changes()
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
         (A, B), mask = self.low_rank.factors(), self.low_rank.dropout_mask(x, call)
-        scale, D = self.mix * self.low_rank.scale, (1 - self.mix) * self.rotation.changes()
+        scale, D = self._mixture()
         if self.layout.split == "column":
             return frozen_linear_mixed(x, A, B, D, scale, call, mask)
         z = call.reduce(frozen_linear(x, call))

@@ -97,7 +97,10 @@ def seed_generators(seed: int) -> None:
 
 
 def stop_model_parallel() -> None:
-    """End megatron-core's groups, which by itself forgets them but leaves gloo's threads and sockets to the process."""
+    """End megatron-core's groups; the world goes on, and may be divided anew.
+
+    megatron-core by itself only forgets them, and their threads and sockets stay with the process.
+    """
     for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for the world
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
@@ -105,7 +108,7 @@ def stop_model_parallel() -> None:
 
 def stop() -> None:
     """Leave the groups and the world."""
-    parallel_state.destroy_model_parallel()
+    stop_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
