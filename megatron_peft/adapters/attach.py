@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.registry import adapter_builder
@@ -58,7 +59,8 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
             made.keep_folded(module.weight)  # pyright: ignore[reportCallIssue]
         module.adapter = made
     for chunk in model_chunks:
-        start_gradients_at_the_embedding(chunk)
+        if chunk.config.recompute_granularity is not None or not any(t.module.adapter for t in linear_layers(chunk)):
+            start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]
 
 
@@ -111,12 +113,17 @@ def _matches(name: str, pattern: str, modules: Mapping[str, str]) -> bool:
     return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts))
 
 
-def start_gradients_at_the_embedding(chunk: nn.Module) -> None:
-    """Make the frozen embedding's output require a gradient.
+def start_gradients_at_the_embedding(chunk: Any) -> RemovableHandle | None:
+    """Make the frozen embedding's output require a gradient, which training by itself has no use for.
 
     Activation recompute skips the backward of a checkpointed block whose input needs none: every adapter of the first
-    stage would silently keep gradient zero.
+    stage would silently keep gradient zero. A pipeline stage without an adapter must still have an output to go back
+    from. And LoRA-GA sums on the way back through layers that have nothing to train.
+
+    Returns:
+        What removes it again; None where the chunk has no embedding.
     """
     embedding = getattr(chunk, "embedding", None)
-    if embedding is not None:
-        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    if embedding is None:
+        return None
+    return embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

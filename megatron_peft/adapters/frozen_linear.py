@@ -40,7 +40,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
-from megatron_peft.runtime.autograd import run_function
+from megatron_peft.runtime.autograd import made_again, run_function
 
 PRECISE = (torch.float32, torch.float64)
 
@@ -73,6 +73,11 @@ class FrozenLinearCall:
     reduce: Callable[[Tensor], Tensor] = unreduced
     keeps_tokens_whole: bool = False
 
+    @property
+    def needs_no_sum(self) -> bool:
+        """Whether W x is the layer's output as it is: column-parallel, or all of a row-parallel layer on one rank."""
+        return self.reduce is unreduced or self.group.size() == 1
+
     def own_tokens(self, num_tokens: int) -> slice:
         """The tokens of the reduced output for whose part of a replicated parameter's gradient this rank answers.
 
@@ -86,7 +91,7 @@ class FrozenLinearCall:
 
 def frozen_linear(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
     """z = W x, unreduced."""
-    return run_function(_FrozenLinear, x, None, None, None, 1.0, call, None)
+    return run_function(_FrozenLinear, x, None, None, None, 1.0, call)
 
 
 def frozen_linear_plus_low_rank(
@@ -107,19 +112,31 @@ def frozen_linear_plus_low_rank(
 
 def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall) -> Tensor:
     """y = R W x with R = I + diag(D) orthogonal, D [k, g, g]; for outputs that need no reduction."""
-    return run_function(_FrozenLinear, x, None, None, D, 1.0, call, None)
+    return run_function(_FrozenLinear, x, None, None, D, 1.0, call)
 
 
 def frozen_linear_mixed(
-    x: Tensor, A: Tensor, B: Tensor, D: Tensor, scale: Tensor, call: FrozenLinearCall, mask: Tensor | None = None
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    call: FrozenLinearCall,
+    mask: Tensor | None = None,
+    maker: Any = None,
 ) -> Tensor:
-    """y = z + diag(D) z + scale B (A (mask x)), z = W x; `scale` a float32 scalar tensor, a constant."""
-    return run_function(_FrozenLinear, x, A, B, D, scale, call, mask)
+    """y = z + diag(D) z + scale B (A (mask x)), z = W x, for outputs that need no reduction.
+
+    Args:
+        scale: a float32 scalar tensor, a constant.
+        maker: the node of x that makes it again in backward, so that it is not kept here (`runtime/autograd.py`).
+    """
+    return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, maker)
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, D, scale, call, mask):  # type: ignore[override]
+    def forward(ctx, x, A, B, D, scale, call, mask=None, maker=None):  # type: ignore[override]
         branch_input, u = None, None
         if A is not None:
             branch_input = x if mask is None else x * mask
@@ -134,34 +151,28 @@ class _FrozenLinear(torch.autograd.Function):
             y = y if call.bias is None else y + call.bias
         else:
             y, kept = _output(x, u, B, D, call)
-        ctx.save_for_backward(branch_input, u, A, B, D, call.weight, mask, kept)
-        ctx.scale, ctx.call = scale, call
+        ctx.save_for_backward(branch_input if maker is None else None, u, A, B, D, call.weight, mask, kept)
+        ctx.scale, ctx.call, ctx.maker = scale, call, maker
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
-        call = ctx.call
-        if ctx.folds:
-            grad_z, weight = grad, changed_weight(weight, A, B, D, ctx.scale)
-        else:
-            grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
+        call, wait_dx = ctx.call, None
         du: Any = None if A is None else (grad @ B).mul_(ctx.scale)
-        if call.splits_sequence:
-            wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group) if du is not None else None
-            wait_dx = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
-            dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
-            du = wait_du() if wait_du is not None else None
-            dx = _add_branch(wait_dx(), None if ctx.folds else du, A, mask)
-        else:
-            dx = _input_gradient(grad_z, weight, None if ctx.folds else du, A, mask)
-            wait_dx = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
-            dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
-        dA = weight_gradient(du, branch_input) if ctx.needs_input_grad[1] else None
+        wait_du: Callable[[], Any] = lambda: du  # noqa: E731
+        if du is not None and call.splits_sequence:
+            wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
+        if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
+            wait_dx = _start_input_gradient(ctx, grad, du, A, B, D, weight, mask)
+        dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
+        own_du = wait_du()
+        if ctx.maker is not None:
+            branch_input = made_again(ctx.maker)
+        dA = weight_gradient(own_du, branch_input) if ctx.needs_input_grad[1] else None
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
-        if not call.splits_sequence:
-            dx = wait_dx()
-        return dx, dA, dB, dD, None, None, None
+        dx = None if wait_dx is None else wait_dx(own_du)
+        return dx, dA, dB, dD, None, None, None, None
 
 
 def rotation_gradients(
@@ -224,18 +235,35 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
     return (y if call.bias is None else y + call.bias), y
 
 
-def _input_gradient(grad_z: Tensor, weight: Tensor, du: Tensor | None, A: Any, mask: Tensor | None) -> Tensor:
+def _start_input_gradient(
+    ctx: Any, grad: Tensor, du: Any, A: Any, B: Any, D: Tensor | None, weight: Tensor, mask: Tensor | None
+) -> Callable[[Any], Tensor]:
+    """Begin dx = dz W + mask (du A). What is returned waits for it, and takes the du of the rank's own tokens."""
+    call = ctx.call
+    if ctx.folds:  # the branch is in the weight
+        weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad  # type: ignore[arg-type]
+    else:
+        grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
+    if call.splits_sequence:
+        wait = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
+        return lambda own_du: _add_branch(wait(), own_du, A, mask)
+    dx = _input_gradient(grad_z, weight, du, A, mask)
+    wait = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
+    return lambda own_du: wait()
+
+
+def _input_gradient(grad_z: Tensor, weight: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> Tensor:
     """dz W + mask (du A)."""
-    if du is None:
+    if A is None:
         return grad_z @ weight
     dx = du @ A if mask is None else (du @ A).mul_(mask)
     flat(dx).addmm_(flat(grad_z), weight)
     return dx
 
 
-def _add_branch(dx: Tensor, du: Tensor | None, A: Any, mask: Tensor | None) -> Tensor:
+def _add_branch(dx: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> Tensor:
     """dx + mask (du A), in place where nothing has to be masked."""
-    if du is None:
+    if A is None:
         return dx
     if mask is None:
         flat(dx).addmm_(flat(du), A)

@@ -93,8 +93,9 @@ class Hybrid(nn.Module):
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
         (A, B), mask = self.low_rank.factors(), self.low_rank.dropout_mask(x, call)
         scale, D = self._mixture()
-        if self.layout.split == "column":
-            return frozen_linear_mixed(x, A, B, D, scale, call, mask)
+        if call.needs_no_sum:
+            maker = maker_of(x) if self.layout.split == "row" and mask is None else None
+            return frozen_linear_mixed(x, A, B, D, scale, call, mask, maker)
         z = call.reduce(frozen_linear(x, call))
         x = x if mask is None else x * mask
         u = call.reduce(run_function(_NarrowProduct, x, A, maker_of(x)))

@@ -91,7 +91,7 @@ class BlockRotation(nn.Module):
 
     def rotate_output(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
         """y = R (W x)."""
-        if self.layout.split == "column":
+        if call.needs_no_sum:
             return frozen_linear_rotated(x, self.changes(), call)
         z = call.reduce(frozen_linear(x, call))
         return rotate(z, self.changes(), call.own_tokens(z.shape[0] * z.shape[1]))

@@ -13,14 +13,15 @@ Letters: w width of the sketch, r rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import Target, linear_layers
+from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import PeftConfig, require
 from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
@@ -78,13 +79,26 @@ def start_from_gradients(
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
     sketches = [_Sketch(target, peft, seed) for target in targets if low_rank_part(target.module.adapter) is not None]
     groups = (tensor_parallel_group, data_parallel_group)
-    _collect(sketches, replay, *groups)
-    checked_together(lambda: _check_finite(sketches))
-    for sketch in sketches:
-        sketch.turn_to_second_pass()
-    _collect(sketches, replay, *groups)
+    with _gradients_through_every_layer(model_chunks):
+        _collect(sketches, replay, *groups)
+        checked_together(lambda: _check_finite(sketches))
+        for sketch in sketches:
+            sketch.turn_to_second_pass()
+        _collect(sketches, replay, *groups)
     energy = {sketch.target.name: sketch.finish(peft, num_tokens) for sketch in sketches}
     return StartReport(energy, time.perf_counter() - started_at)
+
+
+@contextmanager
+def _gradients_through_every_layer(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Nothing has a gradient while it is sketched, so that none would come down to the first layers."""
+    hooks = [start_gradients_at_the_embedding(chunk) for chunk in model_chunks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            if hook is not None:
+                hook.remove()
 
 
 class _Sketch:

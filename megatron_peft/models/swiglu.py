@@ -11,6 +11,8 @@ Letters: s sequence, b batch, f a rank's own feed-forward features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
@@ -36,17 +38,21 @@ class SwiGLU(MegatronModule):
         return run_function(_SwiGLU, x)
 
 
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def _made_again(ctx: Any) -> Tensor:
+    """y, and silu(gate) left for the function's own backward, which comes next."""
+    gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+    ctx.activated = F.silu(gate)
+    return ctx.activated * up
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
-        ctx.make_again = _swiglu  # of what is saved: for who needs y in backward and would else keep it
-        return _swiglu(x)
+        ctx.activated = None
+        ctx.make_again = _made_again  # for who needs y in backward and would else keep it
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -54,7 +60,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        activated = F.silu(gate)
+        activated = F.silu(gate) if ctx.activated is None else ctx.activated
+        ctx.activated = None
         torch.mul(grad, activated, out=grad_up)
         grad_activated = torch.mul(grad, up, out=activated)  # the memory is free again
         torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=grad_gate)

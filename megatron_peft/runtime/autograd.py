@@ -3,8 +3,8 @@
 torch prepares a node of its graph for each call of an autograd function, even where no gradient is recorded. A step of
 generation makes hundreds of such calls on a few numbers each: then preparing costs more than computing.
 
-A function whose context has `make_again` says how its output follows from the tensors that it saves. Who needs that
-output in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
+A function whose context has `make_again` says how its output follows from what that context holds. Who needs the output
+in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
 """
 
 from __future__ import annotations
@@ -42,4 +42,4 @@ def maker_of(x: Tensor) -> Any:
 
 def made_again(maker: Any) -> Tensor:
     """The output of `maker`, equal to the last bit; only before the maker's own backward."""
-    return maker.make_again(*maker.saved_tensors)
+    return maker.make_again(maker)

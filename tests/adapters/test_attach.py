@@ -143,9 +143,9 @@ RECOMPUTE = {
 }
 
 
-def _gradients(recompute):
+def _gradients(recompute, targets=LINEAR_MODULES):
     model = tiny_gpt(transformer=recompute)
-    attach_adapters([model], PeftConfig(lora_rank=4), seed=1)
+    attach_adapters([model], PeftConfig(lora_rank=4, target_modules=targets), seed=1)
     for name, parameter in model.named_parameters():
         if name.endswith("adapter.B"):
             parameter.data.fill_(0.01)
@@ -161,6 +161,31 @@ def test_recompute_behind_a_frozen_embedding_keeps_every_gradient(kind):
     for name, gradient in found.items():
         assert gradient is not None and gradient.abs().max() > 1e-4, name
         torch.testing.assert_close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _needs_gradients(targets):
+    """Whether the embedding's output does, and that of the first layer."""
+    model, needs = tiny_gpt(), {}
+    attach_adapters([model], PeftConfig(lora_rank=4, target_modules=targets), seed=1)
+    model.embedding.register_forward_hook(lambda *call: needs.update(embedding=call[-1].requires_grad))
+    model.decoder.layers[0].register_forward_hook(lambda *call: needs.update(layer=call[-1][0].requires_grad))
+    tokens = torch.arange(24).reshape(2, 12)
+    model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1)
+    return needs["embedding"], needs["layer"]
+
+
+def test_backward_ends_at_the_first_adapter():
+    assert _needs_gradients(LINEAR_MODULES) == (False, True)
+    assert _needs_gradients(("decoder.layers.1.*",)) == (False, False)
+
+
+def test_a_stage_without_an_adapter_has_an_output_to_go_back_from():
+    first, last = tiny_gpt(), tiny_gpt()
+    last.decoder.layers[0].layer_number, last.decoder.layers[1].layer_number = 3, 4
+    attach_adapters([first, last], PeftConfig(lora_rank=4, target_modules=("decoder.layers.3.*",)), seed=1)
+    tokens, positions = torch.arange(24).reshape(2, 12), torch.arange(12).expand(2, 12)
+    assert first(tokens, positions, None).requires_grad
+    assert [n for n, p in first.named_parameters() if p.requires_grad] == []
 
 
 def test_names_in_the_message_are_shown_once():

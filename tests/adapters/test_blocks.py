@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_peft.adapters.blocks import add_blocks, blocks_gradient, turn_rows
+from megatron_peft.adapters.blocks import CACHED_TOKENS, add_blocks, blocks_gradient, turn_rows
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -34,6 +34,24 @@ def test_blocks_gradient_sums_over_tokens_by_block():
     whole = grad.view(10, 12).t() @ x.view(10, 12)
     expected = torch.stack([whole[i : i + 4, i : i + 4] for i in (0, 4, 8)])
     torch.testing.assert_close(blocks_gradient(grad, x, blocks), expected)
+
+
+def test_blocks_gradient_of_more_tokens_than_are_taken_at_a_time():
+    grad, x, blocks = draw(CACHED_TOKENS + 44, 2, 4), draw(2 * CACHED_TOKENS + 88, 4), draw(2, 2, 2)
+    whole = grad.view(-1, 4).t() @ x
+    expected = torch.stack([whole[:2, :2], whole[2:, 2:]])
+    torch.testing.assert_close(blocks_gradient(grad, x.view_as(grad), blocks), expected)
+
+
+def test_blocks_gradient_in_bfloat16_is_rounded_once():
+    grad, x, blocks = (
+        draw(3 * CACHED_TOKENS, 2).bfloat16(),
+        draw(3, CACHED_TOKENS, 2).view(-1, 2).bfloat16(),
+        draw(1, 2, 2),
+    )
+    exact = grad.double().t() @ x.double()
+    found = blocks_gradient(grad, x, blocks.float())[0]
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
 
 
 def test_turned_rows_are_those_of_the_block_diagonal_product():

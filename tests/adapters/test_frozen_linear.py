@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_peft.adapters import frozen_linear
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
 from tests.one_rank import Place
 
@@ -70,6 +71,15 @@ def test_what_is_kept_for_backward_is_x_once_and_the_narrow_product():
     activations = {pointer: size for pointer, size in kept.items() if pointer not in weights}
     assert activations.pop(x.data_ptr()) == x.numel()
     assert list(activations.values()) == [S * BATCH * RANK]
+
+
+def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatch: pytest.MonkeyPatch):
+    (x, A, B), call = _leaves(), _call(with_bias=False)
+    expected = torch.autograd.grad(frozen_linear_plus_low_rank(x, A, B, SCALE, call).square().sum(), (A, B))
+    y = frozen_linear_plus_low_rank(x.detach(), A, B, SCALE, call)
+    monkeypatch.setattr(frozen_linear, "_input_gradient", None)
+    found = torch.autograd.grad(y.square().sum(), (A, B))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_arguments_are_not_written_to():

@@ -27,12 +27,18 @@ def hybrid(split: str) -> Hybrid:
     return made.double()
 
 
-@pytest.mark.parametrize("split", ["column", "row"])
-def test_it_is_the_formula(split):
+def call_of(weight: torch.Tensor, size: int) -> FrozenLinearCall:
+    """A row-parallel layer's; with `size` 2 as on one of two ranks, the other of which holds nothing."""
+    return FrozenLinearCall(weight, None, False, False, Place(0, size), lambda z: z)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("split", "size"), [("column", 1), ("row", 1), ("row", 2)])
+def test_it_is_the_formula(split, size):
     adapter = hybrid(split)
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = torch.randn(5, 2, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
-    call = FrozenLinearCall(weight, None, False, False, Place(), keeps_tokens_whole=split == "row")  # type: ignore[arg-type]
+    call = call_of(weight, size) if split == "row" else FrozenLinearCall(weight, None, False, False, Place())  # type: ignore[arg-type]
+    assert call.needs_no_sum == (size == 1)
     D = torch.block_diag(*adapter.rotation.changes())
     mixed = weight + 0.3 * adapter.low_rank.delta_weight() + 0.7 * D @ weight
     direction = torch.randn(5, 2, OUT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -53,9 +59,9 @@ def test_it_starts_as_the_base():
     assert float(adapter.mix) == 0.5
 
 
-def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives():
-    adapter, weight = hybrid("row"), torch.randn(OUT, IN, dtype=torch.float64)
-    call = FrozenLinearCall(weight, None, False, False, Place(), keeps_tokens_whole=True)  # type: ignore[arg-type]
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives(size):
+    adapter, call = hybrid("row"), call_of(torch.randn(OUT, IN, dtype=torch.float64), size)
     h = torch.randn(5, 2, 2 * IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
     x, kept = _SwiGLU.apply(h), set()
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.adapters.attach import attach_adapters, linear_layers
+from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -71,7 +71,9 @@ def exact_and_started(asked: tuple[Job, Sequence[str]]) -> Found:
     layers = {target.name: target.module for target in linear_layers(chunk)}
     gradients, loss = _exact_gradients(layers, replay)
     gradients = {name: G / num_tokens for name, G in gradients.items()}
+    hook = start_gradients_at_the_embedding(chunk)
     replay()
+    hook.remove()
     starts, (_, *kept_by_frozen_base) = {}, list(kept)
     kept.clear()
     for init in inits:

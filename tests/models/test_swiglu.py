@@ -50,7 +50,15 @@ def test_only_the_input_is_kept():
 
 def test_the_output_can_be_made_again_of_what_is_kept():
     y = _SwiGLU.apply(inputs(torch.float32)[0])
-    assert torch.equal(y.grad_fn.make_again(*y.grad_fn.saved_tensors), y)
+    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+
+
+def test_the_gradient_after_making_again_is_the_same_and_nothing_more_stays_kept():
+    x, grad = inputs(torch.float32)
+    y, other = _SwiGLU.apply(x), _SwiGLU.apply(x)
+    y.grad_fn.make_again(y.grad_fn)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, other)))
+    assert y.grad_fn.activated is None
 
 
 def test_it_is_a_module_without_state_as_newer_versions_of_megatron_core_ask():
