@@ -6,7 +6,6 @@ more in one run than in another, which is more than is measured here. So both si
 
 from __future__ import annotations
 
-import ctypes
 import time
 from statistics import mean
 
@@ -15,12 +14,12 @@ import torch
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import MIB, Peak, StepsJob, run_steps
 from megatron_peft.benchmark.subjects import Setting, Step, frozen_step, join, leave, lora_ga_start
+from megatron_peft.runtime.allocator import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 
 NUM_BATCHES = 8
 MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
 TIMEOUT_SECONDS = 1800.0
-M_MMAP_THRESHOLD, SMALLEST_BYTES = -3, 2**16  # of mallopt: blocks from this size on go back to the system when freed
 
 
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
@@ -43,8 +42,8 @@ def _peak(setting: Setting, name: str) -> Peak:
 
 
 def run_steps_giving_back(job: StepsJob) -> Peak:
-    """`run_steps` of a process that keeps nothing of what it frees (glibc). Started on a rank."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALLEST_BYTES)
+    """`run_steps` of a process that keeps nothing of what it frees. Started on a rank."""
+    give_back_freed_memory()
     return run_steps(job)
 
 

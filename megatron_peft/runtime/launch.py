@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime import cpu
+from megatron_peft.runtime.allocator import keep_freed_memory
 
 Checked = TypeVar("Checked")
 
@@ -58,6 +59,8 @@ def start_world(parallel: ParallelConfig) -> None:
     cpu.install()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        keep_freed_memory()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     dist.init_process_group(
