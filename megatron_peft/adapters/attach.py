@@ -50,6 +50,8 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     for chunk in model_chunks:
         chunk.requires_grad_(False)
+    for target in targets:
+        target.module.is_frozen = True
     build = adapter_builder(peft.method)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     for target in adapted:

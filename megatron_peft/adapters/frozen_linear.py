@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_peft.adapters.blocks import add_blocks, blocks_gradient, turn_rows
@@ -41,6 +40,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 from megatron_peft.runtime.autograd import made_again, run_function
+from megatron_peft.runtime.products import add_linear, linear, linear_plus, outer_sum
 
 PRECISE = (torch.float32, torch.float64)
 
@@ -140,14 +140,14 @@ class _FrozenLinear(torch.autograd.Function):
         branch_input, u = None, None
         if A is not None:
             branch_input = x if mask is None else x * mask
-            u = (branch_input @ A.t()).mul_(scale)
+            u = linear(branch_input, A).mul_(scale)
         if call.splits_sequence:
             wait_u = start_gather_sequence_over_tensor_parallel(u, call.group) if u is not None else None
             x = start_gather_sequence_over_tensor_parallel(x, call.group)()
             u = wait_u() if wait_u is not None else None
         ctx.folds = mask is None and folds_change(x, call.weight, D)
         if ctx.folds:
-            y = kept = F.linear(x, changed_weight(call.weight, A, B, D, scale))
+            y = kept = linear(x, changed_weight(call.weight, A, B, D, scale))
             y = y if call.bias is None else y + call.bias
         else:
             y, kept = _output(x, u, B, D, call)
@@ -159,17 +159,17 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
         call, wait_dx = ctx.call, None
-        du: Any = None if A is None else (grad @ B).mul_(ctx.scale)
+        du: Any = None if A is None else linear(grad, B.t()).mul_(ctx.scale)
         wait_du: Callable[[], Any] = lambda: du  # noqa: E731
         if du is not None and call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
             wait_dx = _start_input_gradient(ctx, grad, du, A, B, D, weight, mask)
-        dB = weight_gradient(u, grad).t() if ctx.needs_input_grad[2] else None
+        dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.maker is not None:
             branch_input = made_again(ctx.maker)
-        dA = weight_gradient(own_du, branch_input) if ctx.needs_input_grad[1] else None
+        dA = outer_sum(own_du, branch_input) if ctx.needs_input_grad[1] else None
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
         dx = None if wait_dx is None else wait_dx(own_du)
         return dx, dA, dB, dD, None, None, None, None
@@ -223,15 +223,11 @@ def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any) -> Ten
 def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall):
     """(y, what the rotation keeps): y = z + D z + B u + bias, z = W x."""
     if D is None:
-        if u is None:
-            return F.linear(x, call.weight, call.bias), None
-        y = F.linear(u, B, call.bias)
-        flat(y).addmm_(flat(x), call.weight.t())
+        y = linear(x, call.weight, call.bias) if u is None else linear_plus(x, call.weight, u, B, call.bias)  # type: ignore[arg-type]
         return y, None
-    z = F.linear(x, call.weight)
-    y = add_blocks(z, D)
+    y = add_blocks(linear(x, call.weight), D)
     if u is not None:
-        flat(y).addmm_(flat(u), B.t())
+        flat(y).addmm_(flat(u), B.t())  # type: ignore[union-attr]
     return (y if call.bias is None else y + call.bias), y
 
 
@@ -245,7 +241,7 @@ def _start_input_gradient(
     else:
         grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
     if call.splits_sequence:
-        wait = start_sum_scatter_sequence_over_tensor_parallel(grad_z @ weight, call.group)
+        wait = start_sum_scatter_sequence_over_tensor_parallel(linear(grad_z, weight.t()), call.group)
         return lambda own_du: _add_branch(wait(), own_du, A, mask)
     dx = _input_gradient(grad_z, weight, du, A, mask)
     wait = start_sum_over_tensor_parallel(dx, call.group) if call.sums_input_gradient else lambda: dx
@@ -255,10 +251,10 @@ def _start_input_gradient(
 def _input_gradient(grad_z: Tensor, weight: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> Tensor:
     """dz W + mask (du A)."""
     if A is None:
-        return grad_z @ weight
-    dx = du @ A if mask is None else (du @ A).mul_(mask)
-    flat(dx).addmm_(flat(grad_z), weight)
-    return dx
+        return linear(grad_z, weight.t())
+    if mask is None:
+        return linear_plus(grad_z, weight.t(), du, A.t())
+    return add_linear((du @ A).mul_(mask), grad_z, weight.t())
 
 
 def _add_branch(dx: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -274,8 +270,3 @@ def _add_branch(dx: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> T
 def flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
     """A view where x is contiguous."""
     return x.reshape(-1, x.shape[-1])
-
-
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [s, b, out], [s, b, in] -> [out, in]
-    """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
-    return flat(grad).t() @ flat(x)

@@ -15,7 +15,6 @@ Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a r
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_peft.adapters.blocks import add_blocks
@@ -27,13 +26,13 @@ from megatron_peft.adapters.frozen_linear import (
     frozen_linear,
     frozen_linear_mixed,
     rotation_gradients,
-    weight_gradient,
 )
 from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.adapters.urnn import urnn_rotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.autograd import made_again, maker_of, run_function
+from megatron_peft.runtime.products import linear, outer_sum
 
 ROTATIONS = {"boft": boft, "urnn": urnn_rotation}
 
@@ -109,13 +108,13 @@ class _NarrowProduct(torch.autograd.Function):
     def forward(ctx, x, A, maker):  # type: ignore[override]
         ctx.save_for_backward(x if maker is None else None, A)
         ctx.maker = maker
-        return F.linear(x, A)
+        return linear(x, A)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
-        dA = weight_gradient(grad, made_again(ctx.maker) if x is None else x)
-        return grad @ A, dA, None
+        dA = outer_sum(grad, made_again(ctx.maker) if x is None else x)
+        return linear(grad, A.t()), dA, None
 
 
 class _MixReduced(torch.autograd.Function):
@@ -134,5 +133,5 @@ class _MixReduced(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         z, u, B, D = ctx.saved_tensors
         dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens)
-        dB = weight_gradient(flat(u)[ctx.tokens], flat(grad)[ctx.tokens]).t()
-        return dz, (grad @ B).mul_(ctx.scale), dB, dD, None, None
+        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens]).t()
+        return dz, linear(grad, B.t()).mul_(ctx.scale), dB, dD, None, None

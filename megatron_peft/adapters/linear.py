@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
@@ -20,17 +19,19 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.parallel.collectives import start_sum_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout, mark_split
+from megatron_peft.runtime.products import linear
 
 _MODULE_NAMES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
 
 
 class AdaptedLinear(nn.Module):
-    """What the two adapted layers share. `adapter` is None until `attach_adapters` sets it."""
+    """What the two adapted layers share. `attach_adapters` sets `adapter`, or leaves None, and `is_frozen`."""
 
     adapter: nn.Module | None
+    is_frozen: bool = False
     layout: LinearLayout
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -84,9 +85,8 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if self.adapter is None and not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
-            y = F.linear(input, weight)
-            return y if kwargs["bias"] is None else y + kwargs["bias"]
-        if self.adapter is None:
+            return linear(input, weight, kwargs["bias"])
+        if self.adapter is None and not self.is_frozen:
             return super()._forward_impl(input=input, weight=weight, **kwargs)
         call = FrozenLinearCall(
             weight=weight,
@@ -95,7 +95,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
             splits_sequence=kwargs["sequence_parallel"],
             group=self.tp_group,
         )
-        return self.adapter(input, call)
+        return frozen_linear(input, call) if self.adapter is None else self.adapter(input, call)
 
 
 class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
@@ -114,7 +114,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
         Returns (y, bias). The adapter decides what is summed over the ranks, and acts before or after it.
         """
-        if self.adapter is None and (torch.is_grad_enabled() or self.sequence_parallel):
+        if self.adapter is None and not self.is_frozen and (torch.is_grad_enabled() or self.sequence_parallel):
             return super().forward(input_)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"
         call = FrozenLinearCall(
@@ -126,7 +126,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             reduce=self._reduce,
             keeps_tokens_whole=not self.sequence_parallel,
         )
-        y = self._reduce(F.linear(input_, self.weight)) if self.adapter is None else self.adapter(input_, call)
+        y = self._reduce(frozen_linear(input_, call)) if self.adapter is None else self.adapter(input_, call)
         if self.skip_bias_add or self.bias is None:
             return y, self.bias
         return y + self.bias, None

@@ -62,7 +62,8 @@ class CachedRows:
         """Go on with these rows only, in this order; one may be taken more than once."""
         memory = self._cache.key_value_memory_dict
         for layer, pair in memory.items():
-            memory[layer] = tuple(x[:, rows] for x in pair)
+            # [p, b, g, d], of which [b, g, p, d] is contiguous, and stays so.
+            memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
         self._padding = self._padding[rows]
         self._cache.max_batch_size = len(rows)  # of the memory that an empty cache is yet to take
 

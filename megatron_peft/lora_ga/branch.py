@@ -19,12 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, weight_gradient
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 from megatron_peft.runtime.autograd import made_again, maker_of
+from megatron_peft.runtime.products import linear, outer_sum
 
 
 class _Product(nn.Module):
@@ -57,10 +58,10 @@ class LeftProduct(_Product):
         self.total = torch.zeros(omega.shape[0], out_features, device=omega.device)
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
-        u = x @ self.omega.t()
+        u = linear(x, self.omega)
         if call.splits_sequence:
             u = start_gather_sequence_over_tensor_parallel(u, call.group)()
-        self.total.add_(weight_gradient(u, grad))
+        self.total.add_(outer_sum(u, grad))
 
 
 class RightProduct(_Product):
@@ -80,10 +81,10 @@ class RightProduct(_Product):
         self.total = torch.zeros(Q.shape[1], in_features, device=Q.device)
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
-        du = grad @ self.Q
+        du = linear(grad, self.Q.t())
         if call.splits_sequence:
             du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)()
-        self.total.add_(weight_gradient(du, x))
+        self.total.add_(outer_sum(du, x))
 
 
 class _AddOnTheWayBack(torch.autograd.Function):

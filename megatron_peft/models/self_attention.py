@@ -1,8 +1,8 @@
-"""megatron-core's self-attention, whose key-value cache holds keys that are turned to their positions already.
+"""megatron-core's self-attention with a key-value cache that holds what a step of generation reads, as it reads it.
 
 Its own forward keeps keys as the linear layer gave them and applies the rotary embedding to the whole cache at every
-token. A key's position never changes, so here it is turned once, before it enters the cache. The two give the same
-numbers, bit for bit. Without a cache nothing differs.
+token. A key's position never changes, so here it is turned once, before it enters the cache. And the positions of a
+head lie side by side. The numbers are the same, bit for bit. Without a cache nothing differs.
 
 Letters: s new positions, b batch, n heads a rank, g key-value heads a rank, d features of a head, p positions.
 """
@@ -19,6 +19,13 @@ from torch import Tensor
 
 class CachingSelfAttention(SelfAttention):
     """Self-attention for training, and for generation with a static cache."""
+
+    def _allocate_memory(
+        self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype
+    ) -> Tensor:
+        """A cache [p, b, g, d] in the memory of [b, g, p, d]."""
+        size = batch_size, self.num_query_groups_per_partition, inference_max_sequence_length, dim
+        return torch.empty(size, dtype=dtype, device=torch.cuda.current_device()).permute(2, 0, 1, 3)
 
     def _adjust_key_value_for_inference(
         self,

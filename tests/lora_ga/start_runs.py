@@ -113,7 +113,7 @@ def _told_of_nan(chunk: Any, peft: Any, replay: Any, layers: dict[str, Any]) -> 
 
 def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:
     for module in layers.values():
-        module.adapter = None
+        module.adapter, module.is_frozen = None, False
         module.weight.requires_grad_(True)
     loss = replay()
     gradients = {name: module.weight.grad.double() for name, module in layers.items()}

@@ -1,0 +1,68 @@
+"""Products of matrices in float32 on a CPU by oneDNN, which torch has but does not use for them by itself.
+
+torch multiplies float32 by MKL there (bfloat16 by oneDNN). On an AMD EPYC with AVX-512 oneDNN takes 5 to 10% less time
+for a layer's product, 30 to 40% less for the narrow ones of a low rank and for a few tokens. The operator is the one
+that torch's compiler writes for a linear layer; where it is missing, and for every other type and device, torch's own
+is used.
+
+Only where no gradient is recorded: inside autograd functions and in generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _operator() -> Any:
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise
+    return None
+
+
+_ONEDNN = _operator()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [..., in], [out, in] -> [..., out]
+    """x W^T + bias; W may be a transposed view."""
+    if _is_for_onednn(x):
+        return _ONEDNN(x.contiguous(), weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + u N^T + bias, one of the two products added to the other in place.
+
+    In a low precision the narrow one comes first: the sum is rounded once, as it is accumulated.
+    """
+    if _is_for_onednn(x):
+        y = linear(x, weight, bias)
+        _flat(y).addmm_(_flat(u), narrow.t())
+        return y
+    return add_linear(F.linear(u, narrow, bias), x, weight)
+
+
+def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x W^T, in the memory of y."""
+    if _is_for_onednn(x):
+        return y.add_(linear(x, weight))
+    _flat(y).addmm_(_flat(x), weight.t())
+    return y
+
+
+def outer_sum(grad: Tensor, x: Tensor) -> Tensor:  # [..., out], [..., in] -> [out, in]
+    """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
+    if _is_for_onednn(grad) and grad.numel():
+        return _ONEDNN(_flat(grad).t(), _flat(x).t(), None, "none", [], "")
+    return _flat(grad).t() @ _flat(x)
+
+
+def _is_for_onednn(x: Tensor) -> bool:
+    return _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def _flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
+    return x.reshape(-1, x.shape[-1])

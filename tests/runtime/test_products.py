@@ -1,0 +1,79 @@
+"""Products by oneDNN and by torch itself are the same numbers, of any shape and order of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_peft.runtime import products
+from megatron_peft.runtime.products import add_linear, linear, linear_plus, outer_sum
+
+S, BATCH, IN, OUT, RANK = 5, 3, 24, 40, 2
+KINDS = ["onednn", "torch", torch.float64, torch.bfloat16]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    if request.param == "torch":
+        monkeypatch.setattr(products, "_ONEDNN", None)
+    if request.param == "onednn" and products._ONEDNN is None:
+        pytest.skip("this torch has no oneDNN")
+    return request.param if isinstance(request.param, torch.dtype) else torch.float32
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    tolerance = 2e-2 if found.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+INPUTS = {
+    "plain": lambda: draw(S, BATCH, IN),
+    "strided": lambda: draw(BATCH, S, IN).transpose(0, 1),
+    "expanded": lambda: draw(1, 1, IN).expand(S, BATCH, IN),
+    "one token": lambda: draw(1, 1, IN),
+    "flat": lambda: draw(S, IN),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_linear(dtype, kind):
+    x, weight, bias = INPUTS[kind]().to(dtype), draw(OUT, IN).to(dtype), draw(OUT).to(dtype)
+    close(linear(x, weight), x.double() @ weight.double().t())
+    close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
+    transposed = draw(IN, OUT).to(dtype).t()
+    close(linear(x, transposed), x.double() @ transposed.double().t())
+
+
+def test_two_products_are_added_up(dtype):
+    x, weight, u, narrow, bias = (
+        t.to(dtype) for t in (draw(S, BATCH, IN), draw(OUT, IN), draw(S, BATCH, RANK), draw(OUT, RANK), draw(OUT))
+    )
+    expected = x.double() @ weight.double().t() + u.double() @ narrow.double().t()
+    close(linear_plus(x, weight, u, narrow), expected)
+    close(linear_plus(x, weight, u, narrow, bias), expected + bias.double())
+
+
+def test_a_product_is_added_in_place(dtype):
+    y, x, weight = draw(S, BATCH, OUT).to(dtype), draw(S, BATCH, IN).to(dtype), draw(OUT, IN).to(dtype)
+    expected = y.double() + x.double() @ weight.double().t()
+    assert add_linear(y, x, weight) is y
+    close(y, expected)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_the_sum_over_tokens(dtype, kind):
+    x = INPUTS[kind]().to(dtype)
+    grad = draw(*x.shape[:-1], RANK).to(dtype)
+    close(outer_sum(grad, x), grad.double().reshape(-1, RANK).t() @ x.double().reshape(-1, IN))
+
+
+def test_no_tokens_give_no_output_and_a_sum_of_zero(dtype):
+    x, weight = draw(0, BATCH, IN).to(dtype), draw(OUT, IN).to(dtype)
+    assert linear(x, weight).shape == (0, BATCH, OUT)
+    assert torch.equal(outer_sum(draw(0, BATCH, RANK).to(dtype), x), torch.zeros(RANK, IN, dtype=dtype))
