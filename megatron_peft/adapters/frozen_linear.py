@@ -157,14 +157,14 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        branch_input, u, A, B, D, weight, mask, kept = ctx.saved_tensors
-        call, wait_dx = ctx.call, None
+        saved, call, wait_dx = ctx.saved_tensors, ctx.call, None
+        branch_input, u, A, B, D, _, _, kept = saved
         du: Any = None if A is None else linear(grad, B.t()).mul_(ctx.scale)
         wait_du: Callable[[], Any] = lambda: du  # noqa: E731
         if du is not None and call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
-            wait_dx = _start_input_gradient(ctx, grad, du, A, B, D, weight, mask)
+            wait_dx = _start_input_gradient(ctx, saved, grad, du)
         dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.maker is not None:
@@ -231,13 +231,11 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
     return (y if call.bias is None else y + call.bias), y
 
 
-def _start_input_gradient(
-    ctx: Any, grad: Tensor, du: Any, A: Any, B: Any, D: Tensor | None, weight: Tensor, mask: Tensor | None
-) -> Callable[[Any], Tensor]:
+def _start_input_gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, du: Any) -> Callable[[Any], Tensor]:
     """Begin dx = dz W + mask (du A). What is returned waits for it, and takes the du of the rank's own tokens."""
-    call = ctx.call
+    (_, _, A, B, D, weight, mask, _), call = saved, ctx.call
     if ctx.folds:  # the branch is in the weight
-        weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad  # type: ignore[arg-type]
+        weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad
     else:
         grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
     if call.splits_sequence:

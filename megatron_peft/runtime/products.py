@@ -55,7 +55,7 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def outer_sum(grad: Tensor, x: Tensor) -> Tensor:  # [..., out], [..., in] -> [out, in]
     """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
-    if _is_for_onednn(grad) and grad.numel():
+    if _is_for_onednn(grad):
         return _ONEDNN(_flat(grad).t(), _flat(x).t(), None, "none", [], "")
     return _flat(grad).t() @ _flat(x)
 

@@ -17,11 +17,19 @@ SHARDED = {"lr": 5e-3, "use_distributed_optimizer": True}
 LORA = {"lora_rank": 4}
 FIRST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.0.*",), "lora_plus_ratio": 4.0}}
 LAST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.3.*",)}}
+SOME = {"peft": {**LORA, "target_modules": ("o_proj", "decoder.layers.2.mlp.*")}}  # frozen layers between adapted ones
 FULL = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
-RUNS = {"first layer": FIRST_LAYER, "last layer": LAST_LAYER, "tied lora": {"peft": LORA}, "tied full": FULL}
+RUNS = {
+    "first layer": FIRST_LAYER,
+    "last layer": LAST_LAYER,
+    "some": SOME,
+    "tied lora": {"peft": LORA},
+    "tied full": FULL,
+}
 LAYOUTS = {
     "first layer": {"PP2": {"parallel": PP2}, "PP2 sharded": {"parallel": PP2, "optimizer": SHARDED}},
     "last layer": {"PP2": {"parallel": PP2}},
+    "some": {"TP2": {"parallel": TP2}, "TP2+SP": {"parallel": {**TP2, "sequence_parallel": True}}},
     "tied lora": {"PP2": {"parallel": PP2}},
     "tied full": {"PP2": {"parallel": PP2}, "TP2+SP": {"parallel": {**TP2, "sequence_parallel": True}}},
 }
