@@ -5,6 +5,8 @@ Letters: n tokens (any leading axes), k blocks, g features of a block.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] ->
     """
     if x.dtype == blocks.dtype:
         out, beta = torch.empty_like(x, memory_format=torch.contiguous_format), 0
-        blocks = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        blocks = blocks + identity_like(blocks)
     else:
         out, beta = x.clone(memory_format=torch.contiguous_format), 1
     grouped(out, blocks).baddbmm_(grouped(x, blocks), blocks.to(x.dtype).transpose(1, 2), beta=beta)
@@ -28,8 +30,17 @@ def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] ->
 
 def turn_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
     """(I + diag(blocks)) W: a copy of the weight with its rows turned."""
-    turned = blocks + torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.bmm(turned, weight.view(*blocks.shape[:2], -1)).view_as(weight)
+    return torch.bmm(blocks + identity_like(blocks), weight.view(*blocks.shape[:2], -1)).view_as(weight)
+
+
+def identity_like(blocks: Tensor) -> Tensor:  # [..., g, g] -> [g, g]
+    """The identity, to be read only; made once."""
+    return _identity(blocks.shape[-1], blocks.dtype, blocks.device)
+
+
+@cache
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] twice -> [k, g, g]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
@@ -50,7 +51,7 @@ class Butterfly(BlockRotation):
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g]."""
         R = compose(self.blocks())
-        return R - torch.eye(self.group_size, dtype=R.dtype, device=R.device)
+        return R - identity_like(R)
 
 
 class Boft(Butterfly):

@@ -18,6 +18,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_peft.adapters.blocks import identity_like
+
 NUM_NEWTON_STEPS = 5
 
 
@@ -50,15 +52,14 @@ def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
 class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx, Q):  # type: ignore[override]
-        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        C = inverse(identity - Q).mul_(2).sub_(identity)
+        C = inverse(identity_like(Q) - Q).mul_(2).sub_(identity_like(Q))
         ctx.save_for_backward(C)
         return C
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         (C,) = ctx.saved_tensors
-        twice_N = (C + torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)).mT
+        twice_N = (C + identity_like(C)).mT
         return (twice_N @ grad @ twice_N).div_(2)
 
 

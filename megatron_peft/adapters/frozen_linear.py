@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_peft.adapters.blocks import add_blocks, blocks_gradient, turn_rows
+from megatron_peft.adapters.blocks import add_blocks, blocks_gradient, identity_like, turn_rows
 from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_over_tensor_parallel,
@@ -200,8 +200,9 @@ def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: 
         return torch.baddbmm(products, products, D)
     by_block = (*D.shape[:2], -1)
     products -= (dB.reshape(by_block) @ B.reshape(by_block).transpose(1, 2)).to(D.dtype)
-    turned = D + torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
-    return torch.linalg.solve_ex(turned, products.transpose(1, 2)).result.transpose(1, 2)  # unchecked: no wait for CUDA
+    return torch.linalg.solve_ex(D + identity_like(D), products.transpose(1, 2)).result.transpose(
+        1, 2
+    )  # unchecked: no wait for CUDA
 
 
 def folds_change(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:

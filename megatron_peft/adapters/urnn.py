@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.rotation import BlockRotation, rotate
@@ -115,7 +116,7 @@ class RiemannianUrnn(BlockRotation):
     def changes(self) -> Tensor:
         """D = U - I, [k, g, g]."""
         R = as_real(torch.view_as_complex(self.U))
-        return R - torch.eye(self.group_size, dtype=R.dtype, device=R.device)
+        return R - identity_like(R)
 
     @torch.no_grad()
     def restart(self) -> None:
