@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
@@ -85,7 +86,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if self.adapter is None and not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
-            return linear(input, weight, kwargs["bias"])
+            return _alone(input, weight, kwargs["bias"])
         if self.adapter is None and not self.is_frozen:
             return super()._forward_impl(input=input, weight=weight, **kwargs)
         call = FrozenLinearCall(
@@ -114,7 +115,8 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
         Returns (y, bias). The adapter decides what is summed over the ranks, and acts before or after it.
         """
-        if self.adapter is None and not self.is_frozen and (torch.is_grad_enabled() or self.sequence_parallel):
+        records = torch.is_grad_enabled() or self.sequence_parallel
+        if self.adapter is None and not self.is_frozen and records:
             return super().forward(input_)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"
         call = FrozenLinearCall(
@@ -126,7 +128,10 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             reduce=self._reduce,
             keeps_tokens_whole=not self.sequence_parallel,
         )
-        y = self._reduce(frozen_linear(input_, call)) if self.adapter is None else self.adapter(input_, call)
+        if self.adapter is not None:
+            y = self.adapter(input_, call)
+        else:
+            y = self._reduce(frozen_linear(input_, call) if records else _alone(input_, self.weight))
         if self.skip_bias_add or self.bias is None:
             return y, self.bias
         return y + self.bias, None
@@ -138,6 +143,15 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         if torch.is_grad_enabled():
             return reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
         return start_sum_over_tensor_parallel(y, self.tp_group)()
+
+
+def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [s, b, in] -> [s, b, out]
+    """The product of a layer without adapter where nothing is recorded.
+
+    A step of generation takes the faster one; longer texts take torch's, as transformers does: scores of the base model
+    are the same to the last bit then.
+    """
+    return linear(x, weight, bias) if len(x) == 1 else F.linear(x, weight, bias)
 
 
 def _with_own_bias(kwargs: dict[str, Any]) -> dict[str, Any]:

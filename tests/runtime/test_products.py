@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_peft.adapters.linear import _alone
 from megatron_peft.runtime import products
 from megatron_peft.runtime.products import add_linear, linear, linear_plus, outer_sum
 
@@ -30,6 +32,12 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
     tolerance = 2e-2 if found.dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_texts_are_scored_by_torchs_own_product_bit_for_bit():
+    x, weight, bias = draw(S, BATCH, IN), draw(OUT, IN), draw(OUT)
+    assert torch.equal(_alone(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(_alone(x[:1], weight, bias), F.linear(x[:1], weight, bias))
 
 
 INPUTS = {
