@@ -40,7 +40,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 from megatron_peft.runtime.autograd import made_again, run_function
-from megatron_peft.runtime.products import add_linear, linear, linear_plus, outer_sum
+from megatron_peft.runtime.products import add_linear, flat, linear, linear_plus, outer_sum
 
 PRECISE = (torch.float32, torch.float64)
 
@@ -200,9 +200,8 @@ def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: 
         return torch.baddbmm(products, products, D)
     by_block = (*D.shape[:2], -1)
     products -= (dB.reshape(by_block) @ B.reshape(by_block).transpose(1, 2)).to(D.dtype)
-    return torch.linalg.solve_ex(D + identity_like(D), products.transpose(1, 2)).result.transpose(
-        1, 2
-    )  # unchecked: no wait for CUDA
+    solved = torch.linalg.solve_ex(D + identity_like(D), products.transpose(1, 2))  # unchecked: no wait for CUDA
+    return solved.result.transpose(1, 2)
 
 
 def folds_change(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
@@ -264,8 +263,3 @@ def _add_branch(dx: Tensor, du: Any, A: Tensor | None, mask: Tensor | None) -> T
         flat(dx).addmm_(flat(du), A)
         return dx
     return dx.addcmul_(mask, du @ A)
-
-
-def flat(x: Tensor) -> Tensor:  # [s, b, n] -> [s b, n]
-    """A view where x is contiguous."""
-    return x.reshape(-1, x.shape[-1])

@@ -40,7 +40,7 @@ def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tens
     """
     if _is_for_onednn(x):
         y = linear(x, weight, bias)
-        _flat(y).addmm_(_flat(u), narrow.t())
+        flat(y).addmm_(flat(u), narrow.t())
         return y
     return add_linear(F.linear(u, narrow, bias), x, weight)
 
@@ -49,20 +49,21 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x W^T, in the memory of y."""
     if _is_for_onednn(x):
         return y.add_(linear(x, weight))
-    _flat(y).addmm_(_flat(x), weight.t())
+    flat(y).addmm_(flat(x), weight.t())
     return y
 
 
 def outer_sum(grad: Tensor, x: Tensor) -> Tensor:  # [..., out], [..., in] -> [out, in]
     """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
     if _is_for_onednn(grad):
-        return _ONEDNN(_flat(grad).t(), _flat(x).t(), None, "none", [], "")
-    return _flat(grad).t() @ _flat(x)
+        return _ONEDNN(flat(grad).t(), flat(x).t(), None, "none", [], "")
+    return flat(grad).t() @ flat(x)
 
 
 def _is_for_onednn(x: Tensor) -> bool:
     return _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
-def _flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
+def flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
+    """A view where x is contiguous."""
     return x.reshape(-1, x.shape[-1])
