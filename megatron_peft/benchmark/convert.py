@@ -1,7 +1,7 @@
-"""Time and memory of loading and converting a model, beside plain safetensors on the same files.
+"""Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
 
-Times are CPU seconds, the least of several turns that alternate, with the files in the page cache: what the code costs,
-whatever the disk.
+Times are CPU seconds with the files in the page cache: what the code costs, whatever the disk. Every job is compared
+with reading alone, also those that write as much as they read.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import peak_of_bare_torch
+from megatron_peft.benchmark.timing import median_ratio, take_turns
 from megatron_peft.conversion.pretrained import open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 
 MIB = 2**20
-BLOCK_BYTES = 16 * MIB
 MIB_ABOVE_TORCH = 400
 SLOWER = 1 / 0.7  # 70% of the throughput
-NUM_TURNS = 5
-Job = Callable[[], object]
+NUM_TURNS = 9
+READ = "read plainly"
 
 
 def convert_figures(model: Path, work: Path) -> list[Figure]:
@@ -37,34 +36,31 @@ def convert_figures(model: Path, work: Path) -> list[Figure]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     megatron = hf_to_megatron(model, work / "megatron", progress=False)
-    seconds = _least_seconds(
+    torch.set_num_threads(1)
+    seconds = take_turns(
         {
-            "read": lambda: read_plainly(model),
-            "write": lambda: _write_bytes(model, work),
-            "read and write": lambda: _rewrite_plainly(model, work),
+            READ: lambda: read_plainly(model),
             "load Hugging Face": lambda: load_whole(model),
             "load Megatron": lambda: load_whole(megatron),
             "hf-to-megatron": lambda: _into_new(work, lambda new: hf_to_megatron(model, new, progress=False)),
             "megatron-to-hf": lambda: _into_new(work, lambda new: megatron_to_hf(megatron, new, progress=False)),
-        }
+        },
+        NUM_TURNS,
     )
     shutil.rmtree(work)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / MIB
-    pairs = [(name, plain) for plain, names in PEERS.items() for name in names]
-    notes = {name: f"{seconds[name]:.2f} s for {size:.0f} MiB, plain {seconds[plain]:.2f} s" for name, plain in pairs}
-    alone = f"; reading alone {seconds['read']:.2f} s, writing bytes alone {seconds['write']:.2f} s"
-    notes |= {name: notes[name] + alone for name in PEERS["read and write"]}
-    return [
-        *(Figure(f"{n}: time / {p} plainly", seconds[n] / seconds[p], SLOWER, "", notes[n]) for n, p in pairs),
-        _memory_figure(model, work),
+    plain = seconds.pop(READ)
+    figures = [
+        Figure(
+            f"{name}: time / {READ}",
+            median_ratio(spent, plain),
+            SLOWER,
+            "",
+            f"{median(spent):.2f} s for {size:.0f} MiB, plain {median(plain):.2f} s",
+        )
+        for name, spent in seconds.items()
     ]
-
-
-# What a job is compared with: the same work by safetensors alone.
-PEERS = {
-    "read": ("load Hugging Face", "load Megatron"),
-    "read and write": ("hf-to-megatron", "megatron-to-hf"),
-}
+    return [*figures, _memory_figure(model, work)]
 
 
 def read_plainly(folder: Path) -> dict[str, Tensor]:
@@ -85,35 +81,9 @@ def load_whole(folder: Path) -> list[Tensor]:
     return loaded
 
 
-def _rewrite_plainly(folder: Path, work: Path) -> None:
-    save_file(read_plainly(folder), work / "plain.safetensors")
-    (work / "plain.safetensors").unlink()
-
-
-def _write_bytes(folder: Path, work: Path) -> None:
-    """As many bytes as the model has, out of memory that is there: what the system takes for its page cache."""
-    block = memoryview(bytes(BLOCK_BYTES))
-    with open(work / "bytes", "wb", buffering=0) as file:
-        for _ in range((folder / "model.safetensors").stat().st_size // BLOCK_BYTES):
-            file.write(block)
-    (work / "bytes").unlink()
-
-
 def _into_new(work: Path, convert: Callable[[Path], object]) -> None:
     convert(work / "new")
     shutil.rmtree(work / "new")
-
-
-def _least_seconds(jobs: dict[str, Job]) -> dict[str, float]:
-    """CPU seconds of each job on one thread; they take turns, so that a busy machine slows all alike."""
-    torch.set_num_threads(1)
-    least = dict.fromkeys(jobs, float("inf"))
-    for _ in range(NUM_TURNS):
-        for name, job in jobs.items():
-            start = time.process_time()
-            job()
-            least[name] = min(least[name], time.process_time() - start)
-    return least
 
 
 def _memory_figure(model: Path, work: Path) -> Figure:

@@ -6,22 +6,27 @@ all the others.
 
 from __future__ import annotations
 
-import io
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.safe_pickle import read_metadata
+from megatron_peft.conversion.saved_tensor import map_tensor
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor
 
 INDEX = ".metadata"
+# What reading a torn archive may raise; some of the bytes are a pickle, and a torn one raises anything.
+_TORN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
 
 
 def open_distributed(folder: Path) -> dict[str, StoredTensor]:
@@ -63,41 +68,14 @@ def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict)
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(boxes))
 
 
-class _Window(io.RawIOBase):
-    """A stretch of a file as a file of its own: torch reads numbers from it straight into their tensor."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        file.seek(start)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
-        return self._file.seek(self._start + origin + offset) - self._start
-
-    def readinto(self, buffer: Any, /) -> int:
-        left = max(self._length - self.tell(), 0)
-        return self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
-
-
 def _loader(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     def load() -> Tensor:
         try:
-            with open(path, "rb") as file:
-                window = cast(IO[bytes], _Window(file, start, length))
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            tensor = map_tensor(path, start, length)
+        except _TORN as error:
             raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
         require(
-            isinstance(tensor, Tensor) and tuple(tensor.shape) == shape,
+            tuple(tensor.shape) == shape,
             f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.",
         )
         return tensor

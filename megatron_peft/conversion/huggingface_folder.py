@@ -60,11 +60,10 @@ def write_huggingface(output: Path, contents: Contents, max_shard_bytes: int, ba
     total_bytes = sum(spec.num_bytes for spec in specs.values())
     with new_folder(output) as draft, byte_bar(bar, total_bytes, progress) as advance:
         _describe(draft, contents)
-        writer = SafetensorsWriter(draft, specs, max_shard_bytes)
-        for rule in contents.rules.values():
-            _write_tensors(writer, contents.tensors(rule))
-            advance(sum(specs[part.name].num_bytes for part in rule.parts))
-        writer.finish()
+        with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
+            for rule in contents.rules.values():
+                _write_tensors(writer, contents.tensors(rule))
+                advance(sum(specs[part.name].num_bytes for part in rule.parts))
 
 
 def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> None:

@@ -96,8 +96,7 @@ def _common_config(record: RunRecord, base: str | None, rules: Iterable[Rule]) -
 
 def _write(draft: Path, rules: Iterable[Rule], export: LoraExport | BoftExport) -> None:
     """Every tensor into one file, in float32: HF PEFT knows no shards."""
-    writer = SafetensorsWriter(draft, export.specs(), max_shard_bytes=sys.maxsize, stem=STEM)
-    for rule in rules:
-        for name, tensor in export.tensors(rule):
-            writer.write(name, tensor)
-    writer.finish()
+    with SafetensorsWriter(draft, export.specs(), max_shard_bytes=sys.maxsize, stem=STEM) as writer:
+        for rule in rules:
+            for name, tensor in export.tensors(rule):
+                writer.write(name, tensor)

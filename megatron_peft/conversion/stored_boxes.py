@@ -49,8 +49,8 @@ def _copy_overlap(target: Tensor, offset: Sequence[int], box: StoredBox) -> int:
         return 0
     inside_target = tuple(slice(start - a, stop - a) for (start, stop), (a, *_) in zip(overlaps, sides, strict=True))
     inside_box = tuple(slice(start - c, stop - c) for (start, stop), (*_, c, _) in zip(overlaps, sides, strict=True))
-    stored = box.load()
-    target[inside_target].copy_(stored[inside_box])
+    stored = box.load()[inside_box]
+    target[inside_target].copy_(stored)
     return stored.numel() * stored.element_size()
 
 

@@ -1,32 +1,38 @@
 """A Hugging Face folder as a Megatron distributed checkpoint (`torch_dist`).
 
 Keys and shapes are those of GPTModel's `sharded_state_dict` with a key for each layer. A tensor is written as the
-shares of several tensor-parallel ranks, so that a rank that loads it later reads little more than its own. torch's
-writer asks for one share after another, and only then is it read: no more than one is ever held.
+shares of several tensor-parallel ranks, so that a rank that loads it later reads little more than its own. No more than
+one share is ever held.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # the index of every torch_dist checkpoint holds it
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.companions import CONFIG, copy_companions, set_stored_type
+from megatron_peft.conversion.direct_file import DirectFile
+from megatron_peft.conversion.distributed_files import INDEX
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.output_folder import check_new, new_folder
@@ -38,7 +44,8 @@ from megatron_peft.conversion.stored_types import stored_type
 from megatron_peft.models.huggingface import read_shape
 
 NUM_SHARES = (8, 4, 2, 3)  # tried in this order
-MIN_SHARE_BYTES = 2**20
+NUMBERS = "__0_0.distcp"  # torch's name for the first file of rank 0
+MIN_SHARE_BYTES = 4 * 2**20
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -153,14 +160,23 @@ def _widest(rule: Rule, source: Source) -> torch.dtype:
 
 
 def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Callable[[int], None]) -> None:
-    writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=False)
-    with warnings.catch_warnings(), _without_checksums():
-        warnings.simplefilter("ignore")  # that there is no process group: it is not needed
-        try:
-            torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(shares, source, advance), no_dist=True)
-        except CheckpointException as error:
-            cause, _ = error.failures[0]
-            raise cause from error
+    """What torch's own writer would write, which keeps the last share of every parameter until it is done."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with DirectFile(folder / NUMBERS) as file, _without_checksums():
+        for share in shares:
+            size, properties = torch.Size(share.global_shape), TensorProperties(dtype=share.dtype)
+            entry = tensors.setdefault(share.rule.name, TensorStorageMetadata(properties, size, []))
+            for number, region in enumerate(share.regions):
+                start = file.tell()
+                torch.save(share.read(source, number), cast(IO[bytes], file))
+                places[MetadataIndex(share.rule.name, region.offset)] = _StorageInfo(
+                    NUMBERS, start, file.tell() - start
+                )
+                entry.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), region.view.shape))
+                advance(region.view.numel() * share.dtype.itemsize)
+    index = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    (folder / INDEX).write_bytes(pickle.dumps(index))
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
     torch.save({}, folder / "common.pt")  # where Megatron keeps what is no tensor: here config.json says it
 
@@ -174,37 +190,3 @@ def _without_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-class _Planner(SavePlanner):
-    """Announces every box to torch's writer, and reads one when the writer has come to it."""
-
-    def __init__(self, shares: Sequence[Share], source: Source, advance: Callable[[int], None]) -> None:
-        self._shares, self._source, self._advance = shares, source, advance
-        self._boxes: dict[MetadataIndex, tuple[Share, int]] = {}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Everything is known from the start."""
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([item for share in self._shares for item in self._announce(share)])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        share, number = self._boxes[write_item.index]
-        tensor = share.read(self._source, number)
-        self._advance(tensor.numel() * tensor.element_size())
-        return tensor
-
-    def _announce(self, share: Share) -> Iterator[WriteItem]:
-        for number, region in enumerate(share.regions):
-            index = MetadataIndex(share.rule.name, region.offset)
-            self._boxes[index] = share, number
-            chunk = ChunkStorageMetadata(torch.Size(region.offset), region.view.shape)
-            properties, size = TensorProperties(dtype=share.dtype), torch.Size(share.global_shape)
-            yield WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, size))

@@ -1,7 +1,7 @@
 """Sharded safetensors, written tensor by tensor.
 
-Names, shapes and types are known before any number is, so the headers of all files are laid out first and each tensor
-is then written to its place, in any order. At no time is more than one tensor held.
+Names, shapes and types are known before any number is, so a file begins with its header and the tensors follow in their
+order. At no time is more than one tensor held.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.direct_file import DirectFile
 from megatron_peft.conversion.stored_types import SAFETENSORS_TYPES
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -38,14 +40,8 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Place:
-    path: Path
-    start: int
-
-
 class SafetensorsWriter:
-    """`<stem>.safetensors`, or several with an index, in `folder`. Call `finish` when all is written."""
+    """`<stem>.safetensors`, or several with an index, in `folder`. The files are whole when its block is left."""
 
     def __init__(
         self,
@@ -55,55 +51,61 @@ class SafetensorsWriter:
         stem: str = "model",
     ) -> None:
         self._specs = specs
-        self._missing = set(specs)
-        self._places: dict[str, _Place] = {}
+        self._coming = iter(specs)
         shards = list(_shards(specs, max_shard_bytes))
-        for number, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._lay_out(folder / file, names)
+        files = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        files = files if len(shards) > 1 else [f"{stem}.safetensors"]
+        self._starts = {names[0]: (folder / file, names) for file, names in zip(files, shards, strict=True)}
+        self._file: DirectFile | None = None
         if len(shards) > 1:
-            self._write_index(folder / f"{stem}{INDEX_SUFFIX}")
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            _write_index(folder / f"{stem}{INDEX_SUFFIX}", weight_map, specs)
 
     @torch.no_grad()
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor, in its announced type, into its place."""
-        spec, place = self._specs[name], self._places[name]
+        """Append a tensor in its announced type; they come in the order of `specs`."""
+        spec, expected = self._specs[name], next(self._coming)
+        assert name == expected, f"{name} is written where {expected} should be"
         assert tuple(tensor.shape) == spec.shape, (name, tensor.shape, spec.shape)
+        if name in self._starts:
+            self._close()
+            self._file = self._begin(*self._starts[name])
+        assert self._file is not None
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
-        with open(place.path, "r+b") as file:
-            file.seek(place.start)
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
-        self._missing.discard(name)
+        self._file.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
-    def finish(self) -> None:
-        """Check that nothing was forgotten."""
-        assert not self._missing, f"never written: {sorted(self._missing)[:8]}"
+    def __enter__(self) -> SafetensorsWriter:
+        return self
 
-    def _lay_out(self, path: Path, names: list[str]) -> None:
-        """An empty file with its header, as long as it will be in the end."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._close()
+        missing = list(self._coming)
+        assert error is not None or not missing, f"never written: {missing[:8]}"
+
+    def _begin(self, path: Path, names: list[str]) -> DirectFile:
+        """A new file with its header."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            start, end = end, end + self._specs[name].num_bytes
             spec = self._specs[name]
+            start, end = end, end + spec.num_bytes
             header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            first = file.tell()
-            file.truncate(first + end)
-        start = first
-        for name in names:
-            self._places[name] = _Place(path, start)
-            start += self._specs[name].num_bytes
+        file = DirectFile(path)
+        file.write(len(text).to_bytes(8, "little") + text)
+        return file
 
-    def _write_index(self, path: Path) -> None:
-        total = sum(spec.num_bytes for spec in self._specs.values())
-        weight_map = {name: self._places[name].path.name for name in sorted(self._places)}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path.write_text(json.dumps(index, indent=2) + "\n")
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _write_index(path: Path, weight_map: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+    total = sum(spec.num_bytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def parse_bytes(text: str) -> int:

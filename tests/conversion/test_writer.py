@@ -24,11 +24,10 @@ SPECS = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in
 
 
 def write(folder: Path, **settings) -> dict[str, list[str]]:
-    """Names in each file; tensors are written in reverse."""
-    writer = SafetensorsWriter(folder, SPECS, **settings)
-    for name in reversed(TENSORS):
-        writer.write(name, TENSORS[name])
-    writer.finish()
+    """Names in each file."""
+    with SafetensorsWriter(folder, SPECS, **settings) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
     found = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     for tensors in found.values():
         assert all(t.dtype == TENSORS[n].dtype and torch.equal(t, TENSORS[n]) for n, t in tensors.items())
@@ -60,15 +59,19 @@ def test_another_stem(tmp_path: Path) -> None:
 
 
 def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path, SPECS)
-    writer.write("a", TENSORS["a"])
-    with pytest.raises(AssertionError, match="never written: .*scalar"):
-        writer.finish()
+    with pytest.raises(AssertionError, match="never written: .*scalar"), SafetensorsWriter(tmp_path, SPECS) as writer:
+        writer.write("a", TENSORS["a"])
+
+
+def test_a_tensor_out_of_order_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="b is written where a should be"):
+        with SafetensorsWriter(tmp_path, SPECS) as writer:
+            writer.write("b", TENSORS["b"])
 
 
 def test_tensors_are_cast_to_their_announced_type(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path, {"a": TensorSpec((3, 5), torch.bfloat16)})
-    writer.write("a", TENSORS["a"])
+    with SafetensorsWriter(tmp_path, {"a": TensorSpec((3, 5), torch.bfloat16)}) as writer:
+        writer.write("a", TENSORS["a"])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], TENSORS["a"].bfloat16())
 
 
