@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_peft.adapters.linear import AdaptedLinear
+from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
 from megatron_peft.adapters.registry import adapter_builder
 from megatron_peft.config import PeftConfig, require
 
@@ -50,8 +50,9 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     for chunk in model_chunks:
         chunk.requires_grad_(False)
-    for target in targets:
-        target.module.is_frozen = True
+        for module in chunk.modules():
+            if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):
+                module.is_frozen = True
     build = adapter_builder(peft.method)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     for target in adapted:

@@ -63,7 +63,30 @@ class AdaptedLinear(nn.Module):
         return sharded
 
 
-class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
+class FrozenColumnParallelLinear(ColumnParallelLinear):
+    """megatron-core's layer, with our product once its weight is frozen: the output layer of a model with adapters."""
+
+    is_frozen: bool = False
+    tp_group: dist.ProcessGroup
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        if not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
+            return _alone(input, weight, kwargs["bias"])
+        if not self.is_frozen:
+            return super()._forward_impl(input=input, weight=weight, **kwargs)
+        return frozen_linear(input, self._call(weight, kwargs))
+
+    def _call(self, weight: Tensor, kwargs: dict[str, Any]) -> FrozenLinearCall:
+        return FrozenLinearCall(
+            weight=weight,
+            bias=kwargs["bias"],
+            sums_input_gradient=kwargs["allreduce_dgrad"],
+            splits_sequence=kwargs["sequence_parallel"],
+            group=self.tp_group,
+        )
+
+
+class AdaptedColumnParallelLinear(AdaptedLinear, FrozenColumnParallelLinear):
     """y = x W^T with the rows of W, the output features, split over the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, stride: int = 1, **kwargs: Any) -> None:
@@ -85,18 +108,9 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         return y, left
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
-        if self.adapter is None and not (torch.is_grad_enabled() or kwargs["sequence_parallel"]):
-            return _alone(input, weight, kwargs["bias"])
-        if self.adapter is None and not self.is_frozen:
-            return super()._forward_impl(input=input, weight=weight, **kwargs)
-        call = FrozenLinearCall(
-            weight=weight,
-            bias=kwargs["bias"],
-            sums_input_gradient=kwargs["allreduce_dgrad"],
-            splits_sequence=kwargs["sequence_parallel"],
-            group=self.tp_group,
-        )
-        return frozen_linear(input, call) if self.adapter is None else self.adapter(input, call)
+        if self.adapter is None:
+            return super()._forward_impl(input, weight, **kwargs)
+        return self.adapter(input, self._call(weight, kwargs))
 
 
 class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):

@@ -25,7 +25,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_peft.adapters.linear import (
+    AdaptedColumnParallelLinear,
+    AdaptedRowParallelLinear,
+    FrozenColumnParallelLinear,
+)
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
@@ -134,6 +138,7 @@ def _build_chunk(
         _add_embedding_norm(chunk, parts.norm)
     _mark_vocabulary_weights(chunk)
     if chunk.post_process:
+        chunk.output_layer.__class__ = FrozenColumnParallelLinear  # GPTModel knows no spec for it
         chunk.output_layer.register_forward_hook(_PaddedLogitsMask(shape.vocab_size))
     return chunk
 
@@ -258,4 +263,4 @@ class _PaddedLogitsMask:
             first = module.tp_group.rank() * module.output_size_per_partition
         num_real = max(self.vocab_size - first, 0)
         if num_real < logits.shape[-1]:
-            logits[..., num_real:] = -torch.inf
+            logits.detach()[..., num_real:] = -torch.inf  # probability 0, and so is the gradient

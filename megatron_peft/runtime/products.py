@@ -29,7 +29,9 @@ _ONEDNN = _operator()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [..., in], [out, in] -> [..., out]
     """x W^T + bias; W may be a transposed view."""
     if _is_for_onednn(x):
-        return _ONEDNN(x.contiguous(), weight, bias, "none", [], "")
+        # Not a view of the product: out of an autograd function, its caller could not write to one.
+        y = _ONEDNN(flat(x).contiguous(), weight, bias, "none", [], "")
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return F.linear(x, weight, bias)
 
 

@@ -90,3 +90,12 @@ def test_arguments_are_not_written_to():
     y.backward(gradient)
     assert all(torch.equal(*pair) for pair in zip(before, (*leaves, call.weight, call.bias), strict=True))
     assert torch.equal(gradient, torch.ones_like(y))
+
+
+def test_a_caller_may_write_into_the_output():
+    """As a mask of logits does; in float32 the product is oneDNN's."""
+    x, weight = _tensor(S, BATCH, IN).float().requires_grad_(), _tensor(OUT, IN).float()
+    y = frozen_linear.frozen_linear(x, FrozenLinearCall(weight, None, True, False, Place(0, 1)))
+    y[..., 1:] = 0.0
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight[0].expand_as(x))

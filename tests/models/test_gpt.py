@@ -8,7 +8,9 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
+from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.models.gpt import num_virtual_stages
@@ -53,6 +55,27 @@ def test_padded_logits_are_never_the_largest():
     logits = tiny_gpt(make_vocab_size_divisible_by=128)(*_batch())
     assert logits.shape[-1] == 128
     assert torch.isneginf(logits[..., VOCAB:]).all() and torch.isfinite(logits[..., :VOCAB]).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_frozen_output_layer_is_megatrons_with_our_product(tied, monkeypatch: pytest.MonkeyPatch):
+    """Losses and the gradients of adapters, with a padded vocabulary, beside megatron-core's own output layer."""
+    products, found = [], []
+    monkeypatch.setattr(linear, "frozen_linear", lambda x, call: products.append(x) or frozen_linear(x, call))
+    for ours in (True, False):
+        model = tiny_gpt({"tied_embeddings": tied}, make_vocab_size_divisible_by=128)
+        attach_adapters([model], PeftConfig(method="lora", target_modules=("linear_qkv", "linear_fc2")), seed=1)
+        trained = [parameter for name, parameter in model.named_parameters() if ".adapter.B" in name]
+        for parameter in trained:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+        model.output_layer.is_frozen = ours
+        products.clear()
+        losses = _losses(model)
+        losses.sum().backward()
+        found.append((losses, [parameter.grad for parameter in trained], len(products)))
+    (losses, gradients, num_ours), (expected, their_gradients, num_theirs) = found
+    torch.testing.assert_close((losses, gradients), (expected, their_gradients))
+    assert num_ours == num_theirs + 1
 
 
 @pytest.mark.parametrize("numbers", [(8.0, 1.0, 4.0, 8192), (3.0, 0.5, 6.0, 100)])
