@@ -13,6 +13,7 @@ from megatron_peft.benchmark.collectives import collectives_figures
 from megatron_peft.benchmark.convert import convert_figures
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.generation import generation_figures
+from megatron_peft.benchmark.harness import harness_figures
 from megatron_peft.benchmark.loading import loading_figures
 from megatron_peft.benchmark.logits import logits_figures
 from megatron_peft.benchmark.lora_ga_start import lora_ga_start_figures
@@ -116,6 +117,12 @@ BENCHMARKS = {
     "generation": Benchmark(
         "Greedy answers of the 135M model, their scores and their speed beside transformers'",
         lambda place: generation_figures(place.pretrained_135m(), place.turns),
+    ),
+    "harness": Benchmark(
+        "The shipped tasks on the 135M model: our backend of lm-eval beside its own, item by item",
+        lambda place: harness_figures(
+            place.pretrained_135m().checkpoint, place.output / "harness", place.model.parent / "downloads"
+        ),
     ),
     "startup": Benchmark(
         "pretrain_peft.py on the 135M model, one process",

@@ -1,0 +1,53 @@
+"""Both backends of the evaluation harness agree on tiny tasks, item by item; a difference is found."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.benchmark.harness import TASKS, Questions, compare_items
+from megatron_peft.data.preparation import benchmarks
+from megatron_peft.runtime.ranks import run_ranks
+from tests.evaluation.local_tasks import write_tasks
+from tests.evaluation.worded_llama import WORDS, save_worded_llama
+
+NAMES = ("tiny_choices", "tiny_answers")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory):
+    folder: Path = tmp_path_factory.mktemp("harness")
+    model = save_worded_llama(folder / "model")
+    tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
+    questions = Questions(str(model), str(tasks), NAMES, limit=8)
+    return [
+        run_ranks(1, f"megatron_peft.benchmark.harness:{name}", questions)[0] for name in ("our_items", "their_items")
+    ]
+
+
+def test_both_give_the_same(both) -> None:
+    ours, theirs = both
+    assert {task for task, _ in ours} == set(NAMES) and len(ours) == 16
+    differing, largest = compare_items(ours, theirs)
+    assert differing.measured == 0 and differing.note == "tiny_answers 8, tiny_choices 8"
+    assert 0 < largest.measured < 1e-3, "two programs never round alike"
+
+
+def test_every_kind_of_difference_is_found(both) -> None:
+    ours, theirs = both
+    wrong = copy.deepcopy(ours)
+    wrong["tiny_answers", 0]["resps"] = [["something else"]]
+    wrong["tiny_choices", 1]["resps"][0][0][0] = -3.0
+    wrong["tiny_choices", 2]["acc"] = 7
+    del wrong["tiny_choices", 3]
+    differing, largest = compare_items(wrong, theirs)
+    assert differing.measured == 3 and not differing.reached
+    assert differing.note.endswith("differing: tiny_answers 0, tiny_choices 2")
+    assert largest.measured > 1e-2
+
+
+def test_every_shipped_task_with_one_answer_is_compared() -> None:
+    shipped = {path.stem for path in Path(benchmarks.__file__).parent.glob("tasks/*.yaml")}
+    assert shipped - set(TASKS) == {"humaneval_sampled", "instructions"}  # drawn; only trained on
