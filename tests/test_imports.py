@@ -38,7 +38,7 @@ ALLOWED: Mapping[str, set[str]] = {
     # Apart: they read what a run wrote, or reckon with what a run would need.
     "reporting": CONFIGURATION | {"experiment"},
     "planner": CONFIGURATION | {"models"},
-    "benchmark": BELOW_TRAINING | {"training", "evaluation", "demo"},
+    "benchmark": BELOW_TRAINING | {"arguments", "training", "evaluation", "demo"},
     "experiment": CONFIGURATION | {"arguments", "models", "checkpoint", "training"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
 }

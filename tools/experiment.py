@@ -88,7 +88,11 @@ def _emit(args: argparse.Namespace) -> int:
 
     experiment, folder, groups = _read(args)
     text = script(experiment, groups, args.experiment, folder, str(args.emit_slurm))
-    args.emit_slurm.write_text(text, encoding="utf-8")
+    try:
+        args.emit_slurm.parent.mkdir(parents=True, exist_ok=True)
+        args.emit_slurm.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--emit-slurm {args.emit_slurm} cannot be written: {error.strerror}.") from error
     print(f"wrote {args.emit_slurm}: {len(groups)} array tasks; bash {args.emit_slurm} submits them")
     return 0
 

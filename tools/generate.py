@@ -1,6 +1,6 @@
 r"""Answer a prompt, or a file of prompts, with a base model or a trained one.
 
-python tools/generate.py --load RUN --prompt "English: Open file\nFrench:" --stop "\n"
+python tools/generate.py --load RUN --prompt $'English: Open file\nFrench:' --stop "\n"
 python tools/generate.py --pretrained-checkpoint FOLDER --prompt-file prompts.jsonl --output answers.jsonl
 torchrun --nproc-per-node N tools/generate.py ... splits the model; the layout's flags are those of pretrain_peft.py.
 
@@ -18,7 +18,7 @@ from megatron_peft.arguments import read_own_flags
 
 PROGRAM = "generate.py"
 FLAGS: dict[str, dict[str, Any]] = {
-    "--prompt": {"metavar": "TEXT", "help": "what to answer; the answer is shown as it grows"},
+    "--prompt": {"metavar": "TEXT", "help": "what to answer, as it stands; the answer is shown as it grows"},
     "--prompt-file": {"metavar": "FILE", "help": "a prompt a line, or JSON lines with prompt or messages (.jsonl)"},
     "--output": {"metavar": "FILE", "help": "JSON lines of prompt and answers (default: the terminal)"},
     "--max-new-tokens": {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"},

@@ -15,6 +15,7 @@ docs/benchmark-tasks.md has the formats.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megatron_peft.config import ConfigurationError
 
 if TYPE_CHECKING:
     from megatron_peft.data.preparation.prepare import Benchmark, Prepared
+    from megatron_peft.data.preparation.split import HashSplit
 
 GLUE_NAMES = ("mnli", "qqp", "sst2", "qnli")
 Named = Iterator[tuple[Path, "Benchmark"]]
@@ -147,7 +149,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input."""
     args = build_parser().parse_args(argv)
-    from megatron_peft.data.preparation.prepare import prepare
     from megatron_peft.data.preparation.split import HashSplit
 
     try:
@@ -156,12 +157,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if test_percent and not by_split:
             raise ConfigurationError("--test-percent cannot be given where there are test items of their own.")
         split = HashSplit(args.valid_percent, test_percent, args.seed)
-        for folder, benchmark in args.run(args):
-            print(report(prepare(benchmark, folder, split, args.overlap)))
+        for prepared in prepare_all(args.run(args), args.output, split, args.overlap):
+            print(report(prepared))
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def prepare_all(benchmarks: Named, output: Path, split: HashSplit, overlap: str) -> list[Prepared]:
+    """Every folder, or none: GLUE makes four below `output`."""
+    from megatron_peft.data.preparation.prepare import prepare
+
+    was_there, made = output.exists(), []
+    try:
+        for folder, benchmark in benchmarks:
+            made.append(prepare(benchmark, folder, split, overlap))
+    except ConfigurationError:
+        for prepared in made:
+            shutil.rmtree(prepared.folder)
+        if not was_there and output.is_dir():
+            output.rmdir()
+        raise
+    return made
 
 
 def report(prepared: Prepared) -> str:

@@ -135,10 +135,9 @@ def their_items(questions: Questions) -> Items:
 
     torch.set_num_threads(1)
     manager = TaskManager(include_path=questions.tasks, include_defaults=False)
-    model = HFLM(pretrained=questions.model, device="cpu", dtype="float32", batch_size=BATCH_SIZE)
-    found: Any = simple_evaluate(  # pyright: ignore[reportCallIssue]
-        model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit
-    )
+    backend: Any = HFLM  # its flags are taken from **kwargs
+    model = backend(pretrained=questions.model, device="cpu", dtype="float32", batch_size=BATCH_SIZE)
+    found: Any = simple_evaluate(model=model, tasks=list(questions.names), task_manager=manager, limit=questions.limit)
     samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
     return dict(_keyed((task, sample) for task, of_task in samples.items() for sample in of_task))
 

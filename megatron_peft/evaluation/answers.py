@@ -19,6 +19,7 @@ from megatron_peft.evaluation.crew import over_replicas
 from megatron_peft.evaluation.generation import OnToken, generate
 from megatron_peft.evaluation.model import AskedModel, load_model
 from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
+from megatron_peft.evaluation.output import check_output
 from megatron_peft.evaluation.progress import request_bar
 from megatron_peft.evaluation.prompts import Record, encode_prompts, read_prompts
 from megatron_peft.evaluation.sampling import Sampling
@@ -64,14 +65,16 @@ class AnswerSettings:
         return AnswerPlan(tuple(map(unescaped, self.stop)), self.max_new_tokens, sampling, self.sampling_seed)
 
     def records(self) -> list[Record]:
+        """What is asked. ConfigurationError: a file that cannot be read, or --output that cannot be written."""
+        check_output(self.output)
         if self.prompt_file is not None:
             return read_prompts(Path(self.prompt_file))
         assert self.prompt is not None
-        return [{"prompt": unescaped(self.prompt)}]
+        return [{"prompt": self.prompt}]
 
 
 def unescaped(text: str) -> str:
-    """A command line's `\\n` and `\\t` as what they stand for."""
+    """A stop text of the command line: its `\\n` and `\\t` are what they stand for."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 

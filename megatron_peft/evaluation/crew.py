@@ -65,7 +65,7 @@ def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequen
     """
     group: Any = parallel_state.get_data_parallel_group()
     size, rank = group.size(), group.rank()
-    bounds = [len(items) * part // size for part in range(size + 1)]
+    bounds = [-(-len(items) * part // size) for part in range(size + 1)]  # one item alone is the first replica's
     own = list(work(items[bounds[rank] : bounds[rank + 1]]))
     if size == 1:
         return own

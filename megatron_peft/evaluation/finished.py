@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_peft.config import ConfigurationError
+
 
 class FinishedRequests:
     """The answers by key.
@@ -54,6 +56,11 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:  # torn: begin the next line afresh
         path.write_text(whole, encoding="utf-8")
-    for line in whole.splitlines():
-        entry = json.loads(line)
-        yield entry["key"], entry["answer"]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            yield entry["key"], entry["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path}:{number} is no answered request ({error!r}): remove the line, and it is asked again."
+            ) from error

@@ -13,12 +13,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.config_error import Requirements
 from megatron_peft.evaluation.crew import Crew
 from megatron_peft.evaluation.finished import FinishedRequests
 from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerprint
 from megatron_peft.evaluation.orders import make_crew
+from megatron_peft.evaluation.output import check_output
 from megatron_peft.runtime.launch import checked_together
 
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
@@ -77,17 +78,10 @@ def _checked_tasks(settings: HarnessSettings) -> Any:
         ) from error
     from megatron_peft.evaluation.harness_tasks import find_tasks
 
-    _check_output(Path(settings.output))
+    check_output(settings.output)
+    FinishedRequests(settings.beside("requests"), "")  # a file that cannot be read is told before the model is loaded
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    return find_tasks(settings.tasks, settings.include_path)
-
-
-def _check_output(output: Path) -> None:
-    require(not output.is_dir(), f"--output {output} is a folder: give a file.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror}).") from error
+    return find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
 
 
 def _run_harness(model: AskedModel, crew: Crew, settings: HarnessSettings, tasks: Any) -> dict[str, Any]:

@@ -37,9 +37,14 @@ def _record(line: str, place: str, is_json: bool) -> Record:
         record = json.loads(line)
     except ValueError as error:
         raise ConfigurationError(f"{place}: not JSON: {error}.") from error
-    is_prompt = isinstance(record, dict) and (isinstance(record.get("prompt"), str) or bool(record.get("messages")))
+    is_prompt = isinstance(record, dict) and (isinstance(record.get("prompt"), str) or _are_messages(record))
     require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
     return record
+
+
+def _are_messages(record: Record) -> bool:
+    messages = record.get("messages")
+    return isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:

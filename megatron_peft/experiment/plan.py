@@ -78,11 +78,15 @@ def _to_train(cells: tuple[Cell, ...], records: tuple[CellRecord | None, ...], g
 
 
 def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
-    """The point of the grid with the least validation loss, once all were tried; the first of equals."""
+    """The point of the grid with the least validation loss, once all were tried; the first of equals.
+
+    A point whose loss is no number is none to go on with, unless it is the only one there is.
+    """
     losses: dict[int, float] = {}
     for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
         if record is not None and record.is_trained:
-            losses[at] = _comparable(record)
+            if len(group.tuning) == 1 or math.isfinite(_comparable(record)):
+                losses[at] = _comparable(record)
         elif cell.key not in gave_up:
             return None
     return min(losses, key=losses.__getitem__, default=None)

@@ -23,7 +23,7 @@ from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.plan import Work, work
+from megatron_peft.experiment.plan import Work, progress, work
 from megatron_peft.experiment.record import from_metrics, of_cell, read_record, trainable_parameters, write_record
 from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
@@ -74,7 +74,15 @@ class Runner:
         self.refresh(self)
         if self._stopped_by is not None:
             raise KeyboardInterrupt
-        return not self.gave_up
+        return not [group for group in self.groups if not self._is_through(group)]
+
+    def _is_through(self, group: Group) -> bool:
+        """Whether nothing failed; tells of a grid that no point came out of."""
+        keys = {cell.key for cell in group.tuning}
+        if progress(self.folder, group, self.gave_up).best is None and not keys & self.gave_up:
+            self.report(f"FAILED: {group.key}: no point of its grid ended with a finite validation loss")
+            return False
+        return not self.gave_up & (keys | {cell.key for finals in group.finals for cell in finals})
 
     def _start_what_fits(self) -> bool:
         """Whether anything was started."""

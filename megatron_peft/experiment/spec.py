@@ -24,9 +24,13 @@ RUNNERS_OWN = {  # flag -> what to write instead
 }
 BUDGET = (  # the same for all methods, or their results say nothing about the methods
     "train-iters train-samples train-epochs global-batch-size seq-length pack-sequences overlong "
-    "train-data-path valid-data-path data-path split optimizer lr-decay-style lr-warmup-iters lr-warmup-fraction "
-    "eval-iters bf16"
+    "train-data-path valid-data-path test-data-path data-path split optimizer bf16 clip-grad micro-batch-size "
+    "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
+    "lr-warmup-init min-lr eval-iters eval-interval"
 ).split()
+
+
+VALIDATED = ("valid-data-path", "data-path")  # either gives a validation loss
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Experiment:
     text: str = ""
 
     def __post_init__(self) -> None:
-        problems = [*self._unfit_names(), *self._clashes(), *self._unequal_budgets()]
+        problems = [*self._unfit_names(), *self._clashes(), *self._unequal_budgets(), *self._untuned_grids()]
         if problems:
             raise ConfigurationError(*problems)
 
@@ -130,6 +134,19 @@ class Experiment:
             told = ", ".join(f"{name} {size}" for name, size in sizes.items())
             yield f"all methods get the same number of tuning runs, but their grids hold: {told}."
 
+    def _untuned_grids(self) -> Iterator[str]:
+        """A grid is tuned by the validation loss, so there must be one."""
+        if all(grid_size(method) == 1 for method in self.methods):
+            return
+        for model in self.models:
+            for task in self.tasks:
+                flags = {**self.flags, **model.flags, **task.flags}
+                if not flags.keys() & set(VALIDATED):
+                    yield (
+                        f"tasks.{task.name}: a grid of several points is tuned by the validation loss, but with "
+                        f"models.{model.name} nothing is validated: give --valid-data-path."
+                    )
+
 
 def _clashes_in_a_cell(places: Iterable[tuple[str, FlagValues]]) -> Iterator[str]:
     seen: dict[str, str] = {}
@@ -149,9 +166,10 @@ def grid_size(method: Choice) -> int:
     return size
 
 
-def budget(experiment: Experiment, task: Choice) -> FlagValues:
+def budget(experiment: Experiment, model: Choice, task: Choice) -> FlagValues:
     """The flags, the same for all methods, that say how much each trains on and how."""
-    return {flag: value for flag, value in {**experiment.flags, **task.flags}.items() if flag in BUDGET}
+    flags = {**experiment.flags, **model.flags, **task.flags}
+    return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
 
 def default_folder(experiment: Experiment) -> Path:

@@ -74,7 +74,7 @@ def _experiment(content: Any, name: str) -> Experiment:
         methods=_choices(top, "methods"),
         seeds=seeds,
         tuning_seed=tuning_seed,
-        prepare=tuple(_words(command, "prepare") for command in top.get("prepare") or ()),
+        prepare=tuple(_words(command, "prepare") for command in _listed(top.get("prepare"))),
     )
 
 
@@ -148,6 +148,11 @@ def _words(content: Any, place: str) -> tuple[str, ...]:
     if not isinstance(content, Sequence) or isinstance(content, str) or not content:
         raise ConfigurationError(f"{place} is {content!r}; it is a command: a line, or a list of words.")
     return tuple(str(word) for word in content)
+
+
+def _listed(commands: Any) -> list[Any]:
+    """One command or several."""
+    return commands if isinstance(commands, list) else [commands] if commands else []
 
 
 def _flags(content: Any, place: str) -> dict[str, Any]:

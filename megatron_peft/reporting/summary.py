@@ -21,7 +21,7 @@ def state(results: Results) -> str:
 
 
 def budgets(results: Results) -> list[str]:
-    """A sentence for each task, on what all methods have in common."""
+    """A sentence for each task, on what all methods have in common; one for each model where models differ in it."""
     experiment = results.experiment
     tries = grid_size(experiment.methods[0])
     tuning = (
@@ -29,11 +29,18 @@ def budgets(results: Results) -> list[str]:
         if tries == 1
         else f"{tries} tuning runs a method with seed {experiment.tuning_seed}, chosen by validation loss alone"
     )
-    return [
-        f"All methods have the same budget on {task.name}: {tuning}; {len(experiment.seeds)} runs with these settings; "
-        f"each with `{' '.join(command_line(budget(experiment, task)))}`."
-        for task in experiment.tasks
-    ]
+    sentences = []
+    for task in experiment.tasks:
+        flags = {model.name: " ".join(command_line(budget(experiment, model, task))) for model in experiment.models}
+        places = {task.name: flags[experiment.models[0].name]}
+        if len(set(flags.values())) > 1:
+            places = {f"{task.name} with {model}": line for model, line in flags.items()}
+        sentences += [
+            f"All methods have the same budget on {place}: {tuning}; {len(experiment.seeds)} runs with these settings; "
+            f"each with `{line}`."
+            for place, line in places.items()
+        ]
+    return sentences
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:

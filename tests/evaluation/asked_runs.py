@@ -68,6 +68,7 @@ def run_split(place: Place) -> dict[str, Any]:
     for layout, flags in LAYOUTS.items():
         drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
         _answer(place, flags, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path(layout)), **drawn)
+    found["streamed"] = _printed(lambda: _answer(place, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))
     return found
 
 

@@ -63,8 +63,17 @@ def test_contradictions_are_told(values, message):
         AnswerSettings(**values)
 
 
-def test_a_command_line_writes_a_new_line_as_backslash_n():
-    settings = AnswerSettings(prompt="a\\nb", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
-    assert settings.records() == [{"prompt": "a\nb"}]
+def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
+    settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
+    assert settings.records() == [{"prompt": "$\\theta$"}]
     assert settings.plan.until == ("\n\n",)
     assert (settings.plan.sampling.temperature, settings.plan.sampling.top_k, settings.plan.seed) == (0.5, 3, 9)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path, "is a folder: give a file"), (tmp_path / "file" / "x", "cannot be written")):
+        with pytest.raises(ConfigurationError, match=f"--output {output} {message}"):
+            AnswerSettings(prompt="a", output=str(output)).records()
+    AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
+    assert (tmp_path / "new").is_dir()

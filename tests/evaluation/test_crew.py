@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+
 from megatron_peft.evaluation import crew as module
 from megatron_peft.evaluation.crew import Crew, over_replicas
 from tests.one_rank import one_rank
@@ -36,9 +40,23 @@ def test_each_replica_takes_a_part_and_all_get_everything(monkeypatch):
     seen: list[list[int]] = []
 
     def gather(parts, own, group):
-        parts[:] = [[0], own, [3, 4]]
+        parts[:] = [[0, 1], own, [4]]
 
     monkeypatch.setattr(module.parallel_state, "get_data_parallel_group", Group)
     monkeypatch.setattr(module.dist, "all_gather_object", gather)
     found = over_replicas([0, 1, 2, 3, 4], lambda own: seen.append(list(own)) or own)
-    assert seen == [[1, 2]] and found == [0, 1, 2, 3, 4]
+    assert seen == [[2, 3]] and found == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, ["alone"]), (1, []), (2, [])])
+def test_one_item_is_the_first_replicas_which_shows_it(monkeypatch, rank, own):
+    group = SimpleNamespace(size=lambda: 3, rank=lambda: rank)
+    seen: list[str] = []
+
+    def gather(parts, own, group):
+        parts[:] = [["alone"], [], []]
+
+    monkeypatch.setattr(module.parallel_state, "get_data_parallel_group", lambda: group)
+    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    assert over_replicas(["alone"], lambda items: seen.extend(items) or items) == ["alone"]
+    assert seen == own

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.finished import FinishedRequests
 
 
@@ -32,3 +35,12 @@ def test_a_file_that_was_cut_anywhere_loses_no_more_than_its_last_line(tmp_path)
         known.add({"d": 4})
         again = FinishedRequests(path, "model")
         assert again["d"] == 4 and sum(key in again for key in "abc") == whole[:length].count(b"\n")
+
+
+@pytest.mark.parametrize("line", ["{torn}", "[]", '{"key": "a"}'])
+def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
+    path = tmp_path / "file"
+    FinishedRequests(path, "model").add({"a": 1})
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ConfigurationError, match="file:2 is no answered request .*remove the line"):
+        FinishedRequests(path, "model")

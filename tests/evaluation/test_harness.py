@@ -120,6 +120,10 @@ def test_the_answer_that_is_shown_as_it_grows_is_that_of_the_file(place, alone):
     assert alone["streamed"].splitlines()[-1].split() == whole.split()[:5] != []
 
 
+def test_an_answer_is_shown_where_replicas_could_share_the_work(alone, split):
+    assert split["streamed"].strip() and split["streamed"] == alone["streamed"]
+
+
 def test_drawn_answers_are_the_same_at_every_layout(place, split):
     texts = {Path(place.work, layout).read_text() for layout in LAYOUTS}
     assert len(texts) == 1

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.harness_run import HarnessSettings, _check_output
+from megatron_peft.evaluation.harness_run import HarnessSettings
+from megatron_peft.evaluation.output import check_output
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,6 @@ def test_files_lie_beside_the_results():
 def test_a_place_that_cannot_hold_results_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a folder: give a file"):
-        _check_output(tmp_path)
+        check_output(str(tmp_path))
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        _check_output(tmp_path / "file" / "out.json")
+        check_output(str(tmp_path / "file" / "out.json"))

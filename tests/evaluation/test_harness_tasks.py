@@ -55,3 +55,22 @@ def test_missing_data_is_told(folder):
 def test_the_near_is_named_only_if_it_is_near():
     assert "did you mean gsm8k?" in harness_tasks._unknown("gsm8", ["gsm8k", "sst2"])
     assert "did you mean" not in harness_tasks._unknown("qqq", ["gsm8k", "sst2"])
+
+
+def test_a_label_that_is_no_choice_is_told_wherever_it_stands(folder):
+    path = folder / "questions.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(one) + "\n" for one in (first, {**second, "label": 7})))
+    with pytest.raises(ConfigurationError, match="label of item 1 is 7; choices are numbered from 0 to"):
+        find_tasks(["tiny_choices"], [str(folder)])
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({**first, "label": 7}, second)))
+    with pytest.raises(ConfigurationError, match="cannot be loaded: the first item's label is none of its choices"):
+        find_tasks(["tiny_choices"], [str(folder)])
+
+
+def test_a_task_of_scored_items_only_shows_none_of_them(folder):
+    with pytest.raises(
+        ConfigurationError, match="--num-fewshot 1: --tasks tiny_choices has no items but those that are"
+    ):
+        find_tasks(["tiny_choices"], [str(folder)], num_fewshot=1)
+    find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)

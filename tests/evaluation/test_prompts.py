@@ -41,6 +41,7 @@ def test_json_lines_keep_their_other_fields(tmp_path):
         ("a.jsonl", '{"prompt": "x"}\nx\n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", '{"text": "x"}\n', r'a\.jsonl:1: neither {"prompt": "..."} nor'),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: neither"),
+        ("a.jsonl", '{"messages": "hi"}', r"a\.jsonl:1: neither"),
         ("a.txt", "\n", "holds no prompt"),
     ],
 )

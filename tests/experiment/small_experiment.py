@@ -23,7 +23,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "models": {"tiny": {"flags": {"pretrained-checkpoint": "nowhere"}}},
         "tasks": {
             "talk": {
-                "flags": {"train-data-path": "train.jsonl"},
+                "flags": {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"},
                 "score": {
                     "command": f"python {HERE / 'fake_score.py'} {{output}} {{checkpoints}} {{flags}}",
                     "metrics": {"accuracy": {"path": "results/task/acc,none"}},

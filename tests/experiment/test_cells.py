@@ -32,5 +32,6 @@ def test_cell_has_the_flags_of_all_places(tmp_path: Path) -> None:
     _, (group, _) = experiment(tmp_path)
     assert group.tuning[0].flags == (
         *("--train-iters", "2", "--pretrained-checkpoint", "nowhere", "--train-data-path", "train.jsonl"),
+        *("--valid-data-path", "valid.jsonl"),
         *("--peft-method", "lora", "--lr", "0.1", "--seed", "1"),
     )

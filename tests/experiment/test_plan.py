@@ -68,3 +68,17 @@ def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Gro
 def test_points_of_the_grid_are_named_by_their_settings(tmp_path: Path, group: Group) -> None:
     end(tmp_path, group.tuning[0], 1.5)
     assert losses_of_grid(group, progress(tmp_path, group).tuning) == {"lr=0.1": 1.5, "lr=0.4": None}
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_grid_without_a_finite_loss_goes_no_further(tmp_path: Path, group: Group, loss: float | None) -> None:
+    for cell in group.tuning:
+        end(tmp_path, cell, loss)
+    assert progress(tmp_path, group).best is None
+    assert todo(tmp_path, group) == []
+
+
+def test_a_single_point_needs_no_validation_loss(tmp_path: Path) -> None:
+    (group,) = experiment(tmp_path, methods={"lora": {}})[1]
+    end(tmp_path, group.tuning[0], None)
+    assert progress(tmp_path, group).best == 0

@@ -18,6 +18,7 @@ from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.plan import progress
+from megatron_peft.experiment.record import of_cell, write_record
 from megatron_peft.experiment.runner import read_scores, run_experiment
 from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, experiment
@@ -193,3 +194,13 @@ def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path)
     _, groups = experiment(tmp_path, methods=methods)
     assert progress(tmp_path / "out", groups[0]).is_done
     assert not process.has_checkpoint(tmp_path / "out", groups[0].tuning[0])
+
+
+def test_grid_that_no_point_came_out_of_is_told(tmp_path: Path) -> None:
+    _, (group, _) = experiment(tmp_path)
+    for cell in group.tuning:
+        write_record(tmp_path / "out", cell, of_cell(cell, "trained", validation_loss=float("nan")))
+    whole, told = run(tmp_path)
+    assert not whole
+    assert "FAILED: tiny,talk,lora: no point of its grid ended with a finite validation loss" in told
+    assert not any("lora" in line and line.startswith("train ") for line in told)

@@ -10,7 +10,8 @@ import pytest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.spec import Choice, Experiment, budget, default_folder, grid_size
 
-TASK = Choice("talk", {"train-data-path": "train.jsonl", "seq-length": 64})
+DATA = {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}
+TASK = Choice("talk", {**DATA, "seq-length": 64})
 
 
 def made(**changes: Any) -> Experiment:
@@ -34,7 +35,8 @@ def test_grid_is_as_large_as_the_product_of_its_values() -> None:
 
 def test_budget_is_what_all_methods_share_and_the_task_has_the_last_word() -> None:
     shared = made(flags={"train-iters": 2, "log-interval": 1})
-    assert budget(shared, TASK) == {"train-iters": 2, "train-data-path": "train.jsonl", "seq-length": 64}
+    model = Choice("tiny", {"clip-grad": 0.5, "num-layers": 2})
+    assert budget(shared, model, TASK) == {"train-iters": 2, "clip-grad": 0.5, **DATA, "seq-length": 64}
 
 
 def test_same_flag_in_two_tasks_is_no_clash() -> None:
@@ -55,3 +57,18 @@ def test_methods_have_one_budget() -> None:
 
 def test_folder_is_the_experiments_name() -> None:
     assert default_folder(made(flags={})) == Path("runs/experiments/small")
+
+
+@pytest.mark.parametrize("flag", ["train-iters", "lr-decay-iters", "lr-warmup-samples", "min-lr", "clip-grad", "split"])
+def test_schedule_and_budget_are_not_a_methods(flag: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"methods.lora: --{flag} must be the same for all methods"):
+        made(flags={"log-interval": 1}, methods=(Choice("lora", {flag: 5}),))
+
+
+def test_grid_that_nothing_is_validated_for_is_refused() -> None:
+    tuned = (Choice("lora", {}, {"lr": (1, 2)}),)
+    unvalidated = Choice("talk", {"train-data-path": "train.jsonl"})
+    with pytest.raises(ConfigurationError, match="tasks.talk: .* with models.tiny nothing is validated: give"):
+        made(tasks=(unvalidated,), methods=tuned)
+    made(tasks=(unvalidated,))
+    made(tasks=(unvalidated,), methods=tuned, models=(Choice("tiny", {"data-path": "prefix"}),))

@@ -102,3 +102,11 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         read_experiment(write(tmp_path, values))
     assert len(caught.value.problems) == 3  # the flag once for each method that it would go to
+
+
+def test_prepare_is_a_command_or_several(tmp_path: Path) -> None:
+    assert experiment(tmp_path, prepare="python -m x")[0].prepare == (("python", "-m", "x"),)
+    several = experiment(tmp_path, prepare=["python -m x", ["python", "a b.py"]])[0].prepare
+    assert several == (("python", "-m", "x"), ("python", "a b.py"))
+    with pytest.raises(ConfigurationError, match="prepare is 3; it is a command"):
+        experiment(tmp_path, prepare=3)

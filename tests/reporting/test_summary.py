@@ -21,7 +21,7 @@ def test_unfinished_experiment_says_so(tmp_path: Path) -> None:
 def test_budget_is_told_with_flags_and_tries(tmp_path: Path) -> None:
     (told,) = summary.budgets(results(tmp_path))
     assert "2 tuning runs a method with seed 1, chosen by validation loss alone; 3 runs" in told
-    assert "`--train-iters 2 --train-data-path train.jsonl`" in told
+    assert "`--train-iters 2 --train-data-path train.jsonl --valid-data-path valid.jsonl`" in told
 
 
 def test_hybrid_that_does_not_win_is_told(tmp_path: Path) -> None:

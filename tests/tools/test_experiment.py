@@ -58,3 +58,10 @@ def test_wrong_file_exits_with_2_before_anything_is_written(tmp_path: Path, caps
 def test_wrong_flag_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(tmp_path, methods={"lorra": {}}) == 2
     assert "lorra" in capsys.readouterr().err
+
+
+def test_slurm_script_makes_its_folder_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, "--emit-slurm", str(tmp_path / "new" / "all.sh")) == 0
+    assert (tmp_path / "new" / "all.sh").read_text().startswith("#!")
+    assert call(tmp_path, "--emit-slurm", str(tmp_path)) == 2
+    assert "cannot be written: Is a directory" in capsys.readouterr().err

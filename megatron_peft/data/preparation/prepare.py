@@ -2,6 +2,7 @@
 
     OUTPUT/train.jsonl, valid.jsonl     {"prompt", "completion"}, for --train-data-path and --valid-data-path
     OUTPUT/TASK.yaml, TASK.jsonl        a task of lm-evaluation-harness and its documents, for --include-path OUTPUT
+    OUTPUT/fewshot.jsonl                training items, of which tasks may show some before each question
 
 No test item is in the training files. The folder appears when all of it is written.
 """
@@ -24,6 +25,7 @@ from megatron_peft.data.preparation.template import TaskTemplate
 
 OVERLAPS = ("remove", "error")
 FEWSHOT = "fewshot.jsonl"
+MOST_EXAMPLES = 64  # solved items that are kept for --num-fewshot
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class _Writer:
     counts: Counter[str] = field(default_factory=Counter)
     example: str = ""
     _open: dict[str, IO[str]] = field(default_factory=dict)
-    _num_examples: int = 0
+    _most_examples: int = 0
 
     def write(self, benchmark: Benchmark) -> _Writer:
         """Test documents first: what they hold must not come into training."""
@@ -118,11 +120,12 @@ class _Writer:
                 tested_by_split = tests.file
         for document in benchmark.held_out:
             self.items.add(document)
-        self._num_examples = _num_examples(benchmark)
+        needed = _numbers_of_examples(benchmark)
+        self._most_examples = max(MOST_EXAMPLES, *needed) if needed else 0
         if benchmark.training is not None:
             for document in benchmark.documents:
                 self._place(document, benchmark.training, tested_by_split)
-            self._check()
+            self._check(max(needed, default=0))
         return self
 
     def _write_tests(self, tests: Tests) -> int:
@@ -142,7 +145,7 @@ class _Writer:
         if part == "test" and test_file is not None:
             self._line(test_file, document.fields)
             return
-        if part != "valid" and self.counts[FEWSHOT] < self._num_examples:
+        if part != "valid" and self.counts[FEWSHOT] < self._most_examples:
             self._line(FEWSHOT, document.fields)
         record = {"prompt": template.prompt(document.fields), "completion": template.completion(document.fields)}
         self._line("valid.jsonl" if part == "valid" else "train.jsonl", record)
@@ -154,7 +157,7 @@ class _Writer:
         self.example = self.example or found
         self.counts["removed"] += 1
 
-    def _check(self) -> None:
+    def _check(self, num_examples: int) -> None:
         wanted = ["train.jsonl", *(["valid.jsonl"] if self.split.valid_percent else [])]
         empty = [name for name in wanted if not self.counts[name]]
         trained = self.counts["train.jsonl"] + self.counts["valid.jsonl"]
@@ -165,8 +168,8 @@ class _Writer:
         )
         examples = self.counts[FEWSHOT]
         require(
-            examples == self._num_examples,
-            f"{self._num_examples} solved items are shown before each question, and there are {examples} to train on.",
+            examples >= num_examples,
+            f"{num_examples} solved items are shown before each question, and there are {examples} to train on.",
         )
 
     def _line(self, name: str, record: Mapping[str, Any]) -> None:
@@ -176,10 +179,10 @@ class _Writer:
         self.counts[name] += 1
 
 
-def _num_examples(benchmark: Benchmark) -> int:
-    """Solved items that the tasks show before each question, at most."""
+def _numbers_of_examples(benchmark: Benchmark) -> list[int]:
+    """Solved items that each task shows before a question by itself; --num-fewshot may ask for others."""
     settings = [template.settings for tests in benchmark.tests for template in tests.tasks]
-    return max((s["num_fewshot"] for s in settings if "fewshot_split" in s), default=0)
+    return [one["num_fewshot"] for one in settings if "fewshot_split" in one]
 
 
 def _write_tasks(tests: Tests, partial: Path, folder: Path) -> None:

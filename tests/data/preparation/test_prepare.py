@@ -39,6 +39,7 @@ def test_training_files_and_task_are_written(tmp_path: Path) -> None:
     assert {path.name for path in done.folder.iterdir()} == {
         "train.jsonl",
         "valid.jsonl",
+        "fewshot.jsonl",
         "test.jsonl",
         "glue_sst2.yaml",
     }
@@ -94,12 +95,13 @@ def test_no_test_items_at_all_is_an_error(tmp_path: Path) -> None:
 
 
 def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
-    problems = [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(40)]
+    problems = [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(200)]
     tests = Tests((TEMPLATE,), problems[:2])
     done = prepare(Benchmark(TEMPLATE, problems, [tests]), tmp_path / "out", HashSplit(50))
     shown = [record["question"] for record in lines(done.folder / "fewshot.jsonl")]
-    trained = {record["prompt"] for record in lines(done.folder / "train.jsonl")}
-    assert len(shown) == 8 and {f"Question: {question}\nAnswer:" for question in shown} <= trained
+    trained = [record["prompt"] for record in lines(done.folder / "train.jsonl")]
+    assert len(shown) == 64 < len(trained), "the first ones, for the task's 8 and for --num-fewshot"
+    assert [f"Question: {question}\nAnswer:" for question in shown] == trained[:64]
 
 
 def test_too_few_solved_examples_are_an_error(tmp_path: Path) -> None:
