@@ -1,7 +1,8 @@
 """A cheap fingerprint of a base model's folder, so that adapters are never put on another base.
 
 It reads config.json whole, and of each weight file the size and a few stretches: the start (with safetensors it holds
-names, types, shapes and offsets), the end, and some between, so that two models of one shape differ as well.
+names, types, shapes and offsets), the end, and some between, so that two models of one shape differ as well. Of a run
+that is a base it takes the checkpoint that its tracker names, with the checksums of its manifest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from megatron_peft.checkpoint.manifest import MANIFEST
+from megatron_peft.checkpoint.megatron_folder import RANK_FILES, RANK_FOLDER, megatron_files
+
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.distcp")  # the first that matches anything counts
 _START_BYTES = 256 * 1024
 _END_BYTES = 64 * 1024
@@ -19,23 +23,26 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @lru_cache
 def fingerprint(folder: str) -> dict[str, str]:
-    """{file name: digest} of config.json and the weight files. Kept: a run asks at each save.
+    """{file, as named from the folder: digest} of config.json and the weight files. Kept: a run asks at each save.
 
     Raises:
         OSError: the folder or a file cannot be read.
     """
     root = Path(folder)
-    config = [root / "config.json"] if (root / "config.json").is_file() else []
-    files = config + weight_files(root)
+    place = megatron_files(root) or root
+    described = [path for path in (root / "config.json", place / "config.json", place / MANIFEST) if path.is_file()]
+    files = dict.fromkeys([*described, *weight_files(place)])
     if not files:
         raise FileNotFoundError(f"{folder} holds neither config.json nor weights")
-    return {path.name: _digest(path) for path in files}
+    return {str(path.relative_to(root)): _digest(path) for path in files}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, by name."""
+    """The files that hold the weights, by name: those of one pattern, or of tensor- and pipeline-parallel ranks."""
     matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
-    return next((found for found in matches if found), [])
+    ranks = (path for path in sorted(folder.glob("mp_rank_*")) if RANK_FOLDER.fullmatch(path.name))
+    of_ranks = [path / name for path in ranks for name in RANK_FILES if (path / name).is_file()]
+    return next((found for found in matches if found), of_ranks)
 
 
 def _digest(path: Path) -> str:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_peft.checkpoint.manifest import FileSum, measure
+from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
@@ -140,8 +141,9 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
     """Fill every rank's tensors in place. A collective.
 
     Raises:
-        ConfigurationError: on every rank, when a file is missing or damaged.
+        ConfigurationError: on every rank, when a file is missing or damaged, or the index would run code.
     """
+    checked_together(lambda: read_metadata(folder))  # megatron-core unpickles it whatever it holds
     wanted = {str(index): tensor for index, tensor in enumerate(tensors)}
     targets = {name: data_of(tensor) for name, tensor in wanted.items()}
     with _failures_named(f"{folder} is damaged"), torch.no_grad():
@@ -152,10 +154,7 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in a checkpoint, by key. Raises ConfigurationError if they cannot be read."""
-    try:
-        stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
-        raise ConfigurationError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+    stored = read_metadata(folder).state_dict_metadata
     return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.agreement import from_first_rank
-from megatron_peft.checkpoint.folders import checkpoints
+from megatron_peft.checkpoint.folders import TRACKER, checkpoints
 from megatron_peft.checkpoint.manifest import damage
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,10 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
         None if there is no checkpoint at all.
 
     Raises:
-        ConfigurationError: on every rank, if there are checkpoints but none is whole; it names the damage.
+        ConfigurationError: on every rank, if there are checkpoints but none is whole; it names the damage. Also if
+            the tracker names one and there is none.
     """
-    candidates = from_first_rank(lambda: checkpoints(folder))
+    candidates = from_first_rank(lambda: _candidates(folder))
     problems: list[str] = []
     for checkpoint in candidates:
         found = _damage_on_all_ranks(checkpoint)
@@ -41,6 +42,17 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
             f"another --load, or start from the beginning without --load."
         )
     return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    found, tracker = checkpoints(folder), folder / TRACKER
+    named = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    require(
+        bool(found) or not named,
+        f"--load {folder} holds no checkpoint, but its {TRACKER} names iteration {named}: copy it back, or remove that "
+        f"file to start from the beginning.",
+    )
+    return found
 
 
 def require_whole(checkpoint: Path) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.safe_pickle import read_metadata
 from megatron_peft.conversion.saved_tensor import map_tensor
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor
 
-INDEX = ".metadata"
 # What reading a torn archive may raise; some of the bytes are a pickle, and a torn one raises anything.
 _TORN = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),

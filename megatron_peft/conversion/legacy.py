@@ -18,14 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_peft.checkpoint.megatron_folder import RANK_FILES, RANK_FOLDER
+from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.rules import Rule
-from megatron_peft.conversion.safe_pickle import load_inertly
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, union
 
-RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
-RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"model(\d*)")
 
@@ -71,11 +70,6 @@ def open_legacy(folder: Path) -> LegacyCheckpoint:
         for name, tensor in _whole_model([contents[rank, stage] for stage in range(num_stages)], folder):
             tensors[name].append(tensor)
     return LegacyCheckpoint(folder, dict(tensors), contents[0, 0].get("args"))
-
-
-def holds_ranks(folder: Path) -> bool:
-    """Whether there are folders of ranks in it."""
-    return any(RANK_FOLDER.match(path.name) for path in folder.glob("mp_rank_*"))
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:

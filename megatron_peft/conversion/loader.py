@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatron_peft.checkpoint.manifest import MANIFEST
+from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.whole import require_whole
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.pretrained import open_weights
 from megatron_peft.conversion.progress import byte_bar
@@ -51,9 +54,13 @@ def load_pretrained(
     `folder` is a Hugging Face folder or a base model in Megatron's own form, and `shape` what `read_model_shape` says.
     The chunks are bare GPTModels (before Float16Module and DDP). Everything is compared with the headers of the files
     first, so a ConfigurationError (missing, extra, misshapen or truncated tensors, a parameter without a rule) comes
-    before a weight is read. `progress` shows a bar at a terminal, and nothing elsewhere.
+    before a weight is read. A run that is a base is compared with its manifest, each rank its share of the files: a
+    collective of all ranks. `progress` shows a bar at a terminal, and nothing elsewhere.
     """
     start = time.perf_counter()
+    files = megatron_files(folder)
+    if files is not None and (files / MANIFEST).is_file():
+        require_whole(files)
     rules, weights = open_weights(folder, shape)
     targets = [target for chunk in model_chunks for target in _targets(chunk, rules, tensor_parallel_size)]
     with byte_bar("Loading weights", sum(_num_bytes(target.parameter) for target in targets), progress) as advance:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import TRACKER, iteration_folder, newest_checkpoint
+from megatron_peft.checkpoint.megatron_folder import INDEX
+from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.distributed_files import INDEX, open_distributed
-from megatron_peft.conversion.legacy import holds_ranks, open_legacy
+from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.legacy import open_legacy
 from megatron_peft.conversion.rules import Rule
-from megatron_peft.conversion.safe_pickle import load_inertly
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredTensor, layer_of
 
@@ -86,11 +86,6 @@ class MegatronWeights:
             raise ConfigurationError(f"the tensors in {self.folder} do not fit its model. " + "; ".join(told) + ".")
 
 
-def megatron_files(folder: str | Path) -> Path | None:
-    """Where Megatron's files lie: `folder` itself, or the checkpoint in it that its tracker names. None: nowhere."""
-    return next((place for place in _places(Path(folder)) if (place / INDEX).is_file() or holds_ranks(place)), None)
-
-
 def open_megatron(files: Path) -> MegatronWeights:
     """What `megatron_files` has found. ConfigurationError: torn, incomplete or refused."""
     if not (files / INDEX).is_file():
@@ -112,17 +107,6 @@ def spellings(name: str) -> Iterator[str]:
     for norm, fused in FUSED_NORMS.items():
         if f".{norm}" in name:
             yield name.replace(norm, fused)
-
-
-def _places(folder: Path) -> Iterator[Path]:
-    yield folder
-    ours = newest_checkpoint(folder) if folder.is_dir() else None
-    if ours is not None:
-        yield ours
-    tracker = folder / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else ""
-    if text:
-        yield iteration_folder(folder, int(text)) if text.isdecimal() else folder / "release"
 
 
 def _unstacked(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:

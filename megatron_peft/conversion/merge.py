@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
@@ -20,6 +21,7 @@ from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.rotations import rotation_blocks
 from megatron_peft.conversion.rules import Rule
+from megatron_peft.conversion.to_huggingface import origins, require_undamaged
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
 
 
@@ -104,6 +106,9 @@ def merge(
     require(method in MERGERS, f"--input {input}: adapters of --peft-method {method} cannot be merged.")
     merger = MERGERS[method]
     base = base_of(adapters, pretrained_checkpoint)
+    files = megatron_files(base)
+    if files is not None:
+        require_undamaged(files)
     rules, weights = open_weights(base, shape)
     owned = owned_rules(rules, shape)
     contents = Contents(
@@ -111,7 +116,7 @@ def merge(
         rules=owned,
         types={name: dtype or weights.stored_type(rule) for name, rule in owned.items()},
         tensors=lambda rule: _merged(rule, weights, adapters, merger),
-        origins=[base],
+        origins=[base] if files is None else origins(base, files),
     )
     write_huggingface(Path(output), contents, max_shard_bytes, "Merging", progress)
     return Path(output)

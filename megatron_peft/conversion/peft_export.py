@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
@@ -59,10 +60,17 @@ def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     )
     rules = _adapted_weights(record)
     export = EXPORTERS[method](adapters, rules)
-    config = {**_common_config(record, _base(adapters, pretrained_checkpoint), rules), **export.config()}
+    base = _base(adapters, pretrained_checkpoint)
+    is_megatrons = base is not None and megatron_files(base) is not None
+    config = {**_common_config(record, None if is_megatrons else base, rules), **export.config()}
     with new_folder(output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         _write(draft, rules, export)
+    if is_megatrons:
+        print(
+            f"The base model {base} is in Megatron's form, which HF PEFT does not open, so the adapter names none: "
+            f"tools/convert.py megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
+        )
     print(export.note, end="", flush=True)
     return Path(output)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.legacy_arguments import shape_of_arguments
-from megatron_peft.conversion.megatron_weights import megatron_files, open_megatron
+from megatron_peft.conversion.megatron_weights import open_megatron
 from megatron_peft.conversion.rules import Rule, expected_tensors
 from megatron_peft.conversion.source import Source, open_source
 from megatron_peft.conversion.stored_types import stored_type

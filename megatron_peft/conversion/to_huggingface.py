@@ -10,11 +10,12 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.manifest import MANIFEST, damage
+from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
-from megatron_peft.conversion.megatron_weights import MegatronWeights, megatron_files, open_megatron
+from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
 from megatron_peft.conversion.rules import Rule
@@ -50,8 +51,7 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
-    problems = damage(files) if (files / MANIFEST).is_file() else []
-    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
+    require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
     weights = open_megatron(files)
     rules = owned_rules(rules_for(shape), shape)
@@ -61,7 +61,7 @@ def megatron_to_hf(
         rules=rules,
         types={name: dtype or weights.stored_type(rule) for name, rule in rules.items()},
         tensors=lambda rule: _tensors(rule, weights, dtype),
-        origins=_origins(Path(input), files, pretrained_checkpoint),
+        origins=origins(Path(input), files, pretrained_checkpoint),
     )
     write_huggingface(Path(output), contents, max_shard_bytes, "Converting", progress)
     return Path(output)
@@ -74,11 +74,18 @@ def _tensors(rule: Rule, weights: MegatronWeights, dtype: torch.dtype | None) ->
     return rule.write([whole])
 
 
-def _origins(input: Path, files: Path, pretrained_checkpoint: str | Path | None) -> Iterator[Path]:
-    """Folders that may hold the model's own config.json and tokenizer, the surest first."""
+def require_undamaged(files: Path) -> None:
+    """Compare a run's checkpoint with its manifest; others have none. ConfigurationError names the damage."""
+    problems = damage(files) if (files / MANIFEST).is_file() else []
+    require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
+
+
+def origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
+    """Folders that may hold a model's own config.json and tokenizer, the surest first: of a run, down to its base."""
     if pretrained_checkpoint is not None:
         yield Path(pretrained_checkpoint)
-    yield from (files, input)
+    yield from (files, folder)
     base = read_record(files).config.model.pretrained_checkpoint if (files / RECORD).is_file() else None
     if base is not None:
-        yield Path(base)
+        base_files = megatron_files(base)
+        yield from [Path(base)] if base_files is None else origins(Path(base), base_files)

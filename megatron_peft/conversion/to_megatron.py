@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_peft.checkpoint.megatron_folder import INDEX, megatron_files
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.companions import CONFIG, copy_companions, set_stored_type
 from megatron_peft.conversion.direct_file import DirectFile
-from megatron_peft.conversion.distributed_files import INDEX
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.output_folder import check_new, new_folder
@@ -111,6 +111,8 @@ def hf_to_megatron(
         make_vocab_size_divisible_by > 0,
         f"--make-vocab-size-divisible-by {make_vocab_size_divisible_by} must be above 0.",
     )
+    is_megatrons = megatron_files(input) is not None
+    require(not is_megatrons, f"--input {input} is in Megatron's form already: give a Hugging Face folder.")
     described = (Path(input) / CONFIG).is_file()
     require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
     shape, source = read_shape(input), open_source(input)

@@ -8,6 +8,7 @@ All in float32, in one process, one model after the other.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.checkpoint.compatible import differing_base
 from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.record import read_record
+from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.record import find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
+from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.companions import CONFIG
-from megatron_peft.conversion.megatron_weights import megatron_files
 from megatron_peft.conversion.pretrained import read_model_shape
+
+logger = logging.getLogger(__name__)
 
 PEFT_CONFIG = "adapter_config.json"
 BATCH_SIZE = 2
@@ -120,10 +125,21 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
         return Subject(folder, folder, trace)
     base = Path(pretrained_checkpoint or trained_on)
     require(
-        base.is_dir(),
+        bool(pretrained_checkpoint or trained_on) and base.is_dir(),
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
+    if trace is _trace_ours:
+        _warn_of_another_base(folder, base)
     return Subject(folder, base, trace)
+
+
+def _warn_of_another_base(folder: Path, base: Path) -> None:
+    """Only that: the same weights in another form have other files."""
+    record = read_record(find_checkpoint(folder))
+    differing = differing_base(record, read_model_shape(base), known_fingerprint(base))
+    if differing:
+        named = record.config.model.pretrained_checkpoint
+        logger.warning("%s was trained on %s; %s is another one by %s", folder, named, base, ", ".join(differing))
 
 
 def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace]]:
@@ -135,9 +151,12 @@ def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace
             return None, _trace_ours
         return record.config.model.pretrained_checkpoint or "", _trace_ours
     config = folder / PEFT_CONFIG
-    settings = json.loads(config.read_text()) if config.is_file() else {}
+    try:
+        settings = json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise ConfigurationError(f"{config} is not JSON ({error}): copy the adapter again.") from error
     if "peft_type" in settings:
-        return settings["base_model_name_or_path"] or "", _trace_peft
+        return settings.get("base_model_name_or_path") or "", _trace_peft
     return None, _trace_transformers
 
 
@@ -189,13 +208,9 @@ def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
     except ImportError:
         require(False, f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft.")
         raise
-    try:
-        model = PeftModel.from_pretrained(_transformers_model(subject.base), str(subject.folder))
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"HF PEFT cannot open {subject.folder} ({' '.join(str(error).split())[:200]}). For BOFT with several "
-            f"factors it needs its CUDA extension."
-        ) from error
+    model = _transformers_model(subject.base)
+    with _refusals_named("HF PEFT", subject.folder, " For BOFT with several factors it needs its CUDA extension."):
+        model = PeftModel.from_pretrained(model, str(subject.folder))
     return _trace_hugging_face(model, tokens)
 
 
@@ -204,7 +219,18 @@ def _transformers_model(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with _refusals_named("transformers", folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+@contextmanager
+def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None]:
+    """Whatever a library says of a folder that it cannot open, as ConfigurationError."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each of them has errors of its own
+        told = " ".join(str(error).split())[:200]
+        raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {told}).{hint}") from error
 
 
 def _trace_hugging_face(model: Any, tokens: Tensor) -> Trace:

@@ -9,6 +9,7 @@ validation_loss where it was measured. The Hybrid's lambda of each layer goes to
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -16,9 +17,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_peft.config import ConfigurationError, LoggingConfig
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -47,8 +50,8 @@ class MetricsWriter:
         resumed_iteration: int = 0,
         run_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._file: TextIO | None = None
-        self._layers_file: TextIO | None = None
+        self._file: _Lines | None = None
+        self._layers_file: _Lines | None = None
         self._folder = Path(save_dir) if is_writer and save_dir is not None else None
         self._resumed_iteration = resumed_iteration
         self._tensorboard: Any = None
@@ -65,7 +68,7 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Write `record` (it has `iteration`; values are numbers or mappings of numbers) and flush it."""
         if self._file is not None:
-            _append_line(self._file, json.dumps(_finite(record)))
+            self._file.append(json.dumps(_finite(record)))
         scalars = dict(_scalars(record))
         iteration = int(scalars.pop("iteration"))
         if self._tensorboard is not None:
@@ -80,7 +83,7 @@ class MetricsWriter:
         if self._folder is not None:
             path = self._folder / f"{name}.jsonl"
             self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration)
-            _append_line(self._layers_file, json.dumps(_finite({"iteration": iteration, name: by_layer})))
+            self._layers_file.append(json.dumps(_finite({"iteration": iteration, name: by_layer})))
         if self._tensorboard is not None:
             for layer, value in by_layer.items():
                 self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
@@ -140,11 +143,38 @@ def memory_bytes() -> tuple[int, int]:
     return peak, peak  # no /proc: the high-water mark is all that the system tells
 
 
-def _open_metrics(path: Path, resumed_iteration: int) -> TextIO:
+class _Lines:
+    """A file that grows by whole lines. On a full disk lines are left out, and that is said: no run ends for them."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._num_lost = 0  # since the last line that was written
+
+    def append(self, line: str) -> None:
+        start = self._file.seek(0, os.SEEK_END)
+        left = memoryview(f"{line}\n".encode())
+        try:
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            self._file.truncate(start)  # of the half that there was room for
+            if not self._num_lost:
+                logger.warning("%s cannot be written (%s): the run goes on", self._file.name, error.strerror)
+            self._num_lost += 1
+            return
+        if self._num_lost:
+            logger.warning("%s can be written again; %d lines are not in it", self._file.name, self._num_lost)
+            self._num_lost = 0
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open_metrics(path: Path, resumed_iteration: int) -> _Lines:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_records_after(path, resumed_iteration)
-        return path.open("a", encoding="utf-8")
+        return _Lines(path)
     except OSError as error:
         raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
 
@@ -160,14 +190,6 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _append_line(file: TextIO, line: str) -> None:
-    try:
-        file.write(line + "\n")
-        file.flush()
-    except OSError as error:  # "no space left on device" alone does not say which
-        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _open_tensorboard(folder: str, resumed_iteration: int) -> Any:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_peft.checkpoint.sharded_files import read_tensors, stored_shapes
+from megatron_peft.config import ConfigurationError
+from tests.conversion.megatron_folders import save_distributed
+from tests.one_rank import one_rank
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "run_record.json"])
@@ -11,3 +20,22 @@ def test_a_file_cut_short_is_reported_on_all_ranks(two_ranks, name):
     (message,) = messages
     assert message.startswith("ConfigurationError")
     assert "is damaged" in message or "cannot be read" in message
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (print, ("it ran",))
+
+
+@pytest.mark.parametrize("read", ["shapes", "tensors"])
+def test_an_index_that_would_run_code_is_refused_and_runs_nothing(tmp_path, capsys, read):
+    folder = save_distributed(tmp_path / "run", {"w": torch.ones(4)})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.planner_data = Evil()
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    wanted = ShardedTensor.from_rank_offsets("w", torch.zeros(4))
+    with one_rank(), pytest.raises(ConfigurationError, match="is refused: to unpickle it would call builtins.print"):
+        stored_shapes(folder) if read == "shapes" else read_tensors([wanted], folder)
+    assert "it ran" not in capsys.readouterr().out

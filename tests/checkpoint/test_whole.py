@@ -6,7 +6,11 @@ import random
 import shutil
 from pathlib import Path
 
+import pytest
+
+from megatron_peft.checkpoint import whole
 from megatron_peft.checkpoint.manifest import damage
+from megatron_peft.config import ConfigurationError
 
 
 def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):
@@ -50,3 +54,13 @@ def test_any_flipped_byte_and_any_truncation_of_a_real_checkpoint_is_found(files
                 (problem,) = damage(checkpoint)
                 assert problem.startswith(path.name), (path.name, offset)
         path.write_bytes(whole)
+
+
+def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
+    """The run would start over, and with --save in the same folder go on there."""
+    assert whole._candidates(tmp_path) == []
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    with pytest.raises(
+        ConfigurationError, match="holds no checkpoint, but its latest_checkpointed_iteration.txt names"
+    ):
+        whole._candidates(tmp_path)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_peft.checkpoint.megatron_folder import holds_ranks
+from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.legacy import holds_ranks, open_legacy
-from megatron_peft.conversion.safe_pickle import load_inertly
+from megatron_peft.conversion.legacy import open_legacy
 from tests.conversion.megatron_folders import ODD, save_random, save_ranks
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.megatron_weights import MegatronWeights, megatron_files, open_megatron, spellings
+from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron, spellings
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from tests.conversion.megatron_folders import ODD, equal, global_tensors, save_distributed, save_random, tensors_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import ConfigurationError
+from megatron_peft.checkpoint.folders import RECORD, TRACKER
+from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.merge import MERGERS, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
+from megatron_peft.models.huggingface import read_shape
+from tests.checkpoint.records import make_record
 from tests.conversion.adapter_runs import RUNS, Moved, copy_run
 
 
@@ -51,14 +57,62 @@ def test_type_and_shards_are_chosen(moved: Moved, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_base_in_the_form_of_megatron(moved: Moved, tmp_path: Path) -> None:
-    base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
-    run = copy_run(moved.run("tp2"), tmp_path / "run", lambda record: replace(record, base_fingerprint=None))
-    merge(run, tmp_path / "merged", pretrained_checkpoint=base)
+def trained_on(run: Path, to: Path, base: Path) -> Path:
+    """A copy of a run whose record names another base, by its fingerprint too."""
+    model = ModelConfig(pretrained_checkpoint=str(base))
+
+    def change(record: RunRecord) -> RunRecord:
+        return replace(record, config=replace(record.config, model=model), base_fingerprint=known_fingerprint(base))
+
+    return copy_run(run, to, change)
+
+
+def full_run(folder: Path, base: Path) -> Path:
+    """What a run of full fine-tuning that changed nothing leaves."""
+    checkpoint = folder / "iter_0000002"
+    shutil.copytree(hf_to_megatron(base, folder / "converted", progress=False), checkpoint)
+    for name in ("config.json", "tokenizer.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+    record = replace(make_record(shape=read_shape(base)), base_fingerprint=None)
+    config = replace(record.config, model=ModelConfig(str(base)), peft=PeftConfig(method="full"))
+    (checkpoint / RECORD).write_text(replace(record, config=config).to_json())
+    write_manifest(checkpoint, {})
+    (folder / TRACKER).write_text("2\n")
+    shutil.rmtree(folder / "converted")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["converted", "run"])
+def test_base_in_the_form_of_megatron(form: str, moved: Moved, tmp_path: Path) -> None:
+    """Converted, or a run of full fine-tuning: config and tokenizer come along, and another such base is refused."""
+    bases = {}
+    for name in ("base", "other"):
+        original = Path(shutil.copytree(moved.base(name), tmp_path / f"hf-{name}"))
+        (original / "tokenizer.json").write_text("{}")
+        converted = form == "converted"
+        folder = tmp_path / name
+        bases[name] = hf_to_megatron(original, folder, progress=False) if converted else full_run(folder, original)
+    run = trained_on(moved.run("tp2"), tmp_path / "run", bases["base"])
+    merge(run, tmp_path / "merged")
     merge(moved.run("tp2"), tmp_path / "expected")
     merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    with pytest.raises(ConfigurationError, match=r"other is another one \(.*__0_0.distcp"):
+        merge(run, tmp_path / "wrong", pretrained_checkpoint=bases["other"])
+
+
+def test_a_damaged_run_that_is_the_base_is_named(moved: Moved, tmp_path: Path) -> None:
+    base = full_run(tmp_path / "full", moved.base("base"))
+    run = trained_on(moved.run("tp2"), tmp_path / "run", base)
+    path = base / "iter_0000002" / "__0_0.distcp"
+    numbers = bytearray(path.read_bytes())
+    numbers[1000] ^= 1
+    path.write_bytes(numbers)
+    with pytest.raises(ConfigurationError, match="__0_0.distcp"):
+        merge(run, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

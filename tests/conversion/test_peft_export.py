@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record, read_run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import Moved, copy_run
 
@@ -83,6 +87,19 @@ def test_base_may_be_elsewhere(moved: Moved, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match=r"trained on the base model far/away, but .*other is another one"):
         export_adapter(run, tmp_path / "with", pretrained_checkpoint=moved.base("other"))
+
+
+def test_base_in_megatrons_form_is_not_named_and_that_is_said(moved: Moved, tmp_path: Path, capsys) -> None:
+    base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
+    model = ModelConfig(pretrained_checkpoint=str(base))
+    run = copy_run(moved.run("tp2"), tmp_path / "run", lambda record: configured(record, model=model))
+    checkpoint = find_checkpoint(run)
+    record = replace(read_record(checkpoint), base_fingerprint=known_fingerprint(base))
+    (checkpoint / RECORD).write_text(record.to_json())
+    write_manifest(checkpoint, {})
+    export_adapter(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert f"The base model {base} is in Megatron's form, which HF PEFT does not open" in capsys.readouterr().out
 
 
 def test_full_fine_tuning_has_no_adapter(moved: Moved, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained
@@ -17,6 +19,7 @@ from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_ranks
 from tests.conversion.test_loader import num_bytes, stage
 from tests.conversion.test_to_huggingface import save_run
+from tests.one_rank import one_rank
 
 TIED = dataclasses.replace(ODD, tied_embeddings=True)
 
@@ -98,3 +101,16 @@ def test_a_run_of_adapters_is_no_base(folders: dict[str, Path], tmp_path: Path) 
     run = save_run(folders["odd"], tmp_path / "run", {key: torch.zeros(2)}, "lora")
     with pytest.raises(ConfigurationError, match=f"holds adapters \\({key}, ...\\) and no base model: .*merge"):
         load(stage(ODD, 1, range(4)), run, ODD, 0, 1)
+
+
+def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(folders["odd run"], tmp_path / "run"))
+    checkpoint = base / "iter_0000002"
+    write_manifest(checkpoint, {})
+    with one_rank():
+        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD, 0, 1)
+    numbers = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    numbers[len(numbers) // 2] ^= 1
+    (checkpoint / "__0_0.distcp").write_bytes(numbers)
+    with one_rank(), pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp has other bytes"):
+        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD, 0, 1)

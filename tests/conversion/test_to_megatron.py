@@ -156,3 +156,9 @@ def test_a_folder_that_is_no_model_is_named_by_its_flag(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigurationError, match=f"--input {folder} is not a folder with a config.json: give"):
             hf_to_megatron(folder, tmp_path / "new", progress=False)
+
+
+def test_a_folder_in_megatrons_form_is_told(original: Path, tmp_path: Path) -> None:
+    converted = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    with pytest.raises(ConfigurationError, match=f"--input {converted} is in Megatron's form already"):
+        hf_to_megatron(converted, tmp_path / "again", progress=False)

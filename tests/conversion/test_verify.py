@@ -94,3 +94,34 @@ def test_comparison_of_traces() -> None:
     assert (found.logits.absolute, found.logits.scale, found.logits.relative) == (3.0, 4.0, 0.75)
     assert found.layers == [found.logits]
     assert (found.same_best, found.num_positions) == (1, 2)
+
+
+def broken(original: Path, folder: Path, change: str) -> Path:
+    """A folder that the library that should open it cannot."""
+    shutil.copytree(original, folder)
+    weights, config = folder / "model.safetensors", folder / "adapter_config.json"
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif change == "no weights":
+        weights.unlink()
+    else:
+        weights.unlink()
+        config.write_text({"no JSON": "{", "no base": '{"peft_type": "LORA"}'}[change])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("truncated", "transformers cannot open .*other"),
+        ("no weights", "transformers cannot open .*other"),
+        ("no JSON", "adapter_config.json is not JSON"),
+        ("no base", "the base model .* is not there: give its folder with --pretrained-checkpoint"),
+    ],
+)
+def test_what_cannot_be_opened_is_told(original: Path, tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        verify(original, broken(original, tmp_path / "other", change), num_tokens=4)
+    if change == "no base":
+        with pytest.raises(ConfigurationError, match="HF PEFT cannot open .*other"):
+            verify(original, tmp_path / "other", num_tokens=4, pretrained_checkpoint=original)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import pytest
@@ -76,11 +77,24 @@ def test_a_save_folder_that_is_a_file_is_named(tmp_path):
         MetricsWriter(tmp_path / "taken", SILENT, is_writer=True)
 
 
-def test_a_full_disk_names_the_file():
-    writer = MetricsWriter(None, SILENT, is_writer=True)
-    writer._file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        writer.write({"iteration": 1})
+def test_a_full_disk_costs_lines_and_no_run(tmp_path, caplog):
+    """A line is whole or not there, and the next ones come when there is room again."""
+    path = tmp_path / "metrics.jsonl"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, SILENT, is_writer=True) as writer:
+        writer.write({"iteration": 1, "loss": 1.0})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, unlimited[1]))
+            writer.write({"iteration": 2, "loss": 2.0})
+            writer.write({"iteration": 2, "loss": 2.5})
+            writer.write_layers(2, "lambda", {"layer": 0.5 / 3, "another": 0.5 / 7, "third": 0.5 / 11})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        writer.write({"iteration": 3, "loss": 3.0})
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 3]
+    assert caplog.text.count(f"{path} cannot be written (File too large): the run goes on") == 1
+    assert f"{path} can be written again; 2 lines are not in it" in caplog.text
+    assert "lambda.jsonl cannot be written" in caplog.text and read_metrics(tmp_path / "lambda.jsonl") == []
 
 
 def test_tensorboard_gets_every_number_at_its_iteration(tmp_path):

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
+from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.conversion.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from tests.conversion.megatron_folders import save_distributed, save_random, save_ranks
 
