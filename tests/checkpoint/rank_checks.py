@@ -104,6 +104,9 @@ RESHARDED = {  # from, to
     "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
     "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
     "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
+    "lora TP2 to PP2 interleaved": ("lora TP2", PP2_INTERLEAVED),
+    "lora PP2 interleaved to TP2": ("lora PP2 interleaved", TP2),
+    "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
 }
 CHANGED = {  # what contradicts a checkpoint of "lora TP2"
     "method": merged(FULL, TP2),
