@@ -91,10 +91,18 @@ class DraftedCheckpoint:
         known: dict[str, FileSum] = {name: found for written in by_rank for name, found in written.sums.items()}
         publish(self.draft, self.folder, self.iteration, known)
         if adapter_config:
-            write_atomically(self.folder / ADAPTER_CONFIG, adapter_config)
+            _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
         num_kept = self.record.config.checkpoint.keep_last_checkpoints
         if num_kept is not None:
             keep_last(self.folder, self.iteration, num_kept)
+
+
+def _write_beside_checkpoints(path: Path, text: str) -> None:
+    """The checkpoint is published and holds this text itself: without room for a copy it is saved all the same."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
 
 
 def draft_checkpoint(

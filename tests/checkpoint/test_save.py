@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
+
+from megatron_peft.checkpoint import save
 
 
 @pytest.mark.parametrize("phase", ["data on rank 1", "data on rank 1, for real", "metadata", "common file", "record"])
@@ -36,3 +40,16 @@ def test_adapters_only_and_neither_optimizer_nor_generators(facts):
 def test_without_the_optimizer_the_parameters_can_be_taken(facts):
     assert "--no-save-optim" in facts["saved partly"]["refused"]
     assert facts["saved partly"]["taken"]
+
+
+def test_a_copy_that_there_is_no_room_for_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+    """The file of the adapters beside the checkpoints; each of them has its own."""
+    (tmp_path / "adapter_config.json").write_text("of the one before")
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save, "write_atomically", full)
+    save._write_beside_checkpoints(tmp_path / "adapter_config.json", "{}")
+    assert "adapter_config.json cannot be written" in caplog.text
+    assert (tmp_path / "adapter_config.json").read_text() == "of the one before"
