@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_peft.checkpoint import sharded_files
@@ -21,6 +20,7 @@ from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.checkpoint.save import CheckpointNotSaved, save_checkpoint
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import (
     Files,
@@ -231,7 +231,7 @@ def _saved_partly(files: Files) -> dict[str, Any]:
     resuming = start(configure(files, merged(TP2, {"checkpoint": {"load": folder}})))
     taking = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
     return {
-        "keys": sorted(dist_checkpointing.load_tensors_metadata(str(checkpoint))),
+        "keys": sorted(open_distributed(checkpoint)),
         "refused": attempt(lambda: load_checkpoint(resuming.state)),
         "taken": load_checkpoint(taking.state),
     }

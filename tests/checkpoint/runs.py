@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.optimizer_state import MOMENTS, slots
@@ -28,6 +28,7 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
@@ -187,9 +188,13 @@ def _save_behind(state: TrainingState) -> None:
 
 def stored_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """All whole tensors of a --save folder's only checkpoint, generators aside."""
-    checkpoint = next(Path(folder).glob("iter_*"))
-    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
-    return {key: torch.atleast_1d(tensor) for key, tensor in tensors.items() if not key.startswith("rng.")}
+    stored = open_distributed(next(Path(folder).glob("iter_*")))
+    tensors = {
+        key: torch.empty(one.shape, dtype=one.dtype) for key, one in stored.items() if not key.startswith("rng.")
+    }
+    for key, tensor in tensors.items():
+        stored[key].fill(tensor, (0,) * tensor.dim())
+    return {key: torch.atleast_1d(tensor) for key, tensor in tensors.items()}
 
 
 def attempt(action: Callable[[], Any]) -> str:
