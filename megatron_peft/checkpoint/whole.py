@@ -49,8 +49,8 @@ def _candidates(folder: Path) -> list[Path]:
     named = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     require(
         bool(found) or not named,
-        f"--load {folder} holds no checkpoint, but its {TRACKER} names iteration {named}: copy it back, or remove that "
-        f"file to start from the beginning.",
+        f"--load {folder} holds no checkpoint of a run, but its {TRACKER} names {named}: copy it back; or, to start "
+        f"from the beginning, remove the file. A model of another program is given as --pretrained-checkpoint.",
     )
     return found
 

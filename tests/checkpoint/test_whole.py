@@ -61,6 +61,6 @@ def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
     assert whole._candidates(tmp_path) == []
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
     with pytest.raises(
-        ConfigurationError, match="holds no checkpoint, but its latest_checkpointed_iteration.txt names"
+        ConfigurationError, match="holds no checkpoint of a run, but its latest_.*names 12: .*--pretrained"
     ):
         whole._candidates(tmp_path)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron, spellings
@@ -85,17 +84,3 @@ def test_bytes_read_are_counted(original: Path, tmp_path: Path) -> None:
     weights = check(global_tensors(original), tmp_path / "megatron")
     weights.read(rules_for(ODD)["decoder.final_layernorm.weight"], torch.zeros(10), 0, 1)
     assert weights.bytes_read == 40
-
-
-@pytest.mark.parametrize(("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), (None, "")])
-def test_the_tracker_leads_to_the_files(tracker: str | None, place: str, tmp_path: Path) -> None:
-    for name in ("iter_0000010", "iter_0000020", "release") if tracker else ("",):
-        (tmp_path / name / "mp_rank_00").mkdir(parents=True)
-    if tracker:
-        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
-    assert megatron_files(tmp_path) == tmp_path / place
-
-
-def test_a_hugging_face_folder_holds_none(original: Path, tmp_path: Path) -> None:
-    assert megatron_files(original) is None
-    assert megatron_files(tmp_path / "nowhere") is None

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import HarnessSettings
-from megatron_peft.evaluation.output import check_output
 
 
 @pytest.mark.parametrize(
@@ -28,11 +27,3 @@ def test_values_out_of_range_are_told(values, message):
 def test_files_lie_beside_the_results():
     settings = HarnessSettings(["task"], "runs/scores.json", limit=0.5)
     assert settings.beside("requests") == Path("runs/scores.requests.jsonl")
-
-
-def test_a_place_that_cannot_hold_results_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="is a folder: give a file"):
-        check_output(str(tmp_path))
-    with pytest.raises(ConfigurationError, match="cannot be written"):
-        check_output(str(tmp_path / "file" / "out.json"))
