@@ -1,6 +1,31 @@
-"""Tests start ranks as the benchmarks do; see `megatron_peft.runtime.ranks`."""
+"""The one launcher of ranks: forks of a server that has torch, megatron-core and transformers imported already."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from megatron_peft.runtime import ranks
 from megatron_peft.runtime.ranks import RanksFailed as RanksFailed
-from megatron_peft.runtime.ranks import run_ranks as run_ranks
+from tests.time_limits import seconds
+
+# Nothing of this project's: what a test patches or breaks is imported by the rank itself.
+ranks.preload(
+    [
+        "pytest",  # which multiprocessing imports in every child, since it is the main program
+        "torch",
+        "torch.distributed.checkpoint",
+        "megatron.core.dist_checkpointing",
+        "megatron.core.distributed",
+        "megatron.core.models.gpt",
+        "megatron.core.optimizer",
+        "megatron.core.pipeline_parallel",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.bloom.modeling_bloom",
+    ]
+)
+
+
+def run_ranks(num_ranks: int, function: Callable[[Any], Any], argument: Any = None, limit: float = 300) -> list[Any]:
+    """What `function(argument)` returned, by rank; `limit` in seconds, see `tests.time_limits`."""
+    return ranks.run_ranks(num_ranks, function, argument, timeout=seconds(limit))

@@ -26,7 +26,7 @@ LIMIT = 1.001  # lambda and what it multiplies are a few scalars
 
 def activations_figures(setting: Setting) -> list[Figure]:
     """BOFT's and uRNN's extra over LoRA's, the Hybrid's over LoRA's and BOFT's together."""
-    kept = run_ranks(1, f"{__name__}:count_methods", setting, timeout=TIMEOUT_SECONDS)[0]
+    kept = run_ranks(1, count_methods, setting, timeout=TIMEOUT_SECONDS)[0]
     num_layers = read_shape(setting.checkpoint).num_layers
     extra = {name: (num_bytes - kept["frozen"]) / num_layers for name, num_bytes in kept.items()}
     frozen = f"frozen {kept['frozen'] / num_layers / MIB:.1f} MiB a layer"

@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 1200.0
 
 def boft_layer_figures(num_turns: int) -> list[Figure]:
     """Over the frozen linear layer; HF PEFT's for comparison."""
-    seconds = run_ranks(1, f"{__name__}:time_layers", num_turns, timeout=TIMEOUT_SECONDS)[0]
+    seconds = run_ranks(1, time_layers, num_turns, timeout=TIMEOUT_SECONDS)[0]
     return [_over_frozen(seconds, "BOFT", TARGET), _over_frozen(seconds, "HF PEFT's BOFT", None)]
 
 

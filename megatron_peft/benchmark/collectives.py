@@ -44,7 +44,7 @@ def _log(step) -> list[Collective]:
 
 
 def _compare(setting: Setting) -> list[Figure]:
-    calls = run_ranks(setting.world_size, f"{__name__}:log_steps", setting)[0]
+    calls = run_ranks(setting.world_size, log_steps, setting)[0]
     frozen, lora, hybrid = ([c for c in calls[name] if not c.is_scalar] for name in ("frozen", "lora", "hybrid"))
     extra = extra_calls(frozen, lora)
     wide = [call for call in extra if call.name != "allreduce_" and call.width > setting.rank]

@@ -48,13 +48,13 @@ class Replies:
 def generation_figures(setting: Setting, turns: int) -> list[Figure]:
     """Prompts whose answer differs, the largest difference of a log-likelihood, and the quotient of CPU seconds."""
     questions = Questions(setting, some_prompts(read_shape(setting.checkpoint).vocab_size))
-    expected = run_ranks(1, f"{__name__}:replies_of_transformers", questions, timeout=1800)[0]
+    expected = run_ranks(1, replies_of_transformers, questions, timeout=1800)[0]
     figures = []
     for layout in LAYOUTS:
         one = dataclasses.replace(questions, setting=dataclasses.replace(setting, **layout))
-        found = run_ranks(one.setting.world_size, f"{__name__}:our_replies", one, timeout=1800)[0]
+        found = run_ranks(one.setting.world_size, our_replies, one, timeout=1800)[0]
         figures += compare(one.setting.layout, found, expected)
-    seconds = run_ranks(1, f"{__name__}:time_generation", (questions, turns), timeout=1800)[0]
+    seconds = run_ranks(1, time_generation, (questions, turns), timeout=1800)[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
     return [*figures, Figure("TP1: CPU seconds / transformers' generate", ratio, 1.0, "", note)]

@@ -58,7 +58,7 @@ def harness_figures(model: str, work: Path, downloads: Path) -> list[Figure]:
     prepare_tasks(work / "tasks", downloads)
     questions = Questions(model, str(work / "tasks"))
     ours, theirs = (
-        run_ranks(1, f"{__name__}:{name}", questions, timeout=TIMEOUT)[0] for name in ("our_items", "their_items")
+        run_ranks(1, backend, questions, timeout=TIMEOUT)[0] for backend in (our_items, their_items)
     )
     return compare_items(ours, theirs)
 

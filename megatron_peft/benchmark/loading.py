@@ -25,7 +25,7 @@ class Loaded:
 
 def loading_figures(setting: Setting) -> list[Figure]:
     """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
-    ranks = run_ranks(setting.world_size, f"{__name__}:load", setting)
+    ranks = run_ranks(setting.world_size, load, setting)
     bare = peak_of_bare_torch()
     most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
     largest = max(ranks, key=lambda rank: rank.peak - rank.shard)

@@ -39,7 +39,7 @@ def logits_figures(setting: Setting) -> list[Figure]:
 
 
 def _logits(setting: Setting) -> Tensor:
-    return run_ranks(setting.world_size, f"{__name__}:split_logits", setting)[-1]
+    return run_ranks(setting.world_size, split_logits, setting)[-1]
 
 
 def split_logits(setting: Setting) -> Tensor | None:

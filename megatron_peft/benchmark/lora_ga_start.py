@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 1800.0
 
 def lora_ga_start_figures(setting: Setting) -> list[Figure]:
     """Of a start from eight batches; memory of a start from one, since no batch adds to it."""
-    frozen, start = run_ranks(1, f"{__name__}:time_start", setting, timeout=TIMEOUT_SECONDS)[0]
+    frozen, start = run_ranks(1, time_start, setting, timeout=TIMEOUT_SECONDS)[0]
     peaks = [_peak(setting, name).peak / MIB for name in ("lora-ga-start", "frozen")]
     ratio, note = start / frozen, f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
     sizes = f"peaks of {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB"
@@ -38,7 +38,7 @@ def lora_ga_start_figures(setting: Setting) -> list[Figure]:
 
 def _peak(setting: Setting, name: str) -> Peak:
     job = StepsJob(setting, name, num_steps=1)
-    return run_ranks(1, f"{__name__}:run_steps_giving_back", job, timeout=TIMEOUT_SECONDS)[0]
+    return run_ranks(1, run_steps_giving_back, job, timeout=TIMEOUT_SECONDS)[0]
 
 
 def run_steps_giving_back(job: StepsJob) -> Peak:

@@ -38,7 +38,7 @@ class StepsJob:
 
 def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
     """Of some steps of one subject in a fresh process of one rank."""
-    return run_ranks(1, f"{__name__}:run_steps", StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
+    return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
 
 
 def run_steps(job: StepsJob) -> Peak:

@@ -19,7 +19,6 @@ LAYOUTS = (
 )
 OVER_FULL = {"frozen": None, "lora": 0.72, "hf-peft-lora": None}
 TIMEOUT_SECONDS = 3600.0
-TIMER = f"{time_turns.__module__}:{time_turns.__name__}"
 
 
 def lora_ratio_figures(setting: Setting, num_turns: int) -> list[Figure]:
@@ -65,7 +64,7 @@ def _ratio(seconds: dict[str, list[float]], name: str, below: str, limit: float 
 
 def _take_turns(setting: Setting, names: tuple[str, ...], num_turns: int) -> dict[str, list[float]]:
     job = TurnsJob(setting, names, num_turns)
-    return over_ranks(run_ranks(setting.world_size, TIMER, job, timeout=TIMEOUT_SECONDS))
+    return over_ranks(run_ranks(setting.world_size, time_turns, job, timeout=TIMEOUT_SECONDS))
 
 
 def _spent(seconds: dict[str, list[float]], name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
+from tests.adapters import layer_runs
 from tests.adapters.layer_runs import BATCH, RANK, F, GatedPair, H, S, draw, run_here
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -24,7 +25,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    by_rank = run_ranks(2, "tests.adapters.layer_runs:run", list(LAYOUTS.values()))
+    by_rank = run_ranks(2, layer_runs.run, list(LAYOUTS.values()))
     return [dict(zip(LAYOUTS, found, strict=True)) for found in by_rank]
 
 

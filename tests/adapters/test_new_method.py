@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.adapters import new_method_runs
 from tests.adapters.new_method_runs import example
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job
 
-TARGET = "tests.adapters.new_method_runs:run"
 LAYOUTS = {
     "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
     "TP2+SP": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
@@ -28,7 +28,7 @@ def curves(tmp_path_factory):
             Job(name, base, data, **{"peft": {"method": "gains"}, "optimizer": {"lr": 1e-1}, **changes}, num_steps=12)
             for name, changes in layouts.items()
         ]
-        found.update(run_ranks(num_ranks, TARGET, jobs)[0])
+        found.update(run_ranks(num_ranks, new_method_runs.run, jobs)[0])
     return found
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmark.harness import TASKS, Questions, compare_items
+from megatron_peft.benchmark.harness import TASKS, Questions, compare_items, our_items, their_items
 from megatron_peft.data.preparation import benchmarks
-from megatron_peft.runtime.ranks import run_ranks
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
+from tests.ranks import run_ranks
 
 NAMES = ("tiny_choices", "tiny_answers")
 
@@ -23,7 +23,7 @@ def both(tmp_path_factory: pytest.TempPathFactory):
     tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
     questions = Questions(str(model), str(tasks), NAMES, limit=8)
     return [
-        run_ranks(1, f"megatron_peft.benchmark.harness:{name}", questions)[0] for name in ("our_items", "their_items")
+        run_ranks(1, backend, questions)[0] for backend in (our_items, their_items)
     ]
 
 

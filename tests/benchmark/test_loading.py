@@ -19,6 +19,6 @@ def test_worst_rank_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_reads_its_parameters_and_no_more(tiny: Setting) -> None:
-    (rank,) = loading.run_ranks(1, "megatron_peft.benchmark.loading:load", tiny)
+    (rank,) = loading.run_ranks(1, loading.load, tiny)
     assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
     assert rank.peak > 50 * MIB

@@ -10,7 +10,7 @@ import torch
 
 from megatron_peft.benchmark import subjects
 from megatron_peft.benchmark.subjects import STEPS, Setting
-from megatron_peft.runtime.ranks import run_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def _loss(answer) -> float:
 
 
 def test_frozen_base_learns_nothing_and_the_others_do(tiny: Setting) -> None:
-    (losses,) = run_ranks(1, f"{__name__}:losses_of_two_steps", tiny)
+    (losses,) = run_ranks(1, losses_of_two_steps, tiny)
     frozen, lora, full = losses["frozen"], losses["lora"], losses["full"]
     assert frozen[0] == frozen[2] == pytest.approx(lora[0], rel=1e-6) == pytest.approx(full[0], rel=1e-6)
     assert lora[2] < lora[0] and full[2] < full[0]

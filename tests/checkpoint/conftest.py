@@ -9,11 +9,10 @@ import pytest
 
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
+from tests.checkpoint import rank_checks
 from tests.checkpoint.runs import Files
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-
-CHECKS = "tests.checkpoint.rank_checks"
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +31,7 @@ def make_files(folder: Path) -> Files:
 @pytest.fixture(scope="session")
 def two_ranks(files: Files) -> list[dict[str, Any]]:
     """`rank_checks.on_two_ranks` on each rank."""
-    return run_ranks(2, f"{CHECKS}:on_two_ranks", files, timeout=900)
+    return run_ranks(2, rank_checks.on_two_ranks, files, limit=900)
 
 
 @pytest.fixture(scope="session")

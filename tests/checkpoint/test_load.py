@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.checkpoint.conftest import CHECKS
+from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import CHANGED, RESUMED_ON_FOUR, RESUMED_ON_TWO
 from tests.ranks import run_ranks
 
@@ -15,7 +15,7 @@ def test_resumed_equals_uninterrupted(two_ranks, name):
 
 
 def test_resumed_equals_uninterrupted_on_four_ranks(files):
-    by_rank = run_ranks(4, f"{CHECKS}:on_four_ranks", files, timeout=900)
+    by_rank = run_ranks(4, rank_checks.on_four_ranks, files, limit=900)
     assert by_rank == [{name: [] for name in RESUMED_ON_FOUR}] * 4
 
 

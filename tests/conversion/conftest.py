@@ -82,5 +82,5 @@ def copy_of(saved_folders: dict[str, Path], tmp_path: Path) -> Callable[[str], P
 def moved(tmp_path_factory) -> Moved:
     """Runs with adapters, each at a layout of its own, and their bases."""
     files = adapter_runs.make_files(tmp_path_factory.mktemp("adapters"))
-    came_back = run_ranks(2, "tests.conversion.adapter_runs:save_runs", files)
+    came_back = run_ranks(2, adapter_runs.save_runs, files)
     return Moved(Path(files.bases), Path(files.work), all(came_back))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.tokenizers import NullTokenizer
-from tests.data.gloo_ranks import run_ranks
+from megatron_peft.runtime.launch import start_world
 from tests.data.indexed_corpus import numbered_documents, write_indexed
+from tests.ranks import run_ranks
 
 TOKENIZER = NullTokenizer(999)
 
@@ -121,17 +122,16 @@ def test_a_cached_blend_needs_torch_distributed(corpus, tmp_path):
         build(Split.train, 10, corpus, corpus, data_cache_path=str(tmp_path))
 
 
-def build_on_a_rank(rank: int, a: str, b: str, cache: str, out: str) -> None:
+def tokens_on_a_rank(blend: tuple[str, str, str]) -> list[list[int]]:
+    start_world(ParallelConfig())
+    a, b, cache = blend
     dataset = build(Split.train, 60, "1", a, "2", b, split="1", data_cache_path=cache)
-    tokens = [dataset[i].tokens.tolist() for i in range(60)]
-    Path(out, str(rank)).write_text(repr(tokens))
+    return [dataset[i].tokens.tolist() for i in range(60)]
 
 
 def test_all_ranks_see_the_same_blend(tmp_path):
     a = write_indexed(tmp_path / "a", numbered_documents(20))
     b = write_indexed(tmp_path / "b", numbered_documents(20, first=500))
-    run_ranks(2, build_on_a_rank, a, b, str(tmp_path / "cache"), str(tmp_path))
-    seen = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    assert seen[0] == seen[1]
+    seen = run_ranks(2, tokens_on_a_rank, (a, b, str(tmp_path / "cache")))
     alone = build(Split.train, 60, "1", a, "2", b, split="1")
-    assert seen[0] == repr([alone[i].tokens.tolist() for i in range(60)])
+    assert seen[0] == seen[1] == [alone[i].tokens.tolist() for i in range(60)]

@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import NullTokenizer
-from tests.data.gloo_ranks import run_ranks
+from megatron_peft.runtime.launch import start_world
+from tests.ranks import run_ranks
 
 FLAG = "--train-data-path"
 RECORDS = [
@@ -71,7 +72,9 @@ def test_a_bad_record_ends_the_run_before_it_begins(write_lines, record, message
         surveyed(write_lines, "truncate", [RECORDS[0], record])
 
 
-def survey_on_a_rank(rank: int, good: str, bad: str) -> None:
+def survey_on_a_rank(files: tuple[str, str]) -> None:
+    good, bad = files
+    start_world(ParallelConfig())
     fit = Fit(NullTokenizer(99), 4)
     found = survey(JsonRecords([good], FLAG), fit)
     assert found.positions.tolist() == [3, 4, 0, 0, 4]
@@ -83,4 +86,4 @@ def survey_on_a_rank(rank: int, good: str, bad: str) -> None:
 
 def test_ranks_share_the_work_and_know_the_same(write_lines):
     good, bad = write_lines(RECORDS), write_lines([*RECORDS[:2], "{"], "bad.jsonl")
-    run_ranks(2, survey_on_a_rank, good, bad)
+    run_ranks(2, survey_on_a_rank, (good, bad))

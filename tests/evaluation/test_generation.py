@@ -13,12 +13,12 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.scoring import Continuation
+from tests.evaluation import generation_runs
 from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
 from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import VOCAB_SIZE, save_llama
 
-TARGET = "tests.evaluation.generation_runs:run_jobs"
 NUM_NEW = 8
 DRAWN = Sampling(temperature=0.9, top_p=0.9, top_k=50)
 # What is compared with one process. A collective of gloo takes a millisecond whatever it carries: no more than tells.
@@ -113,7 +113,7 @@ def alone(jobs):
         "drawn, reversed": replace(drawn, prompts=drawn.prompts[::-1], names=[str(i) for i in range(7)][::-1]),
     }
     everything = {**jobs, **more}
-    return dict(zip(everything, run_ranks(1, TARGET, list(everything.values()))[0], strict=True))
+    return dict(zip(everything, run_ranks(1, generation_runs.run_jobs, list(everything.values()))[0], strict=True))
 
 
 def _same(outcome, expected):
@@ -173,7 +173,8 @@ def split(jobs):
     outcomes = {}
     for num_ranks in (2, 4):
         keys = [(at, name) for at, names in COMPARED.items() if (4 if "x" in at else 2) == num_ranks for name in names]
-        by_rank = run_ranks(num_ranks, TARGET, [replace(jobs[name], parallel=LAYOUTS[at]) for at, name in keys])
+        split = [replace(jobs[name], parallel=LAYOUTS[at]) for at, name in keys]
+        by_rank = run_ranks(num_ranks, generation_runs.run_jobs, split)
         outcomes |= {key: [of_rank[i] for of_rank in by_rank] for i, key in enumerate(keys)}
     return outcomes
 

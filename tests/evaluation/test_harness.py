@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.evaluation import asked_runs
 from tests.evaluation.asked_runs import LAYOUTS, Place
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
@@ -29,12 +30,12 @@ def place(tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="session")
 def alone(place) -> Mapping[str, Any]:
-    return run_ranks(1, "tests.evaluation.asked_runs:run_alone", place)[0]
+    return run_ranks(1, asked_runs.run_alone, place)[0]
 
 
 @pytest.fixture(scope="session")
 def split(place, alone) -> Mapping[str, Any]:
-    return run_ranks(2, "tests.evaluation.asked_runs:run_split", place)[0]
+    return run_ranks(2, asked_runs.run_split, place)[0]
 
 
 def _numbers(results, tolerance=1e-4):

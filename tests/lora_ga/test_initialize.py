@@ -11,11 +11,11 @@ from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.layer import Linear
 
 from megatron_peft.lora_ga.starts import STARTS
+from tests.lora_ga.start_runs import exact_and_started
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job
 
-TARGET = "tests.lora_ga.start_runs:exact_and_started"
 RANK = 4
 ALL = tuple(STARTS)
 
@@ -29,7 +29,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     peft = {"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 3}
     base, data = str(save_llama(folder / "base", num_hidden_layers=2)), str(save_pairs(folder / "pairs.jsonl"))
-    return run_ranks(1, TARGET, (Job("start", base, data, peft=peft), ("aligned",)))[0]
+    return run_ranks(1, exact_and_started, (Job("start", base, data, peft=peft), ("aligned",)))[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def short(tmp_path_factory):
         training={"micro_batch_size": 1, "global_batch_size": 1},
         data_settings={"vocab_size": WIDE["vocab_size"] - 1},
     )
-    return run_ranks(1, TARGET, (job, ALL))[0]
+    return run_ranks(1, exact_and_started, (job, ALL))[0]
 
 
 def _leading(G, rank=RANK):

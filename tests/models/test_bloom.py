@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_peft.evaluation.generation import GenerationSettings
+from tests.models import bloom_runs
 from tests.models.bloom_runs import Job
 from tests.ranks import run_ranks
 from tests.tiny_bloom import random_bloom
@@ -52,7 +53,7 @@ def outcomes(models, tokens, prompts, tmp_path_factory):
             keys.append((name, layout))
             asked = prompts if layout in GENERATING else []
             jobs.append(Job(base, parallel, tokens, asked, GenerationSettings(frozenset(), NUM_NEW)))
-    return dict(zip(keys, run_ranks(2, "tests.models.bloom_runs:run_jobs", jobs)[-1], strict=True))
+    return dict(zip(keys, run_ranks(2, bloom_runs.run_jobs, jobs)[-1], strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,13 +7,14 @@ import torch
 
 from megatron_peft.parallel import collectives
 from tests.one_rank import Place
+from tests.parallel import collective_runs
 from tests.parallel.collective_runs import tensor_of
 from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(2, "tests.parallel.collective_runs:run")
+    return run_ranks(2, collective_runs.run)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -14,11 +14,12 @@ from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import checked_together, free_port, start_model_parallel, stop_model_parallel, world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
+from tests.runtime import launch_runs
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(2, "tests.runtime.launch_runs:run")
+    return run_ranks(2, launch_runs.run)
 
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

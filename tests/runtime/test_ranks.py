@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 
 import pytest
@@ -10,16 +12,16 @@ from megatron_peft.runtime.ranks import RanksFailed, run_ranks
 
 
 def test_results_come_by_rank() -> None:
-    assert run_ranks(2, "os:getenv", "RANK") == ["0", "1"]
+    assert run_ranks(2, os.getenv, "RANK") == ["0", "1"]
 
 
 def test_what_a_failing_rank_printed_is_in_the_error() -> None:
     with pytest.raises(RanksFailed, match="--- rank 0(.|\n)*math domain error"):
-        run_ranks(1, "math:sqrt", -1.0)
+        run_ranks(1, math.sqrt, -1.0)
 
 
 def test_ranks_that_take_too_long_are_stopped() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed, match="rank 0"):
-        run_ranks(1, "time:sleep", 600, timeout=0.2)
+        run_ranks(1, time.sleep, 600, timeout=0.2)
     assert time.monotonic() - start < 60

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import NUM_STEPS, Curve
-from tests.training.test_layout import METHODS, ON_FOUR_RANKS, ON_TWO_RANKS, TARGET, layout_job
+from tests.training.layout_runs import NUM_STEPS, Curve, run_jobs
+from tests.training.test_layout import METHODS, ON_FOUR_RANKS, ON_TWO_RANKS, layout_job
 
 BASES = {"llama": save_llama, "bloom": save_bloom}
 TIMEOUT_SECONDS = 3600.0
@@ -59,7 +59,7 @@ def _all_curves(methods: list[str], save: Callable[[Path], Path], folder: Path) 
             for name in layouts
             if not (method in ("riemannian", "projection", "hybrid-folded") and name == "DP2 overlapped")  # refused
         ]
-        curves |= run_ranks(num_ranks, TARGET, jobs, timeout=TIMEOUT_SECONDS)[0]
+        curves |= run_ranks(num_ranks, run_jobs, jobs, limit=TIMEOUT_SECONDS)[0]
     return curves
 
 

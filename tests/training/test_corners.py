@@ -8,6 +8,7 @@ import pytest
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
+from tests.training import corner_runs
 from tests.training.corner_runs import BAD_RANK, Corners
 from tests.training.layout_runs import Job, run_each
 
@@ -57,7 +58,7 @@ def found(tmp_path_factory):
         poisoned=[job(name, "tied lora", groups) for name, groups in POISONED.items()],
         signalled=job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}}),
     )
-    return alone, run_ranks(2, "tests.training.corner_runs:run", corners)
+    return alone, run_ranks(2, corner_runs.run, corners)
 
 
 @pytest.mark.parametrize("run, layout", CASES)

@@ -7,9 +7,8 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Job
+from tests.training.layout_runs import Job, run_jobs
 
-TARGET = "tests.training.layout_runs:run_jobs"
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -125,7 +124,7 @@ def curves(tmp_path_factory):
 
     found = {}
     for num_ranks, layouts in ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS)):
-        by_rank = run_ranks(num_ranks, TARGET, jobs(layouts), timeout=900)
+        by_rank = run_ranks(num_ranks, run_jobs, jobs(layouts), limit=900)
         assert all(curves == by_rank[0] for curves in by_rank), "ranks report different numbers"
         found.update(by_rank[0])
     return found

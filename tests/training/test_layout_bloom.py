@@ -8,9 +8,8 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_pairs
-from tests.training.layout_runs import Job
+from tests.training.layout_runs import Job, run_jobs
 
-TARGET = "tests.training.layout_runs:run_jobs"
 NUM_STEPS = 6
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
@@ -40,7 +39,7 @@ def curves(tmp_path_factory):
             for method in METHODS
             for layout in layouts
         ]
-        found.update(run_ranks(num_ranks, TARGET, jobs)[0])
+        found.update(run_ranks(num_ranks, run_jobs, jobs)[0])
     return found
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_peft.config import ConfigurationError
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
+from tests.training import norm_bound_runs
 from tests.training.layout_runs import Job
 from tests.training.norm_bound_runs import here
 
@@ -42,7 +43,7 @@ def on_two(files, folder):
         job_of(files, "lora DP2 distributed bf16", "lora", **BF16, **DISTRIBUTED),
         job_of(files, "original DP2 distributed bf16", "original", **BF16, **DISTRIBUTED),
     ]
-    return run_ranks(2, "tests.training.norm_bound_runs:run", jobs)
+    return run_ranks(2, norm_bound_runs.run, jobs)
 
 
 @pytest.fixture(scope="module")
