@@ -2,7 +2,7 @@
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-slow test-all lint bench
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -19,14 +19,22 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
 help: ## print the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 	@echo "  METHOD=lora|full|lora-ga|boft|urnn|hybrid chooses the demo's method; ARGS='...' is passed on to what a target runs."
 
 demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
 
-test: $(INSTALLED) ## run the test-suite
-	$(PYTHON) -m pytest $(ARGS)
+# Two workers, each with the tests of a file (or of what shares slow fixtures: tests/conftest.py) after one another.
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup
+
+test: $(INSTALLED) ## run the test-suite, without the slow part of its layouts and stress tests
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(INSTALLED) ## run what `make test` leaves out
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow ## run every test: every method at every layout included
 
 lint: $(INSTALLED) ## style (ruff) and types (pyright)
 	$(PYTHON) -m ruff check .

@@ -5,15 +5,32 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 from tests.time_limits import seconds
 
+ROOT = Path(__file__).parents[1]
 # Before torch is imported: the ranks of a distributed test share the cores, so each keeps to one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(600)))  # a hang of several ranks must not stop the suite
+# Programs and ranks that a test starts are of this tree, wherever another one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# Folders whose tests share fixtures that cost seconds; elsewhere a file's tests stay together.
+ONE_GROUP = ("checkpoint", "conversion")
 
 
 def pytest_report_header() -> str:
     return f"Python {platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share fixtures go to the same of the workers that `make test` runs them on."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            folder = item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_GROUP else item.path.stem))

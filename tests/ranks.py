@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_peft.runtime import ranks
+from megatron_peft.runtime.ranks import Ranks as Ranks
 from megatron_peft.runtime.ranks import RanksFailed as RanksFailed
 from tests.time_limits import seconds
 

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -50,42 +49,71 @@ def run_ranks(num_ranks: int, function: Callable[[Any], Any], argument: Any = No
     Raises:
         RanksFailed: a rank failed or the time was up.
     """
-    from megatron_peft.runtime.launch import free_port  # here, so that a rank imports what its function needs, no more
+    with Ranks(num_ranks, function, argument) as ranks:
+        ranks.wait(timeout)
+        if any(ranks.exit_codes):
+            raise RanksFailed("\n".join(f"--- rank {rank}\n{ranks.output(rank)[-4000:]}" for rank in range(num_ranks)))
+        return [ranks.result(rank) for rank in range(num_ranks)]
 
-    # The function stays pickled until the environment is set: to load it imports torch.
-    call = pickle.dumps((function, argument))
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        ranks = [
-            _server.Process(target=_rank, args=(_environment(rank, num_ranks, port), call, folder))
+
+class Ranks:
+    """A world that runs `function(argument)` on each rank, for callers that look at it while it runs or as it fails.
+
+    Used as a context manager: at its end no rank is left, and neither is what they wrote.
+    """
+
+    def __init__(self, num_ranks: int, function: Callable[[Any], Any], argument: Any = None) -> None:
+        from megatron_peft.runtime.launch import free_port  # here: a rank imports what its function needs, no more
+
+        self._folder = tempfile.TemporaryDirectory()
+        # The function stays pickled until the environment is set: to load it imports torch.
+        call, port = pickle.dumps((function, argument)), free_port()
+        self.processes = [
+            _server.Process(target=_rank, args=(_environment(rank, num_ranks, port), call, self._folder.name))
             for rank in range(num_ranks)
         ]
-        for rank in ranks:
-            rank.start()
-        _wait(ranks, timeout, folder)
-        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(num_ranks)]
+
+    def __enter__(self) -> Ranks:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._kill()
+        self._folder.cleanup()
+
+    @property
+    def exit_codes(self) -> list[int | None]:
+        """By rank; the negative number of the signal that ended it, None while it runs."""
+        return [process.exitcode for process in self.processes]
+
+    def output(self, rank: int) -> str:
+        """What the rank has printed so far, errors too."""
+        path = Path(self._folder.name, f"output{rank}")
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def result(self, rank: int) -> Any:
+        return pickle.loads(Path(self._folder.name, f"result{rank}").read_bytes())
+
+    def wait(self, timeout: float) -> None:
+        """Until all have ended; when one fails or the time is up, the others have a second to say why."""
+        give_up = time.monotonic() + timeout
+        while running := [process.sentinel for process in self.processes if process.exitcode is None]:
+            ended = wait(running, timeout=max(give_up - time.monotonic(), 0))
+            if not ended or any(self.exit_codes):
+                time.sleep(_SECONDS_FOR_LAST_WORDS)
+                self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", **here, **meeting}
-
-
-def _wait(ranks: list[ForkServerProcess], timeout: float, folder: str) -> None:
-    """Until all have ended; when one fails or the time is up, the others have a second to say why."""
-    give_up = time.monotonic() + timeout
-    while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
-        ended = wait(running, timeout=max(give_up - time.monotonic(), 0))
-        if not ended or any(rank.exitcode for rank in ranks):
-            time.sleep(_SECONDS_FOR_LAST_WORDS)
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-    if any(rank.exitcode for rank in ranks):
-        outputs = [Path(folder, f"output{rank}") for rank in range(len(ranks))]
-        texts = [output.read_text(errors="replace")[-4000:] if output.exists() else "" for output in outputs]
-        raise RanksFailed("\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(texts)))
 
 
 def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
@@ -99,7 +127,9 @@ def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:
     try:
         function, argument = pickle.loads(call)
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(function(argument)))
-    except BaseException:
+    except Exception:
         traceback.print_exc()
-        sys.stderr.flush()
         raise SystemExit(1) from None
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -1,11 +1,7 @@
-"""Programs that fail on one rank or on all; started on ranks by test_failure.py.
-
-They need gloo alone, so that a world takes a second or two to start.
-"""
+"""Programs that fail on one rank or on all; started on ranks by test_failure.py."""
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import NoReturn
 
@@ -61,6 +57,3 @@ CASES = {
     "error on the first": _error_on_the_first,
     "no error": _no_error,
 }
-
-if __name__ == "__main__":
-    main(sys.argv[1])

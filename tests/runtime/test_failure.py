@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from megatron_peft.runtime.failure import FAREWELL_SECONDS
-from megatron_peft.runtime.launch import free_port
+from tests.ranks import Ranks
+from tests.runtime import failure_runs
+from tests.time_limits import seconds
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "configuration on one": 3,
     "configuration on all": 2,
@@ -28,7 +25,7 @@ FAILING = [case for case in SIZES if case != "no error"]
 
 @dataclass(frozen=True)
 class Outcome:
-    exit_codes: list[int]
+    exit_codes: list[int | None]
     output: str
     ended_at: float
 
@@ -39,21 +36,10 @@ def outcomes():
 
 
 def _run(case: str, size: int) -> Outcome:
-    world = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    command = [sys.executable, "-m", "tests.runtime.failure_runs", case]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**world, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    output = "".join(process.communicate(timeout=120)[0] for process in processes)
-    return Outcome([process.returncode for process in processes], output, time.time())
+    with Ranks(size, failure_runs.main, case) as ranks:
+        for process in ranks.processes:  # none is ended from outside
+            process.join(seconds(120))
+        return Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
 
 
 @pytest.mark.parametrize("case", ["configuration on one", "configuration on all"])
@@ -76,7 +62,7 @@ def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
 @pytest.mark.parametrize("case", FAILING)
 def test_nobody_waits_for_a_timeout(outcomes, case):
     raised_at = [float(seconds) for seconds in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
-    assert outcomes[case].ended_at - max(raised_at) < FAREWELL_SECONDS
+    assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)
 
 
 def test_without_a_failure_nothing_is_said(outcomes):

@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import NUM_STEPS, Curve, run_jobs
-from tests.training.test_layout import METHODS, ON_FOUR_RANKS, ON_TWO_RANKS, layout_job
+from tests.training.test_layout import METHODS, ON_FOUR_RANKS, ON_TWO_RANKS, REFUSED, layout_job
 
 BASES = {"llama": save_llama, "bloom": save_bloom}
 TIMEOUT_SECONDS = 3600.0
@@ -57,7 +57,7 @@ def _all_curves(methods: list[str], save: Callable[[Path], Path], folder: Path) 
             _long(layout_job(method, name, layouts[name], base, data))
             for method in methods
             for name in layouts
-            if not (method in ("riemannian", "projection", "hybrid-folded") and name == "DP2 overlapped")  # refused
+            if (method, name) not in REFUSED
         ]
         curves |= run_ranks(num_ranks, run_jobs, jobs, limit=TIMEOUT_SECONDS)[0]
     return curves

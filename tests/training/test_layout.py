@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Job, run_jobs
+from tests.training.layout_runs import Curve, Job, run_jobs
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -81,23 +83,35 @@ ON_FOUR_RANKS = {
     "TP2xPP2+SP": {"parallel": {**SP, **PP2}, **HALF_AS_MANY},
 }
 
-EVERY_LAYOUT = (*ON_TWO_RANKS, *ON_FOUR_RANKS)
-# Uneven stages, plain replicas and selective recompute treat the parameters of all methods alike, and the Hybrid stands
-# for the others where stages are interleaved or parameters gathered late (`tests/stress/layouts.py` runs them all).
-MAIN_LAYOUTS = ("TP2", "TP2+SP", "PP2", "DP2 distributed optimizer", "TP2xPP2 recompute")
-LAYOUTS_OF = {
-    "lora": EVERY_LAYOUT,
-    "full": EVERY_LAYOUT,
-    "boft": MAIN_LAYOUTS,
-    "boft-input": ("TP2", "TP2+SP"),
-    "lora-ga": MAIN_LAYOUTS,
-    "hybrid": (*MAIN_LAYOUTS, "PP2 interleaved", "DP2 overlapped"),
-    "urnn": MAIN_LAYOUTS,
+LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
+# `make test` runs every layout for LoRA and the Hybrid and two for each other method; `make test-all` runs them all.
+QUICK_LAYOUTS = {
+    "lora": LAYOUTS,
+    "hybrid": LAYOUTS,
+    "boft": ("TP2+SP", "PP2"),
+    "boft-input": ("TP2", "TP2xPP2+SP"),
+    "lora-ga": ("TP2+SP", "DP2 distributed optimizer"),
+    "urnn": ("TP2+SP", "DP2 distributed optimizer"),
     "riemannian": ("TP2", "DP2 distributed optimizer"),
     "projection": ("TP2+SP", "DP2 distributed optimizer"),
-    "hybrid-folded": ("TP2", "PP2", "DP2 distributed optimizer"),
+    "hybrid-folded": ("TP2", "DP2 distributed optimizer"),
+    "full": ("TP2xPP2 recompute", "DP2 overlapped"),
     "lora-packed": ("TP2+SP", "PP2 interleaved"),
 }
+REFUSED = [(method, "DP2 overlapped") for method in ("riemannian", "projection", "hybrid-folded")]
+CASES = [
+    pytest.param(
+        method,
+        layout,
+        marks=[
+            pytest.mark.xdist_group(f"layouts of {method}"),  # which share the runs of one process
+            *([] if layout in QUICK_LAYOUTS[method] else [pytest.mark.slow]),
+        ],
+    )
+    for method in METHODS
+    for layout in LAYOUTS
+    if (method, layout) not in REFUSED
+]
 
 
 def merged(*groups: dict) -> dict:
@@ -110,29 +124,25 @@ def layout_job(method: str, layout: str, settings: dict, base: str, data: str) -
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory):
+def curve(tmp_path_factory):
+    """`curve(method, layout)`: one run, in a world of its own; the ranks agree on it."""
     folder = tmp_path_factory.mktemp("layout")
     base, data = str(save_llama(folder / "base")), str(save_pairs(folder / "pairs.jsonl"))
 
-    def jobs(layouts: dict) -> list[Job]:
-        return [
-            layout_job(method, layout, layouts[layout], base, data)
-            for method in METHODS
-            for layout in layouts
-            if layout == "alone" or layout in LAYOUTS_OF[method]
-        ]
+    @cache
+    def run(method: str, layout: str) -> Curve:
+        job = layout_job(method, layout, LAYOUTS.get(layout, {}), base, data)
+        num_ranks = 1 if layout == "alone" else 4 if layout in ON_FOUR_RANKS else 2
+        first, *others = (curves[job.name] for curves in run_ranks(num_ranks, run_jobs, [job]))
+        assert all(other == first for other in others), "ranks report different numbers"
+        return first
 
-    found = {}
-    for num_ranks, layouts in ((1, {"alone": {}}), (2, ON_TWO_RANKS), (4, ON_FOUR_RANKS)):
-        by_rank = run_ranks(num_ranks, run_jobs, jobs(layouts), limit=900)
-        assert all(curves == by_rank[0] for curves in by_rank), "ranks report different numbers"
-        found.update(by_rank[0])
-    return found
+    return run
 
 
-@pytest.mark.parametrize(("method", "layout"), [(m, layout) for m in METHODS for layout in LAYOUTS_OF[m]])
-def test_layout_equals_one_process(curves, method, layout):
-    alone, here = curves[f"{method} alone"], curves[f"{method} {layout}"]
+@pytest.mark.parametrize(("method", "layout"), CASES)
+def test_layout_equals_one_process(curve, method, layout):
+    alone, here = curve(method, "alone"), curve(method, layout)
     np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
     np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
     np.testing.assert_allclose(here.validation_loss, alone.validation_loss, rtol=1e-5)
@@ -143,7 +153,7 @@ def test_layout_equals_one_process(curves, method, layout):
     assert here.replicas_agree
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_training_learns(curves, method):
-    losses = curves[f"{method} alone"].losses
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.xdist_group(f"layouts of {m}")) for m in METHODS])
+def test_training_learns(curve, method):
+    losses = curve(method, "alone").losses
     assert losses[-1] < losses[0] - 0.05
