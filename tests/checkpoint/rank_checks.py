@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_peft.checkpoint import sharded_files
+from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.checkpoint.save import CheckpointNotSaved, save_checkpoint
+from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
-from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import (
@@ -37,7 +41,6 @@ from tests.checkpoint.runs import (
     stored_tensors,
     write_on_first_rank,
 )
-from tests.checkpoint.saver_checks import saver_facts
 
 DROPOUT: Settings = {
     "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
@@ -115,6 +118,7 @@ CHANGED = {  # what contradicts a checkpoint of "lora TP2"
     "targets": merged(TP2, {"peft": {"target_modules": ("linear_qkv", "linear_fc2")}}),
     "optimizer": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
     "schedule": merged(TP2, {"optimizer": {"lr": 1e-3}}),
+    "base of the same shape": merged(TP2, {"model": {"pretrained_checkpoint": "other"}}),
 }
 
 
@@ -127,7 +131,6 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
         "refused": _each(files, CHANGED, _refused),
-        "refused base": _refused(files, "base", merged(TP2, {"model": {"pretrained_checkpoint": "other"}})),
         "loaded partly": _loaded_partly(files),
         "schedule": _schedule(files),
         "saved partly": _saved_partly(files),
@@ -135,7 +138,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "inference": _inference(files),
         "failed saves": _failed_saves(files),
         "damaged": _damaged(files),
-        **saver_facts(files),
+        **_saver_facts(files),
     }
 
 
@@ -191,11 +194,8 @@ def _refused(files: Files, name: str, settings: Settings) -> tuple[str, list[str
     """(message, what the attempt has changed)"""
     run = start(configure(files, _loading(files, "lora TP2", settings)))
     before = run.snapshot()
-    try:
-        load_checkpoint(run.state)
-    except ConfigurationError as error:
-        return str(error), differences(before, run.snapshot())
-    return "", []
+    message = attempt(lambda: load_checkpoint(run.state))
+    return message, differences(before, run.snapshot())
 
 
 def _kinds(names: list[str]) -> set[str]:
@@ -295,17 +295,9 @@ def _failed_saves(files: Files) -> dict[str, Any]:
         found[phase] = message, contents(folder) == before
     save_checkpoint(run.state)
     found["afterwards"] = read_run_record(folder).position["iteration"]
-    found["no folder"] = _unwritable(files)
+    unwritable = start(configure(files, merged(TP2, {"checkpoint": {"save": str(Path(files.data, "runs"))}})))
+    found["no folder"] = attempt(lambda: save_checkpoint(unwritable.state))
     return found
-
-
-def _unwritable(files: Files) -> str:
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(Path(files.data, "runs"))}})))
-    try:
-        save_checkpoint(run.state)
-    except CheckpointNotSaved as error:
-        return str(error)
-    return ""
 
 
 def _damaged(files: Files) -> dict[str, str]:
@@ -319,3 +311,110 @@ def _damaged(files: Files) -> dict[str, str]:
         found[name] = attempt(lambda: find_whole_checkpoint(folder))
         write_on_first_rank(checkpoint / name, whole)
     return found
+
+
+def _saver_facts(files: Files) -> dict[str, Any]:
+    at_once, behind = Path(files.work, "at-once"), Path(files.work, "behind")
+    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(at_once)}})))
+    run.train(1)
+    save_checkpoint(run.state)
+    settings = {"checkpoint": {"save": str(behind), "async_save": True, "keep_last_checkpoints": 2}}
+    late = start(configure(files, merged(TP2, settings)))
+    late.train(1)
+    return {
+        "behind": _behind(late, at_once, behind),
+        "behind, failing": _behind_failing(late, behind),
+        "left behind": _left_behind(late, behind),
+        "gone back": _gone_back(files, late, behind),
+    }
+
+
+@contextmanager
+def _writing(action: Any) -> Iterator[None]:
+    """`action` comes before each rank's writing of data."""
+    write_data = FileSystemWriter.write_data
+
+    def delayed(self: Any, *arguments: Any) -> Any:
+        action()
+        return write_data(self, *arguments)
+
+    with mock.patch.object(FileSystemWriter, "write_data", delayed):
+        yield
+
+
+def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
+    """Iteration 1 is saved while iteration 2 runs; the files are held up until that has changed everything."""
+    may_write = threading.Event()
+    with Saver(run.state.config.checkpoint) as saver, _writing(may_write.wait):
+        saver.start(run.state)
+        run.train(1)
+        outcome, published = saver.finish(wait=False), newest_checkpoint(folder)
+        may_write.set()
+        ended = saver.finish()
+    assert ended is not None
+    dist.barrier()
+    return {
+        "before": (outcome, published),
+        "after": (ended.iteration, str(ended.error), newest_checkpoint(folder).name),
+        "differences": differences(stored_tensors(at_once), stored_tensors(folder)),
+        "nothing pending": saver.finish(),
+    }
+
+
+def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
+    """On the second rank the disk is full; the next save of the same iteration finds room."""
+
+    def full() -> None:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+
+    before = contents(folder)
+    with Saver(run.state.config.checkpoint) as saver:
+        with _writing(full):
+            saver.start(run.state)
+            failed = saver.finish()
+        assert failed is not None
+        changed = contents(folder).items() ^ before.items()
+        unchanged = all(name.endswith(".lock") for name, _ in changed)
+        saver.start(run.state)
+        again = saver.finish()
+        assert again is not None
+    return {"message": str(failed.error), "unchanged": unchanged, "again": (again.iteration, again.error)}
+
+
+def _left_behind(run: Run, folder: Path) -> list[str]:
+    """A save that was started when the run ends, by an exception even, is completed; older ones than two go."""
+    run.train(1)
+    try:
+        with Saver(run.state.config.checkpoint) as saver:
+            saver.start(run.state)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        dist.barrier()
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
+    """One flipped byte in the newest of two; then one in the other as well."""
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    found: dict[str, Any] = {}
+    _flip_a_byte(newest / "__1_0.distcp")
+    loading = merged(TP2, {"checkpoint": {"load": str(folder)}})
+    resumed = start(configure(files, loading))
+    with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.whole"), "warning") as warning:
+        load_checkpoint(resumed.state)
+    found["iteration"] = resumed.state.position.iteration
+    found["said"] = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+    found["by name"] = attempt(lambda: find_whole_checkpoint(newest))
+    chunks = [chunk.module for chunk in run.state.model_chunks]
+    found["to score"] = attempt(lambda: load_trained_parameters(chunks, folder))
+    _flip_a_byte(newest.with_name("iter_0000002") / ".metadata")
+    found["none is whole"] = attempt(lambda: find_whole_checkpoint(folder))
+    return found
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    write_on_first_rank(path, bytes(content))

@@ -1,15 +1,20 @@
-"""Publication survives being cut off at any call, and a killed run's remains do no harm."""
+"""Publication survives being cut off at any call, damage is seen, one process saves, and leftovers do no harm."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 
-from megatron_peft.checkpoint import folders
+from megatron_peft.checkpoint import folder_lock, folders
+from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.checkpoint.folders import (
     RECORD,
     TRACKER,
@@ -21,7 +26,10 @@ from megatron_peft.checkpoint.folders import (
     start_draft,
     write_atomically,
 )
-from megatron_peft.checkpoint.manifest import MANIFEST
+from megatron_peft.checkpoint.manifest import MANIFEST, damage, measure, read_manifest, write_manifest
+from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.config import ConfigurationError
+from tests.conversion.megatron_folders import save_random
 
 
 def save(folder, iteration, text):
@@ -42,16 +50,11 @@ def test_published_checkpoint_has_megatrons_names(tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["iter_0000050", TRACKER]
 
 
-def test_newest_is_what_the_tracker_names(tmp_path):
+def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tmp_path):
     save(tmp_path, 50, "new")
     save(tmp_path, 10, "newer, of a run that started again")
     assert newest_text(tmp_path) == "newer, of a run that started again"
-
-
-def test_a_checkpoint_itself_can_be_given(tmp_path):
-    save(tmp_path, 50, "a")
-    save(tmp_path, 60, "b")
-    assert newest_text(tmp_path / "iter_0000050") == "a"
+    assert newest_text(tmp_path / "iter_0000050") == "new"
 
 
 @pytest.mark.parametrize("text", ["", "70\n", "release\n"])
@@ -84,19 +87,13 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
     assert newest_text(tmp_path) == "b"
 
 
-def test_the_last_are_kept_and_later_ones_of_another_run_are_left_alone(tmp_path):
-    for iteration in (10, 20, 30, 40, 90):
+def test_the_last_are_kept_and_later_ones_of_another_run_are_left_alone(tmp_path, monkeypatch, caplog):
+    for iteration in (10, 20, 30, 40, 90, 50):
         save(tmp_path, iteration, str(iteration))
-    save(tmp_path, 50, "50")
     keep_last(tmp_path, 50, num_kept=3)
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40", "30"]
-    keep_last(tmp_path, 50, num_kept=1)
-    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90"]
-
-
-def test_what_cannot_be_removed_is_said_and_harms_nothing(tmp_path, monkeypatch, caplog):
-    save(tmp_path, 40, "a")
-    save(tmp_path, 50, "b")
+    keep_last(tmp_path, 50, num_kept=2)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40"]
     monkeypatch.setattr(os, "rename", mock.Mock(side_effect=PermissionError("not yours")))
     keep_last(tmp_path, 50, num_kept=1)
     assert "iter_0000040 cannot be removed: not yours" in caplog.text
@@ -108,6 +105,16 @@ def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, l
     checkpoint = save(tmp_path, 50, "a")
     (checkpoint / lost).unlink()
     assert checkpoints(tmp_path) == checkpoints(checkpoint) == [checkpoint]
+
+
+@pytest.mark.parametrize(("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), (None, "")])
+def test_the_tracker_leads_to_files_in_megatrons_form(tracker, place, tmp_path):
+    for name in ("iter_0000010", "iter_0000020", "release") if tracker else ("",):
+        (tmp_path / name / "mp_rank_00").mkdir(parents=True)
+    if tracker:
+        (tmp_path / TRACKER).write_text(tracker)
+    assert megatron_files(tmp_path) == tmp_path / place
+    assert megatron_files(save_random(tmp_path / "hf")) is megatron_files(tmp_path / "nowhere") is None
 
 
 class Killed(BaseException):
@@ -163,11 +170,9 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
 def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / TRACKER
     write_atomically(path, "50\n")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with monkeypatch.context() as patch:
-        count_down(patch, 0, full)
-        with pytest.raises(OSError, match="No space"):
-            write_atomically(path, "60\n")
+    count_down(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "60\n")
     assert path.read_text() == "50\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -176,9 +181,105 @@ def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, mon
     save(tmp_path, 50, "old")
     draft = start_draft(tmp_path, 50)
     (draft / RECORD).write_text("new")
-    monkeypatch.setattr(
-        folders, "write_beside", lambda path, text: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
-    )
+    monkeypatch.setattr(folders, "write_beside", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         publish(draft, tmp_path, 50)
     assert (tmp_path / "iter_0000050" / RECORD).read_text() == "old"
+
+
+CONTENTS = {"__0_0.distcp": bytes(range(256)) * 40, ".metadata": b"names", RECORD: b'{"a": 1}', "empty": b""}
+
+
+@pytest.fixture
+def described(tmp_path):
+    """A checkpoint of CONTENTS with its manifest."""
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_bytes(content)
+    write_manifest(tmp_path, {})
+    return tmp_path
+
+
+def test_every_flipped_byte_truncation_and_growth_is_found(described):
+    """Of the manifest itself too; all of the small files, samples of the large one."""
+    assert damage(described) == []
+    assert read_manifest(described)["__0_0.distcp"] == (10240, measure(described / "__0_0.distcp").crc32)
+    draw = random.Random(0)
+    for path in sorted(described.iterdir()):
+        whole = path.read_bytes()
+        is_small = len(whole) < 1000
+        flips = range(len(whole)) if is_small else draw.sample(range(len(whole)), 200)
+        changed = [whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :] for at in flips]
+        changed += [whole[:length] for length in range(0, len(whole), 1 if is_small else 97)]
+        for content in (*changed, whole + b"\0"):
+            path.write_bytes(content)
+            (problem,) = damage(described)
+            assert problem.startswith(path.name), (path.name, content)
+        path.write_bytes(whole)
+    assert damage(described) == []
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, MANIFEST])
+def test_a_missing_file_is_named(described, name):
+    (described / name).unlink()
+    (problem,) = damage(described)
+    assert problem.startswith(name)
+
+
+def test_the_shares_of_all_ranks_cover_every_file(described):
+    for name in CONTENTS:
+        (described / name).unlink()
+    for num_ranks in (1, 3, 7):
+        found = [damage(described, rank, num_ranks) for rank in range(num_ranks)]
+        assert sorted(sum(found, [])) == sorted(f"{name} is missing" for name in CONTENTS)
+        assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_files_that_their_writers_measured_are_not_read_again(described):
+    known = {"__0_0.distcp": measure(described / "__0_0.distcp")}
+    (described / "__0_0.distcp").write_bytes(b"changed on the way to the disk")
+    write_manifest(described, known)
+    assert damage(described) == ["__0_0.distcp has 30 bytes instead of 10240"]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from megatron_peft.checkpoint.folder_lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+if os.fork() == 0:  # as a worker of the data: it outlives its parent
+    time.sleep(20)
+    os._exit(0)
+print("holds it", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def holder(folder):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "holds it\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+    FolderLock(tmp_path).release()  # a lock that was given back can be taken
+    with holder(tmp_path) as process:
+        with pytest.raises(ConfigurationError, match=f"--save {tmp_path}: .*process {process.pid} on .*another --save"):
+            FolderLock(tmp_path, grace_seconds=0.2)
+        process.kill()
+        lock = FolderLock(tmp_path)
+    assert lock.is_held
+    lock.release()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", mock.Mock(side_effect=OSError(95, "Operation not supported")))
+    lock = FolderLock(tmp_path)
+    assert not lock.is_held and "cannot be locked" in caplog.text
+    lock.release()

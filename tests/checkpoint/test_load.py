@@ -1,9 +1,19 @@
-"""A resumed run is the uninterrupted one, bit for bit; what does not fit is refused before anything changes."""
+"""A resumed run is the uninterrupted one, bit for bit; what does not fit is refused before anything changes; a damaged
+checkpoint is named, and an older whole one is taken, unless one was asked for by name."""
 
 from __future__ import annotations
 
+import random
+import shutil
+from pathlib import Path
+
 import pytest
 
+from megatron_peft.checkpoint import whole
+from megatron_peft.checkpoint.agreement import from_first_rank
+from megatron_peft.checkpoint.folders import TRACKER
+from megatron_peft.checkpoint.manifest import damage
+from megatron_peft.config import ConfigurationError
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import CHANGED, RESUMED_ON_FOUR, RESUMED_ON_TWO
 from tests.ranks import run_ranks
@@ -19,29 +29,20 @@ def test_resumed_equals_uninterrupted_on_four_ranks(files):
     assert by_rank == [{name: [] for name in RESUMED_ON_FOUR}] * 4
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    {
+@pytest.mark.parametrize("change", CHANGED)
+def test_another_run_is_refused_before_anything_changes(two_ranks, change):
+    words = {
         "method": ["--peft-method lora", "--peft-method full"],
         "rank": ["--lora-rank 4", "--lora-rank 8"],
         "alpha": ["--lora-alpha 32", "--lora-alpha 8"],
         "targets": ["(16 layers)", "(8 layers"],
         "optimizer": ["--optimizer adam", "--optimizer sgd"],
         "schedule": ["--lr: 0.005 there, 0.001 here"],
-    }.items(),
-)
-def test_another_run_is_refused_before_anything_changes(two_ranks, change, words):
-    assert change in CHANGED
+        "base of the same shape": ["bases/base", "bases/other", "model.safetensors"],
+    }
     for facts in two_ranks:
         message, changed = facts["refused"][change]
-        assert all(word in message for word in words), message
-        assert changed == []
-
-
-def test_another_base_of_the_same_shape_is_refused(two_ranks):
-    for facts in two_ranks:
-        message, changed = facts["refused base"]
-        assert "bases/base" in message and "bases/other" in message and "model.safetensors" in message
+        assert all(word in message for word in words[change]), message
         assert changed == []
 
 
@@ -72,3 +73,66 @@ def test_trained_parameters_for_inference(facts):
     assert not inference["parameters differ"]
     assert (inference["rank"], inference["iteration"]) == (4, 2)
     assert "holds 24 parameters that this run does not have" in inference["fewer adapters"]
+
+
+def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):
+    assert [facts["gone back"]["iteration"] for facts in two_ranks] == [2, 2]
+    (said,), on_the_second_rank = (facts["gone back"]["said"] for facts in two_ranks)
+    assert "iter_0000003 is damaged: __1_0.distcp has other bytes than were written" in said
+    assert "GOING BACK to" in said and "iter_0000002" in said
+    assert on_the_second_rank == []
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    {
+        "by name": ["iter_0000003 holds no whole checkpoint", "__1_0.distcp has other bytes"],
+        "to score": ["__1_0.distcp has other bytes"],  # scoring takes no other checkpoint than the newest
+        "none is whole": [
+            "iter_0000003 is damaged: __1_0.distcp",
+            "iter_0000002 is damaged: .metadata has other bytes",
+            "from the beginning",
+        ],
+    }.items(),
+)
+def test_the_damage_is_named_where_going_back_is_no_way(two_ranks, asked, words):
+    for facts in two_ranks:
+        message = facts["gone back"][asked]
+        assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "run_record.json"])
+def test_a_file_cut_short_is_reported_on_all_ranks(two_ranks, name):
+    (message,) = {facts["damaged"][name] for facts in two_ranks}
+    assert message.startswith("ConfigurationError")
+    assert "is damaged" in message or "cannot be read" in message
+
+
+def test_any_flipped_byte_and_any_truncation_of_a_real_checkpoint_is_found(files, two_ranks, tmp_path):
+    """Every file of it; 40 offsets and 40 lengths each, the first and the last among them."""
+    checkpoint = Path(shutil.copytree(Path(files.work, "lora-TP2", "iter_0000002"), tmp_path / "copy"))
+    draw = random.Random(0)
+    assert damage(checkpoint) == [] and len(list(checkpoint.iterdir())) == 8
+    for path in checkpoint.iterdir():
+        content = path.read_bytes()
+        for offset in {0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(38))}:
+            flipped = content[:offset] + bytes([content[offset] ^ 1 << draw.randrange(8)]) + content[offset + 1 :]
+            for torn in (flipped, content[:offset]):
+                path.write_bytes(torn)
+                (problem,) = damage(checkpoint)
+                assert problem.startswith(path.name), (path.name, offset)
+        path.write_bytes(content)
+
+
+def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
+    """The run would start over, and with --save in the same folder go on there."""
+    assert whole._candidates(tmp_path) == []
+    (tmp_path / TRACKER).write_text("12\n")
+    message = "holds no checkpoint of a run, but its latest_.*names 12: .*--pretrained"
+    with pytest.raises(ConfigurationError, match=message):
+        whole._candidates(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_the_user(alone, tmp_path):
+    with pytest.raises(ConfigurationError, match="No such file or directory: .*gone"):
+        from_first_rank(lambda: (tmp_path / "gone").read_text())

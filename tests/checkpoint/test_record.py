@@ -1,15 +1,22 @@
-"""A record reads back as it was written, and what cannot be read is named."""
+"""A record reads back; what contradicts it is refused with both values; two bases are told apart."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.compatible import Here, contradictions, optimizer_contradictions
+from megatron_peft.checkpoint.fingerprint import fingerprint, weight_files
+from megatron_peft.checkpoint.folders import RECORD, TRACKER
+from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import read_record, read_run_record
 from megatron_peft.config import ConfigurationError
-from tests.checkpoint.records import make_record
+from tests.checkpoint.records import SCHEDULE, SHAPE, make_config, make_record
+from tests.conversion.megatron_folders import save_distributed
 
 
 def test_a_record_reads_back(tmp_path):
@@ -26,20 +33,175 @@ def test_adapter_config_names_method_numbers_and_base():
     assert config["adapted_layers"] == ["decoder.layers.0.mlp.linear_fc1"]
 
 
-def test_a_newer_format_asks_for_an_update(tmp_path):
-    fields = json.loads(make_record().to_json())
-    (tmp_path / RECORD).write_text(json.dumps({**fields, "format_version": 2}))
-    with pytest.raises(ConfigurationError, match="format 2 .* update"):
-        read_record(tmp_path)
+NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"format_version": 1}'])
-def test_what_is_no_record_is_named(tmp_path, text):
-    (tmp_path / RECORD).write_text(text)
-    with pytest.raises(ConfigurationError, match=f"{RECORD} cannot be read"):
-        read_record(tmp_path)
-
-
-def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (NEWER, "format 2 .* update"),
+        *((text, "cannot be read") for text in ("", "{", "{}", "[]", '{"format_version": 1}')),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, text, told):
     with pytest.raises(ConfigurationError, match="holds no checkpoint"):
         read_run_record(tmp_path)
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(ConfigurationError, match=f"{RECORD}.* {told}"):
+        read_record(tmp_path)
+
+
+def here(schedule=None, **changes):
+    """This run: that of make_record with changes, those of the configuration by group."""
+    groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer") if name in changes}
+    record = make_record()
+    same = Here(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
+    return dataclasses.replace(same, schedule={**SCHEDULE, **(schedule or {})}, **changes)
+
+
+FC2 = {"peft": {"target_modules": ("linear_fc2",)}, "adapted_layers": ("decoder.layers.0.mlp.linear_fc2",)}
+OTHER_BASE = {
+    "base_fingerprint": {"config.json": "12", "model.safetensors": "35"},
+    "model": {"pretrained_checkpoint": "b"},
+}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"peft": {"method": "full"}}, ["--peft-method lora", "--peft-method full"]),
+        ({"peft": {"lora_rank": 8}}, ["--lora-rank 4", "--lora-rank 8"]),
+        ({"peft": {"lora_rs": True}}, ["--lora-rs False", "--lora-rs True"]),
+        (FC2, ["linear_qkv linear_proj linear_fc1 linear_fc2", "decoder.layers.0.mlp.linear_fc1"]),
+        ({"shape": dataclasses.replace(SHAPE, hidden_size=64)}, ["hidden_size 96 there, 64 here", "bases/base"]),
+        (OTHER_BASE, ["bases/base", "--pretrained-checkpoint b", "(model.safetensors)"]),
+    ],
+)
+def test_a_contradiction_names_both_values(changes, words):
+    (message,) = contradictions(make_record(), here(**changes))
+    assert all(word in message for word in ["--load runs", *words]), message
+
+
+def test_several_contradictions_come_at_once():
+    assert len(contradictions(make_record(), here(peft={"lora_rank": 8, "lora_alpha": 8}))) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0}},
+        {"peft": {"target_modules": ("linear_f*1",)}},  # another pattern for the same layers
+        {"base_fingerprint": None},  # the base cannot be read any more
+        {"model": {"pretrained_checkpoint": "moved/elsewhere"}},
+    ],
+)
+def test_what_may_change(changes):
+    assert contradictions(make_record(), here(**changes)) == []
+    assert optimizer_contradictions(make_record(), here(**changes)) == []
+
+
+def test_full_fine_tuning_does_not_look_at_adapters():
+    full = make_record(config=make_config(peft={"method": "full"}), adapted_layers=())
+    now = here(peft={"method": "full", "lora_rank": 8}, adapted_layers=())
+    assert contradictions(full, now) == []
+
+
+@pytest.mark.parametrize(
+    "record, now, words",
+    [
+        (
+            make_record(),
+            here(optimizer={"optimizer": "sgd"}),
+            ["--optimizer adam", "--optimizer sgd", "--no-load-optim"],
+        ),
+        (make_record(schedule=None, optimizer_steps=None), here(), ["--no-save-optim", "--no-load-optim"]),
+        (
+            make_record(),
+            here(schedule={"max_lr": 1e-3, "lr_decay_steps": 20}),
+            ["--lr: 0.005 there, 0.001 here", "--lr-decay-iters"],
+        ),
+    ],
+    ids=["another optimizer", "none", "another schedule"],
+)
+def test_another_optimizer_or_schedule_is_refused(record, now, words):
+    (message,) = optimizer_contradictions(record, now)
+    assert all(word in message for word in words), message
+
+
+def test_another_schedule_may_be_chosen_and_a_longer_one_at_a_constant_rate_is_the_same():
+    for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
+        chosen = here(schedule={"max_lr": 1e-3}, optimizer={choice: True})
+        assert optimizer_contradictions(make_record(), chosen) == []
+    constant = {**SCHEDULE, "lr_decay_style": "constant"}
+    longer = here(schedule={"lr_decay_style": "constant", "lr_decay_steps": 100, "wd_incr_steps": 100})
+    assert optimizer_contradictions(make_record(schedule=constant), longer) == []
+
+
+def save_base(folder, weights, config="{}"):
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+def weights(scale=1.0, name="w"):
+    return {name: torch.arange(400_000, dtype=torch.float32) * scale}
+
+
+def test_copies_are_the_same_and_other_bases_are_not(tmp_path):
+    base = fingerprint(save_base(tmp_path / "base", weights()))
+    assert fingerprint(save_base(tmp_path / "copy", weights())) == base
+    tuned = weights()
+    tuned["w"][100_000:300_000] += 1  # everywhere but at the start and the end, as two fine-tunes differ
+    others = {
+        "config": save_base(tmp_path / "config", weights(), config='{"rope_theta": 1}'),
+        "values": save_base(tmp_path / "values", weights(scale=1.5)),
+        "names": save_base(tmp_path / "names", weights(name="v")),
+        "tuned": save_base(tmp_path / "tuned", tuned),
+    }
+    for name, folder in others.items():
+        assert fingerprint(folder) != base, name
+
+
+def test_safetensors_go_before_bin_and_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(OSError, match="neither config.json nor weights"):
+        fingerprint(str(tmp_path))
+    save_base(tmp_path / "base", weights())
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")
+    assert [path.name for path in weight_files(tmp_path / "base")] == ["model.safetensors"]
+
+
+def test_a_run_that_is_a_base_is_told_from_another_and_from_a_later_itself(tmp_path):
+    """Of full fine-tuning: the weights lie below the iteration that the tracker names."""
+
+    def run(name, values, iteration=2):
+        folder = tmp_path / name / f"iter_{iteration:07d}"
+        save_distributed(folder, {"w": values})
+        (folder / RECORD).write_text("{}")
+        write_manifest(folder, {})
+        (tmp_path / name / TRACKER).write_text(f"{iteration}\n")
+        fingerprint.cache_clear()
+        return fingerprint(str(tmp_path / name))
+
+    first = run("first", torch.zeros(300_000))
+    assert set(first) == {"iter_0000002/__0_0.distcp", "iter_0000002/manifest.json"}
+    other = torch.zeros(300_000)
+    other[123_457] = 1.0  # between the stretches that are read: the manifest has its checksum
+    assert run("second", other) != first
+    assert run("first", torch.zeros(300_000), iteration=3) != first
+
+
+def test_old_files_of_ranks_are_told_apart(tmp_path):
+    files = [f"mp_rank_{rank:02d}/model_optim_rng.pt" for rank in range(2)]
+
+    def ranks(name, value):
+        for rank, file in enumerate(files):
+            (tmp_path / name / file).parent.mkdir(parents=True)
+            torch.save({"model": {"w": torch.full((4,), value * rank)}}, tmp_path / name / file)
+        (tmp_path / name / "config.json").write_text("{}")
+        return fingerprint(str(tmp_path / name))
+
+    first, other = ranks("first", 1.0), ranks("other", 2.0)
+    assert set(first) == {"config.json", *files}
+    assert [name for name in first if first[name] != other[name]] == files[1:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import pickletools
 import random
 import signal
 from pathlib import Path
@@ -14,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
+from megatron_peft.checkpoint.sharded_files import read_tensors, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from tests.conversion.megatron_folders import save_distributed, save_random, save_ranks
+from tests.one_rank import one_rank
 
 
 class Attack:
@@ -32,54 +34,58 @@ class Attack:
         return self.call
 
 
-def attacks(mark: Path) -> dict[str, Attack]:
-    return {
-        "system": Attack(os.system, f"touch {mark}"),
-        "eval": Attack(eval, f"open({str(mark)!r}, 'w')"),
-        "load": Attack(torch.load, str(mark)),
-        "getattr": Attack(getattr, "x"),
+def attack(kind: str, mark: Path) -> Attack:
+    """One that would leave a mark, or reach for something."""
+    calls = {
+        "system": (os.system, f"touch {mark}"),
+        "eval": (eval, f"open({str(mark)!r}, 'w')"),
+        "load": (torch.load, str(mark)),
+        "getattr": (getattr, "x"),
     }
+    return Attack(*calls[kind])
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "load", "getattr"])
-def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kind: str, tmp_path: Path) -> None:
+def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kind, tmp_path):
     mark = tmp_path / "ran"
     folder = save_ranks(save_random(tmp_path / "hf"), tmp_path / "ranks", tp=1, pp=1)
-    path = folder / "mp_rank_00" / "model_optim_rng.pt"
-    torch.save({"model": {}, "args": attacks(mark)[kind]}, path)
+    torch.save({"model": {}, "args": attack(kind, mark)}, folder / "mp_rank_00" / "model_optim_rng.pt")
     for read in (read_model_shape, lambda place: megatron_to_hf(place, tmp_path / "out", progress=False)):
         with pytest.raises(ConfigurationError, match=f"model_optim_rng.pt is refused: .*{kind}.*Nothing of it was run"):
             read(folder)
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
+def read_one_tensor(folder: Path) -> None:
+    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder)
+
+
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
-def test_a_malicious_index_is_refused_by_name_and_runs_nothing(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_metadata, stored_shapes, read_one_tensor])
+def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, tmp_path):
     mark = tmp_path / "ran"
     folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
     index = pickle.loads((folder / ".metadata").read_bytes())
-    index.planner_data = attacks(mark)[kind]
+    index.planner_data = attack(kind, mark)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(ConfigurationError, match=f".metadata is refused: .*{kind}.*Nothing of it was run"):
-        read_metadata(folder)
+    with one_rank(), pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
+        read(folder)
     assert not mark.exists()
 
 
-def test_a_dotted_name_does_not_reach_through_an_allowed_module(tmp_path: Path) -> None:
+def test_a_dotted_name_does_not_reach_through_an_allowed_module(tmp_path):
     """Protocol 4 lets a name walk attributes: torch.distributed.checkpoint.metadata has `os` among its globals."""
     mark = tmp_path / "ran"
-    module, name = b"torch.distributed.checkpoint.metadata", b"os.system"
-    text = f"touch {mark}".encode()
-    parts = [bytes([0x8C, len(part)]) + part for part in (module, name, text)]
-    program = b"\x80\x04" + parts[0] + parts[1] + b"\x93" + parts[2] + b"\x85R."
-    pickletools.dis(program, out=open(os.devnull, "w"))
-    (tmp_path / ".metadata").write_bytes(program)
+    texts = (b"torch.distributed.checkpoint.metadata", b"os.system", f"touch {mark}".encode())
+    module, name, argument = (bytes([0x8C, len(text)]) + text for text in texts)
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R.")
     with pytest.raises(ConfigurationError, match="refused: .*os.system"):
         read_metadata(tmp_path)
     assert not mark.exists()
 
 
-def test_objects_of_known_libraries_become_inert(tmp_path: Path) -> None:
+def test_objects_of_known_libraries_become_inert_and_stand_ins_go(tmp_path):
+    declared = set(torch.serialization.get_safe_globals())
     content = {
         "args": argparse.Namespace(num_layers=2, signal=signal.SIGTERM),
         "rng": [random.getstate(), np.random.get_state(), np.dtype("u4")],
@@ -91,16 +97,10 @@ def test_objects_of_known_libraries_become_inert(tmp_path: Path) -> None:
     assert isinstance(found["args"].signal, Inert)
     assert isinstance(found["rng"][1][1], Inert)
     assert torch.equal(found["tensor"], content["tensor"])
+    assert set(torch.serialization.get_safe_globals()) == declared
 
 
-def test_the_stand_ins_are_gone_afterwards(tmp_path: Path) -> None:
-    before = set(torch.serialization.get_safe_globals())
-    torch.save(argparse.Namespace(), tmp_path / "file.pt")
-    load_inertly(tmp_path / "file.pt")
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
-def test_what_other_libraries_call_safe_is_refused_too(tmp_path: Path) -> None:
+def test_what_other_libraries_call_safe_is_refused_too(tmp_path):
     with torch.serialization.safe_globals([random.Random]):
         torch.save(random.Random(), tmp_path / "file.pt")
         with pytest.raises(ConfigurationError, match="refused: .*random.Random"):
@@ -108,23 +108,19 @@ def test_what_other_libraries_call_safe_is_refused_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", pickle.dumps({"a": 1})])
-def test_a_torn_file_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_torn_file_is_named(content, tmp_path):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(ConfigurationError, match="file.pt cannot be read: it is torn, or no file of torch.save"):
         load_inertly(tmp_path / "file.pt")
 
 
-def test_a_torn_index_is_named(tmp_path: Path) -> None:
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+def test_an_index_is_read_whole_and_a_torn_one_is_named(tmp_path):
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2, 3), "b": torch.zeros(1).bfloat16()})
+    found, expected = read_metadata(folder), torch_checkpoint.FileSystemReader(folder).read_metadata()
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.storage_data == expected.storage_data
     whole = (folder / ".metadata").read_bytes()
     for content in (b"", whole[:-20], pickle.dumps({"a": 1})):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is no index)"):
             read_metadata(folder)
-
-
-def test_the_index_of_a_real_checkpoint_is_read_whole(tmp_path: Path) -> None:
-    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2, 3), "b": torch.zeros(1).bfloat16()})
-    found, expected = read_metadata(folder), torch_checkpoint.FileSystemReader(folder).read_metadata()
-    assert found.state_dict_metadata == expected.state_dict_metadata
-    assert found.storage_data == expected.storage_data

@@ -1,43 +1,39 @@
-"""A save that fails, on whatever rank and in whatever phase, is one message on all ranks and costs nothing."""
+"""A save that fails, on whatever rank and in whatever phase, is one message on all ranks and costs nothing; one in the
+background writes the moment of the save, and nothing pending is lost."""
 
 from __future__ import annotations
 
 import errno
+from unittest import mock
 
 import pytest
 
-from megatron_peft.checkpoint import save
+from megatron_peft.checkpoint import save, saver
+from megatron_peft.checkpoint.folders import start_draft
+from megatron_peft.checkpoint.saver import Saver
+from megatron_peft.config import CheckpointConfig, ConfigurationError
+from tests.checkpoint.test_folders import holder
 
 
 @pytest.mark.parametrize("phase", ["data on rank 1", "data on rank 1, for real", "metadata", "common file", "record"])
 def test_a_full_disk_loses_nothing(two_ranks, phase):
-    messages = set()
-    for facts in two_ranks:
-        message, as_before = facts["failed saves"][phase]
-        assert as_before, "the folder's files changed, or the draft is still there"
-        messages.add(message)
-    (message,) = messages
+    (message, as_before), other = (facts["failed saves"][phase] for facts in two_ranks)
+    assert other == (message, True) and as_before, "the folder's files changed, or the draft is still there"
     assert message.startswith("CheckpointNotSaved: --save")
     assert "iteration 2 was not saved" in message
     assert ("File too large" if "for real" in phase else "No space left on device") in message
 
 
-def test_a_later_save_works(facts):
-    assert facts["failed saves"]["afterwards"] == 2
-
-
-def test_a_folder_that_cannot_be_made_is_named(two_ranks):
+def test_a_later_save_works_and_a_folder_that_cannot_be_made_is_named(two_ranks):
     for facts in two_ranks:
+        assert facts["failed saves"]["afterwards"] == 2
         assert "pairs.jsonl/runs" in facts["failed saves"]["no folder"]
 
 
-def test_adapters_only_and_neither_optimizer_nor_generators(facts):
+def test_adapters_only_without_the_optimizer_whose_parameters_can_be_taken(facts):
     keys = facts["saved partly"]["keys"]
     assert len(keys) == 4 * 4 * 2  # layers, linear layers, A and B
     assert all(key.endswith((".adapter.A", ".adapter.B")) for key in keys)
-
-
-def test_without_the_optimizer_the_parameters_can_be_taken(facts):
     assert "--no-save-optim" in facts["saved partly"]["refused"]
     assert facts["saved partly"]["taken"]
 
@@ -45,11 +41,53 @@ def test_without_the_optimizer_the_parameters_can_be_taken(facts):
 def test_a_copy_that_there_is_no_room_for_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
     """The file of the adapters beside the checkpoints; each of them has its own."""
     (tmp_path / "adapter_config.json").write_text("of the one before")
-
-    def full(path, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(save, "write_atomically", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(save, "write_atomically", mock.Mock(side_effect=full))
     save._write_beside_checkpoints(tmp_path / "adapter_config.json", "{}")
     assert "adapter_config.json cannot be written" in caplog.text
     assert (tmp_path / "adapter_config.json").read_text() == "of the one before"
+
+
+def test_a_save_does_not_disturb_the_run(two_ranks):
+    assert [facts["saves disturb"] for facts in two_ranks] == [[], []]
+
+
+def test_a_step_goes_on_while_the_state_of_the_saves_moment_is_written(two_ranks):
+    for facts in two_ranks:
+        behind = facts["behind"]
+        assert (behind["before"], behind["after"]) == ((None, None), (1, "None", "iter_0000001"))
+        assert behind["differences"] == []
+        assert behind["nothing pending"] is None  # each save is told once
+
+
+def test_a_full_disk_in_the_background_is_told_on_all_ranks_and_costs_nothing(two_ranks):
+    for facts in two_ranks:
+        failing = facts["behind, failing"]
+        assert "iteration 2 was not saved" in failing["message"] and "No space left" in failing["message"]
+        assert failing["unchanged"]
+        assert failing["again"] == (2, None)
+
+
+def test_a_pending_save_is_completed_when_the_run_ends_and_the_last_two_are_kept(two_ranks):
+    assert [facts["left behind"] for facts in two_ranks] == [["iter_0000002", "iter_0000003"]] * 2
+
+
+def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, tmp_path, monkeypatch):
+    draft = start_draft(tmp_path, 50)
+    take = saver.FolderLock
+    monkeypatch.setattr(saver, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
+    with holder(tmp_path), pytest.raises(ConfigurationError, match="another run is saving there"):
+        Saver(CheckpointConfig(save=str(tmp_path)))
+    assert draft.exists()
+
+
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_drafts_of_a_killed_run_are_removed_if_a_lock_says_that_they_are_nobodys(
+    alone, tmp_path, monkeypatch, is_locked
+):
+    draft = start_draft(tmp_path, 50)
+    if not is_locked:
+        monkeypatch.setattr(saver.FolderLock, "_acquire", lambda lock, deadline: False)
+    with Saver(CheckpointConfig(save=str(tmp_path))) as unused:
+        assert unused.finish() is None
+    assert draft.exists() != is_locked

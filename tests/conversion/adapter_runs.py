@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,7 @@ RUNS = {
 MOVED = {"A", "B", "A0", "B0", "Q", "P", "theta", "U"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Moved:
     """`base`, `other` (of the same shape), `small` and `bloom` are Hugging Face folders; `runs` are --save folders."""
 
@@ -89,6 +90,11 @@ def copy_run(run: Path, to: Path, change: Callable[[RunRecord], RunRecord]) -> P
     (checkpoint / RECORD).write_text(change(read_record(checkpoint)).to_json())
     write_manifest(checkpoint, {})
     return to
+
+
+def with_config(**groups: Any) -> Callable[[RunRecord], RunRecord]:
+    """A change of a record: other groups of its configuration."""
+    return lambda record: dataclasses.replace(record, config=dataclasses.replace(record.config, **groups))
 
 
 def make_files(folder: Path) -> Files:

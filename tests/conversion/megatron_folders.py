@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import signal
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.conversion.companions import config_of_shape, write_config
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.pretrained import owned_rules
@@ -23,6 +25,7 @@ from megatron_peft.conversion.rules import expected_tensors
 from megatron_peft.conversion.source import open_source
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
+from tests.checkpoint.records import make_record
 
 # Two key-value heads, head_dim not hidden / heads, every bias, a prime vocabulary.
 ODD = ModelShape(
@@ -113,8 +116,27 @@ def _stage(source: Path, shape: ModelShape, rank: int, tp: int, chunk: int, laye
     return found | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
 
 
-def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
-    given = {
+def save_run(original: Path, folder: Path, tensors: dict[str, Tensor], method: str = "full") -> Path:
+    """A --save folder as a run of `method` on `original` leaves it."""
+    checkpoint = save_distributed(folder / "iter_0000002", tensors)
+    record = make_record(shape=ODD)
+    model = dataclasses.replace(record.config.model, pretrained_checkpoint=str(original))
+    peft = dataclasses.replace(record.config.peft, method=method)
+    config = dataclasses.replace(record.config, model=model, peft=peft)
+    (checkpoint / RECORD).write_text(dataclasses.replace(record, config=config).to_json())
+    (folder / TRACKER).write_text("2\n")
+    return folder
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
+    """What Megatron-LM's arguments say of a Llama."""
+    return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,
@@ -126,17 +148,21 @@ def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
         "padded_vocab_size": 128,
         "max_position_embeddings": shape.max_position_embeddings,
         "norm_epsilon": shape.norm_epsilon,
+        "rotary_base": shape.rotary_base,
+        "rotary_percent": 1.0,
         "add_bias_linear": bool(shape.linear_biases),
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
         "swiglu": True,
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
-        "params_dtype": torch.float32,
-        "exit_signal": signal.SIGTERM,
     }
+
+
+def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
+    objects = {"params_dtype": torch.float32, "exit_signal": signal.SIGTERM}
     generators = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state()}
     return {
-        "args": argparse.Namespace(**given | arguments),
+        "args": argparse.Namespace(**megatron_arguments(shape) | objects | arguments),
         "checkpoint_version": 3.0,
         "iteration": 10,
         "rng_state": [generators],
@@ -144,13 +170,14 @@ def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
-def llama_shapes(draw: st.DrawFn) -> ModelShape:
-    groups = draw(st.integers(1, 3))
+def llama_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
+    """Odd Llamas that a tensor-parallel size divides."""
+    groups = size * draw(st.integers(1, 3))
     return ModelShape(
         architecture="llama",
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
-        ffn_hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=size * draw(st.integers(1, 9)),
         num_attention_heads=groups * draw(st.integers(1, 3)),
         num_query_groups=groups,
         kv_channels=draw(st.sampled_from([2, 4, 6])),
@@ -162,8 +189,9 @@ def llama_shapes(draw: st.DrawFn) -> ModelShape:
 
 
 @st.composite
-def bloom_shapes(draw: st.DrawFn) -> ModelShape:
-    heads, dim = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+def bloom_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
+    """Odd Blooms that a tensor-parallel size divides."""
+    heads, dim = size * draw(st.integers(1, 5)), draw(st.integers(1, 5))
     return ModelShape(
         architecture="bloom",
         num_layers=draw(st.integers(1, 3)),

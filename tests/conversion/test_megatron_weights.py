@@ -1,28 +1,43 @@
-"""Megatron's checkpoints under all the names and places that it gives them."""
+"""Megatron's checkpoints under all the names and places that it gives them, and its old files of ranks, joined."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
+from argparse import Namespace
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.checkpoint.safe_pickle import load_inertly
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError
 from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron, spellings
+from megatron_peft.conversion.legacy import open_legacy
+from megatron_peft.conversion.legacy_arguments import shape_of_arguments
+from megatron_peft.conversion.megatron_weights import open_megatron, spellings
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
-from tests.conversion.megatron_folders import ODD, equal, global_tensors, save_distributed, save_random, tensors_of
+from megatron_peft.models.shape import ModelShape
+from tests.conversion.megatron_folders import (
+    ODD,
+    equal,
+    global_tensors,
+    megatron_arguments,
+    save_distributed,
+    save_random,
+    save_ranks,
+    tensors_of,
+)
+
+FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
+def original(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("hf") / "odd")
 
 
-def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def stacked(tensors):
     """All layers of a parameter as one tensor, as megatron-core stores uniform layers by default."""
-    layers: dict[str, list[Tensor]] = {}
+    layers = {}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition("decoder.layers.")
         key = f"decoder.layers.{rest.partition('.')[2]}" if rest else prefix
@@ -30,19 +45,13 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.stack(found) if key.startswith("decoder.layers.") else found[0] for key, found in layers.items()}
 
 
-def fused_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fused_norms(tensors):
     """The names of a model with Transformer Engine's layers."""
     return {list(spellings(name))[-1]: tensor for name, tensor in tensors.items()}
 
 
-def check(tensors: dict[str, Tensor], folder: Path) -> MegatronWeights:
-    weights = open_megatron(save_distributed(folder, tensors))
-    weights.check(rules_for(ODD))
-    return weights
-
-
 @pytest.mark.parametrize("form", [stacked, fused_norms, lambda tensors: stacked(fused_norms(tensors))])
-def test_every_spelling_is_read(form, original: Path, tmp_path: Path) -> None:
+def test_every_spelling_is_read(form, original, tmp_path):
     state = {"layers._extra_state": torch.zeros(1), "optimizer.state.exp_avg.a": torch.zeros(1)}
     tensors = form(global_tensors(original)) | state | {"chained_0.optimizer.x": torch.zeros(1)}
     save_distributed(tmp_path / "megatron", tensors)
@@ -50,37 +59,136 @@ def test_every_spelling_is_read(form, original: Path, tmp_path: Path) -> None:
     assert equal(tensors_of(written), tensors_of(original))
 
 
-def test_spellings_of_a_norm() -> None:
+def test_spellings_of_a_norm():
     assert list(spellings("decoder.layers.3.pre_mlp_layernorm.bias")) == [
         "decoder.layers.3.pre_mlp_layernorm.bias",
         "decoder.layers.3.mlp.linear_fc1.layer_norm_bias",
     ]
-    assert list(spellings("decoder.final_layernorm.weight")) == ["decoder.final_layernorm.weight"]
+    assert list(spellings(FINAL_NORM)) == [FINAL_NORM]
 
 
-def test_all_faults_are_told_at_once(original: Path, tmp_path: Path) -> None:
+def check(tensors, folder):
+    weights = open_megatron(save_distributed(folder, tensors))
+    weights.check(rules_for(ODD))
+    return weights
+
+
+def test_all_faults_are_told_at_once(original, tmp_path):
     tensors = global_tensors(original)
-    del tensors["decoder.final_layernorm.weight"]
+    del tensors[FINAL_NORM]
     tensors["decoder.layers.1.mlp.linear_fc2.bias"] = torch.zeros(9)
     tensors["decoder.layers.4.mlp.linear_fc2.bias"] = torch.zeros(10)
     tensors["output_layer.weight"] = torch.zeros(22, 10)
     with pytest.raises(ConfigurationError) as raised:
         check(tensors, tmp_path / "megatron")
     told = str(raised.value)
-    assert "1 missing: decoder.final_layernorm.weight" in told
+    assert f"1 missing: {FINAL_NORM}" in told
     assert "1 not part of this model: decoder.layers.4.mlp.linear_fc2.bias" in told
     assert "2 of the wrong shape" in told
     assert "output_layer.weight [22, 10] instead of [23, 10]" in told
 
 
-def test_a_stack_of_more_layers_is_another_model(original: Path, tmp_path: Path) -> None:
+def test_a_stack_of_more_layers_is_another_model(original, tmp_path):
     tensors = stacked(global_tensors(original))
     tensors["decoder.layers.mlp.linear_fc2.bias"] = torch.zeros(5, 10)
     with pytest.raises(ConfigurationError, match="not part of this model: decoder.layers.4.mlp.linear_fc2.bias"):
         check(tensors, tmp_path / "megatron")
 
 
-def test_bytes_read_are_counted(original: Path, tmp_path: Path) -> None:
+def test_bytes_read_are_counted(original, tmp_path):
     weights = check(global_tensors(original), tmp_path / "megatron")
-    weights.read(rules_for(ODD)["decoder.final_layernorm.weight"], torch.zeros(10), 0, 1)
+    weights.read(rules_for(ODD)[FINAL_NORM], torch.zeros(10), 0, 1)
     assert weights.bytes_read == 40
+
+
+@pytest.fixture
+def ranks(original, tmp_path):
+    return save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
+
+
+def test_ranks_are_joined(ranks):
+    """Layers are numbered over all stages; of a copied weight one rank is read; an unknown name is not there."""
+    found = open_legacy(ranks)
+    layers = {int(name.split(".")[2]) for name in found.tensors if name.startswith("decoder.layers")}
+    assert layers == {0, 1, 2, 3} and found.arguments.num_layers == 4
+    assert {len(shards) for shards in found.tensors.values()} == {2}
+    names = ("decoder.layers.2.mlp.linear_fc1.weight", "decoder.layers.2.input_layernorm.weight")
+    split, copied = (found.stored(name, rules_for(ODD)[name]) for name in names)
+    assert split.shape == (24, 10) and len(split.boxes) == 4 and split.is_whole
+    assert len(copied.boxes) == 1 and copied.is_whole
+    assert found.stored("ghost", rules_for(ODD)["output_layer.weight"]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda ranks: shutil.rmtree(ranks / "mp_rank_01_000"), "lacks the folders mp_rank_01_000"),
+        (
+            lambda ranks: (ranks / "mp_rank_01_001" / "model_optim_rng.pt").unlink(),
+            "mp_rank_01_001 holds none of model_optim_rng.pt",
+        ),
+        (lambda ranks: (ranks / "mp_rank_00_000_000").mkdir(), "mp_rank_00_000_000 is of a layout with experts"),
+    ],
+    ids=["lost rank", "lost file", "experts"],
+)
+def test_folders_of_ranks_that_are_not_all_there_are_named(change, told, ranks):
+    change(ranks)
+    with pytest.raises(ConfigurationError, match=told):
+        open_legacy(ranks)
+
+
+FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}, "language_model.encoder.* --saver core"),
+        ({}, "holds no 'model'"),
+        ({"model": {FC2: torch.zeros(10, 5)}}, r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]"),
+    ],
+    ids=["names before megatron-core", "no model", "another shape"],
+)
+def test_a_file_of_a_rank_that_does_not_fit_is_named(change, told, ranks):
+    path = ranks / "mp_rank_01_000" / "model_optim_rng.pt"
+    model = {name: tensor.clone() for name, tensor in load_inertly(path)["model"].items() if tensor is not None}
+    content = {"model": model | change["model"]} if FC2 in change.get("model", {}) else change
+    torch.save(content, path)
+    with pytest.raises(ConfigurationError, match=told):
+        open_legacy(ranks).stored(FC2, rules_for(ODD)[FC2])
+
+
+SHAPE = ModelShape("llama", 2, 24, 40, 4, 2, 8, 37, 64, norm_epsilon=1e-6, rotary_base=500000.0)
+
+
+def told_shape(**changes):
+    return shape_of_arguments(Namespace(**megatron_arguments(SHAPE) | changes), "folder")
+
+
+def test_the_shape_is_in_the_arguments():
+    assert told_shape() == SHAPE
+    assert told_shape(group_query_attention=False, num_query_groups=1).num_query_groups == 4
+    assert told_shape(add_bias_linear=True).linear_biases == frozenset(LINEAR_MODULES)
+    assert told_shape(add_qkv_bias=True).linear_biases == {"linear_qkv"}
+    assert told_shape(untie_embeddings_and_output_weights=False).tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"swiglu": False}, "trained with swiglu False"),
+        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
+        ({"use_rope_scaling": True}, "use_rope_scaling True"),
+        ({"num_experts": 8}, "num_experts 8"),
+        ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
+        ({"vocab_size": None}, "vocabulary padded to 128 rows"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_the_way_out(changes, told):
+    with pytest.raises(ConfigurationError, match=f"{told}.*config.json"):
+        told_shape(**changes)
+
+
+def test_a_checkpoint_without_arguments_is_named():
+    with pytest.raises(ConfigurationError, match="folder does not say what model it is"):
+        shape_of_arguments(None, "folder")

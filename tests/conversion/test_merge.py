@@ -1,4 +1,4 @@
-"""A merged folder is in transformers what the adapted model is here."""
+"""A merged folder is in transformers what the adapted model is here; folded rotations are those of training."""
 
 from __future__ import annotations
 
@@ -6,36 +6,45 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_peft.adapters.boft import Boft, ProjectedBoft
+from megatron_peft.adapters.butterfly import cayley, compose, skew
+from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.checkpoint.manifest import write_manifest
-from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
-from megatron_peft.conversion.merge import MERGERS, merge
+from megatron_peft.conversion.merge import MERGERS, merge, mix, turn
+from megatron_peft.conversion.rotations import rotation_blocks
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.huggingface import read_shape
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime import cpu
 from tests.checkpoint.records import make_record
-from tests.conversion.adapter_runs import RUNS, Moved, copy_run
+from tests.conversion.adapter_runs import RUNS, copy_run, with_config
+from tests.conversion.megatron_folders import equal, flip_a_byte, tensors_of
+from tests.one_rank import places
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_merged_folder_computes_what_the_adapted_model_does(run: str, moved: Moved, tmp_path: Path) -> None:
+def test_merged_folder_computes_what_the_adapted_model_does(run, moved, tmp_path):
     merge(moved.run(run), tmp_path / "merged", progress=False)
     assert verify(tmp_path / "merged", moved.run(run)).logits.absolute < 1e-4
     base = read_run_record(moved.run(run)).config.model.pretrained_checkpoint
     assert verify(tmp_path / "merged", base).logits.absolute > 0.1
 
 
-def test_what_has_no_adapter_keeps_its_bits(moved: Moved, tmp_path: Path) -> None:
+def test_what_has_no_adapter_keeps_its_bits(moved, tmp_path):
     merge(moved.run("pp2"), tmp_path / "merged")
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    base = load_file(moved.base("base") / "model.safetensors")
+    merged, base = tensors_of(tmp_path / "merged"), tensors_of(moved.base("base"))
     assert merged.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {
@@ -45,26 +54,21 @@ def test_what_has_no_adapter_keeps_its_bits(moved: Moved, tmp_path: Path) -> Non
     }
 
 
-def test_type_and_shards_are_chosen(moved: Moved, tmp_path: Path) -> None:
+def test_type_and_shards_are_chosen(moved, tmp_path):
     """Sums are formed in float32 and rounded once."""
     merge(moved.run("tp2"), tmp_path / "whole")
     merge(moved.run("tp2"), tmp_path / "small", dtype=torch.bfloat16, max_shard_bytes=200_000)
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
     index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())["weight_map"]
     small = {name: load_file(tmp_path / "small" / file)[name] for name, file in index.items()}
     assert len(set(index.values())) > 2
-    assert all(torch.equal(small[name], whole[name].bfloat16()) for name in whole)
+    assert equal(small, {name: tensor.bfloat16() for name, tensor in tensors_of(tmp_path / "whole").items()})
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def trained_on(run: Path, to: Path, base: Path) -> Path:
     """A copy of a run whose record names another base, by its fingerprint too."""
-    model = ModelConfig(pretrained_checkpoint=str(base))
-
-    def change(record: RunRecord) -> RunRecord:
-        return replace(record, config=replace(record.config, model=model), base_fingerprint=known_fingerprint(base))
-
-    return copy_run(run, to, change)
+    named = with_config(model=ModelConfig(pretrained_checkpoint=str(base)))
+    return copy_run(run, to, lambda record: replace(named(record), base_fingerprint=known_fingerprint(base)))
 
 
 def full_run(folder: Path, base: Path) -> Path:
@@ -74,8 +78,8 @@ def full_run(folder: Path, base: Path) -> Path:
     for name in ("config.json", "tokenizer.json"):
         (checkpoint / name).unlink(missing_ok=True)
     record = replace(make_record(shape=read_shape(base)), base_fingerprint=None)
-    config = replace(record.config, model=ModelConfig(str(base)), peft=PeftConfig(method="full"))
-    (checkpoint / RECORD).write_text(replace(record, config=config).to_json())
+    change = with_config(model=ModelConfig(str(base)), peft=PeftConfig(method="full"))
+    (checkpoint / RECORD).write_text(change(record).to_json())
     write_manifest(checkpoint, {})
     (folder / TRACKER).write_text("2\n")
     shutil.rmtree(folder / "converted")
@@ -83,8 +87,8 @@ def full_run(folder: Path, base: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["converted", "run"])
-def test_base_in_the_form_of_megatron(form: str, moved: Moved, tmp_path: Path) -> None:
-    """Converted, or a run of full fine-tuning: config and tokenizer come along, and another such base is refused."""
+def test_base_in_the_form_of_megatron(form, moved, tmp_path):
+    """Converted, or a run of full fine-tuning: config and tokenizer come along; another such base is refused."""
     bases = {}
     for name in ("base", "other"):
         original = Path(shutil.copytree(moved.base(name), tmp_path / f"hf-{name}"))
@@ -95,24 +99,15 @@ def test_base_in_the_form_of_megatron(form: str, moved: Moved, tmp_path: Path) -
     run = trained_on(moved.run("tp2"), tmp_path / "run", bases["base"])
     merge(run, tmp_path / "merged")
     merge(moved.run("tp2"), tmp_path / "expected")
-    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert equal(tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "expected"))
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     with pytest.raises(ConfigurationError, match=r"other is another one \(.*__0_0.distcp"):
         merge(run, tmp_path / "wrong", pretrained_checkpoint=bases["other"])
-
-
-def test_a_damaged_run_that_is_the_base_is_named(moved: Moved, tmp_path: Path) -> None:
-    base = full_run(tmp_path / "full", moved.base("base"))
-    run = trained_on(moved.run("tp2"), tmp_path / "run", base)
-    path = base / "iter_0000002" / "__0_0.distcp"
-    numbers = bytearray(path.read_bytes())
-    numbers[1000] ^= 1
-    path.write_bytes(numbers)
-    with pytest.raises(ConfigurationError, match="__0_0.distcp"):
-        merge(run, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    if form == "run":
+        flip_a_byte(bases["base"] / "iter_0000002" / "__0_0.distcp")
+        with pytest.raises(ConfigurationError, match="__0_0.distcp"):
+            merge(run, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize(
@@ -123,18 +118,63 @@ def test_a_damaged_run_that_is_the_base_is_named(moved: Moved, tmp_path: Path) -
         ("nowhere", r"the base model .*nowhere of the run in .* is not there: give its folder with --pretrained-check"),
     ],
 )
-def test_another_base_is_refused(base: str, message: str, moved: Moved, tmp_path: Path) -> None:
+def test_another_base_is_refused(base, message, moved, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         merge(moved.run("tp2"), tmp_path / "merged", pretrained_checkpoint=moved.base(base))
     assert not list(tmp_path.iterdir())
 
 
-def test_output_that_exists_is_refused(moved: Moved, tmp_path: Path) -> None:
+def test_output_that_exists_and_a_method_that_cannot_be_merged_are_named(moved, tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
         merge(moved.run("tp2"), tmp_path)
-
-
-def test_method_that_cannot_be_merged_is_named(moved: Moved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(MERGERS, "lora")
     with pytest.raises(ConfigurationError, match="adapters of --peft-method lora cannot be merged"):
         merge(moved.run("tp2"), tmp_path / "merged")
+
+
+def opened(peft: PeftConfig, tensors: dict[str, torch.Tensor]) -> Any:
+    """A checkpoint of one layer."""
+    return SimpleNamespace(
+        record=SimpleNamespace(config=SimpleNamespace(peft=peft)),
+        has=lambda layer, name: name in tensors,
+        tensor=lambda layer, name: tensors[name],
+    )
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("side", "features"), [("output", 24), ("input", 16)])
+def test_a_turned_weight_is_the_dense_product(side, features):
+    weight, Q = draw(24, 16), draw(features // 8, 2, 2, 6)
+    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, rotation_side=side)
+    R = torch.block_diag(*compose(cayley(skew(Q, 4))))
+    expected = R @ weight if side == "output" else weight @ R.T
+    torch.testing.assert_close(turn(opened(peft, {"Q": Q}), "layer", weight.clone()), expected)
+
+
+def test_a_mixed_weight_is_the_formula():
+    weight, Q, A, B = draw(24, 16), draw(3, 2, 2, 6), draw(3, 16), draw(24, 3)
+    peft = PeftConfig("hybrid", lora_rank=3, lora_alpha=6, boft_block_size=4, boft_factors=2)
+    adapters = opened(peft, {"rotation.Q": Q, "low_rank.A": A, "low_rank.B": B, "mix": torch.tensor(0.3)})
+    R = torch.block_diag(*compose(cayley(skew(Q, 4))))
+    expected = weight + 0.3 * (2 * B @ A) + 0.7 * (R @ weight - weight)
+    torch.testing.assert_close(mix(adapters, "layer", weight.clone()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["", "rotation."])
+@pytest.mark.parametrize("kind", [Boft, ProjectedBoft, StructuredUrnn, RiemannianUrnn])
+def test_blocks_are_those_of_training(kind, part):
+    cpu.install()
+    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, urnn_block_size=8)
+    adapter = kind(LinearLayout("column", 24, 16, places(1)[0]), peft, "layer.adapter", 0, torch.float32)
+    (parameter,) = adapter.parameters()
+    with torch.no_grad():
+        parameter.add_(draw(*parameter.shape))
+    expected = adapter.changes() + torch.eye(8)
+    tensors = {f"{part}{name}": tensor for name, tensor in adapter.state_dict().items()}
+    blocks = rotation_blocks(opened(peft, tensors), "layer", part)
+    assert blocks.dtype == torch.float64
+    torch.testing.assert_close(blocks, expected.double(), atol=1e-5, rtol=1e-5)
+    assert (blocks - torch.eye(8)).abs().max() > 0.1

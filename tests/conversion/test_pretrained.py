@@ -1,27 +1,180 @@
-"""--pretrained-checkpoint opens every form of a base model, at any layout, and each rank reads its own part."""
+"""--pretrained-checkpoint opens every form of a base model at any layout; each rank reads its own part, and what does
+not fit is named before a weight changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor, nn
 
 from megatron_peft.checkpoint.manifest import write_manifest
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
+from megatron_peft.conversion import progress as progress_bar
 from megatron_peft.conversion import to_megatron
+from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
-from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_ranks
-from tests.conversion.test_loader import num_bytes, stage
-from tests.conversion.test_to_huggingface import save_run
+from tests.conversion.megatron_folders import ODD, flip_a_byte, global_tensors, save_random, save_ranks, save_run
 from tests.one_rank import one_rank
 
-TIED = dataclasses.replace(ODD, tied_embeddings=True)
+ENDS = {"first": ("embedding",), "last": ("decoder.final_layernorm", "output_layer")}
+
+
+def stage(shape: ModelShape, size: int, layers: Iterable[int], ends: Iterable[str] = ("first", "last")) -> nn.Module:
+    """Stand-in of a GPTModel chunk on one of `size` ranks: the parameters of these layers and ends, full of NaN."""
+    chunk = nn.Module()
+    local = {f"decoder.layers.{number}.": f"decoder.layers.{index}." for index, number in enumerate(layers)}
+    prefixes = local | {name: name for end in ends for name in ENDS[end]}
+    for name, rule in rules_for(shape).items():
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is not None:
+            put(chunk, prefixes[prefix] + name.removeprefix(prefix), torch.full(rule.local_shape(size), torch.nan))
+    for index, number in enumerate(layers):
+        chunk.get_submodule(f"decoder.layers.{index}").layer_number = number + 1
+    return chunk
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, last = name.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, nn.Module())
+        module = getattr(module, step)
+    module.register_parameter(last, nn.Parameter(tensor))
+
+
+def load(chunk: nn.Module, folder: Path, shape: ModelShape, rank=0, size=1, progress=False) -> LoadReport:
+    return load_pretrained(
+        [chunk], folder, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=progress
+    )
+
+
+def num_bytes(chunk: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in chunk.parameters())
+
+
+@pytest.fixture(scope="module")
+def single(saved_folders):
+    return saved_folders["single"]
+
+
+@pytest.fixture(scope="module")
+def shape(single):
+    """Of three layers."""
+    return read_shape(single)
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "torch"])
+def test_layout_does_not_change_what_is_loaded(kind, shape, saved_folders, odd_llama):
+    """Two tensor-parallel ranks, three chunks over two stages, put together again and turned back."""
+    shards: dict[str, list[Tensor]] = {}
+    for rank in range(2):
+        for chunk in (stage(shape, 2, [0], ["first"]), stage(shape, 2, [1], []), stage(shape, 2, [2], ["last"])):
+            load(chunk, saved_folders[kind], shape, rank, size=2)
+            for name, parameter in base_parameters(chunk):
+                shards.setdefault(name, []).append(parameter.detach())
+    written = {n: t for name, rule in rules_for(shape).items() for n, t in rule.write(shards[name]).items()}
+    state = odd_llama.state_dict()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+def test_a_rank_reads_its_own_slices_only(rank, size, shape, saved_folders):
+    chunk = stage(shape, size, range(3))
+    report = load(chunk, saved_folders["sharded"], shape, rank, size)
+    padding = 2 * (rank + 1 == size == 2) * shape.hidden_size * 4  # 101 rows are 51 and 50 and a row of zeros
+    assert report.bytes_read == num_bytes(chunk) - padding
+    assert report.num_tensors == 3 + 3 * 10
+    assert report.seconds > 0
+
+
+def test_tied_output_layer_of_the_last_stage_is_the_embedding(saved_folders):
+    shape = read_shape(saved_folders["tied"])
+    first, last = stage(shape, 1, [0, 1], ["first"]), stage(shape, 1, [2], ["last"])
+    for chunk in (first, last):
+        load(chunk, saved_folders["tied"], shape)
+    assert torch.equal(last.output_layer.weight, first.embedding.word_embeddings.weight)
+    assert not last.output_layer.weight.isnan().any()
+
+
+def test_weights_are_converted_in_place_and_adapters_are_left_alone(shape, single, odd_llama):
+    chunk = stage(shape, 1, range(3)).bfloat16()
+    put(chunk, "decoder.layers.0.mlp.linear_fc1.adapter.A", torch.full((2, 2), 5.0))
+    before = dict(chunk.named_parameters())
+    load(chunk, single, shape)
+    assert all(parameter is before[name] for name, parameter in chunk.named_parameters())
+    assert torch.equal(chunk.output_layer.weight, odd_llama.lm_head.weight.bfloat16())
+    assert chunk.output_layer.weight.requires_grad
+    assert torch.equal(chunk.get_parameter("decoder.layers.0.mlp.linear_fc1.adapter.A"), torch.full((2, 2), 5.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "added", "told"),
+    [
+        ({}, ["decoder.layers.0.mlp.linear_fc3.weight"], r"mlp.linear_fc3.weight \[2, 3\] is part of the"),
+        ({"ffn_hidden_size": 70}, [], r"linear_fc1.weight is \[140, 96\] on a rank, but .* \[144, 96\]"),
+        ({"num_layers": 4}, [], "decoder.layers.3.input_layernorm.* no tensor of the checkpoint"),
+    ],
+    ids=["no rule", "another shape", "a layer too many"],
+)
+def test_a_model_that_does_not_fit_is_named(changes, added, told, shape, single):
+    other = dataclasses.replace(shape, **changes)
+    chunk = stage(other, 1, range(other.num_layers))
+    for name in added:
+        put(chunk, name, torch.zeros(2, 3))
+    with pytest.raises(ConfigurationError, match=told):
+        load(chunk, single, shape)
+
+
+def test_nothing_is_read_when_a_tensor_is_missing(shape, copy_of):
+    folder = copy_of("torch")
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del state["model.layers.2.mlp.up_proj.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    chunk = stage(shape, 1, [0], ["first"])
+    with pytest.raises(ConfigurationError, match="1 missing: model.layers.2.mlp.up_proj.weight"):
+        load(chunk, folder, shape)
+    assert all(parameter.isnan().all() for parameter in chunk.parameters())
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "shown"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_bar_is_shown_at_a_terminal_only(terminal, progress, shown, shape, single, monkeypatch, capsys):
+    monkeypatch.setattr(progress_bar, "Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal))
+    load(stage(shape, 1, range(3)), single, shape, progress=progress)
+    printed = capsys.readouterr()
+    assert "Loading weights" in printed.err if shown else printed.err == ""
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("kind", ["single", "tied"])
+def test_logits_equal_those_of_transformers(kind, saved_folders, odd_llama, tied_llama):
+    """A real GPTModel: grouped queries, biases, head_dim, llama3 frequencies beyond the trained length."""
+    folder, reference = saved_folders[kind], {"single": odd_llama, "tied": tied_llama}[kind]
+    tokens = torch.randint(0, 101, (2, 48), generator=torch.Generator().manual_seed(0))
+    shape = read_shape(folder)
+    with one_rank(), torch.no_grad():
+        (chunk,) = build_model_chunks(shape, ModelConfig(pretrained_checkpoint=str(folder)), ParallelConfig())
+        load(chunk, folder, shape)
+        logits = chunk.eval()(tokens, torch.arange(48).expand(2, -1), None)
+        expected = reference(tokens).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits[..., :101], expected, rtol=0, atol=1e-4)
+
+
+SHAPES = {"odd": ODD, "tied": dataclasses.replace(ODD, tied_embeddings=True)}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +184,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
         found = {}
-        for name, shape in (("odd", ODD), ("tied", TIED)):
+        for name, shape in SHAPES.items():
             original = save_random(work / name, shape)
             found |= {
                 name: original,
@@ -42,75 +195,57 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def load(chunk: torch.nn.Module, folder: Path, shape: ModelShape, rank: int, size: int) -> LoadReport:
-    return load_pretrained([chunk], folder, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
-
-
 @pytest.mark.parametrize("form", ["distributed", "ranks", "run"])
-@pytest.mark.parametrize("name", ["odd", "tied"])
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_every_form_fills_every_rank_alike(
-    form: str, name: str, size: int, rank: int, folders: dict[str, Path]
-) -> None:
+def test_every_form_fills_every_rank_alike(form, name, size, rank, folders):
     """Two stages; the last one of the tied model has an output layer of its own."""
-    shape = ODD if name == "odd" else TIED
     for layers, end in (([0, 1], "first"), ([2, 3], "last")):
-        expected, found = (stage(shape, size, layers, [end]) for _ in range(2))
-        load(expected, folders[name], shape, rank, size)
-        load(found, folders[f"{name} {form}"], shape, rank, size)
+        expected, found = (stage(SHAPES[name], size, layers, [end]) for _ in range(2))
+        load(expected, folders[name], SHAPES[name], rank, size)
+        load(found, folders[f"{name} {form}"], SHAPES[name], rank, size)
         for (key, parameter), (_, other) in zip(base_parameters(found), base_parameters(expected), strict=True):
             assert torch.equal(parameter, other), key
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_reads_its_own_shares_only(rank: int, folders: dict[str, Path]) -> None:
+def test_a_rank_reads_its_own_shares_only(rank, folders):
     chunk = stage(ODD, 2, range(4))
     for name in ("embedding.word_embeddings", "output_layer"):
-        chunk.get_submodule(name).weight = torch.nn.Parameter(torch.full((64, 10), torch.nan))  # 128 padded rows
-    report = load(chunk, folders["odd distributed"], ODD, rank, 2)
-    assert report.bytes_read == num_bytes([chunk])
+        chunk.get_submodule(name).weight = nn.Parameter(torch.full((64, 10), torch.nan))  # 128 padded rows
+    assert load(chunk, folders["odd distributed"], ODD, rank, 2).bytes_read == num_bytes(chunk)
 
 
-@pytest.mark.parametrize("form", ["distributed", "ranks"])
-def test_shape_is_read_from_every_form(form: str, folders: dict[str, Path]) -> None:
-    for name, shape in (("odd", ODD), ("tied", TIED)):
-        assert read_model_shape(folders[name]) == shape
-        assert read_model_shape(folders[f"{name} {form}"]) == shape
-
-
-def test_shape_of_a_run_is_in_its_record(folders: dict[str, Path]) -> None:
-    assert read_model_shape(folders["odd run"]) == ODD
-
-
-def test_a_config_beside_old_ranks_is_believed(folders: dict[str, Path], tmp_path: Path) -> None:
-    ranks = save_ranks(folders["odd"], tmp_path / "iter_0000010", tp=1, pp=1, vocab_size=None)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
-    with pytest.raises(ConfigurationError, match="vocabulary padded to 128 rows .*config.json"):
-        read_model_shape(tmp_path)
-    (ranks.parent / "config.json").write_bytes((folders["odd"] / "config.json").read_bytes())
-    assert read_model_shape(tmp_path) == ODD
-
-
-def test_a_folder_of_nothing_is_named(tmp_path: Path) -> None:
+def test_shape_is_read_from_every_form(folders, tmp_path):
+    """That of a run is in its record."""
+    for form in ("odd", "odd distributed", "odd ranks", "odd run", "tied", "tied distributed", "tied ranks"):
+        assert read_model_shape(folders[form]) == SHAPES[form.partition(" ")[0]]
     with pytest.raises(ConfigurationError, match="holds no config.json"):
         read_model_shape(tmp_path)
 
 
-def test_a_run_of_adapters_is_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_beside_old_ranks_is_believed(folders, tmp_path):
+    save_ranks(folders["odd"], tmp_path / "iter_0000010", tp=1, pp=1, vocab_size=None)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    with pytest.raises(ConfigurationError, match="vocabulary padded to 128 rows .*config.json"):
+        read_model_shape(tmp_path)
+    shutil.copy(folders["odd"] / "config.json", tmp_path)
+    assert read_model_shape(tmp_path) == ODD
+
+
+def test_a_run_of_adapters_is_no_base(folders, tmp_path):
     key = "decoder.layers.0.mlp.linear_fc1.adapter.A"
     run = save_run(folders["odd"], tmp_path / "run", {key: torch.zeros(2)}, "lora")
     with pytest.raises(ConfigurationError, match=f"holds adapters \\({key}, ...\\) and no base model: .*merge"):
-        load(stage(ODD, 1, range(4)), run, ODD, 0, 1)
+        load(stage(ODD, 1, range(4)), run, ODD)
 
 
-def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_flipped_byte_of_a_run_that_is_a_base_is_named(folders, tmp_path):
     base = Path(shutil.copytree(folders["odd run"], tmp_path / "run"))
     checkpoint = base / "iter_0000002"
     write_manifest(checkpoint, {})
     with one_rank():
-        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD, 0, 1)
-    numbers = bytearray((checkpoint / "__0_0.distcp").read_bytes())
-    numbers[len(numbers) // 2] ^= 1
-    (checkpoint / "__0_0.distcp").write_bytes(numbers)
-    with one_rank(), pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp has other bytes"):
-        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD, 0, 1)
+        load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)
+        flip_a_byte(checkpoint / "__0_0.distcp")
+        with pytest.raises(ConfigurationError, match="iter_0000002 is damaged: __0_0.distcp has other bytes"):
+            load(stage(ODD, 1, [0, 1], ["first"]), base, ODD)

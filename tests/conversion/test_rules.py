@@ -1,17 +1,67 @@
-"""Rules go both ways bit for bit, at any tensor-parallel size, and read a rank's own bytes only."""
+"""Rules know every tensor, go both ways bit for bit at any tensor-parallel size, and read a rank's own bytes only."""
 
 from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.families import rules_for
+from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
+from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
+from megatron_peft.conversion.families import FAMILIES, rules_for
+from megatron_peft.conversion.loader import base_parameters, load_pretrained
 from megatron_peft.conversion.rules import FusedRows, Index, Part, Rule, VocabularyRows, expected_tensors
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.huggingface import FAMILIES as READABLE
+from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
+from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
+from tests.one_rank import one_rank
+from tests.tiny_bloom import save_bloom
+
+SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
+
+
+def test_every_family_whose_shape_is_read_has_rules():
+    assert FAMILIES.keys() == READABLE.keys()
+    assert FAMILIES.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
+    rules = rules_for(ModelShape(family, 1, 24, 96, 2, 2, 12, 10, 64))
+    assert all(name == rule.name for name, rule in rules.items())
+    linear = [rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name]
+    layers = {layer_of(rule): modules_of(rule) for rule in linear}
+    found = {part.rpartition(".")[2]: layer.rpartition(".")[2] for layer, parts in layers.items() for part in parts}
+    assert found == READABLE[family].modules
+
+
+@pytest.mark.parametrize("kind", ["single", "tied", "bloom", "untied bloom"])
+def test_table_is_complete(kind, saved_folders, tmp_path):
+    """Every tensor that transformers saves, and nothing else."""
+    is_bloom = "bloom" in kind
+    folder = save_bloom(tmp_path, tie_word_embeddings=kind == "bloom", n_layer=2) if is_bloom else saved_folders[kind]
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors_of(folder).items()}
+    rules = rules_for(read_shape(folder))
+    assert expected_tensors(rules) == saved
+    assert ("lm_head.weight" in saved) == (kind in ("single", "untied bloom"))
+    if kind in ("tied", "bloom"):  # the output layer is read from the embedding
+        assert rules["output_layer.weight"].parts == rules["embedding.word_embeddings.weight"].parts
+
+
+def test_biases_follow_the_shape(saved_folders):
+    biased = {name for name in rules_for(read_shape(saved_folders["single"])) if name.endswith("bias")}
+    modules = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    assert biased == {f"decoder.layers.{layer}.{module}.bias" for layer in range(3) for module in modules}
 
 
 class TensorsInMemory:
@@ -45,33 +95,10 @@ def local_tensors(rule: Rule, source: TensorsInMemory, size: int, vocabulary_pad
     return locals_
 
 
-@st.composite
-def llama_shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
-    """A Llama of odd shape, and a tensor-parallel size that divides it."""
-    size = draw(st.integers(1, 4))
-    groups = size * draw(st.integers(1, 2))
-    linears = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    shape = ModelShape(
-        architecture="llama",
-        num_layers=draw(st.integers(1, 2)),
-        hidden_size=draw(st.integers(1, 7)),
-        ffn_hidden_size=size * draw(st.integers(1, 5)),
-        num_attention_heads=groups * draw(st.integers(1, 3)),
-        num_query_groups=groups,
-        kv_channels=draw(st.sampled_from([2, 4, 6])),
-        vocab_size=draw(st.integers(1, 23)),
-        max_position_embeddings=64,
-        linear_biases=frozenset(draw(st.sets(st.sampled_from(linears)))),
-        tied_embeddings=draw(st.booleans()),
-    )
-    return shape, size
-
-
 @settings(deadline=None)  # a busy machine is no failure
-@given(llama_shapes(), st.integers(0, 5))
-def test_round_trip_is_exact_and_reads_each_number_once(shape_and_size: tuple[ModelShape, int], padding: int) -> None:
-    shape, size = shape_and_size
-    rules = rules_for(shape)
+@given(st.integers(1, 4), st.sampled_from([llama_shapes, bloom_shapes]), st.integers(0, 5), st.data())
+def test_round_trip_is_exact_and_reads_each_number_once(size, shapes, padding, data):
+    rules = rules_for(data.draw(shapes(size)))
     original = numbered_tensors(rules)
     for rule in rules.values():
         source = TensorsInMemory(original)
@@ -79,12 +106,14 @@ def test_round_trip_is_exact_and_reads_each_number_once(shape_and_size: tuple[Mo
         written = rule.write(locals_)
         assert all(torch.equal(written[part.name], original[part.name]) for part in rule.parts)
         assert not any(local.isnan().any() for local in locals_)
-        copies = size if type(rule).__name__ == "Replicated" else 1
+        is_copied = type(rule).__name__ == "Replicated"
+        assert not is_copied or all(torch.equal(local, locals_[0]) for local in locals_)
+        copies = size if is_copied else 1
         assert source.numbers_read == copies * sum(original[part.name].numel() for part in rule.parts)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size: int) -> None:
+def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size):
     heads, groups, dim, hidden = 6, 2, 4, 5
     shape = ModelShape("llama", 1, hidden, 8, heads, groups, dim, 10, 64, linear_biases=frozenset({"linear_qkv"}))
     rules = rules_for(shape)
@@ -101,25 +130,27 @@ def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size: int) -> No
         assert torch.equal(fused, torch.cat(rows))
 
 
-def test_linear_fc1_holds_its_share_of_the_gate_above_that_of_up() -> None:
-    rules = rules_for(ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64))
+def test_linear_qkv_of_bloom_is_a_plain_slice_of_whole_heads():
+    rules = rules_for(ModelShape("bloom", 1, 12, 48, 6, 6, 2, 10, 64))
     tensors = numbered_tensors(rules)
-    gate, up = (tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    fused = tensors["transformer.h.0.self_attention.query_key_value.weight"]
+    ranks = local_tensors(rules["decoder.layers.0.self_attention.linear_qkv.weight"], TensorsInMemory(tensors), 3)
+    assert all(torch.equal(local, fused[12 * rank : 12 * rank + 12]) for rank, local in enumerate(ranks))
+
+
+def test_linear_fc1_holds_its_share_of_the_gate_above_that_of_up_and_linear_fc2_columns_of_down():
+    rules = rules_for(SMALL)
+    tensors = numbered_tensors(rules)
+    gate, up, down = (tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
     first, second = local_tensors(rules["decoder.layers.0.mlp.linear_fc1.weight"], TensorsInMemory(tensors), 2)
     assert torch.equal(first, torch.cat([gate[:3], up[:3]]))
     assert torch.equal(second, torch.cat([gate[3:], up[3:]]))
-
-
-def test_row_parallel_weights_are_split_by_columns() -> None:
-    rules = rules_for(ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64))
-    tensors = numbered_tensors(rules)
-    down = tensors["model.layers.0.mlp.down_proj.weight"]
     locals_ = local_tensors(rules["decoder.layers.0.mlp.linear_fc2.weight"], TensorsInMemory(tensors), 3)
     assert torch.equal(torch.cat(locals_, dim=1), down)
     assert locals_[1].shape == (5, 2)
 
 
-def test_padded_vocabulary_rows_are_zero_on_ranks_with_none_of_the_vocabulary_too() -> None:
+def test_padded_vocabulary_rows_are_zero_on_ranks_with_none_of_the_vocabulary_too():
     rule = VocabularyRows("embedding.word_embeddings.weight", (Part("e", (5, 3)),))
     embedding = torch.arange(1.0, 16, dtype=torch.float64).view(5, 3)
     locals_ = local_tensors(rule, TensorsInMemory({"e": embedding}), 4, vocabulary_padding=2)
@@ -129,7 +160,7 @@ def test_padded_vocabulary_rows_are_zero_on_ranks_with_none_of_the_vocabulary_to
     assert padded[5:].eq(0).all()
 
 
-def test_reading_converts_to_the_type_of_the_parameter() -> None:
+def test_reading_converts_to_the_type_of_the_parameter():
     rule = VocabularyRows("output_layer.weight", (Part("e", (2, 2)),))
     local = torch.zeros(2, 2, dtype=torch.bfloat16)
     rule.read(local, TensorsInMemory({"e": torch.full((2, 2), 1 / 3)}), 0, 1)
@@ -137,20 +168,21 @@ def test_reading_converts_to_the_type_of_the_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "told"),
+    ("family", "name", "told"),
     [
-        ("self_attention.linear_qkv.weight", 4, "2 key-value heads .*--tensor-model-parallel-size 4"),
-        ("mlp.linear_fc1.weight", 4, "6 rows of model.layers.0.mlp.gate_proj.weight .*--tensor-model-parallel-size 4"),
-        ("mlp.linear_fc2.weight", 4, "6 input features .*--tensor-model-parallel-size 4"),
+        ("llama", "self_attention.linear_qkv.weight", "2 key-value heads .*"),
+        ("llama", "mlp.linear_fc1.weight", "6 rows of model.layers.0.mlp.gate_proj.weight .*"),
+        ("llama", "mlp.linear_fc2.weight", "6 input features .*"),
+        ("bloom", "self_attention.linear_qkv.weight", "6 .*heads cannot be split over "),
     ],
 )
-def test_a_size_that_does_not_divide_is_named(name: str, size: int, told: str) -> None:
-    rule = rules_for(ModelShape("llama", 1, 5, 6, 6, 2, 4, 10, 64))[f"decoder.layers.0.{name}"]
-    with pytest.raises(ConfigurationError, match=told):
-        rule.local_shape(size)
+def test_a_size_that_does_not_divide_is_named(family, name, told):
+    shape = ModelShape(family, 1, 12, 6, 6, 2 if family == "llama" else 6, 2, 10, 64)
+    with pytest.raises(ConfigurationError, match=f"{told}--tensor-model-parallel-size 4"):
+        rules_for(shape)[f"decoder.layers.0.{name}"].local_shape(4)
 
 
-def test_only_the_vocabulary_may_have_rows_to_spare() -> None:
+def test_only_the_vocabulary_may_have_rows_to_spare():
     embedding = VocabularyRows("e", (Part("e", (5, 3)),))
     assert embedding.accepts((3, 3), size=2) and embedding.accepts((64, 3), size=2)
     assert not embedding.accepts((2, 3), size=2) and not embedding.accepts((64, 4), size=2)
@@ -158,8 +190,48 @@ def test_only_the_vocabulary_may_have_rows_to_spare() -> None:
     assert fused.accepts((3, 3), size=2) and not fused.accepts((4, 3), size=2)
 
 
-def test_a_whole_tensor_is_written_without_a_copy() -> None:
-    rules = rules_for(ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64))
+def test_a_whole_tensor_is_written_without_a_copy():
     whole = torch.zeros(12, 5)  # padded
-    (written,) = rules["output_layer.weight"].write([whole]).values()
+    (written,) = rules_for(SMALL)["output_layer.weight"].write([whole]).values()
     assert written.shape == (10, 5) and written.data_ptr() == whole.data_ptr()
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    return save_bloom(tmp_path_factory.mktemp("bloom"))
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    shape = read_shape(folder)
+    with one_rank():
+        (chunk,) = chunks = build_model_chunks(shape, ModelConfig(str(folder)), ParallelConfig())
+        for parameter in chunk.parameters():
+            parameter.data.fill_(torch.nan)
+        load_pretrained(chunks, folder, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+        return {name: parameter.detach() for name, parameter in base_parameters(chunk)}
+
+
+def test_names_without_the_prefix_load_the_same_bloom(bloom, tmp_path):
+    """As in bigscience's own files; one of them may hold a copy of the tied output layer too. A missing tensor is named
+    as transformers names it."""
+    tensors = load_file(bloom / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare["lm_head.weight"] = bare["word_embeddings.weight"].clone()
+    shutil.copy(bloom / "config.json", tmp_path)
+    save_file(bare, tmp_path / "model.safetensors")
+    expected, found = loaded(bloom), loaded(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(found["embedding.word_embeddings_layernorm.bias"], bare["word_embeddings_layernorm.bias"])
+    del tensors["transformer.h.1.mlp.dense_h_to_4h.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="1 missing: transformer.h.1.mlp.dense_h_to_4h.bias"):
+        loaded(tmp_path)
+
+
+def test_names_of_bloom_are_chosen_one_by_one(bloom):
+    shape = replace(read_shape(bloom), tied_embeddings=False)
+    rules = rules_for(shape, stored=["ln_f.bias", "lm_head.weight", "transformer.ln_f.weight", "ln_f.weight"])
+    names = {name: rules[f"decoder.final_layernorm.{name}"].parts[0].name for name in ("weight", "bias")}
+    assert names == {"weight": "transformer.ln_f.weight", "bias": "ln_f.bias"}
+    assert rules["output_layer.weight"].parts[0].name == "lm_head.weight"

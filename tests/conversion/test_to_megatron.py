@@ -6,6 +6,7 @@ import errno
 import json
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def original(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("changes", [{}, TIED, {"linear_biases": ODD.linear_biases}])
-def test_megatron_core_reads_its_own_keys_and_shapes(changes: dict, tmp_path: Path) -> None:
+def test_megatron_core_reads_its_own_keys_and_shapes(changes, tmp_path):
     original = save_random(tmp_path / "hf", ModelShape(**SIZES | changes))
     folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
     with one_rank():
@@ -54,22 +55,19 @@ def test_megatron_core_reads_its_own_keys_and_shapes(changes: dict, tmp_path: Pa
             assert torch.equal(parameter, other), name
 
 
-def test_a_tensor_is_written_as_shares_that_ranks_read(original: Path, tmp_path: Path) -> None:
+def test_a_tensor_is_written_as_shares_that_ranks_read(original, tmp_path, monkeypatch):
     stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
     assert len(stored["decoder.layers.0.self_attention.linear_qkv.weight"].boxes) == 2  # key-value heads
     assert len(stored["decoder.layers.0.mlp.linear_fc1.weight"].boxes) == 2 * 4  # gate and up, 12 rows each
     assert [box.shape for box in stored["decoder.layers.0.mlp.linear_fc2.weight"].boxes] == [(10, 3)] * 4
     assert len(stored["embedding.word_embeddings.weight"].boxes) == 8
     assert len(stored["decoder.final_layernorm.weight"].boxes) == 1
-
-
-def test_small_tensors_are_not_cut(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 2**20)
-    stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
+    stored = open_distributed(hf_to_megatron(original, tmp_path / "uncut", progress=False))
     assert len(stored["embedding.word_embeddings.weight"].boxes) == 1
 
 
-def test_one_share_is_held_at_a_time(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_share_is_held_at_a_time(original, tmp_path, monkeypatch):
     made: list[weakref.ref[np.ndarray]] = []
     read = Share.read
 
@@ -85,7 +83,7 @@ def test_one_share_is_held_at_a_time(original: Path, tmp_path: Path, monkeypatch
     assert len(made) > 60
 
 
-def test_vocabulary_is_padded_with_zeros(original: Path, tmp_path: Path) -> None:
+def test_vocabulary_is_padded_with_zeros(original, tmp_path):
     folder = hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=16, progress=False)
     stored = open_distributed(folder)["embedding.word_embeddings.weight"]
     embedding = torch.full((32, 10), torch.nan)
@@ -95,13 +93,13 @@ def test_vocabulary_is_padded_with_zeros(original: Path, tmp_path: Path) -> None
     assert embedding[23:].eq(0).all()
 
 
-def test_type_is_changed_on_demand_and_config_says_so(original: Path, tmp_path: Path) -> None:
+def test_type_is_changed_on_demand_and_config_says_so(original, tmp_path):
     folder = hf_to_megatron(original, tmp_path / "megatron", dtype=torch.bfloat16, progress=False)
     assert {tensor.dtype for tensor in open_distributed(folder).values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_fused_tensors_of_two_types_take_the_wider(original: Path, tmp_path: Path) -> None:
+def test_fused_tensors_of_two_types_take_the_wider(original, tmp_path):
     tensors = tensors_of(original)
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
     save_file(tensors, original / "model.safetensors")
@@ -109,56 +107,47 @@ def test_fused_tensors_of_two_types_take_the_wider(original: Path, tmp_path: Pat
     assert stored["decoder.layers.0.mlp.linear_fc1.weight"].dtype == torch.float32
 
 
-def test_tokenizer_and_config_come_along(original: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_config_come_along_and_settings_of_torch_stay(original, tmp_path):
+    assert torch.serialization.get_crc32_options()
     folder = hf_to_megatron(original, tmp_path / "megatron", progress=False)
     for name in ("config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (original / name).read_bytes()
     assert not (folder / "model.safetensors").exists()
+    assert torch.serialization.get_crc32_options()
 
 
-def test_what_is_there_is_not_overwritten(original: Path, tmp_path: Path) -> None:
-    (tmp_path / "megatron").touch()
-    with pytest.raises(ConfigurationError, match="--output .*megatron exists already"):
-        hf_to_megatron(original, tmp_path / "megatron", progress=False)
-
-
-def test_weights_that_do_not_fit_are_named_before_anything_is_written(original: Path, tmp_path: Path) -> None:
+def lose_a_tensor(original, monkeypatch):
     tensors = tensors_of(original)
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, original / "model.safetensors")
-    with pytest.raises(ConfigurationError, match="1 missing: model.layers.3.mlp.up_proj.weight"):
-        hf_to_megatron(original, tmp_path / "megatron", progress=False)
+
+
+def fill_the_disk(original, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Share, "read", mock.Mock(side_effect=full))
+
+
+@pytest.mark.parametrize(
+    ("change", "padding", "told"),
+    [
+        (lose_a_tensor, 128, "1 missing: model.layers.3.mlp.up_proj.weight"),
+        (fill_the_disk, 128, "megatron could not be written .*No space left"),
+        (lambda *_: None, 0, "--make-vocab-size-divisible-by 0"),
+    ],
+)
+def test_what_fails_is_named_and_leaves_nothing_behind(change, padding, told, original, tmp_path, monkeypatch):
+    change(original, monkeypatch)
+    with pytest.raises(ConfigurationError, match=told):
+        hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=padding, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
-def test_a_full_disk_leaves_nothing_behind(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> Tensor:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Share, "read", full)
-    with pytest.raises(ConfigurationError, match="megatron could not be written .*No space left"):
-        hf_to_megatron(original, tmp_path / "megatron", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
-
-
-def test_settings_of_torch_are_left_as_they_were(original: Path, tmp_path: Path) -> None:
-    assert torch.serialization.get_crc32_options()
-    hf_to_megatron(original, tmp_path / "megatron", progress=False)
-    assert torch.serialization.get_crc32_options()
-
-
-def test_padding_to_a_multiple_of_nothing_is_refused(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--make-vocab-size-divisible-by 0"):
-        hf_to_megatron(original, tmp_path / "megatron", make_vocab_size_divisible_by=0, progress=False)
-
-
-def test_a_folder_that_is_no_model_is_named_by_its_flag(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_input_or_output_are_named_by_their_flags(original, tmp_path):
+    converted = hf_to_megatron(original, tmp_path / "megatron", progress=False)
+    with pytest.raises(ConfigurationError, match="--output .*megatron exists already"):
+        hf_to_megatron(original, converted, progress=False)
+    with pytest.raises(ConfigurationError, match=f"--input {converted} is in Megatron's form already"):
+        hf_to_megatron(converted, tmp_path / "again", progress=False)
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigurationError, match=f"--input {folder} is not a folder with a config.json: give"):
             hf_to_megatron(folder, tmp_path / "new", progress=False)
-
-
-def test_a_folder_in_megatrons_form_is_told(original: Path, tmp_path: Path) -> None:
-    converted = hf_to_megatron(original, tmp_path / "megatron", progress=False)
-    with pytest.raises(ConfigurationError, match=f"--input {converted} is in Megatron's form already"):
-        hf_to_megatron(converted, tmp_path / "again", progress=False)

@@ -1,9 +1,13 @@
-"""Safetensors that are written in pieces are what the safetensors library would have written."""
+"""A folder appears whole or not at all; its safetensors, written in pieces and past the page cache, are what the
+library would have written."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
-from pathlib import Path
+import os
+import random
 
 import pytest
 import torch
@@ -11,6 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import direct_file
+from megatron_peft.conversion.direct_file import DirectFile
+from megatron_peft.conversion.output_folder import new_folder
 from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, parse_bytes
 
 TENSORS = {
@@ -23,7 +30,7 @@ TENSORS = {
 SPECS = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
 
-def write(folder: Path, **settings) -> dict[str, list[str]]:
+def write(folder, **settings) -> dict[str, list[str]]:
     """Names in each file."""
     with SafetensorsWriter(folder, SPECS, **settings) as writer:
         for name, tensor in TENSORS.items():
@@ -34,14 +41,15 @@ def write(folder: Path, **settings) -> dict[str, list[str]]:
     return {file: sorted(tensors) for file, tensors in found.items()}
 
 
-def test_one_file_holds_everything(tmp_path: Path) -> None:
-    assert write(tmp_path) == {"model.safetensors": sorted(TENSORS)}
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+@pytest.mark.parametrize("stem", ["model", "adapter_model"])
+def test_one_file_holds_everything(stem, tmp_path):
+    assert write(tmp_path, stem=stem) == {f"{stem}.safetensors": sorted(TENSORS)}
+    with safe_open(tmp_path / f"{stem}.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_shards_keep_the_limit_and_have_an_index(tmp_path: Path) -> None:
+def test_shards_keep_the_limit_and_have_an_index(tmp_path):
     files = write(tmp_path, max_shard_bytes=80)
     assert files == {
         "model-00001-of-00004.safetensors": ["a", "b"],
@@ -54,35 +62,160 @@ def test_shards_keep_the_limit_and_have_an_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in SPECS.values())
 
 
-def test_another_stem(tmp_path: Path) -> None:
-    assert list(write(tmp_path, stem="adapter_model")) == ["adapter_model.safetensors"]
+@pytest.mark.parametrize(("name", "told"), [("a", "never written: .*scalar"), ("b", "b is written where a should be")])
+def test_a_tensor_that_is_forgotten_or_out_of_order_is_noticed(name, told, tmp_path):
+    with pytest.raises(AssertionError, match=told), SafetensorsWriter(tmp_path, SPECS) as writer:
+        writer.write(name, TENSORS[name])
 
 
-def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="never written: .*scalar"), SafetensorsWriter(tmp_path, SPECS) as writer:
-        writer.write("a", TENSORS["a"])
-
-
-def test_a_tensor_out_of_order_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="b is written where a should be"):
-        with SafetensorsWriter(tmp_path, SPECS) as writer:
-            writer.write("b", TENSORS["b"])
-
-
-def test_tensors_are_cast_to_their_announced_type(tmp_path: Path) -> None:
+def test_tensors_are_cast_to_their_announced_type(tmp_path):
     with SafetensorsWriter(tmp_path, {"a": TensorSpec((3, 5), torch.bfloat16)}) as writer:
         writer.write("a", TENSORS["a"])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], TENSORS["a"].bfloat16())
 
 
+def test_sizes_are_understood():
+    sizes = {"5GB": 5 * 10**9, "1.5 GiB": 3 * 2**29, "200mb": 2 * 10**8, "4096": 4096}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("", "5 bananas", "-1GB", "0MB"):
+        with pytest.raises(ConfigurationError, match="--max-shard-size .* is no size"):
+            parse_bytes(text)
+
+
+PAGE = 4096
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The place of a file that is written in blocks of two pages."""
+    monkeypatch.setattr(direct_file, "BLOCK_BYTES", 2 * PAGE)
+    return tmp_path / "file"
+
+
+def check_writing(path, lengths: list[int]) -> None:
+    """What is written in pieces of these lengths arrives."""
+    draw = random.Random(0)
+    pieces = [draw.randbytes(length) for length in lengths]
+    with DirectFile(path) as file:
+        for number, piece in enumerate(pieces):
+            assert file.tell() == sum(lengths[:number])
+            assert file.write(memoryview(piece)) == len(piece)
+    assert path.read_bytes() == b"".join(pieces)
+
+
 @pytest.mark.parametrize(
-    ("text", "num_bytes"), [("5GB", 5 * 10**9), ("1.5 GiB", 3 * 2**29), ("200mb", 2 * 10**8), ("4096", 4096)]
+    "lengths",
+    [[], [0], [1], [PAGE], [2 * PAGE], [2 * PAGE + 1], [PAGE, PAGE, 5], [7 * PAGE + 3], [1] * 9, [3000] * 20],
 )
-def test_sizes_are_understood(text: str, num_bytes: int) -> None:
-    assert parse_bytes(text) == num_bytes
+def test_everything_arrives(lengths, file):
+    check_writing(file, lengths)
 
 
-@pytest.mark.parametrize("text", ["", "5 bananas", "-1GB", "0MB"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="--max-shard-size .* is no size"):
-        parse_bytes(text)
+def refuses(error: int, when):
+    """An os.open or os.write that raises where `when` says so."""
+
+    def change(common, calls):
+        def function(*args):
+            if when(*args):
+                calls.append(args)
+                raise OSError(error, os.strerror(error))
+            return common(*args)
+
+        return function
+
+    return change
+
+
+def writes_short(common, calls):
+    """A disk that takes a part of a block."""
+
+    def function(descriptor, data):
+        calls.append(data)
+        return common(descriptor, data[:PAGE] if len(calls) == 1 else data[:1000])
+
+    return function
+
+
+def is_direct(descriptor, data):
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "num_calls"),
+    [
+        ("open", refuses(errno.EINVAL, lambda path, flags, mode: flags & os.O_DIRECT), {1}),
+        ("write", refuses(errno.EINVAL, is_direct), {0, 1}),  # none where the file system here has no direct access
+        ("write", writes_short, range(5, 1000)),
+    ],
+    ids=["refused when opened", "refused when written", "parts of a block"],
+)
+def test_file_systems_with_ways_of_their_own_hold_everything_too(name, change, num_calls, file, monkeypatch):
+    calls = []
+    monkeypatch.setattr(direct_file.os, name, change(getattr(os, name), calls))
+    check_writing(file, [5 * PAGE + 1])
+    assert len(calls) in num_calls
+
+
+def test_other_errors_of_writing_are_raised_once(file, monkeypatch):
+    opened = DirectFile(file)
+    monkeypatch.setattr(direct_file.os, "write", refuses(errno.ENOSPC, lambda *_: True)(os.write, []))
+    with pytest.raises(OSError, match="No space left"):
+        opened.write(bytes(2 * PAGE))
+    monkeypatch.undo()
+    opened.close()
+    opened.close()
+
+
+def test_a_file_that_is_there_is_not_overwritten(file):
+    file.write_text("kept")
+    with pytest.raises(FileExistsError):
+        DirectFile(file)
+    assert file.read_text() == "kept"
+
+
+def test_the_folder_appears_at_the_end_with_the_permissions_of_any_new_one(tmp_path):
+    output = tmp_path / "deep" / "out"
+    with new_folder(output) as draft:
+        (draft / "file").write_text("whole")
+        assert not output.exists()
+    assert (output / "file").read_text() == "whole"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    (tmp_path / "ordinary").mkdir()
+    assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyboardInterrupt(), ""),
+        (ConfigurationError("bad"), "bad"),
+        (ZeroDivisionError(), ""),
+        (FULL, "--output .*out could not be written .No space left"),
+    ],
+)
+def test_nothing_is_left_after_an_error(error, told, tmp_path):
+    expected = ConfigurationError if error is FULL else type(error)
+    with pytest.raises(expected, match=told), new_folder(tmp_path / "out") as draft:
+        (draft / "file").touch()
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "folder that appears meanwhile"])
+def test_what_is_there_is_kept(kind, tmp_path):
+    output = tmp_path / "out"
+    make = {"file": output.touch, "dangling link": lambda: output.symlink_to("nowhere")}.get(kind, output.mkdir)
+    if kind != "folder that appears meanwhile":
+        make()
+    with pytest.raises(ConfigurationError, match="exists already"), new_folder(output):
+        make()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="could not be written"), new_folder(tmp_path / "file" / "out"):
+        pass

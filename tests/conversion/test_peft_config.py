@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import save_file
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.peft_import_config import LoraSettings, read_settings
+from megatron_peft.conversion.peft_names import whole_tensor
+from megatron_peft.conversion.source import open_source
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -22,10 +26,9 @@ def read(folder: Path, **settings: Any) -> LoraSettings:
     return read_settings(folder)
 
 
-def test_what_peft_itself_writes_is_plain(tmp_path: Path) -> None:
-    LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True, lora_dropout=0.25).save_pretrained(
-        tmp_path
-    )
+def test_what_peft_itself_writes_is_plain(tmp_path):
+    theirs = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True, lora_dropout=0.25)
+    theirs.save_pretrained(tmp_path)
     settings = read_settings(tmp_path)
     assert (settings.rank, settings.alpha, settings.dropout, settings.rank_stabilised) == (8, 16, 0.25, True)
     assert settings.scale == 16 / 8**0.5
@@ -46,20 +49,18 @@ def test_what_peft_itself_writes_is_plain(tmp_path: Path) -> None:
         ({"of_a_later_version": 3}, "of_a_later_version=3"),
     ],
 )
-def test_what_is_not_plain_is_named_with_the_way_out(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_is_not_plain_is_named_with_the_way_out(settings, message, tmp_path):
     with pytest.raises(ConfigurationError, match=rf"asks for what is not supported: {message}\. Merge it with HF PEFT"):
         read(tmp_path, **settings)
-
-
-@pytest.mark.parametrize("kind", ["ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING"])
-def test_other_types_are_named(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"of type {kind}; only LORA and BOFT can be imported. Merge it"):
-        read(tmp_path, peft_type=kind)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        *(
+            ({"peft_type": kind}, f"of type {kind}; only LORA and BOFT can be imported. Merge it")
+            for kind in ("ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING")
+        ),
         ({"peft_type": None}, "has no peft_type. A run's --save folder needs no import: --load opens it"),
         ({"r": 0}, "r is 0; it must be a whole number above 0"),
         ({"r": 2.5}, "r is 2.5; it must be a whole number"),
@@ -67,20 +68,17 @@ def test_other_types_are_named(kind: str, tmp_path: Path) -> None:
         ({"target_modules": None}, "names no target_modules"),
     ],
 )
-def test_numbers_and_targets_are_checked(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_types_numbers_and_targets_are_checked(settings, message, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         read(tmp_path, **settings)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
-def test_torn_config_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_config_that_is_torn_or_not_there_is_named(text, message, tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
+        read_settings(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ConfigurationError, match=f"adapter_config.json {message}"):
-        read_settings(tmp_path)
-
-
-def test_folder_without_a_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
         read_settings(tmp_path)
 
 
@@ -97,12 +95,21 @@ def test_folder_without_a_config_is_named(tmp_path: Path) -> None:
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.11\..*"},
     ],
 )
-def test_targets_are_those_of_peft(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_targets_are_those_of_peft(settings, tmp_path):
     ours = read(tmp_path, **settings)
     theirs = LoraConfig(**settings)
     for module in MODULES:
         assert ours.is_targeted(module) == bool(check_target_module_exists(theirs, module))
 
 
-def test_all_linear_is_every_one(tmp_path: Path) -> None:
+def test_all_linear_is_every_one(tmp_path):
     assert all(map(read(tmp_path, target_modules="all-linear").is_targeted, MODULES))
+
+
+def test_whole_tensors_are_float32_and_outlive_their_file(tmp_path):
+    stored = {f"{dim}": torch.arange(24.0).reshape(*(1,) * (dim - 1), 24).bfloat16() for dim in (1, 2, 4)}
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    source = open_source(tmp_path, ["adapter_model.safetensors"])
+    found = {name: whole_tensor(source, name) for name in stored}
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert all(torch.equal(found[name], stored[name].float()) for name in stored)

@@ -1,0 +1,67 @@
+"""The state of a run knows no layout, moves between number types without loss, and holds every generator."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_peft.checkpoint.boxes import boxes
+from megatron_peft.checkpoint.random_state import random_targets, random_tensors, restore_random
+from tests.checkpoint.rank_checks import RESHARDED
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_another_layout_makes_the_same_checkpoint(two_ranks, name):
+    assert [facts["resharded"][name] for facts in two_ranks] == [[], []]
+
+
+def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):
+    assert [facts["bf16 to float32"] for facts in two_ranks] == [[], []]
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_a_stretch_of_a_flattened_tensor_is_few_boxes_in_order(shape, data):
+    start = data.draw(st.integers(0, math.prod(shape)))
+    end = data.draw(st.integers(start, math.prod(shape)))
+    whole = torch.arange(math.prod(shape)).view(shape)
+    position, found = start, list(boxes(start, end, shape))
+    for box in found:
+        corner = whole[tuple(slice(first, first + side) for first, side in zip(box.offset, box.shape, strict=True))]
+        assert box.start == position
+        assert corner.flatten().tolist() == list(range(box.start, box.end))
+        position = box.end
+    assert position == end
+    assert len(found) <= 2 * len(shape) - 1
+
+
+def test_a_matrix_gives_the_rest_of_a_row_whole_rows_and_the_start_of_one():
+    found = [(box.offset, box.shape) for box in boxes(3, 14, (4, 4))]
+    assert found == [((0, 3), (1, 1)), ((1, 0), (2, 4)), ((3, 0), (1, 2))]
+    assert list(boxes(5, 5, (4, 4))) == []
+
+
+def draws():
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
+
+
+def test_the_same_numbers_come_again_and_another_layout_has_no_generators_here(alone, monkeypatch):
+    draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
+    stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
+    first = draws()
+    targets = random_targets({key: tuple(data.shape) for key, data in stored.items()})
+    for target in targets:
+        target.data.copy_(stored[target.key])
+    restore_random(targets)
+    assert draws() == first
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    assert random_targets({key: tuple(data.shape) for key, data in stored.items()}) == []

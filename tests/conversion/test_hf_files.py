@@ -1,0 +1,222 @@
+"""Hugging Face folders: slices come from the right file and are counted, small files come along, faults are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import source as source_module
+from megatron_peft.conversion.companions import config_of_shape, copy_companions, set_stored_type, write_config
+from megatron_peft.conversion.inventory import NUMBER_TYPES, check_inventory
+from megatron_peft.conversion.source import Header, Source, listed, open_source
+from megatron_peft.conversion.stored_types import stored_type, type_flag
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.shape import RopeScaling
+from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "torch"])
+def test_slices_equal_those_of_the_model(kind, saved_folders, odd_llama):
+    source = open_source(saved_folders[kind])
+    state = odd_llama.state_dict()
+    assert {name: header.shape for name, header in source.headers.items()} == {n: t.shape for n, t in state.items()}
+    for name, tensor in state.items():
+        assert torch.equal(source.slice(name, (slice(1, 5),)), tensor[1:5])
+    before = source.bytes_read
+    assert torch.equal(source.slice(DOWN, (slice(None), slice(8, 16))), state[DOWN][:, 8:16])
+    assert source.bytes_read - before == 96 * 8 * 4
+
+
+@pytest.mark.parametrize("kind", ["single", "torch"])
+def test_file_is_mapped_anew_so_that_touched_pages_go(kind, saved_folders, monkeypatch):
+    monkeypatch.setattr(source_module, "MAPPED_BYTES", 30_000)  # a down_proj is 27,648 bytes
+    source = open_source(saved_folders[kind])
+    opened, original = [], source_module._open_file
+    monkeypatch.setattr(source_module, "_open_file", lambda path: opened.append(path) or original(path))
+    for _ in range(6):
+        source.slice(DOWN, (slice(0, 1),))
+    assert len(opened) == 3
+
+
+def test_safetensors_win_over_pickles(copy_of):
+    folder = copy_of("single")
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert {h.file.name for h in open_source(folder).headers.values()} == {"model.safetensors"}
+
+
+def test_sharded_pickles_are_read(copy_of, odd_llama):
+    folder = copy_of("torch")
+    (folder / "pytorch_model.bin").unlink()
+    state = odd_llama.state_dict()
+    shards = {"pytorch_model-00001-of-00002.bin": {DOWN: state[DOWN]}}
+    shards["pytorch_model-00002-of-00002.bin"] = {n: t for n, t in state.items() if n != DOWN}
+    for file, tensors in shards.items():
+        torch.save(tensors, folder / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    source = open_source(folder)
+    for name in (DOWN, "model.norm.weight", DOWN):
+        assert torch.equal(source.slice(name, (slice(None),)), state[name])
+
+
+TORN = [
+    (lambda whole: whole[:-100], "truncated or torn"),
+    (lambda whole: whole[:200], "truncated or torn, 200 bytes"),
+    (lambda whole: b"", "truncated or torn, 0 bytes"),
+    (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+]
+SHARD, INDEX = "model-00004-of-00009.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(("content", "told"), TORN)
+@pytest.mark.parametrize(
+    ("kind", "file"), [("single", "model.safetensors"), ("sharded", SHARD), ("torch", "pytorch_model.bin")]
+)
+def test_torn_file_is_named(kind, file, content, told, copy_of):
+    path = copy_of(kind) / file
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(ConfigurationError, match=f"{file} cannot be read: .*{told}"):
+        open_source(path.parent)
+
+
+def test_missing_files_are_named(copy_of, tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no weights: expected one of model.safetensors"):
+        open_source(tmp_path)
+    folder = copy_of("sharded")
+    (folder / SHARD).unlink()
+    with pytest.raises(ConfigurationError, match=f"{SHARD} is missing, but the index"):
+        open_source(folder)
+
+
+NO_INDEX = f"{INDEX} is no index of weights"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        *((text, NO_INDEX) for text in ('{"weight_map": {"model.norm', "{}", "[]", '{"weight_map": 3}')),
+        (json.dumps({"weight_map": {"ghost": SHARD}}), f"not there: ghost in {SHARD}"),
+        ('{"weight_map": {"model.norm.weight": "config.json"}}', "config.json is neither .safetensors nor .bin"),
+    ],
+)
+def test_an_index_that_is_torn_or_promises_in_vain_is_named(text, told, copy_of):
+    folder = copy_of("sharded")
+    (folder / INDEX).write_text(text)
+    with pytest.raises(ConfigurationError, match=told):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "is_zip", "told"),
+    [  # neither torch nor megatron-core knows that a Fraction is safe
+        ({"a": Fraction(1, 2)}, True, "holds more than tensors"),
+        ({"a": torch.zeros(3)}, False, "torch before 1.6.*Convert it to safetensors"),
+    ],
+)
+def test_pickle_with_code_or_of_an_old_format_is_refused(content, is_zip, told, copy_of):
+    path = copy_of("torch") / "pytorch_model.bin"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ConfigurationError, match=told):
+        open_source(path.parent)
+
+
+def test_long_lists_are_cut():
+    assert listed("abc") == "a, b, c"
+    assert listed("abcdefghijk") == "a, b, c, d, e, f, g, h and 3 more"
+
+
+def test_every_number_type_that_a_folder_may_have_is_known_and_the_flag_takes_three():
+    assert {stored_type(name) for name in NUMBER_TYPES} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    assert type_flag("bfloat16") is torch.bfloat16 and type_flag(None) is None
+    with pytest.raises(ConfigurationError, match="--dtype int8 is none of float32, bfloat16, float16"):
+        type_flag("int8")
+
+
+EXPECTED = {"model.embed_tokens.weight": (11, 4), "model.norm.weight": (4,), "lm_head.weight": (11, 4)}
+
+
+def header(*shape: int, dtype: str = "F32") -> Header:
+    return Header(Path("folder/model.safetensors"), shape, dtype)
+
+
+def check(changes: dict[str, Header | None], expected=EXPECTED, tied: bool = False) -> None:
+    """Check a folder that holds what is expected but for `changes`."""
+    headers: dict[str, Header | None] = {name: header(*shape) for name, shape in expected.items()}
+    found = {name: h for name, h in (headers | changes).items() if h is not None}
+    check_inventory(Source(Path("folder"), found), expected, tied)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "float32", "bfloat16"])
+def test_complete_folder_passes_with_rotary_buffers_of_old_checkpoints(dtype):
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": header(10)}
+    check({"model.norm.weight": header(4, dtype=dtype), **rotary})
+
+
+def test_all_faults_are_told_at_once():
+    changes = {
+        "lm_head.weight": None,
+        "model.norm.weight": header(5),
+        "model.layers.0.mlp.ghost.weight": header(2, 2),
+        "model.embed_tokens.weight": header(11, 4, dtype="I8"),
+    }
+    with pytest.raises(ConfigurationError) as raised:
+        check(changes)
+    told = str(raised.value)
+    assert "1 missing: lm_head.weight" in told
+    assert "1 not part of this model: model.layers.0.mlp.ghost.weight" in told
+    assert "1 of the wrong shape: model.norm.weight [5] instead of [4]" in told
+    assert "1 of an unsupported number type: model.embed_tokens.weight I8" in told
+
+
+def test_output_layer_is_harmless_only_when_tied():
+    expected = {name: shape for name, shape in EXPECTED.items() if name != "lm_head.weight"}
+    check({"lm_head.weight": header(11, 4)}, expected, tied=True)
+    with pytest.raises(ConfigurationError, match="not part of this model: lm_head.weight"):
+        check({"lm_head.weight": header(11, 4)}, expected, tied=False)
+
+
+SCALED = dataclasses.replace(ODD, rotary_base=20000.0, rope_scaling=RopeScaling(4.0, 1.0, 3.0, 32))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.one_of(llama_shapes(), bloom_shapes(), st.just(SCALED)))
+def test_a_made_config_gives_the_shape_back(tmp_path_factory, shape):
+    folder = tmp_path_factory.mktemp("config")
+    write_config(folder, config_of_shape(shape))
+    assert read_shape(folder) == shape
+
+
+def test_weights_code_and_folders_are_not_copied(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir(), (source / "tokenizer_parts").mkdir()
+    kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+    for name in {*kept, "model.safetensors", "modeling_x.py", "common.pt", ".metadata"}:
+        (source / name).write_text(name)
+    copy_companions(source, target)
+    assert {path.name for path in target.iterdir()} == kept
+
+
+@pytest.mark.parametrize(
+    ("before", "stored", "after"),
+    [
+        ('{"dtype": "float32"}', {torch.bfloat16}, {"dtype": "bfloat16"}),
+        ('{"torch_dtype": "float32"}', {torch.bfloat16}, {"torch_dtype": "bfloat16"}),
+        ('{"dtype": "float16"}', {torch.float32, torch.bfloat16}, {"dtype": "float16"}),  # several types say nothing
+        ('{"dtype":  "float32"}', {torch.float32}, None),  # says so already, and stays byte for byte
+    ],
+)
+def test_the_type_is_set_under_the_key_that_is_there(before, stored, after, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(before)
+    set_stored_type(tmp_path, [*stored] * 2)
+    assert path.read_text() == before if after is None else json.loads(path.read_text()) == after

@@ -1,0 +1,246 @@
+"""Any box of a tensor is read from the boxes that it is stored in; torn files are named, and nothing in them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.saved_tensor import map_tensor
+from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, layer_of, union
+from tests.conversion.megatron_folders import save_distributed
+
+WHOLE = torch.arange(1, 61, dtype=torch.float32).view(6, 10)
+
+
+def stored(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> StoredTensor:
+    """`tensor` cut before each of these rows and columns."""
+    boxes = []
+    for top, bottom in zip([0, *rows], [*rows, tensor.shape[0]], strict=True):
+        for left, right in zip([0, *columns], [*columns, tensor.shape[1]], strict=True):
+            part = tensor[top:bottom, left:right]
+            boxes.append(StoredBox((top, left), tuple(part.shape), lambda part=part: part))
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, tuple(boxes))
+
+
+cuts = st.lists(st.integers(1, 5), unique=True, max_size=3).map(sorted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts, cuts, st.data())
+def test_any_box_out_of_any_boxes(rows, columns, data):
+    tensor = stored(WHOLE, rows, columns)
+    top, left = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 9))
+    bottom, right = data.draw(st.integers(top + 1, 6)), data.draw(st.integers(left + 1, 10))
+    target = torch.zeros(bottom - top, right - left)
+    tensor.fill(target, (top, left))
+    assert tensor.is_whole
+    assert torch.equal(target, WHOLE[top:bottom, left:right])
+
+
+def test_only_boxes_that_overlap_are_read():
+    def not_this_one() -> torch.Tensor:
+        raise AssertionError("a box that does not overlap is read")
+
+    boxes = stored(WHOLE, [2, 4], []).boxes
+    others = (replace(boxes[0], load=not_this_one), boxes[1], replace(boxes[2], load=not_this_one))
+    read = StoredTensor((6, 10), WHOLE.dtype, others).fill(torch.zeros(2, 3), (2, 0))
+    assert read == 2 * 3 * 4  # bytes of the part that is asked for
+
+
+def test_what_lies_outside_the_tensor_stays_as_it_is_and_a_hole_is_seen():
+    target = torch.full((4, 10), -1.0)
+    stored(WHOLE, [], []).fill(target, (4, 0))
+    assert torch.equal(target[:2], WHOLE[4:])
+    assert target[2:].eq(-1).all()
+    tensor = stored(WHOLE, [2], [])
+    assert not StoredTensor(tensor.shape, tensor.dtype, tensor.boxes[:1]).is_whole
+
+
+def test_a_layer_of_a_stack():
+    stack = torch.arange(24.0).view(4, 2, 3)
+    halves = tuple(StoredBox((at, 0, 0), (2, 2, 3), lambda at=at: stack[at : at + 2]) for at in (0, 2))
+    for layer in range(4):
+        one = layer_of(StoredTensor((4, 2, 3), stack.dtype, halves), layer)
+        target = torch.zeros(2, 3)
+        one.fill(target, (0, 0))
+        assert one.shape == (2, 3) and torch.equal(target, stack[layer])
+
+
+def test_of_copies_the_first_stays():
+    first, second, other = (StoredBox(offset, (1,), lambda: WHOLE) for offset in ((0,), (0,), (1,)))
+    assert set(union([first, second, other])) == {first, other}
+
+
+A = torch.arange(12.0).view(3, 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    content = {"a.weight": A, "b.weight": torch.arange(5).bfloat16(), "steps": 7}
+    return save_distributed(tmp_path / "megatron", content)
+
+
+def test_tensors_are_found_and_other_objects_are_not_and_any_box_is_read(folder):
+    found = open_distributed(folder)
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in found.items()} == {
+        "a.weight": ((3, 4), torch.float32),
+        "b.weight": ((5,), torch.bfloat16),
+    }
+    box = torch.zeros(2, 2)
+    assert found["a.weight"].fill(box, (1, 2)) == 4 * 4  # bytes of the box alone
+    assert torch.equal(box, A[1:, 2:])
+
+
+PART = MetadataIndex("a.weight", (0, 0))
+
+
+def lose(places):
+    del places[PART]
+
+
+def swap(places):
+    places[PART] = places[MetadataIndex("b.weight", (0,))]
+
+
+@pytest.mark.parametrize(
+    ("file", "index", "told"),
+    [
+        (Path.unlink, None, "megatron lacks __0_0.distcp, which its index lists"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, "is torn: __0_0.distcp"),
+        (None, lose, "parts are missing of a.weight"),
+    ],
+)
+def test_damage_is_named_at_once(file, index, told, folder):
+    spoil(folder, file, index)
+    with pytest.raises(ConfigurationError, match=told):
+        open_distributed(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "index", "told"),
+    [
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, "__0_0.distcp is damaged where it holds a.w"),
+        (None, swap, r"does not hold a.weight \[3, 4\] where its index says so"),
+    ],
+)
+def test_damage_that_no_size_shows_is_named_when_the_tensor_is_read(file, index, told, folder):
+    spoil(folder, file, index)
+    found = open_distributed(folder)
+    with pytest.raises(ConfigurationError, match=told):
+        found["a.weight"].fill(torch.zeros(3, 4), (0, 0))
+
+
+def spoil(folder, file, index):
+    """Change the file of weights or what the index says of places."""
+    if file:
+        file(folder / "__0_0.distcp")
+    else:
+        content = pickle.loads((folder / ".metadata").read_bytes())
+        index(content.storage_data)
+        (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_is_named_or_harmless(folder, seed):
+    """Bytes within the archive of a tensor are overwritten: only numbers may change, or an error says what is torn."""
+    place = pickle.loads((folder / ".metadata").read_bytes()).storage_data[PART]
+    path, draw = folder / place.relative_path, random.Random(seed)
+    for _ in range(50):
+        torn = bytearray(path.read_bytes())
+        for _ in range(draw.choice((1, 8, 200))):
+            torn[place.offset + draw.randrange(place.length)] = draw.randrange(256)
+        path.write_bytes(torn)
+        with contextlib.suppress(ConfigurationError):
+            open_distributed(folder)["a.weight"].fill(torch.zeros(3, 4), (0, 0))
+
+
+BASE = torch.arange(60.0).view(5, 12)
+TENSORS = {
+    "plain": BASE,
+    "bfloat16": BASE.bfloat16(),
+    "bytes": BASE.to(torch.uint8),
+    "flags": BASE > 30,
+    "counts": BASE.long(),
+    "transposed": BASE.t(),
+    "a part of its storage": BASE[1:4, 2:7],
+    "a number": torch.tensor(2.5, dtype=torch.float64),
+    "large": torch.randn(300, 700),
+}
+
+
+def put(folder: Path, content: object, before: int = 0) -> tuple[Path, int, int]:
+    """The file, first byte and length of what torch.save makes, with other bytes on both sides."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = folder / "file"
+    path.write_bytes(b"x" * before + buffer.getvalue() + b"y" * 100)
+    return path, before, len(buffer.getvalue())
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_mapped_tensor_is_the_same_wherever_it_lies(name, tmp_path):
+    expected = TENSORS[name]
+    for before in (0, 1, 64, 4096, 70_001):
+        found = map_tensor(*put(tmp_path, expected, before))
+        assert (found.dtype, found.shape, found.stride()) == (expected.dtype, expected.shape, expected.stride())
+        assert torch.equal(found, expected)
+
+
+def test_a_tensor_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        place = put(tmp_path, BASE, 3)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(map_tensor(*place), BASE)
+
+
+def test_the_numbers_are_not_copied_and_the_file_stays_as_it_is(tmp_path):
+    place = put(tmp_path, BASE)
+    before = place[0].read_bytes()
+    found = map_tensor(*place)
+    assert str(place[0]) in Path("/proc/self/maps").read_text()
+    found.zero_()
+    assert place[0].read_bytes() == before
+    del found
+    assert str(place[0]) not in Path("/proc/self/maps").read_text()
+
+
+class Runs:
+    """Would run code when it is unpickled."""
+
+    def __reduce__(self):
+        return (print, ("it ran",))
+
+
+@pytest.mark.parametrize("content", [Runs(), nn.Linear(2, 2), {"a": Runs()}])
+def test_what_is_no_tensor_is_refused_and_does_not_run(content, tmp_path, capsys):
+    with pytest.raises(pickle.UnpicklingError, match="which no plain tensor needs"):
+        map_tensor(*put(tmp_path, content))
+    assert "it ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [[BASE, BASE], 7, {"a": BASE}])
+def test_plain_things_that_are_no_tensor_are_refused(content, tmp_path):
+    with pytest.raises((TypeError, ValueError, KeyError)):
+        map_tensor(*put(tmp_path, content))
+
+
+def test_a_view_of_too_small_a_storage_is_refused(tmp_path):
+    path, start, length = put(tmp_path, BASE)
+    path.write_bytes(path.read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # five rows become 127
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        map_tensor(path, start, length)

@@ -1,0 +1,297 @@
+"""HF PEFT opens an exported LoRA, and one that it made is opened here: both compute what the other side does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.adapter_checkpoint import known_fingerprint, low_rank_factors, open_adapters
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.verify import verify
+from tests.conversion.adapter_runs import copy_run, with_config
+from tests.tiny_bloom import save_bloom
+from tests.tiny_llama import save_llama
+
+EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {
+    "tp2": set(EVERY_LLAMA_LINEAR),
+    "pp2": {
+        "down_proj",
+        *(f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 2) for part in ("gate", "up")),
+        *(f"model.layers.3.self_attn.{part}_proj" for part in "qkv"),
+    },
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "paper": set(EVERY_LLAMA_LINEAR),
+}
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    return json.loads((adapter / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("run", TARGETS)
+def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
+    """It finds every tensor that it looks for."""
+    base, adapter = read_run_record(moved.run(run)).config.model.pretrained_checkpoint, tmp_path / "adapter"
+    export_adapter(moved.run(run), adapter)
+    assert set(config_of(adapter)["target_modules"]) == TARGETS[run]
+    assert config_of(adapter)["base_model_name_or_path"] == base
+    assert verify(adapter, moved.run(run)).logits.absolute < 1e-4
+    assert verify(adapter, base).logits.absolute > 0.1
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    loaded, exported = peft.get_peft_model_state_dict(model), load_file(adapter / "adapter_model.safetensors")
+    assert loaded.keys() == exported.keys()
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+
+
+def test_a_start_that_is_subtracted_doubles_the_rank(moved, tmp_path):
+    """The run has rank 4, alpha 3, and a scale of alpha / sqrt(rank)."""
+    export_adapter(moved.run("paper"), tmp_path / "adapter")
+    config = config_of(tmp_path / "adapter")
+    assert config["r"] == 8 and config["use_rslora"]
+    assert config["lora_alpha"] / 8**0.5 == pytest.approx(3 / 4**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("run", ["urnn", "hybrid"])
+def test_methods_that_peft_does_not_have_are_refused(run, moved, tmp_path):
+    with pytest.raises(ConfigurationError, match=rf"nothing that computes what --peft-method {run} does.*py merge"):
+        export_adapter(moved.run(run), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_may_be_elsewhere(moved, tmp_path):
+    """Its weights are not needed; a base that is given is compared with the one that was trained on."""
+    elsewhere = with_config(model=ModelConfig(pretrained_checkpoint="far/away"))
+    run = copy_run(moved.run("tp2"), tmp_path / "run", elsewhere)
+    export_adapter(run, tmp_path / "without")
+    assert config_of(tmp_path / "without")["base_model_name_or_path"] == "far/away"
+    with pytest.raises(ConfigurationError, match=r"trained on the base model far/away, but .*other is another one"):
+        export_adapter(run, tmp_path / "with", pretrained_checkpoint=moved.base("other"))
+
+
+def test_base_in_megatrons_form_is_not_named_and_that_is_said(moved, tmp_path, capsys):
+    base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
+    named = with_config(model=ModelConfig(pretrained_checkpoint=str(base)))
+    run = copy_run(
+        moved.run("tp2"),
+        tmp_path / "run",
+        lambda record: replace(named(record), base_fingerprint=known_fingerprint(base)),
+    )
+    export_adapter(run, tmp_path / "out")
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] is None
+    assert f"The base model {base} is in Megatron's form, which HF PEFT does not open" in capsys.readouterr().out
+
+
+def test_full_fine_tuning_has_no_adapter(moved, tmp_path):
+    run = copy_run(moved.run("tp2"), tmp_path / "run", with_config(peft=PeftConfig(method="full")))
+    with pytest.raises(ConfigurationError, match=r"run of full fine-tuning and holds no adapters: .* megatron-to-hf"):
+        export_adapter(run, tmp_path / "adapter")
+
+
+def test_folder_without_a_checkpoint_and_output_that_exists_are_refused(moved, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"{tmp_path} holds no checkpoint: give the --save folder of a run"):
+        export_adapter(tmp_path, tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
+        export_adapter(moved.run("tp2"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    save_llama(folder / "llama")
+    save_llama(folder / "narrow", intermediate_size=152)
+    save_bloom(folder / "bloom")
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """A LoRA of HF PEFT with random factors."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**config))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
+            parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(bases, tmp_path_factory):
+    """An adapter of HF PEFT on q_proj and v_proj."""
+    return make_adapter(bases / "llama", tmp_path_factory.mktemp("plain") / "adapter")
+
+
+@pytest.fixture
+def adapter(plain, tmp_path):
+    """Its copy, to be spoilt."""
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def imported(adapter: Path, base: Path) -> RunRecord:
+    import_adapter(adapter, adapter.parent / "run", pretrained_checkpoint=base)
+    return read_run_record(adapter.parent / "run")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "rank", "targets"),
+    [
+        ("llama", {}, 8, {"linear_qkv"}),
+        ("llama", {"target_modules": ["k_proj"]}, 4, {"linear_qkv"}),
+        ("llama", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
+        (
+            "llama",
+            {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True},
+            12,
+            set(LINEAR_MODULES),
+        ),
+        (
+            "llama",
+            {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]},
+            8,
+            {"decoder.layers.1.mlp.linear_fc1", "decoder.layers.2.mlp.linear_fc1"},
+        ),
+        (
+            "llama",
+            {"target_modules": r"model\.layers\.[03]\.mlp\.(up|down)_proj", "exclude_modules": ["3.mlp.up_proj"]},
+            4,
+            {"decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2", "decoder.layers.3.mlp.linear_fc2"},
+        ),
+        ("bloom", {"target_modules": ["query_key_value", "dense"]}, 4, {"linear_qkv", "linear_proj"}),
+    ],
+)
+def test_imported_adapter_computes_what_it_does_in_peft(family, settings, rank, targets, bases, tmp_path):
+    adapter = make_adapter(bases / family, tmp_path / "adapter", **settings)
+    record = imported(adapter, bases / family)
+    assert record.config.peft.lora_rank == rank
+    assert set(record.config.peft.target_modules) == targets
+    assert record.config.peft.lora_scale == pytest.approx(6 / 2 if settings.get("use_rslora") else 6 / 4, rel=1e-12)
+    assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
+    assert verify(tmp_path / "run", bases / family).logits.absolute > 0.1
+
+
+def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(bases, adapter, tmp_path, capsys):
+    """The config of HF PEFT is not needed."""
+    record = imported(adapter, bases / "llama")
+    printed = capsys.readouterr().out
+    assert "so the rank is 8 instead of 4; alpha 12 keeps the scale of 1.5." in printed
+    assert printed.endswith(
+        "Load it with --finetune --peft-method lora --lora-rank 8 --lora-alpha 12 --peft-target-modules linear_qkv\n"
+    )
+    assert record.config.peft.lora_alpha == 12
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "0\n"
+    config = config_of(tmp_path / "run")
+    assert config["method"] == "lora" and config["base_model_name_or_path"] == str(bases / "llama")
+    assert record.position == {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    assert set(record.base_fingerprint or ()) == {"config.json", "model.safetensors"}
+    assert len(record.adapted_layers) == 4
+
+
+def test_rank_that_stays_is_not_mentioned(bases, tmp_path, capsys):
+    imported(
+        make_adapter(bases / "llama", tmp_path / "adapter", target_modules=["o_proj"], use_rslora=True), bases / "llama"
+    )
+    assert capsys.readouterr().out == (
+        "Load it with --finetune --peft-method lora --lora-rank 4 --lora-alpha 6 --lora-rs --peft-target-modules "
+        "linear_proj\n"
+    )
+
+
+def test_what_pads_the_rank_is_zero(bases, tmp_path):
+    """o_proj needs rank 4 of the 8 that q_proj and v_proj take together: training leaves the others at zero."""
+    adapter = make_adapter(bases / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
+    imported(adapter, bases / "llama")
+    factors = low_rank_factors(open_adapters(tmp_path / "run"), "decoder.layers.2.self_attention.linear_proj")
+    assert factors.A.shape == (8, 120) and factors.B.shape == (96, 8)
+    assert factors.A[:4].all() and factors.B[:, :4].all()
+    assert not factors.A[4:].any() and not factors.B[:, 4:].any()
+
+
+def test_export_and_import_give_the_run_back(moved):
+    assert moved.came_back
+
+
+def test_pickled_weights_are_read_without_running_anything(bases, adapter, tmp_path):
+    weights, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
+    torch.save(load_file(weights), pickled)
+    weights.unlink()
+    imported(adapter, bases / "llama")
+    assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
+    torch.save({"run": exit}, pickled)
+    with pytest.raises(ConfigurationError, match=r"adapter_model.bin cannot be read: it holds more than tensors"):
+        import_adapter(adapter, tmp_path / "again", pretrained_checkpoint=bases / "llama")
+
+
+Q3 = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        (Q3.format("B"), None, rf"1 missing: {Q3.format('B')}\."),
+        ("base_model.model.lm_head.lora_A.weight", torch.float32, "1 that belong to no targeted layer .*lm_head"),
+        (Q3.format("A").replace("q_", "o_"), torch.float32, "1 that belong to no targeted layer .*o_proj.lora_A"),
+        (Q3.format("A"), torch.int8, "1 of an unsupported number type: .*q_proj.lora_A.weight I8"),
+    ],
+    ids=["missing", "no linear layer", "not targeted", "quantised"],
+)
+def test_tensors_that_do_not_fit_are_named(name, dtype, message, bases, adapter, tmp_path):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights.pop(name, None)
+    if dtype:
+        weights[name] = torch.zeros(4, 96, dtype=dtype)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(ConfigurationError, match=message):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / "llama")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "message"),
+    [
+        (
+            {"target_modules": ["gate_proj"]},
+            "narrow",
+            r"do not fit --pretrained-checkpoint .*narrow\. 4 of the wrong shape: .*lora_B.*\[160, 4\] instead",
+        ),
+        (
+            {"target_modules": ["gate_proj"]},
+            "bloom",
+            r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-checkpoint .*bloom: give",
+        ),
+        ({"r": 50}, "llama", r"takes --lora-rank 100 instead of 50; but .*linear_qkv has only 96"),
+    ],
+)
+def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, base, message, bases, tmp_path):
+    adapter = make_adapter(bases / "llama", tmp_path / "adapter", **settings)
+    with pytest.raises(ConfigurationError, match=message):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / base)
+
+
+def test_missing_base_output_and_files_are_named(bases, adapter, tmp_path):
+    bare = tmp_path / "base"
+    bare.mkdir()
+    shutil.copy(bases / "llama" / "config.json", bare)
+    for base, output, told in (
+        (None, tmp_path / "run", "which base model\\? --pretrained-checkpoint takes the folder"),
+        (bases / "llama", adapter, f"--output {adapter} exists already"),
+        (bare, tmp_path / "run", "--pretrained-checkpoint .*base holds no weights"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            import_adapter(adapter, output, pretrained_checkpoint=base)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"holds neither adapter_model.safetensors nor adapter_model.bin"):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / "llama")

@@ -1,0 +1,288 @@
+"""LoRA over fused layers is LoRA over their modules; BOFT on the input side is HF PEFT's BOFT: the layer, an adapter
+that goes there, one that comes from there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from peft.tuners.boft import layer as peft_boft_layer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.butterfly import cayley, skew
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
+from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.conversion import peft_boft
+from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, open_adapters
+from megatron_peft.conversion.adapter_factors import is_weight, layer_of
+from megatron_peft.conversion.adapter_save import save_adapters
+from megatron_peft.conversion.families import rules_for
+from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley, to_huggingface
+from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft_import import import_adapter
+from megatron_peft.conversion.peft_import_config import LoraSettings
+from megatron_peft.conversion.peft_lora import LoraExport, LoraImport
+from megatron_peft.conversion.source import open_source
+from megatron_peft.conversion.verify import verify
+from tests.checkpoint.records import make_record
+from tests.conversion.adapter_runs import copy_run, with_config
+from tests.conversion.megatron_folders import ODD
+from tests.one_rank import one_rank
+
+RANK = 3
+RULES = [rule for rule in rules_for(ODD).values() if is_weight(rule) and ".0." in rule.name and ".linear_" in rule.name]
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(folder: Path, names: str = "A B", **settings) -> TrainedAdapters:
+    """Random factors on every linear layer of the first layer."""
+    draw, tensors = torch.Generator().manual_seed(0), {}
+    for rule in RULES:
+        out_features, in_features = rule.local_shape(1)
+        for name in names.split():
+            shape = (RANK, in_features) if name.startswith("A") else (out_features, RANK)
+            tensors[f"{layer_of(rule)}.adapter.{name}"] = torch.randn(shape, generator=draw)
+    record = make_record(shape=ODD, adapted_layers=tuple(sorted(map(layer_of, RULES))))
+    change = with_config(peft=PeftConfig(lora_rank=RANK, lora_alpha=6, **settings))
+    save_adapters(folder, change(record), tensors)
+    return open_adapters(folder)
+
+
+def test_lora_there_and_back_is_the_same_bit_for_bit(tmp_path):
+    adapters = trained(tmp_path / "run")
+    export = LoraExport(adapters, RULES)
+    tensors = {name: x.clone() for rule in RULES for name, x in export.tensors(rule)}
+    assert {name: tuple(x.shape) for name, x in tensors.items()} == {n: s.shape for n, s in export.specs().items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"target_modules": MODULES, "layers_to_transform": [0]}
+    settings = LoraSettings(targets=config, rank=RANK, alpha=6, rank_stabilised=False, dropout=0.0)
+    adopted = LoraImport(settings, open_source(tmp_path, ["adapter_model.safetensors"])).adopt(RULES, ODD)
+    assert (adopted.peft.lora_rank, adopted.peft.lora_alpha, adopted.told) == (RANK, 6, "")
+    assert adopted.flags == "--peft-method lora --lora-rank 3 --lora-alpha 6"
+    for key, tensor in adopted.tensors.items():
+        layer, _, name = key.partition(".adapter.")
+        assert torch.equal(tensor, adapters.tensor(layer, name))
+    assert len(adopted.tensors) == 2 * len(RULES)
+
+
+@pytest.mark.parametrize(("stabilised", "alpha"), [(False, 12), (True, 6 * 2**0.5)])
+def test_a_subtracted_start_doubles_the_rank_and_keeps_the_scale(stabilised, alpha, tmp_path):
+    config = LoraExport(trained(tmp_path / "run", "A B A0 B0", lora_rs=stabilised), RULES).config()
+    assert config["r"] == 2 * RANK and config["use_rslora"] is stabilised
+    assert config["lora_alpha"] == pytest.approx(alpha, rel=1e-12)
+
+
+IN, OUT = 64, 24
+
+
+class PureBlockDiagonal:
+    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
+
+    @staticmethod
+    def apply(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+@pytest.fixture
+def pure_torch(monkeypatch):
+    """HF PEFT's BOFT with several factors, without its extension."""
+    monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", PureBlockDiagonal)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As where it cannot be built, without trying to."""
+    monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: None)
+
+
+def our_layer(settings: PeftConfig) -> AdaptedColumnParallelLinear:
+    config: Any = TransformerConfig(num_layers=1, hidden_size=IN, num_attention_heads=1, perform_initialization=False)
+    config.linear_biases = {"linear_fc1"}
+    layer = AdaptedColumnParallelLinear(IN, OUT, config=config, init_method=None, tp_comm_buffer_name="fc1")
+    layer.requires_grad_(False)
+    layer.adapter = Boft(layer.layout, settings, "layer.adapter", 0, torch.float32)
+    return layer
+
+
+@pytest.mark.parametrize("factors", [1, 3])
+def test_layers_have_the_same_output_and_gradients(factors, pure_torch):
+    draw = torch.Generator().manual_seed(2)
+    config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=factors)
+    theirs = peft_boft_layer.Linear(nn.Linear(IN, OUT), "default", config)
+    D = theirs.boft_R["default"]
+    with one_rank():
+        ours = our_layer(PeftConfig("boft", rotation_side="input", boft_block_size=8, boft_factors=factors))
+        with torch.no_grad():
+            D.normal_(std=0.3, generator=draw)
+            ours.adapter.Q.copy_(from_huggingface(D))
+            ours.weight.copy_(theirs.base_layer.weight.normal_(std=IN**-0.5, generator=draw))
+            ours.bias.copy_(theirs.base_layer.bias)
+        x, weights = (torch.randn(5, 2, size, generator=draw) for size in (IN, OUT))
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [ours(inputs[0])[0], theirs(inputs[1])]
+        for output in outputs:
+            (output * weights).sum().backward()
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
+    assert (inputs[0].grad - inputs[1].grad).abs().max() < 1e-5
+    # A number above the diagonal stands for two of theirs; they differentiate (D - D^T) / 2 in each.
+    torch.testing.assert_close(ours.adapter.Q.grad, 2 * from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_our_numbers_come_back_bit_for_bit(factors):
+    Q = torch.randn(3, factors, 2 ** (factors - 1), 6, generator=torch.Generator().manual_seed(0))
+    D = to_huggingface(Q, 4)
+    assert D.shape == (factors, 3 * 2 ** (factors - 1), 4, 4)
+    assert torch.equal(from_huggingface(D), Q)
+
+
+def test_cayley_is_undone_unless_a_direction_turns_around():
+    Q = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(inverse_cayley(cayley(skew(Q, 4))), Q)
+    around = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
+    assert not (inverse_cayley(around).abs() < LARGEST_NUMBER).all()
+
+
+def test_blocks_that_turn_around_are_refused(moved, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_boft, "LARGEST_NUMBER", 1e-3)
+    with pytest.raises(ConfigurationError, match=r"a block of decoder.layers.0.* turns a direction around, .* merge"):
+        export_adapter(moved.run("projection"), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", ["boft", "butterfly", "projection"])
+def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path, pure_torch):
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    assert verify(tmp_path / "adapter", moved.run(run)).logits.absolute < 1e-4
+    assert verify(tmp_path / "adapter", moved.base("base")).logits.absolute > 0.1
+
+
+def test_peft_finds_every_tensor_that_it_looks_for(moved, tmp_path, no_extension):
+    export_adapter(moved.run("boft"), tmp_path)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moved.base("base")), str(tmp_path))
+    loaded, exported = peft.get_peft_model_state_dict(model), load_file(tmp_path / "adapter_model.safetensors")
+    assert loaded.keys() == exported.keys() and len(exported) == 4 * 7 * 2
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+
+
+def test_several_factors_need_the_extension(moved, tmp_path, no_extension, capsys):
+    export_adapter(moved.run("boft"), tmp_path / "one")
+    assert capsys.readouterr().out == ""
+    export_adapter(moved.run("butterfly"), tmp_path / "three")
+    assert "HF PEFT opens this adapter only with its CUDA extension" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"HF PEFT cannot open .*three .*boft_R.* needs its CUDA extension"):
+        verify(tmp_path / "three", moved.run("butterfly"))
+
+
+def test_the_output_side_is_refused(moved, tmp_path):
+    turned = replace(read_run_record(moved.run("boft")).config.peft, rotation_side="output")
+    run = copy_run(moved.run("boft"), tmp_path / "run", with_config(peft=turned))
+    with pytest.raises(ConfigurationError, match=r"turned the output side .* HF PEFT's BOFT turns the input: .*merge"):
+        export_adapter(run, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("run", ["boft", "butterfly"])
+def test_export_and_import_give_the_run_back(run, moved, tmp_path, capsys):
+    export_adapter(moved.run(run), tmp_path / "adapter")
+    import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    before, after = open_adapters(moved.run(run)), open_adapters(tmp_path / "run")
+    layers, settings = before.record.adapted_layers, before.record.config.peft
+    assert after.record.adapted_layers == layers
+    assert all(torch.equal(after.tensor(layer, "Q"), before.tensor(layer, "Q")) for layer in layers)
+    assert (
+        f"Load it with --finetune --peft-method boft --boft-block-size {settings.boft_block_size} --boft-factors "
+        f"{settings.boft_factors} --rotation-side input --peft-target-modules "
+    ) in capsys.readouterr().out
+
+
+@pytest.fixture
+def make_adapter(moved, tmp_path):
+    """Makes a BOFT of HF PEFT with random rotations in the folder `adapter`."""
+
+    def make(**settings: Any) -> Path:
+        defaults = {"boft_block_size": 4, "target_modules": ["o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+        base = AutoModelForCausalLM.from_pretrained(moved.base("base"))
+        model = peft.get_peft_model(base, peft.BOFTConfig(**{**defaults, **settings}))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "boft_R" in name:
+                    parameter.normal_(std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"boft_block_num": 8, "boft_block_size": 0, "target_modules": ["down_proj"]},
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 3, "layers_to_transform": [1, 2]},
+    ],
+    ids=["blocks", "number of blocks", "butterfly"],
+)
+def test_imported_adapter_computes_what_it_does_in_peft(settings, moved, make_adapter, tmp_path, pure_torch):
+    adapter = make_adapter(**settings)
+    import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
+    assert verify(tmp_path / "run", moved.base("base")).logits.absolute > 0.1
+
+
+def test_a_factor_that_was_not_trained_is_told(moved, make_adapter, tmp_path, no_extension, capsys):
+    adapter = make_adapter(boft_n_butterfly_factor=2, boft_dropout=0.25, target_modules=["o_proj"])
+    capsys.readouterr()
+    import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert capsys.readouterr().out.startswith(
+        "The adapter holds 1 butterfly factor instead of the 2 of its config: HF PEFT trains one where it lacks its "
+        "CUDA extension.\nboft_dropout=0.25 is left out: rotations have no dropout here.\nLoad it with --finetune "
+        "--peft-method boft --boft-block-size 4 --boft-factors 1 --rotation-side input"
+    )
+    assert read_run_record(tmp_path / "run").config.peft.boft_factors == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, r"q_proj, .*v_proj meet one input in .*linear_qkv, so they have one rotation"),
+        (
+            {"target_modules": ["gate_proj", "up_proj"]},
+            r"has one for .*gate_proj, .*up_proj, or different ones\. Merge",
+        ),
+        ({"boft_block_size": 0, "boft_block_num": 20}, r"boft_block_num=20 .* gives blocks of 6 and 8 features; all"),
+        ({"boft_block_size": 5, "target_modules": ["down_proj"]}, "--boft-block-size is 5; .* use an even size"),
+        ({"bias": "boft_only"}, 'asks for what is not supported: bias="boft_only"'),
+        ({"fan_in_fan_out": True}, "asks for what is not supported: fan_in_fan_out=true"),
+    ],
+    ids=["part of a fused layer", "different in a fused layer", "sizes", "odd", "bias", "transposed"],
+)
+def test_what_has_no_place_here_is_refused(settings, message, moved, make_adapter, tmp_path, no_extension):
+    adapter = make_adapter(**settings)
+    if "fan_in_fan_out" in settings:  # HF PEFT puts it right for linear layers, in its config as well
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(ConfigurationError, match=message):
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_scaled_outputs_are_refused(moved, make_adapter, tmp_path, no_extension):
+    weights = make_adapter() / "adapter_model.safetensors"
+    tensors, name = load_file(weights), "base_model.model.model.layers.2.mlp.down_proj.boft_s"
+    tensors[name][3] = 1.5
+    save_file(tensors, weights)
+    with pytest.raises(ConfigurationError, match=rf"{name} .* scales output features by 1 to 1\.5; .* Merge it with"):
+        import_adapter(tmp_path / "adapter", tmp_path / "run", pretrained_checkpoint=moved.base("base"))
