@@ -14,14 +14,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.benchmark.collective_log import CollectiveLog
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.seeds import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world
+from tests.kept import kept_for_backward
 
 S, BATCH, H, F, RANK = 8, 3, 12, 10, 2
 PEFT = PeftConfig(lora_rank=RANK, lora_alpha=3.0)
@@ -91,13 +92,14 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
         return torch.cat(_from_all(own, group)) if sequence_parallel else own
 
     x = own_tokens(draw("x", S, BATCH, H)).clone().requires_grad_()
-    with CollectiveCalls() as calls:
+    with CollectiveLog() as log:
         y = pair(x)
         y.backward(own_tokens(draw("dy", S, BATCH, H)))
         for parameter in pair.parameters():
             parameter.main_grad = parameter.grad
         sum_partial_gradients_over_tensor_parallel([pair], group)
-    found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad), "calls": calls.counts}
+    found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad)}
+    found["calls"] = Counter((call.name, call.elements) for call in log.calls)
     found["kept"] = _kept_elements(pair.column, x)
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:
@@ -108,16 +110,11 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
 
 def _kept_elements(layer: nn.Module, x: Tensor) -> list[int]:
     """Sizes of what a layer's forward keeps for its backward, parameters aside."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward() as kept:
         layer(x)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    return sorted(size for storage, size in kept.items() if storage not in parameters)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
+    return sorted(size for storage, size in sizes.items() if storage not in parameters)
 
 
 def _joined(tensor: Tensor, parameter: Any, group: Any) -> Tensor:
@@ -134,18 +131,3 @@ def _from_all(tensor: Tensor, group: Any) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts
-
-
-class CollectiveCalls(TorchDispatchMode):
-    """Counts collectives by (name, elements of the result)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        namespace, _, name = function.name().partition("::")
-        if namespace == "c10d":
-            first = args[0][0] if isinstance(args[0], list) else args[0]
-            self.counts[name, first.numel()] += 1
-        return function(*args, **(kwargs or {}))

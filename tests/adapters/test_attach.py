@@ -1,20 +1,17 @@
-"""Which layers are adapted, what stays frozen, and the messages for names that match nothing."""
+"""Which layers are adapted and by what, what stays frozen, and the messages for names that match nothing."""
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 import torch
 
-from megatron_peft.adapters.attach import (
-    attach_adapters,
-    huggingface_modules,
-    is_targeted,
-    linear_layers,
-    require_matches,
-)
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
+from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
+from megatron_peft.adapters.low_rank import LowRank
+from megatron_peft.adapters.registry import adapter_builder
+from megatron_peft.config import LINEAR_MODULES, PEFT_METHODS, ConfigurationError, PeftConfig
 from megatron_peft.models.huggingface import FAMILIES
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
@@ -37,52 +34,27 @@ def _targeted(*patterns, modules=LLAMA):
     return [name for name in NAMES if is_targeted(name, patterns, modules)]
 
 
-def test_linear_layers_have_the_names_of_the_whole_model():
-    assert sorted(target.name for target in linear_layers(tiny_gpt())) == sorted(NAMES)
-
-
 @pytest.mark.parametrize(
-    "pattern, expected",
+    ("expected", "llama", "bloom"),
     [
-        ("linear_qkv", "self_attention.linear_qkv"),
-        ("q_proj", "self_attention.linear_qkv"),
-        ("v_proj", "self_attention.linear_qkv"),
-        ("o_proj", "self_attention.linear_proj"),
-        ("up_proj", "mlp.linear_fc1"),
-        ("down_proj", "mlp.linear_fc2"),
+        ("self_attention.linear_qkv", "linear_qkv q_proj v_proj", "linear_qkv query_key_value"),
+        ("self_attention.linear_proj", "o_proj", "dense"),
+        ("mlp.linear_fc1", "up_proj", "dense_h_to_4h"),
+        ("mlp.linear_fc2", "down_proj", "dense_4h_to_h"),
     ],
 )
-def test_a_module_name_means_that_module_in_every_layer(pattern, expected):
-    assert _targeted(pattern) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
+def test_a_module_name_of_megatron_or_the_family_means_that_module_in_every_layer(expected, llama, bloom):
+    for modules, patterns in ((LLAMA, llama), (BLOOM, bloom)):
+        for pattern in patterns.split():
+            assert _targeted(pattern, modules=modules) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
 
 
-@pytest.mark.parametrize(
-    "pattern, expected",
-    [
-        ("linear_qkv", "self_attention.linear_qkv"),
-        ("query_key_value", "self_attention.linear_qkv"),
-        ("dense", "self_attention.linear_proj"),
-        ("dense_h_to_4h", "mlp.linear_fc1"),
-        ("dense_4h_to_h", "mlp.linear_fc2"),
-    ],
-)
-def test_a_bloom_has_names_of_its_own(pattern, expected):
-    assert _targeted(pattern, modules=BLOOM) == [f"decoder.layers.{layer}.{expected}" for layer in (0, 1)]
-
-
-def test_full_names_and_wildcards():
+def test_full_names_wildcards_and_unions():
     assert _targeted("decoder.layers.1.mlp.linear_fc2") == ["decoder.layers.1.mlp.linear_fc2"]
     assert _targeted("decoder.layers.0.*") == NAMES[:4]
     assert _targeted("linear_fc?") == _targeted("*.linear_fc[12]") == NAMES[2:4] + NAMES[6:]
     assert _targeted("linear") == []
-
-
-def test_wildcards_work_on_hugging_face_names_too():
-    assert _targeted("[qkv]_proj") == _targeted("linear_qkv")
-    assert _targeted("*_proj") == NAMES
-
-
-def test_several_patterns_are_a_union():
+    assert _targeted("[qkv]_proj") == _targeted("linear_qkv") and _targeted("*_proj") == NAMES
     assert set(_targeted("linear_qkv", "down_proj")) == {*_targeted("linear_qkv"), *_targeted("down_proj")}
 
 
@@ -108,28 +80,36 @@ def test_a_pattern_that_matches_nothing_lists_what_exists():
     assert str(error.value).startswith("--peft-target-modules query linear_fc9 matches no linear layer.")
     for name in (*LINEAR_MODULES, "q_proj", "down_proj", NAMES[0]):
         assert name in str(error.value)
+    assert len(re.findall(r"\blinear_fc1\b,", str(error.value))) == 1
+
+
+def _attached(model, *targets):
+    return attach_adapters([model], PeftConfig(target_modules=targets or LINEAR_MODULES, lora_rank=4), seed=1)
+
+
+def _run(model):
+    tokens = torch.arange(24).reshape(2, 12)
+    return model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1)
 
 
 def test_a_model_with_a_wrong_target_is_refused_before_it_is_changed():
     model = tiny_gpt()
     with pytest.raises(ConfigurationError, match="--peft-target-modules nothing"):
-        attach_adapters([model], PeftConfig(target_modules=("nothing",), lora_rank=4), seed=1)
+        _attached(model, "nothing")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_only_adapters_of_targeted_layers_are_trained():
-    model = tiny_gpt()
-    found = attach_adapters([model], PeftConfig(target_modules=("q_proj", "*.1.mlp.linear_fc2"), lora_rank=4), seed=1)
-    expected = {NAMES[1], NAMES[5], NAMES[7]}
-    assert set(found) == expected
+    model, expected = tiny_gpt(), {NAMES[1], NAMES[5], NAMES[7]}
+    assert set(_attached(model, "q_proj", "*.1.mlp.linear_fc2")) == expected
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.adapter.{factor}" for name in expected for factor in "AB"}
 
 
 def test_adapters_start_from_their_global_names():
     first, second = tiny_gpt(), tiny_gpt()
-    attach_adapters([first], PeftConfig(lora_rank=4), seed=1)
-    attach_adapters([second], PeftConfig(target_modules=("linear_fc2",), lora_rank=4), seed=1)
+    assert sorted(_attached(first)) == sorted(NAMES)
+    _attached(second, "linear_fc2")
     layers = [model.decoder.layers[1].mlp.linear_fc2.adapter.A for model in (first, second)]
     assert torch.equal(*layers)
     assert not torch.equal(layers[0], first.decoder.layers[0].mlp.linear_fc2.adapter.A)
@@ -143,14 +123,13 @@ RECOMPUTE = {
 }
 
 
-def _gradients(recompute, targets=LINEAR_MODULES):
+def _gradients(recompute):
     model = tiny_gpt(transformer=recompute)
-    attach_adapters([model], PeftConfig(lora_rank=4, target_modules=targets), seed=1)
+    _attached(model)
     for name, parameter in model.named_parameters():
         if name.endswith("adapter.B"):
             parameter.data.fill_(0.01)
-    tokens = torch.arange(24).reshape(2, 12)
-    model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1).sum().backward()
+    _run(model).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -163,20 +142,14 @@ def test_recompute_behind_a_frozen_embedding_keeps_every_gradient(kind):
         torch.testing.assert_close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _needs_gradients(targets):
-    """Whether the embedding's output does, and that of the first layer."""
+@pytest.mark.parametrize(("targets", "layer"), [(LINEAR_MODULES, True), (("decoder.layers.1.*",), False)])
+def test_backward_ends_at_the_first_adapter(targets, layer):
     model, needs = tiny_gpt(), {}
-    attach_adapters([model], PeftConfig(lora_rank=4, target_modules=targets), seed=1)
+    _attached(model, *targets)
     model.embedding.register_forward_hook(lambda *call: needs.update(embedding=call[-1].requires_grad))
     model.decoder.layers[0].register_forward_hook(lambda *call: needs.update(layer=call[-1][0].requires_grad))
-    tokens = torch.arange(24).reshape(2, 12)
-    model(tokens, torch.arange(12).expand(2, 12), None, labels=tokens + 1)
-    return needs["embedding"], needs["layer"]
-
-
-def test_backward_ends_at_the_first_adapter():
-    assert _needs_gradients(LINEAR_MODULES) == (False, True)
-    assert _needs_gradients(("decoder.layers.1.*",)) == (False, False)
+    _run(model)
+    assert needs == {"embedding": False, "layer": layer}
 
 
 def test_a_stage_without_an_adapter_has_an_output_to_go_back_from():
@@ -188,7 +161,6 @@ def test_a_stage_without_an_adapter_has_an_output_to_go_back_from():
     assert [n for n, p in first.named_parameters() if p.requires_grad] == []
 
 
-def test_names_in_the_message_are_shown_once():
-    with pytest.raises(ConfigurationError) as error:
-        require_matches(["x"], NAMES, LLAMA)
-    assert len(re.findall(r"\blinear_fc1\b,", str(error.value))) == 1
+@pytest.mark.parametrize("method", [method for method in PEFT_METHODS if method != "full"])
+def test_all_adapters_are_made_from_the_same_arguments(method):
+    assert inspect.signature(adapter_builder(method)).parameters == inspect.signature(LowRank).parameters

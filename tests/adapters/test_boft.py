@@ -12,28 +12,14 @@ from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
+from tests.one_rank import Place
 
 
-class Place:
-    """A rank of a group that needs no processes."""
-
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-
-def layout(split: str, size: int = 1, heads: int | None = None) -> LinearLayout:
-    return LinearLayout(split, 48, 32, Place(0, size), head_features=heads)  # type: ignore[arg-type]
-
-
-def adapter(where: LinearLayout, **settings) -> Boft:
+def made(split: str = "column", size: int = 1, heads: int | None = None, **settings) -> Boft | ProjectedBoft:
     cpu.install()
-    return Boft(where, PeftConfig("boft", **settings), "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
+    layout = LinearLayout(split, 48, 32, Place(0, size), head_features=heads)  # type: ignore[arg-type]
+    peft = PeftConfig("boft", **{"boft_block_size": 4, "boft_factors": 2, **settings})
+    return boft(layout, peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +32,7 @@ def adapter(where: LinearLayout, **settings) -> Boft:
     ],
 )
 def test_a_rank_holds_the_groups_of_its_features(split, side, groups, is_split):
-    Q = adapter(layout(split, 2), boft_block_size=4, boft_factors=2, rotation_side=side).Q
+    Q = made(split, 2, rotation_side=side).Q
     assert Q.shape == (groups, 2, 2, 6) and Q.dtype == torch.float32
     assert Q.tensor_model_parallel is is_split
     assert Q.partial_over_tensor_parallel is not is_split
@@ -55,21 +41,13 @@ def test_a_rank_holds_the_groups_of_its_features(split, side, groups, is_split):
 
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ConfigurationError, match=r"--boft-block-size 4 with --boft-factors 4 gives groups of 32 .* 24"):
-        adapter(layout("column", 2), boft_block_size=4, boft_factors=4)
+        made(size=2, boft_factors=4)
     with pytest.raises(ConfigurationError, match="the heads of decoder.layers.0.linear have 12"):
-        adapter(layout("column", heads=12), boft_block_size=4, boft_factors=2)
-
-
-def projected(split: str = "column") -> ProjectedBoft:
-    cpu.install()
-    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, boft_parametrization="projection")
-    made = boft(layout(split), peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
-    assert isinstance(made, ProjectedBoft)
-    return made
+        made(heads=12)
 
 
 def test_projected_blocks_start_at_the_identity_and_end_a_step_orthogonal():
-    adapter = projected()
+    adapter = made(boft_parametrization="projection")
     assert (adapter.changes() == 0).all() and adapter.P.shape == (6, 2, 2, 4, 4)
     with torch.no_grad():
         adapter.P += 0.05 * torch.randn(adapter.P.shape, generator=torch.Generator().manual_seed(0))

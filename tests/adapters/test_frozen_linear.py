@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_peft.adapters import frozen_linear
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
 S, BATCH, IN, OUT, RANK, SCALE = 5, 2, 6, 4, 3, 1.7
@@ -59,16 +60,10 @@ def test_gradients_that_arrive_in_another_memory_order(loss):
 
 def test_what_is_kept_for_backward_is_x_once_and_the_narrow_product():
     (x, A, B), call = _leaves(), _call(with_bias=True)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward() as kept:
         frozen_linear_plus_low_rank(x, A, B, SCALE, call)
     weights = {t.data_ptr() for t in (A, B, call.weight)}
-    activations = {pointer: size for pointer, size in kept.items() if pointer not in weights}
+    activations = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in weights}
     assert activations.pop(x.data_ptr()) == x.numel()
     assert list(activations.values()) == [S * BATCH * RANK]
 

@@ -1,47 +1,61 @@
-"""The Hybrid's layers are its formula: column- and row-parallel, gradients included."""
+"""The Hybrid's layers are its formula: column- and row-parallel, gradients included.
+
+And its lambda, from the norms of the gradients before mixing.
+"""
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, unreduced
 from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.config import PeftConfig
+from megatron_peft.adapters.mixture import update_mixtures
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.models.swiglu import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
-from tests.adapters.test_boft import Place
+from tests.adapters.layer_runs import draw
+from tests.kept import kept_for_backward
+from tests.one_rank import Place
 
 IN, OUT = 12, 16
+ALONE: Any = Place(0, 1)
 
 
-def hybrid(split: str) -> Hybrid:
+def hybrid(split: str, **settings: Any) -> Hybrid:
     cpu.install()
-    peft = PeftConfig("hybrid", lora_rank=3, boft_block_size=2, boft_factors=2, hybrid_lambda="fixed:0.3")
-    made = Hybrid(LinearLayout(split, OUT, IN, Place()), peft, "layer.adapter", 0, torch.float64)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(0)
+    peft = PeftConfig("hybrid", lora_rank=3, boft_block_size=2, boft_factors=2, **settings)
+    return Hybrid(LinearLayout(split, OUT, IN, ALONE), peft, "layer.adapter", 0, torch.float64).double()
+
+
+def moved(split: str) -> Hybrid:
+    made = hybrid(split, hybrid_lambda="fixed:0.3")
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return made.double()
+        for name, parameter in made.named_parameters():
+            parameter.copy_(draw(name, *parameter.shape))
+    return made
 
 
-def call_of(weight: torch.Tensor, size: int) -> FrozenLinearCall:
-    """A row-parallel layer's; with `size` 2 as on one of two ranks, the other of which holds nothing."""
-    return FrozenLinearCall(weight, None, False, False, Place(0, size), lambda z: z)  # type: ignore[arg-type]
+def call_of(weight: torch.Tensor, split: str = "row", size: int = 1) -> FrozenLinearCall:
+    """With `size` 2 as on one of two ranks, the other of which holds nothing."""
+    reduce = unreduced if split == "column" else lambda z: z
+    return FrozenLinearCall(weight, None, False, False, Place(0, size), reduce)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("split", "size"), [("column", 1), ("row", 1), ("row", 2)])
 def test_it_is_the_formula(split, size):
-    adapter = hybrid(split)
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x = torch.randn(5, 2, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
-    call = call_of(weight, size) if split == "row" else FrozenLinearCall(weight, None, False, False, Place())  # type: ignore[arg-type]
+    adapter, weight = moved(split), draw("W", OUT, IN)
+    x, direction = draw("x", 5, 2, IN).requires_grad_(), draw("dy", 5, 2, OUT)
+    call = call_of(weight, split, size)
     assert call.needs_no_sum == (size == 1)
     D = torch.block_diag(*adapter.rotation.changes())
     mixed = weight + 0.3 * adapter.low_rank.delta_weight() + 0.7 * D @ weight
-    direction = torch.randn(5, 2, OUT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     trained = [x, *adapter.parameters()]
     torch.testing.assert_close(adapter(x, call), x @ mixed.T, atol=1e-6, rtol=1e-6)
     ours = torch.autograd.grad((adapter(x, call) * direction).sum(), trained)
@@ -51,30 +65,88 @@ def test_it_is_the_formula(split, size):
 
 
 def test_it_starts_as_the_base():
-    peft = PeftConfig("hybrid", lora_rank=3, boft_block_size=2, boft_factors=2)
-    adapter = Hybrid(LinearLayout("column", OUT, IN, Place()), peft, "layer.adapter", 0, torch.float32)  # type: ignore[arg-type]
-    weight, x = torch.randn(OUT, IN), torch.randn(5, 2, IN)
-    call = FrozenLinearCall(weight, None, False, False, Place())  # type: ignore[arg-type]
-    torch.testing.assert_close(adapter(x, call), x @ weight.T)
+    adapter, weight, x = hybrid("column"), draw("W", OUT, IN), draw("x", 5, 2, IN)
+    torch.testing.assert_close(adapter(x, call_of(weight, "column")), x @ weight.T)
     assert float(adapter.mix) == 0.5
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives(size):
-    adapter, call = hybrid("row"), call_of(torch.randn(OUT, IN, dtype=torch.float64), size)
-    h = torch.randn(5, 2, 2 * IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
-    x, kept = _SwiGLU.apply(h), set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.add(tensor.data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    adapter, call = moved("row"), call_of(draw("W", OUT, IN), size=size)
+    h, direction = draw("h", 5, 2, 2 * IN).requires_grad_(), draw("dy", 5, 2, OUT)
+    x = _SwiGLU.apply(h)
+    with kept_for_backward() as kept:
         y = adapter(x, call)
-    assert x.data_ptr() not in kept
+    assert x.data_ptr() not in {tensor.data_ptr() for tensor in kept}
     alone = x.detach().requires_grad_()
-    direction = torch.randn(y.shape, dtype=torch.float64)
     found = torch.autograd.grad((y * direction).sum(), [h, *adapter.parameters()])
     dx, *expected = torch.autograd.grad((adapter(alone, call) * direction).sum(), [alone, *adapter.parameters()])
     assert all(torch.equal(*pair) for pair in zip(found[1:], expected, strict=True))
     assert torch.equal(found[0], torch.autograd.grad(_SwiGLU.apply(h), h, dx)[0])
+
+
+LOW_SIZE, ROTATION_SIZE = 4, 9
+
+
+def updated(mix: float, low: float, rotation: float, **settings: Any) -> float:
+    """lambda after the step of an adapter whose two raw gradients have these norms."""
+
+    def part(norm: float, size: int) -> nn.Module:
+        module = nn.Linear(size, 1, bias=False)
+        module.weight.main_grad = torch.full((1, size), norm / size**0.5)  # type: ignore[attr-defined]
+        module.weight.tensor_model_parallel = False  # type: ignore[attr-defined]
+        return module
+
+    adapter: Any = SimpleNamespace(
+        mix=torch.tensor(mix),
+        num_kept=torch.tensor(0),
+        low_rank=part(low, LOW_SIZE),
+        rotation=part(rotation, ROTATION_SIZE),
+        layout=LinearLayout("row", 4, 4, ALONE),
+    )
+    peft = PeftConfig("hybrid", **{"hybrid_lambda_ema": 0.0, **settings})
+    own: Any = lambda parameter: parameter.main_grad  # noqa: E731
+    update_mixtures([adapter], peft, own, ALONE, rotation_rate=0.125)
+    assert int(adapter.num_kept) == (not math.isfinite(low) or low == rotation == 0)
+    return float(adapter.mix)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mix", "low", "rotation", "expected"),
+    [
+        # Norms are divided by the mixture that they carry: 3 / 0.25 = 12 and 1 / 0.75.
+        ({}, 0.25, 3.0, 1.0, 12 / (12 + 4 / 3)),
+        # Equal norms before mixing are a fixed point of one half.
+        ({}, 0.3, 0.3, 0.7, 0.5),
+        # rms divides by the roots of the numbers of parameters.
+        ({"hybrid_lambda": "rms"}, 0.5, 3.0, 1.0, 1.5 / (1.5 + 1 / 3)),
+        # descent weighs sums of absolute values by the rates: a part of n equal numbers and norm g sums to g sqrt(n).
+        ({"hybrid_lambda": "descent"}, 0.25, 3.0, 1.0, 24 / (24 + 0.125 * 3 / 0.75)),
+        # raw is the paper's formula.
+        ({"hybrid_lambda": "raw"}, 0.25, 3.0, 1.0, 0.75),
+        ({"hybrid_lambda": "fixed:0.3"}, 0.3, 5.0, 1.0, 0.3),
+        # The average moves slowly, and is clamped.
+        ({"hybrid_lambda_ema": 0.9}, 0.5, 1.0, 3.0, 0.9 * 0.5 + 0.1 * 0.25),
+        ({}, 0.5, 1.0, 1e-6, 0.98),
+        ({}, 0.5, 1e-6, 1.0, 0.02),
+        ({"hybrid_lambda_max": 0.75}, 0.5, 1.0, 1e-6, 0.75),
+        ({"hybrid_lambda_min": 0.25}, 0.5, 1e-6, 1.0, 0.25),
+        # Without a finite gradient lambda stays.
+        ({}, 0.4, math.nan, 1.0, 0.4),
+        ({}, 0.4, math.inf, 1.0, 0.4),
+        ({}, 0.4, 0.0, 0.0, 0.4),
+    ],
+)
+def test_lambda_follows_its_rule(settings, mix, low, rotation, expected):
+    assert updated(mix, low, rotation, **settings) == pytest.approx(expected)
+
+
+def test_lambda_starts_where_it_is_put():
+    assert PeftConfig("hybrid", hybrid_lambda="fixed:1").initial_mix == 1.0
+    assert PeftConfig("hybrid", hybrid_lambda_init=0.7).initial_mix == 0.7
+
+
+@pytest.mark.parametrize("value", ["fixed:1.5", "fixed:", "fixed:-0.1", "norms"])
+def test_other_rules_of_lambda_are_refused(value):
+    with pytest.raises(ConfigurationError, match="gradient, raw, rms, descent, or fixed:X with X between 0 and 1"):
+        PeftConfig("hybrid", hybrid_lambda=value)

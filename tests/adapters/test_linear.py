@@ -60,9 +60,8 @@ def test_an_adapter_adds_one_coalesced_call(on_two_ranks):
 def test_under_sequence_parallelism_an_adapter_adds_narrow_calls_only(on_two_ranks):
     """Of the column layer; the row layer's own input is whole features of all tokens already."""
     extra = on_two_ranks[0]["TP2+SP"]["calls"] - on_two_ranks[0]["frozen TP2+SP"]["calls"]
-    gather, scatter = S * BATCH * RANK, S // 2 * BATCH * RANK
-    sums = ("allreduce_", RANK * H + H * RANK)
-    assert extra == Counter({("_allgather_base_", gather): 1, ("_reduce_scatter_base_", scatter): 1, sums: 1})
+    narrow, sums = S * BATCH * RANK, ("allreduce_", RANK * H + H * RANK)
+    assert extra == Counter({("_allgather_base_", narrow): 1, ("_reduce_scatter_base_", narrow): 1, sums: 1})
 
 
 def test_a_rank_keeps_its_own_tokens_once_and_the_narrow_product(on_two_ranks):

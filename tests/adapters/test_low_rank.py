@@ -1,4 +1,7 @@
-"""Factors of one adapted layer: initial values that no layout changes, scale, dropout, refusals."""
+"""Factors of one adapted layer: initial values that no layout changes, scale, dropout, refusals.
+
+And eq. (2), the bound of its norm, by small Gram matrices against the dense change of the weight.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import torch
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, low_rank_part
+from megatron_peft.adapters.norm_bound import gram_matrices, shrink, shrinkage
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
+from tests.adapters.layer_runs import draw
 from tests.one_rank import Place, one_rank, places
 
 OUT, IN, RANK = 24, 12, 4
@@ -35,14 +40,10 @@ def _forward(adapter, x, splits_sequence=False):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_slices_of_a_row_layers_A_join_to_the_one_ranks(size):
+def test_slices_of_a_row_layers_A_join_to_the_one_ranks_and_a_column_layers_are_that(size):
     slices = [_adapter("row", place).A.data for place in places(size)]
     assert torch.equal(torch.cat(slices, dim=1), _adapter("row").A.data)
-
-
-def test_a_column_layers_A_is_the_same_on_every_rank():
-    first, second = (_adapter("column", place).A.data for place in places(2))
-    assert torch.equal(first, second) and torch.equal(first, _adapter().A.data)
+    assert all(torch.equal(_adapter("column", place).A.data, _adapter().A.data) for place in places(size))
 
 
 def test_initial_values_depend_on_seed_and_name():
@@ -72,30 +73,33 @@ def test_scale_is_alpha_over_the_rank_or_over_its_root(settings, scale):
     torch.testing.assert_close(_forward(adapter, x), x @ adapter.delta_weight().T)
 
 
-def test_a_rank_above_the_matrix_is_refused():
-    message = rf"--lora-rank 13 is above 12, the smaller side of .*linear_fc1 \({OUT} x {IN}\): use at most 12"
+SIDE = rf"the smaller side of .*linear_fc1 \({OUT} x {IN}\)"
+TWICE = (
+    rf"takes 2 x --lora-rank 7 = 14 singular vectors, more than 12, {SIDE}: use a rank of at most 6, or --lora-ga-in"
+)
+
+
+@pytest.mark.parametrize(
+    ("most", "settings", "message"),
+    [
+        (12, {}, f"--lora-rank 13 is above 12, {SIDE}: use at most 12"),
+        (12, {"method": "lora-ga", "lora_ga_init": "paper"}, "--lora-rank 13 is above 12"),
+        (6, {"method": "lora-ga", "lora_ga_init": "original"}, f"--lora-ga-init original {TWICE}"),
+    ],
+)
+def test_a_rank_above_the_matrix_or_half_of_it_for_the_published_start_is_refused(most, settings, message):
+    assert _adapter(lora_rank=most, **settings).A.shape == (most, IN)
     with pytest.raises(ConfigurationError, match=message):
-        _adapter(lora_rank=13)
-    assert _adapter(lora_rank=12).A.shape == (12, IN)
+        _adapter(lora_rank=most + 1, **settings)
 
 
-def test_the_published_start_takes_twice_the_rank():
-    message = (
-        r"--lora-ga-init original takes 2 x --lora-rank 7 = 14 singular vectors, more than 12, the smaller side of "
-        rf".*linear_fc1 \({OUT} x {IN}\): use a rank of at most 6, or --lora-ga-init aligned or paper"
+def _started(split="column", place=None, init="paper", **settings):
+    """At random A and B, which are subtracted but for `aligned`."""
+    adapter = _adapter(split, place, method="lora-ga", lora_ga_init=init, **settings)
+    adapter.start_at(
+        adapter.layout.slice_input(draw("A", RANK, IN).float()),
+        adapter.layout.slice_output(draw("B", OUT, RANK).float()),
     )
-    settings = {"method": "lora-ga", "lora_ga_init": "original"}
-    with pytest.raises(ConfigurationError, match=message):
-        _adapter(lora_rank=7, **settings)
-    assert _adapter(lora_rank=6, **settings).A.shape == (6, IN)
-    assert _adapter(lora_rank=12, method="lora-ga", lora_ga_init="paper").A.shape == (12, IN)
-
-
-def _started(split="column", place=None):
-    """A start that is subtracted: A and B random."""
-    adapter = _adapter(split, place, method="lora-ga", lora_ga_init="paper")
-    A, B = (torch.randn(*shape, generator=torch.Generator().manual_seed(7)) for shape in ((RANK, IN), (OUT, RANK)))
-    adapter.start_at(adapter.layout.slice_input(A), adapter.layout.slice_output(B))
     return adapter
 
 
@@ -130,15 +134,12 @@ def test_the_frozen_start_is_split_as_the_factors_are(split):
                 assert getattr(frozen, mark) == getattr(factor, mark)
 
 
-def test_the_frozen_start_is_in_the_state_only_where_there_is_one():
-    assert set(_adapter().state_dict()) == {"A", "B"}
-    assert set(_adapter(method="lora-ga").state_dict()) == {"A", "B"}
-    assert set(_started().state_dict()) == {"A", "B", "A0", "B0"}
-
-
-def test_factors_whose_start_is_subtracted_are_not_decayed():
-    assert all(getattr(parameter, IS_NOT_DECAYED) for parameter in _started().parameters())
-    assert not any(hasattr(parameter, IS_NOT_DECAYED) for parameter in _adapter().parameters())
+@pytest.mark.parametrize(
+    ("adapter", "starts"), [(_adapter, set()), (lambda: _adapter(method="lora-ga"), set()), (_started, {"A0", "B0"})]
+)
+def test_the_frozen_start_is_in_the_state_where_there_is_one_and_its_factors_are_not_decayed(adapter, starts):
+    assert set(adapter().state_dict()) == {"A", "B"} | starts
+    assert all(hasattr(parameter, IS_NOT_DECAYED) == bool(starts) for parameter in adapter().parameters())
 
 
 def test_the_low_rank_part_of_an_adapter_is_found():
@@ -157,14 +158,11 @@ def _with_dropout(split="column"):
     return adapter
 
 
-def test_dropout_zeroes_inputs_and_scales_the_rest():
-    y = _forward(_with_dropout(), torch.ones(50, 4, IN))[..., :IN]
+def test_dropout_zeroes_inputs_and_scales_the_rest_but_in_evaluation():
+    x = torch.ones(50, 4, IN)
+    y = _forward(_with_dropout(), x)[..., :IN]
     assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-
-
-def test_dropout_is_off_in_evaluation():
-    x = torch.ones(5, 4, IN)
     assert torch.equal(_forward(_with_dropout().eval(), x)[..., :IN], x)
 
 
@@ -178,3 +176,65 @@ def test_ranks_drop_the_same_where_they_hold_the_same(split, splits_sequence, co
     after = torch.get_rng_state()
     torch.manual_seed(0)
     assert torch.equal(after, torch.get_rng_state()) != common
+
+
+INITS = ("aligned", "original")
+
+
+def moved(init: str, split: str = "column", place: Place | None = None) -> LowRank:
+    """An adapter away from its start, in float64; s = 1."""
+    low_rank = _started(split, place, init, lora_alpha=RANK).double()
+    with torch.no_grad():
+        low_rank.A.add_(low_rank.layout.slice_input(draw("dA", RANK, IN)))
+        low_rank.B.add_(low_rank.layout.slice_output(draw("dB", OUT, RANK)))
+    return low_rank
+
+
+def bounded(low_rank: LowRank, limit: float) -> float:
+    """t; the adapter is scaled by it."""
+    left, right = (gram.unsqueeze(0) for gram in gram_matrices(low_rank))
+    (t,) = shrinkage(left, right, torch.tensor([limit], dtype=torch.float64), low_rank.A0 is not None)
+    pairs = [(low_rank.B, low_rank.B0), *([(low_rank.A, low_rank.A0)] if low_rank.A0 is not None else [])]
+    for factor, start in pairs:
+        shrink(factor, start, t)
+    return float(t)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("part", [0.999, 0.3, 1e-3])
+def test_a_change_above_the_limit_comes_down_to_it(init, part):
+    low_rank = moved(init)
+    limit = part * float(low_rank.delta_weight().norm())
+    bounded(low_rank, limit)
+    norm = float(low_rank.delta_weight().norm())
+    assert norm <= limit * (1 + 1e-9)
+    assert norm > (0.999 if init == "aligned" else 0.6) * limit
+
+
+def test_a_change_along_its_own_start_comes_down_to_the_limit_exactly():
+    """P and Q then point the same way, and nothing of |P| + |Q| is lost in |P + Q|."""
+    low_rank = moved("original")
+    with torch.no_grad():
+        low_rank.A.copy_(3 * low_rank.A0)
+        low_rank.B.copy_(2 * low_rank.B0)
+    limit = 0.3 * float(low_rank.delta_weight().norm())
+    bounded(low_rank, limit)
+    assert float(low_rank.delta_weight().norm()) == pytest.approx(limit, rel=1e-9)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_change_within_the_limit_is_left_bit_for_bit_and_none_at_all_is_within_every_limit(init):
+    low_rank = moved(init)
+    before = low_rank.A.clone(), low_rank.B.clone()
+    assert bounded(low_rank, 1.001 * float(low_rank.delta_weight().norm())) == 1
+    assert torch.equal(low_rank.A, before[0]) and torch.equal(low_rank.B, before[1])
+    low_rank.restart()
+    assert bounded(low_rank, 1e-3) == 1
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(("split", "side"), [("column", 0), ("row", 1)])
+def test_gram_matrices_of_the_split_side_add_up(init, split, side):
+    whole, parts = gram_matrices(moved(init)), [gram_matrices(moved(init, split, place)) for place in places(2)]
+    torch.testing.assert_close(parts[0][side] + parts[1][side], whole[side])
+    torch.testing.assert_close(parts[0][1 - side], whole[1 - side])

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.adapters.frozen_linear import (
-    FrozenLinearCall,
-    folds_change,
-    frozen_linear_mixed,
-    frozen_linear_rotated,
-)
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, folds_change
+from megatron_peft.adapters.frozen_linear import frozen_linear_mixed as mixed
+from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
-from tests.adapters.test_boft import Place
+from tests.kept import kept_for_backward
+from tests.one_rank import Place
 
 IN, GROUPS, SIZE = 6, 2, 4
 
@@ -31,12 +29,10 @@ def changes(Q: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def call() -> FrozenLinearCall:
     weight, bias = draw(GROUPS * SIZE, IN).detach(), draw(GROUPS * SIZE).detach()
-    return FrozenLinearCall(weight, bias, True, False, Place())  # type: ignore[arg-type]
+    return FrozenLinearCall(weight, bias, True, False, Place(0, 1))  # type: ignore[arg-type]
 
 
 Q_SHAPE = (GROUPS, 2, 2, 1)
-
-
 NUM_TOKENS = pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 
 
@@ -44,22 +40,21 @@ NUM_TOKENS = pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activatio
 def test_rotated_layer_is_the_formula_and_turns_no_bias(call, num_tokens):
     x, Q = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE)
     R = torch.block_diag(*compose(cayley(skew(Q, 2))))
-    torch.testing.assert_close(frozen_linear_rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
-    torch.autograd.gradcheck(lambda x, Q: frozen_linear_rotated(x, changes(Q), call), (x, Q))
+    torch.testing.assert_close(rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
+    torch.autograd.gradcheck(lambda x, Q: rotated(x, changes(Q), call), (x, Q))
 
 
 @NUM_TOKENS
 def test_mixed_layer_is_the_formula(call, num_tokens):
     x, Q, A, B = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
-    scale = torch.tensor(0.7)
 
-    def mixed(x, A, B, Q):
-        return frozen_linear_mixed(x, A, B, 0.3 * changes(Q), scale, call)
+    def of_layer(x, A, B, Q):
+        return mixed(x, A, B, 0.3 * changes(Q), torch.tensor(0.7), call)
 
     D = torch.block_diag(*changes(Q))
     expected = x @ (call.weight + 0.3 * D @ call.weight + 0.7 * B @ A).t() + call.bias
-    torch.testing.assert_close(mixed(x, A, B, Q), expected, atol=1e-6, rtol=1e-6)
-    torch.autograd.gradcheck(mixed, (x, A, B, Q))
+    torch.testing.assert_close(of_layer(x, A, B, Q), expected, atol=1e-6, rtol=1e-6)
+    torch.autograd.gradcheck(of_layer, (x, A, B, Q))
 
 
 def test_rotate_forms_the_gradient_of_its_own_tokens():
@@ -75,16 +70,10 @@ def test_rotate_forms_the_gradient_of_its_own_tokens():
 
 
 def test_backward_keeps_one_output_and_no_second_wide_tensor(call):
-    kept: list[int] = []
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        kept.append(x.numel())
-        return x
-
     x, D = draw(50, 2, IN), changes(draw(*Q_SHAPE)).detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        frozen_linear_rotated(x, D, call)
-    assert sum(kept) == 100 * GROUPS * SIZE + D.numel() + call.weight.numel()
+    with kept_for_backward() as kept:
+        rotated(x, D, call)
+    assert sum(tensor.numel() for tensor in kept) == 100 * GROUPS * SIZE + D.numel() + call.weight.numel()
 
 
 def test_a_rotation_goes_into_the_weight_where_that_costs_less_and_loses_nothing():

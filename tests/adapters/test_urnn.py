@@ -1,18 +1,21 @@
-"""uRNN's adapters: the identity at the start, their formula, and what may be replaced."""
+"""uRNN's adapters: the identity at the start, their formula, by Fourier transforms too, and what may be replaced."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_peft.adapters import urnn as module
+from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.rotation import IS_ROTATION
-from megatron_peft.adapters.unitary import as_real, orthogonality_error, structured
+from megatron_peft.adapters.unitary import as_real, change_from_start, orthogonality_error, random_theta, structured
 from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, urnn
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
+from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
 OUT, IN = 48, 32
@@ -41,7 +44,10 @@ def move(adapter: StructuredUrnn | RiemannianUrnn) -> None:
         adapter.theta += 0.2 * draw(*adapter.theta.shape)
 
 
-@pytest.mark.parametrize("update", ["structured", "riemannian"])
+UPDATES = pytest.mark.parametrize("update", ["structured", "riemannian"])
+
+
+@UPDATES
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize("split", ["column", "row"])
 def test_it_starts_as_the_base_and_is_its_formula(split, side, update):
@@ -79,7 +85,7 @@ def test_the_factor_is_u_times_the_inverse_of_its_start():
     torch.testing.assert_close(adapter.changes() + torch.eye(8), as_real(U @ U0.mH), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("update", ["structured", "riemannian"])
+@UPDATES
 def test_ranks_hold_slices_of_one_global_start(update):
     whole = made("column", urnn_update=update)
     parts = [made("column", place=Place(rank, 2), urnn_update=update) for rank in range(2)]
@@ -91,23 +97,23 @@ def test_ranks_hold_slices_of_one_global_start(update):
     assert all(parameter.partial_over_tensor_parallel for parameter in replicated.parameters())
 
 
+@torch.no_grad()
 def test_a_start_that_is_read_from_a_checkpoint_is_the_one_that_counts():
     adapter = made("column")
     assert (adapter.changes() == 0).all()
-    with torch.no_grad():
-        adapter.start.add_(0.1)
+    adapter.start.add_(0.1)
     assert (adapter.changes() != 0).any()
-    with torch.no_grad():
-        adapter.theta.copy_(adapter.start)
+    adapter.theta.copy_(adapter.start)
     assert (adapter.changes() == 0).all()
 
 
-def test_parameters_a_group():
-    assert made("column").theta.shape == (6, 7, 4)  # 7 n for n = 4 complex features
-    assert made("column", urnn_update="riemannian").U.shape == (6, 4, 4, 2)
+def test_parameters_a_group_are_those_of_the_kind_that_the_flag_says():
+    adapter, riemannian = made("column"), made("column", urnn_update="riemannian")
+    assert isinstance(adapter, StructuredUrnn) and adapter.theta.shape == (6, 7, 4)  # 7 n for n = 4 complex features
+    assert isinstance(riemannian, RiemannianUrnn) and riemannian.U.shape == (6, 4, 4, 2)
 
 
-@pytest.mark.parametrize("update", ["structured", "riemannian"])
+@UPDATES
 def test_a_replaced_layer_is_its_unitary_matrix(update):
     adapter = made("row", out=IN, urnn_mode="replace", urnn_update=update)
     x = draw(5, 2, IN)
@@ -140,13 +146,56 @@ def test_group_sizes_that_would_fit_are_listed():
     assert "--urnn-block-size 16 gives groups of 16 features" in str(error.value)
     assert "holds 24 per rank at --tensor-model-parallel-size 2" in str(error.value)
     assert "Groups that do: 2, 4, 6, 8, 12, 24; groups of 16 fit at --tensor-model-parallel-size 1." in str(error.value)
-
-
-def test_odd_blocks_are_refused():
     with pytest.raises(ConfigurationError, match="--urnn-block-size is 7; two real features make a complex one"):
         PeftConfig("urnn", urnn_block_size=7)
 
 
-def test_structured_and_riemannian_are_what_the_flag_says():
-    assert isinstance(made("column"), StructuredUrnn)
-    assert isinstance(made("column", urnn_update="riemannian"), RiemannianUrnn)
+GROUPS, SIZE, TOKENS = 3, 4, 10
+
+
+@pytest.fixture
+def factor() -> tuple[Tensor, Tensor, Tensor]:
+    """theta, theta_0, Pi"""
+    generator = torch.Generator().manual_seed(0)
+    start = random_theta(GROUPS, SIZE, generator).double()
+    return start + 0.3 * torch.randn(start.shape, generator=generator), start, torch.randperm(SIZE, generator=generator)
+
+
+def features() -> Tensor:
+    return draw(TOKENS // 2, 2, 2 * GROUPS * SIZE).double()
+
+
+def test_by_fourier_transforms_it_is_the_dense_rotation_and_its_inverse(factor):
+    x, (theta, start, permutation) = features(), factor
+    change = as_real(change_from_start(theta, structured(start, permutation), permutation))
+    R = torch.block_diag(*change) + torch.eye(2 * GROUPS * SIZE)
+    torch.testing.assert_close(rotate_by_fourier(x, *factor, slice(None), inverse=False), x @ R.T)
+    torch.testing.assert_close(rotate_by_fourier(x, *factor, slice(None), inverse=True), x @ R)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_by_fourier_transforms(factor, inverse):
+    theta, *fixed = factor
+
+    def rotated(x: Tensor, theta: Tensor) -> Tensor:
+        return rotate_by_fourier(x, theta, *fixed, slice(None), inverse)
+
+    torch.autograd.gradcheck(rotated, (features().requires_grad_(), theta.requires_grad_()))
+
+
+def test_ranks_that_see_all_tokens_form_parts_of_the_gradient(factor):
+    theta, *fixed = factor
+    x, theta, upstream = features(), theta.requires_grad_(), features().flip(0)
+    whole, *parts = (
+        torch.autograd.grad((rotate_by_fourier(x, theta, *fixed, tokens, False) * upstream).sum(), theta)[0]
+        for tokens in (slice(None), slice(0, 4), slice(4, TOKENS))
+    )
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+    assert parts[0].abs().max() > 1e-3
+
+
+def test_by_fourier_transforms_it_keeps_one_output(factor):
+    (theta, *fixed), x = factor, features()
+    with kept_for_backward() as kept:
+        rotate_by_fourier(x, theta.requires_grad_(), *fixed, slice(None), False)
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + 2 * theta.numel() + SIZE

@@ -1,26 +1,25 @@
+"""The demo from its command line to its report, with stand-ins for downloads and torchrun."""
+
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run as module
+from megatron_peft.demo import table
 from megatron_peft.demo.pairs import Pair, PairFiles
 from megatron_peft.demo.run import run_demo
 from megatron_peft.demo.score import Score
+from megatron_peft.reporting.run_plot import Translation
+from tools import demo
 
-ASKED_FOR = {
-    "bleu_before",
-    "bleu_after",
-    "validation_loss_before",
-    "validation_loss_after",
-    "tensor_parallel_size",
-    "trainable_parameters",
-    "seconds",
-}
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
 HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
 
@@ -79,7 +78,7 @@ def test_lambdas_of_a_hybrid_reach_the_picture(tmp_path, launcher, monkeypatch):
 def test_the_report_holds_what_was_measured(tmp_path, launcher):
     run_demo(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report.keys() >= ASKED_FOR
+    assert report["seconds"] >= 0
     assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
     assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
     assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
@@ -99,18 +98,14 @@ def test_scored_before_and_after_training_with_the_flags_of_training(tmp_path, l
     assert before[-2:] == ("--seed", "7")
 
 
-def test_a_second_call_reuses_everything(tmp_path, launcher):
+def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, launcher):
     first = run_demo(tmp_path)
     launcher.commands.clear()
     second = run_demo(tmp_path)
     assert launcher.commands == []
     assert (second.bleu_after, second.training_seconds) == (first.bleu_after, first.training_seconds)
-
-
-def test_other_flags_begin_afresh_and_other_methods_have_their_own_folder(tmp_path, launcher):
-    run_demo(tmp_path)
     run_demo(tmp_path, "full")
-    assert (tmp_path / "lora" / "trained").exists()
+    assert (tmp_path / "lora" / "trained").exists(), "other methods have their own folder"
     launcher.commands.clear()
     run_demo(tmp_path, extra_flags=["--lr", "1e-3"])
     assert launcher.programs() == ["before", "pretrain_peft.py", "after"]
@@ -150,3 +145,37 @@ def test_a_program_that_fails_is_named_with_its_exit_code(monkeypatch):
     monkeypatch.setattr(module.subprocess, "Popen", Process)
     with pytest.raises(ConfigurationError, match=r"/x/pretrain_peft.py --flag ended with exit code 2"):
         module._launch("/x/pretrain_peft.py", "--flag")
+
+
+def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, launcher):
+    examples = tuple(Translation(f"source{i} [bold]", f"ref{i}", f"before{i}", f"after{i}") for i in range(9))
+    report = replace(run_demo(tmp_path), trainable_parameters=4055040, seconds=412.0, translations=examples)
+    console = Console(file=io.StringIO(), width=160)
+    table.print_report(report, Path("runs/demo"), console)
+    text = console.file.getvalue()
+    rows = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    assert {"BLEU 3.0 20.5", "validation loss 3.900 1.700", "source1 [bold] ref1 before1 after1"} <= set(rows)
+    assert f"after{table.NUM_SHOWN}" not in text
+    assert "4,055,040 trainable parameters, 60 iterations in 30 s on 3 tensor-parallel ranks; 412 s in all." in text
+    assert "runs/demo/report.json" in text
+
+
+def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
+    made: list = []
+    monkeypatch.setattr(module, "run_demo", lambda *arguments: made.append(arguments) or "report")
+    monkeypatch.setattr(table, "print_report", lambda *arguments: made.append(arguments))
+    assert demo.main(["--method", "full", "--lr", "1e-4", "--output", "there"]) == 0
+    assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [(ConfigurationError("no network"), 2, "demo: error: no network\n"), (KeyboardInterrupt(), 130, "")],
+)
+def test_what_goes_wrong_is_told_in_the_exit_code(monkeypatch, capsys, error, exit_code, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, "run_demo", fail)
+    assert demo.main([]) == exit_code
+    assert capsys.readouterr().err == message

@@ -1,59 +1,71 @@
+"""Translations of a model and their score."""
+
 from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-from megatron_peft.demo import scoring
+from megatron_peft.demo import scoring, translation
 from megatron_peft.demo.pairs import Pair
 from megatron_peft.demo.score import Score
-from tests.tiny_llama import VOCAB_SIZE, save_llama
+from megatron_peft.demo.translation import first_line, translate
+from tests.evaluation.worded_llama import save_worded_llama
 
-NUM_PAIRS = 5
-
-
-@pytest.fixture
-def base(tmp_path):
-    """A random Llama with a tokenizer of whole words, w0 to w900; nothing ends an answer but its length."""
-    folder = save_llama(tmp_path / "base", num_hidden_layers=2)
-    words = {f"w{i}": i for i in range(VOCAB_SIZE - 4)}
-    words |= {"<unk>": len(words), "English:": len(words) + 1, "French:": len(words) + 2, "</s>": len(words) + 3}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    return folder
+LETTERS = SimpleNamespace(  # a character an id
+    eos_id=0, encode_prompt=lambda text: list(map(ord, text)), decode=lambda ids: "".join(map(chr, ids))
+)
 
 
-def _write_pairs(path, frenches):
-    pairs = [Pair(f"w{i} w{i + 7}", french) for i, french in enumerate(frenches)]
-    path.write_text("".join(json.dumps(pair.as_record()) + "\n" for pair in pairs))
+def test_an_answer_is_the_first_line_that_is_not_empty(monkeypatch):
+    """Of a model that answers with one text; blank lines in front do not end an answer, the end of its line does."""
+
+    def generate(model, prompts, settings, report):
+        assert [LETTERS.decode(prompt) for prompt in prompts] == ["English: Open file\nFrench:"]
+        assert settings.end_ids == {0}
+        report(len(prompts))
+        ends = [n for n in range(1, len(model)) if settings.is_complete(list(model.encode())[:n])]
+        assert model[: ends[0]] == "\n\n Ouvrir \n"
+        return [list(model.encode())[: ends[0]]]
+
+    monkeypatch.setattr(translation, "generate", generate)
+    reported: list[int] = []
+    pairs = [Pair("Open file", "Ouvrir le fichier")]
+    assert translate("\n\n Ouvrir \nEnglish: and on", LETTERS, pairs, reported.append) == ("Ouvrir",)
+    assert reported == [1]
+    assert (first_line(""), first_line(" \n "), first_line(" a b \n c")) == ("", "", "a b")
 
 
-def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, base, monkeypatch):
+def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
+    """A random Llama with a tokenizer of whole words; hardly anything ends an answer but its length."""
+    base = save_worded_llama(tmp_path / "base")
     data, output = tmp_path / "valid.jsonl", tmp_path / "score.json"
     flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
     command = ["scoring", str(output), *flags, "--train-iters", "1", "--lora-rank", "2", "--num-workers", "0"]
     monkeypatch.setattr(sys, "argv", [*command, "--seq-length", "128"])
 
-    _write_pairs(data, ["w1 w2 w3"] * NUM_PAIRS)
-    scoring.main()
-    first = Score.read(output)
-    _write_pairs(data, first.translations)
-    scoring.main()
-    second = Score.read(output)
+    def scored_against(*french):
+        pairs = [Pair(f"w{i} w{i + 7}", text).as_record() for i, text in enumerate(french)]
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        scoring.main()
+        return Score.read(output)
 
-    assert len(first.translations) == NUM_PAIRS and first.bleu < 10
+    first = scored_against(*["w1 w2 w3"] * 5)
+    second = scored_against(*first.translations)
+    assert len(first.translations) == 5 and first.bleu < 10 and "tok:13a" in first.bleu_signature
     assert second.translations == first.translations and second.bleu == pytest.approx(100)
     assert second.validation_loss < first.validation_loss
-    assert first.trainable_parameters == _lora_parameters(rank=2)
+    # Of tests.tiny_llama: 4 layers, hidden 96, 6 heads and 2 + 2 key-value heads of 20, gate and up of 160.
+    assert first.trainable_parameters == 4 * 2 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))
 
 
-def _lora_parameters(rank):
-    """By hand, from tests.tiny_llama: hidden 96, 6 heads and 2 + 2 key-value heads of 20, gate and up of 160."""
-    qkv, proj, fc1, fc2 = (96, 200), (120, 96), (96, 320), (160, 96)
-    return 2 * rank * sum(width_in + width_out for width_in, width_out in (qkv, proj, fc1, fc2))
+def test_a_score_that_is_cut_short_leaves_no_file(tmp_path, monkeypatch):
+    def fail(self, target):
+        raise OSError("killed")
+
+    monkeypatch.setattr(type(tmp_path), "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        Score(12.5, "nrefs:1", 1.75, 1000, ("Fermé",)).write(tmp_path / "after.json")
+    assert not (tmp_path / "after.json").exists()

@@ -1,4 +1,4 @@
-"""Three small tasks of the evaluation harness on data of our own: choices, answers, perplexity of texts."""
+"""Four small tasks of the evaluation harness on data of our own: choices, answers, perplexity of texts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHOICES = """
-task: tiny_choices
+COMMON = """
+task: NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
 test_split: test
+"""
+TASKS = {
+    "tiny_choices": """
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: choices
@@ -21,44 +24,32 @@ target_delimiter: " "
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-ANSWERS = """
-task: tiny_answers
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
+""",
+    "tiny_answers": """
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[label]}}"
 generation_kwargs: {until: ["STOP"], max_gen_toks: 8, do_sample: false}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-DRAWN = """
-task: tiny_drawn
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
+""",
+    "tiny_drawn": """
 output_type: generate_until
-repeats: 2
 doc_to_text: "{{question}}"
+repeats: 2
 doc_to_target: "{{choices[label]}}"
 generation_kwargs: {until: [], max_gen_toks: 6, do_sample: true, temperature: 0.8, top_p: 0.95}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-TEXTS = """
-task: tiny_texts
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
+""",
+    "tiny_texts": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}} {{choices[0]}}"
 metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-"""
-TASKS = {"tiny_choices": CHOICES, "tiny_answers": ANSWERS, "tiny_drawn": DRAWN, "tiny_texts": TEXTS}
+""",
+}
 
 
 def write_tasks(
@@ -82,5 +73,6 @@ def write_tasks(
     questions[-1]["question"] = text(longest, longest)
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     for name, yaml in TASKS.items():
-        (folder / f"{name}.yaml").write_text(yaml.replace("FOLDER", str(folder)).replace("STOP", stop))
+        text = (COMMON + yaml).replace("NAME", name).replace("FOLDER", str(folder)).replace("STOP", stop)
+        (folder / f"{name}.yaml").write_text(text)
     return folder

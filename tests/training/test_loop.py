@@ -1,4 +1,4 @@
-"""When the loop logs, validates, saves and stops."""
+"""When the loop logs, validates, saves and stops; and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.signals import SAVE_AND_EXIT, ExitSignals
 from tests.training.recorded_saves import RecordedSaves
 
 EACH = {"log_interval": 1}
 
 
 class Run:
-    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
+    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration.
 
-    def __init__(self, start, folder, resume_at=0, **groups):
-        self.state, self.data = start(num_steps=6, checkpoint={"save": str(folder)}, **groups)
+    Args:
+        saver: what RecordedSaves is given.
+    """
+
+    def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, **groups):
+        checkpoint = {"save": str(folder), "save_interval": save_interval}
+        self.state, self.data = start(**{"num_steps": num_steps, "checkpoint": checkpoint, **groups})
         self.state.position.iteration = resume_at
-        self.saver = RecordedSaves()
+        self.saver = RecordedSaves(**(saver or {}))
         self.folder = folder
 
     @property
@@ -51,49 +57,30 @@ def test_a_run_to_its_end_saves_once_and_says_so(run):
     assert found.state.position.consumed_samples == found.data.train.consumed_samples == 48
 
 
-def test_save_intervals(start, tmp_path):
-    run = Run(start, tmp_path)
-    checkpoint = {"save": str(tmp_path), "save_interval": 2}
-    run.state, run.data = start(num_steps=6, checkpoint=checkpoint)
-    assert run.to_the_end().saved == [2, 4, 6]  # the last is not saved twice
-
-
-class Saving:
-    """A run of six steps that saves every second one, with a saver that fails at some attempts or is late."""
-
-    def __init__(self, start, folder, **saver):
-        self.run = Run(start, folder)
-        self.run.state, self.run.data = start(num_steps=6, checkpoint={"save": str(folder), "save_interval": 2})
-        self.run.saver = self.saver = RecordedSaves(**saver)
-
-
-def test_a_save_that_fails_is_told_and_the_run_goes_on(start, tmp_path, capsys):
-    saving = Saving(start, tmp_path, failing={0})
-    assert saving.run.to_the_end().saved == [4, 6]
+def test_a_save_that_fails_is_told_and_the_run_goes_on(run, capsys):
+    assert run(save_interval=2, saver={"failing": {0}}).saved == [4, 6]
     assert "WARNING: No space left on device. Training goes on without it." in capsys.readouterr().out
 
 
-def test_the_last_save_is_tried_again(start, tmp_path):
-    saving = Saving(start, tmp_path, failing={2})
-    assert saving.run.to_the_end().saved == [2, 4, 6]
-    assert saving.saver.attempts == [2, 4, 6, 6]
+def test_the_last_save_is_tried_again_and_else_not_saved_twice(run):
+    assert run(save_interval=2).saver.attempts == [2, 4, 6]
+    found = run(save_interval=2, saver={"failing": {2}})
+    assert found.saved == [2, 4, 6] and found.saver.attempts == [2, 4, 6, 6]
 
 
-def test_a_run_whose_last_save_fails_fails(start, tmp_path):
+def test_a_run_whose_last_save_fails_fails(run):
     with pytest.raises(CheckpointNotSaved, match="No space left"):
-        Saving(start, tmp_path, failing={2, 3}).run.to_the_end()
+        run(save_interval=2, saver={"failing": {2, 3}})
 
 
-def test_saves_in_the_background_are_waited_for(start, tmp_path, capsys):
-    saving = Saving(start, tmp_path, late=True)
-    assert saving.run.to_the_end().saved == [2, 4, 6]
+def test_saves_in_the_background_are_waited_for(run, capsys):
+    assert run(save_interval=2, saver={"late": True}).saved == [2, 4, 6]
     assert capsys.readouterr().out.count("saved iteration") == 3
 
 
-def test_without_a_folder_nothing_is_saved(start, tmp_path):
-    run = Run(start, tmp_path)
-    run.state, run.data = start(num_steps=2)
-    assert run.to_the_end().saved == [] and run.records == {}
+def test_without_a_folder_nothing_is_saved(run):
+    found = run(num_steps=2, checkpoint={})
+    assert found.saved == [] and found.records == {}
 
 
 def test_log_and_validation_intervals(run):
@@ -105,19 +92,10 @@ def test_log_and_validation_intervals(run):
 def test_fields_of_a_record(run):
     found = run(logging={"log_interval": 1})
     record = found.records[2]
-    assert record.keys() == {
-        "iteration",
-        "epoch",
-        "consumed_samples",
-        "consumed_tokens",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "step_seconds",
-        "tokens_per_second",
-        "memory_bytes",
-        "peak_memory_bytes",
-    }
+    assert record.keys() == set(
+        "iteration epoch consumed_samples consumed_tokens loss learning_rate grad_norm step_seconds tokens_per_second "
+        "memory_bytes peak_memory_bytes".split()
+    )
     assert (record["consumed_samples"], record["epoch"]) == (16, pytest.approx(16 / 40))
     assert record["learning_rate"] < found.records[1]["learning_rate"] == pytest.approx(5e-3)
     tokens = record["consumed_tokens"] - found.records[1]["consumed_tokens"]
@@ -148,7 +126,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
     assert found.saved == [found.state.position.iteration]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SAVE_AND_EXIT)
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     steps = run.data.train.step_at
@@ -180,12 +158,35 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path):
     assert all(records[iteration]["step_seconds"] < 0.4 for iteration in (2, 3))
 
 
-def test_a_run_that_had_ended_does_nothing(run):
-    found = run(resume_at=6)
-    assert found.reason == "nothing to do: the run had ended before"
-    assert found.saved == []
-
-
-def test_a_resumed_run_goes_on_to_the_same_end(run):
+def test_a_resumed_run_goes_on_to_the_same_end_and_one_that_had_ended_does_nothing(run):
     found = run(resume_at=4, logging={"log_interval": 1})
     assert sorted(found.records) == [5, 6] and found.saved == [6]
+    found = run(resume_at=6)
+    assert found.reason == "nothing to do: the run had ended before" and found.saved == []
+
+
+@pytest.fixture
+def own_handler():
+    """A handler of the test's own, so that a signal that is not caught ends no process."""
+    received = []
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SAVE_AND_EXIT}
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SAVE_AND_EXIT)
+def test_a_signal_is_remembered_and_goes_no_further_until_the_old_handlers_are_back(own_handler, number):
+    with ExitSignals(enabled=True) as signals:
+        assert not signals.received
+        os.kill(os.getpid(), number)
+        assert signals.received
+    assert own_handler == []
+    os.kill(os.getpid(), number)
+    assert own_handler == [number]
+
+
+def test_switched_off_signals_keep_their_meaning(own_handler):
+    with ExitSignals(enabled=False) as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert own_handler == [signal.SIGUSR1] and not signals.received

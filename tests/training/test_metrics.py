@@ -1,8 +1,11 @@
+"""The record of a run: whole lines in metrics.jsonl whatever happens, the same in TensorBoard and wandb."""
+
 from __future__ import annotations
 
 import json
 import resource
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +22,6 @@ def _write(folder, iterations, resumed_iteration=0, **extra):
             writer.write({"iteration": iteration, "loss": 1.0 / iteration, **extra})
 
 
-def _iterations(folder):
-    return [record["iteration"] for record in read_metrics(folder / METRICS_FILE)]
-
-
 def test_one_json_object_a_line_readable_while_the_run_goes_on(tmp_path):
     writer = MetricsWriter(tmp_path / "new" / "folder", SILENT, is_writer=True)
     writer.write({"iteration": 1, "loss": 2.5, "lambda": {"mean": 0.5}})
@@ -30,25 +29,16 @@ def test_one_json_object_a_line_readable_while_the_run_goes_on(tmp_path):
     assert [json.loads(line) for line in lines] == [{"iteration": 1, "loss": 2.5, "lambda": {"mean": 0.5}}]
 
 
-def test_resume_removes_the_records_that_will_be_trained_again(tmp_path):
-    _write(tmp_path, [1, 2, 3, 4])
-    _write(tmp_path, [3, 4, 5], resumed_iteration=2)
-    assert _iterations(tmp_path) == [1, 2, 3, 4, 5]
-    assert list(tmp_path.iterdir()) == [tmp_path / METRICS_FILE]
-
-
-def test_a_run_from_the_start_begins_a_new_record(tmp_path):
+@pytest.mark.parametrize(
+    ("torn", "resumed", "expected"), [("", 2, [1, 2, 3, 4]), ('{"iteration": 5, "lo', 2, [1, 2, 3, 4]), ("", 0, [3, 4])]
+)
+def test_resume_removes_what_will_be_trained_again_and_what_a_kill_has_torn(tmp_path, torn, resumed, expected):
     _write(tmp_path, [1, 2, 3])
-    _write(tmp_path, [1])
-    assert _iterations(tmp_path) == [1]
-
-
-def test_a_line_torn_by_a_kill_is_dropped_on_resume(tmp_path):
-    _write(tmp_path, [1, 2])
     with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"iteration": 3, "lo')
-    _write(tmp_path, [3], resumed_iteration=2)
-    assert _iterations(tmp_path) == [1, 2, 3]
+        file.write(torn)
+    _write(tmp_path, [3, 4], resumed_iteration=resumed)
+    assert [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)] == expected
+    assert list(tmp_path.iterdir()) == [tmp_path / METRICS_FILE]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
@@ -117,21 +107,11 @@ def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch):
 
 def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):
     calls = []
-
-    class Run:
-        def log(self, scalars, step):
-            calls.append((step, scalars))
-
-        def finish(self):
-            calls.append("finished")
-
-    class Wandb:
-        @staticmethod
-        def init(**settings):
-            calls.append(settings)
-            return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    run = SimpleNamespace(
+        log=lambda scalars, step: calls.append((step, scalars)), finish=lambda: calls.append("finished")
+    )
+    wandb = SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     logging = LoggingConfig(wandb_project="p", wandb_exp_name="e", wandb_save_dir=str(tmp_path / "w"))
     with MetricsWriter(None, logging, is_writer=True, run_settings={"lr": 1e-3}) as writer:
         writer.write({"iteration": 3, "loss": 1.0, "validation_loss": None})

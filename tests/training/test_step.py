@@ -35,9 +35,8 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(start):
     microbatches = next(iter(data.train))
     sums, counts = [], []
     for microbatch in microbatches:
-        losses = state.model_chunks[0](
-            microbatch.tokens, microbatch.position_ids, None, labels=microbatch.labels
-        ).detach()
+        model = state.model_chunks[0]
+        losses = model(microbatch.tokens, microbatch.position_ids, None, labels=microbatch.labels).detach()
         sums.append((losses * microbatch.loss_mask).sum().item())
         counts.append(microbatch.loss_mask.sum().item())
     report = train_step(state, microbatches)

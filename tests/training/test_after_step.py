@@ -1,0 +1,139 @@
+"""What follows the optimizer's step: rules on whole matrices, and --hybrid-merge-interval.
+
+Clipping, schedule and accumulation apply to such matrices too. After a merge the change is in the weight, and
+everything about it starts again.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.boft import ProjectedBoft
+from megatron_peft.adapters.butterfly import nearest_orthogonal
+from megatron_peft.adapters.unitary import exponential_step
+from megatron_peft.adapters.urnn import RiemannianUrnn
+from megatron_peft.config import ConfigurationError
+from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.folding import fold_if_due
+from megatron_peft.training.mixture import hybrid_adapters
+from megatron_peft.training.step import train_step
+
+RATE = 0.05
+RIEMANNIAN = {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": RATE}
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
+PROJECTED = {"method": "boft", "boft_parametrization": "projection", "peft_lr_rotation": RATE, **GROUPS_OF_FOUR}
+
+
+def adapters(state, kind):
+    return [module for module in state.model_chunks[0].modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1e-2])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_riemannian_blocks_move_by_the_clipped_gradient_and_the_schedules_rate(start, clip_grad, sharded):
+    state, data = start(
+        peft=RIEMANNIAN,
+        optimizer={"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"},
+    )
+    modules = adapters(state, RiemannianUrnn)
+    before = [module.U.detach().clone() for module in modules]
+    kept, real = {}, state.optimizer.step
+    state.optimizer.step = lambda: (kept.update({one: one.U.main_grad.clone() for one in modules}), real())[1]
+    report = train_step(state, next(iter(data.train)))
+    clipping = min(1.0, clip_grad / (report.grad_norm + 1e-6)) if clip_grad else 1.0
+    assert len(modules) == 8 and (clipping < 0.5) == bool(clip_grad)
+    for module, U in zip(modules, before, strict=True):
+        gradient = kept[module].view_as(U)
+        expected = exponential_step(torch.view_as_complex(U), torch.view_as_complex(gradient), RATE * clipping)
+        torch.testing.assert_close(module.U.detach(), torch.view_as_real(expected), atol=1e-7, rtol=1e-6)
+        assert not torch.equal(module.U, U)
+
+
+def test_projected_blocks_end_where_the_optimizer_led_to(start):
+    state, data = start(peft=PROJECTED)
+    modules = adapters(state, ProjectedBoft)
+    ended, real = {}, state.optimizer.step
+    state.optimizer.step = lambda: (real(), ended.update({one: one.P.detach().clone() for one in modules}))[0]
+    train_step(state, next(iter(data.train)))
+    for module in modules:
+        assert torch.equal(module.P.detach(), nearest_orthogonal(ended[module]))
+        assert not torch.equal(module.P.detach(), ended[module])
+
+
+LATE = {
+    "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
+    "training": {"overlap_grad_reduce": True},
+}
+MERGED = {"method": "hybrid", "hybrid_merge_interval": 2, **GROUPS_OF_FOUR}
+
+
+@pytest.mark.parametrize(
+    ("peft", "groups", "message"),
+    [
+        (RIEMANNIAN, LATE, "whole parameters, which --overlap-param-gather has not"),
+        (PROJECTED, LATE, "whole parameters, which --overlap-param-gather has not"),
+        (MERGED, LATE, "--hybrid-merge-interval folds parameters in as a step ends"),
+        (MERGED, {"model": {"bf16": True}}, "folds changes into weights .* --bf16 does not"),
+    ],
+)
+def test_what_has_no_whole_or_no_precise_parameters_as_a_step_ends_is_refused(job, peft, groups, message):
+    with pytest.raises(ConfigurationError, match=message):
+        job(peft=peft, **groups).config(1)
+
+
+def test_the_logged_rate_is_that_of_rotations_where_nothing_else_is_trained(start):
+    state, data = start(peft=PROJECTED, optimizer={"lr_decay_style": "constant"})
+    assert train_step(state, next(iter(data.train))).learning_rate == RATE
+
+
+HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR}
+
+
+def trained(start, num_steps, interval, **settings):
+    state, data = start(peft={**HYBRID, "hybrid_merge_interval": interval, **settings})
+    steps = iter(data.train)
+    for _ in range(num_steps):
+        train_step(state, next(steps))
+        state.position.iteration += 1
+    return state, data, steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_ga_init": "paper"}, {"hybrid_rotation": "urnn", "urnn_block_size": 4}])
+def test_folding_keeps_the_function_and_takes_the_change_back_to_zero(start, settings):
+    state, data, _ = trained(start, 3, interval=4, **settings)
+    before = validation_loss(state.model_chunks, data.valid)
+    weights = {layer.name: layer.module.weight.clone() for layer in linear_layers(state.model_chunks[0])}
+    fold_if_due(state)
+    assert validation_loss(state.model_chunks, data.valid) == pytest.approx(before, rel=1e-5)
+    for layer in linear_layers(state.model_chunks[0]):
+        adapter = layer.module.adapter
+        assert (layer.module.weight - weights[layer.name]).abs().max() > 1e-4
+        assert (adapter.rotation.changes() == 0).all() and adapter.low_rank.delta_weight().abs().max() < 1e-7
+        assert adapter.folded_weight.data_ptr() == layer.module.weight.data_ptr()
+    moments = [moment for moments in state.optimizer.optimizer.state.values() for moment in moments.values()]
+    assert moments and all((moment == 0).all() for moment in moments)
+
+
+def test_it_folds_at_the_interval_only(start):
+    for num_steps, folded in ((1, False), (2, True), (3, False)):
+        state, _, _ = trained(start, num_steps, interval=2)
+        adapters = hybrid_adapters(state).values()
+        assert all((adapter.low_rank.B == 0).all() == folded for adapter in adapters)
+
+
+def test_lambda_and_training_go_on(start):
+    state, data, steps = trained(start, 2, interval=2)
+    assert {float(adapter.mix) for adapter in hybrid_adapters(state).values()} != {0.5}
+    before = validation_loss(state.model_chunks, data.valid)
+    for _ in range(2):
+        train_step(state, next(steps))
+        state.position.iteration += 1
+    assert validation_loss(state.model_chunks, data.valid) < before
+
+
+def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
+    state, _ = start(peft=HYBRID)
+    assert all(adapter.folded_weight is None for adapter in hybrid_adapters(state).values())
+    assert not any("folded" in name for name, _ in state.model_chunks[0].named_buffers())

@@ -1,0 +1,127 @@
+"""What a run shows: counts of the whole model, the lines that it begins with, and its progress."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from megatron_peft.training import progress as progress_module
+from megatron_peft.training.progress import Progress
+from megatron_peft.training.summary import count_parameters, rank_bytes, say, training_summary
+
+NAMES = [f"decoder.layers.{layer}.mlp.linear_fc{n}" for layer in (0, 1) for n in (1, 2)]
+LORA = 2 * 4 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))  # layers x rank x (in + out) of each linear layer
+
+
+def _chunks(state):
+    return [chunk.module for chunk in state.model_chunks]
+
+
+def _summary(state, names=(), **peft):
+    config = replace(state.config, peft=replace(state.config.peft, **peft))
+    return training_summary(config, names, count_parameters(_chunks(state)), _chunks(state))
+
+
+@pytest.fixture
+def state(start):
+    return start()[0]
+
+
+def test_all_are_trainable_in_full_fine_tuning_and_it_says_so(start, state):
+    full, _ = start(peft={"method": "full"})
+    counts = count_parameters(_chunks(full))
+    assert counts.trainable == counts.total == count_parameters(_chunks(state)).total - LORA
+    assert _summary(full).startswith("--peft-method full: every parameter of the model\n")
+
+
+def test_the_lines_name_what_is_adapted(state):
+    counts = count_parameters(_chunks(state))
+    first, second, third = _summary(state, NAMES).splitlines()
+    assert counts.trainable == LORA
+    assert first == "--peft-method lora: 4 layers: linear_fc1 (2), linear_fc2 (2)"
+    assert second == f"trainable parameters: {LORA:,} of {counts.total:,} ({100 * LORA / counts.total:.3f}%)"
+    assert third.startswith("bytes on this rank: weights ")
+
+
+def test_part_of_a_fused_layer_is_said_to_be_adapted_whole(start):
+    text = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
+    assert "note: q_proj is part of linear_qkv, which is adapted whole" in text
+    assert "down_proj is part" not in text
+
+
+def test_a_discarded_weight_is_said_loudly(state):
+    lines = _summary(state, NAMES, method="urnn", urnn_mode="replace").splitlines()
+    assert lines[1].startswith("WARNING: --urnn-mode replace DISCARDS the pretrained weights")
+
+
+@pytest.mark.parametrize(
+    "settings, moments",
+    [({}, 2), ({"optimizer": {"optimizer": "sgd"}}, 1), ({"model": {"bf16": True}}, 3)],
+    ids=["adam", "sgd", "bf16"],
+)
+def test_bytes_of_weights_gradients_and_optimizer(start, settings, moments):
+    state, _ = start(**settings)
+    weights, gradients, optimizer = rank_bytes(state.config, _chunks(state))
+    element = 2 if "model" in settings else 4
+    assert weights == element * count_parameters(_chunks(state)).total
+    assert (gradients, optimizer) == (4 * LORA, 4 * LORA * moments)
+
+
+def test_rank_0_speaks(alone, capsys):
+    say("hello")
+    assert capsys.readouterr().out == "hello\n"
+
+
+RECORD = {
+    **{"iteration": 20, "consumed_samples": 160, "loss": 2.5, "learning_rate": 0.002, "grad_norm": 1.25},
+    **{"step_seconds": 0.5, "tokens_per_second": 512.0},
+}
+
+
+def _shown(**settings):
+    console = Console(file=io.StringIO(), width=140 if "force_terminal" in settings else 40, **settings)
+    return console, console.file.getvalue
+
+
+def test_a_file_gets_one_line_an_interval_however_narrow(monkeypatch):
+    clock = iter([0.0, 0.0, 30.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    console, text = _shown()
+    with Progress(60, start_iteration=10, console=console) as progress:
+        progress.advance(11)
+        progress.update(RECORD)
+        progress.message("saved [bold]run[/bold] at iteration 20")
+    assert text() == (
+        "iteration       20/      60 | consumed samples:          160 | elapsed time per iteration (ms): 500.0 | "
+        "learning rate: 2.000000E-03 | loss: 2.500000E+00 | grad norm: 1.250 | tokens per second: 512.0 | "
+        "ETA: 0:02:00\n"  # 10 iterations took 30 s, 40 are left
+        "saved [bold]run[/bold] at iteration 20\n"
+    )
+
+
+def test_validation_loss_is_shown_when_it_was_measured():
+    console, text = _shown()
+    Progress(60, console=console).update({**RECORD, "validation_loss": 1.75})
+    assert "validation loss: 1.750000E+00" in text()
+
+
+def test_a_terminal_gets_a_bar_that_keeps_the_last_validation_loss():
+    console, text = _shown(force_terminal=True)
+    with Progress(60, console=console) as progress:
+        progress.update({**RECORD, "validation_loss": 1.75})
+        progress.update({**RECORD, "iteration": 30, "loss": 2.25})
+    last_frame = text().split("training")[-1]
+    assert "30/60" in last_frame and "ETA" in last_frame
+    assert "loss 2.250 valid 1.750 norm 1.25 tok/s 512" in last_frame
+
+
+def test_ranks_that_do_not_report_print_nothing():
+    console, text = _shown(force_terminal=True)
+    with Progress(60, enabled=False, console=console) as progress:
+        progress.advance(1)
+        progress.update(RECORD)
+        progress.message("hello")
+    assert text() == ""

@@ -1,0 +1,106 @@
+"""Validation is a mean over tokens, without dropout and without a recorded graph.
+
+Adapters that are cut off and rotations that drift are seen; those that are well are not complained about.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
+from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.step import train_step
+from tests.training.recorded_saves import RecordedSaves
+
+GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2, "urnn_block_size": 4}
+METHODS = {
+    "lora": {},
+    "lora-ga": {"lora_ga_init": "paper"},
+    "boft": {"boft_parametrization": "projection"},
+    "urnn": {"urnn_update": "riemannian"},
+    "hybrid": {"hybrid_lambda": "fixed:0"},
+}
+
+
+def peft(method, **settings):
+    return {"peft": {"method": method, "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR, **settings}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_adapted_layer_has_a_gradient_after_the_first_backward(start, method):
+    state, data = start(**peft(method, **METHODS[method]))
+    train_step(state, next(iter(data.train)))
+    assert layers_without_gradient(state) == []
+
+
+def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
+    state, data = start(**peft("lora"), checkpoint={"save": str(tmp_path)})
+    layer = next(layer for layer in linear_layers(state.model_chunks[0]) if layer.name.endswith("1.mlp.linear_fc2"))
+    layer.module.adapter.forward = lambda x, call: call.reduce(torch.nn.functional.linear(x, call.weight))
+    train(state, data, RecordedSaves())
+    said = capsys.readouterr().out
+    assert said.count("WARNING: 1 adapted layers have no gradient after the first step") == 1 and layer.name in said
+
+
+@pytest.mark.parametrize("method", ["boft", "urnn", "hybrid"])
+def test_orthogonality_is_recorded_with_validation(start, tmp_path, method, capsys):
+    saved = {"checkpoint": {"save": str(tmp_path)}}
+    state, data = start(**peft(method, peft_lr_rotation=1e-2), training={"eval_interval": 2}, **saved)
+    train(state, data, RecordedSaves())
+    records = read_metrics(tmp_path / METRICS_FILE)
+    errors = [record.get("orthogonality_error") for record in records if "validation_loss" in record]
+    assert len(errors) == 2 and all(0 < error < ORTHOGONALITY_LIMIT for error in errors)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_rotation_that_drifts_is_said(start, tmp_path, capsys):
+    state, data = start(**peft("boft", boft_parametrization="projection"), checkpoint={"save": str(tmp_path)})
+    assert largest_orthogonality_error(state) == 0
+    for layer in linear_layers(state.model_chunks[0]):
+        layer.module.adapter.project = lambda: None
+    train(state, data, RecordedSaves())
+    assert largest_orthogonality_error(state) > ORTHOGONALITY_LIMIT
+    assert "away from orthogonal, above 1e-05: lower --peft-lr-rotation" in capsys.readouterr().out
+
+
+def test_without_rotations_there_is_nothing_to_report(start):
+    assert largest_orthogonality_error(start(**peft("lora"))[0]) is None
+
+
+def _by_hand(state, data):
+    model, total, count = state.model_chunks[0], 0.0, 0.0
+    with torch.no_grad():
+        for sample in range(len(data.valid.dataset)):
+            (microbatch,) = data.valid.step_at(sample)[:1]
+            losses = model(microbatch.tokens[:1], microbatch.position_ids[:1], None, labels=microbatch.labels[:1])
+            total += (losses * microbatch.loss_mask[:1]).sum().item()
+            count += microbatch.loss_mask[:1].sum().item()
+    return total / count
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_validation_loss_is_the_mean_over_the_tokens_of_all_samples(start, micro_batch_size):
+    """40 samples in steps of 9: the last step is filled up with padding."""
+    state, data = start(training={"micro_batch_size": micro_batch_size, "global_batch_size": 9})
+    assert validation_loss(state.model_chunks, data.valid) == pytest.approx(_by_hand(state, data), rel=1e-6)
+
+
+def test_dropout_is_off_and_on_again_afterwards_and_each_time_begins_anew(start):
+    plain, _ = start()
+    state, data = start(peft={"lora_rank": 4, "lora_dropout": 0.5}, transformer={"hidden_dropout": 0.5})
+    loss = validation_loss(state.model_chunks, data.valid)
+    assert loss == validation_loss(plain.model_chunks, data.valid) == validation_loss(state.model_chunks, data.valid)
+    assert all(chunk.training for chunk in state.model_chunks)
+
+
+def test_nothing_is_kept_for_a_backward_and_without_samples_it_is_zero(start):
+    state, data = start()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        validation_loss(state.model_chunks, data.valid)
+    assert kept == []
+    assert validation_loss(state.model_chunks, []) == 0.0
