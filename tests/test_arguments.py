@@ -12,21 +12,26 @@ from typing import Any
 import pytest
 
 from megatron_peft.arguments import ShapeReader, parse_arguments, read_own_flags
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import (
+    CheckpointConfig,
+    ConfigurationError,
+    DataConfig,
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_peft.models.shape import ModelShape
 
 NEEDED = ["--pretrained-checkpoint", "model", "--train-data-path", "a.jsonl", "--train-iters", "10"]
 REPOSITORY = Path(__file__).parents[1]
-MEGATRON_IMPORT = """
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-"""
 SHAPE = ModelShape("llama", 4, 64, 128, 4, 2, 16, 100, 2048)
 
 
-def parse(*flags: str, world_size: int = 1, read_shape: ShapeReader | None = None) -> RunConfig:
-    return parse_arguments([*NEEDED, *flags], {"WORLD_SIZE": str(world_size)}, read_shape)
+def parse(*flags: str, world_size: int | str = 1, read_shape: ShapeReader | None = None) -> RunConfig:
+    return parse_arguments([*flags, *NEEDED], {"WORLD_SIZE": str(world_size)}, read_shape)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *flags: str, **options: Any) -> str:
@@ -40,67 +45,45 @@ def complaint(capsys: pytest.CaptureFixture[str], *flags: str, **options: Any) -
     return err
 
 
-def test_defaults_are_the_dataclasses_own() -> None:
-    config = parse()
-    assert config.optimizer == type(config.optimizer)()
-    assert config.logging == type(config.logging)()
-    assert config.peft == type(config.peft)()
-    assert config.model.shape_flags == {} and config.model.transformer == {}
-
-
-def test_values_have_the_types_of_their_fields() -> None:
-    config = parse(
+def test_only_typed_flags_differ_from_the_dataclasses_defaults() -> None:
+    """Numbers, lists, choices and switches, in Megatron's spellings; a seed is that of training and of the data."""
+    typed = parse(
         *"--tensor-model-parallel-size 2 --sequence-parallel --distributed-backend gloo --bf16".split(),
         *"--peft-target-modules linear_qkv linear_fc* --lora-alpha 8 --lora-rs --lora-rank=4".split(),
-        *"--eval-iters 3 --micro-batch-size 2 --lr 2e-3 --lr-decay-style cosine --min-lr 1e-5".split(),
-        *"--save runs/x --save-interval 5 --no-load-rng --no-exit-signal-handler".split(),
+        *"--lr 2e-3 --override-opt_param-scheduler --save runs/x --no-exit-signal-handler".split(),
         *"--no-check-for-nan-in-loss-and-grad --distributed-timeout-minutes 1.5 --seed 7".split(),
         world_size=4,
     )
-    assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.data_parallel_size == 2
-    assert config.parallel.sequence_parallel is True and config.parallel.distributed_backend == "gloo"
-    assert config.parallel.distributed_timeout_minutes == 1.5
-    assert config.model.bf16 is True
-    assert config.peft.target_modules == ("linear_qkv", "linear_fc*")
-    assert (config.peft.lora_rank, config.peft.lora_alpha, config.peft.lora_rs) == (4, 8.0, True)
-    assert (config.training.eval_iters, config.training.micro_batch_size) == (3, 2)
-    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.lr_decay_style) == (2e-3, 1e-5, "cosine")
-    assert (config.checkpoint.save, config.checkpoint.save_interval, config.checkpoint.no_load_rng) == (
-        "runs/x",
-        5,
-        True,
+    assert typed == RunConfig(
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            distributed_backend="gloo",
+            distributed_timeout_minutes=1.5,
+            world_size=4,
+        ),
+        ModelConfig("model", bf16=True),
+        PeftConfig(target_modules=("linear_qkv", "linear_fc*"), lora_rank=4, lora_alpha=8.0, lora_rs=True),
+        DataConfig(("a.jsonl",), seed=7),
+        TrainingConfig(train_iters=10, exit_signal_handler=False, check_for_nan_in_loss_and_grad=False, seed=7),
+        OptimizerSettings(lr=2e-3, override_opt_param_scheduler=True),
+        CheckpointConfig("runs/x"),
     )
-    assert config.training.exit_signal_handler is False
-    assert config.training.check_for_nan_in_loss_and_grad is False
-    assert config.training.seed == config.data.seed == 7
 
 
 def test_only_typed_shape_and_run_fields_are_kept() -> None:
     config = parse(
-        *"--num-layers 4 --swiglu --norm-epsilon 1e-6 --untie-embeddings-and-output-weights".split(),
-        *"--hidden-dropout 0.1 --recompute-activations --no-rope-fusion --vocab-size 100".split(),
+        *"--num-layers 4 --swiglu --norm-epsilon 1e-6 --vocab-size 100".split(),
+        *"--hidden-dropout 0.1 --recompute-activations --no-rope-fusion".split(),
     )
-    assert config.model.shape_flags == {
-        "num_layers": 4,
-        "swiglu": True,
-        "norm_epsilon": 1e-6,
-        "untie_embeddings_and_output_weights": True,
-        "vocab_size": 100,
-    }
-    assert config.model.transformer == {
-        "hidden_dropout": 0.1,
-        "recompute_granularity": "selective",
-        "apply_rope_fusion": False,
-    }
+    shape = {"num_layers": 4, "swiglu": True, "norm_epsilon": 1e-6, "vocab_size": 100}
+    run = {"hidden_dropout": 0.1, "recompute_granularity": "selective", "apply_rope_fusion": False}
+    assert config.model.shape_flags == shape and config.model.transformer == run
 
 
 def test_vocabulary_of_a_null_tokenizer_is_not_the_checkpoints() -> None:
     config = parse("--tokenizer-type", "NullTokenizer", "--vocab-size", "50", read_shape=lambda folder: SHAPE)
     assert config.data.vocab_size == 50 and config.model.shape_flags == {}
-
-
-def test_megatrons_misspelled_names_are_served() -> None:
-    assert parse("--override-opt_param-scheduler").optimizer.override_opt_param_scheduler is True
 
 
 def test_flags_that_hold_anyway_change_nothing() -> None:
@@ -151,25 +134,15 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
             "--peft-method hybrid --hybrid-rotation urnn --boft-factors 2",
             "--boft-factors says how another rotation turns, but --hybrid-rotation is urnn",
         ),
-        (
-            "--peft-method hybrid --urnn-mode replace",
-            "--urnn-mode belongs to --peft-method urnn, but the",
-        ),
+        ("--peft-method hybrid --urnn-mode replace", "--urnn-mode belongs to --peft-method urnn, but the"),
         ("--peft-method boft --urnn-update riemannian", "--urnn-update belongs to --peft-method urnn or hybrid"),
-        ("--peft-method hybrid --hybrid-lambda fixed:1.5", "--hybrid-lambda is fixed:1.5; it is gradient, raw, rms,"),
-        ("--sequence-parallel", "--tensor-model-parallel-size above 1"),
+        ("train.jsonl", "train.jsonl belongs to no flag"),
         ("--tensor-model-parallel-size 2", "1 processes cannot hold"),
         ("--global-batch-size 3 --micro-batch-size 2", "--global-batch-size 3 is not a multiple"),
     ],
 )
 def test_wrong_flag_is_told(flags: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in complaint(capsys, *flags.split())
-
-
-def test_words_before_any_flag_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(["train.jsonl", *NEEDED], {})
-    assert "train.jsonl belongs to no flag" in capsys.readouterr().err
 
 
 def test_nothing_given_names_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,20 +182,13 @@ def test_too_long_samples_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("world_size", ["0", "two"])
 def test_strange_world_size_is_told(world_size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(NEEDED, {"WORLD_SIZE": world_size})
-    assert caught.value.code == 2
-    assert f"WORLD_SIZE is '{world_size}'" in capsys.readouterr().err
+    assert f"WORLD_SIZE is '{world_size}'" in complaint(capsys, world_size=world_size)
 
 
 @pytest.mark.parametrize("rank", ["0", "1", "15"])
 @pytest.mark.parametrize(("flags", "code"), [(["--wibble"], 2), (["--help"], 0)])
 def test_only_rank_0_speaks_and_all_exit_alike(
-    flags: list[str],
-    code: int,
-    rank: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str], code: int, rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_peft.arguments.PATIENCE_SECONDS", 0.01)
     with pytest.raises(SystemExit) as caught:
@@ -276,28 +242,3 @@ def test_another_program_has_its_own_help_and_errors(
         read_own_flags({"--top-k": {"type": int}}, argv, "p.py", "What\n  it does.")
     assert caught.value.code == code
     assert told in "".join(capsys.readouterr())
-
-
-def cpu_seconds_of(code: str) -> float:
-    """CPU seconds of a fresh interpreter that runs `code`: those of the wall depend on the machine's other work."""
-    before = os.times()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode in (0, 2), done.stderr
-    after = os.times()
-    return after.children_user - before.children_user + after.children_system - before.children_system
-
-
-def test_help_and_errors_answer_within_a_second_of_importing_megatron_core() -> None:
-    parse_code = "from megatron_peft.arguments import parse_arguments; parse_arguments({})"
-    bound = cpu_seconds_of(MEGATRON_IMPORT) + 1
-    assert cpu_seconds_of(parse_code.format(["--help"])) < bound
-    assert cpu_seconds_of(parse_code.format([*NEEDED, "--num-experts", "8", "--wibble"])) < bound
-
-
-def test_parsing_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from megatron_peft.arguments import parse_arguments; "
-        f"parse_arguments({[*NEEDED, '--num-layers', '4']}, {{}}); "
-        "sys.exit(bool({'torch', 'megatron.core', 'transformers', 'numpy'} & sys.modules.keys()))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

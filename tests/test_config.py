@@ -1,12 +1,17 @@
-"""Contradictions between sections are found, each with its flag and numbers; sizes that follow from several."""
+"""Configuration that contradicts itself is refused, each problem once with its flag and numbers; records of it last."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import pytest
 
 from megatron_peft.config import (
+    CheckpointConfig,
     ConfigurationError,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
@@ -14,86 +19,224 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_peft.config_error import Requirements
+from megatron_peft.config_record import config_from_dict, config_to_dict
 
 DATA = {"train_data_path": ("a.jsonl",)}
+INDEXED = {"data_path": ("p",)}
+MODEL = {"pretrained_checkpoint": "m"}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "world_size": 2}
+SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2}
+
+OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
+    ParallelConfig: [
+        ({"tensor_model_parallel_size": 3, "world_size": 4}, "4 processes cannot hold .* 3"),
+        ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size is 0"),
+        ({"sequence_parallel": True}, "--sequence-parallel .* above 1"),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ({"decoder_first_pipeline_num_layers": 2}, "--decoder-first-pipeline-num-layers"),
+        ({**INTERLEAVED, "decoder_last_pipeline_num_layers": 2}, "stages of equal size"),
+    ],
+    ModelConfig: [
+        ({}, "no base model: --pretrained-checkpoint"),
+        ({**MODEL, "transformer": {"hidden_dropout": 1.5}}, "--hidden-dropout is 1.5"),
+        (
+            {**MODEL, "transformer": {"recompute_granularity": "full"}},
+            "--recompute-granularity full needs --recompute-method",
+        ),
+        (
+            {**MODEL, "transformer": {"recompute_method": "block", "recompute_num_layers": 1}},
+            "--recompute-method, --recompute-num-layers belong to --recompute-granularity full",
+        ),
+    ],
+    PeftConfig: [
+        ({"method": "prefix"}, "--peft-method prefix is not one of full, lora, lora-ga, boft, urnn, hybrid"),
+        ({"lora_rank": 0}, "--lora-rank is 0; it must be above 0"),
+        ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it is a fraction"),
+        ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; a butterfly mixes halves of a block"),
+        ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; two real features make a complex one"),
+        ({"method": "hybrid", "hybrid_lambda": "fixed:2"}, "or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda_init": 0.99}, "--hybrid-lambda-init 0.99 and --hybrid-lambda-max 0.98"),
+        ({"method": "hybrid", "hybrid_lambda_min": 0.0}, "--hybrid-lambda-min 0.0"),
+        ({"method": "hybrid", "hybrid_merge_interval": 0}, "--hybrid-merge-interval is 0; it must be above 0"),
+        ({"method": "hybrid", "rotation_side": "input"}, "turns the output side"),
+        ({"target_modules": ()}, "--peft-target-modules needs at least one name"),
+    ],
+    DataConfig: [
+        ({}, "no training data"),
+        ({**DATA, **INDEXED}, "exclude one another"),
+        ({**DATA, "split": "9,1"}, "--split cuts"),
+        ({**INDEXED, "split": "9;1"}, "--split 9;1"),
+        ({**INDEXED, "split": "0,0,0"}, "--split 0,0,0"),
+        ({**INDEXED, "split": "1,1,1,1"}, "--split 1,1,1,1"),
+        ({"train_data_path": ("a.jsonl", "b")}, "--train-data-path mixes .*a.jsonl b"),
+        ({**INDEXED, "pack_sequences": True}, "--pack-sequences"),
+        ({**DATA, "tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
+        ({**DATA, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
+    ],
+    TrainingConfig: [
+        ({}, "none given"),
+        ({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs"),
+    ],
+    OptimizerSettings: [
+        ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
+        ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0 is above"),
+        ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 1}, "--lr-warmup-fraction excludes"),
+        ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction is 1.0"),
+        ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters"),
+        ({"lr_wsd_decay_iters": 3}, "--lr-wsd-decay-iters belong to --lr-decay-style WSD"),
+        ({"end_weight_decay": 0.1}, "--weight-decay-incr-style"),
+        ({"weight_decay_incr_style": "linear", "end_weight_decay": 0.1}, "given: None and 0.1"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer"),
+        ({"optimizer": "sgd", "use_distributed_optimizer": True}, "shards Adam only"),
+        ({"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True}, "exclude one another"),
+    ],
+    CheckpointConfig: [({"save_interval": 5}, "--save-interval 5 needs --save")],
+    LoggingConfig: [
+        ({"wandb_project": "p"}, "--wandb-project p needs --wandb-exp-name"),
+        ({"log_interval": 0}, "--log-interval is 0"),
+    ],
+}
 
 
-def run_config(**groups: dict[str, object]) -> RunConfig:
+@pytest.mark.parametrize(
+    ("section", "values", "message"), [(section, *case) for section, cases in OF_A_SECTION.items() for case in cases]
+)
+def test_a_contradiction_is_one_problem(section: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        section(**values)
+    assert len(caught.value.problems) == 1
+
+
+def test_all_contradictions_of_a_group_are_told_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        OptimizerSettings(lr=-1.0, min_lr=-2.0, lr_warmup_init=-3.0, clip_grad=-1)
+    flags = {problem.split(" ")[0] for problem in caught.value.problems}
+    assert flags == {"--lr", "--min-lr", "--lr-warmup-init", "--clip-grad"}
+    assert str(caught.value).count("\n") == len(caught.value.problems) - 1
+
+
+def test_another_error_is_not_replaced_by_the_requirements() -> None:
+    with pytest.raises(ZeroDivisionError), Requirements(None) as requirements:
+        requirements(False, "unmet")
+        _ = 1 // 0
+
+
+def run_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig(
-        parallel=ParallelConfig(**groups.get("parallel", {})),
-        model=ModelConfig(pretrained_checkpoint="model", **groups.get("model", {})),
-        peft=PeftConfig(),
-        data=DataConfig(**DATA, **groups.get("data", {})),
-        training=TrainingConfig(**{"train_iters": 10, **groups.get("training", {})}),
-        optimizer=OptimizerSettings(**groups.get("optimizer", {})),
+        parallel=ParallelConfig(**sections.get("parallel", {})),
+        model=ModelConfig(**MODEL, **sections.get("model", {})),
+        peft=PeftConfig(**sections.get("peft", {})),
+        data=DataConfig(**{**DATA, **sections.get("data", {})}),
+        training=TrainingConfig(**{"train_iters": 10, **sections.get("training", {})}),
+        optimizer=OptimizerSettings(**sections.get("optimizer", {})),
+        checkpoint=CheckpointConfig(**sections.get("checkpoint", {})),
     )
 
 
 FULL_RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-    "distribute_saved_activations": True,
+    "transformer": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "distribute_saved_activations": True,
+    }
 }
-RUN_CONTRADICTIONS = [
-    (
-        {"training": {"micro_batch_size": 2, "global_batch_size": 7}, "parallel": {"world_size": 2}},
-        "--global-batch-size 7 .* 2 x 2 .* = 4: use 4 or 8",
-    ),
-    (
-        {
-            "parallel": {
-                "pipeline_model_parallel_size": 2,
-                "num_layers_per_virtual_pipeline_stage": 1,
-                "world_size": 2,
-            },
-            "training": {"global_batch_size": 3},
-        },
-        "interleaved .* 2 microbatches a step, but --global-batch-size 3 gives 3",
-    ),
-    (
-        {
-            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2},
-            "data": {"seq_length": 33},
-        },
-        "--seq-length 33 .* use 32",
-    ),
-    ({"optimizer": {"lr_decay_samples": 5}}, "--lr-decay-samples .* use --lr-decay-iters"),
-    (
-        {"training": {"train_iters": None, "train_samples": 9}, "optimizer": {"lr_warmup_iters": 1}},
-        "--lr-warmup-iters .* use --lr-warmup-samples",
-    ),
-    ({"optimizer": {"lr_warmup_iters": 10}}, "--lr-warmup-iters 10 .* below the 10 iters"),
-    (
-        {"optimizer": {"overlap_param_gather": True, "use_distributed_optimizer": True}},
-        "--overlap-param-gather needs --overlap-grad-reduce",
-    ),
-    ({"model": {"transformer": FULL_RECOMPUTE}}, "--distribute-saved-activations"),
-    (
-        {
-            "model": {"transformer": FULL_RECOMPUTE},
-            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2},
-        },
-        "--distribute-saved-activations",
-    ),
-]
 
 
-@pytest.mark.parametrize(("groups", "message"), RUN_CONTRADICTIONS)
-def test_contradiction_between_groups(groups: dict[str, dict[str, object]], message: str) -> None:
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"training": {"micro_batch_size": 2, "global_batch_size": 7}, "parallel": {"world_size": 2}},
+            "--global-batch-size 7 .* 2 x 2 .* = 4: use 4 or 8",
+        ),
+        (
+            {"parallel": INTERLEAVED, "training": {"global_batch_size": 3}},
+            "interleaved .* 2 microbatches a step, but --global-batch-size 3 gives 3",
+        ),
+        ({"parallel": SEQUENCE_PARALLEL, "data": {"seq_length": 33}}, "--seq-length 33 .* use 32"),
+        ({"optimizer": {"lr_decay_samples": 5}}, "--lr-decay-samples .* use --lr-decay-iters"),
+        (
+            {"training": {"train_iters": None, "train_samples": 9}, "optimizer": {"lr_warmup_iters": 1}},
+            "--lr-warmup-iters .* use --lr-warmup-samples",
+        ),
+        ({"optimizer": {"lr_warmup_iters": 10}}, "--lr-warmup-iters 10 .* below the 10 iters"),
+        (
+            {"optimizer": {"overlap_param_gather": True, "use_distributed_optimizer": True}},
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
+        ({"model": FULL_RECOMPUTE}, "--distribute-saved-activations"),
+        ({"model": FULL_RECOMPUTE, "parallel": SEQUENCE_PARALLEL}, "--distribute-saved-activations"),
+    ],
+)
+def test_contradiction_between_groups(sections: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
-        run_config(**groups)
+        run_config(**sections)
     assert len(caught.value.problems) == 1
 
 
-def test_derived_sizes() -> None:
-    config = run_config(
-        parallel={"tensor_model_parallel_size": 2, "world_size": 8},
-        training={"micro_batch_size": 2, "global_batch_size": 24},
+@pytest.mark.parametrize(
+    ("parallel", "training", "sizes"),
+    [
+        ({"tensor_model_parallel_size": 2, "world_size": 8}, {"global_batch_size": 24}, (4, 3, 24)),
+        ({"world_size": 4}, {}, (4, 1, 8)),  # one microbatch a rank
+    ],
+)
+def test_sizes_of_a_batch(parallel: dict[str, int], training: dict[str, int], sizes: tuple[int, ...]) -> None:
+    config = run_config(parallel=parallel, training={"micro_batch_size": 2, **training})
+    assert (config.parallel.data_parallel_size, config.num_microbatches, config.global_batch_size) == sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "whole_matrices"),
+    [
+        ("boft", {}, False),
+        ("boft", {"boft_parametrization": "projection"}, True),
+        ("urnn", {"urnn_update": "riemannian"}, True),
+        ("urnn", {}, False),
+        ("hybrid", {"boft_parametrization": "projection"}, True),
+        ("hybrid", {"hybrid_rotation": "urnn", "boft_parametrization": "projection"}, False),
+        ("hybrid", {"hybrid_rotation": "urnn", "urnn_update": "riemannian"}, True),
+        ("lora", {"boft_parametrization": "projection"}, False),
+    ],
+)
+def test_which_steps_end_on_whole_matrices(method: str, settings: dict[str, Any], whole_matrices: bool) -> None:
+    assert PeftConfig(method, **settings).leaves_the_optimizer is whole_matrices
+
+
+def test_scales_and_rates() -> None:
+    assert PeftConfig(lora_rank=16, lora_alpha=32).lora_scale == 2
+    assert PeftConfig(lora_rank=16, lora_alpha=32, lora_rs=True).lora_scale == 8
+    assert PeftConfig("boft").rotation_lr(8e-3) == 8e-3
+    assert PeftConfig("hybrid").rotation_lr(8e-3) == 1e-3
+    assert PeftConfig("hybrid", peft_lr_rotation=5e-4).rotation_lr(8e-3) == 5e-4
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return run_config(
+        parallel={"tensor_model_parallel_size": 2, "world_size": 4},
+        model={"shape_flags": {"swiglu": True}, "transformer": {"hidden_dropout": 0.1}, "bf16": True},
+        peft={"target_modules": ("linear_qkv",), "lora_rank": 4},
+        data={"train_data_path": ("0.5", "a", "0.5", "b")},
+        checkpoint={"save": "runs/a", "save_interval": 5},
     )
-    assert (config.parallel.data_parallel_size, config.num_microbatches, config.global_batch_size) == (4, 3, 24)
 
 
-def test_global_batch_defaults_to_one_microbatch_a_rank() -> None:
-    config = run_config(parallel={"world_size": 4}, training={"micro_batch_size": 2})
-    assert (config.global_batch_size, config.num_microbatches) == (8, 1)
+def test_record_survives_json_and_comes_back_equal(config: RunConfig) -> None:
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_record_of_an_older_version_takes_defaults(config: RunConfig) -> None:
+    record = config_to_dict(config)
+    del record["logging"], record["peft"]["lora_rs"]
+    assert config_from_dict(record) == config
+
+
+@pytest.mark.parametrize(("section", "name"), [("peft", "quantum_rank"), ("quantum", "rank")])
+def test_record_of_a_newer_version_is_refused_by_name(config: RunConfig, section: str, name: str) -> None:
+    record = config_to_dict(config)
+    record.setdefault(section, {})[name] = 1
+    with pytest.raises(ConfigurationError, match=f"{section}.{name}"):
+        config_from_dict(record)

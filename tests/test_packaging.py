@@ -56,19 +56,12 @@ def test_every_import_is_a_declared_dependency() -> None:
 def test_every_declared_dependency_is_imported() -> None:
     # tensorboard is imported by torch.utils.tensorboard, for us.
     assert DEPENDENCIES - imported_distributions() - {"tensorboard"} == set()
-
-
-def test_tensorboard_is_needed() -> None:
     assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES if path.exists())
 
 
-def test_dependencies_are_ranges() -> None:
+def test_dependencies_are_ranges_and_apex_of_pypi_is_none_of_them() -> None:
     everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
     assert [requirement for requirement in everything if "==" in requirement or ">=" not in requirement] == []
-
-
-def test_apex_of_pypi_is_never_listed() -> None:
-    everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
     assert "apex" not in {distribution_name(requirement) for requirement in everything}
 
 

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_peft.conversion import verify
 from tests.conversion.megatron_folders import equal, save_random, tensors_of
 from tools.convert import COMMANDS, main
 
-
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    return save_random(tmp_path / "hf")
+BASE = ["--pretrained-checkpoint", "nowhere"]
 
 
 def convert(command: str, source: Path, output: Path, *flags: str) -> int:
     return main([command, "--input", str(source), "--output", str(output), *flags])
 
 
-def test_there_and_back(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = save_random(tmp_path / "hf")
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     assert convert("hf-to-megatron", original, megatron, "--make-vocab-size-divisible-by", "64") == 0
     assert convert("megatron-to-hf", megatron, back, "--max-shard-size", "2KB") == 0
     assert equal(tensors_of(back), tensors_of(original))
     assert (back / "model.safetensors.index.json").is_file()
-    printed = capsys.readouterr()
-    assert printed.out == f"wrote {megatron}\nwrote {back}\n"
-    assert printed.err == ""
+    assert tuple(capsys.readouterr()) == (f"wrote {megatron}\nwrote {back}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -40,10 +35,7 @@ def test_there_and_back(original: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["megatron-to-hf", "--input", ".", "--output", "out", "--max-shard-size", "2 apples"], "is no size"),
         (["merge", "--input", "nowhere", "--output", "out"], "nowhere"),
         (["export-adapter", "--input", "nowhere", "--output", "out"], "nowhere"),
-        (
-            ["import-adapter", "--input", "nowhere", "--output", "out", "--pretrained-checkpoint", "nowhere"],
-            "nowhere",
-        ),
+        (["import-adapter", "--input", "nowhere", "--output", "out", *BASE], "nowhere"),
         (["verify", "--input", "nowhere", "--reference", "nowhere"], "nowhere is not a folder"),
     ],
 )
@@ -57,35 +49,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert printed.out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_and_refuses_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in COMMANDS.items():
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
-        assert stopped.value.code == 0
         shown = capsys.readouterr().out
         assert "--input" in shown and all(flag in shown for flag in command.flags)
-
-
-def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         main(["merge", "--input", "a", "--output", "b", "--num-tokens", "3"])
-    assert stopped.value.code == 2
     assert "--num-tokens" in capsys.readouterr().err
 
 
-def test_help_needs_no_torch() -> None:
-    program = (
-        "import sys, tools.convert as c\ntry: c.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.stdout.strip().endswith("False"), done.stderr
-
-
 def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_peft.conversion import verify
-
     found = verify.Comparison(verify.Difference(0.5, 100.0), [verify.Difference(0.25, 10.0)], 3, 4)
     monkeypatch.setattr(verify, "verify", lambda *_, **__: found)
     flags = ["verify", "--input", "a", "--output", "b", "--per-layer"]

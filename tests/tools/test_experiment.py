@@ -40,28 +40,24 @@ def test_group_runs_its_cells_alone(fake_training: None, tmp_path: Path) -> None
     assert {path.name.split(",")[2] for path in (tmp_path / "out" / "cells").iterdir()} == {"boft"}
 
 
-def test_unknown_group_lists_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(tmp_path, "--group", "tiny,talk") == 2
-    assert "--group tiny,talk: there are tiny,talk,lora; tiny,talk,boft" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("extra", "changes", "told"),
+    [
+        (["--group", "tiny,talk"], {}, "--group tiny,talk: there are tiny,talk,lora; tiny,talk,boft"),
+        ([], {"seeds": [1, 1]}, "experiment: error: "),
+        ([], {"methods": {"lorra": {}}}, "lorra"),
+        (["--emit-slurm", "."], {}, "cannot be written: Is a directory"),
+    ],
+)
+def test_what_is_wrong_exits_with_2_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], changes: dict[str, Any], told: str
+) -> None:
+    assert call(tmp_path, *extra, **changes) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_slurm_script_is_written_and_nothing_runs(tmp_path: Path) -> None:
-    assert call(tmp_path, "--emit-slurm", str(tmp_path / "submit.sh")) == 0
-    assert "--array=0-1" in (tmp_path / "submit.sh").read_text() and not (tmp_path / "out").exists()
-
-
-def test_wrong_file_exits_with_2_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(tmp_path, seeds=[1, 1]) == 2
-    assert "experiment: error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_wrong_flag_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(tmp_path, methods={"lorra": {}}) == 2
-    assert "lorra" in capsys.readouterr().err
-
-
-def test_slurm_script_makes_its_folder_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(tmp_path, "--emit-slurm", str(tmp_path / "new" / "all.sh")) == 0
-    assert (tmp_path / "new" / "all.sh").read_text().startswith("#!")
-    assert call(tmp_path, "--emit-slurm", str(tmp_path)) == 2
-    assert "cannot be written: Is a directory" in capsys.readouterr().err
+def test_slurm_script_is_written_in_a_folder_of_its_own_and_nothing_runs(tmp_path: Path) -> None:
+    script = tmp_path / "new" / "submit.sh"
+    assert call(tmp_path, "--emit-slurm", str(script)) == 0
+    assert script.read_text().startswith("#!") and "--array=0-1" in script.read_text()
+    assert not (tmp_path / "out").exists()

@@ -16,9 +16,12 @@ from tools.prepare_data import main
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
 
+def glue(tmp_path: Path, *flags: str, raw: Path = SAMPLES / "glue") -> int:
+    return main(["glue", "--input", str(raw), "--output", str(tmp_path / "glue"), "--valid-percent", "25", *flags])
+
+
 def test_glue_makes_a_folder_for_each_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--input", str(SAMPLES / "glue"), "--output", str(tmp_path / "glue"), "--valid-percent", "25"]
-    assert main(["glue", *flags]) == 0
+    assert glue(tmp_path) == 0
     assert {path.name for path in (tmp_path / "glue").iterdir()} == {"mnli", "qqp", "sst2", "qnli"}
     printed = capsys.readouterr().out
     assert "left out of training, because they are test items: 1 (first: " in printed
@@ -61,23 +64,22 @@ def test_bad_input_ends_with_code_2_and_one_message(tmp_path: Path, capsys: pyte
 
 
 def test_glue_is_made_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(SAMPLES / "glue", tmp_path / "raw")
-    broken = tmp_path / "raw" / "QQP" / "train.tsv"
+    raw, out = tmp_path / "raw", tmp_path / "glue"
+    shutil.copytree(SAMPLES / "glue", raw)
+    broken = raw / "QQP" / "train.tsv"
     broken.write_text(broken.read_text().rstrip("\n")[:-1] + "7\n")
-    flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--valid-percent", "25"]
-    assert main(["glue", *flags]) == 2
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "mnli").mkdir(parents=True)
-    (tmp_path / "out" / "mnli" / "mine").touch()
-    assert main(["glue", *flags]) == 2
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["mnli", "mine"]
-    assert "out/mnli exists already" in capsys.readouterr().err
+    assert glue(tmp_path, raw=raw) == 2
+    assert not out.exists()
+    (out / "mnli").mkdir(parents=True)
+    (out / "mnli" / "mine").touch()
+    assert glue(tmp_path, raw=raw) == 2
+    assert [path.name for path in out.rglob("*")] == ["mnli", "mine"]
+    assert "glue/mnli exists already" in capsys.readouterr().err
 
 
 def test_solved_examples_are_training_items(tmp_path: Path) -> None:
     """Of GLUE and translations too, for --num-fewshot."""
-    flags = ["--input", str(SAMPLES / "glue"), "--output", str(tmp_path / "glue"), "--valid-percent", "25"]
-    assert main(["glue", *flags, "--tasks", "sst2"]) == 0
+    assert glue(tmp_path, "--tasks", "sst2") == 0
     folder = tmp_path / "glue" / "sst2"
     shown, tested = ((folder / name).read_text().splitlines() for name in ("fewshot.jsonl", "glue_sst2.jsonl"))
     assert 5 < len(shown) <= 64 and not set(shown) & set(tested)

@@ -1,0 +1,147 @@
+"""One flag for each thing that is served, each with its words; every other flag of Megatron is refused with a reason.
+
+What is read from megatron-core's source is what its dataclasses say, in whatever version is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import typing
+import warnings
+from collections import Counter
+from dataclasses import fields
+
+import pytest
+
+from megatron_peft import megatron_fields as module
+from megatron_peft.argument_help import HELP
+from megatron_peft.argument_tables import (
+    ACCEPTED,
+    ACCEPTED_VALUES,
+    GROUPS,
+    NO_FLAG,
+    PATH_FIELDS,
+    RUN_FIELDS,
+    RUN_SWITCHES,
+    SHAPE_CLAIMS,
+    SHAPE_FIELDS,
+    SHAPE_VALUES,
+    methods_of,
+)
+from megatron_peft.config import PEFT_METHODS, ConfigurationError, PeftConfig, flag
+from megatron_peft.known_flags import known_flags, why_not_served
+from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
+from megatron_peft.megatron_flags import FAMILIES, FLAGS, WAYS_OUT, reason_of, refused_flags
+from megatron_peft.models.shape_check import CLAIMS, VALUES
+from megatron_peft.served_flags import sections, served_flags
+
+SERVED = served_flags()
+OURS = {one.name for config_class in sections().values() for one in fields(config_class)}
+TRANSFORMER = megatron_fields("TransformerConfig")
+
+
+def repeated(names: typing.Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
+    assert {one.key for one in SERVED if one.target == "config"} == OURS - NO_FLAG
+    assert repeated(name for one in SERVED for name in one.names) == []
+    assert [one.names for one in SERVED if len(one.help) <= 10 or one.group not in GROUPS] == []
+
+
+def test_accepted_flags_store_nothing_that_is_read() -> None:
+    assert {name for one in SERVED if one.target == "nothing" for name in one.names} == {*ACCEPTED, *ACCEPTED_VALUES}
+
+
+def test_tables_name_fields_that_exist() -> None:
+    assert HELP.keys() <= OURS | TRANSFORMER.keys()
+    assert PATH_FIELDS <= OURS
+    assert {field for field, _, _ in RUN_SWITCHES.values()} <= TRANSFORMER.keys()
+
+
+def test_every_shape_flag_can_be_compared_with_a_checkpoint() -> None:
+    assert {*SHAPE_FIELDS, *SHAPE_VALUES, "vocab_size"} == VALUES.keys()
+    assert SHAPE_CLAIMS.keys() == CLAIMS.keys()
+
+
+def test_every_peft_flag_belongs_to_a_method() -> None:
+    owners = {one.name: methods_of(one.name) for one in fields(PeftConfig) if one.name != "method"}
+    assert [name for name, methods in owners.items() if not methods or not set(methods) <= set(PEFT_METHODS)] == []
+
+
+def test_a_flag_is_refused_for_one_reason_and_never_served_too() -> None:
+    assert repeated(name for names in FLAGS.values() for name in names.split()) == []
+    assert {name[2:] for one in SERVED for name in one.names} & refused_flags().keys() == set()
+
+
+def test_longest_family_wins() -> None:
+    assert reason_of("torch-fsdp2-no-reshard-after-forward") == "fully sharded data parallelism"
+    assert reason_of("hybrid-context-parallel") == FAMILIES["hybrid-context-parallel"] == "context parallelism"
+
+
+def test_every_way_out_belongs_to_a_refused_flag() -> None:
+    of_fields = {"check-for-nan-in-grad", "virtual-pipeline-model-parallel-size"}
+    of_fields |= {"num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"}
+    assert WAYS_OUT.keys() - refused_flags().keys() == of_fields
+
+
+@pytest.mark.parametrize("class_name", SOURCES)
+def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> None:
+    known = known_flags()
+    names = [name for one in megatron_fields(class_name).values() for name in (flag(one.name), *one.flags)]
+    assert [name for name in names if name not in known or known[name] == ""] == []
+
+
+def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = MegatronField("quantum_speedup", "bool", "", ())
+    monkeypatch.setattr("megatron_peft.known_flags.megatron_fields", lambda name: {"quantum_speedup": field})
+    for name in ("--quantum-speedup", "--no-quantum-speedup"):
+        assert f"{name} is a Megatron flag" in why_not_served(name)
+
+
+@pytest.fixture(scope="module")
+def classes() -> dict[str, type]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Transformer Engine and Apex are missing here
+        from megatron.core.distributed import DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig
+        from megatron.core.transformer.transformer_config import TransformerConfig
+    return {one.__name__: one for one in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source_has_the_fields_of_the_class(name: str, classes: dict[str, type]) -> None:
+    assert megatron_fields(name).keys() == {one.name for one in fields(classes[name]) if not one.name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", SHAPE_FIELDS + RUN_FIELDS)
+def test_types_of_served_fields_are_the_annotations(name: str, classes: dict[str, type]) -> None:
+    kind, choices = TRANSFORMER[name].type_and_choices
+    annotation = typing.get_type_hints(classes["TransformerConfig"])[name]
+    members = [one for one in typing.get_args(annotation) if one is not type(None)] or [annotation]
+    assert choices == (typing.get_args(members[0]) or typing.get_args(annotation) if choices else None)
+    assert choices or members == [kind]
+
+
+def test_help_is_the_first_sentence_under_a_field_and_flags_are_megatrons_own() -> None:
+    assert megatron_fields("OptimizerConfig")["sgd_momentum"].help == "Momentum factor for SGD optimizer"
+    assert TRANSFORMER["layernorm_epsilon"].flags == ("--norm-epsilon",)
+
+
+def test_what_is_computed_beside_the_names_is_left_alone() -> None:
+    metadata = "{'argparse_meta': {'arg_names': ['--x-y'], 'choices': [one.name for one in Scope]}}"
+    (found,) = module._fields(ast.parse(f"class C:\n  x: int = field(metadata={metadata})").body[0])  # type: ignore[arg-type]
+    assert found.flags == ("--x-y",)
+
+
+def test_annotations_of_newer_python_are_read_and_others_say_so() -> None:
+    assert MegatronField("rate", "float | None", "", ()).type_and_choices == (float, None)
+    with pytest.raises(TypeError, match="Callable"):
+        _ = TRANSFORMER["init_method"].type_and_choices
+
+
+def test_missing_megatron_core_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install megatron-core"):
+        module.megatron_fields.__wrapped__("OptimizerConfig")

@@ -1,0 +1,42 @@
+"""What a user waits for with an empty hand imports nothing heavy: --help, wrong flags, a model's shape, a worker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "megatron.core", "transformers", "numpy"}
+NONE = "heavy:"
+PARSE = "from megatron_peft.arguments import parse_arguments; parse_arguments"
+PROGRAM = """
+import contextlib, sys, time
+with contextlib.suppress(SystemExit):
+    {code}
+assert time.process_time() < 4, "seconds; under 1 measured"
+print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "shown", "heavy"),
+    [
+        (f"{PARSE}(['--help'])", "--lora-rank N", NONE),
+        (f"{PARSE}(['--num-experts', '8', '--wibble'], {{}})", "", NONE),
+        (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
+        ("import tools.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
+        ("import tools.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
+        ("import tools.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
+        ("import megatron_peft.models.huggingface", "", NONE),
+        ("import megatron_peft.data.documents", "", "heavy: numpy"),
+    ],
+)
+def test_nothing_heavy_is_imported(code: str, shown: str, heavy: str) -> None:
+    program = PROGRAM.format(code=code, heavy=HEAVY)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *answer, found = done.stdout.splitlines()
+    assert found == heavy and shown in "\n".join(answer), done.stdout
