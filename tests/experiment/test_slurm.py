@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.process import launcher
 from megatron_peft.experiment.slurm import script
 from tests.experiment.small_experiment import content, experiment
+from tests.time_limits import seconds, wait_until
 
 # Runs the array's tasks one after another, as a scheduler would, or leaves the job for the test to run.
 SBATCH = """#!/bin/bash
@@ -77,11 +77,9 @@ def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Pat
     subprocess.run(["bash", str(written(tmp_path))], env={**environment, "ONLY_SUBMIT": "1"}, check=True, cwd=tmp_path)
     environment |= {"SLURM_ARRAY_TASK_ID": "1", "SLOW": "1"}
     with subprocess.Popen(["bash", str(tmp_path / "job")], env=environment, cwd=tmp_path) as job:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until((tmp_path / "started").exists, "the start of the step")
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(30) == 0
+        assert job.wait(seconds(60)) == 0
     assert (tmp_path / "requeued").read_text() == "7_1\n"
 
 
