@@ -15,7 +15,7 @@ SENTENCES = st.lists(WORDS, max_size=12).map(" ".join)
 CORPUS = st.lists(st.tuples(SENTENCES.filter(bool), SENTENCES), min_size=1, max_size=8)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(CORPUS)
 def test_bleu_equals_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     references, translations = zip(*pairs, strict=True)
@@ -23,7 +23,7 @@ def test_bleu_equals_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     assert corpus_bleu(references, translations).score == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SENTENCES, SENTENCES)
 def test_rouge_l_equals_rouge_scores(reference: str, translation: str) -> None:
     expected = RougeScorer(["rougeL"]).score(reference, translation)["rougeL"].fmeasure
