@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.time_limits import seconds
 
@@ -19,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(600)))  # a hang of several ranks must not stop the suite
 # Programs and ranks that a test starts are of this tree, wherever another one is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# A busy machine is no failure: neither a slow example nor slow drawing of examples.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 # Folders whose tests share fixtures that cost seconds; elsewhere a file's tests stay together.
 ONE_GROUP = ("checkpoint", "conversion")
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 
@@ -26,7 +26,6 @@ def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):
     assert [facts["bf16 to float32"] for facts in two_ranks] == [[], []]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_a_stretch_of_a_flattened_tensor_is_few_boxes_in_order(shape, data):
     start = data.draw(st.integers(0, math.prod(shape)))

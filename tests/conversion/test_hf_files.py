@@ -188,7 +188,7 @@ def test_output_layer_is_harmless_only_when_tied():
 SCALED = dataclasses.replace(ODD, rotary_base=20000.0, rope_scaling=RopeScaling(4.0, 1.0, 3.0, 32))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.one_of(llama_shapes(), bloom_shapes(), st.just(SCALED)))
 def test_a_made_config_gives_the_shape_back(tmp_path_factory, shape):
     folder = tmp_path_factory.mktemp("config")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_peft.evaluation.sandbox_command import DRIVER
+from tests.time_limits import seconds
 
 TOKEN = "0123456789abcdef"
 
@@ -15,7 +16,7 @@ TOKEN = "0123456789abcdef"
 def drive(program: str, limits: dict[str, tuple[int, int]] | None = None) -> str:
     job = {"program": program, "token": TOKEN, "user": 0, "limits": limits or {}}
     command = [sys.executable, "-s", "-S", str(DRIVER)]
-    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
 
 
 def test_verdict_follows_what_the_program_printed() -> None:

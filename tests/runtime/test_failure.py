@@ -61,7 +61,7 @@ def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
 
 @pytest.mark.parametrize("case", FAILING)
 def test_nobody_waits_for_a_timeout(outcomes, case):
-    raised_at = [float(seconds) for seconds in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
+    raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
     assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)
 
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from megatron_peft.runtime.ranks import RanksFailed, run_ranks
+from tests.ranks import RanksFailed, run_ranks
+from tests.time_limits import seconds
 
 
 def test_results_come_by_rank() -> None:
@@ -23,5 +24,5 @@ def test_what_a_failing_rank_printed_is_in_the_error() -> None:
 def test_ranks_that_take_too_long_are_stopped() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed, match="rank 0"):
-        run_ranks(1, time.sleep, 600, timeout=0.2)
-    assert time.monotonic() - start < 60
+        run_ranks(1, time.sleep, 600, limit=0.2)
+    assert time.monotonic() - start < seconds(60)
