@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer
 from tests.data.tiny_tokenizers import CORPUS, save_tokenizer
 
 
@@ -27,11 +27,6 @@ def sentencepiece_file(tmp_path_factory) -> Path:
         sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
     return prefix.with_suffix(".model")
-
-
-@pytest.fixture(scope="session")
-def null() -> NullTokenizer:
-    return NullTokenizer(99)
 
 
 @pytest.fixture

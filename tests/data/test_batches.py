@@ -1,3 +1,5 @@
+"""Which samples each step of each rank reads: the order of epochs, packs of short samples, batches over ranks."""
+
 from __future__ import annotations
 
 import threading
@@ -10,10 +12,70 @@ from hypothesis import strategies as st
 
 from megatron_peft.data.batches import BatchLayout, GlobalBatches, Step
 from megatron_peft.data.order import SampleOrder
-from megatron_peft.data.packing import PackedOrder
+from megatron_peft.data.packing import PackedOrder, pack_bounds
 from megatron_peft.data.sample import Sample
 
 SEQ_LENGTH = 9
+LENGTHS = st.lists(st.integers(1, 10), min_size=1, max_size=60).map(np.asarray)
+
+
+@given(num_samples=st.integers(1, 50), seed=st.integers(-5, 2**33), epoch=st.integers(0, 3))
+def test_an_epoch_is_a_permutation(num_samples, seed, epoch):
+    order = SampleOrder(num_samples, seed, shuffle=True)
+    seen = [int(order.samples_at(epoch * num_samples + i)[0]) for i in range(num_samples)]
+    assert sorted(seen) == list(range(num_samples))
+
+
+def test_epochs_and_seeds_differ_and_the_same_seed_does_not():
+    first, again, second_epoch, second_seed = (
+        SampleOrder(50, seed, shuffle=True).permutation(epoch).tolist()
+        for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+    )
+    assert first == again and first != second_epoch and first != second_seed
+
+
+def test_the_order_of_a_seed_is_the_same_on_every_machine_and_version():
+    assert SampleOrder(8, 1234, shuffle=True).permutation(0).tolist() == [4, 5, 3, 1, 2, 0, 6, 7]
+
+
+def test_without_shuffling_each_epoch_is_in_file_order():
+    order = SampleOrder(3, 1234, shuffle=False)
+    assert [int(order.samples_at(i)[0]) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("epochs", "positions"), [(1, 10), (2, 20), (0.25, 3), (2.5, 25), (1.1, 11), (0.1 + 0.2, 3)])
+def test_epochs_are_counted_in_positions_and_back(epochs, positions):
+    order = SampleOrder(10, 0, shuffle=True)
+    assert order.positions_in(epochs) == positions and order.epochs_at(positions) == positions / 10
+
+
+@given(lengths=LENGTHS, seq_length=st.integers(10, 25))
+def test_packs_hold_every_sample_once_in_order_and_are_as_full_as_greed_makes_them(lengths, seq_length):
+    bounds = pack_bounds(lengths, seq_length)
+    assert bounds[0] == 0 and bounds[-1] == len(lengths) and (np.diff(bounds) > 0).all()
+    totals = [lengths[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert max(totals) <= seq_length
+    firsts = lengths[bounds[1:-1]]
+    assert all(total + first > seq_length for total, first in zip(totals, firsts, strict=False))
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 100), shuffle=st.booleans())
+def test_positions_run_through_the_packs_of_one_epoch_after_the_other(lengths, seed, shuffle):
+    order = PackedOrder(lengths, 12, seed, shuffle)
+    first, second = order.epoch_length(0), order.epoch_length(1)
+    packs = [order.samples_at(position) for position in range(first + second)]
+    assert np.concatenate(packs[:first]).tolist() == order.permutation(0).tolist()
+    assert np.concatenate(packs[first:]).tolist() == order.permutation(1).tolist()
+    assert max(lengths[pack].sum() for pack in packs) <= 12
+    assert order.positions_in(2) == first + second
+    assert order.epochs_at(first + second) == 2
+
+
+def test_packing_does_not_depend_on_where_one_starts_reading():
+    lengths = np.random.RandomState(0).randint(1, 10, 100)
+    straight, jumping = PackedOrder(lengths, 16, 3, True), PackedOrder(lengths, 16, 3, True)
+    expected = [straight.samples_at(position).tolist() for position in range(150)]
+    assert [jumping.samples_at(position).tolist() for position in reversed(range(150))] == expected[::-1]
 
 
 class Numbered:
@@ -45,15 +107,8 @@ def global_order(
     num_samples: int, dp: int, micro: int, per_rank: int, steps: int, packed: bool = False, consumed: int = 0
 ) -> list[list[int]]:
     """Samples of each step in their order over all ranks: microbatch after microbatch, rank after rank."""
-    ranks = [
-        source(
-            num_samples,
-            BatchLayout(dp * micro * per_rank, micro, rank, dp, pad_id=999),
-            packed,
-            consumed_samples=consumed,
-        )
-        for rank in range(dp)
-    ]
+    layouts = [BatchLayout(dp * micro * per_rank, micro, rank, dp, pad_id=999) for rank in range(dp)]
+    ranks = [source(num_samples, layout, packed, consumed_samples=consumed) for layout in layouts]
     taken = [[seen(step) for step in islice(rank, steps)] for rank in ranks]
     return [[number for m in range(per_rank) for rank in taken for number in rank[step][m]] for step in range(steps)]
 
@@ -66,6 +121,7 @@ def global_order(
 def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(
     num_samples, dp, micro, per_rank, packed, consumed
 ):
+    """From wherever it goes on: a run may be resumed with other batches."""
     size = dp * micro * per_rank
     alone = global_order(num_samples, 1, 1, size, 4, packed, consumed)
     assert global_order(num_samples, dp, micro, per_rank, 4, packed, consumed) == alone
@@ -78,8 +134,7 @@ def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(
 @given(num_samples=st.integers(1, 30), done=st.integers(0, 6), packed=st.booleans())
 def test_a_resumed_run_gets_the_very_next_samples(num_samples, done, packed):
     layout = BatchLayout(4, 2)
-    straight = source(num_samples, layout, packed)
-    expected = [seen(step) for step in islice(straight, done + 3)][done:]
+    expected = [seen(step) for step in islice(source(num_samples, layout, packed), done + 3)][done:]
     interrupted = source(num_samples, layout, packed)
     list(islice(interrupted, done))
     assert interrupted.consumed_samples == done * 4
@@ -87,21 +142,10 @@ def test_a_resumed_run_gets_the_very_next_samples(num_samples, done, packed):
     assert [seen(step) for step in islice(resumed, 3)] == expected
 
 
-def test_a_run_may_be_resumed_with_another_batch_size():
-    first = sum(global_order(13, 1, 2, 2, 3), [])
-    rest = sum(global_order(13, 2, 1, 3, 2, consumed=12), [])
-    assert first + rest == sum(global_order(13, 1, 1, 1, 24), [])
-
-
 def test_iterating_again_goes_on():
     batches = source(10, BatchLayout(2, 1))
     steps = [seen(next(iter(batches))) for _ in range(5)]
     assert sorted(number for step in steps for micro in step for number in micro) == list(range(10))
-
-
-def test_nothing_is_dropped_and_nothing_comes_twice_within_an_epoch():
-    stream = sum(global_order(10, 1, 1, 3, 10), [])
-    assert [sorted(stream[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,3 +1,5 @@
+"""Megatron's indexed datasets: which prefixes are taken with which weights, split, blended, repeated and cached."""
+
 from __future__ import annotations
 
 import logging
@@ -7,6 +9,7 @@ import pytest
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
@@ -30,6 +33,13 @@ def corpus(tmp_path) -> str:
     return write_indexed(tmp_path / "corpus", numbered_documents(100))
 
 
+@pytest.fixture
+def two(tmp_path) -> tuple[str, str]:
+    """20 documents of the tokens 0 to 19, and 40 of 500 to 539."""
+    a, b = numbered_documents(20), numbered_documents(40, first=500)
+    return write_indexed(tmp_path / "a", a), write_indexed(tmp_path / "b", b)
+
+
 def test_samples_are_seq_length_tokens_that_all_count(tmp_path):
     prefix = write_indexed(tmp_path / "count", [list(range(1, 26))])
     dataset = build(Split.train, None, prefix, split="1")
@@ -40,13 +50,10 @@ def test_samples_are_seq_length_tokens_that_all_count(tmp_path):
 
 
 def test_split_cuts_documents(corpus):
-    assert tokens_seen(build(Split.train, None, corpus, split="80,15,5")) <= set(range(80))
-    assert tokens_seen(build(Split.valid, None, corpus, split="80,15,5")) - {0} <= set(range(80, 95))
-    assert tokens_seen(build(Split.test, None, corpus, split="80,15,5")) <= set(range(95, 100))
-
-
-def test_the_default_split_is_megatrons(corpus):
-    assert tokens_seen(build(Split.valid, None, corpus)) - {0} <= {97, 98, 99}
+    """A corpus of fewer tokens than a sequence is padded with 0."""
+    for which, documents in ((Split.train, range(80)), (Split.valid, range(80, 95)), (Split.test, range(95, 100))):
+        assert tokens_seen(build(which, None, corpus, split="80,15,5")) - {0} <= set(documents)
+    assert tokens_seen(build(Split.valid, None, corpus)) - {0} <= {97, 98, 99}, "Megatron's default"
 
 
 def test_a_whole_validation_keeps_its_last_partial_sequence_masked(corpus):
@@ -59,33 +66,22 @@ def test_a_dataset_repeats_for_as_many_samples_as_are_asked_for(corpus):
     assert len(build(Split.train, 1000, corpus, split="80,20")) >= 1000
 
 
-def test_weights_blend(tmp_path):
-    a = write_indexed(tmp_path / "a", numbered_documents(20))
-    b = write_indexed(tmp_path / "b", numbered_documents(20, first=500))
-    dataset = build(Split.train, 400, "0.25", a, "0.75", b, split="1")
+def test_weights_blend(two):
+    dataset = build(Split.train, 400, "0.25", two[0], "0.75", two[1], split="1")
     from_b = sum(int(dataset[i].tokens[0]) >= 500 for i in range(400))
     assert 295 <= from_b <= 305
 
 
-def test_prefixes_without_weights_are_taken_once(tmp_path):
-    a = write_indexed(tmp_path / "a", numbered_documents(20))
-    b = write_indexed(tmp_path / "b", numbered_documents(40, first=500))
-    dataset = build(Split.train, None, a, b, split="1")
-    assert len(dataset) == (100 - 1) // 8 + (200 - 1) // 8
-
-
-def test_an_evaluation_of_a_weighted_blend_takes_each_once(tmp_path):
-    a = write_indexed(tmp_path / "a", numbered_documents(20))
-    b = write_indexed(tmp_path / "b", numbered_documents(40, first=500))
+def test_without_weights_and_in_an_evaluation_each_is_taken_once(two):
+    a, b = two
+    assert len(build(Split.train, None, a, b, split="1")) == (100 - 1) // 8 + (200 - 1) // 8
     assert len(build(Split.valid, None, "1", a, "9", b, split="0,1")) == 13 + 25
 
 
-def test_each_split_may_have_files_of_its_own(tmp_path):
-    a = write_indexed(tmp_path / "a", numbered_documents(20))
-    b = write_indexed(tmp_path / "b", numbered_documents(20, first=500))
-    data = DataConfig(train_data_path=(a,), valid_data_path=(b,), seq_length=8)
-    assert tokens_seen(build_indexed(data, Split.train, (a,), 10, TOKENIZER)) <= set(range(20))
-    assert tokens_seen(build_indexed(data, Split.valid, (b,), None, TOKENIZER)) - {0} <= set(range(500, 520))
+def test_each_split_may_have_files_of_its_own(two):
+    data = DataConfig(train_data_path=two[:1], valid_data_path=two[1:], seq_length=8)
+    assert tokens_seen(build_indexed(data, Split.train, two[:1], 10, TOKENIZER)) <= set(range(20))
+    assert tokens_seen(build_indexed(data, Split.valid, two[1:], None, TOKENIZER)) - {0} <= set(range(500, 540))
 
 
 def test_indices_are_cached_where_the_flag_says(corpus, tmp_path):
@@ -106,20 +102,24 @@ def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_trainin
         build(Split.train, None, prefix, split="1,3")
 
 
-def test_epochs_of_a_weighted_blend_are_refused(corpus):
-    with pytest.raises(ConfigurationError, match="--data-path has weights, and an epoch .* give --train-iters"):
-        build(Split.train, None, "1", corpus)
-
-
-def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
+def test_what_cannot_be_built_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="indices of the train data cannot be written .* --data-cache-path"):
-        build(Split.train, 10, corpus, data_cache_path=str(tmp_path / "file"))
-
-
-def test_a_cached_blend_needs_torch_distributed(corpus, tmp_path):
-    with pytest.raises(ConfigurationError, match="--data-cache-path with a blend"):
-        build(Split.train, 10, corpus, corpus, data_cache_path=str(tmp_path))
+    cases = (
+        ((None, "1", corpus), {}, "--data-path has weights, and an epoch .* give --train-iters"),
+        (
+            (10, corpus),
+            {"data_cache_path": str(tmp_path / "file")},
+            "train data cannot be written .* --data-cache-path",
+        ),
+        (
+            (10, corpus, corpus),
+            {"data_cache_path": str(tmp_path)},
+            "--data-cache-path with a blend",
+        ),  # no torch.distributed
+    )
+    for arguments, settings, message in cases:
+        with pytest.raises(ConfigurationError, match=message):
+            build(Split.train, *arguments, **settings)
 
 
 def tokens_on_a_rank(blend: tuple[str, str, str]) -> list[list[int]]:
@@ -129,9 +129,49 @@ def tokens_on_a_rank(blend: tuple[str, str, str]) -> list[list[int]]:
     return [dataset[i].tokens.tolist() for i in range(60)]
 
 
-def test_all_ranks_see_the_same_blend(tmp_path):
-    a = write_indexed(tmp_path / "a", numbered_documents(20))
-    b = write_indexed(tmp_path / "b", numbered_documents(20, first=500))
+def test_all_ranks_see_the_same_blend(two, tmp_path):
+    a, b = two
     seen = run_ranks(2, tokens_on_a_rank, (a, b, str(tmp_path / "cache")))
     alone = build(Split.train, 60, "1", a, "2", b, split="1")
     assert seen[0] == seen[1] == [alone[i].tokens.tolist() for i in range(60)]
+
+
+def test_prefixes_come_with_weights_or_without(two):
+    a, b = two
+    assert parse_blend([a], "--data-path") == Blend([a], None)
+    assert parse_blend([a, b], "--data-path") == Blend([a, b], None)
+    assert parse_blend(["0.3", a, "7", b], "--data-path") == Blend([a, b], [0.3, 7.0])
+
+
+@pytest.mark.parametrize("mixture", ["0.3 A B", "A 0.3", "0.3 0.7", "0.3", "A 1 B 2"])
+def test_weights_and_prefixes_must_alternate(two, mixture):
+    paths = [{"A": two[0], "B": two[1]}.get(part, part) for part in mixture.split()]
+    with pytest.raises(ConfigurationError, match="--data-path .*: give prefixes only, or a weight before each prefix"):
+        parse_blend(paths, "--data-path")
+
+
+def test_weights_are_above_0(two):
+    with pytest.raises(ConfigurationError, match="weights must be above 0"):
+        parse_blend(["0", two[0], "1", two[1]], "--data-path")
+
+
+def test_missing_files_are_named(two):
+    Path(two[0] + ".bin").unlink()
+    with pytest.raises(ConfigurationError, match=r"--valid-data-path .*a: .*a.bin not found. A prefix is a path with"):
+        parse_blend(two, "--valid-data-path")
+
+
+def test_an_index_that_is_none_or_torn_is_named(two):
+    index = Path(two[0] + ".idx")
+    whole = index.read_bytes()
+    for content in (b"", b"x" * len(whole), whole[:60]):
+        index.write_bytes(content)
+        with pytest.raises(ConfigurationError, match="a.idx is not an index of Megatron's, or it is torn"):
+            parse_blend(two, "--data-path")
+
+
+def test_missing_tokens_are_counted(two):
+    data = Path(two[1] + ".bin")
+    data.write_bytes(data.read_bytes()[:-2])
+    with pytest.raises(ConfigurationError, match="b.bin has 398 bytes where its index expects 400; it is torn"):
+        parse_blend(two, "--data-path")

@@ -1,3 +1,5 @@
+"""Records of JSON lines and arrays, their places, and what is wrong with them; memory holds the index alone."""
+
 from __future__ import annotations
 
 import json
@@ -11,6 +13,13 @@ from megatron_peft.data.jsonl import JsonRecords
 FLAG = "--train-data-path"
 
 
+def read(path, content: str | bytes | None = None) -> JsonRecords:
+    """The records of a file, which is written first where there is `content`."""
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return JsonRecords([str(path)], FLAG)
+
+
 def test_records_of_several_files_come_in_order_and_know_their_place(write_lines):
     first = write_lines([{"n": 0}, "", "   ", {"n": 1}], "a.jsonl")
     second = write_lines([{"n": 2, "text": "é\u2028"}], "b.jsonl")
@@ -21,21 +30,15 @@ def test_records_of_several_files_come_in_order_and_know_their_place(write_lines
 
 
 def test_last_line_without_a_line_break_and_windows_line_ends(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"n": 0}\r\n\r\n{"n": 1}')
-    records = JsonRecords([str(path)], FLAG)
+    records = read(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"n": 0}\r\n\r\n{"n": 1}')
     assert [records[i]["n"] for i in range(len(records))] == [0, 1]
 
 
-def test_a_json_array_is_read_too(tmp_path):
+def test_a_json_file_is_an_array_or_lines(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"n": 0}, {"n": 1}], indent=2))
-    records = JsonRecords([str(path)], FLAG)
+    records = read(path, json.dumps([{"n": 0}, {"n": 1}], indent=2))
     assert (len(records), records[1], records.place(1)) == (2, {"n": 1}, f"{path}, record 2")
-
-
-def test_lines_in_a_json_file_are_lines(write_lines):
-    assert JsonRecords([write_lines([{"n": 0}, {"n": 1}], "a.json")], FLAG)[1] == {"n": 1}
+    assert read(path, '{"n": 0}\n{"n": 1}')[1] == {"n": 1}
 
 
 @pytest.mark.parametrize(
@@ -53,40 +56,28 @@ def test_a_bad_line_is_named_by_file_and_number(write_lines, line, message):
         records[1]
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"n": "\xff"}\n')
-    with pytest.raises(ConfigurationError, match="a.jsonl, line 1: not JSON: .*utf-8"):
-        JsonRecords([str(path)], FLAG)[0]
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "[]")])
-def test_an_empty_file_is_an_error(tmp_path, name, content):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(ConfigurationError, match=f"--train-data-path .*{name} is empty"):
-        JsonRecords([str(path)], FLAG)
-
-
-def test_a_missing_file_and_a_folder_are_errors(tmp_path):
-    with pytest.raises(ConfigurationError, match="nowhere.jsonl cannot be read: No such file"):
-        JsonRecords([str(tmp_path / "nowhere.jsonl")], FLAG)
-    with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
-        JsonRecords([str(tmp_path)], FLAG)
-
-
-def test_a_torn_array_names_its_file(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('[{"n": 1}, ')
-    with pytest.raises(ConfigurationError, match="a.json: not JSON"):
-        JsonRecords([str(path)], FLAG)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"n": "\xff"}\n', "a.jsonl, line 1: not JSON: .*utf-8"),
+        ("a.json", '[{"n": 1}, ', "a.json: not JSON"),
+        ("a.jsonl", "", "--train-data-path .*a.jsonl is empty"),
+        ("a.jsonl", "\n \n", "--train-data-path .*a.jsonl is empty"),
+        ("a.json", "[]", "--train-data-path .*a.json is empty"),
+        ("nowhere.jsonl", None, "nowhere.jsonl cannot be read: No such file"),
+        (".", None, "cannot be read: Is a directory"),
+    ],
+)
+def test_a_file_that_holds_no_records_is_named(tmp_path, name, content, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read(tmp_path / name, content)[0]
 
 
 def test_memory_is_the_index_and_not_the_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "%s"}\n' % ("x" * 2000) * 5000)
     tracemalloc.start()
-    records = JsonRecords([str(path)], FLAG)
+    records = read(path)
     assert len(records[4999]["text"]) == 2000
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -1,3 +1,5 @@
+"""JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,14 +8,15 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.documents import PreprocessConfig
+from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
 from megatron_peft.data.preprocess import preprocess
+from tests.data.tiny_tokenizers import save_tokenizer
 from tools.preprocess_data import main
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
 
 
-def config(path: str, prefix: Path, **settings) -> PreprocessConfig:
+def config(path: str, prefix: Path | str, **settings) -> PreprocessConfig:
     data = DataConfig(train_data_path=(path,), tokenizer_type="NullTokenizer", vocab_size=99)
     return PreprocessConfig(data, str(prefix), **settings)
 
@@ -34,6 +37,26 @@ def test_each_key_has_a_dataset_of_its_own_and_no_end_unless_asked(write_lines, 
     preprocess(config(write_lines(TEXTS), tmp_path / "out", json_keys=("text", "title")))
     assert documents(tmp_path / "out_text_document") == [[1, 2, 3], [4, 5]]
     assert documents(tmp_path / "out_title_document") == [[7], [8], [9]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_keep_the_order_and_bad_records_their_place(write_lines, workers):
+    numbers = [{"text": str(i % 90), "title": ""} for i in range(150)]
+    long = {"text": "7 " * 1_000_000}  # so that a second worker overtakes the first
+    path = write_lines([long, *numbers, "{", {"text": "x"}])
+    settings = config(path, "out", workers=workers)
+    with encoded_documents(settings, DocumentEncoder(settings)) as encoded:
+        first, *documents, torn, bad = encoded
+    assert first == [[7] * 1_000_000] and documents == [[[i % 90]] for i in range(150)]
+    assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
+
+
+def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path):
+    folder = str(save_tokenizer(tmp_path, adds_bos=True))
+    data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}, {"text": ""}]),), tokenizer_model=folder)
+    encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))
+    assert encoder.encode(0) == [[3, *encoder.tokenizer.encode("the cat"), 2]]
+    assert encoder.encode(1) == [[]]
 
 
 def test_progress_is_told_in_lines(write_lines, tmp_path):
@@ -59,22 +82,16 @@ def test_a_bad_record_is_named_and_leaves_nothing_behind(write_lines, tmp_path, 
     assert list(folder.iterdir()) == []
 
 
-def test_a_dataset_without_text_is_an_error(write_lines, tmp_path):
-    with pytest.raises(ConfigurationError, match="no document of .*data.jsonl holds any text"):
-        preprocess(config(write_lines([{"text": ""}]), tmp_path / "out"))
-
-
-def test_what_exists_is_not_overwritten(write_lines, tmp_path):
+def test_what_exists_is_not_overwritten_and_what_cannot_be_written_is_named(write_lines, tmp_path):
     path = write_lines(TEXTS)
     (tmp_path / "out_text_document.idx").write_text("mine")
     with pytest.raises(ConfigurationError, match="out_text_document.idx exist: remove them, or give another --output"):
         preprocess(config(path, tmp_path / "out"))
     assert (tmp_path / "out_text_document.idx").read_text() == "mine"
-
-
-def test_a_folder_that_is_not_there_is_named(write_lines, tmp_path):
     with pytest.raises(ConfigurationError, match="--output-prefix: cannot write to the folder .*nowhere"):
-        preprocess(config(write_lines(TEXTS), tmp_path / "nowhere" / "out"))
+        preprocess(config(path, tmp_path / "nowhere" / "out"))
+    with pytest.raises(ConfigurationError, match="no document of .*empty.jsonl holds any text"):
+        preprocess(config(write_lines([{"text": ""}], "empty.jsonl"), tmp_path / "empty"))
 
 
 def command(path: str, prefix: Path, *more: str) -> list[str]:

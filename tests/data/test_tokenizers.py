@@ -1,3 +1,5 @@
+"""Tokenizers are transformers' and sentencepiece's own; a chat template's parts tell what the assistant said."""
+
 from __future__ import annotations
 
 import json
@@ -8,10 +10,12 @@ from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from transformers import AutoTokenizer
 
 from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data.chat import Part, chat_parts
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, build_tokenizer, require_vocabulary_fits
 from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
+REFUSING = "{{ raise_exception('roles must alternate') }}"
 
 
 def config(**settings) -> DataConfig:
@@ -64,9 +68,9 @@ def test_null_tokenizer_means_what_it_means_to_megatron():
 @pytest.mark.parametrize(
     ("text", "message"), [("3 one", "not '3 one'"), ("3 100", r"id \[100\] is not below --vocab-size 99")]
 )
-def test_null_tokenizer_refuses_what_is_not_an_id(null, text, message):
+def test_null_tokenizer_refuses_what_is_not_an_id(text, message):
     with pytest.raises(ConfigurationError, match=message):
-        null.encode(text)
+        NullTokenizer(99).encode(text)
 
 
 def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
@@ -84,21 +88,62 @@ def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
             build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source), None)
 
 
-def test_messages_need_a_chat_template(tmp_path, null):
-    bare = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=None)))
-    with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
-        bare.render_chat(MESSAGES)
+def test_messages_need_a_chat_template_that_takes_them(tmp_path):
+    for template, message in (
+        (None, f"{tmp_path} has no chat template"),
+        (REFUSING, "refuses .*: roles must alternate"),
+    ):
+        tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+        with pytest.raises(ConfigurationError, match=message):
+            tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
-        null.chat_parts(MESSAGES)
-
-
-def test_a_refusal_of_the_template_is_told(tmp_path):
-    folder = save_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigurationError, match="refuses the messages: roles must alternate"):
-        HuggingFaceTokenizer(str(folder)).render_chat(MESSAGES)
+        NullTokenizer(99).chat_parts(MESSAGES)
 
 
 def test_a_tokenizer_of_another_model_is_refused():
     require_vocabulary_fits(NullTokenizer(99), 100)
     with pytest.raises(ConfigurationError, match="has 100 ids but the model's vocabulary holds 99"):
         require_vocabulary_fits(NullTokenizer(99), 99)
+
+
+def turns(*roles: str) -> list[dict]:
+    return [{"role": role, "content": f"{role}{i}"} for i, role in enumerate(roles)]
+
+
+def chatml(messages, add_generation_prompt=False) -> str:
+    text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
+    return text + ("<assistant>" if add_generation_prompt else "")
+
+
+def test_what_the_assistant_says_is_trained_and_its_header_is_not():
+    assert chat_parts(chatml, turns("system", "user", "assistant", "user", "assistant", "user")) == [
+        Part("<system>system0</><user>user1</><assistant>", False),
+        Part("assistant2</>", True),
+        Part("<user>user3</><assistant>", False),
+        Part("assistant4</>", True),
+        Part("<user>user5</>", False),
+    ]
+
+
+def test_a_generation_prompt_that_a_finished_turn_lacks_does_not_hurt():
+    def thinking(messages, add_generation_prompt=False):
+        return chatml(messages, add_generation_prompt) + ("<think>" if add_generation_prompt else "")
+
+    assert chat_parts(thinking, turns("user", "assistant"))[:2] == [
+        Part("<user>user0</><assistant>", False),
+        Part("assistant1</>", True),
+    ]
+
+
+def test_an_assistant_who_begins_is_trained_from_the_start():
+    assert chat_parts(chatml, turns("assistant"))[:2] == [Part("", False), Part("<assistant>assistant0</>", True)]
+
+
+def test_a_template_that_rewrites_the_past_and_a_conversation_without_an_answer_are_refused():
+    def rewriting(messages, add_generation_prompt=False):
+        return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
+
+    with pytest.raises(ConfigurationError, match="cannot be told apart: split the conversation"):
+        chat_parts(rewriting, turns("user", "assistant"))
+    with pytest.raises(ConfigurationError, match='no message has the role "assistant"'):
+        chat_parts(chatml, turns("user", "user"))

@@ -1,4 +1,7 @@
-"""The core attention against scores written out."""
+"""The core attention, plain and with ALiBi, against scores written out; a cache of turned keys against megatron-core's.
+
+Letters: s queries, k keys, b batch, n heads, d features of a head.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from megatron_peft.models.alibi import AlibiAttention, AlibiBias, alibi_slopes
 from megatron_peft.models.attention import ScaledDotProductAttention
+from megatron_peft.models.self_attention import CachingSelfAttention
 from tests.one_rank import one_rank
+from tests.tiny_gpt import tiny_gpt
 
-S, BATCH, HEADS, GROUPS, DIM = 6, 2, 4, 2, 8
+S, BATCH, HEADS, DIM = 7, 2, 6, 8
 SCALE = 1 / math.sqrt(DIM)
+KINDS = {"plain": 2, "alibi": HEADS}  # and their key-value heads: Bloom does not group its queries
+PIECES = [3, 1, 4, 1, 5], [9], [2, 6], [5]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,22 +34,31 @@ def world():
         yield
 
 
-def _attention(**settings):
+def _attention(kind="plain", bias=None, **settings):
     config = SimpleNamespace(kv_channels=DIM, attention_dropout=0.0)
+    if kind == "alibi":
+        bias = bias or AlibiBias(HEADS, 0, 1)
+        return AlibiAttention(config, 1, AttnMaskType.causal, "self", bias=bias, **settings)
     return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self", **settings)
 
 
-def _qkv(num_queries=S, num_keys=S, groups=GROUPS):
+def _qkv(num_queries=S, heads=HEADS, groups=HEADS):
     torch.manual_seed(0)
-    return torch.randn(num_queries, BATCH, HEADS, DIM), *torch.randn(2, num_keys, BATCH, groups, DIM)
+    return torch.randn(num_queries, BATCH, heads, DIM), *torch.randn(2, S, BATCH, groups, DIM)
 
 
-def _reference(query, key, value, hidden=None, scale=SCALE):
-    """Scores and softmax in the open; `hidden` [.., s, k] on top of the causal mask."""
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+def _slopes(num_heads=HEADS):
+    """transformers' own: its bias of the key at position 1."""
+    return build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]
+
+
+def _reference(query, key, value, kind="plain", hidden=None, scale=SCALE, slopes=None):
+    """Scores and softmax in the open, Bloom's slope x key position; `hidden` [b, 1, 1, k] on top of the causal mask."""
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
     scores = torch.einsum("sbnd,kbnd->bnsk", query, key) * scale
-    num_queries, num_keys = scores.shape[-2:]
+    if kind == "alibi":
+        scores = scores + (_slopes() if slopes is None else slopes)[:, None, None] * torch.arange(num_keys)
     position = torch.arange(num_keys - num_queries, num_keys)[:, None]
     future = torch.arange(num_keys) > position
     if hidden is not None:
@@ -47,48 +67,49 @@ def _reference(query, key, value, hidden=None, scale=SCALE):
     return torch.einsum("bnsk,kbnd->sbnd", weights, value).flatten(2)
 
 
-@pytest.mark.parametrize("groups", [HEADS, GROUPS, 1])
-def test_causal_with_grouped_queries(groups):
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+def test_causal_with_grouped_queries_and_a_scale_of_its_own(groups):
     qkv = _qkv(groups=groups)
     torch.testing.assert_close(_attention()(*qkv, None), _reference(*qkv))
-
-
-def test_a_scale_of_its_own():
-    qkv = _qkv()
     torch.testing.assert_close(_attention(softmax_scale=0.1)(*qkv, None), _reference(*qkv, scale=0.1))
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 5])
-def test_queries_are_the_last_of_a_cache(num_queries):
-    qkv = _qkv(num_queries)
-    torch.testing.assert_close(_attention()(*qkv, None), _reference(*qkv))
+@pytest.mark.parametrize("num_queries", [S, 5, 2, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_are_the_last_of_a_cache(kind, num_queries):
+    qkv = _qkv(num_queries, groups=KINDS[kind])
+    torch.testing.assert_close(_attention(kind)(*qkv, None), _reference(*qkv, kind))
 
 
 @pytest.mark.parametrize("num_queries", [1, S])
-def test_hidden_keys_are_not_seen(num_queries):
-    """Left padding of the second sample, as in generation."""
-    qkv = _qkv(num_queries)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_keys_are_not_seen(kind, num_queries):
+    """Left padding of the second sample, as in generation: its last token is that of the sample without padding."""
+    query, key, value = qkv = _qkv(num_queries, groups=KINDS[kind])
     hidden = torch.zeros(BATCH, 1, 1, S, dtype=torch.bool)
     hidden[1, ..., :3] = True
-    found = _attention()(*qkv, hidden)
-    torch.testing.assert_close(found, _reference(*qkv, hidden))
+    found = _attention(kind)(*qkv, hidden)
+    torch.testing.assert_close(found, _reference(*qkv, kind, hidden))
     assert torch.isfinite(found).all()  # padded queries too, which see nothing but themselves
-    moved = [x.clone() for x in qkv]
-    for x in moved[1:]:
-        x[:3, 1] += 5.0
-    torch.testing.assert_close(_attention()(*moved, hidden)[-1], found[-1])
+    alone = _attention(kind)(query[-1:, 1:], key[3:, 1:], value[3:, 1:], None)
+    torch.testing.assert_close(found[-1:, 1:], alone)
 
 
-def test_packed_samples_attend_to_themselves_only():
-    query, key, value = (x[:, 0] for x in _qkv())
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_samples_attend_to_themselves_only(kind):
+    qkv = [x[:, 0] for x in _qkv(groups=KINDS[kind])]
     ends = torch.tensor([0, 1, 4, S], dtype=torch.int32)
     packing = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=3, max_seqlen_kv=3)
-    found = _attention()(query, key, value, None, packed_seq_params=packing)
-    alone = [
-        _reference(*(x[first:end, None] for x in (query, key, value)))
-        for first, end in zip(ends[:-1], ends[1:], strict=True)
-    ]
-    torch.testing.assert_close(found, torch.cat(alone))
+    alone = [_reference(*(x[first:end, None] for x in qkv), kind) for first, end in ((0, 1), (1, 4), (4, S))]
+    torch.testing.assert_close(_attention(kind)(*qkv, None, packed_seq_params=packing), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_reference(kind):
+    qkv = [x.requires_grad_() for x in _qkv(groups=KINDS[kind])]
+    weights = torch.randn(S, BATCH, HEADS * DIM)
+    found = torch.autograd.grad((_attention(kind)(*qkv, None) * weights).sum(), qkv)
+    torch.testing.assert_close(found, torch.autograd.grad((_reference(*qkv, kind) * weights).sum(), qkv))
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():
@@ -101,11 +122,73 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
 
 
 def test_dropout_of_heads_leaves_the_common_generator_alone():
+    attention, qkv = _attention(attention_dropout=0.5), _qkv()
     before = torch.get_rng_state()
-    _attention(attention_dropout=0.5)(*_qkv_without_seeding(), None)
+    attention(*qkv, None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def _qkv_without_seeding():
-    ones = torch.ones(S, BATCH, HEADS, DIM)
-    return ones, ones, ones
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 6, 8, 12, 32, 52, 112])
+def test_slopes_are_those_of_transformers(num_heads):
+    torch.testing.assert_close(alibi_slopes(num_heads), _slopes(num_heads))
+
+
+def test_a_rank_has_the_slopes_of_its_own_heads():
+    qkv = _qkv(heads=2, groups=2)
+    for rank in range(3):
+        own = _slopes()[2 * rank : 2 * rank + 2]
+        found = _attention("alibi", AlibiBias(HEADS, rank, 3))(*qkv, None)
+        torch.testing.assert_close(found, _reference(*qkv, "alibi", slopes=own))
+
+
+def test_layers_share_one_bias_whatever_the_lengths():
+    """Short, long, short again, another type: each as if it were the first."""
+    bias = AlibiBias(HEADS, 0, 1)
+    query = torch.empty(0)
+    kept = []
+    for num_queries, num_keys in ((5, 5), (4, 300), (300, 300), (2, 7)):
+        found = bias.of(num_queries, num_keys, query)
+        torch.testing.assert_close(found, AlibiBias(HEADS, 0, 1).of(num_queries, num_keys, query))
+        kept.append(found.untyped_storage().data_ptr())
+    assert kept[1] == kept[2] == kept[3]
+    assert bias.of(5, 5, query.double()).dtype == torch.float64
+
+
+def test_neighbours_far_from_the_start_differ_in_bfloat16():
+    """slope x position would give the last two keys of 2,000 the same bias."""
+    row = AlibiBias(8, 0, 1).of(2000, 2000, torch.empty(0, dtype=torch.bfloat16))[0, -1]
+    assert row[-2:].tolist() == [-0.5, 0.0]
+    assert torch.tensor([0.5 * 1998, 0.5 * 1999]).bfloat16().unique().numel() == 1
+
+
+@torch.no_grad()
+def _logits(model, cache, pieces):
+    """Of two rows, piece by piece through the cache."""
+    logits = []
+    cache.materialize_only_last_token_logits = False
+    for piece in pieces:
+        first = cache.sequence_len_offset
+        tokens = torch.tensor([piece, [token + 1 for token in piece]])
+        positions = torch.arange(first, first + len(piece)).expand_as(tokens)
+        logits.append(model(tokens, positions, None, inference_context=cache, runtime_gather_output=True))
+        cache.increment_sequence_len_offset(len(piece))
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(("embedding", "groups"), [("rope", 2), ("alibi", 4)])
+def test_logits_of_turned_keys_are_those_of_megatron_cores_own_attention_bit_for_bit(embedding, groups):
+    model = tiny_gpt({"position_embedding": embedding, "num_query_groups": groups}).eval()
+    found = _logits(model, StaticInferenceContext(2, 9), PIECES)
+    for layer in model.decoder.layers:
+        assert type(layer.self_attention) is CachingSelfAttention
+        layer.self_attention.__class__ = SelfAttention
+    assert torch.equal(found, _logits(model, StaticInferenceContext(2, 9), PIECES))
+
+
+def test_attention_reads_keys_from_the_cache_itself():
+    model, seen, cache = tiny_gpt().eval(), [], StaticInferenceContext(2, 5)
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    _logits(model, cache, PIECES[:1])
+    held = [keys.data_ptr() for keys, _ in cache.key_value_memory_dict.values()]
+    assert [keys.data_ptr() for keys in seen] == held

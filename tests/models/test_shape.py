@@ -1,23 +1,145 @@
+"""A model's shape, and flags and layout held against it: contradictions are told with both values or the valid ones."""
+
 from __future__ import annotations
+
+import re
+from dataclasses import replace
 
 import pytest
 
-from megatron_peft.config import ConfigurationError
-from megatron_peft.models.shape import ModelShape
-from tests.tiny_gpt import SIZES
+from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+
+LLAMA = ModelShape(
+    architecture="llama",
+    num_layers=12,
+    hidden_size=96,
+    ffn_hidden_size=288,
+    num_attention_heads=12,
+    num_query_groups=6,
+    kv_channels=8,
+    vocab_size=1000,
+    max_position_embeddings=2048,
+    rope_scaling=RopeScaling(factor=8.0),
+)
+BLOOM = replace(
+    LLAMA,
+    architecture="bloom",
+    num_query_groups=12,
+    normalization="LayerNorm",
+    activation="gelu_tanh",
+    gated_linear_unit=False,
+    linear_biases=frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+    tied_embeddings=True,
+    position_embedding="alibi",
+    rope_scaling=None,
+)
+LLAMA_FLAGS = {
+    "num_layers": 12,
+    "hidden_size": 96,
+    "ffn_hidden_size": 288,
+    "num_attention_heads": 12,
+    "group_query_attention": True,
+    "num_query_groups": 6,
+    "kv_channels": 8,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "position_embedding_type": "rope",
+    "use_rotary_position_embeddings": True,
+    "rotary_base": 10000.0,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": True,
+    "rope_scaling_factor": 8.0,
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "untie_embeddings_and_output_weights": True,
+}
+
+
+def layout(tp: int = 1, pp: int = 1, first: int | None = None, last: int | None = None, **more: int) -> ParallelConfig:
+    stages = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last, **more}
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, world_size=tp * pp, **stages)
 
 
 @pytest.mark.parametrize(
-    "vocab_size, multiple, tensor_parallel_size, expected",
+    "vocab_size, multiple, size, expected",
     [(37, 1, 1, 37), (37, 8, 1, 40), (40, 8, 1, 40), (37, 1, 3, 39), (37, 8, 3, 48), (49152, 128, 3, 49152)],
 )
-def test_the_vocabulary_is_padded_to_equal_multiples_on_every_rank(
-    vocab_size, multiple, tensor_parallel_size, expected
-):
-    shape = ModelShape(**{**SIZES, "vocab_size": vocab_size})
-    assert shape.padded_vocab_size(multiple, tensor_parallel_size) == expected
+def test_the_vocabulary_is_padded_to_equal_multiples_on_every_rank(vocab_size, multiple, size, expected):
+    assert replace(LLAMA, vocab_size=vocab_size).padded_vocab_size(multiple, size) == expected
 
 
 def test_heads_that_cannot_share_their_keys_are_refused():
     with pytest.raises(ConfigurationError, match="6 attention heads cannot share 4 key-value heads"):
-        ModelShape(**{**SIZES, "num_attention_heads": 6, "num_query_groups": 4})
+        replace(LLAMA, num_attention_heads=6, num_query_groups=4)
+
+
+def test_flags_that_agree_say_nothing() -> None:
+    assert compare_shape(LLAMA_FLAGS, LLAMA) == []
+    biased = replace(LLAMA, linear_biases=frozenset({"linear_qkv"}))
+    assert compare_shape({"disable_bias_linear": True, "add_qkv_bias": True}, biased) == []
+    assert compare_shape({"openai_gelu": True, "add_qkv_bias": True, "normalization": "LayerNorm"}, BLOOM) == []
+
+
+@pytest.mark.parametrize("name", LLAMA_FLAGS.keys() - {"kv_channels"})
+def test_each_flag_can_contradict(name: str) -> None:
+    sizes = {"num_layers": 24, "hidden_size": 192, "ffn_hidden_size": 768, "vocab_size": 999, "norm_epsilon": 1e-6}
+    heads = {"num_attention_heads": 24, "num_query_groups": 24, "max_position_embeddings": 1024}
+    (problem,) = compare_shape({name: LLAMA_FLAGS[name]}, replace(BLOOM, **sizes, **heads))
+    assert problem.startswith(f"--{name.replace('_', '-')} ")
+
+
+def test_both_values_are_named_and_all_contradictions_told() -> None:
+    layers, epsilon, *others = compare_shape(
+        {"num_layers": 32, "norm_epsilon": 1e-6, "openai_gelu": True, "add_qkv_bias": True}, LLAMA
+    )
+    assert "--num-layers 32 " in layers and " 12" in layers
+    assert "1e-06" in epsilon and "1e-05" in epsilon
+    assert len(others) == 2
+
+
+def test_number_of_groups_says_more_than_grouping() -> None:
+    """Megatron's scripts give both, also for as many groups as heads."""
+    assert compare_shape({"group_query_attention": True, "num_query_groups": 12}, BLOOM) == []
+    assert len(compare_shape({"group_query_attention": True}, BLOOM)) == 1
+
+
+def test_layouts_that_fit_say_nothing() -> None:
+    uneven = [{"first": 2, "last": 4, "pp": 4}, {"first": 5}, {"first": 5, "last": 7}]
+    fitting = [layout(), layout(tp=6), layout(pp=4), layout(tp=2, pp=3, num_layers_per_virtual_pipeline_stage=2)]
+    fitting += [layout(**{"pp": 2, **stages}) for stages in uneven]
+    assert [check_layout(one, LLAMA) for one in fitting] == [[]] * len(fitting)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (layout(tp=4), "--tensor-model-parallel-size 4 .* 6 key-value heads: use 1, 2, 3 or 6."),
+        (layout(tp=5), "12 attention heads, 6 key-value heads, 96 hidden features, 288 MLP features"),
+        (layout(pp=5), "--pipeline-model-parallel-size 5 does not divide the model's 12 layers: use 1, 2, 3, 4, 6 or"),
+        (layout(pp=2, num_layers_per_virtual_pipeline_stage=4), "the 6 layers of a stage .* use 1, 2, 3 or 6"),
+        (layout(pp=3, first=3), "--decoder-first-.* 3 leave 9 .* other 2 pipeline stages: use 2, 4, 6, 8 or 10 layers"),
+        (layout(pp=2, first=5, last=5), "leave 2 .* other 0 pipeline stages: use 12 layers"),
+        (layout(pp=2, last=12), "leave 0 of the model's 12 layers"),
+    ],
+)
+def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expected: str) -> None:
+    (problem,) = check_layout(parallel, LLAMA)
+    assert re.search(expected, problem), problem
+
+
+def test_tensor_and_pipeline_problems_are_told_together() -> None:
+    assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2
+
+
+def test_samples_longer_than_rotary_positions_are_told_unless_their_length_is_the_default() -> None:
+    data = DataConfig(train_data_path=("a.jsonl",), seq_length=4096)
+    (problem,) = check_lengths(data, LLAMA)
+    assert "--seq-length 4096" in problem and "2048" in problem
+    assert check_lengths(data, BLOOM) == check_lengths(replace(data, seq_length=2048), LLAMA) == []
+    small = replace(LLAMA, max_position_embeddings=64)
+    assert check_lengths(DataConfig(train_data_path=("a.jsonl",)), small) == []
+    assert len(check_lengths(replace(data, seq_length=65), small)) == 1

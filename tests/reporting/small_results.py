@@ -10,7 +10,7 @@ from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.record import CellRecord, write_record
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.reporting.results import Results, read_results
-from tests.experiment.small_experiment import experiment
+from tests.experiment.small_experiment import content, experiment
 
 METHODS = {
     "lora": {"grid": {"lr": [0.1, 0.4]}},
@@ -61,3 +61,10 @@ def record_of(cell: Cell, **changes: Any) -> CellRecord:
 
 def results(folder: Path, **changes: Any) -> Results:
     return read_results(write_cells(folder, **changes))
+
+
+def as_the_paper(folder: Path, **changes: Any) -> Results:
+    """As `results`, of a model and a task that the paper has too."""
+    tasks = {"talk": {**content()["tasks"]["talk"], "paper": "GLUE"}}
+    models = {"tiny": {**content()["models"]["tiny"], "paper": "BloomZ-7B1"}}
+    return results(folder, **{"tasks": tasks, "models": models, **changes})

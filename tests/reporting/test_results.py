@@ -1,71 +1,142 @@
+"""Which runs of an experiment count, and how a method's differ from another's: in loss by seed, in steps to a loss."""
+
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import cell_file, of_cell, write_record
-from megatron_peft.reporting.results import VALIDATION_LOSS, copy_results, metrics, read_results
+from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
+from megatron_peft.reporting.comparison import compare
+from megatron_peft.reporting.results import VALIDATION_LOSS, Results, copy_results, metrics, read_results
+from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
 from tests.reporting.small_results import LAYERS, record_of, results, write_cells
 
 
-def test_runs_are_those_of_the_rate_with_the_least_loss(tmp_path: Path) -> None:
-    lora, lora_ga, _ = results(tmp_path).all
+@pytest.fixture
+def found(tmp_path: Path) -> Results:
+    return results(tmp_path)
+
+
+def test_runs_are_those_of_the_rate_with_the_least_loss(found: Results) -> None:
+    lora, lora_ga, _ = found.all
     assert (lora.settings, lora_ga.settings) == ({"lr": "0.4"}, {"lr": "0.1"})
     assert lora.values("accuracy") == pytest.approx({1: 79.8, 2: 79.6, 3: 78.8})
     assert lora_ga.values(VALIDATION_LOSS) == pytest.approx({1: 1.51, 2: 1.52, 3: 1.56})
 
 
-def test_metrics_are_the_loss_and_the_scores(tmp_path: Path) -> None:
-    assert metrics(results(tmp_path).experiment.tasks[0]) == {VALIDATION_LOSS: False, "accuracy": True}
+def test_metrics_are_the_loss_and_the_scores(found: Results) -> None:
+    assert metrics(found.experiment.tasks[0]) == {VALIDATION_LOSS: False, "accuracy": True}
 
 
-def test_a_run_that_is_not_there_is_left_out(tmp_path: Path) -> None:
-    write_cells(tmp_path)
-    found = read_results(tmp_path)
-    cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
-    found = read_results(tmp_path)
-    assert list(found.all[0].finals) == [1, 2] and found.num_finals() == (8, 9)
-
-
-def test_a_failed_run_is_not_a_result(tmp_path: Path) -> None:
-    found = results(tmp_path)
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_is_not_there_or_failed_is_left_out(found: Results, tmp_path: Path, failed: bool) -> None:
     cell = found.all[0].group.finals[1][2]
-    write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
-    assert list(read_results(tmp_path).all[0].finals) == [1, 2]
+    if failed:
+        write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
+    else:
+        cell_file(tmp_path, cell).unlink()
+    again = read_results(tmp_path)
+    assert list(again.all[0].finals) == [1, 2] and again.num_finals() == (8, 9)
 
 
-def test_cells_written_without_lambdas_get_them_from_their_run(tmp_path: Path) -> None:
-    hybrid = results(tmp_path).all[2]
-    cell = hybrid.group.finals[1][0]
+def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, tmp_path: Path) -> None:
+    cell = found.all[2].group.finals[1][0]
     write_record(tmp_path, cell, record_of(cell, lambdas={}))
     path = process.checkpoints(tmp_path, cell) / process.LAMBDA_FILE
     path.parent.mkdir(parents=True)
     lines = [{"iteration": at, "lambda": {LAYERS[0]: 0.5, LAYERS[1]: at / 10}} for at in (1, 2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read_results(tmp_path).all[2].finals[1].lambdas
-    assert found == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
+    lambdas = read_results(tmp_path).all[2].finals[1].lambdas
+    assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
 
 
-def test_copy_gives_the_same_results(tmp_path: Path) -> None:
-    found = results(tmp_path)
+def test_copy_gives_the_same_results(found: Results, tmp_path: Path) -> None:
     copy_results(found, tmp_path / "copy")
     copied = read_results(tmp_path / "copy")
-    assert [one.finals for one in copied.all] == [one.finals for one in found.all]
-    assert [one.tuning for one in copied.all] == [one.tuning for one in found.all]
+    assert [(one.finals, one.tuning) for one in copied.all] == [(one.finals, one.tuning) for one in found.all]
 
 
-def test_missing_experiment_says_how_to_name_it(tmp_path: Path) -> None:
+def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
-
-
-def test_cells_of_other_flags_are_no_results(tmp_path: Path) -> None:
-    write_cells(tmp_path)
-    path = tmp_path / "experiment.yaml"
+    path = write_cells(tmp_path) / "experiment.yaml"
     path.write_text(path.read_text().replace("train-iters: 2", "train-iters: 3"))
     with pytest.raises(ConfigurationError, match="holds no cell of .*: cells count while their flags are those"):
         read_results(tmp_path)
+
+
+CURVE = [(10, 3.0), (20, 2.0), (40, 1.0), (60, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (2.5, (15, False)),
+        (1.5, (30, False)),
+        (1.0, (40, False)),
+        (0.9, None),
+        (3.0, (10, False)),
+        (3.5, (10, True)),  # some step before the first measurement
+    ],
+)
+def test_crossing_lies_on_the_line_between_measurements(loss: float, expected: tuple[float, bool] | None) -> None:
+    assert crossing(CURVE, loss) == expected
+
+
+def run(*losses: float) -> CellRecord:
+    curve = [[10 * at, at / 10, loss] for at, loss in enumerate(losses, start=1)]
+    return CellRecord("m", "t", "x", {}, 1, (), 1, "trained", curves={"validation_loss": curve})
+
+
+def test_half_the_steps_are_two_times_fewer() -> None:
+    at_10, at_20, _, at_40 = steps_to({1: run(3, 1, 0.5, 0.2)}, {1: run(4, 3, 2, 1)})
+    assert at_10 == StepsTo(10, 1.0, True, 1, 1)
+    assert (at_20, at_40) == (StepsTo(20, 2.0, False, 1, 1), StepsTo(40, 2.0, False, 1, 1))
+
+
+def test_runs_are_paired_by_seed_and_those_that_never_arrive_are_counted() -> None:
+    found = steps_to({1: run(3, 1), 2: run(9, 9), 7: run(0, 0)}, {1: run(4, 2), 2: run(4, 2)})
+    assert found[-1] == StepsTo(20, 20 / 15, False, 1, 2)
+
+
+def test_no_common_seed_gives_nothing_and_a_method_against_itself_the_same_steps(found: Results) -> None:
+    assert steps_to({1: run(1)}, {2: run(1)}) == []
+    lora = found.all[0].finals
+    assert [(one.steps, one.times_fewer) for one in steps_to(lora, lora)] == [(10, 1), (20, 1), (40, 1)]
+
+
+def test_difference_and_statistic_are_those_of_the_pairs() -> None:
+    """t = mean(d) / (sd(d) / sqrt(n)); the 97.5% point of t with two degrees of freedom is 4.303."""
+    random.seed(1)
+    ours, theirs = ({seed: random.gauss(0, 1) for seed in (1, 2, 3)} for _ in range(2))
+    differences = [ours[seed] - theirs[seed] for seed in (1, 2, 3)]
+    found = compare(ours, theirs)
+    assert found is not None and found.num_pairs == 3
+    assert found.difference == pytest.approx(mean(differences))
+    half = 4.30265 * stdev(differences) / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((mean(differences) - half, mean(differences) + half), rel=1e-4)
+    assert (found.p < 0.05) == (abs(found.difference) > half)
+
+
+def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> None:
+    """A large spread over seeds that both share does not hide a small difference."""
+    found = compare({1: 10.1, 2: 20.11, 3: 30.09}, {1: 10.0, 2: 20.0, 3: 30.0})
+    assert found is not None and found.p < 0.01
+    found = compare({1: 1.0, 2: 3.0, 5: 100.0}, {1: 0.0, 2: 1.0, 3: 7.0})
+    assert found is not None and (found.num_pairs, found.difference) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [({1: 1.0}, {1: 2.0}), ({1: 1.0, 2: 2.0}, {3: 1.0, 4: 2.0}), ({1: 1.0, 2: 2.0}, {1: 0.5, 2: 1.5})],
+    ids=["one pair", "no pair", "no spread"],
+)
+def test_nothing_is_claimed_where_nothing_can_be_said(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    assert compare(ours, theirs) is None

@@ -7,20 +7,42 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_peft.runtime.failure import FAREWELL_SECONDS
+from megatron_peft.config import ConfigurationError
+from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
 from tests.ranks import Ranks
-from tests.runtime import failure_runs
 from tests.time_limits import seconds
 
-SIZES = {
-    "configuration on one": 3,
-    "configuration on all": 2,
-    "error on one": 2,
-    "error on the first": 2,
-    "no error": 2,
+WRONG, LOST = ConfigurationError("--lr is wrong."), RuntimeError("lost")
+# What is raised on which ranks of how many.
+CASES = {
+    "configuration on one": (WRONG, [2], 3),
+    "configuration on all": (WRONG, [0, 1], 2),
+    "error on one": (LOST, [1], 2),
+    "error on the first": (LOST, [0], 2),
+    "no error": (None, [], 2),
 }
-FAILING = [case for case in SIZES if case != "no error"]
+
+
+def _program(error: Exception | None, failing: list[int]) -> None:
+    """The ranks that do not fail wait in a collective, as in a step."""
+    rank = dist.get_rank()
+    if error is None:
+        time.sleep(0.7 * rank)  # longer than the others look at the board
+    elif rank in failing:
+        print(f"raised at {time.time()}", flush=True)
+        raise error
+    else:
+        dist.all_reduce(torch.zeros(1))
+
+
+def _rank(case: str) -> None:
+    dist.init_process_group("gloo")
+    run_together(lambda: _program(*CASES[case][:2]), "program")
+    dist.destroy_process_group()
+    print("ended well", flush=True)
 
 
 @dataclass(frozen=True)
@@ -31,12 +53,12 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes():
-    return {case: _run(case, size) for case, size in SIZES.items()}
+def outcomes() -> dict[str, Outcome]:
+    return {case: _run(case, size) for case, (_, _, size) in CASES.items()}
 
 
 def _run(case: str, size: int) -> Outcome:
-    with Ranks(size, failure_runs.main, case) as ranks:
+    with Ranks(size, _rank, case) as ranks:
         for process in ranks.processes:  # none is ended from outside
             process.join(seconds(120))
         return Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
@@ -45,21 +67,21 @@ def _run(case: str, size: int) -> Outcome:
 @pytest.mark.parametrize("case", ["configuration on one", "configuration on all"])
 def test_a_configuration_error_is_said_once_without_a_traceback(outcomes, case):
     found = outcomes[case]
-    assert found.exit_codes == [2] * SIZES[case], found.output
+    assert found.exit_codes == [2] * CASES[case][2], found.output
     assert found.output.count("program: error: --lr is wrong.") == 1
     assert "Traceback" not in found.output
 
 
 @pytest.mark.parametrize("case", ["error on one", "error on the first"])
 def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
+    _, (failed,), size = CASES[case]
     found = outcomes[case]
-    assert found.exit_codes == [1] * SIZES[case], found.output
+    assert found.exit_codes == [1] * size, found.output
     assert found.output.count("RuntimeError: lost") == 1
-    failed = 0 if case == "error on the first" else SIZES[case] - 1
     assert f"program: rank {failed} failed:" in found.output
 
 
-@pytest.mark.parametrize("case", FAILING)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
 def test_nobody_waits_for_a_timeout(outcomes, case):
     raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
     assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)

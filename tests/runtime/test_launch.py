@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import checked_together, free_port, start_model_parallel, stop_model_parallel, world
+from megatron_peft.runtime.launch import checked_together, start_model_parallel, stop_model_parallel, world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.runtime import launch_runs
@@ -25,9 +25,14 @@ def on_two_ranks():
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def test_without_a_launcher_a_process_is_a_world_of_one(monkeypatch):
+@pytest.fixture
+def no_launcher(monkeypatch):
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_without_a_launcher_a_process_is_a_world_of_one():
     before = dict(os.environ)
     with world(ParallelConfig()):
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
@@ -37,10 +42,9 @@ def test_without_a_launcher_a_process_is_a_world_of_one(monkeypatch):
     assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
 
 
-def test_layouts_of_one_world_leave_nothing_behind(monkeypatch):
+@pytest.mark.usefixtures("no_launcher")
+def test_layouts_of_one_world_leave_nothing_behind():
     """gloo's threads above all: a process that tried many layouts would end with a thousand of them."""
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
     with world(ParallelConfig()):
         for _ in range(3):
             start_model_parallel(ParallelConfig(), seed=1)
@@ -97,8 +101,3 @@ def test_a_check_that_fails_anywhere_fails_everywhere_with_one_message(on_two_ra
 def test_other_errors_of_a_check_are_not_swallowed():
     with one_rank(), pytest.raises(ZeroDivisionError):
         checked_together(lambda: 1 / 0)
-
-
-def test_a_free_port_can_be_listened_on():
-    with socket.socket() as listener:
-        listener.bind(("localhost", free_port()))

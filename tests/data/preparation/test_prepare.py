@@ -1,23 +1,138 @@
-"""What is written into a benchmark's folder."""
+"""From items to a benchmark's folder: which texts are one item, which part an item goes to, what is written of it."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from megatron_peft.config_error import ConfigurationError
 from megatron_peft.data.preparation.document import Document, normalised
 from megatron_peft.data.preparation.prepare import Benchmark, Prepared, Tests, prepare
-from megatron_peft.data.preparation.split import HashSplit
-from megatron_peft.data.preparation.template import TaskTemplate
+from megatron_peft.data.preparation.split import HashSplit, TestItems
+from megatron_peft.data.preparation.template import PACKAGE, TaskTemplate
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [
+        ("The cat sat.", "the  CAT\nsat", True),
+        ("It's 3.50 €", "it s 3 50", True),
+        ("ﬁne ① word", "fine 1 word", True),
+        ("Straße", "STRASSE", True),
+        ("L'été", "l’été", True),
+        ("3 apples", "4 apples", False),
+        ("été", "ete", False),
+        ("not good", "good", False),
+    ],
+)
+def test_words_numbers_and_accents_count_and_case_punctuation_and_forms_do_not(text: str, other: str, same: bool):
+    assert (normalised(text) == normalised(other)) is same
+
+
+def item(*texts: str, fragments: tuple[str, ...] = ()) -> Document:
+    return Document({}, texts, f"file, {texts[0]}", fragments)
+
+
+def test_shares_are_those_asked_for() -> None:
+    parts = Counter(HashSplit(10, 20).part(item(f"item {n}")) for n in range(20_000))
+    assert parts["test"] == pytest.approx(4000, rel=0.1)
+    assert parts["valid"] == pytest.approx(2000, rel=0.1)
+
+
+def test_part_depends_on_text_and_seed_only() -> None:
+    texts = [f"Item {n}." for n in range(300)]
+    parts = [HashSplit(30).part(item(text)) for text in texts]
+    assert parts == [HashSplit(30).part(item(text.upper() + "!")) for text in texts]
+    assert parts != [HashSplit(30, seed=1).part(item(text)) for text in texts]
+
+
+def test_more_test_items_take_none_from_another_part_twice() -> None:
+    """valid moves behind test; an item of test stays in test when its share grows."""
+    small, large = HashSplit(5, 5), HashSplit(5, 10)
+    items = [item(f"{n}") for n in range(2000)]
+    assert all(large.part(one) == "test" for one in items if small.part(one) == "test")
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [((50, 50), "--valid-percent 50 and --test-percent 50 leave nothing"), ((-1,), "--valid-percent is -1")],
+)
+def test_shares_must_leave_something(shares: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        HashSplit(*shares)
+
+
+def test_test_items_are_recognised_by_any_text() -> None:
+    tests = TestItems()
+    tests.add(item("How many apples?", "an answer"))
+    assert tests.match(item("how many APPLES")) == "file, How many apples?"
+    assert tests.match(item("other", "An answer!")) is not None
+    assert tests.match(item("How many pears?")) is None
+    assert tests.match(item("how many apples are there")) is None, "only fragments may stand inside"
+
+
+def test_fragments_are_found_inside_unless_short_or_empty() -> None:
+    tests = TestItems()
+    long = "return the sum of all the even numbers in the list"
+    tests.add(item("...", fragments=(long, "return x", "")))
+    assert tests.match(item("please: " + long.replace(" ", "\n") + ", quickly")) is not None
+    assert tests.match(item("def f(x): return x")) is tests.match(item("!!!")) is None
+
+
+def test_a_task_prompts_and_answers_by_choice_or_text() -> None:
+    mnli = TaskTemplate("glue_mnli")
+    fields = {"premise": "It rains.", "hypothesis": " It is wet", "label": 1}
+    assert mnli.prompt(fields) == "It rains.\nQuestion: It is wet. True, False or Neither?\nAnswer:"
+    assert mnli.completion(fields) == " Neither"
+    fields = {"source": "Open", "target": "Ouvrir", "source_language": "English", "target_language": "French"}
+    assert TaskTemplate("translation").completion(fields) == " Ouvrir"
+    assert TaskTemplate("humaneval_greedy").completion({"canonical_solution": "    return 1"}) == "    return 1"
+
+
+def test_input_of_an_instruction_is_optional() -> None:
+    template = TaskTemplate("instructions")
+    with_input = template.prompt({"instruction": "Add.", "input": "1 2"})
+    assert with_input.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert template.prompt({"instruction": "Add.", "input": ""}).endswith("Add.\n\n### Response:\n")
+
+
+def test_missing_field_is_not_silently_empty() -> None:
+    with pytest.raises(UndefinedError):
+        TaskTemplate("glue_qqp").prompt({"question1": "What?"})
+
+
+def test_filled_task_names_its_data(tmp_path: Path) -> None:
+    text = TaskTemplate("glue_qqp").filled({"test": tmp_path / 'a "b".jsonl'})
+    task = yaml.safe_load(text)
+    assert task["dataset_path"] == "json"
+    assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / 'a "b".jsonl')}}
+    assert text.startswith("# QQP of GLUE")
+
+
+def test_change_that_does_not_apply_is_an_error() -> None:
+    assert TaskTemplate("glue_qqp", {"task: glue_qqp": "task: mine"}).task == "mine"
+    with pytest.raises(ConfigurationError, match="does not hold 'repeats: 20' once"):
+        TaskTemplate("glue_qqp", {"repeats: 20": "repeats: 5"})
+
+
+def test_every_template_is_named_like_its_task() -> None:
+    names = [path.name.removesuffix(".yaml") for path in files(PACKAGE).joinpath("tasks").iterdir()]
+    assert len(names) == 10
+    assert [name for name in names if TaskTemplate(name).task != name] == []
+
 
 TEMPLATE = TaskTemplate("gsm8k_8shot")
 PLAIN = TaskTemplate("glue_sst2")
+SENTENCES = [f"sentence {n}" for n in range(50)]
 
 
 def items(texts: list[str], name: str = "train") -> list[Document]:
@@ -35,14 +150,9 @@ def run(folder: Path, train: list[str], test: list[str], **settings: Any) -> Pre
 
 
 def test_training_files_and_task_are_written(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", [f"sentence {n}" for n in range(50)], ["good", "fine"])
-    assert {path.name for path in done.folder.iterdir()} == {
-        "train.jsonl",
-        "valid.jsonl",
-        "fewshot.jsonl",
-        "test.jsonl",
-        "glue_sst2.yaml",
-    }
+    done = run(tmp_path / "out", SENTENCES, ["good", "fine"])
+    written = {"train.jsonl", "valid.jsonl", "fewshot.jsonl", "test.jsonl", "glue_sst2.yaml"}
+    assert {path.name for path in done.folder.iterdir()} == written
     assert len(lines(done.folder / "train.jsonl")) + len(lines(done.folder / "valid.jsonl")) == 50
     record = lines(done.folder / "train.jsonl")[0]
     assert set(record) == {"prompt", "completion"} and record["completion"] == " positive"
@@ -51,17 +161,10 @@ def test_training_files_and_task_are_written(tmp_path: Path) -> None:
 
 
 def test_test_items_are_left_out_and_counted(tmp_path: Path) -> None:
-    train = [f"sentence {n}" for n in range(50)] + ["A TEST, item!"]
-    done = run(tmp_path / "out", train, ["a test item"])
+    done = run(tmp_path / "out", [*SENTENCES, "A TEST, item!"], ["a test item"])
     assert done.counts["removed"] == 1
     assert done.example == "train, line 51 is the test item of test, line 1"
     assert "TEST" not in (done.folder / "train.jsonl").read_text() + (done.folder / "valid.jsonl").read_text()
-
-
-def test_test_items_are_an_error_on_request(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="train, line 51 is the test item of test, line 1.*--overlap remove"):
-        run(tmp_path / "out", [f"sentence {n}" for n in range(50)] + ["a test item"], ["A test item."], overlap="error")
-    assert list(tmp_path.iterdir()) == [], "nothing is left of a preparation that failed"
 
 
 TEXTS = st.lists(st.text("ab .A", min_size=1, max_size=6), max_size=30)
@@ -86,18 +189,35 @@ def test_without_test_items_the_split_makes_them(tmp_path: Path) -> None:
     assert sum(counts) == 200 and min(counts) > 10
 
 
-def test_no_test_items_at_all_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match="no item for glue_sst2: give a file of test items, or a --test-percent"
-    ):
-        run(tmp_path / "out", [f"sentence {n}" for n in range(50)], [])
+@pytest.mark.parametrize(
+    ("train", "test", "overlap", "message"),
+    [
+        ([*SENTENCES, "A!"], ["a"], "error", "train, line 51 is the test item of test, line 1.*--overlap remove"),
+        (SENTENCES, [], "remove", "no item for glue_sst2: give a file of test items, or a --test-percent"),
+        (["a"], ["a"], "remove", "train.jsonl and valid.jsonl would be empty: 0 items .* and 1 left out"),
+        (["a"], ["b"], "keep", "--overlap is keep; it is remove or error"),
+    ],
+)
+def test_what_cannot_be_prepared_is_told_and_nothing_is_left(
+    tmp_path: Path, train: list[str], test: list[str], overlap: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        run(tmp_path / "out", train, test, overlap=overlap)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="exists already"):
+        run(tmp_path, ["a"], ["b"])
+
+
+def problems(number: int) -> list[Document]:
+    return [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(number)]
+
+
 def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
-    problems = [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(200)]
-    tests = Tests((TEMPLATE,), problems[:2])
-    done = prepare(Benchmark(TEMPLATE, problems, [tests]), tmp_path / "out", HashSplit(50))
+    items = problems(200)
+    done = prepare(Benchmark(TEMPLATE, items, [Tests((TEMPLATE,), items[:2])]), tmp_path / "out", HashSplit(50))
     shown = [record["question"] for record in lines(done.folder / "fewshot.jsonl")]
     trained = [record["prompt"] for record in lines(done.folder / "train.jsonl")]
     assert len(shown) == 64 < len(trained), "the first ones, for the task's 8 and for --num-fewshot"
@@ -105,25 +225,6 @@ def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
 
 
 def test_too_few_solved_examples_are_an_error(tmp_path: Path) -> None:
-    problems = [Document({"question": f"q{n}", "answer": "#### 1"}, (f"q{n}",), f"line {n}") for n in range(9)]
-    benchmark = Benchmark(TEMPLATE, problems[:7], [Tests((TEMPLATE,), problems[7:])])
+    benchmark = Benchmark(TEMPLATE, problems(9)[:7], [Tests((TEMPLATE,), problems(9)[7:])])
     with pytest.raises(ConfigurationError, match="8 solved items are shown before each question, and there are 7"):
         prepare(benchmark, tmp_path / "out", HashSplit(0))
-
-
-def test_empty_part_is_an_error_with_the_numbers(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match="train.jsonl and valid.jsonl would be empty: 0 items to train on, and 1 left out"
-    ):
-        run(tmp_path / "out", ["good"], ["good"])
-
-
-def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigurationError, match="exists already"):
-        run(tmp_path / "out", ["a"], ["b"])
-
-
-def test_unknown_treatment_of_overlap_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--overlap is keep; it is remove or error"):
-        run(tmp_path / "out", ["a"], ["b"], overlap="keep")

@@ -1,4 +1,4 @@
-"""Our norms are torch's, in value and in gradients, and say whether their gradients are partial."""
+"""Our norms and SwiGLU are torch's, in value and gradients, keep less and say whose gradients are partial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_peft.models.norms import LayerNorm, RMSNorm
+from megatron_peft.models.swiglu import SwiGLU, _SwiGLU
 from megatron_peft.runtime import cpu
+from tests.one_rank import one_rank
+from tests.tiny_gpt import tiny_gpt
 
 SHAPE, EPS = (5, 2, 8), 1e-3
 
@@ -73,20 +76,68 @@ def test_parameters_say_whether_a_rank_sees_only_its_own_tokens(kind, sequence_p
     assert all(parameter.sequence_parallel is sequence_parallel for parameter in norm.parameters())
 
 
-def test_a_frozen_norm_computes_no_gradient_of_its_weight():
-    norm = _norm(RMSNorm).requires_grad_(False)
-    x = torch.randn(SHAPE, requires_grad=True)
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_weight_gets_a_gradient_unless_it_is_frozen_and_the_input_where_it_asks(is_frozen):
+    norm = _norm(RMSNorm).requires_grad_(not is_frozen)
+    x = torch.randn(SHAPE, requires_grad=is_frozen)
     norm(x).sum().backward()
-    assert norm.weight.grad is None and x.grad is not None
-
-
-def test_a_trainable_norm_behind_frozen_layers_gets_its_gradient():
-    norm = _norm(RMSNorm)
-    norm(torch.randn(SHAPE)).sum().backward()
-    assert norm.weight.grad is not None
+    assert (norm.weight.grad is None) is is_frozen and (x.grad is not None) is is_frozen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_output_can_be_made_again_of_what_is_kept(dtype):
     y = _norm(RMSNorm, dtype)(torch.randn(SHAPE, dtype=dtype, requires_grad=True))
     assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+
+
+def composed(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglus_values_and_gradients_are_the_composed_ones_bit_for_bit(dtype):
+    x, grad = inputs(dtype)
+    ours, theirs = _SwiGLU.apply(x), composed(x)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
+
+
+def test_swiglus_gradient_is_that_of_finite_differences():
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (inputs(torch.float64)[0],))
+
+
+def test_a_gradient_that_is_not_contiguous():
+    x, _ = inputs(torch.float64)
+    grad = torch.randn(7, 3, 5, dtype=torch.float64).transpose(0, 2)
+    assert torch.equal(*(torch.autograd.grad(f(x), x, grad)[0] for f in (_SwiGLU.apply, composed)))
+
+
+def test_only_the_input_is_kept():
+    x, _ = inputs(torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _SwiGLU.apply(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_swiglus_output_can_be_made_again_its_gradient_is_the_same_and_nothing_more_stays_kept():
+    x, grad = inputs(torch.float32)
+    y, other = _SwiGLU.apply(x), _SwiGLU.apply(x)
+    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, other)))
+    assert y.grad_fn.activated is None
+
+
+def test_swiglu_is_a_module_without_state_as_newer_versions_of_megatron_core_ask():
+    assert issubclass(SwiGLU, torch.nn.Module)
+    with one_rank():
+        activation = tiny_gpt().decoder.layers[0].mlp.activation_func
+    assert isinstance(activation, SwiGLU) and not activation.state_dict()
+    x, _ = inputs(torch.float32)
+    assert torch.equal(activation(x), composed(x))

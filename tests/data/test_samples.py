@@ -1,12 +1,34 @@
+"""From token ids to what a step reads: input, label and loss of each position, padded or packed."""
+
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_peft.data.microbatch import pack, pad
 from megatron_peft.data.sample import sample_from_ids
 
-LONG = sample_from_ids([1, 2, 3, 4], [False, False, True, True], 9)
+ANSWER = [False, False, True, True]
+LONG = sample_from_ids([1, 2, 3, 4], ANSWER, 9)
 SHORT = sample_from_ids([7, 8], [False, True], 9)
+
+
+@pytest.mark.parametrize(
+    ("ids", "trained", "seq_length", "expected"),
+    [
+        ([5, 6, 7, 8], ANSWER, 10, ([5, 6, 7], [6, 7, 8], [0, 1, 1])),
+        ([5, 6], [True, True], 10, ([5], [6], [1])),  # the first token is read and never predicted
+        ([5], [True], 10, ([], [], [])),
+        ([5, 6, 7, 8], ANSWER, 3, ([5, 6, 7], [6, 7, 8], [0, 1, 1])),  # seq_length counts positions of the input
+        ([5, 6, 7, 8], ANSWER, 2, ([5, 6], [6, 7], [0, 1])),
+        ([5, 6, 7, 8], ANSWER, 1, ([], [], [])),  # no token to learn is left
+        ([5, 6, 7, 8], [False, True, False, False], 10, ([5], [6], [1])),  # nothing behind the last token to learn
+    ],
+)
+def test_each_position_predicts_the_next_token(ids, trained, seq_length, expected):
+    sample = sample_from_ids(ids, trained, seq_length)
+    assert (sample.tokens.tolist(), sample.labels.tolist(), sample.loss_mask.tolist()) == expected
+    assert len(sample) == len(expected[0])
 
 
 def test_rows_are_padded_on_the_right_to_the_longest():
@@ -21,8 +43,7 @@ def test_rows_are_padded_on_the_right_to_the_longest():
 
 
 def test_the_width_is_rounded_up_for_sequence_parallelism():
-    assert pad([[LONG]], 4, 99).tokens.shape == (1, 4)
-    assert pad([[SHORT]], 4, 99).tokens.shape == (1, 4)
+    assert pad([[LONG]], 4, 99).tokens.shape == pad([[SHORT]], 4, 99).tokens.shape == (1, 4)
 
 
 def test_a_row_without_a_sample_is_padding():
@@ -56,5 +77,4 @@ def test_padding_of_a_packed_row_is_a_sequence_of_its_own():
 def test_a_microbatch_moves_whole():
     moved = pack([[LONG]], 1, 99).to(torch.device("meta"))
     tensors = [moved.tokens, moved.labels, moved.loss_mask, moved.position_ids, moved.cu_seqlens]
-    assert all(tensor.is_meta for tensor in tensors)
-    assert moved.max_seqlen == 3
+    assert all(tensor.is_meta for tensor in tensors) and moved.max_seqlen == 3

