@@ -42,44 +42,43 @@ from tests.checkpoint.runs import (
     write_on_first_rank,
 )
 
+
+def _parallel(**settings: Any) -> Settings:
+    return {"parallel": settings}
+
+
+def _peft(method: str, **settings: Any) -> Settings:
+    return {"peft": {"method": method, **settings}}
+
+
 DROPOUT: Settings = {
     "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "peft": {"lora_dropout": 0.1},
 }
 BF16: Settings = {"model": {"bf16": True}}
-FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
-TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
-TP2_SP: Settings = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
-PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
-PP2_INTERLEAVED: Settings = {
-    "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-}
-TP2_PP2: Settings = merged(TP2, PP2)
+FULL: Settings = {**_peft("full"), "optimizer": {"lr": 1e-3}}
+TP2 = _parallel(tensor_model_parallel_size=2)
+TP2_SP = _parallel(tensor_model_parallel_size=2, sequence_parallel=True)
+PP2 = _parallel(pipeline_model_parallel_size=2)
+PP2_INTERLEAVED = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
 DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
-LAST_LAYER: Settings = {
-    "peft": {"target_modules": ("decoder.layers.3.*",)}
-}  # nothing to train on the first of 2 stages
+LAST_LAYER = _peft("lora", target_modules=("decoder.layers.3.*",))  # nothing to train on the first of 2 stages
+LORA_PLUS = _peft("lora", lora_plus_ratio=4.0)
 
 TIED: Settings = {"model": {"pretrained_checkpoint": "tied"}}
 ODD_ROWS: Settings = {"model": {"make_vocab_size_divisible_by": 7}}  # 1,008 rows of the vocabulary at TP2, else 1,001
 
-HYBRID: Settings = {"peft": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2}}
-FOLDED: Settings = {  # the last fold is the step before the save
-    "peft": {"method": "hybrid", "hybrid_rotation": "urnn", "urnn_block_size": 4, "hybrid_merge_interval": 2}
-}
-RIEMANNIAN: Settings = {
-    "peft": {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": 0.02}
-}
-PROJECTED: Settings = {
-    "peft": {"method": "boft", "boft_parametrization": "projection", "boft_block_size": 2, "boft_factors": 2}
-}
+HYBRID = _peft("hybrid", boft_block_size=2, boft_factors=2)
+FOLDED = _peft("hybrid", hybrid_rotation="urnn", urnn_block_size=4, hybrid_merge_interval=2)  # just before the save
+RIEMANNIAN = _peft("urnn", urnn_update="riemannian", urnn_block_size=4, peft_lr_rotation=0.02)
+PROJECTED = _peft("boft", boft_parametrization="projection", boft_block_size=2, boft_factors=2)
 
 RESUMED_ON_TWO = {
     "lora TP2": TP2,
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
     "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
     "lora PP2 interleaved": PP2_INTERLEAVED,
-    "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
+    "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, LORA_PLUS),
     "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
     "hybrid TP2+SP bf16": merged(HYBRID, TP2_SP, BF16),
     "hybrid folded TP2": merged(FOLDED, TP2),
@@ -91,7 +90,7 @@ RESUMED_ON_TWO = {
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
 RESUMED_ON_FOUR = {
-    "lora TP2xPP2": TP2_PP2,
+    "lora TP2xPP2": merged(TP2, PP2),
     "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
 }
 RESHARDED = {  # from, to
@@ -99,10 +98,7 @@ RESHARDED = {  # from, to
     "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
     "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
     "full PP2 to TP2, tied": ("full PP2 tied", merged(FULL, TP2, TIED)),
-    "lora+ DP2 distributed to PP2, bf16": (
-        "lora+ DP2 distributed bf16",
-        merged(PP2, BF16, {"peft": {"lora_plus_ratio": 4.0}}),
-    ),
+    "lora+ DP2 distributed to PP2, bf16": ("lora+ DP2 distributed bf16", merged(PP2, BF16, LORA_PLUS)),
     "hybrid TP2+SP to DP2 distributed, bf16": ("hybrid TP2+SP bf16", merged(HYBRID, DISTRIBUTED, BF16)),
     "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
     "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
@@ -112,12 +108,9 @@ RESHARDED = {  # from, to
     "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
 }
 CHANGED = {  # what contradicts a checkpoint of "lora TP2"
-    "method": merged(FULL, TP2),
     "rank": merged(TP2, {"peft": {"lora_rank": 8}}),
-    "alpha": merged(TP2, {"peft": {"lora_alpha": 8}}),
     "targets": merged(TP2, {"peft": {"target_modules": ("linear_qkv", "linear_fc2")}}),
     "optimizer": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
-    "schedule": merged(TP2, {"optimizer": {"lr": 1e-3}}),
     "base of the same shape": merged(TP2, {"model": {"pretrained_checkpoint": "other"}}),
 }
 
@@ -217,8 +210,8 @@ def _schedule(files: Files) -> dict[str, list[float]]:
     """Learning rates after loading a checkpoint of --lr 5e-3 (LoRA+ 4) into a run of --lr 1e-3."""
     found = {}
     for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
-        changes = {"optimizer": {"lr": 1e-3, name: True}, "peft": {"lora_plus_ratio": 4.0}}
-        run = _loaded(files, "lora+ DP2 distributed bf16", merged(DISTRIBUTED, BF16, changes))
+        changes = merged(DISTRIBUTED, BF16, LORA_PLUS, {"optimizer": {"lr": 1e-3, name: True}})
+        run = _loaded(files, "lora+ DP2 distributed bf16", changes)
         found[name] = sorted({group["lr"] for group in run.state.optimizer.param_groups if group["params"]})
     return found
 

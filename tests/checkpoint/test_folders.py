@@ -66,15 +66,10 @@ def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, cap
     assert "iter_0000060" in caplog.text
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    start_draft(tmp_path, 50)
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "missing") is None
-
-
-def test_drafts_of_one_iteration_never_share_a_folder(tmp_path):
+def test_a_draft_is_no_checkpoint_and_has_a_folder_of_its_own(tmp_path):
     """A rank that outlives its killed run must not write into the next run's files."""
     assert start_draft(tmp_path, 50) != start_draft(tmp_path, 50)
+    assert newest_checkpoint(tmp_path) is newest_checkpoint(tmp_path / "missing") is None
 
 
 def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
@@ -218,20 +213,16 @@ def test_every_flipped_byte_truncation_and_growth_is_found(described):
     assert damage(described) == []
 
 
-@pytest.mark.parametrize("name", [*CONTENTS, MANIFEST])
-def test_a_missing_file_is_named(described, name):
-    (described / name).unlink()
-    (problem,) = damage(described)
-    assert problem.startswith(name)
-
-
-def test_the_shares_of_all_ranks_cover_every_file(described):
+def test_missing_files_are_named_by_the_rank_whose_share_they_are(described):
     for name in CONTENTS:
         (described / name).unlink()
     for num_ranks in (1, 3, 7):
         found = [damage(described, rank, num_ranks) for rank in range(num_ranks)]
         assert sorted(sum(found, [])) == sorted(f"{name} is missing" for name in CONTENTS)
         assert max(map(len, found)) - min(map(len, found)) <= 1
+    (described / MANIFEST).unlink()
+    (problem,) = damage(described)
+    assert problem.startswith(MANIFEST)
 
 
 def test_files_that_their_writers_measured_are_not_read_again(described):

@@ -82,10 +82,6 @@ def test_a_contradiction_names_both_values(changes, words):
     assert all(word in message for word in ["--load runs", *words]), message
 
 
-def test_several_contradictions_come_at_once():
-    assert len(contradictions(make_record(), here(peft={"lora_rank": 8, "lora_alpha": 8}))) == 2
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -101,7 +97,8 @@ def test_what_may_change(changes):
     assert optimizer_contradictions(make_record(), here(**changes)) == []
 
 
-def test_full_fine_tuning_does_not_look_at_adapters():
+def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_at_adapters():
+    assert len(contradictions(make_record(), here(peft={"lora_rank": 8, "lora_alpha": 8}))) == 2
     full = make_record(config=make_config(peft={"method": "full"}), adapted_layers=())
     now = here(peft={"method": "full", "lora_rank": 8}, adapted_layers=())
     assert contradictions(full, now) == []

@@ -25,24 +25,20 @@ from tests.one_rank import one_rank
 
 
 class Attack:
-    """Unpickled by an ordinary unpickler, it calls `function` with `argument`."""
+    """Unpickled by an ordinary unpickler, it calls a function."""
 
-    def __init__(self, function: object, argument: object) -> None:
-        self.call = function, (argument,)
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self):
         return self.call
 
 
 def attack(kind: str, mark: Path) -> Attack:
     """One that would leave a mark, or reach for something."""
-    calls = {
-        "system": (os.system, f"touch {mark}"),
-        "eval": (eval, f"open({str(mark)!r}, 'w')"),
-        "load": (torch.load, str(mark)),
-        "getattr": (getattr, "x"),
-    }
-    return Attack(*calls[kind])
+    calls = {"system": f"touch {mark}", "eval": f"open({str(mark)!r}, 'w')", "load": str(mark), "getattr": "x"}
+    functions = {"system": os.system, "eval": eval, "load": torch.load, "getattr": getattr}
+    return Attack(functions[kind], calls[kind])
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "load", "getattr"])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
+from megatron_peft.config import LINEAR_MODULES
 from megatron_peft.conversion.companions import config_of_shape, write_config
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.pretrained import owned_rules
@@ -28,18 +29,7 @@ from megatron_peft.models.shape import ModelShape
 from tests.checkpoint.records import make_record
 
 # Two key-value heads, head_dim not hidden / heads, every bias, a prime vocabulary.
-ODD = ModelShape(
-    architecture="llama",
-    num_layers=4,
-    hidden_size=10,
-    ffn_hidden_size=12,
-    num_attention_heads=6,
-    num_query_groups=2,
-    kv_channels=4,
-    vocab_size=23,
-    max_position_embeddings=64,
-    linear_biases=frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
-)
+ODD = ModelShape("llama", 4, 10, 12, 6, 2, 4, 23, 64, linear_biases=frozenset(LINEAR_MODULES))
 
 
 def save_random(folder: Path, shape: ModelShape = ODD, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -134,21 +124,17 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
+SAME_NAMES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+    "max_position_embeddings norm_epsilon rotary_base"
+)
+
+
 def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
     """What Megatron-LM's arguments say of a Llama."""
-    return {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
+    return {name: getattr(shape, name) for name in SAME_NAMES.split()} | {
         "group_query_attention": True,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
-        "vocab_size": shape.vocab_size,
         "padded_vocab_size": 128,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "norm_epsilon": shape.norm_epsilon,
-        "rotary_base": shape.rotary_base,
         "rotary_percent": 1.0,
         "add_bias_linear": bool(shape.linear_biases),
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
@@ -158,15 +144,11 @@ def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _beside(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
+def _beside(shape: ModelShape, changes: dict[str, Any]) -> dict[str, Any]:
     objects = {"params_dtype": torch.float32, "exit_signal": signal.SIGTERM}
+    arguments = argparse.Namespace(**megatron_arguments(shape) | objects | changes)
     generators = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state()}
-    return {
-        "args": argparse.Namespace(**megatron_arguments(shape) | objects | arguments),
-        "checkpoint_version": 3.0,
-        "iteration": 10,
-        "rng_state": [generators],
-    }
+    return {"args": arguments, "checkpoint_version": 3.0, "iteration": 10, "rng_state": [generators]}
 
 
 @st.composite
@@ -174,7 +156,7 @@ def llama_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
     """Odd Llamas that a tensor-parallel size divides."""
     groups = size * draw(st.integers(1, 3))
     return ModelShape(
-        architecture="llama",
+        "llama",
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         ffn_hidden_size=size * draw(st.integers(1, 9)),
@@ -193,7 +175,7 @@ def bloom_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
     """Odd Blooms that a tensor-parallel size divides."""
     heads, dim = size * draw(st.integers(1, 5)), draw(st.integers(1, 5))
     return ModelShape(
-        architecture="bloom",
+        "bloom",
         num_layers=draw(st.integers(1, 3)),
         hidden_size=heads * dim,
         ffn_hidden_size=4 * heads * dim,

@@ -13,25 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_peft.adapters.boft import Boft, ProjectedBoft
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.merge import MERGERS, merge, mix, turn
-from megatron_peft.conversion.rotations import rotation_blocks
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.huggingface import read_shape
-from megatron_peft.parallel.layout import LinearLayout
-from megatron_peft.runtime import cpu
 from tests.checkpoint.records import make_record
 from tests.conversion.adapter_runs import RUNS, copy_run, with_config
 from tests.conversion.megatron_folders import equal, flip_a_byte, tensors_of
-from tests.one_rank import places
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -161,20 +155,3 @@ def test_a_mixed_weight_is_the_formula():
     R = torch.block_diag(*compose(cayley(skew(Q, 4))))
     expected = weight + 0.3 * (2 * B @ A) + 0.7 * (R @ weight - weight)
     torch.testing.assert_close(mix(adapters, "layer", weight.clone()), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("part", ["", "rotation."])
-@pytest.mark.parametrize("kind", [Boft, ProjectedBoft, StructuredUrnn, RiemannianUrnn])
-def test_blocks_are_those_of_training(kind, part):
-    cpu.install()
-    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, urnn_block_size=8)
-    adapter = kind(LinearLayout("column", 24, 16, places(1)[0]), peft, "layer.adapter", 0, torch.float32)
-    (parameter,) = adapter.parameters()
-    with torch.no_grad():
-        parameter.add_(draw(*parameter.shape))
-    expected = adapter.changes() + torch.eye(8)
-    tensors = {f"{part}{name}": tensor for name, tensor in adapter.state_dict().items()}
-    blocks = rotation_blocks(opened(peft, tensors), "layer", part)
-    assert blocks.dtype == torch.float64
-    torch.testing.assert_close(blocks, expected.double(), atol=1e-5, rtol=1e-5)
-    assert (blocks - torch.eye(8)).abs().max() > 0.1

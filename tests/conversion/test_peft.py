@@ -22,8 +22,6 @@ from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, with_config
-from tests.tiny_bloom import save_bloom
-from tests.tiny_llama import save_llama
 
 EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
@@ -42,6 +40,13 @@ def config_of(adapter: Path) -> dict[str, Any]:
     return json.loads((adapter / "adapter_config.json").read_text())
 
 
+def check_that_peft_finds_every_tensor(adapter: Path, base: Path | str) -> None:
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    loaded, exported = peft.get_peft_model_state_dict(model), load_file(adapter / "adapter_model.safetensors")
+    assert loaded.keys() == exported.keys()
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+
+
 @pytest.mark.parametrize("run", TARGETS)
 def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
     """It finds every tensor that it looks for."""
@@ -51,18 +56,17 @@ def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
     assert config_of(adapter)["base_model_name_or_path"] == base
     assert verify(adapter, moved.run(run)).logits.absolute < 1e-4
     assert verify(adapter, base).logits.absolute > 0.1
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
-    loaded, exported = peft.get_peft_model_state_dict(model), load_file(adapter / "adapter_model.safetensors")
-    assert loaded.keys() == exported.keys()
-    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+    check_that_peft_finds_every_tensor(adapter, base)
 
 
-def test_a_start_that_is_subtracted_doubles_the_rank(moved, tmp_path):
-    """The run has rank 4, alpha 3, and a scale of alpha / sqrt(rank)."""
-    export_adapter(moved.run("paper"), tmp_path / "adapter")
+@pytest.mark.parametrize("stabilised", [True, False])
+def test_a_start_that_is_subtracted_doubles_the_rank_and_keeps_the_scale(stabilised, moved, tmp_path):
+    """The run has rank 4 and alpha 3."""
+    settings = replace(read_run_record(moved.run("paper")).config.peft, lora_rs=stabilised)
+    export_adapter(copy_run(moved.run("paper"), tmp_path / "run", with_config(peft=settings)), tmp_path / "adapter")
     config = config_of(tmp_path / "adapter")
-    assert config["r"] == 8 and config["use_rslora"]
-    assert config["lora_alpha"] / 8**0.5 == pytest.approx(3 / 4**0.5, rel=1e-12)
+    assert config["r"] == 8 and config["use_rslora"] is stabilised
+    assert config["lora_alpha"] == pytest.approx(3 * 2**0.5 if stabilised else 6, rel=1e-12)
 
 
 @pytest.mark.parametrize("run", ["urnn", "hybrid"])
@@ -108,31 +112,26 @@ def test_folder_without_a_checkpoint_and_output_that_exists_are_refused(moved, t
         export_adapter(moved.run("tp2"), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    save_llama(folder / "llama")
-    save_llama(folder / "narrow", intermediate_size=152)
-    save_bloom(folder / "bloom")
-    return folder
-
-
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
-    """A LoRA of HF PEFT with random factors."""
-    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**config))
+def make_peft_adapter(base: Path, folder: Path, config: peft.PeftConfig, part: str, std: float) -> Path:
+    """An adapter of HF PEFT with random numbers where a name has `part`."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
-            parameter.normal_(std=0.15)
+        for parameter in (p for name, p in model.named_parameters() if part in name):
+            parameter.normal_(std=std)
     model.save_pretrained(folder)
     return folder
 
 
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
+    return make_peft_adapter(base, folder, peft.LoraConfig(**config), "lora_", 0.15)
+
+
 @pytest.fixture(scope="module")
-def plain(bases, tmp_path_factory):
+def plain(moved, tmp_path_factory):
     """An adapter of HF PEFT on q_proj and v_proj."""
-    return make_adapter(bases / "llama", tmp_path_factory.mktemp("plain") / "adapter")
+    return make_adapter(moved.base("base"), tmp_path_factory.mktemp("plain") / "adapter")
 
 
 @pytest.fixture
@@ -149,23 +148,23 @@ def imported(adapter: Path, base: Path) -> RunRecord:
 @pytest.mark.parametrize(
     ("family", "settings", "rank", "targets"),
     [
-        ("llama", {}, 8, {"linear_qkv"}),
-        ("llama", {"target_modules": ["k_proj"]}, 4, {"linear_qkv"}),
-        ("llama", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
+        ("base", {}, 8, {"linear_qkv"}),
+        ("base", {"target_modules": ["k_proj"]}, 4, {"linear_qkv"}),
+        ("base", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
         (
-            "llama",
+            "base",
             {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True},
             12,
             set(LINEAR_MODULES),
         ),
         (
-            "llama",
+            "base",
             {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]},
             8,
             {"decoder.layers.1.mlp.linear_fc1", "decoder.layers.2.mlp.linear_fc1"},
         ),
         (
-            "llama",
+            "base",
             {"target_modules": r"model\.layers\.[03]\.mlp\.(up|down)_proj", "exclude_modules": ["3.mlp.up_proj"]},
             4,
             {"decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2", "decoder.layers.3.mlp.linear_fc2"},
@@ -173,19 +172,19 @@ def imported(adapter: Path, base: Path) -> RunRecord:
         ("bloom", {"target_modules": ["query_key_value", "dense"]}, 4, {"linear_qkv", "linear_proj"}),
     ],
 )
-def test_imported_adapter_computes_what_it_does_in_peft(family, settings, rank, targets, bases, tmp_path):
-    adapter = make_adapter(bases / family, tmp_path / "adapter", **settings)
-    record = imported(adapter, bases / family)
+def test_imported_adapter_computes_what_it_does_in_peft(family, settings, rank, targets, moved, tmp_path):
+    adapter = make_adapter(moved.base(family), tmp_path / "adapter", **settings)
+    record = imported(adapter, moved.base(family))
     assert record.config.peft.lora_rank == rank
     assert set(record.config.peft.target_modules) == targets
     assert record.config.peft.lora_scale == pytest.approx(6 / 2 if settings.get("use_rslora") else 6 / 4, rel=1e-12)
     assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
-    assert verify(tmp_path / "run", bases / family).logits.absolute > 0.1
+    assert verify(tmp_path / "run", moved.base(family)).logits.absolute > 0.1
 
 
-def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(bases, adapter, tmp_path, capsys):
+def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter, tmp_path, capsys):
     """The config of HF PEFT is not needed."""
-    record = imported(adapter, bases / "llama")
+    record = imported(adapter, moved.base("base"))
     printed = capsys.readouterr().out
     assert "so the rank is 8 instead of 4; alpha 12 keeps the scale of 1.5." in printed
     assert printed.endswith(
@@ -194,26 +193,25 @@ def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(bases, adapter
     assert record.config.peft.lora_alpha == 12
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "0\n"
     config = config_of(tmp_path / "run")
-    assert config["method"] == "lora" and config["base_model_name_or_path"] == str(bases / "llama")
+    assert config["method"] == "lora" and config["base_model_name_or_path"] == str(moved.base("base"))
     assert record.position == {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
     assert set(record.base_fingerprint or ()) == {"config.json", "model.safetensors"}
     assert len(record.adapted_layers) == 4
 
 
-def test_rank_that_stays_is_not_mentioned(bases, tmp_path, capsys):
-    imported(
-        make_adapter(bases / "llama", tmp_path / "adapter", target_modules=["o_proj"], use_rslora=True), bases / "llama"
-    )
+def test_rank_that_stays_is_not_mentioned(moved, tmp_path, capsys):
+    base = moved.base("base")
+    imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], use_rslora=True), base)
     assert capsys.readouterr().out == (
         "Load it with --finetune --peft-method lora --lora-rank 4 --lora-alpha 6 --lora-rs --peft-target-modules "
         "linear_proj\n"
     )
 
 
-def test_what_pads_the_rank_is_zero(bases, tmp_path):
+def test_what_pads_the_rank_is_zero(moved, tmp_path):
     """o_proj needs rank 4 of the 8 that q_proj and v_proj take together: training leaves the others at zero."""
-    adapter = make_adapter(bases / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
-    imported(adapter, bases / "llama")
+    adapter = make_adapter(moved.base("base"), tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
+    imported(adapter, moved.base("base"))
     factors = low_rank_factors(open_adapters(tmp_path / "run"), "decoder.layers.2.self_attention.linear_proj")
     assert factors.A.shape == (8, 120) and factors.B.shape == (96, 8)
     assert factors.A[:4].all() and factors.B[:, :4].all()
@@ -224,15 +222,15 @@ def test_export_and_import_give_the_run_back(moved):
     assert moved.came_back
 
 
-def test_pickled_weights_are_read_without_running_anything(bases, adapter, tmp_path):
+def test_pickled_weights_are_read_without_running_anything(moved, adapter, tmp_path):
     weights, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
     torch.save(load_file(weights), pickled)
     weights.unlink()
-    imported(adapter, bases / "llama")
+    imported(adapter, moved.base("base"))
     assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
     torch.save({"run": exit}, pickled)
     with pytest.raises(ConfigurationError, match=r"adapter_model.bin cannot be read: it holds more than tensors"):
-        import_adapter(adapter, tmp_path / "again", pretrained_checkpoint=bases / "llama")
+        import_adapter(adapter, tmp_path / "again", pretrained_checkpoint=moved.base("base"))
 
 
 Q3 = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
@@ -246,16 +244,15 @@ Q3 = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
         (Q3.format("A").replace("q_", "o_"), torch.float32, "1 that belong to no targeted layer .*o_proj.lora_A"),
         (Q3.format("A"), torch.int8, "1 of an unsupported number type: .*q_proj.lora_A.weight I8"),
     ],
-    ids=["missing", "no linear layer", "not targeted", "quantised"],
 )
-def test_tensors_that_do_not_fit_are_named(name, dtype, message, bases, adapter, tmp_path):
+def test_tensors_that_do_not_fit_are_named(name, dtype, message, moved, adapter, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     weights.pop(name, None)
     if dtype:
         weights[name] = torch.zeros(4, 96, dtype=dtype)
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(ConfigurationError, match=message):
-        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / "llama")
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -264,34 +261,34 @@ def test_tensors_that_do_not_fit_are_named(name, dtype, message, bases, adapter,
     [
         (
             {"target_modules": ["gate_proj"]},
-            "narrow",
-            r"do not fit --pretrained-checkpoint .*narrow\. 4 of the wrong shape: .*lora_B.*\[160, 4\] instead",
+            "small",
+            r"do not fit --pretrained-checkpoint .*small\. 4 of the wrong shape: .*lora_A.*\[4, 96\] instead",
         ),
         (
             {"target_modules": ["gate_proj"]},
             "bloom",
             r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-checkpoint .*bloom: give",
         ),
-        ({"r": 50}, "llama", r"takes --lora-rank 100 instead of 50; but .*linear_qkv has only 96"),
+        ({"r": 50}, "base", r"takes --lora-rank 100 instead of 50; but .*linear_qkv has only 96"),
     ],
 )
-def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, base, message, bases, tmp_path):
-    adapter = make_adapter(bases / "llama", tmp_path / "adapter", **settings)
+def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, base, message, moved, tmp_path):
+    adapter = make_adapter(moved.base("base"), tmp_path / "adapter", **settings)
     with pytest.raises(ConfigurationError, match=message):
-        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / base)
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base(base))
 
 
-def test_missing_base_output_and_files_are_named(bases, adapter, tmp_path):
+def test_missing_base_output_and_files_are_named(moved, adapter, tmp_path):
     bare = tmp_path / "base"
     bare.mkdir()
-    shutil.copy(bases / "llama" / "config.json", bare)
+    shutil.copy(moved.base("base") / "config.json", bare)
     for base, output, told in (
         (None, tmp_path / "run", "which base model\\? --pretrained-checkpoint takes the folder"),
-        (bases / "llama", adapter, f"--output {adapter} exists already"),
+        (moved.base("base"), adapter, f"--output {adapter} exists already"),
         (bare, tmp_path / "run", "--pretrained-checkpoint .*base holds no weights"),
     ):
         with pytest.raises(ConfigurationError, match=told):
             import_adapter(adapter, output, pretrained_checkpoint=base)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match=r"holds neither adapter_model.safetensors nor adapter_model.bin"):
-        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=bases / "llama")
+        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))

@@ -1,5 +1,5 @@
-"""LoRA over fused layers is LoRA over their modules; BOFT on the input side is HF PEFT's BOFT: the layer, an adapter
-that goes there, one that comes from there."""
+"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there. LoRA:
+test_peft.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from peft.tuners.boft import layer as peft_boft_layer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.butterfly import cayley, skew
@@ -23,64 +22,14 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.conversion import peft_boft
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, open_adapters
-from megatron_peft.conversion.adapter_factors import is_weight, layer_of
-from megatron_peft.conversion.adapter_save import save_adapters
-from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley, to_huggingface
+from megatron_peft.conversion.adapter_checkpoint import open_adapters
+from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
-from megatron_peft.conversion.peft_import_config import LoraSettings
-from megatron_peft.conversion.peft_lora import LoraExport, LoraImport
-from megatron_peft.conversion.source import open_source
 from megatron_peft.conversion.verify import verify
-from tests.checkpoint.records import make_record
 from tests.conversion.adapter_runs import copy_run, with_config
-from tests.conversion.megatron_folders import ODD
+from tests.conversion.test_peft import check_that_peft_finds_every_tensor, make_peft_adapter
 from tests.one_rank import one_rank
-
-RANK = 3
-RULES = [rule for rule in rules_for(ODD).values() if is_weight(rule) and ".0." in rule.name and ".linear_" in rule.name]
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def trained(folder: Path, names: str = "A B", **settings) -> TrainedAdapters:
-    """Random factors on every linear layer of the first layer."""
-    draw, tensors = torch.Generator().manual_seed(0), {}
-    for rule in RULES:
-        out_features, in_features = rule.local_shape(1)
-        for name in names.split():
-            shape = (RANK, in_features) if name.startswith("A") else (out_features, RANK)
-            tensors[f"{layer_of(rule)}.adapter.{name}"] = torch.randn(shape, generator=draw)
-    record = make_record(shape=ODD, adapted_layers=tuple(sorted(map(layer_of, RULES))))
-    change = with_config(peft=PeftConfig(lora_rank=RANK, lora_alpha=6, **settings))
-    save_adapters(folder, change(record), tensors)
-    return open_adapters(folder)
-
-
-def test_lora_there_and_back_is_the_same_bit_for_bit(tmp_path):
-    adapters = trained(tmp_path / "run")
-    export = LoraExport(adapters, RULES)
-    tensors = {name: x.clone() for rule in RULES for name, x in export.tensors(rule)}
-    assert {name: tuple(x.shape) for name, x in tensors.items()} == {n: s.shape for n, s in export.specs().items()}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = {"target_modules": MODULES, "layers_to_transform": [0]}
-    settings = LoraSettings(targets=config, rank=RANK, alpha=6, rank_stabilised=False, dropout=0.0)
-    adopted = LoraImport(settings, open_source(tmp_path, ["adapter_model.safetensors"])).adopt(RULES, ODD)
-    assert (adopted.peft.lora_rank, adopted.peft.lora_alpha, adopted.told) == (RANK, 6, "")
-    assert adopted.flags == "--peft-method lora --lora-rank 3 --lora-alpha 6"
-    for key, tensor in adopted.tensors.items():
-        layer, _, name = key.partition(".adapter.")
-        assert torch.equal(tensor, adapters.tensor(layer, name))
-    assert len(adopted.tensors) == 2 * len(RULES)
-
-
-@pytest.mark.parametrize(("stabilised", "alpha"), [(False, 12), (True, 6 * 2**0.5)])
-def test_a_subtracted_start_doubles_the_rank_and_keeps_the_scale(stabilised, alpha, tmp_path):
-    config = LoraExport(trained(tmp_path / "run", "A B A0 B0", lora_rs=stabilised), RULES).config()
-    assert config["r"] == 2 * RANK and config["use_rslora"] is stabilised
-    assert config["lora_alpha"] == pytest.approx(alpha, rel=1e-12)
-
 
 IN, OUT = 64, 24
 
@@ -139,14 +88,6 @@ def test_layers_have_the_same_output_and_gradients(factors, pure_torch):
     torch.testing.assert_close(ours.adapter.Q.grad, 2 * from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("factors", [1, 2, 3])
-def test_our_numbers_come_back_bit_for_bit(factors):
-    Q = torch.randn(3, factors, 2 ** (factors - 1), 6, generator=torch.Generator().manual_seed(0))
-    D = to_huggingface(Q, 4)
-    assert D.shape == (factors, 3 * 2 ** (factors - 1), 4, 4)
-    assert torch.equal(from_huggingface(D), Q)
-
-
 def test_cayley_is_undone_unless_a_direction_turns_around():
     Q = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(inverse_cayley(cayley(skew(Q, 4))), Q)
@@ -166,14 +107,7 @@ def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path, pure_to
     export_adapter(moved.run(run), tmp_path / "adapter")
     assert verify(tmp_path / "adapter", moved.run(run)).logits.absolute < 1e-4
     assert verify(tmp_path / "adapter", moved.base("base")).logits.absolute > 0.1
-
-
-def test_peft_finds_every_tensor_that_it_looks_for(moved, tmp_path, no_extension):
-    export_adapter(moved.run("boft"), tmp_path)
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moved.base("base")), str(tmp_path))
-    loaded, exported = peft.get_peft_model_state_dict(model), load_file(tmp_path / "adapter_model.safetensors")
-    assert loaded.keys() == exported.keys() and len(exported) == 4 * 7 * 2
-    assert all(torch.equal(loaded[name], exported[name]) for name in exported)
+    check_that_peft_finds_every_tensor(tmp_path / "adapter", moved.base("base"))
 
 
 def test_several_factors_need_the_extension(moved, tmp_path, no_extension, capsys):
@@ -210,18 +144,11 @@ def test_export_and_import_give_the_run_back(run, moved, tmp_path, capsys):
 @pytest.fixture
 def make_adapter(moved, tmp_path):
     """Makes a BOFT of HF PEFT with random rotations in the folder `adapter`."""
+    defaults = {"boft_block_size": 4, "target_modules": ["o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
     def make(**settings: Any) -> Path:
-        defaults = {"boft_block_size": 4, "target_modules": ["o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-        base = AutoModelForCausalLM.from_pretrained(moved.base("base"))
-        model = peft.get_peft_model(base, peft.BOFTConfig(**{**defaults, **settings}))
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "boft_R" in name:
-                    parameter.normal_(std=0.3)
-        model.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter"
+        config = peft.BOFTConfig(**{**defaults, **settings})
+        return make_peft_adapter(moved.base("base"), tmp_path / "adapter", config, "boft_R", 0.3)
 
     return make
 

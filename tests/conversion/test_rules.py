@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.families import FAMILIES, rules_for
-from megatron_peft.conversion.loader import base_parameters, load_pretrained
+from megatron_peft.conversion.loader import base_parameters
 from megatron_peft.conversion.rules import FusedRows, Index, Part, Rule, VocabularyRows, expected_tensors
-from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.huggingface import FAMILIES as READABLE
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
-from tests.one_rank import one_rank
+from tests.conversion.test_pretrained import load, stage
 from tests.tiny_bloom import save_bloom
 
 SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
@@ -56,12 +55,6 @@ def test_table_is_complete(kind, saved_folders, tmp_path):
     assert ("lm_head.weight" in saved) == (kind in ("single", "untied bloom"))
     if kind in ("tied", "bloom"):  # the output layer is read from the embedding
         assert rules["output_layer.weight"].parts == rules["embedding.word_embeddings.weight"].parts
-
-
-def test_biases_follow_the_shape(saved_folders):
-    biased = {name for name in rules_for(read_shape(saved_folders["single"])) if name.endswith("bias")}
-    modules = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    assert biased == {f"decoder.layers.{layer}.{module}.bias" for layer in range(3) for module in modules}
 
 
 class TensorsInMemory:
@@ -159,13 +152,6 @@ def test_padded_vocabulary_rows_are_zero_on_ranks_with_none_of_the_vocabulary_to
     assert padded[5:].eq(0).all()
 
 
-def test_reading_converts_to_the_type_of_the_parameter():
-    rule = VocabularyRows("output_layer.weight", (Part("e", (2, 2)),))
-    local = torch.zeros(2, 2, dtype=torch.bfloat16)
-    rule.read(local, TensorsInMemory({"e": torch.full((2, 2), 1 / 3)}), 0, 1)
-    assert torch.equal(local, torch.full((2, 2), 1 / 3).bfloat16())
-
-
 @pytest.mark.parametrize(
     ("family", "name", "told"),
     [
@@ -202,12 +188,9 @@ def bloom(tmp_path_factory):
 
 def loaded(folder: Path) -> dict[str, Tensor]:
     shape = read_shape(folder)
-    with one_rank():
-        (chunk,) = chunks = build_model_chunks(shape, ModelConfig(str(folder)), ParallelConfig())
-        for parameter in chunk.parameters():
-            parameter.data.fill_(torch.nan)
-        load_pretrained(chunks, folder, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
-        return {name: parameter.detach() for name, parameter in base_parameters(chunk)}
+    chunk = stage(shape, 1, range(shape.num_layers))
+    load(chunk, folder, shape)
+    return dict(base_parameters(chunk))
 
 
 def test_names_without_the_prefix_load_the_same_bloom(bloom, tmp_path):

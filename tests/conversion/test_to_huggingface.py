@@ -175,14 +175,3 @@ def test_every_tensor_is_written_in_its_type_and_the_first_folder_with_a_config_
     assert equal(tensors_of(tmp_path / "new"), {name: tensor.bfloat16() for name, tensor in expected.items()})
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "first"
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"name": "first", "torch_dtype": "bfloat16"}
-
-
-def test_damage_found_on_the_way_leaves_nothing(tmp_path):
-    def torn(rule):
-        if "layers.1" in rule.name:
-            raise ConfigurationError("torn")
-        return counted(rule)
-
-    with pytest.raises(ConfigurationError, match="torn"):
-        write(tmp_path / "new", torn)
-    assert not list(tmp_path.iterdir())
