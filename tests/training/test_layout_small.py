@@ -49,11 +49,15 @@ CASES = {
 
 @dataclass(frozen=True)
 class Found:
-    """Losses and gradient norms by step, lambda by layer, and by layer the A that the run started with."""
+    """Losses and gradient norms by step, lambda by layer, and by layer the A that the run started with.
+
+    `stopped`: after which steps the ranks were to stop; the last rank alone asks for it after the second.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     lambdas: dict[str, float]
+    stopped: list[bool]
     started: dict[str, torch.Tensor]
 
 
@@ -68,13 +72,16 @@ def run(job: Job) -> Found:
     state, data = build(config)
     layers = {layer.name: low_rank_part(layer.module.adapter) for layer in linear_layers(state.model_chunks[0])}
     started = {name: low_rank.A.detach().clone() for name, low_rank in layers.items() if low_rank is not None}
-    reports = [train_step(state, step) for step, _ in zip(data.train, range(3), strict=False)]
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    steps = zip(data.train, (False, is_last, False), strict=False)
+    reports = [train_step(state, step, stop) for step, stop in steps]
     mixed = mixtures(state)
     stop_model_parallel()
     return Found(
         [report.loss for report in reports],
         [report.grad_norm for report in reports],
         mixed.by_layer if mixed else {},
+        [report.stop for report in reports],
         started,
     )
 
@@ -101,6 +108,11 @@ def test_losses_norms_and_lambdas_equal_one_process(found, case):
         np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
         np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
         assert here.lambdas == pytest.approx(alone.lambdas, rel=1e-4)
+
+
+def test_one_ranks_wish_to_stop_is_all_ranks(found):
+    for alone, by_rank in found.values():
+        assert [here.stopped for here in (alone, *by_rank)] == [[False, True, False]] * 3
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if PEFT[case.rpartition(" ")[0]].get("lora_ga_batches")])
