@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -31,13 +30,10 @@ BROKEN = (
 @needs_bubblewrap
 def test_all_canonical_solutions_pass_and_no_broken_one_does() -> None:
     canonical = [[problem["canonical_solution"], BROKEN[i % len(BROKEN)]] for i, problem in enumerate(PROBLEMS)]
-    start = time.monotonic()
     outcomes = run_completions(PROBLEMS, canonical, open_sandbox(packages=PACKAGES))
-    seconds = time.monotonic() - start
     assert [p["task_id"] for p, (right, _) in zip(PROBLEMS, outcomes, strict=True) if not right.passed] == []
     assert [p["task_id"] for p, (_, broken) in zip(PROBLEMS, outcomes, strict=True) if broken.passed] == []
     assert len(outcomes) == 164
-    assert seconds < 60
 
 
 @needs_bubblewrap

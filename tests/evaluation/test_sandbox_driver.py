@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.evaluation.sandbox_command import DRIVER
+from tests.time_limits import seconds
 
 TOKEN = "0123456789abcdef"
 
@@ -18,7 +19,7 @@ TOKEN = "0123456789abcdef"
 def drive(program: str, limits: dict[str, tuple[int, int]] | None = None, user: int = 0) -> str:
     job = {"program": program, "token": TOKEN, "user": user, "limits": limits or {}}
     command = [sys.executable, "-s", "-S", str(DRIVER)]
-    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
 
 
 def test_verdict_follows_what_the_program_printed() -> None:
