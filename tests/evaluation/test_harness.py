@@ -79,10 +79,9 @@ def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
 
 def test_a_question_that_is_too_long_loses_its_beginning(tmp_path):
     """As in the harness's own backend; the answer needs 3 of the 8 positions."""
-    tokenizer = SimpleNamespace(encode=lambda text: [*map(int, text.split())], bos_id=None, decode=str, special_tokens={})
-    model: Any = SimpleNamespace(
-        tokenizer=tokenizer, max_length=8, config=SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=1))
-    )
+    words = {"encode": lambda text: [*map(int, text.split())], "decode": str, "bos_id": None, "special_tokens": {}}
+    config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=1))
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(**words), max_length=8, config=config)
     asked = []
     crew: Any = SimpleNamespace(order=lambda kind, prompts, plan: [asked.append(one.ids) or [0] for one in prompts])
     harness = HarnessModel(model, crew, FinishedRequests(tmp_path / "finished", "model"), batch_size=4, seed=0)
