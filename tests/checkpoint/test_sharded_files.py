@@ -8,10 +8,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_peft.checkpoint.sharded_files import read_tensors, stored_shapes
+from megatron_peft.checkpoint.sharded_files import PlannedFiles, read_tensors, stored_shapes
 from megatron_peft.config import ConfigurationError
 from tests.conversion.megatron_folders import save_distributed
 from tests.one_rank import one_rank
+from tests.recorded_calls import recorded_calls
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "run_record.json"])
@@ -39,3 +40,13 @@ def test_an_index_that_would_run_code_is_refused_and_runs_nothing(tmp_path, caps
     with one_rank(), pytest.raises(ConfigurationError, match="is refused: to unpickle it would call builtins.print"):
         stored_shapes(folder) if read == "shapes" else read_tensors([wanted], folder)
     assert "it ran" not in capsys.readouterr().out
+
+
+def test_a_ranks_files_are_on_the_disk_when_it_says_so(tmp_path, monkeypatch):
+    """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
+    with one_rank():
+        files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+        calls = recorded_calls(monkeypatch)
+        written = files.write()
+    assert set(written.sums) == {"__0_0.distcp"}
+    assert ("fsync", tmp_path / "__0_0.distcp") in calls

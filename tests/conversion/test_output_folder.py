@@ -9,6 +9,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.output_folder import new_folder
+from tests.recorded_calls import recorded_calls
 
 
 def test_the_folder_appears_at_the_end(tmp_path: Path) -> None:
@@ -18,6 +19,15 @@ def test_the_folder_appears_at_the_end(tmp_path: Path) -> None:
         assert not output.exists()
     assert (output / "file").read_text() == "whole"
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_it_gets_its_name_by_one_rename_of_what_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    """Killed, or without power, at any instant there is all of it or nothing."""
+    calls = recorded_calls(monkeypatch)
+    with new_folder(tmp_path / "out") as draft:
+        (draft / "file").write_text("whole")
+    synced = [("fsync", draft / "file"), ("fsync", draft)]
+    assert calls == [*synced, ("rename", tmp_path / "out"), ("fsync", tmp_path)]
 
 
 def test_permissions_are_those_of_any_new_folder(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from megatron_peft.evaluation.sandbox_command import Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
 from tests.evaluation.attacks import ATTACKS
 from tests.evaluation.confined import needs_bubblewrap
+from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
-SHORT = Limits(wall_seconds=8, cpu_seconds=1)  # an honest program must end in it on a busy machine too
+SHORT = Limits(wall_seconds=seconds(8), cpu_seconds=1)  # an honest program must end in it on a busy machine too
 MARKER = f"outlives-{os.getpid()}"
 
 
@@ -86,8 +86,7 @@ def test_attacks_fail_for_the_reason_they_should(outcomes: dict[str, Outcome]) -
 @needs_bubblewrap
 def test_attacks_leave_nothing_behind(outcomes: dict[str, Outcome]) -> None:
     assert "looked for outside" in outcomes["leaves a process behind"].verdict
-    time.sleep(0.2)
-    assert [path for path in Path("/proc").glob("[0-9]*/cmdline") if MARKER in _read(path)] == []
+    wait_until(lambda: not any(MARKER in _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "its end")
     assert [folder for folder in ("/", "/dev", "/etc", "/usr", "/tmp") if (Path(folder) / MARKER).exists()] == []
 
 
