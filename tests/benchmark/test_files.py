@@ -1,14 +1,17 @@
-"""The benchmark of conversions measures every way and leaves nothing behind."""
+"""Conversions are measured every way and leave nothing behind; a start is measured up to the first iteration's line."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_peft.benchmark import convert
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.benchmark import convert, startup
 from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
+from megatron_peft.benchmark.subjects import Setting
 from tests.conversion.megatron_folders import save_random
 
 
@@ -28,3 +31,24 @@ def test_both_sides_read_the_same_numbers(tmp_path: Path) -> None:
     assert sum(t.numel() for t in loaded) == sum(t.numel() for t in plain.values())
     assert sum(t.sum() for t in loaded).item() == pytest.approx(sum(t.sum() for t in plain.values()).item(), abs=1e-3)
     assert not torch.stack([t.isnan().any() for t in loaded]).any()
+
+
+def program(text: str) -> list[str]:
+    return [sys.executable, "-u", "-c", text]
+
+
+def test_clock_stops_at_the_first_iteration() -> None:
+    text = "import time; time.sleep(0.5); print('a'); print('iteration 1/2'); time.sleep(2); print('iteration 2/2')"
+    assert 0.5 <= startup.seconds_to_first_step(program(text)) < 2.4
+
+
+def test_program_that_ends_before_is_an_error_with_its_words() -> None:
+    with pytest.raises(startup.ProgramFailed, match="no such model"):
+        startup.seconds_to_first_step(program("print('no such model')"))
+
+
+def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
+    command = startup._command(tiny, startup._save_samples(tmp_path / "a.jsonl"))
+    config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
+    assert config.training.train_iters == 2 and config.logging.log_interval == 1
+    assert startup.PROGRAM.exists()
