@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.time_limits import seconds, wait_until
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "finetune.sbatch"
 
@@ -80,19 +82,18 @@ def start(record: Path, *flags: str, step_code: int | None = None) -> subprocess
 def running(record: Path) -> Iterator[subprocess.Popen[str]]:
     """The script with its step started."""
     process = start(record)
-    deadline = time.monotonic() + 20
-    while not (record / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    yield process
-    process.kill()
-    process.wait()
-    assert (record / "pid").exists(), "the step never started"
+    try:
+        wait_until((record / "pid").exists, "the start of the step")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
     with contextlib.suppress(ProcessLookupError):  # the step has ended, as it should
         os.kill(int((record / "pid").read_text()), signal.SIGKILL)
 
 
 def test_recipe_and_flags_reach_the_run(record: Path) -> None:
-    assert start(record, "--lr", "1e-3", step_code=0).wait(timeout=20) == 0
+    assert start(record, "--lr", "1e-3", step_code=0).wait(timeout=seconds(60)) == 0
     arguments = (record / "arguments").read_text().split("\n")
     program = arguments[arguments.index("pretrain_peft.py") :]
     assert program[-5:] == ["--tensor-model-parallel-size", "2", "--bf16", "--lr", "1e-3"]
@@ -104,13 +105,13 @@ def test_recipe_and_flags_reach_the_run(record: Path) -> None:
 def test_a_checkpoint_is_resumed(record: Path) -> None:
     (record / "save").mkdir()
     (record / "save" / "latest_checkpointed_iteration.txt").write_text("50")
-    start(record, step_code=0).wait(timeout=20)
+    start(record, step_code=0).wait(timeout=seconds(60))
     arguments = (record / "arguments").read_text().split("\n")
     assert arguments[arguments.index("--load") + 1] == str(record / "save")
 
 
 def test_a_failed_step_fails_the_job(record: Path) -> None:
-    assert start(record, step_code=3).wait(timeout=20) == 3
+    assert start(record, step_code=3).wait(timeout=seconds(60)) == 3
     assert not (record / "scontrol").exists()
 
 
@@ -118,7 +119,7 @@ def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.
     running.send_signal(signal.SIGUSR1)
     time.sleep(0.2)
     running.send_signal(signal.SIGUSR1)  # a second one must not end the wait either
-    assert running.wait(timeout=20) == 0
+    assert running.wait(timeout=seconds(60)) == 0
     assert (record / "saved").exists(), "the script did not wait for the step to save"
     assert (record / "scancel").read_text().split() == ["--signal=USR1", "4242.0"]
     assert (record / "scontrol").read_text().split() == ["requeue", "4242"]

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.slurm import script
 from megatron_peft.experiment.spec import Score
 from tests.experiment.small_experiment import content, experiment
+from tests.time_limits import seconds, wait_until
 
 CELL = Cell("tiny", "talk", "lora", {"lr": "0.1"}, 1, ("--lr", "0.1"))
 
@@ -86,11 +86,9 @@ def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Pat
     subprocess.run(["bash", str(written(tmp_path))], env={**environment, "ONLY_SUBMIT": "1"}, check=True, cwd=tmp_path)
     environment |= {"SLURM_ARRAY_TASK_ID": "1", "SLOW": "1"}
     with subprocess.Popen(["bash", str(tmp_path / "job")], env=environment, cwd=tmp_path) as job:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until((tmp_path / "started").exists, "the start of the step")
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(30) == 0
+        assert job.wait(seconds(60)) == 0
     assert (tmp_path / "requeued").read_text() == "7_1\n"
 
 
