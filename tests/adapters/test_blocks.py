@@ -24,6 +24,12 @@ def test_identity_stays_exact_in_bfloat16():
     assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)
 
 
+def test_a_change_below_the_precision_of_one_still_acts_in_bfloat16():
+    """R = 1 + 0.75 * 2^-8 is 1 in bfloat16, yet R x of x = 1.875 is nearer to the next number above x."""
+    x, blocks = torch.full((7, 8), 1.875).bfloat16(), 0.75 * 2**-8 * torch.eye(4).repeat(2, 1, 1)
+    assert torch.equal(add_blocks(x, blocks), x + 2**-7)
+
+
 def test_identity_is_exact_in_the_blocks_own_precision():
     x = draw(7, 8).float()
     assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters import frozen_linear
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from megatron_peft.adapters.frozen_linear import (
+    FrozenLinearCall,
+    folds_change,
+    frozen_linear_plus_low_rank,
+    frozen_linear_rotated,
+)
 from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
@@ -94,3 +99,11 @@ def test_a_caller_may_write_into_the_output():
     y[..., 1:] = 0.0
     y.sum().backward()
     torch.testing.assert_close(x.grad, weight[0].expand_as(x))
+
+
+def test_a_rotation_never_goes_into_a_bfloat16_weight():
+    """R = 1 + 0.75 * 2^-8 would leave W = 1 as it is; R (W x) of x = 1.875 is nearer to the next number above x."""
+    call = FrozenLinearCall(torch.eye(8).bfloat16(), None, True, False, Place(0, 1))
+    x, D = torch.full((16, 1, 8), 1.875).bfloat16(), 0.75 * 2**-8 * torch.eye(4).repeat(2, 1, 1)
+    assert torch.equal(frozen_linear_rotated(x, D, call), x + 2**-7)
+    assert not folds_change(x, call.weight, D.bfloat16()) and folds_change(x.float(), call.weight.float(), D)

@@ -30,6 +30,7 @@ from megatron_peft.checkpoint.manifest import MANIFEST, damage, measure, read_ma
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.config import ConfigurationError
 from tests.conversion.megatron_folders import save_random
+from tests.recorded_calls import recorded_calls
 
 
 def save(folder, iteration, text):
@@ -160,6 +161,17 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
             break
     assert left[0] >= 0 and calls > 6, "every call was reached"
     assert seen == {"old", "new"}
+
+
+def test_all_is_on_the_disk_before_its_name_is_and_that_before_the_trackers(tmp_path, monkeypatch):
+    """A loss of power may undo what was not synced, in any order."""
+    calls = recorded_calls(monkeypatch)
+    checkpoint, tracker = save(tmp_path, 50, "a"), tmp_path / f".{TRACKER}.tmp"
+    published, named = calls.index(("rename", checkpoint)), calls.index(("replace", tmp_path / TRACKER))
+    before = {path.name for call, path in calls[:published] if call == "fsync"}
+    draft = next(path.name for call, path in calls if path.suffix == ".draft")
+    assert before == {RECORD, MANIFEST, draft, tracker.name}
+    assert calls[published + 1 : named] == [("fsync", tmp_path)] == calls[named + 1 :]
 
 
 def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):

@@ -7,12 +7,17 @@ import errno
 from unittest import mock
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import save, saver
 from megatron_peft.checkpoint.folders import start_draft
 from megatron_peft.checkpoint.saver import Saver
+from megatron_peft.checkpoint.sharded_files import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from tests.checkpoint.test_folders import holder
+from tests.one_rank import one_rank
+from tests.recorded_calls import recorded_calls
 
 
 @pytest.mark.parametrize("phase", ["data on rank 1", "data on rank 1, for real", "metadata", "common file", "record"])
@@ -91,3 +96,13 @@ def test_drafts_of_a_killed_run_are_removed_if_a_lock_says_that_they_are_nobodys
     with Saver(CheckpointConfig(save=str(tmp_path))) as unused:
         assert unused.finish() is None
     assert draft.exists() != is_locked
+
+
+def test_a_ranks_files_are_on_the_disk_when_it_says_so(tmp_path, monkeypatch):
+    """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
+    with one_rank():
+        files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+        calls = recorded_calls(monkeypatch)
+        written = files.write()
+    assert set(written.sums) == {"__0_0.distcp"}
+    assert ("fsync", tmp_path / "__0_0.distcp") in calls

@@ -19,6 +19,7 @@ from megatron_peft.conversion import direct_file
 from megatron_peft.conversion.direct_file import DirectFile
 from megatron_peft.conversion.output_folder import new_folder
 from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, parse_bytes
+from tests.recorded_calls import recorded_calls
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -160,6 +161,15 @@ def test_other_errors_of_writing_are_raised_once_and_no_file_is_overwritten(file
     monkeypatch.undo()
     opened.close()
     opened.close()
+
+
+def test_it_gets_its_name_by_one_rename_of_what_is_on_the_disk(tmp_path, monkeypatch):
+    """Killed, or without power, at any instant there is all of it or nothing."""
+    calls = recorded_calls(monkeypatch)
+    with new_folder(tmp_path / "out") as draft:
+        (draft / "file").write_text("whole")
+    synced = [("fsync", draft / "file"), ("fsync", draft)]
+    assert calls == [*synced, ("rename", tmp_path / "out"), ("fsync", tmp_path)]
 
 
 def test_the_folder_appears_at_the_end_with_the_permissions_of_any_new_one(tmp_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.finished import FinishedRequests
+from megatron_peft.evaluation.harness import HarnessModel
 from tests.evaluation import asked_runs
 from tests.evaluation.asked_runs import LAYOUTS, Place
 from tests.evaluation.local_tasks import TASKS, write_tasks
@@ -74,6 +77,19 @@ def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
         found = alone["base"]["results"][task]
         assert {name: found[name] for name in scores} == scores
     assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
+
+
+def test_a_question_that_is_too_long_loses_its_beginning(tmp_path):
+    """As in the harness's own backend; the answer needs 3 of the 8 positions."""
+    words = {"encode": lambda text: [*map(int, text.split())], "decode": str, "bos_id": None, "special_tokens": {}}
+    config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=1))
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(**words), max_length=8, config=config)
+    asked = []
+    crew: Any = SimpleNamespace(order=lambda kind, prompts, plan: [asked.append(one.ids) or [0] for one in prompts])
+    harness = HarnessModel(model, crew, FinishedRequests(tmp_path / "finished", "model"), batch_size=4, seed=0)
+    settings = {"until": [], "max_gen_toks": 3}
+    harness.generate_until([Instance("generate_until", {}, ("1 2 3 4 5 6 7", settings), 0)])
+    assert asked == [(3, 4, 5, 6, 7)] and harness.truncated["generate"] == 1
 
 
 def test_training_shows(alone):

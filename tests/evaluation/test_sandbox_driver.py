@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from megatron_peft.evaluation.sandbox_command import DRIVER
 from tests.time_limits import seconds
@@ -13,14 +16,20 @@ from tests.time_limits import seconds
 TOKEN = "0123456789abcdef"
 
 
-def drive(program: str, limits: dict[str, tuple[int, int]] | None = None) -> str:
-    job = {"program": program, "token": TOKEN, "user": 0, "limits": limits or {}}
+def drive(program: str, limits: dict[str, tuple[int, int]] | None = None, user: int = 0) -> str:
+    job = {"program": program, "token": TOKEN, "user": user, "limits": limits or {}}
     command = [sys.executable, "-s", "-S", str(DRIVER)]
     return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
 
 
 def test_verdict_follows_what_the_program_printed() -> None:
     assert drive("print('hello')") == f"hello\n\n{TOKEN} passed\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_root_becomes_another_for_good_before_the_program_runs() -> None:
+    program = "import os\nprint(os.getresuid(), os.getresgid(), os.getgroups())"
+    assert drive(program, user=12345).startswith("(12345, 12345, 12345) (12345, 12345, 12345) []\n")
 
 
 def test_failure_names_the_error_and_is_cut() -> None:

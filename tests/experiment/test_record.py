@@ -23,6 +23,7 @@ from megatron_peft.experiment.record import (
     write_record,
 )
 from tests.experiment.small_experiment import experiment
+from tests.recorded_calls import recorded_calls
 
 
 @pytest.fixture
@@ -31,11 +32,22 @@ def group(tmp_path: Path) -> Group:
     return experiment(tmp_path)[1][0]
 
 
-def test_record_is_read_back_as_written_also_from_before_there_were_lambdas(tmp_path: Path, group: Group) -> None:
+def test_record_is_read_back_as_written(tmp_path: Path, group: Group) -> None:
     cell = group.tuning[0]
     record = of_cell(cell, "trained", validation_loss=1.5, lambdas={"iterations": [1], "by_layer": {"a": [0.5]}})
     write_record(tmp_path, cell, record)
     assert read_record(tmp_path, cell) == record
+
+
+def test_record_appears_whole_by_one_rename(tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that is killed while it writes leaves the old file or none, not a part."""
+    cell, calls = group.tuning[0], recorded_calls(monkeypatch)
+    write_record(tmp_path, cell, of_cell(cell, "trained"))
+    assert calls == [("replace", tmp_path / "cells" / f"{cell.key}.json")]
+
+
+def test_record_written_before_there_were_lambdas_is_read(tmp_path: Path, group: Group) -> None:
+    cell = group.tuning[0]
     write_record(tmp_path, cell, of_cell(cell, "trained"))
     (path,) = (tmp_path / "cells").iterdir()
     text = path.read_text()

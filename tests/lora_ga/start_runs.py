@@ -21,6 +21,7 @@ from megatron_peft.runtime.launch import start_model_parallel, start_world
 from megatron_peft.training.build import build_state
 from megatron_peft.training.start import first_steps
 from megatron_peft.training.step import finish_with, run_schedule
+from tests.kept import kept_for_backward
 from tests.training.layout_runs import Job
 
 
@@ -126,15 +127,9 @@ def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, tor
 @contextmanager
 def _kept_bytes(found: list[int]) -> Iterator[None]:
     """Adds what is kept for backward meanwhile to the list; a memory that is kept twice counts once."""
-    kept: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with kept_for_backward() as kept:
         yield
-    found.append(sum(kept.values()))
+    found.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
 
 
 class _NewShapes(TorchDispatchMode):

@@ -1,4 +1,7 @@
-"""The sketch's singular triplets against an exact SVD, in one process."""
+"""The sketch's singular triplets against an exact SVD, in one process, and what the starts make of triplets.
+
+That A and B are the starts' formulas in a model, and the function stays the same, is in test_initialize.py.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,31 @@ import pytest
 import torch
 
 from megatron_peft.lora_ga.sketch import (
+    Triplets,
     leading_triplets,
     orthonormal_basis,
     squared_residual_estimate,
     with_fixed_signs,
 )
+from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
+from megatron_peft.peft_config import PeftConfig
 
 
 def alone(part: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def decaying(rows: int = 60, columns: int = 40, decay: float = 0.5) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    U, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
-    V, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))
-    return U * decay ** torch.arange(columns) @ V.T
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def sketched(G: torch.Tensor, width: int = 20, rank: int = 4):
-    omega = torch.randn(G.shape[1], width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    Q = orthonormal_basis(G @ omega, alone)
+def decaying(decay: float = 0.5) -> torch.Tensor:  # [60, 40]
+    U, V = torch.linalg.qr(draw(0, 60, 40))[0], torch.linalg.qr(draw(9, 40, 40))[0]
+    return U * decay ** torch.arange(40) @ V.T
+
+
+def sketched(G: torch.Tensor, width: int = 20, rank: int = 4) -> Triplets:
+    Q = orthonormal_basis(G @ draw(1, G.shape[1], width), alone)
     return leading_triplets(Q, Q.T @ G, rank, alone)
 
 
@@ -41,37 +48,27 @@ def test_triplets_are_those_of_an_exact_svd():
 
 @pytest.mark.parametrize("spread", [1e3, 1e6])
 def test_the_basis_is_orthonormal_at_any_condition(spread):
-    Y = torch.randn(50, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    Y = Y * torch.logspace(0, -torch.tensor(spread).log10().item(), 8, dtype=torch.float64)
+    Y = draw(2, 50, 8) * torch.logspace(0, -torch.tensor(spread).log10().item(), 8, dtype=torch.float64)
     Q = orthonormal_basis(Y, alone)
     torch.testing.assert_close(Q.T @ Q, torch.eye(8, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_a_sketch_of_low_rank_has_zero_columns_and_no_nan():
-    Y = torch.randn(30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).repeat(1, 2)
-    Q = orthonormal_basis(Y, alone)
+    Q = orthonormal_basis(draw(3, 30, 3).repeat(1, 2), alone)
     assert torch.isfinite(Q).all()
     assert torch.linalg.matrix_rank(Q) == 3
     assert torch.isfinite(orthonormal_basis(torch.zeros(30, 4), alone)).all()
 
 
 def test_a_holder_of_some_rows_finds_its_rows():
-    omega = torch.randn(40, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    Y = decaying() @ omega
-    sums: list[torch.Tensor] = []
-
-    def record(part: torch.Tensor) -> torch.Tensor:
-        sums.append(part.clone())
-        return part
-
-    whole = orthonormal_basis(Y, record)
+    Y, sums = decaying() @ draw(4, 40, 12), []
+    whole = orthonormal_basis(Y, lambda part: (sums.append(part.clone()), part)[1])
     answers = iter(sums)
     torch.testing.assert_close(orthonormal_basis(Y[:25], lambda part: next(answers)), whole[:25])
 
 
 def test_signs_follow_the_direction():
-    found = sketched(decaying())
-    direction = torch.randn(40, generator=torch.Generator().manual_seed(5))
+    found, direction = sketched(decaying()), draw(5, 40).float()
     turned = with_fixed_signs(found._replace(U=-found.U, V=-found.V), direction, alone)
     same = with_fixed_signs(found, direction, alone)
     assert torch.equal(turned.V, same.V) and torch.equal(turned.U, same.U)
@@ -83,7 +80,7 @@ def test_what_a_sketch_leaves_is_estimated():
     G = decaying(decay=0.9)
     left, estimated = [], []
     for seed in range(200):
-        omega = 0.3 * torch.randn(40, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        omega = 0.3 * draw(seed, 40, 12)
         Q = orthonormal_basis(G @ omega[:, :-1], alone)
         left.append(float((G - Q @ (Q.T @ G)).square().sum()))
         estimated.append(squared_residual_estimate(G @ omega, 0.09, alone))
@@ -91,7 +88,29 @@ def test_what_a_sketch_leaves_is_estimated():
 
 
 def test_what_a_wide_enough_sketch_leaves_is_nothing():
-    G = decaying()[:, :6] @ torch.randn(6, 40, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    omega = torch.randn(40, 12, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    G, omega = decaying()[:, :6] @ draw(7, 6, 40), draw(8, 40, 12)
     assert squared_residual_estimate(G @ omega, 1.0, alone) < 1e-9 * float(G.square().sum())
     assert squared_residual_estimate(0 * G @ omega, 1.0, alone) == pytest.approx(0)
+
+
+def test_original_takes_the_next_left_vectors():
+    """So that dB A + B dA of the first step is the gradient's best approximation of rank 2r, up to one factor."""
+    G, rank = draw(0, 16, 10), 3
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    A, B = STARTS["original"].factors(Triplets(U[:, : 2 * rank], S[: 2 * rank], Vh[: 2 * rank].T), rank, 16)
+    first_step = (G @ A.T) @ A + B @ (B.T @ G)
+    scale = 16**0.25 / 4
+    torch.testing.assert_close(first_step / scale**2, (U[:, : 2 * rank] * S[: 2 * rank]) @ Vh[: 2 * rank])
+
+
+def test_all_but_aligned_are_subtracted():
+    assert {name for name in STARTS if PeftConfig("lora-ga", lora_ga_init=name).subtracts_start} == {*STARTS} - {
+        "aligned"
+    }
+
+
+def test_rows_without_a_direction_stay_loras_own():
+    S = torch.tensor([3.0, 1.0, 1e-9, 0.0], dtype=torch.float64)
+    A, own = torch.ones(4, 6, dtype=torch.float64), torch.arange(24.0).view(4, 6)
+    found = with_all_rows(Factors(A, torch.zeros(5, 4)), S, own)
+    assert torch.equal(found.A[:2], A[:2]) and torch.equal(found.A[2:], own[2:].double())

@@ -65,6 +65,14 @@ def test_marks_say_what_is_split_and_whose_gradients_are_partial(split, mark, ax
     assert getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL) == (axis < 0)
 
 
+@pytest.mark.parametrize("split", ["column", "row"])
+def test_split_parameters_count_on_every_rank_and_replicated_ones_once(split):
+    layout, A, B = _layouts(split, 2)[0], *(nn.Parameter(torch.empty(2, 3)) for _ in range(2))
+    layout.mark_input(A)
+    layout.mark_output(B)
+    assert layout.num_global(nn.ParameterList([A, B])) == 6 + 2 * 6
+
+
 def test_the_stride_of_a_gated_output_is_its_number_of_parts():
     layout, A, B = _layouts("column", 2, num_parts=2)[0], *(nn.Parameter(torch.empty(4, 4)) for _ in range(2))
     layout.mark_input(A)

@@ -59,26 +59,20 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, caps
     assert "--exit-interval reached at iteration 3" in said and "trained 6 iterations" in said
 
 
-def _complaint(config):
-    with pytest.raises(ConfigurationError) as error:
-        finetune(config)
-    return str(error.value)
-
-
-def test_a_shape_flag_that_contradicts_the_checkpoint(job):
-    text = _complaint(job(model={"shape_flags": {"num_layers": 3}}).config(1))
-    assert "--num-layers 3" in text and "2" in text
-
-
-def test_a_tokenizer_with_more_tokens_than_the_embedding(job):
-    config = job(data_settings={"vocab_size": 1500}).config(1)
-    assert "the embedding of --pretrained-checkpoint" in _complaint(config)
-
-
-def test_a_folder_that_cannot_be_written(job, tmp_path):
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"model": {"shape_flags": {"num_layers": 3}}}, "--num-layers 3 .*2"),
+        ({"data_settings": {"vocab_size": 1500}}, "the embedding of --pretrained-checkpoint"),
+        ({"checkpoint": {"save": "FILE/run"}}, r"^--save .*/file/run cannot be written \(Not a directory\)"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_or_cannot_be_written_is_told(job, tmp_path, groups, message):
     (tmp_path / "file").write_text("")
-    text = _complaint(job(checkpoint={"save": str(tmp_path / "file" / "run")}).config(1))
-    assert text.startswith(f"--save {tmp_path}/file/run cannot be written (Not a directory)")
+    if "checkpoint" in groups:
+        groups = {"checkpoint": {"save": str(tmp_path / "file" / "run")}}
+    with pytest.raises(ConfigurationError, match=message):
+        finetune(job(**groups).config(1))
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,16 @@ def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path,
     assert "a lambda has kept its last value" in capsys.readouterr().out
 
 
+def test_one_layers_infinite_gradient_keeps_no_other_layers_lambda(start):
+    """Gradients are measured before they are clipped: clipping by an infinite norm makes all of them zero."""
+    state, data = hybrid(start, training={"check_for_nan_in_loss_and_grad": False})
+    spoilt, *others = hybrid_adapters(state).values()
+    spoilt.low_rank.B.register_hook(lambda gradient: gradient * float("inf"))
+    train_step(state, next(iter(data.train)))
+    assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 1
+    assert all(float(adapter.mix) != 0.5 and int(adapter.num_kept) == 0 for adapter in others)
+
+
 def test_other_methods_have_no_lambda(start, tmp_path):
     state, data = start(checkpoint={"save": str(tmp_path)})
     train(state, data, RecordedSaves())

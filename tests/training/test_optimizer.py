@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.optimizer import build_schedule
+from megatron_peft.training.optimizer import build_optimizer, build_schedule
+
+HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2}
+
+
+def _of_parameters(state, key):
+    """What the groups of the optimizer say under `key`, by trained parameter."""
+    names = {p: name for chunk in state.model_chunks for name, p in chunk.named_parameters()}
+    groups = state.optimizer.param_groups
+    return {names[parameter]: group[key] for group in groups for parameter in group["params"]}
 
 
 def _rates(state):
     """The highest rate of each trained parameter."""
-    names = {p: name for chunk in state.model_chunks for name, p in chunk.named_parameters()}
-    groups = state.optimizer.param_groups
-    return {names[parameter]: group["max_lr"] for group in groups for parameter in group["params"]}
+    return _of_parameters(state, "max_lr")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 8.0])
@@ -43,11 +51,53 @@ def test_only_trainable_parameters_have_gradients_and_moments(start):
 
 def test_norms_and_biases_of_the_base_do_not_decay(start):
     state, _ = start(peft={"method": "full"}, optimizer={"weight_decay": 0.1})
-    names = {p: name for chunk in state.model_chunks for name, p in chunk.named_parameters()}
-    for group in state.optimizer.param_groups:
-        for parameter in group["params"]:
-            is_matrix = not (names[parameter].endswith("bias") or "norm" in names[parameter])
-            assert group["wd_mult"] == float(is_matrix), names[parameter]
+    for name, decay in _of_parameters(state, "weight_decay").items():
+        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+
+
+@pytest.mark.parametrize("init, decay_of_factors", [("aligned", 0.1), ("original", 0.0)])
+def test_rotations_and_factors_with_a_subtracted_start_do_not_decay(start, init, decay_of_factors):
+    state, _ = start(peft={**HYBRID, "lora_ga_init": init}, optimizer={"weight_decay": 0.1})
+    decays = _of_parameters(state, "weight_decay")
+    assert len(decays) == 24
+    for name, decay in decays.items():
+        assert decay == (0.0 if ".rotation." in name else decay_of_factors), name
+
+
+def test_the_hybrids_parts_have_rates_of_their_own(start):
+    state, _ = start(peft={**HYBRID, "lora_plus_ratio": 8.0, "peft_lr_rotation": 3e-4}, optimizer={"lr": 1e-3})
+    found = {name.split(".adapter.")[1]: rate for name, rate in _rates(state).items()}
+    assert found == pytest.approx({"low_rank.A": 1e-3, "low_rank.B": 8e-3, "rotation.Q": 3e-4})
+
+
+def test_two_clipped_steps_are_adamw_by_hand(start):
+    """No schedule has touched the optimizer: rates, betas and decay are those that it was built with."""
+    settings = {"adam_beta1": 0.6, "adam_beta2": 0.7, "adam_eps": 0.1, "weight_decay": 0.2, "clip_grad": 0.5}
+    state, _ = start(optimizer={"lr": 1e-2, **settings})
+    optimizer = build_optimizer(state.model_chunks, state.config)
+    parameters = [p for p in state.model_chunks[0].parameters() if p.requires_grad]
+    values = [p.detach().double() for p in parameters]
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
+    draw = torch.Generator().manual_seed(0)
+    for step in (1, 2):
+        gradients = [torch.randn(p.shape, generator=draw) for p in parameters]
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
+        for parameter, gradient, value, (m, v) in zip(parameters, gradients, values, moments, strict=True):
+            parameter.main_grad.copy_(gradient)
+            clipped = gradient.double() * 0.5 / norm
+            m.lerp_(clipped, 0.4)
+            v.lerp_(clipped.square(), 0.3)
+            change = m / (1 - 0.6**step) / ((v / (1 - 0.7**step)).sqrt() + 0.1)
+            value.mul_(1 - 1e-2 * 0.2).sub_(1e-2 * change)
+        assert optimizer.step()[1] == pytest.approx(float(norm))
+    for parameter, value in zip(parameters, values, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_a_bfloat16_model_are_summed_in_float32(start):
+    state, _ = start(model={"bf16": True})
+    trained = [p for p in state.model_chunks[0].parameters() if p.requires_grad]
+    assert {(p.dtype, p.main_grad.dtype) for p in trained} == {(torch.bfloat16, torch.float32)}
 
 
 def _curve(start, **optimizer):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_peft.training.step import NonFiniteError, train_step
+from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
 
 
 def _trained(state):
@@ -44,6 +44,18 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(start):
     assert report.loss == pytest.approx(sum(sums) / sum(counts), rel=1e-6)
     assert report.num_tokens == sum(counts)
     assert report.num_positions == sum(microbatch.tokens.numel() for microbatch in microbatches)
+
+
+def test_a_packed_sample_does_not_see_the_one_before_it(start):
+    state, data = start(data_settings={"pack_sequences": True})
+    (microbatch, *_) = next(iter(data.train))
+    first = slice(0, int(microbatch.cu_seqlens[1]))
+    microbatch.loss_mask[:, first] = 0
+    losses = []
+    for token in (1, 2):
+        microbatch.tokens[:, first] = token
+        losses.append(float(run_schedule(state.model_chunks, [microbatch], forward_only=True)[0, 0]))
+    assert losses[0] == losses[1] > 0
 
 
 def test_gradients_do_not_pile_up_over_steps(start):

@@ -1,4 +1,4 @@
-"""The clock stops at the first iteration's line."""
+"""Conversions are measured every way and leave nothing behind; a start is measured up to the first iteration's line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_peft.benchmark import startup
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.benchmark import convert, startup
+from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.subjects import Setting
+from tests.conversion.megatron_folders import save_random
+
+
+def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "NUM_TURNS", 1)
+    figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")
+    told = " ".join(figure.name for figure in figures)
+    assert all(way in told for way in ("load Hugging Face", "load Megatron", "hf-to-megatron", "megatron-to-hf"))
+    assert all(figure.measured > 0 and figure.target is not None for figure in figures)
+    assert figures[-1].unit == "MiB" and figures[-1].target == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_both_sides_read_the_same_numbers(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "hf")
+    plain, loaded = read_plainly(folder), load_whole(folder)
+    assert sum(t.numel() for t in loaded) == sum(t.numel() for t in plain.values())
+    assert sum(t.sum() for t in loaded).item() == pytest.approx(sum(t.sum() for t in plain.values()).item(), abs=1e-3)
+    assert not torch.stack([t.isnan().any() for t in loaded]).any()
 
 
 def program(text: str) -> list[str]:
@@ -46,8 +68,6 @@ def test_program_that_ends_before_is_an_error_with_its_words() -> None:
 
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
-    from megatron_peft.arguments import parse_arguments
-
     command = startup._command(tiny, startup._save_samples(tmp_path / "a.jsonl"))
     config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1

@@ -1,0 +1,138 @@
+"""Times, memory and collectives are measured as they are, and a figure is judged by its target.
+
+The process group is torch's fake one of two ranks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
+from rich.console import Console
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_peft.benchmark import memory, timing
+from megatron_peft.benchmark.collective_log import SCALARS, Collective, CollectiveLog
+from megatron_peft.benchmark.figures import Figure, print_table, write_json
+from megatron_peft.benchmark.subjects import Setting, Step
+
+MIB = 2**20
+
+
+def test_every_second_turn_runs_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "NUM_WARMUPS", 1)
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = timing.take_turns(steps, num_turns=2)
+    assert "".join(order) == "ba" + "ab" + "ba"
+    assert {name: len(turns) for name, turns in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_late_turns_end_after_the_fewest() -> None:
+    seconds = timing.take_turns({"a": lambda: None}, num_turns=10, is_late=lambda: True)
+    assert len(seconds["a"]) == timing.FEWEST_TURNS
+
+
+def test_waiting_costs_nothing_and_work_does() -> None:
+    def work() -> None:
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    seconds = timing.take_turns({"waits": lambda: time.sleep(0.1), "works": work}, num_turns=1)
+    assert seconds["waits"][0] < 0.05 < 0.1 <= seconds["works"][0]
+
+
+def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns() -> None:
+    assert timing.over_ranks([{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]) == {"a": [11.0, 22.0]}
+    assert timing.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
+
+
+def test_peak_remembers_what_was_given_back() -> None:
+    before = memory.peak_resident_bytes()
+    taken = bytearray(before - memory.resident_bytes() + 64 * MIB)
+    del taken
+    assert memory.peak_resident_bytes() >= before + 48 * MIB
+    assert memory.resident_bytes() < memory.peak_resident_bytes() - 32 * MIB
+
+
+def test_bare_torch_is_smaller_than_this_process() -> None:
+    assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_resident_bytes()
+
+
+def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(setting: Setting) -> Step:
+        model = bytearray(40 * MIB)
+        return lambda: len(model + bytearray(len(model)))
+
+    monkeypatch.setattr(memory, "join", lambda setting: None)
+    monkeypatch.setattr(memory, "leave", lambda: None)
+    monkeypatch.setattr(memory, "STEPS", {"big": build})
+    monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job, timeout: [memory.run_steps(job)])
+    assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
+    assert memory.Peak(peak=300, start=100).above_start == 200, "what was there before does not count"
+
+
+@pytest.mark.parametrize(("measured", "target", "reached"), [(1.0, 1.0, True), (1.01, 1.0, False), (9.0, None, None)])
+def test_target_is_the_largest_good_value(measured: float, target: float | None, reached: bool | None) -> None:
+    assert Figure("x", measured, target).reached is reached
+
+
+def test_table_tells_pass_from_fail() -> None:
+    printed = io.StringIO()
+    figures = [Figure("slow", 2.0, 1.5, "s", "why"), Figure("fast", 1.0, 1.5, "s"), Figure("beside", 3.0)]
+    print_table("speed", figures, Console(file=printed, width=100))
+    slow, fast, beside = (
+        next(line for line in printed.getvalue().splitlines() if name in line) for name in ("slow", "fast", "beside")
+    )
+    assert all(word in slow for word in ("FAIL", "2 s", "<= 1.5 s", "why")) and "pass" in fast
+    assert not any(word in beside for word in ("pass", "FAIL", "<="))
+
+
+def test_json_holds_numbers_and_verdict(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "a.json", [Figure("x", 1.5, 2.0, "s", "note")])
+    (row,) = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert row == {"name": "x", "measured": 1.5, "target": 2.0, "unit": "s", "note": "note", "reached": True}
+
+
+@pytest.fixture
+def pair() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_bytes_are_those_of_the_whole_tensor(pair: dist.ProcessGroup) -> None:
+    whole, part = torch.zeros(8, 4), torch.zeros(4, 4)
+    with CollectiveLog() as log:
+        dist.all_gather_into_tensor(whole, part, group=pair)
+        dist.reduce_scatter_tensor(part, whole, group=pair)
+        dist.all_reduce(part, group=pair)
+    found = [(call.num_bytes, call.elements, call.width) for call in log.calls]
+    assert found == [(128, 32, 4), (128, 32, 4), (64, 16, 4)]
+    for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True):
+        assert name in call.name
+
+
+def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair) -> None:
+    y = _CopyToModelParallelRegion.apply(torch.ones(4, 4, requires_grad=True), pair).sum()
+    with CollectiveLog() as log:
+        work: Any = dist.all_reduce(torch.zeros(16), group=pair, async_op=True)
+        work.wait()
+        assert len(log.calls) == 1
+        y.backward()
+        dist.all_reduce(torch.zeros(16), group=dist.new_group([0]))
+    assert len(log.calls) == 2
+
+
+@pytest.mark.parametrize(("elements", "is_scalar"), [(1, True), (SCALARS, True), (SCALARS + 1, False)])
+def test_a_few_numbers_are_told_apart(elements: int, is_scalar: bool) -> None:
+    assert Collective("allreduce_", elements, 4 * elements, 1).is_scalar is is_scalar
