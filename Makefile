@@ -1,15 +1,21 @@
-# Every target makes its own .venv if there is none; only Python 3.11 (or newer) and make are needed beforehand.
-# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
+# Every target makes its own environment, .venv, if there is none; only Python 3.11 (or newer) and make are needed
+# beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-all lint bench
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
-HOST_PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+# One that HOST_PYTHON names has an environment of its own beside .venv, for instance .venv-3.12.
+ifeq ($(origin HOST_PYTHON),undefined)
+HOST_PYTHON = $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-PYTHON := .venv/bin/python
-INSTALLED := .venv/.installed
+VENV := .venv
+else
+VENV := .venv-$(shell $(HOST_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
 METHOD ?= lora
 ARGS ?=
 
@@ -38,7 +44,7 @@ test-all: test test-slow ## run every test: every method at every layout include
 
 lint: $(INSTALLED) ## style (ruff) and types (pyright)
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 bench: $(INSTALLED) ## measure steps, memory and collectives beside other libraries
 	$(PYTHON) tools/bench.py $(ARGS)
@@ -46,6 +52,6 @@ bench: $(INSTALLED) ## measure steps, memory and collectives beside other librar
 # A half-made environment is removed, so that the next call starts afresh.
 $(INSTALLED): pyproject.toml setup.py
 	@test -n "$(HOST_PYTHON)" || { echo "Python 3.11 or newer is needed; HOST_PYTHON=PATH names one." >&2; exit 1; }
-	@test -x $(PYTHON) || $(HOST_PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@test -x $(PYTHON) || $(HOST_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(PYTHON) -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@

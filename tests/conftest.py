@@ -27,10 +27,6 @@ settings.load_profile("any machine")
 ONE_GROUP = ("checkpoint", "conversion")
 
 
-def pytest_report_header() -> str:
-    return f"Python {platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}"
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share fixtures go to the same of the workers that `make test` runs them on."""
@@ -38,3 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             folder = item.path.parent.name
             item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_GROUP else item.path.stem))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which versions the counts are of. At the end, because pytest prints no header where it is quiet."""
+    versions = [f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers")]
+    terminalreporter.write_line(", ".join([f"Python {platform.python_version()}", *versions]))

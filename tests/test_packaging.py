@@ -17,6 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where a distribution is not named like its module
 OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
 PATH = "/usr/local/bin:/usr/bin:/bin"
+IGNORES = (".gitignore", ".dockerignore")
 BENCH_PEERS = {"peft"}  # of the dev extra: tools/bench.py compares with them
 
 
@@ -69,18 +70,30 @@ def test_changelog_knows_the_version() -> None:
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def plan(*arguments: str, cwd: Path = ROOT) -> str:
+    """The commands that `make` would run, free of the settings of a make around the tests."""
+    command = ["make", "-n", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, env={"PATH": PATH}).stdout
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
 def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) -> None:
     """In a clone without .venv each target starts by making one, then runs that interpreter."""
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    planned = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    planned = plan(target, cwd=tmp_path)
     assert planned.index("-m venv .venv") < planned.index("pip install") < planned.rindex(".venv/bin/python")
 
 
+def test_an_interpreter_that_is_named_has_an_environment_of_its_own() -> None:
+    folder = f".venv-{sys.version_info.major}.{sys.version_info.minor}"
+    planned = plan("test", f"HOST_PYTHON={sys.executable}")
+    assert planned.splitlines()[-1].startswith(f"{folder}/bin/python -m pytest")
+    assert {".venv*/", ".venv*"} <= {line for name in IGNORES for line in (ROOT / name).read_text().splitlines()}
+
+
 def test_make_demo_passes_the_method_on() -> None:
-    command = ["make", "-n", "demo", "METHOD=full", "ARGS=--more"]
-    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    planned = plan("demo", "METHOD=full", "ARGS=--more")
     assert "tools/demo.py --method full --more" in planned
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ def count_parameters(model_chunks: Sequence[nn.Module]) -> ParameterCounts:
         local[0] += parameter.numel() * parameter.requires_grad
         local[1] += parameter.numel()
     counts = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
-    dist.all_reduce(counts, group=parallel_state.get_model_parallel_group())
+    group: Any = parallel_state.get_model_parallel_group()  # for types: never torch's mark of a rank outside it
+    dist.all_reduce(counts, group=group)
     return ParameterCounts(*counts.tolist())
 
 

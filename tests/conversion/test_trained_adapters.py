@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.record import read_record
+from megatron_peft.checkpoint.sharded_files import stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import adapter_save
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint, low_rank_factors, open_adapters
@@ -20,6 +23,7 @@ from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, mo
 from megatron_peft.conversion.adapter_save import save_adapters
 from megatron_peft.conversion.families import rules_for
 from tests.checkpoint.records import SHAPE, make_record
+from tests.one_rank import one_rank
 
 LAYER, OTHER = "decoder.layers.0.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc1"
 A, B = torch.arange(6.0).view(2, 3), -torch.ones(5, 2)
@@ -37,8 +41,11 @@ def test_what_was_saved_is_read_by_us_and_by_megatron_core(tmp_path):
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint == tmp_path / "run" / "iter_0000000"
     assert read_record(checkpoint) == make_record()
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint)).values()
-    assert {tensor.key: tuple(tensor.global_shape) for tensor in stored} == {name: x.shape for name, x in BOTH.items()}
+    assert stored_shapes(checkpoint) == {name: tuple(x.shape) for name, x in BOTH.items()}
+    wanted: Any = {name: ShardedTensor.from_rank_offsets(name, torch.zeros_like(x)) for name, x in BOTH.items()}
+    with one_rank():
+        loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    assert all(torch.equal(loaded[name], x) for name, x in BOTH.items())
 
 
 def test_copies_in_float32_are_preferred(tmp_path):
