@@ -1,0 +1,118 @@
+"""What a run left behind, as numbers by name, and where two runs part."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.golden.cases import NOT_COMPARED, file_in, newest_name
+
+Quantities = dict[str, Any]  # numbers, texts and tensors by name, in the order in which a run makes them
+FIRST = ("loss", "grad_norm")  # in a record of metrics; a difference there explains the others
+
+
+def quantities(folder: Path) -> Quantities:
+    """Of `run`, `answers.jsonl` and `merged` in a case's folder, as far as they are there."""
+    return dict([*_metrics(folder / "run"), *_checkpoint(folder / "run"), *_answers(folder), *_merged(folder)])
+
+
+def first_difference(base: Quantities, work: Quantities) -> str | None:
+    """The first quantity that differs by a bit, with both values in hexadecimal; None if there is none."""
+    differing = [name for name in [*base, *(set(work) - set(base))] if _told(name, base, work)]
+    if not differing:
+        return None
+    kinds: dict[str, int] = {}
+    for name in differing:
+        kind = name.partition(":")[0].partition(" ")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    also = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+    return f"{_told(differing[0], base, work)}\n    (differences: {also}; {len(base)} quantities are compared)"
+
+
+def _told(name: str, base: Quantities, work: Quantities) -> str | None:
+    if name not in base or name not in work:
+        return f"{name}: only in {'the base' if name in base else 'the working tree'}"
+    a, b = base[name], work[name]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None if _text(a) == _text(b) else f"{name}: base {_text(a)}, working tree {_text(b)}"
+    kinds = [f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for tensor in (a, b)]
+    if kinds[0] != kinds[1]:
+        return f"{name}: base {kinds[0]}, working tree {kinds[1]}"
+    differs = _bits(a) != _bits(b)
+    if not differs.any():
+        return None
+    at = int(differs.nonzero()[0])
+    values = [_text(tensor.flatten()[at].item()) for tensor in (a, b)]
+    index = [int(i) for i in torch.unravel_index(torch.tensor(at), a.shape)]
+    return f"{name} {index}: base {values[0]}, working tree {values[1]} ({int(differs.sum())} of {a.numel()} differ)"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Integers of the elements' bits: NaN equals itself, and -0 is not 0."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().flatten().view(sizes[tensor.element_size()])
+
+
+def _text(value: Any) -> str:
+    return value.hex() if isinstance(value, float) else repr(value)
+
+
+def _metrics(run: Path) -> Iterator[tuple[str, Any]]:
+    """Every field of every record but those that time decides, step by step."""
+    records = [record for file in ("metrics", "lambda") for record in _records(file_in(run, file))]
+    for record in sorted(records, key=lambda record: record["iteration"]):  # a stable sort: metrics come first
+        fields = sorted(_flat(record), key=lambda field: (field[0] not in FIRST, field[0] != FIRST[0]))
+        yield from ((f"step {record['iteration']}: {name}", value) for name, value in fields)
+
+
+def _records(path: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path else []
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        full = prefix + newest_name(name)
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{full}/")
+        elif full not in NOT_COMPARED:
+            yield full, value
+
+
+def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the newest checkpoint, whatever it is called: torch's own reader needs nothing of a tree."""
+    newest = max(run.rglob(".metadata")).parent
+    stored = torch_checkpoint.FileSystemReader(newest).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(tuple(tensor.size), dtype=tensor.properties.dtype)
+        for name, tensor in stored.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no world
+        torch_checkpoint.load(tensors, checkpoint_id=newest)
+    named = {newest_name(name): tensor for name, tensor in tensors.items()}
+    yield from ((f"saved {name}", named[name]) for name in sorted(named))
+
+
+def _answers(folder: Path) -> Iterator[tuple[str, Any]]:
+    for number, record in enumerate(_records(_if_there(folder / "answers.jsonl"))):
+        yield from ((f"answer {number}: {name}", value) for name, value in _flat(record))
+
+
+def _merged(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted((folder / "merged").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            yield from ((f"merged {name}", file.get_tensor(name)) for name in sorted(file.keys()))
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None
