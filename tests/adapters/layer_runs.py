@@ -26,10 +26,26 @@ from tests.kept import kept_for_backward
 
 S, BATCH, H, F, RANK = 8, 3, 12, 10, 2
 PEFT = PeftConfig(lora_rank=RANK, lora_alpha=3.0)
+Split = tuple[int, int] | None  # (dim that the ranks split, parts along it that each is split); None: each has all
 
 
 def draw(name: str, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator_for(0, name))
+
+
+def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) -> Any:
+    """megatron-core's configuration of layers in float64 that all have a bias."""
+    config: Any = TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=torch.float64,
+        perform_initialization=False,
+    )
+    config.linear_biases = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+    return config
 
 
 class GatedPair(nn.Module):
@@ -37,17 +53,7 @@ class GatedPair(nn.Module):
 
     def __init__(self, size: int, sequence_parallel: bool, with_adapters: bool) -> None:
         super().__init__()
-        config: Any = TransformerConfig(
-            num_layers=1,
-            hidden_size=H,
-            num_attention_heads=2,
-            tensor_model_parallel_size=size,
-            sequence_parallel=sequence_parallel,
-            params_dtype=torch.float64,
-            perform_initialization=False,
-        )
-        config.linear_biases = {"linear_fc1", "linear_fc2"}
-        common: dict[str, Any] = {"config": config, "init_method": None}
+        common: dict[str, Any] = {"config": layer_config(H, 2, size, sequence_parallel), "init_method": None}
         self.column = AdaptedColumnParallelLinear(H, 2 * F, stride=2, tp_comm_buffer_name="fc1", **common)
         self.row = AdaptedRowParallelLinear(
             F, H, input_is_parallel=True, skip_bias_add=False, tp_comm_buffer_name="fc2", **common
@@ -103,8 +109,8 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
     found["kept"] = _kept_elements(pair.column, x)
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:
-            found[name] = _joined(parameter.detach(), parameter, group)
-            found[f"d {name}"] = _joined(parameter.main_grad, parameter, group)
+            found[name] = join(_from_all(parameter.detach(), group), split_of(parameter))
+            found[f"d {name}"] = join(_from_all(parameter.main_grad, group), split_of(parameter))
     return found
 
 
@@ -117,14 +123,20 @@ def _kept_elements(layer: nn.Module, x: Tensor) -> list[int]:
     return sorted(size for storage, size in sizes.items() if storage not in parameters)
 
 
-def _joined(tensor: Tensor, parameter: Any, group: Any) -> Tensor:
-    """A tensor laid out like `parameter`, whole. Replicated ones must be equal on all ranks."""
-    parts = _from_all(tensor, group)
-    if not parameter.tensor_model_parallel:
-        assert all(torch.equal(part, parts[0]) for part in parts), "copies differ between ranks"
-        return tensor
-    stacked = zip(*(part.chunk(parameter.partition_stride) for part in parts), strict=True)
-    return torch.cat([torch.cat(same_part, parameter.partition_dim) for same_part in stacked])
+def split_of(parameter: Any) -> Split:
+    """How a parameter or buffer says that it lies on the ranks."""
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return (parameter.partition_dim, parameter.partition_stride) if is_split else None
+
+
+def join(slices: list[Tensor], split: Split) -> Tensor:
+    """The whole of the ranks' slices; copies must be equal."""
+    if split is None:
+        assert all(torch.equal(one, slices[0]) for one in slices), "copies differ between ranks"
+        return slices[0]
+    dim, parts = split
+    stacked = zip(*(one.chunk(parts, dim) for one in slices), strict=True)
+    return torch.cat([torch.cat(same_part, dim) for same_part in stacked], dim)
 
 
 def _from_all(tensor: Tensor, group: Any) -> list[Tensor]:
