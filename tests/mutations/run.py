@@ -121,9 +121,10 @@ def try_all(mutations: Sequence[Mutation]) -> int:
         for run in finished(runs, copies):
             problem = run.problem()
             num_caught += not problem
-            word = "SURVIVED" if problem else "caught"
-            print(f"{word:8} {run.seconds:5.1f} s  {run.mutation.what} {problem}", flush=True)
-    print(*problems, *(f"equivalent: {m.what}: {m.equivalent}" for m in mutations if m.equivalent), sep="\n")
+            word, what = "SURVIVED" if problem else "caught", run.mutation.what if run.mutation else ""
+            print(f"{word:8} {run.seconds:5.1f} s  {what} {problem}", flush=True)
+    for line in (*problems, *(f"equivalent: {m.what}: {m.equivalent}" for m in mutations if m.equivalent)):
+        print(line)
     print(f"{num_caught} of {len(tried)} caught in {time.monotonic() - started:.0f} s")
     return 0 if num_caught == len(tried) else 1
 
