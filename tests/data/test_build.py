@@ -1,8 +1,10 @@
+"""The data of a run from its configuration: how long it is, what each rank reads, what was left out of it."""
+
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 
@@ -20,33 +22,34 @@ from megatron_peft.data.tokenizers import NullTokenizer
 from tests.data.indexed_corpus import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
+ALONE = ParallelConfig()
+SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, world_size=2)
 
 
-def run(data: DataConfig, parallel: ParallelConfig | None = None, **training) -> RunConfig:
-    lengths = {"train_iters", "train_samples", "train_epochs"}
-    training = {"global_batch_size": 4, **({} if lengths & set(training) else {"train_iters": 5}), **training}
-    return RunConfig(
-        parallel=parallel or ParallelConfig(),
+def build(
+    data: dict[str, Any], parallel: ParallelConfig = ALONE, *, rank: int = 0, consumed: int = 0, **training
+) -> Data:
+    """`data` and `training` are fields of the configuration; without a length the run has 5 iterations."""
+    length = {} if {"train_iters", "train_samples", "train_epochs"} & training.keys() else {"train_iters": 5}
+    config = RunConfig(
+        parallel=parallel,
         model=ModelConfig(pretrained_checkpoint="model"),
         peft=PeftConfig(),
-        data=replace(data, num_workers=0, seq_length=8),
-        training=TrainingConfig(**training),
+        data=DataConfig(**data, num_workers=0, seq_length=8),
+        training=TrainingConfig(**{"global_batch_size": 4, **length, **training}),
     )
-
-
-def build(config: RunConfig, **settings) -> Data:
-    dp = config.parallel.data_parallel_size
-    return build_data(config, NullTokenizer(999), data_parallel_rank=0, data_parallel_size=dp, **settings)
+    place = {"data_parallel_rank": rank, "data_parallel_size": parallel.data_parallel_size}
+    return build_data(config, NullTokenizer(999), consumed_samples=consumed, **place)
 
 
 @pytest.fixture
-def train(write_lines) -> str:
-    return write_lines(RECORDS, "train.jsonl")
+def train(write_lines) -> dict[str, Any]:
+    return {"train_data_path": (write_lines(RECORDS, "train.jsonl"),)}
 
 
 @pytest.fixture
-def valid(write_lines) -> str:
-    return write_lines(RECORDS[:6], "valid.jsonl")
+def both(train, write_lines) -> dict[str, Any]:
+    return {**train, "valid_data_path": (write_lines(RECORDS[:6], "valid.jsonl"),)}
 
 
 def first_tokens(batches, steps: int | None = None) -> list[int]:
@@ -54,25 +57,18 @@ def first_tokens(batches, steps: int | None = None) -> list[int]:
 
 
 def test_training_is_shuffled_and_goes_on_where_it_was(train):
-    data = DataConfig(train_data_path=(train,))
-    straight = first_tokens(build(run(data)).train, 5)
+    straight = first_tokens(build(train).train, 5)
     assert sorted(straight[:10]) == list(range(10)) != straight[:10]
-    assert first_tokens(build(run(data), consumed_samples=8).train, 3) == straight[8:]
+    assert first_tokens(build(train, consumed=8).train, 3) == straight[8:]
 
 
-def test_validation_is_one_pass_in_file_order(train, valid):
-    data = build(run(DataConfig(train_data_path=(train,), valid_data_path=(valid,))))
+def test_validation_is_one_pass_in_file_order_that_eval_iters_end_and_none_mean_no_evaluation(both):
+    data = build(both)
     assert data.valid is not None and data.test is None
-    assert first_tokens(data.valid)[:6] == list(range(6))
-    assert data.valid.num_steps == 2
-
-
-def test_eval_iters_end_the_pass_and_none_mean_no_evaluation(train, valid):
-    data = DataConfig(train_data_path=(train,), valid_data_path=(valid,), test_data_path=(valid,))
-    built = build(run(data, eval_iters=1))
-    assert built.valid and built.test and first_tokens(built.valid) == first_tokens(built.test) == [0, 1, 2, 3]
-    assert build(run(data, eval_iters=0)).valid is None
-    assert build(run(data, eval_interval=None)).valid is None
+    assert first_tokens(data.valid)[:6] == list(range(6)) and data.valid.num_steps == 2
+    data = build({**both, "test_data_path": both["valid_data_path"]}, eval_iters=1)
+    assert data.valid and data.test and first_tokens(data.valid) == first_tokens(data.test) == [0, 1, 2, 3]
+    assert build(both, eval_iters=0).valid is build(both, eval_interval=None).valid is None
 
 
 @pytest.mark.parametrize(
@@ -80,16 +76,11 @@ def test_eval_iters_end_the_pass_and_none_mean_no_evaluation(train, valid):
     [({"train_iters": 7}, 7), ({"train_samples": 11}, 2), ({"train_epochs": 1}, 3), ({"train_epochs": 1.5}, 4)],
 )
 def test_the_length_of_the_run_becomes_iterations(train, length, iterations):
-    assert build(run(DataConfig(train_data_path=(train,)), **length)).train_iters == iterations
+    assert build(train, **length).train_iters == iterations
 
 
-def test_less_than_a_batch_is_no_run(train):
-    with pytest.raises(ConfigurationError, match="--train-samples 3 is less than one --global-batch-size 4"):
-        build(run(DataConfig(train_data_path=(train,)), train_samples=3))
-
-
-def test_packing_packs_whatever_is_json(train, valid):
-    data = build(run(DataConfig(train_data_path=(train,), valid_data_path=(valid,), pack_sequences=True)))
+def test_packing_packs_whatever_is_json(both):
+    data = build({**both, "pack_sequences": True})
     batch = next(iter(data.train))[0]
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 6]  # 2 of 3 positions fit in 8
     assert data.train.samples_per_epoch == 5
@@ -97,42 +88,36 @@ def test_packing_packs_whatever_is_json(train, valid):
 
 
 def test_sequence_parallelism_rounds_the_width_up_to_its_ranks(train):
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, world_size=2)
-    batch = next(iter(build(run(DataConfig(train_data_path=(train,)), parallel)).train))[0]
+    batch = next(iter(build(train, SEQUENCE_PARALLEL).train))[0]
     assert batch.tokens.shape == (1, 4)
     assert batch.tokens[0, 3] == 999  # the end token, with which rows are padded
 
 
 def test_ranks_of_data_parallelism_share_a_batch(train):
-    data = DataConfig(train_data_path=(train,))
-    config = run(data, ParallelConfig(world_size=2))
-    ranks = [
-        build_data(config, NullTokenizer(999), data_parallel_rank=rank, data_parallel_size=2).train for rank in (0, 1)
-    ]
-    shares = [first_tokens(rank, 1) for rank in ranks]
-    alone = first_tokens(build(run(data)).train, 1)
-    assert [shares[0][0], shares[1][0], shares[0][1], shares[1][1]] == alone
+    first, second = (first_tokens(build(train, ParallelConfig(world_size=2), rank=rank).train, 1) for rank in (0, 1))
+    assert [first[0], second[0], first[1], second[1]] == first_tokens(build(train).train, 1)
 
 
 def test_what_was_cut_is_said_once(write_lines, caplog):
     path = write_lines([{"prompt": "1", "completion": "2 " * 20}, *RECORDS])
     with caplog.at_level(logging.WARNING):
-        build(run(DataConfig(train_data_path=(path,))))
+        build({"train_data_path": (path,)})
     assert [record.getMessage() for record in caplog.records] == [
         "--train-data-path: 1 of 11 samples are longer than --seq-length 8 and were cut at their end "
         f"(first: {path}, line 1)."
     ]
 
 
-def test_bad_data_names_the_flag_that_brought_it(train, write_lines):
-    empty = write_lines([], "empty.jsonl")
+def test_bad_data_name_the_flag_that_brought_them_and_less_than_a_batch_is_no_run(train, write_lines):
     with pytest.raises(ConfigurationError, match="--valid-data-path .*empty.jsonl is empty"):
-        build(run(DataConfig(train_data_path=(train,), valid_data_path=(empty,))))
+        build({**train, "valid_data_path": (write_lines([], "empty.jsonl"),)})
+    with pytest.raises(ConfigurationError, match="--train-samples 3 is less than one --global-batch-size 4"):
+        build(train, train_samples=3)
 
 
 def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", numbered_documents(200))
-    data = build(run(DataConfig(data_path=(prefix,), split="90,10")))
+    data = build({"data_path": (prefix,), "split": "90,10"})
     dataset = data.train.dataset
     assert first_tokens(data.train, 5) == [int(dataset[i].tokens[0]) for i in range(20)]
     assert data.valid is not None and first_tokens(data.valid)[0] >= 0 and data.test is None
@@ -140,7 +125,7 @@ def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
 
 def test_indexed_data_are_shuffled_anew_each_epoch(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", numbered_documents(100))
-    train = build(run(DataConfig(data_path=(prefix,), split="1"), train_epochs=2)).train
+    train = build({"data_path": (prefix,), "split": "1"}, train_epochs=2).train
     per_epoch = train.samples_per_epoch
     assert per_epoch == (500 - 1) // 8
     seen = first_tokens(train, -(-2 * per_epoch // 4))

@@ -158,11 +158,12 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert "1 of 5" in empty and "have no token to learn from" in empty and "line 4" in empty
 
 
-def test_skip_leaves_all_overlong_samples_out(write_lines):
+def test_skip_leaves_all_overlong_samples_out_and_those_that_fit_give_no_warning(write_lines):
     dataset = surveyed(write_lines, "skip")
     assert dataset.lengths.tolist() == [3, 4]
     assert "2 of 5 samples are longer than --seq-length 4 and were skipped" in dataset.warnings[0]
     assert len(dataset.warnings) == 2
+    assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
 
 
 @pytest.mark.parametrize(
@@ -178,10 +179,6 @@ def test_skip_leaves_all_overlong_samples_out(write_lines):
 def test_a_bad_record_ends_the_run_before_it_begins(write_lines, records, overlong, message):
     with pytest.raises(ConfigurationError, match=message):
         surveyed(write_lines, overlong, records)
-
-
-def test_samples_that_fit_give_no_warning(write_lines):
-    assert surveyed(write_lines, "error", [RECORDS[0], RECORDS[4]]).warnings == []
 
 
 def survey_on_a_rank(files: tuple[str, str]) -> None:

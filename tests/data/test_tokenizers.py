@@ -115,28 +115,27 @@ def chatml(messages, add_generation_prompt=False) -> str:
     return text + ("<assistant>" if add_generation_prompt else "")
 
 
-def test_what_the_assistant_says_is_trained_and_its_header_is_not():
-    assert chat_parts(chatml, turns("system", "user", "assistant", "user", "assistant", "user")) == [
-        Part("<system>system0</><user>user1</><assistant>", False),
-        Part("assistant2</>", True),
-        Part("<user>user3</><assistant>", False),
-        Part("assistant4</>", True),
-        Part("<user>user5</>", False),
-    ]
+def thinking(messages, add_generation_prompt=False) -> str:
+    """Its generation prompt has what a finished turn lacks."""
+    return chatml(messages, add_generation_prompt) + ("<think>" if add_generation_prompt else "")
 
 
-def test_a_generation_prompt_that_a_finished_turn_lacks_does_not_hurt():
-    def thinking(messages, add_generation_prompt=False):
-        return chatml(messages, add_generation_prompt) + ("<think>" if add_generation_prompt else "")
-
-    assert chat_parts(thinking, turns("user", "assistant"))[:2] == [
-        Part("<user>user0</><assistant>", False),
-        Part("assistant1</>", True),
-    ]
-
-
-def test_an_assistant_who_begins_is_trained_from_the_start():
-    assert chat_parts(chatml, turns("assistant"))[:2] == [Part("", False), Part("<assistant>assistant0</>", True)]
+@pytest.mark.parametrize(
+    ("template", "roles", "untrained_and_trained"),
+    [
+        (
+            chatml,
+            "system user assistant user assistant user",
+            ["<system>system0</><user>user1</><assistant>", "assistant2</>", "<user>user3</><assistant>"]
+            + ["assistant4</>", "<user>user5</>"],
+        ),
+        (thinking, "user assistant", ["<user>user0</><assistant>", "assistant1</>"]),
+        (chatml, "assistant", ["", "<assistant>assistant0</>"]),
+    ],
+)
+def test_what_the_assistant_says_is_trained_and_its_header_is_not(template, roles, untrained_and_trained):
+    expected = [Part(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
+    assert chat_parts(template, turns(*roles.split()))[: len(expected)] == expected
 
 
 def test_a_template_that_rewrites_the_past_and_a_conversation_without_an_answer_are_refused():

@@ -49,12 +49,10 @@ time.sleep(30)
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     """Where the stand-ins write down what happened."""
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    stand_ins = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "torchrun": TORCHRUN}
-    for name, text in stand_ins.items():
-        (bin_folder / name).write_text(text)
-        (bin_folder / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("torchrun", TORCHRUN)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "recipe.args").write_text("# a comment\n--tensor-model-parallel-size 2 # after a flag\n\n--bf16\n")
     return tmp_path
 
@@ -92,27 +90,30 @@ def running(record: Path) -> Iterator[subprocess.Popen[str]]:
         os.kill(int((record / "pid").read_text()), signal.SIGKILL)
 
 
+def finished(record: Path, *flags: str, step_code: int = 0) -> list[str]:
+    """What a job whose step ends with `step_code` gave to torchrun. It must not be queued again."""
+    assert start(record, *flags, step_code=step_code).wait(timeout=seconds(60)) == step_code
+    assert not (record / "scontrol").exists()
+    return (record / "arguments").read_text().split("\n")
+
+
 def test_recipe_and_flags_reach_the_run(record: Path) -> None:
-    assert start(record, "--lr", "1e-3", step_code=0).wait(timeout=seconds(60)) == 0
-    arguments = (record / "arguments").read_text().split("\n")
+    arguments = finished(record, "--lr", "1e-3")
     program = arguments[arguments.index("pretrain_peft.py") :]
     assert program[-5:] == ["--tensor-model-parallel-size", "2", "--bf16", "--lr", "1e-3"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
     assert "--load" not in program
-    assert not (record / "scontrol").exists(), "a finished job must not be queued again"
 
 
 def test_a_checkpoint_is_resumed(record: Path) -> None:
     (record / "save").mkdir()
     (record / "save" / "latest_checkpointed_iteration.txt").write_text("50")
-    start(record, step_code=0).wait(timeout=seconds(60))
-    arguments = (record / "arguments").read_text().split("\n")
+    arguments = finished(record)
     assert arguments[arguments.index("--load") + 1] == str(record / "save")
 
 
 def test_a_failed_step_fails_the_job(record: Path) -> None:
-    assert start(record, step_code=3).wait(timeout=seconds(60)) == 3
-    assert not (record / "scontrol").exists()
+    finished(record, step_code=3)
 
 
 def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.Popen[str]) -> None:
@@ -123,8 +124,4 @@ def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.
     assert (record / "saved").exists(), "the script did not wait for the step to save"
     assert (record / "scancel").read_text().split() == ["--signal=USR1", "4242.0"]
     assert (record / "scontrol").read_text().split() == ["requeue", "4242"]
-
-
-@pytest.mark.usefixtures("running")
-def test_usr1_is_off_in_the_agent_itself(record: Path) -> None:
-    assert (record / "ignored").read_text() == "True"
+    assert (record / "ignored").read_text() == "True", "USR1 is off in the agent itself"

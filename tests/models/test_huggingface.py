@@ -11,7 +11,8 @@ import pytest
 from transformers import BloomConfig, LlamaConfig
 
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models import huggingface_llama
+from megatron_peft.models.huggingface import REFUSED, read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
 # As transformers 4 wrote them; a Llama of early 2023, when most keys did not exist; Bloom in the keys of its own file.
@@ -164,21 +165,10 @@ def test_rope_scaling_that_is_refused(scaling: Any, told: str, tmp_path: Path) -
         llama(tmp_path, rope_scaling=scaling)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hidden_act", "gelu"),
-        ("pretraining_tp", 2),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
-        ("partial_rotary_factor", 0.5),
-        ("sliding_window", 4096),
-        ("rope_interleaved", True),
-        ("final_logit_softcapping", 30.0),
-    ],
-)
-def test_unsupported_keys_are_refused_by_name(key: str, value: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", sorted({**REFUSED, **huggingface_llama.REFUSED}))
+def test_unsupported_keys_are_refused_by_name(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"asks for what is not supported: {key}="):
-        llama(tmp_path, **{key: value})
+        llama(tmp_path, **{key: 30.0})
 
 
 COUNT, NUMBER = "it must be a whole number above 0", "it must be a number above 0"

@@ -65,12 +65,13 @@ def test_marks_say_what_is_split_and_whose_gradients_are_partial(split, mark, ax
     assert getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL) == (axis < 0)
 
 
-@pytest.mark.parametrize("split", ["column", "row"])
-def test_split_parameters_count_on_every_rank_and_replicated_ones_once(split):
-    layout, A, B = _layouts(split, 2)[0], *(nn.Parameter(torch.empty(2, 3)) for _ in range(2))
-    layout.mark_input(A)
-    layout.mark_output(B)
-    assert layout.num_global(nn.ParameterList([A, B])) == 6 + 2 * 6
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_numbers_of_all_ranks_are_counted_and_replicated_ones_once(size):
+    for layout in _layouts("column", size):
+        A, B = nn.Parameter(torch.empty(2, IN)), nn.Parameter(torch.empty(OUT // size, 2))
+        layout.mark_input(A)
+        layout.mark_output(B)
+        assert layout.num_global(nn.ParameterList([A, B])) == 2 * (IN + OUT)
 
 
 def test_the_stride_of_a_gated_output_is_its_number_of_parts():

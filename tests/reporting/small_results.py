@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.record import CellRecord, write_record
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
+from megatron_peft.reporting.report import build, markdown
 from megatron_peft.reporting.results import Results, read_results
 from tests.experiment.small_experiment import content, experiment
 
@@ -68,3 +70,9 @@ def as_the_paper(folder: Path, **changes: Any) -> Results:
     tasks = {"talk": {**content()["tasks"]["talk"], "paper": "GLUE"}}
     models = {"tiny": {**content()["models"]["tiny"], "paper": "BloomZ-7B1"}}
     return results(folder, **{"tasks": tasks, "models": models, **changes})
+
+
+if __name__ == "__main__":  # writes small_report.md anew
+    with tempfile.TemporaryDirectory() as folder:
+        text = markdown(build(as_the_paper(Path(folder)), "hybrid"))
+    Path(__file__).with_name("small_report.md").write_text(text)

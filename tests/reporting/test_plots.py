@@ -58,10 +58,6 @@ def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path
     assert cost_plot.mean_of(read_results(tmp_path).all[0], cost_plot.epoch_minutes) == pytest.approx(2.0)
 
 
-def test_table_has_what_the_figure_shows(found: Results) -> None:
-    assert cost_plot.table(found).rows[2] == ("tiny", "talk", "hybrid", "1,000", "0.500", "1.000", "2.000")
-
-
 def test_lines_are_means_over_the_seeds(found: Results) -> None:
     left, right = dynamics_plot.draw(found, "tiny", "talk").axes
     assert [line.get_label() for line in left.lines] == ["lora", "lora-ga", "hybrid"]

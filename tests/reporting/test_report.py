@@ -14,7 +14,7 @@ import pytest
 
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.reporting import paper_tables, summary
-from megatron_peft.reporting.report import Report, build, html, write
+from megatron_peft.reporting.report import Report, build, html, markdown, write
 from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.table1 import rows
 from tests.reporting.small_results import LOSSES, as_the_paper, results
@@ -46,6 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     write(build(results(place), "hybrid"), place)
     return place
+
+
+def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
+    """Runs, means, tests, bests, the Hybrid's place, costs, speed, settings that were tried, the paper's tables."""
+    expected = Path(__file__).with_name("small_report.md")
+    assert markdown(build(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
 
 
 def test_all_files_are_there(folder: Path) -> None:
@@ -130,49 +136,9 @@ def test_unfinished_experiment_says_so(found: Results, tmp_path: Path) -> None:
     assert summary.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
 
 
-def test_budget_versions_and_tuning_are_told(found: Results) -> None:
-    (told,) = summary.budgets(found)
-    assert "2 tuning runs a method with seed 1, chosen by validation loss alone; 3 runs" in told
-    assert "`--train-iters 2 --train-data-path train.jsonl --valid-data-path valid.jsonl`" in told
-    assert summary.versions(found) == "Versions: python 3.11."
-    tried = [row[3:] for row in summary.tuning(found).rows[:2]]
-    assert tried == [("lr=0.1", "1", "3.020", ""), ("lr=0.4", "1", "2.020", "yes")]
-
-
-def test_hybrid_that_does_not_win_is_told(found: Results) -> None:
-    loss, accuracy = summary.verdicts(rows(found, "hybrid"))
-    assert loss == (
-        "tiny, talk, validation loss: lora-ga has the best mean of 3 methods, 1.530. "
-        "The Hybrid (hybrid, 1.630) does not win: lora-ga is ahead of it."
-    )
-    assert "accuracy: lora-ga has the best mean of 3 methods, 84.70" in accuracy
-
-
 def test_hybrid_that_wins_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LOSSES, "hybrid", 1.0)
     assert summary.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
-
-
-def test_table1_is_as_printed_and_marks_wrong_averages() -> None:
-    found = paper_tables.table1().rows
-    assert len(found) == 2 * 6 * 4
-    assert found[10:12] == (
-        ("", "Hybrid", "91.7 / 93.1 / 92.1", "89.8 / 90.3 / 90.4", "87.9 / 88.6 / 88.7", "84.6 / 85.2 / 85.4"),
-        ("", "Avg", "92.3", "90.2", "88.4", "85.1"),
-    )
-    assert found[-1] == ("", "Avg", "62.5 / 77.8", "–", "53.5 / 70.1†", "40.5 / 58.3†")
-
-
-def test_wrong_averages_are_told_with_the_mean_of_their_runs() -> None:
-    table = paper_tables.wrong_averages()
-    assert table.title.startswith("8 of the paper's 108 averages are not the mean")
-    assert ("MT-Bench", "LoRA-GA", "Llama3.3-70B", "27.2 / 27.8 / 27.7", "27.57", "27.7") in table.rows
-
-
-def test_ours_stand_beside_the_benchmark_that_the_task_names(tmp_path: Path) -> None:
-    (table,) = paper_tables.beside_ours(rows(as_the_paper(tmp_path), "hybrid"))
-    assert table.columns[:3] == ("method", "ours: tiny", "paper: Llama3.1-405B")
-    assert table.rows[0] == ("lora", "79.40", "91.3", "89.1", "87.5", "84.0")
 
 
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
