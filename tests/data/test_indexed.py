@@ -103,23 +103,13 @@ def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_trainin
 
 
 def test_what_cannot_be_built_is_named(corpus, tmp_path):
+    with pytest.raises(ConfigurationError, match="--data-path has weights, and an epoch .* give --train-iters"):
+        build(Split.train, None, "1", corpus)
+    with pytest.raises(ConfigurationError, match="--data-cache-path with a blend"):  # without torch.distributed
+        build(Split.train, 10, corpus, corpus, data_cache_path=str(tmp_path))
     (tmp_path / "file").write_text("")
-    cases = (
-        ((None, "1", corpus), {}, "--data-path has weights, and an epoch .* give --train-iters"),
-        (
-            (10, corpus),
-            {"data_cache_path": str(tmp_path / "file")},
-            "train data cannot be written .* --data-cache-path",
-        ),
-        (
-            (10, corpus, corpus),
-            {"data_cache_path": str(tmp_path)},
-            "--data-cache-path with a blend",
-        ),  # no torch.distributed
-    )
-    for arguments, settings, message in cases:
-        with pytest.raises(ConfigurationError, match=message):
-            build(Split.train, *arguments, **settings)
+    with pytest.raises(ConfigurationError, match="indices of the train data cannot be written .* --data-cache-path"):
+        build(Split.train, 10, corpus, data_cache_path=str(tmp_path / "file"))
 
 
 def tokens_on_a_rank(blend: tuple[str, str, str]) -> list[list[int]]:
@@ -143,35 +133,35 @@ def test_prefixes_come_with_weights_or_without(two):
     assert parse_blend(["0.3", a, "7", b], "--data-path") == Blend([a, b], [0.3, 7.0])
 
 
-@pytest.mark.parametrize("mixture", ["0.3 A B", "A 0.3", "0.3 0.7", "0.3", "A 1 B 2"])
-def test_weights_and_prefixes_must_alternate(two, mixture):
+ALTERNATE = "--data-path .*: give prefixes only, or a weight before each prefix"
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [(mixture, ALTERNATE) for mixture in ("0.3 A B", "A 0.3", "0.3 0.7", "0.3", "A 1 B 2")]
+    + [("0 A 1 B", "weights must be above 0")],
+)
+def test_weights_above_0_and_prefixes_must_alternate(two, mixture, message):
     paths = [{"A": two[0], "B": two[1]}.get(part, part) for part in mixture.split()]
-    with pytest.raises(ConfigurationError, match="--data-path .*: give prefixes only, or a weight before each prefix"):
+    with pytest.raises(ConfigurationError, match=message):
         parse_blend(paths, "--data-path")
 
 
-def test_weights_are_above_0(two):
-    with pytest.raises(ConfigurationError, match="weights must be above 0"):
-        parse_blend(["0", two[0], "1", two[1]], "--data-path")
-
-
-def test_missing_files_are_named(two):
-    Path(two[0] + ".bin").unlink()
-    with pytest.raises(ConfigurationError, match=r"--valid-data-path .*a: .*a.bin not found. A prefix is a path with"):
-        parse_blend(two, "--valid-data-path")
-
-
-def test_an_index_that_is_none_or_torn_is_named(two):
-    index = Path(two[0] + ".idx")
-    whole = index.read_bytes()
-    for content in (b"", b"x" * len(whole), whole[:60]):
-        index.write_bytes(content)
-        with pytest.raises(ConfigurationError, match="a.idx is not an index of Megatron's, or it is torn"):
-            parse_blend(two, "--data-path")
-
-
-def test_missing_tokens_are_counted(two):
-    data = Path(two[1] + ".bin")
-    data.write_bytes(data.read_bytes()[:-2])
-    with pytest.raises(ConfigurationError, match="b.bin has 398 bytes where its index expects 400; it is torn"):
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        (".bin", None, "--data-path .*a: .*a.bin not found. A prefix is a path with"),
+        (".bin", lambda whole: whole[:-2], "a.bin has 198 bytes where its index expects 200; it is torn"),
+        (".idx", lambda whole: b"", "a.idx is not an index of Megatron's, or it is torn"),
+        (".idx", lambda whole: b"x" * len(whole), "a.idx is not an index of Megatron's, or it is torn"),
+        (".idx", lambda whole: whole[:60], "a.idx is not an index of Megatron's, or it is torn"),
+    ],
+)
+def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
+    path = Path(two[0] + suffix)
+    whole = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(whole))
+    with pytest.raises(ConfigurationError, match=message):
         parse_blend(two, "--data-path")

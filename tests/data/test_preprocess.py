@@ -26,11 +26,13 @@ def documents(prefix: Path | str) -> list[list[int]]:
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
-def test_documents_come_back_in_order_and_empty_ones_are_counted(write_lines, tmp_path):
-    done = preprocess(config(write_lines(TEXTS), tmp_path / "out", append_eod=True))
+def test_documents_come_back_in_order_empty_ones_are_counted_and_progress_is_told(write_lines, tmp_path):
+    lines: list[str] = []
+    done = preprocess(config(write_lines(TEXTS), tmp_path / "out", append_eod=True, log_interval=2), lines.append)
     assert documents(tmp_path / "out_text_document") == [[1, 2, 3, 99], [4, 5, 99]]
     assert (done.documents, done.empty_documents, done.tokens) == (2, 1, 7)
     assert done.prefixes == (f"{tmp_path}/out_text_document",)
+    assert [line.split(",")[0] for line in lines] == ["2 of 3 records", "3 of 3 records"]
 
 
 def test_each_key_has_a_dataset_of_its_own_and_no_end_unless_asked(write_lines, tmp_path):
@@ -57,12 +59,6 @@ def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path)
     encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))
     assert encoder.encode(0) == [[3, *encoder.tokenizer.encode("the cat"), 2]]
     assert encoder.encode(1) == [[]]
-
-
-def test_progress_is_told_in_lines(write_lines, tmp_path):
-    lines: list[str] = []
-    preprocess(config(write_lines(TEXTS), tmp_path / "out", log_interval=2), report=lines.append)
-    assert [line.split(",")[0] for line in lines] == ["2 of 3 records", "3 of 3 records"]
 
 
 @pytest.mark.parametrize(
