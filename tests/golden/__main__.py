@@ -18,17 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.golden import written
 from tests.golden.cases import CASES, Case, Inputs, resume, train
 from tests.golden.results import first_difference, quantities
 from tests.golden.tree import ENVIRONMENT, ProgramFailed, Tree
+from tests.golden.written import CHECKS, check
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = "written by b03219c: "
@@ -36,21 +35,21 @@ RESUMED = "TP2"  # the layout at which the working tree goes on from the base's 
 
 
 class NothingToCompare(Exception):
-    """The base does not exist, or it is what the working tree holds."""
+    """The base does not exist, it is what the working tree holds, or no case was chosen."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 when something differs or fails, 2 when there is nothing to compare, 130 when it was interrupted."""
     args = _parser().parse_args(argv)
-    checks = [name for name in written.CHECKS if re.search(args.only, WRITTEN + name)]
     cases = [case for case in CASES if re.search(args.only, str(case))]
+    checks = [name for name in CHECKS if re.search(args.only, WRITTEN + name)]
     if args.list:
-        print("\n".join([*map(str, cases), *(WRITTEN + name for name in checks)]))
+        print(*cases, *(WRITTEN + name for name in checks), sep="\n")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as for Ctrl-C
     try:
         if not cases and not checks:
-            raise NothingToCompare(f"--only {args.only} chooses none; --list shows them all")
+            raise NothingToCompare(f"--only {args.only} chooses none; --list shows them all.")
         return _compare_all(_base(args.base), cases, checks, args.keep)
     except NothingToCompare as error:
         print(f"golden: error: {error}", file=sys.stderr)
@@ -64,29 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--base", metavar="COMMIT", help="default: HEAD if the working tree differs from it, else HEAD~1"
-    )
+    parser.add_argument("--base", metavar="COMMIT", help="default: HEAD if the working tree differs from it, or HEAD~1")
     parser.add_argument("--only", metavar="PATTERN", default="", help="cases whose name it is found in: 'boft.*, TP2$'")
-    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave both trees' runs there")
+    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="a new folder; both trees' runs stay there")
     parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     return parser
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    if done.returncode:
-        raise NothingToCompare(f"git {' '.join(words)}: {done.stderr.strip()}")
-    return done.stdout.rstrip("\n")
-
-
 def _base(asked: str | None) -> str:
-    """The commit to compare with; prints it and the working tree's.
-
-    Raises:
-        NothingToCompare: no such commit, or the working tree holds the same files.
-    """
-    changes = _git("status", "--porcelain").splitlines()
+    """The commit to compare with; prints it and the working tree's. Raises NothingToCompare."""
+    changes = _git("status", "--porcelain", "--untracked-files=all").splitlines()
     commit = _git("rev-parse", "--verify", f"{asked or ('HEAD' if changes else 'HEAD~1')}^{{commit}}")
     print(f"base:         {_git('log', '-1', '--format=%h %s', commit)}")
     with_changes = f" with changes in {len(changes)} files" if changes else ""
@@ -96,97 +82,82 @@ def _base(asked: str | None) -> str:
     return commit
 
 
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise NothingToCompare(f"git {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout.rstrip("\n")
+
+
 def _compare_all(commit: str, cases: Sequence[Case], checks: Sequence[str], keep: Path | None) -> int:
-    start, num_equal = time.monotonic(), 0
-    with _folder(keep) as folder, ThreadPoolExecutor(2) as pool:
-        with Tree(_checkout(commit, folder / "base")) as base, Tree(ROOT) as work:
-            comparison = Comparison(base, work, folder, pool, keep is not None)
-            looks: dict[str, Callable[[], str | None]] = {
-                **{str(case): partial(comparison.difference, case) for case in cases},
-                **{WRITTEN + name: partial(_failure, name, work, folder / "written") for name in checks},
-            }
-            for name, look in looks.items():
-                told = look()
-                num_equal += told is None
-                print(f"{'equal  ' if told is None else 'DIFFERS'} {name}{_indented(told)}", flush=True)
-    print(f"{num_equal} of {len(looks)} cases equal in {time.monotonic() - start:.0f} s")
-    return 0 if num_equal == len(looks) else 1
-
-
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="golden-") as folder:
-        yield Path(folder)
+    start, differing = time.monotonic(), 0
+    with ExitStack() as stack:
+        folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golden-")))).resolve()
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        trees = [stack.enter_context(Tree(root)) for root in (_checkout(commit, folder / "base"), ROOT)]
+        inputs = Inputs.write(folder / "inputs") if cases else Inputs(folder)
+        looks: dict[str, Callable[[], str | None]] = {
+            **{str(case): partial(_difference, case, trees, inputs, folder, pool, keep is None) for case in cases},
+            **{WRITTEN + name: partial(_failure, name, trees[1], folder) for name in checks},
+        }
+        for name, look in looks.items():
+            told = look()
+            differing += told is not None
+            lines = "" if told is None else told.splitlines()
+            print(
+                f"{'DIFFERS' if lines else 'equal  '} {name}", *(f"    {line}" for line in lines), sep="\n", flush=True
+            )
+    print(f"{len(looks) - differing} of {len(looks)} cases equal in {time.monotonic() - start:.0f} s")
+    return 1 if differing else 0
 
 
 def _checkout(commit: str, folder: Path) -> Path:
     """The files of a commit; nothing of it stays in the repository, however this ends."""
     folder.mkdir(parents=True)
-    archive = subprocess.Popen(["git", "-C", str(ROOT), "archive", commit], stdout=subprocess.PIPE)
-    subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=True)
-    if archive.wait():
-        raise NothingToCompare(f"git archive {commit} failed")
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], stdout=subprocess.PIPE, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder
 
 
-@dataclass
-class Comparison:
-    """Both trees, and the folder of their runs."""
+def _difference(
+    case: Case, trees: Sequence[Tree], inputs: Inputs, folder: Path, pool: ThreadPoolExecutor, removes_runs: bool
+) -> str | None:
+    """Run the case in both trees at once; where they part, or None."""
+    folders = [folder / "runs" / name / re.sub(r"\W+", "-", str(case)) for name in ("base", "work")]
+    told = _parted(
+        [pool.submit(train, tree, case, inputs, at) for tree, at in zip(trees, folders, strict=True)], folders
+    )
+    if told is None and case.layout == RESUMED:
+        resumed, saved = [at / "resumed" for at in folders], folders[0] / "run"
+        runs = [pool.submit(resume, tree, case, inputs, saved, at) for tree, at in zip(trees, resumed, strict=True)]
+        told = _parted(runs, resumed)
+        told = told and f"resumed from the base's checkpoint, {told}"
+    for at in folders if removes_runs else []:
+        shutil.rmtree(at)
+    return told
 
-    base: Tree
-    work: Tree
-    folder: Path
-    pool: ThreadPoolExecutor
-    keeps_runs: bool
-    inputs: Inputs | None = None
 
-    def difference(self, case: Case) -> str | None:
-        """Run the case in both trees at once; where they part, or None."""
-        self.inputs = inputs = self.inputs or Inputs.write(self.folder / "inputs")
-        name = re.sub(r"\W+", "-", str(case))
-        folders = [self.folder / "runs" / tree / name for tree in ("base", "work")]
-        told = self._compare(folders, lambda tree, folder: train(tree, case, inputs, folder))
-        if told is None and case.layout == RESUMED:
-            saved, resumed = folders[0] / "run", [folder / "resumed" for folder in folders]
-            told = self._compare(resumed, lambda tree, folder: resume(tree, case, inputs, saved, folder))
-            told = told and f"resumed from the base's checkpoint, {told}"
-        if not self.keeps_runs:
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-        return told
-
-    def _compare(self, folders: Sequence[Path], run: Callable[[Tree, Path], None]) -> str | None:
-        futures = [self.pool.submit(run, *at) for at in zip((self.base, self.work), folders, strict=True)]
-        failures = []
-        for future in futures:
-            try:
-                future.result()
-                failures.append(None)
-            except ProgramFailed as error:
-                failures.append(str(error))
-        if not any(failures):
-            return first_difference(*map(quantities, folders))
-        if failures[0] == failures[1]:
-            return f"in both trees, {failures[0]}"
-        where = ("in the base", "in the working tree")
-        return "\n".join(f"{tree}, {failure}" for tree, failure in zip(where, failures, strict=True) if failure)
+def _parted(runs: Sequence[Future[None]], folders: Sequence[Path]) -> str | None:
+    """What failed, or else the first difference between what two runs left in their folders."""
+    errors = [run.exception() for run in runs]
+    for error in errors:
+        if error is not None and not isinstance(error, ProgramFailed):
+            raise error
+    if not any(errors):
+        return first_difference(*map(quantities, folders))
+    if str(errors[0]) == str(errors[1]):
+        return f"in both trees, {errors[0]}"
+    where = zip(("the base", "the working tree"), errors, strict=True)
+    return "\n".join(f"in {tree}, {error}" for tree, error in where if error)
 
 
 def _failure(name: str, tree: Tree, folder: Path) -> str | None:
     """Of reading what b03219c wrote."""
     try:
-        written.check(name, tree, folder / name.replace(" ", "-"))
+        check(name, tree, folder / name.replace(" ", "-"))
     except (ProgramFailed, AssertionError) as error:
-        return str(error)
+        return str(error).strip()
     return None
-
-
-def _indented(text: str | None) -> str:
-    return "" if text is None else "".join(f"\n    {line}" for line in text.splitlines())
 
 
 if __name__ == "__main__":

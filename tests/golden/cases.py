@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.golden.tree import Finished, Tree
+from tests.golden.tree import Tree
 from tests.tiny_bloom import save_bloom
 from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 
@@ -134,12 +134,12 @@ def _flags(case: Case, inputs: Inputs) -> str:
     return f"{paths} {TRAINING} {METHODS[case.model][case.method]} {LAYOUTS[case.layout][1]}"
 
 
-def run(tree: Tree, program: str, flags: str, folder: Path, num_ranks: int = 1) -> Finished:
-    """Run a program of the table, with flags in the tree's own spelling; `folder` is made."""
+def run(tree: Tree, program: str, flags: str, folder: Path, num_ranks: int = 1) -> str:
+    """What a program of the table prints, given flags in the tree's own spelling; `folder` is made."""
     folder.mkdir(parents=True, exist_ok=True)
     words = flags.split()
     if any(newest.split()[0] in words for newest in FLAGS):
-        words = spelled(words, tree.run(PROGRAMS[program], [*words, "--help"], folder).printed)
+        words = spelled(words, tree.run(PROGRAMS[program], [*words, "--help"], folder))
     return tree.run(PROGRAMS[program], words, folder, num_ranks)
 
 

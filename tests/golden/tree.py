@@ -1,7 +1,7 @@
 """One tree of the project, loaded once; it forks the ranks of every run.
 
 `python tests/golden/tree.py ROOT` takes jobs, lines of JSON, on its standard input. It knows programs, not modules:
-what a run has imported it imports itself, and the next run finds it loaded. So it serves trees of any commit.
+what a run of a program imported it imports itself before the next. So it serves trees of any commit.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
-# The project's own factor of the limits of time: a slower machine raises it.
 LIMIT_SECONDS = 120 * float(os.environ.get("MEGATRON_PEFT_TEST_TIME_FACTOR", "1"))
 FAREWELL_SECONDS = 3.0  # for the other ranks to end when one has failed
-POLL_SECONDS = 0.005
 LAST_LINES = 12
 LIBRARIES = ("torch", "megatron.core", "transformers")  # loaded before the first run, once instead of by every rank
 ENVIRONMENT = {
@@ -46,20 +42,8 @@ class ProgramFailed(Exception):
     """A program ended with another exit code than 0, or was too slow; the text is its last lines."""
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a program left: how long it took, and what all ranks printed."""
-
-    seconds: float
-    printed: str
-
-
 class Tree:
-    """The working tree or a checkout of another commit. A context manager; one program runs at a time.
-
-    Args:
-        root: its folder.
-    """
+    """The working tree or a checkout, by its folder. A context manager; it runs one program at a time."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -72,8 +56,8 @@ class Tree:
             start_new_session=True,  # Ctrl-C reaches the caller alone, who ends this
         )
 
-    def run(self, programs: Sequence[str], flags: Sequence[str], folder: Path, num_ranks: int = 1) -> Finished:
-        """Run the first of `programs` that the tree has (`tools/convert.py merge`: a file, then words) to its end.
+    def run(self, programs: Sequence[str], flags: Sequence[str], folder: Path, num_ranks: int = 1) -> str:
+        """What all ranks print, of the first of `programs` that the tree has ("tools/convert.py": words may follow).
 
         Args:
             folder: where it runs; what it prints goes there too, into `log.txt`.
@@ -84,9 +68,8 @@ class Tree:
         has = [program.split() for program in programs if (self.root / program.split()[0]).is_file()]
         if not has:
             raise ProgramFailed(f"there is no {' or '.join(programs)}")
-        file, *words = has[0]
-        log, start = folder / "log.txt", time.monotonic()
-        job = {"file": file, "flags": [*words, *flags], "folder": str(folder), "num_ranks": num_ranks, "log": str(log)}
+        file, words, log = has[0][0], [*has[0][1:], *flags], folder / "log.txt"
+        job = {"file": file, "flags": words, "folder": str(folder), "num_ranks": num_ranks, "log": str(log)}
         assert self._process.stdin and self._process.stdout
         try:
             print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -96,15 +79,13 @@ class Tree:
         printed = log.read_text(errors="replace")
         if failure:
             last = "\n".join(printed.splitlines()[-LAST_LINES:])
-            raise ProgramFailed(f"{file} {failure}:\n{last}\nIts flags: {' '.join(job['flags'])}")
-        return Finished(time.monotonic() - start, printed)
+            raise ProgramFailed(f"{file} {failure}:\n{last}\nIts flags: {' '.join(words)}")
+        return printed
 
     def __enter__(self) -> Tree:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()  # it ends its ranks first
         self._process.wait()
 
@@ -112,25 +93,38 @@ class Tree:
 def _serve(root: str) -> None:
     """Run jobs until there are no more."""
     sys.path[0] = root  # in front of an installed megatron_peft
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a module prints when it is imported is no answer
     for name in LIBRARIES:
         importlib.import_module(name)
+    imported: dict[str, list[str]] = {}  # by a program's last run
     for line in sys.stdin:
         job = json.loads(line)
         names = Path(job["folder"], ".modules")
+        _preload(imported.pop(job["file"], []), Path(root))
         failure = _run_world(job, names)
         if not failure:
-            _preload(names, Path(root))
+            imported[job["file"]] = names.read_text().splitlines()
         print(json.dumps(failure), file=answers, flush=True)
+
+
+def _preload(names: Sequence[str], root: Path) -> None:
+    """Import what a rank has imported, so that the next one need not. A module that cannot be is left to it."""
+    for name in [name for name in names if name not in sys.modules]:
+        with contextlib.suppress(BaseException):
+            importlib.import_module(name)
+    assert threading.active_count() == 1, f"a thread would be lost in a fork: {threading.enumerate()}"
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and (root / name.partition(".")[0]).is_dir():
+            assert Path(file).is_relative_to(root), f"{name} comes from {file} instead of {root}"
 
 
 def _run_world(job: Mapping[str, Any], names: Path) -> str | None:
     """Fork the ranks and wait for them. None, or what went wrong."""
     Path(job["log"]).write_bytes(b"")
-    port = _free_port()
-    running: dict[int, int] = {}  # process -> rank
+    port, running = _free_port(), {}  # process -> rank
     failure, give_up = None, time.monotonic() + LIMIT_SECONDS
     try:
         for rank in range(job["num_ranks"]):
@@ -138,17 +132,16 @@ def _run_world(job: Mapping[str, Any], names: Path) -> str | None:
             if pid == 0:
                 _be_rank(job, rank, port, names)
             running[pid] = rank
-        while running:
-            for pid in list(running):
+        while running and time.monotonic() < give_up:
+            for pid, rank in list(running.items()):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
-                    if code and not failure:
-                        failure, give_up = f"ended with {code} on rank {rank}", time.monotonic() + FAREWELL_SECONDS
-            if time.monotonic() > give_up:
-                return failure or f"was not done after {LIMIT_SECONDS:.0f} s"
-            time.sleep(POLL_SECONDS)
-        return failure
+                    del running[pid]
+                if ended and status and not failure:
+                    failure = f"ended with {os.waitstatus_to_exitcode(status)} on rank {rank}"
+                    give_up = time.monotonic() + FAREWELL_SECONDS
+            time.sleep(0.005)
+        return failure or (f"was not done after {LIMIT_SECONDS:.0f} s" if running else None)
     finally:
         for pid in running:
             os.kill(pid, signal.SIGKILL)
@@ -167,41 +160,20 @@ def _be_rank(job: Mapping[str, Any], rank: int, port: int, names: Path) -> NoRet
         os.chdir(job["folder"])
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["num_ranks"], "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "localhost"}
-        program = os.path.join(sys.path[0], job["file"])
-        sys.argv = [program, *job["flags"]]
-        code = _exit_code(program)
-        if rank == 0:
-            names.write_text("\n".join(sys.modules))
+        sys.argv = [os.path.join(sys.path[0], job["file"]), *job["flags"]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
+        if rank == 0 and code == 0:
+            names.write_text("\n".join(sys.modules))
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _exit_code(program: str) -> int:
-    try:
-        runpy.run_path(program, run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-def _preload(names: Path, root: Path) -> None:
-    """Import what a rank has imported, so that the next one need not. A module that cannot be is left to it."""
-    for name in names.read_text().splitlines():
-        if name not in sys.modules:
-            with contextlib.suppress(BaseException):
-                importlib.import_module(name)
-    assert threading.active_count() == 1, f"a thread would be lost in a fork: {threading.enumerate()}"
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file and (root / name.partition(".")[0]).is_dir():
-            assert Path(file).is_relative_to(root), f"{name} comes from {file} instead of {root}"
 
 
 def _free_port() -> int:
@@ -214,4 +186,9 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    try:
+        _serve(sys.argv[1])
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # the interpreter's own end takes long with so much loaded

@@ -64,7 +64,7 @@ def evaluated(tree: Tree, folder: Path) -> Found:
 
 def listed(tree: Tree, folder: Path) -> Found:
     """Both cells of the experiment count as done: nothing runs, and the report shows their scores."""
-    printed = run(tree, "experiment", "experiment.yaml --output experiment", folder).printed
+    printed = run(tree, "experiment", "experiment.yaml --output experiment", folder)
     assert "5.453" in printed and "5.261" in printed and "train " not in printed, f"not done any more:\n{printed}"
     run(tree, "report", "experiment --output report", folder)
     assert "66.67" in (folder / "report" / "report.md").read_text(), "the report does not show the accuracy"
