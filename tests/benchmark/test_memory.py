@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_peft.benchmark import memory
-from megatron_peft.benchmark.memory import Peak
 from megatron_peft.benchmark.subjects import Setting, Step
 
 MIB = 2**20
@@ -37,7 +36,3 @@ def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "STEPS", {"big": build})
     monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job, timeout: [memory.run_steps(job)])
     assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
-
-
-def test_what_was_there_before_does_not_count() -> None:
-    assert Peak(peak=300, start=100).above_start == 200
