@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,11 @@ def parse(name: str, folder: Path) -> RunConfig:
     return parse_arguments([*paths, *shlex.split(text, comments=True)], environment, read_shape)
 
 
-@pytest.fixture
-def chunks(model: tuple[str, Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+@contextmanager
+def last_rank(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The last rank's part of the model at the recipe's layout, adapted, without weights; the world is made up."""
-    name, folder, _ = model
-    config, shape = parse(name, folder), read_shape(folder)
-    world_size = config.parallel.world_size
+    assert config.model.pretrained_checkpoint is not None
+    shape, world_size = read_shape(config.model.pretrained_checkpoint), config.parallel.world_size
     monkeypatch.setattr(attach, "all_names", sorted)  # of this stage: the names' ends are those of all
     cpu.install()
     dist.init_process_group("fake", rank=world_size - 1, world_size=world_size, store=FakeStore())
@@ -172,11 +172,14 @@ def test_recipe_fits_its_model_and_its_row_of_the_readme(model: tuple[str, Path,
     assert config.training.global_batch_size % (config.training.micro_batch_size * dp) == 0
 
 
-def test_recipe_adapts_the_last_stage_of_its_model(model: tuple[str, Path, int], chunks: list[Any]) -> None:
+def test_recipe_adapts_the_last_stage_of_its_model(
+    model: tuple[str, Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of its layers: target modules match, and every layer divides over the tensor-parallel ranks."""
     name, folder, _ = model
-    (chunk,), config, shape = chunks, parse(name, folder), read_shape(folder)
-    targets = list(attach.linear_layers(chunk))
+    config, shape = parse(name, folder), read_shape(folder)
+    with last_rank(config, monkeypatch) as (chunk,):
+        targets = list(attach.linear_layers(chunk))
     stages = config.parallel.pipeline_model_parallel_size
     here = config.parallel.decoder_last_pipeline_num_layers or shape.num_layers // stages
     assert len(targets) == 4 * here and all(target.module.adapter is not None for target in targets)
