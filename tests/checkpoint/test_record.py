@@ -26,13 +26,6 @@ def test_a_record_reads_back(tmp_path):
     assert read_run_record(tmp_path) == record
 
 
-def test_adapter_config_names_method_numbers_and_base():
-    config = json.loads(make_record().adapter_config())
-    assert config["method"] == "lora" and config["lora_rank"] == 4
-    assert config["base_model_name_or_path"] == "bases/base"
-    assert config["adapted_layers"] == ["decoder.layers.0.mlp.linear_fc1"]
-
-
 NEWER = json.dumps({**json.loads(make_record().to_json()), "format_version": 2})
 
 

@@ -19,7 +19,8 @@ from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import save_checkpoint
-from megatron_peft.config import ParallelConfig
+from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.parallel.seeds import generator_for
@@ -95,6 +96,12 @@ def copy_run(run: Path, to: Path, change: Callable[[RunRecord], RunRecord]) -> P
 def with_config(**groups: Any) -> Callable[[RunRecord], RunRecord]:
     """A change of a record: other groups of its configuration."""
     return lambda record: dataclasses.replace(record, config=dataclasses.replace(record.config, **groups))
+
+
+def trained_on(run: Path, to: Path, base: Path) -> Path:
+    """A copy of a run whose record names another base, by its fingerprint too."""
+    named, fingerprint = with_config(model=ModelConfig(pretrained_checkpoint=str(base))), known_fingerprint(base)
+    return copy_run(run, to, lambda record: dataclasses.replace(named(record), base_fingerprint=fingerprint))
 
 
 def make_files(folder: Path) -> Files:

@@ -106,10 +106,12 @@ def _stage(source: Path, shape: ModelShape, rank: int, tp: int, chunk: int, laye
     return found | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
 
 
-def save_run(original: Path, folder: Path, tensors: dict[str, Tensor], method: str = "full") -> Path:
+def save_run(
+    original: Path, folder: Path, tensors: dict[str, Tensor], method: str = "full", shape: ModelShape = ODD
+) -> Path:
     """A --save folder as a run of `method` on `original` leaves it."""
     checkpoint = save_distributed(folder / "iter_0000002", tensors)
-    record = make_record(shape=ODD)
+    record = make_record(shape=shape)
     model = dataclasses.replace(record.config.model, pretrained_checkpoint=str(original))
     peft = dataclasses.replace(record.config.peft, method=method)
     config = dataclasses.replace(record.config, model=model, peft=peft)

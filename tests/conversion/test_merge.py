@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import ConfigurationError, ModelConfig, PeftConfig
-from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.conversion.merge import MERGERS, merge, mix, turn
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.huggingface import read_shape
-from tests.checkpoint.records import make_record
-from tests.conversion.adapter_runs import RUNS, copy_run, with_config
-from tests.conversion.megatron_folders import equal, flip_a_byte, tensors_of
+from tests.conversion.adapter_runs import RUNS, trained_on
+from tests.conversion.megatron_folders import equal, flip_a_byte, global_tensors, save_run, tensors_of
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -59,24 +55,10 @@ def test_type_and_shards_are_chosen(moved, tmp_path):
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def trained_on(run: Path, to: Path, base: Path) -> Path:
-    """A copy of a run whose record names another base, by its fingerprint too."""
-    named = with_config(model=ModelConfig(pretrained_checkpoint=str(base)))
-    return copy_run(run, to, lambda record: replace(named(record), base_fingerprint=known_fingerprint(base)))
-
-
 def full_run(folder: Path, base: Path) -> Path:
     """What a run of full fine-tuning that changed nothing leaves."""
-    checkpoint = folder / "iter_0000002"
-    shutil.copytree(hf_to_megatron(base, folder / "converted", progress=False), checkpoint)
-    for name in ("config.json", "tokenizer.json"):
-        (checkpoint / name).unlink(missing_ok=True)
-    record = replace(make_record(shape=read_shape(base)), base_fingerprint=None)
-    change = with_config(model=ModelConfig(str(base)), peft=PeftConfig(method="full"))
-    (checkpoint / RECORD).write_text(change(record).to_json())
-    write_manifest(checkpoint, {})
-    (folder / TRACKER).write_text("2\n")
-    shutil.rmtree(folder / "converted")
+    save_run(base, folder, global_tensors(base, padded_vocab_size=1024), shape=read_shape(base))
+    write_manifest(folder / "iter_0000002", {})
     return folder
 
 
@@ -150,8 +132,8 @@ def test_a_turned_weight_is_the_dense_product(side, features):
 
 def test_a_mixed_weight_is_the_formula():
     weight, Q, A, B = draw(24, 16), draw(3, 2, 2, 6), draw(3, 16), draw(24, 3)
-    peft = PeftConfig("hybrid", lora_rank=3, lora_alpha=6, boft_block_size=4, boft_factors=2)
+    peft = PeftConfig("hybrid", lora_rank=3, lora_alpha=6, lora_rs=True, boft_block_size=4, boft_factors=2)
     adapters = opened(peft, {"rotation.Q": Q, "low_rank.A": A, "low_rank.B": B, "mix": torch.tensor(0.3)})
     R = torch.block_diag(*compose(cayley(skew(Q, 4))))
-    expected = weight + 0.3 * (2 * B @ A) + 0.7 * (R @ weight - weight)
+    expected = weight + 0.3 * 6 / 3**0.5 * (B @ A) + 0.7 * (R @ weight - weight)
     torch.testing.assert_close(mix(adapters, "layer", weight.clone()), expected, atol=1e-5, rtol=1e-5)

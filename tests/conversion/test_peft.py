@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
-from megatron_peft.conversion.adapter_checkpoint import known_fingerprint, low_rank_factors, open_adapters
+from megatron_peft.conversion.adapter_checkpoint import low_rank_factors, open_adapters
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
-from tests.conversion.adapter_runs import copy_run, with_config
+from tests.conversion.adapter_runs import copy_run, trained_on, with_config
 
 EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
@@ -88,13 +88,7 @@ def test_base_may_be_elsewhere(moved, tmp_path):
 
 def test_base_in_megatrons_form_is_not_named_and_that_is_said(moved, tmp_path, capsys):
     base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
-    named = with_config(model=ModelConfig(pretrained_checkpoint=str(base)))
-    run = copy_run(
-        moved.run("tp2"),
-        tmp_path / "run",
-        lambda record: replace(named(record), base_fingerprint=known_fingerprint(base)),
-    )
-    export_adapter(run, tmp_path / "out")
+    export_adapter(trained_on(moved.run("tp2"), tmp_path / "run", base), tmp_path / "out")
     assert config_of(tmp_path / "out")["base_model_name_or_path"] is None
     assert f"The base model {base} is in Megatron's form, which HF PEFT does not open" in capsys.readouterr().out
 
@@ -194,6 +188,7 @@ def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "0\n"
     config = config_of(tmp_path / "run")
     assert config["method"] == "lora" and config["base_model_name_or_path"] == str(moved.base("base"))
+    assert config["lora_rank"] == 8 and config["adapted_layers"] == list(record.adapted_layers)
     assert record.position == {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
     assert set(record.base_fingerprint or ()) == {"config.json", "model.safetensors"}
     assert len(record.adapted_layers) == 4

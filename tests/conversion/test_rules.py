@@ -111,15 +111,10 @@ def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size):
     rules = rules_for(shape)
     tensors = numbered_tensors(rules)
     for kind in ("weight", "bias"):
-        q, k, v = (tensors[f"model.layers.0.self_attn.{p}_proj.{kind}"] for p in "qkv")
-        rows = []
-        for group in range(groups):
-            for head in range(group * heads // groups, (group + 1) * heads // groups):
-                rows.append(q[head * dim : (head + 1) * dim])
-            rows += [k[group * dim : (group + 1) * dim], v[group * dim : (group + 1) * dim]]
+        names = (f"model.layers.0.self_attn.{p}_proj.{kind}" for p in "qkv")
+        by_group = torch.cat([tensors[name].unflatten(0, (groups, -1)) for name in names], dim=1)
         rule = rules[f"decoder.layers.0.self_attention.linear_qkv.{kind}"]
-        fused = torch.cat(local_tensors(rule, TensorsInMemory(tensors), size))
-        assert torch.equal(fused, torch.cat(rows))
+        assert torch.equal(torch.cat(local_tensors(rule, TensorsInMemory(tensors), size)), by_group.flatten(0, 1))
 
 
 def test_linear_qkv_of_bloom_is_a_plain_slice_of_whole_heads():
