@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.adapters import urnn
+from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.adapters.registry import adapter_builder
+from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime import cpu
@@ -114,6 +114,29 @@ def test_many_ranks_equal_one(groups, monkeypatch, method, kind, size, sequence_
         assert error < 1e-12, f"{name}: {error:.1e} of its largest number"
 
 
+class _Skewed(torch.autograd.Function):
+    """The same numbers, and the same gradient, in another order in memory."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[override]
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    backward = forward
+
+
+def test_a_gradient_that_is_not_contiguous_is_summed(groups, monkeypatch):
+    """megatron-core's `_reduce` adds up a contiguous copy and gives back what it was given."""
+    plain = BlockRotation.turn_input
+    monkeypatch.setattr(BlockRotation, "turn_input", lambda self, x: plain(self, _Skewed.apply(x)))
+    test_many_ranks_equal_one(groups, monkeypatch, "boft, input side", "fc1", 8, sequence_parallel=False)
+
+
+def test_an_output_that_is_not_contiguous_is_summed(groups, monkeypatch):
+    plain = low_rank.frozen_linear_plus_low_rank
+    monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plain(*args)))
+    test_many_ranks_equal_one(groups, monkeypatch, "lora", "fc2", 8, sequence_parallel=False)
+
+
 @cache
 def on_one_rank(method: str, kind: str, group: dist.ProcessGroup, length: int) -> dict[str, Tensor]:
     """Also the first to ask for the constants that adapters keep, which so belong to no rank."""
@@ -183,7 +206,7 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
 def move(adapter: nn.Module) -> None:
     """Every parameter away from its start; rotations stay rotations."""
     for module in adapter.modules():
-        if isinstance(module, LowRank) and module.A0 is not None:
+        if isinstance(module, low_rank.LowRank) and module.A0 is not None:
             module.start_at(draw("A0", *module.A.shape), draw("B0", *module.B.shape))
         if isinstance(module, urnn.RiemannianUrnn):
             module.move(module.U.clone(), draw("G", *module.U.shape), 0.2)
