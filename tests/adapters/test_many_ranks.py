@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -34,22 +34,12 @@ local = pytest.importorskip("torch.distributed._local_tensor", reason="this torc
 
 H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
 
-
-class Kind(NamedTuple):
-    """A linear layer of a model: [s, b, in_features] -> [s, b, out_features]."""
-
-    layer: Any
-    out_features: int
-    in_features: int
-    batch: int
-    num_parts: int = 1
-
-
-KINDS = {
-    "qkv": Kind(AdaptedColumnParallelLinear, 3 * H, H, batch=5),  # more tokens than features: the weight turns
-    "fc1": Kind(AdaptedColumnParallelLinear, 4 * H, H, batch=3, num_parts=2),  # fewer: the activations turn
-    "proj": Kind(AdaptedRowParallelLinear, H, H, batch=3),
-    "fc2": Kind(AdaptedRowParallelLinear, H, 2 * H, batch=3),
+COLUMN, ROW = AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+KINDS: dict[str, tuple[Any, int, int, int, int]] = {  # layer, output features, input features, b, parts
+    "qkv": (COLUMN, 3 * H, H, 5, 1),  # more tokens than features: the weight turns
+    "fc1": (COLUMN, 4 * H, H, 3, 2),  # fewer: the activations turn
+    "proj": (ROW, H, H, 3, 1),
+    "fc2": (ROW, H, 2 * H, 3, 1),
 }
 BOFT: dict[str, Any] = {"method": "boft", "boft_block_size": 2, "boft_factors": 2}
 URNN: dict[str, Any] = {"method": "urnn", "urnn_block_size": 4}
@@ -150,7 +140,7 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
     if METHODS[method]:
         attach(layer, PeftConfig(**METHODS[method]), size)
     tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
-    of_x, of_y = (tokens, features) if cls is AdaptedColumnParallelLinear else (features, tokens)
+    of_x, of_y = (tokens, features) if cls is COLUMN else (features, tokens)
     x = spread(draw("x", length, batch, in_features), of_x, size).requires_grad_()
     dy = spread(draw("dy", length, batch, out_features), of_y, size)
     with all_ranks_at_once(size):
@@ -167,7 +157,7 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
 def build(kind: str, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
     """A frozen layer with all ranks' slices of its weight and bias."""
     cls, out_features, in_features, _, parts = KINDS[kind]
-    special = {"stride": parts} if cls is AdaptedColumnParallelLinear else {"input_is_parallel": True}
+    special = {"stride": parts} if cls is COLUMN else {"input_is_parallel": True}
     layer = cls(
         in_features,
         out_features,
@@ -180,8 +170,8 @@ def build(kind: str, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
     )
     layer.is_frozen = True
     layer.requires_grad_(False)
-    put(layer, "weight", draw(f"{kind}.weight", out_features, in_features), group.size())
-    put(layer, "bias", draw(f"{kind}.bias", out_features), group.size())
+    for name, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
+        put(layer, name, draw(f"{kind}.{name}", *shape), group.size())
     return layer
 
 
