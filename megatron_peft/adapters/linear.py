@@ -152,6 +152,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
 
     def _reduce(self, y: Tensor) -> Tensor:
         """The sum of the ranks' parts."""
+        y = y.contiguous()  # anything else comes back from megatron-core's sum as it was
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         if torch.is_grad_enabled():

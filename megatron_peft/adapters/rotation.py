@@ -100,6 +100,8 @@ class BlockRotation(nn.Module):
         """y = W (R^T x)."""
         if call.sums_input_gradient:  # x is whole on every rank: its gradient is summed once, in front of R
             x = copy_to_tensor_model_parallel_region(x, group=call.group)
+            if x.requires_grad:  # megatron-core's sum gives a gradient that is not contiguous back as it was
+                x.register_hook(lambda grad: grad.contiguous())
             call = replace(call, sums_input_gradient=False)
         return call.reduce(frozen_linear(self.turn_input(x), call))
 

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.adapters import urnn
+from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.adapters.registry import adapter_builder
+from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime import cpu
@@ -34,22 +34,12 @@ local = pytest.importorskip("torch.distributed._local_tensor", reason="this torc
 
 H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
 
-
-class Kind(NamedTuple):
-    """A linear layer of a model: [s, b, in_features] -> [s, b, out_features]."""
-
-    layer: Any
-    out_features: int
-    in_features: int
-    batch: int
-    num_parts: int = 1
-
-
-KINDS = {
-    "qkv": Kind(AdaptedColumnParallelLinear, 3 * H, H, batch=5),  # more tokens than features: the weight turns
-    "fc1": Kind(AdaptedColumnParallelLinear, 4 * H, H, batch=3, num_parts=2),  # fewer: the activations turn
-    "proj": Kind(AdaptedRowParallelLinear, H, H, batch=3),
-    "fc2": Kind(AdaptedRowParallelLinear, H, 2 * H, batch=3),
+COLUMN, ROW = AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+KINDS: dict[str, tuple[Any, int, int, int, int]] = {  # layer, output features, input features, b, parts
+    "qkv": (COLUMN, 3 * H, H, 5, 1),  # more tokens than features: the weight turns
+    "fc1": (COLUMN, 4 * H, H, 3, 2),  # fewer: the activations turn
+    "proj": (ROW, H, H, 3, 1),
+    "fc2": (ROW, H, 2 * H, 3, 1),
 }
 BOFT: dict[str, Any] = {"method": "boft", "boft_block_size": 2, "boft_factors": 2}
 URNN: dict[str, Any] = {"method": "urnn", "urnn_block_size": 4}
@@ -114,6 +104,29 @@ def test_many_ranks_equal_one(groups, monkeypatch, method, kind, size, sequence_
         assert error < 1e-12, f"{name}: {error:.1e} of its largest number"
 
 
+class _Skewed(torch.autograd.Function):
+    """The same numbers, and the same gradient, in another order in memory."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[override]
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    backward = forward
+
+
+def test_a_gradient_that_is_not_contiguous_is_summed(groups, monkeypatch):
+    """megatron-core's `_reduce` adds up a contiguous copy and gives back what it was given."""
+    plain = BlockRotation.turn_input
+    monkeypatch.setattr(BlockRotation, "turn_input", lambda self, x: plain(self, _Skewed.apply(x)))
+    test_many_ranks_equal_one(groups, monkeypatch, "boft, input side", "fc1", 8, sequence_parallel=False)
+
+
+def test_an_output_that_is_not_contiguous_is_summed(groups, monkeypatch):
+    plain = low_rank.frozen_linear_plus_low_rank
+    monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plain(*args)))
+    test_many_ranks_equal_one(groups, monkeypatch, "lora", "fc2", 8, sequence_parallel=False)
+
+
 @cache
 def on_one_rank(method: str, kind: str, group: dist.ProcessGroup, length: int) -> dict[str, Tensor]:
     """Also the first to ask for the constants that adapters keep, which so belong to no rank."""
@@ -127,7 +140,7 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
     if METHODS[method]:
         attach(layer, PeftConfig(**METHODS[method]), size)
     tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
-    of_x, of_y = (tokens, features) if cls is AdaptedColumnParallelLinear else (features, tokens)
+    of_x, of_y = (tokens, features) if cls is COLUMN else (features, tokens)
     x = spread(draw("x", length, batch, in_features), of_x, size).requires_grad_()
     dy = spread(draw("dy", length, batch, out_features), of_y, size)
     with all_ranks_at_once(size):
@@ -144,7 +157,7 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
 def build(kind: str, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
     """A frozen layer with all ranks' slices of its weight and bias."""
     cls, out_features, in_features, _, parts = KINDS[kind]
-    special = {"stride": parts} if cls is AdaptedColumnParallelLinear else {"input_is_parallel": True}
+    special = {"stride": parts} if cls is COLUMN else {"input_is_parallel": True}
     layer = cls(
         in_features,
         out_features,
@@ -157,8 +170,8 @@ def build(kind: str, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
     )
     layer.is_frozen = True
     layer.requires_grad_(False)
-    put(layer, "weight", draw(f"{kind}.weight", out_features, in_features), group.size())
-    put(layer, "bias", draw(f"{kind}.bias", out_features), group.size())
+    for name, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
+        put(layer, name, draw(f"{kind}.{name}", *shape), group.size())
     return layer
 
 
@@ -183,7 +196,7 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
 def move(adapter: nn.Module) -> None:
     """Every parameter away from its start; rotations stay rotations."""
     for module in adapter.modules():
-        if isinstance(module, LowRank) and module.A0 is not None:
+        if isinstance(module, low_rank.LowRank) and module.A0 is not None:
             module.start_at(draw("A0", *module.A.shape), draw("B0", *module.B.shape))
         if isinstance(module, urnn.RiemannianUrnn):
             module.move(module.U.clone(), draw("G", *module.U.shape), 0.2)

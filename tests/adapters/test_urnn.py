@@ -124,17 +124,6 @@ def test_a_replaced_layer_is_its_unitary_matrix(update):
     torch.testing.assert_close(adapter(x, frozen(draw(IN, IN))), x @ R.T, atol=1e-5, rtol=1e-5)
 
 
-def test_ranks_of_a_replaced_layer_add_up_to_it():
-    whole, x = made("row", out=IN, urnn_mode="replace"), draw(5, 2, IN)
-    parts = [made("row", out=IN, place=Place(rank, 2), urnn_mode="replace") for rank in range(2)]
-    with torch.no_grad():
-        whole.rotation.theta.add_(0.3)
-        for part in parts:
-            part.rotation.theta.add_(0.3)
-    summed = sum(part(own, frozen(draw(IN, IN // 2))) for part, own in zip(parts, x.chunk(2, -1), strict=True))
-    torch.testing.assert_close(summed, whole(x, frozen(draw(IN, IN))))
-
-
 def test_layers_that_are_not_square_are_not_replaced():
     with pytest.raises(ConfigurationError, match=r"needs square layers, but decoder.layers.0.linear is 48 x 32: give"):
         made("row", urnn_mode="replace")

@@ -40,7 +40,7 @@ def _each_collective(group: Any) -> dict[str, Tensor]:
     x = tensor_of(dist.get_rank())
     skewed = x.transpose(1, 2).contiguous().transpose(1, 2)
     return {
-        "sum": collectives.start_sum_over_tensor_parallel(x.clone(), group)(),
+        "sum": collectives.start_sum_over_tensor_parallel(skewed.clone(), group)(),
         "gather": collectives.start_gather_sequence_over_tensor_parallel(skewed, group)(),
         "scatter": collectives.start_sum_scatter_sequence_over_tensor_parallel(skewed, group)(),
     }
