@@ -168,8 +168,9 @@ class SentencePieceTokenizer(_Base):
 
 
 class NullTokenizer(_Base):
-    """Text is ids separated by spaces. As in megatron-core, `vocab_size` ids come from the text and one more,
-    `vocab_size` itself, ends a document: a model with V rows takes --vocab-size V - 1."""
+    """Text is ids separated by spaces. As in megatron-core up to 0.17, `vocab_size` ids come from the text and one
+    more, `vocab_size` itself, ends a document: a model with V rows takes --vocab-size V - 1. Newer ones count the end
+    in; here a flag means the same whatever is installed."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size + 1, None, vocab_size, "")
