@@ -95,8 +95,7 @@ def found(files):
 
     with one_rank(with_groups=False):
         alone = {case: run(job(case, {})) for case in CASES}
-    target = f"{__name__}:run_in_a_world_of_its_own"
-    by_rank = run_ranks(2, target, [job(case, groups) for case, groups in CASES.items()])
+    by_rank = run_ranks(2, run_in_a_world_of_its_own, [job(case, groups) for case, groups in CASES.items()])
     return {case: (alone[case], [rank[case] for rank in by_rank]) for case in CASES}
 
 
