@@ -14,6 +14,7 @@ import pytest
 from megatron_peft.arguments import ShapeReader, parse_arguments, read_own_flags
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
+from tests.time_limits import seconds
 
 NEEDED = ["--pretrained-checkpoint", "model", "--train-data-path", "a.jsonl", "--train-iters", "10"]
 REPOSITORY = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ parse_arguments(["--wibble"])
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environ, stdout=subprocess.PIPE) as rank:
         assert rank.stdout is not None and rank.stdout.readline() == b"waiting\n"
         rank.terminate()
-        assert rank.wait(timeout=60) == 2
+        assert rank.wait(timeout=seconds(60)) == 2
 
 
 def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

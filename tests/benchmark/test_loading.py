@@ -1,24 +1,18 @@
-"""The rank that is worst off speaks for all."""
+"""A rank reads its own part of the model."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
 from megatron_peft.benchmark import loading
-from megatron_peft.benchmark.loading import MIB, Loaded
 from megatron_peft.benchmark.subjects import Setting
 
 
-def test_worst_rank_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = [Loaded(100 * MIB, 100 * MIB, 500 * MIB), Loaded(60 * MIB, 50 * MIB, 900 * MIB)]
-    monkeypatch.setattr(loading, "run_ranks", lambda *args: ranks)
-    monkeypatch.setattr(loading, "peak_of_bare_torch", lambda: 200 * MIB)
-    read, memory = loading.loading_figures(Setting("nowhere", tensor_parallel=2))
-    assert read.measured == pytest.approx(1.2) and not read.reached
-    assert memory.measured == pytest.approx(900 - 50 - 200) and not memory.reached
-
-
-def test_a_rank_reads_its_parameters_and_no_more(tiny: Setting) -> None:
-    (rank,) = loading.run_ranks(1, "megatron_peft.benchmark.loading:load", tiny)
-    assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
-    assert rank.peak > 50 * MIB
+def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
+    setting = replace(tiny, tensor_parallel=2)
+    ranks = loading.run_ranks(2, "megatron_peft.benchmark.loading:load", setting)
+    (alone,) = loading.run_ranks(1, "megatron_peft.benchmark.loading:load", tiny)
+    for rank in ranks:
+        assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
+        assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
+        assert rank.peak > 50 * loading.MIB

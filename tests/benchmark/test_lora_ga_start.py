@@ -7,19 +7,10 @@ import os
 import pytest
 
 from megatron_peft.benchmark import lora_ga_start
-from megatron_peft.benchmark.memory import Peak, resident_bytes
+from megatron_peft.benchmark.memory import resident_bytes
 from megatron_peft.benchmark.subjects import Setting
 
 MIB = 2**20
-
-
-def test_figures(monkeypatch: pytest.MonkeyPatch):
-    peaks = {"lora-ga-start": Peak(300 * MIB, 0), "frozen": Peak(250 * MIB, 0)}
-    monkeypatch.setattr(lora_ga_start, "run_ranks", lambda *args, **kwargs: [(1.0, 2.5)])
-    monkeypatch.setattr(lora_ga_start, "_peak", lambda setting, name: peaks[name])
-    time, memory = lora_ga_start.lora_ga_start_figures(Setting("nowhere"))
-    assert (time.measured, time.reached) == (2.5, False)
-    assert (memory.measured, memory.reached) == (50.0, True)
 
 
 def test_what_is_freed_is_given_back(monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from megatron_peft.models.shape import ModelShape, RopeScaling
 from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.one_of(llama_shapes(), bloom_shapes()))
 def test_a_made_config_gives_the_shape_back(tmp_path_factory, shape: ModelShape) -> None:
     folder = tmp_path_factory.mktemp("config")

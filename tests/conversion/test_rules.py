@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,7 +67,6 @@ def llama_shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
     return shape, size
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(llama_shapes(), st.integers(0, 5))
 def test_round_trip_is_exact_and_reads_each_number_once(shape_and_size: tuple[ModelShape, int], padding: int) -> None:
     shape, size = shape_and_size

@@ -26,7 +26,7 @@ def stored(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> StoredT
 cuts = st.lists(st.integers(1, 5), unique=True, max_size=3).map(sorted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cuts, cuts, st.data())
 def test_any_box_out_of_any_boxes(rows: list[int], columns: list[int], data: st.DataObject) -> None:
     tensor = stored(WHOLE, rows, columns)

@@ -54,13 +54,13 @@ def round_trip(shape: ModelShape, dtype: torch.dtype) -> None:
             assert (second / name).read_bytes() == (first / name).read_bytes()
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(llama_shapes(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_llama_comes_back_bit_for_bit(shape: ModelShape, dtype: torch.dtype) -> None:
     round_trip(shape, dtype)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(bloom_shapes(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_bloom_comes_back_bit_for_bit(shape: ModelShape, dtype: torch.dtype) -> None:
     round_trip(shape, dtype)

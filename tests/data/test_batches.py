@@ -58,7 +58,7 @@ def global_order(
     return [[number for m in range(per_rank) for rank in taken for number in rank[step][m]] for step in range(steps)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_samples=st.integers(1, 40), dp=st.integers(1, 4), micro=st.integers(1, 3), per_rank=st.integers(1, 3),
     packed=st.booleans(), consumed=st.integers(0, 50),
@@ -74,7 +74,7 @@ def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(
     assert sum(alone, []) == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(num_samples=st.integers(1, 30), done=st.integers(0, 6), packed=st.booleans())
 def test_a_resumed_run_gets_the_very_next_samples(num_samples, done, packed):
     layout = BatchLayout(4, 2)
@@ -121,7 +121,7 @@ def test_what_a_thread_raises_arrives():
         next(iter(batches))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_samples=st.integers(1, 20), dp=st.integers(1, 3), micro=st.integers(1, 2), per_rank=st.integers(1, 3),
     prefetch=st.integers(0, 1), packed=st.booleans(),

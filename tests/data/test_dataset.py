@@ -7,6 +7,7 @@ from megatron_peft.data.instruction import tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.sample import sample_from_ids
 from megatron_peft.data.survey import Fit
+from tests.time_limits import seconds
 
 
 def test_samples_are_those_of_the_records_that_are_left(write_lines, hf):
@@ -26,4 +27,4 @@ def test_a_few_thousand_short_records_take_a_moment(write_lines, hf):
     records = JsonRecords([write_lines([record] * 3000)], "--train-data-path")
     begin = time.process_time()
     assert len(InstructionDataset(records, Fit(hf, 64))) == 3000
-    assert time.process_time() - begin < 2  # CPU seconds; 0.5 measured
+    assert time.process_time() - begin < seconds(5)  # CPU seconds; 0.5 measured

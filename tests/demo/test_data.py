@@ -163,7 +163,7 @@ def test_the_split_is_a_fixed_function_of_the_english():
     assert held_out == [29, 34, 37]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.text("abcdefgh", min_size=1), min_size=2, max_size=5), st.data())
 def test_variants_of_a_message_fall_on_one_side(words, data):
     separators = [data.draw(st.sampled_from([" ", ", ", " %(name)s ", "... ", " <b>"])) for _ in words]

@@ -243,7 +243,7 @@ def _logits(seed, rows=3, vocabulary=40):
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@limits(max_examples=60, deadline=None)
+@limits(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(0.05, 1), st.integers(0, 60))
 def test_probabilities_are_those_of_transformers_warpers(seed, temperature, top_p, top_k):
     expected = logits = _logits(seed)

@@ -179,7 +179,7 @@ WORDS = st.sampled_from("the a cat dog sat on mat red été Élève 42 don't , .
 SENTENCES = st.lists(WORDS, max_size=12).map(" ".join)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(SENTENCES.filter(bool), SENTENCES), min_size=1, max_size=8))
 def test_bleu_equals_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     references, translations = zip(*pairs, strict=True)
@@ -197,7 +197,7 @@ def test_bleu_takes_other_tokens_and_its_signature_names_them() -> None:
     assert task_metrics.corpus_bleu_intl([("a b c d", "a b c d")]) == pytest.approx(100)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SENTENCES, SENTENCES)
 def test_rouge_l_equals_rouge_scores(reference: str, translation: str) -> None:
     expected = RougeScorer(["rougeL"]).score(reference, translation)["rougeL"].fmeasure
@@ -219,14 +219,12 @@ def counts(draw: st.DrawFn) -> tuple[int, int, int]:
     return samples, draw(st.integers(0, samples)), draw(st.integers(1, samples))
 
 
-@settings(deadline=None)
 @given(counts())
 def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
     n, c, k = case
     assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(counts(), min_size=1, max_size=20))
 def test_mean_of_pass_at_k_equals_human_evals(cases: list[tuple[int, int, int]]) -> None:
     k = min(k for _, _, k in cases)

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_peft.reporting.report import Report, build, html, write
 from tests.reporting.small_results import results
+from tests.time_limits import seconds
 
 VOID = {"meta", "img", "br", "link"}
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -87,7 +88,7 @@ def browser() -> str:
 def in_browser(page: Path) -> str:
     """The page's document after its scripts have run, without a network."""
     command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds(120))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

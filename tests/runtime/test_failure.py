@@ -14,6 +14,7 @@ import pytest
 
 from megatron_peft.runtime.failure import FAREWELL_SECONDS
 from megatron_peft.runtime.launch import free_port
+from tests.time_limits import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -52,7 +53,7 @@ def _run(case: str, size: int) -> Outcome:
         )
         for rank in range(size)
     ]
-    output = "".join(process.communicate(timeout=120)[0] for process in processes)
+    output = "".join(process.communicate(timeout=seconds(120))[0] for process in processes)
     return Outcome([process.returncode for process in processes], output, time.time())
 
 
@@ -75,8 +76,8 @@ def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
 
 @pytest.mark.parametrize("case", FAILING)
 def test_nobody_waits_for_a_timeout(outcomes, case):
-    raised_at = [float(seconds) for seconds in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
-    assert outcomes[case].ended_at - max(raised_at) < FAREWELL_SECONDS
+    raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
+    assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)
 
 
 def test_without_a_failure_nothing_is_said(outcomes):

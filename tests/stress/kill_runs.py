@@ -6,8 +6,9 @@
 
 A run on two ranks saves after each step. It is killed at random instants, most of them while a draft is there, and
 started again until it ends; then the next round begins. After each kill every published checkpoint must be whole and
-the newest that was seen must still be there; every restart must go on; and at the end of each round every tensor
-of the last checkpoint (parameters, optimizer, generators) must be that of a run that nobody killed, bit for bit.
+the newest that was seen must still be there; every restart must save the step after it next; and at the end of each
+round every tensor of the last checkpoint (parameters, optimizer, generators) must be that of a run that nobody killed,
+bit for bit. What was seen is counted and printed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,7 +35,7 @@ from megatron_peft.checkpoint.manifest import damage  # noqa: E402
 from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.launch import free_port, world  # noqa: E402
 from megatron_peft.training.finetune import finetune  # noqa: E402
-from tests.stress.killed_run import differing_tensors, make_files, run_config  # noqa: E402
+from tests.stress.killed_run import compared_tensors, make_files, run_config  # noqa: E402
 
 NUM_RANKS = 2
 SECONDS_WITHOUT_END = 300.0  # of one attempt; it then counts as a hang
@@ -48,13 +49,25 @@ class Broken(Exception):
 
 @dataclass
 class Tally:
-    """What has happened so far; `newest` is the largest iteration that was seen published in this round."""
+    """What was seen so far.
+
+    Attributes:
+        inside_a_save: kills that left a draft behind.
+        restarts: runs begun where a checkpoint was that came to a save.
+        restarts_that_went_on: those whose first save was of the step after that checkpoint.
+        checkpoints_verified: whose files all had the sums of their manifest.
+        tensors_equal: bit for bit, to those of the run that was not killed.
+        newest: the largest iteration that was seen published in this round.
+    """
 
     kills: int = 0
     inside_a_save: int = 0
     rounds: int = 0
-    resumed_at: list[int] = field(default_factory=list)
-    newest: int = -1
+    restarts: int = 0
+    restarts_that_went_on: int = 0
+    checkpoints_verified: int = 0
+    tensors_equal: int = 0
+    newest: int = 0
 
 
 def main() -> int:
@@ -66,29 +79,14 @@ def main() -> int:
         _expect_end(_start(run_config(work, "whole", options, saves_each_step=False), work / "whole.log"))
         draw = random.Random(options.seed)
         while tally.kills < options.kills:
-            tally.rounds, tally.newest = tally.rounds + 1, -1
+            tally.rounds, tally.newest = tally.rounds + 1, 0
             _one_round(work, f"round-{tally.rounds}", options, draw, tally)
     except Broken as broken:
-        print(f"BROKEN after {tally.kills} kills: {broken} (logs and checkpoints are in {work})")
+        print(f"BROKEN: {broken} (seed {options.seed}; {tally}; logs and checkpoints are in {work})")
         return 1
     shutil.rmtree(work)
-    share = tally.inside_a_save / tally.kills
-    print(
-        json.dumps(
-            {
-                "layout": options.layout,
-                "async_save": options.async_save,
-                "kills": tally.kills,
-                "inside_a_save": tally.inside_a_save,
-                "share_inside_a_save": round(share, 3),
-                "rounds": tally.rounds,
-                "restarts_that_resumed": sum(iteration >= 0 for iteration in tally.resumed_at),
-                "runs_that_could_not_go_on": 0,
-                "checkpoints_lost": 0,
-                "final_parameters": "bit-equal",
-            }
-        )
-    )
+    seen = {name: number for name, number in asdict(tally).items() if name != "newest"}
+    print(json.dumps({"layout": options.layout, "async_save": options.async_save, "seed": options.seed, **seen}))
     return 0
 
 
@@ -98,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", choices=("tp2", "dp2"), default="tp2", help="dp2: with the distributed optimizer")
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--iterations", type=int, default=60, help="steps of a round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of the instants (drawn)")
     return parser
 
 
@@ -108,7 +106,6 @@ def _one_round(work: Path, name: str, options: argparse.Namespace, draw: random.
     config = run_config(work, name, options, saves_each_step=True)
     ended = False
     while not ended and tally.kills < options.kills:
-        tally.resumed_at.append(tally.newest)
         ranks = _start(config, log)
         ended = not _kill_somewhen(ranks, folder, draw, tally)
         if ended:
@@ -121,7 +118,8 @@ def _one_round(work: Path, name: str, options: argparse.Namespace, draw: random.
         _expect_end(_start(config, log))
         _check_folder(folder, tally)
     ends = [iteration_folder(end, options.iterations) for end in (work / "whole", folder)]
-    _in_processes([lambda: _compare(*ends)], work / "compare.log")
+    _in_processes([lambda: _compare(*ends, work / "compared")], work / "compare.log")
+    tally.tensors_equal += int((work / "compared").read_text())
     shutil.rmtree(folder)
 
 
@@ -146,9 +144,13 @@ def _wait_for_drafts(ranks: list[Rank], folder: Path, wanted: int, tally: Tally)
     """Until the `wanted`-th draft of this attempt appears. Returns False if the run has ended by itself."""
     seen: set[str] = {path.name for path in folder.glob(".iter_*.draft")}  # of the attempt before
     found: set[str] = set()
+    start = tally.newest
     give_up_at = time.monotonic() + SECONDS_WITHOUT_END
     while len(found) < wanted:
-        found |= {path.name for path in folder.glob(".iter_*.draft")} - seen
+        new = {path.name for path in folder.glob(".iter_*.draft")} - seen
+        if new and not found and start:
+            _note_restart(new, start, tally)
+        found |= new
         tally.newest = max(tally.newest, _published(folder))
         if any(rank.exit_code() is not None for rank in ranks):
             return False
@@ -158,30 +160,41 @@ def _wait_for_drafts(ranks: list[Rank], folder: Path, wanted: int, tally: Tally)
     return True
 
 
+def _note_restart(drafts: set[str], start: int, tally: Tally) -> None:
+    """One that began afresh would save its first step, or go on from an older checkpoint than there was."""
+    tally.restarts += 1
+    first = min(int(name.split(".")[1].removeprefix("iter_")) for name in drafts)
+    if first <= start:
+        raise Broken(f"a run that was started at iteration {start} saved iteration {first} first")
+    tally.restarts_that_went_on += 1
+
+
 def _published(folder: Path) -> int:
     """What the tracker names: a checkpoint counts from then on, not from its rename just before."""
     tracker = folder / TRACKER
-    return int(tracker.read_text()) if tracker.exists() else -1
+    return int(tracker.read_text()) if tracker.exists() else 0
 
 
 def _check_folder(folder: Path, tally: Tally) -> None:
     """Nobody writes now: the best checkpoint is no older than what was seen, and all of them are whole."""
     found = checkpoints(folder)
-    newest = int(found[0].name.strip(".").removeprefix("iter_").removesuffix(".replaced")) if found else -1
+    newest = int(found[0].name.strip(".").removeprefix("iter_").removesuffix(".replaced")) if found else 0
     if newest < tally.newest:
         raise Broken(f"iteration {tally.newest} was published, but {newest} is the newest in {folder}")
     for checkpoint in found:
         problems = damage(checkpoint)
         if problems:
             raise Broken(f"{checkpoint} is not whole: {problems}")
+        tally.checkpoints_verified += 1
     tally.newest = newest
 
 
-def _compare(whole: Path, killed: Path) -> None:
-    """Every tensor: parameters, the optimizer's state, generators."""
-    differing = differing_tensors(whole, killed)
+def _compare(whole: Path, killed: Path, result: Path) -> None:
+    """Every tensor: parameters, the optimizer's state, generators. Their number goes to the file `result`."""
+    equal, differing = compared_tensors(whole, killed)
     if differing:
         raise Broken(f"{killed} differs from {whole} in {len(differing)} tensors: {differing[:3]}")
+    result.write_text(str(len(equal)))
 
 
 class Rank:

@@ -61,11 +61,12 @@ def run_config(work: Path, name: str, options: argparse.Namespace, saves_each_st
     )
 
 
-def differing_tensors(left: Path, right: Path) -> list[str]:
-    """Keys of two checkpoints whose tensors are not the same, bit for bit."""
+def compared_tensors(left: Path, right: Path) -> tuple[list[str], list[str]]:
+    """(keys of the tensors that are the same in two checkpoints, bit for bit; all other keys)"""
     tensors, others = _tensors(left), _tensors(right)
-    keys = sorted(tensors.keys() | others.keys())
-    return [key for key in keys if not (key in tensors and key in others and torch.equal(tensors[key], others[key]))]
+    both = tensors.keys() & others.keys()
+    equal = [key for key in sorted(both) if torch.equal(tensors[key], others[key])]
+    return equal, sorted((tensors.keys() | others.keys()) - set(equal))
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.one_rank import one_rank
+from tests.time_limits import seconds
 from tests.tiny_llama import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def launched(files, tmp_path_factory):
     runs = {"good": [], "wrong": ["--peft-target-modules", "lm_head"]}
     processes = {name: _torchrun(files, folder / name, flags) for name, flags in runs.items()}
     try:
-        outputs = {name: process.communicate(timeout=400)[0] for name, process in processes.items()}
+        outputs = {name: process.communicate(timeout=seconds(400))[0] for name, process in processes.items()}
     finally:
         for process in processes.values():
             process.terminate()

@@ -67,7 +67,7 @@ def test_test_items_are_an_error_on_request(tmp_path: Path) -> None:
 TEXTS = st.lists(st.text("ab .A", min_size=1, max_size=6), max_size=30)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(train=TEXTS, test=st.lists(st.text("ab .A", min_size=1, max_size=6), min_size=1, max_size=10))
 def test_no_test_item_is_ever_trained_on(
     train: list[str], test: list[str], tmp_path_factory: pytest.TempPathFactory
