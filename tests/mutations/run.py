@@ -24,6 +24,8 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -90,8 +92,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="those with this text in `what`, `file` or `test`")
     parser.add_argument("--list", action="store_true", help="print them and try none")
     args = parser.parse_args()
-    mutations = [Mutation(**entry) for entry in tomllib.loads(LIST.read_text())["mutation"]]
-    chosen = [m for m in mutations if any(args.only in text for text in (m.what, m.file, m.test))]
+    chosen = [m for m in read_list() if any(args.only in text for text in (m.what, m.file, m.test))]
     if args.sample is not None:
         print(f"--sample {args.sample} --seed {args.seed}")
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
@@ -99,6 +100,10 @@ def main() -> int:
         print(*(f"{m.what}: {m.test or 'equivalent: ' + m.equivalent}" for m in chosen), sep="\n")
         return 0
     return try_all(chosen)
+
+
+def read_list() -> list[Mutation]:
+    return [Mutation(**entry) for entry in tomllib.loads(LIST.read_text())["mutation"]]
 
 
 def try_all(mutations: Sequence[Mutation]) -> int:
@@ -109,16 +114,17 @@ def try_all(mutations: Sequence[Mutation]) -> int:
     import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copies = [copy_tree(Path(folder, f"copy{index}")) for index in range(NUM_WORKERS)]
-        passed = passing_tests({mutation.test for mutation in tried}, copies)
-        problems += [f"{m.what}: {m.test} does not pass unbroken" for m in tried if m.test not in passed]
-        runs = [Run((m.test,), m) for m in tried if not text_problem(m) and m.test in passed]
+        failures = unbroken_failures({mutation.test for mutation in tried}, copies)
+        problems += [f"{m.what}: {m.test} unbroken: {failures[m.test]}" for m in tried if m.test in failures]
+        runs = [Run((m.test,), m) for m in tried if not text_problem(m) and m.test not in failures]
         num_caught = 0
         for run in finished(runs, copies):
             problem = run.problem()
             num_caught += not problem
-            word = "SURVIVED" if problem else "caught"
-            print(f"{word:8} {run.seconds:5.1f} s  {run.mutation.what} {problem}", flush=True)
-    print(*problems, *(f"equivalent: {m.what}: {m.equivalent}" for m in mutations if m.equivalent), sep="\n")
+            word, what = "SURVIVED" if problem else "caught", run.mutation.what if run.mutation else ""
+            print(f"{word:8} {run.seconds:5.1f} s  {what} {problem}", flush=True)
+    for line in (*problems, *(f"equivalent: {m.what}: {m.equivalent}" for m in mutations if m.equivalent)):
+        print(line)
     print(f"{num_caught} of {len(tried)} caught in {time.monotonic() - started:.0f} s")
     return 0 if num_caught == len(tried) else 1
 
@@ -131,9 +137,10 @@ def text_problem(mutation: Mutation) -> str:
 def import_libraries() -> None:
     os.environ.update(SETTINGS)
     sys.dont_write_bytecode = True  # a broken file may have the size and the second of the whole one
-    sys.path.remove(str(Path(__file__).parent))
-    for name in LIBRARIES:
-        importlib.import_module(name)
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
+    with warnings.catch_warnings(action="ignore"):
+        for name in LIBRARIES:
+            importlib.import_module(name)
     assert "megatron_peft" not in sys.modules
 
 
@@ -148,18 +155,23 @@ def copy_tree(copy: Path) -> Path:
     return copy
 
 
-def passing_tests(tests: set[str], copies: Sequence[Path]) -> set[str]:
-    """Which of them pass unbroken: a call of pytest a copy, whole files each, so that fixtures are made once."""
+def unbroken_failures(tests: set[str], copies: Sequence[Path]) -> dict[str, str]:
+    """What is wrong with tests that do not pass on the tree as it is; a skipped one is among them.
+
+    A call of pytest a copy, each of whole files, so that fixtures are made once.
+    """
     files = sorted({test.split("::")[0] for test in tests})
     runs = []
     for worker in range(len(copies)):
         own = set(files[worker :: len(copies)])
         runs.append(Run(tuple(sorted(test for test in tests if test.split("::")[0] in own))))
-    passed = set()
+    failures = {}
     for run in finished([run for run in runs if run.tests], copies):
-        passed |= {test for test in run.tests if run.found.get(test) == []}
-        print(f"{len(passed)} of {len(tests)} tests pass unbroken ({run.seconds:.0f} s)", run.unread(), flush=True)
-    return passed
+        own = {test: run.found.get(test, "did not run") for test in run.tests if run.found.get(test) != []}
+        passed = f"{len(run.tests) - len(own)} of {len(run.tests)}"
+        print(f"{passed} tests pass unbroken ({run.seconds:.0f} s)", run.unread(), flush=True)
+        failures |= {test: str(failure) for test, failure in own.items()}
+    return failures
 
 
 @dataclass
@@ -195,8 +207,7 @@ class Run:
         limit = LIMIT_SECONDS if self.mutation else 10 * LIMIT_SECONDS
         if not over and self.seconds < limit:
             return False
-        with suppress(ProcessLookupError):  # its group: ranks and programs that a failed test left behind
-            os.killpg(self.pid, signal.SIGKILL)
+        self.kill()
         if not over:
             os.waitpid(self.pid, 0)
         if self.mutation:
@@ -207,11 +218,16 @@ class Run:
         report.unlink(missing_ok=True)
         return True
 
+    def kill(self) -> None:
+        """Its group: ranks and programs that a failed test left behind are in it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def problem(self) -> str:
         """Why the break does not count as caught, or nothing."""
         assert self.mutation is not None
         if self.tests[0] not in self.found:
-            return self.unread() or f"no answer in {self.seconds:.0f} s"
+            return f"no answer in {self.seconds:.0f} s{self.unread()}"
         failures = self.found[self.tests[0]]
         for phase, error, place, message in failures:
             expected = error == self.mutation.error if self.mutation.error else is_assertion(error, place, message)
@@ -233,15 +249,19 @@ def is_assertion(error: str, place: str, message: str) -> bool:
 def finished(runs: Sequence[Run], copies: Sequence[Path]) -> Iterator[Run]:
     """Each run as it ends; as many at once as there are copies."""
     waiting, free, running = list(runs), list(copies), []
-    while waiting or running:
-        while waiting and free:
-            running.append(waiting.pop(0))
-            running[-1].start(free.pop())
-        time.sleep(0.02)
-        for run in [run for run in running if run.ended()]:
-            running.remove(run)
-            free.append(run.copy)
-            yield run
+    try:
+        while waiting or running:
+            while waiting and free:
+                running.append(waiting.pop(0))
+                running[-1].start(free.pop())
+            time.sleep(0.02)
+            for run in [run for run in running if run.ended()]:
+                running.remove(run)
+                free.append(run.copy)
+                yield run
+    finally:
+        for run in running:  # interrupted
+            run.kill()
 
 
 def run_pytest(copy: Path, tests: Sequence[str]) -> NoReturn:
@@ -259,6 +279,8 @@ def run_pytest(copy: Path, tests: Sequence[str]) -> NoReturn:
         where = sys.modules["megatron_peft"].__file__ if "megatron_peft" in sys.modules else str(copy)
         assert Path(where or "").is_relative_to(copy), where
         copy.with_suffix(".json").write_text(json.dumps(recorder.found))
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
     finally:
         sys.stdout.flush()
         os._exit(0)
