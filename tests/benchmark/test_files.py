@@ -1,15 +1,16 @@
-"""Conversions are measured every way and leave nothing behind; a start is measured up to the first iteration's line."""
+"""Conversions leave nothing behind, a rank reads its own part, a start is measured up to its first iteration's line."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_peft.arguments import parse_arguments
-from megatron_peft.benchmark import convert, startup
+from megatron_peft.benchmark import convert, loading, startup
 from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.subjects import Setting
 from tests.conversion.megatron_folders import save_random
@@ -72,3 +73,13 @@ def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
     config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
     assert startup.PROGRAM.exists()
+
+
+def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
+    setting = replace(tiny, tensor_parallel=2)
+    ranks = loading.run_ranks(2, loading.load, setting)
+    (alone,) = loading.run_ranks(1, loading.load, tiny)
+    for rank in ranks:
+        assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
+        assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
+        assert rank.peak > 50 * loading.MIB

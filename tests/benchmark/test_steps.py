@@ -1,15 +1,26 @@
-"""Steps are really run and timed; the one that a figure names first stands above the line."""
+"""Steps are really run and timed, and what they keep and send is counted, of the right things.
+
+A LoRA step adds one full call without sequence parallelism, and r-wide ones only with it. LoRA-GA's start is timed a
+batch, over the frozen base.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from megatron_peft.benchmark import steps
+from megatron_peft.benchmark import activations, collectives, lora_ga_start, steps
+from megatron_peft.benchmark.collective_log import Collective
 from megatron_peft.benchmark.figures import Figure
+from megatron_peft.benchmark.memory import resident_bytes
 from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.training import start
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
@@ -22,3 +33,71 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(
         if "step" in figure.name:
             above, below = re.findall(r"(\w+) step", figure.name)
             assert [above, below] == re.findall(r"(\w+) [\d.]+ CPU s", figure.note)
+
+
+def test_each_storage_counts_once_and_weights_do_not():
+    weight = nn.Linear(4, 4, bias=False)
+    x = torch.randn(10, 4, requires_grad=True)
+    saved = activations.SavedBytes(weight)
+    with saved:
+        y = weight(x)
+        (y * x + y.exp()).sum()
+    assert saved.num_bytes == 3 * 10 * 4 * 4  # x, y and exp(y)
+
+
+def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
+    """[tokens, rank] in float32 of four linear layers in each of four; only LoRA and the Hybrid have a rank."""
+    kept, wider = (activations.count_methods(replace(even, rank=rank)) for rank in (4, 8))
+    narrow = 4 * 4 * even.rows * even.positions * 4 * 4
+    grown = {name: wider[name] - kept[name] for name in kept}
+    assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
+
+
+WIDE = Collective("allreduce_", 1000, 4000, 100)
+NARROW = Collective("_allgather_base_", 160, 640, 16)
+
+
+def test_equal_calls_cancel_one_by_one() -> None:
+    assert collectives.extra_calls([WIDE], [WIDE, NARROW, WIDE]) == [WIDE, NARROW]
+
+
+def test_real_steps_reach_the_targets(tiny: Setting) -> None:
+    figures = {figure.name: figure for figure in collectives.collectives_figures(tiny)}
+    calls = [figure for name, figure in figures.items() if "bytes" not in name]
+    assert [figure.measured for figure in calls] == [1, 0, 1 + 8, 0, 1, 0, 1 + 2 * 8, 0]
+    assert all(figure.reached for figure in calls)
+    # 4 layers: 2 row-parallel layers each forward, 2 column-parallel ones back, embedding and output, 3 for the loss.
+    assert "frozen 21 calls" in figures["TP2: LoRA's all-reduces above the frozen base's"].note
+    assert "8 allgather_base" in figures["TP2+SP: LoRA's other calls wider than r"].note
+
+
+MIB = 2**20
+
+
+def freed_mib(_: object) -> int:
+    """What goes back to the system of 63 MiB. On a rank: a heap has holes after other tests, and fills them first."""
+
+    def free(job: object) -> int:
+        block = bytearray(24 * MIB)  # once such a block has been freed, the C library keeps smaller ones
+        del block
+        blocks = [bytearray(MIB) for _ in range(64)]
+        full = resident_bytes()
+        del blocks[:-1]
+        return (full - resident_bytes()) // MIB
+
+    lora_ga_start.run_steps = free  # type: ignore[assignment]
+    return lora_ga_start.run_steps_giving_back(None)  # type: ignore[arg-type, return-value]
+
+
+def test_what_is_freed_is_given_back():
+    assert run_ranks(1, freed_mib)[0] >= 60
+
+
+def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):
+    """With two batches the start runs four, the frozen base three (one does not count)."""
+    runs = []
+    schedule = start.run_schedule
+    monkeypatch.setattr(lora_ga_start, "NUM_BATCHES", 2)
+    monkeypatch.setattr(start, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs))
+    frozen, a_batch = lora_ga_start.time_start(tiny)
+    assert len(runs) == 4 and frozen > 0 and a_batch > 0

@@ -1,17 +1,54 @@
-"""Both backends of the evaluation harness agree on tiny tasks, item by item; a difference is found."""
+"""Logits, answers and scores of a tiny model are those of transformers and of the harness; a difference is found."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 
+from megatron_peft.benchmark import generation, logits
 from megatron_peft.benchmark.harness import TASKS, Questions, compare_items, our_items, their_items
+from megatron_peft.benchmark.subjects import Setting
 from megatron_peft.data.preparation import benchmarks
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks
+
+
+def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(
+    tiny: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logits, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
+    monkeypatch.setattr(logits, "_logits", functools.cache(logits._logits))
+    (figure,) = logits.logits_figures(tiny)
+    assert figure.reached and "TP2+SP" in figure.name
+    wrong = logits._logits_of_transformers(tiny)
+    wrong[1, 2, 3] += 5e-4
+    monkeypatch.setattr(logits, "_logits_of_transformers", lambda setting: wrong)
+    (figure,) = logits.logits_figures(tiny)
+    assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
+
+
+def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(
+    tiny: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "LAYOUTS", ({"tensor_parallel": 1},))
+    monkeypatch.setattr(generation, "NUM_PROMPTS", 6)
+    compared, compare = [], generation.compare
+    monkeypatch.setattr(generation, "compare", lambda *sides: compared.append(sides) or compare(*sides))
+    differing, largest, ratio = generation.generation_figures(tiny, turns=1)
+    assert differing.reached and differing.note.startswith("6 prompts")
+    assert largest.reached and largest.measured > 0, "two programs never round alike"
+    assert ratio.measured > 0
+    layout, found, expected = copy.deepcopy(compared[0])
+    found.answers[2][3] += 1
+    found.log_likelihoods[1] += 1e-3
+    differing, largest = compare(layout, found, expected)
+    assert (differing.measured, differing.reached) == (1, False)
+    assert largest.measured == pytest.approx(1e-3, abs=1e-4) and not largest.reached
+
 
 NAMES = ("tiny_choices", "tiny_answers")
 
