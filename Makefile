@@ -2,7 +2,7 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint bench
+.PHONY: help demo test test-slow test-all golden mutations lint bench
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -18,6 +18,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 METHOD ?= lora
 ARGS ?=
+BASE ?=
 
 # One thread a process: ranks share the cores, and a second OpenMP thread made a forward 14 times slower under load.
 export OMP_NUM_THREADS := 1
@@ -25,7 +26,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
 help: ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 	@echo "  METHOD=lora|full|lora-ga|boft|urnn|hybrid chooses the demo's method; ARGS='...' is passed on to what a target runs."
 
 demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
@@ -41,6 +42,13 @@ test-slow: $(INSTALLED) ## run what `make test` leaves out
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow ## run every test: every method at every layout included
+
+# BASE: HEAD where the working tree differs from it, else the commit before.
+golden: $(INSTALLED) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')
+	$(PYTHON) -m tests.golden $(if $(BASE),--base $(BASE)) $(ARGS)
+
+mutations: $(INSTALLED) ## break the code one line at a time: a test must fail each time (ARGS='--sample 20')
+	$(PYTHON) tests/mutations/run.py $(ARGS)
 
 lint: $(INSTALLED) ## style (ruff) and types (pyright)
 	$(PYTHON) -m ruff check .
