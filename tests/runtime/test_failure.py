@@ -71,7 +71,10 @@ def _run(case: str, folder: Path) -> Outcome:
         rank.start()
     for rank in ranks:
         rank.join(timeout=120)
+    hanging = [rank for rank in ranks if rank.is_alive()]
+    for rank in hanging:
         rank.kill()
+    assert not hanging, f"{case}: {len(hanging)} ranks never ended"
     output = "".join((folder / str(n)).read_text() for n in range(size))
     return Outcome([rank.exitcode for rank in ranks], output, time.time())
 
