@@ -23,8 +23,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 # A busy machine is no failure: neither a slow example nor slow drawing of examples.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-# Folders whose tests share fixtures that cost seconds; elsewhere a file's tests stay together.
-ONE_GROUP = ("checkpoint", "conversion")
+# Folders whose tests share fixtures that cost seconds, and files that run programs in the sandbox, whose processes are
+# counted together; elsewhere a file's tests stay together.
+FOLDERS = ("checkpoint", "conversion")
+SANDBOX = ("test_sandbox", "test_task_metrics")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,8 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share fixtures go to the same of the workers that `make test` runs them on."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            folder = item.path.parent.name
-            item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_GROUP else item.path.stem))
+            folder, file = item.path.parent.name, item.path.stem
+            group = folder if folder in FOLDERS else "sandbox" if file.startswith(SANDBOX) else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -61,6 +61,7 @@ def _run(case: str, size: int) -> Outcome:
     with Ranks(size, _rank, case) as ranks:
         for process in ranks.processes:  # none is ended from outside
             process.join(seconds(120))
+        assert None not in ranks.exit_codes, f"{case}: a rank never ended"
         return Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
 
 
