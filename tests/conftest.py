@@ -29,14 +29,12 @@ FOLDERS = ("checkpoint", "conversion")
 SANDBOX = ("test_sandbox", "test_task_metrics")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that share fixtures go to the same of the workers that `make test` runs them on."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            folder, file = item.path.parent.name, item.path.stem
-            group = folder if folder in FOLDERS else "sandbox" if file.startswith(SANDBOX) else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+    if item.get_closest_marker("xdist_group") is None:
+        folder, file = item.path.parent.name, item.path.stem
+        group = folder if folder in FOLDERS else "sandbox" if file.startswith(SANDBOX) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
