@@ -9,6 +9,8 @@ Letters: b rows, s new positions of a forward, k positions in the cache, h hidde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -16,6 +18,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_peft.evaluation.stages import run_stages
+
+try:
+    from megatron.core.inference.utils import InferenceMode
+
+    _inference_mode: Any = InferenceMode.active  # without it megatron-core 0.19 computes the logits of every position
+except ImportError:  # older ones go by the cache that they are given
+    _inference_mode = nullcontext
 
 
 class CachedRows:
@@ -41,20 +50,22 @@ class CachedRows:
             pipeline stage; None on the others.
         """
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
-        self._cache.materialize_only_last_token_logits = not every_position
+        settings: Any = getattr(self._cache, "config", self._cache)  # the cache's own attributes up to 0.16
+        settings.materialize_only_last_token_logits = not every_position
         positions = torch.arange(done, done + num_new, device=tokens.device).expand_as(tokens)
         hidden_keys = self._hidden_keys(done + num_new)
-        logits = run_stages(
-            self._chunks,
-            (num_new, num_rows, self._chunks[0].config.hidden_size),
-            lambda chunk: chunk(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=hidden_keys,
-                inference_context=self._cache,
-                runtime_gather_output=True,
-            ),
-        )
+        with _inference_mode():
+            logits = run_stages(
+                self._chunks,
+                (num_new, num_rows, self._chunks[0].config.hidden_size),
+                lambda chunk: chunk(
+                    input_ids=tokens,
+                    position_ids=positions,
+                    attention_mask=hidden_keys,
+                    inference_context=self._cache,
+                    runtime_gather_output=True,
+                ),
+            )
         self._cache.increment_sequence_len_offset(num_new)
         return None if logits is None else logits.float()
 
