@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +56,31 @@ def run_alone(place: Place) -> dict[str, Any]:
     found = {"base": _evaluate(place, "base", base), "run": _evaluate(place, "run", place.run)}
     found["finished"] = len(place.path("run.requests.jsonl").read_text().splitlines())
     found["hf"] = _by_the_harness(place)
-    found["stopped"] = _evaluate_after_a_kill(place)
     found["streamed"] = _printed(lambda: _answer(place, prompt="w1 w2", max_new_tokens=5))
     _answer(place, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path("alone.jsonl")))
     found["complaints"] = [_complaint(place, *wrong) for wrong in _wrong_models(place)]
     return found
+
+
+def run_until_killed(job: tuple[Place, int, float]) -> None:
+    """The evaluation of the run, killed so many seconds after so many of its requests are answered on disk."""
+    place, num_requests, seconds = job
+    file = place.path("stopped.requests.jsonl")
+
+    def kill() -> None:
+        while not file.exists() or file.read_bytes().count(b"\n") < num_requests:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    start_world(ParallelConfig())
+    threading.Thread(target=kill, daemon=True).start()
+    _evaluate(place, "stopped", place.run)
+
+
+def run_again(place: Place) -> dict[str, Any]:
+    start_world(ParallelConfig())
+    return _evaluate(place, "stopped", place.run)
 
 
 def run_split(place: Place) -> dict[str, Any]:
@@ -111,13 +135,6 @@ def _by_the_harness(place: Place) -> dict[str, Any]:
     results: Any = simple_evaluate(model=model, tasks=names, task_manager=manager)  # pyright: ignore
     samples = {(task, one["doc_id"]): one for task, of_task in results["samples"].items() for one in of_task}
     return {"results": results["results"], "samples": json.loads(json.dumps(list(samples.items()), default=str))}
-
-
-def _evaluate_after_a_kill(place: Place) -> dict[str, Any]:
-    """A file of requests that a kill has torn in the middle of a line."""
-    whole = place.path("run.requests.jsonl").read_bytes()
-    place.path("stopped.requests.jsonl").write_bytes(whole[: len(whole) // 2])
-    return _evaluate(place, "stopped", place.run)
 
 
 def _printed(work: Any) -> str:
