@@ -111,32 +111,26 @@ def updated(mix: float, low: float, rotation: float, **settings: Any) -> float:
     return float(adapter.mix)
 
 
-@pytest.mark.parametrize(
-    ("settings", "mix", "low", "rotation", "expected"),
-    [
-        # Norms are divided by the mixture that they carry: 3 / 0.25 = 12 and 1 / 0.75.
-        ({}, 0.25, 3.0, 1.0, 12 / (12 + 4 / 3)),
-        # Equal norms before mixing are a fixed point of one half.
-        ({}, 0.3, 0.3, 0.7, 0.5),
-        # rms divides by the roots of the numbers of parameters.
-        ({"hybrid_lambda": "rms"}, 0.5, 3.0, 1.0, 1.5 / (1.5 + 1 / 3)),
-        # descent weighs sums of absolute values by the rates: a part of n equal numbers and norm g sums to g sqrt(n).
-        ({"hybrid_lambda": "descent"}, 0.25, 3.0, 1.0, 24 / (24 + 0.125 * 3 / 0.75)),
-        # raw is the paper's formula.
-        ({"hybrid_lambda": "raw"}, 0.25, 3.0, 1.0, 0.75),
-        ({"hybrid_lambda": "fixed:0.3"}, 0.3, 5.0, 1.0, 0.3),
-        # The average moves slowly, and is clamped.
-        ({"hybrid_lambda_ema": 0.9}, 0.5, 1.0, 3.0, 0.9 * 0.5 + 0.1 * 0.25),
-        ({}, 0.5, 1.0, 1e-6, 0.98),
-        ({}, 0.5, 1e-6, 1.0, 0.02),
-        ({"hybrid_lambda_max": 0.75}, 0.5, 1.0, 1e-6, 0.75),
-        ({"hybrid_lambda_min": 0.25}, 0.5, 1e-6, 1.0, 0.25),
-        # Without a finite gradient lambda stays.
-        ({}, 0.4, math.nan, 1.0, 0.4),
-        ({}, 0.4, math.inf, 1.0, 0.4),
-        ({}, 0.4, 0.0, 0.0, 0.4),
-    ],
-)
+RULES = {  # settings; lambda before, the two norms; lambda after
+    "norms are divided by the mixture that they carry": ({}, 0.25, 3.0, 1.0, 12 / (12 + 4 / 3)),
+    "equal norms before mixing are a fixed point": ({}, 0.3, 0.3, 0.7, 0.5),
+    "rms divides by the roots of the sizes": ({"hybrid_lambda": "rms"}, 0.5, 3.0, 1.0, 1.5 / (1.5 + 1 / 3)),
+    # A part of n equal numbers and norm g has them sum to g sqrt(n); the rates weigh the sums.
+    "descent weighs absolute values": ({"hybrid_lambda": "descent"}, 0.25, 3.0, 1.0, 24 / (24 + 0.125 * 3 / 0.75)),
+    "raw is the paper's formula": ({"hybrid_lambda": "raw"}, 0.25, 3.0, 1.0, 0.75),
+    "fixed stays where it is put": ({"hybrid_lambda": "fixed:0.3"}, 0.3, 5.0, 1.0, 0.3),
+    "the average moves slowly": ({"hybrid_lambda_ema": 0.9}, 0.5, 1.0, 3.0, 0.9 * 0.5 + 0.1 * 0.25),
+    "clamped above": ({}, 0.5, 1.0, 1e-6, 0.98),
+    "clamped below": ({}, 0.5, 1e-6, 1.0, 0.02),
+    "clamped above by the flag": ({"hybrid_lambda_max": 0.75}, 0.5, 1.0, 1e-6, 0.75),
+    "clamped below by the flag": ({"hybrid_lambda_min": 0.25}, 0.5, 1e-6, 1.0, 0.25),
+    "NaN": ({}, 0.4, math.nan, 1.0, 0.4),
+    "infinite": ({}, 0.4, math.inf, 1.0, 0.4),
+    "no gradient": ({}, 0.4, 0.0, 0.0, 0.4),
+}
+
+
+@pytest.mark.parametrize(("settings", "mix", "low", "rotation", "expected"), RULES.values(), ids=RULES.keys())
 def test_lambda_follows_its_rule(settings, mix, low, rotation, expected):
     assert updated(mix, low, rotation, **settings) == pytest.approx(expected)
 

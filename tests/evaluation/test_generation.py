@@ -320,6 +320,7 @@ LETTERS: Any = SimpleNamespace(  # 0 is a special token, which no text shows
         ((), "a", False),
         (("",), "a", False),
     ],
+    ids=["empty", "none of them", "inside", "alone", "half", "after much", "long ago", "without any", "an empty one"],
 )
 def test_an_answer_ends_with_any_of_the_texts(stops, text, ends):
     assert StopTexts(LETTERS, stops).is_complete(list(map(ord, text))) == ends
@@ -328,6 +329,7 @@ def test_an_answer_ends_with_any_of_the_texts(stops, text, ends):
 @pytest.mark.parametrize(
     ("stops", "text", "cut"),
     [(("###", "Q:"), "an answer Q: and ### more Q:", "an answer "), ((), "a", "a"), (("",), "a", "a")],
+    ids=["several", "none", "an empty one"],
 )
 def test_an_answer_is_cut_at_the_first(stops, text, cut):
     assert StopTexts(LETTERS, stops).cut(text) == cut
