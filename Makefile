@@ -32,8 +32,8 @@ help: ## print the targets
 demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
 
-# Two workers, each with the tests of a file (or of what shares slow fixtures: tests/conftest.py) after one another.
-PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup
+# Two workers; tests/conftest.py says which tests stay together on one of them.
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
 test: $(INSTALLED) ## run the test-suite, without the slow part of its layouts and stress tests
 	$(PYTEST) -m 'not slow' $(ARGS)

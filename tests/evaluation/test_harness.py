@@ -128,12 +128,12 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(pl
     draw, file = random.Random(seed), Path(place.work, "stopped.requests.jsonl")
     moment = draw.randint(1, alone["finished"] // 2), draw.uniform(0, 0.02)
     with pytest.raises(RanksFailed):
-        run_ranks(1, "tests.evaluation.asked_runs:run_until_killed", (place, *moment))
+        run_ranks(1, asked_runs.run_until_killed, (place, *moment))
     left = file.read_text().splitlines(keepends=True)
     whole = sum(line.endswith("\n") for line in left)
     print(f"seed {seed}: killed after {whole} of {alone['finished']} requests")
     assert moment[0] <= whole < alone["finished"] and not Path(place.work, "stopped.json").exists()
-    (again,) = run_ranks(1, "tests.evaluation.asked_runs:run_again", place)
+    (again,) = run_ranks(1, asked_runs.run_again, place)
     _same_items(again["samples"], alone["run"]["samples"])
     lines = file.read_text().splitlines(keepends=True)
     assert lines[:whole] == left[:whole]

@@ -103,10 +103,7 @@ CASES = [
     pytest.param(
         method,
         layout,
-        marks=[
-            pytest.mark.xdist_group(f"layouts of {method}"),  # which share the runs of one process
-            *([] if layout in QUICK_LAYOUTS[method] else [pytest.mark.slow]),
-        ],
+        marks=[] if layout in QUICK_LAYOUTS[method] else [pytest.mark.slow],
     )
     for method in METHODS
     for layout in LAYOUTS
@@ -153,7 +150,7 @@ def test_layout_equals_one_process(curve, method, layout):
     assert here.replicas_agree
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.xdist_group(f"layouts of {m}")) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_learns(curve, method):
     losses = curve(method, "alone").losses
     assert losses[-1] < losses[0] - 0.05
