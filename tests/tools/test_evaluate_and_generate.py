@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.runtime import failure
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import save_worded_llama
+from tests.ranks import Ranks
+from tests.time_limits import seconds
 from tools import evaluate, generate
 
 BASE = ["--pretrained-checkpoint", "nowhere"]
@@ -37,16 +38,15 @@ def test_what_is_wrong_is_told(capsys: pytest.CaptureFixture[str], tool, flags: 
     assert [text for text in told if text not in err] == []
 
 
-def test_an_unknown_task_ends_it_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(failure, "_exit", exit)  # of this process: pytest's own
+def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rank: it has joined the world by then, and ends without leaving it."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     base = save_worded_llama(tmp_path / "base")
     (base / "model.safetensors").unlink()
     tasks = write_tasks(tmp_path / "tasks", ["w1"], num_questions=2)
     where = ["--include-path", str(tasks), "--output", str(tmp_path / "out" / "x.json")]
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where])
-    told = "evaluate.py: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
-    assert capsys.readouterr().err.endswith(told)
+    with Ranks(1, evaluate.main, ["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where]) as ranks:
+        ranks.wait(seconds(300))
+        assert ranks.exit_codes == [2]
+        told = "evaluate.py: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
+        assert ranks.output(0).endswith(told)
