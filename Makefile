@@ -35,7 +35,7 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU r
 # Two workers; tests/conftest.py says which tests stay together on one of them.
 PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
-test: $(INSTALLED) ## run the test-suite, without the slow part of its layouts and stress tests
+test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## run what `make test` leaves out
