@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = group_of  # type: ignore[method-assign]
     return scheduler
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A file leaves no world open: the files after it would fail instead."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and (nextitem is None or nextitem.path != item.path):
+        distributed.destroy_process_group()
+        pytest.fail(f"{item.path.name} leaves a process group behind")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

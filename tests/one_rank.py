@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
@@ -19,8 +17,6 @@ def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
     Args:
         with_groups: False leaves megatron-core's groups to the code under test.
     """
-    if dist.is_initialized():  # some test of another file left its world open
-        stop()
     start_world(ParallelConfig())
     if with_groups:
         start_model_parallel(ParallelConfig(), seed)

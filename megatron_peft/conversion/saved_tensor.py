@@ -65,7 +65,8 @@ class _Description(pickle.Unpickler):
             return lambda *described: described
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        dtype = getattr(getattr(torch, name, None), "dtype", None) if module == "torch" else None
-        if not name.endswith("Storage") or dtype is None:
+        # `dtype` of these classes warns that they will go, on stderr in the middle of a conversion.
+        dtype = getattr(getattr(torch, name, None), "_dtype", None) if module == "torch" else None
+        if not name.endswith("Storage") or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no plain tensor needs")
         return dtype
