@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.time_limits import seconds
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_loses_nothing():
     command = [sys.executable, SCRIPT, "--kills", "10", "--iterations", "20", "--layout", "dp2", "--async-save"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds(500))

@@ -11,6 +11,7 @@ from tests.tiny_llama import save_pairs
 from tests.training.layout_runs import Job, run_jobs
 
 NUM_STEPS = 6
+pytestmark = pytest.mark.slow
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
