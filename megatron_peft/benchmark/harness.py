@@ -57,9 +57,7 @@ def harness_figures(model: str, work: Path, downloads: Path) -> list[Figure]:
     shutil.rmtree(work, ignore_errors=True)
     prepare_tasks(work / "tasks", downloads)
     questions = Questions(model, str(work / "tasks"))
-    ours, theirs = (
-        run_ranks(1, backend, questions, timeout=TIMEOUT)[0] for backend in (our_items, their_items)
-    )
+    ours, theirs = (run_ranks(1, backend, questions, timeout=TIMEOUT)[0] for backend in (our_items, their_items))
     return compare_items(ours, theirs)
 
 

@@ -3,7 +3,7 @@
 Two kinds are met. A `torch.save` file with Megatron-LM's arguments, counters and generators beside the weights is
 read with `weights_only=True`; what it names of the libraries that wrote it is replaced by `Inert`, which does nothing
 whatever it is called with. The index of a distributed checkpoint (`.metadata`) is a plain pickle of a few classes of
-torch. A name outside the lists below refuses the file before any of it is unpickled.
+torch, none of which it gets to see. A name outside the lists below refuses the file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import metadata as torch_metadata
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_peft.config import ConfigurationError, require
 
@@ -34,7 +41,10 @@ METADATA_NAMES = re.compile(
     r"torch\.(Size|float64|float32|float16|bfloat16|u?int\d+|bool|strided|layout|dtype)"
     r"|torch\.serialization\._get_layout|torch\.distributed\.checkpoint\.filesystem\.(_StorageInfo|_StoragePrefix)"
     r"|pathlib\.(Posix|PurePosix|Windows|PureWindows)?Path|pathlib\._local\.\w*Path|collections\.OrderedDict"
+    r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of its 0.15
 )
+
+Kind = TypeVar("Kind")
 
 
 class Inert:
@@ -69,34 +79,114 @@ def load_inertly(path: Path) -> Any:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint.
+    """The index of a distributed checkpoint: its tensors, and where each part of them lies.
+
+    What it says of anything but tensors is left out, so that no reader can be sent to unpickle it.
 
     Raises:
-        ConfigurationError: it names a class that no index needs (and nothing of it has run), or it is torn.
+        ConfigurationError: it names a class that no index needs, or a file outside `folder`, or it is torn. Nothing in
+            it has run.
     """
     path = folder / ".metadata"
+    unpickler = _IndexUnpickler(path)
     try:
-        found = _MetadataUnpickler(path).load()
+        return unpickler.index()
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
         raise ConfigurationError(
             f"{path} cannot be read: {type(error).__name__}: {error}. Copy the checkpoint again."
         ) from error
-    require(isinstance(found, Metadata), f"{path} is no index of a distributed checkpoint.")
-    return found
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _Plain:
+    """An object of an index as it was pickled: no class of torch's is within reach of the pickle."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Gives each name of the pickle a class of its own, which does nothing, and makes torch's objects of what it finds.
+
+    A pickle may set attributes on whatever it names: on torch's own classes it could leave a `__call__` behind, or let
+    one object look like another. Here it only ever reaches classes that are gone with the file.
+    """
+
     def __init__(self, path: Path) -> None:
         super().__init__(io.BytesIO(path.read_bytes()))
         self._path = path
+        self._classes: dict[str, type[_Plain]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        whole = f"{module}.{name}"
         known = module == torch_metadata.__name__ and name in METADATA_CLASSES
-        if not known and not METADATA_NAMES.fullmatch(f"{module}.{name}"):
-            _refuse(self._path, [f"{module}.{name}"])
-        return super().find_class(module, name)
+        if not known and not METADATA_NAMES.fullmatch(whole):
+            _refuse(self._path, [whole])
+        if isinstance(found := getattr(torch, name, None), torch.dtype) and module == "torch":
+            return found
+        return self._classes.setdefault(name, type(name, (_Plain,), {}))
+
+    def index(self) -> Metadata:
+        root = self.load()
+        is_index = any(type(root) is self._classes.get(name) for name in ("Metadata", "MCoreMetadata"))
+        require(is_index, f"{self._path} is no index of a distributed checkpoint.")
+        fields = self._typed(root.state, dict)
+        stored = self._typed(fields["state_dict_metadata"], dict)
+        tensors = {
+            self._typed(key, str): self._tensor(entry)
+            for key, entry in stored.items()
+            if type(entry) is not self._classes.get("BytesStorageMetadata")
+        }
+        places = dict(map(self._place, self._typed(fields["storage_data"], dict).items()))
+        return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
+
+    def _tensor(self, entry: Any) -> TensorStorageMetadata:
+        fields = self._state(entry, "TensorStorageMetadata")
+        chunks = [self._state(chunk, "ChunkStorageMetadata") for chunk in self._typed(fields["chunks"], list)]
+        properties = self._typed(fields["properties"], self._classes["TensorProperties"])
+        dtype, *_ = self._typed(properties.state, tuple)
+        return TensorStorageMetadata(
+            TensorProperties(self._typed(dtype, torch.dtype)),
+            self._size(fields["size"]),
+            [ChunkStorageMetadata(self._size(chunk["offsets"]), self._size(chunk["sizes"])) for chunk in chunks],
+        )
+
+    def _place(self, item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
+        key, place = self._state(item[0], "MetadataIndex"), self._state(item[1], "_StorageInfo")
+        offset, file = key.get("offset"), self._typed(place["relative_path"], str)
+        require(
+            file == Path(file).name and file != ".." and not place.get("transform_descriptors"),
+            f"{self._path} is refused: it names {file!r}, which is no plain file of that folder.",
+        )
+        index = MetadataIndex(self._typed(key["fqn"], str), None if offset is None else self._size(offset))
+        return index, _StorageInfo(file, self._count(place["offset"]), self._count(place["length"]))
+
+    def _state(self, value: Any, name: str) -> dict[str, Any]:
+        return self._typed(self._typed(value, self._classes[name]).state, dict)
+
+    def _size(self, value: Any) -> torch.Size:
+        (numbers,) = self._typed(value, self._classes["Size"]).arguments
+        return torch.Size(map(self._count, self._typed(numbers, tuple)))
+
+    def _count(self, value: Any) -> int:
+        require(0 <= self._typed(value, int) < 2**63, f"{self._path} is no index of a distributed checkpoint: {value}.")
+        return value
+
+    def _typed(self, value: Any, kind: type[Kind]) -> Kind:
+        """`value`, if it is of this very class: a subclass could be anything."""
+        require(
+            type(value) is kind,
+            f"{self._path} is no index of a distributed checkpoint: it holds {type(value).__name__} instead of "
+            f"{kind.__name__}.",
+        )
+        return value
 
 
 @contextmanager

@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -137,25 +140,44 @@ def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
         raise ConfigurationError(f"no copy could be made to save in the background: {error}") from error
 
 
+class _CheckedReader(torch_checkpoint.FileSystemReader):
+    """Reads by the index that was checked. torch's and megatron-core's own readers unpickle the file a second time."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+
 def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
     """Fill every rank's tensors in place. A collective.
 
     Raises:
         ConfigurationError: on every rank, when a file is missing or damaged, or the index would run code.
     """
-    checked_together(lambda: read_metadata(folder))  # megatron-core unpickles it whatever it holds
-    wanted = {str(index): tensor for index, tensor in enumerate(tensors)}
-    targets = {name: data_of(tensor) for name, tensor in wanted.items()}
+    index = checked_together(lambda: read_metadata(folder))
+    wanted = [replace(tensor) for tensor in tensors]  # megatron-core writes into those that it is given
+    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
+    for tensor in wanted:
+        by_key[tensor.key].append(tensor)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[tensor for tensor in wanted if not tensor.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={tensor.key: tensor for tensor in wanted if tensor.allow_shape_mismatch},
+    )
     with _failures_named(f"{folder} is damaged"), torch.no_grad():
-        loaded: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
-        for name, target in targets.items():
-            target.copy_(loaded[name])  # no-op where it was filled in place
+        torch_checkpoint.load(
+            mcore_to_pyt_state_dict(by_key, is_loading=True),
+            storage_reader=_CheckedReader(folder, index),
+            planner=planner,
+        )
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in a checkpoint, by key. Raises ConfigurationError if they cannot be read."""
     stored = read_metadata(folder).state_dict_metadata
-    return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
+    return {key: tuple(tensor.size) for key, tensor in stored.items()}
 
 
 @contextmanager

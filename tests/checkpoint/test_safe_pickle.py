@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pickle
 import random
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.checkpoint.sharded_files import read_tensors, stored_shapes
@@ -67,6 +70,47 @@ def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, tmp_p
     with one_rank(), pytest.raises(ConfigurationError, match=f"is refused: .*{kind}.*Nothing of it was run"):
         read(folder)
     assert not mark.exists()
+
+
+def test_a_part_that_is_no_tensor_is_never_unpickled(tmp_path):
+    """torch unpickles such a part whatever it holds, and megatron-core looks at nothing but its size."""
+    mark = tmp_path / "ran"
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    payload = io.BytesIO()
+    torch.save(attack("system", mark), payload)
+    (folder / "__0_0.distcp").write_bytes(payload.getvalue())
+    index.state_dict_metadata["a"] = torch_metadata.BytesStorageMetadata()
+    index.state_dict_metadata["a"].size = torch.Size([2])
+    place = _StorageInfo("__0_0.distcp", 0, len(payload.getvalue()))
+    index.storage_data = {torch_metadata.MetadataIndex("a"): place}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with one_rank(), pytest.raises(ConfigurationError, match="is damaged: .*a from model not in state dict"):
+        read_one_tensor(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["Metadata", "BytesStorageMetadata", "MetadataIndex"])
+def test_an_index_cannot_change_the_classes_of_torch(name, tmp_path):
+    """The BUILD of a pickle sets attributes on whatever is named, a class included."""
+    module, name_, attribute = (
+        bytes([0x8C, len(text)]) + text.encode() for text in (torch_metadata.__name__, name, "left_behind")
+    )
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + module + name_ + b"\x93N}" + attribute + b"K\x01s\x86b.")
+    with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is no index)"):
+        read_metadata(tmp_path)
+    assert not hasattr(getattr(torch_metadata, name), "left_behind")
+
+
+@pytest.mark.parametrize("file", ["../outside.distcp", "/outside.distcp", "sub/__0_0.distcp", ".."])
+def test_an_index_names_files_of_its_own_folder_only(file, tmp_path):
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = file
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ConfigurationError, match=f"is refused: it names '{file}'"):
+        read_metadata(folder)
 
 
 def test_a_dotted_name_does_not_reach_through_an_allowed_module(tmp_path):
