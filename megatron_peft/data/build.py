@@ -40,8 +40,11 @@ def build_data(
     data_parallel_rank: int,
     data_parallel_size: int,
     consumed_samples: int = 0,
+    num_ids: int | None = None,
 ) -> Data:
     """Open, check and index all data. Must be called by all ranks if torch.distributed runs.
+
+    num_ids: token ids are below it: rows of the model's embedding (default: what the tokenizer needs).
 
     Raises ConfigurationError, on every rank, for whatever is wrong with it.
     """
@@ -53,11 +56,12 @@ def build_data(
         pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
         pad_id=tokenizer.eos_id,
     )
-    train = _train(config, tokenizer, layout, consumed_samples)
+    num_ids = num_ids or tokenizer.largest_id + 1
+    train = _train(config, tokenizer, layout, consumed_samples, num_ids)
     iterations = train_iterations(config, train)
     evaluates = config.training.eval_interval is not None and config.training.eval_iters != 0
-    valid = _evaluation(config, Split.valid, tokenizer, layout) if evaluates else None
-    test = _evaluation(config, Split.test, tokenizer, layout) if config.training.eval_iters != 0 else None
+    valid = _evaluation(config, Split.valid, tokenizer, layout, num_ids) if evaluates else None
+    test = _evaluation(config, Split.test, tokenizer, layout, num_ids) if config.training.eval_iters != 0 else None
     return Data(train, valid, test, iterations)
 
 
@@ -80,10 +84,12 @@ def _asked_iterations(config: RunConfig) -> int | None:
     return training.train_samples // config.global_batch_size
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, layout: BatchLayout, consumed_samples: int) -> GlobalBatches:
+def _train(
+    config: RunConfig, tokenizer: Tokenizer, layout: BatchLayout, consumed_samples: int, num_ids: int
+) -> GlobalBatches:
     iterations = _asked_iterations(config)
     num_samples = None if iterations is None else iterations * config.global_batch_size
-    dataset = _dataset(config, Split.train, num_samples, tokenizer)
+    dataset = _dataset(config, Split.train, num_samples, tokenizer, num_ids)
     require(dataset is not None, "no training data: give --train-data-path or --data-path.")
     assert dataset is not None
     # megatron-core has shuffled an indexed dataset already, for as long as it lasts.
@@ -92,11 +98,13 @@ def _train(config: RunConfig, tokenizer: Tokenizer, layout: BatchLayout, consume
     return GlobalBatches(dataset, order, layout, consumed_samples, prefetch=config.data.num_workers)
 
 
-def _evaluation(config: RunConfig, split: Split, tokenizer: Tokenizer, layout: BatchLayout) -> GlobalBatches | None:
+def _evaluation(
+    config: RunConfig, split: Split, tokenizer: Tokenizer, layout: BatchLayout, num_ids: int
+) -> GlobalBatches | None:
     """One pass in the order of the file, ended by --eval-iters: the same samples at each evaluation."""
     eval_iters = config.training.eval_iters
     asked = None if eval_iters is None else eval_iters * config.global_batch_size
-    dataset = _dataset(config, split, asked, tokenizer)
+    dataset = _dataset(config, split, asked, tokenizer, num_ids)
     if dataset is None:
         return None
     order = _order(config, dataset, shuffle=False)
@@ -112,12 +120,14 @@ def _order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> SampleOrd
     return SampleOrder(len(dataset), data.seed, shuffle)
 
 
-def _dataset(config: RunConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer) -> SampleSource | None:
+def _dataset(
+    config: RunConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer, num_ids: int
+) -> SampleSource | None:
     paths = _paths(config, split)
     if not paths:
         return None
     if not paths[0].endswith(JSON_SUFFIXES):
-        return build_indexed(config.data, split, paths, num_samples, tokenizer)
+        return build_indexed(config.data, split, paths, num_samples, tokenizer, num_ids)
     records = JsonRecords(paths, f"--{split.name}-data-path")
     dataset = InstructionDataset(records, Fit(tokenizer, config.data.seq_length, config.data.overlong))
     _warn_once(f"--{split.name}-data-path", dataset.warnings)

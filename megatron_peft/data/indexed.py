@@ -7,6 +7,7 @@ documents are shuffled depends on the number of samples asked for: a run that is
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,41 +15,64 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.sample import Sample
+from megatron_peft.data.survey import gather_over_world
 from megatron_peft.data.tokenizers import Tokenizer
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 logger = logging.getLogger(__name__)
 
 
-class IndexedSamples:
-    """A dataset of megatron-core as a source of samples."""
+SCANNED_IDS = 1 << 26  # a rank looks at most at so many before training; at each other one when it is read
 
-    def __init__(self, dataset: Any) -> None:
+
+class IndexedSamples:
+    """A dataset of megatron-core as a source of samples.
+
+    Args:
+        dataset: megatron-core's.
+        num_ids: token ids are below it.
+        flag: what the user typed the prefixes after.
+    """
+
+    def __init__(self, dataset: Any, num_ids: int, flag: str) -> None:
         self._dataset = dataset
+        self._num_ids = num_ids
+        self._flag = flag
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sample:
+        """Raises ConfigurationError for a token id that the model has no row for."""
         row = self._dataset[index]
-        return Sample(row["tokens"].numpy(), row["labels"].numpy(), row["loss_mask"].float().numpy())
+        tokens, labels = row["tokens"].numpy(), row["labels"].numpy()
+        for ids in (tokens, labels):
+            _require_below(int(ids.min()), int(ids.max()), self._num_ids, f"{self._flag}: sample {index}")
+        return Sample(tokens, labels, row["loss_mask"].float().numpy())
 
 
 def build_indexed(
-    config: DataConfig, split: Split, paths: Sequence[str], num_samples: int | None, tokenizer: Tokenizer
+    config: DataConfig,
+    split: Split,
+    paths: Sequence[str],
+    num_samples: int | None,
+    tokenizer: Tokenizer,
+    num_ids: int | None = None,
 ) -> IndexedSamples | None:
     """The samples of one split; None where --split leaves it nothing (not for training: that is an error).
 
     paths: prefixes, or weights and prefixes. They are cut by --split if they came with --data-path, else they are the
     split's own. num_samples: at least so many, documents repeated as needed; None: each document once (weights then
-    mean nothing, and are an error for training). Must be called by all ranks if torch.distributed runs.
+    mean nothing, and are an error for training). num_ids: token ids are below it (default: the tokenizer's). Must be
+    called by all ranks if torch.distributed runs.
     """
+    num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
     blend = parse_blend(paths, flag)
     require(
@@ -66,7 +90,8 @@ def build_indexed(
             require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
             logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
-    return _build(core_config, split, num_samples)
+        _require_ids_fit(prefix, num_ids, flag)
+    return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag)
 
 
 def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Tokenizer) -> GPTDatasetConfig:
@@ -92,7 +117,34 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
     return core_config
 
 
-def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> IndexedSamples:
+def _require_ids_fit(prefix: str, num_ids: int, flag: str) -> None:
+    """Each rank looks at its share of the tokens: all of them, or what SCANNED_IDS allows, from end to end.
+
+    Raises ConfigurationError on every rank.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
+    bounds = np.linspace(0, len(tokens), world_size + 1).astype(np.int64)
+    share = tokens[bounds[rank] : bounds[rank + 1]]
+    blocks = np.array_split(share, max(1, math.ceil(len(share) / 2**20)))
+    step = math.ceil(len(share) / SCANNED_IDS) or 1
+    extremes = [(int(block.min()), int(block.max())) for block in blocks[::step] if len(block)]
+    for found in gather_over_world(extremes):
+        if found:
+            lowest, highest = min(low for low, _ in found), max(high for _, high in found)
+            _require_below(lowest, highest, num_ids, f"{flag} {prefix}")
+
+
+def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:
+    wrong = highest if lowest >= 0 else lowest
+    require(
+        0 <= lowest and highest < num_ids,
+        f"{what} has the token id {wrong}, but the embedding of --pretrained-checkpoint has {num_ids} rows: the data "
+        "was made with the tokenizer of another model; make it anew with tools/preprocess_data.py.",
+    )
+
+
+def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> Any:
     blends = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend is not None]
     blended = any(len(prefixes) > 1 or weights for prefixes, weights in blends)
     require(
@@ -110,7 +162,7 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> I
             f"the indices of the {split.name} data cannot be written ({error.__cause__ or error}): give "
             "--data-cache-path a folder that can."
         ) from error
-    return IndexedSamples(built[split.value])
+    return built[split.value]
 
 
 def _tokens_of_split(prefix: str, config: GPTDatasetConfig, split: Split) -> int:

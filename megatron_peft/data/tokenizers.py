@@ -18,9 +18,10 @@ Message = Mapping[str, Any]
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package knows of a tokenizer. Ids are Python integers below `vocab_size`."""
+    """What the rest of the package knows of a tokenizer. Ids are Python integers up to `largest_id`."""
 
-    vocab_size: int
+    vocab_size: int  # how many ids there are; an added token may have an id above it
+    largest_id: int
     bos_id: int | None  # put before a prompt; None where the tokenizer does not do so by itself
     eos_id: int
     special_tokens: Mapping[str, int]  # those that `decode` leaves out
@@ -62,6 +63,7 @@ class _Base:
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int, identity: str) -> None:
         self.vocab_size = vocab_size
+        self.largest_id = vocab_size - 1
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.prefix_id = eos_id
@@ -108,6 +110,7 @@ class HuggingFaceTokenizer(_Base):
         eos_id = self._tokenizer.eos_token_id
         require(eos_id is not None, f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token.")
         super().__init__(len(self._tokenizer), None, eos_id, folder)
+        self.largest_id = max(self._tokenizer.get_vocab().values())
         self.folder = folder
         if self._tokenizer.bos_token_id is not None:
             self.prefix_id = self._tokenizer.bos_token_id
@@ -203,11 +206,24 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
 
 
 def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise `ConfigurationError` if the tokenizer has ids for which the model (`model_vocab_size` rows) has no row."""
+    """Raise `ConfigurationError` if the tokenizer has an id for which the model (`model_vocab_size` rows) has no row."""
     require(
-        tokenizer.vocab_size <= model_vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary holds {model_vocab_size}: "
-        "--tokenizer-model belongs to another model.",
+        tokenizer.largest_id < model_vocab_size,
+        f"the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint has "
+        f"{model_vocab_size} rows: give --tokenizer-model the tokenizer that belongs to it.",
+    )
+
+
+def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
+    """A sentence for the user if most probably the tokenizer is another model's; else empty.
+
+    Models round their vocabularies up by a few hundred rows at most; a tenth of them without a token is no rounding.
+    """
+    if tokenizer.largest_id + 1 >= 0.9 * model_vocab_size:
+        return ""
+    return (
+        f"WARNING: the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint "
+        f"has {model_vocab_size} rows: is it the tokenizer of another model? --tokenizer-model names it."
     )
 
 

@@ -9,10 +9,15 @@ from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.saver import Saver
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.data.build import build_data
-from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_peft.data.tokenizers import (
+    Tokenizer,
+    build_tokenizer,
+    doubt_about_vocabulary,
+    require_vocabulary_fits,
+)
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
@@ -40,6 +45,7 @@ def finetune(config: RunConfig) -> None:
             tokenizer,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_ids=shape.vocab_size,
         )
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         load_checkpoint(state)
@@ -62,11 +68,9 @@ def _checked_shape(config: RunConfig) -> ModelShape:
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
-    require(
-        tokenizer.vocab_size <= shape.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} tokens, but the embedding of --pretrained-checkpoint "
-        f"{config.model.pretrained_checkpoint} has {shape.vocab_size} rows: give the tokenizer that belongs to it.",
-    )
+    require_vocabulary_fits(tokenizer, shape.vocab_size)
+    if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
+        say(doubt)
     return tokenizer
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
-def write_indexed(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
+def write_indexed(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> str:
     """An indexed dataset of these documents; returns its prefix."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(np.asarray(document), [len(document)])
     builder.finalize(f"{prefix}.idx")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.data import indexed
 from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.tokenizers import NullTokenizer
@@ -165,3 +167,18 @@ def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
         path.write_bytes(damage(whole))
     with pytest.raises(ConfigurationError, match=message):
         parse_blend(two, "--data-path")
+
+
+@pytest.mark.parametrize(("documents", "wrong"), [([[1, 2, 3] * 20, [5, 1000] * 9], 1000), ([[70_000] * 60], 70_000)])
+def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, wrong, tmp_path):
+    prefix = write_indexed(tmp_path / "other", documents, dtype=np.int32)
+    with pytest.raises(ConfigurationError, match=f"other has the token id {wrong}, but .* has 1000 rows"):
+        build(Split.train, None, prefix, split="1")
+
+
+def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, monkeypatch):
+    monkeypatch.setattr(indexed, "_require_ids_fit", lambda *_: None)
+    data = DataConfig(data_path=(corpus,), seq_length=8, split="1")
+    dataset = build_indexed(data, Split.train, (corpus,), None, TOKENIZER, num_ids=90)
+    with pytest.raises(ConfigurationError, match="--data-path: sample .* has the token id 9., .* has 90 rows"):
+        list(dataset)

@@ -8,11 +8,18 @@ from inspect import signature
 import pytest
 import sentencepiece
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer as MegatronNullTokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.chat import Part, chat_parts
-from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, build_tokenizer, require_vocabulary_fits
+from megatron_peft.data.tokenizers import (
+    HuggingFaceTokenizer,
+    NullTokenizer,
+    build_tokenizer,
+    doubt_about_vocabulary,
+    require_vocabulary_fits,
+)
 from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
@@ -104,8 +111,24 @@ def test_messages_need_a_chat_template_that_takes_them(tmp_path):
 
 def test_a_tokenizer_of_another_model_is_refused():
     require_vocabulary_fits(NullTokenizer(99), 100)
-    with pytest.raises(ConfigurationError, match="has 100 ids but the model's vocabulary holds 99"):
+    with pytest.raises(ConfigurationError, match="has ids up to 99, but the embedding .* has 99 rows"):
         require_vocabulary_fits(NullTokenizer(99), 99)
+
+
+def test_an_id_above_the_number_of_tokens_counts(tmp_path):
+    """Few tokens, one of which has an id that the model has no row for."""
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 1_000_000}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    assert tokenizer.vocab_size == 3
+    with pytest.raises(ConfigurationError, match="has ids up to 1000000"):
+        require_vocabulary_fits(tokenizer, 1000)
+
+
+def test_a_far_smaller_vocabulary_is_doubted_and_a_rounded_one_is_not():
+    assert "ids up to 999, but the embedding" in doubt_about_vocabulary(NullTokenizer(999), 49152)
+    assert not doubt_about_vocabulary(NullTokenizer(128_255), 128_256)
+    assert not doubt_about_vocabulary(NullTokenizer(250_680), 250_880)
 
 
 def turns(*roles: str) -> list[dict]:
