@@ -220,7 +220,9 @@ def _transformers_model(folder: Path) -> Any:
 
     logging.disable_progress_bar()
     with _refusals_named("transformers", folder):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
 
 
 @contextmanager

@@ -2,13 +2,19 @@
 
 Three kinds of record: `{"prompt", "completion"}` (loss on the completion), `{"messages": [{"role", "content"}]}`
 (through the chat template; loss on what the assistant says) and `{"text"}` (loss on everything). What is learnt ends
-with the end-of-sequence token. Other fields are ignored.
+with the end-of-sequence token. A conversation may come with `tools`, and an assistant's turn with `tool_calls`: the
+template writes them. Other fields are left out, unless the template would read them: that is an error.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.chat import Part
@@ -68,7 +74,13 @@ def _tokenize_text(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
 
 def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     """The template writes the special tokens itself, so none is put before, and one after only if it is missing."""
-    parts = tokenizer.chat_parts(_messages(record))
+    wanted = sorted(template_names(tokenizer.chat_template) & record.keys() - {"messages", "tools"})
+    require(
+        not wanted,
+        f"the chat template reads {', '.join(wanted)}, which the record has but which is not handed over: write it "
+        "into the messages, or rename the field.",
+    )
+    parts = tokenizer.chat_parts(_messages(record, tokenizer), _tools(record))
     pieces = encode_parts(tokenizer.encode, [part.text for part in parts])
     last_turn = max(i for i, part in enumerate(parts) if part.trained)
     if tokenizer.eos_id not in pieces[last_turn]:
@@ -100,19 +112,54 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _messages(record: Record) -> list[dict[str, Any]]:
+def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise ConfigurationError('"messages" is not a list of objects with "role" and "content", or it is empty.')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
-        for name in ("role", "content"):
+        calls = message.get("tool_calls")
+        if calls:
+            require(
+                "tool_calls" in tokenizer.chat_template,
+                f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
+                "--tokenizer-model a folder whose template does.",
+            )
+        for name in ("role",) if calls and message.get("content") is None else ("role", "content"):
             require(name in message, f'message {number} lacks the field "{name}".')
             _string(message[name], f'"{name}" of message {number}')
     return messages
 
 
+def _tools(record: Record) -> list[dict[str, Any]] | None:
+    tools = record.get("tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigurationError('"tools" is not a list of objects, each the JSON schema of a function.')
+    return tools
+
+
+@lru_cache
+def template_names(template: str) -> frozenset[str]:
+    """What a chat template reads beside its own variables: `messages`, `tools`, ... Raises ConfigurationError."""
+    try:
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
+        return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(plain)))
+    except TemplateError as error:
+        raise ConfigurationError(f"the chat template cannot be read: {error}") from error
+
+
+def fields_left_out(record: Record, tokenizer: Tokenizer) -> list[str]:
+    """Fields of a record that nothing reads."""
+    kind = next(kind for kind in _KINDS if kind in record)
+    read = {"messages"} | ({"tools"} & template_names(tokenizer.chat_template))
+    return [name for name in record if name not in (read if kind == "messages" else _FIELDS[kind])]
+
+
+_TEMPLATES = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+_FIELDS = {"prompt": {"prompt", "completion"}, "completion": {"prompt", "completion"}, "text": {"text"}}
 _KINDS: dict[str, Callable[[Record, Tokenizer], TokenizedRecord]] = {
     "messages": _tokenize_messages,
     "prompt": _tokenize_completion,

@@ -6,6 +6,7 @@ records end the run at its start, on every rank, with one message. What is kept:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from rich.progress import track
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.data.instruction import tokenize_record
+from megatron_peft.data.instruction import fields_left_out, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.sample import Sample, sample_from_ids
 from megatron_peft.data.tokenizers import Tokenizer
@@ -61,10 +62,12 @@ class Fit:
 @dataclass(frozen=True)
 class Survey:
     """positions: int32 [records], the input positions of each sample, 0 where it is skipped;
-    overlong: bool [records], the record alone is longer than --seq-length."""
+    overlong: bool [records], the record alone is longer than --seq-length;
+    left_out: number of records by field that nothing reads."""
 
     positions: np.ndarray
     overlong: np.ndarray
+    left_out: Counter[str]
 
     @property
     def usable(self) -> np.ndarray:
@@ -82,7 +85,9 @@ class Survey:
             ),
             (~self.overlong & skipped, "have no token to learn from and were skipped"),
         )
-        return [
+        fields = ", ".join(f'"{name}" ({count} records)' for name, count in self.left_out.most_common())
+        unread = [f"fields that nothing reads were left out: {fields}."] if fields else []
+        return unread + [
             f"{int(which.sum())} of {len(which)} samples {what} (first: {records.place(int(which.argmax()))})."
             for which, what in findings
             if which.any()
@@ -105,7 +110,8 @@ def survey(records: JsonRecords, fit: Fit) -> Survey:
     for share in shares:
         if isinstance(share, str):
             raise ConfigurationError(share)
-    found = Survey(*(np.concatenate(arrays) for arrays in zip(*shares, strict=True)))
+    positions, overlong, left_out = zip(*shares, strict=True)
+    found = Survey(np.concatenate(positions), np.concatenate(overlong), sum(left_out, Counter()))
     if not found.positions.any():
         why = " ".join(found.summary(records, fit))
         raise ConfigurationError(f"no sample is left of {len(records)} (from {records.place(0)} on). {why}")
@@ -121,16 +127,18 @@ def gather_over_world(value: object) -> list:
     return values
 
 
-def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndarray, np.ndarray] | str:
-    """Positions and overlong of some records, or the message of the first bad one: a rank that raised here would
+def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]] | str:
+    """The findings of `Survey` for some records, or the message of the first bad one: a rank that raised here would
     leave the others waiting."""
     positions = np.zeros(len(share), dtype=np.int32)
     overlong = np.zeros(len(share), dtype=bool)
+    left_out: Counter[str] = Counter()
     quiet = share.start > 0 or len(share) < _PROGRESS_FROM
     try:
         for i, index in enumerate(track(share, "reading samples", disable=quiet, transient=True)):
             sample, whole = fit.sample(records, index)
             positions[i], overlong[i] = len(sample), whole > fit.seq_length
+            left_out.update(fields_left_out(records[index], fit.tokenizer))
     except ConfigurationError as error:
         return str(error)
-    return positions, overlong
+    return positions, overlong, left_out

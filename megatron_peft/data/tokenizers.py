@@ -6,8 +6,12 @@ Every class also has the attributes that megatron-core's datasets ask of a token
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +19,8 @@ from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.chat import Part, chat_parts
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
+RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
 
 
 class Tokenizer(Protocol):
@@ -26,6 +32,7 @@ class Tokenizer(Protocol):
     eos_id: int
     special_tokens: Mapping[str, int]  # those that `decode` leaves out
     prefix_id: int  # what a text without a context follows: beginning of sequence, or else end of sequence
+    chat_template: str  # empty where there is none
 
     @property
     def eod(self) -> int:
@@ -49,11 +56,13 @@ class Tokenizer(Protocol):
         """Text of `ids`, special tokens left out."""
         ...
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         """The conversation as one text, special tokens included: encode it with `encode`."""
         ...
 
-    def chat_parts(self, messages: Sequence[Message]) -> list[Part]:
+    def chat_parts(self, messages: Sequence[Message], tools: Tools | None = None) -> list[Part]:
         """`render_chat` cut into parts, each marked as trained (what the assistant says) or not."""
         ...
 
@@ -68,6 +77,7 @@ class _Base:
         self.eos_id = eos_id
         self.prefix_id = eos_id
         self.special_tokens: Mapping[str, int] = {}
+        self.chat_template = ""
         self._identity = identity
 
     @property
@@ -84,14 +94,16 @@ class _Base:
     def encode_prompt(self, text: str) -> list[int]:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         raise ConfigurationError(
             f"{type(self).__name__} has no chat template, which records with messages need: use "
             "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
         )
 
-    def chat_parts(self, messages: Sequence[Message]) -> list[Part]:
-        return chat_parts(self.render_chat, messages)
+    def chat_parts(self, messages: Sequence[Message], tools: Tools | None = None) -> list[Part]:
+        return chat_parts(partial(self.render_chat, tools=tools), messages)
 
 
 class HuggingFaceTokenizer(_Base):
@@ -102,8 +114,8 @@ class HuggingFaceTokenizer(_Base):
 
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - the libraries raise whatever their parsers do
             raise ConfigurationError(
                 f"--tokenizer-model {folder} holds no tokenizer that transformers can read: {_first_line(error)}"
             ) from error
@@ -118,6 +130,8 @@ class HuggingFaceTokenizer(_Base):
         self.special_tokens: Mapping[str, int] = {
             token.content: index for index, token in added.items() if token.special
         }
+        template = self._tokenizer.chat_template or ""
+        self.chat_template = template if isinstance(template, str) else "\n".join(template.values())
         with_specials = self._tokenizer.encode("a")
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
@@ -128,20 +142,24 @@ class HuggingFaceTokenizer(_Base):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         require(
             self._tokenizer.chat_template is not None,
             f"the tokenizer in {self.folder} has no chat template, which records with messages need: give "
             "--tokenizer-model a folder that has one, or use records with prompt and completion.",
         )
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ConfigurationError(f"the chat template refuses the messages: {error}") from error
+            with _limited_to(RENDER_SECONDS):
+                return self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,  # type: ignore[arg-type]  # a list of schemas is one of them
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+        except Exception as error:  # noqa: BLE001 - a template is a program
+            raise ConfigurationError(f"the chat template refuses the messages: {_first_line(error)}") from error
 
 
 class SentencePieceTokenizer(_Base):
@@ -206,7 +224,7 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
 
 
 def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise `ConfigurationError` if the tokenizer has an id for which the model (`model_vocab_size` rows) has no row."""
+    """Raise `ConfigurationError` if the tokenizer has an id for which the model (of so many rows) has no row."""
     require(
         tokenizer.largest_id < model_vocab_size,
         f"the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint has "
@@ -225,6 +243,25 @@ def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
         f"WARNING: the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint "
         f"has {model_vocab_size} rows: is it the tokenizer of another model? --tokenizer-model names it."
     )
+
+
+@contextmanager
+def _limited_to(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError when the time is up. In the main thread only: there, every record is rendered first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it has not come to an end in {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _required(source: str | None) -> str:

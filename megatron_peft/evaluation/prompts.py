@@ -77,4 +77,4 @@ def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
         messages = [{"role": "user", "content": record["prompt"]}]
     if messages is None:
         return tokenizer.encode_prompt(record["prompt"])
-    return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True))
+    return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools")))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.data import tokenizers
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.instruction import encode_parts, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
@@ -55,6 +56,73 @@ def test_an_answer_that_the_template_does_not_end_is_ended(tmp_path):
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
     assert trained_text(ANSWERED, tokenizer) == "[assistant]yo<|im_end|>"
+
+
+TOOL_CHATML = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ persona or '' }}"
+)
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "weather"}}],
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "rain"},
+    ],
+}
+
+
+def test_tools_and_calls_go_through_the_template_and_calls_are_learnt(tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
+    ids, _ = tokenize_record(CALLING, tokenizer)
+    text = tokenizer._tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>tools\n[") and text.count("weather") == 2 and "None" not in text
+    assert trained_text(CALLING, tokenizer) == '[{"name": "weather"}]<|im_end|>rain<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tools": "weather"}, '"tools" is not a list of objects'),
+        ({"persona": "kind"}, "the chat template reads persona, which the record has"),
+        ({"messages": [{"role": "assistant", "content": None}]}, '"content" of message 1 is not text but NoneType'),
+    ],
+)
+def test_what_a_template_cannot_be_given_is_told(tmp_path, change, told):
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
+    with pytest.raises(ConfigurationError, match=told):
+        tokenize_record(CALLING | change, tokenizer)
+
+
+def test_calls_that_the_template_does_not_write_are_refused(hf):
+    with pytest.raises(ConfigurationError, match="message 2 has tool_calls, which the .* template does not write"):
+        tokenize_record(CALLING, hf)
+
+
+def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
+    records = [ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}, {"text": "the cat", "source": "web"}]
+    warnings = InstructionDataset(JsonRecords([write_lines(records)], FLAG), Fit(hf, 64)).warnings
+    left_out = '"id" (2 records), "tools" (1 records), "source" (1 records)'
+    assert warnings == [f"fields that nothing reads were left out: {left_out}."]
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "come to an end in 0 s"),
+        ("{{ messages[0].role + 3 }}", "refuses the messages: "),
+        ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
+        ("{% for %}", "the chat template cannot be read: "),
+    ],
+)
+def test_a_template_that_fails_or_never_ends_is_named(template, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "RENDER_SECONDS", 0.2)
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+    with pytest.raises(ConfigurationError, match=told):
+        tokenize_record(ANSWERED, tokenizer)
 
 
 def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp_path):

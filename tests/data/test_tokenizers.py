@@ -115,6 +115,19 @@ def test_a_tokenizer_of_another_model_is_refused():
         require_vocabulary_fits(NullTokenizer(99), 99)
 
 
+def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch):
+    """Where it is not told otherwise, transformers asks at the terminal."""
+    mark = tmp_path / "ran"
+    (tmp_path / "config.json").write_text('{"model_type": "strange"}')
+    settings = {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "strange.py").write_text(f"open({str(mark)!r}, 'w')\nclass Strange: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigurationError, match="holds no tokenizer that transformers can read"):
+        HuggingFaceTokenizer(str(tmp_path))
+    assert not mark.exists()
+
+
 def test_an_id_above_the_number_of_tokens_counts(tmp_path):
     """Few tokens, one of which has an id that the model has no row for."""
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 1_000_000}, unk_token="a"))

@@ -19,7 +19,7 @@ BYTES: Any = SimpleNamespace(  # a byte an id
     encode=lambda text: list(text.encode()),
     decode=lambda ids: bytes(ids).decode(errors="replace"),
     encode_prompt=lambda text: [0, *text.encode()] if text else [],
-    render_chat=lambda messages, add_generation_prompt=False: (
+    render_chat=lambda messages, add_generation_prompt=False, tools=None: (
         "".join(f"<{message['content']}>" for message in messages) + "?" * add_generation_prompt
     ),
 )
