@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Fine-tune a pretrained model with Megatron's arguments: torchrun --nproc-per-node N pretrain_peft.py --help"""
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 from megatron_peft.arguments import parse_arguments
@@ -30,4 +33,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while nothing has begun
+        print("pretrain_peft.py: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)

@@ -63,7 +63,7 @@ HELP = {
     "check_for_nan_in_loss_and_grad": "stop at a loss or gradient that is not a number, naming iteration and rank",
     "exit_interval": "save and exit at a multiple of this many iterations",
     "exit_duration_in_mins": "save and exit after this many minutes",
-    "exit_signal_handler": "save and exit at SIGTERM and SIGUSR1",
+    "exit_signal_handler": "save and exit at SIGINT (Ctrl-C), SIGTERM and SIGUSR1",
     "optimizer": "adam means AdamW",
     "lr": "highest learning rate, reached after the warmup",
     "min_lr": "learning rate at the end of the decay",

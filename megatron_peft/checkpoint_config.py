@@ -24,6 +24,11 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
+            for name in ("save", "load"):
+                require(
+                    getattr(self, name) != "",
+                    f"--{name} has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
+                )
             require.positive("save_interval", "keep_last_checkpoints")
             require.needs("save_interval", "save")
             require.needs("async_save", "save")

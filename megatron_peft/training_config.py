@@ -22,7 +22,7 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = True
     exit_interval: int | None = None
     exit_duration_in_mins: float | None = None
-    exit_signal_handler: bool = True  # SIGTERM and SIGUSR1 save and exit
+    exit_signal_handler: bool = True  # SIGINT, SIGTERM and SIGUSR1 save and exit
     overlap_grad_reduce: bool = False
 
     def __post_init__(self) -> None:

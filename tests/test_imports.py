@@ -30,7 +30,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "known_flags": CONFIGURATION | {"megatron_fields", "megatron_flags", "served_flags"},
     "arguments": CONFIGURATION | {"argument_tables", "served_flags", "known_flags", "models"},
     "models": CONFIGURATION | {"runtime", "parallel", "adapters"},
-    "data": CONFIGURATION | {"runtime", "parallel"},
+    "data": CONFIGURATION | {"runtime", "parallel", "checkpoint"},
     "checkpoint": CONFIGURATION | {*LAYERS, "config_record", "models"},
     "conversion": CONFIGURATION | {*LAYERS, "models", "checkpoint"},
     "training": BELOW_TRAINING,

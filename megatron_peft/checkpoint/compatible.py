@@ -58,7 +58,9 @@ def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:
             f"--optimizer {there}, or start the optimizer afresh with --no-load-optim."
         ]
     settings = here.config.optimizer
-    if settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler:
+    if settings.use_checkpoint_opt_param_scheduler:
+        return _steps_without_a_rate(record.schedule, here)
+    if settings.override_opt_param_scheduler:
         return []
     changed = [
         f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {here.schedule[name]} here"
@@ -69,6 +71,19 @@ def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:
         f"{_load(here)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
         f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
     ] * bool(changed)
+
+
+def _steps_without_a_rate(schedule: Mapping[str, Any], here: Here) -> list[str]:
+    """The checkpoint's schedule may have come to its end, at a rate of 0, before this run does."""
+    batch, end = here.config.global_batch_size, schedule["lr_decay_steps"]
+    length = here.schedule["wd_incr_steps"]  # the run's, in samples
+    if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or length <= end:
+        return []
+    return [
+        f"{_load(here)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, comes to a learning rate of 0 "
+        f"after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
+        f"nothing. Give --override-opt-param-scheduler (this run's schedule), or at most {end // batch} iterations."
+    ]
 
 
 def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:

@@ -34,7 +34,7 @@ def fingerprint(folder: str) -> dict[str, str]:
     files = dict.fromkeys([*described, *weight_files(place)])
     if not files:
         raise FileNotFoundError(f"{folder} holds neither config.json nor weights")
-    return {str(path.relative_to(root)): _digest(path) for path in files}
+    return {str(path.relative_to(root)): sampled_digest(path) for path in files}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,7 +45,8 @@ def weight_files(folder: Path) -> list[Path]:
     return next((found for found in matches if found), of_ranks)
 
 
-def _digest(path: Path) -> str:
+def sampled_digest(path: Path) -> str:
+    """Of a file's size and some of its bytes, all of them if it is small."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

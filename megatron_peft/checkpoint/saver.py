@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.checkpoint.folders import remove_leftovers
+from megatron_peft.checkpoint.folders import TRACKER, newest_checkpoint, remove_leftovers
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import CheckpointNotSaved, draft_checkpoint
-from megatron_peft.config import CheckpointConfig
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class Saver:
     Making it and `start` are collectives. Without --save it must not be asked to save.
 
     Raises:
-        ConfigurationError: on every rank: another run is saving there, or the folder cannot be written.
+        ConfigurationError: on every rank: another run is saving there, or has saved there and is not the one that
+            goes on, or the folder cannot be written.
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
@@ -53,8 +54,7 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Future[Any]] | None = None
         if settings.save is not None:
-            folder = Path(settings.save)
-            from_first_rank(lambda: self._take(folder))
+            from_first_rank(lambda: self._take(settings))
         if settings.save is not None and settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
@@ -102,10 +102,17 @@ class Saver:
             if self._lock is not None:
                 self._lock.release()
 
-    def _take(self, folder: Path) -> None:
+    def _take(self, settings: CheckpointConfig) -> None:
+        assert settings.save is not None
+        folder = Path(settings.save)
         self._lock = FolderLock(folder)
         if self._lock.is_held:
             remove_leftovers(folder)
+        try:
+            _refuse_another_run(settings, folder)
+        except ConfigurationError:
+            self._lock.release()
+            raise
 
     def _submit(self, complete: Callable[[], Path]) -> Future[Any]:
         if self._executor is not None:
@@ -113,6 +120,20 @@ class Saver:
         done: Future[Any] = Future()
         done.set_result(complete())
         return done
+
+
+def _refuse_another_run(settings: CheckpointConfig, folder: Path) -> None:
+    """A folder of checkpoints is that of one run: a new one would replace them by its own, and their metrics."""
+    loads = Path(settings.load).resolve() if settings.load and not settings.finetune else None
+    goes_on = loads is not None and folder.resolve() in (loads, loads.parent)
+    newest = newest_checkpoint(folder)
+    found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
+    require(
+        goes_on or not found,
+        f"--save {folder} holds the checkpoints of a run already (the newest: {found}), which a new run would replace: "
+        f"give another --save; or, to go on with that run, --load {folder}"
+        + (" without --finetune." if settings.finetune and settings.load else "."),
+    )
 
 
 def _failed(error: CheckpointNotSaved) -> Future[Any]:

@@ -17,7 +17,7 @@ from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.order import SampleOrder
 from megatron_peft.data.packing import PackedOrder
 from megatron_peft.data.sample import SampleSource
-from megatron_peft.data.survey import Fit
+from megatron_peft.data.survey import Fit, gather_over_world
 from megatron_peft.data.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -127,11 +127,25 @@ def _dataset(
     if not paths:
         return None
     if not paths[0].endswith(JSON_SUFFIXES):
-        return build_indexed(config.data, split, paths, num_samples, tokenizer, num_ids)
+        indexed = build_indexed(config.data, split, paths, num_samples, tokenizer, num_ids)
+        _require_one_digest(split, paths, indexed.digest if indexed else "")
+        return indexed
     records = JsonRecords(paths, f"--{split.name}-data-path")
+    _require_one_digest(split, paths, records.digest)
     dataset = InstructionDataset(records, Fit(tokenizer, config.data.seq_length, config.data.overlong))
     _warn_once(f"--{split.name}-data-path", dataset.warnings)
     return dataset
+
+
+def _require_one_digest(split: Split, paths: Sequence[str], digest: str) -> None:
+    """Raises ConfigurationError, on every rank, where a rank has read other files (each node may have its own copy)."""
+    by_rank = gather_over_world(digest)
+    others = [rank for rank, other in enumerate(by_rank) if other != by_rank[0]]
+    require(
+        not others,
+        f"the {split.name} data {' '.join(paths)} of rank {others[0] if others else 0} has other contents than that of "
+        "rank 0: copy the files anew to where that rank reads them.",
+    )
 
 
 def _paths(config: RunConfig, split: Split) -> Sequence[str]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.utils import Split
 
+from megatron_peft.checkpoint.fingerprint import sampled_digest
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.sample import Sample
@@ -38,9 +40,11 @@ class IndexedSamples:
         dataset: megatron-core's.
         num_ids: token ids are below it.
         flag: what the user typed the prefixes after.
+        digest: of the files, sampled.
     """
 
-    def __init__(self, dataset: Any, num_ids: int, flag: str) -> None:
+    def __init__(self, dataset: Any, num_ids: int, flag: str, digest: str) -> None:
+        self.digest = digest
         self._dataset = dataset
         self._num_ids = num_ids
         self._flag = flag
@@ -91,7 +95,9 @@ def build_indexed(
             logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
         _require_ids_fit(prefix, num_ids, flag)
-    return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag)
+    files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
+    digest = " ".join(sampled_digest(file)[:16] for file in files)
+    return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag, digest)
 
 
 def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Tokenizer) -> GPTDatasetConfig:

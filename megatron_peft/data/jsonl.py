@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ _COUNT_BYTES = 1 << 24  # copied at once to count lines
 class RecordFile(Protocol):
     """One file of records."""
 
+    digest: int  # of its contents
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any:
@@ -39,12 +42,13 @@ class RecordFile(Protocol):
 class Lines:
     """A file with one JSON value a line; blank lines do not count.
 
-    Costs 8 bytes of memory a line (`starts`), and the pages of the map that are in use.
+    Costs 8 bytes of memory a line (`starts`), and the pages of the map that are in use. `digest` is the CRC-32 of the
+    whole file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._starts = _line_starts(path)
+        self._starts, self.digest = _line_starts(path)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
 
@@ -65,12 +69,14 @@ class Lines:
 
 
 class Array:
-    """A `.json` file that is one array, in memory."""
+    """A `.json` file that is one array, in memory. `digest` is its CRC-32."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._records = _parse(path.read_bytes())
+            raw = path.read_bytes()
+            self.digest = zlib.crc32(raw)
+            self._records = _parse(raw)
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from error
 
@@ -91,6 +97,7 @@ class JsonRecords:
         """`flag` is what the user typed the paths after. Raises ConfigurationError for a missing or an empty file."""
         self._files = [_open(Path(path), flag) for path in paths]
         self._ends = list(accumulate(len(file) for file in self._files))
+        self.digest = " ".join(f"{file.digest:08x}" for file in self._files)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -132,16 +139,17 @@ def _starts_with_bracket(path: Path) -> bool:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _line_starts(path: Path) -> np.ndarray:
-    """int64 byte offsets of the lines that are not blank."""
+def _line_starts(path: Path) -> tuple[np.ndarray, int]:
+    """int64 byte offsets of the lines that are not blank, and the CRC-32 of the file."""
     starts = array("q")
-    offset = 0
+    offset = crc = 0
     with path.open("rb") as file:
         for line in file:
             if not line.isspace():
                 starts.append(offset)
             offset += len(line)
-    return np.frombuffer(starts, dtype=np.int64) if starts else np.empty(0, dtype=np.int64)
+            crc = zlib.crc32(line, crc)
+    return np.frombuffer(starts, dtype=np.int64) if starts else np.empty(0, dtype=np.int64), crc
 
 
 def _parse(raw: bytes) -> Any:

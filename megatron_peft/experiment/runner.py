@@ -132,7 +132,8 @@ class Runner:
         except ConfigurationError as error:
             self._failed(todo, running, str(error))
             return
-        self.report(f"{todo.kind}ed {todo.cell.key} in {running.seconds:.0f} s: {told}".replace("scoreed", "scored"))
+        done = {"train": "trained", "score": "scored"}[todo.kind]
+        self.report(f"{done} {todo.cell.key} in {running.seconds:.0f} s: {told}")
 
     def _trained(self, cell: Cell, running: process.Running) -> str:
         path = process.checkpoints(self.folder, cell) / METRICS_FILE

@@ -8,6 +8,7 @@ board twice a second, and all processes end together.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron_peft.config import ConfigurationError
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 FAREWELL_SECONDS = 10.0  # a rank that was killed never says that it leaves
 _LOOK_SECONDS = 0.5
 
@@ -27,8 +29,8 @@ _LOOK_SECONDS = 0.5
 def run_together(main: Callable[[], None], program: str) -> None:
     """Run `main` in a started world. When it raises on one rank, every rank's process ends with the same exit code.
 
-    2 for a ConfigurationError, printed without a traceback; 1 for anything else. A process group that is waiting in a
-    collective cannot be torn down, so failing processes end without clean-up.
+    2 for a ConfigurationError and 130 for Ctrl-C, both told without a traceback; 1 for anything else. A process group
+    that is waiting in a collective cannot be torn down, so failing processes end without clean-up.
 
     Args:
         main: the program.
@@ -40,6 +42,8 @@ def run_together(main: Callable[[], None], program: str) -> None:
         board.all_ended_well()
     except ConfigurationError as error:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
     except Exception:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         board.fail(1, f"{program}: rank {dist.get_rank()} failed:\n{traceback.format_exc()}")
 

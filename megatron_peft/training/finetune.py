@@ -5,11 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.saver import Saver
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig, flag, require
+from megatron_peft.config_record import config_to_dict
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import (
@@ -35,6 +38,7 @@ def finetune(config: RunConfig) -> None:
         ConfigurationError: on every rank, before anything large is loaded and anything is written, for whatever is
             wrong with the model, the layout, the data, the targets or the folders.
     """
+    _require_one_configuration(config)
     shape = checked_together(lambda: _checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
@@ -51,6 +55,19 @@ def finetune(config: RunConfig) -> None:
         load_checkpoint(state)
         data.train.consumed_samples = state.position.consumed_samples
         say(train(state, data, saver))
+
+
+def _require_one_configuration(config: RunConfig) -> None:
+    """Raises ConfigurationError on every rank where a rank was started with other flags than the first."""
+    own = {name: value for section in config_to_dict(config).values() for name, value in section.items()}
+    first = from_first_rank(lambda: own)
+    differing = [f"{flag(name)} {value} (rank 0: {first[name]})" for name, value in own.items() if value != first[name]]
+    checked_together(
+        lambda: require(
+            not differing,
+            f"rank {dist.get_rank()} was started with {', '.join(differing)}: start all ranks with the same command.",
+        )
+    )
 
 
 def _checked_shape(config: RunConfig) -> ModelShape:

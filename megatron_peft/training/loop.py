@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.saver import Outcome
+from megatron_peft.config_record import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
 from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
@@ -78,9 +79,11 @@ def train(state: TrainingState, data: Data, saver: Saves) -> str:
     """
     config, position = state.config, state.position
     is_writer = dist.get_rank() == 0
-    writer = MetricsWriter(config.checkpoint.save, config.logging, is_writer, position.iteration)
+    writer = MetricsWriter(
+        config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config)
+    )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
-    with ExitSignals(config.training.exit_signal_handler) as signals, writer, progress:
+    with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
         run = _Run(state, data, saver, writer, progress, signals)
         return run.to_the_end()
 

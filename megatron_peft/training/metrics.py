@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +36,8 @@ class MetricsWriter:
         logging: --tensorboard-dir and --wandb-*.
         is_writer: whether this rank writes (one rank of the run does).
         resumed_iteration: the last iteration that the run keeps. Records after it are removed, so that the
-            iterations that are trained again do not appear twice; 0 starts the file anew.
+            iterations that are trained again do not appear twice; 0 starts the file anew, and an earlier one is kept
+            as `metrics.1.jsonl` and so on.
         run_settings: the run's configuration, shown by Weights & Biases.
 
     Raises:
@@ -182,6 +184,10 @@ def _open_metrics(path: Path, resumed_iteration: int) -> _Lines:
 def _drop_records_after(path: Path, iteration: int) -> None:
     """Replace the file by its records up to `iteration`; a kill at any moment leaves the old file or the new one."""
     if not path.exists():
+        return
+    if iteration == 0:
+        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        path.rename(next(other for other in numbered if not other.exists()))
         return
     kept = [json.dumps(record) for record in read_metrics(path) if record["iteration"] <= iteration]
     temporary = path.with_suffix(".tmp")

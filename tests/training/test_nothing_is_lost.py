@@ -1,0 +1,136 @@
+"""What a user has is never replaced, and a run that would learn nothing, or learn from a mixture, does not start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig
+from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.training import metrics
+from megatron_peft.training.finetune import finetune
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+from tests.training.layout_runs import Job
+
+
+@pytest.fixture(scope="module")
+def world():
+    with one_rank(with_groups=False):
+        yield
+
+
+@pytest.fixture
+def run(job, world):
+    """Fine-tune a job's configuration with changes of its groups."""
+
+    def fine_tuned(**groups):
+        try:
+            finetune(job(**{"logging": {"log_interval": 1}, **groups}).config(1))
+        finally:
+            stop_model_parallel()
+
+    return fine_tuned
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    "load", [{}, {"load": "elsewhere"}, {"load": "run", "finetune": True}], ids=["new", "from another", "finetune"]
+)
+def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load):
+    run(checkpoint={"save": str(tmp_path / "run")}, num_steps=2)
+    run(checkpoint={"save": str(tmp_path / "elsewhere")}, num_steps=2)
+    before = contents(tmp_path / "run")
+    settings = load | {"load": str(tmp_path / load["load"])} if load else {}
+    with pytest.raises(ConfigurationError, match="--save .*run holds the checkpoints of a run already .*iter_0000002"):
+        run(checkpoint={"save": str(tmp_path / "run"), **settings}, peft={"method": "full"})
+    assert contents(tmp_path / "run") == before
+    run(checkpoint={"save": str(tmp_path / "run"), "load": str(tmp_path / "run" / "iter_0000002")}, num_steps=2)
+
+
+def test_the_records_of_a_run_that_never_saved_are_kept(run, tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"iteration": 1, "loss": 2.5}\n')
+    run(checkpoint={"save": str(tmp_path)}, num_steps=2)
+    assert (tmp_path / "metrics.1.jsonl").read_text() == '{"iteration": 1, "loss": 2.5}\n'
+    assert [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
+
+
+def test_a_run_that_outlives_the_checkpoint_s_schedule_is_refused(run, tmp_path):
+    run(checkpoint={"save": str(tmp_path)}, num_steps=2)
+    longer = {"checkpoint": {"save": str(tmp_path), "load": str(tmp_path)}, "num_steps": 4}
+    with pytest.raises(ConfigurationError, match="a learning rate of 0 after 2 iterations, but this run has 4"):
+        run(optimizer={"use_checkpoint_opt_param_scheduler": True}, **longer)
+    run(optimizer={"override_opt_param_scheduler": True}, **longer)
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / METRICS_FILE)]
+    assert len(rates) == 4 and rates[2] > 0
+
+
+@pytest.mark.parametrize("name", ["save", "load"])
+def test_an_empty_folder_name_is_refused(name):
+    with pytest.raises(ConfigurationError, match=f"--{name} has an empty value"):
+        CheckpointConfig(**{name: ""})
+
+
+def told_when_ranks_differ(jobs: tuple[Job, Job]) -> str:
+    start_world(ParallelConfig())
+    from torch.distributed import get_rank
+
+    with pytest.raises(ConfigurationError) as error:
+        finetune(jobs[get_rank()].config(2))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optimizer": {"lr": 0.25}}, "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with"),
+        ({"data": "OTHER"}, "the train data {data} of rank 1 has other contents than that of rank 0"),
+    ],
+    ids=["flags", "data"],
+)
+def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, monkeypatch, change, told):
+    """Data of equal length at one path, as node-local copies are: another folder is current on each rank."""
+    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
+    other = dataclasses.replace(own, **change)
+    if "data" in change:
+        copies = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
+        text = Path(own.data).read_text()
+        copies[0].write_text(text)
+        copies[1].write_text(text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1))
+        told = told.format(data=copies[0])
+        own, other = (dataclasses.replace(own, data=str(copies[0])), dataclasses.replace(own, data=str(copies[1])))
+        messages = run_ranks(2, told_when_data_differ, (own, str(copies[1])))
+    else:
+        messages = run_ranks(2, told_when_ranks_differ, (own, other))
+    assert messages[0] == messages[1] and told in messages[0]
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("iter_*"))
+
+
+def told_when_data_differ(argument: tuple[Job, str]) -> str:
+    """On rank 1, the path leads to the other file."""
+    from torch.distributed import get_rank
+
+    from megatron_peft.data import build as module
+
+    job, other = argument
+    start_world(ParallelConfig())
+    records = module.JsonRecords
+    module.JsonRecords = lambda paths, flag: records([other] if get_rank() else paths, flag)
+    with pytest.raises(ConfigurationError) as error:
+        finetune(job.config(2))
+    return str(error.value)
+
+
+def test_wandb_is_told_the_configuration(run, monkeypatch):
+    told = []
+    monkeypatch.setattr(metrics, "_open_wandb", lambda _logging, _save, settings: told.append(settings))
+    run(num_steps=1, logging={"wandb_project": "p", "wandb_exp_name": "e"})
+    assert told[0]["peft"]["lora_rank"] == 4 and json.dumps(told[0])
