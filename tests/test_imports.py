@@ -13,11 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 SECTIONS = ("parallel", "model", "peft", "data", "training", "optimizer", "checkpoint", "logging")
-CONFIGURATION = {"config_error", *(f"{section}_config" for section in SECTIONS), "config"}
+CONFIGURATION = {"config_error", "untrusted", *(f"{section}_config" for section in SECTIONS), "config"}
 LAYERS = ("runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
 BELOW_TRAINING = {*CONFIGURATION, *LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
     "config_error": set(),
+    "untrusted": {"config_error"},
     **{f"{section}_config": {"config_error"} for section in SECTIONS},
     "config": CONFIGURATION - {"config"},
     **{layer: CONFIGURATION | set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},

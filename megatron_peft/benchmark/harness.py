@@ -28,6 +28,7 @@ from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.run_flags import model_flags
 from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.untrusted import parse_json, read_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 TASKS = (
@@ -120,7 +121,8 @@ def our_items(questions: Questions) -> Items:
     )
     evaluate(parse_arguments(model_flags(["--pretrained-checkpoint", questions.model])), settings)
     stop()
-    samples = map(json.loads, output.with_suffix(".samples.jsonl").read_text().splitlines())
+    path = output.with_suffix(".samples.jsonl")
+    samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())
     return dict(_keyed((sample["task"], sample) for sample in samples))
 
 

@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.untrusted import parse_json
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 4 * 1024 * 1024
@@ -48,8 +51,10 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
     """{file name: sum}. Raises OSError if it cannot be read, ValueError if it is not as it was written."""
     text = (folder / MANIFEST).read_bytes().decode()
     try:
-        files = {name: FileSum(entry["size"], entry["crc32"]) for name, entry in json.loads(text)["files"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        files = {
+            name: FileSum(entry["size"], entry["crc32"]) for name, entry in parse_json(text, MANIFEST)["files"].items()
+        }
+    except (ConfigurationError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("it is no manifest") from error
     if text != _text(files):
         raise ValueError("it is not as it was written")

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
 from megatron_peft.checkpoint.sharded_files import data_of
+from megatron_peft.untrusted import parse_json
 
 TRACKER = "tracker."
 
@@ -88,4 +89,4 @@ def _to_bytes(state: Any) -> Tensor:
 
 
 def _from_bytes(data: Tensor) -> Any:
-    return json.loads(bytes(data.numpy()))
+    return parse_json(bytes(data.numpy()), "the checkpoint's random state")

@@ -13,6 +13,7 @@ from megatron_peft.checkpoint.folders import RECORD, newest_checkpoint
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config_record import config_from_dict, config_to_dict
 from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.untrusted import parse_json
 
 FORMAT_VERSION = 1
 ADAPTER_CONFIG = "adapter_config.json"  # where there are adapters: in the checkpoint, and beside the tracker
@@ -52,12 +53,16 @@ class RunRecord:
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
         """Raises ConfigurationError (newer format or fields), ValueError, KeyError or TypeError (not a record)."""
-        fields = json.loads(text)
+        fields = parse_json(text, RECORD)
+        if not isinstance(fields, dict) or not isinstance(fields.get("config"), dict):
+            raise ValueError("it holds no record of a run")
         version = fields.pop("format_version")
         require(
             version <= FORMAT_VERSION,
             f"it has format {version} and this version of megatron_peft reads up to {FORMAT_VERSION}: update it.",
         )
+        if any(type(number) is not int or number < 0 for number in fields["position"].values()):
+            raise ValueError(f"its position is {fields['position']}")
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
@@ -96,7 +101,7 @@ def read_record(checkpoint: Path) -> RunRecord:
     path = checkpoint / RECORD
     try:
         return RunRecord.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.untrusted import read_json_object
 
 CONFIG = "config.json"
 # Of a Hugging Face folder. Weights and code are not among them.
@@ -46,7 +47,7 @@ def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
     """
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
     if len(names) == 1 and any({config.get(key)} != names for key in keys):
         write_config(folder, config | dict.fromkeys(keys, names.pop()))

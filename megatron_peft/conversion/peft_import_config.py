@@ -16,6 +16,7 @@ from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.peft_names import WAY_OUT
 from megatron_peft.models.huggingface_values import number, size, switch
+from megatron_peft.untrusted import read_json_object
 
 ALL_LINEAR = "all-linear"
 
@@ -156,12 +157,7 @@ def _is_plain(kind: Kind, key: str, value: Any) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"--input {path.parent} holds no {path.name}: give the folder of a HF PEFT adapter.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON ({error}): copy it again.") from error
-    require(isinstance(config, dict), f"{path} holds no JSON object.")
-    return config
+    return read_json_object(path)
 
 
 def _is_named(names: str | Iterable[str] | None, module: str) -> bool:

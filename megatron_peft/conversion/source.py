@@ -7,7 +7,6 @@ source maps its file anew every `MAPPED_BYTES` of tensors.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.rules import Index
+from megatron_peft.untrusted import read_json_object
 
 MAPPED_BYTES = 64 * 2**20
 NAMED_AT_MOST = 8  # names listed in one error
@@ -144,10 +144,12 @@ def listed(names: Iterable[str]) -> str:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is no index of weights ({error!r}): copy the file again.") from error
+    outside = [file for file in weight_map.values() if file != Path(file).name or file in ("", "..")]
+    require(not outside, f"{path} is refused: it names {outside[:1]}, which is no plain file of that folder.")
+    return weight_map
 
 
 def _open_file(path: Path) -> WeightFile:

@@ -7,7 +7,6 @@ All in float32, in one process, one model after the other.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.untrusted import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +151,7 @@ def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace
             return None, _trace_ours
         return record.config.model.pretrained_checkpoint or "", _trace_ours
     config = folder / PEFT_CONFIG
-    try:
-        settings = json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
-        raise ConfigurationError(f"{config} is not JSON ({error}): copy the adapter again.") from error
+    settings = read_json_object(config) if config.is_file() else {}
     if "peft_type" in settings:
         return settings.get("base_model_name_or_path") or "", _trace_peft
     return None, _trace_transformers

@@ -10,7 +10,7 @@ import mmap
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.untrusted import parse_json, read_bytes, require_regular
 
 Record = dict[str, Any]
 _COUNT_BYTES = 1 << 24  # copied at once to count lines
@@ -31,7 +32,7 @@ class RecordFile(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any:
-        """The record, parsed. Raises ConfigurationError without the place."""
+        """The record, parsed. Raises ConfigurationError with its place."""
         ...
 
     def place(self, index: int) -> str:
@@ -58,7 +59,7 @@ class Lines:
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
         end = self._map.find(b"\n", start)
-        return _parse(self._map[start : end if end >= 0 else len(self._map)])
+        return _parse(self._map[start : end if end >= 0 else len(self._map)], lambda: self.place(index))
 
     def place(self, index: int) -> str:
         """Counts the lines up to the record: for messages, not for loops."""
@@ -73,12 +74,9 @@ class Array:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            raw = path.read_bytes()
-            self.digest = zlib.crc32(raw)
-            self._records = _parse(raw)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{path}: {error}") from error
+        raw = read_bytes(path)
+        self.digest = zlib.crc32(raw)
+        self._records = _parse(raw, lambda: str(path))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -104,10 +102,7 @@ class JsonRecords:
 
     def __getitem__(self, index: int) -> Record:
         file, local = self._locate(index)
-        try:
-            record = file[local]
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{file.place(local)}: {error}") from error
+        record = file[local]
         if not isinstance(record, dict):
             raise ConfigurationError(f"{file.place(local)}: not a JSON object but {type(record).__name__}.")
         return record
@@ -125,6 +120,7 @@ class JsonRecords:
 
 
 def _open(path: Path, flag: str) -> RecordFile:
+    require_regular(path, flag)
     try:
         is_array = path.suffix == ".json" and _starts_with_bracket(path)
         file: RecordFile = Array(path) if is_array else Lines(path)
@@ -152,13 +148,12 @@ def _line_starts(path: Path) -> tuple[np.ndarray, int]:
     return np.frombuffer(starts, dtype=np.int64) if starts else np.empty(0, dtype=np.int64), crc
 
 
-def _parse(raw: bytes) -> Any:
+def _parse(raw: bytes, place: Callable[[], str]) -> Any:
     try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
+        return parse_json(raw, place)
+    except ConfigurationError as error:
+        if not isinstance(error.__cause__ and error.__cause__.__cause__, json.JSONDecodeError):
+            raise
         raise ConfigurationError(
-            f"not JSON: {error.msg} (character {error.pos + 1}). A file holds one JSON object a line, or, named "
-            ".json, one array of objects."
+            f"{error} A file holds one JSON object a line, or, named .json, one array of objects."
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"not JSON: {error}.") from error

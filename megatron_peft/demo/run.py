@@ -24,6 +24,7 @@ from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
 from megatron_peft.demo.score import Score
 from megatron_peft.reporting.run_plot import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.untrusted import read_json
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack, ten messages on average: half an epoch
@@ -132,7 +133,7 @@ class _Run:
     def begin(self) -> None:
         """Keep what an earlier call left, if it was made with the same flags."""
         record = self.folder / "flags.json"
-        if record.exists() and json.loads(record.read_text()) == self.flags:
+        if record.exists() and read_json(record) == self.flags:
             return
         if self.folder.exists():
             _say(f"the flags have changed: {self.folder} begins afresh")

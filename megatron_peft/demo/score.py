@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_peft.untrusted import read_json_object
+
 
 @dataclass(frozen=True)
 class Score:
@@ -28,5 +30,5 @@ class Score:
 
     @classmethod
     def read(cls, path: Path) -> Score:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json_object(path)
         return cls(**{**fields, "translations": tuple(fields["translations"])})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.untrusted import parse_json
 
 
 class FinishedRequests:
@@ -58,9 +59,9 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         path.write_text(whole, encoding="utf-8")
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, f"{path}:{number}")
             yield entry["key"], entry["answer"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ConfigurationError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 f"{path}:{number} is no answered request ({error!r}): remove the line, and it is asked again."
             ) from error

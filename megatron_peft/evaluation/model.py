@@ -20,7 +20,7 @@ from megatron_peft.checkpoint.manifest import MANIFEST
 from megatron_peft.checkpoint.parameters import adapted_layers
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
@@ -28,6 +28,7 @@ from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
+from megatron_peft.untrusted import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -97,11 +98,10 @@ def end_ids(base: str) -> frozenset[int]:
     path = Path(base, GENERATION_CONFIG)
     if not path.is_file():
         return frozenset()
-    try:
-        ends = json.loads(path.read_text()).get("eos_token_id")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ends = read_json_object(path).get("eos_token_id")
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    require(all(type(one) is int for one in found), f"{path}: eos_token_id {ends} holds more than token ids.")
+    return frozenset(found)
 
 
 def describe(model: AskedModel) -> Mapping[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import require
 from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.untrusted import parse_json, read_text, require_regular
 
 Record = Mapping[str, Any]
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -20,10 +20,8 @@ def read_prompts(path: Path) -> list[Record]:
     Raises:
         ConfigurationError: the file cannot be read, or holds no prompt; a line that is none, by its number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompt-file {path} cannot be read: {error}") from error
+    require_regular(path, "--prompt-file")
+    lines = read_text(path).splitlines()
     is_json = path.suffix in JSON_SUFFIXES
     found = [_record(line, f"{path}:{number}", is_json) for number, line in enumerate(lines, 1) if line.strip()]
     require(bool(found), f"--prompt-file {path} holds no prompt.")
@@ -33,10 +31,7 @@ def read_prompts(path: Path) -> list[Record]:
 def _record(line: str, place: str, is_json: bool) -> Record:
     if not is_json:
         return {"prompt": line}
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ConfigurationError(f"{place}: not JSON: {error}.") from error
+    record = parse_json(line, place)
     is_prompt = isinstance(record, dict) and (isinstance(record.get("prompt"), str) or _are_messages(record))
     require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
     return record

@@ -18,6 +18,8 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.training.metrics import finite
+from megatron_peft.untrusted import read_json_object
 
 CELLS = "cells"
 MOST_POINTS = 200  # of a curve in the file; longer ones are thinned
@@ -78,7 +80,10 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(record).items()]
+    lines = [
+        f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+        for name, value in finite(asdict(record)).items()
+    ]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a field a line, for diffs
     temporary.replace(path)
 
@@ -95,10 +100,10 @@ def read_record(folder: Path, cell: Cell) -> CellRecord | None:
 def read_file(path: Path) -> CellRecord:
     """Raises ConfigurationError for a file that is not a cell's."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
         tuples = {name: tuple(values[name]) for name in ("flags", "score_command")}
         return CellRecord(**{**values, **tuples})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigurationError(f"{path} is not the file of a cell ({error!r}): remove it to run the cell.") from error
 
 

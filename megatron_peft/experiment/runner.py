@@ -6,7 +6,6 @@ told, recorded and left for the next call, which tries it again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from megatron_peft.experiment.plan import Work, progress, work
 from megatron_peft.experiment.record import from_metrics, of_cell, read_record, trainable_parameters, write_record
 from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.untrusted import read_json
 
 EXPERIMENT_FILE = "experiment.yaml"  # beside the cells: what they are of
 LOCKS = "locks"  # of runners of single groups
@@ -241,9 +241,9 @@ def read_scores(path: Path, score: Score) -> dict[str, float]:
     Raises ConfigurationError: no file, or it has no such number.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"the score's file {path} cannot be read: {error}") from error
+        content = read_json(path)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the score's file: {error}") from error
     return {
         name: metric.scale * mean(_number_at(content, keys, path) for keys in metric.paths)
         for name, metric in score.metrics.items()

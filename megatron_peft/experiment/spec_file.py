@@ -12,6 +12,7 @@ import yaml
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.spec import Choice, Experiment, Metric, Score
+from megatron_peft.untrusted import parse_yaml, read_text
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")
@@ -44,13 +45,8 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ConfigurationError: the file cannot be read, is not YAML, has a key that means nothing, or contradicts itself.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, _Loader)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    text = read_text(path)
+    content = parse_yaml(text, str(path), _Loader)
     try:
         return replace(_experiment(content, path.stem), text=text)
     except ConfigurationError as error:

@@ -17,6 +17,7 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.models import huggingface_bloom, huggingface_llama
 from megatron_peft.models.huggingface_values import Config
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.untrusted import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         path.is_file(),
         f"--pretrained-checkpoint {path.parent} holds no config.json: it is not a Hugging Face model folder.",
     )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON ({error}): copy or download it again.") from error
-    require(isinstance(config, dict), f"{path} holds no JSON object.")
-    return config
+    return read_json_object(path)
 
 
 def _require_supported_architecture(path: Path, config: Config) -> None:

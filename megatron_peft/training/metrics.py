@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, LoggingConfig
+from megatron_peft.untrusted import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Write `record` (it has `iteration`; values are numbers or mappings of numbers) and flush it."""
         if self._file is not None:
-            self._file.append(json.dumps(_finite(record)))
+            self._file.append(json.dumps(finite(record)))
         scalars = dict(_scalars(record))
         iteration = int(scalars.pop("iteration"))
         if self._tensorboard is not None:
@@ -85,7 +86,7 @@ class MetricsWriter:
         if self._folder is not None:
             path = self._folder / f"{name}.jsonl"
             self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration)
-            self._layers_file.append(json.dumps(_finite({"iteration": iteration, name: by_layer})))
+            self._layers_file.append(json.dumps(finite({"iteration": iteration, name: by_layer})))
         if self._tensorboard is not None:
             for layer, value in by_layer.items():
                 self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
@@ -116,11 +117,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises ConfigurationError, with file and line number, for any other line that is not a record.
     """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(read_bytes(Path(path)).splitlines(keepends=True), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, f"{path}, line {number}")
             record["iteration"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ConfigurationError, TypeError, KeyError) as error:
             if not line.endswith(b"\n"):
                 break  # the last one: its write was cut short
             raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
@@ -227,8 +228,8 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with NaN and infinities as None: JSON has no word for them."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

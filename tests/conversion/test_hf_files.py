@@ -98,7 +98,7 @@ def test_missing_files_are_named(copy_of, tmp_path):
         open_source(folder)
 
 
-NO_INDEX = f"{INDEX} is no index of weights"
+NO_INDEX = f"{INDEX}(:| is no index| holds no JSON object)"
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def test_types_numbers_and_targets_are_checked(settings, message, tmp_path):
         read(tmp_path, **settings)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{", ": not JSON"), ("[]", " holds no JSON object")])
 def test_a_config_that_is_torn_or_not_there_is_named(text, message, tmp_path):
     with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
         read_settings(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=f"adapter_config.json {message}"):
+    with pytest.raises(ConfigurationError, match=f"adapter_config.json{message}"):
         read_settings(tmp_path)
 
 

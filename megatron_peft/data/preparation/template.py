@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
 from megatron_peft.config_error import require
+from megatron_peft.untrusted import parse_yaml
 
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
 PACKAGE = "megatron_peft.data.preparation"
@@ -42,7 +43,7 @@ class TaskTemplate:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The template as the harness reads it."""
-        return yaml.load(self.text, Loader=_Loader)
+        return parse_yaml(self.text, f"the template {self.name}", _Loader)
 
     @property
     def task(self) -> str:

@@ -1,0 +1,145 @@
+"""The one reader of JSON and YAML files that come from outside: it knows their size, depth and numbers.
+
+Whatever is wrong with such a file is one ConfigurationError with its name, and its line where it has lines: text that
+is not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values
+nested so deep that a later walk over them would fail, and files that are not files (a pipe, /dev/zero). Weights are
+read by `conversion.source`, the index of a checkpoint by `checkpoint.safe_pickle`, indexed data by `data.blend`,
+tokenizers by `data.tokenizers`; nothing else opens a file of these kinds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import stat
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_peft.config_error import ConfigurationError
+
+MAX_BYTES = 1 << 28  # of a file that is read whole; data sets are mapped
+MAX_DEPTH = 100
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+
+def require_regular(path: Path, flag: str = "") -> None:
+    """Raises ConfigurationError, with the `flag` that named it, unless `path` is a file that ends."""
+    named = f"{flag} {path}".strip()
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigurationError(f"{named} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ConfigurationError(f"{named} is {kind}, not a file: give the path of a file.")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file, unpacked if it is named .gz. Raises ConfigurationError: it cannot be read, or is too large."""
+    require_regular(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}.") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigurationError(f"{path} has more than {MAX_BYTES / 2**20:.0f} MiB, too much for a file of its kind.")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """As `read_bytes`, of UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not text in UTF-8: {error}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ConfigurationError with the file's name, and the line."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, of a file that holds one object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path} holds no JSON object but {type(value).__name__}.")
+    return value
+
+
+def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
+    """The value that `text` holds. Raises ConfigurationError that begins with `place`, as in `data.jsonl, line 7`."""
+    try:
+        return _parsed(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place if isinstance(place, str) else place()}: {error}") from error
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ConfigurationError(f"not JSON: {error.msg} ({line}character {error.colno}).") from error
+    except RecursionError as error:
+        raise ConfigurationError(_TOO_DEEP) from error
+    except (ValueError, OverflowError) as error:  # not UTF-8, no finite number, a number of 5,000 digits
+        raise ConfigurationError(f"not JSON: {error}.") from error
+    brackets = (b"[", b"{", b"\\ud") if isinstance(text, bytes) else ("[", "{", "\\ud")
+    opened = sum(text.count(bracket) for bracket in brackets[:2])  # type: ignore[arg-type]
+    if opened > MAX_DEPTH or brackets[2] in text.lower():  # type: ignore[operator]
+        _walk(value)
+    return value
+
+
+def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
+    """The value that `text` holds, read by a loader that makes plain values only."""
+    try:
+        value = yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{place} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"{place}: {_TOO_DEEP}") from error
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ConfigurationError(f"{place} is not YAML: {error}.") from error
+    try:
+        _walk(value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from error
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def _walk(value: Any) -> None:
+    """Refuse what lies too deep, and texts that no encoding holds. Without recursion; shared parts are seen once."""
+    seen: set[int] = set()
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        following: list[Any] = []
+        for one in level:
+            if isinstance(one, str) and _HALF_OF_A_PAIR.search(one):
+                raise ConfigurationError("a text holds half of a surrogate pair, which is no character.")
+            if isinstance(one, dict | list) and id(one) not in seen:
+                seen.add(id(one))
+                following += one if isinstance(one, list) else [*one.keys(), *one.values()]
+        level = following
+        if not level:
+            return
+    raise ConfigurationError(_TOO_DEEP)
