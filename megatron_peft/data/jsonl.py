@@ -1,4 +1,4 @@
-"""Read JSON-lines files record by record, without holding them: an index of byte offsets into a memory map.
+"""Read JSON-lines files record by record, without holding them: an index of byte offsets.
 
 A `.json` file may also be one array; such a file is loaded whole (it cannot be cut without parsing it).
 """
@@ -6,7 +6,7 @@ A `.json` file may also be one array; such a file is loaded whole (it cannot be 
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import zlib
 from array import array
 from bisect import bisect_right
@@ -43,29 +43,31 @@ class RecordFile(Protocol):
 class Lines:
     """A file with one JSON value a line; blank lines do not count.
 
-    Costs 8 bytes of memory a line (`starts`), and the pages of the map that are in use. `digest` is the CRC-32 of the
-    whole file.
+    Costs 8 bytes of memory a line (`starts`). `digest` is the CRC-32 of the whole file. Lines are read, not mapped: a
+    process that looks at a map of a file which another one has shortened is killed without a word.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._starts, self.digest = _line_starts(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
+        self._file = path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
-        end = self._map.find(b"\n", start)
-        return _parse(self._map[start : end if end >= 0 else len(self._map)], lambda: self.place(index))
+        end = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._size
+        raw = os.pread(self._file.fileno(), end - start, start)
+        require(len(raw) == end - start, f"{self.path} was shortened while it was being read: put it back.")
+        return _parse(raw, lambda: self.place(index))
 
     def place(self, index: int) -> str:
         """Counts the lines up to the record: for messages, not for loops."""
         start = int(self._starts[index])
         steps = range(0, start, _COUNT_BYTES)
-        line = 1 + sum(self._map[at : min(at + _COUNT_BYTES, start)].count(b"\n") for at in steps)
+        line = 1 + sum(os.pread(self._file.fileno(), min(_COUNT_BYTES, start - at), at).count(b"\n") for at in steps)
         return f"{self.path}, line {line}"
 
 

@@ -7,6 +7,7 @@ or a base that has moved, is the user's, and everything else the run's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _flag_of(section: Any, name: str) -> Iterator[str]:
 def _value_of(name: str, argv: Sequence[str]) -> str | None:
     """The last value of a flag, typed as `--name value` or `--name=value`."""
     value = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         if word == name:
             value = following
         elif word.startswith(f"{name}="):

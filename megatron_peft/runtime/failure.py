@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from megatron_peft.config import ConfigurationError
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 FAREWELL_SECONDS = 10.0  # a rank that was killed never says that it leaves
 _LOOK_SECONDS = 0.5
 
@@ -44,8 +46,20 @@ def run_together(main: Callable[[], None], program: str) -> None:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
     except KeyboardInterrupt:
         board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
-    except Exception:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
-        board.fail(1, f"{program}: rank {dist.get_rank()} failed:\n{traceback.format_exc()}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+        rank = dist.get_rank()
+        if _is_lost_connection(error):
+            board.fail(
+                1,
+                f"{program}: rank {rank} lost its connection to another rank: that one was killed, or its node failed.",
+            )
+        board.fail(1, f"{program}: rank {rank} failed:\n{traceback.format_exc()}")
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """torch's own message is ninety lines of C++ frames, on each rank that waits for the one that is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError) or any(sign in text for sign in LOST_CONNECTION)
 
 
 class _FailureBoard:
@@ -70,21 +84,25 @@ class _FailureBoard:
     def fail(self, exit_code: int, message: str) -> NoReturn:
         """End this process with all others; print `message` if no other rank was first."""
         self._closed.set()
-        if self._world_size > 1 and self._store.add("failures", 1) > 1:
-            self._leave(int(self._store.get("exit_code")))
+        if self._world_size == 1:
+            _exit_with(message, exit_code)
+        try:
+            if self._store.add("failures", 1) > 1:
+                self._leave(int(self._store.get("exit_code")))
+        except dist.DistError:  # the store went with the rank that hosted it
+            _exit_with(message, exit_code)
         print(message, file=sys.stderr, flush=True)
-        if self._world_size > 1:
+        with suppress(dist.DistError):
             self._store.set("exit_code", str(exit_code))
-            self._leave(exit_code)
-        _exit(exit_code)
+        self._leave(exit_code)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
             try:
                 failed = self._store.check(["exit_code"])
             except dist.DistError:  # the store went with the rank that hosted it
-                if not self._closed.is_set():
-                    _exit(1)
+                if not self._closed.wait(_LOOK_SECONDS):  # the main thread may be about to tell it better
+                    _exit_with(f"rank {dist.get_rank()}: rank 0 is gone: it was killed, or its node failed.", 1)
                 return
             if failed and not self._closed.is_set():
                 self._leave(int(self._store.get("exit_code")))
@@ -102,6 +120,11 @@ class _FailureBoard:
         if dist.get_rank() == 0:
             time.sleep(_LOOK_SECONDS)  # it may host the store that the others are looking at
         _exit(exit_code)
+
+
+def _exit_with(message: str, exit_code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    _exit(exit_code)
 
 
 def _exit(exit_code: int) -> NoReturn:
