@@ -34,7 +34,8 @@ def why_not_served(name: str) -> str:
     if reason := known.get(name):
         return refusal(name, reason)
     served = [other for other, reason in known.items() if reason is None]
-    family = reason_of(name.lstrip("-"))
+    bare = name.lstrip("-")
+    family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
     if family and not _nearest(name, served, TYPO):
         return refusal(name, family)
     nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)

@@ -21,6 +21,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--prompt": {"metavar": "TEXT", "help": "what to answer, as it stands; the answer is shown as it grows"},
     "--prompt-file": {"metavar": "FILE", "help": "a prompt a line, or JSON lines with prompt or messages (.jsonl)"},
     "--output": {"metavar": "FILE", "help": "JSON lines of prompt and answers (default: the terminal)"},
+    "--overwrite": {"action": "store_true", "help": "replace a file that is at --output already"},
     "--max-new-tokens": {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"},
     "--temperature": {"type": float, "default": 0.0, "metavar": "X", "help": "0 takes the likeliest token (0)"},
     "--top-p": {"type": float, "default": 1.0, "metavar": "X", "help": "draw from the likeliest X of probability (1)"},

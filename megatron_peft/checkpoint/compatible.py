@@ -12,6 +12,12 @@ from megatron_peft.models.shape import ModelShape
 
 # Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.
 FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio", "lora_max_norm_ratio"}
+# Section -> fields that decide which samples come next, or what a step does with them.
+FREE_BUT_TOLD = {
+    "data": ("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "seed"),
+    "training": ("global_batch_size", "seed"),
+    "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
+}
 SCHEDULE_FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",
@@ -45,6 +51,22 @@ def contradictions(record: RunRecord, here: Here) -> list[str]:
             f"{here.config.peft.method}: give --peft-method {there}, or another --load."
         ]
     return [*_other_base(record, here), *_other_numbers(record, here), *_other_layers(record, here)]
+
+
+def changes(record: RunRecord, here: Here) -> str:
+    """What a resumed run does otherwise than before, though it may: a sentence for the user, or nothing."""
+    changed = [
+        f"{flag(name)} {_shown(getattr(now, name))} (before: {_shown(getattr(before, name))})"
+        for section, names in FREE_BUT_TOLD.items()
+        for before, now in [(getattr(record.config, section), getattr(here.config, section))]
+        for name in names
+        if getattr(before, name) != getattr(now, name)
+    ]
+    return f"{_load(here)}: the run goes on with {', '.join(changed)}, at the old position." if changed else ""
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.compatible import (
     Here,
+    changes,
     contradictions,
     optimizer_contradictions,
     unused_schedule_values,
@@ -64,6 +65,8 @@ def load_checkpoint(state: Resumable) -> bool:
     )
     resumes_optimizer = not (settings.finetune or settings.no_load_optim)
     checked_together(lambda: _refuse(record, here, resumes_optimizer))
+    if not settings.finetune and (told := changes(record, here)):
+        _say("%s", told)
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     load_parameters(entries, checkpoint)
     state.optimizer.reload_model_params()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_peft
+from megatron_peft.arguments import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
@@ -74,9 +75,11 @@ def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()
         extra_flags: for pretrain_peft.py, after the demo's own and so in their place.
 
     Raises:
-        ConfigurationError: a download, the training or a scoring failed.
+        ConfigurationError: a flag is wrong (told before a download); a download, the training or a scoring failed.
     """
     started_at = time.monotonic()
+    unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
+    read_config([*unread, *extra_flags], {"WORLD_SIZE": str(TENSOR_PARALLEL_SIZE)})
     _say(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = prepare_pairs(folder / "data", folder / "downloads")

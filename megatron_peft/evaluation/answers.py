@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config_error import Requirements
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.crew import over_replicas
@@ -34,6 +35,7 @@ class AnswerSettings:
     prompt: str | None = None
     prompt_file: str | None = None
     output: str | None = None
+    overwrite: bool = False
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -67,10 +69,58 @@ class AnswerSettings:
     def records(self) -> list[Record]:
         """What is asked. ConfigurationError: a file that cannot be read, or --output that cannot be written."""
         check_output(self.output)
+        require(
+            self.output is None or self.overwrite or not Path(self.output).exists(),
+            f"--output {self.output} exists already: give another file, or --overwrite.",
+        )
+        require(
+            self.output is None or self.prompt_file is None or Path(self.output).resolve() != self._prompts,
+            f"--output {self.output} is the file of --prompt-file: give another one.",
+        )
         if self.prompt_file is not None:
             return read_prompts(Path(self.prompt_file))
         assert self.prompt is not None
         return [{"prompt": self.prompt}]
+
+    @property
+    def _prompts(self) -> Path | None:
+        return None if self.prompt_file is None else Path(self.prompt_file).resolve()
+
+
+class AnswerFile:
+    """--output: a draft beside it that holds each answer as soon as it is there, and takes its name at the end.
+
+    Raises:
+        ConfigurationError: it cannot be written; on a disk that fills, with what there is and where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
+        with self._failures_named():
+            self._file = self._draft.open("w", encoding="utf-8")
+
+    def add(self, line: str) -> None:
+        with self._failures_named():
+            self._file.write(line)
+            self._file.flush()
+        self._num_written += 1
+
+    def publish(self) -> None:
+        with self._failures_named():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._draft.replace(self._path)
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = f" The first {self._num_written} answers are in {self._draft}." if self._num_written else ""
+            raise ConfigurationError(
+                f"--output {self._path} cannot be written ({error.strerror}): make room there, or give another file."
+                + kept
+            ) from error
 
 
 def unescaped(text: str) -> str:
@@ -86,6 +136,8 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
     """
     plan = settings.plan
     records = checked_together(settings.records)
+    writes = settings.output is not None and dist.get_rank() == 0
+    file = checked_together(lambda: AnswerFile(Path(str(settings.output))) if writes else None)
     model = load_model(config)
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     stop = StopTexts(model.tokenizer, plan.until)
@@ -96,22 +148,18 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
         _generate(model, settings, ids, ["0/0"], stream.add)
         stream.end()
         return
-    lines = _lines(model, settings, records, ids, stop)
     with request_bar("answering", len(records)) as advance:
-        finished = []
-        for line in lines:
-            finished.append(line)
-            if is_first:
-                advance(1)
-                _show(line, settings)
-    if settings.output and is_first:
-        write_atomically(Path(settings.output), "".join(finished))
+        for line in _lines(model, settings, records, ids, stop):
+            if not is_first:
+                continue
+            advance(1)
+            if file is None:
+                print(line, end="", flush=True)
+            else:
+                file.add(line)
+    if file is not None:
+        file.publish()
         print(f"wrote {settings.output}")
-
-
-def _show(line: str, settings: AnswerSettings) -> None:
-    if settings.output is None:
-        print(line, end="", flush=True)
 
 
 def _lines(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime import cpu
@@ -104,6 +105,8 @@ def stop_model_parallel() -> None:
 
     megatron-core by itself only forgets them, and their threads and sockets stay with the process.
     """
+    # It keeps the embeddings that it was called on, of models that are gone, and they their group.
+    RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
     for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for the world
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()

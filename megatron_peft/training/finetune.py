@@ -14,7 +14,7 @@ from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, flag, require
 from megatron_peft.config_record import config_to_dict
 from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.data.build import build_data
+from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import (
     Tokenizer,
     build_tokenizer,
@@ -26,8 +26,10 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.build import build_state
+from megatron_peft.training.health import START_TOLERANCE, start_losses
 from megatron_peft.training.loop import train
 from megatron_peft.training.start import first_steps
+from megatron_peft.training.state import TrainingState
 from megatron_peft.training.summary import say
 
 
@@ -52,7 +54,8 @@ def finetune(config: RunConfig) -> None:
             num_ids=shape.vocab_size,
         )
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
-        load_checkpoint(state)
+        if not load_checkpoint(state):
+            _check_start(state, data)
         data.train.consumed_samples = state.position.consumed_samples
         say(train(state, data, saver))
 
@@ -89,6 +92,19 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
         say(doubt)
     return tokenizer
+
+
+def _check_start(state: TrainingState, data: Data) -> None:
+    """Say so where adapters change the model before they are trained, as none should. A collective."""
+    peft = state.config.peft
+    if not peft.trains_adapters or peft.urnn_mode == "replace":
+        return
+    ours, base = start_losses(state, data)
+    if not abs(ours - base) <= START_TOLERANCE[state.config.model.bf16] * abs(base):
+        say(
+            f"WARNING: with its adapters at their start the model's loss is {ours:.6f}, but the base's is {base:.6f}: "
+            f"the run does not start from the pretrained model."
+        )
 
 
 def _check_save_folder(config: RunConfig) -> None:

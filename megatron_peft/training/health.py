@@ -9,24 +9,60 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.adapters.unitary import orthogonality_error
+from megatron_peft.data.build import Data
+from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.state import TrainingState
 
+START_TOLERANCE = {False: 1e-4, True: 2e-2}  # under --bf16 or not: of the base's loss
 ORTHOGONALITY_LIMIT = 1e-5  # of the float32 blocks, the largest entry of |R^T R - I|
 
 
 def layers_without_gradient(state: TrainingState) -> list[str]:
-    """Adapted layers whose every gradient of the last step is zero, by global name. A collective.
+    """Adapted layers, and halves of the Hybrid's, whose every gradient of the last step is zero, by global name.
+    A collective.
 
     Something has cut them off: they would keep their start while the loss still falls through the others.
     """
     layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
-    own = {layer.name: _largest_gradient(layer.module.adapter) for layer in layers if layer.module.adapter is not None}
+    own = {
+        f"{layer.name}{half}": _largest_gradient(part)
+        for layer in layers
+        if layer.module.adapter is not None
+        for half, part in _halves(layer.module.adapter, state.config.peft.initial_mix)
+    }
     gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, own)
     largest = {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
     return sorted(name for name, value in largest.items() if value == 0)
+
+
+def _halves(adapter: nn.Module, mix: float) -> Iterator[tuple[str, nn.Module]]:
+    """The Hybrid's two, but for one that a fixed lambda has switched off; any other adapter is whole."""
+    if not isinstance(adapter, Hybrid):
+        yield "", adapter
+        return
+    if mix > 0:
+        yield " (its low rank)", adapter.low_rank
+    if mix < 1:
+        yield " (its rotation)", adapter.rotation
+
+
+def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
+    """The mean loss of the run's first microbatches with the adapters as they are, and without them. A collective."""
+    step = data.train.step_at(0)[: state.config.parallel.pipeline_model_parallel_size]
+    with_adapters = validation_loss(state.model_chunks, [step])
+    modules = [layer.module for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    adapters = [module.adapter for module in modules]
+    for module in modules:
+        module.adapter = None
+    try:
+        return with_adapters, validation_loss(state.model_chunks, [step])
+    finally:
+        for module, adapter in zip(modules, adapters, strict=True):
+            module.adapter = adapter
 
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:

@@ -147,13 +147,20 @@ def memory_bytes() -> tuple[int, int]:
 
 
 class _Lines:
-    """A file that grows by whole lines. On a full disk lines are left out, and that is said: no run ends for them."""
+    """A file that grows by whole lines. On a full disk lines are left out, and that is said: no run ends for them.
+
+    If somebody moves or removes the file, that is said too, and the next line begins a new one in its place.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("ab", buffering=0)
         self._num_lost = 0  # since the last line that was written
 
     def append(self, line: str) -> None:
+        if not self._is_in_place():
+            logger.warning("%s was moved or removed during the run: the next lines are in a new one", self._path)
+            self._begin_anew()
         start = self._file.seek(0, os.SEEK_END)
         left = memoryview(f"{line}\n".encode())
         try:
@@ -171,6 +178,22 @@ class _Lines:
 
     def close(self) -> None:
         self._file.close()
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
+    def _begin_anew(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            logger.warning("%s cannot be begun anew: %s", self._path, error.strerror)
+            return
+        self._file.close()
+        self._file = file
 
 
 def _open_metrics(path: Path, resumed_iteration: int) -> _Lines:

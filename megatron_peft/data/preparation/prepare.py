@@ -10,6 +10,7 @@ No test item is in the training files. The folder appears when all of it is writ
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,6 +74,9 @@ def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str =
     ConfigurationError with both places. Raises it too for an input without any item.
     """
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it is {' or '.join(OVERLAPS)}.")
+    names = [template.name for tests in benchmark.tests for template in tests.tasks]
+    outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
+    require(not outside, f"--task-name {' '.join(outside)} is no name of a file: use letters, digits, . _ + and -.")
     require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")
     with _new_folder(folder) as draft:
         with ExitStack() as files:
