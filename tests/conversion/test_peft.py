@@ -145,12 +145,7 @@ def imported(adapter: Path, base: Path) -> RunRecord:
         ("base", {}, 8, {"linear_qkv"}),
         ("base", {"target_modules": ["k_proj"]}, 4, {"linear_qkv"}),
         ("base", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
-        (
-            "base",
-            {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True},
-            12,
-            set(LINEAR_MODULES),
-        ),
+        ("base", {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True}, 12, set(LINEAR_MODULES)),
         (
             "base",
             {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]},

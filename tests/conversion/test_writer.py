@@ -99,8 +99,7 @@ def check_writing(path, lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths",
-    [[], [0], [1], [PAGE], [2 * PAGE], [2 * PAGE + 1], [PAGE, PAGE, 5], [7 * PAGE + 3], [1] * 9, [3000] * 20],
+    "lengths", [[], [0], [1], [PAGE], [2 * PAGE], [2 * PAGE + 1], [PAGE, PAGE, 5], [7 * PAGE + 3], [1] * 9, [3000] * 20]
 )
 def test_everything_arrives(lengths, file):
     check_writing(file, lengths)

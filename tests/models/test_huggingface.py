@@ -130,10 +130,7 @@ def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCa
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 500000.0}}, None),
         ({"rope_scaling": {"type": "linear", "factor": 1.0}}, None),
         ({"rope_scaling": {"type": "llama3", **ROPE}}, RopeScaling(32.0, 1.0, 4.0, 8192)),
-        (
-            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
-            RopeScaling(32.0, 1.0, 4.0, 131072),
-        ),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}}, RopeScaling(32.0, 1.0, 4.0, 131072)),
         (
             {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0, "partial_rotary_factor": 1}, "rope_theta": None},
             RopeScaling(32.0, 1.0, 4.0, 8192),
