@@ -23,6 +23,9 @@ LAYOUTS = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "PP2 interleaved": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
 }
+TOKENS = list(torch.randint(VOCAB_SIZE, (2, 2, 150), generator=torch.Generator().manual_seed(0)))
+DRAW = random.Random(0)
+PROMPTS = [[DRAW.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 140)]
 GENERATING = ("TP1", "TP2", "TP2+SP")  # generation runs on one pipeline stage
 
 
@@ -32,18 +35,7 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def tokens():
-    return list(torch.randint(VOCAB_SIZE, (2, 2, 150), generator=torch.Generator().manual_seed(0)))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    draw = random.Random(0)
-    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 140)]
-
-
-@pytest.fixture(scope="module")
-def outcomes(models, tokens, prompts, tmp_path_factory):
+def outcomes(models, tmp_path_factory):
     """(logits, answers) of the rank that holds the last stage, by model and layout; one world of two ranks."""
     keys, jobs = [], []
     for name, model in models.items():
@@ -51,17 +43,17 @@ def outcomes(models, tokens, prompts, tmp_path_factory):
         model.save_pretrained(base)
         for layout, parallel in LAYOUTS.items():
             keys.append((name, layout))
-            asked = prompts if layout in GENERATING else []
-            jobs.append(Job(base, parallel, tokens, asked, GenerationSettings(frozenset(), NUM_NEW)))
+            asked = PROMPTS if layout in GENERATING else []
+            jobs.append(Job(base, parallel, TOKENS, asked, GenerationSettings(frozenset(), NUM_NEW)))
     return dict(zip(keys, run_ranks(2, bloom_runs.run_jobs, jobs)[-1], strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(outcomes, models, tokens, name, layout):
+def test_logits_are_those_of_transformers(outcomes, models, name, layout):
     logits, _ = outcomes[name, layout]
-    assert len(logits) == len(tokens)
-    for found, batch in zip(logits, tokens, strict=True):
+    assert len(logits) == len(TOKENS)
+    for found, batch in zip(logits, TOKENS, strict=True):
         with torch.no_grad():
             expected = models[name](batch).logits
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -69,10 +61,10 @@ def test_logits_are_those_of_transformers(outcomes, models, tokens, name, layout
 
 @pytest.mark.parametrize("layout", GENERATING)
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, prompts, name, layout):
+def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, name, layout):
     """Prompts of unequal length in one batch, so some are padded; transformers sees each alone and whole."""
     _, answers = outcomes[name, layout]
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer) == NUM_NEW
         with torch.no_grad():
             logits = models[name](torch.tensor([prompt + answer])).logits[0]
