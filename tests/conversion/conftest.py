@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from megatron_peft.conversion import to_megatron
 from tests.conversion import adapter_runs
 from tests.conversion.adapter_runs import Moved
+from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 
@@ -45,6 +47,20 @@ def saved_folders(tmp_path_factory) -> dict[str, Path]:
     shutil.copy(folders["single"] / "config.json", folders["torch"])
     torch.save(model.state_dict(), folders["torch"] / "pytorch_model.bin")
     return folders
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_shares() -> Iterator[None]:
+    """Tiny tensors are cut like large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """An odd Llama of random numbers, for which no library is needed."""
+    return save_random(tmp_path_factory.mktemp("original") / "odd")
 
 
 @pytest.fixture(scope="session")

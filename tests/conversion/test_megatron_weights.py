@@ -22,7 +22,6 @@ from tests.conversion.megatron_folders import (
     global_tensors,
     megatron_arguments,
     save_distributed,
-    save_random,
     save_ranks,
     tensors_of,
 )
@@ -30,11 +29,6 @@ from tests.conversion.megatron_folders import (
 RANK_FILE = "mp_rank_01_000/model_optim_rng.pt"
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return save_random(tmp_path_factory.mktemp("hf") / "odd")
 
 
 def stacked(tensors):

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig
 from megatron_peft.conversion import progress as progress_bar
-from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained
 from megatron_peft.conversion.pretrained import read_model_shape
@@ -181,18 +180,12 @@ SHAPES = {"odd": ODD, "tied": dataclasses.replace(ODD, tied_embeddings=True)}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """One model in each form."""
-    work = tmp_path_factory.mktemp("forms")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
-        found = {}
-        for name, shape in SHAPES.items():
-            original = save_random(work / name, shape)
-            found |= {
-                name: original,
-                f"{name} distributed": hf_to_megatron(original, work / f"{name}-megatron", progress=False),
-                f"{name} ranks": save_ranks(original, work / f"{name}-ranks", tp=2, pp=2),
-                f"{name} run": save_run(original, work / f"{name}-run", global_tensors(original)),
-            }
+    work, found = tmp_path_factory.mktemp("forms"), {}
+    for name, shape in SHAPES.items():
+        original = found[name] = save_random(work / name, shape)
+        found[f"{name} distributed"] = hf_to_megatron(original, work / f"{name}-megatron", progress=False)
+        found[f"{name} ranks"] = save_ranks(original, work / f"{name}-ranks", tp=2, pp=2)
+        found[f"{name} run"] = save_run(original, work / f"{name}-run", global_tensors(original))
     return found
 
 

@@ -29,12 +29,6 @@ from tests.tiny_gpt import SIZES, tiny_gpt
 TIED = {"tied_embeddings": True}
 
 
-@pytest.fixture(autouse=True)
-def many_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny tensors are cut like large ones."""
-    monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
-
-
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
     return save_random(tmp_path / "odd")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.config import LINEAR_MODULES, DataConfig, ParallelConfig
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 
