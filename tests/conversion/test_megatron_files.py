@@ -85,8 +85,7 @@ A = torch.arange(12.0).view(3, 4)
 
 @pytest.fixture
 def folder(tmp_path):
-    content = {"a.weight": A, "b.weight": torch.arange(5).bfloat16(), "steps": 7}
-    return save_distributed(tmp_path / "megatron", content)
+    return save_distributed(tmp_path / "megatron", {"a.weight": A, "b.weight": torch.arange(5).bfloat16(), "steps": 7})
 
 
 def test_tensors_are_found_and_other_objects_are_not_and_any_box_is_read(folder):
@@ -112,41 +111,28 @@ def swap(places):
 
 
 @pytest.mark.parametrize(
-    ("file", "index", "told"),
+    ("file", "index", "is_seen_at_once", "told"),
     [
-        (Path.unlink, None, "megatron lacks __0_0.distcp, which its index lists"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, "is torn: __0_0.distcp"),
-        (None, lose, "parts are missing of a.weight"),
+        (Path.unlink, None, True, "megatron lacks __0_0.distcp, which its index lists"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is torn: __0_0.distcp"),
+        (None, lose, True, "parts are missing of a.weight"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
+        (None, swap, False, r"does not hold a.weight \[3, 4\] where its index says so"),
     ],
+    ids=["no file", "short file", "no place", "zeros", "another place"],
 )
-def test_damage_is_named_at_once(file, index, told, folder):
-    spoil(folder, file, index)
-    with pytest.raises(ConfigurationError, match=told):
-        open_distributed(folder)
-
-
-@pytest.mark.parametrize(
-    ("file", "index", "told"),
-    [
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, "__0_0.distcp is damaged where it holds a.w"),
-        (None, swap, r"does not hold a.weight \[3, 4\] where its index says so"),
-    ],
-)
-def test_damage_that_no_size_shows_is_named_when_the_tensor_is_read(file, index, told, folder):
-    spoil(folder, file, index)
-    found = open_distributed(folder)
-    with pytest.raises(ConfigurationError, match=told):
-        found["a.weight"].fill(torch.zeros(3, 4), (0, 0))
-
-
-def spoil(folder, file, index):
-    """Change the file of weights or what the index says of places."""
+def test_damage_is_named_at_once_or_when_the_tensor_is_read(file, index, is_seen_at_once, told, folder):
+    """The file of weights is spoilt, or what the index says of places."""
     if file:
         file(folder / "__0_0.distcp")
     else:
         content = pickle.loads((folder / ".metadata").read_bytes())
         index(content.storage_data)
         (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(ConfigurationError, match=told):
+        found = open_distributed(folder)
+        assert not is_seen_at_once
+        found["a.weight"].fill(torch.zeros(3, 4), (0, 0))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -217,7 +203,7 @@ def test_what_is_no_tensor_is_refused_and_does_not_run(content, tmp_path, capsys
 
 
 def test_a_view_of_too_small_a_storage_is_refused(tmp_path):
-    path, start, length = put(tmp_path, BASE)
-    path.write_bytes(path.read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # five rows become 127
+    place = put(tmp_path, BASE)
+    place[0].write_bytes(place[0].read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # 5 rows become 127
     with pytest.raises(RuntimeError, match="out of bounds"):
-        map_tensor(path, start, length)
+        map_tensor(*place)

@@ -117,14 +117,6 @@ def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size):
         assert torch.equal(torch.cat(local_tensors(rule, TensorsInMemory(tensors), size)), by_group.flatten(0, 1))
 
 
-def test_linear_qkv_of_bloom_is_a_plain_slice_of_whole_heads():
-    rules = rules_for(ModelShape("bloom", 1, 12, 48, 6, 6, 2, 10, 64))
-    tensors = numbered_tensors(rules)
-    fused = tensors["transformer.h.0.self_attention.query_key_value.weight"]
-    ranks = local_tensors(rules["decoder.layers.0.self_attention.linear_qkv.weight"], TensorsInMemory(tensors), 3)
-    assert all(torch.equal(local, fused[12 * rank : 12 * rank + 12]) for rank, local in enumerate(ranks))
-
-
 def test_linear_fc1_holds_its_share_of_the_gate_above_that_of_up_and_linear_fc2_columns_of_down():
     rules = rules_for(SMALL)
     tensors = numbered_tensors(rules)

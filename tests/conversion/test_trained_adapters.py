@@ -18,7 +18,7 @@ from megatron_peft.checkpoint.record import read_record
 from megatron_peft.checkpoint.sharded_files import stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import adapter_save
-from megatron_peft.conversion.adapter_checkpoint import known_fingerprint, low_rank_factors, open_adapters
+from megatron_peft.conversion.adapter_checkpoint import low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
 from megatron_peft.conversion.adapter_save import save_adapters
 from megatron_peft.conversion.families import rules_for
@@ -84,12 +84,6 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeyp
     with pytest.raises(ConfigurationError, match=r"--output .*run could not be written \(No space left on device\)"):
         save(tmp_path / "run", BOTH)
     assert not list(tmp_path.iterdir())
-
-
-def test_folder_of_no_model_has_no_fingerprint(tmp_path):
-    assert known_fingerprint(tmp_path) is None
-    (tmp_path / "config.json").write_text("{}")
-    assert known_fingerprint(tmp_path / ".") is not None
 
 
 RULES = {name: rule for name, rule in rules_for(SHAPE).items() if ".layers.1." in name and name.endswith("weight")}
