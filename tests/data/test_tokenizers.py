@@ -78,26 +78,24 @@ def test_null_tokenizer_refuses_what_is_not_an_id(text, message):
 def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
     torn = tmp_path / "torn.model"
     torn.write_bytes(b"not a model")
-    cases = (
-        ("HuggingFaceTokenizer", str(tmp_path / "nowhere"), "nowhere: no such folder"),
-        ("HuggingFaceTokenizer", str(tmp_path), "holds no tokenizer that transformers can read"),
-        ("SentencePieceTokenizer", str(tmp_path), "tokenizer.model: no such file"),
-        ("SentencePieceTokenizer", str(torn), "torn.model is not a sentencepiece model"),
+    for kind, source, message in (
+        ("HuggingFaceTokenizer", tmp_path / "nowhere", "nowhere: no such folder"),
+        ("HuggingFaceTokenizer", tmp_path, "holds no tokenizer that transformers can read"),
+        ("SentencePieceTokenizer", tmp_path, "tokenizer.model: no such file"),
+        ("SentencePieceTokenizer", torn, "torn.model is not a sentencepiece model"),
         ("HuggingFaceTokenizer", None, "no tokenizer: give --tokenizer-model"),
-    )
-    for kind, source, message in cases:
-        with pytest.raises(ConfigurationError, match=message):
-            build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source), None)
-
-
-def test_messages_need_a_chat_template_that_takes_them(tmp_path):
-    for template, message in (
-        (None, f"{tmp_path} has no chat template"),
-        (REFUSING, "refuses .*: roles must alternate"),
     ):
-        tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
         with pytest.raises(ConfigurationError, match=message):
-            tokenizer.render_chat(MESSAGES)
+            build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source and str(source)), None)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "{} has no chat template"), (REFUSING, "refuses .*: roles must alternate")]
+)
+def test_messages_need_a_chat_template_that_takes_them(template, message, tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+    with pytest.raises(ConfigurationError, match=message.format(tmp_path)):
+        tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
         NullTokenizer(99).chat_parts(MESSAGES)
 
