@@ -18,7 +18,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.families import FAMILIES, rules_for
 from megatron_peft.conversion.loader import base_parameters
-from megatron_peft.conversion.rules import FusedRows, Index, Part, Rule, VocabularyRows, expected_tensors
+from megatron_peft.conversion.rules import Index, Part, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.huggingface import FAMILIES as READABLE
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
@@ -152,14 +152,6 @@ def test_a_size_that_does_not_divide_is_named(family, name, told):
     shape = ModelShape(family, 1, 12, 6, 6, 2 if family == "llama" else 6, 2, 10, 64)
     with pytest.raises(ConfigurationError, match=f"{told}--tensor-model-parallel-size 4"):
         rules_for(shape)[f"decoder.layers.0.{name}"].local_shape(4)
-
-
-def test_only_the_vocabulary_may_have_rows_to_spare():
-    embedding = VocabularyRows("e", (Part("e", (5, 3)),))
-    assert embedding.accepts((3, 3), size=2) and embedding.accepts((64, 3), size=2)
-    assert not embedding.accepts((2, 3), size=2) and not embedding.accepts((64, 4), size=2)
-    fused = FusedRows("f", (Part("f", (6, 3)),), num_groups=None)
-    assert fused.accepts((3, 3), size=2) and not fused.accepts((4, 3), size=2)
 
 
 def test_a_whole_tensor_is_written_without_a_copy():

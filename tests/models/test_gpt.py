@@ -12,9 +12,8 @@ from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.parameters import sharded_parameters
-from megatron_peft.config import ParallelConfig, PeftConfig
-from megatron_peft.models.gpt import num_virtual_stages
-from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.config import PeftConfig
+from megatron_peft.models.shape import RopeScaling
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
 
@@ -138,10 +137,3 @@ def test_a_bfloat16_model_follows_the_float32_one():
     losses[1].sum().backward()
     gradients = [parameter.grad for name, parameter in narrow.named_parameters() if name.endswith("adapter.B")]
     assert all(gradient.dtype == torch.bfloat16 and gradient.any() for gradient in gradients)
-
-
-def test_chunks_of_a_rank_under_the_interleaved_schedule():
-    shape = ModelShape(**{**SIZES, "num_layers": 12})
-    assert num_virtual_stages(shape, ParallelConfig(pipeline_model_parallel_size=2, world_size=2)) is None
-    interleaved = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3, world_size=2)
-    assert num_virtual_stages(shape, interleaved) == 2
