@@ -36,11 +36,6 @@ def test_the_order_of_a_seed_is_the_same_on_every_machine_and_version():
     assert SampleOrder(8, 1234, shuffle=True).permutation(0).tolist() == [4, 5, 3, 1, 2, 0, 6, 7]
 
 
-def test_without_shuffling_each_epoch_is_in_file_order():
-    order = SampleOrder(3, 1234, shuffle=False)
-    assert [int(order.samples_at(i)[0]) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-
-
 @pytest.mark.parametrize(("epochs", "positions"), [(1, 10), (2, 20), (0.25, 3), (2.5, 25), (1.1, 11), (0.1 + 0.2, 3)])
 def test_epochs_are_counted_in_positions_and_back(epochs, positions):
     order = SampleOrder(10, 0, shuffle=True)

@@ -62,10 +62,6 @@ def test_a_whole_validation_keeps_its_last_partial_sequence_masked(corpus):
     assert sum(dataset[i].loss_mask.sum() for i in range(13)) == 99
 
 
-def test_a_dataset_repeats_for_as_many_samples_as_are_asked_for(corpus):
-    assert len(build(Split.train, 1000, corpus, split="80,20")) >= 1000
-
-
 def test_weights_blend(two):
     dataset = build(Split.train, 400, "0.25", two[0], "0.75", two[1], split="1")
     from_b = sum(int(dataset[i].tokens[0]) >= 500 for i in range(400))

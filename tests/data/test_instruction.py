@@ -13,7 +13,6 @@ from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.instruction import encode_parts, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
-from megatron_peft.data.sample import sample_from_ids
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
@@ -105,18 +104,6 @@ def test_what_is_wrong_with_a_record_is_told(hf, record, message):
         tokenize_record(record, hf)
 
 
-def test_samples_are_those_of_the_records_that_are_left(write_lines, hf):
-    records = [{"text": "the cat"}, {"text": ""}, {"prompt": "the cat:", "completion": " le chat"}]
-    dataset = InstructionDataset(JsonRecords([write_lines(records)], FLAG), Fit(hf, 64))
-    assert len(dataset) == 2
-    for index, record in enumerate([records[0], records[2]]):
-        expected = sample_from_ids(*tokenize_record(record, hf), 64)
-        assert dataset.record(index) == record
-        assert dataset[index].tokens.tolist() == expected.tokens.tolist()
-        assert dataset[index].loss_mask.tolist() == expected.loss_mask.tolist()
-        assert dataset.lengths[index] == len(expected)
-
-
 def test_a_few_thousand_short_records_take_a_moment(write_lines, hf):
     record = {"prompt": "English: the cat sat on the mat\nFrench:", "completion": " le chat dort"}
     records = JsonRecords([write_lines([record] * 3000)], FLAG)
@@ -145,7 +132,7 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert [len(dataset[i]) for i in range(3)] == [3, 4, 4]
     assert dataset[1].labels.tolist() == [2, 3, 4, 5]
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
-    assert dataset.record(2) == {"text": "1 2 3 4"}
+    assert [dataset.record(i) for i in range(3)] == [RECORDS[0], RECORDS[1], RECORDS[4]]
     cut, filled, empty = dataset.warnings
     assert cut.startswith("1 of 5 samples are longer than --seq-length 4 and were cut at their end (first:")
     assert cut.endswith("data.jsonl, line 2).")
