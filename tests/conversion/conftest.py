@@ -19,34 +19,26 @@ from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 
 ODD = {
-    "vocab_size": 101,  # a prime
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "rms_norm_eps": 1e-5,
+    "vocab_size": 101, "intermediate_size": 72, "num_hidden_layers": 3, "rms_norm_eps": 1e-5,  # 101 is a prime
     "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 20000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 3.0,
+        "rope_type": "llama3", "rope_theta": 20000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
         "original_max_position_embeddings": 32,
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def saved_folders(tmp_path_factory) -> dict[str, Path]:
     """An odd model as one file, in shards and as pytorch_model.bin; a tied one as one file."""
     transformers_logging.disable_progress_bar()
-    folders = {kind: tmp_path_factory.mktemp("saved") / kind for kind in ("single", "sharded", "torch", "tied")}
-    save_llama(folders["single"], **ODD)
-    save_llama(folders["tied"], tie_word_embeddings=True, **ODD)
+    work = tmp_path_factory.mktemp("saved")
+    folders = {"single": save_llama(work / "single", **ODD), "sharded": work / "sharded", "torch": work / "torch"}
     model = LlamaForCausalLM.from_pretrained(folders["single"])
     model.save_pretrained(folders["sharded"], max_shard_size="100KB")
     folders["torch"].mkdir()
     shutil.copy(folders["single"] / "config.json", folders["torch"])
     torch.save(model.state_dict(), folders["torch"] / "pytorch_model.bin")
-    return folders
+    return folders | {"tied": save_llama(work / "tied", tie_word_embeddings=True, **ODD)}
 
 
 @pytest.fixture(scope="module", autouse=True)

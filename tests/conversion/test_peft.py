@@ -239,16 +239,8 @@ def test_tensors_that_do_not_fit_are_named(name, dtype, message, moved, adapter,
 @pytest.mark.parametrize(
     ("settings", "base", "message"),
     [
-        (
-            GATE,
-            "small",
-            r"do not fit --pretrained-.*small\. 4 of the wrong shape: .*lora_A.*\[4, 96\] instead",
-        ),
-        (
-            GATE,
-            "bloom",
-            r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-.*bloom:",
-        ),
+        (GATE, "small", r"do not fit --pretrained-.*small\. 4 of the wrong shape: .*lora_A.*\[4, 96\] instead"),
+        (GATE, "bloom", r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-.*bloom:"),
         ({"r": 50}, "base", r"takes --lora-rank 100 instead of 50; but .*linear_qkv has only 96"),
     ],
 )

@@ -47,10 +47,7 @@ def test_quotation_marks_are_text(tmp_path: Path) -> None:
     [
         ("id\tquestion1\n1\tWhy?\n", r"line 1: no column question2, is_duplicate; QQP has question1, "),
         ("", "this file nothing"),
-        (
-            QQP + GOOD + "1\t2\t3\ta\tb\tyes\n",
-            r"line 3, column is_duplicate: 'yes' is no label of QQP; .* 0 or 1",
-        ),
+        (QQP + GOOD + "1\t2\t3\ta\tb\tyes\n", r"line 3, column is_duplicate: 'yes' is no label of QQP; .* 0 or 1"),
         (QQP + SHORT, r"train\.tsv, line 2: 4 columns, where the header has 6.*--skip-damaged"),
     ],
 )
