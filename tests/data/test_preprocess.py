@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
@@ -57,7 +58,8 @@ def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path)
     folder = str(save_tokenizer(tmp_path, adds_bos=True))
     data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}, {"text": ""}]),), tokenizer_model=folder)
     encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))
-    assert encoder.encode(0) == [[3, *encoder.tokenizer.encode("the cat"), 2]]
+    assert encoder.encode(0) == [[*AutoTokenizer.from_pretrained(folder).encode("the cat"), 2]]
+    assert encoder.encode(0)[0][0] == 3
     assert encoder.encode(1) == [[]]
 
 

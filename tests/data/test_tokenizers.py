@@ -33,13 +33,6 @@ def test_the_default_tokenizer_is_that_of_the_base_model(tokenizer_folder):
     assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False)
 
 
-def test_bos_comes_first_where_transformers_puts_it(tmp_path):
-    folder = str(save_tokenizer(tmp_path, adds_bos=True))
-    ours = HuggingFaceTokenizer(folder)
-    assert ours.encode_prompt("hello") == AutoTokenizer.from_pretrained(folder).encode("hello")
-    assert ours.encode_prompt("hello") == [3, *ours.encode("hello")]
-
-
 def test_a_truncation_saved_with_the_tokenizer_does_not_cut(tmp_path):
     folder = save_tokenizer(tmp_path)
     saved = json.loads((folder / "tokenizer.json").read_text())
