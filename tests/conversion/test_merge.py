@@ -52,23 +52,18 @@ def test_type_and_shards_are_chosen(moved, tmp_path):
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def full_run(folder: Path, base: Path) -> Path:
-    """What a run of full fine-tuning that changed nothing leaves."""
-    save_run(base, folder, global_tensors(base, padded_vocab_size=1024), shape=read_shape(base))
-    write_manifest(folder / "iter_0000002", {})
-    return folder
-
-
 @pytest.mark.parametrize("form", ["converted", "run"])
 def test_base_in_the_form_of_megatron(form, moved, tmp_path):
     """Converted, or a run of full fine-tuning: config and tokenizer come along; another such base is refused."""
-    bases = {}
-    for name in ("base", "other"):
+    bases = {name: tmp_path / name for name in ("base", "other")}
+    for name, base in bases.items():
         original = Path(shutil.copytree(moved.base(name), tmp_path / f"hf-{name}"))
         (original / "tokenizer.json").write_text("{}")
-        converted = form == "converted"
-        folder = tmp_path / name
-        bases[name] = hf_to_megatron(original, folder, progress=False) if converted else full_run(folder, original)
+        if form == "converted":
+            hf_to_megatron(original, base, progress=False)
+        else:
+            save_run(original, base, global_tensors(original, padded_vocab_size=1024), shape=read_shape(original))
+            write_manifest(base / "iter_0000002", {})
     run = trained_on(moved.run("tp2"), tmp_path / "run", bases["base"])
     merge(run, tmp_path / "merged")
     merge(moved.run("tp2"), tmp_path / "expected")
