@@ -32,7 +32,6 @@ ODD = ModelShape("llama", 4, 10, 12, 6, 2, 4, 23, 64, linear_biases=frozenset(LI
 
 
 def save_random(folder: Path, shape: ModelShape = ODD, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Hugging Face folder."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(size, generator=draw).to(dtype) for name, size in expected_tensors(rules_for(shape)).items()

@@ -141,7 +141,6 @@ def header(*shape: int, dtype: str = "F32") -> Header:
 
 
 def check(changes: dict[str, Header | None], expected=EXPECTED, tied: bool = False) -> None:
-    """Check a folder that holds what is expected but for `changes`."""
     headers = {name: header(*shape) for name, shape in expected.items()} | changes
     check_inventory(Source(Path("folder"), {name: h for name, h in headers.items() if h}), expected, tied)
 

@@ -103,7 +103,6 @@ def swap(places):
     ids=["no file", "short file", "no place", "zeros", "another place"],
 )
 def test_damage_is_named_at_once_or_when_the_tensor_is_read(file, index, is_seen_at_once, told, folder):
-    """The file of weights is spoilt, or what the index says of places."""
     if file:
         file(folder / "__0_0.distcp")
     else:

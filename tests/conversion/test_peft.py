@@ -50,7 +50,6 @@ def check_that_peft_finds_every_tensor(adapter: Path, base: Path | str) -> None:
 
 @pytest.mark.parametrize("run", TARGETS)
 def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
-    """It finds every tensor that it looks for."""
     base, adapter = read_run_record(moved.run(run)).config.model.pretrained_checkpoint, tmp_path / "adapter"
     export_adapter(moved.run(run), adapter)
     assert set(config_of(adapter)["target_modules"]) == TARGETS[run]
@@ -165,7 +164,6 @@ def test_imported_adapter_computes_what_it_does_in_peft(family, settings, rank, 
 
 
 def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter, tmp_path, capsys):
-    """The config of HF PEFT is not needed."""
     record = imported(adapter, moved.base("base"))
     printed = capsys.readouterr().out
     assert "so the rank is 8 instead of 4; alpha 12 keeps the scale of 1.5." in printed

@@ -1,5 +1,4 @@
-"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there. LoRA:
-test_peft.py."""
+"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there."""
 
 from __future__ import annotations
 
@@ -51,7 +50,6 @@ def pure_torch(monkeypatch):
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    """As where it cannot be built, without trying to."""
     monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: None)
 
 

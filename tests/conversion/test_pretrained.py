@@ -1,5 +1,4 @@
-"""--pretrained-checkpoint opens every form of a base model at any layout; each rank reads its own part, and what does
-not fit is named before a weight changes."""
+"""--pretrained-checkpoint opens every form of a base model at any layout, and what does not fit is named first."""
 
 from __future__ import annotations
 
@@ -62,7 +61,6 @@ def num_bytes(chunk: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def shape(saved_folders):
-    """Of three layers."""
     return read_shape(saved_folders["single"])
 
 
@@ -146,7 +144,6 @@ SHAPES = {"odd": ODD, "tied": dataclasses.replace(ODD, tied_embeddings=True)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """One model in each form."""
     work, found = tmp_path_factory.mktemp("forms"), {}
     for name, shape in SHAPES.items():
         original = found[name] = save_random(work / name, shape)
@@ -178,7 +175,6 @@ def test_a_rank_reads_its_own_shares_only(rank, folders):
 
 
 def test_shape_is_read_from_every_form(folders):
-    """That of a run is in its record."""
     for form in ("odd", "odd distributed", "odd ranks", "odd run", "tied", "tied distributed", "tied ranks"):
         assert read_model_shape(folders[form]) == SHAPES[form.partition(" ")[0]]
 

@@ -1,5 +1,4 @@
-"""A folder appears whole or not at all; its safetensors, written in pieces and past the page cache, are what the
-library would have written."""
+"""A folder appears whole or not at all; its safetensors, written in pieces, are what the library would have written."""
 
 from __future__ import annotations
 
@@ -84,7 +83,6 @@ def file(tmp_path, monkeypatch):
 
 
 def check_writing(path, lengths: list[int]) -> None:
-    """What is written in pieces of these lengths arrives."""
     draw = random.Random(0)
     pieces = [draw.randbytes(length) for length in lengths]
     with DirectFile(path) as file:
@@ -118,7 +116,6 @@ def refuses(error: int, when):
 
 
 def writes_short(common, calls):
-    """A disk that takes a part of a block."""
 
     def function(descriptor, data):
         calls.append(data)

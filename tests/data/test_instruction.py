@@ -16,7 +16,7 @@ from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_tokenizers import save_tokenizer
+from tests.data.tiny_inputs import save_tokenizer
 from tests.ranks import run_ranks
 
 FLAG = "--train-data-path"
@@ -29,14 +29,11 @@ def trained_text(record: dict, tokenizer: HuggingFaceTokenizer) -> str:
     return tokenizer._tokenizer.decode([i for i, flag in zip(ids, trained, strict=True) if flag])
 
 
-def test_loss_is_on_the_completion_and_its_end(hf):
+def test_loss_is_on_the_completion_or_on_all_of_a_text_and_its_end(hf):
     ids, trained = tokenize_record({"prompt": "the cat:", "completion": " le chat", "id": 7}, hf)
     prompt, completion = hf.encode("the cat:"), hf.encode(" le chat")
     assert ids == [*prompt, *completion, hf.eos_id]
     assert trained == [False] * len(prompt) + [True] * (len(completion) + 1)
-
-
-def test_loss_is_on_all_of_a_text(hf):
     ids, trained = tokenize_record({"text": "the cat"}, hf)
     assert (ids, trained) == ([*hf.encode("the cat"), hf.eos_id], [True] * len(ids))
 

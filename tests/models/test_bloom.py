@@ -84,7 +84,6 @@ def models():
 
 @pytest.fixture(scope="module")
 def outcomes(models, tmp_path_factory):
-    """What `run_all` gives on the last of two ranks."""
     folders = {name: str(tmp_path_factory.mktemp("bloom")) for name in models}
     for name, folder in folders.items():
         models[name].save_pretrained(folder)

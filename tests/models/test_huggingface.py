@@ -101,7 +101,6 @@ def test_what_may_differ_in_a_llama(changes: dict[str, Any], expected: dict[str,
 
 
 def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also of a Bloom that was made with other names."""
     LlamaConfig(**LLAMA_3_2_1B).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "rope_scaling" not in written
