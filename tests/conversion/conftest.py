@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,16 +30,23 @@ ODD = {
 
 @pytest.fixture(scope="session")
 def saved_folders(tmp_path_factory) -> dict[str, Path]:
-    """An odd model as one file, in shards and as pytorch_model.bin; a tied one as one file."""
+    """An odd model as one file, in shards, and both as pickles; a tied one as one file."""
     transformers_logging.disable_progress_bar()
     work = tmp_path_factory.mktemp("saved")
-    folders = {"single": save_llama(work / "single", **ODD), "sharded": work / "sharded", "torch": work / "torch"}
-    model = LlamaForCausalLM.from_pretrained(folders["single"])
+    folders = {kind: work / kind for kind in ("single", "sharded", "torch", "sharded torch", "tied")}
+    save_llama(folders["tied"], tie_word_embeddings=True, **ODD)
+    model = LlamaForCausalLM.from_pretrained(save_llama(folders["single"], **ODD))
     model.save_pretrained(folders["sharded"], max_shard_size="100KB")
-    folders["torch"].mkdir()
-    shutil.copy(folders["single"] / "config.json", folders["torch"])
-    torch.save(model.state_dict(), folders["torch"] / "pytorch_model.bin")
-    return folders | {"tied": save_llama(work / "tied", tie_word_embeddings=True, **ODD)}
+    for kind in ("torch", "sharded torch"):
+        folders[kind].mkdir()
+        shutil.copy(folders["single"] / "config.json", folders[kind])
+    state = model.state_dict()
+    torch.save(state, folders["torch"] / "pytorch_model.bin")
+    weight_map = {name: f"pytorch_model-0000{1 + ('mlp' in name)}-of-00002.bin" for name in state}
+    for file in weight_map.values():
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, folders["sharded torch"] / file)
+    (folders["sharded torch"] / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folders
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,7 +25,7 @@ from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("kind", ["single", "sharded", "torch"])
+@pytest.mark.parametrize("kind", ["single", "sharded", "torch", "sharded torch"])
 def test_slices_equal_those_of_the_model(kind, saved_folders, odd_llama):
     source = open_source(saved_folders[kind])
     state = odd_llama.state_dict()
@@ -52,21 +52,6 @@ def test_safetensors_win_over_pickles(copy_of):
     folder = copy_of("single")
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     assert {h.file.name for h in open_source(folder).headers.values()} == {"model.safetensors"}
-
-
-def test_sharded_pickles_are_read(copy_of, odd_llama):
-    folder = copy_of("torch")
-    (folder / "pytorch_model.bin").unlink()
-    state = odd_llama.state_dict()
-    shards = {"pytorch_model-00001-of-00002.bin": {DOWN: state[DOWN]}}
-    shards["pytorch_model-00002-of-00002.bin"] = {n: t for n, t in state.items() if n != DOWN}
-    for file, tensors in shards.items():
-        torch.save(tensors, folder / file)
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    source = open_source(folder)
-    for name in (DOWN, "model.norm.weight", DOWN):
-        assert torch.equal(source.slice(name, (slice(None),)), state[name])
 
 
 TORN = [
