@@ -43,7 +43,7 @@ def saved_folders(tmp_path_factory) -> dict[str, Path]:
     state = model.state_dict()
     torch.save(state, folders["torch"] / "pytorch_model.bin")
     weight_map = {name: f"pytorch_model-0000{1 + ('mlp' in name)}-of-00002.bin" for name in state}
-    for file in weight_map.values():
+    for file in set(weight_map.values()):
         torch.save({name: state[name] for name in state if weight_map[name] == file}, folders["sharded torch"] / file)
     (folders["sharded torch"] / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folders

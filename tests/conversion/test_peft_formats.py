@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -33,19 +34,12 @@ IN, OUT = 64, 24
 LOAD_IT = "Load it with --finetune --peft-method boft"
 
 
-class PureBlockDiagonal:
-    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
-
-    @staticmethod
-    def apply(blocks: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.block_diag(*factor) for factor in blocks])
-
-
 @pytest.fixture
 def pure_torch(monkeypatch):
-    """HF PEFT's BOFT with several factors, without its extension."""
+    """HF PEFT's BOFT with several factors, without its extension: [factors, blocks, b, b] -> [factors, n, n]."""
+    block_diagonal = SimpleNamespace(apply=lambda x: torch.stack([torch.block_diag(*factor) for factor in x]))
     monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: True)
-    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", PureBlockDiagonal)
+    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", block_diagonal)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from itertools import islice
 
@@ -16,6 +17,7 @@ from megatron_peft.data.packing import PackedOrder, pack_bounds
 from megatron_peft.data.sample import Sample
 
 SEQ_LENGTH = 9
+LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))  # ranks, micro-batch size, micro-batches
 LENGTHS = st.lists(st.integers(1, 10), min_size=1, max_size=60).map(np.asarray)
 
 
@@ -89,8 +91,9 @@ def seen(step: Step) -> list[list[int]]:
     return [batch.labels[batch.loss_mask.bool()].tolist() for batch in step]
 
 
-def global_order(num_samples: int, dp: int, micro: int, per_rank: int, packed: bool, consumed: int) -> list[list[int]]:
+def global_order(num_samples: int, layout: tuple[int, int, int], packed: bool, consumed: int) -> list[list[int]]:
     """Samples of each of four steps in their order over all ranks: microbatch after microbatch, rank after rank."""
+    dp, micro, per_rank = layout
     layouts = [BatchLayout(dp * micro * per_rank, micro, rank, dp, pad_id=999) for rank in range(dp)]
     ranks = [source(num_samples, layout, packed, consumed_samples=consumed) for layout in layouts]
     taken = [[seen(step) for step in islice(rank, 4)] for rank in ranks]
@@ -98,17 +101,12 @@ def global_order(num_samples: int, dp: int, micro: int, per_rank: int, packed: b
 
 
 @settings(max_examples=40)
-@given(
-    num_samples=st.integers(1, 40), dp=st.integers(1, 4), micro=st.integers(1, 3), per_rank=st.integers(1, 3),
-    packed=st.booleans(), consumed=st.integers(0, 50),
-)  # fmt: skip
-def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(
-    num_samples, dp, micro, per_rank, packed, consumed
-):
+@given(num_samples=st.integers(1, 40), layout=LAYOUT, packed=st.booleans(), consumed=st.integers(0, 50))
+def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(num_samples, layout, packed, consumed):
     """From wherever it goes on: a run may be resumed with other batches."""
-    size = dp * micro * per_rank
-    alone = global_order(num_samples, 1, 1, size, packed, consumed)
-    assert global_order(num_samples, dp, micro, per_rank, packed, consumed) == alone
+    size = math.prod(layout)
+    alone = global_order(num_samples, (1, 1, size), packed, consumed)
+    assert global_order(num_samples, layout, packed, consumed) == alone
     order = source(num_samples, BatchLayout(size, 1), packed).order
     expected = [number for p in range(consumed, consumed + 4 * size) for number in order.samples_at(p).tolist()]
     assert sum(alone, []) == expected
@@ -150,13 +148,12 @@ def test_what_a_thread_raises_arrives():
 
 
 @settings(max_examples=40)
-@given(
-    num_samples=st.integers(1, 20), dp=st.integers(1, 3), micro=st.integers(1, 2), per_rank=st.integers(1, 3),
-    prefetch=st.integers(0, 1), packed=st.booleans(),
-)  # fmt: skip
-def test_an_evaluation_sees_every_sample_once_and_gives_each_rank_as_many_microbatches(
-    num_samples, dp, micro, per_rank, prefetch, packed
+@given(num_samples=st.integers(1, 20), layout=LAYOUT, prefetch=st.integers(0, 1), packed=st.booleans())
+def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_on_each_rank(
+    num_samples, layout, prefetch, packed
 ):
+    dp, micro, per_rank = layout
+
     def evaluation(rank: int) -> GlobalBatches:
         batches = source(num_samples, BatchLayout(dp * micro * per_rank, micro, rank, dp), packed, prefetch=prefetch)
         batches.end = batches.samples_per_epoch
