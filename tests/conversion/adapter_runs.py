@@ -105,7 +105,6 @@ def trained_on(run: Path, to: Path, base: Path) -> Path:
 
 
 def make_files(folder: Path) -> Files:
-    """Base models and data."""
     save_llama(folder / "bases" / "base")
     save_llama(folder / "bases" / "other", seed=1)
     save_llama(folder / "bases" / "small", hidden_size=72)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,40 +12,55 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from megatron_peft.conversion import to_megatron
 from tests.conversion import adapter_runs
 from tests.conversion.adapter_runs import Moved
+from tests.conversion.megatron_folders import save_random
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama
 
 ODD = {
-    "vocab_size": 101,  # a prime
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "rms_norm_eps": 1e-5,
+    "vocab_size": 101, "intermediate_size": 72, "num_hidden_layers": 3, "rms_norm_eps": 1e-5,  # 101 is a prime
     "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 20000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 3.0,
+        "rope_type": "llama3", "rope_theta": 20000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
         "original_max_position_embeddings": 32,
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def saved_folders(tmp_path_factory) -> dict[str, Path]:
-    """An odd model as one file, in shards and as pytorch_model.bin; a tied one as one file."""
+    """An odd model as one file, in shards, and both as pickles; a tied one as one file."""
     transformers_logging.disable_progress_bar()
-    folders = {kind: tmp_path_factory.mktemp("saved") / kind for kind in ("single", "sharded", "torch", "tied")}
-    save_llama(folders["single"], **ODD)
+    work = tmp_path_factory.mktemp("saved")
+    folders = {kind: work / kind for kind in ("single", "sharded", "torch", "sharded torch", "tied")}
     save_llama(folders["tied"], tie_word_embeddings=True, **ODD)
-    model = LlamaForCausalLM.from_pretrained(folders["single"])
+    model = LlamaForCausalLM.from_pretrained(save_llama(folders["single"], **ODD))
     model.save_pretrained(folders["sharded"], max_shard_size="100KB")
-    folders["torch"].mkdir()
-    shutil.copy(folders["single"] / "config.json", folders["torch"])
-    torch.save(model.state_dict(), folders["torch"] / "pytorch_model.bin")
+    for kind in ("torch", "sharded torch"):
+        folders[kind].mkdir()
+        shutil.copy(folders["single"] / "config.json", folders[kind])
+    state = model.state_dict()
+    torch.save(state, folders["torch"] / "pytorch_model.bin")
+    weight_map = {name: f"pytorch_model-0000{1 + ('mlp' in name)}-of-00002.bin" for name in state}
+    for file in set(weight_map.values()):
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, folders["sharded torch"] / file)
+    (folders["sharded torch"] / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folders
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_shares() -> Iterator[None]:
+    """Tiny tensors are cut like large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """An odd Llama of random numbers, for which no library is needed."""
+    return save_random(tmp_path_factory.mktemp("original") / "odd")
 
 
 @pytest.fixture(scope="session")

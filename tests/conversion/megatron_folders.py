@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import signal
 from collections.abc import Mapping
@@ -26,14 +25,13 @@ from megatron_peft.conversion.rules import expected_tensors
 from megatron_peft.conversion.source import open_source
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
-from tests.checkpoint.records import make_record
+from tests.checkpoint.records import make_config, make_record
 
 # Two key-value heads, head_dim not hidden / heads, every bias, a prime vocabulary.
 ODD = ModelShape("llama", 4, 10, 12, 6, 2, 4, 23, 64, linear_biases=frozenset(LINEAR_MODULES))
 
 
 def save_random(folder: Path, shape: ModelShape = ODD, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Hugging Face folder."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(size, generator=draw).to(dtype) for name, size in expected_tensors(rules_for(shape)).items()
@@ -106,16 +104,11 @@ def _stage(source: Path, shape: ModelShape, rank: int, tp: int, chunk: int, laye
     return found | {"decoder.layers.0.self_attention.core_attention._extra_state": None}
 
 
-def save_run(
-    original: Path, folder: Path, tensors: dict[str, Tensor], method: str = "full", shape: ModelShape = ODD
-) -> Path:
+def save_run(original: Path, folder: Path, tensors: dict[str, Tensor], method="full", shape: ModelShape = ODD) -> Path:
     """A --save folder as a run of `method` on `original` leaves it."""
     checkpoint = save_distributed(folder / "iter_0000002", tensors)
-    record = make_record(shape=shape)
-    model = dataclasses.replace(record.config.model, pretrained_checkpoint=str(original))
-    peft = dataclasses.replace(record.config.peft, method=method)
-    config = dataclasses.replace(record.config, model=model, peft=peft)
-    (checkpoint / RECORD).write_text(dataclasses.replace(record, config=config).to_json())
+    config = make_config(model={"pretrained_checkpoint": str(original)}, peft={"method": method})
+    (checkpoint / RECORD).write_text(make_record(shape=shape, config=config).to_json())
     (folder / TRACKER).write_text("2\n")
     return folder
 
@@ -156,41 +149,21 @@ def _beside(shape: ModelShape, changes: dict[str, Any]) -> dict[str, Any]:
 @st.composite
 def llama_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
     """Odd Llamas that a tensor-parallel size divides."""
-    groups = size * draw(st.integers(1, 3))
-    return ModelShape(
-        "llama",
-        num_layers=draw(st.integers(1, 3)),
-        hidden_size=draw(st.integers(1, 9)),
-        ffn_hidden_size=size * draw(st.integers(1, 9)),
-        num_attention_heads=groups * draw(st.integers(1, 3)),
-        num_query_groups=groups,
-        kv_channels=draw(st.sampled_from([2, 4, 6])),
-        vocab_size=draw(st.integers(1, 140)),
-        max_position_embeddings=64,
-        linear_biases=draw(st.sampled_from([ODD.linear_biases, frozenset(), frozenset({"linear_qkv", "linear_proj"})])),
-        tied_embeddings=draw(st.booleans()),
-    )
+    layers, hidden, vocabulary = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 140))
+    features, groups = size * draw(st.integers(1, 9)), size * draw(st.integers(1, 3))
+    heads, head_dim = groups * draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
+    biases = draw(st.sampled_from([ODD.linear_biases, frozenset(), frozenset({"linear_qkv", "linear_proj"})]))
+    sizes = (layers, hidden, features, heads, groups, head_dim, vocabulary, 64)
+    return ModelShape("llama", *sizes, linear_biases=biases, tied_embeddings=draw(st.booleans()))
 
 
 @st.composite
 def bloom_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
     """Odd Blooms that a tensor-parallel size divides."""
-    heads, dim = size * draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    heads, head_dim = size * draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    layers, hidden, vocabulary = draw(st.integers(1, 3)), heads * head_dim, draw(st.integers(1, 140))
     return ModelShape(
-        "bloom",
-        num_layers=draw(st.integers(1, 3)),
-        hidden_size=heads * dim,
-        ffn_hidden_size=4 * heads * dim,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        kv_channels=dim,
-        vocab_size=draw(st.integers(1, 140)),
-        max_position_embeddings=64,
-        normalization="LayerNorm",
-        activation="gelu_tanh",
-        gated_linear_unit=False,
-        linear_biases=ODD.linear_biases,
-        tied_embeddings=draw(st.booleans()),
-        position_embedding="alibi",
-        embedding_layernorm=True,
-    )
+        "bloom", layers, hidden, 4 * hidden, heads, heads, head_dim, vocabulary, 64,
+        normalization="LayerNorm", activation="gelu_tanh", gated_linear_unit=False, linear_biases=ODD.linear_biases,
+        tied_embeddings=draw(st.booleans()), position_embedding="alibi", embedding_layernorm=True,
+    )  # fmt: skip

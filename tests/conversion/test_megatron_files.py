@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import pickle
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.nn.functional import pad
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.distributed_files import open_distributed
@@ -41,33 +40,14 @@ cuts = st.lists(st.integers(1, 5), unique=True, max_size=3).map(sorted)
 
 @settings(max_examples=60)
 @given(cuts, cuts, st.data())
-def test_any_box_out_of_any_boxes(rows, columns, data):
+def test_any_box_out_of_any_boxes_and_what_lies_outside_the_tensor_stays_as_it_is(rows, columns, data):
     tensor = stored(WHOLE, rows, columns)
     top, left = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 9))
-    bottom, right = data.draw(st.integers(top + 1, 6)), data.draw(st.integers(left + 1, 10))
-    target = torch.zeros(bottom - top, right - left)
+    bottom, right = data.draw(st.integers(top + 1, 8)), data.draw(st.integers(left + 1, 10))
+    target = torch.full((bottom - top, right - left), -1.0)
     tensor.fill(target, (top, left))
     assert tensor.is_whole
-    assert torch.equal(target, WHOLE[top:bottom, left:right])
-
-
-def test_only_boxes_that_overlap_are_read():
-    def not_this_one() -> torch.Tensor:
-        raise AssertionError("a box that does not overlap is read")
-
-    boxes = stored(WHOLE, [2, 4], []).boxes
-    others = (replace(boxes[0], load=not_this_one), boxes[1], replace(boxes[2], load=not_this_one))
-    read = StoredTensor((6, 10), WHOLE.dtype, others).fill(torch.zeros(2, 3), (2, 0))
-    assert read == 2 * 3 * 4  # bytes of the part that is asked for
-
-
-def test_what_lies_outside_the_tensor_stays_as_it_is_and_a_hole_is_seen():
-    target = torch.full((4, 10), -1.0)
-    stored(WHOLE, [], []).fill(target, (4, 0))
-    assert torch.equal(target[:2], WHOLE[4:])
-    assert target[2:].eq(-1).all()
-    tensor = stored(WHOLE, [2], [])
-    assert not StoredTensor(tensor.shape, tensor.dtype, tensor.boxes[:1]).is_whole
+    assert torch.equal(target, pad(WHOLE, (0, 0, 0, 2), value=-1.0)[top:bottom, left:right])
 
 
 def test_a_layer_of_a_stack():
@@ -85,8 +65,7 @@ A = torch.arange(12.0).view(3, 4)
 
 @pytest.fixture
 def folder(tmp_path):
-    content = {"a.weight": A, "b.weight": torch.arange(5).bfloat16(), "steps": 7}
-    return save_distributed(tmp_path / "megatron", content)
+    return save_distributed(tmp_path / "megatron", {"a.weight": A, "b.weight": torch.arange(5).bfloat16(), "steps": 7})
 
 
 def test_tensors_are_found_and_other_objects_are_not_and_any_box_is_read(folder):
@@ -103,50 +82,32 @@ def test_tensors_are_found_and_other_objects_are_not_and_any_box_is_read(folder)
 PART = MetadataIndex("a.weight", (0, 0))
 
 
-def lose(places):
-    del places[PART]
-
-
 def swap(places):
     places[PART] = places[MetadataIndex("b.weight", (0,))]
 
 
 @pytest.mark.parametrize(
-    ("file", "index", "told"),
+    ("file", "index", "is_seen_at_once", "told"),
     [
-        (Path.unlink, None, "megatron lacks __0_0.distcp, which its index lists"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, "is torn: __0_0.distcp"),
-        (None, lose, "parts are missing of a.weight"),
+        (Path.unlink, None, True, "megatron lacks __0_0.distcp, which its index lists"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is torn: __0_0.distcp"),
+        (None, lambda places: places.pop(PART), True, "parts are missing of a.weight"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
+        (None, swap, False, r"does not hold a.weight \[3, 4\] where its index says so"),
     ],
+    ids=["no file", "short file", "no place", "zeros", "another place"],
 )
-def test_damage_is_named_at_once(file, index, told, folder):
-    spoil(folder, file, index)
-    with pytest.raises(ConfigurationError, match=told):
-        open_distributed(folder)
-
-
-@pytest.mark.parametrize(
-    ("file", "index", "told"),
-    [
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, "__0_0.distcp is damaged where it holds a.w"),
-        (None, swap, r"does not hold a.weight \[3, 4\] where its index says so"),
-    ],
-)
-def test_damage_that_no_size_shows_is_named_when_the_tensor_is_read(file, index, told, folder):
-    spoil(folder, file, index)
-    found = open_distributed(folder)
-    with pytest.raises(ConfigurationError, match=told):
-        found["a.weight"].fill(torch.zeros(3, 4), (0, 0))
-
-
-def spoil(folder, file, index):
-    """Change the file of weights or what the index says of places."""
+def test_damage_is_named_at_once_or_when_the_tensor_is_read(file, index, is_seen_at_once, told, folder):
     if file:
         file(folder / "__0_0.distcp")
     else:
         content = pickle.loads((folder / ".metadata").read_bytes())
         index(content.storage_data)
         (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(ConfigurationError, match=told):
+        found = open_distributed(folder)
+        assert not is_seen_at_once
+        found["a.weight"].fill(torch.zeros(3, 4), (0, 0))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -179,11 +140,11 @@ TENSORS = {
 
 def put(folder: Path, content: object, before: int = 0) -> tuple[Path, int, int]:
     """The file, first byte and length of what torch.save makes, with other bytes on both sides."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     path = folder / "file"
-    path.write_bytes(b"x" * before + buffer.getvalue() + b"y" * 100)
-    return path, before, len(buffer.getvalue())
+    torch.save(content, path)
+    saved = path.read_bytes()
+    path.write_bytes(b"x" * before + saved + b"y" * 100)
+    return path, before, len(saved)
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -217,7 +178,7 @@ def test_what_is_no_tensor_is_refused_and_does_not_run(content, tmp_path, capsys
 
 
 def test_a_view_of_too_small_a_storage_is_refused(tmp_path):
-    path, start, length = put(tmp_path, BASE)
-    path.write_bytes(path.read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # five rows become 127
+    place = put(tmp_path, BASE)
+    place[0].write_bytes(place[0].read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # 5 rows become 127
     with pytest.raises(RuntimeError, match="out of bounds"):
-        map_tensor(path, start, length)
+        map_tensor(*place)

@@ -22,7 +22,6 @@ from tests.conversion.megatron_folders import (
     global_tensors,
     megatron_arguments,
     save_distributed,
-    save_random,
     save_ranks,
     tensors_of,
 )
@@ -30,11 +29,6 @@ from tests.conversion.megatron_folders import (
 RANK_FILE = "mp_rank_01_000/model_optim_rng.pt"
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return save_random(tmp_path_factory.mktemp("hf") / "odd")
 
 
 def stacked(tensors):
@@ -62,15 +56,8 @@ def test_every_spelling_is_read(form, original, tmp_path):
 
 
 def test_spellings_of_a_norm():
-    assert list(spellings("decoder.layers.3.pre_mlp_layernorm.bias")) == [
-        "decoder.layers.3.pre_mlp_layernorm.bias",
-        "decoder.layers.3.mlp.linear_fc1.layer_norm_bias",
-    ]
-    assert list(spellings(FINAL_NORM)) == [FINAL_NORM]
-
-
-def check(tensors, folder):
-    open_megatron(save_distributed(folder, tensors)).check(rules_for(ODD))
+    norm, fused = "decoder.layers.3.pre_mlp_layernorm.bias", "decoder.layers.3.mlp.linear_fc1.layer_norm_bias"
+    assert list(spellings(norm)) == [norm, fused] and list(spellings(FINAL_NORM)) == [FINAL_NORM]
 
 
 def test_all_faults_are_told_at_once(original, tmp_path):
@@ -80,7 +67,7 @@ def test_all_faults_are_told_at_once(original, tmp_path):
     tensors["decoder.layers.4.mlp.linear_fc2.bias"] = torch.zeros(10)
     tensors["output_layer.weight"] = torch.zeros(22, 10)
     with pytest.raises(ConfigurationError) as raised:
-        check(tensors, tmp_path / "megatron")
+        open_megatron(save_distributed(tmp_path, tensors)).check(rules_for(ODD))
     told = str(raised.value)
     assert f"1 missing: {FINAL_NORM}" in told
     assert "1 not part of this model: decoder.layers.4.mlp.linear_fc2.bias" in told
@@ -89,15 +76,22 @@ def test_all_faults_are_told_at_once(original, tmp_path):
 
 
 def test_a_stack_of_more_layers_is_another_model(original, tmp_path):
-    tensors = stacked(global_tensors(original))
-    tensors["decoder.layers.mlp.linear_fc2.bias"] = torch.zeros(5, 10)
+    tensors = stacked(global_tensors(original)) | {"decoder.layers.mlp.linear_fc2.bias": torch.zeros(5, 10)}
     with pytest.raises(ConfigurationError, match="not part of this model: decoder.layers.4.mlp.linear_fc2.bias"):
-        check(tensors, tmp_path / "megatron")
+        open_megatron(save_distributed(tmp_path, tensors)).check(rules_for(ODD))
 
 
-@pytest.fixture
-def ranks(original, tmp_path):
-    return save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
+def rank_file_holds(content):
+    return lambda ranks: torch.save(content, ranks / RANK_FILE)
+
+
+def rank_file_holds_another_shape(ranks):
+    model = load_inertly(ranks / RANK_FILE)["model"]
+    copies = {name: tensor.clone() for name, tensor in model.items() if tensor is not None}
+    torch.save({"model": copies | {FC2: torch.zeros(10, 5)}}, ranks / RANK_FILE)
+
+
+OLD_NAMES = {"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}
 
 
 @pytest.mark.parametrize(
@@ -106,28 +100,15 @@ def ranks(original, tmp_path):
         (lambda ranks: shutil.rmtree(ranks / "mp_rank_01_000"), "lacks the folders mp_rank_01_000"),
         (lambda ranks: (ranks / RANK_FILE).unlink(), "mp_rank_01_000 holds none of model_optim_rng.pt"),
         (lambda ranks: (ranks / "mp_rank_00_000_000").mkdir(), "mp_rank_00_000_000 is of a layout with experts"),
+        (rank_file_holds(OLD_NAMES), "language_model.encoder.* --saver core"),
+        (rank_file_holds({}), "holds no 'model'"),
+        (rank_file_holds_another_shape, r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]"),
     ],
+    ids=["a folder", "a file", "experts", "names before megatron-core", "no model", "another shape"],
 )
-def test_folders_of_ranks_that_are_not_all_there_are_named(change, told, ranks):
+def test_what_lacks_in_the_files_of_ranks_or_does_not_fit_is_named(change, told, original, tmp_path):
+    ranks = save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
     change(ranks)
-    with pytest.raises(ConfigurationError, match=told):
-        open_legacy(ranks)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}, "language_model.encoder.* --saver core"),
-        ({}, "holds no 'model'"),
-        ({"model": {FC2: torch.zeros(10, 5)}}, r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]"),
-    ],
-    ids=["names before megatron-core", "no model", "another shape"],
-)
-def test_a_file_of_a_rank_that_does_not_fit_is_named(change, told, ranks):
-    if FC2 in change.get("model", {}):
-        model = load_inertly(ranks / RANK_FILE)["model"]
-        change = {"model": {name: x.clone() for name, x in model.items() if x is not None} | change["model"]}
-    torch.save(change, ranks / RANK_FILE)
     with pytest.raises(ConfigurationError, match=told):
         open_legacy(ranks).stored(FC2, rules_for(ODD)[FC2])
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.conversion.merge import MERGERS, merge, mix, turn
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.merge import MERGERS, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.huggingface import read_shape
@@ -55,23 +52,18 @@ def test_type_and_shards_are_chosen(moved, tmp_path):
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def full_run(folder: Path, base: Path) -> Path:
-    """What a run of full fine-tuning that changed nothing leaves."""
-    save_run(base, folder, global_tensors(base, padded_vocab_size=1024), shape=read_shape(base))
-    write_manifest(folder / "iter_0000002", {})
-    return folder
-
-
 @pytest.mark.parametrize("form", ["converted", "run"])
 def test_base_in_the_form_of_megatron(form, moved, tmp_path):
     """Converted, or a run of full fine-tuning: config and tokenizer come along; another such base is refused."""
-    bases = {}
-    for name in ("base", "other"):
+    bases = {name: tmp_path / name for name in ("base", "other")}
+    for name, base in bases.items():
         original = Path(shutil.copytree(moved.base(name), tmp_path / f"hf-{name}"))
         (original / "tokenizer.json").write_text("{}")
-        converted = form == "converted"
-        folder = tmp_path / name
-        bases[name] = hf_to_megatron(original, folder, progress=False) if converted else full_run(folder, original)
+        if form == "converted":
+            hf_to_megatron(original, base, progress=False)
+        else:
+            save_run(original, base, global_tensors(original, padded_vocab_size=1024), shape=read_shape(original))
+            write_manifest(base / "iter_0000002", {})
     run = trained_on(moved.run("tp2"), tmp_path / "run", bases["base"])
     merge(run, tmp_path / "merged")
     merge(moved.run("tp2"), tmp_path / "expected")
@@ -106,34 +98,3 @@ def test_output_that_exists_and_a_method_that_cannot_be_merged_are_named(moved, 
     monkeypatch.delitem(MERGERS, "lora")
     with pytest.raises(ConfigurationError, match="adapters of --peft-method lora cannot be merged"):
         merge(moved.run("tp2"), tmp_path / "merged")
-
-
-def opened(peft: PeftConfig, tensors: dict[str, torch.Tensor]) -> Any:
-    """A checkpoint of one layer."""
-    return SimpleNamespace(
-        record=SimpleNamespace(config=SimpleNamespace(peft=peft)),
-        has=lambda layer, name: name in tensors,
-        tensor=lambda layer, name: tensors[name],
-    )
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-@pytest.mark.parametrize(("side", "features"), [("output", 24), ("input", 16)])
-def test_a_turned_weight_is_the_dense_product(side, features):
-    weight, Q = draw(24, 16), draw(features // 8, 2, 2, 6)
-    peft = PeftConfig("boft", boft_block_size=4, boft_factors=2, rotation_side=side)
-    R = torch.block_diag(*compose(cayley(skew(Q, 4))))
-    expected = R @ weight if side == "output" else weight @ R.T
-    torch.testing.assert_close(turn(opened(peft, {"Q": Q}), "layer", weight.clone()), expected)
-
-
-def test_a_mixed_weight_is_the_formula():
-    weight, Q, A, B = draw(24, 16), draw(3, 2, 2, 6), draw(3, 16), draw(24, 3)
-    peft = PeftConfig("hybrid", lora_rank=3, lora_alpha=6, lora_rs=True, boft_block_size=4, boft_factors=2)
-    adapters = opened(peft, {"rotation.Q": Q, "low_rank.A": A, "low_rank.B": B, "mix": torch.tensor(0.3)})
-    R = torch.block_diag(*compose(cayley(skew(Q, 4))))
-    expected = weight + 0.3 * 6 / 3**0.5 * (B @ A) + 0.7 * (R @ weight - weight)
-    torch.testing.assert_close(mix(adapters, "layer", weight.clone()), expected, atol=1e-5, rtol=1e-5)

@@ -23,6 +23,7 @@ from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, trained_on, with_config
 
+LOAD_IT = "Load it with --finetune --peft-method lora"
 EVERY_LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
     "tp2": set(EVERY_LLAMA_LINEAR),
@@ -49,7 +50,6 @@ def check_that_peft_finds_every_tensor(adapter: Path, base: Path | str) -> None:
 
 @pytest.mark.parametrize("run", TARGETS)
 def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path):
-    """It finds every tensor that it looks for."""
     base, adapter = read_run_record(moved.run(run)).config.model.pretrained_checkpoint, tmp_path / "adapter"
     export_adapter(moved.run(run), adapter)
     assert set(config_of(adapter)["target_modules"]) == TARGETS[run]
@@ -122,21 +122,18 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     return make_peft_adapter(base, folder, peft.LoraConfig(**config), "lora_", 0.15)
 
 
-@pytest.fixture(scope="module")
-def plain(moved, tmp_path_factory):
-    """An adapter of HF PEFT on q_proj and v_proj."""
-    return make_adapter(moved.base("base"), tmp_path_factory.mktemp("plain") / "adapter")
-
-
 @pytest.fixture
-def adapter(plain, tmp_path):
-    """Its copy, to be spoilt."""
-    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+def adapter(moved, tmp_path):
+    """An adapter of HF PEFT on q_proj and v_proj."""
+    return make_adapter(moved.base("base"), tmp_path / "adapter")
 
 
 def imported(adapter: Path, base: Path) -> RunRecord:
     import_adapter(adapter, adapter.parent / "run", pretrained_checkpoint=base)
     return read_run_record(adapter.parent / "run")
+
+
+fc1, fc2 = "decoder.layers.{}.mlp.linear_fc1".format, "decoder.layers.{}.mlp.linear_fc2".format
 
 
 @pytest.mark.parametrize(
@@ -145,23 +142,13 @@ def imported(adapter: Path, base: Path) -> RunRecord:
         ("base", {}, 8, {"linear_qkv"}),
         ("base", {"target_modules": ["k_proj"]}, 4, {"linear_qkv"}),
         ("base", {"target_modules": ["o_proj", "down_proj"]}, 4, {"linear_proj", "linear_fc2"}),
-        (
-            "base",
-            {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True},
-            12,
-            set(LINEAR_MODULES),
-        ),
-        (
-            "base",
-            {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]},
-            8,
-            {"decoder.layers.1.mlp.linear_fc1", "decoder.layers.2.mlp.linear_fc1"},
-        ),
+        ("base", {"target_modules": EVERY_LLAMA_LINEAR, "use_rslora": True}, 12, set(LINEAR_MODULES)),
+        ("base", {"target_modules": ["up_proj", "gate_proj"], "layers_to_transform": [1, 2]}, 8, {fc1(1), fc1(2)}),
         (
             "base",
             {"target_modules": r"model\.layers\.[03]\.mlp\.(up|down)_proj", "exclude_modules": ["3.mlp.up_proj"]},
             4,
-            {"decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2", "decoder.layers.3.mlp.linear_fc2"},
+            {fc1(0), fc2(0), fc2(3)},
         ),
         ("bloom", {"target_modules": ["query_key_value", "dense"]}, 4, {"linear_qkv", "linear_proj"}),
     ],
@@ -177,13 +164,10 @@ def test_imported_adapter_computes_what_it_does_in_peft(family, settings, rank, 
 
 
 def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter, tmp_path, capsys):
-    """The config of HF PEFT is not needed."""
     record = imported(adapter, moved.base("base"))
     printed = capsys.readouterr().out
     assert "so the rank is 8 instead of 4; alpha 12 keeps the scale of 1.5." in printed
-    assert printed.endswith(
-        "Load it with --finetune --peft-method lora --lora-rank 8 --lora-alpha 12 --peft-target-modules linear_qkv\n"
-    )
+    assert printed.endswith(f"{LOAD_IT} --lora-rank 8 --lora-alpha 12 --peft-target-modules linear_qkv\n")
     assert record.config.peft.lora_alpha == 12
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "0\n"
     config = config_of(tmp_path / "run")
@@ -197,10 +181,8 @@ def test_a_run_has_its_own_files_and_is_told_the_flags_to_load_it(moved, adapter
 def test_rank_that_stays_is_not_mentioned(moved, tmp_path, capsys):
     base = moved.base("base")
     imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], use_rslora=True), base)
-    assert capsys.readouterr().out == (
-        "Load it with --finetune --peft-method lora --lora-rank 4 --lora-alpha 6 --lora-rs --peft-target-modules "
-        "linear_proj\n"
-    )
+    flags = "--lora-rank 4 --lora-alpha 6 --lora-rs --peft-target-modules linear_proj"
+    assert capsys.readouterr().out == f"{LOAD_IT} {flags}\n"
 
 
 def test_what_pads_the_rank_is_zero(moved, tmp_path):
@@ -228,6 +210,7 @@ def test_pickled_weights_are_read_without_running_anything(moved, adapter, tmp_p
         import_adapter(adapter, tmp_path / "again", pretrained_checkpoint=moved.base("base"))
 
 
+GATE = {"target_modules": ["gate_proj"]}
 Q3 = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
 
 
@@ -254,16 +237,8 @@ def test_tensors_that_do_not_fit_are_named(name, dtype, message, moved, adapter,
 @pytest.mark.parametrize(
     ("settings", "base", "message"),
     [
-        (
-            {"target_modules": ["gate_proj"]},
-            "small",
-            r"do not fit --pretrained-checkpoint .*small\. 4 of the wrong shape: .*lora_A.*\[4, 96\] instead",
-        ),
-        (
-            {"target_modules": ["gate_proj"]},
-            "bloom",
-            r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-checkpoint .*bloom: give",
-        ),
+        (GATE, "small", r"do not fit --pretrained-.*small\. 4 of the wrong shape: .*lora_A.*\[4, 96\] instead"),
+        (GATE, "bloom", r"target_modules \['gate_proj'\] of .* name no linear layer of --pretrained-.*bloom:"),
         ({"r": 50}, "base", r"takes --lora-rank 100 instead of 50; but .*linear_qkv has only 96"),
     ],
 )
@@ -274,16 +249,16 @@ def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, 
 
 
 def test_missing_base_output_and_files_are_named(moved, adapter, tmp_path):
-    bare = tmp_path / "base"
+    base, bare, run = moved.base("base"), tmp_path / "bare", tmp_path / "run"
     bare.mkdir()
-    shutil.copy(moved.base("base") / "config.json", bare)
-    for base, output, told in (
-        (None, tmp_path / "run", "which base model\\? --pretrained-checkpoint takes the folder"),
-        (moved.base("base"), adapter, f"--output {adapter} exists already"),
-        (bare, tmp_path / "run", "--pretrained-checkpoint .*base holds no weights"),
+    shutil.copy(base / "config.json", bare)
+    for given, output, told in (
+        (None, run, "which base model\\? --pretrained-checkpoint takes the folder"),
+        (base, adapter, f"--output {adapter} exists already"),
+        (bare, run, "--pretrained-checkpoint .*bare holds no weights"),
     ):
         with pytest.raises(ConfigurationError, match=told):
-            import_adapter(adapter, output, pretrained_checkpoint=base)
+            import_adapter(adapter, output, pretrained_checkpoint=given)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match=r"holds neither adapter_model.safetensors nor adapter_model.bin"):
-        import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
+        import_adapter(adapter, run, pretrained_checkpoint=base)

@@ -34,33 +34,26 @@ def test_what_peft_itself_writes_is_plain(tmp_path):
     assert settings.scale == 16 / 8**0.5
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "use_dora=true"),
-        ({"bias": "lora_only"}, 'bias="lora_only"'),
-        ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\]'),
-        ({"rank_pattern": {"q_proj": 4}}, r'rank_pattern=\{"q_proj": 4\}'),
-        ({"alpha_pattern": {"q_proj": 4}}, r'alpha_pattern=\{"q_proj": 4\}'),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=true"),
-        ({"lora_bias": True}, "lora_bias=true"),
-        ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa"'),
-        ({"task_type": "SEQ_CLS"}, 'task_type="SEQ_CLS"'),
-        ({"of_a_later_version": 3}, "of_a_later_version=3"),
-    ],
-)
-def test_what_is_not_plain_is_named_with_the_way_out(settings, message, tmp_path):
-    with pytest.raises(ConfigurationError, match=rf"asks for what is not supported: {message}\. Merge it with HF PEFT"):
-        read(tmp_path, **settings)
+UNSUPPORTED = [
+    ({"use_dora": True}, "use_dora=true"),
+    ({"bias": "lora_only"}, 'bias="lora_only"'),
+    ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\]'),
+    ({"rank_pattern": {"q_proj": 4}}, r'rank_pattern=\{"q_proj": 4\}'),
+    ({"alpha_pattern": {"q_proj": 4}}, r'alpha_pattern=\{"q_proj": 4\}'),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out=true"),
+    ({"lora_bias": True}, "lora_bias=true"),
+    ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa"'),
+    ({"task_type": "SEQ_CLS"}, 'task_type="SEQ_CLS"'),
+    ({"of_a_later_version": 3}, "of_a_later_version=3"),
+]
+OTHER_TYPES = ("ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(
-            ({"peft_type": kind}, f"of type {kind}; only LORA and BOFT can be imported. Merge it")
-            for kind in ("ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING")
-        ),
+        *((change, rf"asks for what is not supported: {told}\. Merge it with HF PEFT") for change, told in UNSUPPORTED),
+        *(({"peft_type": one}, f"type {one}; only LORA and BOFT can be imported. Merge it") for one in OTHER_TYPES),
         ({"peft_type": None}, "has no peft_type. A run's --save folder needs no import: --load opens it"),
         ({"r": 0}, "r is 0; it must be a whole number above 0"),
         ({"r": 2.5}, "r is 2.5; it must be a whole number"),
@@ -68,7 +61,7 @@ def test_what_is_not_plain_is_named_with_the_way_out(settings, message, tmp_path
         ({"target_modules": None}, "names no target_modules"),
     ],
 )
-def test_types_numbers_and_targets_are_checked(settings, message, tmp_path):
+def test_what_is_not_a_plain_lora_is_named_with_the_way_out(settings, message, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         read(tmp_path, **settings)
 

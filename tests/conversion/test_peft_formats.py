@@ -1,11 +1,10 @@
-"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there. LoRA:
-test_peft.py."""
+"""BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -32,26 +31,19 @@ from tests.conversion.test_peft import check_that_peft_finds_every_tensor, make_
 from tests.one_rank import one_rank
 
 IN, OUT = 64, 24
-
-
-class PureBlockDiagonal:
-    """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
-
-    @staticmethod
-    def apply(blocks: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+LOAD_IT = "Load it with --finetune --peft-method boft"
 
 
 @pytest.fixture
 def pure_torch(monkeypatch):
-    """HF PEFT's BOFT with several factors, without its extension."""
+    """HF PEFT's BOFT with several factors, without its extension: [factors, blocks, b, b] -> [factors, n, n]."""
+    block_diagonal = SimpleNamespace(apply=lambda x: torch.stack([torch.block_diag(*factor) for factor in x]))
     monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: True)
-    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", PureBlockDiagonal)
+    monkeypatch.setattr(peft_boft_layer, "FastBlockDiag", block_diagonal)
 
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    """As where it cannot be built, without trying to."""
     monkeypatch.setattr(peft_boft_layer, "get_fbd_cuda", lambda: None)
 
 
@@ -135,22 +127,16 @@ def test_export_and_import_give_the_run_back(run, moved, tmp_path, capsys):
     layers, settings = before.record.adapted_layers, before.record.config.peft
     assert after.record.adapted_layers == layers
     assert all(torch.equal(after.tensor(layer, "Q"), before.tensor(layer, "Q")) for layer in layers)
-    assert (
-        f"Load it with --finetune --peft-method boft --boft-block-size {settings.boft_block_size} --boft-factors "
-        f"{settings.boft_factors} --rotation-side input --peft-target-modules "
-    ) in capsys.readouterr().out
+    flags = f"--boft-block-size {settings.boft_block_size} --boft-factors {settings.boft_factors} --rotation-side input"
+    assert f"{LOAD_IT} {flags} --peft-target-modules " in capsys.readouterr().out
 
 
 @pytest.fixture
 def make_adapter(moved, tmp_path):
     """Makes a BOFT of HF PEFT with random rotations in the folder `adapter`."""
     defaults = {"boft_block_size": 4, "target_modules": ["o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-
-    def make(**settings: Any) -> Path:
-        config = peft.BOFTConfig(**{**defaults, **settings})
-        return make_peft_adapter(moved.base("base"), tmp_path / "adapter", config, "boft_R", 0.3)
-
-    return make
+    base, folder = moved.base("base"), tmp_path / "adapter"
+    return lambda **settings: make_peft_adapter(base, folder, peft.BOFTConfig(**defaults | settings), "boft_R", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +159,10 @@ def test_a_factor_that_was_not_trained_is_told(moved, make_adapter, tmp_path, no
     adapter = make_adapter(boft_n_butterfly_factor=2, boft_dropout=0.25, target_modules=["o_proj"])
     capsys.readouterr()
     import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base("base"))
-    assert capsys.readouterr().out.startswith(
-        "The adapter holds 1 butterfly factor instead of the 2 of its config: HF PEFT trains one where it lacks its "
-        "CUDA extension.\nboft_dropout=0.25 is left out: rotations have no dropout here.\nLoad it with --finetune "
-        "--peft-method boft --boft-block-size 4 --boft-factors 1 --rotation-side input"
-    )
+    factor, dropout, flags = capsys.readouterr().out.splitlines()
+    assert factor.startswith("The adapter holds 1 butterfly factor instead of the 2 of its config: HF PEFT trains one")
+    assert dropout == "boft_dropout=0.25 is left out: rotations have no dropout here."
+    assert flags.startswith(f"{LOAD_IT} --boft-block-size 4 --boft-factors 1 --rotation-side input")
     assert read_run_record(tmp_path / "run").config.peft.boft_factors == 1
 
 
@@ -185,10 +170,7 @@ def test_a_factor_that_was_not_trained_is_told(moved, make_adapter, tmp_path, no
     ("settings", "message"),
     [
         ({"target_modules": ["q_proj"]}, r"q_proj, .*v_proj meet one input in .*linear_qkv, so they have one rotation"),
-        (
-            {"target_modules": ["gate_proj", "up_proj"]},
-            r"has one for .*gate_proj, .*up_proj, or different ones\. Merge",
-        ),
+        ({"target_modules": ["gate_proj", "up_proj"]}, r"one for .*gate_proj, .*up_proj, or different ones\. Merge"),
         ({"boft_block_size": 0, "boft_block_num": 20}, r"boft_block_num=20 .* gives blocks of 6 and 8 features; all"),
         ({"boft_block_size": 5, "target_modules": ["down_proj"]}, "--boft-block-size is 5; .* use an even size"),
         ({"bias": "boft_only"}, 'asks for what is not supported: bias="boft_only"'),

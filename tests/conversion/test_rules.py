@@ -18,7 +18,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.families import FAMILIES, rules_for
 from megatron_peft.conversion.loader import base_parameters
-from megatron_peft.conversion.rules import FusedRows, Index, Part, Rule, VocabularyRows, expected_tensors
+from megatron_peft.conversion.rules import Index, Part, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.huggingface import FAMILIES as READABLE
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape
@@ -30,8 +30,7 @@ SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
 
 
 def test_every_family_whose_shape_is_read_has_rules():
-    assert FAMILIES.keys() == READABLE.keys()
-    assert FAMILIES.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
+    assert FAMILIES.keys() == READABLE.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,8 +44,7 @@ def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
 
 
 @pytest.mark.parametrize("kind", ["single", "tied", "bloom", "untied bloom"])
-def test_table_is_complete(kind, saved_folders, tmp_path):
-    """Every tensor that transformers saves, and nothing else."""
+def test_table_has_every_tensor_that_transformers_saves_and_nothing_else(kind, saved_folders, tmp_path):
     is_bloom = "bloom" in kind
     folder = save_bloom(tmp_path, tie_word_embeddings=kind == "bloom", n_layer=2) if is_bloom else saved_folders[kind]
     saved = {name: tuple(tensor.shape) for name, tensor in tensors_of(folder).items()}
@@ -57,14 +55,13 @@ def test_table_is_complete(kind, saved_folders, tmp_path):
         assert rules["output_layer.weight"].parts == rules["embedding.word_embeddings.weight"].parts
 
 
-class TensorsInMemory:
+class TensorsInMemory(dict[str, Tensor]):
     """A source that counts the numbers asked for."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors, self.numbers_read = tensors, 0
+    numbers_read = 0
 
     def slice(self, name: str, index: Index) -> Tensor:
-        view = self.tensors[name][index]
+        view = self[name][index]
         self.numbers_read += view.numel()
         return view
 
@@ -106,23 +103,14 @@ def test_round_trip_is_exact_and_reads_each_number_once(size, shapes, padding, d
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_linear_qkv_holds_queries_keys_and_values_of_each_group(size):
-    heads, groups, dim, hidden = 6, 2, 4, 5
-    shape = ModelShape("llama", 1, hidden, 8, heads, groups, dim, 10, 64, linear_biases=frozenset({"linear_qkv"}))
-    rules = rules_for(shape)
+    groups, biases = 2, frozenset({"linear_qkv"})
+    rules = rules_for(ModelShape("llama", 1, 5, 8, 6, groups, 4, 10, 64, linear_biases=biases))
     tensors = numbered_tensors(rules)
     for kind in ("weight", "bias"):
         names = (f"model.layers.0.self_attn.{p}_proj.{kind}" for p in "qkv")
         by_group = torch.cat([tensors[name].unflatten(0, (groups, -1)) for name in names], dim=1)
         rule = rules[f"decoder.layers.0.self_attention.linear_qkv.{kind}"]
         assert torch.equal(torch.cat(local_tensors(rule, TensorsInMemory(tensors), size)), by_group.flatten(0, 1))
-
-
-def test_linear_qkv_of_bloom_is_a_plain_slice_of_whole_heads():
-    rules = rules_for(ModelShape("bloom", 1, 12, 48, 6, 6, 2, 10, 64))
-    tensors = numbered_tensors(rules)
-    fused = tensors["transformer.h.0.self_attention.query_key_value.weight"]
-    ranks = local_tensors(rules["decoder.layers.0.self_attention.linear_qkv.weight"], TensorsInMemory(tensors), 3)
-    assert all(torch.equal(local, fused[12 * rank : 12 * rank + 12]) for rank, local in enumerate(ranks))
 
 
 def test_linear_fc1_holds_its_share_of_the_gate_above_that_of_up_and_linear_fc2_columns_of_down():
@@ -162,14 +150,6 @@ def test_a_size_that_does_not_divide_is_named(family, name, told):
         rules_for(shape)[f"decoder.layers.0.{name}"].local_shape(4)
 
 
-def test_only_the_vocabulary_may_have_rows_to_spare():
-    embedding = VocabularyRows("e", (Part("e", (5, 3)),))
-    assert embedding.accepts((3, 3), size=2) and embedding.accepts((64, 3), size=2)
-    assert not embedding.accepts((2, 3), size=2) and not embedding.accepts((64, 4), size=2)
-    fused = FusedRows("f", (Part("f", (6, 3)),), num_groups=None)
-    assert fused.accepts((3, 3), size=2) and not fused.accepts((4, 3), size=2)
-
-
 def test_a_whole_tensor_is_written_without_a_copy():
     whole = torch.zeros(12, 5)  # padded
     (written,) = rules_for(SMALL)["output_layer.weight"].write([whole]).values()
@@ -189,8 +169,7 @@ def loaded(folder: Path) -> dict[str, Tensor]:
 
 
 def test_names_without_the_prefix_load_the_same_bloom(bloom, tmp_path):
-    """As in bigscience's own files; one of them may hold a copy of the tied output layer too. A missing tensor is named
-    as transformers names it."""
+    """As in bigscience's files, also with a copy of the tied output layer. A missing one has transformers' name."""
     tensors = load_file(bloom / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     bare["lm_head.weight"] = bare["word_embeddings.weight"].clone()

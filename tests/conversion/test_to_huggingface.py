@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,9 +15,6 @@ from hypothesis import strategies as st
 
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion import to_megatron
-from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.huggingface import read_shape
@@ -33,17 +31,6 @@ from tests.conversion.megatron_folders import (
     save_run,
     tensors_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def many_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny tensors are cut like large ones."""
-    monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return save_random(tmp_path_factory.mktemp("hf") / "odd")
 
 
 def round_trip(shape: ModelShape, dtype: torch.dtype) -> None:
@@ -99,18 +86,20 @@ def test_a_run_of_full_fine_tuning_is_written_with_its_bases_config(original, tm
     run = save_run(original, tmp_path / "run", tensors | moments)
     written = megatron_to_hf(run, tmp_path / "hf", progress=False)
     assert equal(tensors_of(written), tensors_of(original))
-    assert (written / "tokenizer.json").is_file()
+    assert (written / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+    given = Path(shutil.copytree(original, tmp_path / "given"))
+    (given / "tokenizer.json").write_text("given")
+    written = megatron_to_hf(run, tmp_path / "again", pretrained_checkpoint=given, progress=False)
+    assert (written / "tokenizer.json").read_text() == "given"
 
 
 def test_float32_takes_the_copies_of_bf16_training(original, tmp_path):
     tensors = global_tensors(original)
     masters = {f"optimizer.master.{name}": tensor for name, tensor in tensors.items()}
     run = save_run(original, tmp_path / "run", {n: t.bfloat16() for n, t in tensors.items()} | masters)
-    assert equal(
-        tensors_of(megatron_to_hf(run, tmp_path / "wide", dtype=torch.float32, progress=False)), tensors_of(original)
-    )
-    stored = tensors_of(megatron_to_hf(run, tmp_path / "stored", progress=False))
-    assert equal(stored, {name: tensor.bfloat16() for name, tensor in tensors_of(original).items()})
+    for dtype, stored in ((torch.float32, torch.float32), (None, torch.bfloat16)):
+        written = megatron_to_hf(run, tmp_path / str(dtype), dtype=dtype, progress=False)
+        assert equal(tensors_of(written), {name: t.to(stored) for name, t in tensors_of(original).items()})
 
 
 def test_a_lost_base_costs_the_tokenizer_only(original, tmp_path, caplog):
@@ -140,27 +129,3 @@ def test_what_cannot_be_written_is_refused_with_the_way_out(original, tmp_path):
         with pytest.raises(ConfigurationError, match=told):
             megatron_to_hf(source, output, progress=False)
     assert not (tmp_path / "hf").exists()
-
-
-def counted(rule):
-    """Each tensor filled with the length of its name."""
-    return {part.name: torch.full(part.shape, float(len(part.name))) for part in rule.parts}
-
-
-def write(folder, tensors=counted, origins=()):
-    rules = rules_for(ODD)
-    contents = Contents(ODD, rules, dict.fromkeys(rules, torch.bfloat16), tensors, origins)
-    write_huggingface(folder, contents, 5 * 10**9, "Writing", progress=False)
-
-
-def test_every_tensor_is_written_in_its_type_and_the_first_folder_with_a_config_describes_it(tmp_path):
-    for name in ("empty", "first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(name)
-        if name != "empty":
-            (tmp_path / name / "config.json").write_text(json.dumps({"name": name, "torch_dtype": "float32"}))
-    write(tmp_path / "new", origins=tuple(tmp_path / name for name in ("empty", "first", "second")))
-    expected = {name: tensor for rule in rules_for(ODD).values() for name, tensor in counted(rule).items()}
-    assert equal(tensors_of(tmp_path / "new"), {name: tensor.bfloat16() for name, tensor in expected.items()})
-    assert (tmp_path / "new" / "tokenizer.json").read_text() == "first"
-    assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"name": "first", "torch_dtype": "bfloat16"}

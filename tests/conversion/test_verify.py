@@ -6,23 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.conversion.verify import Comparison, Trace, compare, verify
+from megatron_peft.conversion.verify import verify
 from tests.tiny_llama import save_llama
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("verify") / "llama")
-
-
-@pytest.fixture(scope="module")
-def converted(original: Path) -> Path:
-    return hf_to_megatron(original, original.parent / "megatron", progress=False)
+def original(saved_folders) -> Path:
+    return saved_folders["single"]
 
 
 def spoilt(original: Path, folder: Path, name: str) -> Path:
@@ -33,19 +27,22 @@ def spoilt(original: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-def test_ours_equals_transformers(original, converted):
-    found = verify(converted, original, num_tokens=20)
+@pytest.mark.parametrize("kind", ["single", "tied"])
+def test_ours_equals_transformers(kind, saved_folders, tmp_path):
+    """Grouped queries, biases, head_dim, llama3 frequencies beyond the trained length."""
+    found = verify(hf_to_megatron(saved_folders[kind], tmp_path / "megatron", progress=False), saved_folders[kind])
     assert found.logits.relative < 1e-5
     assert found.logits.scale > 1
-    assert len(found.layers) == 4 and all(layer.relative < 1e-5 for layer in found.layers)
-    assert (found.same_best, found.num_positions) == (40, 40)
+    assert len(found.layers) == 3 and all(layer.relative < 1e-5 for layer in found.layers)
+    assert found.same_best == found.num_positions > 40
 
 
-def test_a_changed_layer_is_placed(original, converted, tmp_path):
-    other = spoilt(original, tmp_path / "other", "model.layers.2.mlp.down_proj.weight")
-    found = verify(converted, other, num_tokens=20)
+def test_a_changed_layer_is_placed(original, tmp_path):
+    other = spoilt(original, tmp_path / "other", "model.layers.1.mlp.down_proj.weight")
+    found = verify(hf_to_megatron(original, tmp_path / "megatron", progress=False), other, num_tokens=20)
     assert found.logits.relative > 1e-3
-    assert [layer.relative > 1e-3 for layer in found.layers] == [False, False, True, True]
+    assert [layer.relative > 1e-3 for layer in found.layers] == [False, True, True]
+    assert 0 < found.same_best < found.num_positions == 40
 
 
 def test_two_hugging_face_folders_are_compared(original, tmp_path):
@@ -56,12 +53,12 @@ def test_two_hugging_face_folders_are_compared(original, tmp_path):
 
 
 def test_what_cannot_be_compared_is_told(original, tmp_path):
-    other = save_llama(tmp_path / "other", num_hidden_layers=3)
+    other = save_llama(tmp_path / "other")
     nowhere, empty, adapter = (tmp_path / name for name in ("nowhere", "empty", "adapter"))
     empty.mkdir(), adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "moved"}')
     for ours, theirs, num_tokens, told in (
-        (original, other, 4, "not comparable: num_layers 4 and 3"),
+        (original, other, 4, "not comparable: vocab_size 101 and 1001"),
         (original, original, 0, "--num-tokens 0 must be at least 1 and at most 256"),
         (original, original, 257, "--num-tokens 257 must be at least 1 and at most 256"),
         (nowhere, original, 4, f"--input {nowhere} is not a folder"),
@@ -94,13 +91,3 @@ def test_what_the_library_that_should_cannot_open_is_told(original, tmp_path, co
     if config and "LORA" in config:
         with pytest.raises(ConfigurationError, match="HF PEFT cannot open .*other"):
             verify(original, folder, num_tokens=4, pretrained_checkpoint=original)
-
-
-def test_comparison_of_traces():
-    logits = torch.tensor([[[1.0, -4.0], [0.0, 2.0]]])
-    other = torch.tensor([[[1.5, -4.0], [3.0, 2.0]]])
-    found = compare(Trace(other, [other]), Trace(logits, [logits]))
-    assert isinstance(found, Comparison)
-    assert (found.logits.absolute, found.logits.scale, found.logits.relative) == (3.0, 4.0, 0.75)
-    assert found.layers == [found.logits]
-    assert (found.same_best, found.num_positions) == (1, 2)

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import pytest
 
-from megatron_peft.config import (
-    ConfigurationError,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig, TrainingConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import NullTokenizer
-from tests.data.indexed_corpus import numbered_documents, write_indexed
+from tests.checkpoint.records import make_config
+from tests.data.tiny_inputs import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
 ALONE = ParallelConfig()
 SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, world_size=2)
 
 
-def build(
-    data: dict[str, Any], parallel: ParallelConfig = ALONE, *, rank: int = 0, consumed: int = 0, **training
-) -> Data:
+def build(data: dict[str, Any], parallel: ParallelConfig = ALONE, rank: int = 0, consumed: int = 0, **training) -> Data:
     """`data` and `training` are fields of the configuration; without a length the run has 5 iterations."""
     length = {} if {"train_iters", "train_samples", "train_epochs"} & training.keys() else {"train_iters": 5}
-    config = RunConfig(
-        parallel=parallel,
-        model=ModelConfig(pretrained_checkpoint="model"),
-        peft=PeftConfig(),
-        data=DataConfig(**data, num_workers=0, seq_length=8),
-        training=TrainingConfig(**{"global_batch_size": 4, **length, **training}),
-    )
+    settings = DataConfig(**data, num_workers=0, seq_length=8)
+    steps = TrainingConfig(**{"global_batch_size": 4, **length, **training})
+    config = replace(make_config(), parallel=parallel, data=settings, training=steps)
     place = {"data_parallel_rank": rank, "data_parallel_size": parallel.data_parallel_size}
     return build_data(config, NullTokenizer(999), consumed_samples=consumed, **place)
 
@@ -73,7 +61,8 @@ def test_validation_is_one_pass_in_file_order_that_eval_iters_end_and_none_mean_
 
 @pytest.mark.parametrize(
     ("length", "iterations"),
-    [({"train_iters": 7}, 7), ({"train_samples": 11}, 2), ({"train_epochs": 1}, 3), ({"train_epochs": 1.5}, 4)],
+    [({"train_iters": 7}, 7), ({"train_samples": 11}, 2)]
+    + [({"train_epochs": epochs}, iterations) for epochs, iterations in ((0.1, 1), (0.5, 2), (1, 3), (1.5, 4), (2, 5))],
 )
 def test_the_length_of_the_run_becomes_iterations(train, length, iterations):
     assert build(train, **length).train_iters == iterations
@@ -102,10 +91,8 @@ def test_what_was_cut_is_said_once(write_lines, caplog):
     path = write_lines([{"prompt": "1", "completion": "2 " * 20}, *RECORDS])
     with caplog.at_level(logging.WARNING):
         build({"train_data_path": (path,)})
-    assert [record.getMessage() for record in caplog.records] == [
-        "--train-data-path: 1 of 11 samples are longer than --seq-length 8 and were cut at their end "
-        f"(first: {path}, line 1)."
-    ]
+    told = "--train-data-path: 1 of 11 samples are longer than --seq-length 8 and were cut at their end"
+    assert [record.getMessage() for record in caplog.records] == [f"{told} (first: {path}, line 1)."]
 
 
 def test_bad_data_name_the_flag_that_brought_them_and_less_than_a_batch_is_no_run(train, write_lines):

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
@@ -14,11 +14,10 @@ from megatron_peft.data import tokenizers
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.instruction import encode_parts, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
-from megatron_peft.data.sample import sample_from_ids
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_tokenizers import save_tokenizer
+from tests.data.tiny_inputs import save_tokenizer
 from tests.ranks import run_ranks
 
 FLAG = "--train-data-path"
@@ -31,14 +30,11 @@ def trained_text(record: dict, tokenizer: HuggingFaceTokenizer) -> str:
     return tokenizer._tokenizer.decode([i for i, flag in zip(ids, trained, strict=True) if flag])
 
 
-def test_loss_is_on_the_completion_and_its_end(hf):
+def test_loss_is_on_the_completion_or_on_all_of_a_text_and_its_end(hf):
     ids, trained = tokenize_record({"prompt": "the cat:", "completion": " le chat", "id": 7}, hf)
     prompt, completion = hf.encode("the cat:"), hf.encode(" le chat")
     assert ids == [*prompt, *completion, hf.eos_id]
     assert trained == [False] * len(prompt) + [True] * (len(completion) + 1)
-
-
-def test_loss_is_on_all_of_a_text(hf):
     ids, trained = tokenize_record({"text": "the cat"}, hf)
     assert (ids, trained) == ([*hf.encode("the cat"), hf.eos_id], [True] * len(ids))
 
@@ -132,12 +128,6 @@ def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp
     assert starts == [3, 3, 1]
 
 
-def test_a_token_never_straddles_the_end_of_the_prompt(hf):
-    whole = hf.encode("hello world")
-    assert len(hf.encode("hello wo")) + len(hf.encode("rld")) > len(whole)  # joined, one token would
-    assert encode_parts(hf.encode, ["hello wo", "rld"]) == [hf.encode("hello wo"), hf.encode("rld")]
-
-
 def test_a_sentencepiece_completion_does_not_begin_with_a_space_of_its_own(sentencepiece_file):
     tokenizer = SentencePieceTokenizer(str(sentencepiece_file))
     prompt, completion = encode_parts(tokenizer.encode, ["the cat", "s"])
@@ -147,6 +137,7 @@ def test_a_sentencepiece_completion_does_not_begin_with_a_space_of_its_own(sente
 
 
 @settings(max_examples=100)
+@example(parts=["hello wo", "rld"])  # a token of the whole text would straddle the boundary
 @given(parts=st.lists(st.text(alphabet="ab \nhelothcatsm", max_size=8), min_size=1, max_size=5))
 def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
     pieces = encode_parts(hf.encode, parts)
@@ -178,18 +169,6 @@ def test_what_is_wrong_with_a_record_is_told(hf, record, message):
         tokenize_record(record, hf)
 
 
-def test_samples_are_those_of_the_records_that_are_left(write_lines, hf):
-    records = [{"text": "the cat"}, {"text": ""}, {"prompt": "the cat:", "completion": " le chat"}]
-    dataset = InstructionDataset(JsonRecords([write_lines(records)], FLAG), Fit(hf, 64))
-    assert len(dataset) == 2
-    for index, record in enumerate([records[0], records[2]]):
-        expected = sample_from_ids(*tokenize_record(record, hf), 64)
-        assert dataset.record(index) == record
-        assert dataset[index].tokens.tolist() == expected.tokens.tolist()
-        assert dataset[index].loss_mask.tolist() == expected.loss_mask.tolist()
-        assert dataset.lengths[index] == len(expected)
-
-
 def test_a_few_thousand_short_records_take_a_moment(write_lines, hf):
     record = {"prompt": "English: the cat sat on the mat\nFrench:", "completion": " le chat dort"}
     records = JsonRecords([write_lines([record] * 3000)], FLAG)
@@ -218,7 +197,7 @@ def test_truncation_cuts_the_end_and_skips_prompts_that_fill_the_sequence(write_
     assert [len(dataset[i]) for i in range(3)] == [3, 4, 4]
     assert dataset[1].labels.tolist() == [2, 3, 4, 5]
     assert dataset[1].loss_mask.tolist() == [0, 1, 1, 1]
-    assert dataset.record(2) == {"text": "1 2 3 4"}
+    assert [dataset.record(i) for i in range(3)] == [RECORDS[0], RECORDS[1], RECORDS[4]]
     cut, filled, empty = dataset.warnings
     assert cut.startswith("1 of 5 samples are longer than --seq-length 4 and were cut at their end (first:")
     assert cut.endswith("data.jsonl, line 2).")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
 from megatron_peft.data.preprocess import preprocess
-from tests.data.tiny_tokenizers import save_tokenizer
+from tests.data.tiny_inputs import save_tokenizer
 from tools.preprocess_data import main
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
@@ -57,7 +58,8 @@ def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path)
     folder = str(save_tokenizer(tmp_path, adds_bos=True))
     data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}, {"text": ""}]),), tokenizer_model=folder)
     encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))
-    assert encoder.encode(0) == [[3, *encoder.tokenizer.encode("the cat"), 2]]
+    assert encoder.encode(0) == [[*AutoTokenizer.from_pretrained(folder).encode("the cat"), 2]]
+    assert encoder.encode(0)[0][0] == 3
     assert encoder.encode(1) == [[]]
 
 
@@ -79,27 +81,34 @@ def test_a_bad_record_is_named_and_leaves_nothing_behind(write_lines, tmp_path, 
 
 
 def test_what_exists_is_not_overwritten_and_what_cannot_be_written_is_named(write_lines, tmp_path):
-    path = write_lines(TEXTS)
-    (tmp_path / "out_text_document.idx").write_text("mine")
-    with pytest.raises(ConfigurationError, match="out_text_document.idx exist: remove them, or give another --output"):
-        preprocess(config(path, tmp_path / "out"))
-    assert (tmp_path / "out_text_document.idx").read_text() == "mine"
-    with pytest.raises(ConfigurationError, match="--output-prefix: cannot write to the folder .*nowhere"):
-        preprocess(config(path, tmp_path / "nowhere" / "out"))
-    with pytest.raises(ConfigurationError, match="no document of .*empty.jsonl holds any text"):
-        preprocess(config(write_lines([{"text": ""}], "empty.jsonl"), tmp_path / "empty"))
+    path, empty, index = (
+        write_lines(TEXTS),
+        write_lines([{"text": ""}], "empty.jsonl"),
+        tmp_path / "a_text_document.idx",
+    )
+    index.write_text("mine")
+    for source, prefix, told in (
+        (path, "a", "a_text_document.idx exist: remove them, or give another --output"),
+        (path, "nowhere/b", "--output-prefix: cannot write to the folder .*nowhere"),
+        (empty, "c", "no document of .*empty.jsonl holds any text"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            preprocess(config(source, tmp_path / prefix))
+    assert index.read_text() == "mine"
 
 
-def command(path: str, prefix: Path, *more: str) -> list[str]:
-    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
-    return ["--input", path, "--output-prefix", str(prefix), *null, *more]
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+
+
+def run_tool(path: str, prefix: Path, *more: str) -> int:
+    return main(["--input", path, "--output-prefix", str(prefix), *NULL, *more])
 
 
 def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, capsys):
     write_lines([{"text": "1"}], "part-1.jsonl")
     write_lines([{"text": "2"}], "part-2.jsonl")
-    pattern = str(tmp_path / "part-*.jsonl")
-    assert main(command(pattern, tmp_path / "out", "--append-eod", "--keep-sequential-samples")) == 0
+    pattern, flags = str(tmp_path / "part-*.jsonl"), ("--append-eod", "--keep-sequential-samples")
+    assert run_tool(pattern, tmp_path / "out", *flags) == 0
     assert documents(tmp_path / "out_text_document") == [[1, 99], [2, 99]]
     assert "wrote 2 documents, 4 tokens" in capsys.readouterr().out
 
@@ -114,10 +123,10 @@ def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, caps
 )
 def test_the_tool_refuses_flags_by_name(write_lines, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
-        main(command(write_lines(TEXTS), tmp_path / "out", *flags))
+        run_tool(write_lines(TEXTS), tmp_path / "out", *flags)
     assert message in capsys.readouterr().err
 
 
 def test_the_tool_tells_bad_input_in_one_line(tmp_path, capsys):
-    assert main(command(str(tmp_path / "nowhere.jsonl"), tmp_path / "out")) == 2
+    assert run_tool(str(tmp_path / "nowhere.jsonl"), tmp_path / "out") == 2
     assert "error: --input" in (said := capsys.readouterr().err) and "nowhere.jsonl cannot be read" in said

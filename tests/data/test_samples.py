@@ -42,10 +42,6 @@ def test_rows_are_padded_on_the_right_to_the_longest():
     assert batch.loss_mask.dtype == torch.float32
 
 
-def test_the_width_is_rounded_up_for_sequence_parallelism():
-    assert pad([[LONG]], 4, 99).tokens.shape == pad([[SHORT]], 4, 99).tokens.shape == (1, 4)
-
-
 def test_a_row_without_a_sample_is_padding():
     batch = pad([[SHORT], []], 1, 99)
     assert batch.tokens.tolist() == [[7], [99]]

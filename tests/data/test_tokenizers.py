@@ -20,7 +20,7 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
 )
-from tests.data.tiny_tokenizers import save_tokenizer
+from tests.data.tiny_inputs import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 REFUSING = "{{ raise_exception('roles must alternate') }}"
@@ -38,13 +38,6 @@ def test_the_default_tokenizer_is_that_of_the_base_model(tokenizer_folder):
     assert ours.decode([*ids, ours.eos_id]) == "hello world"
     assert (ours.vocab_size, ours.eos_id, ours.eod, ours.bos_id) == (len(theirs), 2, 2, None)
     assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False)
-
-
-def test_bos_comes_first_where_transformers_puts_it(tmp_path):
-    folder = str(save_tokenizer(tmp_path, adds_bos=True))
-    ours = HuggingFaceTokenizer(folder)
-    assert ours.encode_prompt("hello") == AutoTokenizer.from_pretrained(folder).encode("hello")
-    assert ours.encode_prompt("hello") == [3, *ours.encode("hello")]
 
 
 def test_a_truncation_saved_with_the_tokenizer_does_not_cut(tmp_path):
@@ -85,26 +78,24 @@ def test_null_tokenizer_refuses_what_is_not_an_id(text, message):
 def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
     torn = tmp_path / "torn.model"
     torn.write_bytes(b"not a model")
-    cases = (
-        ("HuggingFaceTokenizer", str(tmp_path / "nowhere"), "nowhere: no such folder"),
-        ("HuggingFaceTokenizer", str(tmp_path), "holds no tokenizer that transformers can read"),
-        ("SentencePieceTokenizer", str(tmp_path), "tokenizer.model: no such file"),
-        ("SentencePieceTokenizer", str(torn), "torn.model is not a sentencepiece model"),
+    for kind, source, message in (
+        ("HuggingFaceTokenizer", tmp_path / "nowhere", "nowhere: no such folder"),
+        ("HuggingFaceTokenizer", tmp_path, "holds no tokenizer that transformers can read"),
+        ("SentencePieceTokenizer", tmp_path, "tokenizer.model: no such file"),
+        ("SentencePieceTokenizer", torn, "torn.model is not a sentencepiece model"),
         ("HuggingFaceTokenizer", None, "no tokenizer: give --tokenizer-model"),
-    )
-    for kind, source, message in cases:
-        with pytest.raises(ConfigurationError, match=message):
-            build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source), None)
-
-
-def test_messages_need_a_chat_template_that_takes_them(tmp_path):
-    for template, message in (
-        (None, f"{tmp_path} has no chat template"),
-        (REFUSING, "refuses .*: roles must alternate"),
     ):
-        tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
         with pytest.raises(ConfigurationError, match=message):
-            tokenizer.render_chat(MESSAGES)
+            build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source and str(source)), None)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "{} has no chat template"), (REFUSING, "refuses .*: roles must alternate")]
+)
+def test_messages_need_a_chat_template_that_takes_them(template, message, tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+    with pytest.raises(ConfigurationError, match=message.format(tmp_path)):
+        tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
         NullTokenizer(99).chat_parts(MESSAGES)
 

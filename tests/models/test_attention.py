@@ -143,9 +143,7 @@ def test_a_rank_has_the_slopes_of_its_own_heads():
 
 def test_layers_share_one_bias_whatever_the_lengths():
     """Short, long, short again, another type: each as if it were the first."""
-    bias = AlibiBias(HEADS, 0, 1)
-    query = torch.empty(0)
-    kept = []
+    bias, query, kept = AlibiBias(HEADS, 0, 1), torch.empty(0), []
     for num_queries, num_keys in ((5, 5), (4, 300), (300, 300), (2, 7)):
         found = bias.of(num_queries, num_keys, query)
         torch.testing.assert_close(found, AlibiBias(HEADS, 0, 1).of(num_queries, num_keys, query))

@@ -6,10 +6,18 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
 
-from megatron_peft.evaluation.generation import GenerationSettings
-from tests.models import bloom_runs
-from tests.models.bloom_runs import Job
+from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.huggingface import read_shape
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from tests.ranks import run_ranks
 from tests.tiny_bloom import random_bloom
 from tests.tiny_llama import VOCAB_SIZE
@@ -23,7 +31,50 @@ LAYOUTS = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "PP2 interleaved": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
 }
+TOKENS = list(torch.randint(VOCAB_SIZE, (2, 2, 150), generator=torch.Generator().manual_seed(0)))
+DRAW = random.Random(0)
+PROMPTS = [[DRAW.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 140)]
 GENERATING = ("TP1", "TP2", "TP2+SP")  # generation runs on one pipeline stage
+
+
+def run_all(bases: dict[str, str]) -> dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]:
+    """By model and layout: the logits [b, s, vocabulary] of the last pipeline stage, and the answers."""
+    start_world(ParallelConfig())
+    return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in LAYOUTS}
+
+
+def _run(base: str, layout: str) -> tuple[list[Tensor], list[list[int]]]:
+    shape = read_shape(base)
+    parallel = ParallelConfig(**LAYOUTS[layout], world_size=dist.get_world_size())
+    start_model_parallel(parallel, 1, num_virtual_stages(shape, parallel))
+    chunks = build_model_chunks(shape, ModelConfig(base), parallel)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
+    load_pretrained(chunks, base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)
+    logits = [x[..., : shape.vocab_size].clone() for x in _logits(chunks)]
+    settings = GenerationSettings(frozenset(), NUM_NEW)
+    answers = generate(chunks, PROMPTS, settings) if layout in GENERATING else []
+    stop_model_parallel()
+    return logits, answers
+
+
+def _logits(chunks) -> list[Tensor]:
+    iterators = [iter(TOKENS) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(TOKENS),
+        micro_batch_size=TOKENS[0].shape[0],
+        seq_length=TOKENS[0].shape[1],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+
+
+def _forward(microbatches, model):
+    tokens = next(microbatches)
+    logits = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), attention_mask=None)
+    return logits, lambda output, non_loss_data: gather_from_tensor_model_parallel_region(output)
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +83,19 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def tokens():
-    return list(torch.randint(VOCAB_SIZE, (2, 2, 150), generator=torch.Generator().manual_seed(0)))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    draw = random.Random(0)
-    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5, 1, 19, 140)]
-
-
-@pytest.fixture(scope="module")
-def outcomes(models, tokens, prompts, tmp_path_factory):
-    """(logits, answers) of the rank that holds the last stage, by model and layout; one world of two ranks."""
-    keys, jobs = [], []
-    for name, model in models.items():
-        base = str(tmp_path_factory.mktemp("bloom"))
-        model.save_pretrained(base)
-        for layout, parallel in LAYOUTS.items():
-            keys.append((name, layout))
-            asked = prompts if layout in GENERATING else []
-            jobs.append(Job(base, parallel, tokens, asked, GenerationSettings(frozenset(), NUM_NEW)))
-    return dict(zip(keys, run_ranks(2, bloom_runs.run_jobs, jobs)[-1], strict=True))
+def outcomes(models, tmp_path_factory):
+    folders = {name: str(tmp_path_factory.mktemp("bloom")) for name in models}
+    for name, folder in folders.items():
+        models[name].save_pretrained(folder)
+    return run_ranks(2, run_all, folders)[-1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(outcomes, models, tokens, name, layout):
+def test_logits_are_those_of_transformers(outcomes, models, name, layout):
     logits, _ = outcomes[name, layout]
-    assert len(logits) == len(tokens)
-    for found, batch in zip(logits, tokens, strict=True):
+    assert len(logits) == len(TOKENS)
+    for found, batch in zip(logits, TOKENS, strict=True):
         with torch.no_grad():
             expected = models[name](batch).logits
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -69,10 +103,10 @@ def test_logits_are_those_of_transformers(outcomes, models, tokens, name, layout
 
 @pytest.mark.parametrize("layout", GENERATING)
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, prompts, name, layout):
+def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, name, layout):
     """Prompts of unequal length in one batch, so some are padded; transformers sees each alone and whole."""
     _, answers = outcomes[name, layout]
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer) == NUM_NEW
         with torch.no_grad():
             logits = models[name](torch.tensor([prompt + answer])).logits[0]

@@ -37,40 +37,16 @@ BLOOM_7B1 = {
     "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False, "initializer_range": 0.02,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
+SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 LLAMA_SHAPE = ModelShape(
-    architecture="llama",
-    num_layers=16,
-    hidden_size=2048,
-    ffn_hidden_size=8192,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=64,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    norm_epsilon=1e-5,
-    tied_embeddings=True,
-    rotary_base=500000.0,
-    rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
-)
+    "llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072,
+    norm_epsilon=1e-5, tied_embeddings=True, rotary_base=500000.0, rope_scaling=SCALING,
+)  # fmt: skip
 BLOOM_SHAPE = ModelShape(
-    architecture="bloom",
-    num_layers=30,
-    hidden_size=4096,
-    ffn_hidden_size=16384,
-    num_attention_heads=32,
-    num_query_groups=32,
-    kv_channels=128,
-    vocab_size=250880,
-    max_position_embeddings=2048,
-    normalization="LayerNorm",
-    norm_epsilon=1e-5,
-    activation="gelu_tanh",
-    gated_linear_unit=False,
-    linear_biases=frozenset(LINEAR_MODULES),
-    tied_embeddings=True,
-    position_embedding="alibi",
-    embedding_layernorm=True,
-)
+    "bloom", 30, 4096, 16384, 32, 32, 128, 250880, 2048,
+    normalization="LayerNorm", norm_epsilon=1e-5, activation="gelu_tanh", gated_linear_unit=False,
+    linear_biases=frozenset(LINEAR_MODULES), tied_embeddings=True, position_embedding="alibi", embedding_layernorm=True,
+)  # fmt: skip
 
 
 def llama(folder: Path, base: dict[str, Any] = LLAMA_3_2_1B, /, **changes: Any) -> ModelShape:
@@ -105,6 +81,19 @@ def test_absent_keys_have_the_defaults_of_llama(tmp_path: Path) -> None:
         ({"head_dim": 96}, {"kv_channels": 96}),  # not hidden / heads
         ({"head_dim": None}, {}),
         ({"architectures": None}, {}),
+        ({"rope_scaling": {"type": "default"}}, {"rope_scaling": None}),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 500000.0}}, {"rope_scaling": None}),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, {"rope_scaling": None}),
+        ({"rope_scaling": {"type": "llama3", **ROPE}}, {}),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
+            {"rope_scaling": replace(SCALING, original_max_position_embeddings=131072)},
+        ),
+        (
+            {"rope_scaling": None, "rope_theta": None}
+            | {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0, "partial_rotary_factor": 1}},
+            {},
+        ),
     ],
 )
 def test_what_may_differ_in_a_llama(changes: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
@@ -112,7 +101,6 @@ def test_what_may_differ_in_a_llama(changes: dict[str, Any], expected: dict[str,
 
 
 def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also of a Bloom that was made with other names."""
     LlamaConfig(**LLAMA_3_2_1B).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "rope_scaling" not in written
@@ -123,63 +111,31 @@ def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"rope_scaling": {"type": "default"}}, None),
-        ({"rope_scaling": {"rope_type": "default", "rope_theta": 500000.0}}, None),
-        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, None),
-        ({"rope_scaling": {"type": "llama3", **ROPE}}, RopeScaling(32.0, 1.0, 4.0, 8192)),
-        (
-            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
-            RopeScaling(32.0, 1.0, 4.0, 131072),
-        ),
-        (
-            {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0, "partial_rotary_factor": 1}, "rope_theta": None},
-            RopeScaling(32.0, 1.0, 4.0, 8192),
-        ),
-    ],
-)
-def test_rope_scaling(keys: dict[str, Any], expected: RopeScaling | None, tmp_path: Path) -> None:
-    assert llama(tmp_path, **{"rope_scaling": None, **keys}) == replace(LLAMA_SHAPE, rope_scaling=expected)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "told"),
-    [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' is not supported. Supported: default"),
-        ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported"),
-        ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
-        ({"rope_type": "longrope", "short_factor": [1.0]}, "rope_type 'longrope' is not supported"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_type 'default'"),
-        ({"full_attention": {"rope_type": "default"}}, "full_attention of rope_type 'default'"),
-        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor is missing"),
-        ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor 1.0 must be above"),
-        ({**LLAMA3, "beta": 1}, "beta of rope_type 'llama3' is not supported"),
-        ("llama3", "rope_scaling is 'llama3', not an object"),
-    ],
-)
-def test_rope_scaling_that_is_refused(scaling: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"config.json: .*{told}"):
-        llama(tmp_path, rope_scaling=scaling)
-
-
-@pytest.mark.parametrize(
-    "key",
-    "hidden_act pretraining_tp quantization_config partial_rotary_factor sliding_window rope_interleaved "
-    "final_logit_softcapping pruned_heads".split(),
-)
-def test_unsupported_keys_are_refused_by_name(key: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"asks for what is not supported: {key}="):
-        llama(tmp_path, **{key: 30.0})
-
-
 COUNT, NUMBER = "it must be a whole number above 0", "it must be a number above 0"
+SUPPORTED = ".* not supported. Supported: LlamaForCausalLM, BloomForCausalLM"
+UNSUPPORTED_KEYS = (
+    "hidden_act pretraining_tp quantization_config partial_rotary_factor sliding_window rope_interleaved "
+    "final_logit_softcapping pruned_heads"
+)
+REFUSED_SCALING = [
+    ({"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' is not supported. Supported: default"),
+    ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported"),
+    ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
+    ({"rope_type": "longrope", "short_factor": [1.0]}, "rope_type 'longrope' is not supported"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_type 'default'"),
+    ({"full_attention": {"rope_type": "default"}}, "full_attention of rope_type 'default'"),
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor is missing"),
+    ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor 1.0 must be above"),
+    ({**LLAMA3, "beta": 1}, "beta of rope_type 'llama3' is not supported"),
+    ("llama3", "rope_scaling is 'llama3', not an object"),
+]
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        *(({"rope_scaling": scaling}, told) for scaling, told in REFUSED_SCALING),
+        *(({key: 30.0}, f"asks for what is not supported: {key}=") for key in UNSUPPORTED_KEYS.split()),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "2048"}, f"hidden_size is '2048'; {COUNT}"),
         ({"num_hidden_layers": 0}, f"num_hidden_layers is 0; {COUNT}"),
@@ -194,27 +150,13 @@ COUNT, NUMBER = "it must be a whole number above 0", "it must be a number above 
         ({"num_attention_heads": 30, "head_dim": None}, "hidden_size 2048 is no multiple of num_attention_heads 30"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 key-value heads"),
         ({"head_dim": 63}, "head_dim 63 is odd"),
+        ({"model_type": "mistral", "architectures": ["Mistral"]}, f"Mistral of model_type 'mistral'{SUPPORTED}"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, f"LlamaForSequenceClassification{SUPPORTED}"),
+        ({"model_type": None}, f"model_type None{SUPPORTED}"),
     ],
 )
-def test_impossible_values_are_named(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=f"config.json: {told}"):
-        llama(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"model_type": "mistral", "architectures": ["MistralModel"]}, "MistralModel of model_type 'mistral'"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"model_type": None}, "model_type None"),
-    ],
-)
-def test_other_architectures_are_refused_with_the_supported_ones(
-    changes: dict[str, Any], told: str, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        ConfigurationError, match=f"{told}.* not supported. Supported: LlamaForCausalLM, BloomForCausalLM"
-    ):
+def test_what_is_refused_of_a_llama(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"config.json.*{told}"):
         llama(tmp_path, **changes)
 
 
@@ -253,24 +195,24 @@ def test_what_is_refused_of_a_bloom(changes: dict[str, Any], told: str, tmp_path
         bloom(tmp_path, **changes)
 
 
-def test_a_switch_that_drops_biases_in_transformers_is_ignored_aloud(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_switch_that_drops_biases_in_transformers_is_ignored_aloud(tmp_path: Path, caplog) -> None:
     assert bloom(tmp_path, slow_but_exact=True, pretraining_tp=1) == BLOOM_SHAPE
     assert not caplog.records
     assert bloom(tmp_path, slow_but_exact=True) == BLOOM_SHAPE
     assert "slow_but_exact is ignored" in caplog.text
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="meta-llama/Llama-3 is not a folder"):
-        read_shape(tmp_path / "meta-llama/Llama-3")
-    with pytest.raises(ConfigurationError, match="holds no config.json"):
-        read_shape(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "told"), [('{"model_type": "lla', ": not JSON"), ("[1]", " holds no JSON object")])
-def test_torn_config(text: str, told: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=f"config.json{told}"):
-        read_shape(tmp_path)
+@pytest.mark.parametrize(
+    ("folder", "text", "told"),
+    [
+        ("meta-llama/Llama-3", None, "meta-llama/Llama-3 is not a folder"),
+        (".", None, "holds no config.json"),
+        (".", '{"model_type": "lla', "config.json: not JSON"),
+        (".", "[1]", "config.json holds no JSON object"),
+    ],
+)
+def test_folders_that_hold_no_config_are_named(folder: str, text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=told):
+        read_shape(tmp_path / folder)

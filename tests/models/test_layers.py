@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron_peft.models.norms import LayerNorm, RMSNorm
 from megatron_peft.models.swiglu import SwiGLU, _SwiGLU
 from megatron_peft.runtime import cpu
+from tests.kept import kept_for_backward
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
 
@@ -51,11 +52,6 @@ def test_values_and_gradients_are_torchs(kind, dtype):
     norm, x = _norm(kind, dtype), torch.randn(SHAPE, dtype=dtype)
     expected = _values_and_gradients(lambda x: _reference(norm, x), norm, x)
     torch.testing.assert_close(_values_and_gradients(norm, norm, x), expected)
-
-
-def test_rms_gradients_are_those_of_finite_differences():
-    norm = _norm(RMSNorm, torch.float64)
-    assert torch.autograd.gradcheck(norm, torch.randn(SHAPE, dtype=torch.float64, requires_grad=True))
 
 
 def test_bfloat16_is_normalised_in_float32():
@@ -100,30 +96,22 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 3, 14, dtype=dtype, requires_grad=True), torch.randn(5, 3, 7, dtype=dtype)
 
 
+@pytest.mark.parametrize("is_contiguous", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglus_values_and_gradients_are_the_composed_ones_bit_for_bit(dtype):
+def test_swiglus_values_and_gradients_are_the_composed_ones_bit_for_bit(dtype, is_contiguous):
     x, grad = inputs(dtype)
+    if not is_contiguous:
+        grad = grad.transpose(0, 2).contiguous().transpose(0, 2)
     ours, theirs = _SwiGLU.apply(x), composed(x)
     assert torch.equal(ours, theirs)
     assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
 
 
-def test_swiglus_gradient_is_that_of_finite_differences():
-    assert torch.autograd.gradcheck(_SwiGLU.apply, (inputs(torch.float64)[0],))
-
-
-def test_a_gradient_that_is_not_contiguous():
-    x, _ = inputs(torch.float64)
-    grad = torch.randn(7, 3, 5, dtype=torch.float64).transpose(0, 2)
-    assert torch.equal(*(torch.autograd.grad(f(x), x, grad)[0] for f in (_SwiGLU.apply, composed)))
-
-
 def test_only_the_input_is_kept():
     x, _ = inputs(torch.float32)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with kept_for_backward() as kept:
         _SwiGLU.apply(x)
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
 def test_swiglus_output_can_be_made_again_its_gradient_is_the_same_and_nothing_more_stays_kept():

