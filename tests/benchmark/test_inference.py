@@ -59,9 +59,7 @@ def both(tmp_path_factory: pytest.TempPathFactory):
     model = save_worded_llama(folder / "model")
     tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
     questions = Questions(str(model), str(tasks), NAMES, limit=8)
-    return [
-        run_ranks(1, backend, questions)[0] for backend in (our_items, their_items)
-    ]
+    return [run_ranks(1, backend, questions)[0] for backend in (our_items, their_items)]
 
 
 def test_both_give_the_same(both) -> None:

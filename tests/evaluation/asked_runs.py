@@ -24,11 +24,7 @@ from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from tests.evaluation.local_tasks import TASKS
 
-LAYOUTS = {
-    "TP2": ["--tensor-model-parallel-size", "2"],
-    "PP2": ["--pipeline-model-parallel-size", "2"],
-    "DP2": [],
-}
+LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}
 
 
 @dataclass(frozen=True)
