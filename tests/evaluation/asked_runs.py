@@ -129,8 +129,9 @@ def _by_the_harness(place: Place) -> dict[str, Any]:
     manager = TaskManager(include_path=place.tasks, include_defaults=False)
     model = HFLM(pretrained=place.base, device="cpu", dtype="float32", batch_size=4)
     results: Any = simple_evaluate(model=model, tasks=names, task_manager=manager)  # pyright: ignore
-    samples = {(task, one["doc_id"]): one for task, of_task in results["samples"].items() for one in of_task}
-    return {"results": results["results"], "samples": json.loads(json.dumps(list(samples.items()), default=str))}
+    plain = json.loads(json.dumps(results["samples"], default=str))
+    samples = {(task, one["doc_id"]): one for task, of_task in plain.items() for one in of_task}
+    return {"results": results["results"], "samples": samples}
 
 
 def _printed(work: Any) -> str:

@@ -9,8 +9,10 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.answers import AnswerSettings, Stream
+from megatron_peft.evaluation.harness_run import HarnessSettings
 from megatron_peft.evaluation.progress import request_bar
 from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
+from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.stop import StopTexts
 
 BYTES: Any = SimpleNamespace(  # a byte an id
@@ -45,17 +47,24 @@ def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, 
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("settings", "message"),
     [
-        ({}, "exactly one of --prompt TEXT and --prompt-file FILE"),
-        ({"prompt": "a", "prompt_file": "b"}, "exactly one of"),
-        ({"prompt": "a", "num_samples": 3}, "--num-samples 3 with --temperature 0 gives one answer 3 times"),
-        ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens is 0; it must be above 0"),
+        (lambda: Sampling(temperature=-1.0), "--temperature is -1.0; it cannot be negative"),
+        (lambda: Sampling(top_k=-1), "--top-k is -1"),
+        (lambda: Sampling(top_p=0.0), "--top-p is 0.0; it is a probability, above 0 and at most 1"),
+        (AnswerSettings, "exactly one of --prompt TEXT and --prompt-file FILE"),
+        (lambda: AnswerSettings("a", "b"), "exactly one of"),
+        (lambda: AnswerSettings("a", num_samples=3), "--num-samples 3 with --temperature 0 gives one answer 3 times"),
+        (lambda: AnswerSettings("a", max_new_tokens=0), "--max-new-tokens is 0; it must be above 0"),
+        (lambda: HarnessSettings([], "", limit=2.5), "--limit is 2.5; it is a number of questions, or below 1 a share"),
+        (lambda: HarnessSettings([], "", limit=0), "--limit is 0; it must be above 0"),
+        (lambda: HarnessSettings([], "", batch_size=0), "--batch-size is 0"),
+        (lambda: HarnessSettings([], "", num_fewshot=-1), "--num-fewshot is -1; it cannot be negative"),
     ],
 )
-def test_contradictions_are_told(values, message):
+def test_settings_out_of_range_and_contradictions_are_told(settings, message):
     with pytest.raises(ConfigurationError, match=message):
-        AnswerSettings(**values)
+        settings()
 
 
 def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():

@@ -69,20 +69,6 @@ def test_a_task_of_scored_items_only_shows_none_of_them(folder):
     find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"limit": 2.5}, "--limit is 2.5; it is a number of questions, or below 1 a share"),
-        ({"limit": 0}, "--limit is 0; it must be above 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"num_fewshot": -1}, "--num-fewshot is -1; it cannot be negative"),
-    ],
-)
-def test_values_out_of_range_are_told(values, message):
-    with pytest.raises(ConfigurationError, match=message):
-        HarnessSettings(["task"], "out.json", **values)
-
-
 def test_files_lie_beside_the_results():
     settings = HarnessSettings(["task"], "runs/scores.json", limit=0.5)
     assert settings.beside("requests") == Path("runs/scores.requests.jsonl")

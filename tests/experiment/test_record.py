@@ -9,7 +9,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.plan import losses_of_grid, progress, work
+from megatron_peft.experiment.plan import progress, work
 from megatron_peft.experiment.record import (
     MOST_LAMBDAS,
     MOST_POINTS,
@@ -17,7 +17,6 @@ from megatron_peft.experiment.record import (
     from_metrics,
     of_cell,
     read_file,
-    read_record,
     thinned,
     trainable_parameters,
     write_record,
@@ -30,13 +29,6 @@ from tests.recorded_calls import recorded_calls
 def group(tmp_path: Path) -> Group:
     """Rates 0.1 and 0.4, seeds 1, 2, 3; tuned with seed 1, scored."""
     return experiment(tmp_path)[1][0]
-
-
-def test_record_is_read_back_as_written(tmp_path: Path, group: Group) -> None:
-    cell = group.tuning[0]
-    record = of_cell(cell, "trained", validation_loss=1.5, lambdas={"iterations": [1], "by_layer": {"a": [0.5]}})
-    write_record(tmp_path, cell, record)
-    assert read_record(tmp_path, cell) == record
 
 
 def test_record_appears_whole_by_one_rename(tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +120,6 @@ def test_scores_need_the_checkpoint_and_end_the_group(tmp_path: Path, group: Gro
         assert not progress(tmp_path, group).is_done
         end(tmp_path, cell, scores={"accuracy": 50.0})
     assert progress(tmp_path, group).is_done and todo(tmp_path, group) == []
-
-
-def test_points_of_the_grid_are_named_by_their_settings(tmp_path: Path, group: Group) -> None:
-    end(tmp_path, group.tuning[0], loss=1.5)
-    assert losses_of_grid(group, progress(tmp_path, group).tuning) == {"lr=0.1": 1.5, "lr=0.4": None}
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])

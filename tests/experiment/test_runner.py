@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,6 @@ from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, experiment
 from tests.time_limits import wait_until
 
-ROOT = Path(__file__).parents[2]
 VARYING = ("started_at", "seconds", "score_seconds", "versions")
 
 
@@ -110,18 +111,28 @@ def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: 
     assert whole and all(one["status"] == "trained" for one in cells(tmp_path).values())
 
 
-def test_second_runner_is_refused(tmp_path: Path) -> None:
-    holder = "import sys, time; sys.path[0:0] = [{!r}]; from pathlib import Path; "
-    holder += "from megatron_peft.checkpoint.folder_lock import FolderLock; "
-    holder += "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", holder.format(str(ROOT)), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+@contextmanager
+def started(call: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A program that calls a function of this file, and is killed at the end."""
+    command = [sys.executable, "-c", f"from tests.experiment import test_runner\ntest_runner.{call}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as program:
         try:
-            assert first.stdout is not None and first.stdout.readline() == "held\n"
-            with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
-                run(tmp_path)
+            yield program
         finally:
-            first.kill()
+            program.kill()
+
+
+def hold(folder: str) -> None:
+    FolderLock(Path(folder))
+    print("held", flush=True)
+    time.sleep(60)
+
+
+def test_second_runner_is_refused(tmp_path: Path) -> None:
+    with started(f"hold({str(tmp_path / 'out')!r})") as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
+            run(tmp_path)
     FolderLock(tmp_path / "out").release()
 
 
@@ -132,15 +143,12 @@ def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    script = "import sys, pathlib, tests.experiment.test_runner as t; t.run(pathlib.Path(sys.argv[1]), jobs=1)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_SECONDS": "0.3"}
     there: list[int] = []
     for pattern in ("runs/*/log.txt", "cells/*.json") * 5:
         before = newest(tmp_path, pattern)
-        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment) as runner:
+        with started(f"run(test_runner.Path({str(tmp_path)!r}), jobs=1)", FAKE_SECONDS="0.3") as runner:
             wait_until(lambda: newest(tmp_path, pattern) > before or runner.poll() is not None, pattern)  # noqa: B023
             time.sleep(draw.uniform(0, 0.4))
-            runner.kill()
         assert runner.returncode == -signal.SIGKILL, "it ended by itself"
         there.append(len(list((tmp_path / "out" / "cells").glob("*.json"))))
     print(f"cells of 8 that were there after each kill: {there}")
@@ -152,15 +160,16 @@ def newest(folder: Path, pattern: str) -> int:
     return max((path.stat().st_mtime_ns for path in (folder / "out").glob(pattern)), default=0)
 
 
+def start_cell(log: str) -> None:
+    running = process.start([sys.executable, "-c", "import time; time.sleep(60)"], Path(log))
+    print(running.process.pid, flush=True)
+    time.sleep(60)
+
+
 def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from megatron_peft.experiment.process import start; "
-    script += f"r = start([sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r})); "
-    script += "print(r.process.pid, flush=True); time.sleep(60)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as runner:
+    with started(f"start_cell({str(tmp_path / 'log')!r})") as runner:
         assert runner.stdout is not None
         child = int(runner.stdout.readline())
-        runner.kill()
     wait_until(lambda: not _is_running(child), "the end of the cell")
 
 

@@ -14,25 +14,9 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
 from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.results import VALIDATION_LOSS, Results, copy_results, metrics, read_results
+from megatron_peft.reporting.results import Results, copy_results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
-from tests.reporting.small_results import LAYERS, record_of, results, write_cells
-
-
-@pytest.fixture
-def found(tmp_path: Path) -> Results:
-    return results(tmp_path)
-
-
-def test_runs_are_those_of_the_rate_with_the_least_loss(found: Results) -> None:
-    lora, lora_ga, _ = found.all
-    assert (lora.settings, lora_ga.settings) == ({"lr": "0.4"}, {"lr": "0.1"})
-    assert lora.values("accuracy") == pytest.approx({1: 79.8, 2: 79.6, 3: 78.8})
-    assert lora_ga.values(VALIDATION_LOSS) == pytest.approx({1: 1.51, 2: 1.52, 3: 1.56})
-
-
-def test_metrics_are_the_loss_and_the_scores(found: Results) -> None:
-    assert metrics(found.experiment.tasks[0]) == {VALIDATION_LOSS: False, "accuracy": True}
+from tests.reporting.small_results import LAYERS, record_of, write_cells
 
 
 @pytest.mark.parametrize("failed", [False, True])
@@ -72,22 +56,13 @@ def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) ->
         read_results(tmp_path)
 
 
-CURVE = [(10, 3.0), (20, 2.0), (40, 1.0), (60, 1.5)]
-
-
 @pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (2.5, (15, False)),
-        (1.5, (30, False)),
-        (1.0, (40, False)),
-        (0.9, None),
-        (3.0, (10, False)),
-        (3.5, (10, True)),  # some step before the first measurement
-    ],
+    ("loss", "step"), [(2.5, (15, False)), (1.5, (30, False)), (1.0, (40, False)), (0.9, None), (3.0, (10, False))]
 )
-def test_crossing_lies_on_the_line_between_measurements(loss: float, expected: tuple[float, bool] | None) -> None:
-    assert crossing(CURVE, loss) == expected
+def test_crossing_lies_on_the_line_between_measurements(loss: float, step: tuple[float, bool] | None) -> None:
+    curve = [(10, 3.0), (20, 2.0), (40, 1.0), (60, 1.5)]
+    assert crossing(curve, loss) == step
+    assert crossing(curve, 3.5) == (10, True), "some step before the first measurement"
 
 
 def run(*losses: float) -> CellRecord:
