@@ -1,32 +1,29 @@
-"""Steps are really run and timed, and what they keep and send is counted, of the right things.
+"""Steps and layers are really run and timed, and what they keep and send is counted, of the right things.
 
 A LoRA step adds one full call without sequence parallelism, and r-wide ones only with it. LoRA-GA's start is timed a
-batch, over the frozen base.
+batch, over the frozen base. The crossover names both ways, the one in use first.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmark import activations, collectives, lora_ga_start, steps
-from megatron_peft.benchmark.collective_log import Collective
-from megatron_peft.benchmark.figures import Figure
+from megatron_peft.benchmark import activations, boft_layer, collectives, lora_ga_start, steps, urnn_crossover
 from megatron_peft.benchmark.memory import resident_bytes
 from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmark.urnn_crossover import crossover_figures
 from megatron_peft.training import start
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
-def test_a_figure_is_the_quotient_of_the_two_that_it_names(
-    figures: Callable[[Setting, int], list[Figure]], even: Setting
-) -> None:
+def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
     for figure in figures(even, 1):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
         assert amounts[0] > 0 and figure.measured == pytest.approx(amounts[0] / amounts[1], rel=0.2)
@@ -51,14 +48,6 @@ def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
     narrow = 4 * 4 * even.rows * even.positions * 4 * 4
     grown = {name: wider[name] - kept[name] for name in kept}
     assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
-
-
-WIDE = Collective("allreduce_", 1000, 4000, 100)
-NARROW = Collective("_allgather_base_", 160, 640, 16)
-
-
-def test_equal_calls_cancel_one_by_one() -> None:
-    assert collectives.extra_calls([WIDE], [WIDE, NARROW, WIDE]) == [WIDE, NARROW]
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
@@ -101,3 +90,40 @@ def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, ti
     monkeypatch.setattr(start, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs))
     frozen, a_batch = lora_ga_start.time_start(tiny)
     assert len(runs) == 4 and frozen > 0 and a_batch > 0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(boft_layer, "WIDTH", 64)
+    monkeypatch.setattr(boft_layer, "NUM_TOKENS", 8)
+
+
+def test_layers_start_as_linear_ones_and_have_the_same_number_of_blocks(small):
+    with one_rank():
+        ours, theirs = boft_layer._boft(), boft_layer._hf_boft()
+        x = torch.randn(8, 1, 64)
+        weight = theirs.base_model.model[0].base_layer.weight
+        torch.testing.assert_close(theirs(x), x @ weight.t())
+        rotations = dict(theirs.named_parameters())["base_model.model.0.boft_R.default"]
+        assert rotations.shape == (3, 64 // 8, 8, 8)
+        assert ours(x).shape == x.shape
+
+
+def test_steps_run_forward_and_backward(small):
+    with one_rank():
+        seen = []
+        for build in boft_layer.LAYERS.values():
+            layer = build()
+            boft_layer._step(lambda x, layer=layer: seen.append(x) or layer(x))()
+        assert len(seen) == 3 and all(x.grad is not None and x.grad.abs().sum() > 0 for x in seen)
+
+
+def test_the_way_in_use_stands_first(monkeypatch):
+    monkeypatch.setattr(urnn_crossover, "NUM_TOKENS", 8)
+    monkeypatch.setattr(urnn_crossover, "NUM_FEATURES", 64)
+    monkeypatch.setattr(urnn_crossover, "DENSE_UP_TO", 16)
+    figures = crossover_figures(num_turns=1)
+    found = [figure.name.removeprefix("groups of ") for figure in figures]
+    assert found == ["4: dense / fourier", "16: dense / fourier", "32: fourier / dense", "64: fourier / dense"]
+    assert all(figure.measured > 0 and figure.target == 1.0 for figure in figures)

@@ -29,14 +29,6 @@ def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3
 
 
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [({}, "TP1"), ({"tensor_parallel": 2, "sequence_parallel": True}, "TP2+SP"), ({"pipeline_parallel": 2}, "PP2")],
-)
-def test_layout_is_named(layout: dict, name: str) -> None:
-    assert Setting("nowhere", **layout).layout == name
-
-
 def test_every_token_counts_and_labels_are_the_next_tokens() -> None:
     batch = subjects.microbatch(Setting("nowhere", rows=2, positions=8), vocab_size=50)
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])

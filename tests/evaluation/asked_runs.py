@@ -54,7 +54,11 @@ def run_alone(place: Place) -> dict[str, Any]:
     found["hf"] = _by_the_harness(place)
     found["streamed"] = _printed(lambda: _answer(place, prompt="w1 w2", max_new_tokens=5))
     _answer(place, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path("alone.jsonl")))
-    found["complaints"] = [_complaint(place, *wrong) for wrong in _wrong_models(place)]
+    found["complaints"] = [
+        _complaint([*place.run, "--lora-rank", "4"], "w1"),
+        _complaint([*place.run, "--pretrained-checkpoint", str(place.path("other"))], "w1"),
+        _complaint(place.run, "w1 " * 300),
+    ]
     return found
 
 
@@ -82,11 +86,10 @@ def run_again(place: Place) -> dict[str, Any]:
 def run_split(place: Place) -> dict[str, Any]:
     """The trained run at each layout: results, and a file of answers that are drawn."""
     start_world(ParallelConfig())
-    found = {}
+    found: dict[str, Any] = {}
+    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
     for layout, flags in LAYOUTS.items():
         found[layout] = _evaluate(place, layout, [*place.run, *flags])
-    for layout, flags in LAYOUTS.items():
-        drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
         _answer(place, flags, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path(layout)), **drawn)
     found["streamed"] = _printed(lambda: _answer(place, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))
     return found
@@ -141,17 +144,7 @@ def _printed(work: Any) -> str:
     return written.getvalue()
 
 
-def _wrong_models(place: Place) -> list[tuple[list[str], str]]:
-    """Flags that name no model that can be asked."""
-    return [
-        (["--load", place.tasks], "w1"),
-        ([*place.run, "--lora-rank", "4"], "w1"),
-        ([*place.run, "--pretrained-checkpoint", str(place.path("other"))], "w1"),
-        (place.run, "w1 " * 300),
-    ]
-
-
-def _complaint(place: Place, flags: list[str], prompt: str) -> str:
+def _complaint(flags: list[str], prompt: str) -> str:
     try:
         _ask(flags, lambda config: answer(config, AnswerSettings(prompt=prompt)))
     except ConfigurationError as error:

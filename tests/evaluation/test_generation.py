@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.sampling import RandomStreams, Sampling, choose_tokens, probabilities
+from megatron_peft.evaluation.sampling import Sampling, choose_tokens, probabilities
 from megatron_peft.evaluation.scoring import Continuation
 from megatron_peft.evaluation.stop import StopTexts
 from tests.evaluation import generation_runs
@@ -267,13 +267,6 @@ def test_rounding_of_the_logits_does_not_move_a_draw():
     for draw in torch.arange(0.03, 1, 0.1, dtype=torch.float64):
         chosen = [choose_tokens(x, Sampling(temperature=1.0), draw[None]).item() for x in (logits, nudged)]
         assert chosen[0] == chosen[1]
-
-
-def test_a_row_has_its_own_stream():
-    together, alone = RandomStreams(3, ["a", "b"]), RandomStreams(3, ["b"])
-    first = together.draw([0, 1])
-    assert first[0] != first[1] == alone.draw([0])
-    assert together.draw([1]) != first[1] != RandomStreams(4, ["b"]).draw([0])
 
 
 LETTERS: Any = SimpleNamespace(special_tokens={}, decode=lambda ids: "".join(map(chr, ids)))

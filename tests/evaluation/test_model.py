@@ -5,8 +5,6 @@ Loading is in test_harness.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch.distributed as dist
 
@@ -18,6 +16,7 @@ from megatron_peft.evaluation import run_flags
 from megatron_peft.evaluation.model import end_ids
 from megatron_peft.evaluation.program import run_on_a_model
 from megatron_peft.evaluation.run_flags import CARRIED, flags_of, model_flags
+from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.models.shape import ModelShape
 from tests.tiny_llama import save_llama
 
@@ -30,21 +29,12 @@ PEFT = {
 
 
 @pytest.mark.parametrize(
-    ("text", "ids"),
-    [
-        ('{"eos_token_id": 2}', {2}),
-        ('{"eos_token_id": [2, 5]}', {2, 5}),
-        ('{"eos_token_id": null}', set()),
-        (None, set()),
-    ],
+    ("named", "ids"), [("2", {2}), ("[2, 5]", {2, 5}), ("null", set())], ids=["one", "several", "none"]
 )
-def test_a_model_may_name_several_ends_or_none(tmp_path, text, ids):
-    if text:
-        (tmp_path / "generation_config.json").write_text(text)
+def test_a_model_may_name_several_ends_or_none(tmp_path, named, ids):
+    assert end_ids(str(tmp_path)) == set()
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {named}}}')
     assert end_ids(str(tmp_path)) == ids
-
-
-def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigurationError, match="generation_config.json cannot be read"):
         end_ids(str(tmp_path))
@@ -84,14 +74,11 @@ def test_flags_of_a_configuration_give_its_model_again(method):
             assert getattr(getattr(again, section), name) == getattr(getattr(config, section), name)
 
 
-def test_the_layout_is_the_users_and_not_the_runs(run):
+def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
     config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
     assert config.peft == PEFT["lora"] and config.model.pretrained_checkpoint == run and config.model.bf16
     assert config.parallel == ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
     assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
-
-
-def test_what_is_typed_holds(run):
     config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
     assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
 
@@ -109,14 +96,10 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     assert model_flags(["--load", "run", "--pretrained-checkpoint", "here"])[-1] == "here"
 
 
-def _refused() -> Any:
-    raise ConfigurationError("--top-p is 2.")
-
-
 @pytest.mark.parametrize(
     ("settings", "flags", "told"),
     [
-        (_refused, [], "p.py: error: --top-p is 2.\n"),
+        (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
         (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
         (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: several things are wrong:"),
     ],

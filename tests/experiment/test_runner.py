@@ -112,9 +112,9 @@ def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: 
 
 
 @contextmanager
-def started(call: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that calls a function of this file, and is killed at the end."""
-    command = [sys.executable, "-c", f"from tests.experiment import test_runner\ntest_runner.{call}"]
+def started(script: str, folder: Path, **environment: str) -> Iterator[Any]:
+    """A program that knows the names of this file, killed at the end."""
+    command = [sys.executable, "-c", f"from tests.experiment.test_runner import *\n{script}", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as program:
         try:
             yield program
@@ -122,15 +122,10 @@ def started(call: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
             program.kill()
 
 
-def hold(folder: str) -> None:
-    FolderLock(Path(folder))
-    print("held", flush=True)
-    time.sleep(60)
-
-
 def test_second_runner_is_refused(tmp_path: Path) -> None:
-    with started(f"hold({str(tmp_path / 'out')!r})") as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
+    script = "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with started(script, tmp_path / "out") as first:
+        assert first.stdout.readline() == "held\n"
         with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
             run(tmp_path)
     FolderLock(tmp_path / "out").release()
@@ -146,7 +141,7 @@ def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
     there: list[int] = []
     for pattern in ("runs/*/log.txt", "cells/*.json") * 5:
         before = newest(tmp_path, pattern)
-        with started(f"run(test_runner.Path({str(tmp_path)!r}), jobs=1)", FAKE_SECONDS="0.3") as runner:
+        with started("run(Path(sys.argv[1]), jobs=1)", tmp_path, FAKE_SECONDS="0.3") as runner:
             wait_until(lambda: newest(tmp_path, pattern) > before or runner.poll() is not None, pattern)  # noqa: B023
             time.sleep(draw.uniform(0, 0.4))
         assert runner.returncode == -signal.SIGKILL, "it ended by itself"
@@ -160,15 +155,9 @@ def newest(folder: Path, pattern: str) -> int:
     return max((path.stat().st_mtime_ns for path in (folder / "out").glob(pattern)), default=0)
 
 
-def start_cell(log: str) -> None:
-    running = process.start([sys.executable, "-c", "import time; time.sleep(60)"], Path(log))
-    print(running.process.pid, flush=True)
-    time.sleep(60)
-
-
 def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
-    with started(f"start_cell({str(tmp_path / 'log')!r})") as runner:
-        assert runner.stdout is not None
+    script = "cell = process.start(['sleep', '60'], Path(sys.argv[1], 'log')); print(cell.process.pid, flush=True); "
+    with started(script + "time.sleep(60)", tmp_path) as runner:
         child = int(runner.stdout.readline())
     wait_until(lambda: not _is_running(child), "the end of the cell")
 

@@ -78,12 +78,6 @@ def test_map_of_lambda_is_layer_by_step_for_each_kind() -> None:
     assert np.isnan(found["linear_fc1"]).tolist() == [[True, True], [False, True]]
 
 
-def test_lines_of_the_file_become_curves() -> None:
-    lines = [{"iteration": 5, "lambda": {QKV.format(0): 0.5}}, {"iteration": 10, "lambda": {QKV.format(0): 0.4}}]
-    assert lambda_plot.read_lines(lines) == ([5, 10], {QKV.format(0): [0.5, 0.4]})
-    assert lambda_plot.read_lines([]) == ([], {})
-
-
 def test_mean_of_lambda_is_over_runs() -> None:
     found = lambda_plot.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}])
     assert found == {"a": pytest.approx([0.3, 0.6])}

@@ -14,7 +14,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
 from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.results import Results, copy_results, read_results
+from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
 from tests.reporting.small_results import LAYERS, record_of, write_cells
 
@@ -39,12 +39,6 @@ def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, t
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     lambdas = read_results(tmp_path).all[2].finals[1].lambdas
     assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
-
-
-def test_copy_gives_the_same_results(found: Results, tmp_path: Path) -> None:
-    copy_results(found, tmp_path / "copy")
-    copied = read_results(tmp_path / "copy")
-    assert [(one.finals, one.tuning) for one in copied.all] == [(one.finals, one.tuning) for one in found.all]
 
 
 def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) -> None:

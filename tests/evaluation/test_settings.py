@@ -1,19 +1,27 @@
-"""Settings, prompts, progress and the stream of tools/generate.py; answers of a model are in test_harness.py."""
+"""What is checked before tools/generate.py and tools/evaluate.py ask a model: settings, prompts, tasks; and the stream.
+
+Answers and whole evaluations are in test_harness.py.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation import harness_tasks
 from megatron_peft.evaluation.answers import AnswerSettings, Stream
 from megatron_peft.evaluation.harness_run import HarnessSettings
+from megatron_peft.evaluation.harness_tasks import find_tasks
 from megatron_peft.evaluation.progress import request_bar
 from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
 from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.stop import StopTexts
+from tests.evaluation.local_tasks import write_tasks
 
 BYTES: Any = SimpleNamespace(  # a byte an id
     special_tokens={},
@@ -52,7 +60,6 @@ def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, 
         (lambda: Sampling(temperature=-1.0), "--temperature is -1.0; it cannot be negative"),
         (lambda: Sampling(top_k=-1), "--top-k is -1"),
         (lambda: Sampling(top_p=0.0), "--top-p is 0.0; it is a probability, above 0 and at most 1"),
-        (AnswerSettings, "exactly one of --prompt TEXT and --prompt-file FILE"),
         (lambda: AnswerSettings("a", "b"), "exactly one of"),
         (lambda: AnswerSettings("a", num_samples=3), "--num-samples 3 with --temperature 0 gives one answer 3 times"),
         (lambda: AnswerSettings("a", max_new_tokens=0), "--max-new-tokens is 0; it must be above 0"),
@@ -126,3 +133,59 @@ def test_a_log_has_a_line_at_each_tenth(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "scoring: 4 of 40" and lines[-1] == "scoring: 40 of 40"
     assert len(lines) == 10
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of tasks. The harness's own thousands are not read."""
+    import lm_eval.tasks
+
+    plain = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", lambda include_path, include_defaults=False: plain(None, include_path, False)
+    )
+    return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
+
+
+def _refused(message, *names, folders, **settings):
+    with pytest.raises(ConfigurationError, match=message):
+        find_tasks(names, list(map(str, folders)), **settings)
+
+
+def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
+    assert "tiny_choices" in find_tasks(["tiny_choices", "tiny_texts"], [str(folder)]).all_tasks
+    _refused("--tasks xyz: .*--include-path FOLDER", "xyz", folders=[folder])
+    _refused("--include-path nowhere: no such folder", "tiny_choices", folders=[folder, "nowhere"])
+    assert "did you mean" not in harness_tasks._unknown("qqq", ["gsm8k", "sst2"])
+
+
+QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"query": "a", "answer": "b"}], "tiny_choices cannot be loaded: its data lacks a column .*'question'"),
+        (None, "--tasks tiny_choices cannot be loaded: .*questions.jsonl"),
+        ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
+        ([{**QUESTION, "label": 7}, QUESTION], "cannot be loaded: the first item's label is none of its choices"),
+    ],
+    ids=["other columns", "no data", "label of a later item", "label of the first"],
+)
+def test_data_that_does_not_fit_its_task_is_told(folder, items, message):
+    path = folder / "questions.jsonl"
+    path.unlink()
+    if items:
+        path.write_text("".join(json.dumps(one) + "\n" for one in items))
+    _refused(message, "tiny_choices", folders=[folder])
+
+
+def test_a_task_of_scored_items_only_shows_none_of_them(folder):
+    message = "--num-fewshot 1: --tasks tiny_choices has no items but those that are"
+    _refused(message, "tiny_choices", folders=[folder], num_fewshot=1)
+    find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
+
+
+def test_files_lie_beside_the_results():
+    settings = HarnessSettings(["task"], "runs/scores.json", limit=0.5)
+    assert settings.beside("requests") == Path("runs/scores.requests.jsonl")
