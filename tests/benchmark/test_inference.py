@@ -17,9 +17,7 @@ from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks
 
 
-def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(logits, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
     monkeypatch.setattr(logits, "_logits", functools.cache(logits._logits))
     (figure,) = logits.logits_figures(tiny)
@@ -31,9 +29,7 @@ def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 
 
-def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(generation, "LAYOUTS", ({"tensor_parallel": 1},))
     monkeypatch.setattr(generation, "NUM_PROMPTS", 6)
     compared, compare = [], generation.compare

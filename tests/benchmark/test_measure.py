@@ -1,14 +1,17 @@
 """Times, memory and collectives are measured as they are, and a figure is judged by its target.
 
-The process group is torch's fake one of two ranks.
+The process group is torch's fake one of two ranks. Conversions leave nothing behind, a rank reads its own part, and a
+start is measured up to its first iteration's line.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_peft.benchmark import memory, timing
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.benchmark import convert, loading, memory, startup, timing
 from megatron_peft.benchmark.collective_log import SCALARS, Collective, CollectiveLog
+from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.figures import Figure, print_table, write_json
 from megatron_peft.benchmark.subjects import Setting, Step
+from tests.conversion.megatron_folders import save_random
 
 MIB = 2**20
 
@@ -53,15 +59,12 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
     assert timing.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
-def test_peak_remembers_what_was_given_back() -> None:
+def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
     before = memory.peak_resident_bytes()
     taken = bytearray(before - memory.resident_bytes() + 64 * MIB)
     del taken
     assert memory.peak_resident_bytes() >= before + 48 * MIB
     assert memory.resident_bytes() < memory.peak_resident_bytes() - 32 * MIB
-
-
-def test_bare_torch_is_smaller_than_this_process() -> None:
     assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_resident_bytes()
 
 
@@ -125,3 +128,69 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
 def test_a_few_numbers_are_told_apart() -> None:
     calls = [Collective("allreduce_", elements, 4 * elements, 1) for elements in (1, SCALARS, SCALARS + 1)]
     assert [call.is_scalar for call in calls] == [True, True, False]
+
+
+def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "NUM_TURNS", 1)
+    figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")
+    told = " ".join(figure.name for figure in figures)
+    assert all(way in told for way in ("load Hugging Face", "load Megatron", "hf-to-megatron", "megatron-to-hf"))
+    assert all(figure.measured > 0 and figure.target is not None for figure in figures)
+    assert figures[-1].unit == "MiB" and figures[-1].target == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_both_sides_read_the_same_numbers(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "hf")
+    plain, loaded = read_plainly(folder), load_whole(folder)
+    assert sum(t.numel() for t in loaded) == sum(t.numel() for t in plain.values())
+    assert sum(t.sum() for t in loaded).item() == pytest.approx(sum(t.sum() for t in plain.values()).item(), abs=1e-3)
+    assert not torch.stack([t.isnan().any() for t in loaded]).any()
+
+
+PYTHON = [sys.executable, "-u", "-c"]
+PROGRAM = """
+import pathlib, time
+print("loading"); print("iteration 1/2")
+end = time.monotonic() + 20
+while not pathlib.Path({folder!r}, "read").exists() and time.monotonic() < end: time.sleep(0.01)
+pathlib.Path({folder!r}, "ended").touch()
+print("iteration 2/2")
+"""
+
+
+def test_clock_stops_at_the_first_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program goes on when the clock has been read for the second time, or ends after a while."""
+    had_ended: list[bool] = []
+
+    def clock() -> float:
+        had_ended.append((tmp_path / "ended").exists())
+        if len(had_ended) == 2:
+            (tmp_path / "read").touch()
+        return len(had_ended)
+
+    monkeypatch.setattr(startup.time, "perf_counter", clock)
+    assert startup.seconds_to_first_step([*PYTHON, PROGRAM.format(folder=str(tmp_path))]) == 1
+    assert had_ended == [False, False]
+
+
+def test_program_that_ends_before_is_an_error_with_its_words() -> None:
+    with pytest.raises(startup.ProgramFailed, match="no such model"):
+        startup.seconds_to_first_step([*PYTHON, "print('no such model')"])
+
+
+def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
+    command = startup._command(tiny, startup._save_samples(tmp_path / "a.jsonl"))
+    config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
+    assert config.training.train_iters == 2 and config.logging.log_interval == 1
+    assert startup.PROGRAM.exists()
+
+
+def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
+    setting = replace(tiny, tensor_parallel=2)
+    ranks = loading.run_ranks(2, loading.load, setting)
+    (alone,) = loading.run_ranks(1, loading.load, tiny)
+    for rank in ranks:
+        assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
+        assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
+        assert rank.peak > 50 * loading.MIB

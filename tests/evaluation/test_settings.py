@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_peft import config as c
 from megatron_peft.arguments import parse_arguments
-from megatron_peft.checkpoint.record import RunRecord
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.evaluation import harness_tasks, run_flags
 from megatron_peft.evaluation.answers import AnswerSettings, Stream
@@ -27,7 +26,6 @@ from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
 from megatron_peft.evaluation.run_flags import CARRIED, flags_of, model_flags
 from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.stop import StopTexts
-from megatron_peft.models.shape import ModelShape
 from tests.evaluation.local_tasks import write_tasks
 from tests.tiny_llama import save_llama
 
@@ -146,9 +144,7 @@ def folder(tmp_path, monkeypatch):
     import lm_eval.tasks
 
     plain = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(
-        lm_eval.tasks, "TaskManager", lambda include_path, include_defaults=False: plain(None, include_path, False)
-    )
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
     return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
 
 
@@ -224,8 +220,7 @@ def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
 @pytest.fixture
 def run(monkeypatch, tmp_path) -> str:
     """The base model's folder, which a run named `run` was trained on."""
-    shape = ModelShape("llama", 4, 64, 128, 4, 2, 16, 100, 2048)
-    record = RunRecord(_config(str(tmp_path / "base")), shape, {"iteration": 3}, (), None, None, None)
+    record = SimpleNamespace(config=_config(str(tmp_path / "base")))
     monkeypatch.setattr(run_flags, "read_run_record", lambda folder: record)
     (tmp_path / "base").mkdir()
     return str(tmp_path / "base")
