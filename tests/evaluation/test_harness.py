@@ -13,7 +13,7 @@ import pytest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.finished import FinishedRequests
 from tests.evaluation import asked_runs
-from tests.evaluation.asked_runs import LAYOUTS, Place
+from tests.evaluation.asked_runs import LAYOUTS, run_flags
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
 from tests.ranks import RanksFailed, run_ranks
@@ -22,13 +22,14 @@ PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}]
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Place:
+def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
-    base = save_worded_llama(folder / "base")
+    save_worded_llama(folder / "base")
     save_worded_llama(folder / "other", seed=1)
-    tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
+    save_worded_pairs(folder / "pairs.jsonl")
+    write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    return Place(str(folder), str(base), str(save_worded_pairs(folder / "pairs.jsonl")), str(tasks))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +92,7 @@ def test_two_draws_of_one_question_differ(alone):
 
 def test_results_say_what_was_asked(place, alone, split):
     config = alone["run"]["config"]
-    assert (config["checkpoint"], config["iteration"], config["peft_method"]) == (place.run[1], 6, "lora")
+    assert (config["checkpoint"], config["iteration"], config["peft_method"]) == (run_flags(place)[1], 6, "lora")
     assert config["sampling_seed"] == 1234 and config["fewshot_seed"] == 1234
     assert {"lm-eval", "megatron-core"} <= config["package_versions"].keys()
     assert alone["run"]["versions"].keys() == set(TASKS)
@@ -104,14 +105,14 @@ def test_results_say_what_was_asked(place, alone, split):
 def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(place, alone):
     """What was answered is not asked again, and the rest, drawn answers too, is what it would have been."""
     seed = random.randrange(1 << 32)
-    draw, file = random.Random(seed), Path(place.work, "stopped.requests.jsonl")
+    draw, file = random.Random(seed), place / "stopped.requests.jsonl"
     moment = draw.randint(1, alone["finished"] // 2), draw.uniform(0, 0.02)
     with pytest.raises(RanksFailed):
         run_ranks(1, asked_runs.run_until_killed, (place, *moment))
     left = file.read_text().splitlines(keepends=True)
     whole = sum(line.endswith("\n") for line in left)
     print(f"seed {seed}: killed after {whole} of {alone['finished']} requests")
-    assert moment[0] <= whole < alone["finished"] and not Path(place.work, "stopped.json").exists()
+    assert moment[0] <= whole < alone["finished"] and not (place / "stopped.json").exists()
     (again,) = run_ranks(1, asked_runs.run_again, place)
     _same_items(again["samples"], alone["run"]["samples"])
     lines = file.read_text().splitlines(keepends=True)
@@ -120,7 +121,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(pl
 
 
 def test_answers_to_a_file_keep_its_fields_and_are_those_that_are_shown_as_they_grow(place, alone, split):
-    lines = [json.loads(line) for line in Path(place.work, "alone.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (place / "alone.jsonl").read_text().splitlines()]
     assert [{name: line[name] for name in line if name != "answers"} for line in lines] == PROMPTS
     assert [len(line["answers"]) for line in lines] == [1, 1, 1]
     assert alone["streamed"].splitlines()[-1].split() == lines[0]["answers"][0].split()[:5] != []
@@ -128,7 +129,7 @@ def test_answers_to_a_file_keep_its_fields_and_are_those_that_are_shown_as_they_
 
 
 def test_drawn_answers_are_the_same_at_every_layout(place, split):
-    texts = {Path(place.work, layout).read_text() for layout in LAYOUTS}
+    texts = {(place / layout).read_text() for layout in LAYOUTS}
     assert len(texts) == 1
     answers = [json.loads(line)["answers"] for line in texts.pop().splitlines()]
     assert all(len(pair) == 2 for pair in answers) and any(first != second for first, second in answers)

@@ -9,6 +9,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 import torch.distributed as dist
 
@@ -141,8 +142,6 @@ def test_a_log_has_a_line_at_each_tenth(capsys):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of tasks. The harness's own thousands are not read."""
-    import lm_eval.tasks
-
     plain = lm_eval.tasks.TaskManager
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
     return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
@@ -195,9 +194,7 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("named", "ids"), [("2", {2}), ("[2, 5]", {2, 5}), ("null", set())], ids=["one", "several", "none"]
-)
+@pytest.mark.parametrize(("named", "ids"), [("2", {2}), ("[2, 5]", {2, 5}), ("null", set())])
 def test_a_model_may_name_several_ends_or_none(tmp_path, named, ids):
     assert end_ids(str(tmp_path)) == set()
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {named}}}')

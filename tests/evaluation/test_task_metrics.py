@@ -1,8 +1,4 @@
-"""The benchmarks' task files in lm-evaluation-harness itself, with models that know all answers or none.
-
-The files are those that `tools/prepare_data.py` writes from the sample data and from HumanEval. Below them the metrics
-by themselves: BLEU and ROUGE-L against the reference packages, pass@k against its definition, HumanEval's 164 problems.
-"""
+"""The benchmarks' task files, as tools/prepare_data.py writes them, in lm-evaluation-harness; and the metrics alone."""
 
 from __future__ import annotations
 

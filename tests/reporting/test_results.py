@@ -5,8 +5,6 @@ And tables of them as Markdown, CSV and LaTeX: Table I of our runs with its test
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import random
@@ -128,9 +126,8 @@ def test_markdown_has_a_rule_and_escapes_bars() -> None:
     assert lines[2:5] == ["| what | one | two |", "| --- | ---: | ---: |", "| x\\|y | **1.5** | 2_0 |"]
 
 
-def test_csv_is_read_back_without_marks() -> None:
-    read = list(csv.reader(io.StringIO(TABLE.csv())))
-    assert read == [["what", "one", "two"], ["x|y", "1.5", "2_0"], *map(list, CELLS[1:])]
+def test_csv_has_no_marks() -> None:
+    assert TABLE.csv().splitlines() == ["what,one,two", "x|y,1.5,2_0", ",±,–", "a\\b {x},,1 ≥ 0"]
 
 
 def test_latex_is_escaped_and_every_row_has_all_columns() -> None:
