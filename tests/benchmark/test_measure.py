@@ -1,7 +1,6 @@
-"""Times, memory and collectives are measured as they are, and a figure is judged by its target.
+"""Times, memory, collectives, files and starts are measured as they are, and a figure is judged by its target.
 
-The process group is torch's fake one of two ranks. Conversions leave nothing behind, a rank reads its own part, and a
-start is measured up to its first iteration's line.
+The process group of the collectives is torch's fake one of two ranks.
 """
 
 from __future__ import annotations

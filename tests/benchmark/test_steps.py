@@ -25,6 +25,7 @@ from megatron_peft.benchmark import (
     subjects,
     urnn_crossover,
 )
+from megatron_peft.benchmark.collective_log import Collective
 from megatron_peft.benchmark.memory import resident_bytes
 from megatron_peft.benchmark.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmark.subjects import STEPS, Setting
@@ -60,6 +61,11 @@ def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
     narrow = 4 * 4 * even.rows * even.positions * 4 * 4
     grown = {name: wider[name] - kept[name] for name in kept}
     assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
+
+
+def test_equal_calls_cancel_one_by_one() -> None:
+    wide, narrow = Collective("allreduce_", 1000, 4000, 100), Collective("_allgather_base_", 160, 640, 16)
+    assert collectives.extra_calls([wide], [wide, narrow, wide]) == [wide, narrow]
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
@@ -153,6 +159,11 @@ def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "model").mkdir()
     BENCHMARKS["loading"].measure(Workplace(tmp_path, tmp_path / "model", turns=1))
     assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3
+
+
+def test_layout_is_named() -> None:
+    layouts = ({}, {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2})
+    assert [Setting("nowhere", **layout).layout for layout in layouts] == ["TP1", "TP2+SP", "PP2"]
 
 
 def test_every_token_counts_and_labels_are_the_next_tokens() -> None:

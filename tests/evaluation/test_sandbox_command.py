@@ -1,8 +1,7 @@
 """The command that confines: what a program that runs in it is, seen from the host, and the words that say so.
 
-The filter of system calls would hide a missing flag from an attack, so each flag is looked at by itself. Below it the
-script inside, run with the standard library alone, and the filter, run by an interpreter of the few instructions that
-it is made of, and by the kernel.
+The filter of system calls would hide a missing flag from an attack, so each flag is looked at by itself. Below: the
+script inside, with the standard library alone; the filter, run by an interpreter of its instructions and the kernel.
 """
 
 from __future__ import annotations

@@ -210,6 +210,7 @@ def counts(draw: st.DrawFn) -> tuple[int, int, int]:
 def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
     n, c, k = case
     assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
+    assert mean_pass_at_k([(n, c), (2 * n, 2 * n)], k) == pytest.approx((pass_at_k(n, c, k) + 1) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Which runs of an experiment count, and how a method's differ from another's: in loss by seed, in steps to a loss.
-
-And tables of them as Markdown, CSV and LaTeX: Table I of our runs with its test, the paper's own, steps to LoRA's loss.
-"""
+"""Which runs of an experiment count, how a method's differ from another's, and tables of them in several formats."""
 
 from __future__ import annotations
 
