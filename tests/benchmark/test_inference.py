@@ -17,9 +17,7 @@ from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks
 
 
-def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(logits, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
     monkeypatch.setattr(logits, "_logits", functools.cache(logits._logits))
     (figure,) = logits.logits_figures(tiny)
@@ -31,9 +29,7 @@ def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 
 
-def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(generation, "LAYOUTS", ({"tensor_parallel": 1},))
     monkeypatch.setattr(generation, "NUM_PROMPTS", 6)
     compared, compare = [], generation.compare
@@ -50,30 +46,15 @@ def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(
     assert largest.measured == pytest.approx(1e-3, abs=1e-4) and not largest.reached
 
 
-NAMES = ("tiny_choices", "tiny_answers")
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory):
-    folder: Path = tmp_path_factory.mktemp("harness")
-    model = save_worded_llama(folder / "model")
-    tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
-    questions = Questions(str(model), str(tasks), NAMES, limit=8)
-    return [
-        run_ranks(1, backend, questions)[0] for backend in (our_items, their_items)
-    ]
-
-
-def test_both_give_the_same(both) -> None:
-    ours, theirs = both
-    assert {task for task, _ in ours} == set(NAMES) and len(ours) == 16
+def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_path: Path) -> None:
+    model, names = save_worded_llama(tmp_path / "model"), ("tiny_choices", "tiny_answers")
+    tasks = write_tasks(tmp_path / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
+    questions = Questions(str(model), str(tasks), names, limit=8)
+    ours, theirs = (run_ranks(1, backend, questions)[0] for backend in (our_items, their_items))
+    assert {task for task, _ in ours} == set(names) and len(ours) == 16
     differing, largest = compare_items(ours, theirs)
     assert differing.measured == 0 and differing.note == "tiny_answers 8, tiny_choices 8"
     assert 0 < largest.measured < 1e-3, "two programs never round alike"
-
-
-def test_every_kind_of_difference_is_found(both) -> None:
-    ours, theirs = both
     wrong = copy.deepcopy(ours)
     wrong["tiny_answers", 0]["resps"] = [["something else"]]
     wrong["tiny_choices", 1]["resps"][0][0][0] = -3.0

@@ -1,14 +1,16 @@
-"""Times, memory and collectives are measured as they are, and a figure is judged by its target.
+"""Times, memory, collectives, files and starts are measured as they are, and a figure is judged by its target.
 
-The process group is torch's fake one of two ranks.
+The process group of the collectives is torch's fake one of two ranks.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,26 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_peft.benchmark import memory, timing
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.benchmark import convert, loading, memory, startup, timing
 from megatron_peft.benchmark.collective_log import SCALARS, Collective, CollectiveLog
+from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.figures import Figure, print_table, write_json
 from megatron_peft.benchmark.subjects import Setting, Step
+from tests.conversion.megatron_folders import save_random
 
 MIB = 2**20
 
 
-def test_every_second_turn_runs_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_second_turn_runs_the_other_way_round_and_late_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "NUM_WARMUPS", 1)
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = timing.take_turns(steps, num_turns=2)
     assert "".join(order) == "ba" + "ab" + "ba"
     assert {name: len(turns) for name, turns in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_late_turns_end_after_the_fewest() -> None:
-    seconds = timing.take_turns({"a": lambda: None}, num_turns=10, is_late=lambda: True)
-    assert len(seconds["a"]) == timing.FEWEST_TURNS
+    late = timing.take_turns(steps, num_turns=10, is_late=lambda: True)
+    assert len(late["a"]) == timing.FEWEST_TURNS
 
 
 def test_waiting_costs_nothing_and_work_does() -> None:
@@ -56,15 +58,12 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
     assert timing.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
-def test_peak_remembers_what_was_given_back() -> None:
+def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
     before = memory.peak_resident_bytes()
     taken = bytearray(before - memory.resident_bytes() + 64 * MIB)
     del taken
     assert memory.peak_resident_bytes() >= before + 48 * MIB
     assert memory.resident_bytes() < memory.peak_resident_bytes() - 32 * MIB
-
-
-def test_bare_torch_is_smaller_than_this_process() -> None:
     assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_resident_bytes()
 
 
@@ -80,18 +79,12 @@ def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatc
     assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
 
 
-@pytest.mark.parametrize(("measured", "target", "reached"), [(1.0, 1.0, True), (1.01, 1.0, False), (9.0, None, None)])
-def test_target_is_the_largest_good_value(measured: float, target: float | None, reached: bool | None) -> None:
-    assert Figure("x", measured, target).reached is reached
-
-
-def test_table_tells_pass_from_fail() -> None:
+def test_table_tells_pass_from_fail_and_a_target_is_the_largest_good_value() -> None:
     printed = io.StringIO()
-    figures = [Figure("slow", 2.0, 1.5, "s", "why"), Figure("fast", 1.0, 1.5, "s"), Figure("beside", 3.0)]
+    figures = [Figure("slow", 2.0, 1.5, "s", "why"), Figure("fast", 1.5, 1.5, "s"), Figure("beside", 3.0)]
     print_table("speed", figures, Console(file=printed, width=100))
-    slow, fast, beside = (
-        next(line for line in printed.getvalue().splitlines() if name in line) for name in ("slow", "fast", "beside")
-    )
+    lines = printed.getvalue().splitlines()
+    slow, fast, beside = (next(line for line in lines if name in line) for name in ("slow", "fast", "beside"))
     assert all(word in slow for word in ("FAIL", "2 s", "<= 1.5 s", "why")) and "pass" in fast
     assert not any(word in beside for word in ("pass", "FAIL", "<="))
 
@@ -117,8 +110,7 @@ def test_bytes_are_those_of_the_whole_tensor(pair: dist.ProcessGroup) -> None:
         dist.all_reduce(part, group=pair)
     found = [(call.num_bytes, call.elements, call.width) for call in log.calls]
     assert found == [(128, 32, 4), (128, 32, 4), (64, 16, 4)]
-    for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True):
-        assert name in call.name
+    assert all(name in call.name for name, call in zip(("gather", "scatter", "allreduce"), log.calls, strict=True))
 
 
 def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of_one_rank_not(pair) -> None:
@@ -132,6 +124,72 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
     assert len(log.calls) == 2
 
 
-@pytest.mark.parametrize(("elements", "is_scalar"), [(1, True), (SCALARS, True), (SCALARS + 1, False)])
-def test_a_few_numbers_are_told_apart(elements: int, is_scalar: bool) -> None:
-    assert Collective("allreduce_", elements, 4 * elements, 1).is_scalar is is_scalar
+def test_a_few_numbers_are_told_apart() -> None:
+    calls = [Collective("allreduce_", elements, 4 * elements, 1) for elements in (1, SCALARS, SCALARS + 1)]
+    assert [call.is_scalar for call in calls] == [True, True, False]
+
+
+def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "NUM_TURNS", 1)
+    figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")
+    told = " ".join(figure.name for figure in figures)
+    assert all(way in told for way in ("load Hugging Face", "load Megatron", "hf-to-megatron", "megatron-to-hf"))
+    assert all(figure.measured > 0 and figure.target is not None for figure in figures)
+    assert figures[-1].unit == "MiB" and figures[-1].target == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_both_sides_read_the_same_numbers(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "hf")
+    plain, loaded = read_plainly(folder), load_whole(folder)
+    assert sum(t.numel() for t in loaded) == sum(t.numel() for t in plain.values())
+    assert sum(t.sum() for t in loaded).item() == pytest.approx(sum(t.sum() for t in plain.values()).item(), abs=1e-3)
+    assert not torch.stack([t.isnan().any() for t in loaded]).any()
+
+
+PYTHON = [sys.executable, "-u", "-c"]
+PROGRAM = """
+import pathlib, time
+print("loading"); print("iteration 1/2")
+end = time.monotonic() + 20
+while not pathlib.Path({folder!r}, "read").exists() and time.monotonic() < end: time.sleep(0.01)
+pathlib.Path({folder!r}, "ended").touch()
+print("iteration 2/2")
+"""
+
+
+def test_clock_stops_at_the_first_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program goes on when the clock has been read for the second time, or ends after a while."""
+    had_ended: list[bool] = []
+
+    def clock() -> float:
+        had_ended.append((tmp_path / "ended").exists())
+        if len(had_ended) == 2:
+            (tmp_path / "read").touch()
+        return len(had_ended)
+
+    monkeypatch.setattr(startup.time, "perf_counter", clock)
+    assert startup.seconds_to_first_step([*PYTHON, PROGRAM.format(folder=str(tmp_path))]) == 1
+    assert had_ended == [False, False]
+
+
+def test_program_that_ends_before_is_an_error_with_its_words() -> None:
+    with pytest.raises(startup.ProgramFailed, match="no such model"):
+        startup.seconds_to_first_step([*PYTHON, "print('no such model')"])
+
+
+def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
+    command = startup._command(tiny, startup._save_samples(tmp_path / "a.jsonl"))
+    config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
+    assert config.training.train_iters == 2 and config.logging.log_interval == 1
+    assert startup.PROGRAM.exists()
+
+
+def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
+    setting = replace(tiny, tensor_parallel=2)
+    ranks = loading.run_ranks(2, loading.load, setting)
+    (alone,) = loading.run_ranks(1, loading.load, tiny)
+    for rank in ranks:
+        assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
+        assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
+        assert rank.peak > 50 * loading.MIB

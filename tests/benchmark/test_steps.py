@@ -1,32 +1,42 @@
-"""Steps are really run and timed, and what they keep and send is counted, of the right things.
+"""Steps and layers are really run and timed, and what they keep and send is counted, of the right things.
 
 A LoRA step adds one full call without sequence parallelism, and r-wide ones only with it. LoRA-GA's start is timed a
-batch, over the frozen base.
+batch, over the frozen base. The crossover names both ways, the one in use first. Every benchmark is documented.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmark import activations, collectives, lora_ga_start, steps
+from megatron_peft.benchmark import (
+    activations,
+    boft_layer,
+    collectives,
+    lora_ga_start,
+    registry,
+    steps,
+    subjects,
+    urnn_crossover,
+)
 from megatron_peft.benchmark.collective_log import Collective
-from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import resident_bytes
-from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmark.registry import BENCHMARKS, Workplace
+from megatron_peft.benchmark.subjects import STEPS, Setting
+from megatron_peft.benchmark.urnn_crossover import crossover_figures
 from megatron_peft.training import start
+from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
-def test_a_figure_is_the_quotient_of_the_two_that_it_names(
-    figures: Callable[[Setting, int], list[Figure]], even: Setting
-) -> None:
+def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
     for figure in figures(even, 1):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
         assert amounts[0] > 0 and figure.measured == pytest.approx(amounts[0] / amounts[1], rel=0.2)
@@ -53,12 +63,9 @@ def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
     assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
 
 
-WIDE = Collective("allreduce_", 1000, 4000, 100)
-NARROW = Collective("_allgather_base_", 160, 640, 16)
-
-
 def test_equal_calls_cancel_one_by_one() -> None:
-    assert collectives.extra_calls([WIDE], [WIDE, NARROW, WIDE]) == [WIDE, NARROW]
+    wide, narrow = Collective("allreduce_", 1000, 4000, 100), Collective("_allgather_base_", 160, 640, 16)
+    assert collectives.extra_calls([wide], [wide, narrow, wide]) == [wide, narrow]
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
@@ -101,3 +108,104 @@ def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, ti
     monkeypatch.setattr(start, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs))
     frozen, a_batch = lora_ga_start.time_start(tiny)
     assert len(runs) == 4 and frozen > 0 and a_batch > 0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(boft_layer, "WIDTH", 64)
+    monkeypatch.setattr(boft_layer, "NUM_TOKENS", 8)
+    with one_rank():
+        yield
+
+
+def test_layers_start_as_linear_ones_and_have_the_same_number_of_blocks(small):
+    ours, theirs = boft_layer._boft(), boft_layer._hf_boft()
+    x = torch.randn(8, 1, 64)
+    weight = theirs.base_model.model[0].base_layer.weight
+    torch.testing.assert_close(theirs(x), x @ weight.t())
+    rotations = dict(theirs.named_parameters())["base_model.model.0.boft_R.default"]
+    assert rotations.shape == (3, 64 // 8, 8, 8) and ours(x).shape == x.shape
+
+
+def test_steps_run_forward_and_backward(small):
+    seen = []
+    for build in boft_layer.LAYERS.values():
+        layer = build()
+        boft_layer._step(lambda x, layer=layer: seen.append(x) or layer(x))()
+    assert len(seen) == 3 and all(x.grad is not None and x.grad.abs().sum() > 0 for x in seen)
+
+
+def test_the_way_in_use_stands_first(monkeypatch):
+    monkeypatch.setattr(urnn_crossover, "NUM_TOKENS", 8)
+    monkeypatch.setattr(urnn_crossover, "NUM_FEATURES", 64)
+    monkeypatch.setattr(urnn_crossover, "DENSE_UP_TO", 16)
+    figures = crossover_figures(num_turns=1)
+    found = [figure.name.removeprefix("groups of ") for figure in figures]
+    assert found == ["4: dense / fourier", "16: dense / fourier", "32: fourier / dense", "64: fourier / dense"]
+    assert all(figure.measured > 0 and figure.target == 1.0 for figure in figures)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def test_benchmarks_are_those_of_the_documentation() -> None:
+    assert re.findall(r"^\| `([a-z-]+)` \|", PAGE.read_text(), re.M) == list(BENCHMARKS)
+
+
+def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(registry, "loading_figures", lambda setting: seen.append(setting) or [])
+    (tmp_path / "model").mkdir()
+    BENCHMARKS["loading"].measure(Workplace(tmp_path, tmp_path / "model", turns=1))
+    assert seen[0].checkpoint == str(tmp_path / "model") and seen[0].tensor_parallel == 3
+
+
+def test_layout_is_named() -> None:
+    layouts = ({}, {"tensor_parallel": 2, "sequence_parallel": True}, {"pipeline_parallel": 2})
+    assert [Setting("nowhere", **layout).layout for layout in layouts] == ["TP1", "TP2+SP", "PP2"]
+
+
+def test_every_token_counts_and_labels_are_the_next_tokens() -> None:
+    batch = subjects.microbatch(Setting("nowhere", rows=2, positions=8), vocab_size=50)
+    assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+    assert batch.num_loss_tokens == 16
+
+
+def test_small_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(subjects, "SHAPE", {**subjects.SHAPE, **small, "num_hidden_layers": 1})
+    folder = subjects.save_shape(tmp_path / "a")
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 16
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert (subjects.save_shape(folder) / "model.safetensors").stat().st_mtime_ns == written
+
+
+def losses_of_two_steps(setting: Setting) -> dict[str, list[float]]:
+    """Started on a rank. Loss sums of our steps, in the same world."""
+    subjects.join(setting)
+    losses = {}
+    for name in ("frozen", "lora", "full"):
+        step = STEPS[name](setting)
+        losses[name] = [_loss(step()) for _ in range(3)]
+    subjects.leave()
+    return losses
+
+
+def _loss(answer) -> float:
+    if isinstance(answer, torch.Tensor):  # of the schedule: sum of the losses, tokens, positions
+        return (answer[0, 0] / answer[0, 1]).item()
+    return answer.loss
+
+
+def test_frozen_base_learns_nothing_and_the_others_do(tiny: Setting) -> None:
+    (losses,) = run_ranks(1, losses_of_two_steps, tiny)
+    frozen, lora, full = losses["frozen"], losses["lora"], losses["full"]
+    assert frozen[0] == frozen[2] == pytest.approx(lora[0], rel=1e-6) == pytest.approx(full[0], rel=1e-6)
+    assert lora[2] < lora[0] and full[2] < full[0]
+
+
+def test_peer_starts_from_the_same_weights_and_learns(tiny: Setting) -> None:
+    step = subjects.hf_peft_step(tiny)
+    losses = [step() for _ in range(3)]
+    assert losses[2] < losses[0]

@@ -80,7 +80,7 @@ NO_INDEX = ('{"weight_map": {"model.norm', "{}", "[]", '{"weight_map": 3}')
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        *((INDEX, text, f"{INDEX} is no index of weights") for text in NO_INDEX),
+        *((INDEX, text, f"{INDEX}(:| is no index| holds no JSON)") for text in NO_INDEX),
         (INDEX, json.dumps({"weight_map": {"ghost": SHARD}}), f"not there: ghost in {SHARD}"),
         (INDEX, '{"weight_map": {"model.norm.weight": "config.json"}}', "config.json is neither .safetensors nor .bin"),
         (INDEX, None, "holds no weights: expected one of model.safetensors"),

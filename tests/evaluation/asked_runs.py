@@ -1,4 +1,7 @@
-"""Evaluations and answers of a trained run, alone and split; started on ranks by test_harness.py."""
+"""Evaluations and answers of a trained run, alone and split; started on ranks by test_harness.py.
+
+They find a model in `base`, its training data in `pairs.jsonl`, tasks in `tasks`; what they write lies beside these.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +26,35 @@ from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from tests.evaluation.local_tasks import TASKS
 
-LAYOUTS = {
-    "TP2": ["--tensor-model-parallel-size", "2"],
-    "PP2": ["--pipeline-model-parallel-size", "2"],
-    "DP2": [],
-}
+LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Files of a test: a base model, its training data, a folder of tasks, and where everything else goes."""
-
-    work: str
-    base: str
-    data: str
-    tasks: str
-
-    def path(self, name: str) -> Path:
-        return Path(self.work, name)
-
-    @property
-    def run(self) -> list[str]:
-        return ["--load", str(self.path("run"))]
+def run_flags(folder: Path) -> list[str]:
+    return ["--load", str(folder / "run")]
 
 
-def run_alone(place: Place) -> dict[str, Any]:
+def run_alone(folder: Path) -> dict[str, Any]:
     """Train, then ask the base, the run, and the base as the harness's own backend sees it."""
     start_world(ParallelConfig())
-    _train(place)
-    base = ["--pretrained-checkpoint", place.base]
-    found = {"base": _evaluate(place, "base", base), "run": _evaluate(place, "run", place.run)}
-    found["finished"] = len(place.path("run.requests.jsonl").read_text().splitlines())
-    found["hf"] = _by_the_harness(place)
-    found["streamed"] = _printed(lambda: _answer(place, prompt="w1 w2", max_new_tokens=5))
-    _answer(place, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path("alone.jsonl")))
-    found["complaints"] = [_complaint(place, *wrong) for wrong in _wrong_models(place)]
+    _train(folder)
+    base = ["--pretrained-checkpoint", str(folder / "base")]
+    found = {"base": _evaluate(folder, "base", base), "run": _evaluate(folder, "run", run_flags(folder))}
+    found["finished"] = len((folder / "run.requests.jsonl").read_text().splitlines())
+    found["hf"] = _by_the_harness(folder)
+    found["streamed"] = _printed(lambda: _answer(folder, prompt="w1 w2", max_new_tokens=5))
+    _answer(folder, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / "alone.jsonl"))
+    found["complaints"] = [
+        _complaint([*run_flags(folder), "--lora-rank", "4"], "w1"),
+        _complaint([*run_flags(folder), "--pretrained-checkpoint", str(folder / "other")], "w1"),
+        _complaint(run_flags(folder), "w1 " * 300),
+    ]
     return found
 
 
-def run_until_killed(job: tuple[Place, int, float]) -> None:
+def run_until_killed(job: tuple[Path, int, float]) -> None:
     """The evaluation of the run, killed so many seconds after so many of its requests are answered on disk."""
-    place, num_requests, seconds = job
-    file = place.path("stopped.requests.jsonl")
+    folder, num_requests, seconds = job
+    file = folder / "stopped.requests.jsonl"
 
     def kill() -> None:
         while not file.exists() or file.read_bytes().count(b"\n") < num_requests:
@@ -75,47 +64,45 @@ def run_until_killed(job: tuple[Place, int, float]) -> None:
 
     start_world(ParallelConfig())
     threading.Thread(target=kill, daemon=True).start()
-    _evaluate(place, "stopped", place.run)
+    _evaluate(folder, "stopped", run_flags(folder))
 
 
-def run_again(place: Place) -> dict[str, Any]:
+def run_again(folder: Path) -> dict[str, Any]:
     start_world(ParallelConfig())
-    return _evaluate(place, "stopped", place.run)
+    return _evaluate(folder, "stopped", run_flags(folder))
 
 
-def run_split(place: Place) -> dict[str, Any]:
+def run_split(folder: Path) -> dict[str, Any]:
     """The trained run at each layout: results, and a file of answers that are drawn."""
     start_world(ParallelConfig())
-    found = {}
+    found: dict[str, Any] = {}
+    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
     for layout, flags in LAYOUTS.items():
-        found[layout] = _evaluate(place, layout, [*place.run, *flags])
-    for layout, flags in LAYOUTS.items():
-        drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
-        _answer(place, flags, prompt_file=str(place.path("prompts.jsonl")), output=str(place.path(layout)), **drawn)
-    found["streamed"] = _printed(lambda: _answer(place, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))
+        found[layout] = _evaluate(folder, layout, [*run_flags(folder), *flags])
+        _answer(folder, flags, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / layout), **drawn)
+    found["streamed"] = _printed(lambda: _answer(folder, LAYOUTS["DP2"], prompt="w1 w2", max_new_tokens=5))
     return found
 
 
-def _train(place: Place) -> None:
-    flags = ["--pretrained-checkpoint", place.base, "--train-data-path", place.data, "--num-workers", "0"]
-    flags += ["--peft-method", "lora", "--lora-rank", "3", "--lora-alpha", "9", "--lr", "2e-2", "--seq-length", "32"]
-    flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(place.path("run")), "--seed", "5"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        finetune(parse_arguments(flags))
+def _train(folder: Path) -> None:
+    flags = ["--pretrained-checkpoint", str(folder / "base"), "--train-data-path", str(folder / "pairs.jsonl")]
+    flags += "--peft-method lora --lora-rank 3 --lora-alpha 9 --lr 2e-2 --seq-length 32 --num-workers 0".split()
+    flags += ["--global-batch-size", "8", "--train-iters", "6", "--save", str(folder / "run"), "--seed", "5"]
+    _printed(lambda: finetune(parse_arguments(flags)))
     stop_model_parallel()
 
 
-def _evaluate(place: Place, name: str, flags: list[str]) -> dict[str, Any]:
+def _evaluate(folder: Path, name: str, flags: list[str]) -> dict[str, Any]:
     """The file of results, and the file of questions and answers by (task, number)."""
-    output = place.path(f"{name}.json")
-    settings = HarnessSettings(list(TASKS), str(output), [place.tasks], batch_size=4, log_samples=True)
+    output = folder / f"{name}.json"
+    settings = HarnessSettings(list(TASKS), str(output), [str(folder / "tasks")], batch_size=4, log_samples=True)
     _ask(flags, lambda config: evaluate(config, settings))
     samples = map(json.loads, output.with_suffix(".samples.jsonl").read_text().splitlines())
     return {**json.loads(output.read_text()), "samples": {(one["task"], one["doc_id"]): one for one in samples}}
 
 
-def _answer(place: Place, flags: list[str] | None = None, **settings: Any) -> None:
-    _ask([*place.run, *(flags or [])], lambda config: answer(config, AnswerSettings(**settings)))
+def _answer(folder: Path, flags: list[str] | None = None, **settings: Any) -> None:
+    _ask([*run_flags(folder), *(flags or [])], lambda config: answer(config, AnswerSettings(**settings)))
 
 
 def _ask(flags: list[str], question: Any) -> None:
@@ -124,17 +111,18 @@ def _ask(flags: list[str], question: Any) -> None:
     stop_model_parallel()
 
 
-def _by_the_harness(place: Place) -> dict[str, Any]:
+def _by_the_harness(folder: Path) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     names = [name for name in TASKS if name != "tiny_drawn"]
-    manager = TaskManager(include_path=place.tasks, include_defaults=False)
-    model = HFLM(pretrained=place.base, device="cpu", dtype="float32", batch_size=4)
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    model = HFLM(pretrained=str(folder / "base"), device="cpu", dtype="float32", batch_size=4)
     results: Any = simple_evaluate(model=model, tasks=names, task_manager=manager)  # pyright: ignore
-    samples = {(task, one["doc_id"]): one for task, of_task in results["samples"].items() for one in of_task}
-    return {"results": results["results"], "samples": json.loads(json.dumps(list(samples.items()), default=str))}
+    plain = json.loads(json.dumps(results["samples"], default=str))
+    samples = {(task, one["doc_id"]): one for task, of_task in plain.items() for one in of_task}
+    return {"results": results["results"], "samples": samples}
 
 
 def _printed(work: Any) -> str:
@@ -144,17 +132,7 @@ def _printed(work: Any) -> str:
     return written.getvalue()
 
 
-def _wrong_models(place: Place) -> list[tuple[list[str], str]]:
-    """Flags that name no model that can be asked."""
-    return [
-        (["--load", place.tasks], "w1"),
-        ([*place.run, "--lora-rank", "4"], "w1"),
-        ([*place.run, "--pretrained-checkpoint", str(place.path("other"))], "w1"),
-        (place.run, "w1 " * 300),
-    ]
-
-
-def _complaint(place: Place, flags: list[str], prompt: str) -> str:
+def _complaint(flags: list[str], prompt: str) -> str:
     try:
         _ask(flags, lambda config: answer(config, AnswerSettings(prompt=prompt)))
     except ConfigurationError as error:

@@ -1,28 +1,26 @@
 """Programs that try to get out of the sandbox, or to bring the evaluation down.
 
 Each runs to its end only if it got what it wanted, so one that "passes" is an escape. What can be seen only from
-outside (files left behind, processes that live on) the test looks at itself. {secret}, {port}, {name} and {marker} are
-filled in: a file of the host, a TCP port and an abstract Unix socket that the host listens on, and a file name that no
-program should come to make or name in a process that outlives it.
+outside (files left behind, processes that live on) the test looks at itself. {secret}, {port}, {name}, {marker} and
+{clone} are filled in: a file of the host, a TCP port and an abstract Unix socket that the host listens on, a file name
+that no program should come to make or name in a process that outlives it, and the number of the call that clones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+IMPORTS = "import ctypes, os, resource, signal, socket, stat, subprocess, sys, threading, time\n"
 ATTACKS = {
     "fork bomb": """
-import os
 children = 0
 while children < 50:
     if os.fork() == 0:
         while True: pass
     children += 1
 """,
-    "thread bomb": """
-import threading, time
-for _ in range(50): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-""",
+    "thread bomb": "for _ in range(50): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
     "fills the disk": """
-import os
 for number in range(64):
     with open(f"/tmp/{number}", "wb") as file: file.write(bytes(8 << 20))
 """,
@@ -31,7 +29,6 @@ with open("/tmp/huge", "wb") as file:
     for _ in range(64): file.write(bytes(1 << 20))
 """,
     "writes anywhere": """
-import os
 for folder in ("/", "/dev", "/etc", "/usr", "/usr/lib", "/python/lib", "/python/bin", "/packages", "/var", "/root"):
     try:
         open(os.path.join(folder, "{marker}"), "w").write("x")
@@ -40,42 +37,21 @@ for folder in ("/", "/dev", "/etc", "/usr", "/usr/lib", "/python/lib", "/python/
     break
 else: raise OSError("nowhere")
 """,
-    "changes the interpreter": """
-open("/python/lib/python3.11/json/__init__.py", "a").write("raise SystemExit")
-""",
-    "changes the driver": """open("/driver.py", "a").write("#")""",
-    "listening server of the host": """
-import socket
-socket.create_connection(("127.0.0.1", {port}), 1)
-""",
-    "datagrams": """
-import socket
-socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))
-""",
-    "abstract socket of the host": """
-import socket
-socket.socket(socket.AF_UNIX).connect("\\0{name}")
-""",
-    "sockets of the virtual machine": """
-import socket
-socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-""",
+    "changes the interpreter": 'open("/python/lib/python3.11/json/__init__.py", "a").write("raise SystemExit")',
+    "changes the driver": 'open("/driver.py", "a").write("#")',
+    "listening server of the host": 'socket.create_connection(("127.0.0.1", {port}), 1)',
+    "datagrams": 'socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))',
+    "abstract socket of the host": 'socket.socket(socket.AF_UNIX).connect("\\0{name}")',
+    "sockets of the virtual machine": "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
     "downloads": """
 import urllib.request
 urllib.request.urlopen("http://127.0.0.1:{port}", timeout=1)
 """,
-    "reads a file of the host": """assert open("{secret}").read()""",
-    "reads the host's users": """assert open("/etc/passwd").read()""",
-    "reads the environment": """
-import os
-assert "SANDBOX_TEST_SECRET" in os.environ
-""",
-    "reads other processes": """
-import os
-assert any(name.isdigit() for name in os.listdir("/proc"))
-""",
+    "reads a file of the host": 'assert open("{secret}").read()',
+    "reads the host's users": 'assert open("/etc/passwd").read()',
+    "reads the environment": 'assert "SANDBOX_TEST_SECRET" in os.environ',
+    "reads other processes": 'assert any(name.isdigit() for name in os.listdir("/proc"))',
     "looks for open files": """
-import os
 found = []
 for number in range(3, 64):
     try: found.append(os.fstat(number))
@@ -83,12 +59,10 @@ for number in range(3, 64):
 assert len(found) > 1  # the pipe of the verdict is one
 """,
     "reads its job again": """
-import os, sys
 os.lseek(0, 0, 0)
 assert os.read(0, 1000)
 """,
     "kills its parent": """
-import os, time
 parent = os.getppid()
 os.kill(parent, 9)
 time.sleep(0.2)
@@ -96,37 +70,22 @@ os.kill(parent, 0)
 assert os.getppid() != parent
 """,
     "kills everything": """
-import os, time
 os.kill(-1, 9)
 time.sleep(0.2)
 raise OSError("still there")
 """,
-    "prints gigabytes": """
-import os
-while True: os.write(1, bytes(1 << 20))
-""",
-    "prints gigabytes as an error": """
-import sys
-for _ in range(10000): sys.stderr.write("x" * 100000)
-""",
-    "never ends": """while True: pass""",
-    "sleeps": """
-import time
-time.sleep(1000)
-""",
+    "prints gigabytes": "while True: os.write(1, bytes(1 << 20))",
+    "prints gigabytes as an error": 'for _ in range(10000): sys.stderr.write("x" * 100000)',
+    "never ends": "while True: pass",
+    "sleeps": "time.sleep(1000)",
     "ignores signals": """
-import signal
 for number in range(1, 32):
     try: signal.signal(number, signal.SIG_IGN)
     except OSError: pass
 while True: pass
 """,
-    "takes all memory": """
-held = []
-for _ in range(64): held.append(bytearray(64 << 20))
-""",
+    "takes all memory": "held = [bytearray(64 << 20) for _ in range(64)]",
     "memory of shared segments": """
-import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 libc.shmat.restype = ctypes.c_void_p
 for _ in range(16):
@@ -136,39 +95,18 @@ for _ in range(16):
     ctypes.memset(address, 1, 256 << 20)
     libc.shmdt(ctypes.c_void_p(address))
 """,
-    "memory files": """
-import os
-for number in range(32):
-    os.write(os.memfd_create(str(number)), bytes(16 << 20))
-""",
-    "namespace of its own": """
-import ctypes
-assert ctypes.CDLL(None).unshare(0x10000000) == 0
-""",
+    "memory files": "for number in range(32): os.write(os.memfd_create(str(number)), bytes(16 << 20))",
+    "namespace of its own": "assert ctypes.CDLL(None).unshare(0x10000000) == 0",
     "namespace of a child": """
-import ctypes, os
 pid = ctypes.CDLL(None).syscall({clone}, 0x10000000 | 17, 0, 0, 0, 0)
 if pid == 0: os._exit(0)
 assert pid > 0
 """,
-    "mounts": """
-import ctypes
-assert ctypes.CDLL(None).mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0
-""",
-    "raises its limits": """
-import resource
-resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-""",
-    "becomes root": """
-import os
-os.setuid(0)
-""",
-    "makes a device": """
-import os, stat
-os.mknod("/tmp/disk", 0o600 | stat.S_IFBLK, os.makedev(8, 0))
-""",
+    "mounts": 'assert ctypes.CDLL(None).mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0',
+    "raises its limits": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "becomes root": "os.setuid(0)",
+    "makes a device": 'os.mknod("/tmp/disk", 0o600 | stat.S_IFBLK, os.makedev(8, 0))',
     "leaves a process behind": """
-import os, sys, time
 if os.fork() == 0:
     os.setsid()
     os.closerange(0, 64)
@@ -176,47 +114,30 @@ if os.fork() == 0:
 time.sleep(0.3)
 raise OSError("its child is looked for outside")
 """,
-    "exits before the tests": """
-import sys
-sys.exit(0)
-""",
-    "exits at once": """
-import os
-os._exit(0)
-""",
+    "exits before the tests": "sys.exit(0)",
+    "exits at once": "os._exit(0)",
     "forges a verdict": """
 print("\\npassed\\n" * 3, flush=True)
-import os
 os.write(1, b"\\n" + b"0" * 32 + b" passed\\n")
 os._exit(0)
 """,
-    "another program in its place": """
-import os
-os.execv("/python/bin/python", ["python", "-c", "print('passed')"])
-""",
-    "crashes the interpreter": """
-import ctypes
-ctypes.string_at(0)
-""",
+    "another program in its place": """os.execv("/python/bin/python", ["python", "-c", "print('passed')"])""",
+    "crashes the interpreter": "ctypes.string_at(0)",
     "endless recursion": """
-import sys
 sys.setrecursionlimit(10**9)
 def down(): return down()
 down()
 """,
-    "closes all files": """
-import os
-os.closerange(0, 64)
-""",
-    "traces": """
-import ctypes, os
-assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0
-""",
-    "a shell": """
-import subprocess
-subprocess.run(["/bin/sh", "-c", "true"], check=True)
-""",
-    "compiles for ever": """
-compile("(" * 90 + "0" + ")" * 90 + "\\n" + "a = [" + "[" * 80 + "0," * 10**7, "x", "exec")
-""",
+    "closes all files": "os.closerange(0, 64)",
+    "traces": "assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+    "a shell": 'subprocess.run(["/bin/sh", "-c", "true"], check=True)',
+    "compiles for ever": 'compile("(" * 90 + "0" + ")" * 90 + "\\n" + "a = [" + "[" * 80 + "0," * 10**7, "x", "exec")',
 }
+
+
+def attack(name: str, host: Mapping[str, object]) -> str:
+    """The program, with what it reaches for on this host filled in."""
+    source = ATTACKS[name]
+    for place, value in host.items():
+        source = source.replace(f"{{{place}}}", str(value))
+    return IMPORTS + source

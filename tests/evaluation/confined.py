@@ -4,6 +4,7 @@ where it works, a sandbox that refuses is a failure."""
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,11 @@ def _reason() -> str:
 
 REASON = _reason()
 needs_bubblewrap = pytest.mark.skipif(bool(REASON), reason=f"NOT TESTED, there is no sandbox here: {REASON}")
+
+
+def read(file: Path) -> bytes:
+    """Nothing of a process that has ended meanwhile."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""

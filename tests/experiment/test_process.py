@@ -55,9 +55,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_JOB_ID": "7"}
-    path = f"{commands}:{os.environ['PATH']}"
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    return {**outside, **slurm, "PATH": path, "PYTHON": "fake-python", "RECORD": str(tmp_path)}
+    paths = {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": "fake-python", "RECORD": str(tmp_path)}
+    return {**{name: os.environ[name] for name in os.environ if not name.startswith("MASTER_")}, **slurm, **paths}
 
 
 def written(folder: Path, **changes: Any) -> Path:

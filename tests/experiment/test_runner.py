@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,6 @@ from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, experiment
 from tests.time_limits import wait_until
 
-ROOT = Path(__file__).parents[2]
 VARYING = ("started_at", "seconds", "score_seconds", "versions")
 
 
@@ -47,32 +48,31 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    whole, told = run(folder)
-    assert whole
-    return folder, told
+    assert run(folder)[0]
+    return folder
 
 
-def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: tuple[Path, list[str]]) -> None:
+def test_best_rate_of_each_method_runs_all_seeds_and_they_alone_are_scored(finished: Path) -> None:
     names = {f"tiny,talk,{m},lr={r},seed={s}.json" for m, r in (("lora", 0.4), ("boft", 0.2)) for s in (1, 2, 3)}
     tried = {"tiny,talk,lora,lr=0.1,seed=1.json", "tiny,talk,boft,lr=0.5,seed=1.json"}
-    assert cells(finished[0]).keys() == names | tried
-    assert {name for name, one in cells(finished[0]).items() if one["scores"]} == names
+    assert cells(finished).keys() == names | tried
+    assert {name for name, one in cells(finished).items() if one["scores"]} == names
 
 
-def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: tuple[Path, list[str]]) -> None:
-    out = finished[0] / "out"
+def test_cells_that_are_through_leave_their_metrics_and_the_experiment(finished: Path) -> None:
+    out = finished / "out"
     assert list(out.rglob("iter_*")) == [] and len(list(out.rglob("metrics.jsonl"))) == 8
-    assert (out / "experiment.yaml").read_text() == (finished[0] / "small.yaml").read_text()
+    assert (out / "experiment.yaml").read_text() == (finished / "small.yaml").read_text()
 
 
-def test_second_call_runs_nothing(finished: tuple[Path, list[str]]) -> None:
-    assert run(finished[0]) == (True, [])
+def test_second_call_runs_nothing(finished: Path) -> None:
+    assert run(finished) == (True, [])
 
 
-def test_cell_says_what_came_out(finished: tuple[Path, list[str]]) -> None:
-    one = cells(finished[0])["tiny,talk,lora,lr=0.4,seed=2.json"]
+def test_cell_says_what_came_out(finished: Path) -> None:
+    one = cells(finished)["tiny,talk,lora,lr=0.4,seed=2.json"]
     assert one["validation_loss"] == pytest.approx(0.1 + 0.02 + 0.4)
     assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
     assert (one["trainable_parameters"], one["epoch_seconds"], one["peak_memory_bytes"]) == (1024, 1.0, 100)
@@ -110,42 +110,42 @@ def test_killed_worker_is_retried_by_the_next_call(tmp_path: Path, monkeypatch: 
     assert whole and all(one["status"] == "trained" for one in cells(tmp_path).values())
 
 
-def test_second_runner_is_refused(tmp_path: Path) -> None:
-    holder = "import sys, time; sys.path[0:0] = [{!r}]; from pathlib import Path; "
-    holder += "from megatron_peft.checkpoint.folder_lock import FolderLock; "
-    holder += "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", holder.format(str(ROOT)), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+@contextmanager
+def started(script: str, folder: Path, **environment: str) -> Iterator[Any]:
+    """A program that knows the names of this file, killed at the end."""
+    command = [sys.executable, "-c", f"from tests.experiment.test_runner import *\n{script}", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as program:
         try:
-            assert first.stdout is not None and first.stdout.readline() == "held\n"
-            with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
-                run(tmp_path)
+            yield program
         finally:
-            first.kill()
+            program.kill()
+
+
+def test_second_runner_is_refused(tmp_path: Path) -> None:
+    script = "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with started(script, tmp_path / "out") as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
+            run(tmp_path)
     FolderLock(tmp_path / "out").release()
 
 
-def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(
-    finished: tuple[Path, list[str]], tmp_path: Path
-) -> None:
+def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(finished: Path, tmp_path: Path) -> None:
     """Each kill comes up to 0.4 s after something new was seen: the start of a cell, or the file of one, in turns."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    script = "import sys, pathlib, tests.experiment.test_runner as t; t.run(pathlib.Path(sys.argv[1]), jobs=1)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_SECONDS": "0.3"}
     there: list[int] = []
     for pattern in ("runs/*/log.txt", "cells/*.json") * 5:
         before = newest(tmp_path, pattern)
-        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment) as runner:
+        with started("run(Path(sys.argv[1]), jobs=1)", tmp_path, FAKE_SECONDS="0.3") as runner:
             wait_until(lambda: newest(tmp_path, pattern) > before or runner.poll() is not None, pattern)  # noqa: B023
             time.sleep(draw.uniform(0, 0.4))
-            runner.kill()
         assert runner.returncode == -signal.SIGKILL, "it ended by itself"
         there.append(len(list((tmp_path / "out" / "cells").glob("*.json"))))
     print(f"cells of 8 that were there after each kill: {there}")
     assert run(tmp_path)[0]
-    assert cells(tmp_path) == cells(finished[0])
+    assert cells(tmp_path) == cells(finished)
 
 
 def newest(folder: Path, pattern: str) -> int:
@@ -153,14 +153,9 @@ def newest(folder: Path, pattern: str) -> int:
 
 
 def test_cells_end_with_a_killed_runner(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from megatron_peft.experiment.process import start; "
-    script += f"r = start([sys.executable, '-c', 'import time; time.sleep(60)'], Path({str(tmp_path / 'log')!r})); "
-    script += "print(r.process.pid, flush=True); time.sleep(60)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as runner:
-        assert runner.stdout is not None
+    script = "cell = process.start(['sleep', '60'], Path(sys.argv[1], 'log')); print(cell.process.pid, flush=True); "
+    with started(script + "time.sleep(60)", tmp_path) as runner:
         child = int(runner.stdout.readline())
-        runner.kill()
     wait_until(lambda: not _is_running(child), "the end of the cell")
 
 
@@ -241,15 +236,12 @@ def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> 
     metrics = process.checkpoints(tmp_path, cell) / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
-    running = SimpleNamespace(seconds=12.0)
+    running = SimpleNamespace()
     runner = Runner(tmp_path, groups, running={cell.key: (Work("train", cell), running)})  # type: ignore[dict-item]
     with Board(tmp_path, groups, Console(file=shown, width=150, force_terminal=True)) as board:
-        board.refresh(runner)
-        first = shown.getvalue()
-        assert f"train {cell.key}: iteration 7, 12 s" in first
-        running.seconds = 12.5
-        board.refresh(runner)
-        assert shown.getvalue() == first
-        running.seconds = 13.5
-        board.refresh(runner)
-        assert "iteration 7, 14 s" in shown.getvalue()
+        drawn = []
+        for running.seconds in (12.0, 12.5, 13.5):
+            board.refresh(runner)
+            drawn.append(shown.getvalue())
+    assert f"train {cell.key}: iteration 7, 12 s" in drawn[0] and drawn[1] == drawn[0]
+    assert "iteration 7, 14 s" in drawn[2]

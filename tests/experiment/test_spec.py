@@ -1,4 +1,4 @@
-"""Files that say nothing, too much, or two things at once, and what their author is told; the rules behind it."""
+"""Files that say nothing, too much, or two things at once, and what their author is told; the cells and their flags."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.spec import Choice, Experiment, budget, default_folder
+from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.flag_check import check_flags
+from megatron_peft.experiment.spec import budget, default_folder
 from megatron_peft.experiment.spec_file import read_experiment
-from tests.experiment.small_experiment import content, experiment, write
+from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]
 GRID = {"grid": {"lr": [0.1]}}
+UNVALIDATED = {"talk": {"flags": {"train-data-path": "train.jsonl"}}}
+
+
+def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
+    return {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": metric}}}}}
 
 
 def test_file_is_read_as_it_says(tmp_path: Path) -> None:
@@ -21,6 +28,7 @@ def test_file_is_read_as_it_says(tmp_path: Path) -> None:
     assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
     assert found.methods[0].flags == {"peft-method": "lora"}
     assert found.tasks[0].score is not None and list(found.tasks[0].score.metrics) == ["accuracy"]
+    assert default_folder(found) == Path("runs/experiments/small")
 
 
 def test_peft_method_of_all_cells_is_not_overruled_by_a_name(tmp_path: Path) -> None:
@@ -45,21 +53,22 @@ def test_examples_are_read(path: Path) -> None:
         ({"methods": {"lora": {"grid": {"lr": [0.1, 0.1]}}}}, "methods.lora.grid.lr holds 0.1 twice"),
         (
             {"methods": {"lora": {"flags": {"lr": 1}, **GRID}}},
-            "--lr is in methods.lora.flags and in methods.lora.grid: leave it in one of the two",
+            "--lr is in methods.lora.flags and in methods.lora.grid: l",
         ),
         ({"flags": {"lr": 1, "train-iters": 2}}, "--lr is in flags and in methods.lora.grid"),
+        (
+            {"flags": {"train-data-path": "a"}},
+            "--train-data-path is in flags and in tasks.talk.flags: leave it in one of",
+        ),
         ({"flags": {"train-iters": 2, "seed": 4}}, "flags: --seed is the runner's own: list the seeds under seeds:"),
         ({"flags": {"train-iters": 2, "save": "x"}}, "--save is the runner's own: each cell has a folder"),
         ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
         ({"seeds": [1, "two"]}, "seeds holds 'two', which is not a whole number"),
         (
             {"methods": {"lora": GRID, "boft": {"grid": {"lr": [1, 2]}}}},
-            "the same number of tuning runs, but their grids hold: lora 1, boft 2",
+            "but their grids hold: lora 1, boft 2",
         ),
-        (
-            {"flags": {}, "methods": {"lora": {"flags": {"train-iters": 9}}}},
-            "methods.lora: --train-iters must be the same for all methods",
-        ),
+        ({"tasks": UNVALIDATED}, "tasks.talk: .* with models.tiny nothing is validated: give"),
         ({"method": {}}, "the key 'method', which means nothing: did you mean methods?"),
         ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the key 'flag', which means nothing: did you mean flags"),
         ({"models": {"tiny": {"processes": 0}}}, "models.tiny.processes is 0; a cell needs one at least"),
@@ -67,11 +76,8 @@ def test_examples_are_read(path: Path) -> None:
         ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
         ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
-        ({"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {}}}}}}, "metrics.a needs path"),
-        (
-            {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": {"path": "b", "scale": "%"}}}}}},
-            "metrics.a.scale is '%', not a number",
-        ),
+        (scored_by({}), "metrics.a needs path"),
+        (scored_by({"path": "b", "scale": "%"}), "metrics.a.scale is '%', not a number"),
     ],
 )
 def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -92,66 +98,77 @@ def test_broken_or_missing_file_is_told(tmp_path: Path, text: str, message: str)
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    values = content(seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
     with pytest.raises(ConfigurationError) as caught:
-        read_experiment(write(tmp_path, values))
+        experiment(tmp_path, seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
     assert len(caught.value.problems) == 3  # the flag once for each method that it would go to
 
 
 def test_prepare_is_a_command_or_several(tmp_path: Path) -> None:
     assert experiment(tmp_path, prepare="python -m x")[0].prepare == (("python", "-m", "x"),)
-    several = experiment(tmp_path, prepare=["python -m x", ["python", "a b.py"]])[0].prepare
-    assert several == (("python", "-m", "x"), ("python", "a b.py"))
+    several, _ = experiment(tmp_path, prepare=["python -m x", ["python", "a b.py"]])
+    assert several.prepare == (("python", "-m", "x"), ("python", "a b.py"))
     with pytest.raises(ConfigurationError, match="prepare is 3; it is a command"):
         experiment(tmp_path, prepare=3)
 
 
-DATA = {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}
-TASK = Choice("talk", {**DATA, "seq-length": 64})
-
-
-def made(**changes: Any) -> Experiment:
-    values: dict[str, Any] = {
-        "name": "small",
-        "title": "Small",
-        "flags": {"train-iters": 2, "seq-length": 32, "log-interval": 1},
-        "models": (Choice("tiny", {}),),
-        "tasks": (TASK,),
-        "methods": (Choice("lora", {"lora-rank": 4}),),
-        "seeds": (1, 2),
-        "tuning_seed": 1,
-    }
-    return Experiment(**{**values, **changes})
-
-
-def test_budget_is_what_all_methods_share_and_the_task_has_the_last_word() -> None:
-    shared = made(flags={"train-iters": 2, "log-interval": 1})
-    model = Choice("tiny", {"clip-grad": 0.5, "num-layers": 2})
-    assert budget(shared, model, TASK) == {"train-iters": 2, "clip-grad": 0.5, **DATA, "seq-length": 64}
-
-
-def test_same_flag_in_two_places_of_one_cell_is_told_for_each_cell() -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        made(models=(Choice("tiny", {}), Choice("small", {})))
-    assert len(caught.value.problems) == 2
-    assert caught.value.problems[0] == "--seq-length is in flags and in tasks.talk.flags: leave it in one of the two."
-
-
-def test_same_flag_in_two_tasks_is_no_clash_and_the_folder_is_the_experiments_name() -> None:
-    found = made(flags={}, tasks=(TASK, Choice("chat", TASK.flags)))
-    assert default_folder(found) == Path("runs/experiments/small")
+def test_budget_is_what_all_methods_share(tmp_path: Path) -> None:
+    models = {"tiny": {"flags": {"clip-grad": 0.5, "num-layers": 2}}}
+    found, _ = experiment(tmp_path, flags={"train-iters": 2, "log-interval": 1}, models=models)
+    data = {"train-data-path": "train.jsonl", "valid-data-path": "valid.jsonl"}
+    assert budget(found, found.models[0], found.tasks[0]) == {"train-iters": 2, "clip-grad": 0.5, **data}
 
 
 @pytest.mark.parametrize("flag", ["train-iters", "eval-iters", "lr-decay-iters", "min-lr", "clip-grad", "split"])
-def test_schedule_and_budget_are_the_same_for_all_methods(flag: str) -> None:
+def test_schedule_and_budget_are_the_same_for_all_methods(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ConfigurationError, match=f"methods.lora: --{flag} must be the same for all methods"):
-        made(flags={"log-interval": 1}, methods=(Choice("lora", {flag: 5}),))
+        experiment(tmp_path, flags={}, methods={"lora": {"flags": {flag: 5}}})
 
 
-def test_grid_that_nothing_is_validated_for_is_refused() -> None:
-    tuned = (Choice("lora", {}, {"lr": (1, 2)}),)
-    unvalidated = Choice("talk", {"train-data-path": "train.jsonl"})
-    with pytest.raises(ConfigurationError, match="tasks.talk: .* with models.tiny nothing is validated: give"):
-        made(tasks=(unvalidated,), methods=tuned)
-    made(tasks=(unvalidated,))
-    made(tasks=(unvalidated,), methods=tuned, models=(Choice("tiny", {"data-path": "prefix"}),))
+def test_a_single_point_needs_no_validation_and_split_data_give_it(tmp_path: Path) -> None:
+    experiment(tmp_path, tasks=UNVALIDATED, methods={"lora": GRID})
+    experiment(tmp_path, tasks=UNVALIDATED, models={"tiny": {"flags": {"data-path": "prefix"}}})
+
+
+def test_flags_of_yaml_become_words() -> None:
+    flags = {"lr": "3e-4", "bf16": True, "pack-sequences": False, "split": None, "peft-target-modules": ["a", "b"]}
+    assert command_line(flags) == ("--lr", "3e-4", "--bf16", "--peft-target-modules", "a", "b")
+
+
+def test_grid_is_every_combination_or_one_cell(tmp_path: Path) -> None:
+    grid = {"lr": [0.1, 0.2], "lora-rank": [4, 8]}
+    _, (tuned, plain) = experiment(tmp_path, methods={"lora": {"grid": grid}, "boft": {"grid": {"lr": [1, 2, 3, 4]}}})
+    assert [dict(cell.settings) for cell in tuned.tuning] == [
+        {"lr": lr, "lora-rank": rank} for lr in ("0.1", "0.2") for rank in ("4", "8")
+    ]
+    assert [finals[0] for finals in plain.finals] == list(plain.tuning), "the tuning cell is a final one of its seed"
+    _, (single,) = experiment(tmp_path, methods={"lora": {}})
+    assert [cell.key for cell in single.tuning] == ["tiny,talk,lora,seed=1"]
+
+
+def test_cell_has_the_flags_of_all_places(tmp_path: Path) -> None:
+    _, (group, _) = experiment(tmp_path)
+    assert group.tuning[0].flags == (
+        *("--train-iters", "2", "--pretrained-checkpoint", "nowhere", "--train-data-path", "train.jsonl"),
+        *("--valid-data-path", "valid.jsonl"),
+        *("--peft-method", "lora", "--lr", "0.1", "--seed", "1"),
+    )
+
+
+def test_flags_that_pretrain_peft_takes_pass_in_the_folder_that_the_runner_gives(tmp_path: Path) -> None:
+    check_flags(experiment(tmp_path, flags={"train-iters": 2, "save-interval": 1})[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"lorra": {}}}, "tiny,talk,lorra,seed=1: --peft-method: .*lorra"),
+        ({"flags": {"train-iters": 2, "leraning-rate": 1}}, "--leraning-rate is not a known flag"),
+        ({"methods": {"full": {"grid": {"lora-rank": [4]}}}}, "--lora-rank belongs to --peft-method lora"),
+        ({"methods": {"lora": {"grid": {"lr": ["fast"]}}}}, "--lr: .*fast"),
+        ({"models": {"big": {"processes": 3, "flags": {"tensor-model-parallel-size": 2}}}}, "3 processes cannot hold"),
+    ],
+)
+def test_wrong_flags_are_told_once_before_anything_runs(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        check_flags(experiment(tmp_path, **changes)[1])
+    assert sum("leraning-rate" in problem for problem in caught.value.problems) <= 1, "though many cells have it"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.record import CellRecord, write_record
+from megatron_peft.experiment.record import CellRecord, of_cell, write_record
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.reporting.report import build, markdown
 from megatron_peft.reporting.results import Results, read_results
@@ -39,26 +39,18 @@ def write_cells(folder: Path, **changes: Any) -> Path:
 def record_of(cell: Cell, **changes: Any) -> CellRecord:
     is_better = cell.settings["lr"] == BETTER[cell.method]
     loss = LOSSES[cell.method] + SPREAD[cell.seed] * (1 + (cell.method == "lora")) + (not is_better)
-    values: Mapping[str, Any] = {
-        "validation_loss": loss,
-        "iterations": 40,
-        "trainable_parameters": 1000,
-        "step_seconds": 0.5,
-        "epoch_seconds": 60.0,
-        "peak_memory_bytes": 2_000_000_000,
+    lambdas = {"iterations": [20, 40], "by_layer": {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]}}
+    values: dict[str, Any] = {
+        **{"validation_loss": loss, "iterations": 40, "step_seconds": 0.5, "epoch_seconds": 60.0},
+        **{"trainable_parameters": 1000, "peak_memory_bytes": 2_000_000_000},
         "curves": {
             "grad_norm": [[at, at / 40, 1 + 1 / at] for at in range(1, 41)],
             "validation_loss": [[10, 0.25, loss + 1], [20, 0.5, loss + 0.5], [40, 1.0, loss]],
         },
         "scores": {"accuracy": 100 - 10 * loss} if is_better else {},
-        "lambdas": {"iterations": [20, 40], "by_layer": {LAYERS[0]: [0.5, 0.3], LAYERS[1]: [0.5, 0.8]}}
-        if cell.method == "hybrid"
-        else {},
+        "lambdas": lambdas if cell.method == "hybrid" else {},
     }
-    place = {
-        name: getattr(cell, name) for name in ("model", "task", "method", "settings", "seed", "flags", "processes")
-    }
-    return CellRecord(**{**place, "status": "trained", "versions": {"python": "3.11"}, **values, **changes})
+    return replace(of_cell(cell, "trained", **{**values, **changes}), versions={"python": "3.11"})
 
 
 def results(folder: Path, **changes: Any) -> Results:

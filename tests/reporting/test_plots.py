@@ -16,12 +16,7 @@ from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot
 from megatron_peft.reporting.drawing import colour, new_figure, save, style, svg
 from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.run_plot import Translation, plot_run
-from tests.reporting.small_results import record_of, results
-
-
-@pytest.fixture
-def found(tmp_path: Path) -> Results:
-    return results(tmp_path)
+from tests.reporting.small_results import record_of
 
 
 def small() -> Figure:
@@ -83,12 +78,6 @@ def test_map_of_lambda_is_layer_by_step_for_each_kind() -> None:
     assert np.isnan(found["linear_fc1"]).tolist() == [[True, True], [False, True]]
 
 
-def test_lines_of_the_file_become_curves() -> None:
-    lines = [{"iteration": 5, "lambda": {QKV.format(0): 0.5}}, {"iteration": 10, "lambda": {QKV.format(0): 0.4}}]
-    assert lambda_plot.read_lines(lines) == ([5, 10], {QKV.format(0): [0.5, 0.4]})
-    assert lambda_plot.read_lines([]) == ([], {})
-
-
 def test_mean_of_lambda_is_over_runs() -> None:
     found = lambda_plot.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}])
     assert found == {"a": pytest.approx([0.3, 0.6])}
@@ -114,8 +103,6 @@ RECORDS = [
     {"iteration": 30, "loss": None, "grad_norm": 1.0},  # a loss that was not a number
 ]
 TRANSLATIONS = [Translation("Pay $5_^ or $6", "Payez 5 $", "", "Payez " + "beaucoup " * 40)]
-
-
 SCORES = (3.0, 20.0), (4.0, 1.75)
 
 
@@ -134,8 +121,8 @@ def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
     return draw
 
 
-def _axes(figure, title):
-    return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
+def _axes(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
 def test_the_picture_of_a_run_is_a_png_that_replaces_the_old_one(drawn, tmp_path):
@@ -147,12 +134,12 @@ def test_the_picture_of_a_run_is_a_png_that_replaces_the_old_one(drawn, tmp_path
 
 
 def test_curves_show_what_was_measured(drawn):
-    figure = drawn()
-    training, held_out = _axes(figure, "Loss").lines
+    axes = _axes(drawn())
+    training, held_out = axes["Loss"].lines
     assert training.get_xydata().tolist() == [[10, 3.0], [20, 2.5]]
     assert held_out.get_xydata().tolist() == [[0, 4.0], [20, 1.75]]
-    assert _axes(figure, "Gradient norm").lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
-    assert [bar.get_height() for bar in _axes(figure, "BLEU").patches] == [3.0, 20.0]
+    assert axes["Gradient norm"].lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
+    assert [bar.get_height() for bar in axes["BLEU"].patches] == [3.0, 20.0]
 
 
 def test_translations_stand_beside_their_reference_cut_to_fit(drawn):
@@ -164,5 +151,5 @@ def test_translations_stand_beside_their_reference_cut_to_fit(drawn):
 
 def test_a_hybrid_has_its_lambdas_between_curves_and_translations(drawn):
     lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 100}} for at in (10, 20)]
-    image = _axes(drawn(RECORDS, TRANSLATIONS, lambdas), "linear_fc1").images[0]
+    image = _axes(drawn(RECORDS, TRANSLATIONS, lambdas))["linear_fc1"].images[0]
     assert image.get_array().tolist() == [[0.1, 0.2]] and image.get_clim() == (0, 1)

@@ -61,16 +61,8 @@ def test_all_files_are_there(folder: Path) -> None:
         *("report.md", "report.html", "table1.csv", "table1.tex", "table1-tested.tex"),
         *(f"{name}.{kind}" for name in figures for kind in ("png", "svg")),
     }
-
-
-def test_markdown_shows_ours_and_the_papers_apart(folder: Path) -> None:
-    text = (folder / "report.md").read_text()
-    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert headings[:3] == ["Result", "Table I", "Table I in the paper"]
-    ours, papers = text.split("## Table I in the paper")
-    assert "92.3" not in ours and "92.3" in papers and "none of it was measured here" in papers
-    links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(links) == 3 and all((folder / link).exists() for link in links)
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text())
+    assert set(links) == {f"{name}.svg" for name in figures}
 
 
 def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
@@ -88,21 +80,6 @@ def test_words_of_the_experiment_are_escaped() -> None:
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
 
 
-def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    return found
-
-
-def in_browser(page: Path) -> str:
-    """The page's document after its scripts have run, without a network."""
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds(120))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> None:
     """Two clicks on the mean of the long table: by value, from the greatest, missing ones last; images have loaded."""
     click = """<script>addEventListener("load", () => {
@@ -115,17 +92,18 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
         const sizes = [...document.images].map((image) => image.naturalWidth > 100);
         document.body.append(`means ${means.join(" ")}; sort ${head.ariaSort}; images ${sizes.join(" ")}.`);
     });</script>"""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
     page = tmp_path / "clicked.html"
     page.write_text((folder / "report.html").read_text().replace("</body>", f"{click}</body>"))
-    told = re.search(r"means (.*?); sort (\w+); images (.*?)\.", in_browser(page).rpartition("</script>")[2])
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds(120))
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"means (.*?); sort (\w+); images (.*?)\.", done.stdout.rpartition("</script>")[2])
     assert told is not None
     assert told[1].split() == ["1,792.0", "84.70", "83.70", "1.630", "1.530", "–"]
     assert (told[2], told[3]) == ("descending", "true true true")
-
-
-@pytest.fixture
-def found(tmp_path: Path) -> Results:
-    return results(tmp_path)
 
 
 def test_unfinished_experiment_says_so(found: Results, tmp_path: Path) -> None:

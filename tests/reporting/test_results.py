@@ -1,4 +1,4 @@
-"""Which runs of an experiment count, and how a method's differ from another's: in loss by seed, in steps to a loss."""
+"""Which runs of an experiment count, how a method's differ from another's, and tables of them in several formats."""
 
 from __future__ import annotations
 
@@ -12,36 +12,22 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
+from megatron_peft.experiment.record import CellRecord, of_cell, write_record
+from megatron_peft.reporting import speed_table
 from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.results import VALIDATION_LOSS, Results, copy_results, metrics, read_results
+from megatron_peft.reporting.paper import entry
+from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
-from tests.reporting.small_results import LAYERS, record_of, results, write_cells
+from megatron_peft.reporting.table import Table, number
+from megatron_peft.reporting.table1 import check_paper_names, reference_method, rows
+from tests.experiment.small_experiment import content
+from tests.reporting import small_results
+from tests.reporting.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
 
 
-@pytest.fixture
-def found(tmp_path: Path) -> Results:
-    return results(tmp_path)
-
-
-def test_runs_are_those_of_the_rate_with_the_least_loss(found: Results) -> None:
-    lora, lora_ga, _ = found.all
-    assert (lora.settings, lora_ga.settings) == ({"lr": "0.4"}, {"lr": "0.1"})
-    assert lora.values("accuracy") == pytest.approx({1: 79.8, 2: 79.6, 3: 78.8})
-    assert lora_ga.values(VALIDATION_LOSS) == pytest.approx({1: 1.51, 2: 1.52, 3: 1.56})
-
-
-def test_metrics_are_the_loss_and_the_scores(found: Results) -> None:
-    assert metrics(found.experiment.tasks[0]) == {VALIDATION_LOSS: False, "accuracy": True}
-
-
-@pytest.mark.parametrize("failed", [False, True])
-def test_a_run_that_is_not_there_or_failed_is_left_out(found: Results, tmp_path: Path, failed: bool) -> None:
+def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
     cell = found.all[0].group.finals[1][2]
-    if failed:
-        write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
-    else:
-        cell_file(tmp_path, cell).unlink()
+    write_record(tmp_path, cell, of_cell(cell, "failed", reason="killed"))
     again = read_results(tmp_path)
     assert list(again.all[0].finals) == [1, 2] and again.num_finals() == (8, 9)
 
@@ -57,12 +43,6 @@ def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, t
     assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
 
 
-def test_copy_gives_the_same_results(found: Results, tmp_path: Path) -> None:
-    copy_results(found, tmp_path / "copy")
-    copied = read_results(tmp_path / "copy")
-    assert [(one.finals, one.tuning) for one in copied.all] == [(one.finals, one.tuning) for one in found.all]
-
-
 def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
@@ -72,22 +52,13 @@ def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) ->
         read_results(tmp_path)
 
 
-CURVE = [(10, 3.0), (20, 2.0), (40, 1.0), (60, 1.5)]
-
-
 @pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (2.5, (15, False)),
-        (1.5, (30, False)),
-        (1.0, (40, False)),
-        (0.9, None),
-        (3.0, (10, False)),
-        (3.5, (10, True)),  # some step before the first measurement
-    ],
+    ("loss", "step"), [(2.5, (15, False)), (1.5, (30, False)), (1.0, (40, False)), (0.9, None), (3.0, (10, False))]
 )
-def test_crossing_lies_on_the_line_between_measurements(loss: float, expected: tuple[float, bool] | None) -> None:
-    assert crossing(CURVE, loss) == expected
+def test_crossing_lies_on_the_line_between_measurements(loss: float, step: tuple[float, bool] | None) -> None:
+    curve = [(10, 3.0), (20, 2.0), (40, 1.0), (60, 1.5)]
+    assert crossing(curve, loss) == step
+    assert crossing(curve, 3.5) == (10, True), "some step before the first measurement"
 
 
 def run(*losses: float) -> CellRecord:
@@ -140,3 +111,78 @@ def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> Non
 )
 def test_nothing_is_claimed_where_nothing_can_be_said(ours: dict[int, float], theirs: dict[int, float]) -> None:
     assert compare(ours, theirs) is None
+
+
+CELLS = (("x|y", "*1.5", "2_0"), ("", "±", "–"), ("a\\b {x}", "", "1 ≥ 0"))
+TABLE = Table("A & B", ("what", "one", "two"), CELLS, note="100% sure")
+
+
+def test_markdown_has_a_rule_and_escapes_bars() -> None:
+    lines = TABLE.markdown().splitlines()
+    assert lines[0] == "**A & B**" and lines[-1] == "100% sure"
+    assert lines[2:5] == ["| what | one | two |", "| --- | ---: | ---: |", "| x\\|y | **1.5** | 2_0 |"]
+
+
+def test_csv_has_no_marks() -> None:
+    assert TABLE.csv().splitlines() == ["what,one,two", "x|y,1.5,2_0", ",±,–", "a\\b {x},,1 ≥ 0"]
+
+
+def test_latex_is_escaped_and_every_row_has_all_columns() -> None:
+    text = TABLE.latex()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [row.replace(r"\&", "").count("&") for row in rows] == [2] * 4
+    assert rows[1] == r"x|y & \textbf{1.5} & 2\_0 \\" and rows[2] == r" & $\pm$ & -- \\"
+    assert rows[3] == r"a\textbackslash{}b \{x\} &  & 1 $\ge$ 0 \\", "escaped once"
+    assert r"\caption{A \& B. 100\% sure}" in text and r"\begin{tabular}{lrr}" in text
+
+
+def test_groups_are_parted_by_rules() -> None:
+    lines = Table("t", ("a", "b"), (("x", "1"), ("", "2"), ("y", "3"))).latex().splitlines()[4:-2]
+    assert " ".join(lines) == r"\hline a & b \\ \hline x & 1 \\  & 2 \\ \hline y & 3 \\ \hline"
+
+
+def test_numbers_have_four_digits_or_so() -> None:
+    texts = {1.70449: "1.704", 20.13: "20.13", 192.55: "192.6", None: "–", -0.5: "-0.500"}
+    assert {value: number(value) for value in texts} == texts
+    assert number(0.25, signed=True) == "+0.250"
+
+
+def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
+    lora, lora_ga, hybrid = rows(found, "hybrid")[:3]
+    assert lora.runs == pytest.approx((2.02, 2.04, 2.12)) and lora.mean == pytest.approx(2.06)
+    assert lora.deviation == pytest.approx(0.05292, rel=1e-3)  # n - 1
+    assert lora.against is not None and lora.against.difference == pytest.approx(0.43)
+    assert lora_ga.against is None, "its runs differ from the Hybrid's by the same each: no spread, no test"
+    assert hybrid.against is None
+
+
+def test_reference_is_the_hybrid_or_the_one_asked_for(found: Results) -> None:
+    assert reference_method(found, None) == "hybrid" and reference_method(found, "lora") == "lora"
+
+
+def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
+    check_paper_names(as_the_paper(tmp_path))
+    models = {"tiny": {**content()["models"]["tiny"], "paper": "GPT-2"}}
+    with pytest.raises(ConfigurationError, match="models.tiny.paper is 'GPT-2'; the paper has Llama3.1-405B, "):
+        check_paper_names(as_the_paper(tmp_path, models=models))
+
+
+def test_entries_of_the_paper_are_found_by_their_place() -> None:
+    hybrid, drawn = entry("GLUE", "Hybrid", "Llama3.1-405B"), entry("HumanEval", "Hybrid", "Llama3.1-405B", "pass@10")
+    assert hybrid is not None and (hybrid.runs, hybrid.average) == ((91.7, 93.1, 92.1), 92.3)
+    assert drawn is not None and drawn.average == 77.8
+    missing = ("HumanEval", "Hybrid", "Llama3.1-405B"), (None, "Hybrid", "Llama3.1-405B")
+    assert {entry(*place) for place in (*missing, ("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1"))} == {None}
+
+
+def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
+    methods = {name: METHODS[name] for name in ("lora-ga", "hybrid")}
+    assert speed_table.table(results(tmp_path, methods=methods), "tiny", "talk") is None
+
+
+def test_loss_that_is_never_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {"lora": METHODS["lora"], "slow": {"flags": {"peft-method": "boft"}, "grid": {"lr": [0.1, 0.4]}}}
+    monkeypatch.setitem(small_results.LOSSES, "slow", 9.0)
+    monkeypatch.setitem(small_results.BETTER, "slow", "0.4")
+    speeds = speed_table.table(results(tmp_path, methods=methods), "tiny", "talk")
+    assert speeds is not None and speeds.rows[0][1:] == ("not reached (0/3)",) * 3

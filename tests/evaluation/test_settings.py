@@ -1,0 +1,285 @@
+"""Settled before tools/generate.py and tools/evaluate.py ask a model: settings, prompts, tasks, the flags of a run.
+
+Also the stream of answers and the world that a program runs in. Answers and whole evaluations are in test_harness.py.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+import torch.distributed as dist
+
+from megatron_peft import config as c
+from megatron_peft.arguments import parse_arguments
+from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
+from megatron_peft.evaluation import harness_tasks, run_flags
+from megatron_peft.evaluation.answers import AnswerSettings, Stream
+from megatron_peft.evaluation.harness_run import HarnessSettings
+from megatron_peft.evaluation.harness_tasks import find_tasks
+from megatron_peft.evaluation.model import end_ids
+from megatron_peft.evaluation.program import run_on_a_model
+from megatron_peft.evaluation.progress import request_bar
+from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
+from megatron_peft.evaluation.run_flags import CARRIED, flags_of, model_flags
+from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.stop import StopTexts
+from tests.evaluation.local_tasks import write_tasks
+from tests.tiny_llama import save_llama
+
+BYTES: Any = SimpleNamespace(  # a byte an id
+    special_tokens={},
+    prefix_id=1,
+    encode=lambda text: list(text.encode()),
+    decode=lambda ids: bytes(ids).decode(errors="replace"),
+    encode_prompt=lambda text: [0, *text.encode()] if text else [],
+    render_chat=lambda messages, add_generation_prompt=False, tools=None: (
+        "".join(f"<{message['content']}>" for message in messages) + "?" * add_generation_prompt
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "grown", "ended"),
+    [
+        ("café".encode(), "café", "café\n"),
+        ("é".encode()[:1], "", "\ufffd\n"),  # half a character waits
+        (b"one\nQ:two", "one", "one\n"),  # a stop is never shown
+        (b"one\nQ", "one", "one\nQ\n"),  # and what may become one is held back
+    ],
+)
+def test_the_text_grows_but_for_half_a_character_and_what_may_be_a_stop(answer, grown, ended):
+    written: list[str] = []
+    stream = Stream(BYTES, StopTexts(BYTES, ["\nQ:"] if b"\n" in answer else []), written.append)
+    for token in answer:
+        stream.add(0, token)
+    assert "".join(written) == grown
+    stream.end()
+    assert "".join(written) == ended
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: Sampling(temperature=-1.0), "--temperature is -1.0; it cannot be negative"),
+        (lambda: Sampling(top_k=-1), "--top-k is -1"),
+        (lambda: Sampling(top_p=0.0), "--top-p is 0.0; it is a probability, above 0 and at most 1"),
+        (lambda: AnswerSettings("a", "b"), "exactly one of"),
+        (lambda: AnswerSettings("a", num_samples=3), "--num-samples 3 with --temperature 0 gives one answer 3 times"),
+        (lambda: AnswerSettings("a", max_new_tokens=0), "--max-new-tokens is 0; it must be above 0"),
+        (lambda: HarnessSettings([], "", limit=2.5), "--limit is 2.5; it is a number of questions, or below 1 a share"),
+        (lambda: HarnessSettings([], "", limit=0), "--limit is 0; it must be above 0"),
+        (lambda: HarnessSettings([], "", batch_size=0), "--batch-size is 0"),
+        (lambda: HarnessSettings([], "", num_fewshot=-1), "--num-fewshot is -1; it cannot be negative"),
+    ],
+)
+def test_settings_out_of_range_and_contradictions_are_told(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        settings()
+
+
+def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
+    settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
+    assert settings.records() == [{"prompt": "$\\theta$"}]
+    assert settings.plan.until == ("\n\n",)
+    assert (settings.plan.sampling.temperature, settings.plan.sampling.top_k, settings.plan.seed) == (0.5, 3, 9)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path, "is a folder: give a file"), (tmp_path / "file" / "x", "cannot be written")):
+        with pytest.raises(ConfigurationError, match=f"--output {output} {message}"):
+            AnswerSettings(prompt="a", output=str(output)).records()
+    AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "one\n\n{two\n", [{"prompt": "one"}, {"prompt": "{two"}]),
+        ("a.jsonl", '{"prompt": "x", "id": 3}\n', [{"prompt": "x", "id": 3}]),
+        ("a.jsonl", '{"prompt": "x"}\nx\n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", '{"text": "x"}\n', r'a\.jsonl:1: neither {"prompt": "..."} nor'),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: neither"),
+        ("a.jsonl", '{"messages": "hi"}', r"a\.jsonl:1: neither"),
+        ("a.txt", "\n", "holds no prompt"),
+        ("a.txt", None, "--prompt-file .*a.txt cannot be read"),
+    ],
+)
+def test_a_file_holds_a_prompt_a_line_and_wrong_lines_are_named(tmp_path, name, text, expected):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    if isinstance(expected, list):
+        assert read_prompts(tmp_path / name) == expected
+    else:
+        with pytest.raises(ConfigurationError, match=expected):
+            read_prompts(tmp_path / name)
+
+
+def test_prompts_and_conversations_become_ids_and_leave_room_for_a_token():
+    records = [{"prompt": "a"}, {"prompt": ""}, {"messages": [{"role": "user", "content": "b"}]}]
+    assert encode_prompts(records, BYTES, False, 9) == [[0, 97], [1], [60, 98, 62, 63]]
+    assert encode_prompts(records[:1], BYTES, True, 9) == [[60, 97, 62, 63]]
+    with pytest.raises(ConfigurationError, match="prompt 1 has 4 tokens, but the model has 4 positions"):
+        encode_prompts([{"prompt": "abc"}], BYTES, False, 4)
+
+
+def test_a_log_has_a_line_at_each_tenth(capsys):
+    with request_bar("scoring", 40, done=2) as advance:
+        for _ in range(19):
+            advance(2)
+    with request_bar("nothing", 0):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "scoring: 4 of 40" and lines[-1] == "scoring: 40 of 40"
+    assert len(lines) == 10
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of tasks. The harness's own thousands are not read."""
+    plain = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
+    return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
+
+
+def _refused(message, *names, folders, **settings):
+    with pytest.raises(ConfigurationError, match=message):
+        find_tasks(names, list(map(str, folders)), **settings)
+
+
+def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
+    assert "tiny_choices" in find_tasks(["tiny_choices", "tiny_texts"], [str(folder)]).all_tasks
+    _refused("--tasks xyz: .*--include-path FOLDER", "xyz", folders=[folder])
+    _refused("--include-path nowhere: no such folder", "tiny_choices", folders=[folder, "nowhere"])
+    assert "did you mean" not in harness_tasks._unknown("qqq", ["gsm8k", "sst2"])
+
+
+QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"query": "a", "answer": "b"}], "tiny_choices cannot be loaded: its data lacks a column .*'question'"),
+        (None, "--tasks tiny_choices cannot be loaded: .*questions.jsonl"),
+        ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
+        ([{**QUESTION, "label": 7}, QUESTION], "cannot be loaded: the first item's label is none of its choices"),
+    ],
+    ids=["other columns", "no data", "label of a later item", "label of the first"],
+)
+def test_data_that_does_not_fit_its_task_is_told(folder, items, message):
+    path = folder / "questions.jsonl"
+    path.unlink()
+    if items:
+        path.write_text("".join(json.dumps(one) + "\n" for one in items))
+    _refused(message, "tiny_choices", folders=[folder])
+
+
+def test_a_task_of_scored_items_only_shows_none_of_them(folder):
+    message = "--num-fewshot 1: --tasks tiny_choices has no items but those that are"
+    _refused(message, "tiny_choices", folders=[folder], num_fewshot=1)
+    find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
+
+
+PEFT = {
+    "lora": PeftConfig(lora_rank=3, lora_rs=True, target_modules=("linear_qkv", "*fc1"), lora_dropout=0.1),
+    "boft": PeftConfig(method="boft", boft_block_size=4, rotation_side="input", peft_lr_rotation=1e-3),
+    "hybrid": PeftConfig(method="hybrid", hybrid_lambda="fixed:0.25", lora_alpha=2.5),
+    "full": PeftConfig(method="full"),
+}
+
+
+@pytest.mark.parametrize(("named", "ids"), [("2", {2}), ("[2, 5]", {2, 5}), ("null", set())])
+def test_a_model_may_name_several_ends_or_none(tmp_path, named, ids):
+    assert end_ids(str(tmp_path)) == set()
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {named}}}')
+    assert end_ids(str(tmp_path)) == ids
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="generation_config.json: not JSON"):
+        end_ids(str(tmp_path))
+
+
+def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
+    return RunConfig(
+        ParallelConfig(tensor_model_parallel_size=2, world_size=4),
+        c.ModelConfig(base, bf16=True, make_vocab_size_divisible_by=64),
+        peft,
+        c.DataConfig(train_data_path=("a.jsonl",), tokenizer_type="NullTokenizer", vocab_size=99, seed=7),
+        c.TrainingConfig(train_epochs=3, seed=7, micro_batch_size=2, global_batch_size=8),
+    )
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path) -> str:
+    """The base model's folder, which a run named `run` was trained on."""
+    record = SimpleNamespace(config=_config(str(tmp_path / "base")))
+    monkeypatch.setattr(run_flags, "read_run_record", lambda folder: record)
+    (tmp_path / "base").mkdir()
+    return str(tmp_path / "base")
+
+
+def _parse(*argv: str) -> RunConfig:
+    return parse_arguments(model_flags(argv), {"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("method", PEFT)
+def test_flags_of_a_configuration_give_its_model_again(method):
+    config = _config(peft=PEFT[method])
+    again = parse_arguments([*flags_of(config), "--train-data-path", "a.jsonl", "--train-iters", "1"], {})
+    assert again.peft == config.peft
+    for section, names in CARRIED.items():
+        for name in names:
+            assert getattr(getattr(again, section), name) == getattr(getattr(config, section), name)
+
+
+def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
+    config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
+    assert config.peft == PEFT["lora"] and config.model.pretrained_checkpoint == run and config.model.bf16
+    assert config.parallel == ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
+    assert config.checkpoint.load == "run" and config.training.seed == config.data.seed == 7
+    config = _parse("--load=run", "--pretrained-checkpoint", "elsewhere", "--lora-rank", "5")
+    assert config.model.pretrained_checkpoint == "elsewhere" and config.peft.lora_rank == 5
+
+
+def test_the_training_flags_of_a_run_may_stay():
+    flags = "--pretrained-checkpoint base --train-data-path b.jsonl --train-epochs 2 --sequence-parallel"
+    config = _parse(*flags.split(), "--tensor-model-parallel-size", "2")
+    assert config.training.train_epochs == 2 and config.data.train_data_path == ("b.jsonl",)
+
+
+def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
+    (tmp_path / "base").rmdir()
+    with pytest.raises(ConfigurationError, match=f"base model {run}, which is not there.*--pretrained-checkpoint"):
+        model_flags(["--load", "run"])
+    assert model_flags(["--load", "run", "--pretrained-checkpoint", "here"])[-1] == "here"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "told"),
+    [
+        (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
+        (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
+        (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: several things are wrong:"),
+    ],
+)
+def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, settings, flags, told):
+    ran = []
+    with pytest.raises(SystemExit, match="2"):
+        run_on_a_model(lambda *both: ran.append(both), settings, flags, "p.py")
+    assert capsys.readouterr().err.startswith(told)
+    assert not ran and not dist.is_initialized()
+
+
+def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
+    base, seen = str(save_llama(tmp_path / "base", num_hidden_layers=1)), []
+
+    def main(config: RunConfig, settings: str) -> None:
+        seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
+
+    run_on_a_model(main, lambda: "settings", ["--pretrained-checkpoint", base], "p.py")
+    assert seen == [(base, "settings", 1)] and not dist.is_initialized()

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.reporting.results import Results
+from tests.reporting.small_results import results
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Results:
+    return results(tmp_path)
