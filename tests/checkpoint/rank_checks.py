@@ -20,27 +20,12 @@ from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint, save_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ParallelConfig
-from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.runtime.launch import start_world
-from tests.checkpoint.runs import (
-    Files,
-    Run,
-    Settings,
-    attempt,
-    configure,
-    contents,
-    differences,
-    merged,
-    resume_differences,
-    save_differences,
-    start,
-    stored_tensors,
-    write_on_first_rank,
-)
+from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
 
 
 def _parallel(**settings: Any) -> Settings:
@@ -51,10 +36,7 @@ def _peft(method: str, **settings: Any) -> Settings:
     return {"peft": {"method": method, **settings}}
 
 
-DROPOUT: Settings = {
-    "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
-    "peft": {"lora_dropout": 0.1},
-}
+DROPOUT: Settings = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "peft": {"lora_dropout": 0.1}}
 BF16: Settings = {"model": {"bf16": True}}
 FULL: Settings = {**_peft("full"), "optimizer": {"lr": 1e-3}}
 TP2 = _parallel(tensor_model_parallel_size=2)
@@ -89,10 +71,7 @@ RESUMED_ON_TWO = {
     "full PP2 tied": merged(FULL, PP2, TIED),
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
-RESUMED_ON_FOUR = {
-    "lora TP2xPP2": merged(TP2, PP2),
-    "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
-}
+RESUMED_ON_FOUR = {"lora TP2xPP2": merged(TP2, PP2), "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED)}
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
     "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
@@ -120,15 +99,10 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
     start_world(ParallelConfig())
     return {
         "resumed": _each(files, RESUMED_ON_TWO, _resumed),
-        "saves disturb": save_differences(files, merged(DROPOUT, TP2)),
+        "saves disturb": _saves_disturb(files),
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
         "refused": _each(files, CHANGED, _refused),
-        "loaded partly": _loaded_partly(files),
-        "schedule": _schedule(files),
-        "saved partly": _saved_partly(files),
-        "empty": load_checkpoint(start(configure(files, _loading(files, "nothing", TP2))).state),
-        "inference": _inference(files),
         "failed saves": _failed_saves(files),
         "damaged": _damaged(files),
         **_saver_facts(files),
@@ -144,30 +118,60 @@ def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any]
     return {name: check(files, name, value) for name, value in table.items()}
 
 
+def _folder(files: Files, name: str) -> str:
+    return str(Path(files.work, name.replace(" ", "-")))
+
+
+def _run(files: Files, settings: Settings, disturbed: bool = False, **checkpoint: Any) -> Run:
+    return start(configure(files, merged(settings, {"checkpoint": checkpoint})), disturbed)
+
+
 def _resumed(files: Files, name: str, settings: Settings) -> list[str]:
-    return resume_differences(files, name, merged(DROPOUT, settings))
+    """What differs at the end between a run that saves after two steps and goes on, and one that resumes there."""
+    folder, settings = _folder(files, name), merged(DROPOUT, settings)
+    whole = _run(files, settings, save=folder)
+    whole.train(2)
+    save_checkpoint(whole.state)
+    losses, ended = whole.train(1), whole.snapshot()
+    second = _run(files, settings, disturbed=True, load=folder)
+    assert load_checkpoint(second.state)
+    unequal = ["losses"] * (second.train(1) != losses) + ["position"] * (second.state.position != whole.state.position)
+    return unequal + differences(ended, second.snapshot())
 
 
-def _loading(files: Files, name: str, settings: Settings, **flags: Any) -> Settings:
-    folder = str(Path(files.work, name.replace(" ", "-")))
-    return merged(DROPOUT, settings, {"checkpoint": {"load": folder, **flags}})
+def _saves_disturb(files: Files) -> list[str]:
+    """What a save in between, at once or in the background, changes in a run."""
+
+    def save_behind(state: Any) -> None:
+        draft_checkpoint(state, snapshot=True).complete()
+
+    ends = []
+    for name, save in {
+        "saves at once": save_checkpoint,
+        "saves behind": save_behind,
+        "never": lambda state: None,
+    }.items():
+        run = _run(files, merged(DROPOUT, TP2), save=_folder(files, name))
+        run.train(1)
+        save(run.state)
+        ends.append((run.train(1), run.snapshot()))
+    *saved, (losses, never) = ends
+    return [name for other, end in saved for name in [*differences(end, never), *["losses"] * (other != losses)]]
 
 
 def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
-    run = start(configure(files, _loading(files, name, settings, **flags)), disturbed=True)
+    run = _run(files, merged(DROPOUT, settings), disturbed=True, load=_folder(files, name), **flags)
     assert load_checkpoint(run.state)
     return run
 
 
 def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
     """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
-    source, settings = value
-    copy = str(Path(files.work, name.replace(" ", "-")))
-    run = _loaded(files, source, settings, save=copy)
-    save_checkpoint(run.state)
-    before, after = read_run_record(run.state.config.checkpoint.load), read_run_record(copy)
+    source, copy = (_folder(files, one) for one in (value[0], name))
+    save_checkpoint(_loaded(files, *value, save=copy).state)
+    before, after = read_run_record(source), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    tensors, copies = stored_tensors(run.state.config.checkpoint.load), stored_tensors(copy)
+    tensors, copies = stored_tensors(source), stored_tensors(copy)
     rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
     cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
     return differences(*cut) + ["record"] * (not same)
@@ -176,75 +180,34 @@ def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str
 def _bf16_to_float32(files: Files) -> list[str]:
     """A float32 run takes over the float32 copies of a bf16 run."""
     run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
-    stored = stored_tensors(run.state.config.checkpoint.load)
-    entries = sharded_parameters([chunk.module for chunk in run.state.model_chunks], only_adapters=False)
-    norms = {entry.key: entry.data for entry in entries if "layernorm" in entry.key}
+    stored = stored_tensors(_folder(files, "full TP2 bf16"))
+    norms = {e.key: e.data for e in sharded_parameters(run.chunks, only_adapters=False) if "layernorm" in e.key}
     assert norms
     return differences(norms, {key: stored[f"optimizer.master.{key}"] for key in norms})
 
 
 def _refused(files: Files, name: str, settings: Settings) -> tuple[str, list[str]]:
     """(message, what the attempt has changed)"""
-    run = start(configure(files, _loading(files, "lora TP2", settings)))
+    run = _run(files, merged(DROPOUT, settings), load=_folder(files, "lora TP2"))
     before = run.snapshot()
     message = attempt(lambda: load_checkpoint(run.state))
     return message, differences(before, run.snapshot())
 
 
-def _kinds(names: list[str]) -> set[str]:
-    """What kind of things differ: 'exp_avg decoder...' -> 'exp_avg'; parameters give 'parameter'."""
-    return {name.partition(" ")[0] if " " in name else "parameter" for name in names}
-
-
-def _loaded_partly(files: Files) -> dict[str, tuple[set[str], int]]:
-    """For each flag: which kinds of things are not the checkpoint's, and the iteration."""
-    whole = _loaded(files, "lora TP2", TP2).snapshot()
-    found = {}
-    for name in ("finetune", "no_load_optim", "no_load_rng"):
-        run = _loaded(files, "lora TP2", TP2, **{name: True})
-        found[name] = _kinds(differences(whole, run.snapshot())), run.state.position.iteration
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, while no rank writes."""
+    dist.barrier()
+    found = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    dist.barrier()
     return found
 
 
-def _schedule(files: Files) -> dict[str, list[float]]:
-    """Learning rates after loading a checkpoint of --lr 5e-3 (LoRA+ 4) into a run of --lr 1e-3."""
-    found = {}
-    for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
-        changes = merged(DISTRIBUTED, BF16, LORA_PLUS, {"optimizer": {"lr": 1e-3, name: True}})
-        run = _loaded(files, "lora+ DP2 distributed bf16", changes)
-        found[name] = sorted({group["lr"] for group in run.state.optimizer.param_groups if group["params"]})
-    return found
-
-
-def _saved_partly(files: Files) -> dict[str, Any]:
-    folder = str(Path(files.work, "partly"))
-    saving = {"checkpoint": {"save": folder, "no_save_optim": True, "no_save_rng": True}}
-    save_checkpoint(start(configure(files, merged(TP2, saving))).state)
-    checkpoint = next(Path(folder).glob("iter_*"))
-    resuming = start(configure(files, merged(TP2, {"checkpoint": {"load": folder}})))
-    taking = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
-    return {
-        "keys": sorted(open_distributed(checkpoint)),
-        "refused": attempt(lambda: load_checkpoint(resuming.state)),
-        "taken": load_checkpoint(taking.state),
-    }
-
-
-def _inference(files: Files) -> dict[str, Any]:
-    """Parameters into bare chunks: what differs, and the message for chunks with other adapters."""
-    folder = str(Path(files.work, "lora-TP2"))
-    trained = _loaded(files, "lora TP2", TP2)
-    bare = start(configure(files, TP2))
-    record = load_trained_parameters([chunk.module for chunk in bare.state.model_chunks], folder)
-    fewer = start(configure(files, merged(TP2, {"peft": {"target_modules": ("linear_qkv",)}})))
-    kinds = _kinds(differences(trained.snapshot(), bare.snapshot()))
-    chunks = [chunk.module for chunk in fewer.state.model_chunks]
-    return {
-        "parameters differ": "parameter" in kinds,
-        "rank": record.config.peft.lora_rank,
-        "iteration": record.position["iteration"],
-        "fewer adapters": attempt(lambda: load_trained_parameters(chunks, folder)),
-    }
+def _write_on_first_rank(path: Path, content: bytes) -> None:
+    """Seen by all ranks when it returns."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path.write_bytes(content)
+    dist.barrier()
 
 
 @contextmanager
@@ -268,10 +231,10 @@ def _small_files_only(rank: int, num_bytes: int = 4096) -> Iterator[None]:
 def _failed_saves(files: Files) -> dict[str, Any]:
     """Saves that fail in each phase: messages and whether the folder is as before; and a good save afterwards."""
     folder = Path(files.work, "full-disk")
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(folder)}})))
+    run = _run(files, TP2, save=str(folder))
     run.train(1)
     save_checkpoint(run.state)
-    before = contents(folder)
+    before = _contents(folder)
     run.train(1)
     found: dict[str, Any] = {}
     phases = {
@@ -285,10 +248,10 @@ def _failed_saves(files: Files) -> dict[str, Any]:
     for phase, failure in failures.items():
         with failure:
             message = attempt(lambda: save_checkpoint(run.state))
-        found[phase] = message, contents(folder) == before
+        found[phase] = message, _contents(folder) == before
     save_checkpoint(run.state)
     found["afterwards"] = read_run_record(folder).position["iteration"]
-    unwritable = start(configure(files, merged(TP2, {"checkpoint": {"save": str(Path(files.data, "runs"))}})))
+    unwritable = _run(files, TP2, save=str(Path(files.data, "runs")))
     found["no folder"] = attempt(lambda: save_checkpoint(unwritable.state))
     return found
 
@@ -300,19 +263,18 @@ def _damaged(files: Files) -> dict[str, str]:
     found = {}
     for name in ("__1_0.distcp", ".metadata", "run_record.json"):
         whole = (checkpoint / name).read_bytes()
-        write_on_first_rank(checkpoint / name, whole[: len(whole) // 2])
+        _write_on_first_rank(checkpoint / name, whole[: len(whole) // 2])
         found[name] = attempt(lambda: find_whole_checkpoint(folder))
-        write_on_first_rank(checkpoint / name, whole)
+        _write_on_first_rank(checkpoint / name, whole)
     return found
 
 
 def _saver_facts(files: Files) -> dict[str, Any]:
     at_once, behind = Path(files.work, "at-once"), Path(files.work, "behind")
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(at_once)}})))
+    run = _run(files, TP2, save=str(at_once))
     run.train(1)
     save_checkpoint(run.state)
-    settings = {"checkpoint": {"save": str(behind), "async_save": True, "keep_last_checkpoints": 2}}
-    late = start(configure(files, merged(TP2, settings)))
+    late = _run(files, TP2, save=str(behind), async_save=True, keep_last_checkpoints=2)
     late.train(1)
     return {
         "behind": _behind(late, at_once, behind),
@@ -361,13 +323,13 @@ def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
 
-    before = contents(folder)
+    before = _contents(folder)
     with Saver(run.state.config.checkpoint) as saver:
         with _writing(full):
             saver.start(run.state)
             failed = saver.finish()
         assert failed is not None
-        changed = contents(folder).items() ^ before.items()
+        changed = _contents(folder).items() ^ before.items()
         unchanged = all(name.endswith(".lock") for name, _ in changed)
         saver.start(run.state)
         again = saver.finish()
@@ -393,15 +355,13 @@ def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
     assert newest is not None
     found: dict[str, Any] = {}
     _flip_a_byte(newest / "__1_0.distcp")
-    loading = merged(TP2, {"checkpoint": {"load": str(folder)}})
-    resumed = start(configure(files, loading))
+    resumed = _run(files, TP2, load=str(folder))
     with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.whole"), "warning") as warning:
         load_checkpoint(resumed.state)
     found["iteration"] = resumed.state.position.iteration
     found["said"] = [call.args[0] % call.args[1:] for call in warning.call_args_list]
     found["by name"] = attempt(lambda: find_whole_checkpoint(newest))
-    chunks = [chunk.module for chunk in run.state.model_chunks]
-    found["to score"] = attempt(lambda: load_trained_parameters(chunks, folder))
+    found["to score"] = attempt(lambda: load_trained_parameters(run.chunks, folder))
     _flip_a_byte(newest.with_name("iter_0000002") / ".metadata")
     found["none is whole"] = attempt(lambda: find_whole_checkpoint(folder))
     return found
@@ -410,4 +370,4 @@ def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
 def _flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    write_on_first_rank(path, bytes(content))
+    _write_on_first_rank(path, bytes(content))

@@ -35,14 +35,6 @@ def test_a_later_save_works_and_a_folder_that_cannot_be_made_is_named(two_ranks)
         assert "pairs.jsonl/runs" in facts["failed saves"]["no folder"]
 
 
-def test_adapters_only_without_the_optimizer_whose_parameters_can_be_taken(facts):
-    keys = facts["saved partly"]["keys"]
-    assert len(keys) == 4 * 4 * 2  # layers, linear layers, A and B
-    assert all(key.endswith((".adapter.A", ".adapter.B")) for key in keys)
-    assert "--no-save-optim" in facts["saved partly"]["refused"]
-    assert facts["saved partly"]["taken"]
-
-
 def test_a_copy_that_there_is_no_room_for_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
     """The file of the adapters beside the checkpoints; each of them has its own."""
     (tmp_path / "adapter_config.json").write_text("of the one before")

@@ -95,7 +95,6 @@ class Curve:
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
     """Every job, one after the other, in one world."""
-
     start_world(ParallelConfig())
     return run_each(jobs)
 
@@ -104,8 +103,7 @@ def run_each(jobs: list[Job]) -> dict[str, Curve]:
     """Every job in the present world, in groups of its own."""
     curves = {}
     for job in jobs:
-        config = job.config(dist.get_world_size())
-        curves[job.name] = run(config)
+        curves[job.name] = run(job.config(dist.get_world_size()))
         stop_model_parallel()
     return curves
 
@@ -142,11 +140,11 @@ def replicas_agree(state: TrainingState) -> bool:
 
 def build(config: RunConfig) -> tuple[TrainingState, Data]:
     """Model, optimizer and data of a run in the present groups."""
-    data = build_data(
-        config,
-        build_tokenizer(config.data, None),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
+    data = data_of(config)
     shape = read_shape(config.model.pretrained_checkpoint)
     return build_state(config, shape, data.train_iters, first_steps(config, data.train)), data
+
+
+def data_of(config: RunConfig) -> Data:
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return build_data(config, build_tokenizer(config.data, None), data_parallel_rank=rank, data_parallel_size=size)
