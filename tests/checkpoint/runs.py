@@ -23,7 +23,7 @@ from megatron_peft.runtime.launch import seed_generators, start_model_parallel, 
 from megatron_peft.training.build import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
-from tests.training.layout_runs import Job, data_of
+from tests.training.layout_runs import Job, data_of, merged
 
 NUM_STEPS = 3
 Settings = dict[str, dict[str, Any]]
@@ -37,12 +37,6 @@ class Files:
     bases: str
     data: str
     work: str
-
-
-def merged(*groups: Settings) -> Settings:
-    """Settings by group of the configuration; the later ones win."""
-    keys = {key for group in groups for key in group}
-    return {key: {name: value for group in groups for name, value in group.get(key, {}).items()} for key in keys}
 
 
 def configure(files: Files, settings: Settings) -> RunConfig:

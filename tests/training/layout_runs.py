@@ -1,15 +1,18 @@
-"""Short training runs at several layouts in one world; started on ranks by test_layout.py."""
+"""Short training runs at several layouts in one world, and their comparison with one process's."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import (
     CheckpointConfig,
     DataConfig,
@@ -37,6 +40,12 @@ from tests.tiny_llama import VOCAB_SIZE
 NUM_STEPS = 20
 
 
+def merged(*groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings by group of the configuration; the later ones win."""
+    keys = {key for group in groups for key in group}
+    return {key: {name: value for group in groups for name, value in group.get(key, {}).items()} for key in keys}
+
+
 @dataclass(frozen=True)
 class Job:
     """A name for it, the base and data, and what differs from the plain run (fields of the config's groups)."""
@@ -44,15 +53,15 @@ class Job:
     name: str
     base: str
     data: str
-    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
-    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
-    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    checkpoint: dict[str, Any] = dataclasses.field(default_factory=dict)
-    logging: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    data_settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    logging: dict[str, Any] = field(default_factory=dict)
     num_steps: int = NUM_STEPS
 
     def config(self, world_size: int) -> RunConfig:
@@ -81,7 +90,8 @@ class Curve:
     """Losses, gradient norms, rates and completion tokens by step; the validation loss and lambda by layer at the end.
 
     `replicas_agree`: after the last step, before anything else, all data-parallel ranks hold the same parameters where
-    a checkpoint would be written.
+    a checkpoint would be written. `stopped`: after which steps the ranks were to stop; the last rank alone asks for it
+    after the second. `started`: the A that the run began with, by layer.
     """
 
     losses: list[float]
@@ -91,6 +101,18 @@ class Curve:
     num_tokens: list[int]
     lambdas: dict[str, float]
     replicas_agree: bool
+    stopped: list[bool]
+    started: dict[str, torch.Tensor] = field(compare=False)
+
+    def equals(self, alone: Curve) -> bool:
+        """Whether it is that of one process; else AssertionError says where it is not."""
+        np.testing.assert_allclose(self.losses, alone.losses, rtol=1e-5)
+        np.testing.assert_allclose(self.grad_norms, alone.grad_norms, rtol=1e-4)
+        np.testing.assert_allclose(self.validation_loss, alone.validation_loss, rtol=1e-5)
+        np.testing.assert_allclose(self.learning_rates, alone.learning_rates)
+        assert self.lambdas == pytest.approx(alone.lambdas, rel=1e-4)
+        assert (self.num_tokens, self.stopped) == (alone.num_tokens, alone.stopped)
+        return self.replicas_agree
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
@@ -112,8 +134,12 @@ def run(config: RunConfig) -> Curve:
     shape = read_shape(config.model.pretrained_checkpoint)
     start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
     state, data = build(config)
-    steps = iter(data.train)
-    reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
+    layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    low_rank = {layer.name: low_rank_part(layer.module.adapter) for layer in layers}
+    started = {name: part.A.detach().clone() for name, part in low_rank.items() if part is not None}
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    stops = (is_last and number == 1 for number in range(config.training.train_iters))
+    reports = [train_step(state, step, stop) for stop, step in zip(stops, data.train, strict=False)]
     agree = replicas_agree(state)
     loss = validation_loss(state.model_chunks, data.valid)
     mixed = mixtures(state)
@@ -125,6 +151,8 @@ def run(config: RunConfig) -> Curve:
         num_tokens=[report.num_tokens for report in reports],
         lambdas=mixed.by_layer if mixed else {},
         replicas_agree=agree,
+        stopped=[report.stop for report in reports],
+        started=started,
     )
 
 

@@ -121,10 +121,7 @@ def _curve(start, **optimizer):
             [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0],
         ),
         ({"lr_decay_style": "linear", "lr_warmup_fraction": 0.25}, [0.0, 0.5] + [1 - n / 6 for n in range(7)]),
-        (
-            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"},
-            [1.0] * 7 + [0.5, 0.0],
-        ),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}, [1.0] * 7 + [0.5, 0.0]),
     ],
 )
 def test_the_schedule_counts_the_runs_iterations(start, settings, expected):
