@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,31 +124,39 @@ def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
 
 
 def run_each(jobs: list[Job]) -> dict[str, Curve]:
-    """Every job in the present world, in groups of its own."""
-    curves = {}
-    for job in jobs:
-        curves[job.name] = run(job.config(dist.get_world_size()))
+    """Every job in the present world."""
+    return {job.name: run(job) for job in jobs}
+
+
+@contextmanager
+def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
+    """What `build` gives, in groups of its own in the present world."""
+    config = job.config(dist.get_world_size())
+    num_stages = num_virtual_stages(read_shape(job.base), config.parallel)
+    start_model_parallel(config.parallel, config.training.seed, num_stages)
+    try:
+        yield build(config)
+    finally:
         stop_model_parallel()
-    return curves
 
 
-def run(config: RunConfig) -> Curve:
-    shape = read_shape(config.model.pretrained_checkpoint)
-    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
-    state, data = build(config)
+def run(job: Job) -> Curve:
+    with built(job) as (state, data):
+        return _curve(state, data)
+
+
+def _curve(state: TrainingState, data: Data) -> Curve:
     layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
     low_rank = {layer.name: low_rank_part(layer.module.adapter) for layer in layers}
     started = {name: part.A.detach().clone() for name, part in low_rank.items() if part is not None}
     is_last = dist.get_rank() == dist.get_world_size() - 1
-    stops = (is_last and number == 1 for number in range(config.training.train_iters))
+    stops = (is_last and number == 1 for number in range(data.train_iters))
     reports = [train_step(state, step, stop) for stop, step in zip(stops, data.train, strict=False)]
-    agree = replicas_agree(state)
-    loss = validation_loss(state.model_chunks, data.valid)
-    mixed = mixtures(state)
+    agree, mixed = replicas_agree(state), mixtures(state)
     return Curve(
         losses=[report.loss for report in reports],
         grad_norms=[report.grad_norm for report in reports],
-        validation_loss=loss,
+        validation_loss=validation_loss(state.model_chunks, data.valid),
         learning_rates=[report.learning_rate for report in reports],
         num_tokens=[report.num_tokens for report in reports],
         lambdas=mixed.by_layer if mixed else {},

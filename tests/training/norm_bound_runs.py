@@ -14,9 +14,9 @@ from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
 from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
+from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.step import train_step
-from tests.training.layout_runs import Job, build
+from tests.training.layout_runs import Job, built
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,15 @@ def run(jobs: list[Job]) -> dict[str, Bounded]:
 
 def here(job: Job) -> Bounded:
     """Every step of the job in the present world; or none, where it has a checkpoint to load."""
-    config = job.config(dist.get_world_size())
-    start_model_parallel(config.parallel, config.training.seed)
-    try:
-        state, data = build(config)
+    with built(job) as (state, data):
         steps = iter(data.train)
         num_steps = 0 if load_checkpoint(state) else job.num_steps
         losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
-        if config.checkpoint.save:
+        if state.config.checkpoint.save:
             state.position.iteration = num_steps
             save_checkpoint(state)
         gap = _master_gap(state)
         return Bounded(_ratios(state), losses, gap)
-    finally:
-        stop_model_parallel()
 
 
 def _ratios(state: Any) -> dict[str, float]:

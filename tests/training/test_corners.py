@@ -11,9 +11,9 @@ from tests.training import corner_runs
 from tests.training.corner_runs import BAD_RANK, Corners
 from tests.training.layout_runs import Job, run_each
 
-PP2 = {"pipeline_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2}
-SHARDED = {"lr": 5e-3, "use_distributed_optimizer": True}
+PP2 = {"parallel": {"pipeline_model_parallel_size": 2}}
+TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
+SP = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 LORA = {"lora_rank": 4}
 FIRST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.0.*",), "lora_plus_ratio": 4.0}}
 LAST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.3.*",)}}
@@ -27,14 +27,14 @@ RUNS = {
     "tied full": FULL,
 }
 LAYOUTS = {
-    "first layer": {"PP2": {"parallel": PP2}, "PP2 sharded": {"parallel": PP2, "optimizer": SHARDED}},
-    "last layer": {"PP2": {"parallel": PP2}},
-    "some": {"TP2": {"parallel": TP2}, "TP2+SP": {"parallel": {**TP2, "sequence_parallel": True}}},
-    "tied lora": {"PP2": {"parallel": PP2}},
-    "tied full": {"PP2": {"parallel": PP2}, "TP2+SP": {"parallel": {**TP2, "sequence_parallel": True}}},
+    "first layer": {"PP2": PP2, "PP2 sharded": {**PP2, "optimizer": {"use_distributed_optimizer": True}}},
+    "last layer": {"PP2": PP2},
+    "some": {"TP2": TP2, "TP2+SP": SP},
+    "tied lora": {"PP2": PP2},
+    "tied full": {"PP2": PP2, "TP2+SP": SP},
 }
 CASES = [(run, layout) for run, layouts in LAYOUTS.items() for layout in layouts]
-POISONED = {"PP2": {"parallel": PP2}, "DP2": {}}
+POISONED = {"PP2": PP2, "DP2": {}}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.signals import SAVE_AND_EXIT, ExitSignals
-from tests.training.recorded_saves import RecordedSaves
+from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}
 
@@ -129,14 +129,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
 @pytest.mark.parametrize("number", SAVE_AND_EXIT)
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
-    steps = run.data.train.step_at
-
-    def step_at(first):
-        if first == 16:
-            os.kill(os.getpid(), number)
-        return steps(first)
-
-    run.data.train.step_at = step_at
+    signal_at(run.data, 16, number)
     run.to_the_end()
     assert run.reason == "asked to stop at iteration 3"
     assert run.saved == [3]

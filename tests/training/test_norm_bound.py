@@ -19,6 +19,7 @@ METHODS = {
     "original": {"method": "lora-ga", "lora_ga_init": "original", **SMALL},
     "hybrid": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2, **SMALL},
 }
+TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
 BF16 = {"model": {"bf16": True}}
 DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True, "lr": 5e-3}}
 
@@ -36,10 +37,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_two(files, folder):
     jobs = [
-        job_of(files, "lora TP2", "lora", parallel={"tensor_model_parallel_size": 2}),
-        job_of(
-            files, "original TP2", "original", parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": folder}
-        ),
+        job_of(files, "lora TP2", "lora", **TP2),
+        job_of(files, "original TP2", "original", **TP2, checkpoint={"save": folder}),
         job_of(files, "lora DP2 distributed bf16", "lora", **BF16, **DISTRIBUTED),
         job_of(files, "original DP2 distributed bf16", "original", **BF16, **DISTRIBUTED),
     ]
