@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+import signal
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_peft.config import ParallelConfig
+from megatron_peft.runtime.launch import start_world
+from megatron_peft.training.loop import train
+from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training import corner_runs
-from tests.training.corner_runs import BAD_RANK, Corners
-from tests.training.layout_runs import Job, run_each
+from tests.training.layout_runs import Curve, Job, built, run_each
+from tests.training.recorded_saves import RecordedSaves, signal_at
 
 PP2 = {"parallel": {"pipeline_model_parallel_size": 2}}
 TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
@@ -37,6 +46,55 @@ CASES = [(run, layout) for run, layouts in LAYOUTS.items() for layout in layouts
 POISONED = {"PP2": PP2, "DP2": {}}
 
 
+BAD_RANK = 1
+
+
+@dataclass(frozen=True)
+class Corners:
+    """Jobs whose curves are compared; jobs in which BAD_RANK's last loss is NaN; a job that it is asked to stop."""
+
+    compared: list[Job]
+    poisoned: list[Job]
+    signalled: Job
+
+
+@dataclass(frozen=True)
+class Found:
+    curves: dict[str, Curve]
+    errors: dict[str, str]
+    stopped: tuple[str, list[int]]  # why the run ended, iterations at which it saved
+
+
+def found_by_a_rank(corners: Corners) -> Found:
+    start_world(ParallelConfig())
+    errors = {job.name: _poisoned(job) for job in corners.poisoned}
+    return Found(run_each(corners.compared), errors, _signalled(corners.signalled))
+
+
+def _poisoned(job: Job) -> str:
+    def spoil(module: Any, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
+        return losses * torch.nan
+
+    with built(job) as (state, data):
+        if dist.get_rank() == BAD_RANK:
+            state.model_chunks[0].module.register_forward_hook(spoil)
+        before = [parameter.detach().clone() for parameter in state.model_chunks[0].parameters()]
+        try:
+            train_step(state, next(iter(data.train)))
+        except NonFiniteError as error:
+            unchanged = all(map(torch.equal, before, state.model_chunks[0].parameters()))
+            return str(error) if unchanged else "parameters were changed"
+    return "no error"
+
+
+def _signalled(job: Job) -> tuple[str, list[int]]:
+    saver = RecordedSaves()
+    with built(job) as (state, data):
+        if dist.get_rank() == BAD_RANK:
+            signal_at(data, state.config.global_batch_size, signal.SIGUSR1)
+        return train(state, data, saver), saver.saved
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Curves of one process, and by rank what two ranks found."""
@@ -57,7 +115,7 @@ def found(tmp_path_factory):
         poisoned=[job(name, "tied lora", groups) for name, groups in POISONED.items()],
         signalled=job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}}),
     )
-    return alone, run_ranks(2, corner_runs.run, corners)
+    return alone, run_ranks(2, found_by_a_rank, corners)
 
 
 @pytest.mark.parametrize("run, layout", CASES)
