@@ -23,22 +23,17 @@ from tests.training.recorded_saves import RecordedSaves, signal_at
 PP2 = {"parallel": {"pipeline_model_parallel_size": 2}}
 TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
 SP = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
-LORA = {"lora_rank": 4}
-FIRST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.0.*",), "lora_plus_ratio": 4.0}}
-LAST_LAYER = {"peft": {**LORA, "target_modules": ("decoder.layers.3.*",)}}
-SOME = {"peft": {**LORA, "target_modules": ("o_proj", "decoder.layers.2.mlp.*")}}  # frozen layers between adapted ones
-FULL = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
 RUNS = {
-    "first layer": FIRST_LAYER,
-    "last layer": LAST_LAYER,
-    "some": SOME,
-    "tied lora": {"peft": LORA},
-    "tied full": FULL,
+    "first layer": {"peft": {"lora_rank": 4, "target_modules": ("decoder.layers.0.*",), "lora_plus_ratio": 4.0}},
+    "last layer": {"peft": {"lora_rank": 4, "target_modules": ("decoder.layers.3.*",)}},
+    "frozen ones between": {"peft": {"lora_rank": 4, "target_modules": ("o_proj", "decoder.layers.2.mlp.*")}},
+    "tied lora": {"peft": {"lora_rank": 4}},
+    "tied full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
 }
 LAYOUTS = {
     "first layer": {"PP2": PP2, "PP2 sharded": {**PP2, "optimizer": {"use_distributed_optimizer": True}}},
     "last layer": {"PP2": PP2},
-    "some": {"TP2": TP2, "TP2+SP": SP},
+    "frozen ones between": {"TP2": TP2, "TP2+SP": SP},
     "tied lora": {"PP2": PP2},
     "tied full": {"PP2": PP2, "TP2+SP": SP},
 }
@@ -50,25 +45,18 @@ BAD_RANK = 1
 
 
 @dataclass(frozen=True)
-class Corners:
-    """Jobs whose curves are compared; jobs in which BAD_RANK's last loss is NaN; a job that it is asked to stop."""
-
-    compared: list[Job]
-    poisoned: list[Job]
-    signalled: Job
-
-
-@dataclass(frozen=True)
 class Found:
+    """Curves that are compared; what was said where BAD_RANK's last loss is NaN; what its signal did."""
+
     curves: dict[str, Curve]
     errors: dict[str, str]
     stopped: tuple[str, list[int]]  # why the run ended, iterations at which it saved
 
 
-def found_by_a_rank(corners: Corners) -> Found:
+def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> Found:
     start_world(ParallelConfig())
-    errors = {job.name: _poisoned(job) for job in corners.poisoned}
-    return Found(run_each(corners.compared), errors, _signalled(corners.signalled))
+    compared, poisoned, signalled = asked
+    return Found(run_each(compared), {job.name: _poisoned(job) for job in poisoned}, _signalled(signalled))
 
 
 def _poisoned(job: Job) -> str:
@@ -99,23 +87,18 @@ def _signalled(job: Job) -> tuple[str, list[int]]:
 def found(tmp_path_factory):
     """Curves of one process, and by rank what two ranks found."""
     folder = tmp_path_factory.mktemp("corners")
-    bases = {
-        tied: str(save_llama(folder / f"tied-{tied}", tie_word_embeddings=tied, intermediate_size=64))
-        for tied in (False, True)
-    }
+    bases = [str(save_llama(folder / f"{n}", tie_word_embeddings=bool(n), intermediate_size=64)) for n in (0, 1)]
     data = str(save_pairs(folder / "pairs.jsonl"))
 
-    def job(name, run, groups, num_steps=8):
-        return Job(name, bases[run.startswith("tied")], data, num_steps=num_steps, **{**RUNS[run], **groups})
+    def job(name, run, groups):
+        return Job(name, bases[run.startswith("tied")], data, num_steps=8, **{**RUNS[run], **groups})
 
     with one_rank(with_groups=False):
         alone = run_each([job(run, run, {}) for run in RUNS])
-    corners = Corners(
-        compared=[job(f"{run} {layout}", run, LAYOUTS[run][layout]) for run, layout in CASES],
-        poisoned=[job(name, "tied lora", groups) for name, groups in POISONED.items()],
-        signalled=job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}}),
-    )
-    return alone, run_ranks(2, found_by_a_rank, corners)
+    compared = [job(f"{run} {layout}", run, LAYOUTS[run][layout]) for run, layout in CASES]
+    poisoned = [job(name, "tied lora", groups) for name, groups in POISONED.items()]
+    signalled = job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}})
+    return alone, run_ranks(2, found_by_a_rank, (compared, poisoned, signalled))
 
 
 @pytest.mark.parametrize("run, layout", CASES)
@@ -127,9 +110,8 @@ def test_two_ranks_equal_one(found, run, layout):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_learns(found, run):
-    losses = found[0][run].losses
-    assert min(found[0][run].grad_norms) > 0
-    assert found[0][run].validation_loss < losses[0]
+    alone = found[0][run]
+    assert min(alone.grad_norms) > 0 and alone.validation_loss < alone.losses[0]
 
 
 @pytest.mark.parametrize("layout", POISONED)

@@ -20,22 +20,14 @@ EACH = {"log_interval": 1}
 
 
 class Run:
-    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration.
-
-    Args:
-        saver: what RecordedSaves is given.
-    """
+    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
 
     def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, **groups):
         checkpoint = {"save": str(folder), "save_interval": save_interval}
         self.state, self.data = start(**{"num_steps": num_steps, "checkpoint": checkpoint, **groups})
         self.state.position.iteration = resume_at
         self.saver = RecordedSaves(**(saver or {}))
-        self.folder = folder
-
-    @property
-    def saved(self):
-        return self.saver.saved
+        self.saved, self.folder = self.saver.saved, folder
 
     def to_the_end(self):
         self.reason = train(self.state, self.data, self.saver)
@@ -51,8 +43,7 @@ def run(start, tmp_path):
 
 def test_a_run_to_its_end_saves_once_and_says_so(run):
     found = run()
-    assert found.reason == "trained 6 iterations"
-    assert found.saved == [6]
+    assert found.reason == "trained 6 iterations" and found.saved == [6]
     assert found.state.position.iteration == 6
     assert found.state.position.consumed_samples == found.data.train.consumed_samples == 48
 
@@ -90,12 +81,11 @@ def test_log_and_validation_intervals(run):
 
 
 def test_fields_of_a_record(run):
-    found = run(logging={"log_interval": 1})
+    found = run(logging=EACH)
     record = found.records[2]
-    assert record.keys() == set(
-        "iteration epoch consumed_samples consumed_tokens loss learning_rate grad_norm step_seconds tokens_per_second "
-        "memory_bytes peak_memory_bytes".split()
-    )
+    progress, speed = "iteration epoch consumed_samples consumed_tokens", "step_seconds tokens_per_second"
+    numbers, memory = "loss learning_rate grad_norm", "memory_bytes peak_memory_bytes"
+    assert record.keys() == set(f"{progress} {numbers} {speed} {memory}".split())
     assert (record["consumed_samples"], record["epoch"]) == (16, pytest.approx(16 / 40))
     assert record["learning_rate"] < found.records[1]["learning_rate"] == pytest.approx(5e-3)
     tokens = record["consumed_tokens"] - found.records[1]["consumed_tokens"]
@@ -103,10 +93,9 @@ def test_fields_of_a_record(run):
 
 
 def test_a_line_averages_the_losses_since_the_last_one(run):
-    each = run(logging={"log_interval": 1}).records
-    thirds = run(logging={"log_interval": 3}).records
-    assert thirds[3]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (1, 2, 3)) / 3)
-    assert thirds[6]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (4, 5, 6)) / 3)
+    each, thirds = (run(logging={"log_interval": interval}).records for interval in (1, 3))
+    for last in (3, 6):
+        assert thirds[last]["loss"] == pytest.approx(sum(each[last - n]["loss"] for n in range(3)) / 3)
 
 
 def test_exit_interval(run):
@@ -131,15 +120,13 @@ def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     signal_at(run.data, 16, number)
     run.to_the_end()
-    assert run.reason == "asked to stop at iteration 3"
-    assert run.saved == [3]
+    assert run.reason == "asked to stop at iteration 3" and run.saved == [3]
     assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due
 
 
 def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     """By a clock that jumps ahead in each save."""
-    run, clock, jumps = Run(start, tmp_path), time.perf_counter, []
-    run.state, run.data = start(num_steps=3, checkpoint={"save": str(tmp_path), "save_interval": 1}, logging=EACH)
+    run, clock, jumps = Run(start, tmp_path, num_steps=3, save_interval=1, logging=EACH), time.perf_counter, []
     begin = run.saver.start
     run.saver.start = lambda state: (jumps.append(1e6), begin(state))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + sum(jumps))
@@ -151,7 +138,7 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_goes_on_to_the_same_end_and_one_that_had_ended_does_nothing(run):
-    found = run(resume_at=4, logging={"log_interval": 1})
+    found = run(resume_at=4, logging=EACH)
     assert sorted(found.records) == [5, 6] and found.saved == [6]
     found = run(resume_at=6)
     assert found.reason == "nothing to do: the run had ended before" and found.saved == []

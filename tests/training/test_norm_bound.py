@@ -23,11 +23,10 @@ from tests.ranks import run_ranks
 from tests.training.layout_runs import Job, built
 
 RATIO = 0.01
-SMALL = {"lora_rank": 4, "lora_ga_batches": 1}
 METHODS = {
-    "lora": {"method": "lora", "lora_rank": 4},
-    "original": {"method": "lora-ga", "lora_ga_init": "original", **SMALL},
-    "hybrid": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2, **SMALL},
+    "lora": {"method": "lora"},
+    "original": {"method": "lora-ga", "lora_ga_init": "original"},
+    "hybrid": {"method": "hybrid", "boft_block_size": 2, "boft_factors": 2},
 }
 TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
 BF16 = {"model": {"bf16": True}}
@@ -35,7 +34,7 @@ DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True, "lr": 5e-3}}
 
 
 def job_of(files, name: str, method: str, ratio: float | None = RATIO, **groups) -> Job:
-    peft = {**METHODS[method], "lora_max_norm_ratio": ratio}
+    peft = {"lora_rank": 4, "lora_ga_batches": 1, "lora_max_norm_ratio": ratio, **METHODS[method]}
     return Job(name, *files, peft=peft, num_steps=3, training={"global_batch_size": 4}, **groups)
 
 
@@ -62,16 +61,15 @@ def here(job: Job) -> Bounded:
         if state.config.checkpoint.save:
             state.position.iteration = num_steps
             save_checkpoint(state)
-        gap = _master_gap(state)
+        gap = max(map(_gap, state.model_chunks[0].parameters()))  # before `_ratios` widens the parameters
         return Bounded(_ratios(state), losses, gap)
 
 
 def _ratios(state: Any) -> dict[str, float]:
     group: Any = parallel_state.get_tensor_model_parallel_group()
     found = {}
-    for target in (target for chunk in state.model_chunks for target in linear_layers(chunk)):
+    for target in linear_layers(state.model_chunks[0]):
         low_rank = low_rank_part(target.module.adapter)
-        assert low_rank is not None
         with torch.no_grad():
             low_rank.double()  # a difference of bfloat16 products is below their rounding
             dense = low_rank.delta_weight(), target.module.weight.double()
@@ -81,12 +79,8 @@ def _ratios(state: Any) -> dict[str, float]:
     return found
 
 
-def _master_gap(state: Any) -> float:
-    """Of what this rank's optimizer holds whole or in part; read before `_ratios` widens the parameters."""
-    return max((gap for chunk in state.model_chunks for gap in map(_gap, chunk.parameters())), default=0.0)
-
-
 def _gap(parameter: Any) -> float:
+    """From the rounded float32 copy, where this rank holds all of it."""
     master = getattr(parameter, "main_param", None)
     if master is None or master.numel() != parameter.numel():
         return 0.0
