@@ -7,31 +7,159 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.layer import Linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
+from megatron_peft.lora_ga.initialize import start_from_gradients
 from megatron_peft.lora_ga.starts import STARTS
+from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.norms import RMSNorm
 from megatron_peft.models.swiglu import _SwiGLU
 from megatron_peft.runtime import cpu
+from megatron_peft.training.build import build_state
+from megatron_peft.training.start import first_steps
+from megatron_peft.training.step import finish_with, run_schedule
 from tests.kept import kept_for_backward
-from tests.lora_ga.start_runs import exact_and_started
-from tests.one_rank import Place
-from tests.ranks import run_ranks
+from tests.one_rank import Place, one_rank
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Job
+from tests.training.layout_runs import Job, data_of
 
 RANK = 4
 ALL = tuple(STARTS)
 WIDE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 64}
+
+
+@dataclass(frozen=True)
+class Started:
+    """By layer: A [r, in], B [out, r], |s (B A - B0 A0)|, the reported energy. Then the losses with and without
+    the adapters, and shapes of new tensors meanwhile."""
+
+    A: dict[str, torch.Tensor]
+    B: dict[str, torch.Tensor]
+    change: dict[str, float]
+    energy: dict[str, float]
+    losses: tuple[float, float]
+    shapes: set[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The exact gradient [out, in] of the mean loss by layer; each start by its name; what a NaN is told as; bytes
+    that a batch keeps for backward in the frozen base and in the passes of the first start."""
+
+    gradients: dict[str, torch.Tensor]
+    starts: dict[str, Started]
+    nan_message: str
+    kept_bytes: list[int]
+
+
+def exact_and_started(job: Job, inits: Sequence[str]) -> Found:
+    """The starts of these names, on the job's base and data, in a world of one."""
+    with one_rank():
+        return _exact_and_started(job.config(1), inits)
+
+
+def _exact_and_started(config: RunConfig, inits: Sequence[str]) -> Found:
+    shape, data = read_shape(config.model.pretrained_checkpoint), data_of(config)
+    (chunk,) = (wrapped.module for wrapped in build_state(config, shape, data.train_iters).model_chunks)
+    steps = first_steps(config, data.train)
+    num_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
+    kept: list[int] = []
+
+    def replay() -> float:
+        finish_with([chunk], None)
+        with _kept_bytes(kept):
+            reports = [run_schedule([chunk], steps[0], forward_only=False).sum(0)]
+        reports += [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps[1:]]
+        return float(sum(report[0] for report in reports)) / num_tokens
+
+    layers = {target.name: target.module for target in linear_layers(chunk)}
+    gradients, loss = _exact_gradients(layers, replay)
+    gradients = {name: G / num_tokens for name, G in gradients.items()}
+    hook = start_gradients_at_the_embedding(chunk)
+    replay()
+    hook.remove()
+    starts, (_, *kept_by_frozen_base) = {}, list(kept)
+    kept.clear()
+    for init in inits:
+        peft = replace(config.peft, lora_ga_init=init)
+        attach_adapters([chunk], peft, config.training.seed)
+        starts[init] = _started(chunk, peft, replay, num_tokens, loss)
+    layers["decoder.layers.1.mlp.linear_fc2"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ConfigurationError) as told:
+        _start(chunk, config.peft, replay, 1)
+    return Found(gradients, starts, str(told.value), [*kept_by_frozen_base, *kept[:2]])
+
+
+def _start(chunk: Any, peft: Any, replay: Any, num_tokens: int) -> Any:
+    groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    return start_from_gradients([chunk], peft, 1, replay, num_tokens, *groups)
+
+
+def _started(chunk: Any, peft: Any, replay: Any, num_tokens: int, base_loss: float) -> Started:
+    layers = {target.name: target.module for target in linear_layers(chunk)}
+    with _NewShapes() as new:
+        report = _start(chunk, peft, replay, num_tokens)
+    adapters = {name: module.adapter for name, module in layers.items()}
+    return Started(
+        A={name: adapter.A.detach() for name, adapter in adapters.items()},
+        B={name: adapter.B.detach() for name, adapter in adapters.items()},
+        change={name: float(adapter.delta_weight().norm()) for name, adapter in adapters.items()},
+        energy=report.energy,
+        losses=(replay(), base_loss),
+        shapes=new.shapes,
+    )
+
+
+def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:
+    for module in layers.values():
+        module.adapter, module.is_frozen = None, False
+        module.weight.requires_grad_(True)
+    loss = replay()
+    gradients = {name: module.weight.grad.double() for name, module in layers.items()}
+    for module in layers.values():
+        module.weight.requires_grad_(False)
+        module.weight.grad = None
+    return gradients, loss
+
+
+@contextmanager
+def _kept_bytes(found: list[int]) -> Iterator[None]:
+    """Adds what is kept for backward meanwhile to the list; a memory that is kept twice counts once."""
+    with kept_for_backward() as kept:
+        yield
+    found.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
+
+
+class _NewShapes(TorchDispatchMode):
+    """Shapes of the tensors that operations return and that are not views of what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.shapes.add(tuple(tensor.shape))
+        return result
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +168,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     peft = {"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 3}
     base, data = str(save_llama(folder / "base", num_hidden_layers=2)), str(save_pairs(folder / "pairs.jsonl"))
-    return run_ranks(1, exact_and_started, (Job("start", base, data, peft=peft), ("aligned",)))[0]
+    return exact_and_started(Job("start", base, data, peft=peft), ["aligned"])
 
 
 SHORT = (("1 22 3 41 5 16", "7 28 9 50"), ("60 2 13", "4 5 6 57"))
@@ -53,15 +181,10 @@ def short(tmp_path_factory):
     folder = tmp_path_factory.mktemp("short")
     samples = [{"prompt": prompt, "completion": " " + text} for prompt, text in SHORT]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, samples)) + "\n")
-    job = Job(
-        "short",
-        str(save_llama(folder / "base", num_hidden_layers=2, **WIDE)),
-        str(folder / "pairs.jsonl"),
-        peft={"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 2},
-        training={"micro_batch_size": 1, "global_batch_size": 1},
-        data_settings={"vocab_size": WIDE["vocab_size"] - 1},
-    )
-    return run_ranks(1, exact_and_started, (job, ALL))[0]
+    base, data = str(save_llama(folder / "base", num_hidden_layers=2, **WIDE)), str(folder / "pairs.jsonl")
+    groups = {"training": {"micro_batch_size": 1, "global_batch_size": 1}, "data_settings": {"vocab_size": 63}}
+    peft = {"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 2}
+    return exact_and_started(Job("short", base, data, peft=peft, **groups), ALL)
 
 
 def _leading(G, rank=RANK):
@@ -123,8 +246,8 @@ def test_original_equals_an_exact_svd_under_our_formula(short):
                 assert abs(float(A[k] @ Vh[k])) == pytest.approx(c, rel=1e-3), (name, k)
             if separate[RANK + k - 1 : RANK + k + 1].all():
                 assert abs(float(B[:, k] @ U[:, RANK + k])) == pytest.approx(c, rel=1e-3), (name, k)
-        torch.testing.assert_close(A @ A.T, c**2 * torch.eye(RANK, dtype=torch.float64), atol=1e-4, rtol=0)
-        torch.testing.assert_close(B.T @ B, c**2 * torch.eye(RANK, dtype=torch.float64), atol=1e-4, rtol=0)
+        for product in (A @ A.T, B.T @ B):
+            torch.testing.assert_close(product, c**2 * torch.eye(RANK, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
 def test_original_spans_what_hugging_face_pefts_start_spans(short):
@@ -152,7 +275,7 @@ def test_the_passes_keep_for_backward_what_the_frozen_base_keeps(short):
 
 def test_a_gradient_that_is_not_finite_is_told(short):
     assert short.nan_message.startswith("LoRA-GA's start: the gradient of decoder.layers.0.")
-    assert "is NaN or infinite" in short.nan_message and "--peft-method lora" in short.nan_message
+    assert all(text in short.nan_message for text in ("is NaN or infinite", "--peft-method lora"))
 
 
 S, BATCH, IN, OUT, WIDTH = 5, 3, 12, 8, 4

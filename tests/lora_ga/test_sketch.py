@@ -16,7 +16,6 @@ from megatron_peft.lora_ga.sketch import (
     with_fixed_signs,
 )
 from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
-from megatron_peft.peft_config import PeftConfig
 
 
 def alone(part: torch.Tensor) -> torch.Tensor:
@@ -101,12 +100,6 @@ def test_original_takes_the_next_left_vectors():
     first_step = (G @ A.T) @ A + B @ (B.T @ G)
     scale = 16**0.25 / 4
     torch.testing.assert_close(first_step / scale**2, (U[:, : 2 * rank] * S[: 2 * rank]) @ Vh[: 2 * rank])
-
-
-def test_all_but_aligned_are_subtracted():
-    assert {name for name in STARTS if PeftConfig("lora-ga", lora_ga_init=name).subtracts_start} == {*STARTS} - {
-        "aligned"
-    }
 
 
 def test_rows_without_a_direction_stay_loras_own():

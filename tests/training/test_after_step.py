@@ -33,10 +33,8 @@ def adapters(state, kind):
 @pytest.mark.parametrize("clip_grad", [0.0, 1e-2])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_riemannian_blocks_move_by_the_clipped_gradient_and_the_schedules_rate(start, clip_grad, sharded):
-    state, data = start(
-        peft=RIEMANNIAN,
-        optimizer={"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"},
-    )
+    settings = {"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"}
+    state, data = start(peft=RIEMANNIAN, optimizer=settings)
     modules = adapters(state, RiemannianUrnn)
     before = [module.U.detach().clone() for module in modules]
     kept, real = {}, state.optimizer.step
@@ -62,11 +60,10 @@ def test_projected_blocks_end_where_the_optimizer_led_to(start):
         assert not torch.equal(module.P.detach(), ended[module])
 
 
-LATE = {
-    "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
-    "training": {"overlap_grad_reduce": True},
-}
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+LATE = {"optimizer": OVERLAPPED, "training": {"overlap_grad_reduce": True}}
 MERGED = {"method": "hybrid", "hybrid_merge_interval": 2, **GROUPS_OF_FOUR}
+BOUNDED = {"lora_max_norm_ratio": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +72,7 @@ MERGED = {"method": "hybrid", "hybrid_merge_interval": 2, **GROUPS_OF_FOUR}
         (RIEMANNIAN, LATE, "whole parameters, which --overlap-param-gather has not"),
         (PROJECTED, LATE, "whole parameters, which --overlap-param-gather has not"),
         (MERGED, LATE, "--hybrid-merge-interval folds parameters in as a step ends"),
+        (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
         (MERGED, {"model": {"bf16": True}}, "folds changes into weights .* --bf16 does not"),
     ],
 )
@@ -91,12 +89,16 @@ def test_the_logged_rate_is_that_of_rotations_where_nothing_else_is_trained(star
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR}
 
 
-def trained(start, num_steps, interval, **settings):
-    state, data = start(peft={**HYBRID, "hybrid_merge_interval": interval, **settings})
-    steps = iter(data.train)
+def train(state, steps, num_steps):
     for _ in range(num_steps):
         train_step(state, next(steps))
         state.position.iteration += 1
+
+
+def trained(start, num_steps, interval, **settings):
+    state, data = start(peft={**HYBRID, "hybrid_merge_interval": interval, **settings})
+    steps = iter(data.train)
+    train(state, steps, num_steps)
     return state, data, steps
 
 
@@ -119,17 +121,14 @@ def test_folding_keeps_the_function_and_takes_the_change_back_to_zero(start, set
 def test_it_folds_at_the_interval_only(start):
     for num_steps, folded in ((1, False), (2, True), (3, False)):
         state, _, _ = trained(start, num_steps, interval=2)
-        adapters = hybrid_adapters(state).values()
-        assert all((adapter.low_rank.B == 0).all() == folded for adapter in adapters)
+        assert all((adapter.low_rank.B == 0).all() == folded for adapter in hybrid_adapters(state).values())
 
 
 def test_lambda_and_training_go_on(start):
     state, data, steps = trained(start, 2, interval=2)
     assert {float(adapter.mix) for adapter in hybrid_adapters(state).values()} != {0.5}
     before = validation_loss(state.model_chunks, data.valid)
-    for _ in range(2):
-        train_step(state, next(steps))
-        state.position.iteration += 1
+    train(state, steps, num_steps=2)
     assert validation_loss(state.model_chunks, data.valid) < before
 
 

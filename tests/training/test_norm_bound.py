@@ -15,7 +15,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import save_checkpoint
-from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.step import train_step
 from tests.one_rank import one_rank
@@ -152,9 +152,3 @@ def test_stretches_of_a_distributed_optimizer_are_scaled(on_two, name):
     first, second = (rank[f"{name} DP2 distributed bf16"] for rank in on_two)
     assert max(first.ratios.values()) <= RATIO * (1.1 if name == "original" else 1 + 2**-7)
     assert first.ratios == second.ratios and first.losses == second.losses
-
-
-def test_gathers_that_are_put_off_are_refused(job):
-    overlapped = {"use_distributed_optimizer": True, "overlap_param_gather": True}
-    with pytest.raises(ConfigurationError, match="--lora-max-norm-ratio .* --overlap-param-gather"):
-        job(peft={"lora_max_norm_ratio": 0.1}, optimizer=overlapped, training={"overlap_grad_reduce": True}).config(1)

@@ -35,8 +35,8 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(start):
     microbatches = next(iter(data.train))
     sums, counts = [], []
     for microbatch in microbatches:
-        model = state.model_chunks[0]
-        losses = model(microbatch.tokens, microbatch.position_ids, None, labels=microbatch.labels).detach()
+        model, labels = state.model_chunks[0], microbatch.labels
+        losses = model(microbatch.tokens, microbatch.position_ids, None, labels=labels).detach()
         sums.append((losses * microbatch.loss_mask).sum().item())
         counts.append(microbatch.loss_mask.sum().item())
     report = train_step(state, microbatches)
@@ -76,12 +76,6 @@ def test_the_rate_is_the_one_that_the_step_was_taken_with(start):
     assert [report.learning_rate for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_a_wish_to_stop_is_reported(start, stop):
-    state, data = start()
-    assert train_step(state, next(iter(data.train)), stop=stop).stop is stop
-
-
 def _poison(state, index):
     """Losses of the microbatch with this index are NaN."""
     count = itertools.count()
@@ -98,12 +92,12 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_no_parameter(start):
     train_step(state, next(steps))
     state.position.iteration = 1
     _poison(state, 2)
-    before = {name: parameter.detach().clone() for name, parameter in _trained(state).items()}
-    with pytest.raises(NonFiniteError) as error:
+    before = {name: p.detach().clone() for name, p in _trained(state).items()}
+    told = (
+        r"(?s)iteration 2: the loss is NaN or infinite \(rank 0, microbatch 2\).*those of iteration 1\..*--no-check"
+    )
+    with pytest.raises(NonFiniteError, match=told):
         train_step(state, next(steps))
-    assert "iteration 2: the loss is NaN or infinite (rank 0, microbatch 2)" in str(error.value)
-    assert "The parameters are those of iteration 1." in str(error.value)
-    assert "--no-check-for-nan-in-loss-and-grad" in str(error.value)
     assert all(torch.equal(before[name], parameter) for name, parameter in _trained(state).items())
 
 
@@ -125,9 +119,8 @@ def test_without_the_check_it_passes(start):
 def test_a_bfloat16_step_trains(start):
     state, data = start(model={"bf16": True}, optimizer={"lr": 1e-2})
     steps = iter(data.train)
-    before = {name: parameter.detach().clone() for name, parameter in _trained(state).items()}
+    before = {name: p.detach().clone() for name, p in _trained(state).items()}
     reports = [train_step(state, next(steps)) for _ in range(2)]
     assert all(report.grad_norm > 0 for report in reports)
-    changed = [name for name, parameter in _trained(state).items() if not torch.equal(parameter, before[name])]
-    assert len(changed) == len(before)
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in _trained(state).items())
     assert {parameter.dtype for parameter in _trained(state).values()} == {torch.bfloat16}
