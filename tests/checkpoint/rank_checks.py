@@ -26,6 +26,7 @@ from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
+from tests.conversion.megatron_folders import flip_a_byte
 
 
 def _parallel(**settings: Any) -> Settings:
@@ -104,7 +105,6 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
         "bf16 to float32": _bf16_to_float32(files),
         "refused": _each(files, CHANGED, _refused),
         "failed saves": _failed_saves(files),
-        "damaged": _damaged(files),
         **_saver_facts(files),
     }
 
@@ -202,14 +202,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def _write_on_first_rank(path: Path, content: bytes) -> None:
-    """Seen by all ranks when it returns."""
-    dist.barrier()
-    if dist.get_rank() == 0:
-        path.write_bytes(content)
-    dist.barrier()
-
-
 @contextmanager
 def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
     """On one rank, a function that writes finds no space."""
@@ -256,21 +248,8 @@ def _failed_saves(files: Files) -> dict[str, Any]:
     return found
 
 
-def _damaged(files: Files) -> dict[str, str]:
-    """Messages for a checkpoint, the only one, whose files were cut short."""
-    folder = Path(files.work, "lora-TP2+SP-bf16")
-    checkpoint = next(folder.glob("iter_*"))
-    found = {}
-    for name in ("__1_0.distcp", ".metadata", "run_record.json"):
-        whole = (checkpoint / name).read_bytes()
-        _write_on_first_rank(checkpoint / name, whole[: len(whole) // 2])
-        found[name] = attempt(lambda: find_whole_checkpoint(folder))
-        _write_on_first_rank(checkpoint / name, whole)
-    return found
-
-
 def _saver_facts(files: Files) -> dict[str, Any]:
-    at_once, behind = Path(files.work, "at-once"), Path(files.work, "behind")
+    at_once, behind = (Path(_folder(files, name)) for name in ("at once", "behind"))
     run = _run(files, TP2, save=str(at_once))
     run.train(1)
     save_checkpoint(run.state)
@@ -284,32 +263,25 @@ def _saver_facts(files: Files) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _writing(action: Any) -> Iterator[None]:
-    """`action` comes before each rank's writing of data."""
-    write_data = FileSystemWriter.write_data
-
-    def delayed(self: Any, *arguments: Any) -> Any:
-        action()
-        return write_data(self, *arguments)
-
-    with mock.patch.object(FileSystemWriter, "write_data", delayed):
-        yield
-
-
 def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
     """Iteration 1 is saved while iteration 2 runs; the files are held up until that has changed everything."""
-    may_write = threading.Event()
-    with Saver(run.state.config.checkpoint) as saver, _writing(may_write.wait):
+    may_write, write_data = threading.Event(), FileSystemWriter.write_data
+
+    def write_when_told(*arguments: Any) -> Any:
+        may_write.wait()
+        return write_data(*arguments)
+
+    patched = mock.patch.object(FileSystemWriter, "write_data", write_when_told)
+    with Saver(run.state.config.checkpoint) as saver, patched:
         saver.start(run.state)
         run.train(1)
-        outcome, published = saver.finish(wait=False), newest_checkpoint(folder)
+        before = saver.finish(wait=False), newest_checkpoint(folder)
         may_write.set()
         ended = saver.finish()
     assert ended is not None
     dist.barrier()
     return {
-        "before": (outcome, published),
+        "before": before,
         "after": (ended.iteration, str(ended.error), newest_checkpoint(folder).name),
         "differences": differences(stored_tensors(at_once), stored_tensors(folder)),
         "nothing pending": saver.finish(),
@@ -318,22 +290,16 @@ def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
 
 def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
     """On the second rank the disk is full; the next save of the same iteration finds room."""
-
-    def full() -> None:
-        if dist.get_rank() == 1:
-            raise OSError(28, "No space left on device")
-
     before = _contents(folder)
     with Saver(run.state.config.checkpoint) as saver:
-        with _writing(full):
+        with _disk_full(1, FileSystemWriter, "write_data"):
             saver.start(run.state)
             failed = saver.finish()
-        assert failed is not None
         changed = _contents(folder).items() ^ before.items()
         unchanged = all(name.endswith(".lock") for name, _ in changed)
         saver.start(run.state)
         again = saver.finish()
-        assert again is not None
+    assert failed is not None and again is not None
     return {"message": str(failed.error), "unchanged": unchanged, "again": (again.iteration, again.error)}
 
 
@@ -368,6 +334,8 @@ def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    _write_on_first_rank(path, bytes(content))
+    """Seen by all ranks when it returns."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip_a_byte(path)
+    dist.barrier()

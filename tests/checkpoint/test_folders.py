@@ -8,7 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -40,15 +41,14 @@ def save(folder, iteration, text):
 
 
 def newest_text(folder):
-    checkpoint = newest_checkpoint(folder)
-    return None if checkpoint is None else (checkpoint / RECORD).read_text()
+    return (newest_checkpoint(folder) / RECORD).read_text()
 
 
 def test_published_checkpoint_has_megatrons_names(tmp_path):
-    checkpoint = save(tmp_path / "runs", 50, "a")
-    assert checkpoint == tmp_path / "runs" / "iter_0000050"
-    assert (tmp_path / "runs" / TRACKER).read_text() == "50\n"
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["iter_0000050", TRACKER]
+    folder = tmp_path / "runs"
+    assert save(folder, 50, "a") == folder / "iter_0000050"
+    assert (folder / TRACKER).read_text() == "50\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000050", TRACKER]
 
 
 def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tmp_path):
@@ -124,17 +124,14 @@ def count_down(monkeypatch, calls, error):
     """Let `calls` calls of CALLS through, then raise `error` for ever."""
     left = [calls]
 
-    def guard(original):
-        def guarded(*arguments, **settings):
-            left[0] -= 1
-            if left[0] < 0:
-                raise error
-            return original(*arguments, **settings)
-
-        return guarded
+    def guarded(original, *arguments, **settings):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return original(*arguments, **settings)
 
     for owner, name in CALLS:
-        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, partial(guarded, getattr(owner, name)))
     return left
 
 
@@ -146,10 +143,8 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
         save(folder, 50, "old")
         with monkeypatch.context() as patch:
             left = count_down(patch, calls, Killed())
-            try:
+            with suppress(Killed):
                 save(folder, iteration, "new")
-            except Killed:
-                pass
         survived = newest_text(folder)
         seen.add(survived)
         assert not caplog.records, "the tracker's checkpoint was missing, and another one was taken"
@@ -179,8 +174,7 @@ def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeyp
     count_down(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "60\n")
-    assert path.read_text() == "50\n"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "50\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, monkeypatch):
@@ -259,14 +253,12 @@ time.sleep(600)
 @contextmanager
 def holder(folder):
     """Another process that holds the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "holds it\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "holds it\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):

@@ -17,6 +17,12 @@ from megatron_peft.runtime.launch import start_world
 from tests.one_rank import Place
 from tests.ranks import run_ranks
 
+STARTS = {
+    "sum": collectives.start_sum_over_tensor_parallel,
+    "gather": collectives.start_gather_sequence_over_tensor_parallel,
+    "scatter": collectives.start_sum_scatter_sequence_over_tensor_parallel,
+}
+
 
 def tensor_of(rank: int) -> Tensor:
     return torch.arange(24.0).reshape(4, 2, 3) * (rank + 1) + rank
@@ -25,7 +31,9 @@ def tensor_of(rank: int) -> Tensor:
 def found_by_a_rank(_: None) -> dict[str, Any]:
     start_world(ParallelConfig())
     group: Any = dist.group.WORLD
-    found = _each_collective(group)
+    x = tensor_of(dist.get_rank())
+    skewed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as tensors arrive in backward passes
+    found: dict[str, Any] = {name: start(skewed.clone(), group)() for name, start in STARTS.items()}
     calls = _count_all_reduces()
     coalesced = [torch.full((3,), 1.0 + dist.get_rank()), torch.ones(2, 2).double(), torch.full((1, 2), 3.0)]
     collectives.sum_coalesced(coalesced, group)
@@ -34,17 +42,6 @@ def found_by_a_rank(_: None) -> dict[str, Any]:
     model = two_layers(group, 1.0 + dist.get_rank())
     sum_partial_gradients_over_tensor_parallel([model], group)
     return found | {"gradients": [parameter.main_grad for parameter in model], "gradient calls": list(calls)}
-
-
-def _each_collective(group: Any) -> dict[str, Tensor]:
-    """Contiguous and transposed tensors: the latter arrive in backward passes."""
-    x = tensor_of(dist.get_rank())
-    skewed = x.transpose(1, 2).contiguous().transpose(1, 2)
-    return {
-        "sum": collectives.start_sum_over_tensor_parallel(skewed.clone(), group)(),
-        "gather": collectives.start_gather_sequence_over_tensor_parallel(skewed, group)(),
-        "scatter": collectives.start_sum_scatter_sequence_over_tensor_parallel(skewed, group)(),
-    }
 
 
 def _count_all_reduces() -> list[int]:
@@ -97,14 +94,7 @@ def test_only_replicated_trainable_gradients_are_summed(on_two_ranks):
         assert found["gradient calls"] == [6]
 
 
-STARTS = (
-    collectives.start_sum_over_tensor_parallel,
-    collectives.start_gather_sequence_over_tensor_parallel,
-    collectives.start_sum_scatter_sequence_over_tensor_parallel,
-)
-
-
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 def test_alone_a_rank_gets_its_own_tensor_back(start):
     x = tensor_of(0)
     assert start(x, Place(0, 1))() is x

@@ -69,17 +69,14 @@ def _run(case: str, size: int) -> Outcome:
 def test_a_configuration_error_is_said_once_without_a_traceback(outcomes, case):
     found = outcomes[case]
     assert found.exit_codes == [2] * CASES[case][2], found.output
-    assert found.output.count("program: error: --lr is wrong.") == 1
-    assert "Traceback" not in found.output
+    assert found.output.count("program: error: --lr is wrong.") == 1 and "Traceback" not in found.output
 
 
 @pytest.mark.parametrize("case", ["error on one", "error on the first"])
 def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
-    _, (failed,), size = CASES[case]
-    found = outcomes[case]
+    found, (_, (failed,), size) = outcomes[case], CASES[case]
     assert found.exit_codes == [1] * size, found.output
-    assert found.output.count("RuntimeError: lost") == 1
-    assert f"program: rank {failed} failed:" in found.output
+    assert found.output.count("RuntimeError: lost") == 1 and f"program: rank {failed} failed:" in found.output
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
@@ -89,5 +86,4 @@ def test_nobody_waits_for_a_timeout(outcomes, case):
 
 
 def test_without_a_failure_nothing_is_said(outcomes):
-    assert outcomes["no error"].exit_codes == [0, 0]
-    assert outcomes["no error"].output == "ended well\n" * 2
+    assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)

@@ -93,9 +93,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_no_parameter(start):
     state.position.iteration = 1
     _poison(state, 2)
     before = {name: p.detach().clone() for name, p in _trained(state).items()}
-    told = (
-        r"(?s)iteration 2: the loss is NaN or infinite \(rank 0, microbatch 2\).*those of iteration 1\..*--no-check"
-    )
+    told = r"(?s)iteration 2: the loss is NaN or infinite \(rank 0, microbatch 2\).*those of iteration 1\..*--no-check"
     with pytest.raises(NonFiniteError, match=told):
         train_step(state, next(steps))
     assert all(torch.equal(before[name], parameter) for name, parameter in _trained(state).items())
