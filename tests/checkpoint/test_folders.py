@@ -44,13 +44,6 @@ def newest_text(folder):
     return (newest_checkpoint(folder) / RECORD).read_text()
 
 
-def test_published_checkpoint_has_megatrons_names(tmp_path):
-    folder = tmp_path / "runs"
-    assert save(folder, 50, "a") == folder / "iter_0000050"
-    assert (folder / TRACKER).read_text() == "50\n"
-    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000050", TRACKER]
-
-
 def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tmp_path):
     save(tmp_path, 50, "new")
     save(tmp_path, 10, "newer, of a run that started again")

@@ -29,11 +29,8 @@ def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharde
     before = {name: float(adapter.mix) for name, adapter in adapters.items()}
     mix_from_gradients(state)  # the gradients of the step are still there
     for name, adapter in adapters.items():
-        low, rotation = (
-            torch.cat([p.main_grad.flatten() for p in part.parameters()]).norm()
-            for part in (adapter.low_rank, adapter.rotation)
-        )
-        low, rotation = low / before[name], rotation / (1 - before[name])
+        parts = ((adapter.low_rank, before[name]), (adapter.rotation, 1 - before[name]))
+        low, rotation = (torch.cat([p.main_grad.flatten() for p in x.parameters()]).norm() / mix for x, mix in parts)
         expected = 0.9 * before[name] + 0.1 * float(low / (low + rotation))
         assert float(adapter.mix) == pytest.approx(expected, rel=1e-5)
     assert len(adapters) == 8 and before != mixtures(state).by_layer
