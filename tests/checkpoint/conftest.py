@@ -29,12 +29,6 @@ def two_ranks(files: Files) -> list[dict[str, Any]]:
     return run_ranks(2, rank_checks.on_two_ranks, files, limit=900)
 
 
-@pytest.fixture(scope="session")
-def facts(two_ranks) -> dict[str, Any]:
-    """Those of the first rank."""
-    return two_ranks[0]
-
-
 @pytest.fixture
 def alone():
     """A world of this process alone."""

@@ -14,7 +14,7 @@ from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.checkpoint.manifest import damage
 from megatron_peft.config import ConfigurationError
 from tests.checkpoint import rank_checks
-from tests.checkpoint.rank_checks import CHANGED, RESUMED_ON_FOUR, RESUMED_ON_TWO
+from tests.checkpoint.rank_checks import RESUMED_ON_FOUR, RESUMED_ON_TWO
 from tests.conversion.megatron_folders import flip_a_byte
 from tests.ranks import run_ranks
 
@@ -27,20 +27,6 @@ def test_resumed_equals_uninterrupted(two_ranks, name):
 def test_resumed_equals_uninterrupted_on_four_ranks(files):
     by_rank = run_ranks(4, rank_checks.on_four_ranks, files, limit=900)
     assert by_rank == [{name: [] for name in RESUMED_ON_FOUR}] * 4
-
-
-@pytest.mark.parametrize("change", CHANGED)
-def test_another_run_is_refused_before_anything_changes(two_ranks, change):
-    words = {
-        "rank": ["--lora-rank 4", "--lora-rank 8"],
-        "targets": ["linear_qkv linear_proj linear_fc1 linear_fc2 (16 layers)", "(8 layers", "layers.0.mlp.linear_fc1"],
-        "optimizer": ["--optimizer adam", "--optimizer sgd", "--no-load-optim"],
-        "base of the same shape": ["bases/base", "bases/other", "model.safetensors"],
-    }
-    for facts in two_ranks:
-        message, changed = facts["refused"][change]
-        assert all(word in message for word in words[change]), message
-        assert changed == []
 
 
 def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):

@@ -1,4 +1,4 @@
-"""Flags of --load and --save in a world of one; `test_load.py` loads at many layouts."""
+"""What --load takes and refuses, and flags of --save, in a world of one; `test_load.py` loads at many layouts."""
 
 from __future__ import annotations
 
@@ -65,6 +65,28 @@ def test_flags_leave_their_part_out(loaded, flag, differing, position):
     whole, found = loaded().snapshot(), loaded(**{flag: True})
     assert kinds(differences(whole, found.snapshot())) == differing
     assert (found.state.position.iteration, found.state.position.consumed_samples) == position
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"peft": {"lora_rank": 8}}, ["--lora-rank 4", "--lora-rank 8"]),
+        (
+            {"peft": {"target_modules": ("linear_qkv",)}},
+            ["linear_fc2 (16 layers)", "--peft-target-modules linear_qkv"],
+        ),
+        ({"optimizer": {"optimizer": "sgd"}}, ["--optimizer adam", "--optimizer sgd", "--no-load-optim"]),
+        ({"model": {"pretrained_checkpoint": "other"}}, ["bases/base", "bases/other", "(model.safetensors)"]),
+    ],
+    ids=["rank", "layers", "optimizer", "base of the same shape"],
+)
+def test_another_run_is_refused_before_anything_changes(run, folder, settings, words):
+    other = run(checkpoint={"load": folder}, **settings)
+    before = other.snapshot()
+    with pytest.raises(ConfigurationError) as error:
+        load_checkpoint(other.state)
+    assert all(word in str(error.value) for word in words), error.value
+    assert differences(before, other.snapshot()) == []
 
 
 @pytest.mark.parametrize(

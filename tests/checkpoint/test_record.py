@@ -58,7 +58,7 @@ def here(schedule=None, **changes):
     ],
 )
 def test_a_contradiction_names_both_values(changes, words):
-    """More of them in test_load.py."""
+    """More of them in test_load_alone.py."""
     (message,) = contradictions(make_record(), here(**changes))
     assert all(word in message for word in ["--load runs", *words]), message
 

@@ -27,10 +27,8 @@ def test_a_full_disk_loses_nothing(two_ranks, phase):
     assert ("File too large" if "for real" in phase else "No space left on device") in message
 
 
-def test_a_later_save_works_and_a_folder_that_cannot_be_made_is_named(two_ranks):
-    for facts in two_ranks:
-        assert facts["failed saves"]["afterwards"] == 2
-        assert "pairs.jsonl/runs" in facts["failed saves"]["no folder"]
+def test_a_later_save_works(two_ranks):
+    assert [facts["failed saves"]["afterwards"] for facts in two_ranks] == [2, 2]
 
 
 def test_a_copy_that_there_is_no_room_for_costs_no_checkpoint(tmp_path, monkeypatch, caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,8 +45,7 @@ def _rank(case: str) -> None:
     print("ended well", flush=True)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     exit_codes: list[int | None]
     output: str
     ended_at: float
@@ -54,15 +53,14 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    return {case: _run(case, size) for case, (_, _, size) in CASES.items()}
-
-
-def _run(case: str, size: int) -> Outcome:
-    with Ranks(size, _rank, case) as ranks:
-        for process in ranks.processes:  # none is ended from outside
-            process.join(seconds(120))
-        assert None not in ranks.exit_codes, f"{case}: a rank never ended"
-        return Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
+    found = {}
+    for case, (_, _, size) in CASES.items():
+        with Ranks(size, _rank, case) as ranks:
+            for process in ranks.processes:  # none is ended from outside
+                process.join(seconds(120))
+            assert None not in ranks.exit_codes, f"{case}: a rank never ended"
+            found[case] = Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
+    return found
 
 
 @pytest.mark.parametrize("case", ["configuration on one", "configuration on all"])

@@ -123,11 +123,6 @@ def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
     return run_each(jobs)
 
 
-def run_each(jobs: list[Job]) -> dict[str, Curve]:
-    """Every job in the present world."""
-    return {job.name: run(job) for job in jobs}
-
-
 @contextmanager
 def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
     """What `build` gives, in groups of its own in the present world."""
@@ -140,9 +135,13 @@ def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
         stop_model_parallel()
 
 
-def run(job: Job) -> Curve:
-    with built(job) as (state, data):
-        return _curve(state, data)
+def run_each(jobs: list[Job]) -> dict[str, Curve]:
+    """Every job in the present world."""
+    curves = {}
+    for job in jobs:
+        with built(job) as (state, data):
+            curves[job.name] = _curve(state, data)
+    return curves
 
 
 def _curve(state: TrainingState, data: Data) -> Curve:

@@ -155,17 +155,11 @@ def own_handler():
 
 
 @pytest.mark.parametrize("number", SAVE_AND_EXIT)
-def test_a_signal_is_remembered_and_goes_no_further_until_the_old_handlers_are_back(own_handler, number):
-    with ExitSignals(enabled=True) as signals:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_signal_is_remembered_or_keeps_its_meaning_and_the_old_handlers_come_back(own_handler, number, enabled):
+    with ExitSignals(enabled) as signals:
         assert not signals.received
         os.kill(os.getpid(), number)
-        assert signals.received
-    assert own_handler == []
+    assert signals.received == enabled and own_handler == [number] * (not enabled)
     os.kill(os.getpid(), number)
-    assert own_handler == [number]
-
-
-def test_switched_off_signals_keep_their_meaning(own_handler):
-    with ExitSignals(enabled=False) as signals:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    assert own_handler == [signal.SIGUSR1] and not signals.received
+    assert own_handler[-1:] == [number]
