@@ -8,13 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_peft.lora_ga.sketch import (
-    Triplets,
-    leading_triplets,
-    orthonormal_basis,
-    squared_residual_estimate,
-    with_fixed_signs,
-)
+from megatron_peft.lora_ga import sketch
+from megatron_peft.lora_ga.sketch import Triplets, orthonormal_basis, squared_residual_estimate
 from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
 
 
@@ -33,7 +28,7 @@ def decaying(decay: float = 0.5) -> torch.Tensor:  # [60, 40]
 
 def sketched(G: torch.Tensor, width: int = 20, rank: int = 4) -> Triplets:
     Q = orthonormal_basis(G @ draw(1, G.shape[1], width), alone)
-    return leading_triplets(Q, Q.T @ G, rank, alone)
+    return sketch.leading_triplets(Q, Q.T @ G, rank, alone)
 
 
 def test_triplets_are_those_of_an_exact_svd():
@@ -68,8 +63,8 @@ def test_a_holder_of_some_rows_finds_its_rows():
 
 def test_signs_follow_the_direction():
     found, direction = sketched(decaying()), draw(5, 40).float()
-    turned = with_fixed_signs(found._replace(U=-found.U, V=-found.V), direction, alone)
-    same = with_fixed_signs(found, direction, alone)
+    turned = sketch.with_fixed_signs(found._replace(U=-found.U, V=-found.V), direction, alone)
+    same = sketch.with_fixed_signs(found, direction, alone)
     assert torch.equal(turned.V, same.V) and torch.equal(turned.U, same.U)
     assert (direction.double() @ same.V > 0).all()
 

@@ -41,37 +41,38 @@ def run(start, tmp_path):
     return lambda **groups: Run(start, tmp_path, **groups).to_the_end()
 
 
-def test_a_run_to_its_end_saves_once_and_says_so(run):
-    found = run()
-    assert found.reason == "trained 6 iterations" and found.saved == [6]
-    assert found.state.position.iteration == 6
-    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 48
+TWO = {"save_interval": 2}
+TRAINED = "trained 6 iterations"
+
+
+@pytest.mark.parametrize(
+    "groups, reason, attempts, saved",
+    [
+        ({}, TRAINED, [6], [6]),
+        (TWO, TRAINED, [2, 4, 6], [2, 4, 6]),
+        ({**TWO, "saver": {"failing": {2}}}, TRAINED, [2, 4, 6, 6], [2, 4, 6]),
+        ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
+        ({"checkpoint": {}}, TRAINED, [], []),
+        ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
+        ({"resume_at": 6}, "nothing to do: the run had ended before", [], []),
+    ],
+    ids=["once", "each", "the last one again", "in the background", "no folder", "exit interval", "ended before"],
+)
+def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts, saved):
+    found = run(**groups)
+    assert (found.reason, found.saver.attempts, found.saved) == (reason, attempts, saved)
+    assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
+    assert found.state.position.iteration == (4 if "exit" in reason else 6)
 
 
 def test_a_save_that_fails_is_told_and_the_run_goes_on(run, capsys):
-    assert run(save_interval=2, saver={"failing": {0}}).saved == [4, 6]
+    assert run(**TWO, saver={"failing": {0}}).saved == [4, 6]
     assert "WARNING: No space left on device. Training goes on without it." in capsys.readouterr().out
-
-
-def test_the_last_save_is_tried_again_and_else_not_saved_twice(run):
-    assert run(save_interval=2).saver.attempts == [2, 4, 6]
-    found = run(save_interval=2, saver={"failing": {2}})
-    assert found.saved == [2, 4, 6] and found.saver.attempts == [2, 4, 6, 6]
 
 
 def test_a_run_whose_last_save_fails_fails(run):
     with pytest.raises(CheckpointNotSaved, match="No space left"):
-        run(save_interval=2, saver={"failing": {2, 3}})
-
-
-def test_saves_in_the_background_are_waited_for(run, capsys):
-    assert run(save_interval=2, saver={"late": True}).saved == [2, 4, 6]
-    assert capsys.readouterr().out.count("saved iteration") == 3
-
-
-def test_without_a_folder_nothing_is_saved(run):
-    found = run(num_steps=2, checkpoint={})
-    assert found.saved == [] and found.records == {}
+        run(**TWO, saver={"failing": {2, 3}})
 
 
 def test_log_and_validation_intervals(run):
@@ -96,12 +97,6 @@ def test_a_line_averages_the_losses_since_the_last_one(run):
     each, thirds = (run(logging={"log_interval": interval}).records for interval in (1, 3))
     for last in (3, 6):
         assert thirds[last]["loss"] == pytest.approx(sum(each[last - n]["loss"] for n in range(3)) / 3)
-
-
-def test_exit_interval(run):
-    found = run(training={"exit_interval": 4})
-    assert found.reason == "--exit-interval reached at iteration 4"
-    assert found.saved == [4] and sorted(found.records) == [4]
 
 
 @pytest.mark.parametrize("limit, stops", [(1e6, False), (1.5, True)])
@@ -137,11 +132,10 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     assert len(jumps) == 3 and all(records[iteration]["step_seconds"] < 1e5 for iteration in (1, 2, 3))
 
 
-def test_a_resumed_run_goes_on_to_the_same_end_and_one_that_had_ended_does_nothing(run):
+def test_a_resumed_run_goes_on_to_the_same_end(run):
     found = run(resume_at=4, logging=EACH)
     assert sorted(found.records) == [5, 6] and found.saved == [6]
-    found = run(resume_at=6)
-    assert found.reason == "nothing to do: the run had ended before" and found.saved == []
+    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 16
 
 
 @pytest.fixture
