@@ -24,19 +24,9 @@ from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
-from tests.checkpoint.runs import (
-    Files,
-    Run,
-    Settings,
-    attempt,
-    configure,
-    differences,
-    merged,
-    small_files_only,
-    start,
-    stored_tensors,
-)
+from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
 from tests.conversion.megatron_folders import flip_a_byte
+from tests.training.recorded_saves import small_files_only
 
 DROPOUT: Settings = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "peft": {"lora_dropout": 0.1}}
 BF16: Settings = {"model": {"bf16": True}}

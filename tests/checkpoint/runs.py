@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +132,3 @@ def attempt(action: Callable[[], Any]) -> str:
     except ConfigurationError as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-@contextmanager
-def small_files_only(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow further."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,5 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit; what does not fit is refused before anything changes; a damaged
-checkpoint is named, and an older whole one is taken, unless one was asked for by name."""
+"""A resumed run is the uninterrupted one, bit for bit; a damaged checkpoint is named, and an older whole one taken."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A save that fails, on whatever rank and in whatever phase, is one message on all ranks and costs nothing; one in the
-background writes the moment of the save, and nothing pending is lost."""
+"""A save that fails is one message on all ranks and costs nothing; one in the background loses nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The start spans the leading singular directions of the weights' gradient, which it never forms.
-
-What stands in for an adapter meanwhile changes nothing and sums a narrow product of it.
-"""
+"""The start spans the leading singular directions of the weights' gradient, which it never forms, in a model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The sketch's singular triplets against an exact SVD, in one process, and what the starts make of triplets.
-
-That A and B are the starts' formulas in a model, and the function stays the same, is in test_initialize.py.
-"""
+"""The sketch's singular triplets against an exact SVD, and what the starts make of triplets."""
 
 from __future__ import annotations
 

@@ -22,8 +22,13 @@ def _layouts(split, size, num_parts=1):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_rows_of_a_column_layer_and_columns_of_a_row_layer_join_to_the_whole(size):
     outputs, inputs = torch.randn(OUT, 5), torch.randn(5, IN)
-    rows = [layout.slice_output(outputs) for layout in _layouts("column", size)]
-    columns = [layout.slice_input(inputs) for layout in _layouts("row", size)]
+    column_layouts, row_layouts = _layouts("column", size), _layouts("row", size)
+    rows = [layout.slice_output(outputs) for layout in column_layouts]
+    columns = [layout.slice_input(inputs) for layout in row_layouts]
+    assert all(torch.equal(layout.slice_input(inputs), inputs) for layout in column_layouts), "this side is not split"
+    assert all(torch.equal(layout.slice_output(outputs), outputs) for layout in row_layouts), "nor is this one"
+    assert {(x.local_out_features, x.local_in_features) for x in column_layouts} == {(OUT // size, IN)}
+    assert {(x.local_out_features, x.local_in_features) for x in row_layouts} == {(OUT, IN // size)}
     assert [part.shape for part in (*rows, *columns)] == [(OUT // size, 5)] * size + [(5, IN // size)] * size
     assert torch.equal(torch.cat(rows), outputs) and torch.equal(torch.cat(columns, dim=1), inputs)
 
@@ -34,15 +39,6 @@ def test_a_gated_layer_gives_each_rank_its_part_of_gate_and_of_up(size):
     halves = [layout.slice_output(whole).chunk(2) for layout in _layouts("column", size, num_parts=2)]
     gate, up = (torch.cat(parts) for parts in zip(*halves, strict=True))
     assert torch.equal(torch.cat([gate, up]), whole)
-
-
-def test_the_side_that_is_not_split_is_whole_on_every_rank():
-    outputs, inputs = torch.randn(OUT, 5), torch.randn(5, IN)
-    for row, column in zip(_layouts("row", 2), _layouts("column", 2), strict=True):
-        assert torch.equal(row.slice_output(outputs), outputs)
-        assert torch.equal(column.slice_input(inputs), inputs)
-        assert (row.local_out_features, row.local_in_features) == (OUT, IN // 2)
-        assert (column.local_out_features, column.local_in_features) == (OUT // 2, IN)
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_peft import config as settings
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
-from megatron_peft.config import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
@@ -67,23 +58,20 @@ class Job:
     num_steps: int = NUM_STEPS
 
     def config(self, world_size: int) -> RunConfig:
+        path = (self.data,)
+        data = {"train_data_path": path, "valid_data_path": path, "tokenizer_type": "NullTokenizer", "num_workers": 0}
+        data |= {"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings}
+        training = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
+        optimizer = {"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}
         return RunConfig(
             parallel=ParallelConfig(**self.parallel, world_size=world_size),
-            model=ModelConfig(self.base, transformer=self.transformer, **self.model),
-            peft=PeftConfig(**self.peft),
-            data=DataConfig(
-                train_data_path=(self.data,),
-                valid_data_path=(self.data,),
-                tokenizer_type="NullTokenizer",
-                num_workers=0,
-                **{"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings},
-            ),
-            training=TrainingConfig(
-                **{"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
-            ),
-            optimizer=OptimizerSettings(**{"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}),
-            checkpoint=CheckpointConfig(**self.checkpoint),
-            logging=LoggingConfig(**self.logging),
+            model=settings.ModelConfig(self.base, transformer=self.transformer, **self.model),
+            peft=settings.PeftConfig(**self.peft),
+            data=settings.DataConfig(**data),
+            training=settings.TrainingConfig(**training),
+            optimizer=settings.OptimizerSettings(**optimizer),
+            checkpoint=settings.CheckpointConfig(**self.checkpoint),
+            logging=settings.LoggingConfig(**self.logging),
         )
 
 

@@ -1,9 +1,11 @@
-"""A saver that writes nothing, remembers what it was asked for, and fails when it is told to; and a signal in a run."""
+"""What befalls a run: saves that fail when they are told to, and write nothing; a signal; a full disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import resource
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_peft.checkpoint.save import CheckpointNotSaved
@@ -49,3 +51,14 @@ def signal_at(data: Any, first_sample: int, number: int) -> None:
         return step_at(first)
 
     data.train.step_at = killing_step_at
+
+
+@contextmanager
+def small_files_only(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let a file of this process grow further."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,8 +1,4 @@
-"""What follows the optimizer's step: rules on whole matrices, --hybrid-merge-interval and the Hybrid's lambda.
-
-Clipping, schedule and accumulation apply to such matrices too. After a merge the change is in the weight, and
-everything about it starts again.
-"""
+"""What follows the optimizer's step: rules on whole matrices, --hybrid-merge-interval and the Hybrid's lambda."""
 
 from __future__ import annotations
 
@@ -193,9 +189,3 @@ def test_one_layers_infinite_gradient_keeps_no_other_layers_lambda(start):
     train_step(state, next(iter(data.train)))
     assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 1
     assert all(float(adapter.mix) != 0.5 and int(adapter.num_kept) == 0 for adapter in others)
-
-
-def test_other_methods_have_no_lambda(start, tmp_path):
-    state, data = start(checkpoint={"save": str(tmp_path)})
-    train(state, data, RecordedSaves())
-    assert mixtures(state) is None and not (tmp_path / "lambda.jsonl").exists()

@@ -11,7 +11,7 @@ import torch
 
 from megatron_peft.config import ConfigurationError, LoggingConfig
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics
-from tests.checkpoint.runs import small_files_only
+from tests.training.recorded_saves import small_files_only
 
 SILENT = LoggingConfig()
 
@@ -58,12 +58,6 @@ def test_other_ranks_write_nothing(tmp_path):
     with MetricsWriter(tmp_path, logging, is_writer=False) as writer:
         writer.write({"iteration": 1, "loss": 1.0})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_save_folder_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigurationError, match=r"--save .*taken cannot be written"):
-        MetricsWriter(tmp_path / "taken", SILENT, is_writer=True)
 
 
 def test_a_full_disk_costs_lines_and_no_run(tmp_path, caplog):
