@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
 from megatron_peft.lora_ga.initialize import start_from_gradients
 from megatron_peft.lora_ga.starts import STARTS
@@ -37,7 +36,6 @@ from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Job, data_of
 
 RANK = 4
-ALL = tuple(STARTS)
 WIDE = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 64}
 
 
@@ -65,14 +63,11 @@ class Found:
     kept_bytes: list[int]
 
 
-def exact_and_started(job: Job, inits: Sequence[str]) -> Found:
+@one_rank()
+def exact_and_started(job: Job, inits: Collection[str]) -> Found:
     """The starts of these names, on the job's base and data, in a world of one."""
-    with one_rank():
-        return _exact_and_started(job.config(1), inits)
-
-
-def _exact_and_started(config: RunConfig, inits: Sequence[str]) -> Found:
-    shape, data = read_shape(config.model.pretrained_checkpoint), data_of(config)
+    config, shape = job.config(1), read_shape(job.base)
+    data = data_of(config)
     (chunk,) = (wrapped.module for wrapped in build_state(config, shape, data.train_iters).model_chunks)
     steps = first_steps(config, data.train)
     num_tokens = sum(microbatch.num_loss_tokens for step in steps for microbatch in step)
@@ -80,8 +75,10 @@ def _exact_and_started(config: RunConfig, inits: Sequence[str]) -> Found:
 
     def replay() -> float:
         finish_with([chunk], None)
-        with _kept_bytes(kept):
+        with kept_for_backward() as tensors:
             reports = [run_schedule([chunk], steps[0], forward_only=False).sum(0)]
+        memories = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        kept.append(sum(memories.values()))
         reports += [run_schedule([chunk], step, forward_only=False).sum(0) for step in steps[1:]]
         return float(sum(report[0] for report in reports)) / num_tokens
 
@@ -96,7 +93,17 @@ def _exact_and_started(config: RunConfig, inits: Sequence[str]) -> Found:
     for init in inits:
         peft = replace(config.peft, lora_ga_init=init)
         attach_adapters([chunk], peft, config.training.seed)
-        starts[init] = _started(chunk, peft, replay, num_tokens, loss)
+        with _NewShapes() as new:
+            report = _start(chunk, peft, replay, num_tokens)
+        adapters = {name: module.adapter for name, module in layers.items()}
+        starts[init] = Started(
+            A={name: adapter.A.detach() for name, adapter in adapters.items()},
+            B={name: adapter.B.detach() for name, adapter in adapters.items()},
+            change={name: float(adapter.delta_weight().norm()) for name, adapter in adapters.items()},
+            energy=report.energy,
+            losses=(replay(), loss),
+            shapes=new.shapes,
+        )
     layers["decoder.layers.1.mlp.linear_fc2"].weight.data[0, 0] = torch.nan
     with pytest.raises(ConfigurationError) as told:
         _start(chunk, config.peft, replay, 1)
@@ -106,21 +113,6 @@ def _exact_and_started(config: RunConfig, inits: Sequence[str]) -> Found:
 def _start(chunk: Any, peft: Any, replay: Any, num_tokens: int) -> Any:
     groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
     return start_from_gradients([chunk], peft, 1, replay, num_tokens, *groups)
-
-
-def _started(chunk: Any, peft: Any, replay: Any, num_tokens: int, base_loss: float) -> Started:
-    layers = {target.name: target.module for target in linear_layers(chunk)}
-    with _NewShapes() as new:
-        report = _start(chunk, peft, replay, num_tokens)
-    adapters = {name: module.adapter for name, module in layers.items()}
-    return Started(
-        A={name: adapter.A.detach() for name, adapter in adapters.items()},
-        B={name: adapter.B.detach() for name, adapter in adapters.items()},
-        change={name: float(adapter.delta_weight().norm()) for name, adapter in adapters.items()},
-        energy=report.energy,
-        losses=(replay(), base_loss),
-        shapes=new.shapes,
-    )
 
 
 def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:
@@ -133,14 +125,6 @@ def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, tor
         module.weight.requires_grad_(False)
         module.weight.grad = None
     return gradients, loss
-
-
-@contextmanager
-def _kept_bytes(found: list[int]) -> Iterator[None]:
-    """Adds what is kept for backward meanwhile to the list; a memory that is kept twice counts once."""
-    with kept_for_backward() as kept:
-        yield
-    found.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
 
 
 class _NewShapes(TorchDispatchMode):
@@ -181,7 +165,7 @@ def short(tmp_path_factory):
     base, data = str(save_llama(folder / "base", num_hidden_layers=2, **WIDE)), str(folder / "pairs.jsonl")
     groups = {"training": {"micro_batch_size": 1, "global_batch_size": 1}, "data_settings": {"vocab_size": 63}}
     peft = {"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 2}
-    return exact_and_started(Job("short", base, data, peft=peft, **groups), ALL)
+    return exact_and_started(Job("short", base, data, peft=peft, **groups), STARTS)
 
 
 def _leading(G, rank=RANK):
@@ -216,7 +200,7 @@ def test_aligned_rows_are_orthonormal_with_the_norm_of_loras_own_start(found):
         torch.testing.assert_close(3 * A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("init", ALL)
+@pytest.mark.parametrize("init", STARTS)
 def test_the_start_preserves_the_function(short, init):
     with_adapters, without = short.starts[init].losses
     assert with_adapters == pytest.approx(without, rel=1e-6)
@@ -259,7 +243,7 @@ def test_original_spans_what_hugging_face_pefts_start_spans(short):
         assert _sine(ours.B[name].T, theirs.lora_B["default"].weight.detach().T) < 1e-2, name
 
 
-@pytest.mark.parametrize("init", ALL)
+@pytest.mark.parametrize("init", STARTS)
 def test_no_tensor_of_a_weights_size_is_made(short, init):
     smallest = min(G.numel() for G in short.gradients.values())
     assert max(math.prod(shape) for shape in short.starts[init].shapes) < smallest

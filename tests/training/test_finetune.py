@@ -20,16 +20,10 @@ from tests.tiny_llama import VOCAB_SIZE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def world():
     with one_rank(with_groups=False):
         yield
-
-
-@pytest.fixture(autouse=True)
-def no_groups():
-    yield
-    stop_model_parallel()
 
 
 @pytest.fixture
