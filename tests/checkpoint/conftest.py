@@ -25,12 +25,10 @@ def files(tmp_path_factory) -> Files:
 
 @pytest.fixture(scope="session")
 def two_ranks(files: Files) -> list[dict[str, Any]]:
-    """`rank_checks.on_two_ranks` on each rank."""
     return run_ranks(2, rank_checks.on_two_ranks, files, limit=900)
 
 
 @pytest.fixture
 def alone():
-    """A world of this process alone."""
     with one_rank():
         yield

@@ -164,7 +164,6 @@ def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str
 
 
 def _bf16_to_float32(files: Files) -> list[str]:
-    """A float32 run takes over the float32 copies of a bf16 run."""
     run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
     stored = stored_tensors(_folder(files, "full TP2 bf16"))
     norms = {e.key: e.data for e in sharded_parameters(run.chunks, only_adapters=False) if "layernorm" in e.key}
@@ -182,7 +181,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
-    """On one rank, a function that writes finds no space."""
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with mock.patch.object(owner, name, full if dist.get_rank() == rank else getattr(owner, name)):
         yield

@@ -50,8 +50,6 @@ def configure(files: Files, settings: Settings) -> RunConfig:
 
 @dataclasses.dataclass
 class Run:
-    """A state and its steps."""
-
     state: TrainingState
     data: Any
 

@@ -235,7 +235,6 @@ time.sleep(600)
 
 @contextmanager
 def holder(folder):
-    """Another process that holds the lock."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "holds it\n"

@@ -13,11 +13,7 @@ from megatron_peft.checkpoint.saver import Outcome
 
 
 class RecordedSaves:
-    """Every save is over at once, or with `late` only when it is waited for.
-
-    Args:
-        failing: attempts that fail, counted from 0.
-    """
+    """Every save is over at once, or with `late` when it is waited for; `failing` attempts, counted from 0, fail."""
 
     def __init__(self, failing: Collection[int] = (), late: bool = False) -> None:
         self.saved: list[int] = []

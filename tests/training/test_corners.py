@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Curve, Job, built, run_each
+from tests.training.layout_runs import Job, built, run_each
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 PP2 = {"parallel": {"pipeline_model_parallel_size": 2}}
@@ -44,19 +43,12 @@ POISONED = {"PP2": PP2, "DP2": {}}
 BAD_RANK = 1
 
 
-@dataclass(frozen=True)
-class Found:
-    """Curves that are compared; what was said where BAD_RANK's last loss is NaN; what its signal did."""
-
-    curves: dict[str, Curve]
-    errors: dict[str, str]
-    stopped: tuple[str, list[int]]  # why the run ended, iterations at which it saved
-
-
-def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> Found:
+def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> dict[str, Any]:
+    """Curves that are compared; what is said where BAD_RANK's last loss is NaN; what its signal does."""
     start_world(ParallelConfig())
     compared, poisoned, signalled = asked
-    return Found(run_each(compared), {job.name: _poisoned(job) for job in poisoned}, _signalled(signalled))
+    errors = {job.name: _poisoned(job) for job in poisoned}
+    return {"curves": run_each(compared), "errors": errors, "stopped": _signalled(signalled)}
 
 
 def _poisoned(job: Job) -> str:
@@ -85,7 +77,6 @@ def _signalled(job: Job) -> tuple[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Curves of one process, and by rank what two ranks found."""
     folder = tmp_path_factory.mktemp("corners")
     bases = [str(save_llama(folder / f"{n}", tie_word_embeddings=bool(n), intermediate_size=64)) for n in (0, 1)]
     data = str(save_pairs(folder / "pairs.jsonl"))
@@ -105,7 +96,7 @@ def found(tmp_path_factory):
 def test_two_ranks_equal_one(found, run, layout):
     """A stage without trainable parameters; an embedding on the first stage that is the last one's output layer."""
     alone, by_rank = found
-    assert all(rank.curves[f"{run} {layout}"].equals(alone[run]) for rank in by_rank)
+    assert all(rank["curves"][f"{run} {layout}"].equals(alone[run]) for rank in by_rank)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -116,11 +107,11 @@ def test_every_run_learns(found, run):
 
 @pytest.mark.parametrize("layout", POISONED)
 def test_nan_on_one_rank_stops_all_before_the_update(found, layout):
-    messages = [rank.errors[layout] for rank in found[1]]
+    messages = [rank["errors"][layout] for rank in found[1]]
     assert messages[0] == messages[1]
     assert messages[0].startswith("iteration 1: the loss is NaN or infinite (")
     assert f"rank {BAD_RANK}, microbatch 0" in messages[0] and f"rank {1 - BAD_RANK}," not in messages[0]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
-    assert [rank.stopped for rank in found[1]] == [("asked to stop at iteration 2", [2])] * 2
+    assert [rank["stopped"] for rank in found[1]] == [("asked to stop at iteration 2", [2])] * 2
