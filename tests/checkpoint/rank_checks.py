@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,58 +19,35 @@ from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint, save_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ParallelConfig
-from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.runtime.launch import start_world
-from tests.checkpoint.runs import (
-    Files,
-    Run,
-    Settings,
-    attempt,
-    configure,
-    contents,
-    differences,
-    merged,
-    resume_differences,
-    save_differences,
-    start,
-    stored_tensors,
-    write_on_first_rank,
-)
+from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
+from tests.conversion.megatron_folders import flip_a_byte
+from tests.training.recorded_saves import small_files_only
 
-
-def _parallel(**settings: Any) -> Settings:
-    return {"parallel": settings}
-
-
-def _peft(method: str, **settings: Any) -> Settings:
-    return {"peft": {"method": method, **settings}}
-
-
-DROPOUT: Settings = {
-    "transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
-    "peft": {"lora_dropout": 0.1},
-}
+DROPOUT: Settings = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "peft": {"lora_dropout": 0.1}}
 BF16: Settings = {"model": {"bf16": True}}
-FULL: Settings = {**_peft("full"), "optimizer": {"lr": 1e-3}}
-TP2 = _parallel(tensor_model_parallel_size=2)
-TP2_SP = _parallel(tensor_model_parallel_size=2, sequence_parallel=True)
-PP2 = _parallel(pipeline_model_parallel_size=2)
-PP2_INTERLEAVED = _parallel(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
+TP2_SP = merged(TP2, {"parallel": {"sequence_parallel": True}})
+PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
+PP2_INTERLEAVED = merged(PP2, {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}})
 DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
-LAST_LAYER = _peft("lora", target_modules=("decoder.layers.3.*",))  # nothing to train on the first of 2 stages
-LORA_PLUS = _peft("lora", lora_plus_ratio=4.0)
 
+FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
 TIED: Settings = {"model": {"pretrained_checkpoint": "tied"}}
 ODD_ROWS: Settings = {"model": {"make_vocab_size_divisible_by": 7}}  # 1,008 rows of the vocabulary at TP2, else 1,001
-
-HYBRID = _peft("hybrid", boft_block_size=2, boft_factors=2)
-FOLDED = _peft("hybrid", hybrid_rotation="urnn", urnn_block_size=4, hybrid_merge_interval=2)  # just before the save
-RIEMANNIAN = _peft("urnn", urnn_update="riemannian", urnn_block_size=4, peft_lr_rotation=0.02)
-PROJECTED = _peft("boft", boft_parametrization="projection", boft_block_size=2, boft_factors=2)
+LAST_LAYER: Settings = {"peft": {"target_modules": ("decoder.layers.3.*",)}}  # none on the first of 2 stages
+LORA_PLUS: Settings = {"peft": {"lora_plus_ratio": 4.0}}
+BOFT: Settings = {"peft": {"method": "boft", "boft_block_size": 2, "boft_factors": 2}}
+PROJECTED = merged(BOFT, {"peft": {"boft_parametrization": "projection"}})
+HYBRID = merged(BOFT, {"peft": {"method": "hybrid"}})
+URNN: Settings = {"peft": {"method": "urnn", "urnn_block_size": 4}}
+RIEMANNIAN = merged(URNN, {"peft": {"urnn_update": "riemannian", "peft_lr_rotation": 0.02}})
+FOLDS: Settings = {"peft": {"method": "hybrid", "hybrid_rotation": "urnn", "hybrid_merge_interval": 2}}
+FOLDED = merged(URNN, FOLDS)  # just before the save
 
 RESUMED_ON_TWO = {
     "lora TP2": TP2,
@@ -89,10 +65,7 @@ RESUMED_ON_TWO = {
     "full PP2 tied": merged(FULL, PP2, TIED),
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
-RESUMED_ON_FOUR = {
-    "lora TP2xPP2": merged(TP2, PP2),
-    "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
-}
+RESUMED_ON_FOUR = {"lora TP2xPP2": merged(TP2, PP2), "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED)}
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
     "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
@@ -107,12 +80,6 @@ RESHARDED = {  # from, to
     "lora PP2 interleaved to TP2": ("lora PP2 interleaved", TP2),
     "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
 }
-CHANGED = {  # what contradicts a checkpoint of "lora TP2"
-    "rank": merged(TP2, {"peft": {"lora_rank": 8}}),
-    "targets": merged(TP2, {"peft": {"target_modules": ("linear_qkv", "linear_fc2")}}),
-    "optimizer": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
-    "base of the same shape": merged(TP2, {"model": {"pretrained_checkpoint": "other"}}),
-}
 
 
 def on_two_ranks(files: Files) -> dict[str, Any]:
@@ -120,17 +87,10 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
     start_world(ParallelConfig())
     return {
         "resumed": _each(files, RESUMED_ON_TWO, _resumed),
-        "saves disturb": save_differences(files, merged(DROPOUT, TP2)),
+        "saves disturb": _saves_disturb(files),
         "resharded": _each(files, RESHARDED, _resharded),
         "bf16 to float32": _bf16_to_float32(files),
-        "refused": _each(files, CHANGED, _refused),
-        "loaded partly": _loaded_partly(files),
-        "schedule": _schedule(files),
-        "saved partly": _saved_partly(files),
-        "empty": load_checkpoint(start(configure(files, _loading(files, "nothing", TP2))).state),
-        "inference": _inference(files),
         "failed saves": _failed_saves(files),
-        "damaged": _damaged(files),
         **_saver_facts(files),
     }
 
@@ -144,134 +104,95 @@ def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any]
     return {name: check(files, name, value) for name, value in table.items()}
 
 
+def _folder(files: Files, name: str) -> str:
+    return str(Path(files.work, name.replace(" ", "-")))
+
+
+def _run(files: Files, settings: Settings, disturbed: bool = False, **checkpoint: Any) -> Run:
+    return start(configure(files, merged(settings, {"checkpoint": checkpoint})), disturbed)
+
+
 def _resumed(files: Files, name: str, settings: Settings) -> list[str]:
-    return resume_differences(files, name, merged(DROPOUT, settings))
+    """What differs at the end between a run that saves after two steps and goes on, and one that resumes there."""
+    folder, settings = _folder(files, name), merged(DROPOUT, settings)
+    whole = _run(files, settings, save=folder)
+    whole.train(2)
+    save_checkpoint(whole.state)
+    losses, ended = whole.train(1), whole.snapshot()
+    second = _run(files, settings, disturbed=True, load=folder)
+    assert load_checkpoint(second.state)
+    unequal = ["losses"] * (second.train(1) != losses) + ["position"] * (second.state.position != whole.state.position)
+    return unequal + differences(ended, second.snapshot())
 
 
-def _loading(files: Files, name: str, settings: Settings, **flags: Any) -> Settings:
-    folder = str(Path(files.work, name.replace(" ", "-")))
-    return merged(DROPOUT, settings, {"checkpoint": {"load": folder, **flags}})
+def _saves_disturb(files: Files) -> list[str]:
+    """What a save in between, at once or in the background, changes in a run."""
+
+    def save_behind(state: Any) -> None:
+        draft_checkpoint(state, snapshot=True).complete()
+
+    ends = []
+    for name, save in {
+        "saves at once": save_checkpoint,
+        "saves behind": save_behind,
+        "never": lambda state: None,
+    }.items():
+        run = _run(files, merged(DROPOUT, TP2), save=_folder(files, name))
+        run.train(1)
+        save(run.state)
+        ends.append((run.train(1), run.snapshot()))
+    *saved, (losses, never) = ends
+    return [name for other, end in saved for name in [*differences(end, never), *["losses"] * (other != losses)]]
 
 
 def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
-    run = start(configure(files, _loading(files, name, settings, **flags)), disturbed=True)
+    run = _run(files, merged(DROPOUT, settings), disturbed=True, load=_folder(files, name), **flags)
     assert load_checkpoint(run.state)
     return run
 
 
 def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
     """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
-    source, settings = value
-    copy = str(Path(files.work, name.replace(" ", "-")))
-    run = _loaded(files, source, settings, save=copy)
-    save_checkpoint(run.state)
-    before, after = read_run_record(run.state.config.checkpoint.load), read_run_record(copy)
+    source, copy = (_folder(files, one) for one in (value[0], name))
+    save_checkpoint(_loaded(files, *value, save=copy).state)
+    before, after = read_run_record(source), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    tensors, copies = stored_tensors(run.state.config.checkpoint.load), stored_tensors(copy)
+    tensors, copies = stored_tensors(source), stored_tensors(copy)
     rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
     cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
     return differences(*cut) + ["record"] * (not same)
 
 
 def _bf16_to_float32(files: Files) -> list[str]:
-    """A float32 run takes over the float32 copies of a bf16 run."""
     run = _loaded(files, "full TP2 bf16", merged(FULL, TP2))
-    stored = stored_tensors(run.state.config.checkpoint.load)
-    entries = sharded_parameters([chunk.module for chunk in run.state.model_chunks], only_adapters=False)
-    norms = {entry.key: entry.data for entry in entries if "layernorm" in entry.key}
+    stored = stored_tensors(_folder(files, "full TP2 bf16"))
+    norms = {e.key: e.data for e in sharded_parameters(run.chunks, only_adapters=False) if "layernorm" in e.key}
     assert norms
     return differences(norms, {key: stored[f"optimizer.master.{key}"] for key in norms})
 
 
-def _refused(files: Files, name: str, settings: Settings) -> tuple[str, list[str]]:
-    """(message, what the attempt has changed)"""
-    run = start(configure(files, _loading(files, "lora TP2", settings)))
-    before = run.snapshot()
-    message = attempt(lambda: load_checkpoint(run.state))
-    return message, differences(before, run.snapshot())
-
-
-def _kinds(names: list[str]) -> set[str]:
-    """What kind of things differ: 'exp_avg decoder...' -> 'exp_avg'; parameters give 'parameter'."""
-    return {name.partition(" ")[0] if " " in name else "parameter" for name in names}
-
-
-def _loaded_partly(files: Files) -> dict[str, tuple[set[str], int]]:
-    """For each flag: which kinds of things are not the checkpoint's, and the iteration."""
-    whole = _loaded(files, "lora TP2", TP2).snapshot()
-    found = {}
-    for name in ("finetune", "no_load_optim", "no_load_rng"):
-        run = _loaded(files, "lora TP2", TP2, **{name: True})
-        found[name] = _kinds(differences(whole, run.snapshot())), run.state.position.iteration
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, while no rank writes."""
+    dist.barrier()
+    found = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    dist.barrier()
     return found
-
-
-def _schedule(files: Files) -> dict[str, list[float]]:
-    """Learning rates after loading a checkpoint of --lr 5e-3 (LoRA+ 4) into a run of --lr 1e-3."""
-    found = {}
-    for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
-        changes = merged(DISTRIBUTED, BF16, LORA_PLUS, {"optimizer": {"lr": 1e-3, name: True}})
-        run = _loaded(files, "lora+ DP2 distributed bf16", changes)
-        found[name] = sorted({group["lr"] for group in run.state.optimizer.param_groups if group["params"]})
-    return found
-
-
-def _saved_partly(files: Files) -> dict[str, Any]:
-    folder = str(Path(files.work, "partly"))
-    saving = {"checkpoint": {"save": folder, "no_save_optim": True, "no_save_rng": True}}
-    save_checkpoint(start(configure(files, merged(TP2, saving))).state)
-    checkpoint = next(Path(folder).glob("iter_*"))
-    resuming = start(configure(files, merged(TP2, {"checkpoint": {"load": folder}})))
-    taking = start(configure(files, merged(TP2, {"checkpoint": {"load": folder, "no_load_optim": True}})))
-    return {
-        "keys": sorted(open_distributed(checkpoint)),
-        "refused": attempt(lambda: load_checkpoint(resuming.state)),
-        "taken": load_checkpoint(taking.state),
-    }
-
-
-def _inference(files: Files) -> dict[str, Any]:
-    """Parameters into bare chunks: what differs, and the message for chunks with other adapters."""
-    folder = str(Path(files.work, "lora-TP2"))
-    trained = _loaded(files, "lora TP2", TP2)
-    bare = start(configure(files, TP2))
-    record = load_trained_parameters([chunk.module for chunk in bare.state.model_chunks], folder)
-    fewer = start(configure(files, merged(TP2, {"peft": {"target_modules": ("linear_qkv",)}})))
-    kinds = _kinds(differences(trained.snapshot(), bare.snapshot()))
-    chunks = [chunk.module for chunk in fewer.state.model_chunks]
-    return {
-        "parameters differ": "parameter" in kinds,
-        "rank": record.config.peft.lora_rank,
-        "iteration": record.position["iteration"],
-        "fewer adapters": attempt(lambda: load_trained_parameters(chunks, folder)),
-    }
 
 
 @contextmanager
 def _disk_full(rank: int, owner: Any, name: str) -> Iterator[None]:
-    """On one rank, a function that writes finds no space."""
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with mock.patch.object(owner, name, full if dist.get_rank() == rank else getattr(owner, name)):
         yield
 
 
-@contextmanager
-def _small_files_only(rank: int, num_bytes: int = 4096) -> Iterator[None]:
-    """On one rank the kernel refuses to let a file grow further."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def _failed_saves(files: Files) -> dict[str, Any]:
     """Saves that fail in each phase: messages and whether the folder is as before; and a good save afterwards."""
     folder = Path(files.work, "full-disk")
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(folder)}})))
+    run = _run(files, TP2, save=str(folder))
     run.train(1)
     save_checkpoint(run.state)
-    before = contents(folder)
+    before = _contents(folder)
     run.train(1)
     found: dict[str, Any] = {}
     phases = {
@@ -281,38 +202,22 @@ def _failed_saves(files: Files) -> dict[str, Any]:
         "record": (0, Path, "write_text"),
     }
     failures = {phase: _disk_full(*where) for phase, where in phases.items()}
-    failures["data on rank 1, for real"] = _small_files_only(rank=1)
+    failures["data on rank 1, for real"] = small_files_only(4096) if dist.get_rank() == 1 else nullcontext()
     for phase, failure in failures.items():
         with failure:
             message = attempt(lambda: save_checkpoint(run.state))
-        found[phase] = message, contents(folder) == before
+        found[phase] = message, _contents(folder) == before
     save_checkpoint(run.state)
     found["afterwards"] = read_run_record(folder).position["iteration"]
-    unwritable = start(configure(files, merged(TP2, {"checkpoint": {"save": str(Path(files.data, "runs"))}})))
-    found["no folder"] = attempt(lambda: save_checkpoint(unwritable.state))
-    return found
-
-
-def _damaged(files: Files) -> dict[str, str]:
-    """Messages for a checkpoint, the only one, whose files were cut short."""
-    folder = Path(files.work, "lora-TP2+SP-bf16")
-    checkpoint = next(folder.glob("iter_*"))
-    found = {}
-    for name in ("__1_0.distcp", ".metadata", "run_record.json"):
-        whole = (checkpoint / name).read_bytes()
-        write_on_first_rank(checkpoint / name, whole[: len(whole) // 2])
-        found[name] = attempt(lambda: find_whole_checkpoint(folder))
-        write_on_first_rank(checkpoint / name, whole)
     return found
 
 
 def _saver_facts(files: Files) -> dict[str, Any]:
-    at_once, behind = Path(files.work, "at-once"), Path(files.work, "behind")
-    run = start(configure(files, merged(TP2, {"checkpoint": {"save": str(at_once)}})))
+    at_once, behind = (Path(_folder(files, name)) for name in ("at once", "behind"))
+    run = _run(files, TP2, save=str(at_once))
     run.train(1)
     save_checkpoint(run.state)
-    settings = {"checkpoint": {"save": str(behind), "async_save": True, "keep_last_checkpoints": 2}}
-    late = start(configure(files, merged(TP2, settings)))
+    late = _run(files, TP2, save=str(behind), async_save=True, keep_last_checkpoints=2)
     late.train(1)
     return {
         "behind": _behind(late, at_once, behind),
@@ -322,32 +227,24 @@ def _saver_facts(files: Files) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _writing(action: Any) -> Iterator[None]:
-    """`action` comes before each rank's writing of data."""
-    write_data = FileSystemWriter.write_data
-
-    def delayed(self: Any, *arguments: Any) -> Any:
-        action()
-        return write_data(self, *arguments)
-
-    with mock.patch.object(FileSystemWriter, "write_data", delayed):
-        yield
-
-
 def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
     """Iteration 1 is saved while iteration 2 runs; the files are held up until that has changed everything."""
-    may_write = threading.Event()
-    with Saver(run.state.config.checkpoint) as saver, _writing(may_write.wait):
+    may_write, write_data = threading.Event(), FileSystemWriter.write_data
+
+    def write_when_told(*arguments: Any) -> Any:
+        may_write.wait()
+        return write_data(*arguments)
+
+    patched = mock.patch.object(FileSystemWriter, "write_data", write_when_told)
+    with Saver(run.state.config.checkpoint) as saver, patched:
         saver.start(run.state)
         run.train(1)
-        outcome, published = saver.finish(wait=False), newest_checkpoint(folder)
+        before = saver.finish(wait=False), newest_checkpoint(folder)
         may_write.set()
         ended = saver.finish()
-    assert ended is not None
     dist.barrier()
     return {
-        "before": (outcome, published),
+        "before": before,
         "after": (ended.iteration, str(ended.error), newest_checkpoint(folder).name),
         "differences": differences(stored_tensors(at_once), stored_tensors(folder)),
         "nothing pending": saver.finish(),
@@ -356,22 +253,15 @@ def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
 
 def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
     """On the second rank the disk is full; the next save of the same iteration finds room."""
-
-    def full() -> None:
-        if dist.get_rank() == 1:
-            raise OSError(28, "No space left on device")
-
-    before = contents(folder)
+    before = _contents(folder)
     with Saver(run.state.config.checkpoint) as saver:
-        with _writing(full):
+        with _disk_full(1, FileSystemWriter, "write_data"):
             saver.start(run.state)
             failed = saver.finish()
-        assert failed is not None
-        changed = contents(folder).items() ^ before.items()
+        changed = _contents(folder).items() ^ before.items()
         unchanged = all(name.endswith(".lock") for name, _ in changed)
         saver.start(run.state)
         again = saver.finish()
-        assert again is not None
     return {"message": str(failed.error), "unchanged": unchanged, "again": (again.iteration, again.error)}
 
 
@@ -390,24 +280,23 @@ def _left_behind(run: Run, folder: Path) -> list[str]:
 def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
     """One flipped byte in the newest of two; then one in the other as well."""
     newest = newest_checkpoint(folder)
-    assert newest is not None
     found: dict[str, Any] = {}
     _flip_a_byte(newest / "__1_0.distcp")
-    loading = merged(TP2, {"checkpoint": {"load": str(folder)}})
-    resumed = start(configure(files, loading))
+    resumed = _run(files, TP2, load=str(folder))
     with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.whole"), "warning") as warning:
         load_checkpoint(resumed.state)
     found["iteration"] = resumed.state.position.iteration
     found["said"] = [call.args[0] % call.args[1:] for call in warning.call_args_list]
     found["by name"] = attempt(lambda: find_whole_checkpoint(newest))
-    chunks = [chunk.module for chunk in run.state.model_chunks]
-    found["to score"] = attempt(lambda: load_trained_parameters(chunks, folder))
+    found["to score"] = attempt(lambda: load_trained_parameters(run.chunks, folder))
     _flip_a_byte(newest.with_name("iter_0000002") / ".metadata")
     found["none is whole"] = attempt(lambda: find_whole_checkpoint(folder))
     return found
 
 
 def _flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    write_on_first_rank(path, bytes(content))
+    """Seen by all ranks when it returns."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip_a_byte(path)
+    dist.barrier()

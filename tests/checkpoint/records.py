@@ -18,7 +18,6 @@ SCHEDULE = {"num_steps": 8, **RATE, **DECAY}
 
 
 def make_config(**groups: dict[str, Any]) -> RunConfig:
-    """A LoRA run with changes by group of the configuration."""
     return configure(Files("bases", "pairs.jsonl", "work"), merged({"checkpoint": {"load": "runs"}}, groups))
 
 

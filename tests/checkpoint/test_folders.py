@@ -8,24 +8,15 @@ import random
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from unittest import mock
 
 import pytest
 
 from megatron_peft.checkpoint import folder_lock, folders
 from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.checkpoint.folders import (
-    RECORD,
-    TRACKER,
-    checkpoints,
-    keep_last,
-    newest_checkpoint,
-    publish,
-    remove_leftovers,
-    start_draft,
-    write_atomically,
-)
+from megatron_peft.checkpoint.folders import RECORD, TRACKER, checkpoints, newest_checkpoint, start_draft
 from megatron_peft.checkpoint.manifest import MANIFEST, damage, measure, read_manifest, write_manifest
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.config import ConfigurationError
@@ -36,19 +27,11 @@ from tests.recorded_calls import recorded_calls
 def save(folder, iteration, text):
     draft = start_draft(folder, iteration)
     (draft / RECORD).write_text(text)
-    return publish(draft, folder, iteration)
+    return folders.publish(draft, folder, iteration)
 
 
 def newest_text(folder):
-    checkpoint = newest_checkpoint(folder)
-    return None if checkpoint is None else (checkpoint / RECORD).read_text()
-
-
-def test_published_checkpoint_has_megatrons_names(tmp_path):
-    checkpoint = save(tmp_path / "runs", 50, "a")
-    assert checkpoint == tmp_path / "runs" / "iter_0000050"
-    assert (tmp_path / "runs" / TRACKER).read_text() == "50\n"
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["iter_0000050", TRACKER]
+    return (newest_checkpoint(folder) / RECORD).read_text()
 
 
 def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tmp_path):
@@ -78,7 +61,7 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
     start_draft(tmp_path, 50)
     (tmp_path / ".iter_0000030.removed").mkdir()
     os.rename(save(tmp_path, 50, "b"), tmp_path / ".iter_0000050.replaced")  # killed between the two renames
-    remove_leftovers(tmp_path)
+    folders.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000040", "iter_0000050", TRACKER]
     assert newest_text(tmp_path) == "b"
 
@@ -86,12 +69,12 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
 def test_the_last_are_kept_and_later_ones_of_another_run_are_left_alone(tmp_path, monkeypatch, caplog):
     for iteration in (10, 20, 30, 40, 90, 50):
         save(tmp_path, iteration, str(iteration))
-    keep_last(tmp_path, 50, num_kept=3)
+    folders.keep_last(tmp_path, 50, num_kept=3)
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40", "30"]
-    keep_last(tmp_path, 50, num_kept=2)
+    folders.keep_last(tmp_path, 50, num_kept=2)
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "90", "40"]
     monkeypatch.setattr(os, "rename", mock.Mock(side_effect=PermissionError("not yours")))
-    keep_last(tmp_path, 50, num_kept=1)
+    folders.keep_last(tmp_path, 50, num_kept=1)
     assert "iter_0000040 cannot be removed: not yours" in caplog.text
 
 
@@ -124,17 +107,14 @@ def count_down(monkeypatch, calls, error):
     """Let `calls` calls of CALLS through, then raise `error` for ever."""
     left = [calls]
 
-    def guard(original):
-        def guarded(*arguments, **settings):
-            left[0] -= 1
-            if left[0] < 0:
-                raise error
-            return original(*arguments, **settings)
-
-        return guarded
+    def guarded(original, *arguments, **settings):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return original(*arguments, **settings)
 
     for owner, name in CALLS:
-        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, partial(guarded, getattr(owner, name)))
     return left
 
 
@@ -146,14 +126,12 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
         save(folder, 50, "old")
         with monkeypatch.context() as patch:
             left = count_down(patch, calls, Killed())
-            try:
+            with suppress(Killed):
                 save(folder, iteration, "new")
-            except Killed:
-                pass
         survived = newest_text(folder)
         seen.add(survived)
         assert not caplog.records, "the tracker's checkpoint was missing, and another one was taken"
-        remove_leftovers(folder)  # as the next run does first
+        folders.remove_leftovers(folder)  # as the next run does first
         assert newest_text(folder) == survived
         save(folder, iteration, "again")  # and the run can go on
         assert newest_text(folder) == "again"
@@ -175,12 +153,11 @@ def test_all_is_on_the_disk_before_its_name_is_and_that_before_the_trackers(tmp_
 
 def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / TRACKER
-    write_atomically(path, "50\n")
+    folders.write_atomically(path, "50\n")
     count_down(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, "60\n")
-    assert path.read_text() == "50\n"
-    assert list(tmp_path.iterdir()) == [path]
+        folders.write_atomically(path, "60\n")
+    assert path.read_text() == "50\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, monkeypatch):
@@ -189,7 +166,7 @@ def test_everything_that_needs_space_comes_before_the_first_rename(tmp_path, mon
     (draft / RECORD).write_text("new")
     monkeypatch.setattr(folders, "write_beside", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        publish(draft, tmp_path, 50)
+        folders.publish(draft, tmp_path, 50)
     assert (tmp_path / "iter_0000050" / RECORD).read_text() == "old"
 
 
@@ -258,15 +235,12 @@ time.sleep(600)
 
 @contextmanager
 def holder(folder):
-    """Another process that holds the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "holds it\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "holds it\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):

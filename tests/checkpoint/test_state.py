@@ -41,12 +41,6 @@ def test_a_stretch_of_a_flattened_tensor_is_few_boxes_in_order(shape, data):
     assert len(found) <= 2 * len(shape) - 1
 
 
-def test_a_matrix_gives_the_rest_of_a_row_whole_rows_and_the_start_of_one():
-    found = [(box.offset, box.shape) for box in boxes(3, 14, (4, 4))]
-    assert found == [((0, 3), (1, 1)), ((1, 0), (2, 4)), ((3, 0), (1, 2))]
-    assert list(boxes(5, 5, (4, 4))) == []
-
-
 def draws():
     with tensor_parallel.get_cuda_rng_tracker().fork():
         tracked = torch.rand(1).item()

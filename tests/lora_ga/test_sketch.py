@@ -1,22 +1,13 @@
-"""The sketch's singular triplets against an exact SVD, in one process, and what the starts make of triplets.
-
-That A and B are the starts' formulas in a model, and the function stays the same, is in test_initialize.py.
-"""
+"""The sketch's singular triplets against an exact SVD, and what the starts make of triplets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_peft.lora_ga.sketch import (
-    Triplets,
-    leading_triplets,
-    orthonormal_basis,
-    squared_residual_estimate,
-    with_fixed_signs,
-)
+from megatron_peft.lora_ga import sketch
+from megatron_peft.lora_ga.sketch import Triplets, orthonormal_basis, squared_residual_estimate
 from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
-from megatron_peft.peft_config import PeftConfig
 
 
 def alone(part: torch.Tensor) -> torch.Tensor:
@@ -34,7 +25,7 @@ def decaying(decay: float = 0.5) -> torch.Tensor:  # [60, 40]
 
 def sketched(G: torch.Tensor, width: int = 20, rank: int = 4) -> Triplets:
     Q = orthonormal_basis(G @ draw(1, G.shape[1], width), alone)
-    return leading_triplets(Q, Q.T @ G, rank, alone)
+    return sketch.leading_triplets(Q, Q.T @ G, rank, alone)
 
 
 def test_triplets_are_those_of_an_exact_svd():
@@ -69,8 +60,8 @@ def test_a_holder_of_some_rows_finds_its_rows():
 
 def test_signs_follow_the_direction():
     found, direction = sketched(decaying()), draw(5, 40).float()
-    turned = with_fixed_signs(found._replace(U=-found.U, V=-found.V), direction, alone)
-    same = with_fixed_signs(found, direction, alone)
+    turned = sketch.with_fixed_signs(found._replace(U=-found.U, V=-found.V), direction, alone)
+    same = sketch.with_fixed_signs(found, direction, alone)
     assert torch.equal(turned.V, same.V) and torch.equal(turned.U, same.U)
     assert (direction.double() @ same.V > 0).all()
 
@@ -101,12 +92,6 @@ def test_original_takes_the_next_left_vectors():
     first_step = (G @ A.T) @ A + B @ (B.T @ G)
     scale = 16**0.25 / 4
     torch.testing.assert_close(first_step / scale**2, (U[:, : 2 * rank] * S[: 2 * rank]) @ Vh[: 2 * rank])
-
-
-def test_all_but_aligned_are_subtracted():
-    assert {name for name in STARTS if PeftConfig("lora-ga", lora_ga_init=name).subtracts_start} == {*STARTS} - {
-        "aligned"
-    }
 
 
 def test_rows_without_a_direction_stay_loras_own():

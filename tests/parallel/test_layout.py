@@ -20,37 +20,25 @@ def _layouts(split, size, num_parts=1):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_rows_of_a_column_layer_join_to_the_whole(size):
-    whole = torch.randn(OUT, 5)
-    slices = [layout.slice_output(whole) for layout in _layouts("column", size)]
-    assert {tuple(part.shape) for part in slices} == {(OUT // size, 5)}
-    assert torch.equal(torch.cat(slices), whole)
+def test_rows_of_a_column_layer_and_columns_of_a_row_layer_join_to_the_whole(size):
+    outputs, inputs = torch.randn(OUT, 5), torch.randn(5, IN)
+    column_layouts, row_layouts = _layouts("column", size), _layouts("row", size)
+    rows = [layout.slice_output(outputs) for layout in column_layouts]
+    columns = [layout.slice_input(inputs) for layout in row_layouts]
+    assert all(torch.equal(layout.slice_input(inputs), inputs) for layout in column_layouts), "this side is not split"
+    assert all(torch.equal(layout.slice_output(outputs), outputs) for layout in row_layouts), "nor is this one"
+    assert {(x.local_out_features, x.local_in_features) for x in column_layouts} == {(OUT // size, IN)}
+    assert {(x.local_out_features, x.local_in_features) for x in row_layouts} == {(OUT, IN // size)}
+    assert [part.shape for part in (*rows, *columns)] == [(OUT // size, 5)] * size + [(5, IN // size)] * size
+    assert torch.equal(torch.cat(rows), outputs) and torch.equal(torch.cat(columns, dim=1), inputs)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_gated_layer_gives_each_rank_its_part_of_gate_and_of_up(size):
-    gate, up = torch.randn(2, OUT // 2, 5)
-    slices = [layout.slice_output(torch.cat([gate, up])) for layout in _layouts("column", size, num_parts=2)]
-    halves = [part.chunk(2) for part in slices]
-    assert torch.equal(torch.cat([half[0] for half in halves]), gate)
-    assert torch.equal(torch.cat([half[1] for half in halves]), up)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_columns_of_a_row_layer_join_to_the_whole(size):
-    whole = torch.randn(5, IN)
-    slices = [layout.slice_input(whole) for layout in _layouts("row", size)]
-    assert {tuple(part.shape) for part in slices} == {(5, IN // size)}
-    assert torch.equal(torch.cat(slices, dim=1), whole)
-
-
-def test_the_side_that_is_not_split_is_whole_on_every_rank():
-    outputs, inputs = torch.randn(OUT, 5), torch.randn(5, IN)
-    for row, column in zip(_layouts("row", 2), _layouts("column", 2), strict=True):
-        assert torch.equal(row.slice_output(outputs), outputs)
-        assert torch.equal(column.slice_input(inputs), inputs)
-        assert (row.local_out_features, row.local_in_features) == (OUT, IN // 2)
-        assert (column.local_out_features, column.local_in_features) == (OUT // 2, IN)
+    whole = torch.randn(OUT, 5)
+    halves = [layout.slice_output(whole).chunk(2) for layout in _layouts("column", size, num_parts=2)]
+    gate, up = (torch.cat(parts) for parts in zip(*halves, strict=True))
+    assert torch.equal(torch.cat([gate, up]), whole)
 
 
 @pytest.mark.parametrize(
@@ -60,25 +48,18 @@ def test_the_side_that_is_not_split_is_whole_on_every_rank():
 def test_marks_say_what_is_split_and_whose_gradients_are_partial(split, mark, axis):
     parameter = nn.Parameter(torch.empty(4, 4))
     getattr(LinearLayout(split, OUT, IN, Place(0, 2)), mark)(parameter)
-    assert parameter.partition_dim == axis
-    assert parameter.tensor_model_parallel == (axis >= 0)
+    assert parameter.partition_dim == axis and parameter.tensor_model_parallel == (axis >= 0)
     assert getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL) == (axis < 0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_numbers_of_all_ranks_are_counted_and_replicated_ones_once(size):
-    for layout in _layouts("column", size):
+    for layout in _layouts("column", size, num_parts=2):
         A, B = nn.Parameter(torch.empty(2, IN)), nn.Parameter(torch.empty(OUT // size, 2))
         layout.mark_input(A)
         layout.mark_output(B)
         assert layout.num_global(nn.ParameterList([A, B])) == 2 * (IN + OUT)
-
-
-def test_the_stride_of_a_gated_output_is_its_number_of_parts():
-    layout, A, B = _layouts("column", 2, num_parts=2)[0], *(nn.Parameter(torch.empty(4, 4)) for _ in range(2))
-    layout.mark_input(A)
-    layout.mark_output(B)
-    assert (A.partition_stride, B.partition_stride) == (1, 2)
+        assert (A.partition_stride, B.partition_stride) == (1, 2), "a gated output's is its number of parts"
 
 
 def _draw(seed, name):

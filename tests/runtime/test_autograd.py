@@ -1,4 +1,4 @@
-"""A function gives the same with and without a graph, makes none where nothing is recorded, and makes outputs again."""
+"""A function makes no graph where nothing is recorded, and its output again of what it keeps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ class _Cube(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return 3 * ctx.factor * x**2 * grad, None
-
-
-def test_gradients_are_those_of_the_function():
-    x = torch.tensor(2.0, requires_grad=True)
-    run_function(_Cube, x, 5.0).backward()
-    assert x.grad == 60.0
 
 
 def test_forward_alone_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch):

@@ -16,21 +16,19 @@ def installed():
     cpu.install()
 
 
-def _patched():
-    return [torch.zeros, torch.Tensor.type, torch.Tensor.cuda, torch.cuda.current_device, torch.cuda.get_rng_state]
-
-
 def test_a_second_install_changes_nothing():
-    before = _patched()
+    def patched():
+        return [torch.zeros, torch.Tensor.type, torch.Tensor.cuda, torch.cuda.current_device, torch.cuda.get_rng_state]
+
+    before = patched()
     cpu.install()
-    assert all(first is second for first, second in zip(before, _patched(), strict=True))
+    assert patched() == before
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", torch.device("cuda"), torch.device("cuda", 1)])
 def test_factories_read_cuda_as_the_cpu(device):
-    made = [torch.tensor([1.0], device=device), torch.empty((2,), device=device, dtype=torch.int64)]
-    made += [torch.zeros(2, device=device), torch.full((2,), 3, device=device)]
-    made += [torch.arange(3, device=device), torch.randn(2, device=device)]
+    factories = [torch.empty, torch.zeros, torch.arange, torch.randn, torch.tensor]
+    made = [torch.full((2,), 3, device=device), *(factory(2, device=device) for factory in factories)]
     assert {tensor.device.type for tensor in made} == {"cpu"}
 
 
@@ -70,8 +68,7 @@ def test_the_trackers_generator_is_apart_and_goes_on_where_it_was():
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.reset()
     tracker.add("model-parallel-rng", 7)
-    before = torch.get_rng_state()
-    draws = []
+    before, draws = torch.get_rng_state(), []
     for _ in range(2):
         with tracker.fork():
             draws.append(torch.rand(3))

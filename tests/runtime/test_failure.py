@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,8 +45,7 @@ def _rank(case: str) -> None:
     print("ended well", flush=True)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     exit_codes: list[int | None]
     output: str
     ended_at: float
@@ -54,32 +53,28 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    return {case: _run(case, size) for case, (_, _, size) in CASES.items()}
-
-
-def _run(case: str, size: int) -> Outcome:
-    with Ranks(size, _rank, case) as ranks:
-        for process in ranks.processes:  # none is ended from outside
-            process.join(seconds(120))
-        assert None not in ranks.exit_codes, f"{case}: a rank never ended"
-        return Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
+    found = {}
+    for case, (_, _, size) in CASES.items():
+        with Ranks(size, _rank, case) as ranks:
+            for process in ranks.processes:  # none is ended from outside
+                process.join(seconds(120))
+            assert None not in ranks.exit_codes, f"{case}: a rank never ended"
+            found[case] = Outcome(ranks.exit_codes, "".join(map(ranks.output, range(size))), time.time())
+    return found
 
 
 @pytest.mark.parametrize("case", ["configuration on one", "configuration on all"])
 def test_a_configuration_error_is_said_once_without_a_traceback(outcomes, case):
     found = outcomes[case]
     assert found.exit_codes == [2] * CASES[case][2], found.output
-    assert found.output.count("program: error: --lr is wrong.") == 1
-    assert "Traceback" not in found.output
+    assert found.output.count("program: error: --lr is wrong.") == 1 and "Traceback" not in found.output
 
 
 @pytest.mark.parametrize("case", ["error on one", "error on the first"])
 def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
-    _, (failed,), size = CASES[case]
-    found = outcomes[case]
+    found, (_, (failed,), size) = outcomes[case], CASES[case]
     assert found.exit_codes == [1] * size, found.output
-    assert found.output.count("RuntimeError: lost") == 1
-    assert f"program: rank {failed} failed:" in found.output
+    assert found.output.count("RuntimeError: lost") == 1 and f"program: rank {failed} failed:" in found.output
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
@@ -89,5 +84,4 @@ def test_nobody_waits_for_a_timeout(outcomes, case):
 
 
 def test_without_a_failure_nothing_is_said(outcomes):
-    assert outcomes["no error"].exit_codes == [0, 0]
-    assert outcomes["no error"].output == "ended well\n" * 2
+    assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)

@@ -4,22 +4,49 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 
-from megatron_peft.config import ParallelConfig
-from megatron_peft.runtime.launch import checked_together, start_model_parallel, stop_model_parallel, world
+from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.runtime.launch import checked_together, start_model_parallel, start_world, stop_model_parallel, world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
-from tests.runtime import launch_runs
+
+
+def checks_of_a_rank(_: None) -> dict[str, Any]:
+    start_world(ParallelConfig())
+    found = {
+        "result": checked_together(dist.get_rank),
+        "one": _told("rank 1 lacks a file." if dist.get_rank() == 1 else ""),
+        "same": _told("no such folder."),
+        "different": _told(f"rank {dist.get_rank()} lacks a file."),
+    }
+    start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), seed=1)
+    found["common"] = torch.rand(2).tolist()
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        found["own"] = torch.rand(2).tolist()
+    return found
+
+
+def _told(complaint: str) -> str:
+    """What `checked_together` makes of this rank's complaint, "" for none."""
+
+    def check() -> None:
+        if complaint:
+            raise ConfigurationError(complaint)
+
+    with pytest.raises(ConfigurationError) as error:
+        checked_together(check)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(2, launch_runs.run)
+    return run_ranks(2, checks_of_a_rank)
 
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -52,17 +52,15 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_linear(dtype, kind):
-    x, weight, bias = INPUTS[kind]().to(dtype), draw(OUT, IN).to(dtype), draw(OUT).to(dtype)
-    close(linear(x, weight), x.double() @ weight.double().t())
-    close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
-    transposed = draw(IN, OUT).to(dtype).t()
-    close(linear(x, transposed), x.double() @ transposed.double().t())
+    x, bias = INPUTS[kind]().to(dtype), draw(OUT).to(dtype)
+    for weight in (draw(OUT, IN).to(dtype), draw(IN, OUT).to(dtype).t()):
+        close(linear(x, weight), x.double() @ weight.double().t())
+        close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
 
 
 def test_two_products_are_added_up(dtype):
-    x, weight, u, narrow, bias = (
-        t.to(dtype) for t in (draw(S, BATCH, IN), draw(OUT, IN), draw(S, BATCH, RANK), draw(OUT, RANK), draw(OUT))
-    )
+    shapes = ((S, BATCH, IN), (OUT, IN), (S, BATCH, RANK), (OUT, RANK), (OUT,))
+    x, weight, u, narrow, bias = (draw(*shape).to(dtype) for shape in shapes)
     expected = x.double() @ weight.double().t() + u.double() @ narrow.double().t()
     close(linear_plus(x, weight, u, narrow), expected)
     close(linear_plus(x, weight, u, narrow, bias), expected + bias.double())

@@ -32,7 +32,6 @@ def job(files) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def alone():
-    """A world of one."""
     with one_rank():
         yield
 

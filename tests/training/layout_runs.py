@@ -1,26 +1,22 @@
-"""Short training runs at several layouts in one world; started on ranks by test_layout.py."""
+"""Short training runs at several layouts in one world, and their comparison with one process's."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.config import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PeftConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_peft import config as settings
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.low_rank import low_rank_part
+from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.gpt import num_virtual_stages
@@ -37,6 +33,12 @@ from tests.tiny_llama import VOCAB_SIZE
 NUM_STEPS = 20
 
 
+def merged(*groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings by group of the configuration; the later ones win."""
+    keys = {key for group in groups for key in group}
+    return {key: {name: value for group in groups for name, value in group.get(key, {}).items()} for key in keys}
+
+
 @dataclass(frozen=True)
 class Job:
     """A name for it, the base and data, and what differs from the plain run (fields of the config's groups)."""
@@ -44,35 +46,32 @@ class Job:
     name: str
     base: str
     data: str
-    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
-    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
-    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    checkpoint: dict[str, Any] = dataclasses.field(default_factory=dict)
-    logging: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    data_settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    logging: dict[str, Any] = field(default_factory=dict)
     num_steps: int = NUM_STEPS
 
     def config(self, world_size: int) -> RunConfig:
+        path = (self.data,)
+        data = {"train_data_path": path, "valid_data_path": path, "tokenizer_type": "NullTokenizer", "num_workers": 0}
+        data |= {"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings}
+        training = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
+        optimizer = {"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}
         return RunConfig(
             parallel=ParallelConfig(**self.parallel, world_size=world_size),
-            model=ModelConfig(self.base, transformer=self.transformer, **self.model),
-            peft=PeftConfig(**self.peft),
-            data=DataConfig(
-                train_data_path=(self.data,),
-                valid_data_path=(self.data,),
-                tokenizer_type="NullTokenizer",
-                num_workers=0,
-                **{"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings},
-            ),
-            training=TrainingConfig(
-                **{"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
-            ),
-            optimizer=OptimizerSettings(**{"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}),
-            checkpoint=CheckpointConfig(**self.checkpoint),
-            logging=LoggingConfig(**self.logging),
+            model=settings.ModelConfig(self.base, transformer=self.transformer, **self.model),
+            peft=settings.PeftConfig(**self.peft),
+            data=settings.DataConfig(**data),
+            training=settings.TrainingConfig(**training),
+            optimizer=settings.OptimizerSettings(**optimizer),
+            checkpoint=settings.CheckpointConfig(**self.checkpoint),
+            logging=settings.LoggingConfig(**self.logging),
         )
 
 
@@ -81,7 +80,8 @@ class Curve:
     """Losses, gradient norms, rates and completion tokens by step; the validation loss and lambda by layer at the end.
 
     `replicas_agree`: after the last step, before anything else, all data-parallel ranks hold the same parameters where
-    a checkpoint would be written.
+    a checkpoint would be written. `stopped`: after which steps the ranks were to stop; the last rank alone asks for it
+    after the second. `started`: the A that the run began with, by layer.
     """
 
     losses: list[float]
@@ -91,42 +91,65 @@ class Curve:
     num_tokens: list[int]
     lambdas: dict[str, float]
     replicas_agree: bool
+    stopped: list[bool]
+    started: dict[str, torch.Tensor] = field(compare=False)
+
+    def equals(self, alone: Curve) -> bool:
+        """Whether it is that of one process; else AssertionError says where it is not."""
+        np.testing.assert_allclose(self.losses, alone.losses, rtol=1e-5)
+        np.testing.assert_allclose(self.grad_norms, alone.grad_norms, rtol=1e-4)
+        np.testing.assert_allclose(self.validation_loss, alone.validation_loss, rtol=1e-5)
+        np.testing.assert_allclose(self.learning_rates, alone.learning_rates)
+        assert self.lambdas == pytest.approx(alone.lambdas, rel=1e-4)
+        assert (self.num_tokens, self.stopped) == (alone.num_tokens, alone.stopped)
+        return self.replicas_agree
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
     """Every job, one after the other, in one world."""
-
     start_world(ParallelConfig())
     return run_each(jobs)
 
 
+@contextmanager
+def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
+    """What `build` gives, in groups of its own in the present world."""
+    config = job.config(dist.get_world_size())
+    num_stages = num_virtual_stages(read_shape(job.base), config.parallel)
+    start_model_parallel(config.parallel, config.training.seed, num_stages)
+    try:
+        yield build(config)
+    finally:
+        stop_model_parallel()
+
+
 def run_each(jobs: list[Job]) -> dict[str, Curve]:
-    """Every job in the present world, in groups of its own."""
+    """Every job in the present world."""
     curves = {}
     for job in jobs:
-        config = job.config(dist.get_world_size())
-        curves[job.name] = run(config)
-        stop_model_parallel()
+        with built(job) as (state, data):
+            curves[job.name] = _curve(state, data)
     return curves
 
 
-def run(config: RunConfig) -> Curve:
-    shape = read_shape(config.model.pretrained_checkpoint)
-    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
-    state, data = build(config)
-    steps = iter(data.train)
-    reports = [train_step(state, next(steps)) for _ in range(config.training.train_iters)]
-    agree = replicas_agree(state)
-    loss = validation_loss(state.model_chunks, data.valid)
-    mixed = mixtures(state)
+def _curve(state: TrainingState, data: Data) -> Curve:
+    layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    low_rank = {layer.name: low_rank_part(layer.module.adapter) for layer in layers}
+    started = {name: part.A.detach().clone() for name, part in low_rank.items() if part is not None}
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    stops = (is_last and number == 1 for number in range(data.train_iters))
+    reports = [train_step(state, step, stop) for stop, step in zip(stops, data.train, strict=False)]
+    agree, mixed = replicas_agree(state), mixtures(state)
     return Curve(
         losses=[report.loss for report in reports],
         grad_norms=[report.grad_norm for report in reports],
-        validation_loss=loss,
+        validation_loss=validation_loss(state.model_chunks, data.valid),
         learning_rates=[report.learning_rate for report in reports],
         num_tokens=[report.num_tokens for report in reports],
         lambdas=mixed.by_layer if mixed else {},
         replicas_agree=agree,
+        stopped=[report.stop for report in reports],
+        started=started,
     )
 
 
@@ -142,11 +165,11 @@ def replicas_agree(state: TrainingState) -> bool:
 
 def build(config: RunConfig) -> tuple[TrainingState, Data]:
     """Model, optimizer and data of a run in the present groups."""
-    data = build_data(
-        config,
-        build_tokenizer(config.data, None),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
+    data = data_of(config)
     shape = read_shape(config.model.pretrained_checkpoint)
     return build_state(config, shape, data.train_iters, first_steps(config, data.train)), data
+
+
+def data_of(config: RunConfig) -> Data:
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return build_data(config, build_tokenizer(config.data, None), data_parallel_rank=rank, data_parallel_size=size)

@@ -1,8 +1,11 @@
-"""A saver that writes nothing, remembers what it was asked for, and fails when it is told to."""
+"""What befalls a run: saves that fail when they are told to, and write nothing; a signal; a full disk."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+import resource
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_peft.checkpoint.save import CheckpointNotSaved
@@ -10,11 +13,7 @@ from megatron_peft.checkpoint.saver import Outcome
 
 
 class RecordedSaves:
-    """Every save is over at once, or with `late` only when it is waited for.
-
-    Args:
-        failing: attempts that fail, counted from 0.
-    """
+    """Every save is over at once, or with `late` when it is waited for; `failing` attempts, counted from 0, fail."""
 
     def __init__(self, failing: Collection[int] = (), late: bool = False) -> None:
         self.saved: list[int] = []
@@ -36,3 +35,26 @@ class RecordedSaves:
         if outcome is not None and outcome.error is None:
             self.saved.append(outcome.iteration)
         return outcome
+
+
+def signal_at(data: Any, first_sample: int, number: int) -> None:
+    """This process gets the signal in the step that begins with this sample."""
+    step_at = data.train.step_at
+
+    def killing_step_at(first: int) -> Any:
+        if first == first_sample:
+            os.kill(os.getpid(), number)
+        return step_at(first)
+
+    data.train.step_at = killing_step_at
+
+
+@contextmanager
+def small_files_only(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let a file of this process grow further."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

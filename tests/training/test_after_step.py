@@ -1,10 +1,8 @@
-"""What follows the optimizer's step: rules on whole matrices, and --hybrid-merge-interval.
-
-Clipping, schedule and accumulation apply to such matrices too. After a merge the change is in the weight, and
-everything about it starts again.
-"""
+"""What follows the optimizer's step: rules on whole matrices, --hybrid-merge-interval and the Hybrid's lambda."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -17,8 +15,11 @@ from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.folding import fold_if_due
-from megatron_peft.training.mixture import hybrid_adapters
+from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.mixture import hybrid_adapters, mix_from_gradients, mixtures
 from megatron_peft.training.step import train_step
+from tests.training.recorded_saves import RecordedSaves
 
 RATE = 0.05
 RIEMANNIAN = {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": RATE}
@@ -33,10 +34,8 @@ def adapters(state, kind):
 @pytest.mark.parametrize("clip_grad", [0.0, 1e-2])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_riemannian_blocks_move_by_the_clipped_gradient_and_the_schedules_rate(start, clip_grad, sharded):
-    state, data = start(
-        peft=RIEMANNIAN,
-        optimizer={"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"},
-    )
+    settings = {"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"}
+    state, data = start(peft=RIEMANNIAN, optimizer=settings)
     modules = adapters(state, RiemannianUrnn)
     before = [module.U.detach().clone() for module in modules]
     kept, real = {}, state.optimizer.step
@@ -62,11 +61,10 @@ def test_projected_blocks_end_where_the_optimizer_led_to(start):
         assert not torch.equal(module.P.detach(), ended[module])
 
 
-LATE = {
-    "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
-    "training": {"overlap_grad_reduce": True},
-}
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+LATE = {"optimizer": OVERLAPPED, "training": {"overlap_grad_reduce": True}}
 MERGED = {"method": "hybrid", "hybrid_merge_interval": 2, **GROUPS_OF_FOUR}
+BOUNDED = {"lora_max_norm_ratio": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +73,7 @@ MERGED = {"method": "hybrid", "hybrid_merge_interval": 2, **GROUPS_OF_FOUR}
         (RIEMANNIAN, LATE, "whole parameters, which --overlap-param-gather has not"),
         (PROJECTED, LATE, "whole parameters, which --overlap-param-gather has not"),
         (MERGED, LATE, "--hybrid-merge-interval folds parameters in as a step ends"),
+        (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
         (MERGED, {"model": {"bf16": True}}, "folds changes into weights .* --bf16 does not"),
     ],
 )
@@ -91,12 +90,16 @@ def test_the_logged_rate_is_that_of_rotations_where_nothing_else_is_trained(star
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR}
 
 
-def trained(start, num_steps, interval, **settings):
-    state, data = start(peft={**HYBRID, "hybrid_merge_interval": interval, **settings})
-    steps = iter(data.train)
+def take_steps(state, steps, num_steps):
     for _ in range(num_steps):
         train_step(state, next(steps))
         state.position.iteration += 1
+
+
+def trained(start, num_steps, interval, **settings):
+    state, data = start(peft={**HYBRID, "hybrid_merge_interval": interval, **settings})
+    steps = iter(data.train)
+    take_steps(state, steps, num_steps)
     return state, data, steps
 
 
@@ -119,17 +122,14 @@ def test_folding_keeps_the_function_and_takes_the_change_back_to_zero(start, set
 def test_it_folds_at_the_interval_only(start):
     for num_steps, folded in ((1, False), (2, True), (3, False)):
         state, _, _ = trained(start, num_steps, interval=2)
-        adapters = hybrid_adapters(state).values()
-        assert all((adapter.low_rank.B == 0).all() == folded for adapter in adapters)
+        assert all((adapter.low_rank.B == 0).all() == folded for adapter in hybrid_adapters(state).values())
 
 
 def test_lambda_and_training_go_on(start):
     state, data, steps = trained(start, 2, interval=2)
     assert {float(adapter.mix) for adapter in hybrid_adapters(state).values()} != {0.5}
     before = validation_loss(state.model_chunks, data.valid)
-    for _ in range(2):
-        train_step(state, next(steps))
-        state.position.iteration += 1
+    take_steps(state, steps, num_steps=2)
     assert validation_loss(state.model_chunks, data.valid) < before
 
 
@@ -137,3 +137,55 @@ def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
     state, _ = start(peft=HYBRID)
     assert all(adapter.folded_weight is None for adapter in hybrid_adapters(state).values())
     assert not any("folded" in name for name, _ in state.model_chunks[0].named_buffers())
+
+
+def hybrid(start, tmp_path=None, **groups):
+    return start(peft=HYBRID, checkpoint={"save": str(tmp_path) if tmp_path else None}, **groups)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharded):
+    state, data = hybrid(start, optimizer={"use_distributed_optimizer": sharded, "clip_grad": 0.0})
+    train_step(state, next(iter(data.train)))
+    adapters = hybrid_adapters(state)
+    before = {name: float(adapter.mix) for name, adapter in adapters.items()}
+    mix_from_gradients(state)  # the gradients of the step are still there
+    for name, adapter in adapters.items():
+        parts = ((adapter.low_rank, before[name]), (adapter.rotation, 1 - before[name]))
+        low, rotation = (torch.cat([p.main_grad.flatten() for p in x.parameters()]).norm() / mix for x, mix in parts)
+        expected = 0.9 * before[name] + 0.1 * float(low / (low + rotation))
+        assert float(adapter.mix) == pytest.approx(expected, rel=1e-5)
+    assert len(adapters) == 8 and before != mixtures(state).by_layer
+
+
+def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_path):
+    state, data = hybrid(start, tmp_path, logging={"log_interval": 2, "tensorboard_dir": str(tmp_path / "tb")})
+    train(state, data, RecordedSaves())
+    lines = [json.loads(line) for line in (tmp_path / "lambda.jsonl").read_text().splitlines()]
+    records = read_metrics(tmp_path / METRICS_FILE)
+    assert [line["iteration"] for line in lines] == [record["iteration"] for record in records] == [2, 4]
+    values = list(lines[-1]["lambda"].values())
+    assert len(values) == 8 and len(set(values)) > 1
+    assert records[-1]["lambda"] == pytest.approx({"mean": sum(values) / 8, "min": min(values), "max": max(values)})
+    assert "decoder.layers.1.mlp.linear_fc2" in lines[-1]["lambda"]
+    assert any((tmp_path / "tb").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path, capsys):
+    state, data = hybrid(start, tmp_path, training={"check_for_nan_in_loss_and_grad": False})
+    adapters = list(hybrid_adapters(state).values())
+    spoilt = adapters[0]
+    spoilt.low_rank.B.register_hook(lambda gradient: gradient * float("nan"))
+    train(state, data, RecordedSaves())
+    assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 4
+    assert "a lambda has kept its last value" in capsys.readouterr().out
+
+
+def test_one_layers_infinite_gradient_keeps_no_other_layers_lambda(start):
+    """Gradients are measured before they are clipped: clipping by an infinite norm makes all of them zero."""
+    state, data = hybrid(start, training={"check_for_nan_in_loss_and_grad": False})
+    spoilt, *others = hybrid_adapters(state).values()
+    spoilt.low_rank.B.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    train_step(state, next(iter(data.train)))
+    assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 1
+    assert all(float(adapter.mix) != 0.5 and int(adapter.num_kept) == 0 for adapter in others)

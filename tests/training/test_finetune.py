@@ -20,16 +20,10 @@ from tests.tiny_llama import VOCAB_SIZE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def world():
     with one_rank(with_groups=False):
         yield
-
-
-@pytest.fixture(autouse=True)
-def no_groups():
-    yield
-    stop_model_parallel()
 
 
 @pytest.fixture
@@ -64,13 +58,10 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, caps
     [
         ({"model": {"shape_flags": {"num_layers": 3}}}, "--num-layers 3 .*2"),
         ({"data_settings": {"vocab_size": 1500}}, "the embedding of --pretrained-checkpoint"),
-        ({"checkpoint": {"save": "FILE/run"}}, r"^--save .*/file/run cannot be written \(Not a directory\)"),
+        ({"checkpoint": {"save": f"{__file__}/run"}}, r"^--save .*\.py/run cannot be written \(Not a directory\)"),
     ],
 )
-def test_what_contradicts_the_checkpoint_or_cannot_be_written_is_told(job, tmp_path, groups, message):
-    (tmp_path / "file").write_text("")
-    if "checkpoint" in groups:
-        groups = {"checkpoint": {"save": str(tmp_path / "file" / "run")}}
+def test_what_contradicts_the_checkpoint_or_cannot_be_written_is_told(job, groups, message):
     with pytest.raises(ConfigurationError, match=message):
         finetune(job(**groups).config(1))
 
@@ -91,33 +82,25 @@ def launched(files, tmp_path_factory):
 
 def _torchrun(files, save, flags):
     base, data = files
-    flags = [
-        *("--pretrained-checkpoint", base, "--train-data-path", data, "--valid-data-path", data),
-        *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1), "--seq-length", "32"),
-        *("--peft-method", "lora", "--lora-rank", "4", "--lr", "5e-3", "--train-iters", "3", "--log-interval", "1"),
-        *("--micro-batch-size", "2", "--global-batch-size", "8", "--tensor-model-parallel-size", "2"),
-        *("--sequence-parallel", "--save", str(save), *flags),
+    command = [
+        *(sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --standalone pretrain_peft.py".split()),
+        *("--pretrained-checkpoint", base, "--train-data-path", data, "--valid-data-path", data, "--save", str(save)),
+        *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 32 --log-interval 1".split(),
+        *"--peft-method lora --lora-rank 4 --lr 5e-3 --train-iters 3 --micro-batch-size 2".split(),
+        *"--global-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel".split(),
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [*launcher, "pretrain_peft.py", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, **pipes)
 
 
 def test_the_command_line_trains_and_saves(launched):
-    folder, outputs, exit_codes = launched
+    folder, outputs, exit_codes = launched[0] / "good", *launched[1:]
     assert exit_codes["good"] == 0, outputs["good"]
-    records = read_metrics(folder / "good" / METRICS_FILE)
+    records = read_metrics(folder / METRICS_FILE)
     assert [record["iteration"] for record in records] == [1, 2, 3]
     assert records[-1]["validation_loss"] < records[0]["loss"]
-    assert (folder / "good" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
-    assert (folder / "good" / "iter_0000003").is_dir()
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3\n" and (folder / "iter_0000003").is_dir()
     assert outputs["good"].count("trainable parameters:") == 1
 
 

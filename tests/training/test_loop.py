@@ -14,28 +14,20 @@ from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.signals import SAVE_AND_EXIT, ExitSignals
-from tests.training.recorded_saves import RecordedSaves
+from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}
 
 
 class Run:
-    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration.
-
-    Args:
-        saver: what RecordedSaves is given.
-    """
+    """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
 
     def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, **groups):
         checkpoint = {"save": str(folder), "save_interval": save_interval}
         self.state, self.data = start(**{"num_steps": num_steps, "checkpoint": checkpoint, **groups})
         self.state.position.iteration = resume_at
         self.saver = RecordedSaves(**(saver or {}))
-        self.folder = folder
-
-    @property
-    def saved(self):
-        return self.saver.saved
+        self.saved, self.folder = self.saver.saved, folder
 
     def to_the_end(self):
         self.reason = train(self.state, self.data, self.saver)
@@ -49,38 +41,38 @@ def run(start, tmp_path):
     return lambda **groups: Run(start, tmp_path, **groups).to_the_end()
 
 
-def test_a_run_to_its_end_saves_once_and_says_so(run):
-    found = run()
-    assert found.reason == "trained 6 iterations"
-    assert found.saved == [6]
-    assert found.state.position.iteration == 6
-    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 48
+TWO = {"save_interval": 2}
+TRAINED = "trained 6 iterations"
+
+
+@pytest.mark.parametrize(
+    "groups, reason, attempts, saved",
+    [
+        ({}, TRAINED, [6], [6]),
+        (TWO, TRAINED, [2, 4, 6], [2, 4, 6]),
+        ({**TWO, "saver": {"failing": {2}}}, TRAINED, [2, 4, 6, 6], [2, 4, 6]),
+        ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
+        ({"checkpoint": {}}, TRAINED, [], []),
+        ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
+        ({"resume_at": 6}, "nothing to do: the run had ended before", [], []),
+    ],
+    ids=["once", "each", "the last one again", "in the background", "no folder", "exit interval", "ended before"],
+)
+def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts, saved):
+    found = run(**groups)
+    assert (found.reason, found.saver.attempts, found.saved) == (reason, attempts, saved)
+    assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
+    assert found.state.position.iteration == (4 if "exit" in reason else 6)
 
 
 def test_a_save_that_fails_is_told_and_the_run_goes_on(run, capsys):
-    assert run(save_interval=2, saver={"failing": {0}}).saved == [4, 6]
+    assert run(**TWO, saver={"failing": {0}}).saved == [4, 6]
     assert "WARNING: No space left on device. Training goes on without it." in capsys.readouterr().out
-
-
-def test_the_last_save_is_tried_again_and_else_not_saved_twice(run):
-    assert run(save_interval=2).saver.attempts == [2, 4, 6]
-    found = run(save_interval=2, saver={"failing": {2}})
-    assert found.saved == [2, 4, 6] and found.saver.attempts == [2, 4, 6, 6]
 
 
 def test_a_run_whose_last_save_fails_fails(run):
     with pytest.raises(CheckpointNotSaved, match="No space left"):
-        run(save_interval=2, saver={"failing": {2, 3}})
-
-
-def test_saves_in_the_background_are_waited_for(run, capsys):
-    assert run(save_interval=2, saver={"late": True}).saved == [2, 4, 6]
-    assert capsys.readouterr().out.count("saved iteration") == 3
-
-
-def test_without_a_folder_nothing_is_saved(run):
-    found = run(num_steps=2, checkpoint={})
-    assert found.saved == [] and found.records == {}
+        run(**TWO, saver={"failing": {2, 3}})
 
 
 def test_log_and_validation_intervals(run):
@@ -90,12 +82,11 @@ def test_log_and_validation_intervals(run):
 
 
 def test_fields_of_a_record(run):
-    found = run(logging={"log_interval": 1})
+    found = run(logging=EACH)
     record = found.records[2]
-    assert record.keys() == set(
-        "iteration epoch consumed_samples consumed_tokens loss learning_rate grad_norm step_seconds tokens_per_second "
-        "memory_bytes peak_memory_bytes".split()
-    )
+    progress, speed = "iteration epoch consumed_samples consumed_tokens", "step_seconds tokens_per_second"
+    numbers, memory = "loss learning_rate grad_norm", "memory_bytes peak_memory_bytes"
+    assert record.keys() == set(f"{progress} {numbers} {speed} {memory}".split())
     assert (record["consumed_samples"], record["epoch"]) == (16, pytest.approx(16 / 40))
     assert record["learning_rate"] < found.records[1]["learning_rate"] == pytest.approx(5e-3)
     tokens = record["consumed_tokens"] - found.records[1]["consumed_tokens"]
@@ -103,16 +94,9 @@ def test_fields_of_a_record(run):
 
 
 def test_a_line_averages_the_losses_since_the_last_one(run):
-    each = run(logging={"log_interval": 1}).records
-    thirds = run(logging={"log_interval": 3}).records
-    assert thirds[3]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (1, 2, 3)) / 3)
-    assert thirds[6]["loss"] == pytest.approx(sum(each[n]["loss"] for n in (4, 5, 6)) / 3)
-
-
-def test_exit_interval(run):
-    found = run(training={"exit_interval": 4})
-    assert found.reason == "--exit-interval reached at iteration 4"
-    assert found.saved == [4] and sorted(found.records) == [4]
+    each, thirds = (run(logging={"log_interval": interval}).records for interval in (1, 3))
+    for last in (3, 6):
+        assert thirds[last]["loss"] == pytest.approx(sum(each[last - n]["loss"] for n in range(3)) / 3)
 
 
 @pytest.mark.parametrize("limit, stops", [(1e6, False), (1.5, True)])
@@ -129,24 +113,15 @@ def test_exit_duration(run, monkeypatch, limit, stops):
 @pytest.mark.parametrize("number", SAVE_AND_EXIT)
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
-    steps = run.data.train.step_at
-
-    def step_at(first):
-        if first == 16:
-            os.kill(os.getpid(), number)
-        return steps(first)
-
-    run.data.train.step_at = step_at
+    signal_at(run.data, 16, number)
     run.to_the_end()
-    assert run.reason == "asked to stop at iteration 3"
-    assert run.saved == [3]
+    assert run.reason == "asked to stop at iteration 3" and run.saved == [3]
     assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due
 
 
 def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     """By a clock that jumps ahead in each save."""
-    run, clock, jumps = Run(start, tmp_path), time.perf_counter, []
-    run.state, run.data = start(num_steps=3, checkpoint={"save": str(tmp_path), "save_interval": 1}, logging=EACH)
+    run, clock, jumps = Run(start, tmp_path, num_steps=3, save_interval=1, logging=EACH), time.perf_counter, []
     begin = run.saver.start
     run.saver.start = lambda state: (jumps.append(1e6), begin(state))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + sum(jumps))
@@ -157,11 +132,10 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     assert len(jumps) == 3 and all(records[iteration]["step_seconds"] < 1e5 for iteration in (1, 2, 3))
 
 
-def test_a_resumed_run_goes_on_to_the_same_end_and_one_that_had_ended_does_nothing(run):
-    found = run(resume_at=4, logging={"log_interval": 1})
+def test_a_resumed_run_goes_on_to_the_same_end(run):
+    found = run(resume_at=4, logging=EACH)
     assert sorted(found.records) == [5, 6] and found.saved == [6]
-    found = run(resume_at=6)
-    assert found.reason == "nothing to do: the run had ended before" and found.saved == []
+    assert found.state.position.consumed_samples == found.data.train.consumed_samples == 16
 
 
 @pytest.fixture
@@ -175,17 +149,11 @@ def own_handler():
 
 
 @pytest.mark.parametrize("number", SAVE_AND_EXIT)
-def test_a_signal_is_remembered_and_goes_no_further_until_the_old_handlers_are_back(own_handler, number):
-    with ExitSignals(enabled=True) as signals:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_signal_is_remembered_or_keeps_its_meaning_and_the_old_handlers_come_back(own_handler, number, enabled):
+    with ExitSignals(enabled) as signals:
         assert not signals.received
         os.kill(os.getpid(), number)
-        assert signals.received
-    assert own_handler == []
+    assert signals.received == enabled and own_handler == [number] * (not enabled)
     os.kill(os.getpid(), number)
-    assert own_handler == [number]
-
-
-def test_switched_off_signals_keep_their_meaning(own_handler):
-    with ExitSignals(enabled=False) as signals:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    assert own_handler == [signal.SIGUSR1] and not signals.received
+    assert own_handler[-1:] == [number]

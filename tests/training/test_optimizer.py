@@ -9,56 +9,48 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.training.optimizer import build_optimizer, build_schedule
 
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2}
+LINEAR = {"lr_decay_style": "linear"}
 
 
-def _of_parameters(state, key):
+def _groups(state, key):
     """What the groups of the optimizer say under `key`, by trained parameter."""
     names = {p: name for chunk in state.model_chunks for name, p in chunk.named_parameters()}
-    groups = state.optimizer.param_groups
-    return {names[parameter]: group[key] for group in groups for parameter in group["params"]}
-
-
-def _rates(state):
-    """The highest rate of each trained parameter."""
-    return _of_parameters(state, "max_lr")
+    return {names[p]: group[key] for group in state.optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("ratio", [1.0, 8.0])
 def test_lora_plus_gives_every_B_a_rate_of_its_own(start, ratio):
     state, _ = start(peft={"lora_rank": 4, "lora_plus_ratio": ratio}, optimizer={"lr": 1e-3})
-    rates = _rates(state)
+    rates = _groups(state, "max_lr")
     assert len(rates) == 16
     for name, rate in rates.items():
         assert rate == pytest.approx(1e-3 * (ratio if name.endswith(".B") else 1.0)), name
 
 
 def test_lora_plus_follows_the_schedule(start):
-    state, _ = start(
-        peft={"lora_rank": 4, "lora_plus_ratio": 8.0},
-        optimizer={"lr": 1e-3, "min_lr": 1e-4, "lr_decay_style": "linear"},
-    )
+    rates = {"lr": 1e-3, "min_lr": 1e-4, **LINEAR}
+    state, _ = start(peft={"lora_rank": 4, "lora_plus_ratio": 8.0}, optimizer=rates)
     state.schedule.step(2 * state.config.global_batch_size)
     assert sorted({group["lr"] for group in state.optimizer.param_groups}) == pytest.approx([5.5e-4, 4.4e-3])
 
 
 def test_only_trainable_parameters_have_gradients_and_moments(start):
     state, _ = start(peft={"lora_rank": 4, "target_modules": ("linear_fc2",)})
-    assert set(_rates(state)) == {
-        f"module.decoder.layers.{layer}.mlp.linear_fc2.adapter.{factor}" for layer in (0, 1) for factor in "AB"
-    }
+    fc2 = "module.decoder.layers.{}.mlp.linear_fc2.adapter.{}"
+    assert set(_groups(state, "max_lr")) == {fc2.format(layer, factor) for layer in (0, 1) for factor in "AB"}
     assert sum(buffer.numel_unpadded for buffer in state.model_chunks[0].buffers) == 2 * 4 * (160 + 96)
 
 
 def test_norms_and_biases_of_the_base_do_not_decay(start):
     state, _ = start(peft={"method": "full"}, optimizer={"weight_decay": 0.1})
-    for name, decay in _of_parameters(state, "weight_decay").items():
+    for name, decay in _groups(state, "weight_decay").items():
         assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
 
 
 @pytest.mark.parametrize("init, decay_of_factors", [("aligned", 0.1), ("original", 0.0)])
 def test_rotations_and_factors_with_a_subtracted_start_do_not_decay(start, init, decay_of_factors):
     state, _ = start(peft={**HYBRID, "lora_ga_init": init}, optimizer={"weight_decay": 0.1})
-    decays = _of_parameters(state, "weight_decay")
+    decays = _groups(state, "weight_decay")
     assert len(decays) == 24
     for name, decay in decays.items():
         assert decay == (0.0 if ".rotation." in name else decay_of_factors), name
@@ -66,7 +58,7 @@ def test_rotations_and_factors_with_a_subtracted_start_do_not_decay(start, init,
 
 def test_the_hybrids_parts_have_rates_of_their_own(start):
     state, _ = start(peft={**HYBRID, "lora_plus_ratio": 8.0, "peft_lr_rotation": 3e-4}, optimizer={"lr": 1e-3})
-    found = {name.split(".adapter.")[1]: rate for name, rate in _rates(state).items()}
+    found = {name.split(".adapter.")[1]: rate for name, rate in _groups(state, "max_lr").items()}
     assert found == pytest.approx({"low_rank.A": 1e-3, "low_rank.B": 8e-3, "rotation.Q": 3e-4})
 
 
@@ -100,35 +92,22 @@ def test_gradients_of_a_bfloat16_model_are_summed_in_float32(start):
     assert {(p.dtype, p.main_grad.dtype) for p in trained} == {(torch.bfloat16, torch.float32)}
 
 
-def _curve(start, **optimizer):
-    """The rate at the start and after each of 8 steps."""
-    state, _ = start(num_steps=8, optimizer={"lr": 1.0, **optimizer})
-    rates = []
-    for _ in range(9):
-        rates.append(state.optimizer.param_groups[0]["lr"])
-        state.schedule.step(state.config.global_batch_size)
-    return rates
-
-
 @pytest.mark.parametrize(
     "settings, expected",
     [
         ({"lr_decay_style": "constant"}, [1.0] * 9),
-        ({"lr_decay_style": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]),
-        ({"lr_decay_style": "linear", "lr_decay_iters": 4, "min_lr": 0.2}, [1.0, 0.8, 0.6, 0.4] + [0.2] * 5),
-        (
-            {"lr_decay_style": "linear", "lr_warmup_iters": 4, "lr_warmup_init": 0.2},
-            [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0],
-        ),
-        ({"lr_decay_style": "linear", "lr_warmup_fraction": 0.25}, [0.0, 0.5] + [1 - n / 6 for n in range(7)]),
-        (
-            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"},
-            [1.0] * 7 + [0.5, 0.0],
-        ),
+        (LINEAR, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]),
+        ({**LINEAR, "lr_decay_iters": 4, "min_lr": 0.2}, [1.0, 0.8, 0.6, 0.4] + [0.2] * 5),
+        ({**LINEAR, "lr_warmup_iters": 4, "lr_warmup_init": 0.2}, [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ({**LINEAR, "lr_warmup_fraction": 0.25}, [0.0, 0.5] + [1 - n / 6 for n in range(7)]),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}, [1.0] * 7 + [0.5, 0.0]),
     ],
 )
 def test_the_schedule_counts_the_runs_iterations(start, settings, expected):
-    assert _curve(start, **settings) == pytest.approx(expected)
+    state, _ = start(num_steps=8, optimizer={"lr": 1.0, **settings})
+    for rate in expected:
+        assert state.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        state.schedule.step(state.config.global_batch_size)
 
 
 def test_a_warmup_as_long_as_an_epoch_is_refused(start):

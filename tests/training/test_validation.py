@@ -1,7 +1,4 @@
-"""Validation is a mean over tokens, without dropout and without a recorded graph.
-
-Adapters that are cut off and rotations that drift are seen; those that are well are not complained about.
-"""
+"""Validation is a mean over tokens; adapters that are cut off and rotations that drift are seen."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogona
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
+from tests.kept import kept_for_backward
 from tests.training.recorded_saves import RecordedSaves
 
 GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2, "urnn_block_size": 4}
@@ -39,6 +37,7 @@ def test_every_adapted_layer_has_a_gradient_after_the_first_backward(start, meth
 
 def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
     state, data = start(**peft("lora"), checkpoint={"save": str(tmp_path)})
+    assert largest_orthogonality_error(state) is None
     layer = next(layer for layer in linear_layers(state.model_chunks[0]) if layer.name.endswith("1.mlp.linear_fc2"))
     layer.module.adapter.forward = lambda x, call: call.reduce(torch.nn.functional.linear(x, call.weight))
     train(state, data, RecordedSaves())
@@ -48,8 +47,8 @@ def test_a_layer_that_is_cut_off_is_named_in_a_run(start, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["boft", "urnn", "hybrid"])
 def test_orthogonality_is_recorded_with_validation(start, tmp_path, method, capsys):
-    saved = {"checkpoint": {"save": str(tmp_path)}}
-    state, data = start(**peft(method, peft_lr_rotation=1e-2), training={"eval_interval": 2}, **saved)
+    groups = {"training": {"eval_interval": 2}, "checkpoint": {"save": str(tmp_path)}}
+    state, data = start(**peft(method, peft_lr_rotation=1e-2), **groups)
     train(state, data, RecordedSaves())
     records = read_metrics(tmp_path / METRICS_FILE)
     errors = [record.get("orthogonality_error") for record in records if "validation_loss" in record]
@@ -65,10 +64,6 @@ def test_a_rotation_that_drifts_is_said(start, tmp_path, capsys):
     train(state, data, RecordedSaves())
     assert largest_orthogonality_error(state) > ORTHOGONALITY_LIMIT
     assert "away from orthogonal, above 1e-05: lower --peft-lr-rotation" in capsys.readouterr().out
-
-
-def test_without_rotations_there_is_nothing_to_report(start):
-    assert largest_orthogonality_error(start(**peft("lora"))[0]) is None
 
 
 def _by_hand(state, data):
@@ -99,8 +94,6 @@ def test_dropout_is_off_and_on_again_afterwards_and_each_time_begins_anew(start)
 
 def test_nothing_is_kept_for_a_backward_and_without_samples_it_is_zero(start):
     state, data = start()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+    with kept_for_backward() as kept:
         validation_loss(state.model_chunks, data.valid)
-    assert kept == []
-    assert validation_loss(state.model_chunks, []) == 0.0
+    assert kept == [] and validation_loss(state.model_chunks, []) == 0.0
