@@ -87,10 +87,9 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield full, value
 
 
-def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the newest checkpoint, whatever it is called: torch's own reader needs nothing of a tree."""
-    newest = max(run.rglob(".metadata")).parent
-    stored = torch_checkpoint.FileSystemReader(newest).read_metadata().state_dict_metadata
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's folder, by torch's own reader, which needs nothing of a tree."""
+    stored = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
         name: torch.empty(tuple(tensor.size), dtype=tensor.properties.dtype)
         for name, tensor in stored.items()
@@ -98,8 +97,14 @@ def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no world
-        torch_checkpoint.load(tensors, checkpoint_id=newest)
-    named = {newest_name(name): tensor for name, tensor in tensors.items()}
+        torch_checkpoint.load(tensors, checkpoint_id=checkpoint)
+    return tensors
+
+
+def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of the newest checkpoint, whatever it is called."""
+    newest = saved_tensors(max(run.rglob(".metadata")).parent)
+    named = {newest_name(name): tensor for name, tensor in newest.items()}
     yield from ((f"saved {name}", named[name]) for name in sorted(named))
 
 
