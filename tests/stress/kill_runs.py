@@ -137,7 +137,7 @@ def _one_round(work: Path, name: str, options: argparse.Namespace, draw: random.
         _check_folder(folder, tally)
     whole, killed = (saved_tensors(iteration_folder(end, options.iterations)) for end in (work / "whole", folder))
     if told := first_difference(whole, killed):
-        raise Broken(f"{folder} ended otherwise than the run that nobody killed: {told}")
+        raise Broken(f"{folder} ended otherwise than the run that nobody killed: {told.splitlines()[0]}")
     tally.tensors_equal += len(whole)
     shutil.rmtree(folder)
 
