@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, low_rank_part
+from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank
 from megatron_peft.adapters.norm_bound import gram_matrices, shrink, shrinkage
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
@@ -39,13 +39,6 @@ def _forward(adapter, x, splits_sequence=False):
     return adapter(x, call)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_slices_of_a_row_layers_A_join_to_the_one_ranks_and_a_column_layers_are_that(size):
-    slices = [_adapter("row", place).A.data for place in places(size)]
-    assert torch.equal(torch.cat(slices, dim=1), _adapter("row").A.data)
-    assert all(torch.equal(_adapter("column", place).A.data, _adapter().A.data) for place in places(size))
-
-
 def test_initial_values_depend_on_seed_and_name():
     adapters = [_adapter(), _adapter(seed=2), _adapter(name=NAME.replace("0", "1"))]
     assert len({adapter.A.flatten()[0].item() for adapter in adapters}) == 3
@@ -59,11 +52,6 @@ def test_A_is_uniform_within_the_inverse_root_of_the_input_and_B_is_zero():
     assert not adapter.B.any()
 
 
-def test_rows_of_B_follow_the_base_output():
-    assert [tuple(_adapter("column", place).B.shape) for place in places(2)] == [(OUT // 2, RANK)] * 2
-    assert tuple(_adapter("row", Place(0, 2)).B.shape) == (OUT, RANK)
-
-
 @pytest.mark.parametrize("settings, scale", [({}, 8 / RANK), ({"lora_rs": True}, 8 / math.sqrt(RANK))])
 def test_scale_is_alpha_over_the_rank_or_over_its_root(settings, scale):
     adapter = _adapter(lora_alpha=8, **settings)
@@ -74,9 +62,7 @@ def test_scale_is_alpha_over_the_rank_or_over_its_root(settings, scale):
 
 
 SIDE = rf"the smaller side of .*linear_fc1 \({OUT} x {IN}\)"
-TWICE = (
-    rf"takes 2 x --lora-rank 7 = 14 singular vectors, more than 12, {SIDE}: use a rank of at most 6, or --lora-ga-in"
-)
+TWICE = rf"takes 2 x --lora-rank 7 = 14 singular vectors, more than 12, {SIDE}: use a rank of at most 6, or --lora-ga"
 
 
 @pytest.mark.parametrize(
@@ -103,16 +89,10 @@ def _started(split="column", place=None, init="paper", **settings):
     return adapter
 
 
-def test_a_subtracted_start_changes_nothing_and_trains_A_and_B_alone():
-    adapter, x = _started(), torch.randn(3, 2, IN)
-    assert _forward(adapter, x).abs().max() < 1e-5
-    _forward(adapter, x).square().sum().backward()
-    assert {name for name, _ in adapter.named_parameters()} == {"A", "B"}
-    assert adapter.A0.grad is None and adapter.B0.grad is None
-
-
 def test_only_what_is_trained_beyond_the_start_changes_the_layer():
     adapter, x = _started(), torch.randn(3, 2, IN)
+    assert _forward(adapter, x).abs().max() < 1e-5
+    assert {name for name, _ in adapter.named_parameters()} == {"A", "B"}
     A0, B0 = adapter.A0.clone(), adapter.B0.clone()
     with torch.no_grad():
         adapter.A.add_(1.0)
@@ -140,14 +120,6 @@ def test_the_frozen_start_is_split_as_the_factors_are(split):
 def test_the_frozen_start_is_in_the_state_where_there_is_one_and_its_factors_are_not_decayed(adapter, starts):
     assert set(adapter().state_dict()) == {"A", "B"} | starts
     assert all(hasattr(parameter, IS_NOT_DECAYED) == bool(starts) for parameter in adapter().parameters())
-
-
-def test_the_low_rank_part_of_an_adapter_is_found():
-    adapter = _adapter()
-    holder = torch.nn.Module()
-    holder.low_rank = adapter
-    assert low_rank_part(adapter) is low_rank_part(holder) is adapter
-    assert low_rank_part(None) is None and low_rank_part(torch.nn.Linear(2, 2)) is None
 
 
 def _with_dropout(split="column"):

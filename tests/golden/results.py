@@ -75,7 +75,7 @@ def _metrics(run: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _records(path: Path | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,7 +109,7 @@ def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _answers(folder: Path) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(_records(_if_there(folder / "answers.jsonl"))):
+    for number, record in enumerate(_records(folder / "answers.jsonl")):
         yield from ((f"answer {number}: {name}", value) for name, value in _flat(record))
 
 
@@ -117,7 +117,3 @@ def _merged(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted((folder / "merged").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             yield from ((f"merged {name}", file.get_tensor(name)) for name in sorted(file.keys()))
-
-
-def _if_there(path: Path) -> Path | None:
-    return path if path.exists() else None
