@@ -49,9 +49,7 @@ def test_group_runs_its_cells_alone(fake_training: None, tmp_path: Path) -> None
         (["--emit-slurm", "."], {}, "cannot be written: Is a directory"),
     ],
 )
-def test_what_is_wrong_exits_with_2_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], changes: dict[str, Any], told: str
-) -> None:
+def test_what_is_wrong_exits_with_2_before_anything_is_written(tmp_path, capsys, extra, changes, told):
     assert call(tmp_path, *extra, **changes) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
