@@ -134,8 +134,6 @@ def test_group_sizes_that_would_fit_are_listed():
     assert "--urnn-block-size 16 gives groups of 16 features" in str(error.value)
     assert "holds 24 per rank at --tensor-model-parallel-size 2" in str(error.value)
     assert "Groups that do: 2, 4, 6, 8, 12, 24; groups of 16 fit at --tensor-model-parallel-size 1." in str(error.value)
-    with pytest.raises(ConfigurationError, match="--urnn-block-size is 7; two real features make a complex one"):
-        PeftConfig("urnn", urnn_block_size=7)
 
 
 def test_by_fourier_transforms_it_keeps_one_output():
