@@ -103,7 +103,7 @@ def upward_arrows(modules: Mapping[str, ast.Module]) -> list[str]:
 def import_cycle(modules: Mapping[str, ast.Module]) -> list[str]:
     """The modules of one import cycle, or nothing."""
     graph = {name: imported_modules(nodes_run_at_import(tree), modules) for name, tree in modules.items()}
-    for name, imported in graph.items():  # the packages that it lies in come before it, always, and hold no code of ours
+    for name, imported in graph.items():  # packages that it lies in come before it, always, and hold no code of ours
         graph[name] = {one for one in imported if not f"{name}.".startswith(f"{one}.")}
     try:
         TopologicalSorter(graph).prepare()
