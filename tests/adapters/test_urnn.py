@@ -85,14 +85,11 @@ def test_the_factor_is_u_times_the_inverse_of_its_start():
 
 
 @UPDATES
-def test_ranks_hold_slices_of_one_global_start(update):
-    whole = made("column", urnn_update=update)
-    parts = [made("column", place=Place(rank, 2), urnn_update=update) for rank in range(2)]
-    for name, parameter in whole.named_parameters():
-        split = [dict(part.named_parameters())[name] for part in parts]
-        assert torch.equal(torch.cat(split), parameter) and parameter.dtype == torch.float32
-        assert getattr(parameter, IS_ROTATION) and split[0].tensor_model_parallel
-    replicated = made("row", place=Place(1, 2), urnn_update=update)
+def test_parameters_are_float32_rotations_and_say_how_ranks_hold_them(update):
+    split, replicated = (made(side, place=Place(1, 2), urnn_update=update) for side in ("column", "row"))
+    for parameter in (*split.parameters(), *replicated.parameters()):
+        assert getattr(parameter, IS_ROTATION) and parameter.dtype == torch.float32
+    assert all(parameter.tensor_model_parallel for parameter in split.parameters())
     assert all(parameter.partial_over_tensor_parallel for parameter in replicated.parameters())
 
 

@@ -51,8 +51,7 @@ class Tally:
 
     Attributes:
         inside_a_save: kills that left a draft behind.
-        restarts: runs begun where a checkpoint was that came to a save.
-        restarts_that_went_on: those whose first save was of the step after that checkpoint.
+        restarts: runs begun where a checkpoint was; their first save was of a step after it.
         checkpoints_verified: whose files all had the sums of their manifest.
         tensors_equal: bit for bit, to those of the run that was not killed.
         newest: the largest iteration that was seen published in this round.
@@ -62,7 +61,6 @@ class Tally:
     inside_a_save: int = 0
     rounds: int = 0
     restarts: int = 0
-    restarts_that_went_on: int = 0
     checkpoints_verified: int = 0
     tensors_equal: int = 0
     newest: int = 0
@@ -159,37 +157,26 @@ def _kill_somewhen(ranks: Ranks, folder: Path, draw: random.Random, tally: Tally
 
 def _wait_for_drafts(ranks: Ranks, folder: Path, wanted: int, tally: Tally) -> bool:
     """Until the `wanted`-th draft of this attempt appears. Returns False if the run has ended by itself."""
-    seen: set[str] = {path.name for path in folder.glob(".iter_*.draft")}  # of the attempt before
+    seen = {path.name for path in folder.glob(".iter_*.draft")}  # of the attempt before
     found: set[str] = set()
-    start = tally.newest
+    tracker, start = folder / TRACKER, tally.newest
     give_up_at = time.monotonic() + SECONDS_WITHOUT_END
     while len(found) < wanted:
         new = {path.name for path in folder.glob(".iter_*.draft")} - seen
         if new and not found and start:
-            _note_restart(new, start, tally)
+            first = min(int(name.split(".")[1].removeprefix("iter_")) for name in new)
+            if first <= start:
+                raise Broken(f"a run that was started at iteration {start} saved iteration {first} first")
+            tally.restarts += 1
         found |= new
-        tally.newest = max(tally.newest, _published(folder))
+        if tracker.exists():  # a checkpoint counts from when it is named there, not from its rename just before
+            tally.newest = max(tally.newest, int(tracker.read_text()))
         if any(code is not None for code in ranks.exit_codes):
             return False
         if time.monotonic() > give_up_at:
             raise Broken(f"a run did not go on for {SECONDS_WITHOUT_END:.0f} s")
         time.sleep(0.002)
     return True
-
-
-def _note_restart(drafts: set[str], start: int, tally: Tally) -> None:
-    """One that began afresh would save its first step, or go on from an older checkpoint than there was."""
-    tally.restarts += 1
-    first = min(int(name.split(".")[1].removeprefix("iter_")) for name in drafts)
-    if first <= start:
-        raise Broken(f"a run that was started at iteration {start} saved iteration {first} first")
-    tally.restarts_that_went_on += 1
-
-
-def _published(folder: Path) -> int:
-    """What the tracker names: a checkpoint counts from then on, not from its rename just before."""
-    tracker = folder / TRACKER
-    return int(tracker.read_text()) if tracker.exists() else 0
 
 
 def _check_folder(folder: Path, tally: Tally) -> None:
@@ -199,8 +186,7 @@ def _check_folder(folder: Path, tally: Tally) -> None:
     if newest < tally.newest:
         raise Broken(f"iteration {tally.newest} was published, but {newest} is the newest in {folder}")
     for checkpoint in found:
-        problems = damage(checkpoint)
-        if problems:
+        if problems := damage(checkpoint):
             raise Broken(f"{checkpoint} is not whole: {problems}")
         tally.checkpoints_verified += 1
     tally.newest = newest
