@@ -176,9 +176,7 @@ def test_strange_world_size_is_told(world_size: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("rank", ["0", "1", "15"])
 @pytest.mark.parametrize(("flags", "code"), [(["--wibble"], 2), (["--help"], 0)])
-def test_only_rank_0_speaks_and_all_exit_alike(
-    flags: list[str], code: int, rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_rank_0_speaks_and_all_exit_alike(flags, code, rank, capsys, monkeypatch):
     monkeypatch.setattr("megatron_peft.arguments.PATIENCE_SECONDS", 0.01)
     with pytest.raises(SystemExit) as caught:
         parse_arguments(flags, {"RANK": rank, "WORLD_SIZE": "16"})

@@ -32,7 +32,6 @@ Found = dict[str, Any]
 
 
 def resumed(tree: Tree, folder: Path) -> Found:
-    """The run goes on at its two tensor-parallel ranks, from iteration 3 to 5, in its own folder."""
     run(tree, "train", f"{TRAINING} --load run --save run", folder, num_ranks=2)
     path = file_in(folder / "run", "metrics")
     assert path, "the resumed run left no metrics"
@@ -42,19 +41,16 @@ def resumed(tree: Tree, folder: Path) -> Found:
 
 
 def merged(tree: Tree, folder: Path) -> Found:
-    """Its adapters in the weights of its base."""
     run(tree, "convert", "merge --input run --output merged", folder)
     return _weights(folder / "merged")
 
 
 def exported(tree: Tree, folder: Path) -> Found:
-    """Its adapters as Hugging Face PEFT's."""
     run(tree, "convert", "export-adapter --input run --output exported", folder)
     return _weights(folder / "exported")
 
 
 def evaluated(tree: Tree, folder: Path) -> Found:
-    """What the run's model makes of the prepared task's questions."""
     flags = f"--load run --tasks glue_sst2 --include-path {TASK} --output scores.json --log-samples"
     run(tree, "evaluate", flags, folder)
     samples = [json.loads(line) for line in (folder / "scores.samples.jsonl").read_text().splitlines()]

@@ -1,16 +1,20 @@
-"""What is wrong with a tool's flags or files is told on stderr with exit code 2, and nothing is written."""
+"""Exit codes of tools: what is wrong with flags or files is told on stderr with 2, and nothing is written."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_peft.benchmark import registry
+from megatron_peft.benchmark.figures import Figure
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import save_worded_llama
 from tests.ranks import Ranks
+from tests.reporting.small_results import write_cells
 from tests.time_limits import seconds
 from tools import bench, convert, evaluate, generate, prepare_data, report
 
@@ -46,7 +50,7 @@ OUT = "--input nowhere --output out"
         (report, ".", "^report: error: "),
     ],
 )
-def test_it_is_told_and_nothing_is_written(tmp_path, monkeypatch, capsys, tool, line, told):
+def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, monkeypatch, capsys, tool, line, told):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         sys.exit(tool.main(line.split()))
@@ -67,3 +71,30 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
         assert ranks.exit_codes == [2]
         told = "evaluate.py: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
         assert ranks.output(0).endswith(told)
+
+
+@pytest.mark.parametrize(("names", "code", "files"), [(["a"], 0, {"a.json"}), ([], 1, {"a.json", "b.json"})])
+def test_exit_code_says_whether_all_was_reached(tmp_path, monkeypatch, names, code, files):
+    good, bad = [Figure("good", 1.0, 2.0)], [Figure("bad", 3.0, 2.0)]
+    benchmarks = {"a": registry.Benchmark("A", lambda place: good), "b": registry.Benchmark("B", lambda place: bad)}
+    monkeypatch.setattr(registry, "BENCHMARKS", benchmarks)
+    assert bench.main([*names, "--output", str(tmp_path)]) == code
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert json.loads((tmp_path / "a.json").read_text())[0]["reached"] is True
+
+
+def test_report_elsewhere_takes_the_cells_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_peft.reporting.report.svg", lambda figure: "<svg/>")  # takes seconds
+    monkeypatch.setattr("megatron_peft.reporting.report.save", lambda *_: None)
+    write_cells(tmp_path)
+    assert report.main([str(tmp_path), "--output", str(tmp_path / "there")]) == 0
+    assert str(tmp_path / "there" / "report.html") in capsys.readouterr().out
+    first = (tmp_path / "there" / "report.md").read_text()
+    assert report.main([str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there" / "report.md").read_text() == first
+
+
+def test_unknown_method_exits_with_2_and_writes_nothing(tmp_path, capsys):
+    write_cells(tmp_path)
+    assert report.main([str(tmp_path), "--against", "lorra", "--output", str(tmp_path / "there")]) == 2
+    assert "--against lorra" in capsys.readouterr().err and not (tmp_path / "there").exists()
