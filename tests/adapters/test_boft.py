@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -58,12 +60,9 @@ def test_projected_blocks_start_at_the_identity_and_end_a_step_orthogonal():
     torch.testing.assert_close(R @ R.mT, torch.eye(8).expand_as(R), atol=1e-6, rtol=0)
 
 
-class PureBlockDiagonal:
+def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
     """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
-
-    @staticmethod
-    def apply(blocks: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+    return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
 @pytest.mark.parametrize("factors", [1, 3])
@@ -72,7 +71,7 @@ def test_the_input_side_is_hugging_face_pefts(monkeypatch, factors):
     from peft import BOFTConfig
 
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
-    monkeypatch.setattr(layer, "FastBlockDiag", PureBlockDiagonal)
+    monkeypatch.setattr(layer, "FastBlockDiag", SimpleNamespace(apply=block_diagonal))
     config = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=factors)
     theirs = layer.Linear(nn.Linear(64, 16, bias=False), "default", config)
     data = theirs.boft_R["default"]

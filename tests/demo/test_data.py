@@ -113,11 +113,6 @@ def test_what_is_not_a_catalog_is_refused(broken):
         list(read_messages(broken))
 
 
-def test_prompt_and_completion_join_to_one_text():
-    record = Pair("Open file", "Ouvrir le fichier").as_record()
-    assert record == {"prompt": "English: Open file\nFrench:", "completion": " Ouvrir le fichier"}
-
-
 def test_texts_become_one_line_with_plain_spaces_and_apostrophes():
     message = (" Open\n the  file: ", "Ouvrir\nl\u2019autre fichier\u00a0:")
     assert distinct_pairs([message]) == [Pair("Open the file:", "Ouvrir l'autre fichier :")]
@@ -181,7 +176,8 @@ def test_files_hold_every_message_once_none_on_both_sides_and_are_kept(tmp_path,
     train, valid = ([pair.english for pair in read_pairs(path)] for path in (files.train, files.valid))
     assert len(train) + len(valid) == 201 == len({*train, *valid})
     assert 3 <= len(valid) <= 30
-    assert json.loads(files.train.read_text().splitlines()[0])["prompt"].startswith("English: ")
+    record = {"prompt": f"English: {train[0]}\nFrench:", "completion": " message numéro 0"}
+    assert json.loads(files.train.read_text().splitlines()[0]) == record
     files.train.write_text("mine")
     assert prepare_pairs(tmp_path / "data", downloads).train.read_text() == "mine"
 

@@ -26,9 +26,8 @@ from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
-
-
-# The number of parameters that each model is published with; of its config.json, models/ has what decides the shape.
+CONFIGURATIONS = Path(__file__).parent / "models"
+# The number of parameters that each model is published with; of its config.json, `models` has what decides the shape.
 MODELS = {
     "bloomz-7b1": 7_069_016_064,
     "laptop-cpu": 134_515_008,
@@ -39,10 +38,6 @@ MODELS = {
 }
 
 
-def folder_of(model: str) -> Path:
-    return Path(__file__).parent / "models" / model
-
-
 def parse(name: str) -> RunConfig:
     """The recipe as examples/finetune.sbatch passes it on, in a world of the size that it names, for its model.
 
@@ -51,7 +46,7 @@ def parse(name: str) -> RunConfig:
     text = (FOLDER / f"{name}.args").read_text()
     ranks = re.search(r"^# ranks: (\d+)$", text, re.MULTILINE)
     assert ranks, "a recipe says how many ranks it is for"
-    paths = ["--pretrained-checkpoint", str(folder_of(name)), "--train-data-path", "train.jsonl", "--save", "runs/x"]
+    paths = [f"--pretrained-checkpoint={CONFIGURATIONS / name}", "--train-data-path=train.jsonl", "--save=runs/x"]
     environment = {"WORLD_SIZE": ranks[1], "RANK": "0"}
     return parse_arguments([*paths, *shlex.split(text, comments=True)], environment, read_shape)
 
@@ -81,7 +76,7 @@ def test_every_recipe_is_checked() -> None:
 
 @pytest.mark.parametrize(("name", "num_parameters"), MODELS.items())
 def test_configuration_is_that_of_the_model_by_its_number_of_parameters(name, num_parameters):
-    tensors = expected_tensors(rules_for(read_shape(folder_of(name))))
+    tensors = expected_tensors(rules_for(read_shape(CONFIGURATIONS / name)))
     assert sum(map(math.prod, tensors.values())) == num_parameters
 
 
@@ -98,7 +93,7 @@ def test_recipe_fits_its_model_and_its_row_of_the_readme(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_adapts_the_last_stage_of_its_model(name, monkeypatch):
     """Each of its layers: target modules match, and every layer divides over the tensor-parallel ranks."""
-    config, shape = parse(name), read_shape(folder_of(name))
+    config, shape = parse(name), read_shape(CONFIGURATIONS / name)
     with last_rank(config, monkeypatch) as (chunk,):
         targets = list(attach.linear_layers(chunk))
     stages = config.parallel.pipeline_model_parallel_size

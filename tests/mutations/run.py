@@ -49,19 +49,14 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLIN
 
 @dataclass(frozen=True)
 class Mutation:
-    """A break: `old` stands exactly once in `file`.
-
-    Args:
-        test: pytest's id of the test that must fail.
-        error: the exception that it may fail with; an assertion if empty.
-    """
+    """A break."""
 
     what: str
     file: str
-    old: str
+    old: str  # stands exactly once in `file`
     new: str
-    test: str
-    error: str = ""
+    test: str  # pytest's id of the test that must fail
+    error: str = ""  # the exception that it may fail with; an assertion if empty
 
 
 class Recorder:

@@ -47,23 +47,15 @@ class Broken(Exception):
 
 @dataclass
 class Tally:
-    """What was seen so far.
-
-    Attributes:
-        inside_a_save: kills that left a draft behind.
-        restarts: runs begun where a checkpoint was; their first save was of a step after it.
-        checkpoints_verified: whose files all had the sums of their manifest.
-        tensors_equal: bit for bit, to those of the run that was not killed.
-        newest: the largest iteration that was seen published in this round.
-    """
+    """What was seen so far."""
 
     kills: int = 0
-    inside_a_save: int = 0
+    inside_a_save: int = 0  # kills that left a draft behind
     rounds: int = 0
-    restarts: int = 0
-    checkpoints_verified: int = 0
-    tensors_equal: int = 0
-    newest: int = 0
+    restarts: int = 0  # runs begun where a checkpoint was; their first save was of a step after it
+    checkpoints_verified: int = 0  # whose files all had the sums of their manifest
+    tensors_equal: int = 0  # bit for bit, to those of the run that was not killed
+    newest: int = 0  # the largest iteration that was seen published in this round
 
 
 def main() -> int:
