@@ -65,8 +65,7 @@ def test_an_adapter_adds_one_coalesced_sum_and_narrow_calls(on_two_ranks, layout
 
 
 def test_a_rank_keeps_its_own_tokens_once_and_the_narrow_product(on_two_ranks):
-    assert on_two_ranks[0]["TP2"]["kept"] == [NARROW, S * BATCH * H]
-    assert on_two_ranks[0]["TP2+SP"]["kept"] == [NARROW, S * BATCH * H // 2]
+    assert on_two_ranks[0]["TP2"]["kept"] == on_two_ranks[0]["TP2+SP"]["kept"] == [NARROW, "x"]
 
 
 def test_without_an_adapter_a_layer_is_its_parent():
