@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -40,10 +41,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
     ModelConfig: [
         ({}, "no base model: --pretrained-checkpoint"),
         ({**MODEL, "transformer": {"hidden_dropout": 1.5}}, "--hidden-dropout is 1.5"),
-        (
-            {**MODEL, "transformer": {"recompute_granularity": "full"}},
-            "--recompute-granularity full needs --recompute-method",
-        ),
+        ({**MODEL, "transformer": {"recompute_granularity": "full"}}, "full needs --recompute-method"),
         (
             {**MODEL, "transformer": {"recompute_method": "block", "recompute_num_layers": 1}},
             "--recompute-method, --recompute-num-layers belong to --recompute-granularity full",
@@ -55,7 +53,10 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it is a fraction"),
         ({"method": "boft", "boft_block_size": 5}, "--boft-block-size is 5; a butterfly mixes halves of a block"),
         ({"method": "urnn", "urnn_block_size": 9}, "--urnn-block-size is 9; two real features make a complex one"),
-        ({"method": "hybrid", "hybrid_lambda": "fixed:2"}, "or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda": "fixed:1.5"}, "descent, or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda": "fixed:"}, "descent, or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda": "fixed:-0.1"}, "descent, or fixed:X with X between 0 and 1"),
+        ({"method": "hybrid", "hybrid_lambda": "norms"}, "descent, or fixed:X with X between 0 and 1"),
         ({"method": "hybrid", "hybrid_lambda_init": 0.99}, "--hybrid-lambda-init 0.99 and --hybrid-lambda-max 0.98"),
         ({"method": "hybrid", "hybrid_lambda_min": 0.0}, "--hybrid-lambda-min 0.0"),
         ({"method": "hybrid", "hybrid_merge_interval": 0}, "--hybrid-merge-interval is 0; it must be above 0"),
@@ -122,69 +123,49 @@ def test_another_error_is_not_replaced_by_the_requirements() -> None:
         _ = 1 // 0
 
 
-def run_config(**sections: dict[str, Any]) -> RunConfig:
-    return RunConfig(
-        parallel=ParallelConfig(**sections.get("parallel", {})),
-        model=ModelConfig(**MODEL, **sections.get("model", {})),
-        peft=PeftConfig(**sections.get("peft", {})),
-        data=DataConfig(**{**DATA, **sections.get("data", {})}),
-        training=TrainingConfig(**{"train_iters": 10, **sections.get("training", {})}),
-        optimizer=OptimizerSettings(**sections.get("optimizer", {})),
-        checkpoint=CheckpointConfig(**sections.get("checkpoint", {})),
-    )
+def run_config(**values: Any) -> RunConfig:
+    """Of fields of any section."""
+    values = {**MODEL, **DATA, "train_iters": 10, **values}
+
+    def section(kind: Any) -> Any:
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+
+    return RunConfig(*map(section, OF_A_SECTION))
 
 
-FULL_RECOMPUTE = {
-    "transformer": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-        "distribute_saved_activations": True,
-    }
-}
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+DISTRIBUTED_RECOMPUTE = {"transformer": {**FULL_RECOMPUTE, "distribute_saved_activations": True}}
 
 
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("values", "message"),
     [
-        (
-            {"training": {"micro_batch_size": 2, "global_batch_size": 7}, "parallel": {"world_size": 2}},
-            "--global-batch-size 7 .* 2 x 2 .* = 4: use 4 or 8",
-        ),
-        (
-            {"parallel": INTERLEAVED, "training": {"global_batch_size": 3}},
-            "interleaved .* 2 microbatches a step, but --global-batch-size 3 gives 3",
-        ),
-        ({"parallel": SEQUENCE_PARALLEL, "data": {"seq_length": 33}}, "--seq-length 33 .* use 32"),
-        ({"optimizer": {"lr_decay_samples": 5}}, "--lr-decay-samples .* use --lr-decay-iters"),
-        (
-            {"training": {"train_iters": None, "train_samples": 9}, "optimizer": {"lr_warmup_iters": 1}},
-            "--lr-warmup-iters .* use --lr-warmup-samples",
-        ),
-        ({"optimizer": {"lr_warmup_iters": 10}}, "--lr-warmup-iters 10 .* below the 10 iters"),
-        (
-            {"optimizer": {"overlap_param_gather": True, "use_distributed_optimizer": True}},
-            "--overlap-param-gather needs --overlap-grad-reduce",
-        ),
-        ({"model": FULL_RECOMPUTE}, "--distribute-saved-activations"),
-        ({"model": FULL_RECOMPUTE, "parallel": SEQUENCE_PARALLEL}, "--distribute-saved-activations"),
+        ({"micro_batch_size": 2, "global_batch_size": 7, "world_size": 2}, "size 7 .* 2 x 2 .* = 4: use 4 or 8"),
+        ({**INTERLEAVED, "global_batch_size": 3}, "2 microbatches a step, but --global-batch-size 3 gives 3"),
+        ({**SEQUENCE_PARALLEL, "seq_length": 33}, "--seq-length 33 .* use 32"),
+        ({"lr_decay_samples": 5}, "--lr-decay-samples .* use --lr-decay-iters"),
+        ({"train_iters": None, "train_samples": 9, "lr_warmup_iters": 1}, "-iters .* use --lr-warmup-samples"),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10 .* below the 10 iters"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "gather needs --overlap-grad-reduce"),
+        (DISTRIBUTED_RECOMPUTE, "--distribute-saved-activations"),
+        ({**DISTRIBUTED_RECOMPUTE, **SEQUENCE_PARALLEL}, "--distribute-saved-activations"),
     ],
 )
-def test_contradiction_between_groups(sections: dict[str, dict[str, Any]], message: str) -> None:
+def test_contradiction_between_groups(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
-        run_config(**sections)
+        run_config(**values)
     assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(
-    ("parallel", "training", "sizes"),
+    ("values", "sizes"),
     [
-        ({"tensor_model_parallel_size": 2, "world_size": 8}, {"global_batch_size": 24}, (4, 3, 24)),
-        ({"world_size": 4}, {}, (4, 1, 8)),  # one microbatch a rank
+        ({"tensor_model_parallel_size": 2, "world_size": 8, "global_batch_size": 24}, (4, 3, 24)),
+        ({"world_size": 4}, (4, 1, 8)),  # one microbatch a rank
     ],
 )
-def test_sizes_of_a_batch(parallel: dict[str, int], training: dict[str, int], sizes: tuple[int, ...]) -> None:
-    config = run_config(parallel=parallel, training={"micro_batch_size": 2, **training})
+def test_sizes_of_a_batch(values: dict[str, int], sizes: tuple[int, ...]) -> None:
+    config = run_config(micro_batch_size=2, **values)
     assert (config.parallel.data_parallel_size, config.num_microbatches, config.global_batch_size) == sizes
 
 
@@ -216,11 +197,9 @@ def test_scales_and_rates() -> None:
 @pytest.fixture
 def config() -> RunConfig:
     return run_config(
-        parallel={"tensor_model_parallel_size": 2, "world_size": 4},
-        model={"shape_flags": {"swiglu": True}, "transformer": {"hidden_dropout": 0.1}, "bf16": True},
-        peft={"target_modules": ("linear_qkv",), "lora_rank": 4},
-        data={"train_data_path": ("0.5", "a", "0.5", "b")},
-        checkpoint={"save": "runs/a", "save_interval": 5},
+        **{"tensor_model_parallel_size": 2, "world_size": 4, "target_modules": ("linear_qkv",), "lora_rank": 4},
+        **{"shape_flags": {"swiglu": True}, "transformer": {"hidden_dropout": 0.1}, "bf16": True},
+        **{"train_data_path": ("0.5", "a", "0.5", "b"), "save": "runs/a", "save_interval": 5},
     )
 
 

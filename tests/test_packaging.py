@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_imports import imported_roots
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -28,26 +30,15 @@ def distribution_name(requirement: str) -> str:
     return match.group().lower()
 
 
-def imported_roots(*paths: Path) -> set[str]:
-    """Top-level names of the third-party modules that the files import, anywhere in them."""
-    roots = set()
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                roots |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                roots.add((node.module or "").split(".")[0])
-    return roots - set(sys.stdlib_module_names) - {"megatron_peft", "pretrain_peft"}
-
-
 DEPENDENCIES = {distribution_name(requirement) for requirement in PROJECT["dependencies"]}
 EVALUATION = {distribution_name(requirement) for requirement in PROJECT["optional-dependencies"]["eval"]}
 PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
 
 
 def imported_distributions() -> set[str]:
-    roots = imported_roots(*(path for path in PRODUCT_FILES if path.exists()))
-    return {DISTRIBUTIONS.get(root, root).lower().replace("_", "-") for root in roots - OPTIONAL - BENCH_PEERS}
+    roots = imported_roots(*(ast.parse(path.read_text()) for path in PRODUCT_FILES))
+    roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", *OPTIONAL, *BENCH_PEERS}
+    return {DISTRIBUTIONS.get(root, root).lower().replace("_", "-") for root in roots}
 
 
 def test_every_import_is_a_declared_dependency() -> None:
@@ -57,7 +48,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 def test_every_declared_dependency_is_imported() -> None:
     # tensorboard is imported by torch.utils.tensorboard, for us.
     assert DEPENDENCIES - imported_distributions() - {"tensorboard"} == set()
-    assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES if path.exists())
+    assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES)
 
 
 def test_dependencies_are_ranges_and_apex_of_pypi_is_none_of_them() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_llama import VOCAB_SIZE
+from tests.tiny_llama import VOCAB_SIZE, draw_parameters
 
 ODD_SHAPE = {
     "hidden_size": 72,
@@ -22,14 +22,7 @@ def random_bloom(seed: int = 0, **changes: Any):
 
     torch.manual_seed(seed)
     model = BloomForCausalLM(BloomConfig(**{**ODD_SHAPE, **changes})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "norm" in name or "ln_f" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.12)
+    draw_parameters(model, std=0.12)
     return model
 
 

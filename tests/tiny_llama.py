@@ -24,6 +24,17 @@ ODD_SHAPE = {
 }
 
 
+def draw_parameters(model: Any, std: float) -> None:
+    """Every parameter at random: biases and norms too."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+        elif "norm" in name or "ln_f" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        else:
+            parameter.data.normal_(std=std)
+
+
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Random weights (biases too) of ODD_SHAPE with `changes`, as transformers writes them."""
     import torch
@@ -31,14 +42,7 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**ODD_SHAPE, **changes}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.08)
+    draw_parameters(model, std=0.08)
     model.save_pretrained(folder)
     return folder
 

@@ -106,7 +106,7 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
         sum_partial_gradients_over_tensor_parallel([pair], group)
     found = {"y": whole_sequence(y.detach()), "dx": whole_sequence(x.grad)}
     found["calls"] = Counter((call.name, call.elements) for call in log.calls)
-    found["kept"] = _kept_elements(pair.column, x)
+    found["kept"] = _kept(pair.column, x)
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:
             found[name] = join(_from_all(parameter.detach(), group), split_of(parameter))
@@ -114,13 +114,15 @@ def run_here(sequence_parallel: bool, with_adapters: bool) -> dict[str, Any]:
     return found
 
 
-def _kept_elements(layer: nn.Module, x: Tensor) -> list[int]:
-    """Sizes of what a layer's forward keeps for its backward, parameters aside."""
+def _kept(layer: nn.Module, x: Tensor) -> list[Any]:
+    """What a layer's forward keeps for its backward, parameters aside: sizes of tensors, and "x" for x itself."""
     with kept_for_backward() as kept:
         layer(x)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    sizes = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
-    return sorted(size for storage, size in sizes.items() if storage not in parameters)
+    sizes: dict[int, Any] = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
+    if x.untyped_storage().data_ptr() in sizes:
+        sizes[x.untyped_storage().data_ptr()] = "x"
+    return sorted((size for storage, size in sizes.items() if storage not in parameters), key=str)
 
 
 def split_of(parameter: Any) -> Split:

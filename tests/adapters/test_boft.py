@@ -1,13 +1,15 @@
-"""BOFT's adapters: what a rank holds, both parametrizations, and Hugging Face PEFT's rotation."""
+"""BOFT's adapters: what a rank holds, both parametrizations, Hugging Face PEFT's rotation; the butterfly's pieces."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from megatron_peft.adapters.boft import Boft, ProjectedBoft, boft
-from megatron_peft.adapters.butterfly import cayley, compose, skew
+from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
@@ -58,12 +60,9 @@ def test_projected_blocks_start_at_the_identity_and_end_a_step_orthogonal():
     torch.testing.assert_close(R @ R.mT, torch.eye(8).expand_as(R), atol=1e-6, rtol=0)
 
 
-class PureBlockDiagonal:
+def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
     """In place of HF PEFT's CUDA extension: [factors, blocks, b, b] -> [factors, n, n]."""
-
-    @staticmethod
-    def apply(blocks: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+    return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
 @pytest.mark.parametrize("factors", [1, 3])
@@ -72,7 +71,7 @@ def test_the_input_side_is_hugging_face_pefts(monkeypatch, factors):
     from peft import BOFTConfig
 
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
-    monkeypatch.setattr(layer, "FastBlockDiag", PureBlockDiagonal)
+    monkeypatch.setattr(layer, "FastBlockDiag", SimpleNamespace(apply=block_diagonal))
     config = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=factors)
     theirs = layer.Linear(nn.Linear(64, 16, bias=False), "default", config)
     data = theirs.boft_R["default"]
@@ -84,3 +83,42 @@ def test_the_input_side_is_hugging_face_pefts(monkeypatch, factors):
     groups = 64 // (8 * 2 ** (factors - 1))
     Q = upper.unflatten(1, (groups, -1)).transpose(0, 1)
     torch.testing.assert_close(torch.block_diag(*compose(cayley(skew(Q, 8)))), R, atol=1e-5, rtol=1e-5)
+
+
+BLOCK, FACTORS, GROUPS = 4, 3, 2
+SIZE = BLOCK * 2 ** (FACTORS - 1)
+
+
+def numbers(scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (GROUPS, FACTORS, SIZE // BLOCK, BLOCK * (BLOCK - 1) // 2)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def rotation(Q: torch.Tensor) -> torch.Tensor:
+    return compose(cayley(skew(Q, BLOCK)))
+
+
+def test_zero_is_the_identity_exactly():
+    assert torch.equal(rotation(torch.zeros_like(numbers())), torch.eye(SIZE, dtype=torch.float64).expand(2, -1, -1))
+
+
+def test_blocks_are_orthogonal_and_reach_every_feature():
+    R = rotation(numbers())
+    torch.testing.assert_close(R @ R.mT, torch.eye(SIZE, dtype=torch.float64).expand_as(R))
+    assert (R.abs() > 1e-6).all()
+
+
+def test_gradients():
+    torch.autograd.gradcheck(rotation, numbers(0.3).requires_grad_())
+
+
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 0.3])
+def test_the_nearest_orthogonal_matrix_is_the_polar_factor(distance):
+    noise = torch.randn(500, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    P = cayley(skew(torch.ones(500, 28, dtype=torch.float64), 8)) + distance * noise
+    P = P[torch.linalg.svdvals(P)[:, -1] > 0.3]
+    U, _, Vh = torch.linalg.svd(P)
+    assert len(P) > 100
+    torch.testing.assert_close(nearest_orthogonal(P), U @ Vh, atol=1e-8, rtol=0)
+    torch.testing.assert_close(nearest_orthogonal(P.float()), (U @ Vh).float(), atol=2e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""The fused function on one rank: values, gradients and what it keeps. test_linear.py splits it over two."""
+"""The fused function on one rank: values and gradients. test_linear.py splits it over two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megatron_peft.adapters.frozen_linear import (
     frozen_linear_plus_low_rank,
     frozen_linear_rotated,
 )
-from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
 S, BATCH, IN, OUT, RANK, SCALE = 5, 2, 6, 4, 3, 1.7
@@ -61,16 +60,6 @@ def test_gradients_that_arrive_in_another_memory_order(loss):
     expected = torch.autograd.grad(loss(x @ call.weight.T + SCALE * (x @ A.T @ B.T)), leaves)
     found = torch.autograd.grad(loss(frozen_linear_plus_low_rank(*leaves, SCALE, call)), leaves)
     torch.testing.assert_close(found, expected)
-
-
-def test_what_is_kept_for_backward_is_x_once_and_the_narrow_product():
-    (x, A, B), call = _leaves(), _call(with_bias=True)
-    with kept_for_backward() as kept:
-        frozen_linear_plus_low_rank(x, A, B, SCALE, call)
-    weights = {t.data_ptr() for t in (A, B, call.weight)}
-    activations = {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in weights}
-    assert activations.pop(x.data_ptr()) == x.numel()
-    assert list(activations.values()) == [S * BATCH * RANK]
 
 
 def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatch: pytest.MonkeyPatch):

@@ -52,22 +52,20 @@ def test_two_ranks_equal_one(alone, on_two_ranks, layout):
             torch.testing.assert_close(found[layout][name], alone[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_an_adapter_adds_one_coalesced_call(on_two_ranks):
-    extra = on_two_ranks[0]["TP2"]["calls"] - on_two_ranks[0]["frozen TP2"]["calls"]
-    assert extra == Counter({("allreduce_", RANK * H + H * RANK): 1})
+NARROW, SUMS = S * BATCH * RANK, ("allreduce_", RANK * H + H * RANK)
+CALLS = {  # with the sequence split those of the column layer; the row layer's input is features of all tokens already
+    "TP2": {SUMS: 1},
+    "TP2+SP": {SUMS: 1, ("_allgather_base_", NARROW): 1, ("_reduce_scatter_base_", NARROW): 1},
+}
 
 
-def test_under_sequence_parallelism_an_adapter_adds_narrow_calls_only(on_two_ranks):
-    """Of the column layer; the row layer's own input is whole features of all tokens already."""
-    extra = on_two_ranks[0]["TP2+SP"]["calls"] - on_two_ranks[0]["frozen TP2+SP"]["calls"]
-    narrow, sums = S * BATCH * RANK, ("allreduce_", RANK * H + H * RANK)
-    assert extra == Counter({("_allgather_base_", narrow): 1, ("_reduce_scatter_base_", narrow): 1, sums: 1})
+@pytest.mark.parametrize(("layout", "calls"), CALLS.items())
+def test_an_adapter_adds_one_coalesced_sum_and_narrow_calls(on_two_ranks, layout, calls):
+    assert on_two_ranks[0][layout]["calls"] - on_two_ranks[0][f"frozen {layout}"]["calls"] == Counter(calls)
 
 
 def test_a_rank_keeps_its_own_tokens_once_and_the_narrow_product(on_two_ranks):
-    x, narrow = S * BATCH * H, S * BATCH * RANK
-    assert on_two_ranks[0]["TP2"]["kept"] == [narrow, x]
-    assert on_two_ranks[0]["TP2+SP"]["kept"] == [narrow, x // 2]
+    assert on_two_ranks[0]["TP2"]["kept"] == on_two_ranks[0]["TP2+SP"]["kept"] == [NARROW, "x"]
 
 
 def test_without_an_adapter_a_layer_is_its_parent():

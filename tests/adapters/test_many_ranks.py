@@ -2,8 +2,6 @@
 
 torch's LocalTensorMode runs every rank's program at once: a LocalTensor holds each rank's slice, an operation is done
 on all slices, and a collective is the sum or the concatenation that it stands for. The process groups are fake.
-
-Letters: s sequence, b batch.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ local = pytest.importorskip("torch.distributed._local_tensor", reason="this torc
 H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
 
 COLUMN, ROW = AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-KINDS: dict[str, tuple[Any, int, int, int, int]] = {  # layer, output features, input features, b, parts
+KINDS: dict[str, tuple[Any, int, int, int, int]] = {  # layer, output features, input features, batch, parts
     "qkv": (COLUMN, 3 * H, H, 5, 1),  # more tokens than features: the weight turns
     "fc1": (COLUMN, 4 * H, H, 3, 2),  # fewer: the activations turn
     "proj": (ROW, H, H, 3, 1),
@@ -114,17 +112,13 @@ class _Skewed(torch.autograd.Function):
     backward = forward
 
 
-def test_a_gradient_that_is_not_contiguous_is_summed(groups, monkeypatch):
+@pytest.mark.parametrize("case", [("boft, input side", "fc1"), ("lora", "fc2")], ids=["gradient", "output"])
+def test_what_is_not_contiguous_is_summed(groups, monkeypatch, case):
     """megatron-core's `_reduce` adds up a contiguous copy and gives back what it was given."""
-    plain = BlockRotation.turn_input
-    monkeypatch.setattr(BlockRotation, "turn_input", lambda self, x: plain(self, _Skewed.apply(x)))
-    test_many_ranks_equal_one(groups, monkeypatch, "boft, input side", "fc1", 8, sequence_parallel=False)
-
-
-def test_an_output_that_is_not_contiguous_is_summed(groups, monkeypatch):
-    plain = low_rank.frozen_linear_plus_low_rank
-    monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plain(*args)))
-    test_many_ranks_equal_one(groups, monkeypatch, "lora", "fc2", 8, sequence_parallel=False)
+    turn, plus = BlockRotation.turn_input, low_rank.frozen_linear_plus_low_rank
+    monkeypatch.setattr(BlockRotation, "turn_input", lambda self, x: turn(self, _Skewed.apply(x)))
+    monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plus(*args)))
+    test_many_ranks_equal_one(groups, monkeypatch, *case, 8, sequence_parallel=False)
 
 
 @cache

@@ -1,13 +1,13 @@
-"""The fused layers with a rotation equal their formulas, gradients included."""
+"""The fused layers with a rotation equal their formulas, gradients included; products with blocks on a diagonal."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from megatron_peft.adapters.blocks import CACHED_TOKENS, add_blocks, blocks_gradient, turn_rows
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, folds_change
-from megatron_peft.adapters.frozen_linear import frozen_linear_mixed as mixed
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
 from tests.kept import kept_for_backward
@@ -16,9 +16,12 @@ from tests.one_rank import Place
 IN, GROUPS, SIZE = 6, 2, 4
 
 
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
 def draw(*shape: int) -> torch.Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-    return values.requires_grad_()
+    return numbers(*shape).requires_grad_()
 
 
 def changes(Q: torch.Tensor) -> torch.Tensor:
@@ -28,33 +31,18 @@ def changes(Q: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def call() -> FrozenLinearCall:
-    weight, bias = draw(GROUPS * SIZE, IN).detach(), draw(GROUPS * SIZE).detach()
-    return FrozenLinearCall(weight, bias, True, False, Place(0, 1))  # type: ignore[arg-type]
+    return FrozenLinearCall(numbers(GROUPS * SIZE, IN), numbers(GROUPS * SIZE), True, False, Place(0, 1))  # type: ignore[arg-type]
 
 
 Q_SHAPE = (GROUPS, 2, 2, 1)
-NUM_TOKENS = pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 
 
-@NUM_TOKENS
+@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 def test_rotated_layer_is_the_formula_and_turns_no_bias(call, num_tokens):
     x, Q = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE)
     R = torch.block_diag(*compose(cayley(skew(Q, 2))))
     torch.testing.assert_close(rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
     torch.autograd.gradcheck(lambda x, Q: rotated(x, changes(Q), call), (x, Q))
-
-
-@NUM_TOKENS
-def test_mixed_layer_is_the_formula(call, num_tokens):
-    x, Q, A, B = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE), draw(3, IN), draw(GROUPS * SIZE, 3)
-
-    def of_layer(x, A, B, Q):
-        return mixed(x, A, B, 0.3 * changes(Q), torch.tensor(0.7), call)
-
-    D = torch.block_diag(*changes(Q))
-    expected = x @ (call.weight + 0.3 * D @ call.weight + 0.7 * B @ A).t() + call.bias
-    torch.testing.assert_close(of_layer(x, A, B, Q), expected, atol=1e-6, rtol=1e-6)
-    torch.autograd.gradcheck(of_layer, (x, A, B, Q))
 
 
 def test_rotate_forms_the_gradient_of_its_own_tokens():
@@ -76,9 +64,51 @@ def test_backward_keeps_one_output_and_no_second_wide_tensor(call):
     assert sum(tensor.numel() for tensor in kept) == 100 * GROUPS * SIZE + D.numel() + call.weight.numel()
 
 
-def test_a_rotation_goes_into_the_weight_where_that_costs_less_and_loses_nothing():
+def test_a_rotation_goes_into_the_weight_where_that_costs_less():
     weight, D = torch.zeros(8, IN), torch.zeros(2, 4, 4)
     few, enough = torch.zeros(IN - 1, 1, IN), torch.zeros(IN, 1, IN)
     assert folds_change(enough, weight, D)
     assert not folds_change(few, weight, D) and not folds_change(enough, weight, None)
-    assert not folds_change(enough.bfloat16(), weight.bfloat16(), D)
+
+
+@pytest.mark.parametrize("x", [numbers(5, 2, 12), numbers(12, 5).t()], ids=["contiguous", "strided"])
+def test_add_blocks_is_the_block_diagonal_product(x):
+    blocks = numbers(3, 4, 4)
+    torch.testing.assert_close(add_blocks(x, blocks), x + x @ torch.block_diag(*blocks).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_identity_stays_exact(dtype):
+    x = numbers(7, 8).to(dtype)
+    assert torch.equal(add_blocks(x, torch.zeros(2, 4, 4)), x)
+
+
+def test_a_change_below_the_precision_of_one_still_acts_in_bfloat16():
+    """R = 1 + 0.75 * 2^-8 is 1 in bfloat16, yet R x of x = 1.875 is nearer to the next number above x."""
+    x, blocks = torch.full((7, 8), 1.875).bfloat16(), 0.75 * 2**-8 * torch.eye(4).repeat(2, 1, 1)
+    assert torch.equal(add_blocks(x, blocks), x + 2**-7)
+
+
+def test_blocks_gradient_sums_over_tokens_by_block():
+    grad, x, blocks = numbers(5, 2, 12), numbers(10, 12).view(5, 2, 12), numbers(3, 4, 4)
+    whole = grad.view(10, 12).t() @ x.view(10, 12)
+    expected = torch.stack([whole[i : i + 4, i : i + 4] for i in (0, 4, 8)])
+    torch.testing.assert_close(blocks_gradient(grad, x, blocks), expected)
+
+
+def test_blocks_gradient_of_more_tokens_than_are_taken_at_a_time():
+    grad, x, blocks = numbers(CACHED_TOKENS + 44, 2, 4), numbers(2 * CACHED_TOKENS + 88, 4), numbers(2, 2, 2)
+    whole = grad.view(-1, 4).t() @ x
+    expected = torch.stack([whole[:2, :2], whole[2:, 2:]])
+    torch.testing.assert_close(blocks_gradient(grad, x.view_as(grad), blocks), expected)
+
+
+def test_blocks_gradient_in_bfloat16_is_rounded_once():
+    grad, x = numbers(3 * CACHED_TOKENS, 2).bfloat16(), numbers(3, CACHED_TOKENS, 2).view(-1, 2).bfloat16()
+    found = blocks_gradient(grad, x, numbers(1, 2, 2).float())[0]
+    torch.testing.assert_close(found.double(), grad.double().t() @ x.double(), rtol=2**-8, atol=0)
+
+
+def test_turned_rows_are_those_of_the_block_diagonal_product():
+    weight, blocks = numbers(12, 5), numbers(3, 4, 4)
+    torch.testing.assert_close(turn_rows(weight, blocks), weight + torch.block_diag(*blocks) @ weight)

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.unitary import (
-    apply_structured,
-    apply_structured_inverse,
     as_real,
     change_from_start,
     exponential_step,
@@ -54,25 +52,6 @@ def test_it_is_equation_10_and_unitary(theta, permutation):
     for group in range(GROUPS):
         torch.testing.assert_close(U[group], eq_10(theta[group], permutation))
     assert orthogonality_error(U) < 1e-14
-
-
-def test_fourier_transforms_apply_the_same_matrix(theta, permutation):
-    U = structured(theta, permutation)
-    x = draw(2, 5, GROUPS, SIZE)
-    y = apply_structured(x, theta, permutation)
-    torch.testing.assert_close(y, torch.einsum("kij,tkj->tki", U, x))
-    torch.testing.assert_close(apply_structured_inverse(y, theta, permutation), x)
-
-
-def test_at_the_start_nothing_changes_exactly(theta, permutation):
-    theta = theta.float()
-    assert (change_from_start(theta, structured(theta, permutation), permutation) == 0).all()
-
-
-def test_away_from_the_start_it_is_unitary(theta, permutation):
-    moved = theta + 0.3 * draw(3, *theta.shape, dtype=torch.float64)
-    Q = change_from_start(moved, structured(theta, permutation), permutation) + torch.eye(SIZE)
-    assert orthogonality_error(Q) < 1e-14 and (Q - torch.eye(SIZE)).abs().max() > 0.1
 
 
 def test_gradients_of_every_parameter(theta, permutation):

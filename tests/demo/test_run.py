@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -135,14 +136,11 @@ def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
 
 
 def test_a_program_that_fails_is_named_with_its_exit_code(monkeypatch):
-    class Process:
-        def __init__(self, command, env):
-            assert command[-2:] == ["/x/pretrain_peft.py", "--flag"] and env["OMP_NUM_THREADS"] == "1"
+    def start(command, env):
+        assert command[-2:] == ["/x/pretrain_peft.py", "--flag"] and env["OMP_NUM_THREADS"] == "1"
+        return SimpleNamespace(wait=lambda: 2)
 
-        def wait(self):
-            return 2
-
-    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    monkeypatch.setattr(module.subprocess, "Popen", start)
     with pytest.raises(ConfigurationError, match=r"/x/pretrain_peft.py --flag ended with exit code 2"):
         module._launch("/x/pretrain_peft.py", "--flag")
 

@@ -18,60 +18,26 @@ from tests.time_limits import seconds, wait_until
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "finetune.sbatch"
 
-SRUN = '#!/bin/bash\nuntil [[ $1 == bash ]]; do shift; done\nexec "$@"\n'
-SCONTROL = """#!/bin/bash
-case $1 in
-    hostnames | show) printf 'n1\\nn2\\n' ;;
-    *) echo "$@" >>"$RECORD/scontrol" ;;
-esac
-"""
-SCANCEL = '#!/bin/bash\necho "$@" >"$RECORD/scancel"\nkill -USR1 "$(cat "$RECORD/pid")"\n'
-# Like torchrun's workers: notes how USR1 arrives, then handles it by saving, which takes a moment.
-TORCHRUN = f"""#!{sys.executable}
-import os, pathlib, signal, sys, time
-record = pathlib.Path(os.environ["RECORD"])
-def save(*_):
-    time.sleep(0.5)
-    (record / "saved").touch()
-    sys.exit(0)
-ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
-signal.signal(signal.SIGUSR1, save)
-(record / "ignored").write_text(str(ignored))
-(record / "arguments").write_text("\\n".join(sys.argv[1:]))
-(record / "pid.new").write_text(str(os.getpid()))
-(record / "pid.new").rename(record / "pid")
-if code := os.environ.get("STEP_CODE"):
-    sys.exit(int(code))
-time.sleep(30)
-"""
+STAND_INS = Path(__file__).parent / "stand_ins"  # they write down in $RECORD what happened
 
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    """Where the stand-ins write down what happened."""
-    (tmp_path / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("torchrun", TORCHRUN)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "recipe.args").write_text("# a comment\n--tensor-model-parallel-size 2 # after a flag\n\n--bf16\n")
     return tmp_path
 
 
 def start(record: Path, *flags: str, step_code: int | None = None) -> subprocess.Popen[str]:
     environment = {
-        "PATH": f"{record / 'bin'}:/usr/bin:/bin",
+        "PATH": f"{STAND_INS}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "RECORD": str(record),
         "CHECKPOINT": "/models/llama",
         "TRAIN_DATA": "train.jsonl",
         "SAVE": str(record / "save"),
         "SLURM_SUBMIT_DIR": str(record),
-        "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_JOB_ID": "4242",
-        "SLURM_NNODES": "2",
-        "SLURM_CPUS_PER_TASK": "4",
+        **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "4242", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"},
+        **({} if step_code is None else {"STEP_CODE": str(step_code)}),
     }
-    if step_code is not None:
-        environment["STEP_CODE"] = str(step_code)
     command = ["bash", str(SCRIPT), "recipe.args", *flags]
     return subprocess.Popen(command, cwd=record, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -4,7 +4,7 @@ python -m tests.golden --base COMMIT; make golden BASE=COMMIT ARGS='--only hybri
 
 Losses, gradient norms, lambdas, learning rates, validation losses, all saved tensors, merged weights and greedy answers
 must be the same bits, and the working tree goes on from what the base saved. Bits differ between machines, so the base
-is run anew. What b03219c wrote is loaded as well. A change of flags, files or names stands in tests/golden/cases.py.
+is run anew. A change of flags, files or names stands in tests/golden/cases.py.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from tests.golden.cases import CASES, Case, Inputs, resume, train
 from tests.golden.results import first_difference, quantities
 from tests.golden.tree import ENVIRONMENT, ProgramFailed, Tree
-from tests.golden.written import CHECKS, check
 
 ROOT = Path(__file__).parents[2]
-WRITTEN = "written by b03219c: "
 RESUMED = "TP2"  # the layout at which the working tree goes on from the base's checkpoint
 
 
@@ -42,15 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 when something differs or fails, 2 when there is nothing to compare, 130 when it was interrupted."""
     args = _parser().parse_args(argv)
     cases = [case for case in CASES if re.search(args.only, str(case))]
-    checks = [name for name in CHECKS if re.search(args.only, WRITTEN + name)]
     if args.list:
-        print(*cases, *(WRITTEN + name for name in checks), sep="\n")
+        print(*cases, sep="\n")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as for Ctrl-C
     try:
-        if not cases and not checks:
+        if not cases:
             raise NothingToCompare(f"--only {args.only} chooses none; --list shows them all.")
-        return _compare_all(_base(args.base), cases, checks, args.keep)
+        return _compare_all(_base(args.base), cases, args.keep)
     except NothingToCompare as error:
         print(f"golden: error: {error}", file=sys.stderr)
         return 2
@@ -89,26 +86,21 @@ def _git(*words: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def _compare_all(commit: str, cases: Sequence[Case], checks: Sequence[str], keep: Path | None) -> int:
-    start, differing = time.monotonic(), 0
+def _compare_all(commit: str, cases: Sequence[Case], keep: Path | None) -> int:
+    start, num_equal = time.monotonic(), 0
     with ExitStack() as stack:
         folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golden-")))).resolve()
         pool = stack.enter_context(ThreadPoolExecutor(2))
         trees = [stack.enter_context(Tree(root)) for root in (_checkout(commit, folder / "base"), ROOT)]
-        inputs = Inputs.write(folder / "inputs") if cases else Inputs(folder)
-        looks: dict[str, Callable[[], str | None]] = {
-            **{str(case): partial(_difference, case, trees, inputs, folder, pool, keep is None) for case in cases},
-            **{WRITTEN + name: partial(_failure, name, trees[1], folder) for name in checks},
-        }
-        for name, look in looks.items():
-            told = look()
-            differing += told is not None
-            lines = "" if told is None else told.splitlines()
-            print(
-                f"{'DIFFERS' if lines else 'equal  '} {name}", *(f"    {line}" for line in lines), sep="\n", flush=True
-            )
-    print(f"{len(looks) - differing} of {len(looks)} cases equal in {time.monotonic() - start:.0f} s")
-    return 1 if differing else 0
+        inputs = Inputs.write(folder / "inputs")
+        for case in cases:
+            told = _difference(case, trees, inputs, folder, pool, removes_runs=keep is None)
+            num_equal += told is None
+            print("equal  " if told is None else "DIFFERS", case, flush=True)
+            if told is not None:
+                print(textwrap.indent(told, "    "), flush=True)
+    print(f"{num_equal} of {len(cases)} cases equal in {time.monotonic() - start:.0f} s")
+    return 0 if num_equal == len(cases) else 1
 
 
 def _checkout(commit: str, folder: Path) -> Path:
@@ -149,15 +141,6 @@ def _parted(runs: Sequence[Future[None]], folders: Sequence[Path]) -> str | None
         return f"in both trees, {errors[0]}"
     where = zip(("the base", "the working tree"), errors, strict=True)
     return "\n".join(f"in {tree}, {error}" for tree, error in where if error)
-
-
-def _failure(name: str, tree: Tree, folder: Path) -> str | None:
-    """Of reading what b03219c wrote."""
-    try:
-        check(name, tree, folder / name.replace(" ", "-"))
-    except (ProgramFailed, AssertionError) as error:
-        return str(error).strip()
-    return None
 
 
 if __name__ == "__main__":

@@ -17,11 +17,7 @@ from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 # given to it first: "train": ("cli/main.py train", "pretrain_peft.py").
 PROGRAMS = {
     "train": ("pretrain_peft.py",),
-    "generate": ("tools/generate.py",),
-    "convert": ("tools/convert.py",),
-    "evaluate": ("tools/evaluate.py",),
-    "experiment": ("tools/experiment.py",),
-    "report": ("tools/report.py",),
+    **{name: (f"tools/{name}.py",) for name in ("generate", "convert", "evaluate", "experiment", "report")},
 }
 FILES = {"metrics": ("metrics.jsonl",), "lambda": ("lambda.jsonl",)}
 # Newest flag (with its value, where that changed) -> what a tree gets whose --help does not know it:

@@ -75,7 +75,7 @@ def _metrics(run: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _records(path: Path | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,10 +87,9 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield full, value
 
 
-def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the newest checkpoint, whatever it is called: torch's own reader needs nothing of a tree."""
-    newest = max(run.rglob(".metadata")).parent
-    stored = torch_checkpoint.FileSystemReader(newest).read_metadata().state_dict_metadata
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's folder, by torch's own reader, which needs nothing of a tree."""
+    stored = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
         name: torch.empty(tuple(tensor.size), dtype=tensor.properties.dtype)
         for name, tensor in stored.items()
@@ -98,13 +97,19 @@ def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no world
-        torch_checkpoint.load(tensors, checkpoint_id=newest)
-    named = {newest_name(name): tensor for name, tensor in tensors.items()}
+        torch_checkpoint.load(tensors, checkpoint_id=checkpoint)
+    return tensors
+
+
+def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of the newest checkpoint, whatever it is called."""
+    newest = saved_tensors(max(run.rglob(".metadata")).parent)
+    named = {newest_name(name): tensor for name, tensor in newest.items()}
     yield from ((f"saved {name}", named[name]) for name in sorted(named))
 
 
 def _answers(folder: Path) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(_records(_if_there(folder / "answers.jsonl"))):
+    for number, record in enumerate(_records(folder / "answers.jsonl")):
         yield from ((f"answer {number}: {name}", value) for name, value in _flat(record))
 
 
@@ -112,7 +117,3 @@ def _merged(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted((folder / "merged").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             yield from ((f"merged {name}", file.get_tensor(name)) for name in sorted(file.keys()))
-
-
-def _if_there(path: Path) -> Path | None:
-    return path if path.exists() else None

@@ -11,9 +11,7 @@ import importlib
 import json
 import os
 import runpy
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -65,11 +63,14 @@ class Tree:
         Raises:
             ProgramFailed: with its last lines.
         """
+        from megatron_peft.runtime.launch import free_port  # here: run as a program, this file serves another tree
+
         has = [program.split() for program in programs if (self.root / program.split()[0]).is_file()]
         if not has:
             raise ProgramFailed(f"there is no {' or '.join(programs)}")
         file, words, log = has[0][0], [*has[0][1:], *flags], folder / "log.txt"
         job = {"file": file, "flags": words, "folder": str(folder), "num_ranks": num_ranks, "log": str(log)}
+        job["meeting"] = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         assert self._process.stdin and self._process.stdout
         try:
             print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -124,13 +125,13 @@ def _preload(names: Sequence[str], root: Path) -> None:
 def _run_world(job: Mapping[str, Any], names: Path) -> str | None:
     """Fork the ranks and wait for them. None, or what went wrong."""
     Path(job["log"]).write_bytes(b"")
-    port, running = _free_port(), {}  # process -> rank
+    running: dict[int, int] = {}  # process -> rank
     failure, give_up = None, time.monotonic() + LIMIT_SECONDS
     try:
         for rank in range(job["num_ranks"]):
             pid = os.fork()
             if pid == 0:
-                _be_rank(job, rank, port, names)
+                _be_rank(job, rank, names)
             running[pid] = rank
         while running and time.monotonic() < give_up:
             for pid, rank in list(running.items()):
@@ -148,7 +149,7 @@ def _run_world(job: Mapping[str, Any], names: Path) -> str | None:
             os.waitpid(pid, 0)
 
 
-def _be_rank(job: Mapping[str, Any], rank: int, port: int, names: Path) -> NoReturn:
+def _be_rank(job: Mapping[str, Any], rank: int, names: Path) -> NoReturn:
     """The rest of a forked process's life: the program, as if Python had been started for it."""
     code = 1
     try:
@@ -158,8 +159,8 @@ def _be_rank(job: Mapping[str, Any], rank: int, port: int, names: Path) -> NoRet
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.chdir(job["folder"])
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["num_ranks"], "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "localhost"}
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["num_ranks"], **job["meeting"]}
+        os.environ |= {name: str(value) for name, value in world.items()}
         sys.argv = [os.path.join(sys.path[0], job["file"]), *job["flags"]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
@@ -174,15 +175,6 @@ def _be_rank(job: Mapping[str, Any], rank: int, port: int, names: Path) -> NoRet
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _free_port() -> int:
-    """A port that nobody listens on, below those that the system gives out by itself."""
-    while True:
-        port = secrets.choice(range(10_000, 32_000))
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("localhost", port))
-            return port
 
 
 if __name__ == "__main__":

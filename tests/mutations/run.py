@@ -1,12 +1,11 @@
 """Break the code one line at a time and see its test fail: `python tests/mutations/run.py [--sample 20]`.
 
-mutations.toml holds the breaks, each with the one test that must notice it. A break counts as caught if that test
-passes on the tree as it is and, with the line broken, fails where it is called: by an assertion of a test's own file,
-by an exception that did not come, or by the exception that the entry names. An import that fails, a fixture, or the
-time is no answer.
+A break of mutations.toml counts as caught if the one test that it names passes on the tree as it is and, with the line
+broken, fails where it is called: by an assertion of a test's own file, by an exception that did not come, or by the
+exception that the entry names. An import that fails, a fixture, or the time is no answer.
 
-This process imports the libraries, never the package. Each break is tried in a child forked from it, which begins in a
-copy of the working tree with that copy first on its path, and runs pytest there.
+This process imports the libraries, never the package. Each break is tried in a child forked from it, in a copy of the
+working tree.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ import time
 import tomllib
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from py_compile import PycInvalidationMode
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
@@ -50,39 +49,28 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLIN
 
 @dataclass(frozen=True)
 class Mutation:
-    """A break: `old` stands exactly once in `file`.
-
-    Args:
-        test: pytest's id of the test that must fail.
-        error: the exception that it may fail with; an assertion if empty.
-        equivalent: why no test can fail; it is then not tried.
-    """
+    """A break."""
 
     what: str
     file: str
-    old: str
+    old: str  # stands exactly once in `file`
     new: str
-    test: str = ""
-    error: str = ""
-    equivalent: str = ""
+    test: str  # pytest's id of the test that must fail
+    error: str = ""  # the exception that it may fail with; an assertion if empty
 
 
 class Recorder:
-    """A pytest plugin: by test that ran, its failures as (phase, exception, our file where it arose, message)."""
+    """A pytest plugin: by test that ran, its failures as [phase, exception, our file where it arose, message]."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[tuple[str, str, str, str]]] = {}
+        self.found: dict[str, list[list[str]]] = {}
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
-        report = yield
-        failures = self.found.setdefault(item.nodeid, [])
-        error = call.excinfo
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
+        failures, error = self.found.setdefault(item.nodeid, []), call.excinfo
         if error is not None:
             ours = [str(entry.path) for entry in error.traceback if Path(entry.path).is_relative_to(Path.cwd())]
             place = os.path.relpath(ours[-1]) if ours else ""
-            failures.append((report.when, error.typename, place, str(error.value)[:500]))
-        return report
+            failures.append([call.when, error.typename, place, str(error.value)[:500]])
 
 
 def main() -> int:
@@ -97,7 +85,7 @@ def main() -> int:
         print(f"--sample {args.sample} --seed {args.seed}")
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
     if args.list:
-        print(*(f"{m.what}: {m.test or 'equivalent: ' + m.equivalent}" for m in chosen), sep="\n")
+        print(*(f"{m.what}: {m.test}" for m in chosen), sep="\n")
         return 0
     return try_all(chosen)
 
@@ -109,24 +97,21 @@ def read_list() -> list[Mutation]:
 def try_all(mutations: Sequence[Mutation]) -> int:
     """Prints a line for each and a summary. Returns the exit status."""
     started = time.monotonic()
-    tried = [mutation for mutation in mutations if not mutation.equivalent]
-    problems = [problem for mutation in tried if (problem := text_problem(mutation))]
+    problems = [problem for mutation in mutations if (problem := text_problem(mutation))]
     import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copies = [copy_tree(Path(folder, f"copy{index}")) for index in range(NUM_WORKERS)]
-        failures = unbroken_failures({mutation.test for mutation in tried}, copies)
-        problems += [f"{m.what}: {m.test} unbroken: {failures[m.test]}" for m in tried if m.test in failures]
-        runs = [Run((m.test,), m) for m in tried if not text_problem(m) and m.test not in failures]
+        failures = unbroken_failures({mutation.test for mutation in mutations}, copies)
+        problems += [f"{m.what}: {m.test} unbroken: {failures[m.test]}" for m in mutations if m.test in failures]
+        runs = [Run((m.test,), m) for m in mutations if not text_problem(m) and m.test not in failures]
         num_caught = 0
         for run in finished(runs, copies):
             problem = run.problem()
             num_caught += not problem
             word, what = "SURVIVED" if problem else "caught", run.mutation.what if run.mutation else ""
             print(f"{word:8} {run.seconds:5.1f} s  {what} {problem}", flush=True)
-    for line in (*problems, *(f"equivalent: {m.what}: {m.equivalent}" for m in mutations if m.equivalent)):
-        print(line)
-    print(f"{num_caught} of {len(tried)} caught in {time.monotonic() - started:.0f} s")
-    return 0 if num_caught == len(tried) else 1
+    print(*problems, f"{num_caught} of {len(mutations)} caught in {time.monotonic() - started:.0f} s", sep="\n")
+    return 0 if num_caught == len(mutations) else 1
 
 
 def text_problem(mutation: Mutation) -> str:
@@ -176,10 +161,7 @@ def unbroken_failures(tests: set[str], copies: Sequence[Path]) -> dict[str, str]
 
 @dataclass
 class Run:
-    """A call of pytest in a copy, and what came of it.
-
-    `found`: by test that ran, its failures as [phase, exception, the file of ours where it arose, message].
-    """
+    """A call of pytest in a copy, and what came of it; `found` is the Recorder's."""
 
     tests: tuple[str, ...]
     mutation: Mutation | None = None

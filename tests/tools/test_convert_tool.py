@@ -10,8 +10,6 @@ from megatron_peft.conversion import verify
 from tests.conversion.megatron_folders import equal, save_random, tensors_of
 from tools.convert import COMMANDS, main
 
-BASE = ["--pretrained-checkpoint", "nowhere"]
-
 
 def convert(command: str, source: Path, output: Path, *flags: str) -> int:
     return main([command, "--input", str(source), "--output", str(output), *flags])
@@ -27,37 +25,12 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert tuple(capsys.readouterr()) == (f"wrote {megatron}\nwrote {back}\n", "")
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["hf-to-megatron", "--input", "nowhere", "--output", "out"], "nowhere is not a folder"),
-        (["megatron-to-hf", "--input", "nowhere", "--output", "out"], "--input nowhere holds no Megatron checkpoint"),
-        (["megatron-to-hf", "--input", ".", "--output", "out", "--max-shard-size", "2 apples"], "is no size"),
-        (["merge", "--input", "nowhere", "--output", "out"], "nowhere"),
-        (["export-adapter", "--input", "nowhere", "--output", "out"], "nowhere"),
-        (["import-adapter", "--input", "nowhere", "--output", "out", *BASE], "nowhere"),
-        (["verify", "--input", "nowhere", "--reference", "nowhere"], "nowhere is not a folder"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    flags: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(flags) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and told in printed.err
-    assert printed.out == "" and list(tmp_path.iterdir()) == []
-
-
-def test_every_command_has_help_and_refuses_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in COMMANDS.items():
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
         shown = capsys.readouterr().out
         assert "--input" in shown and all(flag in shown for flag in command.flags)
-    with pytest.raises(SystemExit, match="2"):
-        main(["merge", "--input", "a", "--output", "b", "--num-tokens", "3"])
-    assert "--num-tokens" in capsys.readouterr().err
 
 
 def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,13 +21,10 @@ def fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.process, "PROGRAM", Path(FAKE_TRAINING[0]))
 
 
-def test_whole_experiment_exits_with_0(fake_training: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(tmp_path, "--jobs", "2", methods={"lora": {"grid": {"lr": [0.4]}}}) == 0
-    assert "trained tiny,talk,lora,lr=0.4,seed=3 in" in capsys.readouterr().out
-
-
-def test_failed_cell_exits_with_1(fake_training: None, tmp_path: Path) -> None:
-    assert call(tmp_path, "--jobs", "2", methods={"lora": {"grid": {"lr": [9]}}}) == 1
+@pytest.mark.parametrize(("rate", "code"), [(0.4, 0), (9, 1)])
+def test_exit_code_says_whether_every_cell_was_trained(fake_training, tmp_path, capsys, rate, code):
+    assert call(tmp_path, "--jobs", "2", methods={"lora": {"grid": {"lr": [rate]}}}) == code
+    assert (f"trained tiny,talk,lora,lr={rate},seed=3 in" in capsys.readouterr().out) == (code == 0)
 
 
 def test_list_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,9 +46,7 @@ def test_group_runs_its_cells_alone(fake_training: None, tmp_path: Path) -> None
         (["--emit-slurm", "."], {}, "cannot be written: Is a directory"),
     ],
 )
-def test_what_is_wrong_exits_with_2_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], changes: dict[str, Any], told: str
-) -> None:
+def test_what_is_wrong_exits_with_2_before_anything_is_written(tmp_path, capsys, extra, changes, told):
     assert call(tmp_path, *extra, **changes) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 

