@@ -4,7 +4,8 @@ python -m tests.golden --base COMMIT; make golden BASE=COMMIT ARGS='--only hybri
 
 Losses, gradient norms, lambdas, learning rates, validation losses, all saved tensors, merged weights and greedy answers
 must be the same bits, and the working tree goes on from what the base saved. Bits differ between machines, so the base
-is run anew. A change of flags, files or names stands in tests/golden/cases.py.
+is run anew. A run, a prepared task and an experiment's record that b03219c wrote are loaded as well
+(test_written_by_b03219c.py). A change of flags, files or names stands in tests/golden/cases.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from tests.golden.cases import CASES, Case, Inputs, resume, train
@@ -29,6 +31,7 @@ from tests.golden.results import first_difference, quantities
 from tests.golden.tree import ENVIRONMENT, ProgramFailed, Tree
 
 ROOT = Path(__file__).parents[2]
+WRITTEN = "written by b03219c, loaded"
 RESUMED = "TP2"  # the layout at which the working tree goes on from the base's checkpoint
 
 
@@ -40,14 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 when something differs or fails, 2 when there is nothing to compare, 130 when it was interrupted."""
     args = _parser().parse_args(argv)
     cases = [case for case in CASES if re.search(args.only, str(case))]
+    loads = re.search(args.only, WRITTEN) is not None
     if args.list:
-        print(*cases, sep="\n")
+        print(*cases, *([WRITTEN] * loads), sep="\n")
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as for Ctrl-C
     try:
-        if not cases:
+        if not cases and not loads:
             raise NothingToCompare(f"--only {args.only} chooses none; --list shows them all.")
-        return _compare_all(_base(args.base), cases, args.keep)
+        return _compare_all(_base(args.base), cases, loads, args.keep)
     except NothingToCompare as error:
         print(f"golden: error: {error}", file=sys.stderr)
         return 2
@@ -86,21 +90,31 @@ def _git(*words: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def _compare_all(commit: str, cases: Sequence[Case], keep: Path | None) -> int:
+def _compare_all(commit: str, cases: Sequence[Case], loads: bool, keep: Path | None) -> int:
     start, num_equal = time.monotonic(), 0
     with ExitStack() as stack:
         folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golden-")))).resolve()
         pool = stack.enter_context(ThreadPoolExecutor(2))
         trees = [stack.enter_context(Tree(root)) for root in (_checkout(commit, folder / "base"), ROOT)]
         inputs = Inputs.write(folder / "inputs")
-        for case in cases:
-            told = _difference(case, trees, inputs, folder, pool, removes_runs=keep is None)
+        looks = {str(case): partial(_difference, case, trees, inputs, folder, pool, keep is None) for case in cases}
+        if loads:
+            looks[WRITTEN] = _failed_loads
+        for name, look in looks.items():
+            told = look()
             num_equal += told is None
-            print("equal  " if told is None else "DIFFERS", case, flush=True)
+            print("equal  " if told is None else "DIFFERS", name, flush=True)
             if told is not None:
                 print(textwrap.indent(told, "    "), flush=True)
-    print(f"{num_equal} of {len(cases)} cases equal in {time.monotonic() - start:.0f} s")
-    return 0 if num_equal == len(cases) else 1
+    print(f"{num_equal} of {len(looks)} cases equal in {time.monotonic() - start:.0f} s")
+    return 0 if num_equal == len(looks) else 1
+
+
+def _failed_loads() -> str | None:
+    """What the working tree cannot read of what b03219c wrote."""
+    tests = Path(__file__).with_name("test_written_by_b03219c.py")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], cwd=ROOT, capture_output=True, text=True)
+    return None if done.returncode == 0 else done.stdout[-2000:]
 
 
 def _checkout(commit: str, folder: Path) -> Path:

@@ -51,5 +51,5 @@ def test_tree_gets_the_flags_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_method_stands_at_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 16 * 5
+    assert len(capsys.readouterr().out.splitlines()) == 16 * 5 + 1
     assert main(["--only", "no such case"]) == 2
