@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.chat import Part, chat_parts
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, build_tokenizer, require_vocabulary_fits
-from tests.data.tiny_inputs import save_tokenizer
+from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 REFUSING = "{{ raise_exception('roles must alternate') }}"
