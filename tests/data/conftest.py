@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
-from tests.data.tiny_inputs import CORPUS, save_tokenizer
+from tests.data.tiny_tokenizers import CORPUS, save_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
@@ -15,10 +17,23 @@ from megatron_peft.data.blend import parse_blend
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_inputs import numbered_documents, write_indexed
 from tests.ranks import run_ranks
 
 TOKENIZER = NullTokenizer(999)
+
+
+def write_indexed(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> str:
+    """An indexed dataset of these documents; returns its prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(np.asarray(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def numbered_documents(num_documents: int, length: int = 5, first: int = 0) -> list[list[int]]:
+    """Document i is `length` times the token `first + i`."""
+    return [[first + i] * length for i in range(num_documents)]
 
 
 def build(which: Split, num_samples: int | None, /, *paths: str, **settings):

@@ -17,7 +17,7 @@ from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_inputs import save_tokenizer
+from tests.data.tiny_tokenizers import save_tokenizer
 from tests.ranks import run_ranks
 
 FLAG = "--train-data-path"

@@ -20,7 +20,7 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
 )
-from tests.data.tiny_inputs import save_tokenizer
+from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
 REFUSING = "{{ raise_exception('roles must alternate') }}"

@@ -1,12 +1,9 @@
-"""Tokenizers small enough to train in a test, and small indexed datasets."""
+"""Tokenizers small enough to train in a test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,17 +30,3 @@ def save_tokenizer(folder: Path, *, chat_template: str | None = CHATML, adds_bos
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def write_indexed(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> str:
-    """An indexed dataset of these documents; returns its prefix."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(np.asarray(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
-def numbered_documents(num_documents: int, length: int = 5, first: int = 0) -> list[list[int]]:
-    """Document i is `length` times the token `first + i`."""
-    return [[first + i] * length for i in range(num_documents)]
