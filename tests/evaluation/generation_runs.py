@@ -22,8 +22,7 @@ from megatron_peft.models.huggingface import read_shape
 from megatron_peft.parallel.seeds import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 LAYOUTS = {
     "TP2": TP2,

@@ -34,7 +34,8 @@ def test_a_cache_gives_the_logits_of_the_whole_text():
     with one_rank():
         chunks = [tiny_gpt()]
         with inference(chunks):
-            whole, other = (_logits_of(chunks, text) for text in (TEXT, OTHER + TEXT[5:]))
+            texts = (torch.tensor([text]) for text in (TEXT, OTHER + TEXT[5:]))
+            whole, other = (chunks[0](text, torch.arange(text.shape[1])[None], None)[0] for text in texts)
             tokens, padding = left_padded([OTHER, TEXT[:5]])
             assert padding == [2, 0]
             rows = CachedRows(chunks, padding, 10)
@@ -48,10 +49,6 @@ def test_a_cache_gives_the_logits_of_the_whole_text():
             empty.keep([0, 0])
             last = empty.forward(torch.tensor([TEXT, TEXT]))
             assert torch.allclose(last, whole[-1:].expand(2, 1, -1), atol=1e-5)
-
-
-def _logits_of(chunks, text):
-    return chunks[0](torch.tensor([text]), torch.arange(len(text))[None], None)[0]
 
 
 def _chunk(config):
@@ -102,8 +99,7 @@ def test_choices_of_one_token_are_one_row(passes):
 
 def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
     told: list[int] = []
-    lengths = (1, 4, 2, 4, 3)
-    items = [Continuation((0,) * length, (1 if length % 2 else 2,)) for length in lengths]
+    items = [Continuation((0,) * length, (1 if length % 2 else 2,)) for length in (1, 4, 2, 4, 3)]
     scores = score(MODEL, items, 2, told.append)
     assert [sorted({len(context) for context, _ in rows}) for rows in passes] == [[4], [2, 3], [1]]
     assert [one.is_greedy for one in scores] == [True, False, False, False, True]

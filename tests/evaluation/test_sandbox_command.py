@@ -151,7 +151,7 @@ TOKEN = "0123456789abcdef"
 
 def drive(program: str, limits: dict[str, tuple[int, int]] | None = None, user: int = 0) -> str:
     job = {"program": program, "token": TOKEN, "user": user, "limits": limits or {}}
-    command = [sys.executable, "-s", "-S", str(DRIVER)]
+    command = [sys.executable, "-I", "-S", str(DRIVER)]
     return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
 
 

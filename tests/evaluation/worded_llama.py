@@ -14,7 +14,6 @@ from tests.tiny_llama import VOCAB_SIZE, save_llama
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<end>")
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - len(SPECIAL))]
-CHAT = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
 
 
 def save_worded_llama(folder: Path, seed: int = 0) -> Path:
@@ -25,7 +24,7 @@ def save_worded_llama(folder: Path, seed: int = 0) -> Path:
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<end>"]}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = CHAT
+    fast.chat_template = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
     fast.save_pretrained(folder)
     return folder
 

@@ -79,8 +79,7 @@ def test_map_of_lambda_is_layer_by_step_for_each_kind() -> None:
 
 
 def test_mean_of_lambda_is_over_runs() -> None:
-    found = lambda_plot.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}])
-    assert found == {"a": pytest.approx([0.3, 0.6])}
+    assert lambda_plot.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}]) == {"a": pytest.approx([0.3, 0.6])}
 
 
 def test_panels_share_one_scale_and_cover_the_run() -> None:
@@ -153,3 +152,4 @@ def test_a_hybrid_has_its_lambdas_between_curves_and_translations(drawn):
     lambdas = [{"iteration": at, "lambda": {"decoder.layers.0.mlp.linear_fc1": at / 100}} for at in (10, 20)]
     image = _axes(drawn(RECORDS, TRANSLATIONS, lambdas))["linear_fc1"].images[0]
     assert image.get_array().tolist() == [[0.1, 0.2]] and image.get_clim() == (0, 1)
+    assert image.axes.get_xlim() == (5, 25)

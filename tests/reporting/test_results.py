@@ -15,7 +15,7 @@ from megatron_peft.experiment import process
 from megatron_peft.experiment.record import CellRecord, of_cell, write_record
 from megatron_peft.reporting import speed_table
 from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.paper import entry
+from megatron_peft.reporting.paper import Entry, entry
 from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
 from megatron_peft.reporting.table import Table, number
@@ -173,6 +173,11 @@ def test_entries_of_the_paper_are_found_by_their_place() -> None:
     assert drawn is not None and drawn.average == 77.8
     missing = ("HumanEval", "Hybrid", "Llama3.1-405B"), (None, "Hybrid", "Llama3.1-405B")
     assert {entry(*place) for place in (*missing, ("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1"))} == {None}
+
+
+def test_average_may_be_rounded_either_way() -> None:
+    entries = [Entry("b", "m", "x", "", (1.0, 1.1, 1.05), average) for average in (1.0, 1.1, 1.2)]
+    assert [one.average_is_of_runs for one in entries] == [True, True, False]
 
 
 def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
