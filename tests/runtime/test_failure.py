@@ -1,7 +1,9 @@
-"""A failure on any rank ends all of them, soon, with one exit code and one message."""
+"""A failure on any rank ends all of them, soon, with one exit code and one message; the tests' launcher tells it."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import time
 from typing import NamedTuple
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
-from tests.ranks import Ranks
+from tests.ranks import Ranks, RanksFailed, run_ranks
 from tests.time_limits import seconds
 
 WRONG, LOST = ConfigurationError("--lr is wrong."), RuntimeError("lost")
@@ -85,3 +87,19 @@ def test_nobody_waits_for_a_timeout(outcomes, case):
 
 def test_without_a_failure_nothing_is_said(outcomes):
     assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
+
+
+def test_results_come_by_rank() -> None:
+    assert run_ranks(2, os.getenv, "RANK") == ["0", "1"]
+
+
+def test_what_a_failing_rank_printed_is_in_the_error() -> None:
+    with pytest.raises(RanksFailed, match="--- rank 0(.|\n)*math domain error"):
+        run_ranks(1, math.sqrt, -1.0)
+
+
+def test_ranks_that_take_too_long_are_stopped() -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed, match="rank 0"):
+        run_ranks(1, time.sleep, 600, limit=0.2)
+    assert time.monotonic() - start < seconds(60)

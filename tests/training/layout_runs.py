@@ -106,7 +106,6 @@ class Curve:
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
-    """Every job, one after the other, in one world."""
     start_world(ParallelConfig())
     return run_each(jobs)
 

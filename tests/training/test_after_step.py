@@ -22,6 +22,7 @@ from megatron_peft.training.step import train_step
 from tests.training.recorded_saves import RecordedSaves
 
 RATE = 0.05
+UNCHECKED = {"check_for_nan_in_loss_and_grad": False}
 RIEMANNIAN = {"method": "urnn", "urnn_update": "riemannian", "urnn_block_size": 4, "peft_lr_rotation": RATE}
 GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
 PROJECTED = {"method": "boft", "boft_parametrization": "projection", "peft_lr_rotation": RATE, **GROUPS_OF_FOUR}
@@ -139,13 +140,9 @@ def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
     assert not any("folded" in name for name, _ in state.model_chunks[0].named_buffers())
 
 
-def hybrid(start, tmp_path=None, **groups):
-    return start(peft=HYBRID, checkpoint={"save": str(tmp_path) if tmp_path else None}, **groups)
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharded):
-    state, data = hybrid(start, optimizer={"use_distributed_optimizer": sharded, "clip_grad": 0.0})
+    state, data = start(peft=HYBRID, optimizer={"use_distributed_optimizer": sharded, "clip_grad": 0.0})
     train_step(state, next(iter(data.train)))
     adapters = hybrid_adapters(state)
     before = {name: float(adapter.mix) for name, adapter in adapters.items()}
@@ -159,7 +156,11 @@ def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharde
 
 
 def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_path):
-    state, data = hybrid(start, tmp_path, logging={"log_interval": 2, "tensorboard_dir": str(tmp_path / "tb")})
+    state, data = start(
+        peft=HYBRID,
+        checkpoint={"save": str(tmp_path)},
+        logging={"log_interval": 2, "tensorboard_dir": str(tmp_path / "tb")},
+    )
     train(state, data, RecordedSaves())
     lines = [json.loads(line) for line in (tmp_path / "lambda.jsonl").read_text().splitlines()]
     records = read_metrics(tmp_path / METRICS_FILE)
@@ -172,9 +173,8 @@ def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path, capsys):
-    state, data = hybrid(start, tmp_path, training={"check_for_nan_in_loss_and_grad": False})
-    adapters = list(hybrid_adapters(state).values())
-    spoilt = adapters[0]
+    state, data = start(peft=HYBRID, checkpoint={"save": str(tmp_path)}, training=UNCHECKED)
+    spoilt, *_ = hybrid_adapters(state).values()
     spoilt.low_rank.B.register_hook(lambda gradient: gradient * float("nan"))
     train(state, data, RecordedSaves())
     assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 4
@@ -183,7 +183,7 @@ def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path,
 
 def test_one_layers_infinite_gradient_keeps_no_other_layers_lambda(start):
     """Gradients are measured before they are clipped: clipping by an infinite norm makes all of them zero."""
-    state, data = hybrid(start, training={"check_for_nan_in_loss_and_grad": False})
+    state, data = start(peft=HYBRID, training=UNCHECKED)
     spoilt, *others = hybrid_adapters(state).values()
     spoilt.low_rank.B.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     train_step(state, next(iter(data.train)))

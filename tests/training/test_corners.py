@@ -95,14 +95,9 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("run, layout", CASES)
 def test_two_ranks_equal_one(found, run, layout):
     """A stage without trainable parameters; an embedding on the first stage that is the last one's output layer."""
-    alone, by_rank = found
-    assert all(rank["curves"][f"{run} {layout}"].equals(alone[run]) for rank in by_rank)
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_every_run_learns(found, run):
-    alone = found[0][run]
-    assert min(alone.grad_norms) > 0 and alone.validation_loss < alone.losses[0]
+    alone, by_rank = found[0][run], found[1]
+    assert min(alone.grad_norms) > 0 and alone.validation_loss < alone.losses[0], "it learns"
+    assert all(rank["curves"][f"{run} {layout}"].equals(alone) for rank in by_rank)
 
 
 @pytest.mark.parametrize("layout", POISONED)

@@ -12,13 +12,8 @@ import torch
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job, run_each, run_jobs
+from tests.training.test_layout import LAYOUTS
 
-TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
-SHARDED = {"optimizer": {"use_distributed_optimizer": True}}
-OVERLAPPED = {
-    "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
-    "training": {"overlap_grad_reduce": True},
-}
 BOFT = {"boft_block_size": 2, "boft_factors": 2}
 PEFT = {
     "lora": {"method": "lora", "lora_rank": 4},
@@ -28,12 +23,12 @@ PEFT = {
     "hybrid": {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "peft_lr_rotation": 2e-3, **BOFT},
 }
 CASES = {
-    "lora TP2": TP2,
-    "boft input TP2": TP2,
-    "hybrid TP2": TP2,
-    "hybrid DP2": OVERLAPPED,
-    "lora-ga paper DP2": {},
-    "riemannian DP2": SHARDED,
+    "lora TP2": LAYOUTS["TP2"],
+    "boft input TP2": LAYOUTS["TP2"],
+    "hybrid TP2": LAYOUTS["TP2"],
+    "hybrid DP2": LAYOUTS["DP2 overlapped"],
+    "lora-ga paper DP2": LAYOUTS["DP2"],
+    "riemannian DP2": LAYOUTS["DP2 distributed optimizer"],
 }
 
 

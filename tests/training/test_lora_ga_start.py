@@ -121,15 +121,11 @@ def test_a_line_for_each_kind_of_layer(tmp_path):
     assert lines[3:] == [f"  each layer's: {tmp_path / START_FILE}"]
 
 
-def test_each_layers_number_is_written_in_the_order_of_layers(tmp_path):
+def test_each_layers_number_is_written_in_the_order_of_layers_if_there_is_a_folder(tmp_path):
+    assert write_start(START, None) is None and len(start_table(START, None).splitlines()) == 3
+    assert write_start(START, str(tmp_path / "missing")) is None
     path = write_start(START, str(tmp_path))
     record = json.loads(path.read_text())
     assert record["energy"] == ENERGY
     assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]
     assert (record["lora_ga_init"], record["lora_rank"], record["lora_ga_batches"]) == ("aligned", 4, 2)
-
-
-def test_without_a_folder_nothing_is_written_or_pointed_at(tmp_path):
-    assert write_start(START, None) is None
-    assert write_start(START, str(tmp_path / "missing")) is None
-    assert len(start_table(START, None).splitlines()) == 3

@@ -48,8 +48,7 @@ def test_the_lines_name_what_is_adapted(state):
 
 def test_part_of_a_fused_layer_is_said_to_be_adapted_whole(start):
     text = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
-    assert "note: q_proj is part of linear_qkv, which is adapted whole" in text
-    assert "down_proj is part" not in text
+    assert "note: q_proj is part of linear_qkv, which is adapted whole" in text and "down_proj is part" not in text
 
 
 def test_a_discarded_weight_is_said_loudly(state):
@@ -105,8 +104,7 @@ def test_a_terminal_gets_a_bar_that_keeps_the_last_validation_loss():
         progress.update({**RECORD, "validation_loss": 1.75})
         progress.update({**RECORD, "iteration": 30, "loss": 2.25})
     last_frame = text().split("training")[-1]
-    assert "30/60" in last_frame and "ETA" in last_frame
-    assert "loss 2.250 valid 1.750 norm 1.25 tok/s 512" in last_frame
+    assert all(text in last_frame for text in ("30/60", "ETA", "loss 2.250 valid 1.750 norm 1.25 tok/s 512"))
 
 
 def test_ranks_that_do_not_report_print_nothing():
