@@ -104,7 +104,7 @@ def _first_is_killed(_: None) -> None:
 def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     """The first hosts the store: what the others want to tell one another has nowhere to go."""
     with Ranks(2, _first_is_killed) as ranks:
-        ranks.processes[1].join(seconds(60))
+        ranks.processes[1].join(seconds(120))
         told = [line for line in ranks.output(1).splitlines() if line]
         assert ranks.exit_codes == [-signal.SIGKILL, 1] and len(told) == 1, told
         assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
