@@ -1,5 +1,8 @@
-"""The mark of tests that need a sandbox. Where bubblewrap is missing or may do nothing they are skipped, and say so;
-where it works, a sandbox that refuses is a failure."""
+"""What tests of the sandbox share: their mark, and programs that count.
+
+Where bubblewrap is missing or may do nothing, marked tests are skipped and say so; where it works, a sandbox that
+refuses is a failure.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.evaluation.sandbox import Program, open_sandbox
 from megatron_peft.evaluation.sandbox_command import find_bubblewrap
 
 
@@ -21,6 +25,16 @@ def _reason() -> str:
 
 REASON = _reason()
 needs_bubblewrap = pytest.mark.skipif(bool(REASON), reason=f"NOT TESTED, there is no sandbox here: {REASON}")
+
+
+def verdicts_of_threads(num_programs: int) -> list[str]:
+    """Of honest programs that are as many processes as one may have."""
+    program = """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(0.3,)) for _ in range(3)]
+for thread in threads: thread.start()
+"""
+    return [outcome.verdict for outcome in open_sandbox().run_all([Program(program)] * num_programs, workers=4)]
 
 
 def read(file: Path) -> bytes:
