@@ -89,8 +89,8 @@ class Sandbox:
         """Run one program to its end or to its limits."""
         limits = self.limits.of_process()
         with _own_users() if self.bubblewrap and os.geteuid() == 0 else nullcontext((0, 0)) as (user, judge):
-            if user == judge:  # the judge is one more process of the user
-                limits["RLIMIT_NPROC"] = (self.limits.processes + 1, self.limits.processes + 1)
+            if self.bubblewrap and user == judge:  # the judge and bwrap's first process are of the program's user too
+                limits["RLIMIT_NPROC"] = (self.limits.processes + 2, self.limits.processes + 2)
             max_files = self.limits.files if self.bubblewrap else None  # of a /tmp of its own
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
             with self._start(json.dumps(job)) as process:

@@ -133,7 +133,6 @@ down()
 """,
     "closes all files": "os.closerange(0, 64)",
     "traces": "assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
-    "takes its judge's files": "assert ctypes.CDLL(None).syscall(438, os.pidfd_open(os.getppid()), 1, 0) >= 0",
     "a shell": 'subprocess.run(["/bin/sh", "-c", "true"], check=True)',
     "compiles for ever": 'compile("(" * 90 + "0" + ")" * 90 + "\\n" + "a = [" + "[" * 80 + "0," * 10**7, "x", "exec")',
 }

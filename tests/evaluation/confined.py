@@ -27,14 +27,19 @@ REASON = _reason()
 needs_bubblewrap = pytest.mark.skipif(bool(REASON), reason=f"NOT TESTED, there is no sandbox here: {REASON}")
 
 
-def verdicts_of_threads(num_programs: int) -> list[str]:
-    """Of honest programs that are as many processes as one may have."""
-    program = """
+# Honest, and as many processes as a program may have.
+THREADS = """
 import threading, time
-threads = [threading.Thread(target=time.sleep, args=(0.3,)) for _ in range(3)]
+threads = [threading.Thread(target=time.sleep, args=(2,)) for _ in range(3)]
 for thread in threads: thread.start()
+for thread in threads: thread.join()
 """
-    return [outcome.verdict for outcome in open_sandbox().run_all([Program(program)] * num_programs, workers=4)]
+
+
+def print_verdicts_of_threads(num_programs: int) -> None:
+    """Of programs that run all at the same time."""
+    outcomes = open_sandbox().run_all([Program(THREADS)] * num_programs, workers=num_programs)
+    print(*(outcome.verdict for outcome in outcomes), sep="\n")
 
 
 def read(file: Path) -> bytes:

@@ -19,8 +19,7 @@ from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Program, 
 from megatron_peft.evaluation.sandbox_command import DRIVER, Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
 from tests.evaluation.attacks import ATTACKS, CHEATS, DOUBLE, attack, cheat
-from tests.evaluation.confined import needs_bubblewrap, read, verdicts_of_threads
-from tests.ranks import run_ranks
+from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
@@ -110,7 +109,22 @@ def test_a_cheat_does_not_pass_its_check(cheats: dict[str, Outcome], name: str) 
 @needs_bubblewrap
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's programs have a user namespace each")
 def test_two_evaluations_at_once_do_not_count_each_others_processes() -> None:
-    assert run_ranks(2, verdicts_of_threads, 20) == [["passed"] * 20] * 2
+    script = "from tests.evaluation.confined import print_verdicts_of_threads as run; run(20)"
+    command = [sys.executable, "-c", script]
+    evaluations = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [evaluation.communicate()[0].split("\n") for evaluation in evaluations] == [["passed"] * 20 + [""]] * 2
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are different users")
+def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = 20000 + os.getpid() % 20000 * 2
+    monkeypatch.setattr(sandbox_module, "FIRST_USER", first)
+    monkeypatch.setattr(sandbox_module, "NUM_PAIRS", 2)
+    programs = [Program("import os, time; time.sleep(2); print(os.getuid())")] * 3
+    assert {outcome.output for outcome in sandbox.run_all(programs[:2], 2)} == {f"{first}\n", f"{first + 2}\n"}
+    with pytest.raises(ConfigurationError, match=rf"2 programs run.*from {first} to {first + 3}\): start fewer"):
+        sandbox.run_all(programs, workers=3)
 
 
 @needs_bubblewrap
@@ -166,7 +180,7 @@ def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: P
     for folder in (copied, *copied.parents[:3]):
         folder.chmod(0o755)
     attacks = [attack(name, host).code for name in ("writes anywhere", "fork bomb", "namespace of a child")]
-    script = USE.format(tree=str(copied), programs=["print(1)", *attacks])
+    script = USE.format(tree=str(copied), programs=[THREADS, *attacks])
     printed = subprocess.run([python, "-c", script], user=65534, group=65534, extra_groups=[], capture_output=True)
     assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
 
