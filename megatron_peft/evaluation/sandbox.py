@@ -181,9 +181,11 @@ def _own_users() -> Iterator[tuple[int, int]]:
     The kernel counts processes by user, so programs that shared one would use up one another's limit, and a program
     could stop a judge of its own user. A pair is claimed by binding an abstract socket that is named after it: the
     kernel gives a name to one socket at a time, whichever process asks, and takes it back when the socket is closed,
-    by whatever end of its process. It is closed after the last process of the pair has ended (see `_end`). Names are
-    those of a network namespace; between containers that share their users, and for the milliseconds in which programs
-    die after an evaluation that was killed, the start at random keeps two sandboxes apart.
+    by whatever end of its process. It is closed after the last process of the pair has ended (see `_end`); a fork that
+    another thread makes meanwhile holds the name a moment longer, which only keeps it from others.
+
+    Names are those of a network namespace. Between containers that share their users, and for the milliseconds in which
+    programs die after an evaluation that was killed, the start at random keeps two sandboxes apart.
     """
     first = random.SystemRandom().randrange(NUM_PAIRS)
     for number in range(NUM_PAIRS):

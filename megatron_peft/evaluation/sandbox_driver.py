@@ -10,6 +10,8 @@ come back. The judge forks that process before it reads the job, so neither the 
 anywhere in it.
 """
 
+from __future__ import annotations
+
 import builtins
 import importlib
 import json
@@ -18,6 +20,11 @@ import resource
 import select
 import signal
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing and collections.abc cost as much time as the rest
+    from collections.abc import Callable, Iterator
+    from typing import Any, BinaryIO
 
 MAX_DETAIL = 300  # characters of an exception that are worth keeping
 MAX_ANSWER_BYTES = 16 << 20
@@ -33,14 +40,14 @@ class Verdict(BaseException):
 class Other:
     """A result that is no plain value: it equals nothing else, whatever its class says; it may be iterable."""
 
-    def __init__(self, items):
+    def __init__(self, items: Any) -> None:
         self.items = items
 
-    def __iter__(self):
-        return iter(self.items)
+    def __iter__(self) -> Iterator:
+        return iter(self.items)  # a TypeError, where it was not iterable
 
 
-def encode(value):
+def encode(value: Any) -> Any:
     """A value as JSON. Subclasses go as their base, and numpy's scalars as Python's."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -65,7 +72,7 @@ def encode(value):
     return ["other", [encode(item) for item in value] if hasattr(value, "__iter__") else None]
 
 
-def decode(told):
+def decode(told: Any) -> Any:
     """The value that `encode` made JSON of. It comes from a process that may send anything, so it makes no object but
     those named here."""
     if told is None or isinstance(told, (bool, str)):
@@ -88,30 +95,31 @@ def decode(told):
     return Other(content and [decode(item) for item in content])
 
 
-def error_of(name, text):
+def error_of(name: str, text: str) -> Exception:
     """An exception of that name: a kind of Python's own of the name, so that a check may expect it."""
     base = getattr(builtins, name, None)
     kind = base if isinstance(base, type) and issubclass(base, Exception) else Exception
-    return type(name, (kind,), {"__init__": lambda self: None, "__str__": lambda self: text})()
+    named: Any = type(name, (kind,), {"__init__": lambda self: None, "__str__": lambda self: text})
+    return named()
 
 
-def confine(user, limits):
+def confine(user: int, limits: dict[str, tuple[int, int]]) -> None:
     """Becomes `user` (where it is root), then takes the limits, which it cannot raise again."""
     if user and os.getuid() == 0:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), tuple(value))
+        resource.setrlimit(getattr(resource, name), value)
 
 
-def read_nothing():
+def read_nothing() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
 
 
-def flush():
+def flush() -> None:
     """What was printed is kept, if the program left its standard output as it was."""
     try:
         sys.stdout.flush()
@@ -119,14 +127,14 @@ def flush():
         pass
 
 
-def serve(asked, answers):
+def serve(asked: BinaryIO, answers: BinaryIO) -> None:
     """The program's process: runs the code, then its functions as they are asked for.
 
     Whatever the code leaves behind (threads, buffers, exit handlers) is not waited for.
     """
     process = os.getpid()
 
-    def answer(function, *arguments):
+    def answer(function: Callable[..., Any], *arguments: Any) -> None:
         try:
             told = json.dumps({"value": encode(function(*arguments))})
         except BaseException as error:
@@ -149,17 +157,17 @@ def serve(asked, answers):
 class Program:
     """The program's process, as the judge sees it."""
 
-    def __init__(self, process, ask, answers, max_files):
+    def __init__(self, process: int, ask: BinaryIO, answers: int, max_files: int | None) -> None:
         self.process, self.ask, self.answers, self.max_files = process, ask, answers, max_files
-        self.unread = b""
+        self.unread = bytearray()
 
-    def load(self, job):
+    def load(self, job: dict[str, Any]) -> None:
         self._result(job)
 
-    def call(self, function, *arguments):
+    def call(self, function: str, *arguments: Any) -> Any:
         return self._result([function, [encode(argument) for argument in arguments]])
 
-    def _result(self, message):
+    def _result(self, message: Any) -> Any:
         try:
             self.ask.write(json.dumps(message).encode() + b"\n")
             self.ask.flush()
@@ -170,13 +178,16 @@ class Program:
             raise error_of(*map(str, told["error"]))
         return decode(told["value"])
 
-    def _line(self):
+    def _line(self) -> bytes:
+        searched = 0
         while True:
             self._count_files()  # no answer is believed before that
-            line, end, rest = self.unread.partition(b"\n")
-            if end:
-                self.unread = rest
+            end = self.unread.find(b"\n", searched)
+            if end >= 0:
+                line = bytes(self.unread[:end])
+                del self.unread[: end + 1]
                 return line
+            searched = len(self.unread)
             if not select.select([self.answers], [], [], SECONDS_BETWEEN_COUNTS)[0]:
                 continue
             piece = os.read(self.answers, 1 << 20)
@@ -186,19 +197,19 @@ class Program:
             if len(self.unread) > MAX_ANSWER_BYTES:
                 raise Verdict(f"failed: an answer of more than {MAX_ANSWER_BYTES} bytes")
 
-    def _count_files(self):
-        """Inodes are memory that no limit of a process counts, and bwrap cannot limit a tmpfs's."""
+    def _count_files(self) -> None:
+        """Inodes are memory that no limit of a process counts, and bwrap has no flag for those of a tmpfs."""
         if self.max_files:
             tmp = os.statvfs("/tmp")
             if tmp.f_files - tmp.f_ffree > self.max_files:
                 raise Verdict(f"failed: more than {self.max_files} files in /tmp")
 
-    def _how_it_ended(self):
+    def _how_it_ended(self) -> str:
         code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         return "timeout" if code == -signal.SIGXCPU else f"failed: ended by itself (code {code})"
 
 
-def judge(program, job):
+def judge(program: Program, job: dict[str, Any]) -> str:
     """'passed', or 'failed: ' and why, or 'timeout'. An exit is a failure too: the check comes last."""
     try:
         program.load({"code": job["code"], "user": job["user"], "limits": job["limits"]})
@@ -210,7 +221,7 @@ def judge(program, job):
     return "passed"
 
 
-def main():
+def main() -> None:
     (asked, ask), (answers, answer) = os.pipe(), os.pipe()
     process = os.fork()
     if process == 0:

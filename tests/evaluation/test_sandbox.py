@@ -118,7 +118,7 @@ def test_two_evaluations_at_once_do_not_count_each_others_processes() -> None:
 @needs_bubblewrap
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are different users")
 def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = 20000 + os.getpid() % 20000 * 2
+    first = 20000 + os.getpid() % 10000 * 4  # beside other runs of this test
     monkeypatch.setattr(sandbox_module, "FIRST_USER", first)
     monkeypatch.setattr(sandbox_module, "NUM_PAIRS", 2)
     programs = [Program("import os, time; time.sleep(2); print(os.getuid())")] * 3
