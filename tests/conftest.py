@@ -26,9 +26,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 # A busy machine is no failure: neither a slow example nor slow drawing of examples.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-# Folders whose tests share fixtures that cost seconds, and files that run programs in the sandbox, whose processes are
-# counted together, stay on one of the workers; elsewhere those of a file do.
-TOGETHER = ("tests/checkpoint/", "tests/conversion/", "tests/evaluation/test_sandbox", "tests/evaluation/test_task_")
+# Folders whose tests share fixtures that cost seconds stay on one of the workers; elsewhere those of a file do.
+TOGETHER = ("tests/checkpoint/", "tests/conversion/")
 APART = "tests/training/test_layout.py"  # each test is a world of its own
 
 
@@ -36,7 +35,7 @@ def group_of(nodeid: str) -> str:
     """Tests of one group follow one another on one of the workers that `make test` runs them on."""
     file = nodeid.split("::")[0]
     folder = next((start for start in TOGETHER if file.startswith(start)), file)
-    return nodeid if file == APART else "sandbox" if folder in TOGETHER[2:] else folder
+    return nodeid if file == APART else folder
 
 
 @pytest.hookimpl(optionalhook=True)
