@@ -41,6 +41,7 @@ class CellRecord:
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
         reason: of the failure, training's or scoring's last words.
+        provenance: "training" and "score" -> what each came from (`provenance.py`); empty in older records.
     """
 
     model: str
@@ -66,6 +67,7 @@ class CellRecord:
     score_seconds: float = 0.0
     reason: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
