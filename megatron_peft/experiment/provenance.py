@@ -55,34 +55,49 @@ def file_digest(path: Path) -> str:
 
 def data_files(words: Sequence[str]) -> Iterator[Path]:
     """Those that the data flags of a command name: files, the two behind an indexed prefix, or all of a folder."""
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag = word
-        elif flag in DATA_FLAGS:
+    for flag, values in by_flag(words).items():
+        for word in values if flag in DATA_FLAGS else ():
             path = Path(word)
             found = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
             yield from (one for one in found if one.is_file())
 
 
-def misfits(cell: Cell, score: Score | None, record: CellRecord) -> Iterator[str]:
+def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
+    """`--lr 0.1 --bf16` -> {"--lr": ["0.1"], "--bf16": []}; words before the first flag are left out."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return found
+
+
+def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
     """What of a record is not of the cell as the experiment's file has it now."""
-    now: Mapping[str, Any] = asdict(cell)
-    for name, value in now.items():
-        if getattr(record, name) != value:
-            yield f"its {name} {_difference(getattr(record, name), value)}"
-    digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else ""}
-    for name, expected in digests.items():
-        source = record.provenance.get(name)
-        if source and (wrote := str(source.get("cell_sha256"))) != expected:
-            yield (
-                f"its {name} came from other words of the experiment's file: the runner wrote the digest {wrote[:12]}, "
-                f"these words have {expected[:12] or 'no score'}"
-            )
+    now: Mapping[str, Any] = {name: value for name, value in asdict(cell).items() if name != "flags"}
+    named = [
+        f"{name} is {getattr(record, name)!r} and {value!r} in the file"
+        for name, value in now.items()
+        if getattr(record, name) != value
+    ]
+    ran, asked = by_flag(record.flags), by_flag(cell.flags)
+    named += [
+        f"{flag} is {_words(ran, flag)} and {_words(asked, flag)} in the file"
+        for flag in sorted(ran.keys() | asked.keys())
+        if ran.get(flag) != asked.get(flag)
+    ]
+    if named or record.flags != cell.flags:
+        return named or ["its flags stand in another order than the file's"]
+    digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
+    wrote = {name: str(source.get("cell_sha256")) for name, source in record.provenance.items()}
+    return [
+        f"its {name} came from other words than the file: {has[:12]}, and {digests.get(name, 'none')[:12]} in the file"
+        for name, has in wrote.items()
+        if has != digests.get(name)
+    ]
 
 
-def _difference(has: Any, expected: Any) -> str:
-    if isinstance(has, tuple) and isinstance(expected, tuple) and set(has) ^ set(expected):
-        ours, theirs = [word for word in has if word not in expected], [word for word in expected if word not in has]
-        return f"hold {' '.join(ours) or 'nothing'} where the file has {' '.join(theirs) or 'nothing'}"
-    return f"are {has!r}, the file's {expected!r}" if isinstance(has, tuple) else f"is {has!r}, the file's {expected!r}"
+def _words(flags: Mapping[str, Sequence[str]], flag: str) -> str:
+    return " ".join(flags[flag]) or "given" if flag in flags else "absent"

@@ -85,6 +85,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     lines = [
         f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
         for name, value in finite(asdict(record)).items()
+        if value or name != "provenance"  # a copy of a record that says none is the same text
     ]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a field a line, for diffs
     temporary.replace(path)
