@@ -18,6 +18,15 @@ from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.record import CellRecord, source_version
 from megatron_peft.experiment.spec import Score
 
+WORDS = (
+    "model",
+    "task",
+    "method",
+    "settings",
+    "seed",
+    "flags",
+    "processes",
+)  # of the file on a cell
 DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
 
 
@@ -37,11 +46,16 @@ def _source(experiment: str, cell: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def training_digest(cell: Cell) -> str:
-    return digest(json.dumps(asdict(cell), sort_keys=True))
+    return digest(json.dumps(_words_on(cell), sort_keys=True))
 
 
 def score_digest(cell: Cell, score: Score) -> str:
-    return digest(json.dumps([asdict(cell), asdict(score)], sort_keys=True))
+    return digest(json.dumps([_words_on(cell), asdict(score)], sort_keys=True))
+
+
+def _words_on(cell: Cell) -> dict[str, Any]:
+    """A field of `Cell` that is not of them must not change the digests that records hold."""
+    return {name: getattr(cell, name) for name in WORDS}
 
 
 def digest(text: str) -> str:
@@ -76,15 +90,14 @@ def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
 
 def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
     """What of a record is not of the cell as the experiment's file has it now."""
-    now: Mapping[str, Any] = {name: value for name, value in asdict(cell).items() if name != "flags"}
     named = [
         f"{name} is {getattr(record, name)!r} and {value!r} in the file"
-        for name, value in now.items()
-        if getattr(record, name) != value
+        for name, value in _words_on(cell).items()
+        if name != "flags" and getattr(record, name) != value
     ]
     ran, asked = by_flag(record.flags), by_flag(cell.flags)
     named += [
-        f"{flag} is {_words(ran, flag)} and {_words(asked, flag)} in the file"
+        f"{flag} is {_values(ran, flag)} and {_values(asked, flag)} in the file"
         for flag in sorted(ran.keys() | asked.keys())
         if ran.get(flag) != asked.get(flag)
     ]
@@ -99,5 +112,5 @@ def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
     ]
 
 
-def _words(flags: Mapping[str, Sequence[str]], flag: str) -> str:
+def _values(flags: Mapping[str, Sequence[str]], flag: str) -> str:
     return " ".join(flags[flag]) or "given" if flag in flags else "absent"

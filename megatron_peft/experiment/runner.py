@@ -233,8 +233,7 @@ def run_group(experiment: Experiment, folder: Path, group: Group, **settings: An
     """
     lock = _lock(folder / LOCKS / group.key)
     try:
-        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        return Runner(folder, [group], experiment=experiment.text, **settings).run()
+        return _runner(experiment, folder, [group], settings).run()
     finally:
         lock.release()
 
@@ -247,13 +246,18 @@ def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group]
     """
     lock = _lock(folder)
     try:
-        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        runner = Runner(folder, groups, experiment=experiment.text, **settings)
+        runner = _runner(experiment, folder, groups, settings)
         for command in experiment.prepare:
             _prepare(command, folder, runner.report)
         return runner.run()
     finally:
         lock.release()
+
+
+def _runner(experiment: Experiment, folder: Path, groups: Sequence[Group], settings: Mapping[str, Any]) -> Runner:
+    """On a folder that is locked: the experiment's file goes beside the cells."""
+    (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
+    return Runner(folder, groups, experiment=experiment.text, **settings)
 
 
 def read_scores(path: Path, score: Score) -> dict[str, float]:
