@@ -21,6 +21,7 @@ def shape_of(folder: str) -> ModelShape:
 
 
 def main() -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
     config = parse_arguments(read_shape=shape_of)
 
     # Imported after the arguments were read: --help and a wrong flag answer at once.

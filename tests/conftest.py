@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as pretrain_peft.py sets it
 os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(600)))  # a hang of several ranks must not stop the suite
 # Programs and ranks that a test starts are of this tree, wherever another one is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import threading
@@ -254,7 +255,7 @@ def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
 def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
     """On the second rank the disk is full; the next save of the same iteration finds room."""
     before = _contents(folder)
-    with Saver(run.state.config.checkpoint) as saver:
+    with _saver_that_goes_on(run) as saver:
         with _disk_full(1, FileSystemWriter, "write_data"):
             saver.start(run.state)
             failed = saver.finish()
@@ -265,11 +266,17 @@ def _behind_failing(run: Run, folder: Path) -> dict[str, Any]:
     return {"message": str(failed.error), "unchanged": unchanged, "again": (again.iteration, again.error)}
 
 
+def _saver_that_goes_on(run: Run) -> Saver:
+    """As that of the run when it is started again with --load."""
+    settings = run.state.config.checkpoint
+    return Saver(dataclasses.replace(settings, load=settings.save))
+
+
 def _left_behind(run: Run, folder: Path) -> list[str]:
     """A save that was started when the run ends, by an exception even, is completed; older ones than two go."""
     run.train(1)
     try:
-        with Saver(run.state.config.checkpoint) as saver:
+        with _saver_that_goes_on(run) as saver:
             saver.start(run.state)
             raise KeyboardInterrupt
     except KeyboardInterrupt:

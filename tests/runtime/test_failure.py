@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import time
 from typing import NamedTuple
 
@@ -87,6 +88,37 @@ def test_nobody_waits_for_a_timeout(outcomes, case):
 
 def test_without_a_failure_nothing_is_said(outcomes):
     assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
+
+
+def _first_is_killed(_: None) -> None:
+    dist.init_process_group("gloo")
+
+    def program() -> None:
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.zeros(1))
+
+    run_together(program, "program")
+
+
+def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
+    """The first hosts the store: what the others want to tell one another has nowhere to go."""
+    with Ranks(2, _first_is_killed) as ranks:
+        ranks.processes[1].join(seconds(60))
+        told = [line for line in ranks.output(1).splitlines() if line]
+        assert ranks.exit_codes == [-signal.SIGKILL, 1] and len(told) == 1, told
+        assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
+
+
+def _interrupted(_: None) -> None:
+    dist.init_process_group("gloo")
+    run_together(lambda: os.kill(os.getpid(), signal.SIGINT), "program")
+
+
+def test_an_interrupt_is_one_line() -> None:
+    with Ranks(1, _interrupted) as ranks:
+        ranks.processes[0].join(seconds(60))
+        assert (ranks.exit_codes, ranks.output(0)) == ([130], "program: interrupted\n")
 
 
 def test_results_come_by_rank() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_peft.config import CheckpointConfig, ConfigurationError, ParallelConfig
+from megatron_peft.adapters.hybrid import Hybrid
+from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig, ParallelConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.training import finetune as finetune_module
 from megatron_peft.training import metrics
 from megatron_peft.training.finetune import finetune
-from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job
@@ -71,6 +76,68 @@ def test_a_run_that_outlives_the_checkpoint_s_schedule_is_refused(run, tmp_path)
     run(optimizer={"override_opt_param_scheduler": True}, **longer)
     rates = [record["learning_rate"] for record in read_metrics(tmp_path / METRICS_FILE)]
     assert len(rates) == 4 and rates[2] > 0
+
+
+def test_metrics_that_are_moved_away_are_said_and_begun_anew(tmp_path, caplog):
+    with MetricsWriter(tmp_path / "run", LoggingConfig(), is_writer=True) as writer:
+        writer.write({"iteration": 1, "loss": 2.0})
+        (tmp_path / "run").rename(tmp_path / "moved")
+        writer.write({"iteration": 2, "loss": 1.0})
+    assert [one["iteration"] for one in read_metrics(tmp_path / "run" / METRICS_FILE)] == [2]
+    assert [one["iteration"] for one in read_metrics(tmp_path / "moved" / METRICS_FILE)] == [1]
+    assert "metrics.jsonl was moved or removed during the run" in caplog.text
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(run, tmp_path, caplog):
+    run(checkpoint={"save": str(tmp_path)}, num_steps=2)
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=2, data_settings={"seed": 7})
+    assert "the run goes on with --seed 7 (before: 1234), at the old position" in caplog.text
+
+
+def test_groups_of_runs_that_have_ended_leave_no_thread(run):
+    def num_threads() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/task"))
+
+    run(num_steps=1)
+    before = num_threads()
+    for _ in range(2):
+        run(num_steps=1)
+    assert num_threads() == before
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_adapters_that_change_the_model_before_they_are_trained_are_said(run, monkeypatch, capsys, spoilt):
+    if spoilt:
+        build = finetune_module.build_state
+        monkeypatch.setattr(finetune_module, "build_state", lambda *args: _with_ones(build(*args)))
+    for peft in (
+        {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 4, "boft_factors": 1},
+        {"method": "boft", "boft_block_size": 4, "boft_factors": 1},
+    ):
+        run(num_steps=1, peft=peft)
+        told = "with its adapters at their start the model's loss is" in capsys.readouterr().out
+        assert told == spoilt
+
+
+def _with_ones(state):
+    for chunk in state.model_chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.constant_(parameter, 0.05)
+    return state
+
+
+def test_a_half_of_the_hybrid_that_is_cut_off_is_named(run, monkeypatch, capsys):
+    mixture = Hybrid._mixture
+    monkeypatch.setattr(Hybrid, "_mixture", lambda self: (mixture(self)[0], mixture(self)[1].detach()))
+    run(
+        num_steps=1,
+        peft={"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2, "boft_block_size": 4, "boft_factors": 1},
+    )
+    said = capsys.readouterr().out
+    assert "8 adapted layers have no gradient" in said and "linear_fc1 (its rotation)" in said
+    assert "(its low rank)" not in said
 
 
 @pytest.mark.parametrize("name", ["save", "load"])
