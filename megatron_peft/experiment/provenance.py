@@ -18,15 +18,8 @@ from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.record import CellRecord, source_version
 from megatron_peft.experiment.spec import Score
 
-WORDS = (
-    "model",
-    "task",
-    "method",
-    "settings",
-    "seed",
-    "flags",
-    "processes",
-)  # of the file on a cell
+# What the file says of a cell. A field of `Cell` beside them would not change the digests that records hold.
+WORDS = ("model", "task", "method", "settings", "seed", "flags", "processes")
 DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
 
 
@@ -54,7 +47,6 @@ def score_digest(cell: Cell, score: Score) -> str:
 
 
 def _words_on(cell: Cell) -> dict[str, Any]:
-    """A field of `Cell` that is not of them must not change the digests that records hold."""
     return {name: getattr(cell, name) for name in WORDS}
 
 
@@ -88,6 +80,11 @@ def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def is_told(record: CellRecord) -> bool:
+    """Whether the record says where all of its numbers came from."""
+    return record.provenance.keys() >= ({"training", "score"} if record.scores else {"training"})
+
+
 def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
     """What of a record is not of the cell as the experiment's file has it now."""
     named = [
@@ -104,7 +101,7 @@ def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
     if named or record.flags != cell.flags:
         return named or ["its flags stand in another order than the file's"]
     digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
-    wrote = {name: str(source.get("cell_sha256")) for name, source in record.provenance.items()}
+    wrote = {name: str(source["cell_sha256"]) for name, source in record.provenance.items()}
     return [
         f"its {name} came from other words than the file: {has[:12]}, and {digests.get(name, 'none')[:12]} in the file"
         for name, has in wrote.items()

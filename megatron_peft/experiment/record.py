@@ -105,8 +105,11 @@ def read_file(path: Path) -> CellRecord:
     try:
         values = read_json_object(path)
         tuples = {name: tuple(values[name]) for name in ("flags", "score_command")}
+        for source in values.get("provenance", {}).values():
+            if not isinstance(source["data_sha256"], Mapping) or "cell_sha256" not in source:
+                raise TypeError("its provenance")
         return CellRecord(**{**values, **tuples})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not the file of a cell ({error!r}): remove it to run the cell.") from error
 
 

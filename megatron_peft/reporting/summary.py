@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.provenance import is_told
 from megatron_peft.experiment.spec import budget, grid_size
 from megatron_peft.reporting.results import Results, peft_method
 from megatron_peft.reporting.table import Table, number
@@ -128,7 +129,7 @@ def versions(results: Results) -> str:
 def provenance(results: Results) -> Iterator[str]:
     """How many cells say where they came from, which do not, and data that were not the same for all of them."""
     records = results.records()
-    silent = [key for key, record in records.items() if "training" not in record.provenance]
+    silent = [key for key, record in records.items() if not is_told(record)]
     if silent:
         yield (
             f"**{len(silent)} of {len(records)} cells do not say from which experiment file and data they came:** "

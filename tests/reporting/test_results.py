@@ -12,7 +12,8 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import CellRecord, of_cell, write_record
+from megatron_peft.experiment.provenance import of_training
+from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
 from megatron_peft.reporting import speed_table, summary
 from megatron_peft.reporting.comparison import compare
 from megatron_peft.reporting.paper import Entry, entry
@@ -84,24 +85,19 @@ def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
 def test_cells_that_do_not_say_where_they_came_from_are_named_and_copied_as_they_are(
     found: Results, tmp_path: Path
 ) -> None:
-    path = tmp_path / CELL
-    values = json.loads(path.read_text())
-    values["provenance"]["training"]["data_sha256"] = {"train.jsonl": "a" * 64}
-    path.write_text(json.dumps(values))
-    for name, data in (("lora-ga,lr=0.4", {"train.jsonl": "b" * 64}), ("hybrid,lr=1", None)):
-        path = tmp_path / f"cells/tiny,talk,{name},seed=1.json"
-        values = json.loads(path.read_text())
-        values["provenance"]["training"]["data_sha256"] = data
-        values = values if data else {key: value for key, value in values.items() if key != "provenance"}
-        path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}\n")
+    lora, lora_ga, hybrid = (result.group.tuning for result in found.all)
+    for cell, data in ((lora[0], "a"), (lora[1], "a"), (lora_ga[1], "b")):  # the second has a score of nowhere
+        training = of_training("", cell) | {"data_sha256": {"train.jsonl": data * 64}}
+        write_record(tmp_path, cell, record_of(cell, provenance={"training": training}))
+    write_record(tmp_path, hybrid[0], record_of(hybrid[0]))
     silent, names, data = summary.provenance(read_results(tmp_path))
-    assert silent.startswith("**1 of 12 cells do not say") and names == "They are tiny,talk,hybrid,lr=1,seed=1."
-    assert data == (
-        "**Not the same data:** train.jsonl was read as aaaaaaaaaaaa by tiny,talk,lora,lr=0.1,seed=1; "
-        "bbbbbbbbbbbb by tiny,talk,lora-ga,lr=0.4,seed=1."
-    )
+    assert silent.startswith("**2 of 12 cells do not say")
+    assert names == f"They are {lora[1].key}; {hybrid[0].key}."
+    read = f"{'a' * 12} by {lora[0].key}, {lora[1].key}; {'b' * 12} by {lora_ga[1].key}"
+    assert data == f"**Not the same data:** train.jsonl was read as {read}."
     copy_results(read_results(tmp_path), tmp_path / "copy")
-    assert (tmp_path / "copy" / path.relative_to(tmp_path)).read_text() == path.read_text()
+    copied, old = (cell_file(folder, hybrid[0]).read_text() for folder in (tmp_path / "copy", tmp_path))
+    assert copied == old and "provenance" not in copied
 
 
 @pytest.mark.parametrize(
