@@ -1,4 +1,4 @@
-"""What the documentation names exists: flags and files."""
+"""What the documentation names exists, flags and files, and its results are those of the committed records."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.reporting.documents import PLACE, filled
+from megatron_peft.reporting.report import build, markdown
+from megatron_peft.reporting.results import read_results
+from megatron_peft.reporting.table1 import reference_method
 from megatron_peft.served_flags import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
@@ -18,6 +22,7 @@ from tools.report import FLAGS as REPORT_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
+RECORDS = ROOT / "docs" / "results"
 # Flags of other programs (torchrun, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
@@ -52,3 +57,20 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert {page for page in pages if f"({page})" not in index} == set()
+
+
+@pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
+def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
+    text = page.read_text()
+    assert filled(text, RECORDS) == text, "python -m megatron_peft.reporting.documents README.md docs/*.md ..."
+    assert "±" not in PLACE.sub("", text), "a result that no record stands behind"
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in RECORDS.glob("*/cells")], ids=lambda path: path.name)
+def test_report_says_what_its_records_say(folder: Path) -> None:
+    results = read_results(folder)
+    found = build(results, reference_method(results, None))
+    assert markdown(found) == (folder / "report.md").read_text(), f"python tools/report.py {folder}"
+    assert {name: (folder / name).read_text() for name in found.files} == found.files
+    shown = {f"{name}.svg" for section in found.sections for name in section.figures}
+    assert {path.name for path in folder.glob("*.svg")} == shown

@@ -41,6 +41,7 @@ class CellRecord:
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
         reason: of the failure, training's or scoring's last words.
+        provenance: "training" and "score" -> what each came from (`provenance.py`); empty in older records.
     """
 
     model: str
@@ -66,6 +67,7 @@ class CellRecord:
     score_seconds: float = 0.0
     reason: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -83,6 +85,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     lines = [
         f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
         for name, value in finite(asdict(record)).items()
+        if value or name != "provenance"  # a copy of a record that says none is the same text
     ]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a field a line, for diffs
     temporary.replace(path)
@@ -102,8 +105,11 @@ def read_file(path: Path) -> CellRecord:
     try:
         values = read_json_object(path)
         tuples = {name: tuple(values[name]) for name in ("flags", "score_command")}
+        for source in values.get("provenance", {}).values():
+            if not isinstance(source["data_sha256"], Mapping) or "cell_sha256" not in source:
+                raise TypeError("its provenance")
         return CellRecord(**{**values, **tuples})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not the file of a cell ({error!r}): remove it to run the cell.") from error
 
 

@@ -20,10 +20,17 @@ from typing import Any
 
 from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process
+from megatron_peft.experiment import process, provenance
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.plan import Work, progress, work
-from megatron_peft.experiment.record import from_metrics, of_cell, read_record, trainable_parameters, write_record
+from megatron_peft.experiment.record import (
+    CellRecord,
+    from_metrics,
+    of_cell,
+    read_record,
+    trainable_parameters,
+    write_record,
+)
 from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.untrusted import read_json
@@ -45,8 +52,10 @@ class Runner:
         report: is told a sentence at each event; refresh: is called at each look at the running cells.
         program: the training program, as words after `python`; None is pretrain_peft.py.
         keep_checkpoints: leave the checkpoints of cells that are through.
+        experiment: the text of the experiment's file.
         gave_up: keys of the cells that failed in this call.
         running: what runs now.
+        begun: of each running cell the record as it was when its process started: where its numbers will come from.
     """
 
     folder: Path
@@ -56,8 +65,10 @@ class Runner:
     refresh: Callable[[Runner], None] = lambda runner: None
     program: Sequence[str] | None = None
     keep_checkpoints: bool = False
+    experiment: str = ""
     gave_up: set[str] = field(default_factory=set)
     running: dict[str, tuple[Work, process.Running]] = field(default_factory=dict)
+    begun: dict[str, CellRecord] = field(default_factory=dict)
     _stopped_by: int | None = None
 
     def run(self) -> bool:
@@ -114,7 +125,18 @@ class Runner:
             process.score_file(self.folder, todo.cell).unlink(missing_ok=True)
             command = process.score_command(self.folder, todo.cell, todo.score)
         self.report(f"{todo.kind} {todo.cell.key}")
+        self.begun[todo.cell.key] = self._begin(todo)
         self.running[todo.cell.key] = todo, process.start(command, folder / process.LOG)
+
+    def _begin(self, todo: Work) -> CellRecord:
+        """Before the process starts: the commit and the files of the disk may be others by the time that it ends."""
+        if todo.kind == "train":
+            source = provenance.of_training(self.experiment, todo.cell)
+            return of_cell(todo.cell, "failed", provenance={"training": source})
+        record = read_record(self.folder, todo.cell)
+        assert record is not None and todo.score is not None
+        source = provenance.of_score(self.experiment, todo.cell, todo.score)
+        return replace(record, provenance={**record.provenance, "score": source})
 
     def _collect(self) -> None:
         for key, (todo, running) in list(self.running.items()):
@@ -140,9 +162,9 @@ class Runner:
         records = read_metrics(path) if path.exists() else []
         if not records:
             raise ConfigurationError(f"it ended well, but left no {path}")
-        record = of_cell(
-            cell,
-            "trained",
+        record = replace(
+            self.begun[cell.key],
+            status="trained",
             started_at=running.started_at,
             seconds=running.seconds,
             trainable_parameters=trainable_parameters(running.log.read_text(encoding="utf-8", errors="replace")),
@@ -155,10 +177,9 @@ class Runner:
 
     def _scored(self, todo: Work, running: process.Running) -> str:
         assert todo.score is not None
-        record = read_record(self.folder, todo.cell)
-        assert record is not None
         scores = read_scores(process.score_file(self.folder, todo.cell), todo.score)
-        record = replace(record, scores=scores, score_command=todo.score.command, score_seconds=running.seconds)
+        values = {"scores": scores, "score_command": todo.score.command, "score_seconds": running.seconds}
+        record = replace(self.begun[todo.cell.key], **values)
         write_record(self.folder, todo.cell, record)
         self._remove_checkpoints(todo.cell)
         return ", ".join(f"{name} {_shown(value)}" for name, value in scores.items())
@@ -167,8 +188,8 @@ class Runner:
         self.gave_up.add(todo.cell.key)
         self.report(f"FAILED: {todo.kind} {todo.cell.key}: {reason}\n  all of it: {running.log}")
         if todo.kind == "train":
-            record = of_cell(todo.cell, "failed", started_at=running.started_at, seconds=running.seconds, reason=reason)
-            write_record(self.folder, todo.cell, record)
+            values = {"started_at": running.started_at, "seconds": running.seconds, "reason": reason}
+            write_record(self.folder, todo.cell, replace(self.begun[todo.cell.key], **values))
 
     def _remove_checkpoints(self, cell: Cell) -> None:
         """Of the cells of `cell`'s group that have nothing left to be done with, once its grid is through."""
@@ -212,8 +233,7 @@ def run_group(experiment: Experiment, folder: Path, group: Group, **settings: An
     """
     lock = _lock(folder / LOCKS / group.key)
     try:
-        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        return Runner(folder, [group], **settings).run()
+        return _runner(experiment, folder, [group], settings).run()
     finally:
         lock.release()
 
@@ -226,13 +246,18 @@ def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group]
     """
     lock = _lock(folder)
     try:
-        (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
-        runner = Runner(folder, groups, **settings)
+        runner = _runner(experiment, folder, groups, settings)
         for command in experiment.prepare:
             _prepare(command, folder, runner.report)
         return runner.run()
     finally:
         lock.release()
+
+
+def _runner(experiment: Experiment, folder: Path, groups: Sequence[Group], settings: Mapping[str, Any]) -> Runner:
+    """On a folder that is locked: the experiment's file goes beside the cells."""
+    (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
+    return Runner(folder, groups, experiment=experiment.text, **settings)
 
 
 def read_scores(path: Path, score: Score) -> dict[str, float]:

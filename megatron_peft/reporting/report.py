@@ -70,7 +70,9 @@ def _sections(results: Results, found: Sequence[Row], ours: Table, long: Table) 
     lambdas = _lambda_figures(results)
     if lambdas:
         yield Section("Lambda by layer", ["Means over the final runs."], figures=lambdas)
-    yield Section("How it was made", [summary.versions(results)], [summary.tuning(results)])
+    yield Section(
+        "How it was made", [summary.versions(results), *summary.provenance(results)], [summary.tuning(results)]
+    )
 
 
 def _papers_table1(found: Sequence[Row]) -> Iterator[Section]:

@@ -10,12 +10,14 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell, Group, groups
 from megatron_peft.experiment.plan import progress
-from megatron_peft.experiment.record import CellRecord, write_record
+from megatron_peft.experiment.provenance import misfits
+from megatron_peft.experiment.record import CellRecord, cell_file, read_file, read_record, write_record
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.experiment.spec import Choice, Experiment
 from megatron_peft.experiment.spec_file import read_experiment
 
 VALIDATION_LOSS = "validation loss"
+MOST_MISFITS = 3  # that are told of many
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Result:
         tuning: (cell, its record or None) of each point of the grid.
         finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
         settings: of the chosen point.
+        records: by key, of all of its cells; more than the above where the grid is not all there.
     """
 
     group: Group
     tuning: tuple[tuple[Cell, CellRecord | None], ...]
     finals: Mapping[int, CellRecord]
     settings: Mapping[str, str]
+    records: Mapping[str, CellRecord]
 
     @property
     def model(self) -> str:
@@ -69,6 +73,10 @@ class Results:
         """(model, task) of which at least one run is there."""
         return list(dict.fromkeys((result.model, result.task) for result in self.all if result.finals))
 
+    def records(self) -> dict[str, CellRecord]:
+        """By key, of each cell that is there."""
+        return {key: record for result in self.all for key, record in result.records.items()}
+
     def num_finals(self) -> tuple[int, int]:
         """(final runs that are there, final runs of the whole experiment)."""
         return sum(len(result.finals) for result in self.all), len(self.all) * len(self.experiment.seeds)
@@ -89,18 +97,37 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     """The results under `folder`, of the experiment that the runner left there or that is named.
 
     Raises:
-        ConfigurationError: no such file, or none of its cells is there.
+        ConfigurationError: no such file, a cell's record is not of the file's words, or none of its cells is there.
     """
     source = experiment_file or folder / EXPERIMENT_FILE
     if not source.exists():
         raise ConfigurationError(f"{source} is not there: name the experiment's YAML file with --experiment.")
     experiment = read_experiment(source)
+    _refuse_misfits(folder, groups(experiment), source)
     found = Results(experiment, tuple(_result(folder, group) for group in groups(experiment)))
     if not any(record for result in found.all for _, record in result.tuning):
-        raise ConfigurationError(
-            f"{folder}/cells holds no cell of {source}: cells count while their flags are those of the file."
-        )
+        raise ConfigurationError(f"{folder}/cells holds no cell of {source}: tools/experiment.py runs them.")
     return found
+
+
+def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None:
+    """A number stands beside the words of the file, so it must have come from them."""
+    problems = [
+        f"{path} is not of {source}: {'; '.join(differences)}. Remove it and run tools/experiment.py, which runs it "
+        f"anew, or name the file that it came from with --experiment."
+        for group in all_groups
+        for cell in _cells(group).values()
+        if (path := cell_file(folder, cell)).exists()
+        and (differences := misfits(cell, group.task.score, read_file(path)))
+    ]
+    if problems:
+        more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
+        raise ConfigurationError(*problems[:MOST_MISFITS], *more)
+
+
+def _cells(group: Group) -> dict[str, Cell]:
+    """By key: a tuning cell may be a final one too."""
+    return {cell.key: cell for cells in (group.tuning, *group.finals) for cell in cells}
 
 
 def copy_results(results: Results, folder: Path) -> None:
@@ -108,31 +135,27 @@ def copy_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
     for result in results.all:
-        for cell, record in (*result.tuning, *_final_cells(result)):
-            if record is not None:
-                write_record(folder, cell, record)
-
-
-def _final_cells(result: Result) -> list[tuple[Cell, CellRecord]]:
-    cells = {(tuple(cell.settings.items()), cell.seed): cell for cells in result.group.finals for cell in cells}
-    chosen = tuple(result.settings.items())
-    return [(cells[chosen, seed], record) for seed, record in result.finals.items()]
+        cells = _cells(result.group)
+        for key, record in result.records.items():
+            write_record(folder, cells[key], record)
 
 
 def _result(folder: Path, group: Group) -> Result:
     now = progress(folder, group)
-    tuning = tuple(
-        (cell, record and _with_lambdas(folder, cell, record))
-        for cell, record in zip(group.tuning, now.tuning, strict=True)
-    )
-    if now.best is None:
-        return Result(group, tuning, {}, {})
-    finals = {
-        cell.seed: _with_lambdas(folder, cell, record)
-        for cell, record in zip(group.finals[now.best], now.finals, strict=True)
-        if record is not None and record.is_trained
+    records = {
+        key: _with_lambdas(folder, cell, record)
+        for key, cell in _cells(group).items()
+        if (record := read_record(folder, cell)) is not None
     }
-    return Result(group, tuning, finals, dict(group.tuning[now.best].settings))
+    tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
+    if now.best is None:
+        return Result(group, tuning, {}, {}, records)
+    finals = {
+        cell.seed: records[cell.key]
+        for cell in group.finals[now.best]
+        if cell.key in records and records[cell.key].is_trained
+    }
+    return Result(group, tuning, finals, dict(group.tuning[now.best].settings), records)
 
 
 def _with_lambdas(folder: Path, cell: Cell, record: CellRecord) -> CellRecord:

@@ -1,4 +1,4 @@
-"""The sentences of a report: the budget, who has the best mean, and how the Hybrid does."""
+"""The sentences of a report: the budget, who has the best mean, how the Hybrid does, where the cells came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.provenance import is_told
 from megatron_peft.experiment.spec import budget, grid_size
 from megatron_peft.reporting.results import Results, peft_method
 from megatron_peft.reporting.table import Table, number
@@ -17,7 +18,14 @@ def state(results: Results) -> str:
     have, whole = results.num_finals()
     seeds = ", ".join(map(str, results.experiment.seeds))
     told = f"{have} of {whole} final runs are there (seeds {seeds})."
-    return told if have == whole else f"**Not finished:** {told}"
+    if have == whole:
+        return told
+    missing: dict[str, list[str]] = {}
+    for result in results.all:
+        if len(result.finals) < len(results.experiment.seeds):
+            missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
+    places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
+    return f"**Not finished:** {told} Runs are missing of {places}."
 
 
 def budgets(results: Results) -> list[str]:
@@ -116,3 +124,26 @@ def versions(results: Results) -> str:
             for name, value in record.versions.items():
                 found.setdefault(name, {})[value] = None
     return "Versions: " + "; ".join(f"{name} {', '.join(values)}" for name, values in found.items()) + "."
+
+
+def provenance(results: Results) -> Iterator[str]:
+    """How many cells say where they came from, which do not, and data that were not the same for all of them."""
+    records = results.records()
+    silent = [key for key, record in records.items() if not is_told(record)]
+    if silent:
+        yield (
+            f"**{len(silent)} of {len(records)} cells do not say from which experiment file and data they came:** "
+            "their records are older than that."
+        )
+        yield f"They are {'; '.join(silent)}."
+    else:
+        yield f"All {len(records)} cells say from which experiment file, commit and data they came."
+    read: dict[str, dict[str, list[str]]] = {}
+    for key, record in records.items():
+        for source in record.provenance.values():
+            for path, digest in source["data_sha256"].items():
+                read.setdefault(path, {}).setdefault(digest, []).append(key)
+    for path, keys_of in read.items():
+        if len(keys_of) > 1:
+            groups = "; ".join(f"{digest[:12]} by {', '.join(keys)}" for digest, keys in keys_of.items())
+            yield f"**Not the same data:** {path} was read as {groups}."

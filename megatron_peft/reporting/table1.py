@@ -10,7 +10,7 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment.spec import Choice
 from megatron_peft.reporting import paper
 from megatron_peft.reporting.comparison import Comparison, compare
-from megatron_peft.reporting.results import Result, Results, metrics, peft_method
+from megatron_peft.reporting.results import VALIDATION_LOSS, Result, Results, metrics, peft_method
 from megatron_peft.reporting.table import BEST, Table, number
 
 
@@ -111,6 +111,27 @@ def _unknown(kind: str, choices: Sequence[Choice], names: Sequence[str]) -> Iter
     for choice in choices:
         if choice.paper is not None and choice.paper not in names:
             yield f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
+
+
+def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
+    """A line a method and a column a score (or the validation loss, where a task has no score)."""
+    experiment = results.experiment
+    cells = {(row.result.model, row.result.task, row.metric, row.result.method): row for row in table_rows}
+    places = [
+        (model.name, task.name, metric)
+        for model in experiment.models
+        for task in experiment.tasks
+        for metric in metrics(task)
+        if metric != VALIDATION_LOSS or task.score is None
+    ]
+    return Table(
+        f"Mean ± standard deviation of {len(experiment.seeds)} seeds",
+        ("method", *(", ".join(place[0 if len(experiment.models) > 1 else 1 :]) for place in places)),
+        tuple(
+            (method.name, *(_average_of(cells.get((*place, method.name))) for place in places))
+            for method in experiment.methods
+        ),
+    )
 
 
 def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:

@@ -1,7 +1,8 @@
 """Stands in for pretrain_peft.py: the loss is a function of the flags, and it takes a moment.
 
 As `fake_training.py score OUTPUT CHECKPOINTS FLAGS` it writes a score that follows from the run's metrics.
-FAKE_SECONDS in the environment is how long; a file named as FAKE_KILL says is removed, and the process killed.
+FAKE_SECONDS in the environment is how long; a file named as FAKE_KILL says is removed, and the process killed; a file
+named as FAKE_APPENDS says grows by a line.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def train() -> None:
     if trap.exists():
         trap.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if "FAKE_APPENDS" in os.environ:
+        with open(os.environ["FAKE_APPENDS"], "a") as file:
+            file.write("more\n")
     if value("--lr") == "9":
         sys.exit("the loss is not a number")
     save = Path(value("--save"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_peft.experiment.plan import progress, work
 from megatron_peft.experiment.record import (
     MOST_LAMBDAS,
     MOST_POINTS,
+    cell_file,
     from_lambdas,
     from_metrics,
     of_cell,
@@ -46,8 +48,12 @@ def test_record_written_before_there_were_lambdas_is_read(tmp_path: Path, group:
     assert path.read_text() != text and read_file(path).lambdas == {}
 
 
-def test_file_of_something_else_is_told(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{}")
+@pytest.mark.parametrize("sources", [None, [], {"training": 1}, {"training": {"cell_sha256": "", "data_sha256": 1}}])
+def test_file_of_something_else_is_told(tmp_path: Path, group: Group, sources: object) -> None:
+    write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained"))
+    values = json.loads(cell_file(tmp_path, group.tuning[0]).read_text())
+    values |= {"provenance": sources} if sources is not None else {"flags": 1}
+    (tmp_path / "x.json").write_text(json.dumps(values))
     with pytest.raises(ConfigurationError, match="x.json is not the file of a cell"):
         read_file(tmp_path / "x.json")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +26,11 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.board import Board, table
 from megatron_peft.experiment.plan import Work, progress
+from megatron_peft.experiment.provenance import file_digest
 from megatron_peft.experiment.record import of_cell, write_record
 from megatron_peft.experiment.runner import Runner, read_scores, run_experiment
 from megatron_peft.experiment.spec import Metric, Score
-from tests.experiment.small_experiment import FAKE_TRAINING, experiment
+from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
 
 VARYING = ("started_at", "seconds", "score_seconds", "versions")
@@ -77,6 +80,28 @@ def test_cell_says_what_came_out(finished: Path) -> None:
     assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
     assert (one["trainable_parameters"], one["epoch_seconds"], one["peak_memory_bytes"]) == (1024, 1.0, 100)
     assert one["curves"]["loss"] == [[1, 0.5, 1.52], [2, 1.0, 1.02]]
+
+
+def test_cell_says_which_file_and_data_its_run_and_its_score_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they were when it began: the data change while it runs."""
+    data, indexed, tests = tmp_path / "train.jsonl", tmp_path / "indexed.bin", tmp_path / "tests"
+    tests.mkdir()
+    for path in (data, indexed, tests / "a.yaml"):
+        path.write_text("{}\n")
+    monkeypatch.setenv("FAKE_APPENDS", str(data))
+    tasks = content()["tasks"]
+    tasks["talk"]["flags"] |= {"train-data-path": str(data), "valid-data-path": str(indexed.with_suffix(""))}
+    tasks["talk"]["score"]["command"] += f" --include-path {tests}"
+    run(tmp_path, methods={"lora": {"grid": {"lr": [0.4]}}}, tasks=tasks, seeds=[1])
+    (found,) = cells(tmp_path).values()
+    sources = found["provenance"]
+    plain = hashlib.sha256(b"{}\n").hexdigest()
+    assert sources["training"]["data_sha256"] == {str(data): plain, str(indexed): plain}
+    assert sources["score"]["data_sha256"] == {str(tests / "a.yaml"): plain}
+    assert {source["experiment_sha256"] for source in sources.values()} == {file_digest(tmp_path / "small.yaml")}
+    assert re.fullmatch("[0-9a-f]{40}( with changes)?", sources["score"]["commit"])
 
 
 def test_cell_of_a_hybrid_keeps_its_lambdas(tmp_path: Path) -> None:

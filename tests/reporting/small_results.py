@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.provenance import of_score, of_training
 from megatron_peft.experiment.record import CellRecord, of_cell, write_record
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.reporting.report import build, markdown
@@ -31,7 +32,10 @@ def write_cells(folder: Path, **changes: Any) -> Path:
     for group in groups:
         for cell in (*group.tuning, *(cell for cells in group.finals for cell in cells)):
             if cell.seed == found.tuning_seed or cell.settings["lr"] == BETTER[cell.method]:
-                write_record(folder, cell, record_of(cell))
+                assert group.task.score is not None
+                sources = {"training": of_training(found.text, cell)}
+                sources |= {"score": of_score(found.text, cell, group.task.score)}
+                write_record(folder, cell, record_of(cell, provenance=sources))
     (folder / EXPERIMENT_FILE).write_text(found.text)
     return folder
 

@@ -12,11 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_peft.benchmark.figures import Figure, write_json
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.reporting import paper_tables, summary
+from megatron_peft.reporting.documents import filled
 from megatron_peft.reporting.report import Report, build, html, markdown, write
 from megatron_peft.reporting.results import Results, read_results
 from megatron_peft.reporting.table1 import rows
+from tests.reporting import small_results
 from tests.reporting.small_results import LOSSES, as_the_paper, results
 from tests.time_limits import seconds
 
@@ -121,3 +125,26 @@ def test_hybrid_that_wins_is_told(tmp_path: Path, monkeypatch) -> None:
 
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
     assert paper_tables.beside_ours(rows(found, "hybrid")) == []
+
+
+def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    small_results.write_cells(tmp_path / "small")
+    figures = [Figure("calls above the base's", 1, 2, "calls", "37 and 38"), Figure("bytes", 1.00746)]
+    write_json(tmp_path / "bench" / "c.json", figures)
+    head, end = "<!-- records: {} -->\n", "<!-- end of records -->\n"
+    text = f"a\n{head.format('small')}old 12.3\n{end}b\n{head.format('bench/c.json')}{end}c 4.5\n"
+    new = filled(text, tmp_path)
+    lines = new.splitlines()
+    assert lines[0] == "a" and lines[-1] == "c 4.5" and "old" not in new and filled(new, tmp_path) == new
+    assert {
+        "| method | talk, accuracy |",
+        "| lora | 79.40 ± 0.529 |",
+        "| lora-ga | **84.70 ± 0.265** |",
+        "- 9 of 9 final runs are there (seeds 1, 2, 3).",
+        "- All 12 cells say from which experiment file, commit and data they came.",
+        "| calls above the base's (calls) | 37 and 38 | 1 | 2 |",
+        "| bytes |  | 1.007 |  |",
+    } <= set(lines)
+    with pytest.raises(ConfigurationError, match="nowhere/experiment.yaml is not there"):
+        filled(head.format("nowhere") + end, tmp_path)

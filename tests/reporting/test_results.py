@@ -12,17 +12,20 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.record import CellRecord, of_cell, write_record
-from megatron_peft.reporting import speed_table
+from megatron_peft.experiment.provenance import of_training
+from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
+from megatron_peft.reporting import speed_table, summary
 from megatron_peft.reporting.comparison import compare
 from megatron_peft.reporting.paper import Entry, entry
-from megatron_peft.reporting.results import Results, read_results
+from megatron_peft.reporting.results import Results, copy_results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
 from megatron_peft.reporting.table import Table, number
 from megatron_peft.reporting.table1 import check_paper_names, reference_method, rows
-from tests.experiment.small_experiment import content
+from tests.experiment.small_experiment import content, experiment
 from tests.reporting import small_results
 from tests.reporting.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
+
+CELL = "cells/tiny,talk,lora,lr=0.1,seed=1.json"
 
 
 def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
@@ -46,10 +49,55 @@ def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, t
 def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
-    path = write_cells(tmp_path) / "experiment.yaml"
-    path.write_text(path.read_text().replace("train-iters: 2", "train-iters: 3"))
-    with pytest.raises(ConfigurationError, match="holds no cell of .*: cells count while their flags are those"):
+    (tmp_path / "experiment.yaml").write_text(experiment(tmp_path)[0].text)
+    with pytest.raises(ConfigurationError, match="holds no cell of .*: tools/experiment.py runs them"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "told"),
+    [
+        ("experiment.yaml", "train-iters: 2", "train-iters: 3", "--train-iters is 2 and 3 in the file"),
+        ("experiment.yaml", "train-iters: 2", "bf16: true", "--bf16 is absent and given in the file"),
+        ("experiment.yaml", "acc,none", "f1,none", "its score came from other words than the file"),
+        (CELL, '"lora"', '"boft"', "method is 'boft' and 'lora' in the file"),  # moved under another name
+        (CELL, '"lr": "0.1"', '"lr": "0.4"', "settings is {'lr': '0.4'} and {'lr': '0.1'} in the file"),
+        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from other words than the file"),
+    ],
+)
+def test_record_that_is_not_of_the_files_words_is_refused(
+    tmp_path: Path, name: str, old: str, new: str, told: str
+) -> None:
+    path = write_cells(tmp_path) / name
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    assert path.read_text() != text
+    with pytest.raises(ConfigurationError, match=f"json is not of .*experiment.yaml: {told}.*. Remove it and run"):
+        read_results(tmp_path)
+
+
+def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
+    path = write_cells(tmp_path) / "experiment.yaml"
+    path.write_text(path.read_text().replace("methods:", "methods:\n  boft: {grid: {lr: [0.1, 0.4]}}"))
+    assert read_results(tmp_path).num_finals() == (9, 12)
+
+
+def test_cells_that_do_not_say_where_they_came_from_are_named_and_copied_as_they_are(
+    found: Results, tmp_path: Path
+) -> None:
+    lora, lora_ga, hybrid = (result.group.tuning for result in found.all)
+    for cell, data in ((lora[0], "a"), (lora[1], "a"), (lora_ga[1], "b")):  # the second has a score of nowhere
+        training = of_training("", cell) | {"data_sha256": {"train.jsonl": data * 64}}
+        write_record(tmp_path, cell, record_of(cell, provenance={"training": training}))
+    write_record(tmp_path, hybrid[0], record_of(hybrid[0]))
+    silent, names, data = summary.provenance(read_results(tmp_path))
+    assert silent.startswith("**2 of 12 cells do not say")
+    assert names == f"They are {lora[1].key}; {hybrid[0].key}."
+    read = f"{'a' * 12} by {lora[0].key}, {lora[1].key}; {'b' * 12} by {lora_ga[1].key}"
+    assert data == f"**Not the same data:** train.jsonl was read as {read}."
+    copy_results(read_results(tmp_path), tmp_path / "copy")
+    copied, old = (cell_file(folder, hybrid[0]).read_text() for folder in (tmp_path / "copy", tmp_path))
+    assert copied == old and "provenance" not in copied
 
 
 @pytest.mark.parametrize(

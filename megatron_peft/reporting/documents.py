@@ -1,0 +1,79 @@
+"""Puts what committed records say into documents, so that no figure in them is typed.
+
+python -m megatron_peft.reporting.documents README.md docs/*.md docs/results/README.md rewrites what stands between
+
+    <!-- records: paper_small -->
+    <!-- end of records -->
+
+with what docs/results/paper_small says: a folder of an experiment (how much of it is there, the scores of each method,
+who has the best mean), or a JSON file of tools/bench.py (`bench/collectives.json`: its figures). A test asks whether
+the documents say what the records say.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.reporting import summary
+from megatron_peft.reporting.results import read_results
+from megatron_peft.reporting.table import Table
+from megatron_peft.reporting.table1 import by_score, reference_method, rows
+from megatron_peft.untrusted import read_json, read_text
+
+RECORDS = Path("docs/results")  # from the root of a clone
+PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)
+
+
+def filled(text: str, records: Path) -> str:
+    """The document with its marked places as the records under `records` have it."""
+    return PLACE.sub(lambda place: f"{place[1]}{said_by(records / place[2])}{place[3]}", text)
+
+
+def said_by(record: Path) -> str:
+    """Markdown. Raises ConfigurationError: there is no such record."""
+    return benchmark(record) if record.suffix == ".json" else experiment(record)
+
+
+def experiment(folder: Path) -> str:
+    results = read_results(folder)
+    found = rows(results, reference_method(results, None))
+    origin = next(summary.provenance(results))
+    sentences = "\n".join(f"- {sentence}" for sentence in (summary.state(results), origin, *summary.verdicts(found)))
+    return f"{by_score(results, found).markdown()}\n{sentences}\n"
+
+
+def benchmark(path: Path) -> str:
+    figures: list[dict[str, Any]] = read_json(path)
+    return Table(
+        f"`tools/bench.py {path.stem}`",
+        ("figure", "behind it", "measured", "target"),
+        tuple((_name(one), one["note"], _number(one["measured"]), _number(one["target"])) for one in figures),
+        text_columns=2,
+    ).markdown()
+
+
+def _name(figure: dict[str, Any]) -> str:
+    return f"{figure['name']} ({figure['unit']})" if figure["unit"] else figure["name"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def main(files: Sequence[str]) -> int:
+    try:
+        for path in map(Path, files):
+            path.write_text(filled(read_text(path), RECORDS), encoding="utf-8")
+    except ConfigurationError as error:
+        print("documents: error: " + "\n  - ".join(error.problems), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
