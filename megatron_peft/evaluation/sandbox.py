@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -235,12 +236,12 @@ def _end(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
     """Kills what still runs, and waits for it: of bubblewrap the first process inside, whose end takes its namespace
     with it and ends bwrap after that; without bubblewrap the whole session."""
     info.seek(0)
-    told = info.read()
+    inside = re.search(rb'"child-pid": (\d+)\b', info.read())
     try:
-        if not told:
+        if not inside:
             os.killpg(process.pid, signal.SIGKILL)
         elif process.poll() is None:
-            os.kill(json.loads(told)["child-pid"], signal.SIGKILL)
+            os.kill(int(inside[1]), signal.SIGKILL)
     except ProcessLookupError:
         pass
     assert process.stdout is not None and process.stderr is not None

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -54,7 +55,8 @@ def evaluation() -> Iterator[subprocess.Popen[bytes]]:
         yield process
         process.kill()
     for folder in programs_of(process):  # were it to outlive its evaluation
-        os.kill(int(folder.name), signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(int(folder.name), signal.SIGKILL)
 
 
 def programs_of(evaluation: subprocess.Popen[bytes]) -> list[Path]:
