@@ -41,7 +41,7 @@ def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tm
     assert newest_text(tmp_path / "iter_0000050") == "new"
 
 
-@pytest.mark.parametrize("text", ["", "70\n", "release\n"])
+@pytest.mark.parametrize("text", ["", "70\n", "release\n", "9" * 5000])
 def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, caplog):
     save(tmp_path, 50, "a")
     save(tmp_path, 60, "b")

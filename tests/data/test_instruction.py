@@ -108,7 +108,7 @@ def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "come to an end in 0 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "come to an end in 0.2 s"),
         ("{{ messages[0].role + 3 }}", "refuses the messages: "),
         ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
         ("{% for %}", "the chat template cannot be read: "),
