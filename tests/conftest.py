@@ -1,7 +1,5 @@
 """What every test shares: one thread a process, no network, limits of time that a variable stretches."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -1,7 +1,5 @@
 """Imports point one way, and a few things are done in one place only. Everything here reads source, runs none."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter

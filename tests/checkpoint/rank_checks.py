@@ -1,7 +1,5 @@
 """What the tests of this folder look at, gathered in one world: a function of the name of each fact."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import logging

@@ -1,7 +1,5 @@
 """Publication survives being cut off at any call, damage is seen, one process saves, and leftovers do no harm."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

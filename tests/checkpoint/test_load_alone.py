@@ -1,7 +1,5 @@
 """What --load takes and refuses, and flags of --save, in a world of one; `test_load.py` loads at many layouts."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters

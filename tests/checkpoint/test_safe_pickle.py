@@ -1,7 +1,5 @@
 """Nothing in a checkpoint of somebody else's runs."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,7 +1,5 @@
 """Runs with adapters at two ranks, for the tests of moving adapters."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Megatron's checkpoints under all the names and places that it gives them, and its old files of ranks, joined."""
 
-from __future__ import annotations
-
 import shutil
 from argparse import Namespace
 

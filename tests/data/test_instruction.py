@@ -1,7 +1,5 @@
 """From records to samples: what of a record the loss counts, how long it is, which are left out and said so."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Records of JSON lines and arrays, their places, and what is wrong with them; memory holds the index alone."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 

@@ -6,8 +6,6 @@ and {clone} are filled in: a file of the host, a TCP port and an abstract Unix s
 name that no program should come to make or name in a process that outlives it, and the number of the call that clones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from megatron_peft.evaluation.sandbox import Program

@@ -4,8 +4,6 @@ Where bubblewrap is missing or may do nothing, marked tests are skipped and say 
 refuses is a failure.
 """
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

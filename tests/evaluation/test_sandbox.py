@@ -1,7 +1,5 @@
 """The sandbox keeps what it confines away from the host, and no program stops the evaluation."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

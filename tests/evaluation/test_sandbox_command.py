@@ -4,8 +4,6 @@ The filter of system calls would hide a missing flag from an attack, so each fla
 script inside, with the standard library alone; the filter, run by an interpreter of its instructions and the kernel.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -3,8 +3,6 @@
 Also the stream of answers and the world that a program runs in. Answers and whole evaluations are in test_harness.py.
 """
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The benchmarks' task files, as tools/prepare_data.py writes them, in lm-evaluation-harness; and the metrics alone."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

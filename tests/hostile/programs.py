@@ -8,8 +8,6 @@ gsm8k/, pairs.tsv          for tools/prepare_data.py
 grid.yaml, cells/          an experiment, and its results
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

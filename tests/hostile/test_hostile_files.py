@@ -3,8 +3,6 @@
 Adding a file to a folder of `fixtures/` adds it to the tests. What would be large or deep is made here instead.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

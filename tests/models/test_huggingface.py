@@ -1,7 +1,5 @@
 """A config.json gives the shape that transformers reads from it, or an error that names the key."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

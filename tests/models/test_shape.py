@@ -1,7 +1,5 @@
 """A model's shape, and flags and layout held against it: contradictions are told with both values or the valid ones."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any

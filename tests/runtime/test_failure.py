@@ -1,7 +1,5 @@
 """A failure on any rank ends all of them, soon, with one exit code and one message; the tests' launcher tells it."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -13,8 +13,6 @@ the step after it next; and at the end of each round every tensor of the last ch
 generators) must be that of a run that nobody killed, bit for bit. What was seen is counted and printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Ten kills of a real run; `kill_runs.py` by hand does many."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Exit codes of tools: what is wrong with flags or files is told on stderr with 2, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

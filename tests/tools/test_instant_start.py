@@ -1,7 +1,5 @@
 """What a user waits for with an empty hand imports nothing heavy: --help, wrong flags, a model's shape, a worker."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """When LoRA-GA's start runs, on what, what it leaves, says and writes."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

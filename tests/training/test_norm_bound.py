@@ -1,7 +1,5 @@
 """--lora-max-norm-ratio holds after every step, at every layout and for what the optimizer keeps in float32."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

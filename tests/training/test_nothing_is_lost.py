@@ -1,7 +1,5 @@
 """What a user has is never replaced, and a run that would learn nothing, or learn from a mixture, does not start."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json

@@ -1,7 +1,5 @@
 """Public files become items: GLUE's tables, sentence pairs, JSON records, HumanEval; and what is wrong with them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path
