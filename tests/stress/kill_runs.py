@@ -39,6 +39,7 @@ from tests.tiny_llama import save_llama, save_pairs  # noqa: E402
 from tests.training.layout_runs import Job  # noqa: E402
 
 NUM_RANKS = 2
+START_SECONDS, SHARE_OF_SIGNALS_AT_THE_START = 3.0, 0.4  # in which weights are loaded
 LONGEST_RUN_SECONDS = 12.0  # about what a round takes from its start
 SECONDS_WITHOUT_END = 300.0  # of one attempt; it then counts as a hang
 LONGEST_SAVE_SECONDS = 0.15
@@ -171,7 +172,8 @@ def _ask_somewhen(ranks: Ranks, number: int, draw: random.Random, tally: Tally) 
     """Send both ranks the signal. Returns False if the run ended before."""
     while not all("begun" in ranks.output(rank) for rank in range(NUM_RANKS)):  # what is before is not the program
         time.sleep(0.002)
-    give_up_at = time.monotonic() + draw.uniform(0, LONGEST_RUN_SECONDS)
+    longest = START_SECONDS if draw.random() < SHARE_OF_SIGNALS_AT_THE_START else LONGEST_RUN_SECONDS
+    give_up_at = time.monotonic() + draw.uniform(0, longest)
     while time.monotonic() < give_up_at:
         if None not in ranks.exit_codes:
             return False
