@@ -56,6 +56,9 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         }
     except (ConfigurationError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("it is no manifest") from error
+    odd = [name for name, (size, _) in files.items() if type(size) is not int or size < 0 or name != Path(name).name]
+    if odd:
+        raise ValueError(f"it lists {odd[0]!r}, which is no file of that folder, or has no size")
     if text != _text(files):
         raise ValueError("it is not as it was written")
     return files

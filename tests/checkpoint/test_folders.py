@@ -84,7 +84,9 @@ def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, l
     assert checkpoints(tmp_path) == checkpoints(checkpoint) == [checkpoint]
 
 
-@pytest.mark.parametrize(("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), (None, "")])
+@pytest.mark.parametrize(
+    ("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), ("9" * 5000, "release"), (None, "")]
+)
 def test_the_tracker_leads_to_files_in_megatrons_form(tracker, place, tmp_path):
     for name in ("iter_0000010", "iter_0000020", "release") if tracker else ("",):
         (tmp_path / name / "mp_rank_00").mkdir(parents=True)

@@ -125,6 +125,14 @@ def recorded(path: Path, key: str, written: str) -> None:
     write_manifest(path.parent, {})
 
 
+def listed_with_size(path: Path, size: Any) -> None:
+    """A manifest that is as it would be written, but for the size of a file."""
+    from megatron_peft.checkpoint.manifest import FileSum, write_manifest
+
+    path.unlink()
+    write_manifest(path.parent, {"run_record.json": FileSum(size, "0")})
+
+
 def patched(path: Path, offset: int, content: bytes) -> None:
     old = path.read_bytes()
     path.write_bytes(old[:offset] + content + old[offset + len(content) :])
@@ -178,7 +186,8 @@ def cases_of_json() -> Iterator[Case]:
     for file, line in JSON_FILES.items():
         yield Case("100,000 deep", line, file, partial(holds, content=DEEP))
         for name, plant in fixtures("json"):
-            if file in ("base/config.json", "data.jsonl") or name in ("digits", "surrogate"):
+            whole = file in ("base/config.json", "data.jsonl") or (file == RECORD and name in ("null", "list"))
+            if whole or name in ("digits", "surrogate"):
                 yield Case(name, line, file, plant)
     for name, plant in fixtures("third_line"):
         yield Case(f"line 3 {name}", TRAIN, "data.jsonl", plant, "data.jsonl, line 3: ")
@@ -254,6 +263,8 @@ def cases_of_adapters_and_runs() -> Iterator[Case]:
         ("optimizer_steps", "[]"),
     ):
         yield Case(f"{key} {written}", RESUME, RECORD, partial(recorded, key=key, written=written))
+    for size in ("x", -1):
+        yield Case(f"a size of {size}", RESUME, f"{CHECKPOINT}/manifest.json", partial(listed_with_size, size=size))
 
 
 def cases_of_data() -> Iterator[Case]:
@@ -295,6 +306,8 @@ def cases_of_data() -> Iterator[Case]:
     deep = b"[" * 5000
     for name, plant in (*fixtures("yaml"), ("5,000 deep", partial(holds, content=deep))):
         yield Case(name, EXPERIMENT, "grid.yaml", plant)
+        if name in ("5,000 deep", "python_tag"):
+            yield Case(name, REPORT, "experiment.yaml", plant)
         if name in ("5,000 deep", "python_tag", "tab"):
             yield Case(name, EVALUATE, "tasks/tiny_choices.yaml", plant)
 
