@@ -55,7 +55,10 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
     "conversion.saved_tensor": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
     "data.preparation.records": {"gzip.open"},  # within a wheel, up to untrusted's limit
-    "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: the job, and answers up to its limit
+    "evaluation.sandbox_driver": {
+        "json.load",
+        "json.loads",
+    },  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "reporting.paper": {"json.loads"},  # a file of the package
     "benchmark.harness": {"json.loads"},  # a value that was written a moment ago

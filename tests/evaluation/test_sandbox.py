@@ -1,5 +1,6 @@
 """The sandbox keeps what it confines away from the host, and no program stops the evaluation."""
 
+import math
 import os
 import shutil
 import socket
@@ -21,7 +22,9 @@ from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
-SHORT = Limits(wall_seconds=seconds(8), cpu_seconds=1)  # an honest program must end in it on a busy machine too
+SHORT = Limits(
+    wall_seconds=seconds(8), cpu_seconds=math.ceil(seconds(1))
+)  # an honest program must end in it on a busy machine too
 MARKER = f"outlives-{os.getpid()}"
 
 

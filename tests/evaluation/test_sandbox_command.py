@@ -6,6 +6,7 @@ script inside, with the standard library alone; the filter, run by an interprete
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from megatron_peft.evaluation.sandbox_filter import MACHINES, seccomp_filter
 from tests.evaluation.confined import needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 
+PATIENT = Limits(wall_seconds=seconds(20), cpu_seconds=math.ceil(seconds(5)))
 # An evaluation whose program never ends. bwrap is given the whole environment, so that only the command clears it.
 EVALUATION = """
 import os
@@ -97,7 +99,7 @@ def test_a_program_ends_with_its_evaluation(evaluation: subprocess.Popen[bytes])
 @needs_bubblewrap
 def test_a_program_sees_few_folders_and_all_are_read_only() -> None:
     """Not "permission denied", which a program of root or an owner would pass."""
-    outcome = open_sandbox().run(Program(TRY_TO_WRITE.format(places=PLACES)))
+    outcome = open_sandbox(PATIENT).run(Program(TRY_TO_WRITE.format(places=PLACES)))
     *written, names = outcome.output.splitlines()
     assert written == [str(errno.EROFS)] * len(PLACES)
     assert set(names.split()) <= {"dev", "driver.py", "etc", "lib", "lib64", "packages", "python", "tmp", "usr"}
@@ -306,7 +308,7 @@ def test_numbers_are_those_of_the_kernel(name: str) -> None:
 @needs_bubblewrap
 def test_the_kernel_refuses_forbidden_calls() -> None:
     numbers = forbidden(os.uname().machine).values()
-    outcome = open_sandbox().run(Program(CALL_ALL.format(numbers=list(numbers))))
+    outcome = open_sandbox(PATIENT).run(Program(CALL_ALL.format(numbers=list(numbers))))
     assert outcome.passed
     assert outcome.output.split() == [str(word) for number in numbers for word in (number, errno.EPERM)]
 

@@ -92,6 +92,7 @@ def _first_is_killed(_: None) -> None:
     dist.init_process_group("gloo")
 
     def program() -> None:
+        dist.barrier()  # both have opened the store
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.zeros(1))

@@ -15,6 +15,7 @@ generators) must be that of a run that nobody killed, bit for bit. What was seen
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -35,13 +36,14 @@ from megatron_peft.runtime.launch import world  # noqa: E402
 from megatron_peft.training.finetune import finetune  # noqa: E402
 from tests.golden.results import first_difference, saved_tensors  # noqa: E402
 from tests.ranks import Ranks  # noqa: E402
+from tests.time_limits import seconds  # noqa: E402
 from tests.tiny_llama import save_llama, save_pairs  # noqa: E402
 from tests.training.layout_runs import Job  # noqa: E402
 
 NUM_RANKS = 2
 START_SECONDS, SHARE_OF_SIGNALS_AT_THE_START = 3.0, 0.4  # in which weights are loaded
 LONGEST_RUN_SECONDS = 12.0  # about what a round takes from its start
-SECONDS_WITHOUT_END = 300.0  # of one attempt; it then counts as a hang
+SECONDS_WITHOUT_END = seconds(300)  # of one attempt; it then counts as a hang
 LONGEST_SAVE_SECONDS = 0.15
 SHARE_OF_KILLS_AIMED_AT_SAVES = 0.7
 
@@ -114,7 +116,7 @@ def _config(work: Path, name: str, options: argparse.Namespace, saves_each_step:
         name,
         str(work / "base"),
         str(work / "pairs.jsonl"),
-        parallel={"distributed_timeout_minutes": 2, **layout},
+        parallel={"distributed_timeout_minutes": math.ceil(seconds(120) / 60), **layout},
         peft={"lora_rank": 4, "lora_dropout": 0.1},
         optimizer={"use_distributed_optimizer": options.layout == "dp2"},
         transformer={"hidden_dropout": 0.1, "attention_dropout": 0.1},
