@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.saved_tensor import map_tensor
-from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor
+from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, layer_of
 from tests.checkpoint.test_safe_pickle import Attack
 from tests.conversion.megatron_folders import save_distributed
 
@@ -46,6 +46,16 @@ def test_any_box_out_of_any_boxes_and_what_lies_outside_the_tensor_stays_as_it_i
     tensor.fill(target, (top, left))
     assert tensor.is_whole
     assert torch.equal(target, pad(WHOLE, (0, 0, 0, 2), value=-1.0)[top:bottom, left:right])
+
+
+def test_a_layer_of_a_stack():
+    stack = torch.arange(24.0).view(4, 2, 3)
+    halves = tuple(StoredBox((at, 0, 0), (2, 2, 3), lambda at=at: stack[at : at + 2]) for at in (0, 2))
+    for layer in range(4):
+        one = layer_of(StoredTensor((4, 2, 3), stack.dtype, halves), layer)
+        target = torch.zeros(2, 3)
+        one.fill(target, (0, 0))
+        assert one.shape == (2, 3) and torch.equal(target, stack[layer])
 
 
 A = torch.arange(12.0).view(3, 4)
