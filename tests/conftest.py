@@ -1,9 +1,7 @@
 """What every test shares: one thread a process, no network, limits of time that a variable stretches."""
 
-import multiprocessing.util
 import os
 import platform
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -55,12 +53,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if distributed and distributed.is_initialized() and (nextitem is None or nextitem.path != item.path):
         distributed.destroy_process_group()
         pytest.fail(f"{item.path.name} leaves a process group behind")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """xdist's workers end without what multiprocessing does at an exit: the folder of its server would stay."""
-    if hasattr(session.config, "workerinput"):
-        shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
