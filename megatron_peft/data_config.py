@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_peft.config_error import Requirements, flag
 
 JSON_SUFFIXES = (".json", ".jsonl")
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class DataConfig:
         with Requirements(self) as require:
             require.positive("seq_length", "vocab_size")
             require.not_negative("num_workers")
+            require(
+                self.num_workers <= MOST_WORKERS,
+                f"--num-workers is {self.num_workers}; they are processes of each rank, at most {MOST_WORKERS:,}.",
+            )
             require(
                 not (separate and self.data_path),
                 "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "

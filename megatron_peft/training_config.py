@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from megatron_peft.config_error import Requirements, flag
 
+# Far above what anybody has trained; beyond them an index of the samples would not fit into memory, or into 64 bits.
+MOST_SAMPLES_A_STEP = 2**24
+MOST_STEPS = 10**12
+MOST_EPOCHS = 10**6
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -39,6 +44,21 @@ class TrainingConfig:
                 "exit_duration_in_mins",
             )
             require.not_negative("eval_iters")
+            for name in ("micro_batch_size", "global_batch_size"):
+                size = getattr(self, name)
+                require(
+                    size is None or size <= MOST_SAMPLES_A_STEP,
+                    f"{flag(name)} is {size}; a step takes at most {MOST_SAMPLES_A_STEP:,} samples.",
+                )
+            for name in ("train_iters", "train_samples", "eval_iters"):
+                length = getattr(self, name)
+                require(
+                    length is None or length < MOST_STEPS, f"{flag(name)} is {length}; it must be below {MOST_STEPS:,}."
+                )
+            require(
+                self.train_epochs is None or self.train_epochs < MOST_EPOCHS,
+                f"--train-epochs is {self.train_epochs}; it must be below {MOST_EPOCHS:,}.",
+            )
             require(
                 len(lengths) == 1,
                 "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"

@@ -12,9 +12,13 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import signal
 import stat
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +28,7 @@ from megatron_peft.config_error import ConfigurationError
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; data sets are mapped
 MAX_DEPTH = 100
+MAX_YAML_VALUES = 1_000_000  # a value counts each time that an alias names it: ten lines can hold a billion
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -110,10 +115,32 @@ def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
     except (ValueError, OverflowError, TypeError) as error:
         raise ConfigurationError(f"{place} is not YAML: {error}.") from error
     try:
-        _walk(value)
+        _walk(value, MAX_YAML_VALUES)
     except ConfigurationError as error:
         raise ConfigurationError(f"{place}: {error}") from error
     return value
+
+
+@contextmanager
+def limited_to(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds of the processor: somebody else's template or pattern is a program.
+
+    In the main thread only; there, everything is looked at once before it is used.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it has not come to an end in {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -127,19 +154,19 @@ def _finite(text: str) -> float:
     return value
 
 
-def _walk(value: Any) -> None:
-    """Refuse what lies too deep, and texts that no encoding holds. Without recursion; shared parts are seen once."""
-    seen: set[int] = set()
-    level = [value]
+def _walk(value: Any, most_values: float = inf) -> None:
+    """Refuse what lies too deep, is too much, or no encoding holds. Without recursion."""
+    level, num_values = [value], 1
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
         for one in level:
             if isinstance(one, str) and _HALF_OF_A_PAIR.search(one):
                 raise ConfigurationError("a text holds half of a surrogate pair, which is no character.")
-            if isinstance(one, dict | list) and id(one) not in seen:
-                seen.add(id(one))
+            if isinstance(one, dict | list):
                 following += one if isinstance(one, list) else [*one.keys(), *one.values()]
-        level = following
+                if num_values + len(following) > most_values:
+                    raise ConfigurationError(f"it holds more than {most_values:,} values.")
+        level, num_values = following, num_values + len(following)
         if not level:
             return
     raise ConfigurationError(_TOO_DEEP)

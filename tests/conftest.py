@@ -1,9 +1,9 @@
 """What every test shares: one thread a process, no network, limits of time that a variable stretches."""
 
-from __future__ import annotations
-
+import multiprocessing.util
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 # A busy machine is no failure: neither a slow example nor slow drawing of examples.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-# Folders whose tests share fixtures that cost seconds, and files that run programs in the sandbox, whose processes are
-# counted together, stay on one of the workers; elsewhere those of a file do.
-TOGETHER = ("tests/checkpoint/", "tests/conversion/", "tests/evaluation/test_sandbox", "tests/evaluation/test_task_")
+# Folders whose tests share fixtures that cost seconds stay on one of the workers; elsewhere those of a file do.
+TOGETHER = ("tests/checkpoint/", "tests/conversion/")
 APART = "tests/training/test_layout.py"  # each test is a world of its own
 
 
@@ -36,7 +35,7 @@ def group_of(nodeid: str) -> str:
     """Tests of one group follow one another on one of the workers that `make test` runs them on."""
     file = nodeid.split("::")[0]
     folder = next((start for start in TOGETHER if file.startswith(start)), file)
-    return nodeid if file == APART else "sandbox" if folder in TOGETHER[2:] else folder
+    return nodeid if file == APART else folder
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,6 +55,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if distributed and distributed.is_initialized() and (nextitem is None or nextitem.path != item.path):
         distributed.destroy_process_group()
         pytest.fail(f"{item.path.name} leaves a process group behind")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """xdist's workers end without what multiprocessing does at an exit: the folder of its server would stay."""
+    if hasattr(session.config, "workerinput"):
+        shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

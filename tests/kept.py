@@ -1,7 +1,5 @@
 """What autograd keeps for a backward."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

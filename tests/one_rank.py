@@ -1,7 +1,5 @@
 """A world of one rank inside the test's own process, and places in groups that do not exist."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The one launcher of ranks: forks of a server that has torch, megatron-core and transformers imported already."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

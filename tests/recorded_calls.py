@@ -1,7 +1,5 @@
 """Which files are synced and which get their names, in order: what a loss of power may leave behind."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Flags in, typed configuration out; and everything that is wrong with them in one message."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Configuration that contradicts itself is refused, each problem once with its flag and numbers; records of it last."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from typing import Any

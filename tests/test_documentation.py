@@ -1,7 +1,5 @@
 """What the documentation names exists, flags and files, and its results are those of the committed records."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 What is read from megatron-core's source is what its dataclasses say, in whatever version is installed.
 """
 
-from __future__ import annotations
-
 import ast
 import typing
 import warnings

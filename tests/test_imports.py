@@ -1,7 +1,5 @@
 """Imports point one way, and a few things are done in one place only. Everything here reads source, runs none."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -42,6 +40,29 @@ ALLOWED: Mapping[str, set[str]] = {
     "benchmark": BELOW_TRAINING | {"arguments", "training", "evaluation", "demo"},
     "experiment": CONFIGURATION | {"arguments", "models", "checkpoint", "training"},
     "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
+}
+
+
+# Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.
+OPENERS = {
+    *("json.load", "json.loads", "yaml.load", "yaml.safe_load", "gzip.open", "gzip.decompress"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "numpy.load", "np.load"),
+    *("safe_open", "load_file", "safetensors.torch.load_file", "safetensors.safe_open"),
+}
+MAY_OPEN: Mapping[str, set[str]] = {
+    "untrusted": {"json.loads", "yaml.load", "gzip.open"},
+    "conversion.source": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
+    "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
+    "conversion.saved_tensor": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
+    "data.preparation.records": {"gzip.open"},  # within a wheel, up to untrusted's limit
+    "evaluation.sandbox_driver": {
+        "json.load",
+        "json.loads",
+    },  # a script of its own: a job, and answers
+    "runtime.ranks": {"pickle.loads"},  # what our own processes have written
+    "reporting.paper": {"json.loads"},  # a file of the package
+    "benchmark.harness": {"json.loads"},  # a value that was written a moment ago
+    "benchmark.convert": {"safe_open"},  # the yardstick is the library alone
 }
 
 
@@ -145,6 +166,13 @@ def unsafe_loads(tree: ast.Module) -> list[str]:
     return [call for call in calls if call.startswith("torch.load(") and "weights_only=True" not in call]
 
 
+def openers(tree: ast.Module) -> set[str]:
+    """Those of OPENERS that are called, or inherited from."""
+    used = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    bases = (base for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases)
+    return {ast.unparse(one) for one in (*used, *bases)} & OPENERS
+
+
 @pytest.fixture(scope="module")
 def modules() -> dict[str, ast.Module]:
     """Module name -> syntax tree, for every file of the package."""
@@ -186,6 +214,12 @@ def test_torch_load_never_runs_code_of_a_file(modules: dict[str, ast.Module]) ->
     assert [call for tree in modules.values() for call in unsafe_loads(tree)] == []
 
 
+def test_files_of_others_are_opened_by_the_modules_that_know_how(modules: dict[str, ast.Module]) -> None:
+    assert {name: found for name, tree in modules.items() if (found := openers(tree))} == {
+        f"megatron_peft.{name}": calls for name, calls in MAY_OPEN.items()
+    }
+
+
 FABRICATED = {
     "megatron_peft.runtime.cpu": "def late():\n    from megatron_peft.models import llama\n",
     "megatron_peft.models": "",
@@ -215,6 +249,11 @@ def test_walk_finds_an_upward_arrow_in_a_function_and_a_cycle() -> None:
 )
 def test_walk_finds_a_patch(source: str, num_patches: int) -> None:
     assert len(patched_attributes(ast.parse(source))) == num_patches
+
+
+def test_walk_finds_who_opens_a_file() -> None:
+    text = "import json\nclass A(pickle.Unpickler): ...\ndef f(): return json.loads('1'), json.dumps(1)"
+    assert openers(ast.parse(text)) == {"json.loads", "pickle.Unpickler"}
 
 
 def test_walk_finds_an_unsafe_load() -> None:

@@ -1,7 +1,5 @@
 """The metadata says what the code needs: no dependency is missing and none is listed in vain."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Limits of time in tests. They are those of an idle machine; MEGATRON_PEFT_TEST_TIME_FACTOR lengthens them all."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A small Bloom of an odd shape, saved as a Hugging Face folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

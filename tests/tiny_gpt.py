@@ -1,7 +1,5 @@
 """A small GPTModel with random weights in the present world, without any file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

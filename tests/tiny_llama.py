@@ -1,7 +1,5 @@
 """A small Llama of an odd shape, saved as a Hugging Face folder, and a data set for it."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

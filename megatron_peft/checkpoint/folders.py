@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "run_record.json"  # part of every checkpoint
+MOST_DIGITS = 18  # of an iteration
 _NAME = "iter_{:07d}"
 
 
@@ -62,7 +63,7 @@ def _iterations(folder: Path) -> list[Path]:
 def _tracked_checkpoint(folder: Path) -> Path | None:
     tracker = folder / TRACKER
     text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
         return None
     checkpoint = iteration_folder(folder, int(text))
     places = (checkpoint, _aside(checkpoint))  # killed between the two renames of `publish`, it is still aside

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.untrusted import parse_json
+from megatron_peft.untrusted import parse_json, read_text, require_regular
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -49,13 +49,16 @@ def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
     """{file name: sum}. Raises OSError if it cannot be read, ValueError if it is not as it was written."""
-    text = (folder / MANIFEST).read_bytes().decode()
+    text = read_text(folder / MANIFEST)
     try:
         files = {
             name: FileSum(entry["size"], entry["crc32"]) for name, entry in parse_json(text, MANIFEST)["files"].items()
         }
     except (ConfigurationError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("it is no manifest") from error
+    odd = [name for name, (size, _) in files.items() if type(size) is not int or size < 0 or name != Path(name).name]
+    if odd:
+        raise ValueError(f"it lists {odd[0]!r}, which is no file of that folder, or has no size")
     if text != _text(files):
         raise ValueError("it is not as it was written")
     return files
@@ -80,12 +83,13 @@ def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
 def _damage_of(path: Path, expected: FileSum) -> str:
     try:
         size = path.stat().st_size
+        require_regular(path)
         if size != expected.size:
             return f"{path.name} has {size} bytes instead of {expected.size}"
         found = measure(path)
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except OSError as error:
+    except (OSError, ConfigurationError) as error:
         return f"{path.name} cannot be read: {error}"
     return "" if found == expected else f"{path.name} has other bytes than were written"
 

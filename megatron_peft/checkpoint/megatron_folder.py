@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_peft.checkpoint.folders import TRACKER, iteration_folder, newest_checkpoint
+from megatron_peft.checkpoint.folders import MOST_DIGITS, TRACKER, iteration_folder, newest_checkpoint
 
 INDEX = ".metadata"
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -34,6 +34,7 @@ def _places(folder: Path) -> Iterator[Path]:
     if ours is not None:
         yield ours
     tracker = folder / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else ""
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     if text:
-        yield iteration_folder(folder, int(text)) if text.isdecimal() else folder / "release"
+        is_number = text.isdecimal() and len(text) <= MOST_DIGITS
+        yield iteration_folder(folder, int(text)) if is_number else folder / "release"

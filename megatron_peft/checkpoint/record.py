@@ -13,9 +13,10 @@ from megatron_peft.checkpoint.folders import RECORD, newest_checkpoint
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config_record import config_from_dict, config_to_dict
 from megatron_peft.models.shape import ModelShape, RopeScaling
-from megatron_peft.untrusted import parse_json
+from megatron_peft.untrusted import parse_json, read_text
 
 FORMAT_VERSION = 1
+COUNTERS = ("iteration", "consumed_samples", "consumed_tokens")  # of a position
 ADAPTER_CONFIG = "adapter_config.json"  # where there are adapters: in the checkpoint, and beside the tracker
 
 
@@ -61,8 +62,15 @@ class RunRecord:
             version <= FORMAT_VERSION,
             f"it has format {version} and this version of megatron_peft reads up to {FORMAT_VERSION}: update it.",
         )
-        if any(type(number) is not int or number < 0 for number in fields["position"].values()):
-            raise ValueError(f"its position is {fields['position']}")
+        position, steps, layers = fields["position"], fields["optimizer_steps"], fields["adapted_layers"]
+        if not position.keys() <= set(COUNTERS) or "iteration" not in position or not _are_counts(position):
+            raise ValueError(f"its position is {position}")
+        if not (steps is None or _are_counts(steps)):
+            raise ValueError("its optimizer_steps are no counts")
+        if not isinstance(fields["schedule"], dict | None):
+            raise ValueError(f"its schedule is {fields['schedule']}")
+        if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+            raise ValueError("its adapted_layers are no names")
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
@@ -100,9 +108,13 @@ def read_record(checkpoint: Path) -> RunRecord:
     """The record inside a checkpoint. Raises ConfigurationError naming the file if it cannot be read."""
     path = checkpoint / RECORD
     try:
-        return RunRecord.from_json(path.read_text())
+        return RunRecord.from_json(read_text(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
+
+
+def _are_counts(numbers: Mapping[str, Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers.values())
 
 
 def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:

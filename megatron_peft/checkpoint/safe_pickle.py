@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.untrusted import require_regular
 
 INERT_NAMES = re.compile(
     r"argparse\.Namespace|signal\.Signals|_codecs\.encode|enum\.\w+|types\.SimpleNamespace"
@@ -120,6 +121,7 @@ class _IndexUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, path: Path) -> None:
+        require_regular(path)
         super().__init__(io.BytesIO(path.read_bytes()))
         self._path = path
         self._classes: dict[str, type[_Plain]] = {}

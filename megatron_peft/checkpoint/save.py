@@ -39,21 +39,6 @@ class CheckpointNotSaved(ConfigurationError):
     """A checkpoint could not be written, on any rank. Raised on all; the earlier ones and the run are whole."""
 
 
-def save_checkpoint(state: Resumable) -> Path:
-    """Write the run's state under --save and make it the newest checkpoint. A collective.
-
-    Adapters only for adapter methods, the whole model for full fine-tuning; with the optimizer, the schedule, the
-    generators and the position.
-
-    Returns:
-        The checkpoint, `<save>/iter_0000050`.
-
-    Raises:
-        CheckpointNotSaved: on every rank; what was there before is untouched, and the draft is gone.
-    """
-    return draft_checkpoint(state).complete()
-
-
 @dataclasses.dataclass(frozen=True)
 class DraftedCheckpoint:
     """A checkpoint that is decided on and not yet written."""
@@ -71,8 +56,11 @@ class DraftedCheckpoint:
     def complete(self) -> Path:
         """Write this rank's files; when all ranks have, the first one publishes. A collective of `group`.
 
+        Returns:
+            The checkpoint, `<save>/iter_0000050`, now the newest.
+
         Raises:
-            CheckpointNotSaved: on every rank.
+            CheckpointNotSaved: on every rank; what was there before is untouched, and the draft is gone.
         """
         with _failures_told(self.folder, self.iteration, self.draft):
             own = checked_together(self.files.write, self.group)
@@ -108,7 +96,10 @@ def _write_beside_checkpoints(path: Path, text: str) -> None:
 def draft_checkpoint(
     state: Resumable, snapshot: bool = False, group: dist.ProcessGroup | None = None
 ) -> DraftedCheckpoint:
-    """Begin a checkpoint of the state as it is now. A collective.
+    """Begin a checkpoint of the state as it is now; `complete` writes it. A collective.
+
+    Adapters only for adapter methods, the whole model for full fine-tuning; with the optimizer, the schedule, the
+    generators and the position.
 
     Args:
         snapshot: copy what is to be saved, so that the run may go on before the files are written.

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -177,7 +177,7 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in a checkpoint, by key. Raises ConfigurationError if they cannot be read."""
     stored = read_metadata(folder).state_dict_metadata
-    return {key: tuple(tensor.size) for key, tensor in stored.items()}
+    return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 @contextmanager

@@ -45,12 +45,12 @@ def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
 
     Nothing changes if it says so already, or if the weights are of several types.
     """
-    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
     path = folder / CONFIG
     config = read_json_object(path)
     keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
-    if len(names) == 1 and any({config.get(key)} != names for key in keys):
-        write_config(folder, config | dict.fromkeys(keys, names.pop()))
+    if len(names) == 1 and any(config.get(key) != names[0] for key in keys):
+        write_config(folder, config | dict.fromkeys(keys, names[0]))
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

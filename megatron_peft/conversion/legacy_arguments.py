@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_peft.config import LINEAR_MODULES, require
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import ModelShape, is_size
 
 WAY_OUT = "give the model's config.json: put it into the folder, or name its folder with --pretrained-checkpoint."
 # What a Llama of Megatron-LM is made with; anything else computes something else.
@@ -38,6 +38,8 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
     sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
     lost = [name for name, value in sizes.items() if value is None]
     require(not lost, f"the arguments in {where} lack {', '.join(lost)}: {WAY_OUT}")
+    odd = [f"{name} {str(value)[:40]}" for name, value in sizes.items() if not is_size(value)]
+    require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is no size: {WAY_OUT}")
     vocab_size = given.get("vocab_size")
     require(
         vocab_size is not None,

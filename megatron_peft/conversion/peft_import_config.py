@@ -16,9 +16,10 @@ from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.peft_names import WAY_OUT
 from megatron_peft.models.huggingface_values import number, size, switch
-from megatron_peft.untrusted import read_json_object
+from megatron_peft.untrusted import limited_to, read_json_object
 
 ALL_LINEAR = "all-linear"
+MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Settings:
             return False
         wanted = self.targets["target_modules"]
         if isinstance(wanted, str):
-            return wanted == ALL_LINEAR or bool(re.fullmatch(wanted, module))
+            return wanted == ALL_LINEAR or _matches(wanted, module)
         return module in wanted or (_is_named(wanted, module) and self._is_in_listed_layer(module))
 
     def _is_in_listed_layer(self, module: str) -> bool:
@@ -77,7 +78,7 @@ def _lora_settings(config: Mapping[str, Any]) -> LoraSettings:
         rank=size(config, "r"),
         alpha=number(config, "lora_alpha"),
         rank_stabilised=switch(config, "use_rslora"),
-        dropout=config.get("lora_dropout") or 0.0,
+        dropout=_dropout(config, "lora_dropout"),
     )
 
 
@@ -88,8 +89,14 @@ def _boft_settings(config: Mapping[str, Any]) -> BoftSettings:
         block_size=size(config, "boft_block_size") if by_size else 0,
         num_blocks=0 if by_size else size(config, "boft_block_num"),
         num_factors=size(config, "boft_n_butterfly_factor", 1),
-        dropout=config.get("boft_dropout") or 0.0,
+        dropout=_dropout(config, "boft_dropout"),
     )
+
+
+def _dropout(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key) or 0.0
+    require(type(value) in (int, float) and 0 <= value < 1, f"{key} is {str(value)[:40]}; it is a fraction below 1.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def read_settings(folder: Path) -> LoraSettings | BoftSettings:
     """ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or numbers that are none."""
     path = folder / ADAPTER_CONFIG
     config = _read_json(path)
-    name = config.get("peft_type", "")
+    name = str(config.get("peft_type") or "")
     require(
         name in KINDS,
         f"{path} describes no HF PEFT adapter: it has no peft_type. A run's --save folder needs no import: --load "
@@ -142,12 +149,39 @@ def read_settings(folder: Path) -> LoraSettings | BoftSettings:
     refused = sorted(key for key, value in config.items() if not _is_plain(kind, key, value))
     told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
     require(not refused, f"{path} asks for what is not supported: {told}. {WAY_OUT}")
-    wanted = config.get("target_modules")
-    require(bool(wanted) and isinstance(wanted, str | list), f"{path} names no target_modules.")
+    require(bool(config.get("target_modules")), f"{path} names no target_modules.")
     try:
+        _check_targets(config)
         return kind.read(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
+
+
+def _check_targets(config: Mapping[str, Any]) -> None:
+    """Names or a regular expression; layers by number."""
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key) or []
+        names = value if isinstance(value, list) else [value]
+        require(all(isinstance(name, str) for name in names), f"{key} is {str(value)[:40]}; it names modules.")
+        if isinstance(value, str):
+            _matches(value, "")
+    layers = config.get("layers_to_transform")
+    listed = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    require(
+        all(type(layer) is int for layer in listed), f"layers_to_transform is {str(layers)[:40]}; it numbers layers."
+    )
+
+
+def _matches(expression: str, module: str) -> bool:
+    """Raises ConfigurationError: no regular expression, or one whose repetitions within repetitions take for ever."""
+    try:
+        with limited_to(MATCH_SECONDS):
+            return bool(re.fullmatch(expression, module))
+    except (re.error, RecursionError, OverflowError, TimeoutError) as error:
+        raise ConfigurationError(
+            f"{ADAPTER_CONFIG}: the regular expression {expression[:60]!r} cannot be used on the name {module!r} "
+            f"({error}): list the modules by name."
+        ) from error
 
 
 def _is_plain(kind: Kind, key: str, value: Any) -> bool:
@@ -163,5 +197,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
     """A regular expression over full names, or a list of full names and ends of them."""
     if isinstance(names, str):
-        return bool(names) and bool(re.fullmatch(names, module))
+        return bool(names) and _matches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names or ())

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
+from megatron_peft.config import require
 from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory
@@ -89,6 +90,11 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
     files = megatron_files(folder)
     if files is None:
         source = open_source(folder)
+        require(
+            len(source.headers) >= shape.num_layers,  # rules of so many layers would take minutes
+            f"the tensors in {folder} do not fit its config.json: {len(source.headers)} tensors, {shape.num_layers:,} "
+            "layers.",
+        )
         rules = rules_for(shape, source.headers)
         check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
         return rules, HuggingFaceWeights(source)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.rules import Index
-from megatron_peft.untrusted import read_json_object
+from megatron_peft.untrusted import read_json_object, require_regular
 
 MAPPED_BYTES = 64 * 2**20
 NAMED_AT_MOST = 8  # names listed in one error
@@ -75,7 +75,13 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        require(
+            isinstance(state, dict) and all(isinstance(name, str) for name in state),
+            f"{path} holds no weights by their names. Save the model's state_dict, or convert it to safetensors.",
+        )
         self._tensors: dict[str, Tensor] = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        odd = [name for name, tensor in self._tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
+        require(not odd, f"{path} holds tensors that are sparse or empty: {listed(odd)}. Convert it to safetensors.")
 
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
@@ -120,7 +126,7 @@ def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) 
     file does not hold.
     """
     folder = Path(folder)
-    chosen = next((folder / name for name in weight_files if (folder / name).is_file()), None)
+    chosen = next((folder / name for name in weight_files if (folder / name).exists()), None)
     if chosen is None:
         raise ConfigurationError(
             f"--pretrained-checkpoint {folder} holds no weights: expected one of {', '.join(weight_files)}."
@@ -141,6 +147,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
+_NO_WEIGHTS = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError, KeyError)
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint."""
     try:
@@ -153,11 +162,14 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path) -> WeightFile:
-    require(path.is_file(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
+    require(path.exists(), f"{path} is missing, but the index of the weights lists it: copy the folder again.")
+    require_regular(path)
     require(path.suffix in FORMATS, f"{path} is neither {' nor '.join(FORMATS)}.")
     try:
         return FORMATS[path.suffix](path)
-    except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except ConfigurationError:
+        raise
+    except (*_NO_WEIGHTS, pickle.UnpicklingError) as error:
         raise ConfigurationError(f"{path} cannot be read: {_why(path, error)}") from error
 
 

@@ -53,11 +53,7 @@ def _require_whole(prefix: str, flag: str) -> None:
         f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
         "tools/preprocess_data.py writes it.",
     )
-    expected = _expected_bytes(index)
-    require(
-        expected is not None,
-        f"{flag} {prefix}: {index} is not an index of Megatron's, or it is torn ({index.stat().st_size} bytes).",
-    )
+    expected = _expected_bytes(index, f"{flag} {prefix}: {index}")
     actual = data.stat().st_size
     require(
         actual == expected,
@@ -65,17 +61,36 @@ def _require_whole(prefix: str, flag: str) -> None:
     )
 
 
-def _expected_bytes(index: Path) -> int | None:
-    """Size of the data file that an index describes; None if the index is not whole. (megatron-core's own reader
-    leaves out the sizes, and complains once more when it is collected.)"""
+def _expected_bytes(index: Path, named: str) -> int:
+    """Size of the data file that an index describes. (megatron-core's own reader leaves out the sizes, follows any
+    pointer wherever it leads, and complains once more when it is collected.)
+
+    Raises:
+        ConfigurationError: it is torn, or its sequences or documents do not follow one another from the first on.
+    """
     with index.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        return None
-    magic, version, dtype_code, num_sequences, num_documents = _HEADER.unpack(header)
-    size = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8  # lengths, pointers, document bounds
-    known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in {dtype.value for dtype in DType}
-    if not known or index.stat().st_size != size:
-        return None
-    lengths = np.fromfile(index, dtype=np.int32, count=num_sequences, offset=_HEADER.size)
-    return int(np.sum(lengths, dtype=np.int64)) * DType.size(dtype_code)
+        num_bytes, header = index.stat().st_size, file.read(_HEADER.size)
+        fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        magic, version, dtype_code, num_sequences, num_bounds = fields
+        known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in {dtype.value for dtype in DType}
+        require(
+            known and num_bytes == _HEADER.size + num_sequences * (4 + 8) + num_bounds * 8,
+            f"{named} is not an index of Megatron's, or it is torn ({num_bytes} bytes).",
+        )
+        lengths = np.fromfile(file, np.int32, num_sequences)
+        pointers = np.fromfile(file, np.int64, num_sequences)
+        bounds = np.fromfile(file, np.int64, num_bounds)
+    ends = np.cumsum(lengths, dtype=np.int64) * DType.size(dtype_code)
+    astray = (lengths < 0) | (pointers != np.append(0, ends)[:-1])
+    require(
+        not astray.any(),
+        f"{named} is damaged: sequence {astray.argmax() if len(astray) else 0} does not begin where the one before it "
+        "ends, or its length is below 0. Copy it again, or make it anew with tools/preprocess_data.py.",
+    )
+    in_order = num_bounds > 0 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
+    require(
+        bool(in_order),
+        f"{named} is damaged: its documents are not its {num_sequences} sequences in their order. Copy it again, or "
+        "make it anew with tools/preprocess_data.py.",
+    )
+    return int(ends[-1]) if num_sequences else 0

@@ -147,8 +147,8 @@ def template_names(template: str) -> frozenset[str]:
     try:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
         return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(plain)))
-    except TemplateError as error:
-        raise ConfigurationError(f"the chat template cannot be read: {error}") from error
+    except (TemplateError, RecursionError) as error:
+        raise ConfigurationError(f"the chat template cannot be read: {error}.") from error
 
 
 def fields_left_out(record: Record, tokenizer: Tokenizer) -> list[str]:

@@ -6,21 +6,24 @@ Every class also has the attributes that megatron-core's datasets ask of a token
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.chat import Part, chat_parts
+from megatron_peft.untrusted import limited_to, read_json_object, require_regular
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
 RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
+
+
+# Of a folder: what may be opened, and what must hold a JSON object.
+_READ = ("*.json", "*.jinja", "*.txt", "*.model")
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 class Tokenizer(Protocol):
@@ -113,14 +116,19 @@ class HuggingFaceTokenizer(_Base):
         from transformers import AutoTokenizer
 
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
+        for path in (path for pattern in _READ for path in sorted(Path(folder).glob(pattern))):
+            require_regular(path, "--tokenizer-model")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - the libraries raise whatever their parsers do
             raise ConfigurationError(
-                f"--tokenizer-model {folder} holds no tokenizer that transformers can read: {_first_line(error)}"
+                f"--tokenizer-model {folder} holds no tokenizer that transformers can read: {_fault(folder, error)}"
             ) from error
         eos_id = self._tokenizer.eos_token_id
-        require(eos_id is not None, f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token.")
+        require(
+            eos_id is not None,
+            f"--tokenizer-model {folder}: the tokenizer has no end-of-sequence token; tokenizer_config.json names it.",
+        )
         super().__init__(len(self._tokenizer), None, eos_id, folder)
         self.largest_id = max(self._tokenizer.get_vocab().values())
         self.folder = folder
@@ -151,7 +159,7 @@ class HuggingFaceTokenizer(_Base):
             "--tokenizer-model a folder that has one, or use records with prompt and completion.",
         )
         try:
-            with _limited_to(RENDER_SECONDS):
+            with limited_to(RENDER_SECONDS):
                 return self._tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(tools) if tools else None,  # type: ignore[arg-type]  # a list of schemas is one of them
@@ -159,7 +167,9 @@ class HuggingFaceTokenizer(_Base):
                     add_generation_prompt=add_generation_prompt,
                 )
         except Exception as error:  # noqa: BLE001 - a template is a program
-            raise ConfigurationError(f"the chat template refuses the messages: {_first_line(error)}") from error
+            raise ConfigurationError(
+                f"the chat template in {self.folder} refuses the messages: {_first_line(error)}"
+            ) from error
 
 
 class SentencePieceTokenizer(_Base):
@@ -245,29 +255,21 @@ def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
     )
 
 
-@contextmanager
-def _limited_to(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError when the time is up. In the main thread only: there, every record is rendered first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"it has not come to an end in {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _required(source: str | None) -> str:
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
     return source
+
+
+def _fault(folder: str, error: Exception) -> str:
+    """What is wrong with a folder that transformers does not read: the file that is no JSON, or else its own words."""
+    files = [path for path in (Path(folder, name) for name in _JSON_FILES) if path.is_file()]
+    for path in files:
+        try:
+            read_json_object(path)
+        except ConfigurationError as found:
+            return str(found)
+    return f"{type(error).__name__}: {_first_line(error)} (read: {', '.join(path.name for path in files) or 'no file'})"
 
 
 def _first_line(error: Exception) -> str:

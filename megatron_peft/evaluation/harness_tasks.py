@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.data.preparation.template import TaskLoader
+from megatron_peft.untrusted import parse_yaml, read_text
 
 
 def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: int | None = None) -> Any:
@@ -25,6 +27,7 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
     require(not missing, f"--include-path {' '.join(missing)}: no such folder.")
     manager = TaskManager(include_path=list(include_paths), include_defaults=False)
     if not include_paths or set(names) - set(manager.all_tasks):
+        _check_task_files(include_paths)
         manager = TaskManager(include_path=list(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -34,6 +37,12 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
             _check_labels(name, task)
             _check_examples(name, task, num_fewshot)
     return manager
+
+
+def _check_task_files(include_paths: Sequence[str]) -> None:
+    """A file that is no YAML is passed over by the harness, and its task would be searched among thousands."""
+    for path in (path for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))):
+        parse_yaml(read_text(path), str(path), TaskLoader)
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

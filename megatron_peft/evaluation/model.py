@@ -22,7 +22,7 @@ from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_rec
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.conversion.loader import load_pretrained
-from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.shape import ModelShape
@@ -96,7 +96,7 @@ def model_fingerprint(config: RunConfig) -> str:
 def end_ids(base: str) -> frozenset[int]:
     """Tokens that the base model's `generation_config.json` names as ends; a chat model may have several."""
     path = Path(base, GENERATION_CONFIG)
-    if not path.is_file():
+    if not path.exists():
         return frozenset()
     ends = read_json_object(path).get("eos_token_id")
     found = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -126,6 +126,7 @@ def _base(config: RunConfig) -> str:
 
 def _checked_shape(config: RunConfig) -> ModelShape:
     shape = read_model_shape(_base(config))
+    open_weights(_base(config), shape)
     problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
     if problems:
         raise ConfigurationError(*problems)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from megatron_peft.config_error import require
@@ -27,10 +25,3 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if num_samples - num_correct < k:
         return 1.0
     return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
-
-
-def mean_pass_at_k(results: Iterable[tuple[int, int]], k: int) -> float:
-    """Mean of `pass_at_k` over the (samples, correct samples) of the problems."""
-    estimates = [pass_at_k(samples, correct, k) for samples, correct in results]
-    require(bool(estimates), f"pass@{k} of no problems at all.")
-    return float(np.mean(estimates))

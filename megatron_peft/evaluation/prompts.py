@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.untrusted import parse_json, read_text, require_regular
 
@@ -57,7 +57,10 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, 
 
 def _encoded(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> Iterator[list[int]]:
     for number, record in enumerate(records, 1):
-        ids = _ids(record, tokenizer, chat) or [tokenizer.prefix_id]
+        try:
+            ids = _ids(record, tokenizer, chat) or [tokenizer.prefix_id]
+        except ConfigurationError as error:
+            raise ConfigurationError(f"prompt {number}: {error}") from error
         require(
             len(ids) < max_length,
             f"prompt {number} has {len(ids)} tokens, but the model has {max_length} positions for prompt and answer "

@@ -29,7 +29,8 @@ class Limits:
     """What one program may use.
 
     Memory and CPU time are limits of a process (all of `processes` together: that many times as much); `file_bytes`
-    is the size of /tmp and of a file; what a program prints beyond `output_bytes` ends it.
+    is the size of /tmp and of a file, `files` how many files, folders and links /tmp may hold; what a program prints
+    beyond `output_bytes` ends it.
     """
 
     wall_seconds: float = 20.0
@@ -38,6 +39,7 @@ class Limits:
     processes: int = 4
     open_files: int = 64
     file_bytes: int = 32 << 20
+    files: int = 4096
     output_bytes: int = 64 << 10
 
     def of_process(self) -> dict[str, tuple[int, int]]:
@@ -70,10 +72,13 @@ def find_bubblewrap() -> str | None:
         return None
 
 
-def bubblewrap_command(bubblewrap: str, limits: Limits, packages: Sequence[str], filter_file: int) -> list[str]:
-    """Runs the driver confined. `filter_file` is the open file of the system-call filter.
+def bubblewrap_command(
+    bubblewrap: str, limits: Limits, packages: Sequence[str], filter_file: int, info_file: int
+) -> list[str]:
+    """Runs the driver confined. Two open files: `filter_file` holds the system-call filter, and bwrap writes to
+    `info_file` which process it has started.
 
-    As root bwrap makes no user namespace and the driver becomes a user without rights; otherwise the program is
+    As root bwrap makes no user namespace and the driver becomes users without rights; otherwise all inside is
     "nobody" in a user namespace of its own that allows no further one.
     """
     identity = (
@@ -85,6 +90,7 @@ def bubblewrap_command(bubblewrap: str, limits: Limits, packages: Sequence[str],
         bubblewrap,
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         *("--die-with-parent", "--new-session", "--seccomp", str(filter_file)),
+        *("--info-fd", str(info_file)),
         *identity,
         *_environment(),
         *_folders(PYTHON, f"{PYTHON}/bin", PACKAGES, "/dev", "/etc", "/usr"),

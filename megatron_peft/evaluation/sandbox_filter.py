@@ -1,8 +1,9 @@
 """System calls that a program in the sandbox may not make, as a seccomp filter.
 
 Namespaces and limits confine files, processes and networks, but not everything: a System V segment or a memfd holds
-memory that no process limit counts, vsock knows no network namespaces, and a user namespace of one's own brings mounts
-without a size. No program that a benchmark asks for needs any of these, so they answer "not permitted".
+memory that no process limit counts, vsock knows no network namespaces, a user namespace of one's own brings mounts
+without a size, and a descriptor taken from the judge may be the pipe of the verdict. No program that a benchmark asks
+for needs any of these, so they answer "not permitted".
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ DENIED = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
     "unshare": (272, 97),
     "setns": (308, 268),
     "mount": (165, 40),

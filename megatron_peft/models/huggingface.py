@@ -42,6 +42,9 @@ HARMLESS = {
 }  # fmt: skip
 
 
+NUMBER_TYPES = {"float64", "float32", "float16", "bfloat16"}
+
+
 @dataclass(frozen=True)
 class Family:
     """How the configs of one model_type are read, and what its linear layers are called.
@@ -108,7 +111,13 @@ def _require_supported_architecture(path: Path, config: Config) -> None:
     supported = ", ".join(family.architectures[0] for family in FAMILIES.values())
     model_type, named = config.get("model_type"), config.get("architectures") or []
     require(
-        model_type in FAMILIES and set(named) <= set(FAMILIES[model_type].architectures),
+        isinstance(named, list) and all(isinstance(name, str) for name in named),
+        f"{path}: architectures is {str(named)[:40]}, not a list of names.",
+    )
+    require(
+        isinstance(model_type, str)
+        and model_type in FAMILIES
+        and set(named) <= set(FAMILIES[model_type].architectures),
         f"{path} describes {', '.join(named) or 'a model'} of model_type {model_type!r}, which is not supported. "
         f"Supported: {supported}.",
     )
@@ -120,6 +129,12 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
     told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
     require(not refused, f"{path} asks for what is not supported: {told}. Use a checkpoint without it.")
+    for key in ("dtype", "torch_dtype"):
+        named = config.get(key)
+        require(
+            named is None or str(named).removeprefix("torch.") in NUMBER_TYPES,
+            f"{path}: {key} is {json.dumps(named)[:80]}; it must be {', '.join(sorted(NUMBER_TYPES))} or null.",
+        )
     unknown = sorted(config.keys() - family.read - HARMLESS - known.keys())
     if unknown:
         logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_peft.config import LINEAR_MODULES, require
 from megatron_peft.models.huggingface_values import Config, number, size, switch
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import MOST, MOST_EPSILON, MOST_LAYERS, ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def bloom_shape(config: Config) -> ModelShape:
     _warn_of_lost_biases(config)
     return ModelShape(
         architecture="bloom",
-        num_layers=_size_of_either(config, "n_layer", "num_hidden_layers"),
+        num_layers=_size_of_either(config, "n_layer", "num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=4 * hidden,
         num_attention_heads=heads,
@@ -45,7 +45,7 @@ def bloom_shape(config: Config) -> ModelShape:
         vocab_size=size(config, "vocab_size"),
         max_position_embeddings=size(config, "seq_length", 2048),
         normalization="LayerNorm",
-        norm_epsilon=number(config, "layer_norm_epsilon", 1e-5),
+        norm_epsilon=number(config, "layer_norm_epsilon", 1e-5, most=MOST_EPSILON),
         activation="gelu_tanh",
         gated_linear_unit=False,
         linear_biases=frozenset(LINEAR_MODULES),
@@ -62,9 +62,9 @@ def _hidden_size(config: Config) -> int:
     return hidden
 
 
-def _size_of_either(config: Config, *names: str) -> int:
+def _size_of_either(config: Config, *names: str, most: int = MOST) -> int:
     """A size that goes by several names, any of which may be there."""
-    sizes = {name: size(config, name) for name in names if config.get(name) is not None}
+    sizes = {name: size(config, name, most=most) for name in names if config.get(name) is not None}
     require(bool(sizes), f"{' (or '.join(names)}) is missing.")
     require(
         len(set(sizes.values())) == 1,

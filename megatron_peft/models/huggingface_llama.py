@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_peft.config import require
 from megatron_peft.models.huggingface_values import Config, number, size, switch
-from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, ModelShape, RopeScaling
 
 # Keys that change the computation, with the values that leave it as it is.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -55,7 +55,7 @@ def llama_shape(config: Config) -> ModelShape:
     biased = {"attention_bias": ("linear_qkv", "linear_proj"), "mlp_bias": ("linear_fc1", "linear_fc2")}
     return ModelShape(
         architecture="llama",
-        num_layers=size(config, "num_hidden_layers"),
+        num_layers=size(config, "num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=size(config, "intermediate_size"),
         num_attention_heads=heads,
@@ -63,7 +63,7 @@ def llama_shape(config: Config) -> ModelShape:
         kv_channels=_head_dim(config, hidden, heads),
         vocab_size=size(config, "vocab_size"),
         max_position_embeddings=size(config, "max_position_embeddings", 2048),
-        norm_epsilon=number(config, "rms_norm_eps", 1e-6),
+        norm_epsilon=number(config, "rms_norm_eps", 1e-6, most=MOST_EPSILON),
         linear_biases=frozenset(name for key, names in biased.items() if switch(config, key) for name in names),
         tied_embeddings=switch(config, "tie_word_embeddings"),
         rotary_base=rope_theta,
@@ -86,13 +86,13 @@ def _rope(config: Config) -> tuple[float, RopeScaling | None]:
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(given, dict), f"rope_scaling is {given!r}, not an object.")
     rope = {key: value for key, value in given.items() if value is not None}
-    kind = rope.pop("rope_type", None) or rope.get("type", "default")
-    rope.pop("type", None)
+    old_name = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_name)
     theta = number(rope, "rope_theta", number(config, "rope_theta", 10000.0))
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     require(
-        kind in ROPE_KEYS and (kind != "linear" or rope.get("factor") == 1),
+        isinstance(kind, str) and kind in ROPE_KEYS and (kind != "linear" or rope.get("factor") == 1),
         f"rope_type {kind!r} is not supported. Supported: default, llama3.",
     )
     unknown = sorted(rope.keys() - ROPE_KEYS[kind])

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_peft.config import require
+from megatron_peft.models.shape import MOST, is_positive, is_size
 
 Config = Mapping[str, Any]
 
 
-def size(config: Config, key: str, default: int | None = None) -> int:
+def size(config: Config, key: str, default: int | None = None, most: int = MOST) -> int:
     """A count or a length."""
     value = _value(config, key, default)
-    require(type(value) is int and value > 0, f"{key} is {value!r}; it must be a whole number above 0.")
+    require(is_size(value, most), f"{key} is {_shown(value)}; it must be a whole number above 0 and at most {most:,}.")
     return value
 
 
-def number(config: Config, key: str, default: float | None = None) -> float:
-    """A positive number, whole or not."""
+def number(config: Config, key: str, default: float | None = None, most: float = math.inf) -> float:
+    """A positive number, whole or not, that float32 can hold."""
     value = _value(config, key, default)
-    require(type(value) in (int, float) and value > 0, f"{key} is {value!r}; it must be a number above 0.")
+    limit = "" if most == math.inf else f" and at most {most:g}"
+    require(
+        is_positive(value) and value <= most,
+        f"{key} is {_shown(value)}; it must be a number above 0{limit}, which float32 can hold.",
+    )
     return float(value)
 
 
 def switch(config: Config, key: str, default: bool = False) -> bool:
     """true or false."""
     value = _value(config, key, default)
-    require(type(value) is bool, f"{key} is {value!r}; it must be true or false.")
+    require(type(value) is bool, f"{key} is {_shown(value)}; it must be true or false.")
     return value
 
 
@@ -36,3 +42,8 @@ def _value(config: Config, key: str, default: Any) -> Any:
     value = default if value is None else value
     require(value is not None, f"{key} is missing.")
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

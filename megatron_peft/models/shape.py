@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_peft.config import require
+
+MOST = 2**31 - 1  # of any size; products of two of them are still integers of 64 bits
+MOST_LAYERS = 99_999
+MOST_EPSILON = 1.0  # a larger one is no guard against a division by zero: it is the norm
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "max_position_embeddings"),
+)
+
+
+def is_size(value: Any, most: int = MOST) -> bool:
+    """Whether it is a whole number from 1 to `most`."""
+    return type(value) is int and 0 < value <= most
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that float32, in which models compute, rounds neither to 0 nor to infinity."""
+    return type(value) in (int, float) and 2.0**-126 <= value < 2.0**128
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,13 @@ class ModelShape:
     embedding_layernorm: bool = False
 
     def __post_init__(self) -> None:
+        """Whoever reads a shape, from whatever file, passes here."""
+        wrong = [name for name in _SIZES if not is_size(getattr(self, name))]
+        wrong += ["num_layers"] * (not wrong and self.num_layers > MOST_LAYERS)
+        wrong += [name for name in ("norm_epsilon", "rotary_base") if not is_positive(getattr(self, name))]
+        wrong += ["norm_epsilon"] * (not wrong and self.norm_epsilon > MOST_EPSILON)
+        told = ", ".join(f"{name} {str(getattr(self, name))[:40]}" for name in wrong)
+        require(not wrong, f"a model's shape cannot have {told}.")
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} key-value heads.",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from math import gcd
+from math import gcd, isqrt
 from typing import Any
 
 from megatron_peft.config import DataConfig, ParallelConfig, flag
@@ -164,7 +164,8 @@ def _uneven_choices(layers: int, stages: int, ends: int) -> list[int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _listed(values: list[int]) -> str:

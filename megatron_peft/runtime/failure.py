@@ -7,6 +7,7 @@ board twice a second, and all processes end together.
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from megatron_peft.config import ConfigurationError
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may be gone already; torch tries for five minutes
 FAREWELL_SECONDS = 10.0  # a rank that was killed never says that it leaves
 _LOOK_SECONDS = 0.5
 
@@ -71,7 +73,9 @@ class _FailureBoard:
         self._world_size = dist.get_world_size()
         if self._world_size == 1:
             return
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
+        )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
         threading.Thread(target=self._watch, daemon=True).start()

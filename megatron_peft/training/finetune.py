@@ -13,7 +13,7 @@ from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, flag, require
 from megatron_peft.config_record import config_to_dict
-from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import (
     Tokenizer,
@@ -76,6 +76,7 @@ def _require_one_configuration(config: RunConfig) -> None:
 def _checked_shape(config: RunConfig) -> ModelShape:
     assert config.model.pretrained_checkpoint is not None
     shape = read_model_shape(config.model.pretrained_checkpoint)
+    open_weights(config.model.pretrained_checkpoint, shape)
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),

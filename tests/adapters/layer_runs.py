@@ -4,8 +4,6 @@ Everything is drawn as a whole and sliced, and what is returned is joined to the
 compared tensor by tensor. Letters: s sequence, b batch, h hidden, f features between the two layers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

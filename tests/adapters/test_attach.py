@@ -1,7 +1,5 @@
 """Which layers are adapted and by what, what stays frozen, and the messages for names that match nothing."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """BOFT's adapters: what a rank holds, both parametrizations, Hugging Face PEFT's rotation; the butterfly's pieces."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

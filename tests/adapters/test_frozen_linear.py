@@ -1,7 +1,5 @@
 """The fused function on one rank: values and gradients. test_linear.py splits it over two."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

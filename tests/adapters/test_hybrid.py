@@ -1,7 +1,5 @@
 """The Hybrid's layers are their formula, gradients included; lambda follows the norms of gradients before mixing."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapted layers split over two tensor-parallel ranks equal the same layers on one."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

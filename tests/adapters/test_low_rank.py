@@ -3,8 +3,6 @@
 And eq. (2), the bound of its norm, by small Gram matrices against the dense change of the weight.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

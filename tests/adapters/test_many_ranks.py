@@ -4,8 +4,6 @@ torch's LocalTensorMode runs every rank's program at once: a LocalTensor holds e
 on all slices, and a collective is the sum or the concatenation that it stands for. The process groups are fake.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A method costs one file and one line: the one that docs/new-method.md shows trains alike at every layout."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

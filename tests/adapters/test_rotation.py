@@ -1,7 +1,5 @@
 """The fused layers with a rotation equal their formulas, gradients included; products with blocks on a diagonal."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The structured unitary matrix: eq. (10) factor by factor, and the exponential map of eq. (11)-(12)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """uRNN's adapters: the identity at the start, their formula, by Fourier transforms too, and what may be replaced."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Logits, answers and scores of a tiny model are those of transformers and of the harness; a difference is found."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from pathlib import Path

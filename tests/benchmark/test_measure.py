@@ -3,8 +3,6 @@
 The process group of the collectives is torch's fake one of two ranks.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import sys

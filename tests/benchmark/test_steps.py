@@ -4,8 +4,6 @@ A LoRA step adds one full call without sequence parallelism, and r-wide ones onl
 batch, over the frozen base. The crossover names both ways, the one in use first. Every benchmark is documented.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

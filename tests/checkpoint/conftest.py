@@ -1,7 +1,5 @@
 """The facts that the distributed tests of this folder look at, each world started once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What the tests of this folder look at, gathered in one world: a function of the name of each fact."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import logging
@@ -20,7 +18,7 @@ from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.checkpoint.save import draft_checkpoint, save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
 from megatron_peft.config import ParallelConfig
@@ -118,7 +116,7 @@ def _resumed(files: Files, name: str, settings: Settings) -> list[str]:
     folder, settings = _folder(files, name), merged(DROPOUT, settings)
     whole = _run(files, settings, save=folder)
     whole.train(2)
-    save_checkpoint(whole.state)
+    draft_checkpoint(whole.state).complete()
     losses, ended = whole.train(1), whole.snapshot()
     second = _run(files, settings, disturbed=True, load=folder)
     assert load_checkpoint(second.state)
@@ -134,7 +132,7 @@ def _saves_disturb(files: Files) -> list[str]:
 
     ends = []
     for name, save in {
-        "saves at once": save_checkpoint,
+        "saves at once": lambda state: draft_checkpoint(state).complete(),
         "saves behind": save_behind,
         "never": lambda state: None,
     }.items():
@@ -155,7 +153,7 @@ def _loaded(files: Files, name: str, settings: Settings, **flags: Any) -> Run:
 def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str]:
     """What differs between a checkpoint and one that another layout makes of it, padded rows aside."""
     source, copy = (_folder(files, one) for one in (value[0], name))
-    save_checkpoint(_loaded(files, *value, save=copy).state)
+    draft_checkpoint(_loaded(files, *value, save=copy).state).complete()
     before, after = read_run_record(source), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
     tensors, copies = stored_tensors(source), stored_tensors(copy)
@@ -192,7 +190,7 @@ def _failed_saves(files: Files) -> dict[str, Any]:
     folder = Path(files.work, "full-disk")
     run = _run(files, TP2, save=str(folder))
     run.train(1)
-    save_checkpoint(run.state)
+    draft_checkpoint(run.state).complete()
     before = _contents(folder)
     run.train(1)
     found: dict[str, Any] = {}
@@ -206,9 +204,9 @@ def _failed_saves(files: Files) -> dict[str, Any]:
     failures["data on rank 1, for real"] = small_files_only(4096) if dist.get_rank() == 1 else nullcontext()
     for phase, failure in failures.items():
         with failure:
-            message = attempt(lambda: save_checkpoint(run.state))
+            message = attempt(lambda: draft_checkpoint(run.state).complete())
         found[phase] = message, _contents(folder) == before
-    save_checkpoint(run.state)
+    draft_checkpoint(run.state).complete()
     found["afterwards"] = read_run_record(folder).position["iteration"]
     return found
 
@@ -217,7 +215,7 @@ def _saver_facts(files: Files) -> dict[str, Any]:
     at_once, behind = (Path(_folder(files, name)) for name in ("at once", "behind"))
     run = _run(files, TP2, save=str(at_once))
     run.train(1)
-    save_checkpoint(run.state)
+    draft_checkpoint(run.state).complete()
     late = _run(files, TP2, save=str(behind), async_save=True, keep_last_checkpoints=2)
     late.train(1)
     return {

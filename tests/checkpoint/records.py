@@ -1,7 +1,5 @@
 """A run's record for tests without ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Short runs that are saved, killed off and resumed; called on ranks by the tests of this folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Publication survives being cut off at any call, damage is seen, one process saves, and leftovers do no harm."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random
@@ -41,7 +39,7 @@ def test_newest_is_what_the_tracker_names_unless_a_checkpoint_itself_is_given(tm
     assert newest_text(tmp_path / "iter_0000050") == "new"
 
 
-@pytest.mark.parametrize("text", ["", "70\n", "release\n"])
+@pytest.mark.parametrize("text", ["", "70\n", "release\n", "9" * 5000])
 def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, caplog):
     save(tmp_path, 50, "a")
     save(tmp_path, 60, "b")
@@ -86,7 +84,9 @@ def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, l
     assert checkpoints(tmp_path) == checkpoints(checkpoint) == [checkpoint]
 
 
-@pytest.mark.parametrize(("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), (None, "")])
+@pytest.mark.parametrize(
+    ("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), ("9" * 5000, "release"), (None, "")]
+)
 def test_the_tracker_leads_to_files_in_megatrons_form(tracker, place, tmp_path):
     for name in ("iter_0000010", "iter_0000020", "release") if tracker else ("",):
         (tmp_path / name / "mp_rank_00").mkdir(parents=True)

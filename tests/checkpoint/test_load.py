@@ -1,7 +1,5 @@
 """A resumed run is the uninterrupted one, bit for bit; a damaged checkpoint is named, and an older whole one taken."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

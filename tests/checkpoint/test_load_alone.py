@@ -1,11 +1,9 @@
 """What --load takes and refuses, and flags of --save, in a world of one; `test_load.py` loads at many layouts."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.distributed_files import open_distributed
 from tests.checkpoint.runs import configure, differences, merged, start
@@ -29,7 +27,7 @@ def folder(run, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("load_alone"))
     trained = run(checkpoint={"save": folder}, disturbed=False)
     trained.train(2)
-    save_checkpoint(trained.state)
+    draft_checkpoint(trained.state).complete()
     return folder
 
 
@@ -114,7 +112,9 @@ def test_trained_parameters_for_inference(run, loaded, folder):
 
 
 def test_adapters_only_without_the_optimizer_whose_parameters_can_be_taken(run, tmp_path):
-    save_checkpoint(run(checkpoint={"save": str(tmp_path), "no_save_optim": True, "no_save_rng": True}).state)
+    draft_checkpoint(
+        run(checkpoint={"save": str(tmp_path), "no_save_optim": True, "no_save_rng": True}).state
+    ).complete()
     keys = list(open_distributed(next(tmp_path.glob("iter_*"))))
     assert len(keys) == 4 * 4 * 2  # layers, linear layers, A and B
     assert all(key.endswith((".adapter.A", ".adapter.B")) for key in keys)

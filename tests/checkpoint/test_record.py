@@ -1,7 +1,5 @@
 """A record reads back; what contradicts it is refused with both values; two bases are told apart."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

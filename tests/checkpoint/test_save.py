@@ -1,7 +1,5 @@
 """A save that fails is one message on all ranks and costs nothing; one in the background loses nothing."""
 
-from __future__ import annotations
-
 import errno
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """The state of a run knows no layout, moves between number types without loss, and holds every generator."""
 
-from __future__ import annotations
-
 import math
 import random
 

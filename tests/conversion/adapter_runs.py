@@ -1,7 +1,5 @@
 """Runs with adapters at two ranks, for the tests of moving adapters."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.peft_export import export_adapter
@@ -121,7 +119,7 @@ def save_runs(files: Files) -> bool:
         run.train(1)
         if run.state.config.peft.hybrid_merge_interval:  # the change is in the weights now: another one beside it
             _fill_adapters(run.state)
-        save_checkpoint(run.state)
+        draft_checkpoint(run.state).complete()
         if name == "tp2":
             before = _adapters(run)
     there, back = Path(files.work, "there"), Path(files.work, "back")

@@ -1,7 +1,5 @@
 """A tiny Llama in every form of a Hugging Face folder, and runs with adapters."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

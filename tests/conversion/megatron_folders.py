@@ -1,7 +1,5 @@
 """Small models in every form that weights come in, made of random numbers and the rules alone."""
 
-from __future__ import annotations
-
 import argparse
 import random
 import signal

@@ -1,7 +1,5 @@
 """Hugging Face folders: slices come from the right file and are counted, small files come along, faults are named."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Any box of a tensor is read from the boxes that it is stored in; torn files are named, and nothing in them runs."""
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import random

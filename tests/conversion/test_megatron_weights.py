@@ -1,7 +1,5 @@
 """Megatron's checkpoints under all the names and places that it gives them, and its old files of ranks, joined."""
 
-from __future__ import annotations
-
 import shutil
 from argparse import Namespace
 
@@ -136,6 +134,8 @@ def test_the_shape_is_in_the_arguments():
         ({"use_rope_scaling": True}, "use_rope_scaling True"),
         ({"num_experts": 8}, "num_experts 8"),
         ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
+        ({"num_attention_heads": 0}, "have num_attention_heads 0, which is no size"),
+        ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is no size"),
         ({"vocab_size": None}, "vocabulary padded to 128 rows"),
     ],
 )

@@ -1,7 +1,5 @@
 """A merged folder is in transformers what the adapted model is here; folded rotations are those of training."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

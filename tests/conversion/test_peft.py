@@ -1,7 +1,5 @@
 """HF PEFT opens an exported LoRA, and one that it made is opened here: both compute what the other side does."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

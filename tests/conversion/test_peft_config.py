@@ -1,7 +1,5 @@
 """Only a plain LoRA passes; what is asked for beyond it is named."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """BOFT on the input side is HF PEFT's BOFT: the layer, an adapter that goes there, one that comes from there."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """--pretrained-checkpoint opens every form of a base model at any layout, and what does not fit is named first."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Rules know every tensor, go both ways bit for bit at any tensor-parallel size, and read a rank's own bytes only."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

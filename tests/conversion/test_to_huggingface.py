@@ -1,7 +1,5 @@
 """What comes back from Megatron is what went there, bit for bit; everything else is refused before it is written."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

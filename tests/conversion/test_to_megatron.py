@@ -1,7 +1,5 @@
 """A Hugging Face folder becomes what megatron-core itself would have saved, and never lies in memory whole."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from pathlib import Path

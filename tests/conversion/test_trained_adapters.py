@@ -1,7 +1,5 @@
 """Adapters out of a --save folder as whole tensors; factors of a fused layer make the change of its modules."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

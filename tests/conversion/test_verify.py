@@ -1,7 +1,5 @@
 """Two models on the same tokens: what is equal is seen to be, and what is not is found and placed."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

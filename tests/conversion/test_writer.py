@@ -1,7 +1,5 @@
 """A folder appears whole or not at all; its safetensors, written in pieces, are what the library would have written."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

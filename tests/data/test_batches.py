@@ -1,7 +1,5 @@
 """Which samples each step of each rank reads: the order of epochs, packs of short samples, batches over ranks."""
 
-from __future__ import annotations
-
 import math
 import threading
 from itertools import islice

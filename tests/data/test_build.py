@@ -1,7 +1,5 @@
 """The data of a run from its configuration: how long it is, what each rank reads, what was left out of it."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from itertools import islice

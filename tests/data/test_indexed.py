@@ -1,7 +1,5 @@
 """Megatron's indexed datasets: which prefixes are taken with which weights, split, blended, repeated and cached."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

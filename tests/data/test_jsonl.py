@@ -1,7 +1,5 @@
 """Records of JSON lines and arrays, their places, and what is wrong with them; memory holds the index alone."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 
@@ -27,6 +25,17 @@ def test_records_of_several_files_come_in_order_and_know_their_place(write_lines
     assert [record["n"] for record in (records[i] for i in range(len(records)))] == [0, 1, 2]
     assert records[2]["text"] == "é\u2028"
     assert [records.place(i) for i in range(3)] == [f"{first}, line 1", f"{first}, line 4", f"{second}, line 1"]
+
+
+def test_a_file_that_is_shortened_while_it_is_read_is_named(write_lines):
+    """A map of it would end the process without a word."""
+    path = write_lines([{"n": number} for number in range(3)])
+    records = JsonRecords([path], FLAG)
+    with open(path, "r+") as file:
+        file.truncate(10)
+    assert records[0] == {"n": 0}
+    with pytest.raises(ConfigurationError, match="data.jsonl was shortened while it was being read"):
+        records[2]
 
 
 def test_last_line_without_a_line_break_and_windows_line_ends(tmp_path):

@@ -1,7 +1,5 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """From token ids to what a step reads: input, label and loss of each position, padded or packed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

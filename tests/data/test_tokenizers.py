@@ -1,7 +1,5 @@
 """Tokenizers are transformers' and sentencepiece's own; a chat template's parts tell what the assistant said."""
 
-from __future__ import annotations
-
 import json
 from inspect import signature
 

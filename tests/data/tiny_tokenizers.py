@@ -1,7 +1,5 @@
 """Tokenizers small enough to train in a test."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -1,7 +1,5 @@
 """The demo's downloads and what becomes of them: message pairs, film reviews, an experiment's split, a model."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct

@@ -1,7 +1,5 @@
 """The demo from its command line to its report, with stand-ins for downloads and torchrun."""
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import replace

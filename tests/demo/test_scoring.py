@@ -1,7 +1,5 @@
 """Translations of a model and their score."""
 
-from __future__ import annotations
-
 import json
 import sys
 from types import SimpleNamespace

@@ -3,8 +3,6 @@
 They find a model in `base`, its training data in `pairs.jsonl`, tasks in `tasks`; what they write lies beside these.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

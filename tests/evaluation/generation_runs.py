@@ -1,7 +1,5 @@
 """Answers and scores at several layouts in one world; started on ranks by the tests beside it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Four small tasks of the evaluation harness on data of our own: choices, answers, perplexity of texts."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Every layout, stage and method is in test_generation.py, scores too; real replicas are in test_harness.py.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

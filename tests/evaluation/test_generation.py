@@ -1,7 +1,5 @@
 """Answers: those of transformers, at any layout, with every method, in any batch; what is drawn; what ends them."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Scores of the harness: those of its own backend to the last item, at any layout; finished requests survive a kill."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping

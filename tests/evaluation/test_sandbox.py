@@ -1,7 +1,6 @@
 """The sandbox keeps what it confines away from the host, and no program stops the evaluation."""
 
-from __future__ import annotations
-
+import math
 import os
 import shutil
 import socket
@@ -14,15 +13,18 @@ import pytest
 
 from megatron_peft.config_error import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
-from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Sandbox, open_sandbox
+from megatron_peft.evaluation.humaneval import run_completions
+from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Program, Sandbox, open_sandbox
 from megatron_peft.evaluation.sandbox_command import DRIVER, Limits
 from megatron_peft.evaluation.sandbox_filter import MACHINES
-from tests.evaluation.attacks import ATTACKS, attack
-from tests.evaluation.confined import needs_bubblewrap, read
+from tests.evaluation.attacks import ATTACKS, CHEATS, DOUBLE, attack, cheat
+from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 from tools.evaluate import main
 
-SHORT = Limits(wall_seconds=seconds(8), cpu_seconds=1)  # an honest program must end in it on a busy machine too
+SHORT = Limits(
+    wall_seconds=seconds(8), cpu_seconds=math.ceil(seconds(1))
+)  # an honest program must end in it on a busy machine too
 MARKER = f"outlives-{os.getpid()}"
 
 
@@ -49,7 +51,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
 @pytest.fixture(scope="module")
 def outcomes(sandbox: Sandbox, host: dict[str, object]) -> dict[str, Outcome]:
     """All attacks, and an honest program after each, in parallel."""
-    everything = sandbox.run_all([program for name in ATTACKS for program in (attack(name, host), "print(6 * 7)")])
+    everything = sandbox.run_all(
+        [program for name in ATTACKS for program in (attack(name, host), Program("print(6 * 7)"))]
+    )
     assert [outcome for outcome in everything[1::2] if outcome != Outcome("passed", "42\n")] == []
     return dict(zip(ATTACKS, everything[::2], strict=True))
 
@@ -68,6 +72,7 @@ def test_attacks_fail_for_the_reason_they_should(outcomes: dict[str, Outcome]) -
     assert "BlockingIOError" in outcomes["fork bomb"].verdict
     assert "No space left" in outcomes["fills the disk"].verdict
     assert "MemoryError" in outcomes["takes all memory"].verdict
+    assert outcomes["makes files without end"].verdict == "failed: more than 4096 files in /tmp"
     assert outcomes["prints gigabytes"].verdict == "too much output"
     assert len(outcomes["prints gigabytes"].output) < 10 * SHORT.output_bytes
     assert {outcomes[name].verdict for name in ("never ends", "sleeps")} == {"timeout"}
@@ -88,6 +93,54 @@ def test_attacks_work_without_a_sandbox(host: dict[str, object]) -> None:
     assert [outcome.verdict for outcome in Sandbox(None, SHORT).run_all(programs)] == ["passed"] * 5
 
 
+@pytest.fixture(scope="module")
+def cheats(sandbox: Sandbox) -> dict[str, Outcome]:
+    bodies = {**{name: cheat(name) for name in CHEATS}, "honest": "    return x + x\n"}
+    (found,) = run_completions([DOUBLE], [list(bodies.values())], sandbox)
+    return dict(zip(bodies, found, strict=True))
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_does_not_pass_its_check(cheats: dict[str, Outcome], name: str) -> None:
+    assert cheats["honest"].passed
+    assert cheats[name].verdict.startswith(("failed: AssertionError", "failed: TypeError: unsupported operand"))
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's programs have a user namespace each")
+def test_two_evaluations_at_once_do_not_count_each_others_processes() -> None:
+    script = "from tests.evaluation.confined import print_verdicts_of_threads as run; run(20)"
+    command = [sys.executable, "-c", script]
+    evaluations = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [evaluation.communicate()[0].split("\n") for evaluation in evaluations] == [["passed"] * 20 + [""]] * 2
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are different users")
+def test_no_two_programs_that_run_have_one_user(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = 20000 + os.getpid() % 10000 * 4  # beside other runs of this test
+    monkeypatch.setattr(sandbox_module, "FIRST_USER", first)
+    monkeypatch.setattr(sandbox_module, "NUM_PAIRS", 2)
+    programs = [Program("import os, time; time.sleep(2); print(os.getuid())")] * 3
+    assert {outcome.output for outcome in sandbox.run_all(programs[:2], 2)} == {f"{first}\n", f"{first + 2}\n"}
+    with pytest.raises(ConfigurationError, match=rf"2 programs run.*from {first} to {first + 3}\): start fewer"):
+        sandbox.run_all(programs, workers=3)
+
+
+@needs_bubblewrap
+def test_what_prints_on_does_not_touch_the_verdict(sandbox: Sandbox) -> None:
+    prints_on = """
+import os, threading, time
+def chatter():
+    while True: print("x", flush=True); time.sleep(0.001)
+threading.Thread(target=chatter, daemon=True).start()
+if os.fork() == 0: chatter()
+time.sleep(0.1)
+"""
+    assert [outcome.verdict for outcome in sandbox.run_all([Program(prints_on)] * 16)] == ["passed"] * 16
+
+
 @needs_bubblewrap
 def test_programs_may_do_what_solutions_do(sandbox: Sandbox) -> None:
     honest = [
@@ -99,13 +152,13 @@ def test_programs_may_do_what_solutions_do(sandbox: Sandbox) -> None:
         "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()",
         "held = bytearray(200 << 20)",
     ]
-    assert [outcome.verdict for outcome in sandbox.run_all(honest)] == ["passed"] * len(honest)
+    assert [outcome.verdict for outcome in sandbox.run_all([*map(Program, honest)])] == ["passed"] * len(honest)
 
 
 @needs_bubblewrap
 def test_failures_say_why(sandbox: Sandbox) -> None:
     programs = ["assert 1 == 2, 'one is not two'", "def f(:", "print('before')\nraise ValueError(3)"]
-    first, second, third = sandbox.run_all(programs)
+    first, second, third = sandbox.run_all([*map(Program, programs)])
     assert first.verdict == "failed: AssertionError: one is not two"
     assert second.verdict.startswith("failed: SyntaxError")
     assert third == Outcome("failed: ValueError: 3", "before\n")
@@ -113,7 +166,7 @@ def test_failures_say_why(sandbox: Sandbox) -> None:
 
 @needs_bubblewrap
 def test_sets_have_the_same_order_every_time(sandbox: Sandbox) -> None:
-    assert len({outcome.output for outcome in sandbox.run_all(["print({'a', 'b', 'c', 'd', 'e'})"] * 4)}) == 1
+    assert len({outcome.output for outcome in sandbox.run_all([Program("print({'a', 'b', 'c', 'd', 'e'})")] * 4)}) == 1
 
 
 @needs_bubblewrap
@@ -127,8 +180,8 @@ def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: P
     shutil.copytree(Path(sandbox_module.__file__).parents[1], copied / "megatron_peft")
     for folder in (copied, *copied.parents[:3]):
         folder.chmod(0o755)
-    attacks = [attack(name, host) for name in ("writes anywhere", "fork bomb", "namespace of a child")]
-    script = USE.format(tree=str(copied), programs=["print(1)", *attacks])
+    attacks = [attack(name, host).code for name in ("writes anywhere", "fork bomb", "namespace of a child")]
+    script = USE.format(tree=str(copied), programs=[THREADS, *attacks])
     printed = subprocess.run([python, "-c", script], user=65534, group=65534, extra_groups=[], capture_output=True)
     assert printed.stdout.decode().split() == ["True", "False", "False", "False"], printed.stderr
 
@@ -136,8 +189,8 @@ def test_sandbox_works_for_an_ordinary_user(host: dict[str, object], tmp_path: P
 USE = """
 import sys
 sys.path.insert(0, {tree!r})
-from megatron_peft.evaluation.sandbox import open_sandbox
-print(*(outcome.passed for outcome in open_sandbox().run_all({programs!r})))
+from megatron_peft.evaluation.sandbox import Program, open_sandbox
+print(*(outcome.passed for outcome in open_sandbox().run_all([*map(Program, {programs!r})])))
 """
 
 
@@ -151,7 +204,10 @@ def _as_nobody(command: list[str]) -> int:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo 'No permissions to create new namespace'\nexit 1", "No permissions to create new nam.*CAP_SYS_ADMIN"),
+        (
+            "echo 'No permissions to create new namespace' >&2\nexit 1",
+            "No permissions to create new nam.*CAP_SYS_ADMIN",
+        ),
         (f"exec {sys.executable} {DRIVER}", "cannot confine programs here"),
     ],
     ids=["that cannot confine", "that merely runs the driver"],
@@ -168,7 +224,8 @@ def test_refuses_a_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_without_bubblewrap_unsafe_execution_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: None)
     monkeypatch.setenv(UNSAFE_VARIABLE, "1")
-    outcomes = open_sandbox(SHORT).run_all(["import numpy", "assert False", "import os; os._exit(0)"])
+    programs = ["import numpy", "assert False", "import os; os._exit(0)"]
+    outcomes = open_sandbox(SHORT).run_all([*map(Program, programs)])
     assert [outcome.passed for outcome in outcomes] == [True, False, False]
     monkeypatch.setenv(UNSAFE_VARIABLE, "0")
     with pytest.raises(ConfigurationError, match="no bwrap here.*apt install bubblewrap.*--unsafe-execution"):

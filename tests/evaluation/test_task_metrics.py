@@ -1,7 +1,5 @@
 """The benchmarks' task files, as tools/prepare_data.py writes them, in lm-evaluation-harness; and the metrics alone."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ from megatron_peft.data.preparation.split import HashSplit
 from megatron_peft.data.preparation.template import TaskTemplate
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.humaneval import PACKAGES, require_sandbox, run_completions
-from megatron_peft.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
+from megatron_peft.evaluation.pass_at_k import pass_at_k
 from megatron_peft.evaluation.translation_scores import corpus_bleu, rouge_l, rouge_l_words
 from tests.evaluation.confined import needs_bubblewrap
 
@@ -210,7 +208,6 @@ def counts(draw: st.DrawFn) -> tuple[int, int, int]:
 def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
     n, c, k = case
     assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
-    assert mean_pass_at_k([(n, c), (2 * n, 2 * n)], k) == pytest.approx((pass_at_k(n, c, k) + 1) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +222,6 @@ def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
 def test_impossible_counts_are_errors(n: int, c: int, k: int, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         pass_at_k(n, c, k)
-    with pytest.raises(ConfigurationError, match="no problems"):
-        mean_pass_at_k([], 1)
 
 
 @needs_bubblewrap

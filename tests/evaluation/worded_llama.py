@@ -1,7 +1,5 @@
 """A tiny Llama with a tokenizer of whole words and a chat template, and training data for it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """shellcheck and hadolint on what is not Python. Both are wheels of the dev extra; without them the tests skip."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sysconfig

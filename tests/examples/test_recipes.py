@@ -1,7 +1,5 @@
 """The recipes' flags are flags of this version, and each fits the model that it names, by its own configuration."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -1,7 +1,5 @@
 """examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and for torchrun."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

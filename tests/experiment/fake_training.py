@@ -5,8 +5,6 @@ FAKE_SECONDS in the environment is how long; a file named as FAKE_KILL says is r
 named as FAKE_APPENDS says grows by a line.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

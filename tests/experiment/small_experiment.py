@@ -1,7 +1,5 @@
 """A small experiment whose training and scoring are the fake beside this file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

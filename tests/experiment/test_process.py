@@ -3,8 +3,6 @@
 The script is run by bash with stand-ins for SLURM's commands and for python.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

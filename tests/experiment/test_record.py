@@ -1,7 +1,5 @@
 """What goes from a run's files into its cell's, and what is next, which follows from the files of the cells."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

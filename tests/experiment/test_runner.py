@@ -1,7 +1,5 @@
 """The runner, with a training program that takes no time: what is run, shown, and left by a failure or a kill."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Files that say nothing, too much, or two things at once, and what their author is told; the cells and their flags."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -8,8 +8,6 @@ is run anew. A run, a prepared task and an experiment's record that b03219c wrot
 (test_written_by_b03219c.py). A change of flags, files or names stands in tests/golden/cases.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """What a run left behind, as numbers by name, and where two runs part."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator, Mapping

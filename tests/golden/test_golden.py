@@ -1,7 +1,5 @@
 """Golden's own parts: a changed bit is told, and so are other names; a tree gets the flags that it knows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,8 +4,6 @@ Expected numbers are of b03219c on another machine, so they are compared with a 
 stands in `written_by_b03219c/README.md`.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The start spans the leading singular directions of the weights' gradient, which it never forms, in a model."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection

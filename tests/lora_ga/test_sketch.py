@@ -1,7 +1,5 @@
 """The sketch's singular triplets against an exact SVD, and what the starts make of triplets."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 Letters: s queries, k keys, b batch, n heads, d features of a head.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Bloom against transformers at every layout, and its answers with a key-value cache against the whole forward."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """What we choose around megatron-core's GPTModel: padded vocabulary, rope, biases, embedding norm, precision."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import LlamaConfig

@@ -1,7 +1,5 @@
 """A config.json gives the shape that transformers reads from it, or an error that names the key."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +185,9 @@ def test_what_may_differ_in_a_bloom(tmp_path: Path) -> None:
         ({"num_attention_heads": 30}, "hidden_size 4096 is no multiple of the 30 attention heads"),
         ({"n_inner": 1000}, "n_inner is 1000; Bloom's MLP has 4 x 4096 = 16384 features"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"n_layer": 10**5, "num_hidden_layers": None}, "n_layer is 100000; .* at most 99,999"),
+        ({"layer_norm_epsilon": 2.0}, "layer_norm_epsilon is 2.0; .* at most 1"),
+        ({"hidden_size": 2**31, "n_embed": None}, f"hidden_size is {2**31}; .* at most 2,147,483,647"),
         ({"architectures": ["BloomForSequenceClassification"]}, "BloomForSequenceClassification .*BloomForCausalLM"),
     ],
 )

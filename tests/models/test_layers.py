@@ -1,7 +1,5 @@
 """Our norms and SwiGLU are torch's, in value and gradients, keep less and say whose gradients are partial."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

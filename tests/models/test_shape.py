@@ -1,14 +1,13 @@
 """A model's shape, and flags and layout held against it: contradictions are told with both values or the valid ones."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from megatron_peft.config import LINEAR_MODULES, DataConfig, ParallelConfig
-from megatron_peft.models.shape import ModelShape, RopeScaling
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.models.shape import MOST, ModelShape, RopeScaling
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 
 LLAMA = ModelShape("llama", 12, 96, 288, 12, 6, 8, 1000, 2048, rope_scaling=RopeScaling(factor=8.0))
@@ -86,6 +85,23 @@ def test_layouts_that_fit_say_nothing() -> None:
 def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expected: str) -> None:
     (problem,) = check_layout(parallel, LLAMA)
     assert re.search(expected, problem), problem
+
+
+def test_divisors_of_a_huge_prime_are_told_at_once() -> None:
+    huge = replace(LLAMA, **dict.fromkeys(("num_attention_heads", "num_query_groups"), MOST), hidden_size=MOST)
+    (problem,) = check_layout(layout(tp=2), replace(huge, ffn_hidden_size=MOST))
+    assert problem.endswith(f"use 1 or {MOST}.")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_layers": 10**5}, {"hidden_size": 2**31}, {"num_query_groups": 0}, {"vocab_size": 1e3}, {"kv_channels": "8"}]
+    + [{"norm_epsilon": value} for value in (0.0, 2.0, float("nan"), "1e-5")]
+    + [{"rotary_base": value} for value in (float("inf"), -1.0, 1e39)],
+)
+def test_no_shape_has_sizes_or_numbers_that_mean_nothing(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"shape cannot have {next(iter(changes))}"):
+        replace(LLAMA, **changes)
 
 
 def test_tensor_and_pipeline_problems_are_told_together() -> None:

@@ -8,8 +8,6 @@ This process imports the libraries, never the package. Each break is tried in a 
 working tree.
 """
 
-from __future__ import annotations
-
 import argparse
 import compileall
 import importlib

@@ -1,7 +1,5 @@
 """The runner tells a test that sees a break from one that merely fails, and each break of the list can be made."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

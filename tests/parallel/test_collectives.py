@@ -1,7 +1,5 @@
 """Each collective and the sum of partial gradients on two ranks, and on one, where it is nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """A rank's slices of a linear layer join to the whole, and what is drawn depends on seed and name alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Results of an experiment with made-up cells: one model and task, three methods, three seeds."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import replace
 from pathlib import Path

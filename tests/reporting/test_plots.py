@@ -1,7 +1,5 @@
 """Figures show what was measured: costs, curves, lambda by layer, a whole run; the same numbers give the same file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree

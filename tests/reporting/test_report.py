@@ -1,7 +1,5 @@
 """A report's sentences and tables, and its page, read by a parser, and by a browser where Chromium is installed."""
 
-from __future__ import annotations
-
 import base64
 import re
 import shutil

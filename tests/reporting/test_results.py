@@ -1,7 +1,5 @@
 """Which runs of an experiment count, how a method's differ from another's, and tables of them in several formats."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Freed memory stays with the process or goes back to the system, whichever was asked for first."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """A function makes no graph where nothing is recorded, and its output again of what it keeps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

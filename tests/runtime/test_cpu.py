@@ -1,7 +1,5 @@
 """megatron-core's CUDA calls are answered by the CPU, once, and nobody else's are changed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from megatron.core import tensor_parallel

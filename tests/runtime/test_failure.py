@@ -1,7 +1,5 @@
 """A failure on any rank ends all of them, soon, with one exit code and one message; the tests' launcher tells it."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -94,6 +92,7 @@ def _first_is_killed(_: None) -> None:
     dist.init_process_group("gloo")
 
     def program() -> None:
+        dist.barrier()  # both have opened the store
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.zeros(1))
@@ -104,7 +103,7 @@ def _first_is_killed(_: None) -> None:
 def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     """The first hosts the store: what the others want to tell one another has nowhere to go."""
     with Ranks(2, _first_is_killed) as ranks:
-        ranks.processes[1].join(seconds(60))
+        ranks.processes[1].join(seconds(120))
         told = [line for line in ranks.output(1).splitlines() if line]
         assert ranks.exit_codes == [-signal.SIGKILL, 1] and len(told) == 1, told
         assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])

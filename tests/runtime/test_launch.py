@@ -1,7 +1,5 @@
 """Worlds of one and of two; checks whose outcome all ranks share."""
 
-from __future__ import annotations
-
 import os
 import socket
 from typing import Any

@@ -1,7 +1,5 @@
 """Products by oneDNN and by torch itself are the same numbers, of any shape and order of memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

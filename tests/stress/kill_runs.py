@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""Kill a run with SIGKILL again and again, and see that nothing is lost.
+"""Kill or interrupt a run again and again, and see that nothing is lost.
 
     python tests/stress/kill_runs.py --kills 200 --layout tp2
     python tests/stress/kill_runs.py --kills 200 --layout dp2 --async-save
+    python tests/stress/kill_runs.py --kills 20 --signal INT
 
 A run on two ranks saves after each step. It is killed at random instants, most of them while a draft is there, and
-started again until it ends; then the next round begins. After each kill every published checkpoint must be whole and
-the newest that was seen must still be there; every restart must save the step after it next; and at the end of each
-round every tensor of the last checkpoint (parameters, optimizer, generators) must be that of a run that nobody killed,
-bit for bit. What was seen is counted and printed.
+started again until it ends; then the next round begins. With --signal INT or TERM both ranks are asked to end instead,
+at any instant from before the first step to after the last save; they must come to an end by themselves. After each
+kill every published checkpoint must be whole and the newest that was seen must still be there; every restart must save
+the step after it next; and at the end of each round every tensor of the last checkpoint (parameters, optimizer,
+generators) must be that of a run that nobody killed, bit for bit. What was seen is counted and printed.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,15 +31,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, iteration_folder  # noqa: E402
 from megatron_peft.checkpoint.manifest import damage  # noqa: E402
 from megatron_peft.config import RunConfig  # noqa: E402
+from megatron_peft.runtime.failure import run_together  # noqa: E402
 from megatron_peft.runtime.launch import world  # noqa: E402
 from megatron_peft.training.finetune import finetune  # noqa: E402
 from tests.golden.results import first_difference, saved_tensors  # noqa: E402
 from tests.ranks import Ranks  # noqa: E402
+from tests.time_limits import seconds  # noqa: E402
 from tests.tiny_llama import save_llama, save_pairs  # noqa: E402
 from tests.training.layout_runs import Job  # noqa: E402
 
 NUM_RANKS = 2
-SECONDS_WITHOUT_END = 300.0  # of one attempt; it then counts as a hang
+START_SECONDS, SHARE_OF_SIGNALS_AT_THE_START = 3.0, 0.4  # in which weights are loaded
+LONGEST_RUN_SECONDS = 12.0  # about what a round takes from its start
+SECONDS_WITHOUT_END = seconds(300)  # of one attempt; it then counts as a hang
 LONGEST_SAVE_SECONDS = 0.15
 SHARE_OF_KILLS_AIMED_AT_SAVES = 0.7
 
@@ -51,6 +58,8 @@ class Tally:
 
     kills: int = 0
     inside_a_save: int = 0  # kills that left a draft behind
+    saved_and_ended: int = 0  # of ranks that were asked to end
+    ended_before_a_step: int = 0
     rounds: int = 0
     restarts: int = 0  # runs begun where a checkpoint was; their first save was of a step after it
     checkpoints_verified: int = 0  # whose files all had the sums of their manifest
@@ -74,13 +83,24 @@ def main() -> int:
         return 1
     shutil.rmtree(work)
     seen = {name: number for name, number in asdict(tally).items() if name != "newest"}
-    print(json.dumps({"layout": options.layout, "async_save": options.async_save, "seed": options.seed, **seen}))
+    print(
+        json.dumps(
+            {
+                "layout": options.layout,
+                "signal": options.signal,
+                "async_save": options.async_save,
+                "seed": options.seed,
+                **seen,
+            }
+        )
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--signal", choices=("KILL", "INT", "TERM"), default="KILL", help="what is sent (KILL)")
     parser.add_argument("--layout", choices=("tp2", "dp2"), default="tp2", help="dp2: with the distributed optimizer")
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--iterations", type=int, default=60, help="steps of a round")
@@ -96,7 +116,7 @@ def _config(work: Path, name: str, options: argparse.Namespace, saves_each_step:
         name,
         str(work / "base"),
         str(work / "pairs.jsonl"),
-        parallel={"distributed_timeout_minutes": 2, **layout},
+        parallel={"distributed_timeout_minutes": math.ceil(seconds(120) / 60), **layout},
         peft={"lora_rank": 4, "lora_dropout": 0.1},
         optimizer={"use_distributed_optimizer": options.layout == "dp2"},
         transformer={"hidden_dropout": 0.1, "attention_dropout": 0.1},
@@ -115,7 +135,10 @@ def _one_round(work: Path, name: str, options: argparse.Namespace, draw: random.
     ended = False
     while not ended and tally.kills < options.kills:
         with Ranks(NUM_RANKS, _train, config) as ranks:
-            ended = not _kill_somewhen(ranks, folder, draw, tally)
+            if options.signal == "KILL":
+                ended = not _kill_somewhen(ranks, folder, draw, tally)
+            else:
+                ended = not _ask_somewhen(ranks, getattr(signal, f"SIG{options.signal}"), draw, tally)
             if ended:
                 _expect_end(ranks)
         if not ended:
@@ -144,6 +167,30 @@ def _kill_somewhen(ranks: Ranks, folder: Path, draw: random.Random, tally: Tally
     for process in draw.sample(ranks.processes, NUM_RANKS):
         process.kill()
         time.sleep(draw.choice((0.0, 0.02)))
+    return True
+
+
+def _ask_somewhen(ranks: Ranks, number: int, draw: random.Random, tally: Tally) -> bool:
+    """Send both ranks the signal. Returns False if the run ended before."""
+    while not all("begun" in ranks.output(rank) for rank in range(NUM_RANKS)):  # what is before is not the program
+        time.sleep(0.002)
+    longest = START_SECONDS if draw.random() < SHARE_OF_SIGNALS_AT_THE_START else LONGEST_RUN_SECONDS
+    give_up_at = time.monotonic() + draw.uniform(0, longest)
+    while time.monotonic() < give_up_at:
+        if None not in ranks.exit_codes:
+            return False
+        time.sleep(0.002)
+    for process in draw.sample(ranks.processes, NUM_RANKS):
+        if process.is_alive():
+            os.kill(process.pid, number)
+    for process in ranks.processes:
+        process.join(SECONDS_WITHOUT_END)
+    codes = set(ranks.exit_codes)
+    told = "".join(map(ranks.output, range(NUM_RANKS)))
+    if not codes <= {0, 128 + number, -number} or "Traceback" in told:
+        raise Broken(f"asked to end by signal {number}, the ranks ended with {ranks.exit_codes}:\n{told[-2000:]}")
+    tally.saved_and_ended += codes == {0}
+    tally.ended_before_a_step += codes != {0}
     return True
 
 
@@ -185,8 +232,12 @@ def _check_folder(folder: Path, tally: Tally) -> None:
 
 
 def _train(config: RunConfig) -> None:
-    with world(config.parallel):
-        finetune(config)
+    print("begun", flush=True)
+    try:
+        with world(config.parallel):
+            run_together(lambda: finetune(config), "kill_runs.py")
+    except KeyboardInterrupt:  # as pretrain_peft.py does, before and after its run
+        os._exit(128 + signal.SIGINT)
 
 
 def _run_to_its_end(config: RunConfig) -> None:

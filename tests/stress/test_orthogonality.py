@@ -1,7 +1,5 @@
 """Rotations that are trained in bfloat16 for long stay orthogonal: no entry of |R^T R - I| is above the limit."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

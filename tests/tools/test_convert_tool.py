@@ -1,7 +1,5 @@
 """tools/convert.py as a user calls it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

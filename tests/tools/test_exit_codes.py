@@ -1,7 +1,5 @@
 """Exit codes of tools: what is wrong with flags or files is told on stderr with 2, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -16,7 +14,7 @@ from tests.evaluation.worded_llama import save_worded_llama
 from tests.ranks import Ranks
 from tests.reporting.small_results import write_cells
 from tests.time_limits import seconds
-from tools import bench, convert, evaluate, generate, prepare_data, report
+from tools import bench, convert, demo, evaluate, generate, prepare_data, report
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 BASE = "--pretrained-checkpoint nowhere"
@@ -44,6 +42,9 @@ OUT = "--input nowhere --output out"
         (generate, BASE, "generate.py: error: give exactly one of --prompt TEXT and --prompt-file FILE."),
         (generate, f"--prompt a --top-p 2 {BASE}", "generate.py: error: --top-p is 2.0"),
         (generate, f"--prompt a {BASE}", "nowhere"),
+        (generate, "--prompt a", "generate.py: error: no base model: --pretrained-checkpoint"),
+        (evaluate, "--tasks a --output x.json", "evaluate.py: error: no base model: --pretrained-checkpoint"),
+        (demo, "--nope --output out", "^demo: error: --nope is not a known flag"),
         (generate, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
         (prepare_data, "gsm8k --input . --output out", "^error: --input"),
         (prepare_data, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),

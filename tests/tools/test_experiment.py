@@ -1,7 +1,5 @@
 """tools/experiment.py: exit codes, and what is said on the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line from public files to training files and tasks."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

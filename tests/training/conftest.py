@@ -1,7 +1,5 @@
 """A small base model and data on disk, and jobs that train it in the test's own process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

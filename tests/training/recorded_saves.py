@@ -1,7 +1,5 @@
 """What befalls a run: saves that fail when they are told to, and write nothing; a signal; a full disk."""
 
-from __future__ import annotations
-
 import os
 import resource
 from collections.abc import Collection, Iterator

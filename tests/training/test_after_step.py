@@ -1,7 +1,5 @@
 """What follows the optimizer's step: rules on whole matrices, --hybrid-merge-interval and the Hybrid's lambda."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

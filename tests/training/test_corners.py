@@ -1,7 +1,5 @@
 """Ranks that differ from one another: equal to one process, and of one mind about errors and signals."""
 
-from __future__ import annotations
-
 import signal
 from typing import Any
 

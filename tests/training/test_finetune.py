@@ -1,7 +1,5 @@
 """A run from its configuration to its checkpoint, and what stops it before anything is loaded."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The layout never changes the model: losses, gradient norms and validation losses equal one process's."""
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import product
 

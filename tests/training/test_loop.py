@@ -1,7 +1,5 @@
 """When the loop logs, validates, saves and stops; and the signals that stop it."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """When LoRA-GA's start runs, on what, what it leaves, says and writes."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import start as start_module
@@ -78,7 +76,7 @@ def test_a_resumed_run_does_not_start_again(start, tmp_path, capsys, init):
     state, data = start(peft=peft, checkpoint={"save": str(tmp_path)})
     train_step(state, next(iter(data.train)))
     state.position.iteration = 1
-    save_checkpoint(state)
+    draft_checkpoint(state).complete()
     capsys.readouterr()
     second, _ = start(peft=peft, checkpoint={"load": str(tmp_path)})
     assert "LoRA-GA start" not in capsys.readouterr().out

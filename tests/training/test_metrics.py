@@ -1,7 +1,5 @@
 """The record of a run: whole lines in metrics.jsonl whatever happens, the same in TensorBoard and wandb."""
 
-from __future__ import annotations
-
 import json
 import sys
 from types import SimpleNamespace

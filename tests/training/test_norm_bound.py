@@ -1,7 +1,5 @@
 """--lora-max-norm-ratio holds after every step, at every layout and for what the optimizer keeps in float32."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from megatron.core import parallel_state
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.save import save_checkpoint
+from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.step import train_step
@@ -60,7 +58,7 @@ def here(job: Job) -> Bounded:
         losses = [train_step(state, next(steps)).loss for _ in range(num_steps)]
         if state.config.checkpoint.save:
             state.position.iteration = num_steps
-            save_checkpoint(state)
+            draft_checkpoint(state).complete()
         gap = max(map(_gap, state.model_chunks[0].parameters()))  # before `_ratios` widens the parameters
         return Bounded(_ratios(state), losses, gap)
 

@@ -1,7 +1,5 @@
 """Groups of parameters, their rates, and the schedule."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

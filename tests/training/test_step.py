@@ -1,8 +1,6 @@
 """What a run is built from, and one step of it: the loss is a mean over tokens, gradients are whole whatever stretches
 of them a rank holds, and nothing that is not finite reaches the parameters."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """What a run shows: counts of the whole model, the lines that it begins with, and its progress."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 

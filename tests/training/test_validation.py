@@ -1,7 +1,5 @@
 """Validation is a mean over tokens; adapters that are cut off and rotations that drift are seen."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_peft.config_error import ConfigurationError, require
 from megatron_peft.data.preparation.document import Document
+from megatron_peft.untrusted import require_regular
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    require_regular(path)
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             yield from (line.rstrip("\r\n") for line in file)

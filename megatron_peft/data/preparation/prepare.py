@@ -74,7 +74,7 @@ def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str =
     ConfigurationError with both places. Raises it too for an input without any item.
     """
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it is {' or '.join(OVERLAPS)}.")
-    names = [template.name for tests in benchmark.tests for template in tests.tasks]
+    names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
     require(not outside, f"--task-name {' '.join(outside)} is no name of a file: use letters, digits, . _ + and -.")
     require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")

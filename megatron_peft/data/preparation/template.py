@@ -23,11 +23,11 @@ PACKAGE = "megatron_peft.data.preparation"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
 
-class _Loader(yaml.SafeLoader):
+class TaskLoader(yaml.SafeLoader):
     """YAML in which `!function NAME` is the name."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
+TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
 
 
 class TaskTemplate:
@@ -43,7 +43,7 @@ class TaskTemplate:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The template as the harness reads it."""
-        return parse_yaml(self.text, f"the template {self.name}", _Loader)
+        return parse_yaml(self.text, f"the template {self.name}", TaskLoader)
 
     @property
     def task(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_peft.config_error import ConfigurationError, require
 from megatron_peft.data.preparation.document import Document
+from megatron_peft.untrusted import require_regular
 
 
 def read_text_pairs(paths: Sequence[Path], source_language: str, target_language: str) -> Iterator[Document]:
@@ -48,6 +49,7 @@ def _one_file(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    require_regular(path)
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:

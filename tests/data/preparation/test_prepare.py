@@ -1,7 +1,5 @@
 """From items to a benchmark's folder: which texts are one item, which part an item goes to, what is written of it."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from importlib.resources import files

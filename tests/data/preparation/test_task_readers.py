@@ -1,9 +1,8 @@
 """Public files become items: GLUE's tables, sentence pairs, JSON records, HumanEval; and what is wrong with them."""
 
-from __future__ import annotations
-
 import gzip
 import json
+import os
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -60,9 +59,12 @@ def test_short_lines_may_be_left_out(tmp_path: Path) -> None:
     assert len(qqp(QQP + SHORT + GOOD, tmp_path, skip_damaged=True)) == 1
 
 
-@pytest.mark.parametrize(("name", "message"), [("none", "cannot be read: No such file"), ("latin", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("none", "cannot be read: No such file"), ("latin", "not UTF-8"), ("pipe", "a pipe")]
+)
 def test_missing_or_foreign_file_is_an_error(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "latin").write_bytes(b"\xe9\xe9\n")
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigurationError, match=message):
         list(read_glue(GLUE_TASKS["qqp"], tmp_path / name))
 
