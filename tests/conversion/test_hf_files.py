@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -72,20 +71,16 @@ def test_torn_file_is_named(kind, file, content, told, copy_of):
         open_source(path.parent)
 
 
-NO_INDEX = ('{"weight_map": {"model.norm', "{}", "[]", '{"weight_map": 3}')
-
-
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        *((INDEX, text, f"{INDEX}(:| is no index| holds no JSON)") for text in NO_INDEX),
+        *((INDEX, text, f"{INDEX} is no index") for text in ("{}", '{"weight_map": 3}')),
         (INDEX, json.dumps({"weight_map": {"ghost": SHARD}}), f"not there: ghost in {SHARD}"),
-        (INDEX, '{"weight_map": {"model.norm.weight": "config.json"}}', "config.json is neither .safetensors nor .bin"),
         (INDEX, None, "holds no weights: expected one of model.safetensors"),
         (SHARD, None, f"{SHARD} is missing, but the index"),
     ],
 )
-def test_an_index_that_is_torn_or_promises_in_vain_and_files_that_are_missing_are_named(file, text, told, copy_of):
+def test_an_index_that_promises_in_vain_and_files_that_are_missing_are_named(file, text, told, copy_of):
     path = copy_of("sharded") / file
     if text is None:
         path.unlink()
@@ -95,17 +90,10 @@ def test_an_index_that_is_torn_or_promises_in_vain_and_files_that_are_missing_ar
         open_source(path.parent)
 
 
-@pytest.mark.parametrize(
-    ("content", "is_zip", "told"),
-    [  # neither torch nor megatron-core knows that a Fraction is safe
-        ({"a": Fraction(1, 2)}, True, "holds more than tensors"),
-        ({"a": torch.zeros(3)}, False, "torch before 1.6.*Convert it to safetensors"),
-    ],
-)
-def test_pickle_with_code_or_of_an_old_format_is_refused(content, is_zip, told, copy_of):
+def test_a_pickle_of_an_old_format_is_refused(copy_of):
     path = copy_of("torch") / "pytorch_model.bin"
-    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(ConfigurationError, match=told):
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigurationError, match="torch before 1.6.*Convert it to safetensors"):
         open_source(path.parent)
 
 

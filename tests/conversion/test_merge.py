@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.merge import MERGERS, merge
+from megatron_peft.conversion.merge import merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.huggingface import read_shape
@@ -88,11 +88,3 @@ def test_another_base_is_refused(base, message, moved, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         merge(moved.run("tp2"), tmp_path / "merged", pretrained_checkpoint=moved.base(base))
     assert not list(tmp_path.iterdir())
-
-
-def test_output_that_exists_and_a_method_that_cannot_be_merged_are_named(moved, tmp_path, monkeypatch):
-    with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
-        merge(moved.run("tp2"), tmp_path)
-    monkeypatch.delitem(MERGERS, "lora")
-    with pytest.raises(ConfigurationError, match="adapters of --peft-method lora cannot be merged"):
-        merge(moved.run("tp2"), tmp_path / "merged")

@@ -97,13 +97,6 @@ def test_full_fine_tuning_has_no_adapter(moved, tmp_path):
         export_adapter(run, tmp_path / "adapter")
 
 
-def test_folder_without_a_checkpoint_and_output_that_exists_are_refused(moved, tmp_path):
-    with pytest.raises(ConfigurationError, match=f"{tmp_path} holds no checkpoint: give the --save folder of a run"):
-        export_adapter(tmp_path, tmp_path / "adapter")
-    with pytest.raises(ConfigurationError, match=f"--output {tmp_path} exists already"):
-        export_adapter(moved.run("tp2"), tmp_path)
-
-
 def make_peft_adapter(base: Path, folder: Path, config: peft.PeftConfig, part: str, std: float) -> Path:
     """An adapter of HF PEFT with random numbers where a name has `part`."""
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -197,15 +190,12 @@ def test_export_and_import_give_the_run_back(moved):
     assert moved.came_back
 
 
-def test_pickled_weights_are_read_without_running_anything(moved, adapter, tmp_path):
+def test_pickled_weights_are_read(moved, adapter, tmp_path):
     weights, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
     torch.save(load_file(weights), pickled)
     weights.unlink()
     imported(adapter, moved.base("base"))
     assert verify(tmp_path / "run", adapter).logits.absolute < 1e-4
-    torch.save({"run": exit}, pickled)
-    with pytest.raises(ConfigurationError, match=r"adapter_model.bin cannot be read: it holds more than tensors"):
-        import_adapter(adapter, tmp_path / "again", pretrained_checkpoint=moved.base("base"))
 
 
 GATE = {"target_modules": ["gate_proj"]}
@@ -246,17 +236,16 @@ def test_another_base_and_a_rank_that_a_layer_cannot_hold_are_refused(settings, 
         import_adapter(adapter, tmp_path / "run", pretrained_checkpoint=moved.base(base))
 
 
-def test_missing_base_output_and_files_are_named(moved, adapter, tmp_path):
+def test_missing_base_and_files_are_named(moved, adapter, tmp_path):
     base, bare, run = moved.base("base"), tmp_path / "bare", tmp_path / "run"
     bare.mkdir()
     shutil.copy(base / "config.json", bare)
-    for given, output, told in (
-        (None, run, "which base model\\? --pretrained-checkpoint takes the folder"),
-        (base, adapter, f"--output {adapter} exists already"),
-        (bare, run, "--pretrained-checkpoint .*bare holds no weights"),
+    for given, told in (
+        (None, "which base model\\? --pretrained-checkpoint takes the folder"),
+        (bare, "--pretrained-checkpoint .*bare holds no weights"),
     ):
         with pytest.raises(ConfigurationError, match=told):
-            import_adapter(adapter, output, pretrained_checkpoint=given)
+            import_adapter(adapter, run, pretrained_checkpoint=given)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match=r"holds neither adapter_model.safetensors nor adapter_model.bin"):
         import_adapter(adapter, run, pretrained_checkpoint=base)

@@ -64,12 +64,8 @@ def test_what_is_not_a_plain_lora_is_named_with_the_way_out(settings, message, t
         read(tmp_path, **settings)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", ": not JSON"), ("[]", " holds no JSON object")])
-def test_a_config_that_is_torn_or_not_there_is_named(text, message, tmp_path):
+def test_a_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
-        read_settings(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=f"adapter_config.json{message}"):
         read_settings(tmp_path)
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_peft.adapters.boft import Boft
-from megatron_peft.adapters.butterfly import cayley, skew
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
@@ -78,9 +77,7 @@ def test_layers_have_the_same_output_and_gradients(factors, pure_torch):
     torch.testing.assert_close(ours.adapter.Q.grad, 2 * from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
 
 
-def test_cayley_is_undone_unless_a_direction_turns_around():
-    Q = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(inverse_cayley(cayley(skew(Q, 4))), Q)
+def test_cayley_is_not_undone_where_a_direction_turns_around():
     around = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
     assert not (inverse_cayley(around).abs() < LARGEST_NUMBER).all()
 

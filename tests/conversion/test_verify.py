@@ -52,15 +52,12 @@ def test_two_hugging_face_folders_are_compared(original, tmp_path):
 
 def test_what_cannot_be_compared_is_told(original, tmp_path):
     other = save_llama(tmp_path / "other")
-    nowhere, empty, adapter = (tmp_path / name for name in ("nowhere", "empty", "adapter"))
+    empty, adapter = tmp_path / "empty", tmp_path / "adapter"
     empty.mkdir(), adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "moved"}')
     for ours, theirs, num_tokens, told in (
         (original, other, 4, "not comparable: vocab_size 101 and 1001"),
-        (original, original, 0, "--num-tokens 0 must be at least 1 and at most 256"),
-        (original, original, 257, "--num-tokens 257 must be at least 1 and at most 256"),
-        (nowhere, original, 4, f"--input {nowhere} is not a folder"),
-        (original, nowhere, 4, f"--reference {nowhere} is not a folder"),
+        *((original, original, n, f"--num-tokens {n} must be at least 1 and at most 256") for n in (0, 257)),
         (original, empty, 4, f"--reference {empty} holds no model"),
         (adapter, original, 4, f"the base model moved of --input {adapter} is not there"),
     ):
@@ -68,24 +65,14 @@ def test_what_cannot_be_compared_is_told(original, tmp_path):
             verify(ours, theirs, num_tokens=num_tokens)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, "transformers cannot open .*other"),
-        ("{", "adapter_config.json: not JSON"),
-        ('{"peft_type": "LORA"}', "the base model .* is not there: give its folder with --pretrained-checkpoint"),
-    ],
-)
-def test_what_the_library_that_should_cannot_open_is_told(original, tmp_path, config, message):
+@pytest.mark.parametrize("change", [lambda weights: weights.write_bytes(weights.read_bytes()[:-9]), Path.unlink])
+def test_what_the_library_that_should_cannot_open_is_told(change, original, tmp_path):
     folder = Path(shutil.copytree(original, tmp_path / "other"))
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    for change in (lambda: None, weights.unlink):
-        change()
-        if config:
-            (folder / "adapter_config.json").write_text(config)
-        with pytest.raises(ConfigurationError, match=message):
-            verify(original, folder, num_tokens=4)
-    if config and "LORA" in config:
-        with pytest.raises(ConfigurationError, match="HF PEFT cannot open .*other"):
-            verify(original, folder, num_tokens=4, pretrained_checkpoint=original)
+    change(folder / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="transformers cannot open .*other"):
+        verify(original, folder, num_tokens=4)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigurationError, match="base model .* is not there: give its folder with --pretrained-check"):
+        verify(original, folder, num_tokens=4)
+    with pytest.raises(ConfigurationError, match="HF PEFT cannot open .*other"):
+        verify(original, folder, num_tokens=4, pretrained_checkpoint=original)

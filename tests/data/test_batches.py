@@ -147,9 +147,7 @@ def test_what_a_thread_raises_arrives():
 
 @settings(max_examples=40)
 @given(num_samples=st.integers(1, 20), layout=LAYOUT, prefetch=st.integers(0, 1), packed=st.booleans())
-def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_on_each_rank(
-    num_samples, layout, prefetch, packed
-):
+def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_a_rank(num_samples, layout, prefetch, packed):
     dp, micro, per_rank = layout
 
     def evaluation(rank: int) -> GlobalBatches:

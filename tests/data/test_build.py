@@ -14,18 +14,15 @@ from tests.checkpoint.records import make_config
 from tests.data.test_indexed import numbered_documents, write_indexed
 
 RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3 positions each
-ALONE = ParallelConfig()
-SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, world_size=2)
 
 
-def build(data: dict[str, Any], parallel: ParallelConfig = ALONE, rank: int = 0, consumed: int = 0, **training) -> Data:
+def build(data: dict[str, Any], consumed: int = 0, **training) -> Data:
     """`data` and `training` are fields of the configuration; without a length the run has 5 iterations."""
     length = {} if {"train_iters", "train_samples", "train_epochs"} & training.keys() else {"train_iters": 5}
     settings = DataConfig(**data, num_workers=0, seq_length=8)
     steps = TrainingConfig(**{"global_batch_size": 4, **length, **training})
-    config = replace(make_config(), parallel=parallel, data=settings, training=steps)
-    place = {"data_parallel_rank": rank, "data_parallel_size": parallel.data_parallel_size}
-    return build_data(config, NullTokenizer(999), consumed_samples=consumed, **place)
+    config = replace(make_config(), parallel=ParallelConfig(), data=settings, training=steps)
+    return build_data(config, NullTokenizer(999), consumed_samples=consumed, data_parallel_rank=0, data_parallel_size=1)
 
 
 @pytest.fixture
@@ -72,17 +69,6 @@ def test_packing_packs_whatever_is_json(both):
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 6]  # 2 of 3 positions fit in 8
     assert data.train.samples_per_epoch == 5
     assert data.valid is not None and sum(b.num_samples for step in data.valid for b in step) == 6
-
-
-def test_sequence_parallelism_rounds_the_width_up_to_its_ranks(train):
-    batch = next(iter(build(train, SEQUENCE_PARALLEL).train))[0]
-    assert batch.tokens.shape == (1, 4)
-    assert batch.tokens[0, 3] == 999  # the end token, with which rows are padded
-
-
-def test_ranks_of_data_parallelism_share_a_batch(train):
-    first, second = (first_tokens(build(train, ParallelConfig(world_size=2), rank=rank).train, 1) for rank in (0, 1))
-    assert [first[0], second[0], first[1], second[1]] == first_tokens(build(train).train, 1)
 
 
 def test_what_was_cut_is_said_once(write_lines, caplog):

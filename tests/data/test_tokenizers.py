@@ -21,7 +21,6 @@ from megatron_peft.data.tokenizers import (
 from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
-REFUSING = "{{ raise_exception('roles must alternate') }}"
 
 
 def config(**settings) -> DataConfig:
@@ -65,12 +64,9 @@ def test_null_tokenizer_means_what_it_meant_to_megatron():
     assert ours.decode([3, 1, 4]) == "3 1 4"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("3 one", "not '3 one'"), ("3 100", r"id \[100\] is not below --vocab-size 99")]
-)
-def test_null_tokenizer_refuses_what_is_not_an_id(text, message):
-    with pytest.raises(ConfigurationError, match=message):
-        NullTokenizer(99).encode(text)
+def test_null_tokenizer_refuses_an_id_above_its_own():
+    with pytest.raises(ConfigurationError, match=r"id \[100\] is not below --vocab-size 99"):
+        NullTokenizer(99).encode("3 100")
 
 
 def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
@@ -87,12 +83,9 @@ def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
             build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source and str(source)), None)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"), [(None, "{} has no chat template"), (REFUSING, "refuses .*: roles must alternate")]
-)
-def test_messages_need_a_chat_template_that_takes_them(template, message, tmp_path):
-    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
-    with pytest.raises(ConfigurationError, match=message.format(tmp_path)):
+def test_messages_need_a_chat_template(tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=None)))
+    with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
         tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
         NullTokenizer(99).chat_parts(MESSAGES)
@@ -165,11 +158,9 @@ def test_what_the_assistant_says_is_trained_and_its_header_is_not(template, role
     assert chat_parts(template, turns(*roles.split()))[: len(expected)] == expected
 
 
-def test_a_template_that_rewrites_the_past_and_a_conversation_without_an_answer_are_refused():
+def test_a_template_that_rewrites_the_past_is_refused():
     def rewriting(messages, add_generation_prompt=False):
         return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
 
     with pytest.raises(ConfigurationError, match="cannot be told apart: split the conversation"):
         chat_parts(rewriting, turns("user", "assistant"))
-    with pytest.raises(ConfigurationError, match='no message has the role "assistant"'):
-        chat_parts(chatml, turns("user", "user"))

@@ -131,11 +131,6 @@ def test_messages_that_teach_nothing_are_dropped(english, french):
     assert distinct_pairs([(english, french)]) == []
 
 
-def test_the_first_translation_of_several_is_taken():
-    messages = [("Open file", "Ouvrir le fichier"), ("Close it", "Fermer"), (" Open file ", "Ouvrir un fichier")]
-    assert distinct_pairs(messages) == [Pair("Open file", "Ouvrir le fichier"), Pair("Close it", "Fermer")]
-
-
 def test_the_split_is_a_fixed_function_of_the_english():
     held_out = [number for number in range(60) if is_held_out(Pair(f"open file {'x' * number}", ""))]
     assert held_out == [29, 34, 37]

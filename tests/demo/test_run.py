@@ -164,14 +164,9 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
 
 
-@pytest.mark.parametrize(
-    ("error", "exit_code", "message"),
-    [(ConfigurationError("no network"), 2, "demo: error: no network\n"), (KeyboardInterrupt(), 130, "")],
-)
-def test_what_goes_wrong_is_told_in_the_exit_code(monkeypatch, capsys, error, exit_code, message):
-    def fail(*_):
-        raise error
+def test_an_interrupt_is_told_in_the_exit_code_alone(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_demo", fail)
-    assert demo.main([]) == exit_code
-    assert capsys.readouterr().err == message
+    monkeypatch.setattr(module, "run_demo", interrupted)
+    assert demo.main([]) == 130 and capsys.readouterr().err == ""

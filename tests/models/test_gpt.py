@@ -95,12 +95,6 @@ def test_exactly_the_named_linear_layers_have_biases(kinds):
     assert {name.rpartition(".")[2] for name in biased} == set(kinds.split())
 
 
-def test_every_weight_is_marked_as_split_or_whole():
-    for name, parameter in tiny_gpt({"linear_biases": frozenset({"linear_qkv", "linear_proj"})}).named_parameters():
-        is_whole = "norm" in name or name.endswith("linear_proj.bias")
-        assert getattr(parameter, "tensor_model_parallel", False) != is_whole, name
-
-
 BLOOM = {"architecture": "bloom", "num_query_groups": 4, "position_embedding": "alibi", "normalization": "LayerNorm"}
 
 

@@ -109,7 +109,7 @@ def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
 
 
-COUNT, NUMBER = "it must be a whole number above 0", "it must be a number above 0"
+COUNT = "it must be a whole number above 0"
 SUPPORTED = ".* not supported. Supported: LlamaForCausalLM, BloomForCausalLM"
 UNSUPPORTED_KEYS = (
     "hidden_act pretraining_tp quantization_config partial_rotary_factor sliding_window rope_interleaved "
@@ -117,9 +117,7 @@ UNSUPPORTED_KEYS = (
 )
 REFUSED_SCALING = [
     ({"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' is not supported. Supported: default"),
-    ({"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported"),
     ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
-    ({"rope_type": "longrope", "short_factor": [1.0]}, "rope_type 'longrope' is not supported"),
     ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_type 'default'"),
     ({"full_attention": {"rope_type": "default"}}, "full_attention of rope_type 'default'"),
     ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor is missing"),
@@ -136,21 +134,14 @@ REFUSED_SCALING = [
         *(({key: 30.0}, f"asks for what is not supported: {key}=") for key in UNSUPPORTED_KEYS.split()),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "2048"}, f"hidden_size is '2048'; {COUNT}"),
-        ({"num_hidden_layers": 0}, f"num_hidden_layers is 0; {COUNT}"),
         ({"num_hidden_layers": 2.0}, f"num_hidden_layers is 2.0; {COUNT}"),
-        ({"vocab_size": True}, f"vocab_size is True; {COUNT}"),
-        ({"rms_norm_eps": -1.0}, f"rms_norm_eps is -1.0; {NUMBER}"),
-        ({"rms_norm_eps": 0}, f"rms_norm_eps is 0; {NUMBER}"),
-        ({"rms_norm_eps": "1"}, f"rms_norm_eps is '1'; {NUMBER}"),
-        ({"rms_norm_eps": True}, f"rms_norm_eps is True; {NUMBER}"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True; it must be a number above 0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
         ({"num_attention_heads": 30, "head_dim": None}, "hidden_size 2048 is no multiple of num_attention_heads 30"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 key-value heads"),
         ({"head_dim": 63}, "head_dim 63 is odd"),
         ({"model_type": "mistral", "architectures": ["Mistral"]}, f"Mistral of model_type 'mistral'{SUPPORTED}"),
         ({"architectures": ["LlamaForSequenceClassification"]}, f"LlamaForSequenceClassification{SUPPORTED}"),
-        ({"model_type": None}, f"model_type None{SUPPORTED}"),
     ],
 )
 def test_what_is_refused_of_a_llama(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -184,7 +175,6 @@ def test_what_may_differ_in_a_bloom(tmp_path: Path) -> None:
         ({"hidden_size": 2048}, "hidden_size 2048 and n_embed 4096 are the same thing"),
         ({"num_attention_heads": 30}, "hidden_size 4096 is no multiple of the 30 attention heads"),
         ({"n_inner": 1000}, "n_inner is 1000; Bloom's MLP has 4 x 4096 = 16384 features"),
-        ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"n_layer": 10**5, "num_hidden_layers": None}, "n_layer is 100000; .* at most 99,999"),
         ({"layer_norm_epsilon": 2.0}, "layer_norm_epsilon is 2.0; .* at most 1"),
         ({"hidden_size": 2**31, "n_embed": None}, f"hidden_size is {2**31}; .* at most 2,147,483,647"),
@@ -203,17 +193,7 @@ def test_a_switch_that_drops_biases_in_transformers_is_ignored_aloud(tmp_path: P
     assert "slow_but_exact is ignored" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("folder", "text", "told"),
-    [
-        ("meta-llama/Llama-3", None, "meta-llama/Llama-3 is not a folder"),
-        (".", None, "holds no config.json"),
-        (".", '{"model_type": "lla', "config.json: not JSON"),
-        (".", "[1]", "config.json holds no JSON object"),
-    ],
-)
-def test_folders_that_hold_no_config_are_named(folder: str, text: str | None, told: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=told):
-        read_shape(tmp_path / folder)
+def test_folders_that_hold_no_config_are_named(tmp_path: Path) -> None:
+    for folder, told in (("meta-llama/Llama-3", "meta-llama/Llama-3 is not a folder"), (".", "holds no config.json")):
+        with pytest.raises(ConfigurationError, match=told):
+            read_shape(tmp_path / folder)

@@ -174,12 +174,6 @@ def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_
     assert len(trained) + done.counts["removed"] == len(train)
 
 
-def test_without_test_items_the_split_makes_them(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", [f"sentence {n}" for n in range(200)], [], tested=20)
-    counts = [len(lines(done.folder / f"{part}.jsonl")) for part in ("train", "valid", "test")]
-    assert sum(counts) == 200 and min(counts) > 10
-
-
 @pytest.mark.parametrize(
     ("train", "test", "overlap", "message"),
     [
@@ -193,8 +187,6 @@ def test_what_cannot_be_prepared_is_told_and_nothing_is_left(tmp_path: Path, tra
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path / "out", train, test, overlap=overlap)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigurationError, match="exists already"):
-        run(tmp_path, ["a"], ["b"])
 
 
 def problems(number: int) -> list[Document]:

