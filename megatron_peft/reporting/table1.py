@@ -22,7 +22,7 @@ class Row:
         runs: in the order of the experiment's seeds; None where a run is not there.
         deviation: of the sample (n - 1).
         against: the reference method by seeds; None for itself and where nothing can be said.
-        is_best: of the methods' means.
+        is_best: of the methods' means; none is where there is but one.
         printed: the paper's entry that is set beside it.
     """
 
@@ -73,7 +73,7 @@ def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool
             means.get(result.method),
             stdev(values.values()) if len(values) > 1 else None,
             None if result.method == reference else compare(values, against),
-            best is not None and means.get(result.method) == best,
+            len(means) > 1 and means.get(result.method) == best,
             printed(result, metric),
         )
 

@@ -121,6 +121,11 @@ def test_hybrid_that_wins_is_told(tmp_path: Path, monkeypatch) -> None:
     assert summary.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
 
 
+def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
+    alone = rows(results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]}), "hybrid")
+    assert summary.verdicts(alone) == [] and len(alone) == 2 and not any(row.is_best for row in alone)
+
+
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
     assert paper_tables.beside_ours(rows(found, "hybrid")) == []
 
