@@ -62,7 +62,8 @@ def changes(record: RunRecord, here: Here) -> str:
         for name in names
         if getattr(before, name) != getattr(now, name)
     ]
-    return f"{_load(here)}: the run goes on with {', '.join(changed)}, at the old position." if changed else ""
+    told = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
+    return f"{_load(here)}: the run goes on with {told}, at the old position." if changed else ""
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 logger = logging.getLogger(__name__)
 
 
-SCANNED_IDS = 1 << 26  # a rank looks at most at so many before training; at each other one when it is read
+SCANNED_IDS = 1 << 24  # a rank looks at most at so many of all data before training; at others when they are read
 
 
 class IndexedSamples:
@@ -94,7 +95,7 @@ def build_indexed(
             require(split != Split.train, f"{lack}; give --split another cut, a larger dataset, or --train-iters.")
             logger.warning("%s, so there is no %s data.", lack, split.name)
             return None
-        _require_ids_fit(prefix, num_ids, flag)
+        _require_ids_fit(prefix, SCANNED_IDS // len(blend.prefixes), num_ids, flag)
     files = [Path(path(prefix)) for prefix in blend.prefixes for path in (get_idx_path, get_bin_path)]
     digest = " ".join(sampled_digest(file)[:16] for file in files)
     return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag, digest)
@@ -123,22 +124,25 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
     return core_config
 
 
-def _require_ids_fit(prefix: str, num_ids: int, flag: str) -> None:
-    """Each rank looks at its share of the tokens: all of them, or what SCANNED_IDS allows, from end to end.
+def _require_ids_fit(prefix: str, most: int, num_ids: int, flag: str) -> None:
+    """Each rank looks at its share of the tokens, or at `most` of them from end to end.
 
     Raises ConfigurationError on every rank.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for lowest, highest in gather_over_world(_extremes(prefix, rank, world_size, most)):
+        _require_below(lowest, highest, num_ids, f"{flag} {prefix}")
+
+
+@lru_cache(maxsize=1024)  # the splits of a run ask for the same files
+def _extremes(prefix: str, rank: int, world_size: int, most: int) -> tuple[int, int]:
+    """The least and the largest id of a rank's share; (0, 0) of none."""
     tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
     bounds = np.linspace(0, len(tokens), world_size + 1).astype(np.int64)
     share = tokens[bounds[rank] : bounds[rank + 1]]
-    blocks = np.array_split(share, max(1, math.ceil(len(share) / 2**20)))
-    step = math.ceil(len(share) / SCANNED_IDS) or 1
-    extremes = [(int(block.min()), int(block.max())) for block in blocks[::step] if len(block)]
-    for found in gather_over_world(extremes):
-        if found:
-            lowest, highest = min(low for low, _ in found), max(high for _, high in found)
-            _require_below(lowest, highest, num_ids, f"{flag} {prefix}")
+    blocks = np.array_split(share, max(1, math.ceil(len(share) / 2**16)))
+    seen = blocks[:: math.ceil(len(share) / most) or 1] if len(share) else []
+    return min((int(block.min()) for block in seen), default=0), max((int(block.max()) for block in seen), default=0)
 
 
 def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:

@@ -62,9 +62,12 @@ def finetune(config: RunConfig) -> None:
 
 def _require_one_configuration(config: RunConfig) -> None:
     """Raises ConfigurationError on every rank where a rank was started with other flags than the first."""
-    own = {name: value for section in config_to_dict(config).values() for name, value in section.items()}
+    own = {
+        (section, name): value for section, fields in config_to_dict(config).items() for name, value in fields.items()
+    }
     first = from_first_rank(lambda: own)
-    differing = [f"{flag(name)} {value} (rank 0: {first[name]})" for name, value in own.items() if value != first[name]]
+    told = [f"{flag(key[1])} {value} (rank 0: {first[key]})" for key, value in own.items() if value != first[key]]
+    differing = list(dict.fromkeys(told))  # a flag may be in two sections, as --seed is
     checked_together(
         lambda: require(
             not differing,
@@ -76,7 +79,8 @@ def _require_one_configuration(config: RunConfig) -> None:
 def _checked_shape(config: RunConfig) -> ModelShape:
     assert config.model.pretrained_checkpoint is not None
     shape = read_model_shape(config.model.pretrained_checkpoint)
-    open_weights(config.model.pretrained_checkpoint, shape)
+    if dist.get_rank() == 0:  # each rank opens them again to load its part: the headers of 405B are many
+        open_weights(config.model.pretrained_checkpoint, shape)
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),

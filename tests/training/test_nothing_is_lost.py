@@ -164,9 +164,10 @@ def told(run: Callable[[], None]) -> str:
     ("change", "expected"),
     [
         ({"optimizer": {"lr": 0.25}}, "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with"),
+        ({"data_settings": {"seed": 7}}, "rank 1 was started with --seed 7 (rank 0: 1234): start all ranks with"),
         ({"data": "OTHER"}, "the train data {data} of rank 1 has other contents than that of rank 0"),
     ],
-    ids=["flags", "data"],
+    ids=["flags", "one of two seeds", "data"],
 )
 def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change, expected):
     """Data of equal length at one path, as node-local copies are: another folder is current on each rank."""

@@ -61,9 +61,8 @@ def _problem(record: Mapping[str, Any], place: str) -> Document:
 def _humaneval_text(path: Path) -> str:
     try:
         if path.suffix == ".whl":
-            with ZipFile(path) as wheel:
-                with gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
-                    return packed.read(MAX_BYTES).decode("utf-8")
+            with ZipFile(path) as wheel, gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
+                return packed.read(MAX_BYTES).decode("utf-8")
         return read_text(path)
     except (ConfigurationError, OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigurationError(
