@@ -1,7 +1,5 @@
 """The words of --help, by field: our own, and Megatron's where megatron-core's dataclasses have none for them."""
 
-from __future__ import annotations
-
 HELP = {
     "pretrained_checkpoint": "base model: a Hugging Face folder (config.json and *.safetensors)",
     "transformer_impl": "where norms and core attention come from; auto: Transformer Engine where it is installed",

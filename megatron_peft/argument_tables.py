@@ -3,8 +3,6 @@
 `megatron_peft.served_flags` makes flags of these tables and of the dataclasses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

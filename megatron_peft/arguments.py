@@ -4,8 +4,6 @@ Everything that is wrong (unknown flags, flags of Megatron that are not served, 
 checkpoint's shape and the world size) is gathered and told in one message, by rank 0 alone; every rank exits with 2.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

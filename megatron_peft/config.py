@@ -9,8 +9,6 @@ Every `__post_init__` raises one `ConfigurationError` that holds all problems of
 numbers and the way out.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from megatron_peft.checkpoint_config import CheckpointConfig as CheckpointConfig

@@ -1,7 +1,5 @@
 """What is wrong with a configuration, gathered so that a user is told everything at once."""
 
-from __future__ import annotations
-
 
 class ConfigurationError(ValueError):
     """Contradictions in what the user asked for. Each message names the flag, the numbers and the way out.
@@ -35,7 +33,7 @@ class Requirements:
         self.config = config
         self.problems: list[str] = []
 
-    def __enter__(self) -> Requirements:
+    def __enter__(self) -> "Requirements":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

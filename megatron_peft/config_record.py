@@ -1,7 +1,5 @@
 """RunConfig <-> a plain dictionary that JSON can hold: the record of a run beside its checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_origin, get_type_hints

@@ -1,7 +1,5 @@
 """Every flag that is known, served or not, and what to tell of one that is not served."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 

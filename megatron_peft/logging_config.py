@@ -1,7 +1,5 @@
 """The log of a run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_peft.config_error import Requirements

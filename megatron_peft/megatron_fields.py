@@ -5,8 +5,6 @@ answered from here at once. What is read (names, types, defaults, the docstring 
 themselves say: a test compares the two.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Fields of megatron-core's configuration classes are known by their own names (`m
 that exist in Megatron-LM's command line only, and the reasons for both. Flags are written without the leading dashes.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 # Prefix -> reason. A flag or field whose name starts so is Megatron's; the longest prefix wins.

@@ -1,7 +1,5 @@
 """The optimizer of a run and its learning rate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

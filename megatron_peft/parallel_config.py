@@ -1,7 +1,5 @@
 """How a run is split over processes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

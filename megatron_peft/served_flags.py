@@ -4,8 +4,6 @@ spelled-out names.
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.arguments` turns it into a parser.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields
 from types import NoneType, UnionType

@@ -1,7 +1,5 @@
 """The length of a run, and its batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_peft.config_error import Requirements, flag

@@ -7,8 +7,6 @@ read by `conversion.source`, the index of a checkpoint by `checkpoint.safe_pickl
 tokenizers by `data.tokenizers`; nothing else opens a file of these kinds.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

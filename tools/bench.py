@@ -4,8 +4,6 @@ python tools/bench.py runs every benchmark; python tools/bench.py lora-ratio col
 table and writes OUTPUT/NAME.json. docs/benchmarks.md says what the figures mean.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ python tools/convert.py verify         --input FOLDER --reference FOLDER
 An output that exists is never overwritten. docs/moving-weights.md has the whole matrix.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ python tools/demo.py downloads the model and the messages (once), trains, and wr
 Any flag that is not the demo's own goes to pretrain_peft.py, for instance --lr 1e-3.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

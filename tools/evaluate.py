@@ -8,8 +8,6 @@ repeated; without it, the model of --pretrained-checkpoint. An evaluation that w
 docs/evaluation.md has the details.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ Every other flag is one of pretrain_peft.py. With --load the model is what that 
 repeated. docs/evaluation.md has the details.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

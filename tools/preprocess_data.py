@@ -4,8 +4,6 @@ python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --to
 writes corpus_text_document.bin and corpus_text_document.idx, which --data-path corpus_text_document trains on.
 """
 
-from __future__ import annotations
-
 import argparse
 import glob
 import sys

@@ -5,8 +5,6 @@ offline), report.md, table1.csv, table1.tex and the figures as PNG and SVG. It m
 docs/experiments.md has the details.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ is adapted whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wild
 Layer numbers are those of the whole model, from 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -3,8 +3,6 @@
 Letters: n tokens (any leading axes), k blocks, g features of a block.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

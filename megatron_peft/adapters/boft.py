@@ -11,8 +11,6 @@ The factors (`butterfly.py`) are composed into dense g x g blocks once a forward
 product turns the activations. Letters: k groups, m factors, c blocks of a factor in a group, b block size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

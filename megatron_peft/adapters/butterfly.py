@@ -9,8 +9,6 @@ blocks reach every feature of the group.
 Letters: k groups, m factors, c = g / b blocks of a factor in a group, b block size, g features of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate

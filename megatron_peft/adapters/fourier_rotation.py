@@ -6,8 +6,6 @@ are computed again.
 Letters: s sequence, b batch, k groups, n complex features of a group.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -23,8 +23,6 @@ du is summed and scattered back, r-wide too. The gathered x is never kept.
 Letters: s sequence, b batch, r rank, t tensor-parallel size, k blocks of g features; in and out are a rank's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -12,8 +12,6 @@ in the place of y.
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ Subclasses, put in place through the layer spec: names, shapes and checkpoint ke
 Without an adapter they behave as their parents do.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -12,8 +12,6 @@ Sharding follows the base's: what meets the split side of W is split with it, th
 (`LinearLayout`). Letters: s sequence, b batch, r rank; in and out are a rank's own.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel

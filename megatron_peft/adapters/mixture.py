@@ -16,8 +16,6 @@ The value acts from the next forward on, as a moving average, clamped. Everythin
 tensor, one all-reduce, no look by the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

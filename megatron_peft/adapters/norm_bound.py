@@ -15,8 +15,6 @@ host, no communication here.
 Letters: r rank, w = r, or 2r with a subtracted start.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

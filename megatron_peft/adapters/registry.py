@@ -1,7 +1,5 @@
 """The adapter methods by name: `PEFT_METHODS` in `peft_config.py`. A new method is one new file and one line there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 

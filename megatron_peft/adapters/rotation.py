@@ -10,8 +10,6 @@ its own tokens. The bias is added after R: R turns the weight. Blocks are built 
 Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

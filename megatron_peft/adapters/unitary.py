@@ -13,8 +13,6 @@ Real features are complex numbers in pairs, x[2i] + i x[2i+1]; `as_real` is the 
 Letters: k groups, n complex features of a group, g = 2n real ones.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -12,8 +12,6 @@ not used at all.
 Letters: k groups, n complex features of a group, g = 2n real ones; s sequence, b batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

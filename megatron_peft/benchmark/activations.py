@@ -4,8 +4,6 @@ Counted by hooks in one forward of the whole model: each storage once, weights a
 adds to the frozen base's is divided by the number of layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

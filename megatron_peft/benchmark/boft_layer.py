@@ -4,8 +4,6 @@ HF PEFT composes several factors only with a CUDA extension (without it the numb
 gets the same function in plain torch, so that both do b = 8, m = 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from statistics import median
 from typing import Any

@@ -4,8 +4,6 @@ Counted where torch hands them to its communication library (`c10d`), so asynchr
 those that megatron-core issues through its own wrappers are all seen. Groups of one rank do not count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ scatters come on top, two for each column-parallel layer. The Hybrid adds to LoR
 each row-parallel layer, one r-wide call (two with sequence parallelism).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence

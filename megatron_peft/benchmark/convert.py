@@ -4,8 +4,6 @@ Times are CPU seconds with the files in the page cache: what the code costs, wha
 with reading alone, also those that write as much as they read.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A figure: what was measured, the target, and whether it is reached; as a table and as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

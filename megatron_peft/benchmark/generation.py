@@ -1,7 +1,5 @@
 """Greedy answers, scores and speed of the split model beside those of transformers, on the same prompts."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import random

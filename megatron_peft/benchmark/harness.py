@@ -4,8 +4,6 @@ GLUE, GSM8K and translation are the samples of `examples/data` (made up, in the 
 film reviews, HumanEval its own problems. Answers are cut at `LONGEST_ANSWER` tokens, so that this takes minutes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What a rank reads and how much memory it takes to load its part of a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_peft.benchmark.figures import Figure

@@ -1,7 +1,5 @@
 """The logits of the split model beside those of transformers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

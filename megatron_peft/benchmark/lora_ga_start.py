@@ -4,8 +4,6 @@ A resident set holds what is in use and what the C library keeps of what was fre
 more in one run than in another, which is more than is measured here. So both sides give back at once what they free.
 """
 
-from __future__ import annotations
-
 import time
 from statistics import mean
 

@@ -1,7 +1,5 @@
 """Resident memory of a process, its peak, and its bytes read, as Linux tells them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The benchmarks by name: what each measures on which model."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Wall seconds from starting `pretrain_peft.py` to the end of its first step."""
 
-from __future__ import annotations
-
 import json
 import resource
 import subprocess

@@ -1,7 +1,5 @@
 """CPU seconds and memory of the methods' steps beside those of the frozen base, of full fine-tuning and of HF PEFT."""
 
-from __future__ import annotations
-
 import dataclasses
 from statistics import median
 

@@ -6,8 +6,6 @@ update, so its step is forward, backward (the embedding's output requires a grad
 layer) and the gradient sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

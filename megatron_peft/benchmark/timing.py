@@ -3,8 +3,6 @@
 CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From which size of group on fast Fourier transforms turn a uRNN layer's features faster than dense blocks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """What all ranks learn from the first one, which alone looks at a folder that another process may be changing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

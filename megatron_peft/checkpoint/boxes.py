@@ -5,8 +5,6 @@ tensors, which any other layout can read from. A stretch of a matrix is at most 
 the start of a row.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

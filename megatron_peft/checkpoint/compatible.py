@@ -1,7 +1,5 @@
 """Whether a checkpoint can be loaded into a run: everything that contradicts, each with both values and the way out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ names, types, shapes and offsets), the end, and some between, so that two models
 that is a base it takes the checkpoint that its tracker names, with the checksums of its manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from functools import lru_cache

@@ -4,8 +4,6 @@ It is the kernel's lock of a byte range (`fcntl`), owned by the process: kill -9
 do not inherit it, and network file systems know it. The file's text tells people who holds it; nothing relies on it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

@@ -9,8 +9,6 @@
 Nothing here knows torch or ranks: one process calls it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Keys of the tensors in a checkpoint. Nothing here knows torch: tools look at keys without a model."""
 
-from __future__ import annotations
-
 NOT_PARAMETERS = ("optimizer.", "rng.")
 ADAPTER = ".adapter."
 

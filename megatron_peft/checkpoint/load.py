@@ -1,7 +1,5 @@
 """Going on from a checkpoint, or taking its parameters only."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

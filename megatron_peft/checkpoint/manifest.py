@@ -8,8 +8,6 @@ against somebody who means harm. The manifest guards itself: its text must be ex
 and it holds the checksum of its list.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Mapping

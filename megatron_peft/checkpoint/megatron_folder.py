@@ -5,8 +5,6 @@ FOLDER/iter_0000050/.metadata                    named by FOLDER/latest_checkpoi
 FOLDER/release/mp_rank_00/model_optim_rng.pt     old files, below any of these
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

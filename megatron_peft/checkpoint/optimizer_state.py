@@ -8,8 +8,6 @@ data-parallel ranks or need the whole state gathered on one. Here a rank writes 
 of the global tensor, and reads whatever boxes its own layout asks for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

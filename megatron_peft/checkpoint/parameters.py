@@ -4,8 +4,6 @@ Every key is the same at any layout: `decoder.layers.3.mlp.linear_fc1.adapter.A`
 in float32 as well has a second tensor, `optimizer.master.<key>`; a run in float32 reads that one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

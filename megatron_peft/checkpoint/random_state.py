@@ -5,8 +5,6 @@
 They belong to a layout: a run at another one goes on with the generators of its own seed.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping

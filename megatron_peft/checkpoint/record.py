@@ -1,7 +1,5 @@
 """What a checkpoint says about the run that wrote it: `run_record.json`, and `adapter_config.json` for people."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -52,7 +50,7 @@ class RunRecord:
         return json.dumps({"format_version": FORMAT_VERSION, **fields, **plain}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> RunRecord:
+    def from_json(cls, text: str) -> "RunRecord":
         """Raises ConfigurationError (newer format or fields), ValueError, KeyError or TypeError (not a record)."""
         fields = parse_json(text, RECORD)
         if not isinstance(fields, dict) or not isinstance(fields.get("config"), dict):

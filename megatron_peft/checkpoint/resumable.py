@@ -1,7 +1,5 @@
 """What a checkpoint needs to see of a run. `training.state.TrainingState` is one."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from megatron.core.distributed import DistributedDataParallel

@@ -6,8 +6,6 @@ whatever it is called with. The index of a distributed checkpoint (`.metadata`) 
 torch, none of which it gets to see. A name outside the lists below refuses the file.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Writing a checkpoint: into a draft, then published at once. An earlier one is never touched before that."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import shutil

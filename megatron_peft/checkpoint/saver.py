@@ -4,8 +4,6 @@ With --async-save a save copies what it needs and the run goes on; a thread of e
 the others through a group of its own, and the first rank publishes. One save is under way at a time.
 """
 
-from __future__ import annotations
-
 import datetime
 import logging
 from collections.abc import Callable
@@ -82,7 +80,7 @@ class Saver:
             raise error
         return Outcome(iteration, error)
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> "Saver":
         return self
 
     def __exit__(

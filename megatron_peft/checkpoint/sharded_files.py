@@ -6,8 +6,6 @@ are told, whereas megatron-core's leaves the others waiting if the disk is full 
 are due.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """The newest checkpoint whose files are all as they were written. Every rank reads its share of them."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The adapters in a run's --save folder, whatever layout wrote them, as whole tensors and without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

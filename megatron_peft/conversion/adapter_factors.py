@@ -4,8 +4,6 @@ A weight's rule says which rows of a fused layer are which module's. They are th
 which all modules of a layer share. Letters: out and in are a layer's features, r the rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -28,7 +26,7 @@ class Factors:
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def padded(self, rank: int) -> Factors:
+    def padded(self, rank: int) -> "Factors":
         """The same change at a higher rank. What is added is zero on both sides, so training leaves it at zero."""
         more = rank - self.rank
         A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])

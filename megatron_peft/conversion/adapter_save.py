@@ -1,7 +1,5 @@
 """Adapters that no run has trained, as a --save folder that --load opens."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping

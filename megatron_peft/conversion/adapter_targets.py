@@ -1,7 +1,5 @@
 """The shortest list of names that means a given set of layers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ Bloom was trained with Megatron, so every parameter is one tensor: linear_qkv ha
 on both sides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from megatron_peft.conversion.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows

@@ -1,7 +1,5 @@
 """The small files beside weights: config.json, generation settings, the tokenizer's."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping

@@ -6,8 +6,6 @@ that nothing is left for the fsync. Where the file system or the system knows no
 of a file, which are no whole page, writing is the common kind.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import mmap
@@ -65,7 +63,7 @@ class DirectFile:
         finally:
             os.close(self._descriptor)
 
-    def __enter__(self) -> DirectFile:
+    def __enter__(self) -> "DirectFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):

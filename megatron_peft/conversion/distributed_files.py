@@ -4,8 +4,6 @@ megatron-core's own reader needs one, unpickles the index without a check, and r
 all the others.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 import zipfile

@@ -1,7 +1,5 @@
 """The rules of each model family. A new family is one line here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """A whole model as a Hugging Face folder, written parameter by parameter."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a folder must hold, compared with what it holds, before any weight is read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -7,8 +7,6 @@ A file holds `model` (with interleaving `model0`, `model1`, ...), `args` and muc
 stage. Only the names of megatron-core are read; those of older models (`language_model.*`) are refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

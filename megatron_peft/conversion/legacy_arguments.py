@@ -1,7 +1,5 @@
 """The shape of a model from the arguments that Megatron-LM keeps in its checkpoints."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_peft.config import LINEAR_MODULES, require

@@ -1,7 +1,5 @@
 """The Llama table: which Megatron parameter is made of which Hugging Face tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from megatron_peft.conversion.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows

@@ -1,7 +1,5 @@
 """Pretrained weights straight into the chunks of a GPTModel: each rank reads its own slices, one at a time."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence

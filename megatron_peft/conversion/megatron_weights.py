@@ -1,7 +1,5 @@
 """A base model's weights in Megatron's own form, whichever it is: a distributed checkpoint or old files of ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

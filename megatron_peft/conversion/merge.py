@@ -4,8 +4,6 @@ One parameter at a time: the base's is read in Megatron's form (fused, whole), c
 the tensors that it is made of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

@@ -12,8 +12,6 @@ share R: an export gives each a copy, an import needs them all, with the same nu
 Letters: k groups of features, m factors, c blocks of a factor in a group, b block size; n = k c.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ adapter_config.json             a LoraConfig or BOFTConfig
 adapter_model.safetensors       base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable

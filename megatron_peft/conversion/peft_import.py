@@ -1,7 +1,5 @@
 """A Hugging Face PEFT adapter, LoRA or BOFT, as a --save folder that --load opens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_peft.checkpoint.keys import ADAPTER

@@ -3,8 +3,6 @@
 Everything else is refused by name: what changes the computation, and what this version does not know.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -6,8 +6,6 @@ their sum. A run has one --lora-rank: layers that need less are padded with zero
 scale stays what it was, alpha growing with the rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

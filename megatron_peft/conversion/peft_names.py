@@ -1,7 +1,5 @@
 """What the formats of Hugging Face PEFT have in common: names of tensors, and what an import gives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

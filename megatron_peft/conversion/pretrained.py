@@ -1,7 +1,5 @@
 """What --pretrained-checkpoint may be: a Hugging Face folder, or a base model in Megatron's own form."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce

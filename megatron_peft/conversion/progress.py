@@ -1,7 +1,5 @@
 """A bar over bytes at a terminal, and nothing elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

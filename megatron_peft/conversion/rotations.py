@@ -3,8 +3,6 @@
 Letters: k groups of g features, on the side that turns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

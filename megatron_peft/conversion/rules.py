@@ -8,8 +8,6 @@ Shapes: h hidden, tp tensor-parallel size, rank the tensor-parallel rank. A Mega
 checkpoint) is the local one of rank 0 at tp = 1.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

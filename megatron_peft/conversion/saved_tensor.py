@@ -5,8 +5,6 @@ long as copying it. What it reads: a zip archive without compression, where `dat
 the record with its numbers.
 """
 
-from __future__ import annotations
-
 import io
 import mmap
 import pickle

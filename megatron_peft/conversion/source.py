@@ -5,8 +5,6 @@ view of the region asked for. Pages of a mapped file that were touched count as 
 source maps its file anew every `MAPPED_BYTES` of tensors.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

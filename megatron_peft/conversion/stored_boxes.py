@@ -1,7 +1,5 @@
 """A global tensor that lies in pieces, each piece a box of it, and reading any box out of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod

@@ -1,7 +1,5 @@
 """Number types by their names: in safetensors, in torch and on the command line."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_peft.config import require

@@ -1,7 +1,5 @@
 """A base model in Megatron's form, or the whole model of a run, as a Hugging Face folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

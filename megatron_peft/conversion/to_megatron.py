@@ -5,8 +5,6 @@ shares of several tensor-parallel ranks, so that a rank that loads it later read
 one share is ever held.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ our model everything that Megatron can hold: a base model, a run's adapters on t
 All in float32, in one process, one model after the other.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -53,7 +51,7 @@ class Difference:
         return self.absolute / self.scale
 
     @classmethod
-    def of(cls, tensor: Tensor, reference: Tensor) -> Difference:
+    def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
 
 
@@ -73,7 +71,7 @@ class Subject:
 
     folder: Path
     base: Path
-    trace: Callable[[Subject, Tensor], Trace]
+    trace: "Callable[[Subject, Tensor], Trace]"
 
 
 def verify(

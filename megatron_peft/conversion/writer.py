@@ -4,8 +4,6 @@ Names, shapes and types are known before any number is, so a file begins with it
 order. At no time is more than one tensor held.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -74,7 +72,7 @@ class SafetensorsWriter:
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
         self._file.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> SafetensorsWriter:
+    def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):

@@ -1,7 +1,5 @@
 """Steps of microbatches for one data-parallel rank, out of global batches that do not depend on the layout."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator

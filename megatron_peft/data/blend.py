@@ -1,7 +1,5 @@
 """--data-path and its like: prefixes of indexed datasets, with or without weights, checked before anything is built."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the run's configuration to its sources of training, validation and test steps."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Cut a rendered conversation into what the assistant says and the rest, for any chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple

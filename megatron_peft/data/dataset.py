@@ -1,7 +1,5 @@
 """Instruction data as a numbered source of samples, tokenized when they are asked for."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from megatron_peft.data.jsonl import JsonRecords

@@ -1,7 +1,5 @@
 """Records to documents of token ids, by several processes. Light to import: each process does so."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator

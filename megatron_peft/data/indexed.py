@@ -4,8 +4,6 @@ Sequences are `seq_length` tokens cut from the documents of a split, all counted
 documents are shuffled depends on the number of samples asked for: a run that is to be resumed keeps its length.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ with the end-of-sequence token. A conversation may come with `tools`, and an ass
 template writes them. Other fields are left out, unless the template would read them: that is an error.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache

@@ -3,8 +3,6 @@
 A `.json` file may also be one array; such a file is loaded whole (it cannot be cut without parsing it).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib

@@ -1,7 +1,5 @@
 """Samples as the tensors of one microbatch: padded rows, or one packed row. b rows, s positions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +29,7 @@ class Microbatch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
 
-    def to(self, device: torch.device) -> Microbatch:
+    def to(self, device: torch.device) -> "Microbatch":
         """The same on `device`."""
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)

@@ -4,8 +4,6 @@ A *position* counts what a global batch counts: a sample, or with packing a pack
 epoch into the next; nothing is dropped, and nothing comes twice within an epoch.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

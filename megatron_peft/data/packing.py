@@ -4,8 +4,6 @@ The samples of an epoch, in its order, are put one after the other into a sequen
 (next-fit). No sample is cut, and none attends to another (`microbatch.pack` keeps the boundaries).
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

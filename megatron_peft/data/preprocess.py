@@ -3,8 +3,6 @@
 A pair appears under its name only when it is complete; nothing that exists is overwritten.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

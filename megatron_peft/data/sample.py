@@ -1,7 +1,5 @@
 """One training sample as arrays, and what a source of samples looks like."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

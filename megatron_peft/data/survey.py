@@ -4,8 +4,6 @@ The pass is shared by all processes (each surveys an equal share of the records,
 records end the run at its start, on every rank, with one message. What is kept: 5 bytes a record.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every class also has the attributes that megatron-core's datasets ask of a token
 `vocab_size`); none has `pad`, so those datasets pad with -1, which no token can be mistaken for.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

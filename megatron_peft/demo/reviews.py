@@ -4,8 +4,6 @@ The source distribution of vaderSentiment (MIT) holds 10,605 sentences of review
 twenty readers felt, from -4 to 4 (Hutto and Gilbert, VADER, ICWSM 2014). Those near zero are left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import tarfile

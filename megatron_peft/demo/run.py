@@ -4,8 +4,6 @@ Everything lies under one folder and is reused by a second call. The folder of t
 its flags change.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

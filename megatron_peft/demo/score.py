@@ -1,7 +1,5 @@
 """The score of one model on the held-out messages, and its file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,6 @@ class Score:
         temporary.replace(path)
 
     @classmethod
-    def read(cls, path: Path) -> Score:
+    def read(cls, path: Path) -> "Score":
         fields = read_json_object(path)
         return cls(**{**fields, "translations": tuple(fields["translations"])})

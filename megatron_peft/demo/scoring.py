@@ -4,8 +4,6 @@ torchrun --nproc-per-node 3 -m megatron_peft.demo.scoring SCORE.json FLAGS write
 pretrain_peft.py (--load names the trained adapters; without it the pretrained model is scored).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The demo's result at the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

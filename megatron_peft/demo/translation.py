@@ -1,7 +1,5 @@
 """Translating with a model, and sacreBLEU of what comes out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from megatron.core.models.gpt import GPTModel

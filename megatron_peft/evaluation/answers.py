@@ -1,7 +1,5 @@
 """What tools/generate.py does: answers to one prompt, as they grow, or to a file of prompts."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

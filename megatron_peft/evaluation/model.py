@@ -1,7 +1,5 @@
 """A model that is asked and not trained: base, adapters, tokenizer, and what tells it from every other."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the first rank orders while it runs the harness: scores and answers of a portion of requests, by all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

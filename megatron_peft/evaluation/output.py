@@ -1,7 +1,5 @@
 """The file that an evaluation or a file of answers goes to, checked before a model is loaded."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The share of problems that one of k samples solves, estimated without bias from n samples of each."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from megatron_peft.config_error import require

@@ -1,7 +1,5 @@
 """A program that asks a model: its settings, the flags of the model, and a world to run it in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """How far a long list of requests has come: a bar at a terminal, a line at each tenth elsewhere (logs of clusters)."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Prompts from a command line or a file, as records and as token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

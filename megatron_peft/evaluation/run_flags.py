@@ -4,8 +4,6 @@ What is read from the record stands in front of what the user typed, and the las
 or a base that has moved, is the user's, and everything else the run's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path

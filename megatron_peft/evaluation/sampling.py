@@ -6,8 +6,6 @@ it. So a row's answer depends neither on the rows beside it nor on the layout.
 Letters: b rows, v vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A program that passes its check has passed; one that raises, exits, uses up its 
 failed. Nothing it does reaches the host or the judge, and none of it stops the evaluation.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ Inside there is a read-only interpreter with its standard library (and the packa
 libraries, /dev/null, a small /tmp in memory, and nothing else: no host files, no network, no processes but its own.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

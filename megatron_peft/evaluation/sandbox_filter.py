@@ -6,8 +6,6 @@ without a size, and a descriptor taken from the judge may be the pipe of the ver
 for needs any of these, so they answer "not permitted".
 """
 
-from __future__ import annotations
-
 import errno
 import platform
 import struct

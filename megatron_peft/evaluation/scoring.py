@@ -3,8 +3,6 @@
 Letters: b rows, s positions of the longest continuation, v vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

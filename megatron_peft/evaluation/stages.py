@@ -4,8 +4,6 @@ Training has megatron-core's schedules for this. A token of generation is a sing
 stage just waits for the one before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Texts that end an answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_peft.data.tokenizers import Tokenizer

@@ -1,7 +1,5 @@
 """What is off while a model generates or is scored, and on again afterwards: dropout and sequence parallelism."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

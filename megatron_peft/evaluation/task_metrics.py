@@ -3,8 +3,6 @@
 Task files name them: `!function megatron_peft.evaluation.task_metrics.rouge_l`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_peft.evaluation import translation_scores

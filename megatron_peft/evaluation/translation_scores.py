@@ -1,7 +1,5 @@
 """BLEU by sacreBLEU and ROUGE-L by rouge-score, with the settings that their figures depend on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import cache, lru_cache

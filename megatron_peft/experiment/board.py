@@ -1,7 +1,5 @@
 """The live table of an experiment: a line for each model, task and method, and what is running now."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +28,7 @@ class Board:
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._shown_at = 0.0
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> "Board":
         if self._live:
             self._live.start()
         return self

@@ -1,7 +1,5 @@
 """The cells of an experiment: one training run each, of a model on a task by a method at one point of its grid."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """Holds every cell's flags against pretrain_peft.py's own rules, before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A group's grid is run with the tuning seed. When each of its points has been tri
 loss at the end of its run is chosen, and its other seeds are run and scored. Scores play no part in the choice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ They end with the runner, however it ends: a child asks the kernel for a signal 
 that trains on unseen would meet its successor in the same folder.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

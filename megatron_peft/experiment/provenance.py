@@ -5,8 +5,6 @@ The digest of the cell covers what concerns this cell alone, so the file may gai
 still fits; a record that was moved from another experiment, or whose flags were rewritten, does not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@
 an experiment whose flags were changed runs again what they concern.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

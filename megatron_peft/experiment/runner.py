@@ -4,8 +4,6 @@ The runner keeps nothing in memory that matters: `plan.work` derives the next ce
 told, recorded and left for the next call, which tries it again.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess
@@ -62,7 +60,7 @@ class Runner:
     groups: Sequence[Group]
     jobs: int = 1
     report: Report = print
-    refresh: Callable[[Runner], None] = lambda runner: None
+    refresh: "Callable[[Runner], None]" = lambda runner: None
     program: Sequence[str] | None = None
     keep_checkpoints: bool = False
     experiment: str = ""

@@ -4,8 +4,6 @@ A group (model, task, method) tunes and then runs its seeds in one allocation, b
 that is queued again goes on from the files of its cells.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A flag is written without its dashes. `true` is a switch that is given, `false` 
 a flag with several values; anything else is the flag's value, as it stands.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Reads an experiment's YAML file into `spec.Experiment`. docs/experiments.md describes the format."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches

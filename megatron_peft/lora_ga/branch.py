@@ -14,8 +14,6 @@ and no more. Else x is kept.
 Letters: s sequence, b batch, w width; in and out are a rank's own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

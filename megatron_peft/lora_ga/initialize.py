@@ -10,8 +10,6 @@ What A and B become is in `starts.py`; what the sketches' mathematics is, in `sk
 Letters: w width of the sketch, r rank.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -10,8 +10,6 @@ float64, and twice. No communication here: one process passes `lambda part: part
 Letters: w width of the sketch, r rank; out and in are what this holder has of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

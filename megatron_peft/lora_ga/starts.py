@@ -9,8 +9,6 @@ The last two are no function-preserving starts by themselves: `LowRank` subtract
 Letters: r rank, w number of triplets; out and in are what this holder has of them. No communication here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -8,8 +8,6 @@ Bloom and transformers add slope_n j instead, which the softmax cannot tell apar
 Letters: s queries, k keys, b batch, n heads of this rank, g key-value heads of this rank, d features of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

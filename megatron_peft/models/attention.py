@@ -6,8 +6,6 @@ arguments, so it goes into the same place of the layer spec. ALiBi is a subclass
 Letters: s (query) sequence, k (key) sequence, b batch, n heads a rank, g key-value heads a rank, d features of a head.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from functools import lru_cache

@@ -5,8 +5,6 @@ which its layer spec lets us choose, and two hooks: Bloom's norm behind the word
 part of the vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +114,7 @@ def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: Parallel
 
 
 def _build_chunk(
-    shape: ModelShape, model: ModelConfig, config: GPTConfig, parts: _Parts, vp_stage: int | None
+    shape: ModelShape, model: ModelConfig, config: GPTConfig, parts: "_Parts", vp_stage: int | None
 ) -> GPTModel:
     tp = config.tensor_model_parallel_size
     chunk = GPTModel(
@@ -143,7 +141,7 @@ def _build_chunk(
     return chunk
 
 
-def _block_spec(config: GPTConfig, parts: _Parts, vp_stage: int | None) -> Any:
+def _block_spec(config: GPTConfig, parts: "_Parts", vp_stage: int | None) -> Any:
     """One spec for every layer of the stage, and the final norm (which a layer spec alone could not choose)."""
     bias_dropout_add: Any = get_bias_dropout_add
     activation: Any = SwiGLU if config.use_te_activation_func else None
@@ -190,7 +188,7 @@ class _Parts:
     core_attention: Any
 
     @classmethod
-    def of(cls, shape: ModelShape, model: ModelConfig) -> _Parts:
+    def of(cls, shape: ModelShape, model: ModelConfig) -> "_Parts":
         norm: Any = _NORMS[shape.normalization]
         core_attention: Any = ScaledDotProductAttention
         wanted = model.transformer_impl == "transformer_engine"

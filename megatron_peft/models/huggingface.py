@@ -4,8 +4,6 @@ What a config asks for and the model does not do is refused by name. Keys that t
 change nothing there either; they are named in a warning.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Mapping, Set

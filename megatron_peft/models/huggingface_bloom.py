@@ -1,7 +1,5 @@
 """The shape of a Bloom from its `config.json`: keys of transformers, and those of the first files of bigscience."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

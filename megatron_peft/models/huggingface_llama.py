@@ -1,7 +1,5 @@
 """The shape of a Llama from its `config.json`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_peft.config import require

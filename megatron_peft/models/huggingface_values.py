@@ -1,7 +1,5 @@
 """Values out of a `config.json`, checked. A key that is absent or null has the default; without one it is an error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

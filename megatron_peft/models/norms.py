@@ -7,8 +7,6 @@ Under sequence parallelism a rank normalises its own tokens only, so the gradien
 Letters: s sequence, b batch, h hidden.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ head lie side by side. The numbers are the same, bit for bit. Without a cache no
 Letters: s new positions, b batch, n heads a rank, g key-value heads a rank, d features of a head, p positions.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The shape of a base model: everything that decides which tensors exist and what the forward computes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

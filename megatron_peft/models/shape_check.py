@@ -3,8 +3,6 @@
 Each function returns messages, an empty list when all is well, so that everything wrong is told at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import reduce
 from math import gcd, isqrt

@@ -9,8 +9,6 @@ the composed one, so values and gradients are those of the composed form to the 
 Letters: s sequence, b batch, f a rank's own feed-forward features.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Letters: s sequence, t tensor-parallel size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Sums of gradients over the tensor-parallel ranks, one call a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch.distributed as dist

@@ -4,8 +4,6 @@ Every adapter derives its shapes and its slices from this, so that its parameter
 no mention of the layout.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Initial values that depend on the run's seed and on a parameter's global name, never on the layout."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

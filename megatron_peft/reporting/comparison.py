@@ -1,7 +1,5 @@
 """Two methods' runs with the same seeds, held against one another."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Figure 1: time per epoch and peak memory of each method, by model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from statistics import mean
 

@@ -10,8 +10,6 @@ who has the best mean), or a JSON file of tools/bench.py (`bench/collectives.jso
 the documents say what the records say.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the plots have in common: a figure without a display, the look of its axes, and its files."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

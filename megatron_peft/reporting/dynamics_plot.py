@@ -1,7 +1,5 @@
 """Figure 2: gradient norm and validation loss of each method, by epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

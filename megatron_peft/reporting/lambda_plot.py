@@ -3,8 +3,6 @@
 lambda is the share of the low-rank part, 1 - lambda that of the rotation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The paper's own numbers, as printed (paper.json holds their source), and what can be checked of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The paper's Table I and its other numbers, as tables of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_peft.reporting import paper

@@ -1,7 +1,5 @@
 """A report of an experiment: sections of text, tables and figures, and the files that they become."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

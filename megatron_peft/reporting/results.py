@@ -1,7 +1,5 @@
 """What an experiment's cells say: for each model, task and method the tried settings, and the runs of the best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

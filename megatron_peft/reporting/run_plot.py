@@ -3,8 +3,6 @@
 A Hybrid's has lambda by layer, too.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """In how many times fewer steps than LoRA each method reaches LoRA's validation loss after N steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_peft.reporting.results import Results, peft_method

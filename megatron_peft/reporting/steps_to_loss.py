@@ -1,7 +1,5 @@
 """In how many steps one run reaches the validation loss that another has after N."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean

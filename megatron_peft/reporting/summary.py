@@ -1,7 +1,5 @@
 """The sentences of a report: the budget, who has the best mean, how the Hybrid does, where the cells came from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """A table of words, and how it is written as Markdown, CSV and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

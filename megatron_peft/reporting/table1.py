@@ -1,7 +1,5 @@
 """Table I: each method's runs, their mean and spread, and a paired test against one method; the paper's beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev

@@ -5,8 +5,6 @@ of it are free, so that a step that frees its activations pays for every page of
 fifty of a LoRA step, more of full fine-tuning. The peak is the same either way.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 

@@ -7,8 +7,6 @@ A function whose context has `make_again` says how its output follows from what 
 in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

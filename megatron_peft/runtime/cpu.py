@@ -12,8 +12,6 @@ With a GPU `install()` does nothing. It is idempotent, and nothing outside this 
 megatron-core.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

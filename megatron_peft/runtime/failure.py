@@ -5,8 +5,6 @@ rank to fail prints its message and writes to a board in the rendezvous store; a
 board twice a second, and all processes end together.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import signal

@@ -1,7 +1,5 @@
 """Processes, groups and seeds of a run, and the checks that end all ranks together."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import random

@@ -8,8 +8,6 @@ is used.
 Only where no gradient is recorded: inside autograd functions and in generation.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

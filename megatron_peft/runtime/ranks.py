@@ -5,8 +5,6 @@ it. Benchmarks and tests use it: a torchrun whose ranks answer. The processes ar
 the slow imports (torch, megatron-core: seconds a process) behind it: see `preload`.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle
@@ -73,7 +71,7 @@ class Ranks:
             for rank in range(num_ranks)
         ]
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> "Ranks":
         for process in self.processes:
             process.start()
         return self

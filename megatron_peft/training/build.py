@@ -1,7 +1,5 @@
 """From a configuration and its data to everything that a run trains with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.distributed as dist

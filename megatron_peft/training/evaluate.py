@@ -1,7 +1,5 @@
 """Validation: the mean loss over the completion tokens of a dataset."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 

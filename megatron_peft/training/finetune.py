@@ -1,7 +1,5 @@
 """A fine-tuning run from its configuration: check everything, build, load, train."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The paper's W <- W + dW (Algorithm 2, line 21), made consistent: dW is added onc
 moments that the optimizer has of its parameters. lambda, the schedule and A go on.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

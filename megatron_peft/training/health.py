@@ -1,7 +1,5 @@
 """What is looked at while adapters train: that all of them get gradients, and that rotations stay orthogonal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

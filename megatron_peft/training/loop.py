@@ -1,7 +1,5 @@
 """The training loop: steps, log lines, validation, checkpoints, and the ways to stop."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ validation_loss where it was measured. The Hybrid's lambda of each layer goes to
 {"iteration": N, "lambda": {"decoder.layers.0.self_attention.linear_qkv": 0.41, ...}}.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -102,7 +100,7 @@ class MetricsWriter:
             self._wandb.finish()
         self._file = self._layers_file = self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(

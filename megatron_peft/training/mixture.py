@@ -1,7 +1,5 @@
 """The Hybrid's lambda within a step: which gradients a rank counts, and what a log line says."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -7,8 +7,6 @@ it updates a float32 copy, or a stretch of one, which is scaled by the same numb
 One all-reduce of [layers, w, w] numbers over the tensor-parallel ranks a step, nothing where there are none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

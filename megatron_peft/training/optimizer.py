@@ -1,7 +1,5 @@
 """Gradients' buffers, optimizer and learning-rate schedule: megatron-core's own, from our configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a run shows while it trains: a live bar with ETA at a terminal, one plain line a log interval in a file."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -48,7 +46,7 @@ class Progress:
         self._started_at = time.monotonic()
         self._shown: dict[str, Any] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()
         if self._enabled and self._console.is_terminal:
             self._bar = _make_bar(self._console)

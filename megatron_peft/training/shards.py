@@ -1,7 +1,5 @@
 """Which part of a parameter's gradient this rank holds, summed, when the optimizer takes its step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to save and exit after the step that it is in."""
 
-from __future__ import annotations
-
 import os
 import signal
 from types import FrameType
@@ -22,7 +20,7 @@ class ExitSignals:
         self._speaks = speaks
         self._signals = SAVE_AND_EXIT if enabled else ()
 
-    def __enter__(self) -> ExitSignals:
+    def __enter__(self) -> "ExitSignals":
         self._before = {number: signal.signal(number, self._remember) for number in self._signals}
         return self
 

@@ -1,7 +1,5 @@
 """LoRA-GA's start within a run: which batches it sees, and how far it is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

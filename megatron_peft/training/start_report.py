@@ -1,7 +1,5 @@
 """What LoRA-GA's start found: a line for each kind of layer at the terminal, each layer's number in a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a training run is made of, and how far it has come."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from megatron.core.distributed import DistributedDataParallel

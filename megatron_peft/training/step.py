@@ -4,8 +4,6 @@ The loss is the mean over the completion tokens of the whole global batch, howev
 ranks: each microbatch contributes a sum, and gradients are divided by the global number of tokens at the end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial

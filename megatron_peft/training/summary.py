@@ -1,7 +1,5 @@
 """What will be trained, in a few lines: modules, parameters of the whole model, bytes on a rank."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ the gradient that the optimizer clipped and the rate of its schedule. Both act o
 rank, after a distributed optimizer has gathered them: a shard may cut a block in two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 

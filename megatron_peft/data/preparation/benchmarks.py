@@ -1,7 +1,5 @@
 """The benchmarks of the paper: which files, templates and tasks each is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One item of a benchmark, as its files hold it."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Labels are numbered as on the Hugging Face hub, so that templates written for either read both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

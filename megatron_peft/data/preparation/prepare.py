@@ -7,8 +7,6 @@
 No test item is in the training files. The folder appears when all of it is written.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -116,7 +114,7 @@ class _Writer:
     _open: dict[str, IO[str]] = field(default_factory=dict)
     _most_examples: int = 0
 
-    def write(self, benchmark: Benchmark) -> _Writer:
+    def write(self, benchmark: Benchmark) -> "_Writer":
         """Test documents first: what they hold must not come into training."""
         tested_by_split = None
         for tests in benchmark.tests:

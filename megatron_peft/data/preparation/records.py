@@ -1,7 +1,5 @@
 """Benchmarks whose files are JSON: GSM8K, instruction data, HumanEval."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import zlib

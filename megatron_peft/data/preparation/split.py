@@ -1,7 +1,5 @@
 """Which part an item falls into, and whether it is one of the test items."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 So a training prompt is what the harness puts before the model, and a completion is what it scores.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import cache, cached_property

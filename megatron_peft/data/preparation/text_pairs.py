@@ -1,7 +1,5 @@
 """Sentence pairs for translation: two files line by line (WMT, OPUS's Moses format), or one with tabs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
