@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_origin, get_type_hints
 
-from megatron_peft.config import ConfigurationError, RunConfig, field_names
+from megatron_peft.config.run import ConfigurationError, RunConfig, field_names
 
 
 def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config_error import Requirements, flag
+from megatron_peft.config.errors import Requirements, flag
 
 JSON_SUFFIXES = (".json", ".jsonl")
 MOST_WORKERS = 1024

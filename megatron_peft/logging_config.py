@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_peft.config_error import Requirements
+from megatron_peft.config.errors import Requirements
 
 
 @dataclass(frozen=True)

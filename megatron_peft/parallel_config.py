@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config_error import Requirements
+from megatron_peft.config.errors import Requirements
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config import (
+from megatron_peft.config.errors import Requirements
+from megatron_peft.config.run import (
     CheckpointConfig,
     ConfigurationError,
     DataConfig,
@@ -18,7 +19,6 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_peft.config_error import Requirements
 from megatron_peft.config_record import config_from_dict, config_to_dict
 
 DATA = {"train_data_path": ("a.jsonl",)}

@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 SECTIONS = ("parallel", "model", "peft", "data", "training", "optimizer", "checkpoint", "logging")
-CONFIGURATION = {"config_error", "untrusted", *(f"{section}_config" for section in SECTIONS), "config"}
+CONFIGURATION = {"config.errors", "config.untrusted", *(f"{section}_config" for section in SECTIONS), "config.run"}
 LAYERS = ("runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
 BELOW_TRAINING = {*CONFIGURATION, *LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
 ALLOWED: Mapping[str, set[str]] = {
-    "config_error": set(),
-    "untrusted": {"config_error"},
-    **{f"{section}_config": {"config_error"} for section in SECTIONS},
-    "config": CONFIGURATION - {"config"},
+    "config.errors": set(),
+    "config.untrusted": {"config.errors"},
+    **{f"{section}_config": {"config.errors"} for section in SECTIONS},
+    "config.run": CONFIGURATION - {"config.run"},
     **{layer: CONFIGURATION | set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
     "config_record": CONFIGURATION,
     "megatron_fields": CONFIGURATION,
@@ -50,7 +50,7 @@ OPENERS = {
     *("safe_open", "load_file", "safetensors.torch.load_file", "safetensors.safe_open"),
 }
 MAY_OPEN: Mapping[str, set[str]] = {
-    "untrusted": {"json.loads", "yaml.load", "gzip.open"},
+    "config.untrusted": {"json.loads", "yaml.load", "gzip.open"},
     "conversion.source": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
     "conversion.saved_tensor": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list

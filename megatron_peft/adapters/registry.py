@@ -1,4 +1,4 @@
-"""The adapter methods by name: `PEFT_METHODS` in `peft_config.py`. A new method is one new file and one line there."""
+"""The adapter methods by name: `PEFT_METHODS` in `config/peft.py`. A new method is one new file and one line there."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from megatron_peft.config import PEFT_METHODS, PeftConfig
+from megatron_peft.config.run import PEFT_METHODS, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 
 AdapterBuilder = Callable[[LinearLayout, PeftConfig, str, int, torch.dtype], nn.Module]

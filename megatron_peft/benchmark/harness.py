@@ -16,7 +16,8 @@ import torch
 
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.config import ParallelConfig
+from megatron_peft.config.run import ParallelConfig
+from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit
@@ -26,7 +27,6 @@ from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.run_flags import model_flags
 from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
-from megatron_peft.untrusted import parse_json, read_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 TASKS = (

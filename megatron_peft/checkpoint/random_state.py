@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
 from megatron_peft.checkpoint.sharded_files import data_of
-from megatron_peft.untrusted import parse_json
+from megatron_peft.config.untrusted import parse_json
 
 TRACKER = "tracker."
 

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.untrusted import require_regular
+from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config.untrusted import require_regular
 
 INERT_NAMES = re.compile(
     r"argparse\.Namespace|signal\.Signals|_codecs\.encode|enum\.\w+|types\.SimpleNamespace"

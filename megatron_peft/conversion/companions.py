@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.untrusted import read_json_object
 
 CONFIG = "config.json"
 # Of a Hugging Face folder. Weights and code are not among them.

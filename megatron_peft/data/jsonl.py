@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.untrusted import parse_json, read_bytes, require_regular
+from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 
 Record = dict[str, Any]
 _COUNT_BYTES = 1 << 24  # copied at once to count lines

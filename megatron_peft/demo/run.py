@@ -17,13 +17,13 @@ from typing import Any
 
 import megatron_peft
 from megatron_peft.arguments import read_config
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
 from megatron_peft.demo.score import Score
 from megatron_peft.reporting.run_plot import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.untrusted import read_json
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack, ten messages on average: half an epoch

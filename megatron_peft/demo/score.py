@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_peft.untrusted import read_json_object
+from megatron_peft.config.untrusted import read_json_object
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError
-from megatron_peft.untrusted import parse_json
+from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config.untrusted import parse_json
 
 
 class FinishedRequests:

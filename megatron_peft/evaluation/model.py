@@ -18,7 +18,8 @@ from megatron_peft.checkpoint.manifest import MANIFEST
 from megatron_peft.checkpoint.parameters import adapted_layers
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.run import ConfigurationError, RunConfig, require
+from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
@@ -26,7 +27,6 @@ from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
-from megatron_peft.untrusted import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 

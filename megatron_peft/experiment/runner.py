@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any
 
 from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process, provenance
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.plan import Work, progress, work
@@ -31,7 +32,6 @@ from megatron_peft.experiment.record import (
 )
 from megatron_peft.experiment.spec import Experiment, Score
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.untrusted import read_json
 
 EXPERIMENT_FILE = "experiment.yaml"  # beside the cells: what they are of
 LOCKS = "locks"  # of runners of single groups

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config.untrusted import parse_yaml, read_text
 from megatron_peft.experiment.spec import Choice, Experiment, Metric, Score
-from megatron_peft.untrusted import parse_yaml, read_text
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config.untrusted import read_json, read_text
 from megatron_peft.reporting import summary
 from megatron_peft.reporting.results import read_results
 from megatron_peft.reporting.table import Table
 from megatron_peft.reporting.table1 import by_score, reference_method, rows
-from megatron_peft.untrusted import read_json, read_text
 
 RECORDS = Path("docs/results")  # from the root of a clone
 PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.config_error import ConfigurationError, require
+from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.preparation.document import Document
-from megatron_peft.untrusted import require_regular
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from megatron_peft.config_error import ConfigurationError, require
+from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config.untrusted import MAX_BYTES, parse_json, read_text
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.preparation.document import Document
-from megatron_peft.untrusted import MAX_BYTES, parse_json, read_text
 
 ANSWER = re.compile(r"#### -?[\d.,]*\d")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")

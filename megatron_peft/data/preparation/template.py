@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
-from megatron_peft.config_error import require
-from megatron_peft.untrusted import parse_yaml
+from megatron_peft.config.errors import require
+from megatron_peft.config.untrusted import parse_yaml
 
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
 PACKAGE = "megatron_peft.data.preparation"

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from megatron_peft.config_error import ConfigurationError, require
+from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.preparation.document import Document
-from megatron_peft.untrusted import require_regular
 
 
 def read_text_pairs(paths: Sequence[Path], source_language: str, target_language: str) -> Iterator[Document]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_peft.config_error import Requirements, flag
+from megatron_peft.config.errors import Requirements, flag
 
 # Far above what anybody has trained; beyond them an index of the samples would not fit into memory, or into 64 bits.
 MOST_SAMPLES_A_STEP = 2**24

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config_error import Requirements
+from megatron_peft.config.errors import Requirements
 
 # The registry: --peft-method -> what builds its adapters, imported when it is asked for (`adapters/registry.py`).
 PEFT_METHODS = {

@@ -12,20 +12,20 @@ numbers and the way out.
 from dataclasses import dataclass, fields
 
 from megatron_peft.checkpoint_config import CheckpointConfig as CheckpointConfig
-from megatron_peft.config_error import ConfigurationError as ConfigurationError
-from megatron_peft.config_error import Requirements
-from megatron_peft.config_error import flag as flag
-from megatron_peft.config_error import require as require
+from megatron_peft.config.errors import ConfigurationError as ConfigurationError
+from megatron_peft.config.errors import Requirements
+from megatron_peft.config.errors import flag as flag
+from megatron_peft.config.errors import require as require
+from megatron_peft.config.model import ModelConfig as ModelConfig
+from megatron_peft.config.peft import LINEAR_MODULES as LINEAR_MODULES
+from megatron_peft.config.peft import PEFT_METHODS as PEFT_METHODS
+from megatron_peft.config.peft import PeftConfig as PeftConfig
+from megatron_peft.config.training import TrainingConfig as TrainingConfig
 from megatron_peft.data_config import JSON_SUFFIXES as JSON_SUFFIXES
 from megatron_peft.data_config import DataConfig as DataConfig
 from megatron_peft.logging_config import LoggingConfig as LoggingConfig
-from megatron_peft.model_config import ModelConfig as ModelConfig
 from megatron_peft.optimizer_config import OptimizerSettings as OptimizerSettings
 from megatron_peft.parallel_config import ParallelConfig as ParallelConfig
-from megatron_peft.peft_config import LINEAR_MODULES as LINEAR_MODULES
-from megatron_peft.peft_config import PEFT_METHODS as PEFT_METHODS
-from megatron_peft.peft_config import PeftConfig as PeftConfig
-from megatron_peft.training_config import TrainingConfig as TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_peft.config_error import ConfigurationError
+from megatron_peft.config.errors import ConfigurationError
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; data sets are mapped
 MAX_DEPTH = 100
