@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_peft.config.run import PEFT_METHODS
+from megatron_peft.config import PEFT_METHODS
 
 # Titles of --help, in order; what no other table places goes to the group of its section.
 GROUPS = (

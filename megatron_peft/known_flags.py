@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from megatron_peft.config.run import flag
+from megatron_peft.config import flag
 from megatron_peft.megatron_fields import SOURCES, megatron_fields
 from megatron_peft.megatron_flags import reason_of, refusal, refused_flags
 from megatron_peft.served_flags import served_flags

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 # Class -> (file below megatron/core, classes in it and in its bases' files whose fields it has).
 SOURCES = {

@@ -29,7 +29,7 @@ from megatron_peft.argument_tables import (
     SHAPE_FIELDS,
     SHAPE_VALUES,
 )
-from megatron_peft.config.run import PEFT_METHODS, RunConfig, flag
+from megatron_peft.config import PEFT_METHODS, RunConfig, flag
 from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
 
 Target = Literal["config", "shape", "transformer", "nothing"]

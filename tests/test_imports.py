@@ -10,36 +10,34 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-SECTIONS = ("parallel", "model", "peft", "data", "training", "optimizer", "checkpoint", "logging")
-CONFIGURATION = {"config.errors", "config.untrusted", *(f"{section}_config" for section in SECTIONS), "config.run"}
-LAYERS = ("runtime", "parallel", "adapters", "lora_ga")  # each may import those before it
-BELOW_TRAINING = {*CONFIGURATION, *LAYERS, "config_record", "models", "data", "checkpoint", "conversion"}
+CLI = {
+    "argument_help",
+    "argument_tables",
+    "arguments",
+    "known_flags",
+    "megatron_fields",
+    "megatron_flags",
+    "served_flags",
+}
+LAYERS = {"config", "runtime", "parallel", "adapters", "models"}
+# Which rooms a room may import from.
 ALLOWED: Mapping[str, set[str]] = {
-    "config.errors": set(),
-    "config.untrusted": {"config.errors"},
-    **{f"{section}_config": {"config.errors"} for section in SECTIONS},
-    "config.run": CONFIGURATION - {"config.run"},
-    **{layer: CONFIGURATION | set(LAYERS[:position]) for position, layer in enumerate(LAYERS)},
-    "config_record": CONFIGURATION,
-    "megatron_fields": CONFIGURATION,
-    "megatron_flags": CONFIGURATION,
-    "argument_help": set(),
-    "argument_tables": CONFIGURATION,
-    "served_flags": CONFIGURATION | {"argument_help", "argument_tables", "megatron_fields"},
-    "known_flags": CONFIGURATION | {"megatron_fields", "megatron_flags", "served_flags"},
-    "arguments": CONFIGURATION | {"argument_tables", "served_flags", "known_flags", "models"},
-    "models": CONFIGURATION | {"runtime", "parallel", "adapters"},
-    "data": CONFIGURATION | {"runtime", "parallel", "checkpoint"},
-    "checkpoint": CONFIGURATION | {*LAYERS, "config_record", "models"},
-    "conversion": CONFIGURATION | {*LAYERS, "models", "checkpoint"},
-    "training": BELOW_TRAINING,
-    "evaluation": BELOW_TRAINING | {"training", "argument_tables", "arguments"},
-    # Apart: they read what a run wrote, or reckon with what a run would need.
-    "reporting": CONFIGURATION | {"experiment"},
-    "planner": CONFIGURATION | {"models"},
-    "benchmark": BELOW_TRAINING | {"arguments", "training", "evaluation", "demo"},
-    "experiment": CONFIGURATION | {"arguments", "models", "checkpoint", "training"},
-    "demo": BELOW_TRAINING | {"training", "evaluation", "reporting", "arguments"},
+    "config": set(),
+    "runtime": {"config"},
+    "parallel": {"config", "runtime"},
+    "adapters": {"config", "runtime", "parallel"},
+    "models": {"config", "runtime", "parallel", "adapters"},
+    "lora_ga": {"config", "runtime", "parallel", "adapters"},
+    **{module: {"config", "models", *CLI} for module in CLI},
+    "checkpoint": LAYERS,
+    "conversion": LAYERS | {"checkpoint"},
+    "data": LAYERS | {"checkpoint"},
+    "training": LAYERS | {"lora_ga", "checkpoint", "conversion", "data"},
+    "evaluation": LAYERS | {"checkpoint", "conversion", "data", "training", *CLI},
+    "reporting": {"config", "experiment"},
+    "experiment": {"config", "models", "checkpoint", "training", *CLI},  # what a run would need, and what it wrote
+    "demo": LAYERS | {"checkpoint", "conversion", "data", "training", "evaluation", "reporting", *CLI},
+    "benchmark": LAYERS | {"lora_ga", "checkpoint", "conversion", "data", "training", "evaluation", "demo", *CLI},
 }
 
 

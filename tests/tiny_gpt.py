@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_peft.config.run import ModelConfig, ParallelConfig
+from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
 

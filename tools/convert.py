@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 TYPES = ("float32", "bfloat16", "float16")
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_peft.config.run import PEFT_METHODS, ConfigurationError
+from megatron_peft.config import PEFT_METHODS, ConfigurationError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 if TYPE_CHECKING:
     from megatron_peft.experiment.cells import Group

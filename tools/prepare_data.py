@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 if TYPE_CHECKING:
     from megatron_peft.data.preparation.prepare import Benchmark, Prepared

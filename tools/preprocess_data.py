@@ -9,7 +9,7 @@ import glob
 import sys
 from collections.abc import Sequence
 
-from megatron_peft.config.run import ConfigurationError, DataConfig
+from megatron_peft.config import ConfigurationError, DataConfig
 
 NOT_SERVED = ("split-sentences", "keep-newlines", "partitions", "vocab-file", "merge-file", "lang")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "DIR", "help": "write there, with a copy of the cells (FOLDER)"},

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
 from megatron_peft.adapters.registry import adapter_builder
-from megatron_peft.config.run import PeftConfig, require
+from megatron_peft.config import PeftConfig, require
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_peft.adapters.frozen_linear import (
 )
 from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.adapters.urnn import urnn_rotation
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.autograd import made_again, maker_of, run_function
 from megatron_peft.runtime.products import flat, linear, outer_sum

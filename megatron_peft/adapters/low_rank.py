@@ -18,7 +18,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
-from megatron_peft.config.run import PeftConfig, require
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.parallel.seeds import generator_for
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_coalesced
 
 OwnGradient = Callable[[nn.Parameter], Tensor]

@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from megatron_peft.config.run import PEFT_METHODS, PeftConfig
+from megatron_peft.config import PEFT_METHODS, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 
 AdapterBuilder = Callable[[LinearLayout, PeftConfig, str, int, torch.dtype], nn.Module]

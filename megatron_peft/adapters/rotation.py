@@ -23,7 +23,7 @@ from megatron_peft.adapters.frozen_linear import (
     frozen_linear_rotated,
     rotation_gradients,
 )
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.parallel.layout import LinearLayout, Side
 
 IS_ROTATION = "is_rotation"

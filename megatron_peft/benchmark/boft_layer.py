@@ -17,7 +17,7 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.subjects import Setting, Step, join, leave
 from megatron_peft.benchmark.timing import median_ratio, take_turns
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.runtime.ranks import run_ranks
 
 WIDTH, NUM_TOKENS, BLOCK_SIZE, NUM_FACTORS = 2048, 1024, 8, 3

@@ -16,7 +16,7 @@ import torch
 
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.config.run import ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.prepare import prepare

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
-from megatron_peft.config.run import (
+from megatron_peft.config import (
     DataConfig,
     ModelConfig,
     OptimizerSettings,

@@ -11,7 +11,7 @@ from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.timing import Step, median_ratio, take_turns
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_peft.checkpoint.record import RunRecord
-from megatron_peft.config.run import PeftConfig, RunConfig, flag
+from megatron_peft.config import PeftConfig, RunConfig, flag
 from megatron_peft.models.shape import ModelShape
 
 # Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.

@@ -11,7 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.sharded_files import Sharded, read_tensors, stored_shapes
 from megatron_peft.checkpoint.whole import find_whole_checkpoint, require_whole
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)

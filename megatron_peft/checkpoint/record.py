@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.checkpoint.folders import RECORD, newest_checkpoint
-from megatron_peft.config.run import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig, config_from_dict, config_to_dict, require
 from megatron_peft.config.untrusted import parse_json, read_text
-from megatron_peft.config_record import config_from_dict, config_to_dict
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
 FORMAT_VERSION = 1

@@ -27,7 +27,7 @@ from megatron_peft.checkpoint.random_state import random_tensors
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.sharded_files import PlannedFiles, Sharded, Written, parts
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.checkpoint.folders import TRACKER, newest_checkpoint, remove_leftovers
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import CheckpointNotSaved, draft_checkpoint
-from megatron_peft.config.run import CheckpointConfig, ConfigurationError, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 
 logger = logging.getLogger(__name__)
 

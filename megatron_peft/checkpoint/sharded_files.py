@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from megatron_peft.checkpoint.manifest import FileSum, measure
 from megatron_peft.checkpoint.safe_pickle import read_metadata
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints
 from megatron_peft.checkpoint.manifest import damage
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 
 logger = logging.getLogger(__name__)
 

@@ -1,31 +1,22 @@
 """Typed configuration: frozen dataclasses that validate themselves.
 
 Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag.
-`RunConfig` is here; each of its sections is a class in a file of its own, and the rest of the package takes them all
-from here. Nothing in these files imports torch or megatron-core. `megatron_peft.arguments` is the only place that
-builds them from a command line; tests and tools build them directly.
+`RunConfig` is here, its sections stand in the files beside it, and the rest of the package takes them all from
+`megatron_peft.config`. Nothing in this room imports torch or megatron-core. `megatron_peft.arguments` is the only place
+that builds them from a command line; tests and tools build them directly.
 
 Every `__post_init__` raises one `ConfigurationError` that holds all problems of its group, each with the flag, the
 numbers and the way out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, get_origin, get_type_hints
 
-from megatron_peft.checkpoint_config import CheckpointConfig as CheckpointConfig
-from megatron_peft.config.errors import ConfigurationError as ConfigurationError
-from megatron_peft.config.errors import Requirements
-from megatron_peft.config.errors import flag as flag
-from megatron_peft.config.errors import require as require
-from megatron_peft.config.model import ModelConfig as ModelConfig
-from megatron_peft.config.peft import LINEAR_MODULES as LINEAR_MODULES
-from megatron_peft.config.peft import PEFT_METHODS as PEFT_METHODS
-from megatron_peft.config.peft import PeftConfig as PeftConfig
-from megatron_peft.config.training import TrainingConfig as TrainingConfig
-from megatron_peft.data_config import JSON_SUFFIXES as JSON_SUFFIXES
-from megatron_peft.data_config import DataConfig as DataConfig
-from megatron_peft.logging_config import LoggingConfig as LoggingConfig
-from megatron_peft.optimizer_config import OptimizerSettings as OptimizerSettings
-from megatron_peft.parallel_config import ParallelConfig as ParallelConfig
+from megatron_peft.config.errors import ConfigurationError, Requirements, flag
+from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
+from megatron_peft.config.peft import PeftConfig
+from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -136,3 +127,46 @@ class RunConfig:
 def field_names(config_class: type) -> tuple[str, ...]:
     """The field names of a dataclass, in order."""
     return tuple(f.name for f in fields(config_class))
+
+
+# RunConfig <-> a plain dictionary that JSON can hold: the record of a run beside its checkpoints.
+
+
+def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """{section: {field: value}} with lists for tuples; what `config_from_dict` reads back to an equal RunConfig."""
+    return {
+        section: {name: _plain(getattr(part, name)) for name in field_names(type(part))}
+        for section, part in ((name, getattr(config, name)) for name in field_names(RunConfig))
+    }
+
+
+def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    """The RunConfig of a record. Fields that an older record lacks take their defaults.
+
+    Raises ConfigurationError for fields that this version does not know, and for values that contradict one another.
+    """
+    section_classes = get_type_hints(RunConfig)
+    unknown = [
+        f"{section}.{name}"
+        for section, values in record.items()
+        for name in values
+        if section not in section_classes or name not in field_names(section_classes[section])
+    ]
+    if unknown:
+        raise ConfigurationError(
+            f"the run's record holds {', '.join(unknown)}, which this version of megatron_peft does not know: "
+            f"it was written by a newer one."
+        )
+    return RunConfig(**{name: _section(cls, record.get(name, {})) for name, cls in section_classes.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _section(config_class: type, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(config_class)
+    tuples = {field.name for field in fields(config_class) if get_origin(hints[field.name]) is tuple}
+    return config_class(**{name: tuple(value) if name in tuples else value for name, value in values.items()})

@@ -13,7 +13,7 @@ from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.checkpoint.manifest import damage
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.adapter_factors import Factors
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.pretrained import read_model_shape

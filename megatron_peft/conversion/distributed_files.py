@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_peft.checkpoint.safe_pickle import read_metadata
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.saved_tensor import map_tensor
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.source import Source, listed
 
 # Tensors of old or tied checkpoints that say nothing new.

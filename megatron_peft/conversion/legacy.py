@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.megatron_folder import RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, union

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_peft.config.run import LINEAR_MODULES, require
+from megatron_peft.config import LINEAR_MODULES, require
 from megatron_peft.models.shape import ModelShape, is_size
 
 WAY_OUT = "give the model's config.json: put it into the folder, or name its folder with --pretrained-checkpoint."

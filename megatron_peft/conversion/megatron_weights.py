@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.megatron_folder import INDEX
 from megatron_peft.checkpoint.safe_pickle import load_inertly
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.legacy import open_legacy
 from megatron_peft.conversion.rules import Rule

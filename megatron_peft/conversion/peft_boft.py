@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.adapters.butterfly import skew
-from megatron_peft.config.run import ConfigurationError, PeftConfig, require
+from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters
 from megatron_peft.conversion.adapter_factors import layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets

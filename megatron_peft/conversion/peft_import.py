@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_peft.checkpoint.keys import ADAPTER
 from megatron_peft.checkpoint.record import RunRecord
-from megatron_peft.config.run import (
+from megatron_peft.config import (
     ConfigurationError,
     DataConfig,
     ModelConfig,

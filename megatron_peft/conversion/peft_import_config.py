@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.peft_names import WAY_OUT
 from megatron_peft.models.huggingface_values import number, size, switch

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_peft.config.run import PeftConfig, require
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, low_rank_factors
 from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
 from megatron_peft.conversion.adapter_targets import shortest_targets

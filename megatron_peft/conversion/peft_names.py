@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.conversion.source import Source
 
 PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.inventory import check_inventory

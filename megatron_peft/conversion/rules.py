@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 
 Index = tuple[slice, ...]
 

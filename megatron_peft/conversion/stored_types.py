@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TORCH_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TYPES.values()}

@@ -10,7 +10,7 @@ from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.manifest import MANIFEST, damage
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.direct_file import DirectFile
 from megatron_peft.conversion.stored_types import SAFETENSORS_TYPES
 

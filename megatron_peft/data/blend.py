@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config.run import JSON_SUFFIXES, RunConfig, require
+from megatron_peft.config import JSON_SUFFIXES, RunConfig, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.indexed import build_indexed

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 
 class Part(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megatron_peft.config.run import ConfigurationError, DataConfig, require
+from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 

@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path,
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.fingerprint import sampled_digest
-from megatron_peft.config.run import ConfigurationError, DataConfig, require
+from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.blend import Blend, parse_blend
 from megatron_peft.data.sample import Sample
 from megatron_peft.data.survey import gather_over_world

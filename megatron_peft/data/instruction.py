@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.chat import Part
 from megatron_peft.data.jsonl import Record
 from megatron_peft.data.tokenizers import Tokenizer

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 from rich.progress import track
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from rich.progress import track
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.instruction import fields_left_out, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.sample import Sample, sample_from_ids

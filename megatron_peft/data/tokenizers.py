@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_peft.config.run import ConfigurationError, DataConfig, require
+from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
 from megatron_peft.data.chat import Part, chat_parts
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 KINDS = {  # pip's switch, endings of the file
     "wheel": ("--only-binary=:all:", ".whl"),

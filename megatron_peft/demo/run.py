@@ -17,7 +17,7 @@ from typing import Any
 
 import megatron_peft
 from megatron_peft.arguments import read_config
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from megatron_peft.arguments import parse_arguments
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.config.run import RunConfig
+from megatron_peft.config import RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.pairs import read_pairs

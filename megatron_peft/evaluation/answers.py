@@ -11,8 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.config.errors import Requirements
-from megatron_peft.config.run import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.crew import over_replicas
 from megatron_peft.evaluation.generation import OnToken, generate

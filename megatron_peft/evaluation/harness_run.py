@@ -11,8 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config.errors import Requirements
-from megatron_peft.config.run import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, Requirements, RunConfig
 from megatron_peft.evaluation.crew import Crew
 from megatron_peft.evaluation.finished import FinishedRequests
 from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerprint

@@ -18,7 +18,7 @@ from megatron_peft.checkpoint.manifest import MANIFEST
 from megatron_peft.checkpoint.parameters import adapted_layers
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.config.run import ConfigurationError, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape

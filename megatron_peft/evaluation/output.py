@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 
 
 def check_output(output: str | None) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_peft.config.errors import require
+from megatron_peft.config import require
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_peft.argument_tables import FLAG_NAMES, methods_of
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
-from megatron_peft.config.run import RunConfig, field_names, flag, require
+from megatron_peft.config import RunConfig, field_names, flag, require
 
 # Section of RunConfig -> fields that say which model it is and how its texts become tokens.
 CARRIED: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_peft.config.errors import Requirements
+from megatron_peft.config import Requirements
 from megatron_peft.parallel.seeds import generator_for
 
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.evaluation.sandbox_command import (
     Limits,
     bubblewrap_command,

@@ -11,7 +11,7 @@ import platform
 import struct
 from dataclasses import dataclass
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 # name -> numbers on (x86_64, aarch64)
 DENIED = {

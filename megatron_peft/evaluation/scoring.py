@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.evaluation.cache import CachedRows, left_padded
 from megatron_peft.evaluation.stages import broadcast_from_last_stage
 from megatron_peft.evaluation.switches import inference

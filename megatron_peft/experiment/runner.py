@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process, provenance
 from megatron_peft.experiment.cells import Cell, Group

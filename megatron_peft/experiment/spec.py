@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 
 FlagValues = Mapping[str, Any]
 

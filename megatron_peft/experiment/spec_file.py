@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_yaml, read_text
 from megatron_peft.experiment.spec import Choice, Experiment, Metric, Score
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.low_rank import low_rank_part
-from megatron_peft.config.run import PeftConfig, require
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
 from megatron_peft.lora_ga.sketch import (
     leading_triplets,

@@ -28,7 +28,7 @@ from megatron_peft.adapters.linear import (
     AdaptedRowParallelLinear,
     FrozenColumnParallelLinear,
 )
-from megatron_peft.config.run import ModelConfig, ParallelConfig
+from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
 from megatron_peft.models.huggingface import FAMILIES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models import huggingface_bloom, huggingface_llama
 from megatron_peft.models.huggingface_values import Config

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from megatron_peft.config.run import LINEAR_MODULES, require
+from megatron_peft.config import LINEAR_MODULES, require
 from megatron_peft.models.huggingface_values import Config, number, size, switch
 from megatron_peft.models.shape import MOST, MOST_EPSILON, MOST_LAYERS, ModelShape
 

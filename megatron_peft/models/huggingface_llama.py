@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.models.huggingface_values import Config, number, size, switch
 from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, ModelShape, RopeScaling
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 from megatron_peft.models.shape import MOST, is_positive, is_size
 
 Config = Mapping[str, Any]

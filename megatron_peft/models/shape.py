@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_peft.config.run import require
+from megatron_peft.config import require
 
 MOST = 2**31 - 1  # of any size; products of two of them are still integers of 64 bits
 MOST_LAYERS = 99_999

@@ -8,7 +8,7 @@ from functools import reduce
 from math import gcd, isqrt
 from typing import Any
 
-from megatron_peft.config.run import DataConfig, ParallelConfig, flag
+from megatron_peft.config import DataConfig, ParallelConfig, flag
 from megatron_peft.models.shape import ModelShape
 
 # Flags with a value -> the checkpoint's value.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_text
 from megatron_peft.reporting import summary
 from megatron_peft.reporting.results import read_results

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from megatron_peft.config.run import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment.spec import Choice
 from megatron_peft.reporting import paper
 from megatron_peft.reporting.comparison import Comparison, compare

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_peft.config.run import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.allocator import keep_freed_memory
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_peft.checkpoint.saver import Outcome
-from megatron_peft.config_record import config_to_dict
+from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
 from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient

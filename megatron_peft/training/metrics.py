@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_peft.config.run import ConfigurationError, LoggingConfig
+from megatron_peft.config import ConfigurationError, LoggingConfig
 from megatron_peft.config.untrusted import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)

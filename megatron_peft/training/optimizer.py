@@ -15,7 +15,7 @@ from torch import nn
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import IS_NOT_DECAYED
 from megatron_peft.adapters.rotation import IS_ROTATION
-from megatron_peft.config.run import RunConfig, require
+from megatron_peft.config import RunConfig, require
 
 
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import nn
 
 from megatron_peft.checkpoint.folders import newest_checkpoint
-from megatron_peft.config.run import RunConfig, require
+from megatron_peft.config import RunConfig, require
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.lora_ga.initialize import start_from_gradients
 from megatron_peft.runtime.launch import checked_together, seed_generators

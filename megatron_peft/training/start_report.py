@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 
 START_FILE = "lora_ga_start.json"
 

@@ -6,7 +6,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_peft.config.run import RunConfig
+from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 
 

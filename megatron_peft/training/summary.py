@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_peft.adapters.attach import huggingface_modules
-from megatron_peft.config.run import RunConfig
+from megatron_peft.config import RunConfig
 
 _MIB = 2**20
 _FLOAT32_BYTES = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
-from megatron_peft.config.run import LINEAR_MODULES, ConfigurationError, PeftConfig
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
 from megatron_peft.models.huggingface import FAMILIES
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt

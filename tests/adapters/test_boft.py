@@ -9,7 +9,7 @@ from torch import nn
 from megatron_peft.adapters.boft import Boft, ProjectedBoft, boft
 from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
 from megatron_peft.adapters.rotation import IS_ROTATION
-from megatron_peft.config.run import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.one_rank import Place

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_peft.config.run import PEFT_METHODS
+from megatron_peft.config import PEFT_METHODS
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 from tests.training.layout_runs import Curve, Job, run_jobs

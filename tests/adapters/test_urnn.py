@@ -9,7 +9,7 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.adapters.unitary import as_real, orthogonality_error, random_theta, structured
 from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, urnn
-from megatron_peft.config.run import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.kept import kept_for_backward

@@ -21,7 +21,7 @@ from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.checkpoint.whole import find_whole_checkpoint
-from megatron_peft.config.run import ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
 from tests.conversion.megatron_folders import flip_a_byte

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.optimizer_state import MOMENTS, slots
 from megatron_peft.checkpoint.parameters import sharded_parameters
-from megatron_peft.config.run import ConfigurationError, ParallelConfig, RunConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.huggingface import read_shape

@@ -17,7 +17,7 @@ from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, checkpoints, newest_checkpoint, start_draft
 from megatron_peft.checkpoint.manifest import MANIFEST, damage, measure, read_manifest, write_manifest
 from megatron_peft.checkpoint.megatron_folder import megatron_files
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from tests.conversion.megatron_folders import save_random
 from tests.recorded_calls import recorded_calls
 

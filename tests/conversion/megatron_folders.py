@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
-from megatron_peft.config.run import LINEAR_MODULES
+from megatron_peft.config import LINEAR_MODULES
 from megatron_peft.conversion.companions import config_of_shape, write_config
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.pretrained import owned_rules

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import source as source_module
 from megatron_peft.conversion.companions import config_of_shape, copy_companions, set_stored_type, write_config
 from megatron_peft.conversion.inventory import NUMBER_TYPES, check_inventory

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.nn.functional import pad
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.saved_tensor import map_tensor
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, layer_of

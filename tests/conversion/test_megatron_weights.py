@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_peft.checkpoint.safe_pickle import load_inertly
-from megatron_peft.config.run import LINEAR_MODULES, ConfigurationError
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.legacy import open_legacy
 from megatron_peft.conversion.legacy_arguments import shape_of_arguments

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
-from megatron_peft.config.run import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.adapter_checkpoint import low_rank_factors, open_adapters
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter

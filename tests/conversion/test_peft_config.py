@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.peft_import_config import LoraSettings, read_settings
 from megatron_peft.conversion.peft_names import whole_tensor
 from megatron_peft.conversion.source import open_source

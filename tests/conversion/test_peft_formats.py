@@ -16,7 +16,7 @@ from torch import nn
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config.run import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.conversion import peft_boft
 from megatron_peft.conversion.adapter_checkpoint import open_adapters
 from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley

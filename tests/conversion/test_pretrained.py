@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from megatron_peft.checkpoint.manifest import write_manifest
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import progress as progress_bar
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.families import FAMILIES, rules_for
 from megatron_peft.conversion.loader import base_parameters

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.parameters import load_parameters, sharded_parameters
 from megatron_peft.checkpoint.sharded_files import stored_shapes
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.loader import load_pretrained

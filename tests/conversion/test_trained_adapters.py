@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_checkpoint import low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
 from megatron_peft.conversion.adapter_save import save_adapters

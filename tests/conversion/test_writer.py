@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import direct_file
 from megatron_peft.conversion.direct_file import DirectFile
 from megatron_peft.conversion.output_folder import new_folder

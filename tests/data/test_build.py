@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError, DataConfig, ParallelConfig, TrainingConfig
+from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig, TrainingConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import NullTokenizer
 from tests.checkpoint.records import make_config

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config.run import ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
 from megatron_peft.data import indexed
 from megatron_peft.data.blend import parse_blend
 from megatron_peft.data.indexed import build_indexed

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.config.run import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.data.dataset import InstructionDataset
 from megatron_peft.data.instruction import encode_parts, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.jsonl import JsonRecords
 
 FLAG = "--train-data-path"

@@ -9,7 +9,7 @@ from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_peft.config.run import ConfigurationError, DataConfig
+from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.chat import Part, chat_parts
 from megatron_peft.data.tokenizers import (
     HuggingFaceTokenizer,

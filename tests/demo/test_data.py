@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import downloads as downloads_module
 from megatron_peft.demo import experiment_data, reviews
 from megatron_peft.demo import model as model_module

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.arguments import parse_arguments
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run as module
 from megatron_peft.demo import table
 from megatron_peft.demo.pairs import Pair, PairFiles

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import crew as module
 from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.cache import CachedRows, left_padded

@@ -12,7 +12,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import generation
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.sampling import Sampling, choose_tokens, probabilities

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.finished import FinishedRequests
 from tests.evaluation import asked_runs
 from tests.evaluation.asked_runs import LAYOUTS, run_flags

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
 from megatron_peft.evaluation.humaneval import run_completions
 from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Program, Sandbox, open_sandbox

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox_command
 from megatron_peft.evaluation.sandbox import Program, open_sandbox
 from megatron_peft.evaluation.sandbox_command import DRIVER, Limits, bubblewrap_command, environment, find_bubblewrap

@@ -11,9 +11,9 @@ import lm_eval.tasks
 import pytest
 import torch.distributed as dist
 
+from megatron_peft import config as c
 from megatron_peft.arguments import parse_arguments
-from megatron_peft.config.run import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.config.run import run as c
+from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.evaluation import harness_tasks, run_flags
 from megatron_peft.evaluation.answers import AnswerFile, AnswerSettings, Stream
 from megatron_peft.evaluation.harness_run import HarnessSettings

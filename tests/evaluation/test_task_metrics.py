@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters import attach
 from megatron_peft.arguments import parse_arguments
-from megatron_peft.config.run import RunConfig
+from megatron_peft.config import RunConfig
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.rules import expected_tensors
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages

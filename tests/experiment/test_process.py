@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.slurm import script

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.plan import progress, work
 from megatron_peft.experiment.record import (

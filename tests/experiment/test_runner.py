@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.board import Board, table
 from megatron_peft.experiment.plan import Work, progress

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.flag_check import check_flags
 from megatron_peft.experiment.spec import budget, default_folder

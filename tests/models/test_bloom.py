@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_peft.config.run import ModelConfig, ParallelConfig
+from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages

@@ -9,7 +9,7 @@ from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.parameters import sharded_parameters
-from megatron_peft.config.run import PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.models.shape import RopeScaling
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import BloomConfig, LlamaConfig
 
-from megatron_peft.config.run import LINEAR_MODULES, ConfigurationError
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 

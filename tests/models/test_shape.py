@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.run import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
 from megatron_peft.models.shape import MOST, ModelShape, RopeScaling
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
 

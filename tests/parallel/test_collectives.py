@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.config.run import ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.parallel import collectives
 from megatron_peft.parallel.gradients import partial_gradients, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout

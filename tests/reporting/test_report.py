@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_peft.benchmark.figures import Figure, write_json
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.reporting import paper_tables, summary
 from megatron_peft.reporting.documents import filled

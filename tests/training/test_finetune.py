@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import stop_model_parallel
 from megatron_peft.training.finetune import finetune
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics

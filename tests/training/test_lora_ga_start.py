@@ -8,7 +8,7 @@ import torch
 from megatron_peft.checkpoint.folders import RECORD
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import draft_checkpoint
-from megatron_peft.config.run import ConfigurationError, PeftConfig
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import start as start_module
 from megatron_peft.training.start import first_steps

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_peft.config.run import ConfigurationError, LoggingConfig
+from megatron_peft.config import ConfigurationError, LoggingConfig
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics
 from tests.training.recorded_saves import small_files_only
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.config.run import CheckpointConfig, ConfigurationError, LoggingConfig, ParallelConfig
+from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig, ParallelConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training import finetune as finetune_module
 from megatron_peft.training import metrics

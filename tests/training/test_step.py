@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_peft.config.run import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.training.shards import GradientShards
 from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
 

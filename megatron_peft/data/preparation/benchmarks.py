@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from megatron_peft.config.errors import require
+from megatron_peft.config import require
 from megatron_peft.data.preparation.document import Document
 from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
 from megatron_peft.data.preparation.prepare import Benchmark, Tests

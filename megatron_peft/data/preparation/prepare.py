@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.preparation.document import Document
 from megatron_peft.data.preparation.split import HashSplit, TestItems
 from megatron_peft.data.preparation.template import TaskTemplate

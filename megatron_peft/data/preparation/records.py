@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from megatron_peft.config.errors import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, read_text
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.preparation.document import Document

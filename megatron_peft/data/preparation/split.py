@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_peft.config.errors import Requirements
+from megatron_peft.config import Requirements
 from megatron_peft.data.preparation.document import Document, normalised
 
 PARTS_OF = 10_000  # a share is counted in hundredths of a percent

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
-from megatron_peft.config.errors import require
+from megatron_peft.config import require
 from megatron_peft.config.untrusted import parse_yaml
 
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation.document import Document, normalised
 from megatron_peft.data.preparation.prepare import Benchmark, Prepared, Tests, prepare
 from megatron_peft.data.preparation.split import HashSplit, TestItems

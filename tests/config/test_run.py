@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.config.errors import Requirements
-from megatron_peft.config.run import (
+from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
     DataConfig,
@@ -16,10 +15,12 @@ from megatron_peft.config.run import (
     OptimizerSettings,
     ParallelConfig,
     PeftConfig,
+    Requirements,
     RunConfig,
     TrainingConfig,
+    config_from_dict,
+    config_to_dict,
 )
-from megatron_peft.config_record import config_from_dict, config_to_dict
 
 DATA = {"train_data_path": ("a.jsonl",)}
 INDEXED = {"data_path": ("p",)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.arguments import ShapeReader, parse_arguments, read_own_flags
-from megatron_peft.config.run import (
+from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
     DataConfig,
