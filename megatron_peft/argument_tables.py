@@ -1,6 +1,6 @@
 """What fields do not say of their flags, as data: groups of --help, spelled-out names, which method owns what.
 
-`megatron_peft.served_flags` makes flags of these tables and of the dataclasses.
+`megatron_peft.cli.flags` makes flags of these tables and of the dataclasses.
 """
 
 from collections.abc import Mapping

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
+from megatron_peft.cli.flags import served_flags
+from megatron_peft.cli.megatron import reason_of, refusal, refused_flags
 from megatron_peft.config import flag
 from megatron_peft.megatron_fields import SOURCES, megatron_fields
-from megatron_peft.megatron_flags import reason_of, refusal, refused_flags
-from megatron_peft.served_flags import served_flags
 
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"

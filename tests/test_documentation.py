@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.cli.flags import served_flags
 from megatron_peft.reporting.documents import PLACE, filled
 from megatron_peft.reporting.report import build, markdown
 from megatron_peft.reporting.results import read_results
 from megatron_peft.reporting.table1 import reference_method
-from megatron_peft.served_flags import served_flags
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.experiment import FLAGS as EXPERIMENT_FLAGS

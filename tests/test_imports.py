@@ -13,11 +13,11 @@ SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 CLI = {
     "argument_help",
     "argument_tables",
-    "arguments",
+    "cli.parser",
     "known_flags",
     "megatron_fields",
-    "megatron_flags",
-    "served_flags",
+    "cli.megatron",
+    "cli.flags",
 }
 LAYERS = {"config", "runtime", "parallel", "adapters", "models"}
 # Which rooms a room may import from.
@@ -196,7 +196,7 @@ def test_imports_are_absolute(modules: dict[str, ast.Module]) -> None:
 
 def test_arguments_is_the_only_user_of_argparse(modules: dict[str, ast.Module]) -> None:
     users = {name for name, tree in modules.items() if "argparse" in imported_roots(tree)}
-    assert users == {"megatron_peft.arguments"}
+    assert users == {"megatron_peft.cli.parser"}
 
 
 def test_modules_are_named_for_what_they_hold(modules: dict[str, ast.Module]) -> None:

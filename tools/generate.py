@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_peft.arguments import read_own_flags
+from megatron_peft.cli.parser import read_own_flags
 
 PROGRAM = "generate.py"
 FLAGS: dict[str, dict[str, Any]] = {

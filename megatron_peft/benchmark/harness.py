@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_peft.arguments import parse_arguments
 from megatron_peft.benchmark.figures import Figure
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.preparation import benchmarks

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_peft
-from megatron_peft.arguments import read_config
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.model import prepare_model

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from rich.progress import Progress
 
-from megatron_peft.arguments import parse_arguments
 from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer

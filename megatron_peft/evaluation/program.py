@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from megatron_peft.arguments import exit_with_error, parse_arguments
+from megatron_peft.cli.parser import exit_with_error, parse_arguments
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.evaluation.run_flags import model_flags

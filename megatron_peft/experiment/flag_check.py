@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_peft.arguments import read_config
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.models.huggingface import read_shape

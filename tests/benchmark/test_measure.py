@@ -16,12 +16,12 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_peft.arguments import parse_arguments
 from megatron_peft.benchmark import convert, loading, memory, startup, timing
 from megatron_peft.benchmark.collective_log import CollectiveLog
 from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.figures import Figure, print_table, write_json
 from megatron_peft.benchmark.subjects import Setting, Step
+from megatron_peft.cli.parser import parse_arguments
 from tests.conversion.megatron_folders import save_random
 
 MIB = 2**20

@@ -26,12 +26,12 @@ from megatron_peft.argument_tables import (
     SHAPE_VALUES,
     methods_of,
 )
+from megatron_peft.cli.flags import sections, served_flags
+from megatron_peft.cli.megatron import FAMILIES, FLAGS, WAYS_OUT, reason_of, refused_flags
 from megatron_peft.config import PEFT_METHODS, ConfigurationError, PeftConfig, flag
 from megatron_peft.known_flags import known_flags, why_not_served
 from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
-from megatron_peft.megatron_flags import FAMILIES, FLAGS, WAYS_OUT, reason_of, refused_flags
 from megatron_peft.models.shape_check import CLAIMS, VALUES
-from megatron_peft.served_flags import sections, served_flags
 
 SERVED = served_flags()
 OURS = {one.name for config_class in sections().values() for one in fields(config_class)}

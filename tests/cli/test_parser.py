@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.arguments import ShapeReader, parse_arguments, read_own_flags
+from megatron_peft.cli.parser import ShapeReader, parse_arguments, read_own_flags
 from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,
@@ -175,7 +175,7 @@ def test_strange_world_size_is_told(world_size: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("rank", ["0", "1", "15"])
 @pytest.mark.parametrize(("flags", "code"), [(["--wibble"], 2), (["--help"], 0)])
 def test_only_rank_0_speaks_and_all_exit_alike(flags, code, rank, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_peft.arguments.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("megatron_peft.cli.parser.PATIENCE_SECONDS", 0.01)
     with pytest.raises(SystemExit) as caught:
         parse_arguments(flags, {"RANK": rank, "WORLD_SIZE": "16"})
     assert caught.value.code == code
@@ -186,7 +186,7 @@ def test_silent_rank_that_torchrun_ends_exits_with_2_too() -> None:
     """Rank 0 exits first, and torchrun sends SIGTERM to the others, which are waiting by then."""
     code = """
 import time
-from megatron_peft.arguments import parse_arguments
+from megatron_peft.cli.parser import parse_arguments
 wait = time.sleep
 time.sleep = lambda seconds: (print("waiting", flush=True), wait(60))
 parse_arguments(["--wibble"])

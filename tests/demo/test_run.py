@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from megatron_peft.arguments import parse_arguments
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run as module
 from megatron_peft.demo import table

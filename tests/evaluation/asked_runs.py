@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.arguments import parse_arguments
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate

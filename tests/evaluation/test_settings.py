@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_peft import config as c
-from megatron_peft.arguments import parse_arguments
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.evaluation import harness_tasks, run_flags
 from megatron_peft.evaluation.answers import AnswerFile, AnswerSettings, Stream

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters import attach
-from megatron_peft.arguments import parse_arguments
+from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.rules import expected_tensors

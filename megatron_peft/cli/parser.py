@@ -17,11 +17,11 @@ from math import isfinite
 from typing import Any, NoReturn
 
 from megatron_peft.argument_tables import GROUPS, PATH_FIELDS, methods_of
+from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, sections, served_flags
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.known_flags import why_not_served
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
-from megatron_peft.served_flags import TAKES_A_VALUE, Flag, sections, served_flags
 
 PROGRAM = "pretrain_peft.py"
 USAGE = f"""

@@ -1,7 +1,7 @@
 """The flags that are served: a flag for each field of our dataclasses, for fields of megatron-core's, and Megatron-LM's
 spelled-out names.
 
-Nothing here parses. `served_flags()` is the whole list; `megatron_peft.arguments` turns it into a parser.
+Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
 from collections.abc import Iterator
