@@ -11,17 +11,69 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any, NoReturn
 
-from megatron_peft.argument_tables import GROUPS, PATH_FIELDS, methods_of
-from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, sections, served_flags
-from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
-from megatron_peft.known_flags import why_not_served
+from megatron_peft.cli.flags import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
+from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+
+# Every flag that is known, served or not, and what to tell of one that is not served.
+
+TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
+
+
+def known_flags() -> dict[str, str | None]:
+    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
+
+    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
+    version: a field is served by a flag of `served_flags`, or it is refused; there is no third state.
+    """
+    of_fields = {
+        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
+        for name, field_name in _flags_of_fields()
+    }
+    refused = {f"--{name}": reason for name, reason in refused_flags().items()}
+    return of_fields | refused | {name: None for served in served_flags() for name in served.names}
+
+
+def why_not_served(name: str) -> str:
+    """What to tell about a flag that is not served: refused by name, or not known at all."""
+    known = known_flags()
+    if reason := known.get(name):
+        return refusal(name, reason)
+    served = [other for other, reason in known.items() if reason is None]
+    bare = name.lstrip("-")
+    family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
+    if family and not _nearest(name, served, TYPO):
+        return refusal(name, family)
+    nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
+    if not nearest:
+        return f"{name} is not a known flag; --help lists them."
+    not_served = "" if known[nearest] is None else ", which is Megatron's and not served here"
+    return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
+
+
+def _flags_of_fields() -> Iterator[tuple[str, str]]:
+    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
+    for class_name in SOURCES:
+        for one in megatron_fields(class_name).values():
+            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
+                yield name, one.name
+
+
+def _nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
+    """The flag most like `name`, if it is at least so alike (0 to 1); dashes in front do not count."""
+    found = get_close_matches(name.lstrip("-"), [other.lstrip("-") for other in others], 1, likeness)
+    return f"--{found[0]}" if found else None
+
 
 PROGRAM = "pretrain_peft.py"
 USAGE = f"""

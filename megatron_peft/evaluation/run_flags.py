@@ -9,8 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.argument_tables import FLAG_NAMES, methods_of
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
+from megatron_peft.cli.flags import FLAG_NAMES, methods_of
 from megatron_peft.config import RunConfig, field_names, flag, require
 
 # Section of RunConfig -> fields that say which model it is and how its texts become tokens.

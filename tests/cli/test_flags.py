@@ -11,12 +11,12 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_peft import megatron_fields as module
-from megatron_peft.argument_help import HELP
-from megatron_peft.argument_tables import (
+from megatron_peft.cli import megatron as module
+from megatron_peft.cli.flags import (
     ACCEPTED,
     ACCEPTED_VALUES,
     GROUPS,
+    HELP,
     NO_FLAG,
     PATH_FIELDS,
     RUN_FIELDS,
@@ -25,12 +25,21 @@ from megatron_peft.argument_tables import (
     SHAPE_FIELDS,
     SHAPE_VALUES,
     methods_of,
+    sections,
+    served_flags,
 )
-from megatron_peft.cli.flags import sections, served_flags
-from megatron_peft.cli.megatron import FAMILIES, FLAGS, WAYS_OUT, reason_of, refused_flags
+from megatron_peft.cli.megatron import (
+    FAMILIES,
+    FLAGS,
+    SOURCES,
+    WAYS_OUT,
+    MegatronField,
+    megatron_fields,
+    reason_of,
+    refused_flags,
+)
+from megatron_peft.cli.parser import known_flags, why_not_served
 from megatron_peft.config import PEFT_METHODS, ConfigurationError, PeftConfig, flag
-from megatron_peft.known_flags import known_flags, why_not_served
-from megatron_peft.megatron_fields import SOURCES, MegatronField, megatron_fields
 from megatron_peft.models.shape_check import CLAIMS, VALUES
 
 SERVED = served_flags()
@@ -93,7 +102,7 @@ def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> N
 
 def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     field = MegatronField("quantum_speedup", "bool", "", ())
-    monkeypatch.setattr("megatron_peft.known_flags.megatron_fields", lambda name: {"quantum_speedup": field})
+    monkeypatch.setattr("megatron_peft.cli.parser.megatron_fields", lambda name: {"quantum_speedup": field})
     for name in ("--quantum-speedup", "--no-quantum-speedup"):
         assert f"{name} is a Megatron flag" in why_not_served(name)
 

@@ -25,7 +25,7 @@ from megatron_peft.models.shape import ModelShape
 from tests.time_limits import seconds
 
 NEEDED = ["--pretrained-checkpoint", "model", "--train-data-path", "a.jsonl", "--train-iters", "10"]
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SHAPE = ModelShape("llama", 4, 64, 128, 4, 2, 16, 100, 2048)
 
 
