@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
 from megatron_peft.config import PeftConfig, require
-from megatron_peft.parallel.layout import LinearLayout
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import LinearLayout, generator_for
 
 IS_NOT_DECAYED = "is_not_decayed"
 

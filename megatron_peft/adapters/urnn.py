@@ -23,8 +23,7 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.rotation import BlockRotation, rotate
 from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, random_theta, structured
 from megatron_peft.config import PeftConfig, require
-from megatron_peft.parallel.layout import LinearLayout
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import LinearLayout, generator_for
 
 DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT: tools/bench.py urnn-crossover measures it
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.compatible import (
     Here,
     changes,
@@ -25,6 +24,7 @@ from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.sharded_files import Sharded, read_tensors, stored_shapes
 from megatron_peft.checkpoint.whole import find_whole_checkpoint, require_whole
 from megatron_peft.config import ConfigurationError
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)

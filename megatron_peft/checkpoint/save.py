@@ -10,7 +10,6 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.fingerprint import fingerprint
 from megatron_peft.checkpoint.folders import (
     RECORD,
@@ -28,6 +27,7 @@ from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.sharded_files import PlannedFiles, Sharded, Written, parts
 from megatron_peft.config import ConfigurationError
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
 logger = logging.getLogger(__name__)

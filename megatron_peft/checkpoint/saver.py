@@ -15,12 +15,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.folder_lock import FolderLock
 from megatron_peft.checkpoint.folders import TRACKER, newest_checkpoint, remove_leftovers
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import CheckpointNotSaved, draft_checkpoint
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
+from megatron_peft.parallel.collectives import from_first_rank
 
 logger = logging.getLogger(__name__)
 

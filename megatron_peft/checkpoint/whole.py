@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints
 from megatron_peft.checkpoint.manifest import damage
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.parallel.collectives import from_first_rank
 
 logger = logging.getLogger(__name__)
 

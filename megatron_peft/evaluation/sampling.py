@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.config import Requirements
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import generator_for
 
 
 @dataclass(frozen=True)

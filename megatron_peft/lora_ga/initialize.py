@@ -31,7 +31,7 @@ from megatron_peft.lora_ga.sketch import (
 )
 from megatron_peft.lora_ga.starts import STARTS, with_all_rows
 from megatron_peft.parallel.collectives import sum_coalesced
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import checked_together
 
 OVERSAMPLING = 48

@@ -4,11 +4,16 @@ Letters: s sequence, t tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
+from megatron_peft.runtime.launch import checked_together
 
 Wait = Callable[[], Tensor]
 
@@ -59,3 +64,50 @@ def _finished(work: dist.Work | None, result: Tensor) -> Tensor:
     if work is not None:
         work.wait()
     return result
+
+
+# Sums of gradients over the tensor-parallel ranks, one call a step.
+
+
+def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Gradients (in megatron-core's buffers) of the replicated adapter parameters: each rank's is its part."""
+    return [
+        parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
+        for parameter in parameters
+        if parameter.requires_grad and getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, False)
+    ]
+
+
+def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
+    """Complete the gradients of all replicated adapter parameters with one coalesced all-reduce.
+
+    To be called after the data-parallel reduction: the sum over ranks and the sum over replicas commute, and with a
+    distributed optimizer all tensor-parallel peers own the same shard of the gradient buffer.
+    """
+    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
+    sum_coalesced(partial_gradients(parameters), group)
+
+
+# What all ranks learn from the first one, which alone looks at a folder that another process may be changing.
+
+Found = TypeVar("Found")
+
+
+def from_first_rank(look: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+    """What `look` gives on rank 0, on all ranks. A collective.
+
+    Raises:
+        ConfigurationError: on all ranks, if it raised that or OSError on rank 0.
+    """
+    found: list[Any] = [checked_together(lambda: _on_first_rank(look), group)]
+    dist.broadcast_object_list(found, src=0, group=group)
+    return found[0]
+
+
+def _on_first_rank(look: Callable[[], Found]) -> Found | None:
+    if dist.get_rank() != 0:
+        return None
+    try:
+        return look()
+    except OSError as error:
+        raise ConfigurationError(str(error)) from error

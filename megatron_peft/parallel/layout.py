@@ -4,9 +4,11 @@ Every adapter derives its shapes and its slices from this, so that its parameter
 no mention of the layout.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -109,3 +111,12 @@ def _mark_adapter(parameter: Tensor, axis: int | None, stride: int) -> None:
     """`mark_split`, and: the gradients of a replicated factor are parts of a sum over the ranks."""
     mark_split(parameter, axis, stride)
     setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)
+
+
+# Initial values that depend on the run's seed and on a parameter's global name, never on the layout.
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator seeded by (seed, name). Draw the whole global tensor from it, then slice."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.saver import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, require
@@ -21,6 +20,7 @@ from megatron_peft.data.tokenizers import (
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.health import START_TOLERANCE, start_losses

@@ -17,8 +17,8 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRo
 from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.benchmark.collective_log import CollectiveLog
 from megatron_peft.config import ParallelConfig, PeftConfig
-from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from tests.kept import kept_for_backward
 

@@ -21,7 +21,7 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRo
 from megatron_peft.adapters.registry import adapter_builder
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
-from megatron_peft.parallel.gradients import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime import cpu
 from tests.adapters.layer_runs import Split, draw, join, layer_config, split_of
 from tests.one_rank import places

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.checkpoint import whole
-from megatron_peft.checkpoint.agreement import from_first_rank
 from megatron_peft.checkpoint.folders import TRACKER
 from megatron_peft.checkpoint.manifest import damage
 from megatron_peft.config import ConfigurationError
+from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import RESUMED_ON_FOUR, RESUMED_ON_TWO
 from tests.conversion.megatron_folders import flip_a_byte

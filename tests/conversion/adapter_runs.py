@@ -21,7 +21,7 @@ from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.peft_export import export_adapter
 from megatron_peft.conversion.peft_import import import_adapter
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.state import TrainingState
 from tests.checkpoint.runs import Files, Run, Settings, configure, differences, merged, start

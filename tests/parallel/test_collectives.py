@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_peft.config import ParallelConfig
 from megatron_peft.parallel import collectives
-from megatron_peft.parallel.gradients import partial_gradients, sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.collectives import partial_gradients, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.launch import start_world
 from tests.one_rank import Place

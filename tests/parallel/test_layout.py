@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL, LinearLayout
-from megatron_peft.parallel.seeds import generator_for
+from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL, LinearLayout, generator_for
 from tests.one_rank import Place, places
 
 OUT, IN = 24, 12
