@@ -38,7 +38,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 from megatron_peft.runtime.autograd import made_again, run_function
-from megatron_peft.runtime.products import add_linear, flat, linear, linear_plus, outer_sum
+from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum
 
 PRECISE = (torch.float32, torch.float64)
 

@@ -29,7 +29,7 @@ from megatron_peft.adapters.urnn import urnn_rotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.autograd import made_again, maker_of, run_function
-from megatron_peft.runtime.products import flat, linear, outer_sum
+from megatron_peft.runtime.cpu_kernels import flat, linear, outer_sum
 
 ROTATIONS = {"boft": boft, "urnn": urnn_rotation}
 

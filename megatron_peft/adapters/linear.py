@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.parallel.collectives import start_sum_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout, mark_split
-from megatron_peft.runtime.products import linear
+from megatron_peft.runtime.cpu_kernels import linear
 
 _MODULE_NAMES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
 

@@ -23,7 +23,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_scatter_sequence_over_tensor_parallel,
 )
 from megatron_peft.runtime.autograd import made_again, maker_of
-from megatron_peft.runtime.products import linear, outer_sum
+from megatron_peft.runtime.cpu_kernels import linear, outer_sum
 
 
 class _Product(nn.Module):

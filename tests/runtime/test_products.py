@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_peft.adapters import linear as adapted
-from megatron_peft.runtime import products
-from megatron_peft.runtime.products import add_linear, linear, linear_plus, outer_sum
+from megatron_peft.runtime import cpu_kernels
+from megatron_peft.runtime.cpu_kernels import add_linear, linear, linear_plus, outer_sum
 
 S, BATCH, IN, OUT, RANK = 5, 3, 24, 40, 2
 KINDS = ["onednn", "torch", torch.float64, torch.bfloat16]
@@ -20,8 +20,8 @@ def draw(*shape: int) -> Tensor:
 @pytest.fixture(params=KINDS, ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     if request.param == "torch":
-        monkeypatch.setattr(products, "_ONEDNN", None)
-    if request.param == "onednn" and products._ONEDNN is None:
+        monkeypatch.setattr(cpu_kernels, "_ONEDNN", None)
+    if request.param == "onednn" and cpu_kernels._ONEDNN is None:
         pytest.skip("this torch has no oneDNN")
     return request.param if isinstance(request.param, torch.dtype) else torch.float32
 
