@@ -17,7 +17,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime import cpu
-from megatron_peft.runtime.allocator import keep_freed_memory
+from megatron_peft.runtime.cpu_kernels import keep_freed_memory
 
 Checked = TypeVar("Checked")
 

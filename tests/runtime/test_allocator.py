@@ -14,7 +14,7 @@ CALLS = {  # -> whether a second step pays for its pages again
 # Each in a process of its own, which has imported torch already. A step is 64 blocks of 4 MiB.
 SCRIPT = f"""
 import os, resource, torch
-from megatron_peft.runtime.allocator import give_back_freed_memory, keep_freed_memory
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory, keep_freed_memory
 for calls in {[*CALLS]}:
     if os.fork():
         os.wait()
