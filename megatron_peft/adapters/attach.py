@@ -6,19 +6,31 @@ is adapted whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wild
 Layer numbers are those of the whole model, from 0.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
-from megatron_peft.adapters.registry import adapter_builder
-from megatron_peft.config import PeftConfig, require
+from megatron_peft.config import PEFT_METHODS, PeftConfig, require
+from megatron_peft.parallel.layout import LinearLayout
+
+# The adapter methods by name: `PEFT_METHODS` in `config/peft.py`. A new method is one new file and one line there.
+
+AdapterBuilder = Callable[[LinearLayout, PeftConfig, str, int, torch.dtype], nn.Module]
+
+
+def adapter_builder(method: str) -> AdapterBuilder:
+    """(layout, peft, name, seed, dtype) -> the adapter of one layer, for any --peft-method but full."""
+    module, _, name = PEFT_METHODS[method].partition(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ product turns the activations. Letters: k groups, m factors, c blocks of a facto
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
+from megatron_peft.adapters.frozen_linear import identity_like
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout

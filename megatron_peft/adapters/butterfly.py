@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megatron_peft.adapters.blocks import identity_like
+from megatron_peft.adapters.frozen_linear import identity_like
 
 NUM_NEWTON_STEPS = 5
 

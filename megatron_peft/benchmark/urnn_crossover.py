@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
 from megatron_peft.adapters.rotation import rotate
-from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn
+from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.timing import Step, median_ratio, take_turns
 from megatron_peft.config import PeftConfig

@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_peft.config.errors import Requirements
 
-# The registry: --peft-method -> what builds its adapters, imported when it is asked for (`adapters/registry.py`).
+# The registry: --peft-method -> what builds its adapters, imported when it is asked for (`adapters/attach.py`).
 PEFT_METHODS = {
     "full": "",
     "lora": "megatron_peft.adapters.low_rank:LowRank",

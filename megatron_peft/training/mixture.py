@@ -8,8 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.adapters.mixture import OwnGradient, update_mixtures
+from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.training.shards import GradientShards
 from megatron_peft.training.state import TrainingState
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.linear import AdaptedLinear
-from megatron_peft.adapters.low_rank import LowRank, low_rank_part
-from megatron_peft.adapters.norm_bound import gram_matrices, shrink, shrinkage
+from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.training.shards import GradientShards
 from megatron_peft.training.state import TrainingState

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, unreduced
-from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.adapters.mixture import update_mixtures
+from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.swiglu import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout

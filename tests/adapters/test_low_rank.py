@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank
-from megatron_peft.adapters.norm_bound import gram_matrices, shrink, shrinkage
+from megatron_peft.adapters.low_rank import IS_NOT_DECAYED, LowRank, gram_matrices, shrink, shrinkage
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from tests.adapters.layer_runs import draw

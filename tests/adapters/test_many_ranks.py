@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters import low_rank, urnn
+from megatron_peft.adapters.attach import adapter_builder
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
-from megatron_peft.adapters.registry import adapter_builder
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from megatron_peft.adapters.blocks import CACHED_TOKENS, add_blocks, blocks_gradient, turn_rows
 from megatron_peft.adapters.butterfly import cayley, compose, skew
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, folds_change
+from megatron_peft.adapters.frozen_linear import (
+    CACHED_TOKENS,
+    FrozenLinearCall,
+    add_blocks,
+    blocks_gradient,
+    folds_change,
+    turn_rows,
+)
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
 from tests.kept import kept_for_backward

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from megatron_peft.adapters import urnn as module
-from megatron_peft.adapters.fourier_rotation import rotate_by_fourier
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.adapters.unitary import as_real, orthogonality_error, random_theta, structured
-from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, urnn
+from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, rotate_by_fourier, urnn
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
