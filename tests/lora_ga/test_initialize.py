@@ -18,9 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.config import ConfigurationError
-from megatron_peft.lora_ga.branch import LeftProduct, RightProduct
-from megatron_peft.lora_ga.initialize import start_from_gradients
-from megatron_peft.lora_ga.starts import STARTS
+from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, start_from_gradients
+from megatron_peft.lora_ga.sketch import STARTS
 from megatron_peft.models.huggingface import read_shape
 from megatron_peft.models.norms import RMSNorm
 from megatron_peft.models.swiglu import _SwiGLU

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from megatron_peft.lora_ga import sketch
-from megatron_peft.lora_ga.sketch import Triplets, orthonormal_basis, squared_residual_estimate
-from megatron_peft.lora_ga.starts import STARTS, Factors, with_all_rows
+from megatron_peft.lora_ga.sketch import (
+    STARTS,
+    Factors,
+    Triplets,
+    orthonormal_basis,
+    squared_residual_estimate,
+    with_all_rows,
+)
 
 
 def alone(part: torch.Tensor) -> torch.Tensor:
