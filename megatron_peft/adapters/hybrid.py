@@ -142,8 +142,8 @@ class _MixReduced(torch.autograd.Function):
 #
 #     lambda = g_low / (g_low + g_rot)
 #
-# g_low and g_rot measure the gradients before mixing: those that backward leaves carry the factors lambda and
-# 1 - lambda, so they are divided by these. Undivided (`raw`, the paper's formula read literally) the recursion multiplies
+# g_low and g_rot measure the gradients before mixing: those that backward leaves carry the factors lambda and 1 -
+# lambda, so they are divided by these. Undivided (`raw`, the paper's formula read literally) the recursion multiplies
 # its own odds each step and runs into 0 or 1. Rules:
 #
 #     gradient    the norm

@@ -46,9 +46,9 @@ from megatron_peft.runtime.launch import checked_together
 #     pass 1:  Y = G Omega    = sum over tokens of dy (Omega^T x)^T
 #     pass 2:  Z = Q^T G      = sum over tokens of (Q^T dy) x^T           G = sum over tokens of dy x^T
 #
-# Each costs two narrow products a layer beside the frozen layer's own, half of what training a LoRA of that width costs.
-# The sums are in float32, over all microbatches that are run. Under sequence parallelism the narrow side travels, as in
-# `adapters/frozen_linear.py`.
+# Each costs two narrow products a layer beside the frozen layer's own, half of what training a LoRA of that width
+# costs. The sums are in float32, over all microbatches that are run. Under sequence parallelism the narrow side
+# travels, as in `adapters/frozen_linear.py`.
 #
 # Both work in backward alone, and need x there. The frozen base keeps no layer's input; where the operation that x came
 # from keeps what it can be made of again (SwiGLU, RMSNorm on a CPU), it is, and a pass takes the memory of its sketches

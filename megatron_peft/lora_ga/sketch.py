@@ -86,7 +86,7 @@ def _inverse(values: Tensor, negligible: float) -> Tensor:
 
 # What A and B start as, out of the leading singular triplets of the gradient G = U S V^T (eq. (7)-(8)).
 #
-#     aligned    A = V_r^T / sqrt(3)     B = 0               the pretrained function, A with the norm of LoRA's own start
+#     aligned    A = V_r^T / sqrt(3)     B = 0               the pretrained function, A with LoRA's own norm
 #     paper      A = S^1/2 V_r^T         B = U_r S^1/2       eq. (8); the paper's A is our B, its B our A
 #     original   A = c V_r^T             B = c U_{r+1..2r}   as published: c = out^(1/4) / sqrt(gamma), gamma = 16
 #

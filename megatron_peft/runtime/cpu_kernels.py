@@ -73,9 +73,9 @@ def flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
 
 # What the C library of a CPU process does with memory that torch frees (glibc; elsewhere nothing is changed).
 #
-# torch keeps no memory of its own on a CPU. glibc hands the end of its heap back to the system as soon as a few dozen MiB
-# of it are free, so that a step that frees its activations pays for every page of them anew in the next step: one part in
-# fifty of a LoRA step, more of full fine-tuning. The peak is the same either way.
+# torch keeps no memory of its own on a CPU. glibc hands the end of its heap back to the system as soon as a few dozen
+# MiB of it are free, so that a step that frees its activations pays for every page of them anew in the next step: one
+# part in fifty of a LoRA step, more of full fine-tuning. The peak is the same either way.
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _NEVER = 2**31 - 1  # bytes free at the end of the heap
