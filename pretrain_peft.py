@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_peft.cli.parser import parse_arguments
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 
 

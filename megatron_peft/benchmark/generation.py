@@ -14,7 +14,7 @@ from megatron_peft.benchmark.subjects import Setting, join, leave, load_base, lo
 from megatron_peft.benchmark.timing import median_ratio, take_turns
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.scoring import Continuation, score
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.ranks import run_ranks
 
 LARGEST_DIFFERENCE = 1e-4

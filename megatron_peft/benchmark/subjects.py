@@ -28,8 +28,8 @@ from megatron_peft.config import (
 )
 from megatron_peft.conversion.loader import LoadReport, load_pretrained
 from megatron_peft.data.microbatch import Microbatch
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 from megatron_peft.training.build import build_state
 from megatron_peft.training.optimizer import wrap_data_parallel

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_peft.conversion.rules import Index, Part, Rule
+from megatron_peft.models.rules import Index, Part, Rule
 
 WEIGHT = ".weight"
 

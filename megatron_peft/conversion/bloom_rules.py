@@ -6,7 +6,7 @@ on both sides.
 
 from collections.abc import Iterator
 
-from megatron_peft.conversion.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
+from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
 from megatron_peft.models.shape import ModelShape
 
 EMBEDDING = "transformer.word_embeddings"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron_peft.conversion.bloom_rules import bloom_rules
 from megatron_peft.conversion.llama_rules import llama_rules
-from megatron_peft.conversion.rules import Part, Rule
+from megatron_peft.models.rules import Part, Rule
 from megatron_peft.models.shape import ModelShape
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_peft.conversion.companions import CONFIG, config_of_shape, copy_companions, set_stored_type, write_config
 from megatron_peft.conversion.output_folder import new_folder
 from megatron_peft.conversion.progress import byte_bar
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_peft.checkpoint.megatron_folder import RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, union
+from megatron_peft.models.rules import Rule
 
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"model(\d*)")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_peft.conversion.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
+from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
 from megatron_peft.models.shape import ModelShape
 
 EMBEDDING = "model.embed_tokens"

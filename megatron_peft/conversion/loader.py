@@ -15,7 +15,7 @@ from megatron_peft.checkpoint.whole import require_whole
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.pretrained import open_weights
 from megatron_peft.conversion.progress import byte_bar
-from megatron_peft.conversion.rules import Rule
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

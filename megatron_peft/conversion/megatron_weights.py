@@ -13,9 +13,9 @@ from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.conversion.legacy import open_legacy
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredTensor, layer_of
+from megatron_peft.models.rules import Rule
 
 STACK = re.compile(r"^(decoder\.layers\.)(?!\d)(.+)$")
 # Transformer Engine's fused layers hold the norm before them.

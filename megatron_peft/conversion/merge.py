@@ -18,9 +18,9 @@ from megatron_peft.conversion.huggingface_folder import Contents, write_huggingf
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.rotations import rotation_blocks
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.to_huggingface import origins, require_undamaged
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
+from megatron_peft.models.rules import Rule
 
 
 def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from megatron_peft.conversion.adapter_factors import layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets
 from megatron_peft.conversion.peft_import_config import BoftSettings
 from megatron_peft.conversion.peft_names import PREFIX, WAY_OUT, Adopted, whole_tensor
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import Source, listed
 from megatron_peft.conversion.writer import TensorSpec
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3

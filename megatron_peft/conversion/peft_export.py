@@ -20,8 +20,8 @@ from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.output_folder import check_new, new_folder
 from megatron_peft.conversion.peft_boft import BoftExport
 from megatron_peft.conversion.peft_lora import LoraExport
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.writer import SafetensorsWriter
+from megatron_peft.models.rules import Rule
 
 STEM = "adapter_model"
 

@@ -24,8 +24,8 @@ from megatron_peft.conversion.peft_import_config import BoftSettings, read_setti
 from megatron_peft.conversion.peft_lora import LoraImport
 from megatron_peft.conversion.peft_names import Adopted
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import listed, open_source
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -18,9 +18,9 @@ from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, mo
 from megatron_peft.conversion.adapter_targets import shortest_targets
 from megatron_peft.conversion.peft_import_config import LoraSettings
 from megatron_peft.conversion.peft_names import PREFIX, Adopted, whole_tensor
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.source import Source
 from megatron_peft.conversion.writer import TensorSpec
+from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
-from megatron_peft.conversion.rules import Index
+from megatron_peft.models.rules import Index
 
 MAPPED_BYTES = 64 * 2**20
 NAMED_AT_MOST = 8  # names listed in one error

@@ -16,8 +16,8 @@ from megatron_peft.conversion.huggingface_folder import Contents, write_huggingf
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
-from megatron_peft.conversion.rules import Rule
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
+from megatron_peft.models.rules import Rule
 
 
 def megatron_to_hf(

@@ -36,10 +36,10 @@ from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.output_folder import check_new, new_folder
 from megatron_peft.conversion.pretrained import owned_rules
 from megatron_peft.conversion.progress import byte_bar
-from megatron_peft.conversion.rules import Region, Rule, VocabularyRows, expected_tensors
 from megatron_peft.conversion.source import Source, open_source
 from megatron_peft.conversion.stored_types import stored_type
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.rules import Region, Rule, VocabularyRows, expected_tensors
 
 NUM_SHARES = (8, 4, 2, 3)  # tried in this order
 NUMBERS = "__0_0.distcp"  # torch's name for the first file of rank 0

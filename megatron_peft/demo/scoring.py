@@ -20,7 +20,7 @@ from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.pairs import read_pairs
 from megatron_peft.demo.score import Score
 from megatron_peft.demo.translation import corpus_bleu, translate
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
 from megatron_peft.training.build import build_state

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 
 MODEL_FLAG = "--pretrained-checkpoint"
 

@@ -31,8 +31,8 @@ from megatron_peft.adapters.linear import (
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.alibi import AlibiAttention, AlibiBias
 from megatron_peft.models.attention import ScaledDotProductAttention
-from megatron_peft.models.huggingface import FAMILIES
-from megatron_peft.models.norms import LayerNorm, RMSNorm
+from megatron_peft.models.families import FAMILIES
+from megatron_peft.models.layers import LayerNorm, RMSNorm
 from megatron_peft.models.self_attention import CachingSelfAttention
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.models.swiglu import SwiGLU

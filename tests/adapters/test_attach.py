@@ -7,7 +7,7 @@ import torch
 
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
-from megatron_peft.models.huggingface import FAMILIES
+from megatron_peft.models.families import FAMILIES
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
 

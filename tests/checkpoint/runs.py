@@ -15,8 +15,8 @@ from megatron_peft.checkpoint.optimizer_state import MOMENTS, slots
 from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.state import TrainingState

@@ -15,7 +15,7 @@ from megatron_peft.conversion.companions import config_of_shape, copy_companions
 from megatron_peft.conversion.inventory import NUMBER_TYPES, check_inventory
 from megatron_peft.conversion.source import Header, Source, open_source
 from megatron_peft.conversion.stored_types import stored_type, type_flag
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import RopeScaling
 from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes
 

@@ -14,7 +14,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.merge import merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import verify
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import RUNS, trained_on
 from tests.conversion.megatron_folders import equal, flip_a_byte, global_tensors, save_run, tensors_of
 

@@ -15,9 +15,9 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.families import FAMILIES, rules_for
 from megatron_peft.conversion.loader import base_parameters
-from megatron_peft.conversion.rules import Index, Part, Rule, VocabularyRows, expected_tensors
-from megatron_peft.models.huggingface import FAMILIES as READABLE
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import FAMILIES as READABLE
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.rules import Index, Part, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
 from tests.conversion.test_pretrained import load, stage

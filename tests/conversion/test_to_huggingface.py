@@ -15,7 +15,7 @@ from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import (
     ODD,

@@ -15,8 +15,8 @@ from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.scoring import Continuation, Score, score
 from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 

@@ -17,9 +17,9 @@ from megatron_peft.adapters import attach
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.conversion.families import rules_for
-from megatron_peft.conversion.rules import expected_tensors
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.rules import expected_tensors
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
 

@@ -20,8 +20,8 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.config import ConfigurationError
 from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, start_from_gradients
 from megatron_peft.lora_ga.sketch import STARTS
-from megatron_peft.models.huggingface import read_shape
-from megatron_peft.models.norms import RMSNorm
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.layers import RMSNorm
 from megatron_peft.models.swiglu import _SwiGLU
 from megatron_peft.runtime import cpu
 from megatron_peft.training.build import build_state

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from tests.ranks import run_ranks
 from tests.tiny_bloom import random_bloom

@@ -9,7 +9,7 @@ import pytest
 from transformers import BloomConfig, LlamaConfig
 
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.models.huggingface import read_shape
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
 # As transformers 4 wrote them; a Llama of early 2023, when most keys did not exist; Bloom in the keys of its own file.

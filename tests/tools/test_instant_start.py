@@ -29,7 +29,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import tools.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
         ("import tools.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
         ("import tools.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
-        ("import megatron_peft.models.huggingface", "", NONE),
+        ("import megatron_peft.models.families", "", NONE),
         ("import megatron_peft.data.documents", "", "heavy: numpy"),
     ],
 )

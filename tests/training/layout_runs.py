@@ -19,8 +19,8 @@ from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
+from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import num_virtual_stages
-from megatron_peft.models.huggingface import read_shape
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.build import build_state
 from megatron_peft.training.evaluate import validation_loss, whole_parameters

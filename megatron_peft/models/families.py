@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.models import huggingface_bloom, huggingface_llama
+from megatron_peft.models import bloom, llama
 from megatron_peft.models.huggingface_values import Config
 from megatron_peft.models.shape import ModelShape
 
@@ -65,18 +65,18 @@ class Family:
 FAMILIES = {
     "llama": Family(
         ("LlamaForCausalLM",),
-        huggingface_llama.llama_shape,
-        huggingface_llama.READ,
-        huggingface_llama.REFUSED,
-        huggingface_llama.MODULES,
+        llama.llama_shape,
+        llama.READ,
+        llama.REFUSED,
+        llama.MODULES,
     ),
     # Embedding and output are one matrix, so that a bare BloomModel is the whole language model.
     "bloom": Family(
         ("BloomForCausalLM", "BloomModel"),
-        huggingface_bloom.bloom_shape,
-        huggingface_bloom.READ,
-        huggingface_bloom.REFUSED,
-        huggingface_bloom.MODULES,
+        bloom.bloom_shape,
+        bloom.READ,
+        bloom.REFUSED,
+        bloom.MODULES,
     ),
 }
 
