@@ -20,8 +20,7 @@ from typing import Any, NoReturn
 from megatron_peft.cli.flags import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag
-from megatron_peft.models.shape import ModelShape
-from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 # Every flag that is known, served or not, and what to tell of one that is not served.
 

@@ -16,11 +16,11 @@ from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets
-from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.output_folder import check_new, new_folder
 from megatron_peft.conversion.peft_boft import BoftExport
 from megatron_peft.conversion.peft_lora import LoraExport
 from megatron_peft.conversion.writer import SafetensorsWriter
+from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 
 STEM = "adapter_model"

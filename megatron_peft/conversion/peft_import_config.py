@@ -14,7 +14,7 @@ from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.peft_names import WAY_OUT
-from megatron_peft.models.huggingface_values import number, size, switch
+from megatron_peft.models.shape import number, size, switch
 
 ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do

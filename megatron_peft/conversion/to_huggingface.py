@@ -11,12 +11,12 @@ from megatron_peft.checkpoint.manifest import MANIFEST, damage
 from megatron_peft.checkpoint.megatron_folder import megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
+from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 
 

@@ -24,8 +24,7 @@ from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
-from megatron_peft.models.shape import ModelShape
-from megatron_peft.models.shape_check import check_layout, compare_shape
+from megatron_peft.models.shape import ModelShape, check_layout, compare_shape
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 
 GENERATION_CONFIG = "generation_config.json"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -138,3 +139,132 @@ def _hiding(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtyp
         own = causal & ~causal.tril(num_keys - num_queries - 1)
         visible = causal & ~attention_mask | own
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+
+# ALiBi, attention with linear biases: the further a key lies behind the query, the less its score counts.
+#
+#     score(i, j) = q_i k_j / sqrt(d) - slope_n (i - j)          slope_n: of head n
+#
+# Bloom and transformers add slope_n j instead, which the softmax cannot tell apart. In bfloat16 a distance is exact
+# up to 256 and keeps three digits beyond; slope_n j at position 2,000 would be off by several steps for neighbouring
+# keys.
+#
+# Letters: s queries, k keys, b batch, n heads of this rank, g key-value heads of this rank, d features of a head.
+
+_GROWTH = 128  # positions
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """[num_heads], float32, of the whole model: 2^(-8 i / m) for a power of two m, i from 1.
+
+    Heads beyond the largest power of two take every other slope of a model of 2 m heads, as in the paper's code.
+    """
+    m = 2 ** (num_heads.bit_length() - 1)
+    exponents = [i / m for i in range(1, m + 1)]
+    exponents += [(2 * i - 1) / (2 * m) for i in range(1, num_heads - m + 1)]
+    return torch.tensor([2.0 ** (-8 * exponent) for exponent in exponents], dtype=torch.float32, device="cpu")
+
+
+class AlibiBias:
+    """What is added to the scores of a rank's heads, -inf where a key comes after the query.
+
+    All layers share one object: the bias of the longest sequence so far is kept, and every shorter one, and the later
+    queries of a key-value cache, are a slice of it.
+
+    Args:
+        num_heads: of the whole model.
+        rank, size: tensor-parallel; the heads are split evenly.
+    """
+
+    def __init__(self, num_heads: int, rank: int, size: int) -> None:
+        self._slopes = alibi_slopes(num_heads).chunk(size)[rank][:, None, None]
+        self._square: Tensor | None = None
+
+    def of(self, num_queries: int, num_keys: int, query: Tensor) -> Tensor:
+        """[n, s, k] in the type and on the device of `query`; the queries are the last of the keys' positions."""
+        if num_queries == 1:  # a step of generation: not worth a square
+            return self._rows(num_keys - 1, num_keys, query)
+        kept = self._square
+        if kept is None or kept.shape[-1] < num_keys or (kept.dtype, kept.device) != (query.dtype, query.device):
+            kept = self._square = self._rows(0, -(-num_keys // _GROWTH) * _GROWTH, query)
+        return kept[:, num_keys - num_queries : num_keys, :num_keys]
+
+    def _rows(self, first_query: int, num_keys: int, query: Tensor) -> Tensor:
+        """Queries `first_query` to `num_keys` - 1."""
+        position = torch.arange(num_keys, device=query.device, dtype=torch.float32)
+        distance = position - position[first_query:, None]
+        distance.masked_fill_(distance > 0, -torch.inf)
+        return (self._slopes.to(query.device) * distance).to(query.dtype)
+
+
+class AlibiAttention(ScaledDotProductAttention):
+    """The core attention with ALiBi. Arguments as for its parent, and the bias that the layers share."""
+
+    def __init__(self, *args: Any, bias: AlibiBias, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bias = bias
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = self._bias.of(query.shape[2], key.shape[2], query).unsqueeze(0)
+        if mask is not None:
+            bias = bias + mask
+        return super()._attend(query, key, value, bias)
+
+
+# megatron-core's self-attention with a key-value cache that holds what a step of generation reads, as it reads it.
+#
+# Its own forward keeps keys as the linear layer gave them and applies the rotary embedding to the whole cache at every
+# token. A key's position never changes, so here it is turned once, before it enters the cache. And the positions of a
+# head lie side by side. The numbers are the same, bit for bit. Without a cache nothing differs.
+#
+# Letters: s new positions, b batch, n heads a rank, g key-value heads a rank, d features of a head, p positions.
+
+
+class CachingSelfAttention(SelfAttention):
+    """Self-attention for training, and for generation with a static cache."""
+
+    def _allocate_memory(
+        self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype
+    ) -> Tensor:
+        """A cache [p, b, g, d] in the memory of [b, g, p, d]."""
+        size = batch_size, self.num_query_groups_per_partition, inference_max_sequence_length, dim
+        return torch.empty(size, dtype=dtype, device=torch.cuda.current_device()).permute(2, 0, 1, 3)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What attention goes on with; megatron-core calls it between the linear layer and the rotary embedding.
+
+        Args:
+            inference_context: a static cache, or None.
+            query: [s, b, n, d].
+            key, value: [s, b, g, d].
+            rotary_pos_emb: angles of queries and of keys, [p, 1, 1, d] each; None where positions are told otherwise.
+        """
+        if inference_context is not None and rotary_pos_emb is not None:
+            first = inference_context.sequence_len_offset
+            waves = _waves(rotary_pos_emb[0], first, first + len(key), key.dtype)  # of queries and keys alike
+            query, key = _turned(torch.cat([query, key], dim=2), *waves).split([query.shape[2], key.shape[2]], dim=2)
+            rotary_pos_emb = None
+        go_on: Any = super()._adjust_key_value_for_inference  # its types deny the None that it takes
+        return go_on(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def _waves(angles: Tensor, first: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of some positions, [s, 1, 1, d], the first half of sin negated. Every layer asks for the same."""
+    cos, sin = angles[first:end].cos(), angles[first:end].sin()
+    low, high = sin.chunk(2, dim=-1)
+    return cos.to(dtype), torch.cat([-low, high], dim=-1).to(dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[x1 cos - x2 sin, x2 cos + x1 sin] of the two halves of a head: [s, b, n, d] -> [s, b, n, d]."""
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))

@@ -6,16 +6,18 @@ change nothing there either; they are named in a warning.
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models import bloom, llama
-from megatron_peft.models.huggingface_values import Config
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.bloom import bloom_rules
+from megatron_peft.models.llama import llama_rules
+from megatron_peft.models.rules import Part, Rule
+from megatron_peft.models.shape import Config, ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -136,3 +138,37 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     unknown = sorted(config.keys() - family.read - HARMLESS - known.keys())
     if unknown:
         logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))
+
+
+# The rules of each model family. A new family is one line here.
+
+
+@dataclass(frozen=True)
+class FamilyRules:
+    """Its table, and what transformers puts before the names of the model without its output layer."""
+
+    rules: Callable[[ModelShape], list[Rule]]
+    prefix: str
+
+
+FAMILY_RULES = {"llama": FamilyRules(llama_rules, "model."), "bloom": FamilyRules(bloom_rules, "transformer.")}
+
+
+def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule]:
+    """Every rule of the model by Megatron parameter name (global layer numbers).
+
+    Args:
+        stored: tensors of the folder that is read. A model that was saved without its output layer (bigscience's own
+            files) has names without the prefix; the rules then have the names of the folder, as in transformers.
+    """
+    family = FAMILY_RULES[shape.architecture]
+    rules = {rule.name: rule for rule in family.rules(shape)}
+    return {name: _as_stored(rule, family.prefix, stored) for name, rule in rules.items()}
+
+
+def _as_stored(rule: Rule, prefix: str, stored: Collection[str]) -> Rule:
+    def name(part: Part) -> str:
+        bare = part.name.removeprefix(prefix)
+        return bare if part.name not in stored and bare in stored else part.name
+
+    return replace(rule, parts=tuple(Part(name(part), part.shape) for part in rule.parts))

@@ -29,13 +29,10 @@ from megatron_peft.adapters.linear import (
     FrozenColumnParallelLinear,
 )
 from megatron_peft.config import ModelConfig, ParallelConfig
-from megatron_peft.models.alibi import AlibiAttention, AlibiBias
-from megatron_peft.models.attention import ScaledDotProductAttention
+from megatron_peft.models.attention import AlibiAttention, AlibiBias, CachingSelfAttention, ScaledDotProductAttention
 from megatron_peft.models.families import FAMILIES
-from megatron_peft.models.layers import LayerNorm, RMSNorm
-from megatron_peft.models.self_attention import CachingSelfAttention
+from megatron_peft.models.layers import LayerNorm, RMSNorm, SwiGLU
 from megatron_peft.models.shape import ModelShape, RopeScaling
-from megatron_peft.models.swiglu import SwiGLU
 from megatron_peft.parallel.layout import mark_split
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}

@@ -1,9 +1,13 @@
 """The shape of a base model: everything that decides which tensors exist and what the forward computes."""
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from math import gcd, isqrt
 from typing import Any, Literal
 
-from megatron_peft.config import require
+from megatron_peft.config import DataConfig, ParallelConfig, flag, require
 
 MOST = 2**31 - 1  # of any size; products of two of them are still integers of 64 bits
 MOST_LAYERS = 99_999
@@ -82,3 +86,214 @@ class ModelShape:
         """
         unit = multiple * tensor_parallel_size
         return -(-self.vocab_size // unit) * unit
+
+
+# What a user asked for, held against the model that the checkpoint holds, before any weight is read.
+#
+# Each function returns messages, an empty list when all is well, so that everything wrong is told at once.
+
+# Flags with a value -> the checkpoint's value.
+VALUES: Mapping[str, Callable[[ModelShape], Any]] = {
+    "num_layers": lambda shape: shape.num_layers,
+    "hidden_size": lambda shape: shape.hidden_size,
+    "ffn_hidden_size": lambda shape: shape.ffn_hidden_size,
+    "num_attention_heads": lambda shape: shape.num_attention_heads,
+    "num_query_groups": lambda shape: shape.num_query_groups,
+    "kv_channels": lambda shape: shape.kv_channels,
+    "vocab_size": lambda shape: shape.vocab_size,
+    "max_position_embeddings": lambda shape: shape.max_position_embeddings,
+    "normalization": lambda shape: shape.normalization,
+    "norm_epsilon": lambda shape: shape.norm_epsilon,
+    "position_embedding_type": lambda shape: shape.position_embedding,
+    "rotary_base": lambda shape: shape.rotary_base if shape.position_embedding == "rope" else "no rotary embedding",
+    "rotary_percent": lambda shape: 1.0 if shape.position_embedding == "rope" else "no rotary embedding",
+    "rope_scaling_factor": lambda shape: shape.rope_scaling.factor if shape.rope_scaling else "no rope scaling",
+}
+
+
+# Flags without a value -> (whether the checkpoint agrees, what the checkpoint has instead).
+CLAIMS: Mapping[str, tuple[Callable[[ModelShape], bool], Callable[[ModelShape], str]]] = {
+    "group_query_attention": (
+        lambda shape: shape.num_query_groups < shape.num_attention_heads,
+        lambda shape: f"one key-value head for each of its {shape.num_attention_heads} attention heads",
+    ),
+    "use_rotary_position_embeddings": (
+        lambda shape: shape.position_embedding == "rope",
+        lambda shape: f"position embedding {shape.position_embedding}",
+    ),
+    "use_rope_scaling": (lambda shape: shape.rope_scaling is not None, lambda shape: "no rope scaling"),
+    "swiglu": (lambda shape: shape.gated_linear_unit and shape.activation == "silu", lambda shape: _mlp(shape)),
+    "openai_gelu": (
+        lambda shape: shape.activation == "gelu_tanh" and not shape.gated_linear_unit,
+        lambda shape: _mlp(shape),
+    ),
+    "add_qkv_bias": (lambda shape: "linear_qkv" in shape.linear_biases, lambda shape: "no bias on linear_qkv"),
+    "disable_bias_linear": (
+        lambda shape: not shape.linear_biases - {"linear_qkv"},
+        lambda shape: f"biases on {', '.join(sorted(shape.linear_biases))}",
+    ),
+    "untie_embeddings_and_output_weights": (lambda shape: not shape.tied_embeddings, lambda shape: "tied embeddings"),
+}
+
+
+def compare_shape(shape_flags: Mapping[str, Any], shape: ModelShape) -> list[str]:
+    """A message for each typed flag that contradicts the checkpoint, naming both values.
+
+    Keys are flags with underscores (`num_layers`, `swiglu`): those of `VALUES` and `CLAIMS`, KeyError otherwise. Flags
+    that were not typed claim nothing.
+    """
+    claims = dict(shape_flags)
+    if "num_query_groups" in claims:
+        claims.pop("group_query_attention", None)  # said more exactly
+    return [message for name, typed in claims.items() if (message := _contradiction(name, typed, shape))]
+
+
+def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
+    """A message for each way in which the model cannot be split so, listing the values that can."""
+    return [*_tensor_parallel_problems(parallel, shape), *_pipeline_problems(parallel, shape)]
+
+
+def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
+    """A message if samples may be longer than the positions that a rotary model was made for.
+
+    The default --seq-length asks for nothing and contradicts no model.
+    """
+    longest = shape.max_position_embeddings
+    fits = data.seq_length <= longest or data.seq_length == DataConfig.seq_length
+    if fits or shape.position_embedding != "rope":
+        return []
+    return [f"--seq-length {data.seq_length} is above the {longest} positions of the model: use at most {longest}."]
+
+
+def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:
+    if name in CLAIMS:
+        agrees, instead = CLAIMS[name]
+        return None if agrees(shape) else f"{flag(name)} contradicts the checkpoint, which has {instead(shape)}."
+    actual = VALUES[name](shape)
+    if actual == typed:
+        return None
+    return f"{flag(name)} {_shown(typed)} contradicts the checkpoint, which has {_shown(actual)}: leave it out."
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mlp(shape: ModelShape) -> str:
+    return f"{'a gated' if shape.gated_linear_unit else 'an ungated'} MLP with {shape.activation}"
+
+
+def _tensor_parallel_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
+    tp = parallel.tensor_model_parallel_size
+    sizes = {
+        "attention heads": shape.num_attention_heads,
+        "key-value heads": shape.num_query_groups,
+        "hidden features": shape.hidden_size,
+        "MLP features": shape.ffn_hidden_size,
+    }
+    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    if not undivided:
+        return []
+    return [
+        f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
+        f"use {_listed(_divisors(reduce(gcd, sizes.values())))}."
+    ]
+
+
+def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
+    pp, layers = parallel.pipeline_model_parallel_size, shape.num_layers
+    given = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    if any(given):
+        return _uneven_problems(parallel, shape)
+    if layers % pp:
+        return [
+            f"--pipeline-model-parallel-size {pp} does not divide the model's {layers} layers: use "
+            f"{_listed(_divisors(layers))}, or set --decoder-first-pipeline-num-layers and "
+            f"--decoder-last-pipeline-num-layers."
+        ]
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if chunk and (layers // pp) % chunk:
+        return [
+            f"--num-layers-per-virtual-pipeline-stage {chunk} does not divide the {layers // pp} layers of a stage "
+            f"({layers} layers over {pp} stages): use {_listed(_divisors(layers // pp))}."
+        ]
+    return []
+
+
+def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
+    """The first and last stage as given, the stages between them alike and not empty."""
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    rest = shape.num_layers - (first or 0) - (last or 0)
+    stages = parallel.pipeline_model_parallel_size - bool(first) - bool(last)
+    if rest == stages == 0 or (stages > 0 and rest > 0 and rest % stages == 0):
+        return []
+    typed = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
+    shown = " and ".join(f"{flag(name)} {value}" for name, value in typed.items() if value)
+    return [
+        f"{shown} leave {rest} of the model's {shape.num_layers} layers to the other {stages} pipeline stages: "
+        f"use {_listed(_uneven_choices(shape.num_layers, stages, bool(first) + bool(last)))} layers in all for those."
+    ]
+
+
+def _uneven_choices(layers: int, stages: int, ends: int) -> list[int]:
+    """Layers that the given ends may hold together, so that `stages` others share what is left evenly."""
+    if stages == 0:
+        return [layers]
+    return [held for held in range(ends, layers) if (layers - held) % stages == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _listed(values: list[int]) -> str:
+    """`1, 2 or 4`; only the ends of a long list."""
+    texts = [str(value) for value in values]
+    if len(texts) > 12:
+        texts = [*texts[:8], "...", texts[-1]]
+    return " or ".join(filter(None, [", ".join(texts[:-1]), texts[-1]])) if texts else "nothing (too few layers)"
+
+
+# Values out of a `config.json`, checked. A key that is absent or null has the default; without one it is an error.
+
+Config = Mapping[str, Any]
+
+
+def size(config: Config, key: str, default: int | None = None, most: int = MOST) -> int:
+    """A count or a length."""
+    value = _value(config, key, default)
+    require(
+        is_size(value, most), f"{key} is {_shortened(value)}; it must be a whole number above 0 and at most {most:,}."
+    )
+    return value
+
+
+def number(config: Config, key: str, default: float | None = None, most: float = math.inf) -> float:
+    """A positive number, whole or not, that float32 can hold."""
+    value = _value(config, key, default)
+    limit = "" if most == math.inf else f" and at most {most:g}"
+    require(
+        is_positive(value) and value <= most,
+        f"{key} is {_shortened(value)}; it must be a number above 0{limit}, which float32 can hold.",
+    )
+    return float(value)
+
+
+def switch(config: Config, key: str, default: bool = False) -> bool:
+    """true or false."""
+    value = _value(config, key, default)
+    require(type(value) is bool, f"{key} is {_shortened(value)}; it must be true or false.")
+    return value
+
+
+def _value(config: Config, key: str, default: Any) -> Any:
+    value = config.get(key)
+    value = default if value is None else value
+    require(value is not None, f"{key} is missing.")
+    return value
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

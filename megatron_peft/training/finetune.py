@@ -18,8 +18,7 @@ from megatron_peft.data.tokenizers import (
     require_vocabulary_fits,
 )
 from megatron_peft.models.gpt import num_virtual_stages
-from megatron_peft.models.shape import ModelShape
-from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.build import build_state

@@ -11,7 +11,7 @@ from torch import nn
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, unreduced
 from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
 from megatron_peft.config import PeftConfig
-from megatron_peft.models.swiglu import _SwiGLU
+from megatron_peft.models.layers import _SwiGLU
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.adapters.layer_runs import draw

@@ -40,7 +40,7 @@ from megatron_peft.cli.megatron import (
 )
 from megatron_peft.cli.parser import known_flags, why_not_served
 from megatron_peft.config import PEFT_METHODS, ConfigurationError, PeftConfig, flag
-from megatron_peft.models.shape_check import CLAIMS, VALUES
+from megatron_peft.models.shape import CLAIMS, VALUES
 
 SERVED = served_flags()
 OURS = {one.name for config_class in sections().values() for one in fields(config_class)}

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import progress as progress_bar
-from megatron_peft.conversion.families import rules_for
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, flip_a_byte, global_tensors, save_random, save_ranks, save_run
 from tests.one_rank import one_rank

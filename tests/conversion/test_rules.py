@@ -13,10 +13,9 @@ from torch import Tensor
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
-from megatron_peft.conversion.families import FAMILIES, rules_for
 from megatron_peft.conversion.loader import base_parameters
 from megatron_peft.models.families import FAMILIES as READABLE
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import FAMILY_RULES, read_shape, rules_for
 from megatron_peft.models.rules import Index, Part, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
@@ -27,10 +26,10 @@ SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
 
 
 def test_every_family_whose_shape_is_read_has_rules():
-    assert FAMILIES.keys() == READABLE.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
+    assert FAMILY_RULES.keys() == READABLE.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_RULES)
 def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
     rules = rules_for(ModelShape(family, 1, 24, 96, 2, 2, 12, 10, 64))
     assert all(name == rule.name for name, rule in rules.items())

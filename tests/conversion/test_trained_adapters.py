@@ -9,7 +9,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.adapter_checkpoint import low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
 from megatron_peft.conversion.adapter_save import save_adapters
-from megatron_peft.conversion.families import rules_for
+from megatron_peft.models.families import rules_for
 from tests.checkpoint.records import SHAPE, make_record
 
 LAYER, OTHER = "decoder.layers.0.mlp.linear_fc1", "decoder.layers.1.mlp.linear_fc1"

@@ -16,8 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_peft.adapters import attach
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
-from megatron_peft.conversion.families import rules_for
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.runtime import cpu

@@ -21,8 +21,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, start_from_gradients
 from megatron_peft.lora_ga.sketch import STARTS
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.layers import RMSNorm
-from megatron_peft.models.swiglu import _SwiGLU
+from megatron_peft.models.layers import RMSNorm, _SwiGLU
 from megatron_peft.runtime import cpu
 from megatron_peft.training.build import build_state
 from megatron_peft.training.start import first_steps

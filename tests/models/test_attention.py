@@ -14,9 +14,13 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from megatron_peft.models.alibi import AlibiAttention, AlibiBias, alibi_slopes
-from megatron_peft.models.attention import ScaledDotProductAttention
-from megatron_peft.models.self_attention import CachingSelfAttention
+from megatron_peft.models.attention import (
+    AlibiAttention,
+    AlibiBias,
+    CachingSelfAttention,
+    ScaledDotProductAttention,
+    alibi_slopes,
+)
 from tests.one_rank import one_rank
 from tests.tiny_gpt import tiny_gpt
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_peft.models.layers import LayerNorm, RMSNorm
-from megatron_peft.models.swiglu import SwiGLU, _SwiGLU
+from megatron_peft.models.layers import LayerNorm, RMSNorm, SwiGLU, _SwiGLU
 from megatron_peft.runtime import cpu
 from tests.kept import kept_for_backward
 from tests.one_rank import one_rank

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig, ParallelConfig
-from megatron_peft.models.shape import MOST, ModelShape, RopeScaling
-from megatron_peft.models.shape_check import check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import MOST, ModelShape, RopeScaling, check_layout, check_lengths, compare_shape
 
 LLAMA = ModelShape("llama", 12, 96, 288, 12, 6, 8, 1000, 2048, rope_scaling=RopeScaling(factor=8.0))
 BLOOM = ModelShape(
