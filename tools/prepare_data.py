@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_peft.config import ConfigurationError
 
 if TYPE_CHECKING:
-    from megatron_peft.data.preparation.prepare import Benchmark, Prepared
     from megatron_peft.data.preparation.split import HashSplit
+    from megatron_peft.data.prepare import Benchmark, Prepared
 
 GLUE_NAMES = ("mnli", "qqp", "sst2", "qnli")
 Named = Iterator[tuple[Path, "Benchmark"]]
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare_all(benchmarks: Named, output: Path, split: HashSplit, overlap: str) -> list[Prepared]:
     """Every folder, or none: GLUE makes four below `output`."""
-    from megatron_peft.data.preparation.prepare import prepare
+    from megatron_peft.data.prepare import prepare
 
     was_there, made = output.exists(), []
     try:

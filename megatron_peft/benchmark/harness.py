@@ -19,8 +19,8 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit
+from megatron_peft.data.prepare import prepare
 from megatron_peft.demo.downloads import fetch_wheel
 from megatron_peft.demo.reviews import prepare_reviews
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate

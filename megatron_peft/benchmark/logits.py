@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
-from megatron_peft.data.microbatch import Microbatch
+from megatron_peft.data.samples import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.ranks import run_ranks
 

@@ -27,7 +27,7 @@ from megatron_peft.config import (
     TrainingConfig,
 )
 from megatron_peft.conversion.loader import LoadReport, load_pretrained
-from megatron_peft.data.microbatch import Microbatch
+from megatron_peft.data.samples import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop

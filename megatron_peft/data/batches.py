@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
-from megatron_peft.data.microbatch import Microbatch, pack, pad
 from megatron_peft.data.order import SampleOrder
 from megatron_peft.data.packing import PackedOrder
 from megatron_peft.data.sample import SampleSource
+from megatron_peft.data.samples import Microbatch, pack, pad
 
 Step = list[Microbatch]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit
+from megatron_peft.data.prepare import prepare
 from megatron_peft.demo.downloads import fetch_source
 
 PACKAGE = "vaderSentiment==3.3.2"

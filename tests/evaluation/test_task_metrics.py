@@ -17,9 +17,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.prepare import prepare
 from megatron_peft.data.preparation.split import HashSplit
 from megatron_peft.data.preparation.template import TaskTemplate
+from megatron_peft.data.prepare import prepare
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.humaneval import PACKAGES, require_sandbox, run_completions
 from megatron_peft.evaluation.pass_at_k import pass_at_k

