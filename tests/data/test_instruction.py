@@ -8,10 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.data.dataset import InstructionDataset
-from megatron_peft.data.instruction import encode_parts, tokenize_record
+from megatron_peft.data.instruction import Fit, InstructionDataset, encode_parts, survey, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
-from megatron_peft.data.survey import Fit, survey
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.data.tiny_tokenizers import save_tokenizer

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_peft.data.sample import sample_from_ids
-from megatron_peft.data.samples import pack, pad
+from megatron_peft.data.samples import pack, pad, sample_from_ids
 
 ANSWER = [False, False, True, True]
 LONG = sample_from_ids([1, 2, 3, 4], ANSWER, 9)

@@ -10,11 +10,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.chat import Part, chat_parts
 from megatron_peft.data.tokenizers import (
     HuggingFaceTokenizer,
     NullTokenizer,
+    Part,
     build_tokenizer,
+    chat_parts,
     doubt_about_vocabulary,
     require_vocabulary_fits,
 )

