@@ -170,7 +170,7 @@ def prepare_all(benchmarks: Named, output: Path, split: HashSplit, overlap: str)
 
     was_there, made = output.exists(), []
     try:
-        for folder, benchmark in task_readers:
+        for folder, benchmark in benchmarks:
             made.append(prepare(benchmark, folder, split, overlap))
     except ConfigurationError:
         for prepared in made:

@@ -32,7 +32,7 @@ from megatron_peft.config.untrusted import parse_yaml
 # So a training prompt is what the harness puts before the model, and a completion is what it scores.
 
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
-PACKAGE = "megatron_peft.data.preparation"
+PACKAGE = "megatron_peft.data"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One training sample as arrays, and what a source of samples looks like.
-
 
 @dataclass(frozen=True)
 class Sample:

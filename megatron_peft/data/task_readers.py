@@ -1,6 +1,7 @@
-"""The TSV files of GLUE's MNLI, QQP, SST-2 and QNLI, as its own archive holds them.
+"""Benchmarks from their own files to documents: GLUE, GSM8K, HumanEval, instruction data, sentence pairs.
 
-Labels are numbered as on the Hugging Face hub, so that templates written for either read both.
+A template (a task of lm-evaluation-harness, in `tasks/`) says how a document is asked and answered, in training as in
+evaluation; `prepare.py` splits, checks and writes.
 """
 
 import gzip
@@ -17,6 +18,9 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, read_text, require_regular
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.prepare import Benchmark, Document, TaskTemplate, Tests
+
+# GLUE: the TSV files of MNLI, QQP, SST-2 and QNLI. Labels are numbered as on the Hugging Face hub, so that templates
+# written for either read both.
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention: causal, grouped queries, key masks, packed sequences.
 
 megatron-core's own `DotProductAttention` materialises the scores, refuses packing and any bias. Ours takes the same
-arguments, so it goes into the same place of the layer spec. ALiBi is a subclass, in alibi.py.
+arguments, so it goes into the same place of the layer spec. ALiBi is a subclass.
 
 Letters: s (query) sequence, k (key) sequence, b batch, n heads a rank, g key-value heads a rank, d features of a head.
 """

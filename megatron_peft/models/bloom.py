@@ -1,4 +1,5 @@
-"""The shape of a Bloom from its `config.json`: keys of transformers, and those of the first files of bigscience."""
+"""Bloom: its shape from a `config.json` (keys of transformers, and of the first files of bigscience), and the rules
+for its weights."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The shape of a Llama from its `config.json`."""
+"""Llama: its shape from a `config.json`, and the rules for its weights."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -163,10 +163,10 @@ def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterato
     for module, linears in COLUMN_PARALLEL.items():
         num_groups = shape.num_query_groups if module.endswith("linear_qkv") else None
         for kind, columns in _kinds(shape, module, (hidden,)):
-            parts = (Part(f"{hugging_face}{n}.{kind}", (features[size], *columns)) for n, size in linears.items())
+            parts = (Part(f"{hugging_face}{n}.{kind}", (features[width], *columns)) for n, width in linears.items())
             yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
-    for module, (linear, size) in ROW_PARALLEL.items():
-        for kind, columns in _kinds(shape, module, (features[size],)):
+    for module, (linear, width) in ROW_PARALLEL.items():
+        for kind, columns in _kinds(shape, module, (features[width],)):
             part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
             rule = Columns if columns else Replicated
             yield rule(f"{megatron}{module}.{kind}", (part,))

