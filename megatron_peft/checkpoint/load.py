@@ -15,13 +15,13 @@ from megatron_peft.checkpoint.compatible import (
     optimizer_contradictions,
     unused_schedule_values,
 )
-from megatron_peft.checkpoint.optimizer_state import optimizer_targets, set_optimizer_steps
 from megatron_peft.checkpoint.parameters import adapted_layers, load_parameters, sharded_parameters
 from megatron_peft.checkpoint.random_state import random_targets, restore_random
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.resumable import Resumable
 from megatron_peft.checkpoint.save import base_fingerprint
-from megatron_peft.checkpoint.sharded_files import Sharded, read_tensors, stored_shapes
+from megatron_peft.checkpoint.state import optimizer_targets, set_optimizer_steps
+from megatron_peft.checkpoint.tensors import Sharded, read_tensors, stored_shapes
 from megatron_peft.checkpoint.whole import find_whole_checkpoint, require_whole
 from megatron_peft.config import ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank

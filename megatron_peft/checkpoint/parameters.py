@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
-from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts, read_tensors, stored_shapes
+from megatron_peft.checkpoint.tensors import Sharded, data_of, parts, read_tensors, stored_shapes
 from megatron_peft.config import require
 from megatron_peft.runtime.launch import checked_together
 

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
-from megatron_peft.checkpoint.sharded_files import data_of
+from megatron_peft.checkpoint.tensors import data_of
 from megatron_peft.config.untrusted import parse_json
 
 TRACKER = "tracker."

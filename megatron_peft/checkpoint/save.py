@@ -20,12 +20,12 @@ from megatron_peft.checkpoint.folders import (
     write_atomically,
 )
 from megatron_peft.checkpoint.manifest import FileSum
-from megatron_peft.checkpoint.optimizer_state import optimizer_steps, optimizer_tensors
 from megatron_peft.checkpoint.parameters import adapted_layers, sharded_parameters
 from megatron_peft.checkpoint.random_state import random_tensors
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.checkpoint.resumable import Resumable
-from megatron_peft.checkpoint.sharded_files import PlannedFiles, Sharded, Written, parts
+from megatron_peft.checkpoint.state import optimizer_steps, optimizer_tensors
+from megatron_peft.checkpoint.tensors import PlannedFiles, Sharded, Written, parts
 from megatron_peft.config import ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together

@@ -13,7 +13,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_peft.checkpoint import sharded_files
+from megatron_peft.checkpoint import tensors as sharded_files
 from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.parameters import sharded_parameters

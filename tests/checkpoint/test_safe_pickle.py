@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
-from megatron_peft.checkpoint.sharded_files import read_tensors, stored_shapes
+from megatron_peft.checkpoint.tensors import read_tensors, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf

@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_peft.checkpoint import save, saver
 from megatron_peft.checkpoint.folders import start_draft
 from megatron_peft.checkpoint.saver import Saver
-from megatron_peft.checkpoint.sharded_files import PlannedFiles
+from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from tests.checkpoint.test_folders import holder
 from tests.recorded_calls import recorded_calls

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_peft.checkpoint.parameters import load_parameters, sharded_parameters
-from megatron_peft.checkpoint.sharded_files import stored_shapes
+from megatron_peft.checkpoint.tensors import stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.distributed_files import open_distributed

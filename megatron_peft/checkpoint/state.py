@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.boxes import boxes
 from megatron_peft.checkpoint.keys import master_key
-from megatron_peft.checkpoint.sharded_files import Sharded, data_of, parts
+from megatron_peft.checkpoint.tensors import Sharded, data_of, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
