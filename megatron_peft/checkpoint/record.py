@@ -1,14 +1,31 @@
 """What a checkpoint says about the run that wrote it: `run_record.json`, and `adapter_config.json` for people."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.checkpoint.folders import RECORD, newest_checkpoint
-from megatron_peft.config import ConfigurationError, RunConfig, config_from_dict, config_to_dict, require
+from megatron_peft.checkpoint.folders import (
+    MANIFEST,
+    RANK_FILES,
+    RANK_FOLDER,
+    RECORD,
+    megatron_files,
+    newest_checkpoint,
+)
+from megatron_peft.config import (
+    ConfigurationError,
+    PeftConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    flag,
+    require,
+)
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
@@ -123,3 +140,223 @@ def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
             "rope_scaling": None if scaling is None else RopeScaling(**scaling),
         }
     )
+
+
+# Whether a checkpoint can be loaded into a run: everything that contradicts, each with both values and the way out.
+
+# Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.
+FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio", "lora_max_norm_ratio"}
+# Section -> fields that decide which samples come next, or what a step does with them.
+FREE_BUT_TOLD = {
+    "data": ("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "seed"),
+    "training": ("global_batch_size", "seed"),
+    "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
+}
+SCHEDULE_FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-iters (or -samples, -fraction) in samples",
+    "lr_decay_steps": "--lr-decay-iters (or -samples; default: the length of the run) in samples",
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+    "wd_incr_steps": "the length of the run, over which weight decay grows, in samples",
+    "wd_incr_style": "--weight-decay-incr-style",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """The run that wants to load."""
+
+    config: RunConfig
+    shape: ModelShape
+    adapted_layers: tuple[str, ...]
+    base_fingerprint: Mapping[str, str] | None
+    schedule: Mapping[str, Any]
+
+
+def contradictions(record: RunRecord, here: Here) -> list[str]:
+    """Why the checkpoint's parameters do not belong into this run."""
+    there = record.config.peft.method
+    if there != here.config.peft.method:
+        return [
+            f"{_load(here)} was trained with --peft-method {there}, but this run has --peft-method "
+            f"{here.config.peft.method}: give --peft-method {there}, or another --load."
+        ]
+    return [*_other_base(record, here), *_other_numbers(record, here), *_other_layers(record, here)]
+
+
+def changes(record: RunRecord, here: Here) -> str:
+    """What a resumed run does otherwise than before, though it may: a sentence for the user, or nothing."""
+    changed = [
+        f"{flag(name)} {_shown(getattr(now, name))} (before: {_shown(getattr(before, name))})"
+        for section, names in FREE_BUT_TOLD.items()
+        for before, now in [(getattr(record.config, section), getattr(here.config, section))]
+        for name in names
+        if getattr(before, name) != getattr(now, name)
+    ]
+    told = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
+    return f"{_load(here)}: the run goes on with {told}, at the old position." if changed else ""
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:
+    """Why the checkpoint's optimizer and schedule cannot go on in this run."""
+    there, now = record.config.optimizer.optimizer, here.config.optimizer.optimizer
+    if record.optimizer_steps is None or record.schedule is None:
+        return [f"{_load(here)} was written with --no-save-optim: give --no-load-optim, or --finetune."]
+    if there != now:
+        return [
+            f"{_load(here)} was trained with --optimizer {there}, but this run has --optimizer {now}: give "
+            f"--optimizer {there}, or start the optimizer afresh with --no-load-optim."
+        ]
+    settings = here.config.optimizer
+    if settings.use_checkpoint_opt_param_scheduler:
+        return _steps_without_a_rate(record.schedule, here)
+    if settings.override_opt_param_scheduler:
+        return []
+    changed = [
+        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {here.schedule[name]} here"
+        for name in SCHEDULE_FLAGS
+        if record.schedule[name] != here.schedule[name] and name not in unused_schedule_values(here.schedule)
+    ]
+    return [
+        f"{_load(here)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
+        f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
+    ] * bool(changed)
+
+
+def _steps_without_a_rate(schedule: Mapping[str, Any], here: Here) -> list[str]:
+    """The checkpoint's schedule may have come to its end, at a rate of 0, before this run does."""
+    batch, end = here.config.global_batch_size, schedule["lr_decay_steps"]
+    length = here.schedule["wd_incr_steps"]  # the run's, in samples
+    if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or length <= end:
+        return []
+    return [
+        f"{_load(here)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, comes to a learning rate of 0 "
+        f"after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
+        f"nothing. Give --override-opt-param-scheduler (this run's schedule), or at most {end // batch} iterations."
+    ]
+
+
+def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
+    """Values that a constant rate, or a constant weight decay, never looks at."""
+    unused = set()
+    if schedule["lr_decay_style"] == "constant":
+        unused |= {"min_lr", "lr_decay_steps"}
+    if schedule["wd_incr_style"] == "constant":
+        unused |= {"wd_incr_steps"}
+    return unused
+
+
+def _other_base(record: RunRecord, here: Here) -> Iterator[str]:
+    there, now = record.config.model.pretrained_checkpoint, here.config.model.pretrained_checkpoint
+    differing = differing_base(record, here.shape, here.base_fingerprint)
+    if differing:
+        yield (
+            f"{_load(here)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
+            f"({', '.join(differing)}): give the base that it was trained on."
+        )
+
+
+def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[str, str] | None) -> list[str]:
+    """What tells a base model from the one that a run was trained on: sizes, or else files. Empty if it is the same."""
+    shapes = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
+    differing = [
+        f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
+        for name in shapes[0]
+        if shapes[0][name] != shapes[1][name]
+    ]
+    if not differing and record.base_fingerprint and fingerprint:
+        names = sorted(record.base_fingerprint.keys() | fingerprint.keys())
+        differing = [name for name in names if record.base_fingerprint.get(name) != fingerprint.get(name)]
+    return differing
+
+
+def _other_numbers(record: RunRecord, here: Here) -> Iterator[str]:
+    if not here.config.peft.trains_adapters:
+        return
+    for name in (field.name for field in dataclasses.fields(PeftConfig) if field.name not in FREE_TO_CHANGE):
+        there, now = getattr(record.config.peft, name), getattr(here.config.peft, name)
+        if there != now:
+            yield (
+                f"{_load(here)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
+                f"give {flag(name)} {there}, or another --load."
+            )
+
+
+def _other_layers(record: RunRecord, here: Here) -> Iterator[str]:
+    there, now = set(record.adapted_layers), set(here.adapted_layers)
+    if there != now:
+        patterns = " ".join(record.config.peft.target_modules)
+        yield (
+            f"{_load(here)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run has "
+            f"--peft-target-modules {' '.join(here.config.peft.target_modules)} ({len(now)} layers; the first that "
+            f"differs is {min(there ^ now)}): give --peft-target-modules {patterns}."
+        )
+
+
+def _load(here: Here) -> str:
+    return f"--load {here.config.checkpoint.load}"
+
+
+# A cheap fingerprint of a base model's folder, so that adapters are never put on another base.
+#
+# It reads config.json whole, and of each weight file the size and a few stretches: the start (with safetensors it holds
+# names, types, shapes and offsets), the end, and some between, so that two models of one shape differ as well. Of a run
+# that is a base it takes the checkpoint that its tracker names, with the checksums of its manifest.
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.distcp")  # the first that matches anything counts
+_START_BYTES = 256 * 1024
+_END_BYTES = 64 * 1024
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@lru_cache
+def fingerprint(folder: str) -> dict[str, str]:
+    """{file, as named from the folder: digest} of config.json and the weight files. Kept: a run asks at each save.
+
+    Raises:
+        OSError: the folder or a file cannot be read.
+    """
+    root = Path(folder)
+    place = megatron_files(root) or root
+    described = [path for path in (root / "config.json", place / "config.json", place / MANIFEST) if path.is_file()]
+    files = dict.fromkeys([*described, *weight_files(place)])
+    if not files:
+        raise FileNotFoundError(f"{folder} holds neither config.json nor weights")
+    return {str(path.relative_to(root)): sampled_digest(path) for path in files}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, by name: those of one pattern, or of tensor- and pipeline-parallel ranks."""
+    matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
+    ranks = (path for path in sorted(folder.glob("mp_rank_*")) if RANK_FOLDER.fullmatch(path.name))
+    of_ranks = [path / name for path in ranks for name in RANK_FILES if (path / name).is_file()]
+    return next((found for found in matches if found), of_ranks)
+
+
+def sampled_digest(path: Path) -> str:
+    """Of a file's size and some of its bytes, all of them if it is small."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start, length in _stretches(size):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def _stretches(size: int) -> Iterator[tuple[int, int]]:
+    """(first byte, number of bytes) of what is read; all of a small file."""
+    if size <= _START_BYTES + _END_BYTES:
+        yield 0, size
+        return
+    yield 0, _START_BYTES
+    for sample in range(1, _NUM_SAMPLES + 1):
+        yield size * sample // (_NUM_SAMPLES + 1), _SAMPLE_BYTES
+    yield size - _END_BYTES, _END_BYTES

@@ -8,20 +8,73 @@ data-parallel ranks or need the whole state gathered on one. Here a rank writes 
 of the global tensor, and reads whatever boxes its own layout asks for.
 """
 
+import json
+import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
-from megatron_peft.checkpoint.boxes import boxes
-from megatron_peft.checkpoint.keys import master_key
-from megatron_peft.checkpoint.tensors import Sharded, data_of, parts
+from megatron_peft.checkpoint.tensors import Sharded, data_of, master_key, parts
+from megatron_peft.config import RunConfig
+from megatron_peft.config.untrusted import parse_json
+from megatron_peft.models.shape import ModelShape
+
+# A stretch of a flattened tensor as boxes of the tensor.
+#
+# The distributed optimizer gives a rank a stretch of each flattened parameter, cut anywhere. Files hold boxes of global
+# tensors, which any other layout can read from. A stretch of a matrix is at most three: the rest of a row, whole rows,
+# the start of a row.
+
+
+@dataclass(frozen=True)
+class Box:
+    """Contiguous elements of a row-major tensor: `start` in the flattened tensor, corner and sides in the tensor."""
+
+    start: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape)
+
+
+def boxes(start: int, end: int, shape: Sequence[int]) -> Iterator[Box]:
+    """The elements start ... end - 1 of a flattened tensor of `shape` as boxes, in their order."""
+    if start >= end:
+        return
+    if len(shape) <= 1:
+        yield Box(start, (start,) * len(shape), (end - start,) * len(shape))
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # whole rows: first ... last - 1
+    if first > last:  # within one row
+        yield from _in_row(last, start, end, shape)
+        return
+    yield from _in_row(first - 1, start, first * row, shape)
+    if first < last:
+        yield Box(first * row, (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))
+    yield from _in_row(last, last * row, end, shape)
+
+
+def _in_row(row: int, start: int, end: int, shape: Sequence[int]) -> Iterator[Box]:
+    first = row * math.prod(shape[1:])
+    for box in boxes(start - first, end - first, shape[1:]):
+        yield Box(first + box.start, (row, *box.offset), (1, *box.shape))
+
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -164,3 +217,112 @@ def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]
     for slot, entry in slots(optimizer, entries):
         if "exp_avg" in slot.state:
             slot.set_steps(steps[entry.key])
+
+
+# Random generators of every rank: Python's, numpy's, torch's (CPU and GPU) and megatron-core's tracker.
+#
+#     rng.<place>.<name>      bytes; place is the rank's tensor-, pipeline- and data-parallel position
+#
+# They belong to a layout: a run at another one goes on with the generators of its own seed.
+
+TRACKER = "tracker."
+
+
+def random_tensors() -> list[ShardedTensor]:
+    """This rank's generators, to be written."""
+    return [_whole_tensor(f"{_prefix()}{name}", state) for name, state in _states().items()]
+
+
+def random_targets(stored: Mapping[str, tuple[int, ...]]) -> list[ShardedTensor]:
+    """Room for this rank's generators as they are stored; empty if the layout was another."""
+    keys = sorted(key for key in stored if key.startswith(_prefix()))
+    return [_whole_tensor(key, torch.zeros(stored[key], dtype=torch.uint8)) for key in keys]
+
+
+def restore_random(filled: list[ShardedTensor]) -> None:
+    """Set this rank's generators to what `random_targets` were filled with."""
+    states = {tensor.key.removeprefix(_prefix()): data_of(tensor) for tensor in filled}
+    version, words, gauss = _from_bytes(states["python"])
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(_from_bytes(states["numpy"])))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    tracked = {name.removeprefix(TRACKER): state for name, state in states.items() if name.startswith(TRACKER)}
+    _tracker().set_states(tracked)
+
+
+def _states() -> dict[str, Tensor]:
+    kind, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    states = {
+        "python": _to_bytes(random.getstate()),
+        "numpy": _to_bytes([kind, words.tolist(), *rest]),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    tracked = _tracker().get_states()
+    return {**states, **{f"{TRACKER}{name}": state.cpu() for name, state in tracked.items()}}
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
+
+
+def _prefix() -> str:
+    tp, pp, dp = (
+        f"{rank()}of{size()}"
+        for rank, size in (
+            (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size),
+            (parallel_state.get_pipeline_model_parallel_rank, parallel_state.get_pipeline_model_parallel_world_size),
+            (parallel_state.get_data_parallel_rank, parallel_state.get_data_parallel_world_size),
+        )
+    )
+    return f"rng.tp{tp}-pp{pp}-dp{dp}."
+
+
+def _whole_tensor(key: str, data: Tensor) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(key, data)
+
+
+def _to_bytes(state: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return parse_json(bytes(data.numpy()), "the checkpoint's random state")
+
+
+# What a checkpoint needs to see of a run. `training.state.TrainingState` is one.
+
+
+class Counters(Protocol):
+    """How far a run has come, counted over all ranks; a dataclass of integers."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+
+
+class Resumable(Protocol):
+    """One rank's part of a run. Attributes are those of `TrainingState`."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def model_chunks(self) -> list[DistributedDataParallel]: ...
+
+    @property
+    def optimizer(self) -> MegatronOptimizer: ...
+
+    @property
+    def schedule(self) -> OptimizerParamScheduler: ...
+
+    @property
+    def position(self) -> Counters: ...

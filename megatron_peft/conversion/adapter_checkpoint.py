@@ -7,12 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.compatible import differing_base
-from megatron_peft.checkpoint.fingerprint import fingerprint
-from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.keys import ADAPTER, NOT_PARAMETERS, master_key
-from megatron_peft.checkpoint.manifest import damage
-from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.folders import RECORD, damage
+from megatron_peft.checkpoint.record import RunRecord, differing_base, find_checkpoint, fingerprint, read_record
+from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.adapter_factors import Factors
 from megatron_peft.conversion.distributed_files import open_distributed

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_peft.checkpoint.megatron_folder import RANK_FILES, RANK_FOLDER
+from megatron_peft.checkpoint.folders import RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.source import listed

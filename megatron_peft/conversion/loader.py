@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.manifest import MANIFEST
-from megatron_peft.checkpoint.megatron_folder import megatron_files
-from megatron_peft.checkpoint.whole import require_whole
+from megatron_peft.checkpoint.folders import MANIFEST, megatron_files
+from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.pretrained import open_weights
 from megatron_peft.conversion.progress import byte_bar

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.megatron_folder import INDEX
+from megatron_peft.checkpoint.folders import INDEX
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.distributed_files import open_distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of

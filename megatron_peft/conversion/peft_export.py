@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.config import require
 from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters

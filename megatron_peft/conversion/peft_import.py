@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_peft.checkpoint.keys import ADAPTER
 from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.tensors import ADAPTER
 from megatron_peft.config import (
     ConfigurationError,
     DataConfig,

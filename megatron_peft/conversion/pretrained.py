@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import require
 from megatron_peft.conversion.companions import CONFIG

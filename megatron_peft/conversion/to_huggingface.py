@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.manifest import MANIFEST, damage
-from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_peft.checkpoint.megatron_folder import INDEX, megatron_files
+from megatron_peft.checkpoint.folders import INDEX, megatron_files
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.companions import CONFIG, copy_companions, set_stored_type
 from megatron_peft.conversion.direct_file import DirectFile

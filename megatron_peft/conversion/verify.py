@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.compatible import differing_base
-from megatron_peft.checkpoint.folders import RECORD
-from megatron_peft.checkpoint.megatron_folder import megatron_files
-from megatron_peft.checkpoint.record import find_checkpoint, read_record
+from megatron_peft.checkpoint.folders import RECORD, megatron_files
+from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.adapter_checkpoint import known_fingerprint

@@ -19,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.checkpoint.fingerprint import sampled_digest
+from megatron_peft.checkpoint.record import sampled_digest
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.data.instruction import gather_over_world
 from megatron_peft.data.samples import Sample

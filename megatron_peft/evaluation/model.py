@@ -12,12 +12,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_peft.adapters.attach import attach_adapters
-from megatron_peft.checkpoint.compatible import Here, contradictions
+from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
-from megatron_peft.checkpoint.manifest import MANIFEST
-from megatron_peft.checkpoint.parameters import adapted_layers
-from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
+from megatron_peft.checkpoint.record import Here, RunRecord, contradictions, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import base_fingerprint
+from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.loader import load_pretrained

@@ -16,7 +16,7 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
-from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process, provenance

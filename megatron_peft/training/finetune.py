@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.saver import Saver
+from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, require
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.data.build import Data, build_data

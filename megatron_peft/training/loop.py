@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.saver import Outcome
+from megatron_peft.checkpoint.save import Outcome
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss, whole_parameters

@@ -15,12 +15,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_peft.checkpoint import tensors as sharded_files
 from megatron_peft.checkpoint.folders import newest_checkpoint
-from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
-from megatron_peft.checkpoint.parameters import sharded_parameters
+from megatron_peft.checkpoint.load import find_whole_checkpoint, load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.checkpoint.save import draft_checkpoint
-from megatron_peft.checkpoint.saver import Saver
-from megatron_peft.checkpoint.whole import find_whole_checkpoint
+from megatron_peft.checkpoint.save import Saver, draft_checkpoint
+from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
@@ -288,7 +286,7 @@ def _gone_back(files: Files, run: Run, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     _flip_a_byte(newest / "__1_0.distcp")
     resumed = _run(files, TP2, load=str(folder))
-    with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.whole"), "warning") as warning:
+    with mock.patch.object(logging.getLogger("megatron_peft.checkpoint.load"), "warning") as warning:
         load_checkpoint(resumed.state)
     found["iteration"] = resumed.state.position.iteration
     found["said"] = [call.args[0] % call.args[1:] for call in warning.call_args_list]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.checkpoint.parameters import sharded_parameters
 from megatron_peft.checkpoint.state import MOMENTS, slots
+from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.conversion.distributed_files import open_distributed
 from megatron_peft.models.families import read_shape

@@ -12,11 +12,21 @@ from unittest import mock
 
 import pytest
 
-from megatron_peft.checkpoint import folder_lock, folders
-from megatron_peft.checkpoint.folder_lock import FolderLock
-from megatron_peft.checkpoint.folders import RECORD, TRACKER, checkpoints, newest_checkpoint, start_draft
-from megatron_peft.checkpoint.manifest import MANIFEST, damage, measure, read_manifest, write_manifest
-from megatron_peft.checkpoint.megatron_folder import megatron_files
+from megatron_peft.checkpoint import folders
+from megatron_peft.checkpoint.folders import (
+    MANIFEST,
+    RECORD,
+    TRACKER,
+    FolderLock,
+    checkpoints,
+    damage,
+    measure,
+    megatron_files,
+    newest_checkpoint,
+    read_manifest,
+    start_draft,
+    write_manifest,
+)
 from megatron_peft.config import ConfigurationError
 from tests.conversion.megatron_folders import save_random
 from tests.recorded_calls import recorded_calls
@@ -223,7 +233,7 @@ def test_files_that_their_writers_measured_are_not_read_again(described):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.checkpoint.folders import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 if os.fork() == 0:  # as a worker of the data: it outlives its parent
     time.sleep(20)
@@ -255,7 +265,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(folder_lock.fcntl, "lockf", mock.Mock(side_effect=OSError(95, "Operation not supported")))
+    monkeypatch.setattr(folders.fcntl, "lockf", mock.Mock(side_effect=OSError(95, "Operation not supported")))
     lock = FolderLock(tmp_path)
     assert not lock.is_held and "cannot be locked" in caplog.text
     lock.release()

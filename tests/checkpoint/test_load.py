@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.checkpoint import whole
-from megatron_peft.checkpoint.folders import TRACKER
-from megatron_peft.checkpoint.manifest import damage
+from megatron_peft.checkpoint import load
+from megatron_peft.checkpoint.folders import TRACKER, damage
 from megatron_peft.config import ConfigurationError
 from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint import rank_checks
@@ -64,10 +63,10 @@ def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ran
 
 def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
     """The run would start over, and with --save in the same folder go on there."""
-    assert whole._candidates(tmp_path) == []
+    assert load._candidates(tmp_path) == []
     (tmp_path / TRACKER).write_text("12\n")
     with pytest.raises(ConfigurationError, match="holds no checkpoint .*, but its latest_.*names 12: .*--pretrained"):
-        whole._candidates(tmp_path)
+        load._candidates(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_an_error_of_the_user(alone, tmp_path):

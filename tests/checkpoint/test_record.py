@@ -7,11 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_peft.checkpoint.compatible import Here, contradictions, optimizer_contradictions
-from megatron_peft.checkpoint.fingerprint import fingerprint, weight_files
-from megatron_peft.checkpoint.folders import RECORD, TRACKER
-from megatron_peft.checkpoint.manifest import write_manifest
-from megatron_peft.checkpoint.record import read_record, read_run_record
+from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
+from megatron_peft.checkpoint.record import (
+    Here,
+    contradictions,
+    fingerprint,
+    optimizer_contradictions,
+    read_record,
+    read_run_record,
+    weight_files,
+)
 from megatron_peft.config import ConfigurationError
 from tests.checkpoint.records import SCHEDULE, SHAPE, make_config, make_record
 from tests.conversion.megatron_folders import save_distributed

@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_peft.checkpoint import save, saver
+from megatron_peft.checkpoint import save
 from megatron_peft.checkpoint.folders import start_draft
-from megatron_peft.checkpoint.saver import Saver
+from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
 from tests.checkpoint.test_folders import holder
@@ -57,8 +57,8 @@ def test_a_pending_save_is_completed_when_the_run_ends_and_the_last_two_are_kept
 
 def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, tmp_path, monkeypatch):
     draft = start_draft(tmp_path, 50)
-    take = saver.FolderLock
-    monkeypatch.setattr(saver, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
+    take = save.FolderLock
+    monkeypatch.setattr(save, "FolderLock", lambda folder: take(folder, grace_seconds=0.1))
     with holder(tmp_path), pytest.raises(ConfigurationError, match="another run is saving there"):
         Saver(CheckpointConfig(save=str(tmp_path)))
     assert draft.exists()
@@ -68,7 +68,7 @@ def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, 
 def test_drafts_of_a_killed_run_are_removed_if_a_lock_says_so(alone, tmp_path, monkeypatch, is_locked):
     draft = start_draft(tmp_path, 50)
     if not is_locked:
-        monkeypatch.setattr(saver.FolderLock, "_acquire", lambda lock, deadline: False)
+        monkeypatch.setattr(save.FolderLock, "_acquire", lambda lock, deadline: False)
     with Saver(CheckpointConfig(save=str(tmp_path))) as unused:
         assert unused.finish() is None
     assert draft.exists() != is_locked

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_peft.checkpoint.boxes import boxes
-from megatron_peft.checkpoint.random_state import random_targets, random_tensors, restore_random
+from megatron_peft.checkpoint.state import boxes, random_targets, random_tensors, restore_random
 from tests.checkpoint.rank_checks import RESHARDED
 
 

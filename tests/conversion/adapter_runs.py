@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.urnn import RiemannianUrnn
-from megatron_peft.checkpoint.folders import RECORD
+from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.load import load_checkpoint
-from megatron_peft.checkpoint.manifest import write_manifest
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ModelConfig, ParallelConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.merge import merge

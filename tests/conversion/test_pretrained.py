@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import progress as progress_bar
 from megatron_peft.conversion.loader import LoadReport, base_parameters, load_pretrained

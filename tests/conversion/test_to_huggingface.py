@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.checkpoint.manifest import write_manifest
+from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron

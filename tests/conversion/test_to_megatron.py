@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_peft.checkpoint.parameters import load_parameters, sharded_parameters
-from megatron_peft.checkpoint.tensors import stored_shapes
+from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.distributed_files import open_distributed

@@ -8,8 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import attach_adapters
-from megatron_peft.checkpoint.parameters import sharded_parameters
-from megatron_peft.checkpoint.tensors import parts
+from megatron_peft.checkpoint.tensors import parts, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_peft.checkpoint.folder_lock import FolderLock
+from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.board import Board, table

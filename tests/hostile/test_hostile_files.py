@@ -118,7 +118,7 @@ def value(key: str, written: str) -> Plant:
 
 def recorded(path: Path, key: str, written: str) -> None:
     """In a record of a run; its manifest is made anew, as somebody who means harm would."""
-    from megatron_peft.checkpoint.manifest import MANIFEST, write_manifest
+    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
 
     with_values(path, {key: written})
     (path.parent / MANIFEST).unlink()
@@ -127,7 +127,7 @@ def recorded(path: Path, key: str, written: str) -> None:
 
 def listed_with_size(path: Path, size: Any) -> None:
     """A manifest that is as it would be written, but for the size of a file."""
-    from megatron_peft.checkpoint.manifest import FileSum, write_manifest
+    from megatron_peft.checkpoint.folders import FileSum, write_manifest
 
     path.unlink()
     write_manifest(path.parent, {"run_record.json": FileSum(size, "0")})

@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.adapters.frozen_linear import frozen_linear
-from megatron_peft.checkpoint.parameters import sharded_parameters
+from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.shape import RopeScaling
 from tests.one_rank import one_rank

@@ -28,8 +28,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_peft.checkpoint.folders import TRACKER, checkpoints, iteration_folder  # noqa: E402
-from megatron_peft.checkpoint.manifest import damage  # noqa: E402
+from megatron_peft.checkpoint.folders import (  # noqa: E402
+    TRACKER,
+    checkpoints,
+    damage,  # noqa: E402
+    iteration_folder,
+)
 from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.failure import run_together  # noqa: E402
 from megatron_peft.runtime.launch import world  # noqa: E402

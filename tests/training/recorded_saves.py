@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_peft.checkpoint.save import CheckpointNotSaved
-from megatron_peft.checkpoint.saver import Outcome
+from megatron_peft.checkpoint.save import CheckpointNotSaved, Outcome
 
 
 class RecordedSaves:
