@@ -59,7 +59,7 @@ def export_adapter(args: argparse.Namespace) -> int:
 
 def import_adapter(args: argparse.Namespace) -> int:
     """an adapter of HF PEFT -> a run's adapters, for --load"""
-    from megatron_peft.conversion.peft_import import import_adapter as convert
+    from megatron_peft.conversion.peft import import_adapter as convert
 
     return _wrote(convert(args.input, args.output, pretrained_checkpoint=args.pretrained_checkpoint))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.source import Source, listed
+from megatron_peft.conversion.hf_files import Source, listed
 
 # Tensors of old or tied checkpoints that say nothing new.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.source import listed
+from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, union
 from megatron_peft.models.rules import Rule
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import INDEX
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.legacy import open_legacy
-from megatron_peft.conversion.source import listed
+from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.conversion.stored_boxes import StoredTensor, layer_of
 from megatron_peft.models.rules import Rule
 

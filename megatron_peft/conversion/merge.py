@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.config import require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.adapter_factors import layer_of
 from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
 from megatron_peft.conversion.output_folder import check_new
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.rotations import rotation_blocks
 from megatron_peft.conversion.to_huggingface import origins, require_undamaged
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, base_of, low_rank_factors, open_adapters
 from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
 from megatron_peft.models.rules import Rule
 

@@ -13,12 +13,12 @@ from typing import Any
 from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
 from megatron_peft.config import require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets
 from megatron_peft.conversion.output_folder import check_new, new_folder
-from megatron_peft.conversion.peft_boft import BoftExport
+from megatron_peft.conversion.peft_formats import BoftExport
 from megatron_peft.conversion.peft_lora import LoraExport
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, base_of, open_adapters
 from megatron_peft.conversion.writer import SafetensorsWriter
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_peft.config import PeftConfig, require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters, low_rank_factors
 from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
 from megatron_peft.conversion.adapter_targets import shortest_targets
-from megatron_peft.conversion.peft_import_config import LoraSettings
+from megatron_peft.conversion.hf_files import Source
+from megatron_peft.conversion.peft_config import LoraSettings
 from megatron_peft.conversion.peft_names import PREFIX, Adopted, whole_tensor
-from megatron_peft.conversion.source import Source
+from megatron_peft.conversion.trained_adapters import TrainedAdapters, low_rank_factors
 from megatron_peft.conversion.writer import TensorSpec
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.config import PeftConfig
-from megatron_peft.conversion.source import Source
+from megatron_peft.conversion.hf_files import Source
 
 PREFIX = "base_model.model."
 WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."

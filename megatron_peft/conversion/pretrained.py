@@ -13,10 +13,10 @@ from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import require
 from megatron_peft.conversion.companions import CONFIG
+from megatron_peft.conversion.hf_files import Source, open_source
 from megatron_peft.conversion.inventory import check_inventory
 from megatron_peft.conversion.legacy_arguments import shape_of_arguments
 from megatron_peft.conversion.megatron_weights import open_megatron
-from megatron_peft.conversion.source import Source, open_source
 from megatron_peft.conversion.stored_types import stored_type
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Rule, expected_tensors

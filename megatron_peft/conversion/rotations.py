@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.unitary import as_real, change_from_start, structured
 from megatron_peft.config import PeftConfig
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters
+from megatron_peft.conversion.trained_adapters import TrainedAdapters
 
 Read = Callable[[str], Tensor]  # a tensor of the adapter by its name, in float64
 

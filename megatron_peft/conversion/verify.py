@@ -19,9 +19,9 @@ from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.companions import CONFIG
 from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.trained_adapters import known_fingerprint
 
 logger = logging.getLogger(__name__)
 

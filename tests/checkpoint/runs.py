@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron_peft.checkpoint.state import MOMENTS, slots
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel

@@ -5,7 +5,7 @@ import pytest
 from megatron_peft.checkpoint.load import load_checkpoint, load_trained_parameters
 from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.megatron_files import open_distributed
 from tests.checkpoint.runs import configure, differences, merged, start
 from tests.one_rank import one_rank
 

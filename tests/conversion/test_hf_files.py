@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion import source as source_module
+from megatron_peft.conversion import hf_files as source_module
 from megatron_peft.conversion.companions import config_of_shape, copy_companions, set_stored_type, write_config
+from megatron_peft.conversion.hf_files import Header, Source, open_source
 from megatron_peft.conversion.inventory import NUMBER_TYPES, check_inventory
-from megatron_peft.conversion.source import Header, Source, open_source
 from megatron_peft.conversion.stored_types import stored_type, type_flag
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import RopeScaling

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.nn.functional import pad
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.conversion.saved_tensor import map_tensor
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, layer_of
 from tests.checkpoint.test_safe_pickle import Attack

@@ -17,11 +17,11 @@ from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.conversion import peft_boft
-from megatron_peft.conversion.adapter_checkpoint import open_adapters
-from megatron_peft.conversion.peft_boft import LARGEST_NUMBER, from_huggingface, inverse_cayley
+from megatron_peft.conversion import peft_formats
+from megatron_peft.conversion.peft import import_adapter
 from megatron_peft.conversion.peft_export import export_adapter
-from megatron_peft.conversion.peft_import import import_adapter
+from megatron_peft.conversion.peft_formats import LARGEST_NUMBER, from_huggingface, inverse_cayley
+from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, with_config
 from tests.conversion.test_peft import check_that_peft_finds_every_tensor, make_peft_adapter
@@ -83,7 +83,7 @@ def test_cayley_is_not_undone_where_a_direction_turns_around():
 
 
 def test_blocks_that_turn_around_are_refused(moved, tmp_path, monkeypatch):
-    monkeypatch.setattr(peft_boft, "LARGEST_NUMBER", 1e-3)
+    monkeypatch.setattr(peft_formats, "LARGEST_NUMBER", 1e-3)
     with pytest.raises(ConfigurationError, match=r"a block of decoder.layers.0.* turns a direction around, .* merge"):
         export_adapter(moved.run("projection"), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ IMPORTED = (
     *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.finetune", "lm_eval.tasks"),
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.program"),
     *(
-        "megatron_peft.conversion.peft_import",
+        "megatron_peft.conversion.peft",
         "megatron_peft.conversion.peft_export",
         "megatron_peft.conversion.merge",
     ),

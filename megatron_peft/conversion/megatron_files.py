@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.saved_tensor import map_tensor
-from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor
 
 # What reading a torn archive may raise; some of the bytes are a pickle, and a torn one raises anything.

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from megatron_peft.adapters.butterfly import skew
 from megatron_peft.config import ConfigurationError, PeftConfig, require
-from megatron_peft.conversion.adapter_checkpoint import TrainedAdapters
 from megatron_peft.conversion.adapter_factors import layer_of, modules_of
 from megatron_peft.conversion.adapter_targets import shortest_targets
-from megatron_peft.conversion.peft_import_config import BoftSettings
+from megatron_peft.conversion.hf_files import Source, listed
+from megatron_peft.conversion.peft_config import BoftSettings
 from megatron_peft.conversion.peft_names import PREFIX, WAY_OUT, Adopted, whole_tensor
-from megatron_peft.conversion.source import Source, listed
+from megatron_peft.conversion.trained_adapters import TrainedAdapters
 from megatron_peft.conversion.writer import TensorSpec
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape

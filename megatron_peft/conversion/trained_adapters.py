@@ -12,9 +12,9 @@ from megatron_peft.checkpoint.record import RunRecord, differing_base, find_chec
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.adapter_factors import Factors
-from megatron_peft.conversion.distributed_files import open_distributed
+from megatron_peft.conversion.hf_files import listed
+from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.conversion.source import listed
 from megatron_peft.conversion.stored_boxes import StoredTensor
 
 

@@ -13,17 +13,17 @@ from megatron_peft.config import (
     TrainingConfig,
     require,
 )
-from megatron_peft.conversion.adapter_checkpoint import known_fingerprint
 from megatron_peft.conversion.adapter_factors import is_weight, modules_of
 from megatron_peft.conversion.adapter_save import save_adapters
+from megatron_peft.conversion.hf_files import listed, open_source
 from megatron_peft.conversion.inventory import NUMBER_TYPES
 from megatron_peft.conversion.output_folder import check_new
-from megatron_peft.conversion.peft_boft import BoftImport
-from megatron_peft.conversion.peft_import_config import BoftSettings, read_settings
+from megatron_peft.conversion.peft_config import BoftSettings, read_settings
+from megatron_peft.conversion.peft_formats import BoftImport
 from megatron_peft.conversion.peft_lora import LoraImport
 from megatron_peft.conversion.peft_names import Adopted
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
-from megatron_peft.conversion.source import listed, open_source
+from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
