@@ -42,7 +42,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "config.untrusted": {"json.loads", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
-    "conversion.saved_tensor": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
+    "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
     "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {
         "json.load",

@@ -21,7 +21,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 def hf_to_megatron(args: argparse.Namespace) -> int:
     """a Hugging Face folder -> a Megatron distributed checkpoint"""
-    from megatron_peft.conversion.stored_types import type_flag
+    from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.to_megatron import hf_to_megatron as convert
 
     multiple = args.make_vocab_size_divisible_by
@@ -30,7 +30,7 @@ def hf_to_megatron(args: argparse.Namespace) -> int:
 
 def megatron_to_hf(args: argparse.Namespace) -> int:
     """a Megatron checkpoint, or a run of full fine-tuning -> a Hugging Face folder"""
-    from megatron_peft.conversion.stored_types import type_flag
+    from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.to_huggingface import megatron_to_hf as convert
     from megatron_peft.conversion.writer import parse_bytes
 
@@ -41,8 +41,8 @@ def megatron_to_hf(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """a run's adapters folded into its base -> a Hugging Face folder"""
+    from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.merge import merge as convert
-    from megatron_peft.conversion.stored_types import type_flag
     from megatron_peft.conversion.writer import parse_bytes
 
     size, dtype = parse_bytes(args.max_shard_size), type_flag(args.dtype)
@@ -52,7 +52,7 @@ def merge(args: argparse.Namespace) -> int:
 
 def export_adapter(args: argparse.Namespace) -> int:
     """a run's adapters -> an adapter of HF PEFT"""
-    from megatron_peft.conversion.peft_export import export_adapter as convert
+    from megatron_peft.conversion.peft import export_adapter as convert
 
     return _wrote(convert(args.input, args.output, pretrained_checkpoint=args.pretrained_checkpoint))
 

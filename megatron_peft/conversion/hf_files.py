@@ -5,12 +5,15 @@ view of the region asked for. Pages of a mapped file that were touched count as 
 source maps its file anew every `MAPPED_BYTES` of tensors.
 """
 
+import json
 import pickle
-from collections.abc import Iterable, Sequence
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +22,7 @@ from torch import Tensor
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
 from megatron_peft.models.rules import Index
+from megatron_peft.models.shape import ModelShape
 
 MAPPED_BYTES = 64 * 2**20
 NAMED_AT_MOST = 8  # names listed in one error
@@ -179,3 +183,150 @@ def _why(path: Path, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return f"it holds more than tensors ({reason}). Convert it to safetensors."
     return told or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
+
+
+# Number types by their names: in safetensors, in torch and on the command line.
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TYPES.values()}
+WRITABLE = ("float32", "bfloat16", "float16")
+
+
+def stored_type(name: str) -> torch.dtype:
+    """Of a tensor's header, by the name that its file format uses."""
+    return (SAFETENSORS_TYPES | TORCH_TYPES)[name]
+
+
+def type_flag(name: str | None) -> torch.dtype | None:
+    """Value of --dtype. ConfigurationError lists the names."""
+    require(name is None or name in WRITABLE, f"--dtype {name} is none of {', '.join(WRITABLE)}.")
+    return None if name is None else TORCH_TYPES[name]
+
+
+# What a folder must hold, compared with what it holds, before any weight is read.
+
+# Tensors of old or tied checkpoints that say nothing new.
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+TIED_OUTPUT = re.compile(r"^lm_head\.weight$")
+# Names of the real number types in safetensors and in torch; anything else is a quantised checkpoint.
+NUMBER_TYPES = frozenset({"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"})
+
+
+def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
+    """Raise ConfigurationError naming every kind of fault: missing, extra, misshapen and quantised tensors."""
+    headers = {name: h for name, h in source.headers.items() if not _is_harmless(name, expected, tied_embeddings)}
+    found = {name: headers[name] for name in expected if name in headers}
+    faults = {
+        "missing": [name for name in expected if name not in headers],
+        "not part of this model": [name for name in headers if name not in expected],
+        "of the wrong shape": [
+            f"{name} {list(header.shape)} instead of {list(expected[name])}"
+            for name, header in found.items()
+            if header.shape != expected[name]
+        ],
+        "of an unsupported number type": [
+            f"{name} {header.dtype}" for name, header in found.items() if header.dtype not in NUMBER_TYPES
+        ],
+    }
+    told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]
+    if told:
+        raise ConfigurationError(f"the tensors in {source.folder} do not fit its config.json. " + "; ".join(told) + ".")
+
+
+def _is_harmless(name: str, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> bool:
+    if name in expected:
+        return False
+    return bool(HARMLESS.search(name)) or (tied_embeddings and bool(TIED_OUTPUT.match(name)))
+
+
+# The small files beside weights: config.json, generation settings, the tokenizer's.
+
+CONFIG = "config.json"
+# Of a Hugging Face folder. Weights and code are not among them.
+COPIED = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+TYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: new and old
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what there is; contents only, no permissions."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """The small files of `folder` that belong to any form of its model."""
+    return (path for pattern in COPIED for path in sorted(folder.glob(pattern)) if path.is_file())
+
+
+def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
+    """Let config.json name the type that the weights are written in: transformers loads them in what it says.
+
+    Nothing changes if it says so already, or if the weights are of several types.
+    """
+    names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    path = folder / CONFIG
+    config = read_json_object(path)
+    keys = [key for key in TYPE_KEYS if config.get(key) is not None] or [TYPE_KEYS[0]]
+    if len(names) == 1 and any(config.get(key) != names[0] for key in keys):
+        write_config(folder, config | dict.fromkeys(keys, names[0]))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json as transformers writes it."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def config_of_shape(shape: ModelShape) -> dict[str, Any]:
+    """A config.json for a model that has lost its own; `models.huggingface.read_shape` gives the shape back."""
+    return CONFIGS[shape.architecture](shape)
+
+
+def _llama_config(shape: ModelShape) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if shape.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **vars(shape.rope_scaling)}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_epsilon,
+        "attention_bias": "linear_qkv" in shape.linear_biases,
+        "mlp_bias": "linear_fc1" in shape.linear_biases,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "rope_parameters": rope,
+    }
+
+
+def _bloom_config(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "n_layer": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "n_head": shape.num_attention_heads,
+        "vocab_size": shape.vocab_size,
+        "seq_length": shape.max_position_embeddings,
+        "layer_norm_epsilon": shape.norm_epsilon,
+        "tie_word_embeddings": shape.tied_embeddings,
+    }
+
+
+CONFIGS = {"llama": _llama_config, "bloom": _bloom_config}

@@ -10,17 +10,68 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_peft.adapters.butterfly import cayley, compose, skew
+from megatron_peft.adapters.unitary import as_real, change_from_start, structured
 from megatron_peft.checkpoint.folders import megatron_files
-from megatron_peft.config import require
-from megatron_peft.conversion.adapter_factors import layer_of
-from megatron_peft.conversion.huggingface_folder import Contents, write_huggingface
-from megatron_peft.conversion.output_folder import check_new
+from megatron_peft.config import PeftConfig, require
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.rotations import rotation_blocks
-from megatron_peft.conversion.to_huggingface import origins, require_undamaged
-from megatron_peft.conversion.trained_adapters import TrainedAdapters, base_of, low_rank_factors, open_adapters
-from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES
+from megatron_peft.conversion.to_huggingface import Contents, origins, require_undamaged, write_huggingface
+from megatron_peft.conversion.trained_adapters import (
+    TrainedAdapters,
+    base_of,
+    layer_of,
+    low_rank_factors,
+    open_adapters,
+)
+from megatron_peft.conversion.writer import DEFAULT_SHARD_BYTES, check_new
 from megatron_peft.models.rules import Rule
+
+# The rotation of a trained adapter as dense blocks, whatever method and parametrization it was trained in.
+#
+# Letters: k groups of g features, on the side that turns.
+
+Read = Callable[[str], Tensor]  # a tensor of the adapter by its name, in float64
+
+
+def rotation_blocks(adapters: TrainedAdapters, layer: str, part: str = "") -> Tensor:  # -> [k, g, g]
+    """R of a layer in float64.
+
+    Args:
+        part: what comes before the names, where an adapter has several parts: `rotation.`.
+    """
+    form = next(blocks for name, blocks in FORMS.items() if adapters.has(layer, f"{part}{name}"))
+    return form(lambda name: adapters.tensor(layer, f"{part}{name}").double(), adapters.record.config.peft)
+
+
+def cayley_blocks(read: Read, peft: PeftConfig) -> Tensor:
+    """BOFT's, of numbers above the diagonals."""
+    return compose(cayley(skew(read("Q"), peft.boft_block_size)))
+
+
+def projected_blocks(read: Read, peft: PeftConfig) -> Tensor:
+    """BOFT's, whose small blocks are kept as they are."""
+    return compose(read("P"))
+
+
+def structured_blocks(read: Read, peft: PeftConfig) -> Tensor:
+    """uRNN's, of phases and reflections."""
+    permutation = read("permutation").long()
+    change = as_real(change_from_start(read("theta"), structured(read("start"), permutation), permutation))
+    return change + torch.eye(change.shape[-1], dtype=change.dtype)
+
+
+def unitary_blocks(read: Read, peft: PeftConfig) -> Tensor:
+    """uRNN's, whose unitary blocks are kept as they are."""
+    return as_real(torch.view_as_complex(read("U")))
+
+
+# By the tensor that only this form has.
+FORMS: dict[str, Callable[[Read, PeftConfig], Tensor]] = {
+    "Q": cayley_blocks,
+    "P": projected_blocks,
+    "theta": structured_blocks,
+    "U": unitary_blocks,
+}
 
 
 def add_low_rank(adapters: TrainedAdapters, layer: str, weight: Tensor) -> Tensor:

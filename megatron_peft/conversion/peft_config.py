@@ -5,16 +5,48 @@ Everything else is refused by name: what changes the computation, and what this 
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config.untrusted import limited_to, read_json_object
-from megatron_peft.conversion.peft_names import WAY_OUT
+from megatron_peft.conversion.hf_files import Source
 from megatron_peft.models.shape import number, size, switch
+
+# What the formats of Hugging Face PEFT have in common: names of tensors, and what an import gives.
+
+PREFIX = "base_model.model."
+WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """Adapters as a run has them.
+
+    Args:
+        peft: the run's method and numbers.
+        tensors: whole ones by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
+        flags: what a run is given to load them, without its target modules.
+        told: lines about what is not as it was, each with its end.
+    """
+
+    peft: PeftConfig
+    tensors: Mapping[str, Tensor]
+    flags: str
+    told: str = ""
+
+
+def whole_tensor(source: Source, name: str) -> Tensor:
+    """In float32, in memory of its own."""
+    return source.slice(name, (slice(None),) * len(source.headers[name].shape)).to(torch.float32, copy=True)
+
 
 ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
@@ -197,3 +229,21 @@ def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
     if isinstance(names, str):
         return bool(names) and _matches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+# The shortest list of names that means a given set of layers.
+
+
+def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
+    """`q_proj` where all layers have it, else the full names; Megatron's names alike.
+
+    Both --peft-target-modules and HF PEFT's target_modules take either, also mixed.
+
+    Args:
+        names: of modules, as `model.layers.3.self_attn.q_proj`.
+        num_layers: of the model.
+    """
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_kind[name.rpartition(".")[2]].append(name)
+    return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]

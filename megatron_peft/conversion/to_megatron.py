@@ -29,14 +29,17 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_peft.checkpoint.folders import INDEX, megatron_files
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.companions import CONFIG, copy_companions, set_stored_type
-from megatron_peft.conversion.direct_file import DirectFile
-from megatron_peft.conversion.hf_files import Source, open_source
-from megatron_peft.conversion.inventory import check_inventory
-from megatron_peft.conversion.output_folder import check_new, new_folder
+from megatron_peft.conversion.hf_files import (
+    CONFIG,
+    Source,
+    check_inventory,
+    copy_companions,
+    open_source,
+    set_stored_type,
+    stored_type,
+)
 from megatron_peft.conversion.pretrained import owned_rules
-from megatron_peft.conversion.progress import byte_bar
-from megatron_peft.conversion.stored_types import stored_type
+from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Region, Rule, VocabularyRows, expected_tensors
 

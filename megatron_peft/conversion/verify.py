@@ -19,7 +19,7 @@ from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.companions import CONFIG
+from megatron_peft.conversion.hf_files import CONFIG
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 
@@ -156,7 +156,7 @@ def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace
 def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
     from megatron_peft.adapters.attach import attach_adapters
     from megatron_peft.checkpoint.load import load_trained_parameters
-    from megatron_peft.conversion.loader import load_pretrained
+    from megatron_peft.conversion.pretrained import load_pretrained
     from megatron_peft.models.gpt import build_model_chunks
 
     shape = read_model_shape(subject.base)

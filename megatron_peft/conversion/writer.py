@@ -4,20 +4,123 @@ Names, shapes and types are known before any number is, so a file begins with it
 order. At no time is more than one tensor held.
 """
 
+import errno
+import fcntl
 import json
+import mmap
+import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.direct_file import DirectFile
-from megatron_peft.conversion.stored_types import SAFETENSORS_TYPES
+from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
+
+# A large file written from start to end past the system's page cache.
+#
+# What a conversion writes is not read again soon: in the cache it would push out what is, cost a copy of every page,
+# and be written out by the fsync at the end. Here a block that is full goes to the disk from the process's own
+# memory, so that nothing is left for the fsync. Where the file system or the system knows no direct access, and for
+# the last bytes of a file, which are no whole page, writing is the common kind.
+
+BLOCK_BYTES = 4 * 2**20
+_DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
+
+
+class DirectFile:
+    """A new file to write to, with as much of a binary file as torch.save asks for. Close it: nothing else does.
+
+    Errors are the OSErrors of `open` and `write`; a disk that is full may be told of as late as in `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = _open(path)
+        self._block = mmap.mmap(-1, BLOCK_BYTES)  # starts at a page, as direct access wants it
+        self._filled = self._written = 0
+        self._closed = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        """All of `data`."""
+        left = memoryview(data).cast("B")
+        total = len(left)
+        while left:
+            piece, left = left[: BLOCK_BYTES - self._filled], left[BLOCK_BYTES - self._filled :]
+            end = self._filled + len(piece)
+            self._block[self._filled : end] = piece
+            self._filled = end
+            if end == BLOCK_BYTES:
+                self._put(memoryview(self._block))
+                self._filled = 0
+        return total
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._written + self._filled
+
+    def flush(self) -> None:
+        """Nothing: half a block stays here until `close`."""
+
+    def close(self) -> None:
+        """Write what is left of a block. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._filled:
+                _clear_direct(self._descriptor)
+                self._put(memoryview(self._block)[: self._filled])
+                self._filled = 0
+        finally:
+            os.close(self._descriptor)
+
+    def __enter__(self) -> "DirectFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def _put(self, data: memoryview) -> None:
+        while data:
+            try:
+                count = os.write(self._descriptor, data)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _clear_direct(self._descriptor):
+                    raise
+                continue  # this file system opens for direct access, and then refuses it
+            if count % mmap.PAGESIZE:  # the disk is full, or nearly: the rest starts within a page
+                _clear_direct(self._descriptor)
+            self._written += count
+            data = data[count:]
+
+
+def _open(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        path.unlink(missing_ok=True)  # Linux makes the file before it refuses
+        return os.open(path, flags, 0o666)
+
+
+def _clear_direct(descriptor: int) -> bool:
+    """From here on writing is the common kind. Returns whether it was not."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+    return bool(flags & _DIRECT)
+
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -126,3 +229,70 @@ def _shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Iterator[l
         names.append(name)
         filled += spec.num_bytes
     yield names
+
+
+# A folder that appears whole or not at all.
+
+
+def check_new(output: str | Path) -> None:
+    """ConfigurationError if there is something at `output` already: nothing is ever overwritten."""
+    require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A draft beside `output` to write into; it gets its name at the end, on the disk, and is removed on any error.
+
+    Raises:
+        ConfigurationError: `output` exists, its parent cannot be written, or the disk is full.
+    """
+    output = Path(output)
+    check_new(output)
+    draft: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".draft", dir=output.parent))
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
+        check_new(output)
+        draft.rename(output)
+        _sync(output.parent)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--output {output} could not be written ({error.strerror or error}): nothing is left of it. Make room "
+            f"there, or give another --output."
+        ) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)  # gone already when all went well
+
+
+def _umask() -> int:
+    """Of this process; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# A bar over bytes at a terminal, and nothing elsewhere.
+
+
+@contextmanager
+def byte_bar(description: str, total_bytes: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a bar while inside; what it yields is told of each number of bytes done."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    shown = enabled and console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(description, total=total_bytes)
+        yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -19,8 +19,7 @@ from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.loader import load_pretrained
-from megatron_peft.conversion.pretrained import open_weights, read_model_shape
+from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.shape import ModelShape, check_layout, compare_shape

@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.config import RunConfig
-from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.data.batches import Step
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape

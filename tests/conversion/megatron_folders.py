@@ -16,8 +16,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.config import LINEAR_MODULES
-from megatron_peft.conversion.companions import config_of_shape, write_config
-from megatron_peft.conversion.hf_files import open_source
+from megatron_peft.conversion.hf_files import config_of_shape, open_source, write_config
 from megatron_peft.conversion.pretrained import owned_rules
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import expected_tensors

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import hf_files as source_module
-from megatron_peft.conversion.companions import config_of_shape, copy_companions, set_stored_type, write_config
-from megatron_peft.conversion.hf_files import Header, Source, open_source
-from megatron_peft.conversion.inventory import NUMBER_TYPES, check_inventory
-from megatron_peft.conversion.stored_types import stored_type, type_flag
+from megatron_peft.conversion.hf_files import (
+    NUMBER_TYPES,
+    Header,
+    Source,
+    check_inventory,
+    config_of_shape,
+    copy_companions,
+    open_source,
+    set_stored_type,
+    stored_type,
+    type_flag,
+    write_config,
+)
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import RopeScaling
 from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes

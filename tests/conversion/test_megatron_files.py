@@ -14,9 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.nn.functional import pad
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.megatron_files import open_distributed
-from megatron_peft.conversion.saved_tensor import map_tensor
-from megatron_peft.conversion.stored_boxes import StoredBox, StoredTensor, layer_of
+from megatron_peft.conversion.megatron_files import StoredBox, StoredTensor, layer_of, map_tensor, open_distributed
 from tests.checkpoint.test_safe_pickle import Attack
 from tests.conversion.megatron_folders import save_distributed
 

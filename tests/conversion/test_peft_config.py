@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import open_source
-from megatron_peft.conversion.peft_config import LoraSettings, read_settings
-from megatron_peft.conversion.peft_names import whole_tensor
+from megatron_peft.conversion.peft_config import LoraSettings, read_settings, whole_tensor
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]

@@ -18,8 +18,7 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.conversion import peft_formats
-from megatron_peft.conversion.peft import import_adapter
-from megatron_peft.conversion.peft_export import export_adapter
+from megatron_peft.conversion.peft import export_adapter, import_adapter
 from megatron_peft.conversion.peft_formats import LARGEST_NUMBER, from_huggingface, inverse_cayley
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify

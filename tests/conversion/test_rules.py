@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.adapter_factors import is_weight, layer_of, modules_of
-from megatron_peft.conversion.loader import base_parameters
+from megatron_peft.conversion.pretrained import base_parameters
+from megatron_peft.conversion.trained_adapters import is_weight, layer_of, modules_of
 from megatron_peft.models.families import FAMILIES as READABLE
 from megatron_peft.models.families import FAMILY_RULES, read_shape, rules_for
 from megatron_peft.models.rules import Index, Part, Rule, VocabularyRows, expected_tensors

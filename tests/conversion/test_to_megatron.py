@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
-from megatron_peft.conversion.loader import load_pretrained
 from megatron_peft.conversion.megatron_files import open_distributed
+from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.conversion.to_megatron import Share, hf_to_megatron
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, save_random, tensors_of

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.adapter_factors import Factors, fuse, layer_of, modules_of, split
-from megatron_peft.conversion.adapter_save import save_adapters
-from megatron_peft.conversion.trained_adapters import low_rank_factors, open_adapters
+from megatron_peft.conversion.trained_adapters import (
+    Factors,
+    fuse,
+    layer_of,
+    low_rank_factors,
+    modules_of,
+    open_adapters,
+    save_adapters,
+    split,
+)
 from megatron_peft.models.families import rules_for
 from tests.checkpoint.records import SHAPE, make_record
 

@@ -12,10 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion import direct_file
-from megatron_peft.conversion.direct_file import DirectFile
-from megatron_peft.conversion.output_folder import new_folder
-from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, parse_bytes
+from megatron_peft.conversion import writer as direct_file
+from megatron_peft.conversion.writer import DirectFile, SafetensorsWriter, TensorSpec, new_folder, parse_bytes
 from tests.recorded_calls import recorded_calls
 
 TENSORS = {

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.checkpoint.tensors import parts, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
-from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.scoring import Continuation, Score, score
 from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES

@@ -33,7 +33,7 @@ IMPORTED = (
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.program"),
     *(
         "megatron_peft.conversion.peft",
-        "megatron_peft.conversion.peft_export",
+        "megatron_peft.conversion.peft",
         "megatron_peft.conversion.merge",
     ),
     *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.reporting.report"),

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_peft.config import ModelConfig, ParallelConfig
-from megatron_peft.conversion.loader import load_pretrained
+from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
