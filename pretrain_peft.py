@@ -27,7 +27,7 @@ def main() -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
-    from megatron_peft.training.finetune import finetune
+    from megatron_peft.training.run import finetune
 
     with world(config.parallel):
         run_together(lambda: finetune(config), program="pretrain_peft.py")

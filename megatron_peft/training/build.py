@@ -11,8 +11,8 @@ from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.data.batches import Step
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_peft.training.start import start_lora_ga
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.summary import count_parameters, say, training_summary
 

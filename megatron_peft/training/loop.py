@@ -12,13 +12,13 @@ from megatron_peft.checkpoint.save import Outcome
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.evaluate import validation_loss, whole_parameters
-from megatron_peft.training.health import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.mixture import mixtures
-from megatron_peft.training.progress import Progress
 from megatron_peft.training.signals import ExitSignals
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
+from megatron_peft.training.terminal import Progress
+from megatron_peft.training.validation import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
 
 Record = dict[str, Any]
 

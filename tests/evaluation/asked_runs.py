@@ -21,7 +21,7 @@ from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.run_flags import model_flags
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training.finetune import finetune
+from megatron_peft.training.run import finetune
 from tests.evaluation.local_tasks import TASKS
 
 LAYOUTS = {"TP2": ["--tensor-model-parallel-size", "2"], "PP2": ["--pipeline-model-parallel-size", "2"], "DP2": []}

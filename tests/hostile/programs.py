@@ -29,7 +29,7 @@ TEMPLATE_SECONDS = 1.0  # in which a chat template must come to its end, instead
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 IMPORTED = (
     *("pretrain_peft", "tools.convert", "tools.evaluate", "tools.experiment", "tools.generate", "tools.report"),
-    *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.finetune", "lm_eval.tasks"),
+    *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.run", "lm_eval.tasks"),
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.program"),
     *(
         "megatron_peft.conversion.peft",

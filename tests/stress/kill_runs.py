@@ -37,7 +37,7 @@ from megatron_peft.checkpoint.folders import (  # noqa: E402
 from megatron_peft.config import RunConfig  # noqa: E402
 from megatron_peft.runtime.failure import run_together  # noqa: E402
 from megatron_peft.runtime.launch import world  # noqa: E402
-from megatron_peft.training.finetune import finetune  # noqa: E402
+from megatron_peft.training.run import finetune  # noqa: E402
 from tests.golden.results import first_difference, saved_tensors  # noqa: E402
 from tests.ranks import Ranks  # noqa: E402
 from tests.time_limits import seconds  # noqa: E402

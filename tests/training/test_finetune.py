@@ -9,8 +9,8 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import stop_model_parallel
-from megatron_peft.training.finetune import finetune
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.run import finetune
 from tests.one_rank import one_rank
 from tests.time_limits import seconds
 from tests.tiny_llama import VOCAB_SIZE

@@ -13,10 +13,10 @@ import torch
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig, ParallelConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training import finetune as finetune_module
 from megatron_peft.training import metrics
-from megatron_peft.training.finetune import finetune
+from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from megatron_peft.training.run import finetune
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job

@@ -22,11 +22,11 @@ from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, 
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.build import build_state
-from megatron_peft.training.health import START_TOLERANCE, start_losses
 from megatron_peft.training.loop import train
-from megatron_peft.training.start import first_steps
+from megatron_peft.training.lora_ga_start import first_steps
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.summary import say
+from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
 
 def finetune(config: RunConfig) -> None:
