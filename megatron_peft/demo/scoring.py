@@ -23,10 +23,10 @@ from megatron_peft.demo.translation import corpus_bleu, translate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
-from megatron_peft.training.build import build_state
-from megatron_peft.training.evaluate import validation_loss
+from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
-from megatron_peft.training.summary import count_parameters
+from megatron_peft.training.terminal import count_parameters
+from megatron_peft.training.validation import validation_loss
 
 PROGRAM = "megatron_peft.demo.scoring"
 

@@ -7,19 +7,24 @@ it updates a float32 copy, or a stretch of one, which is scaled by the same numb
 One all-reduce of [layers, w, w] numbers over the tensor-parallel ranks a step, nothing where there are none.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.boft import ProjectedBoft
+from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
+from megatron_peft.adapters.rotation import IS_ROTATION
+from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.parallel.collectives import sum_coalesced
-from megatron_peft.training.shards import GradientShards
-from megatron_peft.training.state import TrainingState
+from megatron_peft.training.state import GradientShards, TrainingState
 
 
 @torch.no_grad()
@@ -80,3 +85,150 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
     shrink(master.view(-1), None if start is None else start.view(-1)[stretch], t)
     if not shards.is_sharded:
         parameter.copy_(master.view_as(parameter))
+
+
+# The update of a step: the optimizer's own rule, and the rules that keep matrices orthogonal or unitary.
+#
+# `--boft-parametrization projection` goes on from where the optimizer ended to the nearest orthogonal blocks, eq.
+# (6). `--urnn-update riemannian` goes back to where the step began and moves on the unitary group instead, eq.
+# (11)-(12), with the gradient that the optimizer clipped and the rate of its schedule. Both act on whole float32
+# parameters on every rank, after a distributed optimizer has gathered them: a shard may cut a block in two.
+
+Kind = TypeVar("Kind", bound=nn.Module)
+CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm + epsilon)
+
+
+def update(state: TrainingState) -> float:
+    """Apply the gradients of a step. Returns their norm before clipping."""
+    if not state.config.peft.leaves_the_optimizer:
+        return _optimizer_step(state)
+    on_group = list(_modules(state.model_chunks, RiemannianUrnn))
+    parameters = [module.U for module in on_group]
+    gradients = GradientShards(state.optimizer).whole(parameters)
+    before = [parameter.detach().clone() for parameter in parameters]
+    grad_norm = _optimizer_step(state)
+    rate = rotation_learning_rate(state) * _clipping(state, grad_norm)
+    for module, start, gradient in zip(on_group, before, gradients, strict=True):
+        module.move(start, gradient, rate)
+    for module in _modules(state.model_chunks, ProjectedBoft):
+        module.project()
+    return grad_norm
+
+
+def rotation_learning_rate(state: TrainingState) -> float:
+    """Of this step: every group of the optimizer's follows the schedule."""
+    groups = [group for group in state.optimizer.param_groups if group.get(IS_ROTATION)]
+    return groups[0]["lr"] if groups else 0.0
+
+
+def _optimizer_step(state: TrainingState) -> float:
+    outcome: Any = state.optimizer.step()
+    return outcome[1]
+
+
+def _clipping(state: TrainingState, grad_norm: float) -> float:
+    """What the optimizer multiplied the gradients by."""
+    limit = state.config.optimizer.clip_grad
+    return min(1.0, limit / (grad_norm + CLIP_EPSILON)) if limit > 0 else 1.0
+
+
+def _modules(model_chunks: Sequence[nn.Module], kind: type[Kind]) -> Iterator[Kind]:
+    return (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, kind))
+
+
+# The Hybrid's lambda within a step: which gradients a rank counts, and what a log line says.
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """lambda of every adapted layer of the whole model.
+
+    Args:
+        by_layer: lambda by the layer's global name.
+        num_kept: how often, so far in this process, a lambda kept its value because a gradient's norm was not finite.
+    """
+
+    by_layer: dict[str, float]
+    num_kept: int
+
+    def summary(self) -> dict[str, float]:
+        """mean, min and max over the layers."""
+        values = list(self.by_layer.values())
+        return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+
+
+def hybrid_adapters(state: TrainingState) -> dict[str, Hybrid]:
+    """This rank's, by the global name of their layer, in the order of the layers."""
+    layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
+    return {layer.name: layer.module.adapter for layer in layers if isinstance(layer.module.adapter, Hybrid)}
+
+
+def mix_from_gradients(state: TrainingState) -> None:
+    """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
+    peft, lr = state.config.peft, state.config.optimizer.lr
+    if peft.method != "hybrid" or not peft.adapts_mix:
+        return
+    shards = GradientShards(state.optimizer)
+    group: Any = (
+        parallel_state.get_tensor_and_data_parallel_group()
+        if shards.is_sharded
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    adapters = list(hybrid_adapters(state).values())
+    update_mixtures(adapters, peft, _counted(shards), group, peft.rotation_lr(lr) / lr)
+
+
+def mixtures(state: TrainingState) -> Mixtures | None:
+    """lambda now; None without the Hybrid. A collective."""
+    if state.config.peft.method != "hybrid":
+        return None
+    own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in hybrid_adapters(state).items()}
+    gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    every = {name: values for part in gathered for name, values in part.items()}
+    ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
+    return Mixtures({name: every[name][0] for name in ordered}, sum(kept for _, kept in every.values()))
+
+
+def _counted(shards: GradientShards) -> OwnGradient:
+    """Replicated parameters count on the first tensor-parallel rank."""
+    counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def own(parameter: nn.Parameter) -> Tensor:
+        gradient = shards.own(parameter)
+        counts = counts_replicated or parameter.tensor_model_parallel  # pyright: ignore[reportAttributeAccessIssue]
+        return gradient if counts else gradient[:0]
+
+    return own
+
+
+# --hybrid-merge-interval: the Hybrid's change goes into the weights, and the adapters start again.
+#
+# The paper's W <- W + dW (Algorithm 2, line 21), made consistent: dW is added once, then it is zero again, and so are
+# the moments that the optimizer has of its parameters. lambda, the schedule and A go on.
+
+
+def fold_if_due(state: TrainingState) -> None:
+    """Fold after every so many iterations; the step of `state.position.iteration + 1` has just been taken."""
+    interval = state.config.peft.hybrid_merge_interval
+    if interval is None or (state.position.iteration + 1) % interval:
+        return
+    for adapter in hybrid_adapters(state).values():
+        adapter.fold()
+    forget_moments(state.optimizer)
+
+
+def forget_moments(optimizer: Any) -> None:
+    """Set every moment and step count to zero: the parameters that they belong to have started again."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not part.is_stub_optimizer:  # a rank without trainable parameters
+            _forget(part.optimizer)
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:  # fused optimizers count a group's steps, torch's a parameter's
+            group["step"] = 0
+    for moment in (moment for moments in optimizer.state.values() for moment in moments.values()):
+        if isinstance(moment, Tensor):
+            moment.zero_()

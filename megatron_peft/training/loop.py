@@ -1,9 +1,12 @@
 """The training loop: steps, log lines, validation, checkpoints, and the ways to stop."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -11,14 +14,51 @@ import torch.distributed as dist
 from megatron_peft.checkpoint.save import Outcome
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
-from megatron_peft.training.evaluate import validation_loss, whole_parameters
+from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
-from megatron_peft.training.mixture import mixtures
-from megatron_peft.training.signals import ExitSignals
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
-from megatron_peft.training.validation import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
+from megatron_peft.training.validation import (
+    ORTHOGONALITY_LIMIT,
+    largest_orthogonality_error,
+    layers_without_gradient,
+    validation_loss,
+    whole_parameters,
+)
+
+# SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to save and exit after the step that it is in.
+
+SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class ExitSignals:
+    """Remembers whether one of the signals came; a context manager that gives the old handlers back.
+
+    Args:
+        enabled: --exit-signal-handler. Without it the signals keep their meaning.
+        speaks: whether this process says so at the terminal.
+    """
+
+    def __init__(self, enabled: bool, speaks: bool = False) -> None:
+        self.received = False
+        self._speaks = speaks
+        self._signals = SAVE_AND_EXIT if enabled else ()
+
+    def __enter__(self) -> "ExitSignals":
+        self._before = {number: signal.signal(number, self._remember) for number in self._signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._speaks and not self.received:
+            # Not print: the signal may have come while the stream was being written.
+            os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
+        self.received = True
+
 
 Record = dict[str, Any]
 

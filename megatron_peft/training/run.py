@@ -1,15 +1,18 @@
 """A fine-tuning run from its configuration: check everything, build, load, train."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, require
-from megatron_peft.conversion.pretrained import open_weights, read_model_shape
+from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
+from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import (
     Tokenizer,
@@ -17,16 +20,53 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
 )
-from megatron_peft.models.gpt import num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
-from megatron_peft.training.build import build_state
 from megatron_peft.training.loop import train
-from megatron_peft.training.lora_ga_start import first_steps
+from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
+from megatron_peft.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_peft.training.state import TrainingState
-from megatron_peft.training.summary import say
+from megatron_peft.training.terminal import count_parameters, say, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
+
+# From a configuration and its data to everything that a run trains with.
+
+
+def build_state(
+    config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
+) -> TrainingState:
+    """The base model with its adapters, its pretrained weights, gradient buffers, optimizer and schedule.
+
+    Args:
+        shape: of the base model.
+        train_iters: iterations of the whole run, for the schedule.
+        start_steps: global batches that LoRA-GA starts from; empty where it does not run.
+
+    Raises:
+        ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
+    """
+    chunks = build_model_chunks(shape, config.model, config.parallel)
+    adapted: list[str] = []
+    if config.peft.trains_adapters:
+        adapted = attach_adapters(chunks, config.peft, config.training.seed)
+    assert config.model.pretrained_checkpoint is not None
+    report = load_pretrained(
+        chunks,
+        config.model.pretrained_checkpoint,
+        shape,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=config.parallel.tensor_model_parallel_size,
+        progress=dist.get_rank() == 0,
+    )
+    say(f"read {report.bytes_read / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
+    say(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
+    if start_steps:
+        start_lora_ga(chunks, config, start_steps)
+    wrapped = wrap_data_parallel(chunks, config)
+    optimizer = build_optimizer(wrapped, config)
+    return TrainingState(config, shape, wrapped, optimizer, build_schedule(optimizer, config, train_iters))
 
 
 def finetune(config: RunConfig) -> None:

@@ -21,11 +21,8 @@ from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.training.after_step import bound_low_rank_norms
-from megatron_peft.training.folding import fold_if_due
-from megatron_peft.training.mixture import mix_from_gradients
+from megatron_peft.training.after_step import bound_low_rank_norms, fold_if_due, mix_from_gradients, update
 from megatron_peft.training.state import TrainingState
-from megatron_peft.training.update import update
 
 
 class NonFiniteError(RuntimeError):

@@ -18,7 +18,7 @@ from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
-from megatron_peft.training.build import build_state
+from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
 from tests.training.layout_runs import Job, data_of, merged

@@ -22,12 +22,12 @@ from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
-from megatron_peft.training.build import build_state
-from megatron_peft.training.evaluate import validation_loss, whole_parameters
+from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import first_steps
-from megatron_peft.training.mixture import mixtures
+from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import validation_loss, whole_parameters
 from tests.tiny_llama import VOCAB_SIZE
 
 NUM_STEPS = 20

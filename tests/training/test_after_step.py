@@ -11,12 +11,11 @@ from megatron_peft.adapters.butterfly import nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.evaluate import validation_loss
-from megatron_peft.training.folding import fold_if_due
+from megatron_peft.training.after_step import fold_if_due, hybrid_adapters, mix_from_gradients, mixtures
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.mixture import hybrid_adapters, mix_from_gradients, mixtures
 from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import validation_loss
 from tests.training.recorded_saves import RecordedSaves
 
 RATE = 0.05

@@ -9,9 +9,8 @@ import pytest
 
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.training import loop
-from megatron_peft.training.loop import train
+from megatron_peft.training.loop import SAVE_AND_EXIT, ExitSignals, train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.signals import SAVE_AND_EXIT, ExitSignals
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}

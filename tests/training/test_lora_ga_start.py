@@ -11,8 +11,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import lora_ga_start as start_module
-from megatron_peft.training.lora_ga_start import first_steps
-from megatron_peft.training.start_report import START_FILE, WholeStart, start_table, write_start
+from megatron_peft.training.lora_ga_start import START_FILE, WholeStart, first_steps, start_table, write_start
 from megatron_peft.training.step import train_step
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}

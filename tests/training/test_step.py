@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.shards import GradientShards
+from megatron_peft.training.state import GradientShards
 from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
 
 

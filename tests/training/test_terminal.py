@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.training import terminal as progress_module
-from megatron_peft.training.summary import count_parameters, rank_bytes, training_summary
-from megatron_peft.training.terminal import Progress
+from megatron_peft.training.terminal import Progress, count_parameters, rank_bytes, training_summary
 
 NAMES = [f"decoder.layers.{layer}.mlp.linear_fc{n}" for layer in (0, 1) for n in (1, 2)]
 LORA = 2 * 4 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))  # layers x rank x (in + out) of each linear layer

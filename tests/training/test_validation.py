@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.training.evaluate import validation_loss
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import ORTHOGONALITY_LIMIT, largest_orthogonality_error, layers_without_gradient
+from megatron_peft.training.validation import (
+    ORTHOGONALITY_LIMIT,
+    largest_orthogonality_error,
+    layers_without_gradient,
+    validation_loss,
+)
 from tests.kept import kept_for_backward
 from tests.training.recorded_saves import RecordedSaves
 
