@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.evaluation.crew import over_replicas
+from megatron_peft.evaluation.dispatch import over_replicas
 from megatron_peft.evaluation.generation import OnToken, generate
 from megatron_peft.evaluation.model import AskedModel, load_model
 from megatron_peft.evaluation.orders import AnswerPlan, generation_settings

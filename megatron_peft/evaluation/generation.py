@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_peft.config import require
-from megatron_peft.evaluation.cache import CachedRows, left_padded
+from megatron_peft.evaluation.forward import CachedRows, left_padded
 from megatron_peft.evaluation.sampling import GREEDY, RandomStreams, Sampling, choose_tokens
 from megatron_peft.evaluation.stages import broadcast_from_last_stage
 from megatron_peft.evaluation.switches import inference

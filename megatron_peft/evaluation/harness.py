@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.evaluation.crew import Crew
+from megatron_peft.evaluation.dispatch import Crew
 from megatron_peft.evaluation.finished import FinishedRequests
 from megatron_peft.evaluation.model import AskedModel, describe
 from megatron_peft.evaluation.orders import AnswerPlan, NamedPrompt

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig
-from megatron_peft.evaluation.crew import Crew
+from megatron_peft.evaluation.dispatch import Crew
 from megatron_peft.evaluation.finished import FinishedRequests
 from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerprint
 from megatron_peft.evaluation.orders import make_crew

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_peft.evaluation.crew import Crew, over_replicas
+from megatron_peft.evaluation.dispatch import Crew, over_replicas
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.model import AskedModel
 from megatron_peft.evaluation.sampling import Sampling

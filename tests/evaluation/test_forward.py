@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation import crew as module
+from megatron_peft.evaluation import dispatch as module
 from megatron_peft.evaluation import scoring
-from megatron_peft.evaluation.cache import CachedRows, left_padded
-from megatron_peft.evaluation.crew import over_replicas
+from megatron_peft.evaluation.dispatch import over_replicas
+from megatron_peft.evaluation.forward import CachedRows, left_padded
 from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
 from megatron_peft.evaluation.sampling import Sampling
 from megatron_peft.evaluation.scoring import Continuation, score
