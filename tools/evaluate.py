@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars beside ours
 
     from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
-    from megatron_peft.evaluation.program import run_on_a_model
+    from megatron_peft.evaluation.model import run_on_a_model
 
     run_on_a_model(evaluate, lambda: HarnessSettings(**own), flags, PROGRAM)
     return 0

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, flags = read_own_flags(FLAGS, argv, PROGRAM, __doc__)
 
     from megatron_peft.evaluation.answers import AnswerSettings, answer
-    from megatron_peft.evaluation.program import run_on_a_model
+    from megatron_peft.evaluation.model import run_on_a_model
 
     run_on_a_model(answer, lambda: AnswerSettings(**own), flags, PROGRAM)
     return 0

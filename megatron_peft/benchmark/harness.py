@@ -23,7 +23,7 @@ from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.downloads import fetch_wheel
 from megatron_peft.demo.reviews import prepare_reviews
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
-from megatron_peft.evaluation.run_flags import model_flags
+from megatron_peft.evaluation.model import model_flags
 from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
 

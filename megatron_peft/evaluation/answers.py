@@ -3,26 +3,140 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
+from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.evaluation.dispatch import over_replicas
-from megatron_peft.evaluation.generation import OnToken, generate
+from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
+from megatron_peft.evaluation.generation import OnToken, Sampling, StopTexts, generate
 from megatron_peft.evaluation.model import AskedModel, load_model
-from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
-from megatron_peft.evaluation.output import check_output
-from megatron_peft.evaluation.progress import request_bar
-from megatron_peft.evaluation.prompts import Record, encode_prompts, read_prompts
-from megatron_peft.evaluation.sampling import Sampling
-from megatron_peft.evaluation.stop import StopTexts
 from megatron_peft.runtime.launch import checked_together
+
+# Prompts from a command line or a file, as records and as token ids.
+
+Record = Mapping[str, Any]
+JSON_SUFFIXES = (".json", ".jsonl")
+
+
+def read_prompts(path: Path) -> list[Record]:
+    """`{"prompt": ...}` of each line of a text; of JSON lines the objects, which hold prompt or messages.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds no prompt; a line that is none, by its number.
+    """
+    require_regular(path, "--prompt-file")
+    lines = read_text(path).splitlines()
+    is_json = path.suffix in JSON_SUFFIXES
+    found = [_record(line, f"{path}:{number}", is_json) for number, line in enumerate(lines, 1) if line.strip()]
+    require(bool(found), f"--prompt-file {path} holds no prompt.")
+    return found
+
+
+def _record(line: str, place: str, is_json: bool) -> Record:
+    if not is_json:
+        return {"prompt": line}
+    record = parse_json(line, place)
+    is_prompt = isinstance(record, dict) and (isinstance(record.get("prompt"), str) or _are_messages(record))
+    require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+    return record
+
+
+def _are_messages(record: Record) -> bool:
+    messages = record.get("messages")
+    return isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
+
+
+def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
+    """Token ids of each record.
+
+    Args:
+        chat: a prompt is what a user says.
+        max_length: positions of the model; a prompt and at least one new token must fit.
+
+    Raises:
+        ConfigurationError: a prompt that is too long or empty, by its number; messages without a chat template.
+    """
+    return list(_encoded(records, tokenizer, chat, max_length))
+
+
+def _encoded(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> Iterator[list[int]]:
+    for number, record in enumerate(records, 1):
+        try:
+            ids = _ids(record, tokenizer, chat) or [tokenizer.prefix_id]
+        except ConfigurationError as error:
+            raise ConfigurationError(f"prompt {number}: {error}") from error
+        require(
+            len(ids) < max_length,
+            f"prompt {number} has {len(ids)} tokens, but the model has {max_length} positions for prompt and answer "
+            "together: shorten it.",
+        )
+        yield ids
+
+
+def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    messages = record.get("messages")
+    if messages is None and chat:
+        messages = [{"role": "user", "content": record["prompt"]}]
+    if messages is None:
+        return tokenizer.encode_prompt(record["prompt"])
+    return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools")))
+
+
+# The file that an evaluation or a file of answers goes to, checked before a model is loaded.
+
+
+def check_output(output: str | None) -> None:
+    """Make the folder of `output`, if there is one. ConfigurationError: no file can be written there."""
+    if output is None:
+        return
+    path = Path(output)
+    require(not path.is_dir(), f"--output {path} is a folder: give a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
+    require(os.access(path.parent, os.W_OK), f"--output {path} cannot be written: {path.parent} gives no permission.")
+
+
+# How far a long list of requests has come: a bar at a terminal, a line at each tenth elsewhere (logs of clusters).
+
+
+@contextmanager
+def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows, on stderr, how many of `total` requests are answered; what it yields is told of each number more."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        lines = _Lines(title, total, done)
+
+        def advance(number: int) -> None:
+            bar.advance(task, number)
+            if not console.is_terminal:
+                lines.advance(number)
+
+        yield advance
+
+
+class _Lines:
+    """Says a line whenever a further tenth is done."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done = title, total, done
+
+    def advance(self, number: int) -> None:
+        before, self._done = self._done, self._done + number
+        if before * 10 // self._total < self._done * 10 // self._total:
+            print(f"{self._title}: {self._done} of {self._total}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

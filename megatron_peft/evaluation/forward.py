@@ -6,16 +6,77 @@ is hidden from attention by a key mask; rotary and ALiBi positions are relative,
 Letters: b rows, s new positions of a forward, k positions in the cache, h hidden size.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_peft.evaluation.stages import run_stages
+# One forward through all pipeline stages of a replica, and what its last stage tells the others.
+#
+# Training has megatron-core's schedules for this. A token of generation is a single microbatch with a cache, so here
+# each stage just waits for the one before it.
+
+
+def run_stages(
+    model_chunks: Sequence[GPTModel], message: tuple[int, ...], forward: Callable[[GPTModel], Tensor]
+) -> Tensor | None:
+    """Run every chunk of every stage in order. A collective of the pipeline.
+
+    Args:
+        model_chunks: this rank's, one for each virtual stage.
+        message: shape of what a stage hands on.
+        forward: of one chunk, once it has its input.
+
+    Returns:
+        The output of the last chunk on its rank, None elsewhere.
+    """
+    for chunk in model_chunks:
+        if not chunk.pre_process:
+            chunk.set_input_tensor(_receive(chunk, message))
+        output = forward(chunk)
+        if chunk.post_process:
+            return output
+        _send(output)
+    return None
+
+
+def broadcast_from_last_stage(values: Tensor) -> Tensor:
+    """`values` of the last stage's first tensor-parallel rank, in place, on every rank of the replica.
+
+    All of them must see the very same tokens: one that ended a row on its own would wait for the others forever.
+    """
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    _broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), pipeline)
+    _broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), tensor_parallel)
+    return values
+
+
+def _broadcast(values: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.broadcast(values, source, group=group)
+
+
+def _receive(chunk: GPTModel, shape: tuple[int, ...]) -> Tensor:
+    hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
+    dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=_pipeline())
+    return hidden
+
+
+def _send(hidden: Tensor) -> None:
+    dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=_pipeline())
+
+
+def _pipeline() -> dist.ProcessGroup:
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    return group
+
 
 try:
     from megatron.core.inference.utils import InferenceMode
@@ -90,3 +151,41 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
     padding = [longest - len(row) for row in rows]
     padded = [[0] * missing + list(row) for missing, row in zip(padding, rows, strict=True)]
     return torch.tensor(padded, device=torch.cuda.current_device()), padding
+
+
+# What is off while a model generates or is scored, and on again afterwards: dropout and sequence parallelism.
+
+# What modules and their configuration call it; static batching refuses all of it.
+SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients, no dropout, no sequence parallelism; each chunk is left as it was found."""
+    were_training = [chunk.training for chunk in model_chunks]
+    for chunk in model_chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad(), _without_sequence_parallelism(model_chunks):
+            yield
+    finally:
+        for chunk, was_training in zip(model_chunks, were_training, strict=True):
+            chunk.train(was_training)
+
+
+@contextmanager
+def _without_sequence_parallelism(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Switch it off in modules and configurations, and afterwards on again exactly where it was on.
+
+    megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may inherit.
+    """
+    modules = (module for chunk in model_chunks for module in chunk.modules())
+    owners = {id(owner): owner for module in modules for owner in (module, getattr(module, "config", None))}
+    switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
+    for owner, name in switched:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in switched:
+            setattr(owner, name, True)

@@ -11,11 +11,90 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_peft.config import require
-from megatron_peft.evaluation.forward import CachedRows, left_padded
-from megatron_peft.evaluation.sampling import GREEDY, RandomStreams, Sampling, choose_tokens
-from megatron_peft.evaluation.stages import broadcast_from_last_stage
-from megatron_peft.evaluation.switches import inference
+from megatron_peft.config import Requirements, require
+from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.evaluation.forward import CachedRows, broadcast_from_last_stage, inference, left_padded
+from megatron_peft.parallel.layout import generator_for
+
+# Which token comes next: the likeliest, or one drawn from the likeliest.
+#
+# Every row has a random stream of its own, seeded by the run's seed and the row's name, and a token takes one number
+# from it. So a row's answer depends neither on the rows beside it nor on the layout.
+#
+# Letters: b rows, v vocabulary.
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn from.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: of those, the fewest likeliest ones that together have this probability.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.not_negative("temperature", "top_k")
+            require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
+
+
+GREEDY = Sampling()
+
+
+class RandomStreams:
+    """Numbers between 0 and 1 for rows with names."""
+
+    def __init__(self, seed: int, names: Sequence[str]) -> None:
+        self._generators = [generator_for(seed, name) for name in names]
+
+    def draw(self, rows: Sequence[int]) -> Tensor:
+        """The next number of each of these rows: [b], float64."""
+        return torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> Tensor:
+    """The next token of each row: the first whose cumulative probability, in the order of ids, exceeds its draw.
+
+    The order of ids, unlike that of probabilities, is not upset by rounding.
+
+    Args:
+        logits: [b, v], float32.
+        draws: [b], between 0 and 1; not looked at when the likeliest is taken.
+
+    Returns:
+        [b] ids.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    assert draws is not None
+    cumulative = probabilities(logits, sampling).double().cumsum(-1)
+    targets = draws.to(logits.device) * cumulative[:, -1]
+    return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(-1)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[b, v] -> [b, v]: softmax(logits / temperature) over the tokens that are drawn from, 0 elsewhere."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        logits = logits.masked_fill(_beyond(logits, sampling.top_p), -torch.inf)
+    return logits.softmax(-1)
+
+
+def _beyond(logits: Tensor, top_p: float) -> Tensor:
+    """True for tokens before which, by falling probability, `top_p` is reached already."""
+    ordered, ids = logits.softmax(-1).sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return (before >= top_p).scatter(-1, ids, before >= top_p)
+
 
 OnToken = Callable[[int, int], None]
 
@@ -159,3 +238,40 @@ def _choose(logits: Tensor | None, sampling: Sampling, draws: Tensor | None, num
     else:
         tokens = choose_tokens(logits[:, -1], sampling, draws)
     return broadcast_from_last_stage(tokens).tolist()
+
+
+# Texts that end an answer.
+
+_FURTHER_TOKENS = 4  # a tokenizer may treat the first token of a text differently
+
+
+class StopTexts:
+    """Ends an answer as soon as one of some texts stands in it, however its tokens are cut.
+
+    Args:
+        tokenizer: of the model.
+        texts: empty ones end nothing.
+
+    `end_ids` are those of them that are special tokens: they never appear in a decoded text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        special = tokenizer.special_tokens
+        self.end_ids = frozenset(special[text] for text in texts if text in special)
+        self.texts = [text for text in texts if text and text not in special]
+        # A token that shows holds at least one byte, so that many tokens from the end are enough.
+        self._num_tokens = max((len(text.encode()) for text in self.texts), default=0) + _FURTHER_TOKENS
+
+    def is_complete(self, ids: Sequence[int]) -> bool:
+        """Whether the answer so far holds one of the texts, the newest token being part of it."""
+        if not self.texts:
+            return False
+        tail = self._tokenizer.decode(ids[-self._num_tokens :])
+        return any(text in tail for text in self.texts)
+
+    def cut(self, text: str) -> str:
+        """An answer up to the first of the texts."""
+        for stop in self.texts:
+            text = text.split(stop, 1)[0]
+        return text

@@ -11,9 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_peft.config import require
-from megatron_peft.evaluation.forward import CachedRows, left_padded
-from megatron_peft.evaluation.stages import broadcast_from_last_stage
-from megatron_peft.evaluation.switches import inference
+from megatron_peft.evaluation.forward import CachedRows, broadcast_from_last_stage, inference, left_padded
 
 MAX_LOGITS = 2**28  # of a forward, on the last stage: 1 GiB in float32
 

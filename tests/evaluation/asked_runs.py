@@ -19,7 +19,7 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
-from megatron_peft.evaluation.run_flags import model_flags
+from megatron_peft.evaluation.model import model_flags
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.run import finetune
 from tests.evaluation.local_tasks import TASKS

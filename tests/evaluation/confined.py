@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.evaluation.sandbox import Program, open_sandbox
-from megatron_peft.evaluation.sandbox_command import find_bubblewrap
+from megatron_peft.evaluation.sandbox import Program, find_bubblewrap, open_sandbox
 
 
 def _reason() -> str:

@@ -13,12 +13,10 @@ from torch import nn
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import dispatch as module
 from megatron_peft.evaluation import scoring
-from megatron_peft.evaluation.dispatch import over_replicas
-from megatron_peft.evaluation.forward import CachedRows, left_padded
-from megatron_peft.evaluation.orders import AnswerPlan, generation_settings
-from megatron_peft.evaluation.sampling import Sampling
+from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
+from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES, CachedRows, inference, left_padded
+from megatron_peft.evaluation.generation import Sampling
 from megatron_peft.evaluation.scoring import Continuation, score
-from megatron_peft.evaluation.switches import SEQUENCE_PARALLEL_SWITCHES, inference
 from tests.one_rank import Place, one_rank
 from tests.tiny_gpt import tiny_gpt
 

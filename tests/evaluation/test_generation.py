@@ -14,10 +14,15 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import generation
-from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.sampling import Sampling, choose_tokens, probabilities
+from megatron_peft.evaluation.generation import (
+    GenerationSettings,
+    Sampling,
+    StopTexts,
+    choose_tokens,
+    generate,
+    probabilities,
+)
 from megatron_peft.evaluation.scoring import Continuation
-from megatron_peft.evaluation.stop import StopTexts
 from tests.evaluation import generation_runs
 from tests.evaluation.generation_runs import LAYOUTS, METHODS, Job
 from tests.ranks import run_ranks

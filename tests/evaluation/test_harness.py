@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.finished import FinishedRequests
+from megatron_peft.evaluation.harness import FinishedRequests
 from tests.evaluation import asked_runs
 from tests.evaluation.asked_runs import LAYOUTS, run_flags
 from tests.evaluation.local_tasks import TASKS, write_tasks

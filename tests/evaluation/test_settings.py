@@ -14,17 +14,18 @@ import torch.distributed as dist
 from megatron_peft import config as c
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.evaluation import harness_tasks, run_flags
-from megatron_peft.evaluation.answers import AnswerFile, AnswerSettings, Stream
-from megatron_peft.evaluation.harness_run import HarnessSettings
-from megatron_peft.evaluation.harness_tasks import find_tasks
-from megatron_peft.evaluation.model import end_ids
-from megatron_peft.evaluation.program import run_on_a_model
-from megatron_peft.evaluation.progress import request_bar
-from megatron_peft.evaluation.prompts import encode_prompts, read_prompts
-from megatron_peft.evaluation.run_flags import CARRIED, flags_of, model_flags
-from megatron_peft.evaluation.sampling import Sampling
-from megatron_peft.evaluation.stop import StopTexts
+from megatron_peft.evaluation import harness_run, model
+from megatron_peft.evaluation.answers import (
+    AnswerFile,
+    AnswerSettings,
+    Stream,
+    encode_prompts,
+    read_prompts,
+    request_bar,
+)
+from megatron_peft.evaluation.generation import Sampling, StopTexts
+from megatron_peft.evaluation.harness_run import HarnessSettings, find_tasks
+from megatron_peft.evaluation.model import CARRIED, end_ids, flags_of, model_flags, run_on_a_model
 from tests.evaluation.local_tasks import write_tasks
 from tests.tiny_llama import save_llama
 from tests.training.recorded_saves import small_files_only
@@ -180,7 +181,7 @@ def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
     assert "tiny_choices" in find_tasks(["tiny_choices", "tiny_texts"], [str(folder)]).all_tasks
     _refused("--tasks xyz: .*--include-path FOLDER", "xyz", folders=[folder])
     _refused("--include-path nowhere: no such folder", "tiny_choices", folders=[folder, "nowhere"])
-    assert "did you mean" not in harness_tasks._unknown("qqq", ["gsm8k", "sst2"])
+    assert "did you mean" not in harness_run._unknown("qqq", ["gsm8k", "sst2"])
 
 
 QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
@@ -242,7 +243,7 @@ def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:
 def run(monkeypatch, tmp_path) -> str:
     """The base model's folder, which a run named `run` was trained on."""
     record = SimpleNamespace(config=_config(str(tmp_path / "base")))
-    monkeypatch.setattr(run_flags, "read_run_record", lambda folder: record)
+    monkeypatch.setattr(model, "read_run_record", lambda folder: record)
     (tmp_path / "base").mkdir()
     return str(tmp_path / "base")
 

@@ -19,9 +19,15 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, TaskTemplate, prepare
 from megatron_peft.evaluation import sandbox, task_metrics
-from megatron_peft.evaluation.humaneval import PACKAGES, require_sandbox, run_completions
-from megatron_peft.evaluation.pass_at_k import pass_at_k
-from megatron_peft.evaluation.translation_scores import corpus_bleu, rouge_l, rouge_l_words
+from megatron_peft.evaluation.task_metrics import (
+    PACKAGES,
+    corpus_bleu,
+    estimate_pass_at_k,
+    require_sandbox,
+    rouge_l_score,
+    rouge_l_words_score,
+    run_completions,
+)
 from tests.evaluation.confined import needs_bubblewrap
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -184,15 +190,15 @@ def test_bleu_takes_other_tokens_and_its_signature_names_them() -> None:
 @given(SENTENCES, SENTENCES)
 def test_rouge_l_equals_rouge_scores(reference: str, translation: str) -> None:
     expected = RougeScorer(["rougeL"]).score(reference, translation)["rougeL"].fmeasure
-    assert rouge_l(reference, translation) == pytest.approx(100 * expected)
+    assert rouge_l_score(reference, translation) == pytest.approx(100 * expected)
 
 
 def test_rouge_l_over_words_knows_accents_and_unspaced_scripts() -> None:
-    assert rouge_l("élève", "ève") > 0, "the package's own tokens cut at accents"
-    assert rouge_l_words("élève", "ève") == 0
-    assert rouge_l_words("L'élève lit.", "l'ÉLÈVE lit") == 100
-    assert rouge_l("我去学校", "我去学校") == 0
-    assert rouge_l_words("我去学校", "我在学校") == 75
+    assert rouge_l_score("élève", "ève") > 0, "the package's own tokens cut at accents"
+    assert rouge_l_words_score("élève", "ève") == 0
+    assert rouge_l_words_score("L'élève lit.", "l'ÉLÈVE lit") == 100
+    assert rouge_l_score("我去学校", "我去学校") == 0
+    assert rouge_l_words_score("我去学校", "我在学校") == 75
 
 
 @st.composite
@@ -205,7 +211,7 @@ def counts(draw: st.DrawFn) -> tuple[int, int, int]:
 @given(counts())
 def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
     n, c, k = case
-    assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
+    assert estimate_pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(comb(n - c, k), comb(n, k))), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +225,7 @@ def test_pass_at_k_equals_its_definition(case: tuple[int, int, int]) -> None:
 )
 def test_impossible_counts_are_errors(n: int, c: int, k: int, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        pass_at_k(n, c, k)
+        estimate_pass_at_k(n, c, k)
 
 
 @needs_bubblewrap

@@ -30,7 +30,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 IMPORTED = (
     *("pretrain_peft", "tools.convert", "tools.evaluate", "tools.experiment", "tools.generate", "tools.report"),
     *("tools.prepare_data", "tools.preprocess_data", "megatron_peft.training.run", "lm_eval.tasks"),
-    *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.program"),
+    *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.model"),
     *(
         "megatron_peft.conversion.peft",
         "megatron_peft.conversion.peft",
