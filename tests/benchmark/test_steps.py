@@ -23,7 +23,7 @@ from megatron_peft.benchmark.memory import StepsJob
 from megatron_peft.benchmark.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmark.subjects import STEPS, Setting
 from megatron_peft.benchmark.urnn_crossover import crossover_figures
-from megatron_peft.training import lora_ga_start
+from megatron_peft.training import lora_ga_start as start_module
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
@@ -77,10 +77,10 @@ def test_memory_that_steps_free_is_to_be_given_back(monkeypatch: pytest.MonkeyPa
 def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, tiny: Setting):
     """With two batches the start runs four, the frozen base three (one does not count)."""
     runs = []
-    schedule = lora_ga_start.run_schedule
+    schedule = start_module.run_schedule
     monkeypatch.setattr(lora_ga_start, "NUM_BATCHES", 2)
     monkeypatch.setattr(
-        lora_ga_start, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs)
+        start_module, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs)
     )
     frozen, a_batch = lora_ga_start.time_start(tiny)
     assert len(runs) == 4 and frozen > 0 and a_batch > 0
