@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.cli.flags import served_flags
-from megatron_peft.reporting.documents import PLACE, filled
-from megatron_peft.reporting.report import build, markdown
-from megatron_peft.reporting.results import read_results
-from megatron_peft.reporting.table1 import reference_method
+from megatron_peft.experiment.documents import PLACE, filled
+from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.results import read_results
+from megatron_peft.experiment.tables import reference_method
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.experiment import FLAGS as EXPERIMENT_FLAGS
@@ -60,7 +60,7 @@ def test_every_page_is_in_the_index() -> None:
 @pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
 def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
     text = page.read_text()
-    assert filled(text, RECORDS) == text, "python -m megatron_peft.reporting.documents README.md docs/*.md ..."
+    assert filled(text, RECORDS) == text, "python -m megatron_peft.experiment.documents README.md docs/*.md ..."
     assert "±" not in PLACE.sub("", text), "a result that no record stands behind"
 
 

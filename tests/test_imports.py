@@ -49,7 +49,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
         "json.loads",
     },  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
-    "reporting.paper": {"json.loads"},  # a file of the package
+    "experiment.paper": {"json.loads"},  # a file of the package
     "benchmark.harness": {"json.loads"},  # a value that was written a moment ago
     "benchmark.convert": {"safe_open"},  # the yardstick is the library alone
 }

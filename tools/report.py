@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(folder: Path, output: Path, experiment: Path | None, against: str | None) -> list[Path]:
-    from megatron_peft.reporting.report import build, write
-    from megatron_peft.reporting.results import copy_results, read_results
-    from megatron_peft.reporting.table1 import check_paper_names, reference_method
+    from megatron_peft.experiment.report import build, write
+    from megatron_peft.experiment.results import copy_results, read_results
+    from megatron_peft.experiment.tables import check_paper_names, reference_method
 
     results = read_results(folder, experiment)
     check_paper_names(results)

@@ -22,7 +22,7 @@ from megatron_peft.config.untrusted import read_json
 from megatron_peft.demo.model import prepare_model
 from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
 from megatron_peft.demo.score import Score
-from megatron_peft.reporting.run_plot import Translation, plot_run
+from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads

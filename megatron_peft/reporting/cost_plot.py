@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_peft.experiment.record import CellRecord
+from megatron_peft.experiment.results import Result, Results
 from megatron_peft.reporting.drawing import colour, new_figure, style
-from megatron_peft.reporting.results import Result, Results
 from megatron_peft.reporting.table import Table, number
 
 Measure = Callable[[CellRecord], float | None]

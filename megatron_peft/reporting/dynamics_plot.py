@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_peft.experiment.results import Result, Results
 from megatron_peft.reporting.drawing import colour, new_figure, style
-from megatron_peft.reporting.results import Result, Results
 
 MOST_POINTS = 20  # of a curve of gradient norms: each is the mean over its part of the run
 Curve = tuple[np.ndarray, np.ndarray]  # epochs, values

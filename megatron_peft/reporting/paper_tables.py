@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron_peft.reporting import paper
+from megatron_peft.experiment import paper
+from megatron_peft.experiment.tables import Row, papers_method
 from megatron_peft.reporting.table import Table, number
-from megatron_peft.reporting.table1 import Row, papers_method
 
 
 def table1() -> Table:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_peft.reporting.results import Results, peft_method
+from megatron_peft.experiment.results import Results, peft_method
 from megatron_peft.reporting.steps_to_loss import StepsTo, steps_to
 from megatron_peft.reporting.table import Table
 

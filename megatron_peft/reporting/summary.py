@@ -5,10 +5,10 @@ from itertools import groupby
 
 from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.provenance import is_told
+from megatron_peft.experiment.results import Results, peft_method
 from megatron_peft.experiment.spec import budget, grid_size
-from megatron_peft.reporting.results import Results, peft_method
+from megatron_peft.experiment.tables import Row
 from megatron_peft.reporting.table import Table, number
-from megatron_peft.reporting.table1 import Row
 
 
 def state(results: Results) -> str:

@@ -16,7 +16,7 @@ from megatron_peft.demo import table
 from megatron_peft.demo.pairs import Pair, PairFiles
 from megatron_peft.demo.run import run_demo
 from megatron_peft.demo.score import Score
-from megatron_peft.reporting.run_plot import Translation
+from megatron_peft.experiment.plots import Translation
 from tools import demo
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}

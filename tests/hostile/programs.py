@@ -36,7 +36,7 @@ IMPORTED = (
         "megatron_peft.conversion.peft",
         "megatron_peft.conversion.merge",
     ),
-    *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.reporting.report"),
+    *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.experiment.report"),
     *("megatron_peft.data.task_readers", "megatron_peft.experiment.runner"),
 )
 CHECKPOINT = "run/iter_0000001"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.reporting.results import Results
+from megatron_peft.experiment.results import Results
 from tests.reporting.small_results import results
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.provenance import of_score, of_training
 from megatron_peft.experiment.record import CellRecord, of_cell, write_record
+from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
-from megatron_peft.reporting.report import build, markdown
-from megatron_peft.reporting.results import Results, read_results
 from tests.experiment.small_experiment import content, experiment
 
 METHODS = {

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.experiment.record import write_record
+from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot
 from megatron_peft.reporting.drawing import colour, new_figure, save, style, svg
-from megatron_peft.reporting.results import Results, read_results
-from megatron_peft.reporting.run_plot import Translation, plot_run
 from tests.reporting.small_results import record_of
 
 

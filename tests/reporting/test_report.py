@@ -12,12 +12,12 @@ import pytest
 
 from megatron_peft.benchmark.figures import Figure, write_json
 from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment.documents import filled
 from megatron_peft.experiment.record import cell_file
+from megatron_peft.experiment.report import Report, build, html, markdown, write
+from megatron_peft.experiment.results import Results, read_results
+from megatron_peft.experiment.tables import rows
 from megatron_peft.reporting import paper_tables, summary
-from megatron_peft.reporting.documents import filled
-from megatron_peft.reporting.report import Report, build, html, markdown, write
-from megatron_peft.reporting.results import Results, read_results
-from megatron_peft.reporting.table1 import rows
 from tests.reporting import small_results
 from tests.reporting.small_results import LOSSES, as_the_paper, results
 from tests.time_limits import seconds

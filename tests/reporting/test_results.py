@@ -10,15 +10,15 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
+from megatron_peft.experiment.paper import Entry, entry
 from megatron_peft.experiment.provenance import of_training
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
+from megatron_peft.experiment.results import Results, copy_results, read_results
+from megatron_peft.experiment.tables import check_paper_names, reference_method, rows
 from megatron_peft.reporting import speed_table, summary
 from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.paper import Entry, entry
-from megatron_peft.reporting.results import Results, copy_results, read_results
 from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
 from megatron_peft.reporting.table import Table, number
-from megatron_peft.reporting.table1 import check_paper_names, reference_method, rows
 from tests.experiment.small_experiment import content, experiment
 from tests.reporting import small_results
 from tests.reporting.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells

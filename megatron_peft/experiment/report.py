@@ -8,11 +8,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot, paper, paper_tables, speed_table, summary
+from megatron_peft.experiment import paper
+from megatron_peft.experiment.results import Result, Results
+from megatron_peft.experiment.tables import Row, in_the_papers_form, rows, with_test
+from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot, paper_tables, speed_table, summary
 from megatron_peft.reporting.drawing import save, svg
-from megatron_peft.reporting.results import Result, Results
 from megatron_peft.reporting.table import BEST, Table
-from megatron_peft.reporting.table1 import Row, in_the_papers_form, rows, with_test
 
 PAGE = "page.html.jinja"
 
@@ -117,7 +118,7 @@ def markdown(report: Report) -> str:
 
 def html(report: Report) -> str:
     """One page that needs nothing else: plots, style and script are in it."""
-    environment = Environment(loader=PackageLoader("megatron_peft.reporting", "."), autoescape=True, trim_blocks=True)
+    environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
     environment.filters["svg_base64"] = lambda figure: base64.b64encode(svg(figure).encode()).decode()
     environment.filters["plain"] = lambda text: text.replace("**", "").replace("`", "")
     return environment.get_template(PAGE).render(report=report, best=BEST)

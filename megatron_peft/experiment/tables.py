@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.experiment import paper
+from megatron_peft.experiment.results import VALIDATION_LOSS, Result, Results, metrics, peft_method
 from megatron_peft.experiment.spec import Choice
-from megatron_peft.reporting import paper
 from megatron_peft.reporting.comparison import Comparison, compare
-from megatron_peft.reporting.results import VALIDATION_LOSS, Result, Results, metrics, peft_method
 from megatron_peft.reporting.table import BEST, Table, number
 
 

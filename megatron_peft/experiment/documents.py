@@ -1,6 +1,6 @@
 """Puts what committed records say into documents, so that no figure in them is typed.
 
-python -m megatron_peft.reporting.documents README.md docs/*.md docs/results/README.md rewrites what stands between
+python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/README.md rewrites what stands between
 
     <!-- records: paper_small -->
     <!-- end of records -->
@@ -18,10 +18,10 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_text
+from megatron_peft.experiment.results import read_results
+from megatron_peft.experiment.tables import by_score, reference_method, rows
 from megatron_peft.reporting import summary
-from megatron_peft.reporting.results import read_results
 from megatron_peft.reporting.table import Table
-from megatron_peft.reporting.table1 import by_score, reference_method, rows
 
 RECORDS = Path("docs/results")  # from the root of a clone
 PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)
