@@ -53,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(args: argparse.Namespace) -> tuple[Experiment, Path, list[Group]]:
     """The experiment, the folder of its results and its groups, with all flags checked."""
-    from megatron_peft.experiment.cells import group_named, groups
-    from megatron_peft.experiment.flag_check import check_flags
-    from megatron_peft.experiment.spec import default_folder
-    from megatron_peft.experiment.spec_file import read_experiment
+    from megatron_peft.experiment.cells import check_flags, group_named, groups
+    from megatron_peft.experiment.spec import default_folder, read_experiment
 
     experiment = read_experiment(args.experiment)
     found = groups(experiment)
@@ -66,8 +64,7 @@ def _read(args: argparse.Namespace) -> tuple[Experiment, Path, list[Group]]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_peft.experiment.board import Board, table
-    from megatron_peft.experiment.runner import run_experiment, run_group
+    from megatron_peft.experiment.runner import Board, run_experiment, run_group, table
 
     experiment, folder, groups = _read(args)
     board, whole = Board(folder, groups), True
@@ -84,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _emit(args: argparse.Namespace) -> int:
-    from megatron_peft.experiment.slurm import script
+    from megatron_peft.experiment.process import script
 
     experiment, folder, groups = _read(args)
     text = script(experiment, groups, args.experiment, folder, str(args.emit_slurm))

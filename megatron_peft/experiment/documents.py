@@ -18,10 +18,9 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_text
+from megatron_peft.experiment import report
 from megatron_peft.experiment.results import read_results
-from megatron_peft.experiment.tables import by_score, reference_method, rows
-from megatron_peft.reporting import summary
-from megatron_peft.reporting.table import Table
+from megatron_peft.experiment.tables import Table, by_score, reference_method, rows
 
 RECORDS = Path("docs/results")  # from the root of a clone
 PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)
@@ -40,8 +39,8 @@ def said_by(record: Path) -> str:
 def experiment(folder: Path) -> str:
     results = read_results(folder)
     found = rows(results, reference_method(results, None))
-    origin = next(summary.provenance(results))
-    sentences = "\n".join(f"- {sentence}" for sentence in (summary.state(results), origin, *summary.verdicts(found)))
+    origin = next(report.provenance(results))
+    sentences = "\n".join(f"- {sentence}" for sentence in (report.state(results), origin, *report.verdicts(found)))
     return f"{by_score(results, found).markdown()}\n{sentences}\n"
 
 

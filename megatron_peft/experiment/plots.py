@@ -3,17 +3,272 @@
 A Hybrid's has lambda by layer, too.
 """
 
+import io
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.transforms import Bbox
 
-from megatron_peft.reporting import lambda_plot
-from megatron_peft.reporting.drawing import GUIDE, new_figure, style
+from megatron_peft.experiment.record import CellRecord
+from megatron_peft.experiment.results import Result, Results
+from megatron_peft.experiment.tables import Table, number
+
+# What the plots have in common: a figure without a display, the look of its axes, and its files.
+
+GUIDE = "#d0d7de"
+COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#e16f24", "#24292f")
+DOTS_AN_INCH = 120
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Sizes in inches."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=12, fontweight="bold")
+    return figure
+
+
+def style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="y", color=GUIDE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def colour(position: int) -> str:
+    return COLOURS[position % len(COLOURS)]
+
+
+def svg(figure: Figure) -> str:
+    """The same text for the same figure, at any time."""
+    output = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "megatron-peft"}):
+        figure.savefig(output, format="svg", metadata={"Date": None})
+    return output.getvalue()
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """NAME.png and NAME.svg, each whole or not at all."""
+    _write(folder / f"{name}.svg", svg(figure).encode())
+    output = io.BytesIO()
+    figure.savefig(output, format="png", dpi=DOTS_AN_INCH)
+    _write(folder / f"{name}.png", output.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+# Figure 1: time per epoch and peak memory of each method, by model.
+
+Measure = Callable[[CellRecord], float | None]
+
+
+def epoch_minutes(record: CellRecord) -> float | None:
+    return record.epoch_seconds and record.epoch_seconds / 60
+
+
+def peak_gigabytes(record: CellRecord) -> float | None:
+    return record.peak_memory_bytes and record.peak_memory_bytes / 1e9
+
+
+def mean_of(result: Result, measure: Measure) -> float | None:
+    """Over the final runs that were measured."""
+    found = [value for record in result.finals.values() if (value := measure(record)) is not None]
+    return mean(found) if found else None
+
+
+def draw_cost(results: Results, task: str) -> Figure:
+    """Bars of each method, one a model; whiskers are the least and the greatest of the runs."""
+    shown = [result for result in results.all if result.task == task and result.finals]
+    models = list(dict.fromkeys(result.model for result in shown))
+    methods = list(dict.fromkeys(result.method for result in shown))
+    figure = new_figure(12, 4.2, f"Time per epoch and peak memory, {task}")
+    left, right = figure.subplots(1, 2)
+    for axes, title, measure in (
+        (left, "Minutes per epoch", epoch_minutes),
+        (right, "Peak memory of a process (GB)", peak_gigabytes),
+    ):
+        _draw_cost_bars(axes, shown, models, methods, measure)
+        style(axes, title)
+    if len(models) > 1:
+        right.legend(frameon=False)
+    return figure
+
+
+def _draw_cost_bars(
+    axes: Axes, shown: Sequence[Result], models: Sequence[str], methods: Sequence[str], measure: Measure
+) -> None:
+    width = 0.8 / len(models)
+    for result in shown:
+        found = [value for record in result.finals.values() if (value := measure(record)) is not None]
+        if not found:
+            continue
+        group = models.index(result.model)
+        at = methods.index(result.method) - 0.4 + width * (group + 0.5)
+        label = result.model if result.method == methods[0] else None
+        height = mean(found)
+        whiskers = [[height - min(found)], [max(found) - height]]
+        axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=colour(group), label=label)
+    axes.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
+
+
+def cost_table(results: Results) -> Table:
+    """The numbers of the figure, with the number of trained parameters."""
+    return Table(
+        "Cost",
+        ("model", "task", "method", "trainable parameters", "seconds a step", "minutes an epoch", "peak memory (GB)"),
+        tuple(
+            (
+                *(result.model, result.task, result.method),
+                _trainable(result),
+                number(mean_of(result, lambda record: record.step_seconds)),
+                number(mean_of(result, epoch_minutes)),
+                number(mean_of(result, peak_gigabytes)),
+            )
+            for result in results.all
+            if result.finals
+        ),
+        "Means over the final runs. Time is wall-clock time, with whatever else the machine did. Memory is that of the "
+        "process that writes the log: on a GPU what its allocator held, on a CPU the resident set with Python itself.",
+        text_columns=3,
+    )
+
+
+def _trainable(result: Result) -> str:
+    found = next(iter(result.finals.values())).trainable_parameters
+    return "–" if found is None else f"{found:,}"
+
+
+# Figure 2: gradient norm and validation loss of each method, by epoch.
+
+MOST_POINTS = 20  # of a curve of gradient norms: each is the mean over its part of the run
+Curve = tuple[np.ndarray, np.ndarray]  # epochs, values
+
+
+def draw_dynamics(results: Results, model: str, task: str) -> Figure:
+    """A line for each method, the mean over its seeds; the band is from the least to the greatest of them."""
+    figure = new_figure(12, 4.6, f"{model}, {task}")
+    left, right = figure.subplots(1, 2)
+    for at, result in enumerate(results.of(model, task)):
+        _draw_method(left, result, "grad_norm", colour(at))
+        _draw_method(right, result, "validation_loss", colour(at))
+    for axes, title in ((left, "Gradient norm"), (right, "Validation loss")):
+        style(axes, title)
+        axes.set_xlabel("epoch")
+    left.set_ylim(bottom=0)
+    right.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_method(axes: Axes, result: Result, name: str, line_colour: str) -> None:
+    curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
+    if not curves:
+        return
+    averaged = [averages(curve, MOST_POINTS) for curve in curves]
+    length = min(len(epochs) for epochs, _ in averaged)
+    epochs = averaged[0][0][:length]
+    values = np.stack([values[:length] for _, values in averaged])
+    axes.plot(epochs, values.mean(axis=0), color=line_colour, linewidth=1.6, label=result.method)
+    if len(values) > 1:
+        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line_colour, alpha=0.15, linewidth=0)
+
+
+def averages(curve: Sequence[Sequence[float]], most: int) -> Curve:
+    """Means over `most` parts of the curve, of about the same number of points; a short curve stays as it is.
+
+    Args: curve: [iteration, epoch, value] of each point.
+    """
+    points = np.array([(epoch, value) for _, epoch, value in curve])
+    means = np.array([part.mean(axis=0) for part in np.array_split(points, min(most, len(points)))])
+    return means[:, 0], means[:, 1]
+
+
+# The Hybrid's lambda: a heat map of layer by step for each kind of linear layer.
+#
+# lambda is the share of the low-rank part, 1 - lambda that of the rotation.
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:.*\.)?(\w+)$")
+ByLayer = Mapping[str, Sequence[float | None]]
+LABEL = "λ: low-rank 1, rotation 0"
+
+
+def read_lines(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float | None]]]:
+    """(iterations, values by layer) of the lines of lambda.jsonl."""
+    layers = records[-1]["lambda"] if records else {}
+    return (
+        [record["iteration"] for record in records],
+        {layer: [record["lambda"].get(layer) for record in records] for layer in layers},
+    )
+
+
+def maps(by_layer: ByLayer) -> dict[str, np.ndarray]:
+    """Kind of linear layer, as linear_qkv -> [layers, iterations]; layers that are not adapted are NaN."""
+    kinds: dict[str, dict[int, Sequence[float | None]]] = {}
+    for name, values in by_layer.items():
+        found = LAYER.search(name)
+        if found:
+            kinds.setdefault(found[2], {})[int(found[1])] = values
+    return {kind: _as_array(layers) for kind, layers in kinds.items()}
+
+
+def _as_array(layers: Mapping[int, Sequence[float | None]]) -> np.ndarray:
+    length = len(next(iter(layers.values())))
+    array = np.full((max(layers) + 1, length), np.nan)
+    for layer, values in layers.items():
+        array[layer] = [np.nan if value is None else value for value in values]
+    return array
+
+
+def mean_by_layer(runs: Sequence[ByLayer]) -> dict[str, list[float | None]]:
+    """Of runs with the same layers; cut to the shortest."""
+    length = min(len(values) for run in runs for values in run.values())
+    return {
+        layer: np.mean([np.array(run[layer][:length], dtype=float) for run in runs], axis=0).tolist()
+        for layer in runs[0]
+    }
+
+
+def draw_lambdas(title: str, iterations: Sequence[int], by_layer: ByLayer) -> Figure:
+    """A figure of its own."""
+    figure = new_figure(13, 4.2, title)
+    draw_lambdas_into(figure, iterations, by_layer)
+    return figure
+
+
+def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_layer: ByLayer) -> None:
+    """A panel for each kind of layer, side by side, with one scale from 0 to 1."""
+    found = maps(by_layer)
+    if not found:
+        return
+    panels = np.atleast_1d(figure.subplots(1, len(found), sharey=True))
+    first, last = iterations[0], iterations[min(len(iterations), next(iter(found.values())).shape[1]) - 1]
+    half = (last - first) / max(len(iterations) - 1, 1) / 2 or 0.5
+    image = None
+    for axes, (kind, values) in zip(panels, found.items(), strict=True):
+        extent = (first - half, last + half, -0.5, len(values) - 0.5)
+        look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "PuOr"}
+        image = axes.imshow(values, vmin=0, vmax=1, extent=extent, **look)
+        axes.set_title(kind, loc="left", fontsize=11)
+        axes.set_xlabel("iteration")
+    panels[0].set_ylabel("layer")
+    assert image is not None
+    figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
+
 
 BEFORE, AFTER = "#9aa5b1", "#1f6feb"
 LAMBDA_INCHES = 3.4
@@ -60,7 +315,7 @@ def plot_run(
     _draw_curve(centre, "Gradient norm", *_series(records, "grad_norm"))
     _draw_bars(right, "BLEU", bleu)
     for part in middle:
-        lambda_plot.draw_into(part, *lambda_plot.read_lines(lambdas))
+        draw_lambdas_into(part, *read_lines(lambdas))
     _draw_translations(texts.subplots(), translations)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)

@@ -4,19 +4,22 @@
 an experiment whose flags were changed runs again what they concern.
 """
 
+import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.cells import Cell, Group
+from megatron_peft.experiment.spec import Score
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -198,3 +201,199 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+# What is to be done next, derived from the files of the cells alone: so a new runner goes on where a killed one was.
+#
+# A group's grid is run with the tuning seed. When each of its points has been tried, the point with the least
+# validation loss at the end of its run is chosen, and its other seeds are run and scored. Scores play no part in the
+# choice.
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell to train, or a trained one to score."""
+
+    kind: Literal["train", "score"]
+    cell: Cell
+    score: Score | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a group is: trained cells of its grid, the point that was chosen, its final cells and how far they are."""
+
+    tuning: tuple[CellRecord | None, ...]
+    best: int | None
+    finals: tuple[CellRecord | None, ...]
+    num_scored: int
+    is_scored: bool  # whether the task has a score
+
+    @property
+    def is_done(self) -> bool:
+        trained = bool(self.finals) and all(record is not None and record.is_trained for record in self.finals)
+        return trained and (not self.is_scored or self.num_scored == len(self.finals))
+
+
+def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Progress:
+    """Args: gave_up: keys of cells that this runner has tried and lost; a grid is complete without them."""
+    tuning = tuple(read_record(folder, cell) for cell in group.tuning)
+    best = _best(group, tuning, gave_up)
+    finals = () if best is None else tuple(read_record(folder, cell) for cell in group.finals[best])
+    score = group.task.score
+    scored = sum(score is not None and record is not None and has_scores(record, score) for record in finals)
+    return Progress(tuning, best, finals, scored, score is not None)
+
+
+def work(
+    folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
+) -> Iterator[Work]:
+    """What of the group can be done now, in order. A cell to be scored that has no checkpoint is trained anew."""
+    now = progress(folder, group, gave_up)
+    yield from _to_train(group.tuning, now.tuning, gave_up)
+    if now.best is None:
+        return
+    cells, score = group.finals[now.best], group.task.score
+    yield from _to_train(cells, now.finals, gave_up)
+    for cell, record in zip(cells, now.finals, strict=True):
+        if score and record and record.is_trained and cell.key not in gave_up and not has_scores(record, score):
+            yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
+
+
+def has_scores(record: CellRecord, score: Score) -> bool:
+    return record.is_trained and score.metrics.keys() <= record.scores.keys()
+
+
+def _to_train(cells: tuple[Cell, ...], records: tuple[CellRecord | None, ...], gave_up: Set[str]) -> Iterator[Work]:
+    for cell, record in zip(cells, records, strict=True):
+        if cell.key not in gave_up and (record is None or not record.is_trained):
+            yield Work("train", cell)
+
+
+def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
+    """The point of the grid with the least validation loss, once all were tried; the first of equals.
+
+    A point whose loss is no number is none to go on with, unless it is the only one there is.
+    """
+    losses: dict[int, float] = {}
+    for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
+        if record is not None and record.is_trained:
+            if len(group.tuning) == 1 or math.isfinite(_comparable(record)):
+                losses[at] = _comparable(record)
+        elif cell.key not in gave_up:
+            return None
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def _comparable(record: CellRecord) -> float:
+    loss = record.validation_loss
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def losses_of_grid(group: Group, tuning: tuple[CellRecord | None, ...]) -> Mapping[str, float | None]:
+    """Point of the grid, as `lr=0.1 ...` -> its validation loss."""
+    return {
+        " ".join(f"{name}={value}" for name, value in cell.settings.items()): record and record.validation_loss
+        for cell, record in zip(group.tuning, tuning, strict=True)
+    }
+
+
+# Where the numbers of a cell come from: the experiment's file, its words on this cell, the commit and the data.
+#
+# A record holds digests (sha256) of them, written by the runner when it starts the process that the numbers come out
+# of. The digest of the cell covers what concerns this cell alone, so the file may gain a method or a task and the
+# record still fits; a record that was moved from another experiment, or whose flags were rewritten, does not.
+
+# What the file says of a cell. A field of `Cell` beside them would not change the digests that records hold.
+WORDS = ("model", "task", "method", "settings", "seed", "flags", "processes")
+DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
+
+
+def training_source(experiment: str, cell: Cell) -> dict[str, Any]:
+    """What a training run comes from. Args: experiment: the text of the experiment's file."""
+    return _source(experiment, training_digest(cell), cell.flags)
+
+
+def score_source(experiment: str, cell: Cell, score: Score) -> dict[str, Any]:
+    """What a score comes from; the commit too, since a cell may be scored later than it was trained."""
+    return {**_source(experiment, score_digest(cell, score), score.command), **source_version()}
+
+
+def _source(experiment: str, cell: str, words: Sequence[str]) -> dict[str, Any]:
+    data = {str(path): file_digest(path) for path in data_files(words)}
+    return {"experiment_sha256": digest(experiment), "cell_sha256": cell, "data_sha256": data}
+
+
+def training_digest(cell: Cell) -> str:
+    return digest(json.dumps(_words_on(cell), sort_keys=True))
+
+
+def score_digest(cell: Cell, score: Score) -> str:
+    return digest(json.dumps([_words_on(cell), asdict(score)], sort_keys=True))
+
+
+def _words_on(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in WORDS}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_files(words: Sequence[str]) -> Iterator[Path]:
+    """Those that the data flags of a command name: files, the two behind an indexed prefix, or all of a folder."""
+    for flag, values in by_flag(words).items():
+        for word in values if flag in DATA_FLAGS else ():
+            path = Path(word)
+            found = sorted(path.iterdir()) if path.is_dir() else [path, Path(f"{word}.bin"), Path(f"{word}.idx")]
+            yield from (one for one in found if one.is_file())
+
+
+def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
+    """`--lr 0.1 --bf16` -> {"--lr": ["0.1"], "--bf16": []}; words before the first flag are left out."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return found
+
+
+def is_told(record: CellRecord) -> bool:
+    """Whether the record says where all of its numbers came from."""
+    return record.provenance.keys() >= ({"training", "score"} if record.scores else {"training"})
+
+
+def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
+    """What of a record is not of the cell as the experiment's file has it now."""
+    named = [
+        f"{name} is {getattr(record, name)!r} and {value!r} in the file"
+        for name, value in _words_on(cell).items()
+        if name != "flags" and getattr(record, name) != value
+    ]
+    ran, asked = by_flag(record.flags), by_flag(cell.flags)
+    named += [
+        f"{flag} is {_values(ran, flag)} and {_values(asked, flag)} in the file"
+        for flag in sorted(ran.keys() | asked.keys())
+        if ran.get(flag) != asked.get(flag)
+    ]
+    if named or record.flags != cell.flags:
+        return named or ["its flags stand in another order than the file's"]
+    digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
+    wrote = {name: str(source["cell_sha256"]) for name, source in record.provenance.items()}
+    return [
+        f"its {name} came from other words than the file: {has[:12]}, and {digests.get(name, 'none')[:12]} in the file"
+        for name, has in wrote.items()
+        if has != digests.get(name)
+    ]
+
+
+def _values(flags: Mapping[str, Sequence[str]], flag: str) -> str:
+    return " ".join(flags[flag]) or "given" if flag in flags else "absent"

@@ -3,17 +3,275 @@
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from megatron_peft.experiment import paper
-from megatron_peft.experiment.results import Result, Results
-from megatron_peft.experiment.tables import Row, in_the_papers_form, rows, with_test
-from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot, paper_tables, speed_table, summary
-from megatron_peft.reporting.drawing import save, svg
-from megatron_peft.reporting.table import BEST, Table
+from megatron_peft.experiment import paper, plots
+from megatron_peft.experiment import tables as speed_table
+from megatron_peft.experiment.cells import command_line
+from megatron_peft.experiment.plots import save, svg
+from megatron_peft.experiment.record import is_told
+from megatron_peft.experiment.results import Result, Results, peft_method
+from megatron_peft.experiment.spec import budget, grid_size
+from megatron_peft.experiment.tables import BEST, Row, Table, in_the_papers_form, number, papers_method, rows, with_test
+
+# The sentences of a report: the budget, who has the best mean, how the Hybrid does, where the cells came from.
+
+
+def state(results: Results) -> str:
+    """How much of the experiment is there."""
+    have, whole = results.num_finals()
+    seeds = ", ".join(map(str, results.experiment.seeds))
+    told = f"{have} of {whole} final runs are there (seeds {seeds})."
+    if have == whole:
+        return told
+    missing: dict[str, list[str]] = {}
+    for result in results.all:
+        if len(result.finals) < len(results.experiment.seeds):
+            missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
+    places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
+    return f"**Not finished:** {told} Runs are missing of {places}."
+
+
+def budgets(results: Results) -> list[str]:
+    """A sentence for each task, on what all methods have in common; one for each model where models differ in it."""
+    experiment = results.experiment
+    tries = grid_size(experiment.methods[0])
+    tuning = (
+        "rates are given, not tuned"
+        if tries == 1
+        else f"{tries} tuning runs a method with seed {experiment.tuning_seed}, chosen by validation loss alone"
+    )
+    sentences = []
+    for task in experiment.tasks:
+        flags = {model.name: " ".join(command_line(budget(experiment, model, task))) for model in experiment.models}
+        places = {task.name: flags[experiment.models[0].name]}
+        if len(set(flags.values())) > 1:
+            places = {f"{task.name} with {model}": line for model, line in flags.items()}
+        sentences += [
+            f"All methods have the same budget on {place}: {tuning}; {len(experiment.seeds)} runs with these settings; "
+            f"each with `{line}`."
+            for place, line in places.items()
+        ]
+    return sentences
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each model, task and metric."""
+    return [
+        sentence
+        for (model, task, metric), group in groupby(rows, lambda row: (row.result.model, row.result.task, row.metric))
+        for sentence in _verdict(f"{model}, {task}, {metric}", list(group))
+    ]
+
+
+def _verdict(place: str, rows: Sequence[Row]) -> Iterator[str]:
+    have = [row for row in rows if row.mean is not None]
+    best = next((row for row in have if row.is_best), None)
+    if best is None:
+        return
+    so_far = "so far, " if any(run is None for row in rows for run in row.runs) else ""
+    first = f"{place}: {so_far}{best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
+    yield f"{first} {_hybrid(have)}".rstrip()
+
+
+def _hybrid(rows: Sequence[Row]) -> str:
+    hybrid = next((row for row in rows if peft_method(row.result.group.method) == "hybrid"), None)
+    if hybrid is None:
+        return ""
+    if hybrid.is_best:
+        return "That is the Hybrid."
+    assert hybrid.mean is not None
+    ahead = [row.result.method for row in rows if row.mean is not None and _is_ahead(row, hybrid.mean, rows)]
+    return (
+        f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) does not win: "
+        f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of it."
+    )
+
+
+def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
+    """On the side of `mean` that the best method is on."""
+    best = next(other.mean for other in rows if other.is_best)
+    assert row.mean is not None and best is not None
+    return row.mean > mean if best > mean else row.mean < mean
+
+
+def tuning(results: Results) -> Table:
+    """What was tried, and what came of it."""
+    return Table(
+        "Settings that were tried",
+        ("model", "task", "method", "settings", "seed", "validation loss", "chosen"),
+        tuple(
+            (
+                *(result.model, result.task, result.method),
+                " ".join(f"{name}={value}" for name, value in cell.settings.items()) or _own_flags(cell.flags),
+                str(cell.seed),
+                number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
+                "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
+            )
+            for result in results.all
+            for cell, record in result.tuning
+        ),
+        text_columns=4,
+    )
+
+
+def _own_flags(flags: Sequence[str]) -> str:
+    """The learning rate, where there is no grid."""
+    return f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else ""
+
+
+def versions(results: Results) -> str:
+    """Of what the final runs ran with."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results.all:
+        for record in result.finals.values():
+            for name, value in record.versions.items():
+                found.setdefault(name, {})[value] = None
+    return "Versions: " + "; ".join(f"{name} {', '.join(values)}" for name, values in found.items()) + "."
+
+
+def provenance(results: Results) -> Iterator[str]:
+    """How many cells say where they came from, which do not, and data that were not the same for all of them."""
+    records = results.records()
+    silent = [key for key, record in records.items() if not is_told(record)]
+    if silent:
+        yield (
+            f"**{len(silent)} of {len(records)} cells do not say from which experiment file and data they came:** "
+            "their records are older than that."
+        )
+        yield f"They are {'; '.join(silent)}."
+    else:
+        yield f"All {len(records)} cells say from which experiment file, commit and data they came."
+    read: dict[str, dict[str, list[str]]] = {}
+    for key, record in records.items():
+        for source in record.provenance.values():
+            for path, digest in source["data_sha256"].items():
+                read.setdefault(path, {}).setdefault(digest, []).append(key)
+    for path, keys_of in read.items():
+        if len(keys_of) > 1:
+            groups = "; ".join(f"{digest[:12]} by {', '.join(keys)}" for digest, keys in keys_of.items())
+            yield f"**Not the same data:** {path} was read as {groups}."
+
+
+# The paper's Table I and its other numbers, as tables of a report.
+
+
+def table1() -> Table:
+    """As printed: runs, then the average; averages that are not those of their runs are marked."""
+    lines: list[tuple[str, ...]] = []
+    for benchmark, methods in paper.paper()["table"].items():
+        for at, method in enumerate(methods):
+            heading = f"{benchmark}, {paper.paper()['units'][benchmark]}" if at == 0 else ""
+            lines.append((heading, method, *(_runs(_found(benchmark, method, model)) for model in paper.models())))
+            lines.append(("", "Avg", *(_average(_found(benchmark, method, model)) for model in paper.models())))
+    return Table(
+        "The paper's Table I, as printed; none of it was measured here",
+        ("Benchmark", "Method", *paper.models()),
+        tuple(lines),
+        "A dagger marks an average that is not the mean of its three runs. HumanEval: pass@1, then pass@10.",
+        text_columns=2,
+        is_sortable=False,
+    )
+
+
+def beside_ours(rows: Sequence[Row]) -> list[Table]:
+    """For each task that stands for a benchmark of the paper: our means of its first score, the paper's averages."""
+    tables: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        task = row.result.group.task
+        benchmark = task.paper or task.name
+        if benchmark in paper.benchmarks() and task.score and row.metric == next(iter(task.score.metrics)):
+            tables.setdefault((task.name, row.metric, benchmark), []).append(row)
+    return [_beside(task, metric, benchmark, found) for (task, metric, benchmark), found in tables.items()]
+
+
+def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Table:
+    ours = list(dict.fromkeys(row.result.model for row in rows))
+    means = {(row.result.method, row.result.model): number(row.mean) for row in rows}
+    methods = {row.result.method: papers_method(row.result) for row in rows}
+    return Table(
+        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.paper()['units'][benchmark]})",
+        ("method", *(f"ours: {model}" for model in ours), *(f"paper: {model}" for model in paper.models())),
+        tuple(
+            (
+                method,
+                *(means.get((method, model), "–") for model in ours),
+                *(_average(_found(benchmark, papers, model)) for model in paper.models()),
+            )
+            for method, papers in methods.items()
+        ),
+    )
+
+
+def wrong_averages() -> Table:
+    """The averages that do not follow from the runs beside them."""
+    found = paper.wrong_averages()
+    return Table(
+        f"{len(found)} of the paper's {len(paper.entries())} averages are not the mean of their printed runs",
+        ("benchmark", "method", "model", "runs", "mean of the runs", "printed average"),
+        tuple(
+            (
+                f"{one.benchmark} {one.metric}".strip(),
+                one.method,
+                one.model,
+                " / ".join(f"{run:.1f}" for run in one.runs),
+                f"{one.mean_of_runs:.2f}",
+                f"{one.average:.1f}",
+            )
+            for one in found
+        ),
+        text_columns=4,
+    )
+
+
+def resources() -> Table:
+    """What the paper's text says about figure 1; the figure itself gives no numbers."""
+    return Table(
+        "The paper on figure 1 (A100s; not measured here)",
+        ("model", "method", "minutes an epoch", "memory (GB)"),
+        tuple(
+            (model, method, str(found.get("minutes_per_epoch", "–")), str(found.get("memory_gb", "–")))
+            for model, methods in paper.paper()["resources"].items()
+            for method, found in methods.items()
+        ),
+        text_columns=2,
+    )
+
+
+def dynamics() -> Table:
+    """What the paper's text says about figure 2."""
+    return Table(
+        "The paper on figure 2 (ten epochs; not measured here)",
+        ("model", "method", "what", "value"),
+        tuple(
+            (model, method, name.replace("_", " "), _value(value))
+            for model, methods in paper.paper()["dynamics"].items()
+            for method, found in methods.items()
+            for name, value in found.items()
+        ),
+        text_columns=3,
+    )
+
+
+def _value(value: float | Sequence[float]) -> str:
+    return f"{value:.2f}" if isinstance(value, float | int) else " to ".join(f"{one:.2f}" for one in value)
+
+
+def _found(benchmark: str, method: str | None, model: str) -> list[paper.Entry]:
+    return [one for one in paper.entries() if (one.benchmark, one.method, one.model) == (benchmark, method, model)]
+
+
+def _runs(entries: Sequence[paper.Entry]) -> str:
+    return " / ".join(f"{run:.1f}" for one in entries for run in one.runs) or "–"
+
+
+def _average(entries: Sequence[paper.Entry]) -> str:
+    return " / ".join(f"{one.average:.1f}" + ("" if one.average_is_of_runs else "†") for one in entries) or "–"
+
 
 PAGE = "page.html.jinja"
 
@@ -56,41 +314,37 @@ def build(results: Results, reference: str) -> Report:
 
 
 def _sections(results: Results, found: Sequence[Row], ours: Table, long: Table) -> Iterator[Section]:
-    yield Section("Result", [summary.state(results), *summary.verdicts(found), *summary.budgets(results)])
+    yield Section("Result", [state(results), *verdicts(found), *budgets(results)])
     yield Section("Table I", tables=[ours, long])
     yield from _papers_table1(found)
-    yield Section("Figure 1: cost", tables=[cost_plot.table(results)], figures=_cost_figures(results))
-    yield Section("Figure 1 in the paper", tables=[paper_tables.resources()], is_papers=True)
+    yield Section("Figure 1: cost", tables=[plots.cost_table(results)], figures=_cost_figures(results))
+    yield Section("Figure 1 in the paper", tables=[resources()], is_papers=True)
     yield Section("Figure 2: gradient norm and validation loss", figures=_dynamics_figures(results))
-    yield Section("Figure 2 in the paper", tables=[paper_tables.dynamics()], is_papers=True)
-    speeds = [table for place in results.places() if (table := speed_table.table(results, *place))]
+    yield Section("Figure 2 in the paper", tables=[dynamics()], is_papers=True)
+    speeds = [table for place in results.places() if (table := speed_table.speed_table(results, *place))]
     if speeds:
         yield Section("Steps to LoRA's loss", tables=speeds)
     lambdas = _lambda_figures(results)
     if lambdas:
         yield Section("Lambda by layer", ["Means over the final runs."], figures=lambdas)
-    yield Section(
-        "How it was made", [summary.versions(results), *summary.provenance(results)], [summary.tuning(results)]
-    )
+    yield Section("How it was made", [versions(results), *provenance(results)], [tuning(results)])
 
 
 def _papers_table1(found: Sequence[Row]) -> Iterator[Section]:
-    beside = paper_tables.beside_ours(found)
+    beside = beside_ours(found)
     if beside:
         note = "Other models and other data: what can be compared is the order of the methods."
         yield Section("Table I beside the paper's", [note], beside)
     source = f"Source: {paper.paper()['source']}."
-    yield Section(
-        "Table I in the paper", [source], [paper_tables.table1(), paper_tables.wrong_averages()], is_papers=True
-    )
+    yield Section("Table I in the paper", [source], [table1(), wrong_averages()], is_papers=True)
 
 
 def _cost_figures(results: Results) -> dict[str, Figure]:
-    return {f"figure1-{task}": cost_plot.draw(results, task) for task in dict.fromkeys(t for _, t in results.places())}
+    return {f"figure1-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(t for _, t in results.places())}
 
 
 def _dynamics_figures(results: Results) -> dict[str, Figure]:
-    return {f"figure2-{model}-{task}": dynamics_plot.draw(results, model, task) for model, task in results.places()}
+    return {f"figure2-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in results.places()}
 
 
 def _lambda_figures(results: Results) -> dict[str, Figure]:
@@ -104,7 +358,7 @@ def _lambda_figures(results: Results) -> dict[str, Figure]:
 def _lambda_figure(result: Result) -> Figure:
     runs = [record.lambdas for record in result.finals.values() if record.lambdas]
     title = f"{result.method} on {result.task} with {result.model}"
-    return lambda_plot.draw(title, runs[0]["iterations"], lambda_plot.mean_by_layer([run["by_layer"] for run in runs]))
+    return plots.draw_lambdas(title, runs[0]["iterations"], plots.mean_by_layer([run["by_layer"] for run in runs]))
 
 
 def markdown(report: Report) -> str:

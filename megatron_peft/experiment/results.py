@@ -1,18 +1,28 @@
 """What an experiment's cells say: for each model, task and method the tried settings, and the runs of the best."""
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
+
+from scipy.stats import ttest_rel
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell, Group, groups
-from megatron_peft.experiment.plan import progress
-from megatron_peft.experiment.provenance import misfits
-from megatron_peft.experiment.record import CellRecord, cell_file, read_file, read_record, write_record
+from megatron_peft.experiment.record import (
+    CellRecord,
+    cell_file,
+    misfits,
+    progress,
+    read_file,
+    read_record,
+    write_record,
+)
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
-from megatron_peft.experiment.spec import Choice, Experiment
-from megatron_peft.experiment.spec_file import read_experiment
+from megatron_peft.experiment.spec import Choice, Experiment, read_experiment
 
 VALIDATION_LOSS = "validation loss"
 MOST_MISFITS = 3  # that are told of many
@@ -159,3 +169,101 @@ def _result(folder: Path, group: Group) -> Result:
 def _with_lambdas(folder: Path, cell: Cell, record: CellRecord) -> CellRecord:
     """The record, with what its run's lambda.jsonl says where the cell was written without."""
     return record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
+
+
+# In how many steps one run reaches the validation loss that another has after N.
+
+Curve = Sequence[tuple[float, float]]  # (iteration, validation loss), by iteration
+
+
+@dataclass(frozen=True)
+class StepsTo:
+    """How a method reaches a reference's loss after `steps` steps.
+
+    Attributes:
+        times_fewer: `steps` over the mean number of steps that the method needs; None if no run reaches the loss.
+        is_bound: a run was there at its first measurement already, so that `times_fewer` is the least it can be.
+        num_reached: of `num_runs`; the mean is over these.
+    """
+
+    steps: int
+    times_fewer: float | None
+    is_bound: bool
+    num_reached: int
+    num_runs: int
+
+
+def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
+    """(first iteration, linear between measurements, at which the loss is reached; whether it is only a bound)."""
+    before: tuple[float, float] | None = None
+    for at, value in curve:
+        if value <= loss:
+            if before is None:
+                return at, value < loss
+            share = (before[1] - loss) / (before[1] - value)
+            return before[0] + share * (at - before[0]), False
+        before = at, value
+    return None
+
+
+def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
+    """One for each measurement of the reference; runs are paired by seed.
+
+    Only measurements that all of the reference's runs have count.
+    """
+    seeds = sorted(runs.keys() & reference.keys())
+    if not seeds:
+        return []
+    targets = {seed: dict(validation_curve(reference[seed])) for seed in seeds}
+    shared = sorted(set.intersection(*(set(target) for target in targets.values())))
+    curves = {seed: validation_curve(runs[seed]) for seed in seeds}
+    return [_at(steps, [crossing(curves[seed], targets[seed][steps]) for seed in seeds]) for steps in shared]
+
+
+def validation_curve(record: CellRecord) -> list[tuple[float, float]]:
+    return [(iteration, loss) for iteration, _, loss in record.curves.get("validation_loss", ())]
+
+
+def _at(steps: float, crossings: Sequence[tuple[float, bool] | None]) -> StepsTo:
+    reached = [found for found in crossings if found is not None]
+    times = steps / mean(at for at, _ in reached) if reached else None
+    return StepsTo(int(steps), times, any(is_bound for _, is_bound in reached), len(reached), len(crossings))
+
+
+# Two methods' runs with the same seeds, held against one another.
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired t-test over the seeds that both methods have: same data order, same draws.
+
+    Attributes:
+        difference: mean of (this method - the reference).
+        low, high: the confidence interval of it, 95%.
+        p: two-sided; not corrected for the number of methods that are compared.
+        num_pairs: two at least.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    num_pairs: int
+
+
+def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+    """Args: seed -> value. None: fewer than two seeds in common, or differences that are all the same (no spread)."""
+    seeds = sorted(values.keys() & reference.keys())
+    if len(seeds) < 2:
+        return None
+    ours, theirs = [values[seed] for seed in seeds], [reference[seed] for seed in seeds]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of differences without spread: answered below
+        test = ttest_rel(ours, theirs)
+        interval = test.confidence_interval(CONFIDENCE)
+    difference = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(seeds)
+    if not math.isfinite(test.statistic):
+        return None
+    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))

@@ -1,15 +1,113 @@
 """Table I: each method's runs, their mean and spread, and a paired test against one method; the paper's beside it."""
 
+import csv
+import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.experiment import paper
-from megatron_peft.experiment.results import VALIDATION_LOSS, Result, Results, metrics, peft_method
+from megatron_peft.experiment.results import (
+    VALIDATION_LOSS,
+    Comparison,
+    Result,
+    Results,
+    StepsTo,
+    compare,
+    metrics,
+    peft_method,
+    steps_to,
+)
 from megatron_peft.experiment.spec import Choice
-from megatron_peft.reporting.comparison import Comparison, compare
-from megatron_peft.reporting.table import BEST, Table, number
+
+# A table of words, and how it is written as Markdown, CSV and LaTeX.
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+    "–": "--",
+    "≥": r"$\ge$",
+}
+BEST = "*"  # the first character of a cell that is to stand out; CSV leaves it away
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text.
+
+    Attributes:
+        title: above it; note: below it.
+        text_columns: the first so many are words, aligned left; the others are numbers.
+        is_sortable: whether a row means the same at any place.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    text_columns: int = 1
+    is_sortable: bool = True
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), self.title
+
+    def markdown(self) -> str:
+        rule = ["---" if at < self.text_columns else "---:" for at in range(len(self.columns))]
+        body = [[_markdown_cell(cell) for cell in row] for row in self.rows]
+        lines = [f"| {' | '.join(row)} |" for row in (list(self.columns), rule, *body)]
+        return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
+
+    def csv(self) -> str:
+        output = io.StringIO()
+        writer = csv.writer(output, lineterminator="\n")
+        writer.writerows([self.columns, *([cell.removeprefix(BEST) for cell in row] for row in self.rows)])
+        return output.getvalue()
+
+    def latex(self) -> str:
+        """A table environment that needs no package."""
+        alignment = "l" * self.text_columns + "r" * (len(self.columns) - self.text_columns)
+        rows = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in (self.columns, *self.rows)]
+        body = [r"\hline", rows[0], r"\hline", *self._with_rules(rows[1:]), r"\hline"]
+        caption = latex_text(f"{self.title}. {self.note}".strip())
+        begin = [r"\begin{table}", r"\centering", f"\\caption{{{caption}}}", f"\\begin{{tabular}}{{{alignment}}}"]
+        return "\n".join([*begin, *body, r"\end{tabular}", r"\end{table}"]) + "\n"
+
+    def _with_rules(self, rows: Sequence[str]) -> list[str]:
+        """A line above each group of rows, where the first column is only filled at a group's start."""
+        grouped = any(not row[0] for row in self.rows)
+        ruled = []
+        for at, row in enumerate(rows):
+            ruled += [r"\hline"] if grouped and at and self.rows[at][0] else []
+            ruled.append(row)
+        return ruled
+
+
+def latex_text(text: str) -> str:
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found.group()], text)
+
+
+def _markdown_cell(cell: str) -> str:
+    escaped = cell.removeprefix(BEST).replace("|", "\\|")
+    return f"**{escaped}**" if cell.startswith(BEST) else escaped
+
+
+def _latex_cell(cell: str) -> str:
+    text = latex_text(cell.removeprefix(BEST))
+    return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Four significant digits or so: losses with three after the point, scores with one or two."""
+    if value is None:
+        return "–"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -191,3 +289,37 @@ def _average_of(row: Row | None) -> str:
         return "–"
     spread = f" ± {number(row.deviation)}" if row.deviation is not None else ""
     return (BEST if row.is_best else "") + number(row.mean) + spread
+
+
+# In how many times fewer steps than LoRA each method reaches LoRA's validation loss after N steps.
+
+
+def speed_table(results: Results, model: str, task: str) -> Table | None:
+    """A line a method, a column for each measurement; None without a run of LoRA."""
+    found = results.of(model, task)
+    lora = next((result for result in found if peft_method(result.group.method) == "lora" and result.finals), None)
+    if lora is None:
+        return None
+    measured = {result.method: steps_to(result.finals, lora.finals) for result in found if result is not lora}
+    lines = {method: steps for method, steps in measured.items() if steps}
+    steps = sorted({one.steps for line in lines.values() for one in line})
+    return Table(
+        f"Times fewer steps than {lora.method} to {lora.method}'s validation loss after N steps ({model}, {task})",
+        ("method", *(f"N = {one}" for one in steps)),
+        tuple((method, *_cells(line, steps)) for method, line in lines.items()),
+        "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "
+        "1 it is faster. '≥' where the first measurement is at or below the loss already; (k/n) where only k of n runs "
+        "reach it. All rates decay to 0 at the end of the run, so N before the end is not a run of N steps.",
+    )
+
+
+def _cells(line: Sequence[StepsTo], steps: Sequence[int]) -> list[str]:
+    found = {one.steps: one for one in line}
+    return [_cell(found[one]) if one in found else "–" for one in steps]
+
+
+def _cell(one: StepsTo) -> str:
+    if one.times_fewer is None:
+        return f"not reached (0/{one.num_runs})"
+    share = "" if one.num_reached == one.num_runs else f" ({one.num_reached}/{one.num_runs})"
+    return f"{'≥ ' if one.is_bound else ''}{one.times_fewer:.2f}{share}"

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.plan import progress, work
 from megatron_peft.experiment.record import (
     MOST_LAMBDAS,
     MOST_POINTS,
@@ -16,8 +15,10 @@ from megatron_peft.experiment.record import (
     from_lambdas,
     from_metrics,
     of_cell,
+    progress,
     read_file,
     trainable_parameters,
+    work,
     write_record,
 )
 from tests.experiment.small_experiment import experiment

@@ -21,11 +21,8 @@ from rich.console import Console
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
-from megatron_peft.experiment.board import Board, table
-from megatron_peft.experiment.plan import Work, progress
-from megatron_peft.experiment.provenance import file_digest
-from megatron_peft.experiment.record import of_cell, source_version, write_record
-from megatron_peft.experiment.runner import Runner, read_scores, run_experiment
+from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
+from megatron_peft.experiment.runner import Board, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until

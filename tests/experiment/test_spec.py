@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment.cells import command_line
-from megatron_peft.experiment.flag_check import check_flags
-from megatron_peft.experiment.spec import budget, default_folder
-from megatron_peft.experiment.spec_file import read_experiment
+from megatron_peft.experiment.cells import check_flags, command_line
+from megatron_peft.experiment.spec import budget, default_folder, read_experiment
 from tests.experiment.small_experiment import experiment, write
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.experiment.cells import Cell
-from megatron_peft.experiment.provenance import of_score, of_training
-from megatron_peft.experiment.record import CellRecord, of_cell, write_record
+from megatron_peft.experiment.record import CellRecord, of_cell, score_source, training_source, write_record
 from megatron_peft.experiment.report import build, markdown
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
@@ -31,8 +30,8 @@ def write_cells(folder: Path, **changes: Any) -> Path:
         for cell in (*group.tuning, *(cell for cells in group.finals for cell in cells)):
             if cell.seed == found.tuning_seed or cell.settings["lr"] == BETTER[cell.method]:
                 assert group.task.score is not None
-                sources = {"training": of_training(found.text, cell)}
-                sources |= {"score": of_score(found.text, cell, group.task.score)}
+                sources = {"training": training_source(found.text, cell)}
+                sources |= {"score": score_source(found.text, cell, group.task.score)}
                 write_record(folder, cell, record_of(cell, provenance=sources))
     (folder / EXPERIMENT_FILE).write_text(found.text)
     return folder

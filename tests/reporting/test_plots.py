@@ -9,11 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from megatron_peft.experiment.plots import Translation, plot_run
+from megatron_peft.experiment import plots
+from megatron_peft.experiment.plots import Translation, colour, new_figure, plot_run, save, style, svg
 from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
-from megatron_peft.reporting import cost_plot, dynamics_plot, lambda_plot
-from megatron_peft.reporting.drawing import colour, new_figure, save, style, svg
 from tests.reporting.small_results import record_of
 
 
@@ -38,7 +37,7 @@ def test_both_files_replace_the_old_ones_and_leave_nothing_else(tmp_path: Path) 
 
 
 def test_bars_are_minutes_and_gigabytes_of_each_method(found: Results) -> None:
-    left, right = cost_plot.draw(found, "talk").axes
+    left, right = plots.draw_cost(found, "talk").axes
     assert [bar.get_height() for bar in left.patches] == [1.0] * 3
     assert [bar.get_height() for bar in right.patches] == [2.0] * 3
     assert [label.get_text() for label in left.get_xticklabels()] == ["lora", "lora-ga", "hybrid"]
@@ -48,11 +47,11 @@ def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path
     cells = found.all[0].group.finals[1]
     write_record(tmp_path, cells[1], record_of(cells[1], epoch_seconds=None))
     write_record(tmp_path, cells[2], record_of(cells[2], epoch_seconds=180.0))
-    assert cost_plot.mean_of(read_results(tmp_path).all[0], cost_plot.epoch_minutes) == pytest.approx(2.0)
+    assert plots.mean_of(read_results(tmp_path).all[0], plots.epoch_minutes) == pytest.approx(2.0)
 
 
 def test_lines_are_means_over_the_seeds(found: Results) -> None:
-    left, right = dynamics_plot.draw(found, "tiny", "talk").axes
+    left, right = plots.draw_dynamics(found, "tiny", "talk").axes
     assert [line.get_label() for line in left.lines] == ["lora", "lora-ga", "hybrid"]
     lora = right.lines[0].get_xydata()
     assert lora[-1].tolist() == pytest.approx([1.0, 2.06])
@@ -60,9 +59,9 @@ def test_lines_are_means_over_the_seeds(found: Results) -> None:
 
 
 def test_averages_keep_the_mean_of_the_curve_and_short_curves_stay() -> None:
-    epochs, values = dynamics_plot.averages([[at, at / 10, float(at)] for at in range(1, 41)], 4)
+    epochs, values = plots.averages([[at, at / 10, float(at)] for at in range(1, 41)], 4)
     assert values.tolist() == [5.5, 15.5, 25.5, 35.5] and epochs.tolist() == pytest.approx([0.55, 1.55, 2.55, 3.55])
-    epochs, values = dynamics_plot.averages([[1, 0.5, 3.0], [2, 1.0, 2.0]], 20)
+    epochs, values = plots.averages([[1, 0.5, 3.0], [2, 1.0, 2.0]], 20)
     assert (epochs.tolist(), values.tolist()) == ([0.5, 1.0], [3.0, 2.0])
 
 
@@ -71,17 +70,17 @@ FC1 = "decoder.layers.{}.mlp.linear_fc1"
 
 
 def test_map_of_lambda_is_layer_by_step_for_each_kind() -> None:
-    found = lambda_plot.maps({QKV.format(0): [0.1, 0.2], QKV.format(1): [0.3, 0.4], FC1.format(1): [0.5, None]})
+    found = plots.maps({QKV.format(0): [0.1, 0.2], QKV.format(1): [0.3, 0.4], FC1.format(1): [0.5, None]})
     assert found["linear_qkv"].tolist() == [[0.1, 0.2], [0.3, 0.4]]
     assert np.isnan(found["linear_fc1"]).tolist() == [[True, True], [False, True]]
 
 
 def test_mean_of_lambda_is_over_runs() -> None:
-    assert lambda_plot.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}]) == {"a": pytest.approx([0.3, 0.6])}
+    assert plots.mean_by_layer([{"a": [0.2, 0.4, 0.9]}, {"a": [0.4, 0.8]}]) == {"a": pytest.approx([0.3, 0.6])}
 
 
 def test_panels_share_one_scale_and_cover_the_run() -> None:
-    figure = lambda_plot.draw("Hybrid", [10, 20, 30], {QKV.format(3): [0.1, 0.2, 0.3], FC1.format(0): [0.5] * 3})
+    figure = plots.draw_lambdas("Hybrid", [10, 20, 30], {QKV.format(3): [0.1, 0.2, 0.3], FC1.format(0): [0.5] * 3})
     *panels, _ = figure.axes
     assert [axes.get_title(loc="left") for axes in panels] == ["linear_qkv", "linear_fc1"]
     assert [axes.images[0].get_clim() for axes in panels] == [(0, 1), (0, 1)]
@@ -89,9 +88,9 @@ def test_panels_share_one_scale_and_cover_the_run() -> None:
 
 
 def test_a_single_step_is_drawn_and_nothing_is_an_empty_figure() -> None:
-    assert lambda_plot.draw("Hybrid", [7], {QKV.format(0): [0.5]}).axes[0].get_xlim() == (6.5, 7.5)
+    assert plots.draw_lambdas("Hybrid", [7], {QKV.format(0): [0.5]}).axes[0].get_xlim() == (6.5, 7.5)
     for by_layer in ({}, {"embedding": [0.5]}):
-        assert lambda_plot.draw("Hybrid", [1], by_layer).axes == []
+        assert plots.draw_lambdas("Hybrid", [1], by_layer).axes == []
 
 
 RECORDS = [

@@ -12,12 +12,12 @@ import pytest
 
 from megatron_peft.benchmark.figures import Figure, write_json
 from megatron_peft.config import ConfigurationError
+from megatron_peft.experiment import report
 from megatron_peft.experiment.documents import filled
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.experiment.report import Report, build, html, markdown, write
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
-from megatron_peft.reporting import paper_tables, summary
 from tests.reporting import small_results
 from tests.reporting.small_results import LOSSES, as_the_paper, results
 from tests.time_limits import seconds
@@ -109,25 +109,25 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
 
 
 def test_unfinished_experiment_says_so(found: Results, tmp_path: Path) -> None:
-    assert summary.state(found) == "9 of 9 final runs are there (seeds 1, 2, 3)."
+    assert report.state(found) == "9 of 9 final runs are there (seeds 1, 2, 3)."
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
     found = read_results(tmp_path)
-    assert summary.state(found).startswith("**Not finished:** 8 of 9")
-    assert summary.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
+    assert report.state(found).startswith("**Not finished:** 8 of 9")
+    assert report.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
 
 
 def test_hybrid_that_wins_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LOSSES, "hybrid", 1.0)
-    assert summary.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
+    assert report.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
 
 
 def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
     alone = rows(results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]}), "hybrid")
-    assert summary.verdicts(alone) == [] and len(alone) == 2 and not any(row.is_best for row in alone)
+    assert report.verdicts(alone) == [] and len(alone) == 2 and not any(row.is_best for row in alone)
 
 
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
-    assert paper_tables.beside_ours(rows(found, "hybrid")) == []
+    assert report.beside_ours(rows(found, "hybrid")) == []
 
 
 def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:

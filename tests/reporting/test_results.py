@@ -9,16 +9,11 @@ from statistics import mean, stdev
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process
+from megatron_peft.experiment import process, report, tables
 from megatron_peft.experiment.paper import Entry, entry
-from megatron_peft.experiment.provenance import of_training
-from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, write_record
-from megatron_peft.experiment.results import Results, copy_results, read_results
-from megatron_peft.experiment.tables import check_paper_names, reference_method, rows
-from megatron_peft.reporting import speed_table, summary
-from megatron_peft.reporting.comparison import compare
-from megatron_peft.reporting.steps_to_loss import StepsTo, crossing, steps_to
-from megatron_peft.reporting.table import Table, number
+from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, training_source, write_record
+from megatron_peft.experiment.results import Results, StepsTo, compare, copy_results, crossing, read_results, steps_to
+from megatron_peft.experiment.tables import Table, check_paper_names, number, reference_method, rows
 from tests.experiment.small_experiment import content, experiment
 from tests.reporting import small_results
 from tests.reporting.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
@@ -85,10 +80,10 @@ def test_cells_that_do_not_say_where_they_came_from_are_named_and_copied_as_they
 ) -> None:
     lora, lora_ga, hybrid = (result.group.tuning for result in found.all)
     for cell, data in ((lora[0], "a"), (lora[1], "a"), (lora_ga[1], "b")):  # the second has a score of nowhere
-        training = of_training("", cell) | {"data_sha256": {"train.jsonl": data * 64}}
+        training = training_source("", cell) | {"data_sha256": {"train.jsonl": data * 64}}
         write_record(tmp_path, cell, record_of(cell, provenance={"training": training}))
     write_record(tmp_path, hybrid[0], record_of(hybrid[0]))
-    silent, names, data = summary.provenance(read_results(tmp_path))
+    silent, names, data = report.provenance(read_results(tmp_path))
     assert silent.startswith("**2 of 12 cells do not say")
     assert names == f"They are {lora[1].key}; {hybrid[0].key}."
     read = f"{'a' * 12} by {lora[0].key}, {lora[1].key}; {'b' * 12} by {lora_ga[1].key}"
@@ -228,12 +223,12 @@ def test_average_may_be_rounded_either_way() -> None:
 
 def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
     methods = {name: METHODS[name] for name in ("lora-ga", "hybrid")}
-    assert speed_table.table(results(tmp_path, methods=methods), "tiny", "talk") is None
+    assert tables.speed_table(results(tmp_path, methods=methods), "tiny", "talk") is None
 
 
 def test_loss_that_is_never_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {"lora": METHODS["lora"], "slow": {"flags": {"peft-method": "boft"}, "grid": {"lr": [0.1, 0.4]}}}
     monkeypatch.setitem(small_results.LOSSES, "slow", 9.0)
     monkeypatch.setitem(small_results.BETTER, "slow", "0.4")
-    speeds = speed_table.table(results(tmp_path, methods=methods), "tiny", "talk")
+    speeds = tables.speed_table(results(tmp_path, methods=methods), "tiny", "talk")
     assert speeds is not None and speeds.rows[0][1:] == ("not reached (0/3)",) * 3
