@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.demo.data import WORD, Pair, prepare_pairs, read_pairs
 from megatron_peft.demo.model import prepare_model
-from megatron_peft.demo.pairs import WORD, Pair, prepare_pairs, read_pairs
 from megatron_peft.demo.reviews import prepare_reviews
 
 TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000

@@ -19,8 +19,8 @@ import megatron_peft
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
+from megatron_peft.demo.data import Pair, PairFiles, prepare_pairs, read_pairs
 from megatron_peft.demo.model import prepare_model
-from megatron_peft.demo.pairs import Pair, PairFiles, prepare_pairs, read_pairs
 from megatron_peft.demo.score import Score
 from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics

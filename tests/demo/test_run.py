@@ -13,7 +13,7 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run as module
 from megatron_peft.demo import table
-from megatron_peft.demo.pairs import Pair, PairFiles
+from megatron_peft.demo.data import Pair, PairFiles
 from megatron_peft.demo.run import run_demo
 from megatron_peft.demo.score import Score
 from megatron_peft.experiment.plots import Translation

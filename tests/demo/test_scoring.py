@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_peft.demo import scoring, translation
-from megatron_peft.demo.pairs import Pair
+from megatron_peft.demo.data import Pair
 from megatron_peft.demo.score import Score
 from megatron_peft.demo.translation import first_line, translate
 from tests.evaluation.worded_llama import save_worded_llama
