@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="lora", choices=PEFT_METHODS, help="--peft-method of the run (lora)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the folder of all of it (runs/demo)")
     args, extra_flags = parser.parse_known_args(argv)
-    from megatron_peft.demo.run import run_demo
-    from megatron_peft.demo.table import print_report
+    from megatron_peft.demo.run import print_report, run_demo
 
     try:
         report = run_demo(args.output, args.method, extra_flags)

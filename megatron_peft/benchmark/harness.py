@@ -20,8 +20,7 @@ from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, prepare
-from megatron_peft.demo.downloads import fetch_wheel
-from megatron_peft.demo.reviews import prepare_reviews
+from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.model import model_flags
 from megatron_peft.runtime.launch import start_world, stop

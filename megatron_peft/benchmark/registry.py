@@ -25,7 +25,7 @@ from megatron_peft.benchmark.steps import (
 )
 from megatron_peft.benchmark.subjects import Setting, save_shape
 from megatron_peft.benchmark.urnn_crossover import crossover_figures
-from megatron_peft.demo.model import prepare_model
+from megatron_peft.demo.data import prepare_model
 
 
 @dataclass(frozen=True)

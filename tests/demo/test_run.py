@@ -11,11 +11,10 @@ from rich.console import Console
 
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError
+from megatron_peft.demo import run
 from megatron_peft.demo import run as module
-from megatron_peft.demo import table
 from megatron_peft.demo.data import Pair, PairFiles
-from megatron_peft.demo.run import run_demo
-from megatron_peft.demo.score import Score
+from megatron_peft.demo.run import Score, run_demo
 from megatron_peft.experiment.plots import Translation
 from tools import demo
 
@@ -147,11 +146,11 @@ def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, l
     examples = tuple(Translation(f"source{i} [bold]", f"ref{i}", f"before{i}", f"after{i}") for i in range(9))
     report = replace(run_demo(tmp_path), trainable_parameters=4055040, seconds=412.0, translations=examples)
     console = Console(file=io.StringIO(), width=160)
-    table.print_report(report, Path("runs/demo"), console)
+    run.print_report(report, Path("runs/demo"), console)
     text = console.file.getvalue()
     rows = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
     assert {"BLEU 3.0 20.5", "validation loss 3.900 1.700", "source1 [bold] ref1 before1 after1"} <= set(rows)
-    assert f"after{table.NUM_SHOWN}" not in text
+    assert f"after{run.NUM_SHOWN}" not in text
     assert "4,055,040 trainable parameters, 60 iterations in 30 s on 3 tensor-parallel ranks; 412 s in all." in text
     assert "runs/demo/report.json" in text
 
@@ -159,7 +158,7 @@ def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, l
 def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     made: list = []
     monkeypatch.setattr(module, "run_demo", lambda *arguments: made.append(arguments) or "report")
-    monkeypatch.setattr(table, "print_report", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(run, "print_report", lambda *arguments: made.append(arguments))
     assert demo.main(["--method", "full", "--lr", "1e-4", "--output", "there"]) == 0
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
 

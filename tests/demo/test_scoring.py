@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_peft.demo import scoring, translation
+from megatron_peft.demo import scoring
 from megatron_peft.demo.data import Pair
-from megatron_peft.demo.score import Score
-from megatron_peft.demo.translation import first_line, translate
+from megatron_peft.demo.run import Score
+from megatron_peft.demo.scoring import first_line, translate
 from tests.evaluation.worded_llama import save_worded_llama
 
 LETTERS = SimpleNamespace(  # a character an id
@@ -28,7 +28,7 @@ def test_an_answer_is_the_first_line_that_is_not_empty(monkeypatch):
         assert model[: ends[0]] == "\n\n Ouvrir \n"
         return [list(model.encode())[: ends[0]]]
 
-    monkeypatch.setattr(translation, "generate", generate)
+    monkeypatch.setattr(scoring, "generate", generate)
     reported: list[int] = []
     pairs = [Pair("Open file", "Ouvrir le fichier")]
     assert translate("\n\n Ouvrir \nEnglish: and on", LETTERS, pairs, reported.append) == ("Ouvrir",)
