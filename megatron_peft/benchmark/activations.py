@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Setting, join, leave, load_base, microbatch
+from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.ranks import run_ranks
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_peft.benchmark.collective_log import Collective, CollectiveLog
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import STEPS, Setting, join, leave
+from megatron_peft.benchmarks.subjects import STEPS, Setting, join, leave
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.ranks import run_ranks
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import peak_of_bare_torch, peak_resident_bytes
-from megatron_peft.benchmark.subjects import Setting, join, leave, load_base
+from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.runtime.ranks import run_ranks
 
 MIB = 2**20

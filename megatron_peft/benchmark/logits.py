@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
+from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
 from megatron_peft.data.samples import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.ranks import run_ranks

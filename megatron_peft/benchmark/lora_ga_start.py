@@ -11,7 +11,7 @@ import torch
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import MIB, Peak, StepsJob, run_steps
-from megatron_peft.benchmark.subjects import Setting, Step, frozen_step, join, leave, lora_ga_start
+from megatron_peft.benchmarks.subjects import Setting, Step, frozen_step, join, leave, lora_ga_start
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 

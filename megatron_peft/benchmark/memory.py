@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.benchmark.subjects import STEPS, Setting, join, leave
+from megatron_peft.benchmarks.subjects import STEPS, Setting, join, leave
 from megatron_peft.runtime.ranks import run_ranks
 
 MIB = 2**20

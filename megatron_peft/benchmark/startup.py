@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmarks.subjects import Setting
 
 PROGRAM = Path(__file__).parents[2] / "pretrain_peft.py"
 SECONDS_ALLOWED = 20.0

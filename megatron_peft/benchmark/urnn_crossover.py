@@ -9,8 +9,8 @@ import torch
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Step
-from megatron_peft.benchmark.timing import median_ratio, take_turns
+from megatron_peft.benchmarks.measure import median_ratio, take_turns
+from megatron_peft.benchmarks.subjects import Step
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu

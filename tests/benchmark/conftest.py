@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmarks.subjects import Setting
 from tests.tiny_llama import save_llama
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmark import generation, logits
+from megatron_peft.benchmark import logits
 from megatron_peft.benchmark.harness import TASKS, Questions, compare_items, our_items, their_items
-from megatron_peft.benchmark.subjects import Setting
+from megatron_peft.benchmarks import inference
+from megatron_peft.benchmarks.subjects import Setting
 from megatron_peft.data import task_readers
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
@@ -28,11 +29,11 @@ def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny:
 
 
 def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(tiny: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "LAYOUTS", ({"tensor_parallel": 1},))
-    monkeypatch.setattr(generation, "NUM_PROMPTS", 6)
-    compared, compare = [], generation.compare
-    monkeypatch.setattr(generation, "compare", lambda *sides: compared.append(sides) or compare(*sides))
-    differing, largest, ratio = generation.generation_figures(tiny, turns=1)
+    monkeypatch.setattr(inference, "LAYOUTS", ({"tensor_parallel": 1},))
+    monkeypatch.setattr(inference, "NUM_PROMPTS", 6)
+    compared, compare = [], inference.compare
+    monkeypatch.setattr(inference, "compare", lambda *sides: compared.append(sides) or compare(*sides))
+    differing, largest, ratio = inference.generation_figures(tiny, turns=1)
     assert differing.reached and differing.note.startswith("6 prompts")
     assert largest.reached and largest.measured > 0, "two programs never round alike"
     assert ratio.measured > 0

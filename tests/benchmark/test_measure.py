@@ -16,11 +16,12 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_peft.benchmark import convert, loading, memory, startup, timing
+from megatron_peft.benchmark import loading, memory, startup
 from megatron_peft.benchmark.collective_log import CollectiveLog
-from megatron_peft.benchmark.convert import convert_figures, load_whole, read_plainly
 from megatron_peft.benchmark.figures import Figure, print_table, write_json
-from megatron_peft.benchmark.subjects import Setting, Step
+from megatron_peft.benchmarks import files, measure
+from megatron_peft.benchmarks.files import convert_figures, load_whole, read_plainly
+from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import parse_arguments
 from tests.conversion.megatron_folders import save_random
 
@@ -28,14 +29,14 @@ MIB = 2**20
 
 
 def test_every_second_turn_runs_the_other_way_round_and_late_ones_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "NUM_WARMUPS", 1)
+    monkeypatch.setattr(measure, "NUM_WARMUPS", 1)
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = timing.take_turns(steps, num_turns=2)
+    seconds = measure.take_turns(steps, num_turns=2)
     assert "".join(order) == "ba" + "ab" + "ba"
     assert {name: len(turns) for name, turns in seconds.items()} == {"a": 2, "b": 2}
-    late = timing.take_turns(steps, num_turns=10, is_late=lambda: True)
-    assert len(late["a"]) == timing.FEWEST_TURNS
+    late = measure.take_turns(steps, num_turns=10, is_late=lambda: True)
+    assert len(late["a"]) == measure.FEWEST_TURNS
 
 
 def test_waiting_costs_nothing_and_work_does() -> None:
@@ -44,13 +45,13 @@ def test_waiting_costs_nothing_and_work_does() -> None:
         while time.process_time() < end:
             pass
 
-    seconds = timing.take_turns({"waits": lambda: time.sleep(0.1), "works": work}, num_turns=1)
+    seconds = measure.take_turns({"waits": lambda: time.sleep(0.1), "works": work}, num_turns=1)
     assert seconds["waits"][0] < 0.05 < 0.1 <= seconds["works"][0]
 
 
 def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns() -> None:
-    assert timing.over_ranks([{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]) == {"a": [11.0, 22.0]}
-    assert timing.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
+    assert measure.over_ranks([{"a": [1.0, 2.0]}, {"a": [10.0, 20.0]}]) == {"a": [11.0, 22.0]}
+    assert measure.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
 def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
@@ -121,7 +122,7 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
 
 
 def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "NUM_TURNS", 1)
+    monkeypatch.setattr(files, "NUM_TURNS", 1)
     figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")
     told = " ".join(figure.name for figure in figures)
     assert all(way in told for way in ("load Hugging Face", "load Megatron", "hf-to-megatron", "megatron-to-hf"))

@@ -9,20 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmark import (
-    activations,
-    boft_layer,
-    collectives,
-    lora_ga_start,
-    registry,
-    steps,
-    subjects,
-    urnn_crossover,
-)
+from megatron_peft.benchmark import activations, collectives, lora_ga_start, urnn_crossover
 from megatron_peft.benchmark.memory import StepsJob
-from megatron_peft.benchmark.registry import BENCHMARKS, Workplace
-from megatron_peft.benchmark.subjects import STEPS, Setting
 from megatron_peft.benchmark.urnn_crossover import crossover_figures
+from megatron_peft.benchmarks import layers, registry, steps, subjects
+from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
+from megatron_peft.benchmarks.subjects import STEPS, Setting
 from megatron_peft.training import lora_ga_start as start_module
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -89,14 +81,14 @@ def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, ti
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(boft_layer, "WIDTH", 64)
-    monkeypatch.setattr(boft_layer, "NUM_TOKENS", 8)
+    monkeypatch.setattr(layers, "WIDTH", 64)
+    monkeypatch.setattr(layers, "NUM_TOKENS", 8)
     with one_rank():
         yield
 
 
 def test_layers_start_as_linear_ones_and_have_the_same_number_of_blocks(small):
-    ours, theirs = boft_layer._boft(), boft_layer._hf_boft()
+    ours, theirs = layers._boft(), layers._hf_boft()
     x = torch.randn(8, 1, 64)
     weight = theirs.base_model.model[0].base_layer.weight
     torch.testing.assert_close(theirs(x), x @ weight.t())
@@ -106,9 +98,9 @@ def test_layers_start_as_linear_ones_and_have_the_same_number_of_blocks(small):
 
 def test_steps_run_forward_and_backward(small):
     seen = []
-    for build in boft_layer.LAYERS.values():
+    for build in layers.LAYERS.values():
         layer = build()
-        boft_layer._step(lambda x, layer=layer: seen.append(x) or layer(x))()
+        layers._step(lambda x, layer=layer: seen.append(x) or layer(x))()
     assert len(seen) == 3 and all(x.grad is not None and x.grad.abs().sum() > 0 for x in seen)
 
 

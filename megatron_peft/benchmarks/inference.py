@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Setting, join, leave, load_base, load_with_transformers
-from megatron_peft.benchmark.timing import median_ratio, take_turns
+from megatron_peft.benchmarks.measure import median_ratio, take_turns
+from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.scoring import Continuation, score
 from megatron_peft.models.families import read_shape

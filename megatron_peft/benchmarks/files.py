@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import peak_of_bare_torch
-from megatron_peft.benchmark.timing import median_ratio, take_turns
+from megatron_peft.benchmarks.measure import median_ratio, take_turns
 from megatron_peft.conversion.pretrained import open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron

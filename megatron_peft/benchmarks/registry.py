@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.benchmark.activations import activations_figures
-from megatron_peft.benchmark.boft_layer import boft_layer_figures
 from megatron_peft.benchmark.collectives import collectives_figures
-from megatron_peft.benchmark.convert import convert_figures
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.generation import generation_figures
 from megatron_peft.benchmark.harness import harness_figures
 from megatron_peft.benchmark.loading import loading_figures
 from megatron_peft.benchmark.logits import logits_figures
 from megatron_peft.benchmark.lora_ga_start import lora_ga_start_figures
 from megatron_peft.benchmark.startup import startup_figures
-from megatron_peft.benchmark.steps import (
+from megatron_peft.benchmark.urnn_crossover import crossover_figures
+from megatron_peft.benchmarks.files import convert_figures
+from megatron_peft.benchmarks.inference import generation_figures
+from megatron_peft.benchmarks.layers import boft_layer_figures
+from megatron_peft.benchmarks.steps import (
     hybrid_full_figures,
     hybrid_ratio_figures,
     lora_full_figures,
     lora_ratio_figures,
     rotation_figures,
 )
-from megatron_peft.benchmark.subjects import Setting, save_shape
-from megatron_peft.benchmark.urnn_crossover import crossover_figures
+from megatron_peft.benchmarks.subjects import Setting, save_shape
 from megatron_peft.demo.data import prepare_model
 
 

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from megatron_peft.benchmark.subjects import STEPS, Setting, Step, join, leave
+from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
 
 NUM_WARMUPS = 2
 FEWEST_TURNS = 3

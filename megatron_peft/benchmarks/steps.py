@@ -5,8 +5,8 @@ from statistics import median
 
 from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmark.memory import Peak, peak_of_steps
-from megatron_peft.benchmark.subjects import Setting
-from megatron_peft.benchmark.timing import TurnsJob, median_ratio, over_ranks, time_turns
+from megatron_peft.benchmarks.measure import TurnsJob, median_ratio, over_ranks, time_turns
+from megatron_peft.benchmarks.subjects import Setting
 from megatron_peft.runtime.ranks import run_ranks
 
 MIB = 2**20

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from megatron_peft.adapters.boft import boft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.subjects import Setting, Step, join, leave
-from megatron_peft.benchmark.timing import median_ratio, take_turns
+from megatron_peft.benchmarks.measure import median_ratio, take_turns
+from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
 from megatron_peft.config import PeftConfig
 from megatron_peft.runtime.ranks import run_ranks
 
