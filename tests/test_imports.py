@@ -50,7 +50,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     },  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
-    "benchmark.harness": {"json.loads"},  # a value that was written a moment ago
+    "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }
 

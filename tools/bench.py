@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 when a figure misses its target."""
-    from megatron_peft.benchmark.figures import print_table, write_json
+    from megatron_peft.benchmarks.measure import print_table, write_json
     from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,10 +4,15 @@ Times are CPU seconds with the files in the page cache: what the code costs, wha
 with reading alone, also those that write as much as they read.
 """
 
+import json
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -15,12 +20,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.memory import peak_of_bare_torch
-from megatron_peft.benchmarks.measure import median_ratio, take_turns
+from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
+from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.conversion.pretrained import open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.runtime.ranks import run_ranks
 
 MIB = 2**20
 MIB_ABOVE_TORCH = 400
@@ -98,3 +103,111 @@ def _memory_figure(model: Path, work: Path) -> Figure:
     return Figure(
         "hf-to-megatron: peak memory above python with torch", (peak - bare) / MIB, MIB_ABOVE_TORCH, "MiB", note
     )
+
+
+# What a rank reads and how much memory it takes to load its part of a model.
+
+READ_OVER_SLICES = 1.05
+MIB_ABOVE_THE_SHARD = 300
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Bytes of one rank: read from the files, of its parameters, largest resident set."""
+
+    read: int
+    shard: int
+    peak: int
+
+
+def loading_figures(setting: Setting) -> list[Figure]:
+    """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
+    ranks = run_ranks(setting.world_size, load, setting)
+    bare = peak_of_bare_torch()
+    most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
+    largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
+    above = (largest.peak - largest.shard - bare) / MIB
+    read_note = f"{most_read.read / MIB:.1f} MiB read, {most_read.shard / MIB:.1f} MiB held"
+    peak_note = f"peak {largest.peak / MIB:.0f}, model {largest.shard / MIB:.0f}, torch alone {bare / MIB:.0f} MiB"
+    read, memory = "bytes read / bytes of the rank's slices", "peak memory above model and python with torch"
+    return [
+        Figure(f"{setting.layout}: {read}", most_read.read / most_read.shard, READ_OVER_SLICES, "", read_note),
+        Figure(f"{setting.layout}: {memory}", above, MIB_ABOVE_THE_SHARD, "MiB", peak_note),
+    ]
+
+
+def load(setting: Setting) -> Loaded:
+    """Started on ranks."""
+    join(setting)
+    chunks, report = load_base(setting)
+    shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+    leave()
+    return Loaded(report.bytes_read, shard, peak_resident_bytes())
+
+
+# Wall seconds from starting `pretrain_peft.py` to the end of its first step.
+
+PROGRAM = Path(__file__).parents[2] / "pretrain_peft.py"
+SECONDS_ALLOWED = 20.0
+NUM_SAMPLES = 16
+FIRST_LINE = "iteration "
+
+
+class ProgramFailed(RuntimeError):
+    """The program ended before its first step; the text is what it printed."""
+
+
+def startup_figures(setting: Setting) -> list[Figure]:
+    """LoRA on the model of `setting`, one process, two iterations of two short samples."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        data = _save_samples(Path(folder, "train.jsonl"))
+        seconds = seconds_to_first_step(_command(setting, data))
+    cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime
+    note = f"to the line of the first iteration; both iterations took {cpu_seconds:.1f} CPU s in all"
+    return [Figure("startup to the end of the first step", seconds, SECONDS_ALLOWED, "s", note)]
+
+
+def _save_samples(path: Path) -> Path:
+    lines = [json.dumps({"prompt": f"What follows {n}?", "completion": f" {n + 1}"}) for n in range(NUM_SAMPLES)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _command(setting: Setting, data: Path) -> list[str]:
+    flags = {
+        "--pretrained-checkpoint": setting.checkpoint,
+        "--peft-method": "lora",
+        "--train-data-path": data,
+        "--seq-length": setting.positions,
+        "--micro-batch-size": 2,
+        "--train-iters": 2,
+        "--log-interval": 1,
+        "--lr": 1e-4,
+    }
+    return [sys.executable, "-W", "ignore", str(PROGRAM), *(str(word) for pair in flags.items() for word in pair)]
+
+
+def seconds_to_first_step(command: list[str]) -> float:
+    """Wall seconds from starting `command` to its line of the first iteration.
+
+    Raises:
+        ProgramFailed: it ended before.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    with process, process.stdout:
+        printed = list(_until_first_step(process.stdout))
+        seconds = time.perf_counter() - start
+        process.stdout.read()
+    if not printed or not printed[-1].startswith(FIRST_LINE):
+        raise ProgramFailed("".join(printed))
+    return seconds
+
+
+def _until_first_step(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if line.startswith(FIRST_LINE):
+            return

@@ -3,15 +3,27 @@
 CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
 """
 
+import dataclasses
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
+from megatron_peft.runtime.ranks import run_ranks
 
 NUM_WARMUPS = 2
 FEWEST_TURNS = 3
@@ -82,3 +94,190 @@ def _cpu_seconds(step: Step) -> float:
     start = time.process_time()
     step()
     return time.process_time() - start
+
+
+# Resident memory of a process, its peak, and its bytes read, as Linux tells them.
+
+MIB = 2**20
+NUM_STEPS = 3
+TIMEOUT_SECONDS = 1200.0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes: the largest resident set of a process, and what was resident before the model was built."""
+
+    peak: int
+    start: int
+
+    @property
+    def above_start(self) -> int:
+        return self.peak - self.start
+
+
+@dataclass(frozen=True)
+class StepsJob:
+    """One of `STEPS`, alone."""
+
+    setting: Setting
+    name: str
+    num_steps: int = NUM_STEPS
+
+
+def peak_of_steps(setting: Setting, name: str, num_steps: int = NUM_STEPS) -> Peak:
+    """Of some steps of one subject in a fresh process of one rank."""
+    return run_ranks(1, run_steps, StepsJob(setting, name, num_steps), timeout=TIMEOUT_SECONDS)[0]
+
+
+def run_steps(job: StepsJob) -> Peak:
+    """Started on a rank."""
+    join(job.setting)
+    start = resident_bytes()
+    step = STEPS[job.name](job.setting)
+    for _ in range(job.num_steps):
+        step()
+    leave()
+    return Peak(peak_resident_bytes(), start)
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The high-water mark of this process."""
+    return _status("VmHWM")
+
+
+def peak_of_bare_torch() -> int:
+    """The high-water mark of an interpreter that has imported torch and nothing else."""
+    program = "import torch; print(open('/proc/self/status').read())"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    return _field(printed, "VmHWM")
+
+
+def _status(name: str) -> int:
+    return _field(Path("/proc/self/status").read_text(), name)
+
+
+def _field(status: str, name: str) -> int:
+    """`VmHWM:   1234 kB` in bytes."""
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+# A figure: what was measured, the target, and whether it is reached; as a table and as JSON.
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Args:
+        name: what was measured.
+        measured: in `unit`.
+        target: the largest value that is good; None where the number is only for comparison.
+        unit: "" for a ratio.
+        note: the numbers behind it.
+    """
+
+    name: str
+    measured: float
+    target: float | None = None
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        return None if self.target is None else self.measured <= self.target
+
+
+VERDICTS = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: ""}
+
+
+def print_table(title: str, figures: Sequence[Figure], console: Console | None = None) -> None:
+    """The figures of one benchmark as a table."""
+    table = Table(title=title, title_justify="left")
+    for header in ("figure", "measured", "target", "", "what is behind it"):
+        table.add_column(header, overflow="fold")
+    for figure in figures:
+        target = "" if figure.target is None else f"<= {_number(figure.target)} {figure.unit}"
+        measured = f"{_number(figure.measured)} {figure.unit}"
+        table.add_row(figure.name, measured, target, VERDICTS[figure.reached], figure.note)
+    (console or Console()).print(table)
+
+
+def write_json(path: Path, figures: Sequence[Figure]) -> None:
+    """A list of objects: the fields of `Figure`, and `reached`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**dataclasses.asdict(figure), "reached": figure.reached} for figure in figures]
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+# Every collective that this rank takes part in: which, how many bytes, and in what part of a step.
+#
+# Counted where torch hands them to its communication library (`c10d`), so asynchronous ones, those of a backward pass
+# and those that megatron-core issues through its own wrappers are all seen. Groups of one rank do not count.
+
+SCALARS = 8  # elements: a sum of losses, a norm, a count of tokens
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call.
+
+    Args:
+        name: of the operator, `allreduce_`.
+        elements, num_bytes: of the largest tensor list in it: what is gathered, or what is summed.
+        width: elements of the last axis of that tensor.
+    """
+
+    name: str
+    elements: int
+    num_bytes: int
+    width: int
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.elements <= SCALARS
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Context manager; `calls` grows while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and _group_size(args) > 1:
+            self.calls.append(_describe(func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _group_size(args: Sequence[Any]) -> int:
+    """Ranks of the process group among the arguments; an operator without one (a wait, a message) counts as 0."""
+    return next(_sizes(args), 0)
+
+
+def _sizes(args: Sequence[Any]) -> Iterator[int]:
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup":
+            yield dist.ProcessGroup.unbox(arg).size()
+
+
+def _describe(func: Any, args: Sequence[Any]) -> Collective:
+    lists = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
+    largest = max(lists, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
+    return Collective(
+        name=func.overloadpacket.__name__,
+        elements=sum(tensor.numel() for tensor in largest),
+        num_bytes=sum(tensor.nbytes for tensor in largest),
+        width=largest[0].shape[-1] if largest and largest[0].ndim else 1,
+    )

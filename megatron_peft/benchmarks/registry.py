@@ -5,22 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.benchmark.activations import activations_figures
-from megatron_peft.benchmark.collectives import collectives_figures
-from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.harness import harness_figures
-from megatron_peft.benchmark.loading import loading_figures
-from megatron_peft.benchmark.logits import logits_figures
-from megatron_peft.benchmark.lora_ga_start import lora_ga_start_figures
-from megatron_peft.benchmark.startup import startup_figures
-from megatron_peft.benchmark.urnn_crossover import crossover_figures
-from megatron_peft.benchmarks.files import convert_figures
-from megatron_peft.benchmarks.inference import generation_figures
-from megatron_peft.benchmarks.layers import boft_layer_figures
+from megatron_peft.benchmarks.files import convert_figures, loading_figures, startup_figures
+from megatron_peft.benchmarks.inference import generation_figures, harness_figures, logits_figures
+from megatron_peft.benchmarks.layers import boft_layer_figures, crossover_figures
+from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.benchmarks.steps import (
+    activations_figures,
+    collectives_figures,
     hybrid_full_figures,
     hybrid_ratio_figures,
     lora_full_figures,
+    lora_ga_start_figures,
     lora_ratio_figures,
     rotation_figures,
 )

@@ -1,15 +1,44 @@
 """CPU seconds and memory of the methods' steps beside those of the frozen base, of full fine-tuning and of HF PEFT."""
 
 import dataclasses
-from statistics import median
+import time
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean, median
 
-from megatron_peft.benchmark.figures import Figure
-from megatron_peft.benchmark.memory import Peak, peak_of_steps
-from megatron_peft.benchmarks.measure import TurnsJob, median_ratio, over_ranks, time_turns
-from megatron_peft.benchmarks.subjects import Setting
+import torch
+from torch import Tensor, nn
+
+from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
+from megatron_peft.benchmarks.measure import (
+    MIB,
+    Collective,
+    CollectiveLog,
+    Figure,
+    Peak,
+    StepsJob,
+    TurnsJob,
+    median_ratio,
+    over_ranks,
+    peak_of_steps,
+    run_steps,
+    time_turns,
+)
+from megatron_peft.benchmarks.subjects import (
+    STEPS,
+    Setting,
+    Step,
+    frozen_step,
+    join,
+    leave,
+    load_base,
+    lora_ga_start,
+    microbatch,
+)
+from megatron_peft.models.families import read_shape
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
 from megatron_peft.runtime.ranks import run_ranks
 
-MIB = 2**20
 LAYOUTS = (
     ({"tensor_parallel": 1}, 1.08),
     ({"tensor_parallel": 2}, 1.10),
@@ -84,3 +113,210 @@ def _sizes(peak: Peak, full: Peak) -> str:
         f"{peak.above_start / MIB:,.0f} MiB and {full.above_start / MIB:,.0f} MiB above the process before the model "
         f"({peak.start / MIB:,.0f} MiB)"
     )
+
+
+# Bytes that autograd keeps for backward, a layer of the model, by method.
+#
+# Counted by hooks in one forward of the whole model: each storage once, weights and buffers not at all. What a method
+# adds to the frozen base's is divided by the number of layers.
+
+METHODS = ("lora", "boft", "urnn", "hybrid")
+ACTIVATIONS_TIMEOUT_SECONDS = 1200.0
+
+LIMIT = 1.001  # lambda and what it multiplies are a few scalars
+
+
+def activations_figures(setting: Setting) -> list[Figure]:
+    """BOFT's and uRNN's extra over LoRA's, the Hybrid's over LoRA's and BOFT's together."""
+    kept = run_ranks(1, count_methods, setting, timeout=ACTIVATIONS_TIMEOUT_SECONDS)[0]
+    num_layers = read_shape(setting.checkpoint).num_layers
+    extra = {name: (num_bytes - kept["frozen"]) / num_layers for name, num_bytes in kept.items()}
+    frozen = f"frozen {kept['frozen'] / num_layers / MIB:.1f} MiB a layer"
+    return [
+        _over(extra, "boft", ("lora",), frozen),
+        _over(extra, "urnn", ("lora",), frozen),
+        _over(extra, "hybrid", ("lora", "boft"), frozen),
+    ]
+
+
+def count_methods(setting: Setting) -> dict[str, int]:
+    """Bytes by method, and of the frozen base. Started on a rank."""
+    torch.set_num_threads(1)
+    join(setting)
+    kept = {name: _kept(setting, name) for name in ("frozen", *METHODS)}
+    leave()
+    return kept
+
+
+def _over(extra: dict[str, float], name: str, others: Sequence[str], frozen: str) -> Figure:
+    allowed = sum(extra[other] for other in others)
+    note = f"{extra[name] / MIB:.2f} and {allowed / MIB:.2f} MiB a layer more; {frozen}"
+    return Figure(f"{name}: kept for backward / {' and '.join(others)}'s", extra[name] / allowed, LIMIT, "", note)
+
+
+def _kept(setting: Setting, method: str) -> int:
+    (model,), _ = load_base(setting)
+    model.requires_grad_(False)
+    if method == "frozen":
+        start_gradients_at_the_embedding(model)
+    else:
+        attach_adapters([model], setting.peft(method), seed=0)
+    batch = microbatch(setting, read_shape(setting.checkpoint).vocab_size)
+    saved = SavedBytes(model)
+    with saved:
+        loss = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    del loss
+    return saved.num_bytes
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Context manager; counts what autograd keeps while it is entered, but for the tensors of `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        own = [*model.parameters(), *model.buffers()]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._held: list[Tensor] = []  # so that no address is used twice
+        self.num_bytes = 0
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._held.append(tensor)
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+# Collectives of a LoRA step beside those of a step of the frozen base, and of a Hybrid step beside LoRA's.
+#
+# Forward, backward and gradient sums; those of a few numbers (losses, norms, counts of tokens) are listed apart.
+# Without sequence parallelism LoRA adds one call, the coalesced sum of its partial gradients. With it, r-wide gathers
+# and scatters come on top, two for each column-parallel layer. The Hybrid adds to LoRA's one call for all lambdas
+# and, for each row-parallel layer, one r-wide call (two with sequence parallelism).
+
+EXTRA_BYTES_ALLOWED = 1.03
+
+
+def collectives_figures(setting: Setting) -> list[Figure]:
+    """At TP2 and at TP2 with sequence parallelism."""
+    layouts = [dataclasses.replace(setting, tensor_parallel=2, sequence_parallel=split) for split in (False, True)]
+    return [figure for layout in layouts for figure in _compare(layout)]
+
+
+def log_steps(setting: Setting) -> dict[str, list[Collective]]:
+    """The calls of one step of the frozen base, of LoRA and of the Hybrid, on this rank. Started on ranks."""
+    join(setting)
+    calls = {name: _log(STEPS[name](setting)) for name in ("frozen", "lora", "hybrid")}
+    leave()
+    return calls
+
+
+def _log(step) -> list[Collective]:
+    step()  # the first step of an optimizer is not like the others
+    with CollectiveLog() as log:
+        step()
+    return log.calls
+
+
+def _compare(setting: Setting) -> list[Figure]:
+    calls = run_ranks(setting.world_size, log_steps, setting)[0]
+    frozen, lora, hybrid = ([c for c in calls[name] if not c.is_scalar] for name in ("frozen", "lora", "hybrid"))
+    extra = extra_calls(frozen, lora)
+    wide = [call for call in extra if call.name != "allreduce_" and call.width > setting.rank]
+    sums = [call for call in extra if call.name == "allreduce_"]
+    scalars = sum(call.is_scalar for call in calls["lora"])
+    ratio = _bytes(lora) / _bytes(frozen)
+    behind = f"frozen {_summary(frozen)}; LoRA {_summary(lora)}, and {scalars} of a few numbers"
+    name = f"{setting.layout}: LoRA's"
+    return [
+        Figure(f"{name} all-reduces above the frozen base's", len(sums), 1, "calls", behind),
+        Figure(f"{name} other calls wider than r", len(wide), 0, "calls", _names(extra)),
+        Figure(f"{name} bytes over the frozen base's", ratio, EXTRA_BYTES_ALLOWED),
+        *_hybrid_over_lora(setting, lora, hybrid),
+    ]
+
+
+def _hybrid_over_lora(setting: Setting, lora: list[Collective], hybrid: list[Collective]) -> list[Figure]:
+    extra = extra_calls(lora, hybrid)
+    # Flat ones are sums of gradients and of lambdas' norms; the others carry activations.
+    wide = [call for call in extra if call.width > setting.rank and call.width < call.elements]
+    num_row_layers = 2 * read_shape(setting.checkpoint).num_layers
+    allowed = 1 + num_row_layers * (2 if setting.sequence_parallel else 1)
+    name = f"{setting.layout}: the Hybrid's"
+    return [
+        Figure(f"{name} calls above LoRA's", len(hybrid) - len(lora), allowed, "calls", f"Hybrid {_summary(hybrid)}"),
+        Figure(f"{name} calls wider than r above LoRA's", len(wide), 0, "calls", _names(extra)),
+    ]
+
+
+def extra_calls(base: Sequence[Collective], more: Sequence[Collective]) -> list[Collective]:
+    """What `more` has and `base` has not, equal calls cancelling one by one."""
+    return list((Counter(more) - Counter(base)).elements())
+
+
+def _bytes(calls: Sequence[Collective]) -> int:
+    return sum(call.num_bytes for call in calls)
+
+
+def _summary(calls: Sequence[Collective]) -> str:
+    return f"{len(calls)} calls / {_bytes(calls) / MIB:.1f} MiB"
+
+
+def _names(calls: Sequence[Collective]) -> str:
+    counts = Counter((call.name.strip("_"), call.num_bytes) for call in calls)
+    return "more: " + ", ".join(f"{count} {name} of {size / MIB:.3g} MiB" for (name, size), count in counts.items())
+
+
+# What LoRA-GA's start costs: CPU seconds a batch beside the frozen base's forward and backward, and memory.
+#
+# A resident set holds what is in use and what the C library keeps of what was freed: for the same frozen step 120 MiB
+# more in one run than in another, which is more than is measured here. So both sides give back at once what they free.
+
+NUM_BATCHES = 8
+MAX_RATIO, MAX_EXTRA_MIB = 2.3, 100.0
+LORA_GA_TIMEOUT_SECONDS = 1800.0
+
+
+def lora_ga_start_figures(setting: Setting) -> list[Figure]:
+    """Of a start from eight batches; memory of a start from one, since no batch adds to it."""
+    frozen, start = run_ranks(1, time_start, setting, timeout=LORA_GA_TIMEOUT_SECONDS)[0]
+    peaks = [_peak(setting, name).peak / MIB for name in ("lora-ga-start", "frozen")]
+    ratio, note = start / frozen, f"{start:.2f} and {frozen:.2f} CPU s a batch; {NUM_BATCHES} batches"
+    sizes = f"peaks of {peaks[0]:,.0f} and {peaks[1]:,.0f} MiB"
+    return [
+        Figure("LoRA-GA's start, a batch / frozen forward and backward", ratio, MAX_RATIO, "", note),
+        Figure(
+            "LoRA-GA's start: peak memory above the frozen step's", peaks[0] - peaks[1], MAX_EXTRA_MIB, "MiB", sizes
+        ),
+    ]
+
+
+def _peak(setting: Setting, name: str) -> Peak:
+    job = StepsJob(setting, name, num_steps=1)
+    return run_ranks(1, run_steps_giving_back, job, timeout=LORA_GA_TIMEOUT_SECONDS)[0]
+
+
+def run_steps_giving_back(job: StepsJob) -> Peak:
+    """`run_steps` of a process that keeps nothing of what it frees. Started on a rank."""
+    give_back_freed_memory()
+    return run_steps(job)
+
+
+def time_start(setting: Setting) -> tuple[float, float]:
+    """CPU seconds a batch of the frozen base (half of them before the start, half after) and of the start."""
+    torch.set_num_threads(1)
+    join(setting)
+    frozen, start = frozen_step(setting), lora_ga_start(setting, NUM_BATCHES)
+    frozen()
+    before = [_cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
+    whole = _cpu_seconds(start)
+    after = [_cpu_seconds(frozen) for _ in range(NUM_BATCHES // 2)]
+    leave()
+    return mean(before + after), whole / NUM_BATCHES
+
+
+def _cpu_seconds(step: Step) -> float:
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.low_rank import LowRank
-from megatron_peft.benchmark.collective_log import CollectiveLog
+from megatron_peft.benchmarks.measure import CollectiveLog
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import generator_for

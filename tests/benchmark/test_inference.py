@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmark import logits
-from megatron_peft.benchmark.harness import TASKS, Questions, compare_items, our_items, their_items
 from megatron_peft.benchmarks import inference
+from megatron_peft.benchmarks.inference import TASKS, HarnessQuestions, compare_items, our_items, their_items
 from megatron_peft.benchmarks.subjects import Setting
 from megatron_peft.data import task_readers
 from tests.evaluation.local_tasks import write_tasks
@@ -17,14 +16,14 @@ from tests.ranks import run_ranks
 
 
 def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(logits, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
-    monkeypatch.setattr(logits, "_logits", functools.cache(logits._logits))
-    (figure,) = logits.logits_figures(tiny)
+    monkeypatch.setattr(inference, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
+    monkeypatch.setattr(inference, "_logits", functools.cache(inference._logits))
+    (figure,) = inference.logits_figures(tiny)
     assert figure.reached and "TP2+SP" in figure.name
-    wrong = logits._logits_of_transformers(tiny)
+    wrong = inference._logits_of_transformers(tiny)
     wrong[1, 2, 3] += 5e-4
-    monkeypatch.setattr(logits, "_logits_of_transformers", lambda setting: wrong)
-    (figure,) = logits.logits_figures(tiny)
+    monkeypatch.setattr(inference, "_logits_of_transformers", lambda setting: wrong)
+    (figure,) = inference.logits_figures(tiny)
     assert figure.measured == pytest.approx(5e-4, abs=5e-5) and not figure.reached
 
 
@@ -48,7 +47,7 @@ def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(t
 def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_path: Path) -> None:
     model, names = save_worded_llama(tmp_path / "model"), ("tiny_choices", "tiny_answers")
     tasks = write_tasks(tmp_path / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)
-    questions = Questions(str(model), str(tasks), names, limit=8)
+    questions = HarnessQuestions(str(model), str(tasks), names, limit=8)
     ours, theirs = (run_ranks(1, backend, questions)[0] for backend in (our_items, their_items))
     assert {task for task, _ in ours} == set(names) and len(ours) == 16
     differing, largest = compare_items(ours, theirs)

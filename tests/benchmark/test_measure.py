@@ -16,11 +16,9 @@ from megatron.core.tensor_parallel.mappings import _CopyToModelParallelRegion
 from rich.console import Console
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_peft.benchmark import loading, memory, startup
-from megatron_peft.benchmark.collective_log import CollectiveLog
-from megatron_peft.benchmark.figures import Figure, print_table, write_json
 from megatron_peft.benchmarks import files, measure
 from megatron_peft.benchmarks.files import convert_figures, load_whole, read_plainly
+from megatron_peft.benchmarks.measure import CollectiveLog, Figure, print_table, write_json
 from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import parse_arguments
 from tests.conversion.megatron_folders import save_random
@@ -55,12 +53,12 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
 
 
 def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
-    before = memory.peak_resident_bytes()
-    taken = bytearray(before - memory.resident_bytes() + 64 * MIB)
+    before = measure.peak_resident_bytes()
+    taken = bytearray(before - measure.resident_bytes() + 64 * MIB)
     del taken
-    assert memory.peak_resident_bytes() >= before + 48 * MIB
-    assert memory.resident_bytes() < memory.peak_resident_bytes() - 32 * MIB
-    assert 50 * MIB < memory.peak_of_bare_torch() < memory.peak_resident_bytes()
+    assert measure.peak_resident_bytes() >= before + 48 * MIB
+    assert measure.resident_bytes() < measure.peak_resident_bytes() - 32 * MIB
+    assert 50 * MIB < measure.peak_of_bare_torch() < measure.peak_resident_bytes()
 
 
 def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,11 +66,11 @@ def test_memory_of_the_model_and_of_a_step_counts(monkeypatch: pytest.MonkeyPatc
         model = bytearray(40 * MIB)
         return lambda: len(model + bytearray(len(model)))
 
-    monkeypatch.setattr(memory, "join", lambda setting: None)
-    monkeypatch.setattr(memory, "leave", lambda: None)
-    monkeypatch.setattr(memory, "STEPS", {"big": build})
-    monkeypatch.setattr(memory, "run_ranks", lambda num_ranks, target, job, timeout: [memory.run_steps(job)])
-    assert memory.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
+    monkeypatch.setattr(measure, "join", lambda setting: None)
+    monkeypatch.setattr(measure, "leave", lambda: None)
+    monkeypatch.setattr(measure, "STEPS", {"big": build})
+    monkeypatch.setattr(measure, "run_ranks", lambda num_ranks, target, job, timeout: [measure.run_steps(job)])
+    assert measure.peak_of_steps(Setting("nowhere"), "big").above_start > 100 * MIB
 
 
 def test_table_tells_pass_from_fail_and_a_target_is_the_largest_good_value() -> None:
@@ -160,28 +158,28 @@ def test_clock_stops_at_the_first_iteration(tmp_path: Path, monkeypatch: pytest.
             (tmp_path / "read").touch()
         return len(had_ended)
 
-    monkeypatch.setattr(startup.time, "perf_counter", clock)
-    assert startup.seconds_to_first_step([*PYTHON, PROGRAM.format(folder=str(tmp_path))]) == 1
+    monkeypatch.setattr(files.time, "perf_counter", clock)
+    assert files.seconds_to_first_step([*PYTHON, PROGRAM.format(folder=str(tmp_path))]) == 1
     assert had_ended == [False, False]
 
 
 def test_program_that_ends_before_is_an_error_with_its_words() -> None:
-    with pytest.raises(startup.ProgramFailed, match="no such model"):
-        startup.seconds_to_first_step([*PYTHON, "print('no such model')"])
+    with pytest.raises(files.ProgramFailed, match="no such model"):
+        files.seconds_to_first_step([*PYTHON, "print('no such model')"])
 
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
-    command = startup._command(tiny, startup._save_samples(tmp_path / "a.jsonl"))
-    config = parse_arguments(command[command.index(str(startup.PROGRAM)) + 1 :])
+    command = files._command(tiny, files._save_samples(tmp_path / "a.jsonl"))
+    config = parse_arguments(command[command.index(str(files.PROGRAM)) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
-    assert startup.PROGRAM.exists()
+    assert files.PROGRAM.exists()
 
 
 def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
     setting = replace(tiny, tensor_parallel=2)
-    ranks = loading.run_ranks(2, loading.load, setting)
-    (alone,) = loading.run_ranks(1, loading.load, tiny)
+    ranks = files.run_ranks(2, files.load, setting)
+    (alone,) = files.run_ranks(1, files.load, tiny)
     for rank in ranks:
         assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
         assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each
-        assert rank.peak > 50 * loading.MIB
+        assert rank.peak > 50 * files.MIB

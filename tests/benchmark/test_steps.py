@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmark import activations, collectives, lora_ga_start, urnn_crossover
-from megatron_peft.benchmark.memory import StepsJob
-from megatron_peft.benchmark.urnn_crossover import crossover_figures
 from megatron_peft.benchmarks import layers, registry, steps, subjects
+from megatron_peft.benchmarks.layers import crossover_figures
+from megatron_peft.benchmarks.measure import StepsJob
 from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmarks.subjects import STEPS, Setting
 from megatron_peft.training import lora_ga_start as start_module
@@ -33,7 +32,7 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Settin
 def test_each_storage_counts_once_and_weights_do_not():
     weight = nn.Linear(4, 4, bias=False)
     x = torch.randn(10, 4, requires_grad=True)
-    saved = activations.SavedBytes(weight)
+    saved = steps.SavedBytes(weight)
     with saved:
         y = weight(x)
         (y * x + y.exp()).sum()
@@ -42,14 +41,14 @@ def test_each_storage_counts_once_and_weights_do_not():
 
 def test_twice_the_rank_keeps_twice_the_narrow_activations(even: Setting):
     """[tokens, rank] in float32 of four linear layers in each of four; only LoRA and the Hybrid have a rank."""
-    kept, wider = (activations.count_methods(replace(even, rank=rank)) for rank in (4, 8))
+    kept, wider = (steps.count_methods(replace(even, rank=rank)) for rank in (4, 8))
     narrow = 4 * 4 * even.rows * even.positions * 4 * 4
     grown = {name: wider[name] - kept[name] for name in kept}
     assert grown == {"frozen": 0, "lora": narrow, "boft": 0, "urnn": 0, "hybrid": narrow}
 
 
 def test_real_steps_reach_the_targets(tiny: Setting) -> None:
-    figures = {figure.name: figure for figure in collectives.collectives_figures(tiny)}
+    figures = {figure.name: figure for figure in steps.collectives_figures(tiny)}
     calls = [figure for name, figure in figures.items() if "bytes" not in name]
     assert [figure.measured for figure in calls] == [1, 0, 1 + 8, 0, 1, 0, 1 + 2 * 8, 0]
     assert all(figure.reached for figure in calls)
@@ -60,9 +59,9 @@ def test_real_steps_reach_the_targets(tiny: Setting) -> None:
 
 def test_memory_that_steps_free_is_to_be_given_back(monkeypatch: pytest.MonkeyPatch):
     done: list = []
-    monkeypatch.setattr(lora_ga_start, "give_back_freed_memory", lambda: done.append("asked"))
-    monkeypatch.setattr(lora_ga_start, "run_steps", done.append)
-    lora_ga_start.run_steps_giving_back(StepsJob(Setting("nowhere"), "lora"))
+    monkeypatch.setattr(steps, "give_back_freed_memory", lambda: done.append("asked"))
+    monkeypatch.setattr(steps, "run_steps", done.append)
+    steps.run_steps_giving_back(StepsJob(Setting("nowhere"), "lora"))
     assert done == ["asked", StepsJob(Setting("nowhere"), "lora")]
 
 
@@ -70,11 +69,11 @@ def test_a_real_start_sees_every_batch_twice(monkeypatch: pytest.MonkeyPatch, ti
     """With two batches the start runs four, the frozen base three (one does not count)."""
     runs = []
     schedule = start_module.run_schedule
-    monkeypatch.setattr(lora_ga_start, "NUM_BATCHES", 2)
+    monkeypatch.setattr(steps, "NUM_BATCHES", 2)
     monkeypatch.setattr(
         start_module, "run_schedule", lambda *args, **kwargs: runs.append(1) or schedule(*args, **kwargs)
     )
-    frozen, a_batch = lora_ga_start.time_start(tiny)
+    frozen, a_batch = steps.time_start(tiny)
     assert len(runs) == 4 and frozen > 0 and a_batch > 0
 
 
@@ -105,9 +104,9 @@ def test_steps_run_forward_and_backward(small):
 
 
 def test_the_way_in_use_stands_first(monkeypatch):
-    monkeypatch.setattr(urnn_crossover, "NUM_TOKENS", 8)
-    monkeypatch.setattr(urnn_crossover, "NUM_FEATURES", 64)
-    monkeypatch.setattr(urnn_crossover, "DENSE_UP_TO", 16)
+    monkeypatch.setattr(layers, "NUM_TOKENS", 8)
+    monkeypatch.setattr(layers, "NUM_FEATURES", 64)
+    monkeypatch.setattr(layers, "DENSE_UP_TO", 16)
     figures = crossover_figures(num_turns=1)
     found = [figure.name.removeprefix("groups of ") for figure in figures]
     assert found == ["4: dense / fourier", "16: dense / fourier", "32: fourier / dense", "64: fourier / dense"]

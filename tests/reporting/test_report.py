@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_peft.benchmark.figures import Figure, write_json
+from megatron_peft.benchmarks.measure import Figure, write_json
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import report
 from megatron_peft.experiment.documents import filled

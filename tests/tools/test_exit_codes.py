@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.benchmark.figures import Figure
 from megatron_peft.benchmarks import registry
+from megatron_peft.benchmarks.measure import Figure
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import save_worded_llama
 from tests.ranks import Ranks
