@@ -1,11 +1,15 @@
 """Imports point one way, and a few things are done in one place only. Everything here reads source, runs none."""
 
 import ast
+import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from megatron_peft import MOVED
 
 PACKAGE = Path(__file__).parents[1] / "megatron_peft"
 SHAPELESS_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -25,10 +29,9 @@ ALLOWED: Mapping[str, set[str]] = {
     "data": LAYERS | {"checkpoint"},
     "training": LAYERS | {"lora_ga", "checkpoint", "conversion", "data"},
     "evaluation": LAYERS | {"checkpoint", "conversion", "data", "training", "cli"},
-    "reporting": {"config", "experiment"},
     "experiment": {"config", "models", "checkpoint", "training", "cli"},  # what a run would need, and what it wrote
-    "demo": LAYERS | {"checkpoint", "conversion", "data", "training", "evaluation", "reporting", "cli"},
-    "benchmark": LAYERS | {"lora_ga", "checkpoint", "conversion", "data", "training", "evaluation", "demo", "cli"},
+    "demo": LAYERS | {"checkpoint", "conversion", "data", "training", "evaluation", "experiment", "cli"},
+    "benchmarks": LAYERS | {"lora_ga", "checkpoint", "conversion", "data", "training", "evaluation", "demo", "cli"},
 }
 
 
@@ -44,10 +47,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
     "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
     "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
-    "evaluation.sandbox_driver": {
-        "json.load",
-        "json.loads",
-    },  # a script of its own: a job, and answers
+    "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
@@ -248,3 +248,12 @@ def test_walk_finds_who_opens_a_file() -> None:
 def test_walk_finds_an_unsafe_load() -> None:
     unsafe = ["torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, None, p)"]
     assert unsafe_loads(ast.parse("\n".join([*unsafe, "torch.load(f, mmap=True, weights_only=True)"]))) == unsafe
+
+
+@pytest.mark.parametrize(("was", "now"), MOVED.items())
+def test_a_module_is_found_by_the_name_that_it_had(was: str, now: str) -> None:
+    """Task files name functions by it, experiments run it with `python -m`."""
+    public = {name for name in vars(importlib.import_module(now)) if name[0] != "_"}
+    assert public <= vars(importlib.import_module(was)).keys()
+    found = importlib.util.find_spec(was)
+    assert found is not None and found.loader.get_code(was) is not None  # type: ignore[union-attr]

@@ -10,6 +10,8 @@ come back. The judge forks that process before it reads the job, so neither the 
 anywhere in it.
 """
 
+from __future__ import annotations
+
 import builtins
 import importlib
 import json

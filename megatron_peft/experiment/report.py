@@ -10,13 +10,22 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from megatron_peft.experiment import paper, plots
-from megatron_peft.experiment import tables as speed_table
 from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.plots import save, svg
 from megatron_peft.experiment.record import is_told
 from megatron_peft.experiment.results import Result, Results, peft_method
 from megatron_peft.experiment.spec import budget, grid_size
-from megatron_peft.experiment.tables import BEST, Row, Table, in_the_papers_form, number, papers_method, rows, with_test
+from megatron_peft.experiment.tables import (
+    BEST,
+    Row,
+    Table,
+    in_the_papers_form,
+    number,
+    papers_method,
+    rows,
+    speed_table,
+    with_test,
+)
 
 # The sentences of a report: the budget, who has the best mean, how the Hybrid does, where the cells came from.
 
@@ -321,7 +330,7 @@ def _sections(results: Results, found: Sequence[Row], ours: Table, long: Table) 
     yield Section("Figure 1 in the paper", tables=[resources()], is_papers=True)
     yield Section("Figure 2: gradient norm and validation loss", figures=_dynamics_figures(results))
     yield Section("Figure 2 in the paper", tables=[dynamics()], is_papers=True)
-    speeds = [table for place in results.places() if (table := speed_table.speed_table(results, *place))]
+    speeds = [table for place in results.places() if (table := speed_table(results, *place))]
     if speeds:
         yield Section("Steps to LoRA's loss", tables=speeds)
     lambdas = _lambda_figures(results)

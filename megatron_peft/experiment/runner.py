@@ -26,7 +26,6 @@ from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process
-from megatron_peft.experiment import record as provenance
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import (
     CellRecord,
@@ -37,7 +36,9 @@ from megatron_peft.experiment.record import (
     of_cell,
     progress,
     read_record,
+    score_source,
     trainable_parameters,
+    training_source,
     work,
     write_record,
 )
@@ -140,11 +141,11 @@ class Runner:
     def _begin(self, todo: Work) -> CellRecord:
         """Before the process starts: the commit and the files of the disk may be others by the time that it ends."""
         if todo.kind == "train":
-            source = provenance.training_source(self.experiment, todo.cell)
+            source = training_source(self.experiment, todo.cell)
             return of_cell(todo.cell, "failed", provenance={"training": source})
         record = read_record(self.folder, todo.cell)
         assert record is not None and todo.score is not None
-        source = provenance.score_source(self.experiment, todo.cell, todo.score)
+        source = score_source(self.experiment, todo.cell, todo.score)
         return replace(record, provenance={**record.provenance, "score": source})
 
     def _collect(self) -> None:

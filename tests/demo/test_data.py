@@ -21,10 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.demo import data as downloads_module
-from megatron_peft.demo import data as experiment_data
-from megatron_peft.demo import data as model_module
-from megatron_peft.demo import data as reviews
+from megatron_peft.demo import data
 from megatron_peft.demo.data import (
     GGUF_FILE,
     MAGIC,
@@ -56,7 +53,7 @@ def pip(monkeypatch):
         return subprocess.CompletedProcess(command, 0 if pip.leaves else 1, "", pip.stderr)
 
     pip = SimpleNamespace(leaves="", stderr="", commands=[])
-    monkeypatch.setattr(downloads_module.subprocess, "run", run)
+    monkeypatch.setattr(data.subprocess, "run", run)
     return pip
 
 
@@ -208,8 +205,8 @@ def archive_of(name: str, content: bytes) -> bytes:
 
 def write_source(folder: Path, lines: list[str]) -> Path:
     """A source distribution as vaderSentiment's: the ratings in an archive within the archive."""
-    inner, path = archive_of(reviews.RATINGS, "\n".join(lines).encode()), folder / "vaderSentiment-3.3.2.tar.gz"
-    path.write_bytes(archive_of(f"vaderSentiment-3.3.2/{reviews.INNER}", inner))
+    inner, path = archive_of(data.RATINGS, "\n".join(lines).encode()), folder / "vaderSentiment-3.3.2.tar.gz"
+    path.write_bytes(archive_of(f"vaderSentiment-3.3.2/{data.INNER}", inner))
     return path
 
 
@@ -243,10 +240,10 @@ def test_sentences_that_readers_were_unsure_of_are_left_out() -> None:
 def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
     source = write_source(tmp_path, ["no ratings here"])
     with pytest.raises(ConfigurationError, match=r"vaderSentiment-3\.3\.2\.tar\.gz does not carry.*remove it"):
-        list(reviews.read_ratings(source))
+        list(data.read_ratings(source))
     source.write_bytes(b"not an archive")
     with pytest.raises(ConfigurationError, match="does not carry"):
-        list(reviews.read_ratings(source))
+        list(data.read_ratings(source))
 
 
 PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]} x{i}", "le") for i in range(800)]
@@ -255,15 +252,15 @@ PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10
 def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = PairFiles(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "valid.jsonl")
     (tmp_path / "data").mkdir()
-    experiment_data._write_lines(files.train, PAIRS)
+    data._write_lines(files.train, PAIRS)
     for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
-        monkeypatch.setattr(experiment_data, name, lambda *_, made=made: made)
-    experiment_data.prepare_experiment(tmp_path)
+        monkeypatch.setattr(data, name, lambda *_, made=made: made)
+    data.prepare_experiment(tmp_path)
     parts = [read_pairs(tmp_path / "data" / "experiment" / name) for name in ("train.jsonl", "tuning.jsonl")]
     assert sorted(parts[0] + parts[1], key=str) == sorted(PAIRS, key=str)
     assert 0 < len(parts[1]) < 50
     shouted = [Pair(pair.english.upper() + "!", "la") for pair in PAIRS]
-    assert list(map(experiment_data.is_for_tuning, shouted)) == list(map(experiment_data.is_for_tuning, PAIRS))
+    assert list(map(data.is_for_tuning, shouted)) == list(map(data.is_for_tuning, PAIRS))
 
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 64, 1, 4, 2, 96
@@ -344,7 +341,7 @@ def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
         folder.mkdir()
         raise RuntimeError("no space")
 
-    monkeypatch.setattr(model_module, "_convert", fail)
+    monkeypatch.setattr(data, "_convert", fail)
     with pytest.raises(RuntimeError, match="no space"):
         prepare_model(tmp_path / "out" / "model", _wheel_of_model(tmp_path / "downloads", GGUF_FILE))
     assert list((tmp_path / "out").iterdir()) == []

@@ -130,7 +130,7 @@ def _good_files(folder: Path) -> Path:
 
     from tests.evaluation.local_tasks import write_tasks
     from tests.evaluation.worded_llama import save_worded_llama, save_worded_pairs
-    from tests.reporting.small_results import write_cells
+    from tests.experiment.small_results import write_cells
 
     save_worded_llama(folder / "base")
     weights = load_file(folder / "base" / "model.safetensors")

@@ -11,8 +11,8 @@ from megatron_peft.benchmarks import registry
 from megatron_peft.benchmarks.measure import Figure
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import save_worded_llama
+from tests.experiment.small_results import write_cells
 from tests.ranks import Ranks
-from tests.reporting.small_results import write_cells
 from tests.time_limits import seconds
 from tools import bench, convert, demo, evaluate, generate, prepare_data, report
 

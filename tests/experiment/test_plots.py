@@ -13,7 +13,7 @@ from megatron_peft.experiment import plots
 from megatron_peft.experiment.plots import Translation, colour, new_figure, plot_run, save, style, svg
 from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
-from tests.reporting.small_results import record_of
+from tests.experiment.small_results import record_of
 
 
 def small() -> Figure:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.experiment.results import Results
-from tests.reporting.small_results import results
+from tests.experiment.small_results import results
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from megatron_peft.experiment.record import cell_file
 from megatron_peft.experiment.report import Report, build, html, markdown, write
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
-from tests.reporting import small_results
-from tests.reporting.small_results import LOSSES, as_the_paper, results
+from tests.experiment import small_results
+from tests.experiment.small_results import LOSSES, as_the_paper, results
 from tests.time_limits import seconds
 
 VOID = {"meta", "img", "br", "link"}

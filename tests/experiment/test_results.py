@@ -14,9 +14,9 @@ from megatron_peft.experiment.paper import Entry, entry
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, training_source, write_record
 from megatron_peft.experiment.results import Results, StepsTo, compare, copy_results, crossing, read_results, steps_to
 from megatron_peft.experiment.tables import Table, check_paper_names, number, reference_method, rows
+from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
-from tests.reporting import small_results
-from tests.reporting.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
+from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
 
 CELL = "cells/tiny,talk,lora,lr=0.1,seed=1.json"
 
