@@ -28,7 +28,7 @@ from megatron_peft.data.samples import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
-from megatron_peft.evaluation.model import model_flags
+from megatron_peft.evaluation.model import saved_values
 from megatron_peft.evaluation.scoring import Continuation, score
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
@@ -327,7 +327,7 @@ def our_items(questions: HarnessQuestions) -> Items:
         batch_size=HARNESS_BATCH_SIZE,
         log_samples=True,
     )
-    evaluate(parse_arguments(model_flags(["--pretrained-checkpoint", questions.model])), settings)
+    evaluate(parse_arguments(["--pretrained-checkpoint", questions.model], saved=saved_values), settings)
     stop()
     path = output.with_suffix(".samples.jsonl")
     samples = (parse_json(line, str(path)) for line in read_text(path).splitlines())

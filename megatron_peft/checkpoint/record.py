@@ -201,7 +201,7 @@ def changes(record: RunRecord, here: Here) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:

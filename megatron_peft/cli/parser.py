@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from megatron_peft.cli.flags import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
-from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag
+from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag, missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 # Every flag that is known, served or not, and what to tell of one that is not served.
@@ -85,6 +85,7 @@ DESCRIPTION = (
 PATIENCE_SECONDS = 2.0
 
 ShapeReader = Callable[[str], ModelShape]
+Values = Mapping[str, Any]  # fields of the configuration by name
 
 
 def parse_arguments(
@@ -92,11 +93,15 @@ def parse_arguments(
     environ: Mapping[str, str] = os.environ,
     read_shape: ShapeReader | None = None,
     program: str = PROGRAM,
+    saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
     """The configuration that `argv` (default: the process's own) asks for; `program` is named in front of an error.
 
     The world size is `WORLD_SIZE` of `environ` (1 if it is missing). `read_shape` gives the shape of the model in a
     checkpoint folder, or raises ConfigurationError; with it, flags and layout are held against the model as well.
+
+    `saved` is for programs that ask a model and train nothing: it takes the values that were typed, and gives those of
+    the run that `--load` names, which hold where nothing was typed. Then neither data nor a length is needed.
 
     Raises SystemExit: 0 after `--help`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
     """
@@ -106,20 +111,23 @@ def parse_arguments(
             _build_parser(served_flags()).print_help()
         raise SystemExit(0)
     try:
-        return read_config(argv, environ, read_shape)
+        return read_config(argv, environ, read_shape, saved)
     except ConfigurationError as error:
         exit_with_error(error, environ, program)
 
 
 def read_config(
-    argv: Sequence[str], environ: Mapping[str, str] = os.environ, read_shape: ShapeReader | None = None
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    read_shape: ShapeReader | None = None,
+    saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
     """As `parse_arguments`, but raises ConfigurationError with all that is wrong, for its caller to tell."""
     served = served_flags()
     typed = _Typed(_build_parser(served), {name: one for one in served for name in one.names})
     for name, values in _split_at_flags(argv):
         typed.read(name, values)
-    return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape)
+    return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape, saved)
 
 
 def read_own_flags(
@@ -230,12 +238,14 @@ def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return [(name, words) for name, words in parts if name or words]
 
 
-def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None) -> RunConfig:
+def _build_config(
+    typed: _Typed, world_size: str, read_shape: ShapeReader | None, saved: Callable[[Values], Values] | None
+) -> RunConfig:
     """The configuration of what was typed; ConfigurationError with everything that is wrong."""
-    problems = [*typed.problems, *_method_problems(typed)]
+    config = {**(saved(typed.values["config"]) if saved else {}), **typed.values["config"]}
+    problems = [*typed.problems, *_method_problems(config, typed.spellings)]
     if not world_size.isdecimal() or int(world_size) < 1:
         raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
-    config = typed.values["config"]
     shape_flags = dict(typed.values["shape"])
     if "vocab_size" in config and config.get("tokenizer_type") != "NullTokenizer":
         shape_flags["vocab_size"] = config["vocab_size"]  # of a real tokenizer: the checkpoint's
@@ -246,6 +256,7 @@ def _build_config(typed: _Typed, world_size: str, read_shape: ShapeReader | None
         "transformer": typed.values["transformer"],
     }
     parts = {name: _build(config_class, given, problems) for name, config_class in sections().items()}
+    problems += [] if saved else missing_for_training(given)
     whole = None if None in parts.values() else _build(RunConfig, parts, problems)
     if read_shape and config.get("pretrained_checkpoint"):
         problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
@@ -264,13 +275,12 @@ def _build(config_class: type, given: Mapping[str, Any], problems: list[str]) ->
         return None
 
 
-def _method_problems(typed: _Typed) -> list[str]:
-    """Flags of one PEFT method beside another: they would have no effect."""
-    config = typed.values["config"]
+def _method_problems(config: Values, spellings: Mapping[tuple[str, str], str]) -> list[str]:
+    """Flags of one PEFT method that were typed beside another: they would have no effect."""
     method = config.get("method", PeftConfig.method)
-    names = [one.name for one in fields(PeftConfig) if one.name in config and one.name != "method"]
+    names = [one.name for one in fields(PeftConfig) if ("config", one.name) in spellings and one.name != "method"]
     problems = [
-        f"{typed.spellings['config', name]} belongs to --peft-method {' or '.join(methods_of(name))}, "
+        f"{spellings['config', name]} belongs to --peft-method {' or '.join(methods_of(name))}, "
         f"but the method is {method}: remove it."
         for name in names
         if method not in methods_of(name)
@@ -278,7 +288,7 @@ def _method_problems(typed: _Typed) -> list[str]:
     rotation = config.get("hybrid_rotation", PeftConfig.hybrid_rotation)
     others = [name for name in names if name.startswith("urnn_" if rotation == "boft" else "boft_")]
     return problems + [
-        f"{typed.spellings['config', name]} says how another rotation turns, but --hybrid-rotation is {rotation}: "
+        f"{spellings['config', name]} says how another rotation turns, but --hybrid-rotation is {rotation}: "
         f"remove one of them."
         for name in others
         if method == "hybrid" and method in methods_of(name)

@@ -3,7 +3,7 @@
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag, require
 from megatron_peft.config.model import JSON_SUFFIXES, DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.peft import LINEAR_MODULES, PEFT_METHODS, PeftConfig
-from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names
+from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "config_to_dict",
     "field_names",
     "flag",
+    "missing_for_training",
     "require",
 ]

@@ -119,7 +119,7 @@ class DataConfig:
     """Where the samples come from and how a sample becomes tokens.
 
     Either `train_data_path` (JSON lines: prompt/completion, messages, text) or `data_path` (Megatron's indexed
-    .bin/.idx prefixes, optionally weighted, cut by `split`), never both.
+    .bin/.idx prefixes, optionally weighted, cut by `split`), never both; neither where nothing is trained.
     """
 
     train_data_path: tuple[str, ...] = ()
@@ -150,10 +150,6 @@ class DataConfig:
                 not (separate and self.data_path),
                 "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
                 "(a source each) exclude one another: give one of the two.",
-            )
-            require(
-                bool(self.data_path or self.train_data_path),
-                "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset.",
             )
             require(
                 not (self.split and separate),

@@ -16,7 +16,13 @@ from typing import Any, get_origin, get_type_hints
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.peft import PeftConfig
-from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
+from megatron_peft.config.training import (
+    LENGTH_OF_THE_RUN,
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerSettings,
+    TrainingConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,17 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """Microbatches a step on each rank."""
         return self.global_batch_size // (self.training.micro_batch_size * self.parallel.data_parallel_size)
+
+
+def missing_for_training(values: Mapping[str, Any]) -> list[str]:
+    """What a run that trains lacks, out of its fields by name. To ask a model, merge or import one takes none of it."""
+    needed = {
+        ("data_path", "train_data_path"): (
+            "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset."
+        ),
+        ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
+    }
+    return [told for names, told in needed.items() if all(values.get(name) in (None, ()) for name in names)]
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

@@ -9,11 +9,12 @@ from megatron_peft.config.errors import Requirements, flag
 MOST_SAMPLES_A_STEP = 2**24
 MOST_STEPS = 10**12
 MOST_EPOCHS = 10**6
+LENGTH_OF_THE_RUN = "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length of the run, batch sizes, evaluation and the ways to stop."""
+    """Length of the run (one of three, or none where nothing is trained), batch sizes, evaluation, ways to stop."""
 
     micro_batch_size: int = 1
     global_batch_size: int | None = None  # default: micro_batch_size x data-parallel size
@@ -59,9 +60,8 @@ class TrainingConfig:
                 f"--train-epochs is {self.train_epochs}; it must be below {MOST_EPOCHS:,}.",
             )
             require(
-                len(lengths) == 1,
-                "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
-                + (f" (given: {', '.join(map(flag, lengths))})." if lengths else " (none given)."),
+                len(lengths) <= 1,
+                f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).",
             )
 
 

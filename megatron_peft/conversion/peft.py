@@ -61,7 +61,7 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     rules = [rule for rule in rules_for(shape).values() if is_weight(rule) and ".linear_" in rule.name]
     _check_tensors(adapter, rules, f"--pretrained-checkpoint {pretrained_checkpoint}")
     adopted = adapter.adopt(rules, shape)
-    save_adapters(output, _record(folder, str(pretrained_checkpoint), shape, adopted), adopted.tensors)
+    save_adapters(output, _record(str(pretrained_checkpoint), shape, adopted), adopted.tensors)
     targets = " ".join(adopted.peft.target_modules)
     print(f"{adopted.told}Load it with --finetune {adopted.flags} --peft-target-modules {targets}", flush=True)
     return Path(output)
@@ -105,15 +105,15 @@ def _check_tensors(adapter: LoraImport | BoftImport, rules: list[Rule], base: st
         raise ConfigurationError(f"the tensors in {source.folder} do not fit {base}. " + "; ".join(told) + ".")
 
 
-def _record(folder: Path, base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
-    """As of a run before its first step. A run has data and a length; these say where the adapter came from instead."""
+def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
+    """As of a run before its first step, without data and without a length."""
     return RunRecord(
         config=RunConfig(
             parallel=ParallelConfig(),
             model=ModelConfig(pretrained_checkpoint=base),
             peft=adopted.peft,
-            data=DataConfig(train_data_path=(f"imported from {folder}",)),
-            training=TrainingConfig(train_iters=1),
+            data=DataConfig(),
+            training=TrainingConfig(),
         ),
         shape=shape,
         position={"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0},

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +24,8 @@ from megatron_peft.checkpoint.record import (
 )
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.tensors import adapted_layers
-from megatron_peft.cli.flags import FLAG_NAMES, methods_of
 from megatron_peft.cli.parser import exit_with_error, parse_arguments
-from megatron_peft.config import ConfigurationError, RunConfig, field_names, flag, require
+from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
@@ -161,78 +159,42 @@ def _refuse_another(here: Here, load: str) -> None:
             raise ConfigurationError(*problems)
 
 
-# The flags of a run's model, from its record, so that whoever scores the run need not repeat them.
-#
-# What is read from the record stands in front of what the user typed, and the last of two equal flags holds. So a
-# layout, or a base that has moved, is the user's, and everything else the run's.
-
-# Section of RunConfig -> fields that say which model it is and how its texts become tokens.
-CARRIED: dict[str, tuple[str, ...]] = {
+# The model of a saved run, so that whoever scores it need not repeat its flags: a layout, or a base that has moved, is
+# the user's, and everything else the run's. Section of RunConfig -> fields that say which model it is and how its texts
+# become tokens.
+SAVED: dict[str, tuple[str, ...]] = {
     "model": ("pretrained_checkpoint", "bf16", "make_vocab_size_divisible_by"),
     "data": ("tokenizer_type", "tokenizer_model", "vocab_size"),
     "training": ("seed",),  # a method may draw what it never trains
 }
-# A model that is scored is not trained, but RunConfig asks for these: flag -> others that stand for it.
-UNUSED = {
-    ("--train-data-path", "none.jsonl"): {"--train-data-path", "--data-path"},
-    ("--train-iters", "1"): {"--train-iters", "--train-samples", "--train-epochs"},
-}
 
 
-def model_flags(argv: Sequence[str]) -> list[str]:
-    """`argv`, flags of pretrain_peft.py, with those of the run under --load in front.
+def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Model, method and tokenizer of the run under `typed["load"]`, by field; nothing without one. See `read_config`.
 
     Raises:
-        ConfigurationError: no checkpoint under --load, or its base is not where the run found it.
+        ConfigurationError: no checkpoint there, or its base is not where the run found it.
     """
-    typed = {word.partition("=")[0] for word in argv}
-    unused = [word for words, others in UNUSED.items() if not typed & others for word in words]
-    load = _value_of("--load", argv)
+    load = typed.get("load")
     if load is None:
-        return [*unused, *argv]
+        return {}
     record = read_run_record(load)
-    if "--pretrained-checkpoint" not in typed:
+    if "pretrained_checkpoint" not in typed:
         _require_base(record, load)
-    return [*unused, *flags_of(record.config), *argv]
+    return values_of_model(record.config)
 
 
-def flags_of(config: RunConfig) -> list[str]:
-    """The flags that give a configuration's model, method and tokenizer; defaults are left out."""
-    sections = {**CARRIED, "peft": _peft_fields(config)}
-    return [
-        word
-        for section, names in sections.items()
-        for name in names
-        for word in _flag_of(getattr(config, section), name)
-    ]
+def values_of_model(config: RunConfig) -> dict[str, Any]:
+    """Field -> value of a configuration's model, method and tokenizer; defaults are left out."""
+    values = {name: getattr(section, name) for section, names in _saved_fields(config) for name in names}
+    defaults = {name: getattr(type(section), name, None) for section, names in _saved_fields(config) for name in names}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _peft_fields(config: RunConfig) -> tuple[str, ...]:
-    method = config.peft.method
-    return tuple(name for name in field_names(type(config.peft)) if name == "method" or method in methods_of(name))
-
-
-def _flag_of(section: Any, name: str) -> Iterator[str]:
-    value = getattr(section, name)
-    if value == getattr(type(section), name, None):
-        return
-    dashed = FLAG_NAMES.get(name, (flag(name),))[0]
-    if isinstance(value, bool):
-        yield dashed if value else f"--no-{dashed[2:]}"
-    else:
-        yield dashed
-        yield from map(str, value if isinstance(value, tuple) else (value,))
-
-
-def _value_of(name: str, argv: Sequence[str]) -> str | None:
-    """The last value of a flag, typed as `--name value` or `--name=value`."""
-    value = None
-    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
-        if word == name:
-            value = following
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-    return value
+def _saved_fields(config: RunConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    for section, names in SAVED.items():
+        yield getattr(config, section), names
+    yield config.peft, field_names(type(config.peft))
 
 
 def _require_base(record: RunRecord, load: str) -> None:
@@ -264,9 +226,9 @@ def run_on_a_model(
         SystemExit: 2, after one rank has told what is wrong with the settings or the flags.
     """
     try:
-        made, flags = settings(), model_flags(flags)
+        made = settings()
     except ConfigurationError as error:
         exit_with_error(error, program=program)
-    config = parse_arguments(flags, read_shape=read_model_shape, program=program)
+    config = parse_arguments(flags, read_shape=read_model_shape, program=program, saved=saved_values)
     with world(config.parallel):
         run_together(lambda: main(config, made), program=program)

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, require
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
@@ -77,6 +77,8 @@ def finetune(config: RunConfig) -> None:
             wrong with the model, the layout, the data, the targets or the folders.
     """
     _require_one_configuration(config)
+    if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
+        raise ConfigurationError(*missing)
     shape = checked_together(lambda: _checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))

@@ -20,6 +20,7 @@ from megatron_peft.config import (
     TrainingConfig,
     config_from_dict,
     config_to_dict,
+    missing_for_training,
 )
 
 DATA = {"train_data_path": ("a.jsonl",)}
@@ -63,7 +64,6 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"target_modules": ()}, "--peft-target-modules needs at least one name"),
     ],
     DataConfig: [
-        ({}, "no training data"),
         ({**DATA, **INDEXED}, "exclude one another"),
         ({**DATA, "split": "9,1"}, "--split cuts"),
         ({**INDEXED, "split": "9;1"}, "--split 9;1"),
@@ -75,7 +75,6 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({**DATA, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
     ],
     TrainingConfig: [
-        ({}, "none given"),
         ({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs"),
     ],
     OptimizerSettings: [
@@ -114,6 +113,13 @@ def test_all_contradictions_of_a_group_are_told_at_once() -> None:
     flags = {problem.split(" ")[0] for problem in caught.value.problems}
     assert flags == {"--lr", "--min-lr", "--lr-warmup-init", "--clip-grad"}
     assert str(caught.value).count("\n") == len(caught.value.problems) - 1
+
+
+def test_a_run_that_trains_needs_data_and_a_length() -> None:
+    asked = RunConfig(ParallelConfig(), ModelConfig("m"), PeftConfig(), DataConfig(), TrainingConfig())
+    data, length = missing_for_training({**vars(asked.data), **vars(asked.training)})
+    assert data.startswith("no training data") and length.endswith("(none given).")
+    assert not missing_for_training({**DATA, "train_epochs": 2})
 
 
 def test_another_error_is_not_replaced_by_the_requirements() -> None:

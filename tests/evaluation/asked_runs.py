@@ -19,7 +19,7 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
-from megatron_peft.evaluation.model import model_flags
+from megatron_peft.evaluation.model import saved_values
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.run import finetune
 from tests.evaluation.local_tasks import TASKS
@@ -104,7 +104,7 @@ def _answer(folder: Path, flags: list[str] | None = None, **settings: Any) -> No
 
 
 def _ask(flags: list[str], question: Any) -> None:
-    question(parse_arguments(model_flags(flags), {"WORLD_SIZE": str(dist.get_world_size())}))
+    question(parse_arguments(flags, {"WORLD_SIZE": str(dist.get_world_size())}, saved=saved_values))
     dist.barrier()
     stop_model_parallel()
 

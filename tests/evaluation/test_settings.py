@@ -25,7 +25,7 @@ from megatron_peft.evaluation.answers import (
 )
 from megatron_peft.evaluation.generation import Sampling, StopTexts
 from megatron_peft.evaluation.harness_run import HarnessSettings, find_tasks
-from megatron_peft.evaluation.model import CARRIED, end_ids, flags_of, model_flags, run_on_a_model
+from megatron_peft.evaluation.model import SAVED, end_ids, run_on_a_model, saved_values, values_of_model
 from tests.evaluation.local_tasks import write_tasks
 from tests.tiny_llama import save_llama
 from tests.training.recorded_saves import small_files_only
@@ -249,15 +249,15 @@ def run(monkeypatch, tmp_path) -> str:
 
 
 def _parse(*argv: str) -> RunConfig:
-    return parse_arguments(model_flags(argv), {"WORLD_SIZE": "2"})
+    return parse_arguments(argv, {"WORLD_SIZE": "2"}, saved=saved_values)
 
 
 @pytest.mark.parametrize("method", PEFT)
-def test_flags_of_a_configuration_give_its_model_again(method):
+def test_a_model_is_described_by_its_run_alone(method):
     config = _config(peft=PEFT[method])
-    again = parse_arguments([*flags_of(config), "--train-data-path", "a.jsonl", "--train-iters", "1"], {})
-    assert again.peft == config.peft
-    for section, names in CARRIED.items():
+    again = parse_arguments([], {}, saved=lambda typed: values_of_model(config))
+    assert again.peft == config.peft and not again.data.train_data_path and again.training.train_iters is None
+    for section, names in SAVED.items():
         for name in names:
             assert getattr(getattr(again, section), name) == getattr(getattr(config, section), name)
 
@@ -280,8 +280,8 @@ def test_the_training_flags_of_a_run_may_stay():
 def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     (tmp_path / "base").rmdir()
     with pytest.raises(ConfigurationError, match=f"base model {run}, which is not there.*--pretrained-checkpoint"):
-        model_flags(["--load", "run"])
-    assert model_flags(["--load", "run", "--pretrained-checkpoint", "here"])[-1] == "here"
+        saved_values({"load": "run"})
+    assert saved_values({"load": "run", "pretrained_checkpoint": "here"})
 
 
 @pytest.mark.parametrize(
