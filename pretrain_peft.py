@@ -29,7 +29,7 @@ def main() -> None:
     from megatron_peft.runtime.launch import world
     from megatron_peft.training.run import finetune
 
-    with world(config.parallel):
+    with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: finetune(config), program="pretrain_peft.py")
 
 

@@ -15,7 +15,7 @@ def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
     Args:
         with_groups: False leaves megatron-core's groups to the code under test.
     """
-    start_world(ParallelConfig())
+    start_world()
     if with_groups:
         start_model_parallel(ParallelConfig(), seed)
     try:

@@ -111,7 +111,9 @@ class StructuredUrnn(BlockRotation):
     permutation: Tensor
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
-        super().__init__(layout, peft.rotation_side, peft.urnn_block_size, name, _flags(peft))
+        super().__init__(
+            layout, peft.rotation_side, peft.urnn_block_size, name, f"--urnn-block-size {peft.urnn_block_size}"
+        )
         size, num_groups = self.group_size // 2, layout.num_features(self.side) // self.group_size
         generator, device = generator_for(seed, f"{name}.theta"), torch.cuda.current_device()
         start = layout.slice_groups(self.side, random_theta(num_groups, size, generator)).to(device).contiguous()
@@ -164,7 +166,9 @@ class RiemannianUrnn(BlockRotation):
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
-        super().__init__(layout, peft.rotation_side, peft.urnn_block_size, name, _flags(peft))
+        super().__init__(
+            layout, peft.rotation_side, peft.urnn_block_size, name, f"--urnn-block-size {peft.urnn_block_size}"
+        )
         size = self.group_size // 2
         identity = torch.eye(size, dtype=torch.complex64, device=torch.cuda.current_device())
         blocks = identity.expand(self.num_local_groups, size, size)
@@ -229,7 +233,3 @@ def urnn_rotation(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, 
     """The rotation that `--urnn-update` asks for."""
     kinds = {"structured": StructuredUrnn, "riemannian": RiemannianUrnn}
     return kinds[peft.urnn_update](layout, peft, name, seed, dtype)
-
-
-def _flags(peft: PeftConfig) -> str:
-    return f"--urnn-block-size {peft.urnn_block_size}"

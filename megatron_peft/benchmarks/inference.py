@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
 from megatron_peft.cli.parser import parse_arguments
-from megatron_peft.config import ParallelConfig
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, prepare
@@ -317,7 +316,7 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 def our_items(questions: HarnessQuestions) -> Items:
     """Started on a rank of its own."""
     torch.set_num_threads(1)
-    start_world(ParallelConfig())
+    start_world()
     output = Path(questions.tasks, "ours.json")
     settings = HarnessSettings(
         questions.names,

@@ -119,7 +119,7 @@ def save_shape(folder: Path) -> Path:
 
 def join(setting: Setting) -> None:
     """Join the world of this process and make its groups."""
-    start_world(setting.parallel)
+    start_world()
     start_model_parallel(setting.parallel, seed=1)
 
 

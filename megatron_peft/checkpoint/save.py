@@ -259,7 +259,7 @@ class Saver:
         if self._lock.is_held:
             remove_leftovers(folder)
         try:
-            _refuse_another_run(settings, folder)
+            _refuse_another_run(folder, settings.load, settings.finetune)
         except ConfigurationError:
             self._lock.release()
             raise
@@ -272,9 +272,9 @@ class Saver:
         return done
 
 
-def _refuse_another_run(settings: CheckpointConfig, folder: Path) -> None:
+def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     """A folder of checkpoints is that of one run: a new one would replace them by its own, and their metrics."""
-    loads = Path(settings.load).resolve() if settings.load and not settings.finetune else None
+    loads = Path(load).resolve() if load and not finetune else None
     goes_on = loads is not None and folder.resolve() in (loads, loads.parent)
     newest = newest_checkpoint(folder)
     found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
@@ -282,7 +282,7 @@ def _refuse_another_run(settings: CheckpointConfig, folder: Path) -> None:
         goes_on or not found,
         f"--save {folder} holds the checkpoints of a run already (the newest: {found}), which a new run would replace: "
         f"give another --save; or, to go on with that run, --load {folder}"
-        + (" without --finetune." if settings.finetune and settings.load else "."),
+        + (" without --finetune." if finetune and load else "."),
     )
 
 

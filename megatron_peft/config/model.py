@@ -105,6 +105,11 @@ class ParallelConfig:
                 "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers.",
             )
 
+    def num_virtual_stages(self, num_layers: int) -> int | None:
+        """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
+        chunk = self.num_layers_per_virtual_pipeline_stage
+        return None if chunk is None else num_layers // self.pipeline_model_parallel_size // chunk
+
     @property
     def data_parallel_size(self) -> int:
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)

@@ -40,27 +40,28 @@ def rotation_blocks(adapters: TrainedAdapters, layer: str, part: str = "") -> Te
         part: what comes before the names, where an adapter has several parts: `rotation.`.
     """
     form = next(blocks for name, blocks in FORMS.items() if adapters.has(layer, f"{part}{name}"))
-    return form(lambda name: adapters.tensor(layer, f"{part}{name}").double(), adapters.record.config.peft)
+    peft = adapters.record.config.peft
+    return form(lambda name: adapters.tensor(layer, f"{part}{name}").double(), peft.boft_block_size)
 
 
-def cayley_blocks(read: Read, peft: PeftConfig) -> Tensor:
+def cayley_blocks(read: Read, boft_block_size: int) -> Tensor:
     """BOFT's, of numbers above the diagonals."""
-    return compose(cayley(skew(read("Q"), peft.boft_block_size)))
+    return compose(cayley(skew(read("Q"), boft_block_size)))
 
 
-def projected_blocks(read: Read, peft: PeftConfig) -> Tensor:
+def projected_blocks(read: Read, boft_block_size: int) -> Tensor:
     """BOFT's, whose small blocks are kept as they are."""
     return compose(read("P"))
 
 
-def structured_blocks(read: Read, peft: PeftConfig) -> Tensor:
+def structured_blocks(read: Read, boft_block_size: int) -> Tensor:
     """uRNN's, of phases and reflections."""
     permutation = read("permutation").long()
     change = as_real(change_from_start(read("theta"), structured(read("start"), permutation), permutation))
     return change + torch.eye(change.shape[-1], dtype=change.dtype)
 
 
-def unitary_blocks(read: Read, peft: PeftConfig) -> Tensor:
+def unitary_blocks(read: Read, boft_block_size: int) -> Tensor:
     """uRNN's, whose unitary blocks are kept as they are."""
     return as_real(torch.view_as_complex(read("U")))
 

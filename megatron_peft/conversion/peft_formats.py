@@ -292,7 +292,7 @@ class LoraImport:
             for layer, factors in fused.items()
             for name, tensor in vars(factors.padded(rank)).items()
         }
-        return Adopted(peft, tensors, _flags(peft), _told(peft, settings))
+        return Adopted(peft, tensors, _flags(peft), _told(peft.lora_rank, peft.lora_alpha, settings))
 
     def _found(self, rule: Rule) -> dict[str, Factors]:
         """In float32, of the modules that have them."""
@@ -336,9 +336,9 @@ def _flags(peft: PeftConfig) -> str:
     return f"--peft-method lora --lora-rank {peft.lora_rank} --lora-alpha {alpha}{' --lora-rs' * peft.lora_rs}"
 
 
-def _told(peft: PeftConfig, settings: LoraSettings) -> str:
+def _told(rank: int, alpha: float, settings: LoraSettings) -> str:
     grown = (
-        f"Modules that share a layer have an A of their own, so the rank is {peft.lora_rank} instead of "
-        f"{settings.rank}; alpha {_whole_number(peft.lora_alpha)} keeps the scale of {settings.scale:g}.\n"
+        f"Modules that share a layer have an A of their own, so the rank is {rank} instead of "
+        f"{settings.rank}; alpha {_whole_number(alpha)} keeps the scale of {settings.scale:g}.\n"
     )
-    return grown * (peft.lora_rank != settings.rank)
+    return grown * (rank != settings.rank)

@@ -183,7 +183,7 @@ def _alone() -> Iterator[ParallelConfig]:
     from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
     parallel = ParallelConfig()
-    start_world(parallel)
+    start_world()
     try:
         start_model_parallel(parallel, seed=0)
         yield parallel

@@ -105,7 +105,7 @@ def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
 def main() -> None:
     output, *flags = sys.argv[1:]
     config = parse_arguments(flags)
-    with world(config.parallel):
+    with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: score(config, Path(output)), PROGRAM)
 
 

@@ -29,7 +29,7 @@ from megatron_peft.config import ConfigurationError, RunConfig, field_names, req
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape, check_layout, compare_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, world
@@ -70,7 +70,7 @@ def load_model(config: RunConfig) -> AskedModel:
     # Our core attention honours the key mask of unequal prompts beside a cache; Transformer Engine's would not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
     shape = checked_together(lambda: _checked_shape(config))
-    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     chunks = build_model_chunks(shape, config.model, config.parallel)
     is_trained = config.checkpoint.load is not None
@@ -230,5 +230,5 @@ def run_on_a_model(
     except ConfigurationError as error:
         exit_with_error(error, program=program)
     config = parse_arguments(flags, read_shape=read_model_shape, program=program, saved=saved_values)
-    with world(config.parallel):
+    with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: main(config, made), program=program)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.low_rank import low_rank_part
-from megatron_peft.config import PeftConfig, require
+from megatron_peft.config import require
 from megatron_peft.lora_ga.sketch import (
     STARTS,
     leading_triplets,
@@ -152,7 +152,8 @@ class StartReport:
 
 def start_from_gradients(
     model_chunks: Sequence[nn.Module],
-    peft: PeftConfig,
+    rank: int,
+    start: str,
     seed: int,
     replay: Callable[[], None],
     num_tokens: int,
@@ -163,7 +164,7 @@ def start_from_gradients(
 
     Args:
         model_chunks: this rank's, bare, with adapters attached and the base loaded.
-        peft, seed: of the run.
+        rank, start, seed: --lora-rank, --lora-ga-init and --seed of the run.
         replay: runs the same batches forward and backward each time it is called, adding up the gradients of the
             tokens' losses.
         num_tokens: that have a loss, in all batches on all replicas: the loss is their mean.
@@ -175,7 +176,9 @@ def start_from_gradients(
     """
     started_at = time.perf_counter()
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
-    sketches = [_Sketch(target, peft, seed) for target in targets if low_rank_part(target.module.adapter) is not None]
+    sketches = [
+        _Sketch(target, rank, start, seed) for target in targets if low_rank_part(target.module.adapter) is not None
+    ]
     groups = (tensor_parallel_group, data_parallel_group)
     with _gradients_through_every_layer(model_chunks):
         _collect(sketches, replay, *groups)
@@ -183,7 +186,7 @@ def start_from_gradients(
         for sketch in sketches:
             sketch.turn_to_second_pass()
         _collect(sketches, replay, *groups)
-    energy = {sketch.target.name: sketch.finish(peft, num_tokens) for sketch in sketches}
+    energy = {sketch.target.name: sketch.finish(num_tokens) for sketch in sketches}
     return StartReport(energy, time.perf_counter() - started_at)
 
 
@@ -204,9 +207,10 @@ class _Sketch:
 
     branch: LeftProduct | RightProduct
 
-    def __init__(self, target: Target, peft: PeftConfig, seed: int) -> None:
+    def __init__(self, target: Target, rank: int, start: str, seed: int) -> None:
         layout, weight = target.module.layout, target.module.weight
-        wanted = STARTS[peft.lora_ga_init].triplets_a_rank * peft.lora_rank + OVERSAMPLING
+        self.rank, self.start = rank, STARTS[start]
+        wanted = self.start.triplets_a_rank * rank + OVERSAMPLING
         width = min(wanted, layout.out_features, layout.in_features)
         self.target, self.layout = target, layout
         self.adapter = target.module.adapter
@@ -244,20 +248,20 @@ class _Sketch:
         self._stand_in(RightProduct(Q, self.layout.local_in_features))
 
     @torch.no_grad()
-    def finish(self, peft: PeftConfig, num_tokens: int) -> float:
+    def finish(self, num_tokens: int) -> float:
         """Put the adapter back with its new A and B. Returns the part of |G|^2 that the r leading directions hold."""
         assert isinstance(self.branch, RightProduct)
-        start, Q, Z = STARTS[peft.lora_ga_init], self.branch.Q.double(), self.branch.total
-        triplets = leading_triplets(Q, Z, start.triplets_a_rank * peft.lora_rank, self.add_up_columns)
+        start, Q, Z = self.start, self.branch.Q.double(), self.branch.total
+        triplets = leading_triplets(Q, Z, start.triplets_a_rank * self.rank, self.add_up_columns)
         triplets = with_fixed_signs(triplets, self.direction, self.add_up_columns)
-        energy = triplets.S[: peft.lora_rank].square().sum()
+        energy = triplets.S[: self.rank].square().sum()
         sketched = self.add_up_columns(Z.double().square().sum())
         self.target.module.adapter = self.adapter
         low_rank = low_rank_part(self.adapter)
         assert low_rank is not None
         of_the_mean = triplets._replace(S=triplets.S / num_tokens)
-        factors = start.factors(of_the_mean, peft.lora_rank, self.layout.out_features)
-        low_rank.start_at(*with_all_rows(factors, triplets.S[: peft.lora_rank], low_rank.A.detach()))
+        factors = start.factors(of_the_mean, self.rank, self.layout.out_features)
+        low_rank.start_at(*with_all_rows(factors, triplets.S[: self.rank], low_rank.A.detach()))
         return float(energy) / max(float(sketched) + self.squared_residual, 1e-300)
 
 

@@ -47,11 +47,13 @@ class GPTConfig(TransformerConfig):
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
 
 
-def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> GPTConfig:
+def transformer_config(
+    shape: ModelShape, bf16: bool, settings: Mapping[str, Any], parallel: ParallelConfig
+) -> GPTConfig:
     """megatron-core's configuration of a model of this shape, at this layout."""
-    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
-    run: Mapping[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **model.transformer}
+    run: Mapping[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
     return GPTConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -69,13 +71,13 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         huggingface_modules=FAMILIES[shape.architecture].modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_virtual_stages(shape, parallel),
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages(shape.num_layers),
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=model.bf16,
+        bf16=bf16,
         perform_initialization=False,  # every weight is loaded
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
@@ -92,32 +94,25 @@ def is_swiglu(shape: ModelShape) -> bool:
     return shape.gated_linear_unit and shape.activation == "silu"
 
 
-def num_virtual_stages(shape: ModelShape, parallel: ParallelConfig) -> int | None:
-    """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
-    chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if chunk is None:
-        return None
-    return shape.num_layers // parallel.pipeline_model_parallel_size // chunk
-
-
 def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
-    config = transformer_config(shape, model, parallel)
-    parts = _Parts.of(shape, model)
+    config = transformer_config(shape, model.bf16, model.transformer, parallel)
+    parts = _Parts.of(shape, model.transformer_impl)
+    vocab_size = shape.padded_vocab_size(model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
-        _build_chunk(shape, model, config, parts, stage if num_chunks else None) for stage in range(num_chunks or 1)
+        _build_chunk(shape, vocab_size, config, parts, stage if num_chunks else None)
+        for stage in range(num_chunks or 1)
     ]
 
 
 def _build_chunk(
-    shape: ModelShape, model: ModelConfig, config: GPTConfig, parts: "_Parts", vp_stage: int | None
+    shape: ModelShape, vocab_size: int, config: GPTConfig, parts: "_Parts", vp_stage: int | None
 ) -> GPTModel:
-    tp = config.tensor_model_parallel_size
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(config, parts, vp_stage),
-        vocab_size=shape.padded_vocab_size(model.make_vocab_size_divisible_by, tp),
+        vocab_size=vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -185,11 +180,11 @@ class _Parts:
     core_attention: Any
 
     @classmethod
-    def of(cls, shape: ModelShape, model: ModelConfig) -> "_Parts":
+    def of(cls, shape: ModelShape, transformer_impl: str) -> "_Parts":
         norm: Any = _NORMS[shape.normalization]
         core_attention: Any = ScaledDotProductAttention
-        wanted = model.transformer_impl == "transformer_engine"
-        if wanted or (model.transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
+        wanted = transformer_impl == "transformer_engine"
+        if wanted or (transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
             from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
             norm, core_attention = TENorm, TEDotProductAttention

@@ -150,19 +150,20 @@ def compare_shape(shape_flags: Mapping[str, Any], shape: ModelShape) -> list[str
 
 def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     """A message for each way in which the model cannot be split so, listing the values that can."""
-    return [*_tensor_parallel_problems(parallel, shape), *_pipeline_problems(parallel, shape)]
+    tp = parallel.tensor_model_parallel_size
+    return [*_tensor_parallel_problems(tp, shape), *_pipeline_problems(parallel, shape)]
 
 
-def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
+def check_lengths(seq_length: int, shape: ModelShape) -> list[str]:
     """A message if samples may be longer than the positions that a rotary model was made for.
 
     The default --seq-length asks for nothing and contradicts no model.
     """
     longest = shape.max_position_embeddings
-    fits = data.seq_length <= longest or data.seq_length == DataConfig.seq_length
+    fits = seq_length <= longest or seq_length == DataConfig.seq_length
     if fits or shape.position_embedding != "rope":
         return []
-    return [f"--seq-length {data.seq_length} is above the {longest} positions of the model: use at most {longest}."]
+    return [f"--seq-length {seq_length} is above the {longest} positions of the model: use at most {longest}."]
 
 
 def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:
@@ -183,8 +184,7 @@ def _mlp(shape: ModelShape) -> str:
     return f"{'a gated' if shape.gated_linear_unit else 'an ungated'} MLP with {shape.activation}"
 
 
-def _tensor_parallel_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
-    tp = parallel.tensor_model_parallel_size
+def _tensor_parallel_problems(tp: int, shape: ModelShape) -> list[str]:
     sizes = {
         "attention heads": shape.num_attention_heads,
         "key-value heads": shape.num_query_groups,

@@ -42,14 +42,14 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
 
 
 @contextmanager
-def world(parallel: ParallelConfig) -> Iterator[None]:
+def world(backend: str | None = None, timeout_minutes: float = 10) -> Iterator[None]:
     """All processes, joined; left at the end. Alone, without torchrun, a process is a world of one."""
-    start_world(parallel)
+    start_world(backend, timeout_minutes)
     yield
     stop()
 
 
-def start_world(parallel: ParallelConfig) -> None:
+def start_world(backend: str | None = None, timeout_minutes: float = 10) -> None:
     """Join the processes; on CUDA take the device of LOCAL_RANK.
 
     A process alone, with or without a launcher, meets nobody: its world needs no port, and the environment stays as
@@ -63,8 +63,8 @@ def start_world(parallel: ParallelConfig) -> None:
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     dist.init_process_group(
-        backend=parallel.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo"),
-        timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+        backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
         **meeting,
     )
 

@@ -145,7 +145,8 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
 
         report = start_from_gradients(
             model_chunks,
-            config.peft,
+            config.peft.lora_rank,
+            config.peft.lora_ga_init,
             config.training.seed,
             replay,
             _num_loss_tokens(steps, data_parallel),

@@ -20,7 +20,7 @@ from megatron_peft.data.tokenizers import (
     doubt_about_vocabulary,
     require_vocabulary_fits,
 )
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -80,7 +80,7 @@ def finetune(config: RunConfig) -> None:
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     shape = checked_together(lambda: _checked_shape(config))
-    start_model_parallel(config.parallel, config.training.seed, num_virtual_stages(shape, config.parallel))
+    start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     checked_together(lambda: _check_save_folder(config))
     with Saver(config.checkpoint) as saver:
@@ -122,7 +122,7 @@ def _checked_shape(config: RunConfig) -> ModelShape:
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),
-        *check_lengths(config.data, shape),
+        *check_lengths(config.data.seq_length, shape),
     ]
     if problems:
         raise ConfigurationError(*problems)

@@ -78,7 +78,7 @@ def _fill(layer: Any, name: str, with_adapters: bool) -> None:
 
 def run(layouts: list[tuple[bool, bool]]) -> list[dict[str, Any]]:
     """For each (sequence parallel, with adapters): whole tensors by name, and counts of collectives."""
-    start_world(ParallelConfig())
+    start_world()
     size = dist.get_world_size()
     start_model_parallel(ParallelConfig(tensor_model_parallel_size=size, world_size=size), seed=1)
     return [run_here(*layout) for layout in layouts]

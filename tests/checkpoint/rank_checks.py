@@ -19,7 +19,6 @@ from megatron_peft.checkpoint.load import find_whole_checkpoint, load_checkpoint
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.checkpoint.save import Saver, draft_checkpoint
 from megatron_peft.checkpoint.tensors import sharded_parameters
-from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from tests.checkpoint.runs import Files, Run, Settings, attempt, configure, differences, merged, start, stored_tensors
 from tests.conversion.megatron_folders import flip_a_byte
@@ -81,7 +80,7 @@ RESHARDED = {  # from, to
 
 def on_two_ranks(files: Files) -> dict[str, Any]:
     """Every fact by name. The folders of the resumed runs serve the others."""
-    start_world(ParallelConfig())
+    start_world()
     return {
         "resumed": _each(files, RESUMED_ON_TWO, _resumed),
         "saves disturb": _saves_disturb(files),
@@ -93,7 +92,7 @@ def on_two_ranks(files: Files) -> dict[str, Any]:
 
 
 def on_four_ranks(files: Files) -> dict[str, list[str]]:
-    start_world(ParallelConfig())
+    start_world()
     return _each(files, RESUMED_ON_FOUR, _resumed)
 
 

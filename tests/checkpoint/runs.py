@@ -16,7 +16,6 @@ from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.runtime.launch import seed_generators, start_model_parallel, stop_model_parallel
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
@@ -98,7 +97,7 @@ def _lay_out(config: RunConfig, num_stages: int | None) -> None:
 def start(config: RunConfig, disturbed: bool = False) -> Run:
     """A fresh run, as a new process builds it; `disturbed` leaves no generator where its seed has put it."""
     shape = read_shape(config.model.pretrained_checkpoint)
-    _lay_out(config, num_virtual_stages(shape, config.parallel))
+    _lay_out(config, config.parallel.num_virtual_stages(shape.num_layers))
     data = data_of(config)
     state = build_state(config, shape, data.train_iters)
     if disturbed:

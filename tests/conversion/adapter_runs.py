@@ -16,7 +16,7 @@ from megatron_peft.checkpoint.folders import RECORD, write_manifest
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.record import RunRecord, find_checkpoint, read_record
 from megatron_peft.checkpoint.save import draft_checkpoint
-from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.config import ModelConfig
 from megatron_peft.conversion.peft import export_adapter, import_adapter
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.parallel.layout import generator_for
@@ -110,7 +110,7 @@ def make_files(folder: Path) -> Files:
 
 def save_runs(files: Files) -> bool:
     """Write every run of RUNS; returns `came_back`. Called on each of two ranks."""
-    start_world(ParallelConfig(world_size=2))
+    start_world()
     for name, settings in RUNS.items():
         run = start(configure(files, merged(settings, {"checkpoint": {"save": str(Path(files.work, name))}})))
         _fill_adapters(run.state)

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config import ConfigurationError, DataConfig, ParallelConfig
+from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data import indexed
 from megatron_peft.data.indexed import build_indexed, parse_blend
 from megatron_peft.data.tokenizers import NullTokenizer
@@ -122,7 +122,7 @@ def test_what_cannot_be_built_is_named(corpus, tmp_path):
 
 
 def tokens_on_a_rank(blend: tuple[str, str, str]) -> list[list[int]]:
-    start_world(ParallelConfig())
+    start_world()
     a, b, cache = blend
     dataset = build(Split.train, 60, "1", a, "2", b, split="1", data_cache_path=cache)
     return [dataset[i].tokens.tolist() for i in range(60)]

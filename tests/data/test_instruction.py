@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.data.instruction import Fit, InstructionDataset, encode_parts, survey, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
@@ -201,7 +201,7 @@ def test_a_bad_record_ends_the_run_before_it_begins(write_lines, records, overlo
 
 def survey_on_a_rank(files: tuple[str, str]) -> None:
     good, bad = files
-    start_world(ParallelConfig())
+    start_world()
     fit = Fit(NullTokenizer(99), 4)
     found = survey(JsonRecords([good], FLAG), fit)
     assert found.positions.tolist() == [3, 4, 0, 0, 4]

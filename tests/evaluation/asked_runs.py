@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_peft.cli.parser import parse_arguments
-from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.answers import AnswerSettings, answer
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.model import saved_values
@@ -33,7 +33,7 @@ def run_flags(folder: Path) -> list[str]:
 
 def run_alone(folder: Path) -> dict[str, Any]:
     """Train, then ask the base, the run, and the base as the harness's own backend sees it."""
-    start_world(ParallelConfig())
+    start_world()
     _train(folder)
     base = ["--pretrained-checkpoint", str(folder / "base")]
     found = {"base": _evaluate(folder, "base", base), "run": _evaluate(folder, "run", run_flags(folder))}
@@ -60,19 +60,19 @@ def run_until_killed(job: tuple[Path, int, float]) -> None:
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    start_world(ParallelConfig())
+    start_world()
     threading.Thread(target=kill, daemon=True).start()
     _evaluate(folder, "stopped", run_flags(folder))
 
 
 def run_again(folder: Path) -> dict[str, Any]:
-    start_world(ParallelConfig())
+    start_world()
     return _evaluate(folder, "stopped", run_flags(folder))
 
 
 def run_split(folder: Path) -> dict[str, Any]:
     """The trained run at each layout: results, and a file of answers that are drawn."""
-    start_world(ParallelConfig())
+    start_world()
     found: dict[str, Any] = {}
     drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
     for layout, flags in LAYOUTS.items():

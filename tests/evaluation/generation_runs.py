@@ -15,7 +15,7 @@ from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.scoring import Continuation, Score, score
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 
@@ -64,14 +64,14 @@ class Outcome:
 
 
 def run_jobs(jobs: list[Job]) -> list[Outcome]:
-    start_world(ParallelConfig())
+    start_world()
     return [_run(job) for job in jobs]
 
 
 def _run(job: Job) -> Outcome:
     shape = read_shape(job.base)
     parallel = ParallelConfig(**job.parallel, world_size=dist.get_world_size())
-    start_model_parallel(parallel, 1, num_virtual_stages(shape, parallel))
+    start_model_parallel(parallel, 1, parallel.num_virtual_stages(shape.num_layers))
     chunks = build_model_chunks(shape, ModelConfig(job.base), parallel)
     if job.peft:
         attach_adapters(chunks, PeftConfig(**job.peft), seed=1)

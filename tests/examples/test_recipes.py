@@ -17,7 +17,7 @@ from megatron_peft.adapters import attach
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape, rules_for
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
@@ -57,7 +57,7 @@ def last_rank(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     cpu.install()
     dist.init_process_group("fake", rank=world_size - 1, world_size=world_size, store=FakeStore())
     try:
-        start_model_parallel(config.parallel, 1, num_virtual_stages(shape, config.parallel))
+        start_model_parallel(config.parallel, 1, config.parallel.num_virtual_stages(shape.num_layers))
         with monkeypatch.context() as building, torch.device("meta"):
             building.setattr(torch.cuda, "current_device", lambda: "meta")
             built = build_model_chunks(shape, config.model, config.parallel)

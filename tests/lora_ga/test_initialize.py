@@ -86,7 +86,7 @@ def exact_and_started(job: Job, inits: Collection[str]) -> Any:
 
 def _start(chunk: Any, peft: Any, replay: Any, num_tokens: int) -> Any:
     groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    return start_from_gradients([chunk], peft, 1, replay, num_tokens, *groups)
+    return start_from_gradients([chunk], peft.lora_rank, peft.lora_ga_init, 1, replay, num_tokens, *groups)
 
 
 def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:

@@ -14,7 +14,7 @@ from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import build_model_chunks, num_virtual_stages
+from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from tests.ranks import run_ranks
 from tests.tiny_bloom import random_bloom
@@ -37,14 +37,14 @@ GENERATING = ("TP1", "TP2", "TP2+SP")  # generation runs on one pipeline stage
 
 def run_all(bases: dict[str, str]) -> dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]:
     """By model and layout: the logits [b, s, vocabulary] of the last pipeline stage, and the answers."""
-    start_world(ParallelConfig())
+    start_world()
     return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in LAYOUTS}
 
 
 def _run(base: str, layout: str) -> tuple[list[Tensor], list[list[int]]]:
     shape = read_shape(base)
     parallel = ParallelConfig(**LAYOUTS[layout], world_size=dist.get_world_size())
-    start_model_parallel(parallel, 1, num_virtual_stages(shape, parallel))
+    start_model_parallel(parallel, 1, parallel.num_virtual_stages(shape.num_layers))
     chunks = build_model_chunks(shape, ModelConfig(base), parallel)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
     load_pretrained(chunks, base, shape, tensor_parallel_rank=rank, tensor_parallel_size=size, progress=False)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.config import ParallelConfig
 from megatron_peft.parallel import collectives
 from megatron_peft.parallel.collectives import partial_gradients, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout
@@ -28,7 +27,7 @@ def tensor_of(rank: int) -> Tensor:
 
 
 def found_by_a_rank(_: None) -> dict[str, Any]:
-    start_world(ParallelConfig())
+    start_world()
     group: Any = dist.group.WORLD
     x = tensor_of(dist.get_rank())
     skewed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as tensors arrive in backward passes

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 def checks_of_a_rank(_: None) -> dict[str, Any]:
-    start_world(ParallelConfig())
+    start_world()
     found = {
         "result": checked_together(dist.get_rank),
         "one": _told("rank 1 lacks a file." if dist.get_rank() == 1 else ""),
@@ -59,7 +59,7 @@ def no_launcher(monkeypatch):
 @pytest.mark.usefixtures("no_launcher")
 def test_without_a_launcher_a_process_is_a_world_of_one():
     before = dict(os.environ)
-    with world(ParallelConfig()):
+    with world():
         assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
         start_model_parallel(ParallelConfig(), seed=1)
         assert parallel_state.get_tensor_model_parallel_world_size() == 1
@@ -70,7 +70,7 @@ def test_without_a_launcher_a_process_is_a_world_of_one():
 @pytest.mark.usefixtures("no_launcher")
 def test_layouts_of_one_world_leave_nothing_behind():
     """gloo's threads above all: a process that tried many layouts would end with a thousand of them."""
-    with world(ParallelConfig()):
+    with world():
         for _ in range(3):
             start_model_parallel(ParallelConfig(), seed=1)
             group = parallel_state.get_tensor_model_parallel_group()
@@ -88,7 +88,7 @@ def test_worlds_of_one_follow_one_another_whatever_the_port_is_used_for(monkeypa
         for name, value in zip(LAUNCHERS, ("0", "1", "0", "localhost", str(other.getsockname()[1])), strict=True):
             monkeypatch.setenv(name, value)
         for number in range(3):
-            with world(ParallelConfig(distributed_timeout_minutes=0.1)):
+            with world(timeout_minutes=0.1):
                 assert checked_together(lambda: number) == number  # noqa: B023 - called at once
                 assert dist.get_world_size(dist.new_group()) == 1
 

@@ -238,7 +238,7 @@ def _check_folder(folder: Path, tally: Tally) -> None:
 def _train(config: RunConfig) -> None:
     print("begun", flush=True)
     try:
-        with world(config.parallel):
+        with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
             run_together(lambda: finetune(config), "kill_runs.py")
     except KeyboardInterrupt:  # as pretrain_peft.py does, before and after its run
         os._exit(128 + signal.SIGINT)

@@ -20,7 +20,6 @@ from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import num_virtual_stages
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import first_steps
@@ -106,7 +105,7 @@ class Curve:
 
 
 def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
-    start_world(ParallelConfig())
+    start_world()
     return run_each(jobs)
 
 
@@ -114,7 +113,7 @@ def run_jobs(jobs: list[Job]) -> dict[str, Curve]:
 def built(job: Job) -> Iterator[tuple[TrainingState, Data]]:
     """What `build` gives, in groups of its own in the present world."""
     config = job.config(dist.get_world_size())
-    num_stages = num_virtual_stages(read_shape(job.base), config.parallel)
+    num_stages = config.parallel.num_virtual_stages(read_shape(job.base).num_layers)
     start_model_parallel(config.parallel, config.training.seed, num_stages)
     try:
         yield build(config)

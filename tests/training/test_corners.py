@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step
@@ -43,7 +42,7 @@ BAD_RANK = 1
 
 def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> dict[str, Any]:
     """Curves that are compared; what is said where BAD_RANK's last loss is NaN; what its signal does."""
-    start_world(ParallelConfig())
+    start_world()
     compared, poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
     return {"curves": run_each(compared), "errors": errors, "stopped": _signalled(signalled)}

@@ -13,7 +13,6 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import draft_checkpoint
-from megatron_peft.config import ParallelConfig
 from megatron_peft.runtime.launch import start_world
 from megatron_peft.training.step import train_step
 from tests.one_rank import one_rank
@@ -46,7 +45,7 @@ class Bounded:
 
 
 def run(jobs: list[Job]) -> dict[str, Bounded]:
-    start_world(ParallelConfig())
+    start_world()
     return {job.name: here(job) for job in jobs}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.hybrid import Hybrid
-from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig, ParallelConfig
+from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training import metrics
 from megatron_peft.training import run as finetune_module
@@ -146,7 +146,7 @@ def test_an_empty_folder_name_is_refused(name):
 
 
 def told_when_ranks_differ(jobs: tuple[Job, Job]) -> str:
-    start_world(ParallelConfig())
+    start_world()
     from torch.distributed import get_rank
 
     return told(lambda: finetune(jobs[get_rank()].config(2)))
@@ -194,7 +194,7 @@ def told_when_data_differ(argument: tuple[Job, str]) -> str:
     from megatron_peft.data import build as module
 
     job, other = argument
-    start_world(ParallelConfig())
+    start_world()
     records = module.JsonRecords
     module.JsonRecords = lambda paths, flag: records([other] if get_rank() else paths, flag)
     return told(lambda: finetune(job.config(2)))
