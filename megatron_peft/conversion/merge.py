@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.unitary import as_real, change_from_start, structured
 from megatron_peft.checkpoint.folders import megatron_files
-from megatron_peft.config import PeftConfig, require
+from megatron_peft.config import require
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.to_huggingface import Contents, origins, require_undamaged, write_huggingface
 from megatron_peft.conversion.trained_adapters import (
@@ -67,7 +67,7 @@ def unitary_blocks(read: Read, boft_block_size: int) -> Tensor:
 
 
 # By the tensor that only this form has.
-FORMS: dict[str, Callable[[Read, PeftConfig], Tensor]] = {
+FORMS: dict[str, Callable[[Read, int], Tensor]] = {
     "Q": cayley_blocks,
     "P": projected_blocks,
     "theta": structured_blocks,
