@@ -26,10 +26,14 @@ Letters: s sequence, b batch, r rank, t tensor-parallel size, k blocks of g feat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_peft.parallel.collectives import (
@@ -99,11 +103,6 @@ def grouped(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] -> [k, n, g], a 
 PRECISE = (torch.float32, torch.float64)
 
 
-def unreduced(z: Tensor) -> Tensor:
-    """A column-parallel layer's output needs no reduction."""
-    return z
-
-
 @dataclass(frozen=True)
 class FrozenLinearCall:
     """A frozen linear layer in the middle of its forward, as megatron-core would run it.
@@ -114,9 +113,8 @@ class FrozenLinearCall:
         sums_input_gradient: the input is whole on every rank, so dx is a partial sum (column, no sequence parallelism).
         splits_sequence: the input holds the rank's own tokens only, [s / t, b, in].
         group: tensor-parallel ranks.
-        reduce: what the layer does to its ranks' parts of the output: nothing (column), an all-reduce, or a
-            reduce-scatter to the rank's own tokens (row). It carries gradients.
-        keeps_tokens_whole: the reduced output holds every token on every rank (row, no sequence parallelism).
+        output_sum: what the layer does to its ranks' parts of the output: "none" (column: they are features of their
+            own), "whole" (row: an all-reduce) or "own tokens" (row, sequence parallelism: a reduce-scatter).
     """
 
     weight: Tensor
@@ -124,20 +122,30 @@ class FrozenLinearCall:
     sums_input_gradient: bool
     splits_sequence: bool
     group: dist.ProcessGroup
-    reduce: Callable[[Tensor], Tensor] = unreduced
-    keeps_tokens_whole: bool = False
+    output_sum: Literal["none", "whole", "own tokens"] = "none"
+
+    def reduce(self, y: Tensor) -> Tensor:  # [s, b, out] -> the same, or [s / t, b, out]
+        """The layer's own sum of its ranks' parts. It carries gradients."""
+        if self.needs_no_sum:
+            return y
+        y = y.contiguous()  # anything else comes back from megatron-core's sum as it was
+        if self.output_sum == "own tokens":
+            return reduce_scatter_to_sequence_parallel_region(y, group=self.group)
+        if torch.is_grad_enabled():
+            return reduce_from_tensor_model_parallel_region(y, group=self.group)
+        return start_sum_over_tensor_parallel(y, self.group)()
 
     @property
     def needs_no_sum(self) -> bool:
         """Whether W x is the layer's output as it is: column-parallel, or all of a row-parallel layer on one rank."""
-        return self.reduce is unreduced or self.group.size() == 1
+        return self.output_sum == "none" or self.group.size() == 1
 
     def own_tokens(self, num_tokens: int) -> slice:
         """The tokens of the reduced output for whose part of a replicated parameter's gradient this rank answers.
 
         Where every rank sees all tokens each takes 1 / t of them, so that the ranks' parts add up to the whole.
         """
-        if not self.keeps_tokens_whole:
+        if self.output_sum != "whole":
             return slice(0, num_tokens)
         rank, size = self.group.rank(), self.group.size()
         return slice(num_tokens * rank // size, num_tokens * (rank + 1) // size)

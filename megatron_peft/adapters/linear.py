@@ -10,16 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
-from megatron_peft.parallel.collectives import start_sum_over_tensor_parallel
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 from megatron_peft.runtime.cpu_kernels import linear
 
@@ -137,25 +132,15 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             sums_input_gradient=False,
             splits_sequence=False,
             group=self.tp_group,
-            reduce=self._reduce,
-            keeps_tokens_whole=not self.sequence_parallel,
+            output_sum="own tokens" if self.sequence_parallel else "whole",
         )
         if self.adapter is not None:
             y = self.adapter(input_, call)
         else:
-            y = self._reduce(frozen_linear(input_, call) if records else _alone(input_, self.weight))
+            y = call.reduce(frozen_linear(input_, call) if records else _alone(input_, self.weight))
         if self.skip_bias_add or self.bias is None:
             return y, self.bias
         return y + self.bias, None
-
-    def _reduce(self, y: Tensor) -> Tensor:
-        """The sum of the ranks' parts."""
-        y = y.contiguous()  # anything else comes back from megatron-core's sum as it was
-        if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
-        if torch.is_grad_enabled():
-            return reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
-        return start_sum_over_tensor_parallel(y, self.tp_group)()
 
 
 def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [s, b, in] -> [s, b, out]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, unreduced
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import _SwiGLU
@@ -38,8 +38,13 @@ def moved(split: str) -> Hybrid:
 
 def call_of(weight: torch.Tensor, split: str = "row", size: int = 1) -> FrozenLinearCall:
     """With `size` 2 as on one of two ranks, the other of which holds nothing."""
-    reduce = unreduced if split == "column" else lambda z: z
-    return FrozenLinearCall(weight, None, False, False, Place(0, size), reduce)  # type: ignore[arg-type]
+    place: Any = Place(0, size)
+    return _WithoutPeers(weight, None, False, False, place, "none" if split == "column" else "own tokens")
+
+
+class _WithoutPeers(FrozenLinearCall):
+    def reduce(self, y: torch.Tensor) -> torch.Tensor:
+        return y
 
 
 @pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])

@@ -1,5 +1,7 @@
 """uRNN's adapters: the identity at the start, their formula, by Fourier transforms too, and what may be replaced."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,7 +27,8 @@ def made(split: str, out: int = OUT, place: Place | None = None, **settings):
 
 
 def frozen(weight: torch.Tensor, bias: torch.Tensor | None = None, row: bool = False) -> FrozenLinearCall:
-    return FrozenLinearCall(weight, bias, False, False, Place(0, 1), keeps_tokens_whole=row)  # type: ignore[arg-type]
+    place: Any = Place(0, 1)
+    return FrozenLinearCall(weight, bias, False, False, place, "whole" if row else "none")
 
 
 def draw(*shape: int) -> torch.Tensor:
