@@ -35,14 +35,52 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.autograd import Function
 
 from megatron_peft.parallel.collectives import (
     start_gather_sequence_over_tensor_parallel,
     start_sum_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
-from megatron_peft.runtime.autograd import made_again, run_function
 from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum
+
+# Autograd functions: without a graph where nothing is recorded, and outputs that are made again instead of kept.
+#
+# torch prepares a node of its graph for each call of an autograd function, even where no gradient is recorded. A step
+# of generation makes hundreds of such calls on a few numbers each: then preparing costs more than computing.
+#
+# A function whose context has `make_again` says how its output follows from what that context holds. Who needs the
+# output in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
+
+PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
+
+
+class _NothingKept:
+    """Stands for the context of a forward that no backward follows: what is saved is forgotten."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+
+def run_function(function: type[Function], *args: Any) -> Any:
+    """`function.apply(*args)`; its forward alone under `torch.no_grad()`, the same numbers."""
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    return function.forward(_NothingKept(), *args)
+
+
+def maker_of(x: Tensor) -> Any:
+    """The node of the operation whose output x is, if it has `make_again`; else None."""
+    node: Any = x.grad_fn
+    if node is not None and node.name() == PASSES_ON:
+        node = node.next_functions[0][0]
+    return node if hasattr(node, "make_again") else None
+
+
+def made_again(maker: Any) -> Tensor:
+    """The output of `maker`, equal to the last bit; only before the maker's own backward."""
+    return maker.make_again(maker)
+
 
 # Products of activations with a block-diagonal matrix: contiguous groups of features, each with its own g x g block.
 #
@@ -178,22 +216,21 @@ def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall) -> Tenso
 
 
 def frozen_linear_mixed(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    D: Tensor,
-    scale: Tensor,
-    call: FrozenLinearCall,
-    mask: Tensor | None = None,
-    maker: Any = None,
+    x: Tensor, A: Tensor, B: Tensor, D: Tensor, scale: Tensor, call: FrozenLinearCall, mask: Tensor | None = None
 ) -> Tensor:
-    """y = z + diag(D) z + scale B (A (mask x)), z = W x, for outputs that need no reduction.
+    """y = z + diag(D) z + scale B (A (mask x)), z = W x, reduced where the layer sums its output.
+
+    Then R acts on the reduced z, so the r-wide A x is reduced apart from it; what is kept is z, in the place of y.
 
     Args:
         scale: a float32 scalar tensor, a constant.
-        maker: the node of x that makes it again in backward, so that it is not kept here (`runtime/autograd.py`).
     """
-    return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, maker)
+    maker = maker_of(x) if call.output_sum != "none" and mask is None else None
+    if call.needs_no_sum:
+        return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, maker)
+    z = call.reduce(frozen_linear(x, call))
+    u = call.reduce(run_function(_NarrowProduct, x if mask is None else x * mask, A, maker))
+    return _MixReduced.apply(z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]))  # type: ignore[return-value]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -235,6 +272,42 @@ class _FrozenLinear(torch.autograd.Function):
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
         dx = None if wait_dx is None else wait_dx(own_du)
         return dx, dA, dB, dD, None, None, None, None
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """u = A x. What SwiGLU gives is made again of what it keeps: the widest input of a layer takes no memory twice."""
+
+    @staticmethod
+    def forward(ctx, x, A, maker):  # type: ignore[override]
+        ctx.save_for_backward(x if maker is None else None, A)
+        ctx.maker = maker
+        return linear(x, A)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, A = ctx.saved_tensors
+        dA = outer_sum(grad, made_again(ctx.maker) if x is None else x)
+        return linear(grad, A.t()), dA, None
+
+
+class _MixReduced(torch.autograd.Function):
+    """y = z + diag(D) z + scale B u for z and u that are whole; gradients of B and D over this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx, z, u, B, D, scale, tokens):  # type: ignore[override]
+        u = u * scale
+        y = add_blocks(z, D)
+        flat(y).addmm_(flat(u), B.t())
+        ctx.save_for_backward(z, u, B, D)
+        ctx.scale, ctx.tokens = scale, tokens
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        z, u, B, D = ctx.saved_tensors
+        dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens)
+        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens]).t()
+        return dz, linear(grad, B.t()).mul_(ctx.scale), dB, dD, None, None
 
 
 def rotation_gradients(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, made_again, maker_of
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import require
 from megatron_peft.lora_ga.sketch import (
@@ -37,7 +37,6 @@ from megatron_peft.parallel.collectives import (
     sum_coalesced,
 )
 from megatron_peft.parallel.layout import generator_for
-from megatron_peft.runtime.autograd import made_again, maker_of
 from megatron_peft.runtime.cpu_kernels import linear, outer_sum
 from megatron_peft.runtime.launch import checked_together
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_peft.runtime.autograd import run_function
+from megatron_peft.adapters.frozen_linear import run_function
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,7 @@
-"""Products by oneDNN and by torch itself are the same numbers, of any shape and order of memory."""
+"""Products by oneDNN and by torch itself are the same numbers; freed memory stays or goes, as was asked for first."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,3 +85,34 @@ def test_no_tokens_give_no_output_and_a_sum_of_zero(dtype):
     x, weight = draw(0, BATCH, IN).to(dtype), draw(OUT, IN).to(dtype)
     assert linear(x, weight).shape == (0, BATCH, OUT)
     assert torch.equal(outer_sum(draw(0, BATCH, RANK).to(dtype), x), torch.zeros(RANK, IN, dtype=dtype))
+
+
+PAGES = 64 * 2**10
+CALLS = {  # -> whether a second step pays for its pages again
+    "keep_freed_memory()": False,
+    "give_back_freed_memory()": True,
+    "give_back_freed_memory(); keep_freed_memory()": True,
+}
+# Each in a process of its own, which has imported torch already. A step is 64 blocks of 4 MiB.
+SCRIPT = f"""
+import os, resource, torch
+from megatron_peft.runtime.cpu_kernels import give_back_freed_memory, keep_freed_memory
+for calls in {[*CALLS]}:
+    if os.fork():
+        os.wait()
+        continue
+    exec(calls)
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        a = [torch.ones(2**20) for _ in range(64)]; del a
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_a_second_step_pays_for_its_pages_only_where_they_were_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    new_pages = list(map(int, done.stdout.split()))
+    assert min(new_pages[::2]) >= PAGES
+    assert [second > PAGES // 2 for second in new_pages[1::2]] == list(CALLS.values()), new_pages
