@@ -39,8 +39,6 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
-# The newest checkpoint whose files are all as they were written. Every rank reads its share of them.
-
 logger = logging.getLogger(__name__)
 
 

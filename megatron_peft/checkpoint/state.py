@@ -295,9 +295,6 @@ def _from_bytes(data: Tensor) -> Any:
     return parse_json(bytes(data.numpy()), "the checkpoint's random state")
 
 
-# What a checkpoint needs to see of a run. `training.state.TrainingState` is one.
-
-
 class Counters(Protocol):
     """How far a run has come, counted over all ranks; a dataclass of integers."""
 

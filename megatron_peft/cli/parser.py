@@ -22,8 +22,6 @@ from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refu
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag, missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
-# Every flag that is known, served or not, and what to tell of one that is not served.
-
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 

@@ -146,9 +146,6 @@ def field_names(config_class: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(config_class))
 
 
-# RunConfig <-> a plain dictionary that JSON can hold: the record of a run beside its checkpoints.
-
-
 def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """{section: {field: value}} with lists for tuples; what `config_from_dict` reads back to an equal RunConfig."""
     return {

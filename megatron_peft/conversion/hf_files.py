@@ -185,8 +185,6 @@ def _why(path: Path, error: Exception) -> str:
     return told or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
 
 
-# Number types by their names: in safetensors, in torch and on the command line.
-
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TORCH_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_TYPES.values()}
 WRITABLE = ("float32", "bfloat16", "float16")

@@ -23,8 +23,6 @@ from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed
 
-# A global tensor that lies in pieces, each piece a box of it, and reading any box out of them.
-
 
 @dataclass(frozen=True)
 class StoredBox:

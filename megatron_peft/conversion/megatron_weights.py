@@ -218,8 +218,6 @@ def _unstacked(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Store
             yield from ((f"{match[1]}{layer}.{match[2]}", layer_of(tensor, layer)) for layer in layers)
 
 
-# The shape of a model from the arguments that Megatron-LM keeps in its checkpoints.
-
 WAY_OUT = "give the model's config.json: put it into the folder, or name its folder with --pretrained-checkpoint."
 # What a Llama of Megatron-LM is made with; anything else computes something else.
 LLAMA = {

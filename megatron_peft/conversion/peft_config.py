@@ -231,9 +231,6 @@ def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
-# The shortest list of names that means a given set of layers.
-
-
 def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     """`q_proj` where all layers have it, else the full names; Megatron's names alike.
 

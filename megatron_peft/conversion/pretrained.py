@@ -107,8 +107,6 @@ def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]
     return {name: rule for name, rule in rules.items() if not (shape.tied_embeddings and name == OUTPUT)}
 
 
-# Pretrained weights straight into the chunks of a GPTModel: each rank reads its own slices, one at a time.
-
 LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 

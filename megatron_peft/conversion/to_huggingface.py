@@ -26,8 +26,6 @@ from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
-# A whole model as a Hugging Face folder, written parameter by parameter.
-
 logger = logging.getLogger(__name__)
 
 

@@ -212,8 +212,6 @@ def _lacks(checkpoint: Path, keys: list[str]) -> str:
     )
 
 
-# Adapters that no run has trained, as a --save folder that --load opens.
-
 ITERATION = 0
 
 

@@ -231,9 +231,6 @@ def _shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> Iterator[l
     yield names
 
 
-# A folder that appears whole or not at all.
-
-
 def check_new(output: str | Path) -> None:
     """ConfigurationError if there is something at `output` already: nothing is ever overwritten."""
     require(not os.path.lexists(output), f"--output {output} exists already: remove it, or give another --output.")
@@ -282,9 +279,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# A bar over bytes at a terminal, and nothing elsewhere.
 
 
 @contextmanager

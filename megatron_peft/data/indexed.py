@@ -25,8 +25,6 @@ from megatron_peft.data.instruction import gather_over_world
 from megatron_peft.data.samples import Sample
 from megatron_peft.data.tokenizers import Tokenizer
 
-# --data-path and its like: prefixes of indexed datasets, with or without weights, checked before anything is built.
-
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 
 

@@ -301,9 +301,6 @@ def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndar
     return positions, overlong, left_out
 
 
-# Instruction data as a numbered source of samples, tokenized when they are asked for.
-
-
 class InstructionDataset:
     """The samples of JSON records that are left after `--overlong`.
 

@@ -89,8 +89,6 @@ def _compiled(template: str) -> Template:
     return _JINJA.from_string(template)
 
 
-# One item of a benchmark, as its files hold it.
-
 WORD = re.compile(r"\w+")
 
 
@@ -116,8 +114,6 @@ def normalised(text: str) -> str:
     """The words of `text`: compatible characters made one, case folded, punctuation and spaces dropped."""
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
-
-# Which part an item falls into, and whether it is one of the test items.
 
 PARTS_OF = 10_000  # a share is counted in hundredths of a percent
 FRAGMENT_WORDS = 8  # a shorter text may appear anywhere

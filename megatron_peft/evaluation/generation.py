@@ -240,8 +240,6 @@ def _choose(logits: Tensor | None, sampling: Sampling, draws: Tensor | None, num
     return broadcast_from_last_stage(tokens).tolist()
 
 
-# Texts that end an answer.
-
 _FURTHER_TOKENS = 4  # a tokenizer may treat the first token of a text differently
 
 

@@ -21,8 +21,6 @@ from megatron_peft.evaluation.harness import FinishedRequests
 from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerprint
 from megatron_peft.runtime.launch import checked_together
 
-# Tasks of the evaluation harness by name, checked before a model is loaded.
-
 
 def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: int | None = None) -> Any:
     """The harness's TaskManager that knows these tasks. Its own tasks are only read for names that are found nowhere

@@ -206,8 +206,6 @@ def _require_base(record: RunRecord, load: str) -> None:
     )
 
 
-# A program that asks a model: its settings, the flags of the model, and a world to run it in.
-
 Settings = TypeVar("Settings")
 
 

@@ -67,9 +67,6 @@ def _scorer(tokenizer: Tokenizer | None) -> RougeScorer:
     return RougeScorer(["rougeL"], tokenizer=tokenizer)
 
 
-# The share of problems that one of k samples solves, estimated without bias from n samples of each.
-
-
 def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Probability that k of a problem's n samples, drawn without replacement, hold one of its c correct ones:
 

@@ -140,9 +140,6 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
         logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))
 
 
-# The rules of each model family. A new family is one line here.
-
-
 @dataclass(frozen=True)
 class FamilyRules:
     """Its table, and what transformers puts before the names of the model without its output layer."""

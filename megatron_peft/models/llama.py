@@ -115,8 +115,6 @@ def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
     return scaling
 
 
-# The Llama table: which Megatron parameter is made of which Hugging Face tensors.
-
 EMBEDDING = "model.embed_tokens"
 OUTPUT = "lm_head"
 

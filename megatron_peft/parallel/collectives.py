@@ -66,9 +66,6 @@ def _finished(work: dist.Work | None, result: Tensor) -> Tensor:
     return result
 
 
-# Sums of gradients over the tensor-parallel ranks, one call a step.
-
-
 def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Gradients (in megatron-core's buffers) of the replicated adapter parameters: each rank's is its part."""
     return [

@@ -113,9 +113,6 @@ def _mark_adapter(parameter: Tensor, axis: int | None, stride: int) -> None:
     setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)
 
 
-# Initial values that depend on the run's seed and on a parameter's global name, never on the layout.
-
-
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator seeded by (seed, name). Draw the whole global tensor from it, then slice."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

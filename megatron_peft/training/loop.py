@@ -27,8 +27,6 @@ from megatron_peft.training.validation import (
     whole_parameters,
 )
 
-# SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask a run to save and exit after the step that it is in.
-
 SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -22,8 +22,6 @@ from megatron_peft.runtime.launch import checked_together, seed_generators
 from megatron_peft.training.step import finish_with, run_schedule
 from megatron_peft.training.terminal import say
 
-# What LoRA-GA's start found: a line for each kind of layer at the terminal, each layer's number in a file.
-
 START_FILE = "lora_ga_start.json"
 
 

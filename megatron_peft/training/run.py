@@ -31,8 +31,6 @@ from megatron_peft.training.state import TrainingState
 from megatron_peft.training.terminal import count_parameters, say, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
-# From a configuration and its data to everything that a run trains with.
-
 
 def build_state(
     config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()

@@ -16,8 +16,6 @@ from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import sum_coalesced
 
-# Which part of a parameter's gradient this rank holds, summed, when the optimizer takes its step.
-
 
 class GradientShards:
     """The stretches of the flattened gradients that are this rank's own.

@@ -125,8 +125,6 @@ def _readings(
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
 
 
-# What will be trained, in a few lines: modules, parameters of the whole model, bytes on a rank.
-
 _MIB = 2**20
 _FLOAT32_BYTES = 4
 

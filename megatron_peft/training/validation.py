@@ -18,8 +18,6 @@ from megatron_peft.data.build import Data
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import run_schedule
 
-# Validation: the mean loss over the completion tokens of a dataset.
-
 
 def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step]) -> float:
     """Mean token loss over all steps and ranks; the same number on every rank, at any layout."""
