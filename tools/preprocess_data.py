@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("workers", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
-    from megatron_peft.data.preprocess import PreprocessConfig, preprocess
+    from megatron_peft.data.documents import PreprocessConfig
+    from megatron_peft.data.preprocess import preprocess
 
     try:
         data = DataConfig(

@@ -22,8 +22,8 @@ from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, l
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data import task_readers
+from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.prepare import HashSplit, prepare
-from megatron_peft.data.samples import Microbatch
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate

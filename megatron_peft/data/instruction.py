@@ -20,8 +20,8 @@ from jinja2.sandbox import SandboxedEnvironment
 from rich.progress import track
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.data.batches import Sample, sample_from_ids
 from megatron_peft.data.jsonl import JsonRecords, Record
-from megatron_peft.data.samples import Sample, sample_from_ids
 from megatron_peft.data.tokenizers import Part, Tokenizer
 
 

@@ -8,15 +8,32 @@ Shapes: h hidden, tp tensor-parallel size, rank the tensor-parallel rank. A Mega
 checkpoint) is the local one of rank 0 at tp = 1.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_peft.config import require
+
+if TYPE_CHECKING:  # a command line is checked against a model without waiting for torch
+    from torch import Tensor
+
+
+def _without_graph(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As `torch.no_grad()`; torch is imported when there is a tensor."""
+
+    @wraps(method)
+    def run(*args: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return method(*args)
+
+    return run
+
 
 Index = tuple[slice, ...]
 
@@ -82,14 +99,14 @@ class Rule(ABC):
         """Zero what `rank`'s local tensor holds beyond the Hugging Face tensors: for most, nothing."""
         return
 
-    @torch.no_grad()
+    @_without_graph
     def read(self, local: Tensor, source: SliceSource, rank: int, size: int) -> None:
         """Fill `rank`'s local tensor in place, in its own dtype and on its own device."""
         for piece in self.pieces(local, rank, size):
             piece.view.copy_(source.slice(piece.name, piece.index).reshape(piece.view.shape))
         self.clear_padding(local, rank)
 
-    @torch.no_grad()
+    @_without_graph
     def write(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The Hugging Face tensors, from the local tensors of all ranks in order (a global tensor is `[tensor]`).
 
@@ -201,7 +218,7 @@ class VocabularyRows(Rule):
         """Always a rank's rows, also where the vocabulary is so small that its padding alone makes several shares."""
         yield Region((rank * local.shape[0], *(0,) * (local.dim() - 1)), local)
 
-    @torch.no_grad()
+    @_without_graph
     def clear_padding(self, local: Tensor, rank: int) -> None:
         filled = min(max(self._num_rows - rank * local.shape[0], 0), local.shape[0])
         local[filled:].zero_()

@@ -26,8 +26,7 @@ from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
-from megatron_peft.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_peft.training.state import TrainingState
+from megatron_peft.training.state import TrainingState, build_optimizer, build_schedule, wrap_data_parallel
 from megatron_peft.training.terminal import count_parameters, say, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 

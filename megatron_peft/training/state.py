@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_peft.config import RunConfig
+from megatron_peft.adapters.linear import AdaptedLinear
+from megatron_peft.adapters.low_rank import IS_NOT_DECAYED
+from megatron_peft.adapters.rotation import IS_ROTATION
+from megatron_peft.config import RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import sum_coalesced
 
@@ -83,3 +89,127 @@ class TrainingState:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
+
+
+# Gradients' buffers, optimizer and learning-rate schedule: megatron-core's own, from our configuration.
+
+
+def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
+    """Each chunk with megatron-core's gradient buffers around its trainable parameters.
+
+    Under --bf16 gradients are summed in float32, as Megatron does.
+    """
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.model.bf16,
+        overlap_grad_reduce=config.training.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model_chunks)
+    ]
+    if settings.overlap_param_gather:
+        for chunk in wrapped:
+            _wait_for_parts_of_adapters(chunk)
+    return wrapped
+
+
+def _wait_for_parts_of_adapters(chunk: DistributedDataParallel) -> None:
+    """Have an adapter's forward wait until the parameters of its parts are gathered.
+
+    megatron-core starts and awaits a gather in front of the forward of the module that owns the parameter. An adapter
+    made of parts (the Hybrid) reads their parameters and never calls them, and would train with stale ones.
+    """
+    wait = chunk._make_forward_pre_hook()
+
+    def wait_for_parts(adapter: nn.Module, inputs: Any) -> None:
+        for part in adapter.modules():
+            wait(part)
+
+    for module in chunk.modules():
+        if isinstance(module, AdaptedLinear) and module.adapter is not None:
+            module.adapter.register_forward_pre_hook(wait_for_parts)
+
+
+def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
+    """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own.
+
+    Rotations have a rate of their own too, and no decay; nor have factors whose start is subtracted.
+    """
+    settings = config.optimizer
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    optimizer_config = OptimizerConfig(
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        sgd_momentum=settings.sgd_momentum,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    ratio = config.peft.lora_plus_ratio
+    if ratio != 1.0:
+        names: Any = ("*.adapter.B", "*.adapter.low_rank.B")
+        overrides[ParamKey(name=names)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
+            max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
+        )
+    overrides[ParamKey(attr=IS_NOT_DECAYED)] = ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
+    rotation_lr = config.peft.rotation_lr(settings.lr)
+    rotations: Any = {
+        "max_lr": rotation_lr,
+        "min_lr": rotation_lr / settings.lr * settings.min_lr,
+        "wd_mult": 0.0,
+        IS_ROTATION: True,
+    }
+    overrides[ParamKey(attr=IS_ROTATION)] = rotations
+    return get_megatron_optimizer(
+        optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
+    )
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:
+    """megatron-core's schedule. It counts samples, so that a change of batch size keeps its shape.
+
+    Args:
+        train_iters: iterations of the whole run; the decay's default length.
+
+    Raises:
+        ConfigurationError: the warmup is as long as the decay.
+    """
+    settings, batch = config.optimizer, config.global_batch_size
+    decay = settings.lr_decay_samples or (settings.lr_decay_iters or train_iters) * batch
+    warmup = settings.lr_warmup_samples or settings.lr_warmup_iters * batch
+    if settings.lr_warmup_fraction is not None:
+        warmup = int(settings.lr_warmup_fraction * decay)
+    require(
+        warmup < decay,  # known only here with --train-epochs
+        f"--lr-warmup-iters {settings.lr_warmup_iters} leaves nothing to decay: it must be below the {decay // batch} "
+        f"iterations of the run. Shorten it, lengthen --train-epochs, or use --lr-warmup-fraction.",
+    )
+    wsd_decay = settings.lr_wsd_decay_samples or (settings.lr_wsd_decay_iters or 0) * batch
+    start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay if start_wd is None else start_wd,
+        end_wd=settings.weight_decay if end_wd is None else end_wd,
+        wd_incr_steps=train_iters * batch,
+        wd_incr_style=settings.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=settings.override_opt_param_scheduler,
+        wsd_decay_steps=wsd_decay or None,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )

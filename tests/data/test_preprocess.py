@@ -7,7 +7,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from megatron_peft.config import ConfigurationError, DataConfig
-from megatron_peft.data.preprocess import DocumentEncoder, PreprocessConfig, encoded_documents, preprocess
+from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
+from megatron_peft.data.preprocess import preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
 from tools.preprocess_data import main
 

@@ -30,7 +30,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import tools.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
         ("import tools.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
         ("import megatron_peft.models.families", "", NONE),
-        ("import megatron_peft.data.preprocess", "", "heavy: numpy"),
+        ("import megatron_peft.data.documents", "", "heavy: numpy"),
     ],
 )
 def test_nothing_heavy_is_imported(code: str, shown: str, heavy: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.optimizer import build_optimizer, build_schedule
+from megatron_peft.training.state import build_optimizer, build_schedule
 
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2}
 LINEAR = {"lr_decay_style": "linear"}
