@@ -48,7 +48,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
     "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
-    "runtime.ranks": {"pickle.loads"},  # what our own processes have written
+    "benchmarks.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
+from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
@@ -31,7 +32,6 @@ from megatron_peft.evaluation.model import saved_values
 from megatron_peft.evaluation.scoring import Continuation, score
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
-from megatron_peft.runtime.ranks import run_ranks
 
 LARGEST_DIFFERENCE = 1e-4
 NUM_PROMPTS, NUM_NEW, NUM_TIMED = 200, 16, 16

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
-from megatron_peft.runtime.ranks import run_ranks
 
 NUM_WARMUPS = 2
 FEWEST_TURNS = 3

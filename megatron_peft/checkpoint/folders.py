@@ -198,8 +198,8 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
     """
     write_manifest(draft, known or {})
     for path in draft.iterdir():
-        _sync(path)
-    _sync(draft)
+        sync(path)
+    sync(draft)
     tracker = write_beside(folder / TRACKER, f"{iteration}\n")
     checkpoint = iteration_folder(folder, iteration)
     aside = _aside(checkpoint)
@@ -207,9 +207,9 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(checkpoint, aside)
     os.rename(draft, checkpoint)
-    _sync(folder)
+    sync(folder)
     os.replace(tracker, folder / TRACKER)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
 
@@ -232,7 +232,7 @@ def keep_last(folder: Path, iteration: int, num_kept: int) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Put `text` into `path` so that the file is the old one or the new one, never a part."""
     os.replace(write_beside(path, text), path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_beside(path: Path, text: str) -> Path:
@@ -253,7 +253,8 @@ def _aside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Onto the disk: a file's bytes, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

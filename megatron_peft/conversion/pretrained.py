@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.record import read_record
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, Source, check_inventory, open_source, stored_type
 from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import Rule, expected_tensors
-from megatron_peft.models.shape import ModelShape
+from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -125,6 +126,23 @@ class Target:
 
     rule: Rule
     parameter: nn.Parameter
+
+
+def checked_shape(config: RunConfig) -> ModelShape:
+    """The shape of the base model. ConfigurationError: what contradicts the flags or the layout, or is not there."""
+    base = config.model.pretrained_checkpoint
+    assert base is not None
+    shape = read_model_shape(base)
+    if dist.get_rank() == 0:  # each rank opens them again to load its part: the headers of 405B are many
+        open_weights(base, shape)
+    problems = [
+        *compare_shape(config.model.shape_flags, shape),
+        *check_layout(config.parallel, shape),
+        *check_lengths(config.data.seq_length, shape),
+    ]
+    if problems:
+        raise ConfigurationError(*problems)
+    return shape
 
 
 def load_pretrained(

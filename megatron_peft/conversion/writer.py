@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from megatron_peft.checkpoint.folders import sync
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
 
@@ -252,10 +253,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         draft.chmod(0o777 & ~_umask())
         yield draft
         for path in (*draft.iterdir(), draft):
-            _sync(path)
+            sync(path)
         check_new(output)
         draft.rename(output)
-        _sync(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise ConfigurationError(
             f"--output {output} could not be written ({error.strerror or error}): nothing is left of it. Make room "
@@ -271,14 +272,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

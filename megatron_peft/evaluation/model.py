@@ -27,10 +27,10 @@ from megatron_peft.checkpoint.tensors import adapted_layers
 from megatron_peft.cli.parser import exit_with_error, parse_arguments
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
+from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks
-from megatron_peft.models.shape import ModelShape, check_layout, compare_shape
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import checked_together, start_model_parallel, world
 
@@ -69,7 +69,7 @@ def load_model(config: RunConfig) -> AskedModel:
     """
     # Our core attention honours the key mask of unequal prompts beside a cache; Transformer Engine's would not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
-    shape = checked_together(lambda: _checked_shape(config))
+    shape = checked_together(lambda: checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     chunks = build_model_chunks(shape, config.model, config.parallel)
@@ -126,15 +126,6 @@ def describe(model: AskedModel) -> Mapping[str, Any]:
 def _base(config: RunConfig) -> str:
     assert config.model.pretrained_checkpoint is not None
     return config.model.pretrained_checkpoint
-
-
-def _checked_shape(config: RunConfig) -> ModelShape:
-    shape = read_model_shape(_base(config))
-    open_weights(_base(config), shape)
-    problems = [*compare_shape(config.model.shape_flags, shape), *check_layout(config.parallel, shape)]
-    if problems:
-        raise ConfigurationError(*problems)
-    return shape
 
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:

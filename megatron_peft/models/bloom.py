@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_peft.config import LINEAR_MODULES, require
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
+from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import MOST, MOST_EPSILON, MOST_LAYERS, Config, ModelShape, number, size, switch
 
 logger = logging.getLogger(__name__)
@@ -110,20 +110,12 @@ ROW_PARALLEL = {
 
 def bloom_rules(shape: ModelShape) -> list[Rule]:
     """One rule for each parameter of the whole model, layers numbered globally from 0."""
-    rules = [
-        _vocabulary("embedding.word_embeddings", EMBEDDING, shape),
-        _vocabulary("output_layer", EMBEDDING if shape.tied_embeddings else OUTPUT, shape),
-    ]
+    rules = vocabulary_rules(shape, EMBEDDING, OUTPUT)
     for module, norm in NORMS.items():
         rules += _norm(module, norm, shape.hidden_size)
     for layer in range(shape.num_layers):
         rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"transformer.h.{layer}.")
     return rules
-
-
-def _vocabulary(megatron: str, hugging_face: str, shape: ModelShape) -> Rule:
-    part = Part(f"{hugging_face}.weight", (shape.vocab_size, shape.hidden_size))
-    return VocabularyRows(f"{megatron}.weight", (part,))
 
 
 def _norm(megatron: str, hugging_face: str, hidden: int) -> Iterator[Rule]:

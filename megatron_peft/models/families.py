@@ -14,8 +14,6 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models import bloom, llama
-from megatron_peft.models.bloom import bloom_rules
-from megatron_peft.models.llama import llama_rules
 from megatron_peft.models.rules import Part, Rule
 from megatron_peft.models.shape import Config, ModelShape
 
@@ -47,7 +45,7 @@ NUMBER_TYPES = {"float64", "float32", "float16", "bfloat16"}
 
 @dataclass(frozen=True)
 class Family:
-    """How the configs of one model_type are read, and what its linear layers are called.
+    """How the configs of one model_type are read, what its linear layers are called, and where its weights go.
 
     Args:
         architectures: the classes that hold the whole language model; the first is the usual one.
@@ -55,6 +53,8 @@ class Family:
         read: keys that it reads, or that are known to say nothing about the shape.
         refused: further keys that change the computation, with the values that leave it as it is.
         modules: Hugging Face's name of a linear layer -> Megatron's layer that holds it, fused with others or not.
+        rules: of every parameter of a model of this shape.
+        prefix: what transformers puts before the names of the model without its output layer.
     """
 
     architectures: tuple[str, ...]
@@ -62,6 +62,8 @@ class Family:
     read: Set[str]
     refused: Mapping[str, tuple[Any, ...]]
     modules: Mapping[str, str]
+    rules: Callable[[ModelShape], list[Rule]]
+    prefix: str
 
 
 FAMILIES = {
@@ -71,6 +73,8 @@ FAMILIES = {
         llama.READ,
         llama.REFUSED,
         llama.MODULES,
+        llama.llama_rules,
+        "model.",
     ),
     # Embedding and output are one matrix, so that a bare BloomModel is the whole language model.
     "bloom": Family(
@@ -79,6 +83,8 @@ FAMILIES = {
         bloom.READ,
         bloom.REFUSED,
         bloom.MODULES,
+        bloom.bloom_rules,
+        "transformer.",
     ),
 }
 
@@ -140,17 +146,6 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
         logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))
 
 
-@dataclass(frozen=True)
-class FamilyRules:
-    """Its table, and what transformers puts before the names of the model without its output layer."""
-
-    rules: Callable[[ModelShape], list[Rule]]
-    prefix: str
-
-
-FAMILY_RULES = {"llama": FamilyRules(llama_rules, "model."), "bloom": FamilyRules(bloom_rules, "transformer.")}
-
-
 def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule]:
     """Every rule of the model by Megatron parameter name (global layer numbers).
 
@@ -158,7 +153,7 @@ def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule
         stored: tensors of the folder that is read. A model that was saved without its output layer (bigscience's own
             files) has names without the prefix; the rules then have the names of the folder, as in transformers.
     """
-    family = FAMILY_RULES[shape.architecture]
+    family = FAMILIES[shape.architecture]
     rules = {rule.name: rule for rule in family.rules(shape)}
     return {name: _as_stored(rule, family.prefix, stored) for name, rule in rules.items()}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_peft.config import require
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, VocabularyRows
+from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, Config, ModelShape, RopeScaling, number, size, switch
 
 # Keys that change the computation, with the values that leave it as it is.
@@ -135,18 +135,12 @@ ROW_PARALLEL = {
 def llama_rules(shape: ModelShape) -> list[Rule]:
     """One rule for each parameter of the whole model, layers numbered globally from 0."""
     rules: list[Rule] = [
-        _vocabulary("embedding.word_embeddings", EMBEDDING, shape),
-        _vocabulary("output_layer", EMBEDDING if shape.tied_embeddings else OUTPUT, shape),
+        *vocabulary_rules(shape, EMBEDDING, OUTPUT),
         Replicated("decoder.final_layernorm.weight", (Part("model.norm.weight", (shape.hidden_size,)),)),
     ]
     for layer in range(shape.num_layers):
         rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
     return rules
-
-
-def _vocabulary(megatron: str, hugging_face: str, shape: ModelShape) -> Rule:
-    part = Part(f"{hugging_face}.weight", (shape.vocab_size, shape.hidden_size))
-    return VocabularyRows(f"{megatron}.weight", (part,))
 
 
 def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:

@@ -17,6 +17,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_peft.config import require
+from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:  # a command line is checked against a model without waiting for torch
     from torch import Tensor
@@ -226,6 +227,16 @@ class VocabularyRows(Rule):
     @property
     def _num_rows(self) -> int:
         return self.parts[0].shape[0]
+
+
+def vocabulary_rules(shape: ModelShape, embedding: str, output: str) -> list[Rule]:
+    """Embedding and output layer, of one Hugging Face tensor where they are tied."""
+
+    def rows(name: str, module: str) -> Rule:
+        return VocabularyRows(name, (Part(f"{module}.weight", (shape.vocab_size, shape.hidden_size)),))
+
+    output = embedding if shape.tied_embeddings else output
+    return [rows("embedding.word_embeddings.weight", embedding), rows("output_layer.weight", output)]
 
 
 def expected_tensors(rules: Mapping[str, Rule]) -> dict[str, tuple[int, ...]]:

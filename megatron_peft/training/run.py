@@ -11,7 +11,7 @@ from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
-from megatron_peft.conversion.pretrained import load_pretrained, open_weights, read_model_shape
+from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import (
@@ -21,7 +21,7 @@ from megatron_peft.data.tokenizers import (
     require_vocabulary_fits,
 )
 from megatron_peft.models.gpt import build_model_chunks
-from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.loop import train
@@ -76,7 +76,7 @@ def finetune(config: RunConfig) -> None:
     _require_one_configuration(config)
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
-    shape = checked_together(lambda: _checked_shape(config))
+    shape = checked_together(lambda: checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     checked_together(lambda: _check_save_folder(config))
@@ -109,21 +109,6 @@ def _require_one_configuration(config: RunConfig) -> None:
             f"rank {dist.get_rank()} was started with {', '.join(differing)}: start all ranks with the same command.",
         )
     )
-
-
-def _checked_shape(config: RunConfig) -> ModelShape:
-    assert config.model.pretrained_checkpoint is not None
-    shape = read_model_shape(config.model.pretrained_checkpoint)
-    if dist.get_rank() == 0:  # each rank opens them again to load its part: the headers of 405B are many
-        open_weights(config.model.pretrained_checkpoint, shape)
-    problems = [
-        *compare_shape(config.model.shape_flags, shape),
-        *check_layout(config.parallel, shape),
-        *check_lengths(config.data.seq_length, shape),
-    ]
-    if problems:
-        raise ConfigurationError(*problems)
-    return shape
 
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
