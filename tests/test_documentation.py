@@ -51,6 +51,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+SOURCES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbatch))(?!\w)(?:::(\w+))?")
+# An example's, other people's, a report's own, or what a rule is about.
+NO_FILES = {"megatron_peft/adapters/gains.py", "utils.py", "tools/checkpoint/convert.py", "report.md"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=page_id)
+def test_files_and_tests_that_are_named_exist(page: Path) -> None:
+    if page.match("cli/megatron.py") or page == Path(__file__):
+        return  # a table of megatron-core's files; this very list
+    places = [page.parent, ROOT, ROOT / "megatron_peft", ROOT / "tests", *(p for p in ROOT.glob("*/*") if p.is_dir())]
+    for name, test in set(NAME_OF_A_FILE.findall(page.read_text())) - {(name, "") for name in NO_FILES}:
+        found = [place / name for place in places if (place / name).is_file()]
+        assert found, f"{name} is gone"
+        assert not test or f"def {test}(" in found[0].read_text(), f"{test} is gone from {name}"
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}

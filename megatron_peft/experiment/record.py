@@ -42,7 +42,7 @@ class CellRecord:
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
         reason: of the failure, training's or scoring's last words.
-        provenance: "training" and "score" -> what each came from (`provenance.py`); empty in older records.
+        provenance: "training" and "score" -> what each came from; empty in older records.
     """
 
     model: str

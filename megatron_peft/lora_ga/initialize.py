@@ -1,11 +1,11 @@
 """LoRA-GA's start: A and B from the leading singular triplets of the loss's gradient in W (eq. (7)-(8)).
 
 G is the sum over tokens of dy x^T, so its sketches G Omega and Q^T G are summed token by token in two ordinary passes
-over the same batches (`branch.py`), at any layout and with all that training can (recompute, accumulation, pipelines),
+over the same batches, at any layout and with all that training can (recompute, accumulation, pipelines),
 and the gradient of a weight exists nowhere. With w = r + 48 every layer's r directions held 99.4% of what the exact
 ones hold in a 135M model (8 batches of 8 messages, r = 16); r + 16 left the worst at 97.6%.
 
-What A and B become is in `starts.py`; what the sketches' mathematics is, in `sketch.py`.
+What A and B become, and the sketches' mathematics, is in `sketch.py`.
 
 Letters: w width of the sketch, r rank.
 """
