@@ -51,6 +51,33 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+# Numbers in the text of a page that are no results: limits, defaults, versions, levels. What was measured stands in a
+# place that records fill; a new number here says which of these it is.
+NO_RESULTS = {
+    "docs/benchmark-tasks.md": "0.6 32 MiB 512 MiB 5 s 20 s 64 KiB",
+    # Targets, which tests compare with the benchmarks' own; arithmetic.
+    "docs/benchmarks.md": "1.08 1.10 1.12 1.20 1.25 1.0 3% 0.72 0.80 0.60 1.30 2.3 100 MiB 1.05 300 MiB 1.43 70% "
+    "400 MiB 20 s 5.7% 64 KiB",
+    "docs/checkpoints.md": "256 KiB 64 KiB 4 KiB 200 times",
+    "docs/data.md": "0.17",
+    "docs/experiments.md": "95% 0.1",
+    "docs/install.md": "3.11 2.13 5.24 3.12 2.15 0.19 0.17",
+    "docs/methods.md": "0.5 0.02 0.98",
+    "docs/moving-weights.md": "4 MiB",
+    "README.md": "3.11",
+    "CONTRIBUTING.md": "3.11",
+}
+UNITS = "BLEU|ROUGE|%|percent|points|[GMK]i?B|TB|ms|s|min|h|seconds?|minutes?|hours?|days?|times|tokens?/s"
+FIGURE = re.compile(rf"(?<![\w.-])\d[\d,]*(?:\.\d+)? ?(?:{UNITS})(?![\w-])|(?<![\w.-])\d+\.\d+(?![\w.])")
+
+
+@pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
+def test_no_result_is_typed(page: Path) -> None:
+    text = re.sub(r"`[^`]*`|^    .*$", "", PLACE.sub("", page.read_text()), flags=re.MULTILINE)
+    known = FIGURE.findall(NO_RESULTS.get(page_id(page), ""))
+    assert set(FIGURE.findall(text)) <= {*known}, "fill it from a record (docs/results), or say above what it is"
+
+
 SOURCES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
 NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbatch))(?!\w)(?:::(\w+))?")
 # An example's, other people's, a report's own, or what a rule is about.

@@ -1,7 +1,8 @@
 """The file of a finished cell: what ran, with what versions, and what came out. Small enough to be committed.
 
-`CELLS/KEY.json` appears whole or not at all. A cell counts as trained only while its flags are those of the file, so
-an experiment whose flags were changed runs again what they concern.
+`CELLS/KEY.json` appears whole or not at all, and holds a digest of itself: one that was edited is refused. A cell
+counts as trained only while its flags are those of the file, so an experiment whose flags were changed runs again what
+they concern.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from megatron_peft.training.metrics import finite
 CELLS = "cells"
 MOST_POINTS = 200  # of a curve in the file; longer ones are thinned
 MOST_LAMBDAS = 20  # iterations of each layer
+OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions have none
 CURVES = ("loss", "grad_norm", "validation_loss")
 TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.summary
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
@@ -83,11 +85,9 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    lines = [
-        f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
-        for name, value in finite(asdict(record)).items()
-        if value or name != "provenance"  # a copy of a record that says none is the same text
-    ]
+    values = {name: value for name, value in finite(asdict(record)).items() if value or name != "provenance"}
+    values |= {OWN_DIGEST: _own_digest(values)}
+    lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a field a line, for diffs
     temporary.replace(path)
 
@@ -103,8 +103,11 @@ def read_record(folder: Path, cell: Cell) -> CellRecord | None:
 
 def read_file(path: Path) -> CellRecord:
     """Raises ConfigurationError for a file that is not a cell's."""
+    values = read_json_object(path)
+    written = values.pop(OWN_DIGEST, None)
+    if written not in (None, _own_digest(values)):
+        raise ConfigurationError(f"{path} was changed after it was written: remove it to run the cell again.")
     try:
-        values = read_json_object(path)
         tuples = {name: tuple(values[name]) for name in ("flags", "score_command")}
         for source in values.get("provenance", {}).values():
             if not isinstance(source["data_sha256"], Mapping) or "cell_sha256" not in source:
@@ -112,6 +115,10 @@ def read_file(path: Path) -> CellRecord:
         return CellRecord(**{**values, **tuples})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not the file of a cell ({error!r}): remove it to run the cell.") from error
+
+
+def _own_digest(values: Mapping[str, Any]) -> str:
+    return digest(json.dumps(values, sort_keys=True))
 
 
 def of_cell(cell: Cell, status: str, **values: Any) -> CellRecord:

@@ -144,7 +144,7 @@ def versions(results: Results) -> str:
 
 
 def provenance(results: Results) -> Iterator[str]:
-    """How many cells say where they came from, which do not, and data that were not the same for all of them."""
+    """How many cells say where they came from, and which do not."""
     records = results.records()
     silent = [key for key, record in records.items() if not is_told(record)]
     if silent:
@@ -155,15 +155,6 @@ def provenance(results: Results) -> Iterator[str]:
         yield f"They are {'; '.join(silent)}."
     else:
         yield f"All {len(records)} cells say from which experiment file, commit and data they came."
-    read: dict[str, dict[str, list[str]]] = {}
-    for key, record in records.items():
-        for source in record.provenance.values():
-            for path, digest in source["data_sha256"].items():
-                read.setdefault(path, {}).setdefault(digest, []).append(key)
-    for path, keys_of in read.items():
-        if len(keys_of) > 1:
-            groups = "; ".join(f"{digest[:12]} by {', '.join(keys)}" for digest, keys in keys_of.items())
-            yield f"**Not the same data:** {path} was read as {groups}."
 
 
 # The paper's Table I and its other numbers, as tables of a report.

@@ -105,7 +105,8 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     """The results under `folder`, of the experiment that the runner left there or that is named.
 
     Raises:
-        ConfigurationError: no such file, a cell's record is not of the file's words, or none of its cells is there.
+        ConfigurationError: no such file, none of its cells is there, a cell's record is not of the file's words or was
+            edited, or two cells have read other data.
     """
     source = experiment_file or folder / EXPERIMENT_FILE
     if not source.exists():
@@ -113,6 +114,7 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     experiment = read_experiment(source)
     _refuse_misfits(folder, groups(experiment), source)
     found = Results(experiment, tuple(_result(folder, group) for group in groups(experiment)))
+    _refuse_other_data(found)
     if not any(record for result in found.all for _, record in result.tuning):
         raise ConfigurationError(f"{folder}/cells holds no cell of {source}: tools/experiment.py runs them.")
     return found
@@ -131,6 +133,22 @@ def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None
     if problems:
         more = [f"... and {len(problems) - MOST_MISFITS} more."] if len(problems) > MOST_MISFITS else []
         raise ConfigurationError(*problems[:MOST_MISFITS], *more)
+
+
+def _refuse_other_data(results: Results) -> None:
+    """Cells that stand beside one another have read the same data."""
+    read: dict[str, dict[str, list[str]]] = {}
+    for key, record in results.records().items():
+        for path, digest in ((p, d) for source in record.provenance.values() for p, d in source["data_sha256"].items()):
+            read.setdefault(path, {}).setdefault(digest, []).append(key)
+    problems = [
+        f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
+        "or the other cells, and run tools/experiment.py, which runs them anew."
+        for path, keys_of in read.items()
+        for digest, keys in list(keys_of.items())[1:]
+    ]
+    if problems:
+        raise ConfigurationError(*problems)
 
 
 def _cells(group: Group) -> dict[str, Cell]:

@@ -43,14 +43,26 @@ def test_record_written_before_there_were_lambdas_is_read(tmp_path: Path, group:
     write_record(tmp_path, cell, of_cell(cell, "trained"))
     (path,) = (tmp_path / "cells").iterdir()
     text = path.read_text()
-    path.write_text(text.replace(' "lambdas": {},\n', ""))
+    fields = [line for line in text.splitlines() if not line.startswith((' "lambdas"', ' "sha256"'))]
+    path.write_text("\n".join(fields).replace(",\n}", "\n}"))
     assert path.read_text() != text and read_file(path).lambdas == {}
+
+
+@pytest.mark.parametrize("field", ["scores", "validation_loss", "versions", "provenance", "flags"])
+def test_record_that_was_edited_is_refused(tmp_path: Path, group: Group, field: str) -> None:
+    write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained", scores={"BLEU": 14.0}))
+    path = cell_file(tmp_path, group.tuning[0])
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, field: {"BLEU": 15.0}}))
+    with pytest.raises(ConfigurationError, match="was changed after it was written: remove it"):
+        read_file(path)
 
 
 @pytest.mark.parametrize("sources", [None, [], {"training": 1}, {"training": {"cell_sha256": "", "data_sha256": 1}}])
 def test_file_of_something_else_is_told(tmp_path: Path, group: Group, sources: object) -> None:
     write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained"))
     values = json.loads(cell_file(tmp_path, group.tuning[0]).read_text())
+    del values["sha256"]
     values |= {"provenance": sources} if sources is not None else {"flags": 1}
     (tmp_path / "x.json").write_text(json.dumps(values))
     with pytest.raises(ConfigurationError, match="x.json is not the file of a cell"):

@@ -27,7 +27,7 @@ from megatron_peft.experiment.spec import Metric, Score
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
 
-VARYING = ("started_at", "seconds", "score_seconds", "versions")
+VARYING = ("started_at", "seconds", "score_seconds", "versions", "sha256")
 
 
 def run(folder: Path, jobs: int = 2, **changes: Any) -> tuple[bool, list[str]]:
@@ -203,7 +203,7 @@ def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path)
     methods = {"lora": {"grid": {"lr": [0.4]}}}
     run(tmp_path, methods=methods)
     for path in (tmp_path / "out" / "cells").glob("*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}, "sha256": None}))
     whole, told = run(tmp_path, methods=methods)
     assert whole and sum(line.startswith("scored") for line in told) == 3
     _, groups = experiment(tmp_path, methods=methods)
