@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
+    monkeypatch.setattr(inference, "LOGITS_LAYOUTS", ({"tensor_parallel": 2, "sequence_parallel": True},))
     monkeypatch.setattr(inference, "_logits", functools.cache(inference._logits))
     (figure,) = inference.logits_figures(tiny)
     assert figure.reached and "TP2+SP" in figure.name

@@ -110,6 +110,7 @@ def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
 
 
 def _interrupted(_: None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background ignores
     dist.init_process_group("gloo")
     run_together(lambda: os.kill(os.getpid(), signal.SIGINT), "program")
 
