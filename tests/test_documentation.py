@@ -111,6 +111,7 @@ def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None
 @pytest.mark.parametrize("folder", [path.parent for path in RECORDS.glob("*/cells")], ids=lambda path: path.name)
 def test_report_says_what_its_records_say(folder: Path) -> None:
     results = read_results(folder)
+    assert all('\n "sha256": ' in path.read_text() for path in (folder / "cells").glob("*.json")), "edits go unseen"
     found = build(results, reference_method(results, None))
     assert markdown(found) == (folder / "report.md").read_text(), f"python tools/report.py {folder}"
     assert {name: (folder / name).read_text() for name in found.files} == found.files
