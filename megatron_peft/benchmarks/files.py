@@ -1,8 +1,4 @@
-"""Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
-
-Times are CPU seconds with the files in the page cache: what the code costs, whatever the disk. Every job is compared
-with reading alone, also those that write as much as they read.
-"""
+"""Files: loading a model, converting one, starting the program; beside reading them with plain safetensors."""
 
 import json
 import resource
@@ -26,6 +22,11 @@ from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.conversion.pretrained import open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
+
+# Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
+#
+# Times are CPU seconds with the files in the page cache: what the code costs, whatever the disk. Every job is compared
+# with reading alone, also those that write as much as they read.
 
 MIB = 2**20
 MIB_ABOVE_TORCH = 400

@@ -1,8 +1,4 @@
-"""A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
-
-HF PEFT composes several factors only with a CUDA extension (without it the number of factors is silently 1); here it
-gets the same function in plain torch, so that both do b = 8, m = 3.
-"""
+"""Single layers: BOFT beside the frozen layer and HF PEFT's; from which size uRNN turns by Fourier transforms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +19,11 @@ from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
+
+# A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
+#
+# HF PEFT composes several factors only with a CUDA extension (without it the number of factors is silently 1); here it
+# gets the same function in plain torch, so that both do b = 8, m = 3.
 
 WIDTH, NUM_TOKENS, BLOCK_SIZE, NUM_FACTORS = 2048, 1024, 8, 3
 TARGET = 1.25

@@ -1,7 +1,4 @@
-"""CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
-
-CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
-"""
+"""How benchmarks measure: CPU seconds of steps that take turns, memory, collectives; figures and tables."""
 
 import dataclasses
 import json
@@ -24,6 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
+
+# CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
+#
+# CPU seconds of all threads of the process, not wall time: waiting for another rank or for a core costs nothing.
 
 NUM_WARMUPS = 2
 FEWEST_TURNS = 3

@@ -1,13 +1,4 @@
-"""The folders of --save: drafts, atomic publication, and the tracker that names the newest checkpoint.
-
-    latest_checkpointed_iteration.txt   the newest iteration, as Megatron writes it; always whole
-    iter_0000050/                       a checkpoint; always whole, since it gets this name by a rename
-    .iter_0000050.1f0e2d3c.draft/       one that is being written, or was when its run was killed
-    .iter_0000050.replaced/             an older one of the same iteration, until the tracker is written
-    .iter_0000040.removed/              one that --keep-last-checkpoints is taking away
-
-Nothing here knows torch or ranks: one process calls it.
-"""
+"""The folders of --save: publication, manifest, lock; and where a model in Megatron's form lies."""
 
 import fcntl
 import json
@@ -115,6 +106,16 @@ def _text(files: Mapping[str, FileSum]) -> str:
     crc = zlib.crc32(json.dumps(listed).encode())
     return json.dumps({"format_version": FORMAT_VERSION, "files": listed, "crc32_of_files": f"{crc:08x}"}, indent=1)
 
+
+# The folders of --save: drafts, atomic publication, and the tracker that names the newest checkpoint.
+#
+#     latest_checkpointed_iteration.txt   the newest iteration, as Megatron writes it; always whole
+#     iter_0000050/                       a checkpoint; always whole, since it gets this name by a rename
+#     .iter_0000050.1f0e2d3c.draft/       one that is being written, or was when its run was killed
+#     .iter_0000050.replaced/             an older one of the same iteration, until the tracker is written
+#     .iter_0000040.removed/              one that --keep-last-checkpoints is taking away
+#
+# Nothing here knows torch or ranks: one process calls it.
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the run that wrote it: `run_record.json`, and `adapter_config.json` for people."""
+"""What a checkpoint says about the run that wrote it, whether another run fits it, and its base's fingerprint."""
 
 import dataclasses
 import hashlib

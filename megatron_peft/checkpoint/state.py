@@ -1,12 +1,4 @@
-"""The optimizer's state by parameter, with no mention of the layout or of the kind of optimizer.
-
-    optimizer.master.<key>       float32 copy of a bf16 parameter
-    optimizer.exp_avg.<key>      Adam's moments, or momentum_buffer of SGD; shaped like the parameter
-
-megatron-core's own keys differ between the distributed optimizer and the two plain ones, and follow the number of
-data-parallel ranks or need the whole state gathered on one. Here a rank writes its stretch of each parameter as boxes
-of the global tensor, and reads whatever boxes its own layout asks for.
-"""
+"""What a checkpoint holds beside parameters: the optimizer's state, and the generators of every rank."""
 
 import json
 import math
@@ -75,6 +67,15 @@ def _in_row(row: int, start: int, end: int, shape: Sequence[int]) -> Iterator[Bo
     for box in boxes(start - first, end - first, shape[1:]):
         yield Box(first + box.start, (row, *box.offset), (1, *box.shape))
 
+
+# The optimizer's state by parameter, with no mention of the layout or of the kind of optimizer.
+#
+#     optimizer.master.<key>       float32 copy of a bf16 parameter
+#     optimizer.exp_avg.<key>      Adam's moments, or momentum_buffer of SGD; shaped like the parameter
+#
+# megatron-core's own keys differ between the distributed optimizer and the two plain ones, and follow the number of
+# data-parallel ranks or need the whole state gathered on one. Here a rank writes its stretch of each parameter as boxes
+# of the global tensor, and reads whatever boxes its own layout asks for.
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 

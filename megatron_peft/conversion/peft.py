@@ -1,4 +1,4 @@
-"""A Hugging Face PEFT adapter, LoRA or BOFT, as a --save folder that --load opens."""
+"""Adapters of Hugging Face PEFT as a --save folder that --load opens, and a run's as a folder for PEFT."""
 
 import json
 import sys

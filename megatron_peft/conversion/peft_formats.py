@@ -1,16 +1,4 @@
-"""BOFT between a run that turns the input side and Hugging Face PEFT.
-
-Both compute W' = W R^T with R = B_m ... B_1 and pair the same features. A block of ours is Cayley(Q) =
-(I + Q)(I - Q)^-1 with Q given by the numbers above its diagonal; one of theirs is (I - S)(I + S)^-1 with S =
-(D - D^T) / 2 out of a whole b x b matrix D (`boft_R`). So S = -Q. Theirs lie in one row of n = in / b blocks a factor,
-ours by groups. Blocks that were trained by projection have the Q of Cayley's inverse, unless they turn a direction
-around: no Q is large enough for that.
-
-Their `boft_s` scales the output features; ours has no such thing. Modules that are fused here meet one input, so they
-share R: an export gives each a copy, an import needs them all, with the same numbers.
-
-Letters: k groups of features, m factors, c blocks of a factor in a group, b block size; n = k c.
-"""
+"""LoRA and BOFT between a run and the files of Hugging Face PEFT."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +31,19 @@ from megatron_peft.conversion.trained_adapters import (
 from megatron_peft.conversion.writer import TensorSpec
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
+
+# BOFT between a run that turns the input side and Hugging Face PEFT.
+#
+# Both compute W' = W R^T with R = B_m ... B_1 and pair the same features. A block of ours is Cayley(Q) = (I + Q)(I -
+# Q)^-1 with Q given by the numbers above its diagonal; one of theirs is (I - S)(I + S)^-1 with S = (D - D^T) / 2 out
+# of a whole b x b matrix D (`boft_R`). So S = -Q. Theirs lie in one row of n = in / b blocks a factor, ours by
+# groups. Blocks that were trained by projection have the Q of Cayley's inverse, unless they turn a direction around:
+# no Q is large enough for that.
+#
+# Their `boft_s` scales the output features; ours has no such thing. Modules that are fused here meet one input, so they
+# share R: an export gives each a copy, an import needs them all, with the same numbers.
+#
+# Letters: k groups of features, m factors, c blocks of a factor in a group, b block size; n = k c.
 
 LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3
 

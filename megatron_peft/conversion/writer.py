@@ -1,8 +1,4 @@
-"""Sharded safetensors, written tensor by tensor.
-
-Names, shapes and types are known before any number is, so a file begins with its header and the tensors follow in their
-order. At no time is more than one tensor held.
-"""
+"""Sharded safetensors tensor by tensor, large files past the page cache, folders that appear whole."""
 
 import errno
 import fcntl
@@ -122,6 +118,11 @@ def _clear_direct(descriptor: int) -> bool:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
     return bool(flags & _DIRECT)
 
+
+# Sharded safetensors, written tensor by tensor.
+#
+# Names, shapes and types are known before any number is, so a file begins with its header and the tensors follow in
+# their order. At no time is more than one tensor held.
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = ".safetensors.index.json"

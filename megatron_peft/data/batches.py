@@ -1,4 +1,4 @@
-"""Steps of microbatches for one data-parallel rank, out of global batches that do not depend on the layout."""
+"""From samples to microbatches: order, packing, and global batches that do not depend on the layout."""
 
 import math
 from collections import deque

@@ -1,10 +1,4 @@
-"""Records of instruction data as token ids, with the loss on completions only.
-
-Three kinds of record: `{"prompt", "completion"}` (loss on the completion), `{"messages": [{"role", "content"}]}`
-(through the chat template; loss on what the assistant says) and `{"text"}` (loss on everything). What is learnt ends
-with the end-of-sequence token. A conversation may come with `tools`, and an assistant's turn with `tool_calls`: the
-template writes them. Other fields are left out, unless the template would read them: that is an error.
-"""
+"""Instruction data: records as token ids and a mask of what the loss counts, surveyed once, read as samples."""
 
 import re
 from collections import Counter
@@ -23,6 +17,13 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.batches import Sample, sample_from_ids
 from megatron_peft.data.jsonl import JsonRecords, Record
 from megatron_peft.data.tokenizers import Part, Tokenizer
+
+# Records of instruction data as token ids, with the loss on completions only.
+#
+# Three kinds of record: `{"prompt", "completion"}` (loss on the completion), `{"messages": [{"role", "content"}]}`
+# (through the chat template; loss on what the assistant says) and `{"text"}` (loss on everything). What is learnt ends
+# with the end-of-sequence token. A conversation may come with `tools`, and an assistant's turn with `tool_calls`: the
+# template writes them. Other fields are left out, unless the template would read them: that is an error.
 
 
 class TokenizedRecord(NamedTuple):

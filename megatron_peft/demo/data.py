@@ -1,9 +1,4 @@
-"""English-French messages of two programs, as prompts and completions.
-
-The catalogs lie in the wheels of Django and of JupyterLab's French language pack. A message is kept when its English
-has at least two words and its French differs from it. Messages that say the same but for case, punctuation or
-placeholders fall on the same side of the split, so that nothing held out was seen in training.
-"""
+"""What the demo trains on: messages of two programs, film reviews, an experiment's split, a small model."""
 
 import fnmatch
 import hashlib
@@ -120,6 +115,12 @@ def _text(catalog: bytes, length: int, offset: int) -> str:
         raise ValueError(f"a message ends at byte {offset + length} of {len(catalog)}")
     return catalog[offset : offset + length].decode("utf-8")
 
+
+# English-French messages of two programs, as prompts and completions.
+#
+# The catalogs lie in the wheels of Django and of JupyterLab's French language pack. A message is kept when its English
+# has at least two words and its French differs from it. Messages that say the same but for case, punctuation or
+# placeholders fall on the same side of the split, so that nothing held out was seen in training.
 
 # package -> the catalogs in its wheel
 SOURCES = {

@@ -1,4 +1,4 @@
-"""What tools/generate.py does: answers to one prompt, as they grow, or to a file of prompts."""
+"""What tools/generate.py does: prompts of a command line or a file, answers as they grow or into a file."""
 
 import json
 import os

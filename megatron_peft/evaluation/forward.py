@@ -1,10 +1,4 @@
-"""Rows that go through a model together, each with its own keys and values of what it has seen: a key-value cache.
-
-Texts of unequal length are padded on the left, so that every row's newest token stands in the last column. The padding
-is hidden from attention by a key mask; rotary and ALiBi positions are relative, so the shift changes nothing.
-
-Letters: b rows, s new positions of a forward, k positions in the cache, h hidden size.
-"""
+"""Forwards without gradients: rows with a key-value cache, all pipeline stages, training's switches off."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -77,6 +71,14 @@ def _pipeline() -> dist.ProcessGroup:
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     return group
 
+
+# Rows that go through a model together, each with its own keys and values of what it has seen: a key-value cache.
+#
+# Texts of unequal length are padded on the left, so that every row's newest token stands in the last column. The
+# padding is hidden from attention by a key mask; rotary and ALiBi positions are relative, so the shift changes
+# nothing.
+#
+# Letters: b rows, s new positions of a forward, k positions in the cache, h hidden size.
 
 try:
     from megatron.core.inference.utils import InferenceMode

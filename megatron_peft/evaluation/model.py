@@ -1,4 +1,4 @@
-"""A model that is asked and not trained: base, adapters, tokenizer, and what tells it from every other."""
+"""A model that is asked and not trained: described by the run that trained it, loaded, told from others."""
 
 import hashlib
 import json

@@ -1,7 +1,4 @@
-"""One picture of a translation run: loss, gradient norm, BLEU before and after, translations beside the reference.
-
-A Hybrid's has lambda by layer, too.
-"""
+"""The pictures of reports: a run, costs, dynamics of training, lambda of each layer."""
 
 import io
 import re
@@ -269,6 +266,10 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
     assert image is not None
     figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
 
+
+# One picture of a translation run: loss, gradient norm, BLEU before and after, translations beside the reference.
+#
+# A Hybrid's has lambda by layer, too.
 
 BEFORE, AFTER = "#9aa5b1", "#1f6feb"
 LAMBDA_INCHES = 3.4

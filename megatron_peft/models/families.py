@@ -1,8 +1,4 @@
-"""The shape of a model from a Hugging Face `config.json`. Plain JSON: neither transformers nor torch is imported.
-
-What a config asks for and the model does not do is refused by name. Keys that transformers' own class does not define
-change nothing there either; they are named in a warning.
-"""
+"""The model families: shapes from a Hugging Face `config.json`, rules for weights. No torch is imported."""
 
 import json
 import logging
@@ -16,6 +12,11 @@ from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models import bloom, llama
 from megatron_peft.models.rules import Part, Rule
 from megatron_peft.models.shape import Config, ModelShape
+
+# The shape of a model from a Hugging Face `config.json`. Plain JSON: neither transformers nor torch is imported.
+#
+# What a config asks for and the model does not do is refused by name. Keys that transformers' own class does not define
+# change nothing there either; they are named in a warning.
 
 logger = logging.getLogger(__name__)
 

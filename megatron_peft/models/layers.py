@@ -1,11 +1,4 @@
-"""RMSNorm and LayerNorm that run on any device and under sequence parallelism.
-
-megatron-core's `WrappedTorchNorm` refuses sequence parallelism and its other norms need Transformer Engine or Apex.
-Under sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are partial sums;
-`sequence_parallel = True` on them makes megatron-core add them up.
-
-Letters: s sequence, b batch, h hidden.
-"""
+"""RMSNorm, LayerNorm and SwiGLU, on any device and under sequence parallelism."""
 
 from typing import Any
 
@@ -16,6 +9,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import run_function
+
+# RMSNorm and LayerNorm that run on any device and under sequence parallelism.
+#
+# megatron-core's `WrappedTorchNorm` refuses sequence parallelism and its other norms need Transformer Engine or Apex.
+# Under sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are partial sums;
+# `sequence_parallel = True` on them makes megatron-core add them up.
+#
+# Letters: s sequence, b batch, h hidden.
 
 
 class RMSNorm(nn.Module):

@@ -1,12 +1,4 @@
-"""Products of matrices in float32 on a CPU by oneDNN, which torch has but does not use for them by itself.
-
-torch multiplies float32 by MKL there (bfloat16 by oneDNN). On an AMD EPYC with AVX-512 oneDNN takes 5 to 10% less time
-for a layer's product, 30 to 40% less for the narrow ones of a low rank and for a few tokens. The operator is the one
-that torch's compiler writes for a linear layer; where it is missing, and for every other type and device, torch's own
-is used.
-
-Only where no gradient is recorded: inside autograd functions and in generation.
-"""
+"""What CPU processes do otherwise: products by oneDNN, and memory that stays with the process."""
 
 import ctypes
 import sys
@@ -15,6 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Products of matrices in float32 on a CPU by oneDNN, which torch has but does not use for them by itself.
+#
+# torch multiplies float32 by MKL there (bfloat16 by oneDNN). On an AMD EPYC with AVX-512 oneDNN takes 5 to 10% less
+# time for a layer's product, 30 to 40% less for the narrow ones of a low rank and for a few tokens. The operator is
+# the one that torch's compiler writes for a linear layer; where it is missing, and for every other type and device,
+# torch's own is used.
+#
+# Only where no gradient is recorded: inside autograd functions and in generation.
 
 
 def _operator() -> Any:

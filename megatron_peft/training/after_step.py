@@ -1,11 +1,4 @@
-"""--lora-max-norm-ratio, eq. (2), after each step: which tensors are scaled, and what the limits are.
-
-The norms are those of the model's own parameters, whole on this rank's side of the split: a distributed optimizer has
-gathered them by then. In float32 they are what the optimizer updates, or its stretches are views of them. Under --bf16
-it updates a float32 copy, or a stretch of one, which is scaled by the same number.
-
-One all-reduce of [layers, w, w] numbers over the tensor-parallel ranks a step, nothing where there are none.
-"""
+"""What follows backward: the Hybrid's lambda, the update, bounds on norms, changes folded into weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +18,14 @@ from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.training.state import GradientShards, TrainingState
+
+# --lora-max-norm-ratio, eq. (2), after each step: which tensors are scaled, and what the limits are.
+#
+# The norms are those of the model's own parameters, whole on this rank's side of the split: a distributed optimizer
+# has gathered them by then. In float32 they are what the optimizer updates, or its stretches are views of them. Under
+# --bf16 it updates a float32 copy, or a stretch of one, which is scaled by the same number.
+#
+# One all-reduce of [layers, w, w] numbers over the tensor-parallel ranks a step, nothing where there are none.
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a training run is made of, and how far it has come."""
+"""What a training run is made of (the wrapped model, its optimizer and schedule), and how far it has come."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

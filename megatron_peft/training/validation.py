@@ -1,4 +1,4 @@
-"""What is looked at while adapters train: that all of them get gradients, and that rotations stay orthogonal."""
+"""The validation loss, and what is watched while adapters train: their gradients, rotations, the start."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
