@@ -117,7 +117,7 @@ def load_checkpoint(state: Resumable) -> bool:
 
     Raises:
         ConfigurationError: on every rank and before anything has changed: another method, rank, base model, ...; or
-            there are checkpoints, but none is whole (`whole.find_whole_checkpoint`).
+            there are checkpoints, but none is whole (`find_whole_checkpoint`).
     """
     settings = state.config.checkpoint
     if settings.load is None:

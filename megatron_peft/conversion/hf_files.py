@@ -285,7 +285,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def config_of_shape(shape: ModelShape) -> dict[str, Any]:
-    """A config.json for a model that has lost its own; `models.huggingface.read_shape` gives the shape back."""
+    """A config.json for a model that has lost its own; `models.families.read_shape` gives the shape back."""
     return CONFIGS[shape.architecture](shape)
 
 

@@ -194,7 +194,7 @@ class SampleOrder:
 # --pack-sequences: which samples share a sequence.
 #
 # The samples of an epoch, in its order, are put one after the other into a sequence until the next would not fit
-# (next-fit). No sample is cut, and none attends to another (`microbatch.pack` keeps the boundaries).
+# (next-fit). No sample is cut, and none attends to another (`pack` keeps the boundaries).
 
 
 def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:

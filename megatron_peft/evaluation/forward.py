@@ -89,7 +89,7 @@ except ImportError:  # older ones go by the cache that they are given
 
 
 class CachedRows:
-    """One batch. Every rank of a replica makes it and calls it alike, inside `switches.inference`.
+    """One batch. Every rank of a replica makes it and calls it alike, inside `inference`.
 
     Args:
         model_chunks: this rank's.

@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: what is asked.
-        crew: of `orders.make_crew`.
+        crew: of `dispatch.make_crew`.
         finished: answers that are known; new ones are added as they come.
         batch_size: requests in a forward of a replica.
         seed: of answers that are drawn.

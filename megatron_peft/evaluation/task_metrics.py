@@ -98,7 +98,7 @@ def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> floa
 
 
 def pass_at_k(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int]) -> dict[str, float]:
-    """`{"pass@1": ...}` of one problem, from the verdicts that `humaneval.run_tests` put in place of its samples."""
+    """`{"pass@1": ...}` of one problem, from the verdicts that `run_tests` put in place of its samples."""
     verdicts = predictions[0]
     return {f"pass@{each}": estimate_pass_at_k(len(verdicts), verdicts.count(PASSED), each) for each in k}
 

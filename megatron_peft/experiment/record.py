@@ -28,7 +28,7 @@ MOST_POINTS = 200  # of a curve in the file; longer ones are thinned
 MOST_LAMBDAS = 20  # iterations of each layer
 OWN_DIGEST = "sha256"  # of the record's other fields; records of older versions have none
 CURVES = ("loss", "grad_norm", "validation_loss")
-TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.summary
+TRAINABLE = re.compile(r"trainable parameters: ([\d,]+) of")  # of training.terminal
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
 
 

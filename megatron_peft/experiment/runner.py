@@ -1,7 +1,7 @@
 """Runs the cells that are missing, a few at a time, and leaves a file for each.
 
-The runner keeps nothing in memory that matters: `plan.work` derives the next cell from the files. A cell that fails is
-told, recorded and left for the next call, which tries it again.
+The runner keeps nothing in memory that matters: `record.work` derives the next cell from the files. A cell that fails
+is told, recorded and left for the next call, which tries it again.
 """
 
 import shutil

@@ -62,7 +62,7 @@ Record = dict[str, Any]
 
 
 class Saves(Protocol):
-    """What the loop asks of `checkpoint.saver.Saver`."""
+    """What the loop asks of `checkpoint.save.Saver`."""
 
     def start(self, state: TrainingState) -> None: ...
 
