@@ -20,6 +20,7 @@ from megatron_peft.checkpoint.folders import (
     TRACKER,
     FileSum,
     FolderLock,
+    is_checkpoint,
     iteration_folder,
     keep_last,
     newest_checkpoint,
@@ -275,7 +276,7 @@ class Saver:
 def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     """A folder of checkpoints is that of one run: a new one would replace them by its own, and their metrics."""
     loads = Path(load).resolve() if load and not finetune else None
-    goes_on = loads is not None and folder.resolve() in (loads, loads.parent)
+    goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
     newest = newest_checkpoint(folder)
     found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
     require(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.load import load_checkpoint, require_something_to_load
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
@@ -79,6 +79,7 @@ def finetune(config: RunConfig) -> None:
     shape = checked_together(lambda: checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+    from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Saver(config.checkpoint) as saver:
         data = build_data(

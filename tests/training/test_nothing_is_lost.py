@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,15 +47,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
+
+
 @pytest.mark.parametrize(
-    "load", [{}, {"load": "elsewhere"}, {"load": "run", "finetune": True}], ids=["new", "from another", "finetune"]
+    ("load", "told"),
+    [
+        ({}, TAKEN),
+        ({"load": "elsewhere"}, TAKEN),
+        ({"load": "run", "finetune": True}, TAKEN),
+        ({"load": "run/inner"}, TAKEN),
+        ({"load": "run/iter_0000099"}, "--load .*run/iter_0000099 holds no checkpoint"),
+        ({"load": "run/nothing"}, "--load .*run/nothing holds no checkpoint"),
+    ],
+    ids=["new", "from another", "finetune", "from one inside", "no such iteration", "no such folder"],
 )
-def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load):
+def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load, told):
     run(checkpoint={"save": str(tmp_path / "run")}, num_steps=2)
     run(checkpoint={"save": str(tmp_path / "elsewhere")}, num_steps=2)
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "run" / "inner")
     before = contents(tmp_path / "run")
     settings = load | {"load": str(tmp_path / load["load"])} if load else {}
-    with pytest.raises(ConfigurationError, match="--save .*run holds the checkpoints of a run already .*iter_0000002"):
+    with pytest.raises(ConfigurationError, match=told):
         run(checkpoint={"save": str(tmp_path / "run"), **settings}, peft={"method": "full"})
     assert contents(tmp_path / "run") == before
     run(checkpoint={"save": str(tmp_path / "run"), "load": str(tmp_path / "run" / "iter_0000002")}, num_steps=2)
