@@ -14,7 +14,7 @@ import torch
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training import metrics
+from megatron_peft.training import loop, metrics
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
@@ -99,6 +99,32 @@ def test_metrics_that_are_moved_away_are_said_and_begun_anew(tmp_path, caplog):
     assert [one["iteration"] for one in read_metrics(tmp_path / "run" / METRICS_FILE)] == [2]
     assert [one["iteration"] for one in read_metrics(tmp_path / "moved" / METRICS_FILE)] == [1]
     assert "metrics.jsonl was moved or removed during the run" in caplog.text
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_folder_that_is_moved_in_a_run_is_begun_anew_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
+    save, other = tmp_path / "run", tmp_path / "other"
+    run(checkpoint={"save": str(other)}, num_steps=3)
+    step = loop.train_step
+
+    def moves_the_folder(state, *arguments, **settings):
+        if state.position.iteration == 1:
+            save.rename(tmp_path / "moved")
+            if is_taken:
+                shutil.copytree(other, save)
+        return step(state, *arguments, **settings)
+
+    monkeypatch.setattr(loop, "train_step", moves_the_folder)
+    settings = {"checkpoint": {"save": str(save), "save_interval": 1}, "num_steps": 3}
+    if is_taken:
+        with pytest.raises(ConfigurationError, match="another run has that folder now"):
+            run(**settings)
+        assert contents(save) == contents(other)
+    else:
+        run(**settings)
+        assert {path.name for path in save.glob("iter_*")} == {"iter_0000002", "iter_0000003"}
+    kept = read_metrics(tmp_path / "moved" / METRICS_FILE)
+    assert [record["iteration"] for record in kept] == ([1, 2] if is_taken else [1])
 
 
 def test_what_a_resumed_run_does_otherwise_is_said(run, tmp_path, caplog):
