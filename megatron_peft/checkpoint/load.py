@@ -153,6 +153,7 @@ def load_checkpoint(state: Resumable) -> bool:
         adapted_layers(chunks),
         base_fingerprint(state.config.model.pretrained_checkpoint),
         state.schedule.state_dict(),
+        state.data_digest,
     )
     resumes_optimizer = not (settings.finetune or settings.no_load_optim)
     checked_together(lambda: _refuse(record, here, resumes_optimizer))

@@ -158,6 +158,7 @@ def _run_record(state: Resumable, layers: tuple[str, ...], entries: Sequence[Sha
         base_fingerprint=base_fingerprint(state.config.model.pretrained_checkpoint),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
+        data_digest=state.data_digest,
     )
 
 

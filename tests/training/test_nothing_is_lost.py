@@ -18,8 +18,10 @@ from megatron_peft.training import loop, metrics
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
+from tests.data.tiny_tokenizers import save_tokenizer
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job
 
 
@@ -127,10 +129,18 @@ def test_a_folder_that_is_moved_in_a_run_is_begun_anew_unless_another_run_has_it
     assert [record["iteration"] for record in kept] == ([1, 2] if is_taken else [1])
 
 
-def test_what_a_resumed_run_does_otherwise_is_said(run, tmp_path, caplog):
-    run(checkpoint={"save": str(tmp_path)}, num_steps=2)
-    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=2, data_settings={"seed": 7})
-    assert "the run goes on with --seed 7 (before: 1234), at the old position" in caplog.text
+def test_what_a_resumed_run_does_otherwise_is_said(run, files, tmp_path, caplog):
+    data = shutil.copy(files[1], tmp_path / "pairs.jsonl")
+    settings = {"num_steps": 2, "data_settings": {"train_data_path": (str(data),)}}
+    run(checkpoint={"save": str(tmp_path)}, **settings)
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
+    assert "the run goes on" not in caplog.text
+    text = Path(data).read_text()
+    Path(data).write_text(text.replace("1", "2", 1))
+    settings["data_settings"]["seed"] = 7
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
+    told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before"
+    assert f"the run goes on with {told}, at the old position" in caplog.text
 
 
 def test_groups_of_runs_that_have_ended_leave_no_thread(run):
@@ -205,38 +215,56 @@ def told(run: Callable[[], None]) -> str:
     [
         ({"optimizer": {"lr": 0.25}}, "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with"),
         ({"data_settings": {"seed": 7}}, "rank 1 was started with --seed 7 (rank 0: 1234): start all ranks with"),
-        ({"data": "OTHER"}, "the train data {data} of rank 1 has other contents than that of rank 0"),
     ],
-    ids=["flags", "one of two seeds", "data"],
+    ids=["flags", "one of two seeds"],
 )
 def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change, expected):
-    """Data of equal length at one path, as node-local copies are: another folder is current on each rank."""
     own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
-    other = dataclasses.replace(own, **change)
-    if "data" in change:
-        copies = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-        text = Path(own.data).read_text()
-        copies[0].write_text(text)
-        copies[1].write_text(text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1))
-        expected = expected.format(data=copies[0])
-        own, other = (dataclasses.replace(own, data=str(copies[0])), dataclasses.replace(own, data=str(copies[1])))
-        messages = run_ranks(2, told_when_data_differ, (own, str(copies[1])))
-    else:
-        messages = run_ranks(2, told_when_ranks_differ, (own, other))
+    messages = run_ranks(2, told_when_ranks_differ, (own, dataclasses.replace(own, **change)))
     assert messages[0] == messages[1] and expected in messages[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("differing", "expected"),
+    [
+        ("data.jsonl", "the train data data.jsonl of rank 1 has other contents than that of rank 0"),
+        ("base", "--pretrained-checkpoint base is another model on rank 1 than on rank 0 (model.safetensors): copy"),
+        ("words", "--tokenizer-model words is another one on rank 1 than on rank 0 (its vocabulary): copy"),
+        ("merges", "--tokenizer-model words is another one on rank 1 than on rank 0 (the ids of a text): copy"),
+    ],
+)
+def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expected):
+    """Of one name and size, as node-local copies are: another folder is current on each rank."""
+    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
+    for rank in ("0", "1"):
+        shutil.copytree(own.base, tmp_path / rank / "base")
+        text = Path(own.data).read_text()
+        changed = text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1)
+        (tmp_path / rank / "data.jsonl").write_text(changed if (rank, differing) == ("1", "data.jsonl") else text)
+        save_tokenizer(tmp_path / rank / "words")
+    if differing == "base":
+        save_llama(tmp_path / "1" / "base", num_hidden_layers=2, seed=1)
+    words = tmp_path / "1" / "words" / "tokenizer.json"
+    described = json.loads(words.read_text())
+    if differing == "words":
+        vocabulary = described["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    if differing == "merges":
+        described["model"]["merges"].reverse()
+    words.write_text(json.dumps(described))
+    own = dataclasses.replace(own, base="base", data="data.jsonl")
+    if differing in ("words", "merges"):
+        own.data_settings.update(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="words", vocab_size=None)
+    messages = run_ranks(2, told_in_its_folder, (own, tmp_path))
+    assert messages[0] == messages[1] and expected in messages[0], messages[0]
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("iter_*"))
 
 
-def told_when_data_differ(argument: tuple[Job, str]) -> str:
-    """On rank 1, the path leads to the other file."""
-    from torch.distributed import get_rank
-
-    from megatron_peft.data import build as module
-
-    job, other = argument
+def told_in_its_folder(argument: tuple[Job, Path]) -> str:
+    job, folder = argument
     start_world()
-    records = module.JsonRecords
-    module.JsonRecords = lambda paths, flag: records([other] if get_rank() else paths, flag)
+    os.chdir(folder / str(torch.distributed.get_rank()))
     return told(lambda: finetune(job.config(2)))
 
 
