@@ -8,13 +8,14 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 
 # The manifest of a checkpoint: size and checksum of every file, so that a torn or changed one is found and named.
@@ -288,17 +289,33 @@ class FolderLock:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._opened_folder = os.open(folder, os.O_RDONLY)  # while it is open, no new folder gets its inode
         try:
+            require(
+                stat.S_ISREG(os.fstat(self._descriptor).st_mode),
+                f"--save {folder}: {LOCK} in it is a pipe or a device, not a file: remove it.",
+            )
             self.is_held = self._acquire(time.monotonic() + grace_seconds)
         except ConfigurationError:
-            os.close(self._descriptor)
+            self.release()
             raise
         if self.is_held:
             self._say_who()
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder's lock is this one; not if somebody has moved or removed the folder."""
+        return _is_at(self._descriptor, self._folder / LOCK)
+
+    @property
+    def is_of_the_same_folder(self) -> bool:
+        """Whether the folder that it was taken for is still there, be it without the lock's file."""
+        return _is_at(self._opened_folder, self._folder)
+
     def release(self) -> None:
         """The file stays: taking it away could take it from the next process."""
         os.close(self._descriptor)
+        os.close(self._opened_folder)
 
     def _acquire(self, deadline: float) -> bool:
         while True:
@@ -324,6 +341,13 @@ class FolderLock:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # Where the files of a model in Megatron's form lie: a distributed checkpoint, or old files of ranks.

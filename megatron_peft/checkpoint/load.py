@@ -35,7 +35,7 @@ from megatron_peft.checkpoint.tensors import (
     sharded_parameters,
     stored_shapes,
 )
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
@@ -69,6 +69,23 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
             f"another --load, or start from the beginning without --load."
         )
     return None
+
+
+def require_something_to_load(settings: CheckpointConfig) -> None:
+    """To be called on the first rank.
+
+    Raises:
+        ConfigurationError: --load holds no checkpoint (a slip of the pen, most likely), and is not the --save folder
+            either: one command begins a run there and goes on with it.
+    """
+    if settings.load is None or _candidates(Path(settings.load)):
+        return
+    load, save = (Path(name).resolve() if name else None for name in (settings.load, settings.save))
+    require(
+        load == save and not Path(settings.load).name.startswith("iter_"),
+        f"--load {settings.load} holds no checkpoint: give the --save folder of a run, or a checkpoint in it. To start "
+        f"from the beginning, leave --load out, or give the folder of --save.",
+    )
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -112,8 +129,8 @@ def load_checkpoint(state: Resumable) -> bool:
     generators. Under another layout everything but the generators is carried over.
 
     Returns:
-        Whether there was one. Without --load, and with a warning for a folder that holds no checkpoint, the run starts
-        from the beginning.
+        Whether there was one. Without --load, and with a warning where nothing is saved yet, the run starts from the
+        beginning.
 
     Raises:
         ConfigurationError: on every rank and before anything has changed: another method, rank, base model, ...; or
@@ -123,6 +140,7 @@ def load_checkpoint(state: Resumable) -> bool:
     if settings.load is None:
         return False
     folder = Path(settings.load)
+    from_first_rank(lambda: require_something_to_load(settings))
     checkpoint = find_whole_checkpoint(folder)
     if checkpoint is None:
         _say("--load %s holds no checkpoint: starting from the beginning", folder)
@@ -135,6 +153,7 @@ def load_checkpoint(state: Resumable) -> bool:
         adapted_layers(chunks),
         base_fingerprint(state.config.model.pretrained_checkpoint),
         state.schedule.state_dict(),
+        state.data_digest,
     )
     resumes_optimizer = not (settings.finetune or settings.no_load_optim)
     checked_together(lambda: _refuse(record, here, resumes_optimizer))

@@ -46,6 +46,7 @@ class RunRecord:
         base_fingerprint: {file name: digest} of the base's folder; None if it could not be read.
         schedule: state of megatron-core's learning-rate schedule; None without the optimizer's state.
         optimizer_steps: updates that each parameter has had, by its key; None without the optimizer's state.
+        data_digest: of the training data's files; None in older records.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class RunRecord:
     base_fingerprint: Mapping[str, str] | None
     schedule: Mapping[str, Any] | None
     optimizer_steps: Mapping[str, int] | None
+    data_digest: str | None = None
 
     def to_json(self) -> str:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -174,6 +176,7 @@ class Here:
     adapted_layers: tuple[str, ...]
     base_fingerprint: Mapping[str, str] | None
     schedule: Mapping[str, Any]
+    data_digest: str | None = None
 
 
 def contradictions(record: RunRecord, here: Here) -> list[str]:
@@ -196,6 +199,11 @@ def changes(record: RunRecord, here: Here) -> str:
         for name in names
         if getattr(before, name) != getattr(now, name)
     ]
+    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, here.config)}
+    before, now = record.data_digest, here.data_digest
+    if len(paths) == 1 and before and now and before != now:
+        name = "data_path" if here.config.data.data_path else "train_data_path"
+        changed.append(f"other contents of {flag(name)} {_shown(getattr(here.config.data, name))} than before")
     told = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
     return f"{_load(here)}: the run goes on with {told}, at the old position." if changed else ""
 

@@ -20,6 +20,7 @@ from megatron_peft.checkpoint.folders import (
     TRACKER,
     FileSum,
     FolderLock,
+    is_checkpoint,
     iteration_folder,
     keep_last,
     newest_checkpoint,
@@ -157,6 +158,7 @@ def _run_record(state: Resumable, layers: tuple[str, ...], entries: Sequence[Sha
         base_fingerprint=base_fingerprint(state.config.model.pretrained_checkpoint),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
+        data_digest=state.data_digest,
     )
 
 
@@ -199,12 +201,13 @@ class Saver:
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
+        self._folder = Path(settings.save or "")
         self._lock: FolderLock | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Future[Any]] | None = None
         if settings.save is not None:
-            from_first_rank(lambda: self._take(settings))
+            from_first_rank(lambda: self._take(settings.load, settings.finetune))
         if settings.save is not None and settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
@@ -213,10 +216,15 @@ class Saver:
         """Save the state as it is now: write it before returning, or copy it and write it in the background.
 
         `finish` tells how it came out, and must have been called for the save before.
+
+        Raises:
+            ConfigurationError: on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"
         iteration = state.position.iteration
         try:
+            if trouble := from_first_rank(self._trouble_with_the_folder):
+                raise CheckpointNotSaved(trouble)
             draft = draft_checkpoint(state, snapshot=self._executor is not None, group=self._group)
             self._pending = iteration, self._submit(draft.complete)
         except CheckpointNotSaved as error:
@@ -252,17 +260,43 @@ class Saver:
             if self._lock is not None:
                 self._lock.release()
 
-    def _take(self, settings: CheckpointConfig) -> None:
-        assert settings.save is not None
-        folder = Path(settings.save)
-        self._lock = FolderLock(folder)
-        if self._lock.is_held:
-            remove_leftovers(folder)
+    def hold_folder(self) -> None:
+        """On the first rank: take the folder anew if somebody has moved or removed it; elsewhere nothing.
+
+        Raises:
+            ConfigurationError: by now another run saves there, or has.
+            OSError: it cannot be made again.
+        """
+        before = self._lock
+        if before is None or before.is_in_place:
+            return
         try:
-            _refuse_another_run(folder, settings.load, settings.finetune)
+            self._take(str(self._folder) if before.is_of_the_same_folder else None, grace_seconds=0.0)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"--save {self._folder} was moved or removed during the run, and another run has that folder now: this "
+                f"one ends, and has replaced nothing there. Go on from where its folder is now, with --save and --load."
+            ) from error
+        before.release()
+
+    def _trouble_with_the_folder(self) -> str:
+        """What may pass, so that a later save succeeds; the run goes on."""
+        try:
+            self.hold_folder()
+        except OSError as error:
+            return f"--save {self._folder} cannot be made again: {error}."
+        return ""
+
+    def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:
+        lock = FolderLock(self._folder, **lock_settings)
+        try:
+            if lock.is_held and self._lock is None:
+                remove_leftovers(self._folder)
+            _refuse_another_run(self._folder, load, finetune)
         except ConfigurationError:
-            self._lock.release()
+            lock.release()
             raise
+        self._lock = lock
 
     def _submit(self, complete: Callable[[], Path]) -> Future[Any]:
         if self._executor is not None:
@@ -275,7 +309,7 @@ class Saver:
 def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     """A folder of checkpoints is that of one run: a new one would replace them by its own, and their metrics."""
     loads = Path(load).resolve() if load and not finetune else None
-    goes_on = loads is not None and folder.resolve() in (loads, loads.parent)
+    goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
     newest = newest_checkpoint(folder)
     found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
     require(

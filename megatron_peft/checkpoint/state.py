@@ -324,3 +324,6 @@ class Resumable(Protocol):
 
     @property
     def position(self) -> Counters: ...
+
+    @property
+    def data_digest(self) -> str | None: ...

@@ -26,6 +26,11 @@ class Data:
     test: GlobalBatches | None
     train_iters: int  # from --train-iters, --train-samples or --train-epochs
 
+    @property
+    def digest(self) -> str:
+        """Of the files of the training data."""
+        return self.train.dataset.digest  # pyright: ignore[reportAttributeAccessIssue] - both kinds have it
+
 
 def build_data(
     config: RunConfig,

@@ -311,6 +311,7 @@ class InstructionDataset:
 
     def __init__(self, records: JsonRecords, fit: Fit) -> None:
         self._records = records
+        self.digest = records.digest
         self._fit = fit
         found = survey(records, fit)
         self._usable = found.usable

@@ -3,7 +3,7 @@
 Letters: s sequence, t tensor-parallel size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +99,12 @@ def from_first_rank(look: Callable[[], Found], group: dist.ProcessGroup | None =
     found: list[Any] = [checked_together(lambda: _on_first_rank(look), group)]
     dist.broadcast_object_list(found, src=0, group=group)
     return found[0]
+
+
+def names_that_differ(own: Mapping[str, object]) -> list[str]:
+    """The names of this rank's values that are not those of rank 0. A collective."""
+    first = from_first_rank(lambda: dict(own))
+    return sorted(name for name in first.keys() | own.keys() if own.get(name) != first.get(name))
 
 
 def _on_first_rank(look: Callable[[], Found]) -> Found | None:

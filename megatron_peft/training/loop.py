@@ -68,6 +68,8 @@ class Saves(Protocol):
 
     def finish(self, wait: bool = True) -> Outcome | None: ...
 
+    def hold_folder(self) -> None: ...
+
 
 @dataclass
 class _Interval:
@@ -112,11 +114,17 @@ def train(state: TrainingState, data: Data, saver: Saves) -> str:
 
     Raises:
         CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Others are told of and left out.
+        ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
     config, position = state.config, state.position
     is_writer = dist.get_rank() == 0
     writer = MetricsWriter(
-        config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config)
+        config.checkpoint.save,
+        config.logging,
+        is_writer,
+        position.iteration,
+        config_to_dict(config),
+        saver.hold_folder,
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:

@@ -12,14 +12,14 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, LoggingConfig
-from megatron_peft.config.untrusted import parse_json, read_bytes
+from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class MetricsWriter:
             iterations that are trained again do not appear twice; 0 starts the file anew, and an earlier one is kept
             as `metrics.1.jsonl` and so on.
         run_settings: the run's configuration, shown by Weights & Biases.
+        hold_folder: `Saver.hold_folder`, called before a file is begun there.
 
     Raises:
         ConfigurationError: --save cannot be written, or wandb is asked for and not installed.
@@ -50,7 +51,9 @@ class MetricsWriter:
         is_writer: bool,
         resumed_iteration: int = 0,
         run_settings: Mapping[str, Any] | None = None,
+        hold_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        self._hold_folder = hold_folder
         self._file: _Lines | None = None
         self._layers_file: _Lines | None = None
         self._folder = Path(save_dir) if is_writer and save_dir is not None else None
@@ -60,7 +63,7 @@ class MetricsWriter:
         if not is_writer:
             return
         if self._folder is not None:
-            self._file = _open_metrics(self._folder / METRICS_FILE, resumed_iteration)
+            self._file = _open_metrics(self._folder / METRICS_FILE, resumed_iteration, hold_folder)
         if logging.tensorboard_dir is not None:
             self._tensorboard = _open_tensorboard(logging.tensorboard_dir, resumed_iteration)
         if logging.wandb_project is not None:
@@ -83,7 +86,7 @@ class MetricsWriter:
         """Write a number of each layer to `{name}.jsonl` and, one curve a layer, to TensorBoard."""
         if self._folder is not None:
             path = self._folder / f"{name}.jsonl"
-            self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration)
+            self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration, self._hold_folder)
             self._layers_file.append(json.dumps(finite({"iteration": iteration, name: by_layer})))
         if self._tensorboard is not None:
             for layer, value in by_layer.items():
@@ -114,17 +117,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises ConfigurationError, with file and line number, for any other line that is not a record.
     """
-    records = []
-    for number, line in enumerate(read_bytes(Path(path)).splitlines(keepends=True), start=1):
-        try:
-            record = parse_json(line, f"{path}, line {number}")
-            record["iteration"]
-        except (ConfigurationError, TypeError, KeyError) as error:
-            if not line.endswith(b"\n"):
-                break  # the last one: its write was cut short
-            raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
-        records.append(record)
-    return records
+    return [record for _, record in _lines_and_records(Path(path))]
+
+
+def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """One at a time: lambda by layer of a long run takes gigabytes."""
+    require_regular(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
+            try:
+                record = parse_json(line, f"{path}, line {number}")
+                record["iteration"]
+            except (ConfigurationError, TypeError, KeyError) as error:
+                if not line.endswith(b"\n") and len(line) < MAX_BYTES:
+                    return  # the last one: its write was cut short
+                raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
+            yield line, record
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -147,17 +155,18 @@ def memory_bytes() -> tuple[int, int]:
 class _Lines:
     """A file that grows by whole lines. On a full disk lines are left out, and that is said: no run ends for them.
 
-    If somebody moves or removes the file, that is said too, and the next line begins a new one in its place.
+    If somebody moves or removes the file, that is said too, and the next line begins a new one in its place, unless
+    another run has the folder by then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hold_folder: Callable[[], None]) -> None:
         self._path = path
+        self._hold_folder = hold_folder
         self._file = path.open("ab", buffering=0)
         self._num_lost = 0  # since the last line that was written
 
     def append(self, line: str) -> None:
         if not self._is_in_place():
-            logger.warning("%s was moved or removed during the run: the next lines are in a new one", self._path)
             self._begin_anew()
         start = self._file.seek(0, os.SEEK_END)
         left = memoryview(f"{line}\n".encode())
@@ -185,20 +194,23 @@ class _Lines:
 
     def _begin_anew(self) -> None:
         try:
+            self._hold_folder()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.open("ab", buffering=0)
-        except OSError as error:
-            logger.warning("%s cannot be begun anew: %s", self._path, error.strerror)
+        except (OSError, ConfigurationError) as error:
+            logger.warning("%s was moved or removed, and cannot be begun anew: %s", self._path, error)
             return
+        logger.warning("%s was moved or removed during the run: the next lines are in a new one", self._path)
         self._file.close()
         self._file = file
 
 
-def _open_metrics(path: Path, resumed_iteration: int) -> _Lines:
+def _open_metrics(path: Path, resumed_iteration: int, hold_folder: Callable[[], None]) -> _Lines:
     try:
+        hold_folder()
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_records_after(path, resumed_iteration)
-        return _Lines(path)
+        return _Lines(path, hold_folder)
     except OSError as error:
         raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
 
@@ -211,10 +223,11 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
         path.rename(next(other for other in numbered if not other.exists()))
         return
-    kept = [json.dumps(record) for record in read_metrics(path) if record["iteration"] <= iteration]
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
+    with temporary.open("wb") as file:
+        file.writelines(
+            line.rstrip(b"\n") + b"\n" for line, record in _lines_and_records(path) if record["iteration"] <= iteration
+        )
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -2,16 +2,18 @@
 
 import tempfile
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.load import load_checkpoint, require_something_to_load
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
+from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import (
@@ -22,7 +24,7 @@ from megatron_peft.data.tokenizers import (
 )
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
@@ -77,8 +79,11 @@ def finetune(config: RunConfig) -> None:
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     shape = checked_together(lambda: checked_shape(config))
+    _require_one_base(config)
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
+    _require_one_tokenizer(config, tokenizer)
+    from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Saver(config.checkpoint) as saver:
         data = build_data(
@@ -89,6 +94,7 @@ def finetune(config: RunConfig) -> None:
             num_ids=shape.vocab_size,
         )
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
+        state.data_digest = data.digest
         if not load_checkpoint(state):
             _check_start(state, data)
         data.train.consumed_samples = state.position.consumed_samples
@@ -107,6 +113,38 @@ def _require_one_configuration(config: RunConfig) -> None:
         lambda: require(
             not differing,
             f"rank {dist.get_rank()} was started with {', '.join(differing)}: start all ranks with the same command.",
+        )
+    )
+
+
+def _require_one_base(config: RunConfig) -> None:
+    """Raises ConfigurationError on every rank where a rank reads another model (each node may have its own copy)."""
+    base = config.model.pretrained_checkpoint
+    others = names_that_differ(known_fingerprint(str(base)) or {})
+    _require_none(others, f"--pretrained-checkpoint {base}", "another model")
+
+
+def _require_one_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """As `_require_one_base`, by what it makes of its own vocabulary."""
+    some = range(0, tokenizer.largest_id + 1, tokenizer.largest_id // 1000 + 1)
+    others = names_that_differ(
+        {
+            "its vocabulary": sha256(tokenizer.decode(range(tokenizer.largest_id + 1)).encode()).hexdigest(),
+            "the ids of a text": tokenizer.encode(tokenizer.decode(some)),
+            "its special tokens": (tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.special_tokens)),
+            "its chat template": tokenizer.chat_template,
+        }
+    )
+    folder = config.data.tokenizer_model or config.model.pretrained_checkpoint
+    _require_none(others, f"the tokenizer in --tokenizer-model {folder}", "another one")
+
+
+def _require_none(differing: Sequence[str], what: str, is_another: str) -> None:
+    checked_together(
+        lambda: require(
+            not differing,
+            f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
+            f"anew to where that rank reads it.",
         )
     )
 

@@ -81,6 +81,7 @@ class TrainingState:
     """One rank's part of a run: everything that a checkpoint saves and a resumed run restores.
 
     `model_chunks` are wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
+    `data_digest` is that of the training data, if it is known.
     """
 
     config: RunConfig
@@ -89,6 +90,7 @@ class TrainingState:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
+    data_digest: str | None = None
 
 
 # Gradients' buffers, optimizer and learning-rate schedule: megatron-core's own, from our configuration.

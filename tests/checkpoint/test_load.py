@@ -170,8 +170,14 @@ def test_whichever_rate_is_taken_that_of_B_is_four_times_as_high(loaded, flag, h
     assert sorted(group["lr"] for group in state.optimizer.param_groups) == pytest.approx([highest / 4, highest])
 
 
-def test_a_folder_without_a_checkpoint_starts_from_the_beginning(run, tmp_path):
-    assert load_checkpoint(run(checkpoint={"load": str(tmp_path / "nothing")}).state) is False
+def test_only_the_folder_of_save_may_hold_no_checkpoint(run, tmp_path):
+    """A command that begins a run goes on with it when it is started again; anything else is a slip of the pen."""
+    new, named = str(tmp_path / "new"), str(tmp_path / "new" / "iter_0000099")
+    assert load_checkpoint(run(checkpoint={"load": new, "save": new}).state) is False
+    nothing = {"load": str(tmp_path / "nothing")}
+    for checkpoint in (nothing, nothing | {"save": new}, {"load": named, "save": new}, {"load": named, "save": named}):
+        with pytest.raises(ConfigurationError, match=f"^--load {checkpoint['load']} holds no checkpoint: give"):
+            load_checkpoint(run(checkpoint=checkpoint).state)
 
 
 def test_trained_parameters_for_inference(run, loaded, folder):

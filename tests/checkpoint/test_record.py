@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
 from megatron_peft.checkpoint.record import (
     Here,
+    changes,
     contradictions,
     fingerprint,
     optimizer_contradictions,
@@ -79,6 +80,25 @@ def test_a_contradiction_names_both_values(changes, words):
 def test_what_may_change(changes):
     assert contradictions(make_record(), here(**changes)) == []
     assert optimizer_contradictions(make_record(), here(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({}, {}, ""),
+        ({"data_digest": "12"}, {"data_digest": "12"}, ""),
+        ({}, {"data_digest": "34"}, ""),  # an older record
+        ({"data_digest": "12"}, {"data_digest": "34"}, "other contents of --train-data-path pairs.jsonl than before"),
+        (
+            {"data_digest": "12", "config": make_config(data_settings={"train_data_path": ("a.jsonl", "b.jsonl")})},
+            {"data_digest": "34"},
+            "--train-data-path pairs.jsonl (before: a.jsonl b.jsonl)",
+        ),
+    ],
+)
+def test_other_data_is_told(before, now, told):
+    sentence = f"--load runs: the run goes on with {told}, at the old position."
+    assert changes(make_record(**before), here(**now)) == (sentence if told else "")
 
 
 def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_at_adapters():

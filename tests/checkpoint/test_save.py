@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import save
-from megatron_peft.checkpoint.folders import start_draft
+from megatron_peft.checkpoint.folders import publish, start_draft
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
@@ -62,6 +62,25 @@ def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, 
     with holder(tmp_path), pytest.raises(ConfigurationError, match="another run is saving there"):
         Saver(CheckpointConfig(save=str(tmp_path)))
     assert draft.exists()
+
+
+def test_a_folder_that_was_moved_is_taken_anew_unless_another_run_has_it(alone, tmp_path):
+    with Saver(CheckpointConfig(save=str(tmp_path / "run"))) as saver:
+        held = saver._lock
+        saver.hold_folder()
+        assert saver._lock is held
+        (tmp_path / "run" / ".lock").unlink()
+        publish(start_draft(tmp_path / "run", 50), tmp_path / "run", 50)
+        saver.hold_folder()  # the lock's file alone is gone, and the checkpoints are this run's
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with holder(tmp_path / "run"), pytest.raises(ConfigurationError, match="another run has that folder now"):
+            saver.hold_folder()
+        saver.hold_folder()  # it has ended without a checkpoint
+        assert saver._lock.is_in_place and saver._lock is not held
+        (tmp_path / "run").rename(tmp_path / "moved again")
+        (tmp_path / "moved").rename(tmp_path / "run")
+        with pytest.raises(ConfigurationError, match="another run has that folder now"):
+            saver.hold_folder()
 
 
 @pytest.mark.parametrize("is_locked", [True, False])

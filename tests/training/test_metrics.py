@@ -2,12 +2,13 @@
 
 import json
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_peft.config import ConfigurationError, LoggingConfig
+from megatron_peft.config import ConfigurationError, LoggingConfig, untrusted
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics
 from tests.training.recorded_saves import small_files_only
 
@@ -37,6 +38,18 @@ def test_resume_removes_what_will_be_trained_again_and_what_a_kill_has_torn(tmp_
     assert [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)] == expected
     kept = {"metrics.1.jsonl"} if resumed == 0 else set()
     assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, *kept}
+
+
+def test_a_log_of_any_size_is_cut_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_BYTES", 1 << 20)
+    _write(tmp_path, range(1, 2001), **{"lambda": {f"decoder.layers.{layer}.mlp": 0.5 for layer in range(40)}})
+    size = (tmp_path / METRICS_FILE).stat().st_size
+    tracemalloc.start()
+    _write(tmp_path, [1900], resumed_iteration=1899)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 2 << 20 and peak < size / 4
+    assert len(read_metrics(tmp_path / METRICS_FILE)) == 1900
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

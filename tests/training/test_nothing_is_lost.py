@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import torch
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
-from megatron_peft.training import metrics
+from megatron_peft.training import loop, metrics
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
+from tests.data.tiny_tokenizers import save_tokenizer
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama
 from tests.training.layout_runs import Job
 
 
@@ -46,15 +49,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
+
+
 @pytest.mark.parametrize(
-    "load", [{}, {"load": "elsewhere"}, {"load": "run", "finetune": True}], ids=["new", "from another", "finetune"]
+    ("load", "told"),
+    [
+        ({}, TAKEN),
+        ({"load": "elsewhere"}, TAKEN),
+        ({"load": "run", "finetune": True}, TAKEN),
+        ({"load": "run/inner"}, TAKEN),
+        ({"load": "run/iter_0000099"}, "--load .*run/iter_0000099 holds no checkpoint"),
+        ({"load": "run/nothing"}, "--load .*run/nothing holds no checkpoint"),
+    ],
+    ids=["new", "from another", "finetune", "from one inside", "no such iteration", "no such folder"],
 )
-def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load):
+def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load, told):
     run(checkpoint={"save": str(tmp_path / "run")}, num_steps=2)
     run(checkpoint={"save": str(tmp_path / "elsewhere")}, num_steps=2)
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "run" / "inner")
     before = contents(tmp_path / "run")
     settings = load | {"load": str(tmp_path / load["load"])} if load else {}
-    with pytest.raises(ConfigurationError, match="--save .*run holds the checkpoints of a run already .*iter_0000002"):
+    with pytest.raises(ConfigurationError, match=told):
         run(checkpoint={"save": str(tmp_path / "run"), **settings}, peft={"method": "full"})
     assert contents(tmp_path / "run") == before
     run(checkpoint={"save": str(tmp_path / "run"), "load": str(tmp_path / "run" / "iter_0000002")}, num_steps=2)
@@ -87,10 +103,44 @@ def test_metrics_that_are_moved_away_are_said_and_begun_anew(tmp_path, caplog):
     assert "metrics.jsonl was moved or removed during the run" in caplog.text
 
 
-def test_what_a_resumed_run_does_otherwise_is_said(run, tmp_path, caplog):
-    run(checkpoint={"save": str(tmp_path)}, num_steps=2)
-    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=2, data_settings={"seed": 7})
-    assert "the run goes on with --seed 7 (before: 1234), at the old position" in caplog.text
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_folder_that_is_moved_in_a_run_is_begun_anew_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
+    save, other = tmp_path / "run", tmp_path / "other"
+    run(checkpoint={"save": str(other)}, num_steps=3)
+    step = loop.train_step
+
+    def moves_the_folder(state, *arguments, **settings):
+        if state.position.iteration == 1:
+            save.rename(tmp_path / "moved")
+            if is_taken:
+                shutil.copytree(other, save)
+        return step(state, *arguments, **settings)
+
+    monkeypatch.setattr(loop, "train_step", moves_the_folder)
+    settings = {"checkpoint": {"save": str(save), "save_interval": 1}, "num_steps": 3}
+    if is_taken:
+        with pytest.raises(ConfigurationError, match="another run has that folder now"):
+            run(**settings)
+        assert contents(save) == contents(other)
+    else:
+        run(**settings)
+        assert {path.name for path in save.glob("iter_*")} == {"iter_0000002", "iter_0000003"}
+    kept = read_metrics(tmp_path / "moved" / METRICS_FILE)
+    assert [record["iteration"] for record in kept] == ([1, 2] if is_taken else [1])
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(run, files, tmp_path, caplog):
+    data = shutil.copy(files[1], tmp_path / "pairs.jsonl")
+    settings = {"num_steps": 2, "data_settings": {"train_data_path": (str(data),)}}
+    run(checkpoint={"save": str(tmp_path)}, **settings)
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
+    assert "the run goes on" not in caplog.text
+    text = Path(data).read_text()
+    Path(data).write_text(text.replace("1", "2", 1))
+    settings["data_settings"]["seed"] = 7
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
+    told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before"
+    assert f"the run goes on with {told}, at the old position" in caplog.text
 
 
 def test_groups_of_runs_that_have_ended_leave_no_thread(run):
@@ -165,38 +215,56 @@ def told(run: Callable[[], None]) -> str:
     [
         ({"optimizer": {"lr": 0.25}}, "rank 1 was started with --lr 0.25 (rank 0: 0.005): start all ranks with"),
         ({"data_settings": {"seed": 7}}, "rank 1 was started with --seed 7 (rank 0: 1234): start all ranks with"),
-        ({"data": "OTHER"}, "the train data {data} of rank 1 has other contents than that of rank 0"),
     ],
-    ids=["flags", "one of two seeds", "data"],
+    ids=["flags", "one of two seeds"],
 )
 def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change, expected):
-    """Data of equal length at one path, as node-local copies are: another folder is current on each rank."""
     own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
-    other = dataclasses.replace(own, **change)
-    if "data" in change:
-        copies = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-        text = Path(own.data).read_text()
-        copies[0].write_text(text)
-        copies[1].write_text(text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1))
-        expected = expected.format(data=copies[0])
-        own, other = (dataclasses.replace(own, data=str(copies[0])), dataclasses.replace(own, data=str(copies[1])))
-        messages = run_ranks(2, told_when_data_differ, (own, str(copies[1])))
-    else:
-        messages = run_ranks(2, told_when_ranks_differ, (own, other))
+    messages = run_ranks(2, told_when_ranks_differ, (own, dataclasses.replace(own, **change)))
     assert messages[0] == messages[1] and expected in messages[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("differing", "expected"),
+    [
+        ("data.jsonl", "the train data data.jsonl of rank 1 has other contents than that of rank 0"),
+        ("base", "--pretrained-checkpoint base is another model on rank 1 than on rank 0 (model.safetensors): copy"),
+        ("words", "--tokenizer-model words is another one on rank 1 than on rank 0 (its vocabulary): copy"),
+        ("merges", "--tokenizer-model words is another one on rank 1 than on rank 0 (the ids of a text): copy"),
+    ],
+)
+def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expected):
+    """Of one name and size, as node-local copies are: another folder is current on each rank."""
+    own = job(parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path / "run")})
+    for rank in ("0", "1"):
+        shutil.copytree(own.base, tmp_path / rank / "base")
+        text = Path(own.data).read_text()
+        changed = text[: len(text) // 2] + text[len(text) // 2 :].replace("1", "2", 1)
+        (tmp_path / rank / "data.jsonl").write_text(changed if (rank, differing) == ("1", "data.jsonl") else text)
+        save_tokenizer(tmp_path / rank / "words")
+    if differing == "base":
+        save_llama(tmp_path / "1" / "base", num_hidden_layers=2, seed=1)
+    words = tmp_path / "1" / "words" / "tokenizer.json"
+    described = json.loads(words.read_text())
+    if differing == "words":
+        vocabulary = described["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    if differing == "merges":
+        described["model"]["merges"].reverse()
+    words.write_text(json.dumps(described))
+    own = dataclasses.replace(own, base="base", data="data.jsonl")
+    if differing in ("words", "merges"):
+        own.data_settings.update(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="words", vocab_size=None)
+    messages = run_ranks(2, told_in_its_folder, (own, tmp_path))
+    assert messages[0] == messages[1] and expected in messages[0], messages[0]
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("iter_*"))
 
 
-def told_when_data_differ(argument: tuple[Job, str]) -> str:
-    """On rank 1, the path leads to the other file."""
-    from torch.distributed import get_rank
-
-    from megatron_peft.data import build as module
-
-    job, other = argument
+def told_in_its_folder(argument: tuple[Job, Path]) -> str:
+    job, folder = argument
     start_world()
-    records = module.JsonRecords
-    module.JsonRecords = lambda paths, flag: records([other] if get_rank() else paths, flag)
+    os.chdir(folder / str(torch.distributed.get_rank()))
     return told(lambda: finetune(job.config(2)))
 
 
