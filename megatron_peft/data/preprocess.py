@@ -37,7 +37,7 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
     outputs = tuple(config.output(key) for key in config.json_keys)
     _require_new(outputs)
     encoder = DocumentEncoder(config)
-    dtype = DType.optimal_dtype(encoder.tokenizer.vocab_size)
+    dtype = DType.optimal_dtype(encoder.tokenizer.largest_id + 1)  # an added token may have an id above their count
     with ExitStack() as stack:
         builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in outputs]
         encoded = stack.enter_context(encoded_documents(config, encoder))

@@ -1,5 +1,6 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path)
     assert encoder.encode(0) == [[*AutoTokenizer.from_pretrained(folder).encode("the cat"), 2]]
     assert encoder.encode(0)[0][0] == 3
     assert encoder.encode(1) == [[]]
+
+
+def test_an_id_above_the_count_of_tokens_is_not_wrapped(write_lines, tmp_path):
+    folder = save_tokenizer(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["the"] = 66_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}]),), tokenizer_model=str(folder))
+    preprocess(PreprocessConfig(data, str(tmp_path / "out")))
+    assert documents(tmp_path / "out_text_document")[0][0] == 66_000
 
 
 @pytest.mark.parametrize(
