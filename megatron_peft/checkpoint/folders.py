@@ -56,7 +56,7 @@ def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """{file name: sum}. Raises OSError if it cannot be read, ValueError if it is not as it was written."""
+    """{file name: sum}. Raises ConfigurationError if it cannot be read, ValueError if it is not as it was written."""
     text = read_text(folder / MANIFEST)
     try:
         files = {
@@ -81,7 +81,9 @@ def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
     """
     try:
         files = read_manifest(checkpoint)
-    except (OSError, ValueError) as error:
+    except ConfigurationError as error:  # it names the file
+        return [str(error).removeprefix(f"{checkpoint}/").removesuffix(".")]
+    except ValueError as error:
         return [f"{MANIFEST} cannot be read: {error}"]
     by_size = sorted(files, key=lambda name: (-files[name].size, name))
     problems = (_damage_of(checkpoint / name, files[name]) for name in by_size[share::num_shares])

@@ -123,9 +123,10 @@ def find_checkpoint(folder: str | Path) -> Path:
 def read_record(checkpoint: Path) -> RunRecord:
     """The record inside a checkpoint. Raises ConfigurationError naming the file if it cannot be read."""
     path = checkpoint / RECORD
+    text = read_text(path)
     try:
-        return RunRecord.from_json(read_text(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return RunRecord.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
 

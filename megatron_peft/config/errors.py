@@ -59,6 +59,11 @@ class Requirements:
             value = getattr(self.config, name)
             self(0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
 
+    def not_empty(self, *names: str) -> None:
+        for name in names:
+            told = "has an empty value (an unset variable of the shell?): give a folder, or leave it out."
+            self(getattr(self.config, name) != "", f"{flag(name)} {told}")
+
     def needs(self, name: str, other: str) -> None:
         """A field that is set needs `other` to be set too."""
         value = getattr(self.config, name)

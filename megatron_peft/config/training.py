@@ -159,11 +159,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
-            for name in ("save", "load"):
-                require(
-                    getattr(self, name) != "",
-                    f"--{name} has an empty value (an unset variable of the shell?): give a folder, or leave it out.",
-                )
+            require.not_empty("save", "load")
             require.positive("save_interval", "keep_last_checkpoints")
             require.needs("save_interval", "save")
             require.needs("async_save", "save")
@@ -183,4 +179,5 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         with Requirements(self) as require:
             require.positive("log_interval")
+            require.not_empty("tensorboard_dir", "wandb_save_dir")
             require.needs("wandb_project", "wandb_exp_name")

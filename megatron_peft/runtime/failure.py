@@ -31,7 +31,8 @@ _LOOK_SECONDS = 0.5
 def run_together(main: Callable[[], None], program: str) -> None:
     """Run `main` in a started world. When it raises on one rank, every rank's process ends with the same exit code.
 
-    2 for a ConfigurationError and 130 for Ctrl-C, both told without a traceback; 1 for anything else. A process group
+    2 for a ConfigurationError, 130 for Ctrl-C and 1 for anything else, which alone is told with a traceback (but for a
+    FloatingPointError, a loss that is not finite). A process group
     that is waiting in a collective cannot be torn down, so failing processes end without clean-up.
 
     Args:
@@ -46,6 +47,8 @@ def run_together(main: Callable[[], None], program: str) -> None:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
     except KeyboardInterrupt:
         board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
+    except FloatingPointError as error:  # a step's: its message says it all
+        board.fail(1, f"{program}: error: {error}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         rank = dist.get_rank()
         if _is_lost_connection(error):

@@ -3,12 +3,14 @@
 import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
+from megatron_peft.checkpoint.folders import newest_checkpoint
 from megatron_peft.checkpoint.load import load_checkpoint, require_something_to_load
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
@@ -31,6 +33,8 @@ from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
 from megatron_peft.training.state import TrainingState, build_optimizer, build_schedule, wrap_data_parallel
 from megatron_peft.training.terminal import count_parameters, say, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
+
+OF_A_MODEL = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of Hugging Face's, PEFT's
 
 
 def build_state(
@@ -158,11 +162,20 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
 
 
 def _check_start(state: TrainingState, data: Data) -> None:
-    """Say so where adapters change the model before they are trained, as none should. A collective."""
+    """Say so where adapters change the model before they are trained, as none should. A collective.
+
+    Raises ConfigurationError where the base's loss is not finite.
+    """
     peft = state.config.peft
     if not peft.trains_adapters or peft.urnn_mode == "replace":
         return
     ours, base = start_losses(state, data)
+    require(
+        isfinite(base) or not state.config.training.check_for_nan_in_loss_and_grad,
+        f"the loss of --pretrained-checkpoint {state.config.model.pretrained_checkpoint} is {base} before anything is "
+        f"trained: its weights hold NaN, or are too large. Download it again, or let it pass with "
+        f"--no-check-for-nan-in-loss-and-grad.",
+    )
     if not abs(ours - base) <= START_TOLERANCE[state.config.model.bf16] * abs(base):
         say(
             f"WARNING: with its adapters at their start the model's loss is {ours:.6f}, but the base's is {base:.6f}: "
@@ -174,6 +187,12 @@ def _check_save_folder(config: RunConfig) -> None:
     if config.checkpoint.save is None:
         return
     folder = Path(config.checkpoint.save)
+    found = [name for name in OF_A_MODEL if (folder / name).exists()]
+    require(
+        not found or newest_checkpoint(folder) is not None,
+        f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(found)}), whose files a run "
+        f"would replace: give another --save.",
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -25,8 +25,8 @@ from megatron_peft.training.after_step import bound_low_rank_norms, fold_if_due,
 from megatron_peft.training.state import TrainingState
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch."""
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch, and says it all."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,11 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
     dist.all_gather_object(found, bad)
     places = [f"rank {rank}, microbatch {index}" for rank, indices in enumerate(found) for index in indices]
     what = f"the loss is NaN or infinite ({'; '.join(places[:8])})" if places else "a gradient is NaN or infinite"
+    done = state.position.iteration
+    cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"
     raise NonFiniteError(
-        f"iteration {state.position.iteration + 1}: {what}. The parameters are those of iteration "
-        f"{state.position.iteration}. Lower --lr, check the data, or let it pass with "
-        f"--no-check-for-nan-in-loss-and-grad."
+        f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or let "
+        f"it pass with --no-check-for-nan-in-loss-and-grad."
     )
 
 

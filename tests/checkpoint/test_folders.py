@@ -219,8 +219,7 @@ def test_missing_files_are_named_by_the_rank_whose_share_they_are(described):
         assert sorted(sum(found, [])) == sorted(f"{name} is missing" for name in CONTENTS)
         assert max(map(len, found)) - min(map(len, found)) <= 1
     (described / MANIFEST).unlink()
-    (problem,) = damage(described)
-    assert problem.startswith(MANIFEST)
+    assert damage(described) == [f"{MANIFEST} cannot be read: No such file or directory"]
 
 
 def test_files_that_their_writers_measured_are_not_read_again(described):
@@ -262,6 +261,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         lock = FolderLock(tmp_path)
     assert lock.is_held
     lock.release()
+
+
+def test_a_lock_that_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(ConfigurationError, match=f"--save {tmp_path}: .lock in it is a pipe .*remove it"):
+        FolderLock(tmp_path)
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):

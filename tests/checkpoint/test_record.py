@@ -43,6 +43,9 @@ def test_what_cannot_be_read_is_named(tmp_path, text, told):
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(ConfigurationError, match=f"{RECORD}.* {told}"):
         read_record(tmp_path)
+    (tmp_path / RECORD).unlink()
+    with pytest.raises(ConfigurationError, match=f"^{tmp_path / RECORD} cannot be read: No such file or directory.$"):
+        read_record(tmp_path)
 
 
 def here(schedule=None, **changes):

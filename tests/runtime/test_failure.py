@@ -4,6 +4,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
+from megatron_peft.runtime.launch import free_port
+from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
 from tests.time_limits import seconds
 
@@ -23,6 +27,7 @@ CASES = {
     "configuration on all": (WRONG, [0, 1], 2),
     "error on one": (LOST, [1], 2),
     "error on the first": (LOST, [0], 2),
+    "not finite": (NonFiniteError("iteration 3: the loss is NaN."), [0, 1], 2),
     "no error": (None, [], 2),
 }
 
@@ -71,6 +76,12 @@ def test_a_configuration_error_is_said_once_without_a_traceback(outcomes, case):
     assert found.output.count("program: error: --lr is wrong.") == 1 and "Traceback" not in found.output
 
 
+def test_a_loss_that_is_not_finite_needs_no_traceback(outcomes):
+    found = outcomes["not finite"]
+    assert found.exit_codes == [1, 1], found.output
+    assert found.output.count("program: error: iteration 3: the loss is NaN.") == 1 and "Traceback" not in found.output
+
+
 @pytest.mark.parametrize("case", ["error on one", "error on the first"])
 def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
     found, (_, (failed,), size) = outcomes[case], CASES[case]
@@ -88,25 +99,48 @@ def test_without_a_failure_nothing_is_said(outcomes):
     assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
 
 
-def _first_is_killed(_: None) -> None:
-    dist.init_process_group("gloo")
+# pretrain_peft.py's own main, up to its first collective. torch reads the variable as it is imported: not before main.
+FIRST_IS_KILLED = """
+import os, signal, types
+import pretrain_peft
 
-    def program() -> None:
-        dist.barrier()  # both have opened the store
-        if dist.get_rank() == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        dist.all_reduce(torch.zeros(1))
+def killed(config):
+    import torch.distributed as dist, torch
+    dist.barrier()  # both have opened the store
+    if dist.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
 
-    run_together(program, "program")
+def parse_arguments(**_):
+    from megatron_peft.training import run
+    run.finetune = killed
+    world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
+    return types.SimpleNamespace(parallel=types.SimpleNamespace(**world))
+
+pretrain_peft.parse_arguments = parse_arguments
+pretrain_peft.main()
+"""
 
 
 def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     """The first hosts the store: what the others want to tell one another has nowhere to go."""
-    with Ranks(2, _first_is_killed) as ranks:
-        ranks.processes[1].join(seconds(120))
-        told = [line for line in ranks.output(1).splitlines() if line]
-        assert ranks.exit_codes == [-signal.SIGKILL, 1] and len(told) == 1, told
-        assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
+    meeting = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONWARNINGS": "ignore",
+    }
+    plain = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_IS_KILLED], env={**plain, **meeting, "RANK": rank, "LOCAL_RANK": rank}, **pipes
+        )
+        for rank in "01"
+    ]
+    told = [rank.communicate(timeout=seconds(120))[0] for rank in ranks][1].splitlines()
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1] and len(told) == 1, told
+    assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
 
 
 def _interrupted(_: None) -> None:

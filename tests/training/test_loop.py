@@ -9,11 +9,12 @@ import pytest
 
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.training import loop
-from megatron_peft.training.loop import SAVE_AND_EXIT, ExitSignals, train
+from megatron_peft.training.loop import ExitSignals, train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}
+THREE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Run:
@@ -107,7 +108,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
     assert found.saved == [found.state.position.iteration]
 
 
-@pytest.mark.parametrize("number", SAVE_AND_EXIT)
+@pytest.mark.parametrize("number", THREE)
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
     signal_at(run.data, 16, number)
@@ -139,13 +140,13 @@ def test_a_resumed_run_goes_on_to_the_same_end(run):
 def own_handler():
     """A handler of the test's own, so that a signal that is not caught ends no process."""
     received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SAVE_AND_EXIT}
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in THREE}
     yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SAVE_AND_EXIT)
+@pytest.mark.parametrize("number", THREE)
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_signal_is_remembered_or_keeps_its_meaning_and_the_old_handlers_come_back(own_handler, number, enabled):
     with ExitSignals(enabled) as signals:

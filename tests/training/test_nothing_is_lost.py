@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import CheckpointConfig, ConfigurationError, LoggingConfig
@@ -18,6 +19,7 @@ from megatron_peft.training import loop, metrics
 from megatron_peft.training import run as finetune_module
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from megatron_peft.training.run import finetune
+from megatron_peft.training.step import NonFiniteError
 from tests.data.tiny_tokenizers import save_tokenizer
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -37,7 +39,8 @@ def run(job, world):
 
     def fine_tuned(**groups):
         try:
-            finetune(job(**{"logging": {"log_interval": 1}, **groups}).config(1))
+            changed = dataclasses.replace(job(**{"logging": {"log_interval": 1}}), **groups)
+            finetune(changed.config(1))
         finally:
             stop_model_parallel()
 
@@ -189,10 +192,47 @@ def test_a_half_of_the_hybrid_that_is_cut_off_is_named(run, monkeypatch, capsys)
     assert "(its low rank)" not in said
 
 
-@pytest.mark.parametrize("name", ["save", "load"])
-def test_an_empty_folder_name_is_refused(name):
-    with pytest.raises(ConfigurationError, match=f"--{name} has an empty value"):
-        CheckpointConfig(**{name: ""})
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        (CheckpointConfig, "save"),
+        (CheckpointConfig, "load"),
+        (LoggingConfig, "tensorboard_dir"),
+        (LoggingConfig, "wandb_save_dir"),
+    ],
+)
+def test_an_empty_folder_name_is_refused(section, name):
+    with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} has an empty value"):
+        section(**{name: ""})
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_model.safetensors"])
+def test_a_folder_of_a_model_is_no_place_to_save_in(run, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("of PEFT")
+    with pytest.raises(ConfigurationError, match=f"--save {tmp_path} holds a model .*{name}.* give another --save"):
+        run(checkpoint={"save": str(tmp_path)}, num_steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "adapter_config.json"])
+    (tmp_path / name).unlink()
+    run(checkpoint={"save": str(tmp_path)}, num_steps=1)
+    (tmp_path / name).write_text("{}")  # beside a run's checkpoints, where it is no base
+    run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, num_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "told"),
+    [
+        ("lora", ConfigurationError, "the loss of --pretrained-checkpoint .*base is nan before anything is trained"),
+        ("full", NonFiniteError, "iteration 1: the loss is NaN .*Nothing is trained yet: check the weights"),
+    ],
+)
+def test_a_base_with_weights_that_are_no_numbers_is_named(run, files, tmp_path, method, error, told):
+    base = Path(shutil.copytree(files[0], tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=told):
+        run(num_steps=1, peft={"method": method}, base=str(base))
 
 
 def told_when_ranks_differ(jobs: tuple[Job, Job]) -> str:
