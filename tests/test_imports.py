@@ -38,13 +38,18 @@ ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it, and n
 OPENERS = {
     *("json.load", "json.loads", "yaml.load", "yaml.safe_load", "gzip.open", "gzip.decompress"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "numpy.load", "np.load"),
+    *("pickle._Unpickler", "BoundedUnpickler"),
     *("safe_open", "load_file", "safetensors.torch.load_file", "safetensors.safe_open"),
 }
 MAY_OPEN: Mapping[str, set[str]] = {
     "config.untrusted": {"json.loads", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
-    "checkpoint.safe_pickle": {"torch.load", "pickle.Unpickler"},  # other people's checkpoints, inertly
-    "conversion.megatron_files": {"pickle.Unpickler"},  # descriptions of tensors; no name but those of a list
+    "checkpoint.safe_pickle": {
+        "torch.load",
+        "pickle._Unpickler",
+        "BoundedUnpickler",
+    },  # other people's checkpoints, inertly
+    "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
     "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
     "benchmarks.ranks": {"pickle.loads"},  # what our own processes have written

@@ -20,6 +20,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--tasks": {"nargs": "+", "required": True, "metavar": "TASK", "help": "names of tasks, groups or tags"},
     "--include-path": {"nargs": "+", "default": [], "metavar": "FOLDER", "help": "folders with task files (YAML)"},
     "--output": {"required": True, "metavar": "FILE", "help": "results, as JSON; replaced at once when all is done"},
+    "--overwrite": {"action": "store_true", "help": "replace other results that are at --output already"},
     "--num-fewshot": {"type": int, "metavar": "N", "help": "examples before each question (default: the task's)"},
     "--limit": {"type": float, "metavar": "N", "help": "first N questions of each task; below 1, that share of them"},
     "--batch-size": {"type": int, "default": 16, "metavar": "N", "help": "requests in a forward of a replica (16)"},

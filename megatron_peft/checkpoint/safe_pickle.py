@@ -6,6 +6,7 @@ whatever it is called with. The index of a distributed checkpoint (`.metadata`) 
 torch, none of which it gets to see. A name outside the lists below refuses the file.
 """
 
+import gc
 import io
 import pickle
 import re
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import require_regular
+from megatron_peft.config.untrusted import read_bytes
 
 INERT_NAMES = re.compile(
     r"argparse\.Namespace|signal\.Signals|_codecs\.encode|enum\.\w+|types\.SimpleNamespace"
@@ -42,6 +43,10 @@ METADATA_NAMES = re.compile(
     r"|pathlib\.(Posix|PurePosix|Windows|PureWindows)?Path|pathlib\._local\.\w*Path|collections\.OrderedDict"
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of its 0.15
 )
+
+_MOST_PARTS = 1000  # of a key that is a tuple
+_OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
+_REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
 Kind = TypeVar("Kind")
 
@@ -64,6 +69,7 @@ def load_inertly(path: Path) -> Any:
         ConfigurationError: it names anything else (and nothing of it has run), or it is torn.
     """
     try:
+        require_harmless(path)
         with _nothing_called_safe():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
             _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
@@ -73,8 +79,27 @@ def load_inertly(path: Path) -> Any:
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         if isinstance(error, ConfigurationError):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = plain_reason(error)
         raise ConfigurationError(f"{path} cannot be read: it is torn, or no file of torch.save ({reason}).") from error
+
+
+def require_harmless(path: Path) -> None:
+    """Go through the pickle of a torch.save file as torch would, but for its tensors, which takes milliseconds.
+
+    Raises:
+        pickle.UnpicklingError, RuntimeError and the like: torch would crash on it, or it is torn.
+    """
+    with torch.serialization._open_zipfile_reader(str(path)) as archive:
+        if archive.has_record("data.pkl"):
+            _Rehearsal(io.BytesIO(archive.get_record("data.pkl"))).load()
+
+
+def plain_reason(error: Exception) -> str:
+    """The first line of an error, but for torch's own, which advises to let the file run code."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if "weights_only" in str(error):
+        return f"it names {named[1]}" if named else "it holds more than tensors"
+    return str(error).strip().partition("\n")[0]
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -111,7 +136,67 @@ class _Plain:
         self.state = state
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Python's unpickler in Python, which no pickle can crash.
+
+    The one in C overflows the stack where a tuple that is nested a million deep becomes a key, and makes a table as
+    large as the largest memo index.
+    """
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        _require_small(items[::2])
+        self.append({items[i]: items[i + 1] for i in range(0, len(items), 2)})
+
+    def load_setitem(self) -> None:
+        _require_small(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _require_small(self.stack[::2])
+        super().load_setitems()
+
+    dispatch = {
+        **{code: load for code, load in _OPCODES.items() if bytes([code]) not in _REFUSED_OPCODES},
+        **{pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
+    }
+
+
+def _require_small(keys: list[Any]) -> None:
+    """A tuple among them is hashed part by part, however deep and however often it holds the same one."""
+    for key in keys:
+        parts = [key] if isinstance(key, tuple | list) else []
+        for _ in range(_MOST_PARTS):
+            if not parts:
+                break
+            one = parts.pop()
+            parts += one if isinstance(one, tuple | list) else ()
+        if parts:
+            raise pickle.UnpicklingError(f"a key is a tuple of more than {_MOST_PARTS} parts")
+
+
+class _Collection(dict):
+    """In place of an OrderedDict (of pairs, maybe) or a set; a state dict has `_metadata`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+        _require_small([item for items in arguments if isinstance(items, tuple | list) for item in items])
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Rehearsal(BoundedUnpickler):
+    """Nothing comes of what it reads."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type(name, (_Plain if module not in ("collections", "builtins", "__builtin__") else _Collection,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Plain()
+
+
+class _IndexUnpickler(BoundedUnpickler):
     """Gives each name of the pickle a class of its own, which does nothing, and makes torch's objects of what it finds.
 
     A pickle may set attributes on whatever it names: on torch's own classes it could leave a `__call__` behind, or let
@@ -119,8 +204,7 @@ class _IndexUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, path: Path) -> None:
-        require_regular(path)
-        super().__init__(io.BytesIO(path.read_bytes()))
+        super().__init__(io.BytesIO(read_bytes(path)))
         self._path = path
         self._classes: dict[str, type[_Plain]] = {}
 
@@ -134,6 +218,10 @@ class _IndexUnpickler(pickle.Unpickler):
         return self._classes.setdefault(name, type(name, (_Plain,), {}))
 
     def index(self) -> Metadata:
+        with _collector_paused():
+            return self._index()
+
+    def _index(self) -> Metadata:
         root = self.load()
         is_index = any(type(root) is self._classes.get(name) for name in ("Metadata", "MCoreMetadata"))
         require(is_index, f"{self._path} is no index of a distributed checkpoint.")
@@ -187,6 +275,18 @@ class _IndexUnpickler(pickle.Unpickler):
             f"{kind.__name__}.",
         )
         return value
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Millions of objects that all stay: to look through them again and again takes longer than to make them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from torch.futures import Future
 
 from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.folders import FileSum, measure
-from megatron_peft.checkpoint.safe_pickle import read_metadata
+from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.runtime.launch import checked_together
 
@@ -197,7 +197,7 @@ def _failures_named(what: str) -> Iterator[None]:
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise ConfigurationError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
+        raise ConfigurationError(f"{what}: rank {rank}: {type(cause).__name__}: {plain_reason(cause)}") from error
     except CheckpointingException as error:
         raise ConfigurationError(f"{what}: {error}") from error
 

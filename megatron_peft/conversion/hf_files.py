@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
 from megatron_peft.models.rules import Index
@@ -76,6 +77,7 @@ class TorchFile:
     """One pytorch_model*.bin, memory-mapped; unpickles weights only."""
 
     def __init__(self, path: Path) -> None:
+        require_harmless(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         require(
             isinstance(state, dict) and all(isinstance(name, str) for name in state),
@@ -179,7 +181,7 @@ def _why(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(max(map(len, IMPOSTORS)))
     told = next((text for magic, text in IMPOSTORS.items() if start.startswith(magic)), None)
-    reason = str(error).strip().partition("\n")[0]
+    reason = plain_reason(error)
     if isinstance(error, pickle.UnpicklingError):
         return f"it holds more than tensors ({reason}). Convert it to safetensors."
     return told or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."

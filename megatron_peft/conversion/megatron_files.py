@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_peft.checkpoint.safe_pickle import read_metadata
+from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, read_metadata
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed
 
@@ -124,7 +124,7 @@ def _records(archive: mmap.mmap) -> Iterator[tuple[str, tuple[int, int]]]:
             yield record.filename.partition("/")[2], (start, record.file_size)
 
 
-class _Description(pickle.Unpickler):
+class _Description(BoundedUnpickler):
     """Loads (storage, offset, shape, strides, ...) of a tensor; storage is (kind, dtype, key, device, length)."""
 
     def persistent_load(self, pid: Any) -> Any:

@@ -92,11 +92,17 @@ def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
 
 
 def check_output(output: str | None) -> None:
-    """Make the folder of `output`, if there is one. ConfigurationError: no file can be written there."""
+    """Make the folder of `output`, if there is one. ConfigurationError: no file can be written there, or what is there
+    is no plain file: a link, a pipe or a device would not be written to but replaced."""
     if output is None:
         return
     path = Path(output)
     require(not path.is_dir(), f"--output {path} is a folder: give a file.")
+    is_plain = path.is_file() or not path.exists()
+    require(
+        is_plain and not path.is_symlink(),
+        f"--output {path} is {'a link' if path.is_symlink() else 'a pipe or a device'}, not a file: give another path.",
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

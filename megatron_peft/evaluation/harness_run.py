@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
-from megatron_peft.config.untrusted import parse_yaml, read_text
+from megatron_peft.config.untrusted import parse_yaml, read_json_object, read_text
 from megatron_peft.data.prepare import TaskLoader
 from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.dispatch import Crew, make_crew
@@ -127,6 +127,7 @@ class HarnessSettings:
     sampling_seed: int = 1234
     log_samples: bool = False
     confirm_run_unsafe_code: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
@@ -134,6 +135,12 @@ class HarnessSettings:
             require.not_negative("num_fewshot")
             whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
             require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
+
+    def decisive(self) -> dict[str, Any]:
+        """What the results depend on beside the model, as their file records it."""
+        names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
+        folders = list(self.include_path)
+        return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
 
     def beside(self, kind: str) -> Path:
         """`scores.json` -> `scores.<kind>.jsonl`."""
@@ -146,7 +153,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     Raises:
         ConfigurationError: on every rank, before the model is loaded where that can be: tasks, folders, checkpoint.
     """
-    tasks = checked_together(lambda: _checked_tasks(settings) if dist.get_rank() == 0 else None)
+    tasks = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
     model = load_model(config)
     crew = make_crew(model, settings.batch_size)
     if not crew.is_led_here:
@@ -157,7 +164,7 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
     _write(results, settings)
 
 
-def _checked_tasks(settings: HarnessSettings) -> Any:
+def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> Any:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -166,9 +173,24 @@ def _checked_tasks(settings: HarnessSettings) -> Any:
         ) from error
 
     check_output(settings.output)
+    require(
+        settings.overwrite or not Path(settings.output).exists() or _is_of_this_evaluation(config, settings),
+        f"--output {settings.output} exists already, and holds no results of this model with these flags: give another "
+        "file, or --overwrite.",
+    )
     FinishedRequests(settings.beside("requests"), "")  # a file that cannot be read is told before the model is loaded
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     return find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
+
+
+def _is_of_this_evaluation(config: RunConfig, settings: HarnessSettings) -> bool:
+    """Whether --output holds what the same command has written before, so that nothing is lost."""
+    try:
+        found = read_json_object(Path(settings.output)).get("config")
+    except ConfigurationError:
+        return False
+    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.decisive()}
+    return isinstance(found, dict) and all(found.get(name) == value for name, value in own.items())
 
 
 def _run_harness(model: AskedModel, crew: Crew, settings: HarnessSettings, tasks: Any) -> dict[str, Any]:
@@ -192,6 +214,7 @@ def _run_harness(model: AskedModel, crew: Crew, settings: HarnessSettings, tasks
         confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
     results["config"]["checkpoint_fingerprint"] = fingerprint
+    results["config"]["evaluation"] = settings.decisive()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
     for kind, number in asked.truncated.items():
         if number:

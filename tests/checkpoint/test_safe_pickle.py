@@ -5,7 +5,10 @@ import io
 import os
 import pickle
 import random
+import re
+import resource
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.checkpoint.tensors import read_tensors, stored_shapes
 from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.hf_files import open_source
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from tests.conversion.megatron_folders import save_distributed, save_random, save_ranks
 from tests.one_rank import one_rank
+from tests.ranks import run_ranks
 
 
 class Attack:
@@ -165,3 +170,41 @@ def test_an_index_is_read_whole_and_a_torn_one_is_named(tmp_path):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is no index)"):
             read_metadata(folder)
+
+
+# A tuple within a tuple, half a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.
+DEEP = b"}" + b")" + b"\x85" * 500_000 + b"Ns."
+CRASHES = {
+    "a deep key": DEEP,
+    "a large memo": b"}r\xff\xff\xff\x7f.",
+    "a wide key": b"})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+    "a deep pair": b"ccollections\nOrderedDict\n])" + b"\x85" * 500_000 + b"N\x86a\x85R.",
+}
+
+
+def _read_crashing(argument: tuple[Path, str, str]) -> str:
+    """On a rank of its own, which may die of it, with less memory than the memo's."""
+    folder, reader, kind = argument
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+    path = folder / "pytorch_model.bin"
+    (folder / ".metadata").write_bytes(CRASHES[kind])
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {"data.pkl": b"\x80\x02" + CRASHES[kind], "version": b"3", "byteorder": b"little"}.items():
+            archive.writestr(f"archive/{name}", content)
+    try:
+        if reader == "index":
+            return f"read: {read_metadata(folder)}"
+        return f"read: {open_source(folder).headers if reader == 'weights' else load_inertly(path)}"
+    except ConfigurationError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", CRASHES)
+@pytest.mark.parametrize("reader", ["index", "weights", "ranks"])
+def test_no_pickle_crashes_its_reader_or_takes_its_memory(reader, kind, tmp_path):
+    (told,) = run_ranks(1, _read_crashing, (tmp_path, reader, kind), limit=60)
+    file = ".metadata" if reader == "index" else "pytorch_model.bin"
+    if kind == "a large memo" and reader != "index":
+        assert told in ("read: {}", "")  # torch's memo is a dict
+    else:
+        assert re.match(rf".*{re.escape(file)} (cannot be read|is no index)", told) and "MemoryError" not in told, told

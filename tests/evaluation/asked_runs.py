@@ -66,7 +66,9 @@ def run_until_killed(job: tuple[Path, int, float]) -> None:
 
 
 def run_again(folder: Path) -> dict[str, Any]:
+    """To its end, and once more over the results that it has written."""
     start_world()
+    _evaluate(folder, "stopped", run_flags(folder))
     return _evaluate(folder, "stopped", run_flags(folder))
 
 

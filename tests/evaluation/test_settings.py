@@ -4,6 +4,7 @@ Also the stream of answers and the world that a program runs in. Answers and who
 """
 
 import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,45 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path
             AnswerSettings(prompt="a", output=str(output)).records()
     AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe"])
+def test_what_is_no_plain_file_is_never_replaced(tmp_path, kind):
+    path, target = tmp_path / "out.jsonl", tmp_path / "mine"
+    target.write_text("mine")
+    path.symlink_to(target) if kind == "a link" else os.mkfifo(path)
+    mode = path.lstat().st_mode
+    with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}.*not a file: give another path"):
+        AnswerSettings(prompt="a", output=str(path), overwrite=True).records()
+    with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}"):
+        harness_run._checked_tasks(_config(), HarnessSettings([], str(path), overwrite=True))
+    assert path.lstat().st_mode == mode and target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("found", "flags", "told"),
+    [
+        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["a"]}}, {}, None),
+        ({"checkpoint_fingerprint": "other", "evaluation": {"tasks": ["a"]}}, {}, "--overwrite"),
+        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["b"]}}, {}, "--overwrite"),
+        ({"checkpoint_fingerprint": "this", "evaluation": {"tasks": ["a"], "limit": 3.0}}, {}, "--overwrite"),
+        (None, {}, "--overwrite"),
+        (None, {"overwrite": True}, None),
+    ],
+    ids=["its own", "another model", "another task", "fewer questions", "no results", "overwrite"],
+)
+def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, found, flags, told):
+    monkeypatch.setattr(harness_run, "model_fingerprint", lambda config: "this")
+    monkeypatch.setattr(harness_run, "find_tasks", lambda *_: "found")
+    settings = HarnessSettings(["a"], str(tmp_path / "scores.json"), **flags)
+    if found:
+        found["evaluation"] = settings.decisive() | found["evaluation"]
+    (tmp_path / "scores.json").write_text(json.dumps({"config": found}) if found else "mine")
+    if told is None:
+        assert harness_run._checked_tasks(_config(), settings) == "found"
+    else:
+        with pytest.raises(ConfigurationError, match=f"scores.json exists already.*{told}"):
+            harness_run._checked_tasks(_config(), settings)
 
 
 def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_prompts(tmp_path):
