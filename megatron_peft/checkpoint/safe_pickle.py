@@ -94,7 +94,7 @@ def require_harmless(path: Path) -> None:
             _Rehearsal(io.BytesIO(archive.get_record("data.pkl"))).load()
 
 
-def plain_reason(error: Exception) -> str:
+def plain_reason(error: BaseException) -> str:
     """The first line of an error, but for torch's own, which advises to let the file run code."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if "weights_only" in str(error):
@@ -156,7 +156,7 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
         _require_small(self.stack[::2])
         super().load_setitems()
 
-    dispatch = {
+    dispatch: dict[int, Any] = {
         **{code: load for code, load in _OPCODES.items() if bytes([code]) not in _REFUSED_OPCODES},
         **{pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
     }
