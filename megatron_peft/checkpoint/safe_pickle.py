@@ -156,7 +156,7 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
         _require_small(self.stack[::2])
         super().load_setitems()
 
-    dispatch: dict[int, Any] = {
+    dispatch = {  # pyright: ignore[reportAssignmentType]
         **{code: load for code, load in _OPCODES.items() if bytes([code]) not in _REFUSED_OPCODES},
         **{pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
     }
