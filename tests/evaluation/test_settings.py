@@ -379,6 +379,7 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     ("settings", "flags", "told"),
     [
         (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
+        (lambda: 1, ["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
         (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
         (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: several things are wrong:"),
     ],
