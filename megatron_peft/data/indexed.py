@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.record import sampled_digest
 from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import Sample
 from megatron_peft.data.instruction import gather_over_world
 from megatron_peft.data.tokenizers import Tokenizer
@@ -60,12 +61,14 @@ def _number(text: str) -> float | None:
 def _require_whole(prefix: str, flag: str) -> None:
     """Both files are there, the index is one, and the tokens are all there."""
     index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
-    missing = [str(path) for path in (index, data) if not path.is_file()]
+    missing = [str(path) for path in (index, data) if not path.exists()]
     require(
         not missing,
         f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
         "tools/preprocess_data.py writes it.",
     )
+    for path in (index, data):
+        require_regular(path, flag)
     expected = _expected_bytes(index, f"{flag} {prefix}: {index}")
     actual = data.stat().st_size
     require(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 from rich.progress import track
 
@@ -23,7 +23,8 @@ from megatron_peft.data.tokenizers import Part, Tokenizer
 # Three kinds of record: `{"prompt", "completion"}` (loss on the completion), `{"messages": [{"role", "content"}]}`
 # (through the chat template; loss on what the assistant says) and `{"text"}` (loss on everything). What is learnt ends
 # with the end-of-sequence token. A conversation may come with `tools`, and an assistant's turn with `tool_calls`: the
-# template writes them. Other fields are left out, unless the template would read them: that is an error.
+# template writes them. Other fields, of a record or of a message, are left out, unless the template would read them or
+# they say what is to be learnt: that is an error.
 
 
 class TokenizedRecord(NamedTuple):
@@ -123,10 +124,19 @@ def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
+        require(
+            message.get("role") != "assistant" or message.get("weight") in (None, 1),
+            f"message {number} has the weight {message.get('weight')}, but every turn of the assistant is learnt: drop "
+            "the field, or leave the turn out.",
+        )
+        require(
+            not message.get("function_call") or "function_call" in template_fields(tokenizer.chat_template),
+            f"message {number} has a function_call, which the chat template does not write: make it one of tool_calls.",
+        )
         calls = message.get("tool_calls")
         if calls:
             require(
-                "tool_calls" in tokenizer.chat_template,
+                "tool_calls" in template_fields(tokenizer.chat_template),
                 f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
                 "--tokenizer-model a folder whose template does.",
             )
@@ -145,21 +155,39 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
     return tools
 
 
-@lru_cache
 def template_names(template: str) -> frozenset[str]:
     """What a chat template reads beside its own variables: `messages`, `tools`, ... Raises ConfigurationError."""
+    return _names_and_fields(template)[0]
+
+
+def template_fields(template: str) -> frozenset[str]:
+    """What it may read of a message: attributes and texts of its code, not of its comments."""
+    return _names_and_fields(template)[1]
+
+
+@lru_cache
+def _names_and_fields(template: str) -> tuple[frozenset[str], frozenset[str]]:
     try:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
-        return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(plain)))
+        tree = _TEMPLATES.parse(plain)
+        texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
+        fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
+        return frozenset(meta.find_undeclared_variables(tree)), frozenset(fields)
     except (TemplateError, RecursionError) as error:
         raise ConfigurationError(f"the chat template cannot be read: {error}.") from error
 
 
 def fields_left_out(record: Record, tokenizer: Tokenizer) -> list[str]:
-    """Fields of a record that nothing reads."""
+    """Fields of a record that nothing reads, and of its messages, as `messages[].name`."""
     kind = next(kind for kind in _KINDS if kind in record)
+    if kind != "messages":
+        return [name for name in record if name not in _FIELDS[kind]]
     read = {"messages"} | ({"tools"} & template_names(tokenizer.chat_template))
-    return [name for name in record if name not in (read if kind == "messages" else _FIELDS[kind])]
+    of_messages = {"role", "content", "tool_calls"} | template_fields(tokenizer.chat_template)
+    inner = {name: None for message in record["messages"] for name in message if message[name] is not None}
+    return [name for name in record if name not in read] + [
+        f"messages[].{name}" for name in inner if name not in of_messages
+    ]
 
 
 _TEMPLATES = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])

@@ -150,7 +150,13 @@ def _line_starts(path: Path) -> tuple[np.ndarray, int]:
 
 def _parse(raw: bytes, place: Callable[[], str]) -> Any:
     try:
-        return parse_json(raw, place)
+        text = raw.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds NUL bytes, as UTF-16 does")
+    except ValueError as error:
+        raise ConfigurationError(f"{place()}: not text in UTF-8: {error}. Write the file anew in UTF-8.") from error
+    try:
+        return parse_json(text, place)
     except ConfigurationError as error:
         if not isinstance(error.__cause__ and error.__cause__.__cause__, json.JSONDecodeError):
             raise

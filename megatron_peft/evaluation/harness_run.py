@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -35,9 +36,9 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
 
     missing = [path for path in include_paths if not Path(path).is_dir()]
     require(not missing, f"--include-path {' '.join(missing)}: no such folder.")
+    _check_task_files(include_paths)
     manager = TaskManager(include_path=list(include_paths), include_defaults=False)
     if not include_paths or set(names) - set(manager.all_tasks):
-        _check_task_files(include_paths)
         manager = TaskManager(include_path=list(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -50,9 +51,34 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
 
 
 def _check_task_files(include_paths: Sequence[str]) -> None:
-    """A file that is no YAML is passed over by the harness, and its task would be searched among thousands."""
-    for path in (path for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))):
-        parse_yaml(read_text(path), str(path), TaskLoader)
+    """None names a function of a file beside it, which the harness would run when it loads the task, and all are YAML:
+    the harness passes over others, and would search their tasks among thousands."""
+    import lm_eval
+
+    own = Path(lm_eval.__file__).parent.resolve()
+    waiting = [path for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
+    seen: set[Path] = set()
+    for path in waiting:  # which grows by the files that they include
+        if path.resolve() in seen or path.resolve().is_relative_to(own):
+            continue
+        seen.add(path.resolve())
+        functions: list[str] = []
+        loader: Any = type("Loader", (TaskLoader,), {})
+        loader.add_constructor(
+            "!function", lambda load, node, found=functions: found.append(load.construct_scalar(node))
+        )
+        task = parse_yaml(read_text(path), str(path), loader)
+        included = task.get("include", []) if isinstance(task, dict) else []
+        waiting += [path.parent / str(name) for name in (included if isinstance(included, list) else [included])]
+        for function in functions:
+            module = str(function).rpartition(".")[0]
+            beside = path.resolve().parent / f"{module.replace('.', '/')}.py"
+            is_ours = re.match(r"(megatron_peft\.evaluation|lm_eval)\.", f"{module}.") and "._" not in str(function)
+            require(
+                is_ours and not beside.exists(),
+                f"{path} is refused: !function {function} is no function of megatron_peft.evaluation or lm_eval, and a "
+                "task file runs no code of its own: add it to megatron_peft/evaluation/task_metrics.py.",
+            )
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

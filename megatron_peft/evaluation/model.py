@@ -169,6 +169,7 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
     load = typed.get("load")
     if load is None:
         return {}
+    require(load != "", "--load is empty: give the folder of a run, or leave the flag out.")
     record = read_run_record(load)
     if "pretrained_checkpoint" not in typed:
         _require_base(record, load)

@@ -208,3 +208,19 @@ def test_no_pickle_crashes_its_reader_or_takes_its_memory(reader, kind, tmp_path
         assert told in ("read: {}", "")  # torch's memo is a dict
     else:
         assert re.match(rf".*{re.escape(file)} (cannot be read|is no index)", told) and "MemoryError" not in told, told
+
+
+def test_no_message_advises_to_unpickle_without_a_check(tmp_path):
+    torch.save({"a": attack("system", tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigurationError, match=r"it names \w+\.system.*safetensors") as told:
+        open_source(tmp_path)
+    assert "weights_only" not in str(told.value)
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+    payload = (tmp_path / "pytorch_model.bin").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(payload)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.storage_data = {key: _StorageInfo("__0_0.distcp", 0, len(payload)) for key in index.storage_data}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with one_rank(), pytest.raises(ConfigurationError, match=r"is damaged: .*it names \w+\.system") as told:
+        read_one_tensor(folder)
+    assert "weights_only" not in str(told.value) and "\n" not in str(told.value)

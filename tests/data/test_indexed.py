@@ -1,6 +1,7 @@
 """Megatron's indexed datasets: which prefixes are taken with which weights, split, blended, repeated and cached."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,15 @@ def test_weights_above_0_and_prefixes_must_alternate(two, mixture, message):
     paths = [{"A": two[0], "B": two[1]}.get(part, part) for part in mixture.split()]
     with pytest.raises(ConfigurationError, match=message):
         parse_blend(paths, "--data-path")
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a pipe or a device"), (os.mkdir, "a folder")])
+def test_tokens_in_what_is_no_file_are_named_by_its_kind(two, make, kind):
+    path = Path(two[0] + ".bin")
+    path.unlink()
+    make(path)
+    with pytest.raises(ConfigurationError, match=f"--data-path .*a.bin is {kind}, not a file"):
+        build(Split.train, 1, two[0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megatron_peft.data.instruction import Fit, InstructionDataset, encode_parts
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
-from tests.data.tiny_tokenizers import save_tokenizer
+from tests.data.tiny_tokenizers import CHATML, save_tokenizer
 from tests.ranks import run_ranks
 from tests.time_limits import seconds
 
@@ -92,6 +92,30 @@ def test_what_a_template_cannot_be_given_is_told(tmp_path, change, told):
 def test_calls_that_the_template_does_not_write_are_refused(hf):
     with pytest.raises(ConfigurationError, match="message 2 has tool_calls, which the .* template does not write"):
         tokenize_record(CALLING, hf)
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ({"content": "a", "weight": 0}, "message 2 has the weight 0, but every turn of the assistant is learnt"),
+        ({"content": "a", "function_call": {"name": "f"}}, "message 2 has a function_call, .*one of tool_calls"),
+        ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
+    ],
+)
+def test_what_says_how_a_turn_is_learnt_is_not_passed_over(tmp_path, turn, told):
+    """Not where a comment of the template names it either."""
+    template = "{# tool_calls, function_call #}" + CHATML
+    tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **turn}]}
+    with pytest.raises(ConfigurationError, match=told):
+        tokenize_record(record, tokenizer)
+
+
+def test_fields_of_messages_that_nothing_reads_are_counted_too(write_lines, hf):
+    turn = {"role": "assistant", "content": "a", "weight": 1, "name": "me", "function_call": None}
+    records = [{"messages": [{"role": "user", "content": "q", "name": "you"}, turn]}] * 2
+    told = 'left out: "messages[].name" (2 records), "messages[].weight" (2 records).'
+    assert told in InstructionDataset(JsonRecords((write_lines(records),), "--d"), Fit(hf, 64)).warnings[0]
 
 
 def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_peft import config as c
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
-from megatron_peft.evaluation import harness_run, model
+from megatron_peft.evaluation import answers, harness_run, model
 from megatron_peft.evaluation.answers import (
     AnswerFile,
     AnswerSettings,
@@ -96,6 +96,38 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path
             AnswerSettings(prompt="a", output=str(output)).records()
     AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def _answering(monkeypatch, path, load_model, texts=()):
+    """`answer` with --output `path`, by a model that is not there."""
+    monkeypatch.setattr(answers, "checked_together", lambda check: check())
+    monkeypatch.setattr(answers.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(answers, "load_model", load_model)
+    monkeypatch.setattr(answers, "_lines", lambda *_: iter(texts))
+    answers.answer(_config(), AnswerSettings(prompt="a", output=str(path)))
+
+
+def test_the_output_is_open_before_the_model_is_loaded(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+
+    def load(config):
+        assert path.with_name(".out.jsonl.partial").exists()
+        return SimpleNamespace(tokenizer=BYTES, max_length=9)
+
+    _answering(monkeypatch, path, load, ["one\n"])
+    assert path.read_text() == "one\n"
+
+
+def test_an_answer_is_on_the_disk_before_the_next_is_asked(tmp_path, monkeypatch):
+    path, seen = tmp_path / "out.jsonl", []
+
+    def asked():
+        for line in ("one\n", "two\n"):
+            seen.append(path.with_name(".out.jsonl.partial").read_text())
+            yield line
+
+    _answering(monkeypatch, path, lambda config: SimpleNamespace(tokenizer=BYTES, max_length=9), asked())
+    assert seen == ["", "one\n"]
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe"])
@@ -224,6 +256,25 @@ def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
     assert "did you mean" not in harness_run._unknown("qqq", ["gsm8k", "sst2"])
 
 
+@pytest.mark.parametrize(
+    "name", ["evil.f", "megatron_peft.evaluation.task_metrics.f", "os.system", "lm_eval.tasks._x.f"]
+)
+@pytest.mark.parametrize("place", ["tiny_choices.yaml", "included"])
+def test_code_beside_a_task_file_is_never_run(folder, name, place):
+    mark, task = folder / "ran", folder / "tiny_choices.yaml"
+    module = folder.joinpath(*name.split(".")[:-1]).with_suffix(".py")
+    module.parent.mkdir(parents=True, exist_ok=True)
+    module.write_text(f"open({str(mark)!r}, 'w')\nf = print")
+    if place == "included":
+        task.write_text(task.read_text()[:-1] + ', "include": "included"}')
+        (folder / place).write_text("{}")
+    text = (folder / place).read_text()
+    separator = ", " if len(text) > 2 else ""
+    (folder / place).write_text(f'{text[:-1]}{separator}"process_docs": !function {name}}}')
+    _refused(f"{place} is refused: !function {name} is no function of", "tiny_choices", folders=[folder])
+    assert not mark.exists()
+
+
 QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
 
 
@@ -328,6 +379,7 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     ("settings", "flags", "told"),
     [
         (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
+        (lambda: 1, ["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
         (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
         (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: several things are wrong:"),
     ],
