@@ -95,6 +95,19 @@ def test_files_and_tests_that_are_named_exist(page: Path) -> None:
         assert not test or f"def {test}(" in found[0].read_text(), f"{test} is gone from {name}"
 
 
+MODULES = {path.stem for path in (ROOT / "megatron_peft").rglob("*.py")}
+ROOMS = {path.name for path in (ROOT / "megatron_peft").iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=page_id)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    """`training.state.TrainingState` or `record.work`: a room's module, and a name that stands in it."""
+    for room, module, name in re.findall(r"`(?:megatron_peft\.)?(\w+\.)?(\w+)\.(\w+)`", page.read_text()):
+        if room.rstrip(".") in ROOMS:
+            assert module in MODULES, f"{room}{module} is gone"
+            assert re.search(rf"\b{name}\b", (ROOT / "megatron_peft" / room[:-1] / f"{module}.py").read_text()), name
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}

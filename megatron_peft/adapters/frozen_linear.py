@@ -1,4 +1,4 @@
-"""One autograd function for a frozen linear layer, its low-rank branch and its rotation.
+"""Products with a frozen weight: one autograd function for the layer, its low-rank branch and its rotation.
 
     y = z + D z + s B (A x),   z = W x,   D = diag(R_1, ..., R_k) - I        either branch may be missing
 
@@ -42,7 +42,7 @@ from megatron_peft.parallel.collectives import (
     start_sum_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
-from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum
+from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum, outer_sums
 
 # Autograd functions: without a graph where nothing is recorded, and outputs that are made again instead of kept.
 #
@@ -86,8 +86,6 @@ def made_again(maker: Any) -> Tensor:
 #
 # Letters: n tokens (any leading axes), k blocks, g features of a block.
 
-CACHED_TOKENS = 128
-
 
 def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] -> [..., k g]
     """x + diag(blocks) x, one batched product that writes into place; with blocks = R - I this is R x.
@@ -120,18 +118,8 @@ def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] twice -> [k, g, g]
-    """sum over tokens of grad x^T by block, in the blocks' own type.
-
-    On a CPU in pieces of the tokens that stay in its cache: a block's columns lie far apart, and of wide layers (k g of
-    3,072) the whole takes half as long again.
-    """
-    grad, x = grouped(grad, blocks).transpose(1, 2), grouped(x, blocks)
-    if grad.is_cuda or grad.dtype != blocks.dtype:  # one launch; one rounding
-        return torch.bmm(grad, x).to(blocks.dtype)
-    total = torch.zeros_like(blocks)
-    for some_grad, some_x in zip(grad.split(CACHED_TOKENS, 2), x.split(CACHED_TOKENS, 1), strict=True):
-        total.baddbmm_(some_grad, some_x)
-    return total
+    """sum over tokens of grad x^T by block, in the blocks' own type."""
+    return outer_sums(grouped(grad, blocks).transpose(1, 2), grouped(x, blocks), blocks.dtype)
 
 
 def grouped(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] -> [k, n, g], a view where x is contiguous

@@ -2,9 +2,9 @@
 
     y = z + lambda s B (A x) + (1 - lambda) (R - I) z,   z = W x
 
-lambda is a number a layer, from the norms of the gradients of the two parts. The paper adds
-this change to W at every step, which would apply it again and again; W stays frozen here and the change is added once.
-I + (1 - lambda)(R - I) is not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py`).
+lambda is a number a layer, from the norms of the gradients of the two parts. The paper adds this change to W at every
+step, which would apply it again and again; W stays frozen here and the change is added once. I + (1 - lambda)(R - I) is
+not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py`).
 
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """

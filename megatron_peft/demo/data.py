@@ -387,7 +387,7 @@ def main() -> None:
     try:
         prepare_experiment(Path(sys.argv[1]))
     except ConfigurationError as error:
-        sys.exit(f"experiment_data: error: {error}")
+        sys.exit(f"demo.data: error: {error}")
 
 
 if __name__ == "__main__":

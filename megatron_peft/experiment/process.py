@@ -1,4 +1,4 @@
-"""The processes of a cell: pretrain_peft.py in its own folder, then the task's score.
+"""The processes of a cell, here or as a job of SLURM: pretrain_peft.py in its own folder, then the task's score.
 
 They end with the runner, however it ends: a child asks the kernel for a signal at its parent's death, since a cell
 that trains on unseen would meet its successor in the same folder.

@@ -178,7 +178,7 @@ def default_folder(experiment: Experiment) -> Path:
     return Path("runs/experiments") / experiment.name
 
 
-# Reads an experiment's YAML file into `spec.Experiment`. docs/experiments.md describes the format.
+# Reads an experiment's YAML file into an `Experiment`. docs/experiments.md describes the format.
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")

@@ -1,4 +1,4 @@
-"""Leading singular triplets of a matrix G that is never formed, out of two sketches of it (eq. (7)).
+"""LoRA-GA's mathematics: leading singular triplets of a G that is never formed, out of two sketches (eq. (7)).
 
     pass 1:  Y = G Omega          [out, w]      Q = an orthonormal basis of Y
     pass 2:  Z = Q^T G            [w, in]       G ~ Q Z, and the SVD of the small Z gives that of Q Z

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import run_function
+from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, fuses_norms
 
 # RMSNorm and LayerNorm that run on any device and under sequence parallelism.
 #
@@ -34,9 +35,9 @@ class RMSNorm(nn.Module):
         self.weight = _norm_parameter(config, hidden_size, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
-        if x.is_cuda:
+        if fuses_norms(x):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return run_function(_RootMeanSquareNorm, x, self.weight, self.eps)
+        return run_function(RootMeanSquareNorm, x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -57,43 +58,6 @@ def _norm_parameter(config: TransformerConfig, hidden_size: int, value: float) -
     parameter = nn.Parameter(torch.full((hidden_size,), value, dtype=config.params_dtype, device=device))
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
-
-
-def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return (x * rstd).mul_(weight).to(x.dtype)
-
-
-def _made_again(ctx: Any) -> Tensor:
-    return _scaled(*ctx.saved_tensors)
-
-
-class _RootMeanSquareNorm(torch.autograd.Function):
-    """On CPU torch composes rms_norm of seven elementwise operators; this takes three passes and a sixth of the time.
-
-    With r = 1 / sqrt(mean(x^2) + eps) and u = g * weight, dx = r u - x r^3 mean(u x), dweight = sum(g x r).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        wide = x if x.dtype == torch.float64 else x.float()
-        rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.make_again = _made_again  # for who needs the output in backward and would else keep it
-        return _scaled(x, weight, rstd)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, rstd = ctx.saved_tensors
-        wide, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * wide).mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            u = grad * weight
-            coefficient = torch.linalg.vecdot(u, wide).unsqueeze(-1).mul_(rstd**3).div_(-x.shape[-1])
-            grad_x = u.mul_(rstd).addcmul_(wide, coefficient).to(x.dtype)
-        return grad_x, grad_weight, None
 
 
 # SwiGLU as one autograd function: it keeps its input and nothing else.

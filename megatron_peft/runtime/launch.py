@@ -42,14 +42,18 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
 
 
 @contextmanager
-def world(backend: str | None = None, timeout_minutes: float = 10) -> Iterator[None]:
+def world(
+    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
+) -> Iterator[None]:
     """All processes, joined; left at the end. Alone, without torchrun, a process is a world of one."""
     start_world(backend, timeout_minutes)
     yield
     stop()
 
 
-def start_world(backend: str | None = None, timeout_minutes: float = 10) -> None:
+def start_world(
+    backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
+) -> None:
     """Join the processes; on CUDA take the device of LOCAL_RANK.
 
     A process alone, with or without a launcher, meets nobody: its world needs no port, and the environment stays as

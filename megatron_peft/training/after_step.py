@@ -137,6 +137,9 @@ def _modules(model_chunks: Sequence[nn.Module], kind: type[Kind]) -> Iterator[Ki
     return (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, kind))
 
 
+# The Hybrid's lambda within a step: which gradients a rank counts, and what a log line says.
+
+
 @dataclass(frozen=True)
 class Mixtures:
     """lambda of every adapted layer of the whole model.

@@ -5,7 +5,6 @@ import torch
 
 from megatron_peft.adapters.butterfly import cayley, compose, skew
 from megatron_peft.adapters.frozen_linear import (
-    CACHED_TOKENS,
     FrozenLinearCall,
     add_blocks,
     blocks_gradient,
@@ -14,6 +13,7 @@ from megatron_peft.adapters.frozen_linear import (
 )
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
+from megatron_peft.runtime.cpu_kernels import CACHED_TOKENS
 from tests.kept import kept_for_backward
 from tests.one_rank import Place
 
