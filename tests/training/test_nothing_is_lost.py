@@ -273,6 +273,7 @@ def test_ranks_that_were_started_differently_do_not_train(job, tmp_path, change,
         ("words", "--tokenizer-model words is another one on rank 1 than on rank 0 (its vocabulary): copy"),
         ("merges", "--tokenizer-model words is another one on rank 1 than on rank 0 (the ids of a text): copy"),
     ],
+    ids=["data", "base", "vocabulary", "merges"],
 )
 def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expected):
     """Of one name and size, as node-local copies are: another folder is current on each rank."""
