@@ -32,8 +32,8 @@ def run_together(main: Callable[[], None], program: str) -> None:
     """Run `main` in a started world. When it raises on one rank, every rank's process ends with the same exit code.
 
     2 for a ConfigurationError, 130 for Ctrl-C and 1 for anything else, which alone is told with a traceback (but for a
-    FloatingPointError, a loss that is not finite). A process group
-    that is waiting in a collective cannot be torn down, so failing processes end without clean-up.
+    FloatingPointError, a loss that is not finite). A process group that is waiting in a collective cannot be torn down,
+    so failing processes end without clean-up.
 
     Args:
         main: the program.
