@@ -8,6 +8,7 @@ gsm8k/, pairs.tsv          for tools/prepare_data.py
 grid.yaml, cells/          an experiment, and its results
 """
 
+import gc
 import importlib
 import json
 import os
@@ -74,6 +75,7 @@ def answers(argument: tuple[Path, Sequence[Call]]) -> list[Answer]:
         importlib.import_module(name)
     importlib.import_module("megatron_peft.data.tokenizers").RENDER_SECONDS = TEMPLATE_SECONDS
     good = _good_files(folder / "good")
+    gc.freeze()  # or each fork, as it ends, would look through (and copy) all that was imported
     return [_answer_of(call, good, folder / str(number)) for number, call in enumerate(calls)]
 
 
