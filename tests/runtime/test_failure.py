@@ -138,7 +138,8 @@ def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
         )
         for rank in "01"
     ]
-    told = [rank.communicate(timeout=seconds(120))[0] for rank in ranks][1].splitlines()
+    lines = [rank.communicate(timeout=seconds(120))[0] for rank in ranks][1].splitlines()
+    told = [line for line in lines if "No CUDA runtime is found" not in line]  # of torch's CUDA build without a GPU
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1] and len(told) == 1, told
     assert re.search("rank 1 lost its connection to another rank|rank 0 is gone", told[0])
 
