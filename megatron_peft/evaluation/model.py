@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,15 +178,13 @@ def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
 
 def values_of_model(config: RunConfig) -> dict[str, Any]:
     """Field -> value of a configuration's model, method and tokenizer; defaults are left out."""
-    values = {name: getattr(section, name) for section, names in _saved_fields(config) for name in names}
-    defaults = {name: getattr(type(section), name, None) for section, names in _saved_fields(config) for name in names}
-    return {name: value for name, value in values.items() if value != defaults[name]}
-
-
-def _saved_fields(config: RunConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    for section, names in SAVED.items():
-        yield getattr(config, section), names
-    yield config.peft, field_names(type(config.peft))
+    fields = {**SAVED, "peft": field_names(type(config.peft))}
+    return {
+        name: value
+        for section, names in ((getattr(config, one), names) for one, names in fields.items())
+        for name in names
+        if (value := getattr(section, name)) != getattr(type(section), name, None)
+    }
 
 
 def _require_base(record: RunRecord, load: str) -> None:

@@ -11,30 +11,15 @@ checkpoint) is the local one of rank 0 at tp = 1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_peft.config import require
 from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:  # a command line is checked against a model without waiting for torch
     from torch import Tensor
-
-
-def _without_graph(method: Callable[..., Any]) -> Callable[..., Any]:
-    """As `torch.no_grad()`; torch is imported when there is a tensor."""
-
-    @wraps(method)
-    def run(*args: Any) -> Any:
-        import torch
-
-        with torch.no_grad():
-            return method(*args)
-
-    return run
-
 
 Index = tuple[slice, ...]
 
@@ -100,19 +85,18 @@ class Rule(ABC):
         """Zero what `rank`'s local tensor holds beyond the Hugging Face tensors: for most, nothing."""
         return
 
-    @_without_graph
     def read(self, local: Tensor, source: SliceSource, rank: int, size: int) -> None:
         """Fill `rank`'s local tensor in place, in its own dtype and on its own device."""
-        for piece in self.pieces(local, rank, size):
+        for piece in self.pieces(local.detach(), rank, size):
             piece.view.copy_(source.slice(piece.name, piece.index).reshape(piece.view.shape))
         self.clear_padding(local, rank)
 
-    @_without_graph
     def write(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The Hugging Face tensors, from the local tensors of all ranks in order (a global tensor is `[tensor]`).
 
         One that lies in a global tensor in one stretch shares its memory.
         """
+        shards = [shard.detach() for shard in shards]
         whole = list(self.pieces(shards[0], 0, 1)) if len(shards) == 1 else []
         if len(whole) == len(self.parts):
             return {piece.name: piece.view.reshape(part.shape) for piece, part in zip(whole, self.parts, strict=True)}
@@ -219,10 +203,9 @@ class VocabularyRows(Rule):
         """Always a rank's rows, also where the vocabulary is so small that its padding alone makes several shares."""
         yield Region((rank * local.shape[0], *(0,) * (local.dim() - 1)), local)
 
-    @_without_graph
     def clear_padding(self, local: Tensor, rank: int) -> None:
         filled = min(max(self._num_rows - rank * local.shape[0], 0), local.shape[0])
-        local[filled:].zero_()
+        local.detach()[filled:].zero_()
 
     @property
     def _num_rows(self) -> int:
