@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,6 +70,12 @@ def _check_task_files(include_paths: Sequence[str]) -> None:
         task = parse_yaml(read_text(path), str(path), loader)
         included = task.get("include", []) if isinstance(task, dict) else []
         waiting += [path.parent / str(name) for name in (included if isinstance(included, list) else [included])]
+        scripts = _metric_scripts(task)
+        require(
+            not scripts,
+            f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Name one of "
+            "its own, or a function of megatron_peft.evaluation by !function.",
+        )
         for function in functions:
             module = str(function).rpartition(".")[0]
             beside = path.resolve().parent / f"{module.replace('.', '/')}.py"
@@ -78,6 +85,20 @@ def _check_task_files(include_paths: Sequence[str]) -> None:
                 f"{path} is refused: !function {function} is no function of megatron_peft.evaluation or lm_eval, and a "
                 "task file runs no code of its own: add it to megatron_peft/evaluation/task_metrics.py.",
             )
+
+
+def _metric_scripts(task: Any) -> list[str]:
+    """Metrics that `evaluate.load` would look for on the disk, since the harness does not know them by name."""
+    import lm_eval.api.metrics  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    metrics = task.get("metric_list") if isinstance(task, dict) else None
+    entries = [one for one in metrics if isinstance(one, dict)] if isinstance(metrics, list) else []
+    asked = [
+        (str(one.get("metric")), one.get("hf_evaluate")) for one in entries
+    ]  # "None" is a !function, checked below
+    loaded = [name for name, hf_evaluate in asked if hf_evaluate or name not in METRIC_REGISTRY]
+    return [name for name in loaded if re.search(r"[/\\]|\.py$", name) or Path(name).exists()]
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

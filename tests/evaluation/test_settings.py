@@ -275,6 +275,17 @@ def test_code_beside_a_task_file_is_never_run(folder, name, place):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("metric", ["./evil", "evil", "evil/evil.py"])
+def test_a_metric_that_is_a_script_is_never_run(folder, monkeypatch, metric):
+    monkeypatch.chdir(folder)
+    (folder / "evil").mkdir()
+    (folder / "evil" / "evil.py").write_text("open('ran', 'w')")
+    task = json.loads((folder / "tiny_choices.yaml").read_text())
+    (folder / "tiny_choices.yaml").write_text(json.dumps({**task, "metric_list": [{"metric": metric}]}))
+    _refused(f"refused: the metric {metric} is a script", "tiny_choices", folders=[folder])
+    assert not (folder / "ran").exists()
+
+
 QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
 
 
