@@ -10,6 +10,7 @@ from megatron_peft.experiment.documents import PLACE, filled
 from megatron_peft.experiment.report import build, markdown
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
+from tools import reference
 from tools.convert import FLAGS as CONVERT_FLAGS
 from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.experiment import FLAGS as EXPERIMENT_FLAGS
@@ -24,7 +25,7 @@ RECORDS = ROOT / "docs" / "results"
 # Flags of other programs (torchrun, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
-    "--signal --requeue --help --model --include_path --only --sample".split()
+    "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio".split()
 )
 
 
@@ -43,6 +44,16 @@ def page_id(path: Path) -> str:
 def test_flags_exist(page: Path) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", page.read_text()))
     assert mentioned - known_flags() == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_tables_of_flags_and_methods_are_those_of_the_declarations(page: Path) -> None:
+    assert reference.filled(page.read_text()) == page.read_text()
+
+
+def test_every_flag_has_a_line_of_its_own_in_the_reference() -> None:
+    lines = reference.flag_tables("all").splitlines()
+    assert all(sum(line.startswith(f"| `{one.names[0]}") for line in lines) >= 1 for one in served_flags())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -81,7 +92,13 @@ def test_no_result_is_typed(page: Path) -> None:
 SOURCES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
 NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbatch))(?!\w)(?:::(\w+))?")
 # An example's, other people's, a report's own, or what a rule is about.
-NO_FILES = {"megatron_peft/adapters/gains.py", "utils.py", "tools/checkpoint/convert.py", "report.md"}
+NO_FILES = {
+    "megatron_peft/adapters/gains.py",
+    "megatron_peft/config/methods/gains.py",
+    "utils.py",
+    "tools/checkpoint/convert.py",
+    "report.md",
+}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=page_id)

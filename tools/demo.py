@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_peft.config import PEFT_METHODS, ConfigurationError
+from megatron_peft.config import METHODS, ConfigurationError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--method", default="lora", choices=PEFT_METHODS, help="--peft-method of the run (lora)")
+    parser.add_argument("--method", default="lora", choices=METHODS, help="--peft-method of the run (lora)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the folder of all of it (runs/demo)")
     args, extra_flags = parser.parse_known_args(argv)
     from megatron_peft.demo.run import print_report, run_demo

@@ -1,41 +1,29 @@
 """Which linear layers are adapted, and the adapters put in place.
 
 Target names: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`: the fused layer that holds it
-is adapted whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
+is adapted as a whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
 (`decoder.layers.1?.*`, `*_proj`).
 Layer numbers are those of the whole model, from 0.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
-from megatron_peft.config import PEFT_METHODS, PeftConfig, require
-from megatron_peft.parallel.layout import LinearLayout
-
-# The adapter methods by name: `PEFT_METHODS` in `config/peft.py`. A new method is one new file and one line there.
-
-AdapterBuilder = Callable[[LinearLayout, PeftConfig, str, int, torch.dtype], nn.Module]
-
-
-def adapter_builder(method: str) -> AdapterBuilder:
-    """(layout, peft, name, seed, dtype) -> the adapter of one layer, for any --peft-method but full."""
-    module, _, name = PEFT_METHODS[method].partition(":")
-    return getattr(import_module(module), name)
+from megatron_peft.config import PeftConfig, require
 
 
 @dataclass(frozen=True)
-class Target:
-    """A linear layer under its global name, `decoder.layers.N.….linear_x`."""
+class TargetLayer:
+    """A linear layer and its global name, `decoder.layers.N.….linear_x`."""
 
     name: str
     module: AdaptedLinear
@@ -53,7 +41,8 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         Global names of this rank's adapted layers.
 
     Raises:
-        ConfigurationError: a pattern matches nothing in the whole model; the message lists what exists.
+        ConfigurationError: a pattern matches nothing in the whole model (the message lists what exists), or the method
+            does not fit a layer.
     """
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
     modules = huggingface_modules(model_chunks)
@@ -63,27 +52,28 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         for module in chunk.modules():
             if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):
                 module.is_frozen = True
-    build = adapter_builder(peft.method)
+    build = import_module(peft.spec.adapter).build
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     for target in adapted:
         module = target.module
-        made = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
-        if peft.hybrid_merge_interval is not None:
-            made.keep_folded(module.weight)  # pyright: ignore[reportCallIssue]
-        module.adapter = made
+        peft.spec.check_layer(peft, module.layout, target.name)
+        adapter = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
+        if hasattr(adapter, "bind_weight"):  # it may change the layer's own weight
+            adapter.bind_weight(module.weight)
+        module.adapter = adapter
     for chunk in model_chunks:
         if chunk.config.recompute_granularity is not None or not any(t.module.adapter for t in linear_layers(chunk)):
             start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]
 
 
-def linear_layers(chunk: nn.Module) -> Iterator[Target]:
+def linear_layers(chunk: nn.Module) -> Iterator[TargetLayer]:
     """The linear layers of a model chunk that can be adapted."""
     layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
         for name, module in layer.named_modules():
             if isinstance(module, AdaptedLinear):
-                yield Target(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
+                yield TargetLayer(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
 
 
 def all_names(names: Sequence[str]) -> list[str]:

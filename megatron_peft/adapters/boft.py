@@ -11,13 +11,17 @@ The factors (`butterfly.py`) are composed into dense g x g blocks once a forward
 product turns the activations. Letters: k groups, m factors, c blocks of a factor in a group, b block size.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
 from megatron_peft.adapters.frozen_linear import identity_like
-from megatron_peft.adapters.rotation import BlockRotation
-from megatron_peft.config import PeftConfig
+from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
+from megatron_peft.config import PeftConfig, PeftFormat, require
+from megatron_peft.config.methods.boft import BOFT
 from megatron_peft.parallel.layout import LinearLayout
 
 
@@ -29,16 +33,12 @@ class Butterfly(BlockRotation):
         peft: block size b, number of factors m, side.
         name: global name of the adapter.
         seed, dtype: not used: rotations start at the identity, in float32.
-
-    Raises:
-        ConfigurationError: groups of b 2^(m-1) features do not divide what a rank holds.
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         size, num_factors = peft.boft_block_size, peft.boft_factors
-        group_size = size * 2 ** (num_factors - 1)
-        flags = f"--boft-block-size {size} with --boft-factors {num_factors}"
-        super().__init__(layout, peft.rotation_side, group_size, name, flags)
+        group_size = BOFT.group_size(peft)
+        super().__init__(layout, peft.rotation_side, group_size)
         self.block_size = size
         self.shape = (self.num_local_groups, num_factors, group_size // size)
 
@@ -91,7 +91,103 @@ class ProjectedBoft(Butterfly):
         self.P.copy_(nearest_orthogonal(self.P))
 
 
-def boft(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> Butterfly:
+def build(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> Butterfly:
     """The rotation that `--boft-parametrization` asks for."""
     kinds = {"cayley": Boft, "projection": ProjectedBoft}
     return kinds[peft.boft_parametrization](layout, peft, name, seed, dtype)
+
+
+def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
+    """R W, or W R^T."""
+    return rotate_weight(weight, rotation(tensors, peft), peft.rotation_side)
+
+
+def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [k, g, g]
+    """R in float64, of the numbers Q above the diagonals or of the blocks P."""
+    if "P" in tensors:
+        return compose(tensors["P"].double())
+    return compose(cayley(skew(tensors["Q"].double(), peft.boft_block_size)))
+
+
+# BOFT as Hugging Face PEFT has it.
+#
+# Both compute W' = W R^T with R = B_m ... B_1 and pair the same features. A block of ours is Cayley(Q) = (I + Q)(I -
+# Q)^-1 with Q given by the numbers above its diagonal; one of theirs is (I - S)(I + S)^-1 with S = (D - D^T) / 2 out
+# of a whole b x b matrix D (`boft_R`). So S = -Q. Theirs lie in one row of n = in / b blocks a factor, ours by groups.
+# Blocks that were trained by projection have the Q of Cayley's inverse, unless they have an eigenvalue of -1: no Q is
+# large enough for that. Their `boft_s` scales the output features, which ours never does.
+
+LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3
+MERGE_INSTEAD = "tools/convert.py merge merges the adapters into their base, which any program opens"
+
+
+class BoftFormat(PeftFormat):
+    """BOFT of the input side."""
+
+    def config(self, peft: PeftConfig, target_modules: list[str]) -> dict[str, Any]:
+        require(
+            peft.rotation_side == "input",
+            f"the run rotated the output side of its weights (--rotation-side output), HF PEFT's BOFT rotates the "
+            f"input: {MERGE_INSTEAD}.",
+        )
+        return {
+            "peft_type": "BOFT",
+            "boft_block_size": peft.boft_block_size,
+            "boft_block_num": 0,
+            "boft_n_butterfly_factor": peft.boft_factors,
+            "boft_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+        }
+
+    def shapes(self, config: Mapping[str, Any], out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        block = config["boft_block_size"]
+        return {
+            "boft_R": (config["boft_n_butterfly_factor"], in_features // block, block, block),
+            "boft_s": (out_features, 1),
+        }
+
+    def tensors(
+        self, tensors: Mapping[str, Tensor], peft: PeftConfig, layer: str, out_features: int
+    ) -> dict[str, Tensor]:
+        Q = tensors["Q"] if "Q" in tensors else inverse_cayley(tensors["P"].double())
+        largest = Q.abs().max().item()
+        require(
+            largest < LARGEST_NUMBER,
+            f"a block of {layer} has an eigenvalue of -1, which HF PEFT's BOFT cannot express (Cayley's numbers would "
+            f"reach {largest:.2g}): {MERGE_INSTEAD}.",
+        )
+        return {"boft_R": to_huggingface(Q.float(), peft.boft_block_size), "boft_s": torch.ones(out_features, 1)}
+
+    def note(self, peft: PeftConfig) -> str:
+        if peft.boft_factors == 1:
+            return ""
+        return (
+            f"HF PEFT opens this adapter only with its CUDA extension, which it builds itself (a GPU, nvcc, ninja): "
+            f"there are {peft.boft_factors} butterfly factors, and without the extension HF PEFT knows 1.\n"
+        )
+
+
+EXPORT = BoftFormat(rows=("boft_s",))
+
+
+def to_huggingface(Q: Tensor, block_size: int) -> Tensor:  # [k, m, c, b (b - 1) / 2] -> [m, n, b, b]
+    """`boft_R` of the same rotation."""
+    return -skew(Q, block_size).transpose(0, 1).flatten(1, 2)
+
+
+def from_huggingface(D: Tensor) -> Tensor:  # [m, n, b, b] -> [k, m, c, b (b - 1) / 2]
+    """Q of the same rotation."""
+    num_factors, _, size, _ = D.shape
+    row, column = torch.triu_indices(size, size, 1)
+    Q = ((D.mT - D) / 2)[..., row, column]
+    return Q.unflatten(1, (-1, 2 ** (num_factors - 1))).transpose(0, 1).contiguous()
+
+
+def inverse_cayley(R: Tensor) -> Tensor:  # [..., b, b] -> [..., b (b - 1) / 2]
+    """Q of (I + Q)(I - Q)^-1 = R: above the diagonal of (R + I)^-1 (R - I). Not finite where R has an eigenvalue -1."""
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    Q, _ = torch.linalg.solve_ex(R + identity, R - identity)
+    row, column = torch.triu_indices(Q.shape[-1], Q.shape[-1], 1)
+    return ((Q - Q.mT) / 2)[..., row, column]

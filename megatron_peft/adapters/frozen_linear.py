@@ -232,7 +232,7 @@ class _FrozenLinear(torch.autograd.Function):
             wait_u = start_gather_sequence_over_tensor_parallel(u, call.group) if u is not None else None
             x = start_gather_sequence_over_tensor_parallel(x, call.group)()
             u = wait_u() if wait_u is not None else None
-        ctx.folds = mask is None and folds_change(x, call.weight, D)
+        ctx.folds = mask is None and rotates_weight(x, call.weight, D)
         if ctx.folds:
             y = kept = linear(x, changed_weight(call.weight, A, B, D, scale))
             y = y if call.bias is None else y + call.bias
@@ -327,7 +327,7 @@ def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: 
     return solved.result.transpose(1, 2)
 
 
-def folds_change(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
+def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
     """Whether the change goes into W for the moment of a product, y = (W + D W + s B A) x.
 
     At as many tokens as W has columns, or more, turning W costs less than turning z, and the changed weight, formed in

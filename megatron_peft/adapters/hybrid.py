@@ -9,25 +9,25 @@ not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.adapters.boft import boft
+from megatron_peft.adapters import boft, urnn
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     changed_weight,
     frozen_linear_mixed,
 )
-from megatron_peft.adapters.low_rank import LowRank
-from megatron_peft.adapters.urnn import urnn_rotation
+from megatron_peft.adapters.low_rank import LowRank, add_low_rank
+from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 
-ROTATIONS = {"boft": boft, "urnn": urnn_rotation}
+ROTATIONS = {"boft": (boft.build, boft.rotation), "urnn": (urnn.urnn_rotation, urnn.rotation)}
 
 
 class Hybrid(nn.Module):
@@ -38,10 +38,8 @@ class Hybrid(nn.Module):
     Attributes:
         mix: lambda, a float32 scalar in the checkpoint.
         num_kept: steps in which a gradient's norm was not finite, so that lambda kept its value.
-        folded_weight: the base's weight with changes folded in, or None (`--hybrid-merge-interval`).
-
-    Raises:
-        ConfigurationError: as `LowRank` and `Boft`.
+        folded_weight: the base's weight with changes merged into it, or None (`--hybrid-merge-interval`); a key of
+            checkpoints.
     """
 
     mix: Tensor
@@ -52,23 +50,26 @@ class Hybrid(nn.Module):
         super().__init__()
         self.layout = layout
         self.low_rank = LowRank(layout, peft, f"{name}.low_rank", seed, dtype)
-        self.rotation = ROTATIONS[peft.hybrid_rotation](layout, peft, name, seed, dtype)
+        build_rotation, _ = ROTATIONS[peft.hybrid_rotation]
+        self.rotation = build_rotation(layout, peft, name, seed, dtype)
+        self.merges = peft.hybrid_merge_interval is not None
         device = torch.cuda.current_device()
         self.register_buffer("mix", torch.tensor(peft.initial_mix, device=device))
         self.register_buffer("num_kept", torch.tensor(0, device=device), persistent=False)
         self.register_buffer("folded_weight", None)
 
-    def keep_folded(self, weight: Tensor) -> None:
-        """Put the layer's weight into the checkpoint: from now on changes may be folded into it.
+    def bind_weight(self, weight: Tensor) -> None:
+        """With --hybrid-merge-interval, put the layer's weight into the checkpoint: changes are merged into it.
 
         Args:
             weight: [out, in], the base's own tensor; the buffer is a view of it, so a loaded checkpoint loads it.
         """
-        self.folded_weight = weight.detach()
-        mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.merges:
+            self.folded_weight = weight.detach()
+            mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def merge_and_restart(self) -> None:
         """W <- W + lambda s (B A) + (1 - lambda) (R - I) W, this rank's slice; the parts start again at no change."""
         assert self.folded_weight is not None
         scale, D = self._mixture()
@@ -88,6 +89,22 @@ class Hybrid(nn.Module):
         return frozen_linear_mixed(x, A, B, D, scale, call, mask)
 
 
+build = Hybrid
+
+
+def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
+    """W + lambda s B A + (1 - lambda) (R - I) W; W has what --hybrid-merge-interval has merged into it."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+    weight = tensors["folded_weight"].to(weight.dtype) if "folded_weight" in tensors else weight
+    mix = float(tensors["mix"])
+    _, rotation = ROTATIONS[peft.hybrid_rotation]
+    rotated = rotate_weight(weight, rotation(part("rotation."), peft), "output")
+    return add_low_rank(weight.lerp(rotated, 1 - mix), part("low_rank."), mix * peft.lora_scale)
+
+
 # lambda of the Hybrid from the gradients of its two parts (Algorithm 2, lines 16-19).
 #
 #     lambda = g_low / (g_low + g_rot)
@@ -103,7 +120,7 @@ class Hybrid(nn.Module):
 #     raw         the norm as backward leaves it
 #
 # The value acts from the next forward on, as a moving average, clamped. Everything stays on the device: one [layers, 2]
-# tensor, one all-reduce, no look by the host.
+# tensor, one all-reduce, no host-device sync.
 
 OwnGradient = Callable[[nn.Parameter], Tensor]
 

@@ -12,16 +12,18 @@ Sharding follows the base's: what meets the split side of W is split with it, th
 (`LinearLayout`). Letters: s sequence, b batch, r rank; in and out are a rank's own.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
-from megatron_peft.config import PeftConfig, require
+from megatron_peft.config import PeftConfig, PeftFormat
+from megatron_peft.config.methods.low_rank import IS_LORA_B, IS_NOT_DECAYED
 from megatron_peft.parallel.layout import LinearLayout, generator_for
-
-IS_NOT_DECAYED = "is_not_decayed"
 
 
 class LowRank(nn.Module):
@@ -38,9 +40,6 @@ class LowRank(nn.Module):
         A, B: trained.
         A0, B0: the start that is subtracted, sharded like A and B; buffers in the checkpoint, or None.
         base_norm: ||W0||_F of the whole weight, once somebody has found it.
-
-    Raises:
-        ConfigurationError: the rank is above the smaller side of W, or the start needs more singular vectors than that.
     """
 
     A0: Tensor | None
@@ -49,20 +48,20 @@ class LowRank(nn.Module):
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
-        _check_rank(layout, peft, name)
-        rank = peft.lora_rank
+        rank, subtracts_start = peft.lora_rank, peft.spec.subtracts_start(peft)
         self.layout, self.scale, self.dropout = layout, peft.lora_scale, peft.lora_dropout
         device = torch.cuda.current_device()
         bound = layout.in_features**-0.5
         A = torch.empty(rank, layout.in_features).uniform_(-bound, bound, generator=generator_for(seed, f"{name}.A"))
         self.A = nn.Parameter(layout.slice_input(A).to(device, dtype, copy=True).contiguous())
         self.B = nn.Parameter(torch.zeros(layout.local_out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("A0", torch.zeros_like(self.A.data) if peft.subtracts_start else None)
-        self.register_buffer("B0", torch.zeros_like(self.B.data) if peft.subtracts_start else None)
+        self.register_buffer("A0", torch.zeros_like(self.A.data) if subtracts_start else None)
+        self.register_buffer("B0", torch.zeros_like(self.B.data) if subtracts_start else None)
         for A, B in self._pairs():
             layout.mark_input(A)
             layout.mark_output(B)
-        if peft.subtracts_start:  # decay pulls B A to zero, which is not where the change is zero
+        setattr(self.B, IS_LORA_B, True)
+        if subtracts_start:  # decay pulls B A to zero, which is not where the change is zero
             setattr(self.A, IS_NOT_DECAYED, True)
             setattr(self.B, IS_NOT_DECAYED, True)
 
@@ -116,24 +115,71 @@ class LowRank(nn.Module):
             return F.dropout(torch.ones_like(x), self.dropout)
 
 
+build = LowRank
+
+
 def low_rank_part(adapter: nn.Module | None) -> LowRank | None:
     """An adapter itself, or the low-rank part of a Hybrid; None if there is none."""
     part = getattr(adapter, "low_rank", adapter)
     return part if isinstance(part, LowRank) else None
 
 
-def _check_rank(layout: LinearLayout, peft: PeftConfig, name: str) -> None:
-    rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
-    side = (
-        f"{smaller}, the smaller side of {name.removesuffix('.low_rank').removesuffix('.adapter')} "
-        f"({layout.out_features} x {layout.in_features})"
-    )
-    require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
-    require(
-        not peft.subtracts_start or peft.lora_ga_init != "original" or 2 * rank <= smaller,
-        f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {side}: use a "
-        f"rank of at most {smaller // 2}, or --lora-ga-init aligned or paper.",
-    )
+def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
+    """W + s B A, in place."""
+    return add_low_rank(weight, tensors, peft.lora_scale)
+
+
+def add_low_rank(weight: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:  # [out, in] -> [out, in]
+    """W + scale B A (less scale B0 A0), in place."""
+    A, B = whole_factors(tensors)
+    return weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
+
+
+def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A, B) of the whole change: [A; A0] and [B, -B0] if a start is subtracted. [w, in], [out, w]."""
+    A, B = tensors["A"], tensors["B"]
+    if "A0" not in tensors:
+        return A, B
+    return torch.cat([A, tensors["A0"].to(A.dtype)]), torch.cat([B, -tensors["B0"].to(B.dtype)], dim=1)
+
+
+class LoraFormat(PeftFormat):
+    """LoRA as Hugging Face PEFT has it. A start that is subtracted doubles the rank: [B, -B0] and [A; A0]."""
+
+    def config(self, peft: PeftConfig, target_modules: list[str]) -> dict[str, Any]:
+        growth = 2 if peft.spec.subtracts_start(peft) else 1
+        return {
+            "peft_type": "LORA",
+            "r": growth * peft.lora_rank,
+            "lora_alpha": whole_number(grown_alpha(peft.lora_alpha, growth, peft.lora_rs)),
+            "use_rslora": peft.lora_rs,
+            "lora_dropout": peft.lora_dropout,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    def shapes(self, config: Mapping[str, Any], out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A.weight": (config["r"], in_features), "lora_B.weight": (out_features, config["r"])}
+
+    def tensors(
+        self, tensors: Mapping[str, Tensor], peft: PeftConfig, layer: str, out_features: int
+    ) -> dict[str, Tensor]:
+        A, B = whole_factors(tensors)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+EXPORT = LoraFormat(rows=("lora_B.weight",))
+
+
+def grown_alpha(alpha: float, growth: float, rank_stabilised: bool) -> float:
+    """alpha of a rank `growth` times as high, for the same scale."""
+    return alpha * (growth**0.5 if rank_stabilised else growth)
+
+
+def whole_number(alpha: float) -> float:
+    """6.0 as 6, as HF PEFT writes it."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 # Eq. (2): ||dW||_F <= X ||W0||_F for a low-rank change dW = s B A, kept by scaling its factors.
@@ -147,8 +193,8 @@ def _check_rank(layout: LinearLayout, peft: PeftConfig, name: str) -> None:
 #     P = (B - B0) A0 + B0 (A - A0)        Q = (B - B0)(A - A0)
 #
 # whose norm is at most t |P| + t^2 |Q|, which is the limit at t = 2 limit / (|P| + sqrt(|P|^2 + 4 limit |Q|)). Both are
-# one formula: without a start P = B A and Q = 0. Nothing is scaled where |P + Q| is within the limit. No look by the
-# host, no communication here.
+# one formula: without a start P = B A and Q = 0. Nothing is scaled where |P + Q| is within the limit. No
+# host-device sync, no communication here.
 #
 # Letters: r rank, w = r, or 2r with a subtracted start.
 

@@ -23,10 +23,8 @@ from megatron_peft.adapters.frozen_linear import (
     frozen_linear_rotated,
     rotation_gradients,
 )
-from megatron_peft.config import require
+from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout, Side
-
-IS_ROTATION = "is_rotation"
 
 
 class BlockRotation(nn.Module):
@@ -36,32 +34,12 @@ class BlockRotation(nn.Module):
         layout: of the base weight.
         side: which side of W turns.
         group_size: g.
-        name: global name of the adapter, for errors.
-        flags: what the user typed to get this g, for errors.
-
-    Raises:
-        ConfigurationError: g does not divide what a rank holds; the valid sizes are listed.
     """
 
-    def __init__(self, layout: LinearLayout, side: Side, group_size: int, name: str, flags: str) -> None:
+    def __init__(self, layout: LinearLayout, side: Side, group_size: int) -> None:
         super().__init__()
         self.layout, self.group_size = layout, group_size
         self.side: Side = side
-        layer, held = name.removesuffix(".adapter"), layout.num_local_features(side)
-        heads = layout.head_features if side == "output" else None
-        whole = heads or layout.num_features(side) // (layout.num_parts if side == "output" else 1)
-        here = ", ".join(str(size) for size in even_divisors(heads or held))
-        require(
-            held % group_size == 0,
-            f"{flags} gives groups of {group_size} features, but {layer} holds {held} per rank at "
-            f"--tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}. "
-            f"Groups that do: {here}{_elsewhere(layout, side, whole, group_size)}.",
-        )
-        require(
-            heads is None or heads % group_size == 0,
-            f"{flags} gives groups of {group_size} features, but the heads of {layer} have {heads}: groups must divide "
-            f"that, so that no head is mixed with another. Groups that do, at any layout: {here}.",
-        )
 
     def mark_rotation(self, parameter: nn.Parameter) -> None:
         """How a parameter over the rank's groups, [k, ...], lies on the ranks; it is never decayed, since the identity
@@ -108,16 +86,12 @@ class BlockRotation(nn.Module):
         return rotate(x, self.changes().transpose(1, 2))
 
 
-def even_divisors(number: int) -> list[int]:
-    """Sizes of the groups that can divide so many features."""
-    return [size for size in range(2, number + 1, 2) if number % size == 0]
-
-
-def _elsewhere(layout: LinearLayout, side: Side, whole: int, group_size: int) -> str:
-    """Where groups of this size would fit, for an error."""
-    sizes = range(1, layout.group.size() + 1)
-    fitting = [str(size) for size in sizes if whole % (size * group_size) == 0]
-    return f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(fitting)}" if fitting else ""
+def rotate_weight(weight: Tensor, R: Tensor, side: Side) -> Tensor:  # [out, in], [k, g, g] -> [out, in]
+    """R W, or W R^T, in the weight's type."""
+    R = R.to(weight.dtype)
+    if side == "output":
+        return torch.bmm(R, weight.view(*R.shape[:2], -1)).view_as(weight)
+    return torch.einsum("okg,khg->okh", weight.view(-1, *R.shape[:2]), R).reshape(weight.shape)
 
 
 def rotate(z: Tensor, D: Tensor, tokens: slice = slice(None)) -> Tensor:  # -> [s, b, k g]

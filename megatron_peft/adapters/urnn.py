@@ -12,13 +12,14 @@ not used at all.
 Letters: k groups, n complex features of a group, g = 2n real ones; s sequence, b batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, identity_like
-from megatron_peft.adapters.rotation import BlockRotation, rotate
+from megatron_peft.adapters.rotation import BlockRotation, rotate, rotate_weight
 from megatron_peft.adapters.unitary import (
     apply_structured,
     apply_structured_inverse,
@@ -28,7 +29,8 @@ from megatron_peft.adapters.unitary import (
     random_theta,
     structured,
 )
-from megatron_peft.config import PeftConfig, require
+from megatron_peft.config import PeftConfig
+from megatron_peft.config.methods.urnn import URNN
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 
 # A structured unitary rotation applied by fast Fourier transforms: for groups too large for dense blocks.
@@ -102,18 +104,13 @@ class StructuredUrnn(BlockRotation):
     Attributes:
         theta: [k, 7, n], trained; starts at theta_0.
         start, permutation: theta_0 [k, 7, n] and Pi [n], buffers in the checkpoint.
-
-    Raises:
-        ConfigurationError: the block size does not divide what a rank holds.
     """
 
     start: Tensor
     permutation: Tensor
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
-        super().__init__(
-            layout, peft.rotation_side, peft.urnn_block_size, name, f"--urnn-block-size {peft.urnn_block_size}"
-        )
+        super().__init__(layout, peft.rotation_side, peft.urnn_block_size)
         size, num_groups = self.group_size // 2, layout.num_features(self.side) // self.group_size
         generator, device = generator_for(seed, f"{name}.theta"), torch.cuda.current_device()
         start = layout.slice_groups(self.side, random_theta(num_groups, size, generator)).to(device).contiguous()
@@ -166,9 +163,7 @@ class RiemannianUrnn(BlockRotation):
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
-        super().__init__(
-            layout, peft.rotation_side, peft.urnn_block_size, name, f"--urnn-block-size {peft.urnn_block_size}"
-        )
+        super().__init__(layout, peft.rotation_side, peft.urnn_block_size)
         size = self.group_size // 2
         identity = torch.eye(size, dtype=torch.complex64, device=torch.cuda.current_device())
         blocks = identity.expand(self.num_local_groups, size, size)
@@ -199,19 +194,10 @@ class UnitaryReplacement(nn.Module):
     the ranks' parts together.
 
     Args: as for `StructuredUrnn`.
-
-    Raises:
-        ConfigurationError: the layer is not square and row-parallel.
     """
 
     def __init__(self, layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
-        require(
-            layout.split == "row" and layout.out_features == layout.in_features,
-            f"--urnn-mode replace needs square layers, but {name.removesuffix('.adapter')} is {layout.out_features} x "
-            f"{layout.in_features}: give --peft-target-modules linear_proj, which is square where the heads fill the "
-            f"hidden size, or use --urnn-mode multiply.",
-        )
         self.layout = layout
         self.rotation = urnn_rotation(layout, replace(peft, rotation_side="input"), name, seed, dtype)
 
@@ -223,13 +209,30 @@ class UnitaryReplacement(nn.Module):
         return call.reduce(nn.functional.pad(y, (before, after)))
 
 
-def urnn(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> nn.Module:
+def build(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> nn.Module:
     """The adapter that `--urnn-mode` and `--urnn-update` ask for."""
-    build = UnitaryReplacement if peft.urnn_mode == "replace" else urnn_rotation
-    return build(layout, peft, name, seed, dtype)
+    kind = UnitaryReplacement if URNN.replaces_base(peft) else urnn_rotation
+    return kind(layout, peft, name, seed, dtype)
 
 
 def urnn_rotation(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: torch.dtype) -> BlockRotation:
     """The rotation that `--urnn-update` asks for."""
     kinds = {"structured": StructuredUrnn, "riemannian": RiemannianUrnn}
     return kinds[peft.urnn_update](layout, peft, name, seed, dtype)
+
+
+def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
+    """Q W, or W Q^H; with --urnn-mode replace Q itself."""
+    if URNN.replaces_base(peft):
+        own = {name.removeprefix("rotation."): tensor for name, tensor in tensors.items()}
+        return torch.block_diag(*rotation(own, peft)).to(weight.dtype)
+    return rotate_weight(weight, rotation(tensors, peft), peft.rotation_side)
+
+
+def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [k, g, g]
+    """Q in float64 as real blocks, of theta or of the unitary blocks U."""
+    if "U" in tensors:
+        return as_real(torch.view_as_complex(tensors["U"].double()))
+    start, permutation = tensors["start"].double(), tensors["permutation"].long()
+    change = as_real(change_from_start(tensors["theta"].double(), structured(start, permutation), permutation))
+    return change + identity_like(change)

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_peft.adapters.boft import boft
+from megatron_peft.adapters.boft import build
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
@@ -65,7 +65,7 @@ def _frozen() -> Callable[[Tensor], Tensor]:
 def _boft() -> Callable[[Tensor], Tensor]:
     layer = _linear()
     peft = PeftConfig(method="boft", boft_block_size=BLOCK_SIZE, boft_factors=NUM_FACTORS)
-    layer.adapter = boft(layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
+    layer.adapter = build(layer.layout, peft, "decoder.layers.0.mlp.linear_fc1.adapter", 0, torch.float32)
     return lambda x: layer(x)[0]
 
 

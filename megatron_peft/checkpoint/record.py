@@ -19,7 +19,6 @@ from megatron_peft.checkpoint.folders import (
 )
 from megatron_peft.config import (
     ConfigurationError,
-    PeftConfig,
     RunConfig,
     config_from_dict,
     config_to_dict,
@@ -289,7 +288,8 @@ def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[st
 def _other_numbers(record: RunRecord, here: Here) -> Iterator[str]:
     if not here.config.peft.trains_adapters:
         return
-    for name in (field.name for field in dataclasses.fields(PeftConfig) if field.name not in FREE_TO_CHANGE):
+    peft = here.config.peft
+    for name in sorted(peft.spec.fields(peft) - FREE_TO_CHANGE):
         there, now = getattr(record.config.peft, name), getattr(here.config.peft, name)
         if there != now:
             yield (

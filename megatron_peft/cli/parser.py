@@ -17,9 +17,9 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any, NoReturn
 
-from megatron_peft.cli.flags import GROUPS, PATH_FIELDS, TAKES_A_VALUE, Flag, methods_of, sections, served_flags
+from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, sections, served_flags
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
-from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig, flag, missing_for_training
+from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
@@ -197,12 +197,12 @@ class _Typed:
         place, values = (served.target, served.key), self.values[served.target]
         before = self.spellings.setdefault(place, name)
         if before not in served.names and values[served.key] != value:
-            self.problems.append(f"{before} and {name} contradict one another: give one of the two.")
+            self.problems.append(f"{before} and {name} contradict each other: leave one out.")
         values[served.key] = value
 
     def _value(self, name: str, words: list[str]) -> Any:
         if not name:
-            raise ConfigurationError(f"{' '.join(words)} belongs to no flag.")
+            raise ConfigurationError(f"unexpected argument {' '.join(words)}.")
         if name not in self.served:
             raise ConfigurationError(why_not_served(name))
         served = self.served[name]
@@ -241,7 +241,7 @@ def _build_config(
 ) -> RunConfig:
     """The configuration of what was typed; ConfigurationError with everything that is wrong."""
     config = {**(saved(typed.values["config"]) if saved else {}), **typed.values["config"]}
-    problems = [*typed.problems, *_method_problems(config, typed.spellings)]
+    problems = list(typed.problems)
     if not world_size.isdecimal() or int(world_size) < 1:
         raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
     shape_flags = dict(typed.values["shape"])
@@ -271,26 +271,6 @@ def _build(config_class: type, given: Mapping[str, Any], problems: list[str]) ->
     except ConfigurationError as error:
         problems += error.problems
         return None
-
-
-def _method_problems(config: Values, spellings: Mapping[tuple[str, str], str]) -> list[str]:
-    """Flags of one PEFT method that were typed beside another: they would have no effect."""
-    method = config.get("method", PeftConfig.method)
-    names = [one.name for one in fields(PeftConfig) if ("config", one.name) in spellings and one.name != "method"]
-    problems = [
-        f"{spellings['config', name]} belongs to --peft-method {' or '.join(methods_of(name))}, "
-        f"but the method is {method}: remove it."
-        for name in names
-        if method not in methods_of(name)
-    ]
-    rotation = config.get("hybrid_rotation", PeftConfig.hybrid_rotation)
-    others = [name for name in names if name.startswith("urnn_" if rotation == "boft" else "boft_")]
-    return problems + [
-        f"{spellings['config', name]} says how another rotation turns, but --hybrid-rotation is {rotation}: "
-        f"remove one of them."
-        for name in others
-        if method == "hybrid" and method in methods_of(name)
-    ]
 
 
 def _shape_problems(
@@ -335,7 +315,7 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
         settings["help"] += f" (default: {shown})"
     if served.choices:
         return settings | {"choices": served.choices}
-    metavar = "PATH" if served.key in PATH_FIELDS else {int: "N", float: "X", str: "TEXT"}[served.kind]
+    metavar = served.metavar or {int: "N", float: "X", str: "TEXT"}[served.kind]
     kind = _number if served.kind is float else served.kind
     return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
 

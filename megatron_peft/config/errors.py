@@ -1,4 +1,33 @@
-"""What is wrong with a configuration, gathered so that a user is told everything at once."""
+"""Fields that explain and check themselves, and everything that is wrong with a configuration in one error."""
+
+from dataclasses import Field, field, fields
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+Check = Literal["positive", "not_negative", "fraction", "not_empty"]  # methods of `Requirements`
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    check: Check | None = None,
+    group: str | None = None,
+    flags: tuple[str, ...] = (),
+    metavar: str | None = None,
+) -> T:
+    """A dataclass field with everything that there is to say about its flag.
+
+    Args:
+        default: of the field; None stands for "not set".
+        help: one line for `--help` and docs/arguments.md, with the unit.
+        check: what `Requirements.fields` requires of the value.
+        group: title under which `--help` lists it; None: that of the section.
+        flags: spellings; by default `--field-name`.
+        metavar: placeholder of the value in `--help`; by default that of its type.
+    """
+    described = {"help": help, "check": check, "group": group, "flags": flags, "metavar": metavar}
+    return field(default=default, metadata=described)  # pyright: ignore[reportReturnType]
 
 
 class ConfigurationError(ValueError):
@@ -23,6 +52,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_of(field: Field[Any]) -> str:
+    """The flag of a dataclass's field."""
+    return (field.metadata.get("flags") or (flag(field.name),))[0]
+
+
+def spelled(name: str, value: Any) -> str:
+    """A flag and its value as they are typed."""
+    return name if value is True else f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 class Requirements:
     """Notes what is unmet inside a `with` block; at its end raises all of it as one `ConfigurationError`.
 
@@ -43,6 +82,12 @@ class Requirements:
     def __call__(self, condition: bool, message: str) -> None:
         if not condition:
             self.problems.append(message)
+
+    def fields(self) -> None:
+        """The `check` of every field of the dataclass."""
+        for one in fields(self.config):  # pyright: ignore[reportArgumentType]
+            if check := one.metadata.get("check"):
+                getattr(self, check)(one.name)
 
     def positive(self, *names: str) -> None:
         for name in names:
@@ -67,9 +112,8 @@ class Requirements:
     def needs(self, name: str, other: str) -> None:
         """A field that is set needs `other` to be set too."""
         value = getattr(self.config, name)
-        shown = flag(name) if value is True else f"{flag(name)} {value}"
-        self(not value or bool(getattr(self.config, other)), f"{shown} needs {flag(other)}.")
+        self(not value or bool(getattr(self.config, other)), f"{spelled(flag(name), value)} needs {flag(other)}.")
 
     def at_most_one(self, *names: str) -> None:
         given = [flag(name) for name in names if getattr(self.config, name)]
-        self(len(given) < 2, f"{' and '.join(given)} exclude one another: give one of the two.")
+        self(len(given) < 2, f"{' and '.join(given)} are mutually exclusive.")

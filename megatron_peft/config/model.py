@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_peft.config.errors import Requirements, flag
+from megatron_peft.config.errors import Requirements, flag, option
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
@@ -18,12 +18,18 @@ class ModelConfig:
     run and not a model (dropouts, recompute, fusions).
     """
 
-    pretrained_checkpoint: str | None = None
+    pretrained_checkpoint: str | None = option(
+        None, "base model: a Hugging Face folder (config.json and *.safetensors)", metavar="PATH"
+    )
     shape_flags: Mapping[str, Any] = field(default_factory=dict)
     transformer: Mapping[str, Any] = field(default_factory=dict)
-    bf16: bool = False
-    make_vocab_size_divisible_by: int = 128
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # norms and core attention only
+    bf16: bool = option(False, "train in bfloat16, with float32 master parameters", group="mixed precision")
+    make_vocab_size_divisible_by: int = option(
+        128, "the vocabulary is padded to a multiple of this, per tensor-parallel rank", check="positive"
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "where norms and core attention come from; auto: Transformer Engine if it is installed"
+    )
 
     def __post_init__(self) -> None:
         run = self.transformer
@@ -34,7 +40,7 @@ class ModelConfig:
                 bool(self.pretrained_checkpoint),
                 "no base model: --pretrained-checkpoint takes a Hugging Face folder (config.json and *.safetensors).",
             )
-            require.positive("make_vocab_size_divisible_by")
+            require.fields()
             for name in ("attention_dropout", "hidden_dropout"):
                 require(0 <= run.get(name, 0) < 1, f"{flag(name)} is {run.get(name)}; it is at least 0 and below 1.")
             require(
@@ -56,28 +62,31 @@ class ModelConfig:
 class ParallelConfig:
     """How the model and the batch are split over `world_size` processes."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    decoder_first_pipeline_num_layers: int | None = None
-    decoder_last_pipeline_num_layers: int | None = None
-    sequence_parallel: bool = False
-    distributed_backend: Literal["nccl", "gloo"] | None = None  # None: nccl with CUDA, else gloo
-    distributed_timeout_minutes: float = 10
+    tensor_model_parallel_size: int = option(1, "number of ranks each linear layer is split over", check="positive")
+    pipeline_model_parallel_size: int = option(1, "number of pipeline stages", check="positive")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "interleaved schedule: number of layers in a virtual stage", check="positive"
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "number of layers in the first pipeline stage, if it differs from the others", check="positive"
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "number of layers in the last pipeline stage, if it differs from the others", check="positive"
+    )
+    sequence_parallel: bool = option(
+        False, "split the sequence over the tensor-parallel ranks outside the linear layers"
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
+    distributed_timeout_minutes: float = option(
+        10, "minutes a rank waits for the others before the run fails", check="positive"
+    )
     world_size: int = 1
 
     def __post_init__(self) -> None:
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         uneven = bool(self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers)
         with Requirements(self) as require:
-            require.positive(
-                "tensor_model_parallel_size",
-                "pipeline_model_parallel_size",
-                "num_layers_per_virtual_pipeline_stage",
-                "decoder_first_pipeline_num_layers",
-                "decoder_last_pipeline_num_layers",
-                "distributed_timeout_minutes",
-            )
+            require.fields()
             require(
                 tp * pp <= 0 or self.world_size % (tp * pp) == 0,
                 f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
@@ -127,26 +136,46 @@ class DataConfig:
     .bin/.idx prefixes, optionally weighted, cut by `split`), never both; neither where nothing is trained.
     """
 
-    train_data_path: tuple[str, ...] = ()
-    valid_data_path: tuple[str, ...] = ()
-    test_data_path: tuple[str, ...] = ()
-    data_path: tuple[str, ...] = ()
-    split: str | None = None  # "969, 30, 1" when data_path is given
-    data_cache_path: str | None = None
-    seq_length: int = 1024
-    overlong: Literal["error", "skip", "truncate"] = "truncate"
-    pack_sequences: bool = False
-    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"
-    tokenizer_model: str | None = None  # default: the pretrained checkpoint's folder
-    vocab_size: int | None = None  # NullTokenizer only
-    num_workers: int = 2
-    seed: int = 1234
+    train_data_path: tuple[str, ...] = option(
+        (),
+        "training data: *.json or *.jsonl with prompt and completion, messages or text; or indexed prefixes, each "
+        "optionally preceded by its weight",
+        metavar="PATH",
+    )
+    valid_data_path: tuple[str, ...] = option((), "validation data, like --train-data-path", metavar="PATH")
+    test_data_path: tuple[str, ...] = option((), "test data, like --train-data-path", metavar="PATH")
+    data_path: tuple[str, ...] = option(
+        (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
+    )
+    split: str | None = option(None, "shares of training, validation and test with --data-path, such as 969,30,1")
+    data_cache_path: str | None = option(None, "folder for the index files built from indexed data", metavar="PATH")
+    seq_length: int = option(1024, "longest sample, in tokens", check="positive")
+    overlong: Literal["error", "skip", "truncate"] = option(
+        "truncate", "what to do with longer samples; truncate cuts the end of the completion, with a warning"
+    )
+    pack_sequences: bool = option(False, "pack several samples into one sequence, without attention across them")
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
+        "HuggingFaceTokenizer", "kind of tokenizer", group="tokenizer"
+    )
+    tokenizer_model: str | None = option(
+        None,
+        "tokenizer folder or SentencePiece model (default: the folder of --pretrained-checkpoint)",
+        group="tokenizer",
+        metavar="PATH",
+    )
+    vocab_size: int | None = option(
+        None,
+        "size of NullTokenizer's vocabulary; with other tokenizers it is compared with the checkpoint",
+        check="positive",
+        group="tokenizer",
+    )
+    num_workers: int = option(2, "data-loading processes per rank", check="not_negative")
+    seed: int = option(1234, "seed for parameters, dropout and the order of samples")
 
     def __post_init__(self) -> None:
         separate = self.train_data_path or self.valid_data_path or self.test_data_path
         with Requirements(self) as require:
-            require.positive("seq_length", "vocab_size")
-            require.not_negative("num_workers")
+            require.fields()
             require(
                 self.num_workers <= MOST_WORKERS,
                 f"--num-workers is {self.num_workers}; they are processes of each rank, at most {MOST_WORKERS:,}.",
@@ -154,7 +183,7 @@ class DataConfig:
             require(
                 not (separate and self.data_path),
                 "--data-path (one source cut by --split) and --train-data-path/--valid-data-path/--test-data-path "
-                "(a source each) exclude one another: give one of the two.",
+                "(a source each) are mutually exclusive.",
             )
             require(
                 not (self.split and separate),

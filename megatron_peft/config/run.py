@@ -43,7 +43,7 @@ class RunConfig:
             self._check_batches(require)
             self._check_schedule(require)
             self._check_memory_savers(require)
-            self._check_method(require)
+            self.peft.spec.check_run(self.peft, self, require)
 
     def _check_batches(self, require: Requirements) -> None:
         replicas, pp = self.parallel.data_parallel_size, self.parallel.pipeline_model_parallel_size
@@ -95,28 +95,6 @@ class RunConfig:
         require(
             not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
             "--overlap-param-gather needs --overlap-grad-reduce.",
-        )
-        require(
-            self.peft.lora_max_norm_ratio is None or not self.optimizer.overlap_param_gather,
-            "--lora-max-norm-ratio scales whole parameters after a step, which --overlap-param-gather has not gathered "
-            "by then: leave out one of them.",
-        )
-
-    def _check_method(self, require: Requirements) -> None:
-        require(
-            not (self.peft.leaves_the_optimizer and self.optimizer.overlap_param_gather),
-            "--boft-parametrization projection and --urnn-update riemannian end a step on whole parameters, which "
-            "--overlap-param-gather has not gathered by then: leave it out, or use cayley or structured.",
-        )
-        require(
-            self.peft.hybrid_merge_interval is None or not self.optimizer.overlap_param_gather,
-            "--hybrid-merge-interval folds parameters in as a step ends, which --overlap-param-gather has not gathered "
-            "by then: leave out one of them.",
-        )
-        require(
-            self.peft.hybrid_merge_interval is None or not self.model.bf16,
-            "--hybrid-merge-interval folds changes into weights that have to be kept in float32, which --bf16 does "
-            "not: leave out one of them.",
         )
 
     @property

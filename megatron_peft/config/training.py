@@ -1,14 +1,18 @@
 """How it is trained: the sections of a run's length and batches, its optimizer, checkpoints and log."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, flag
+from megatron_peft.config.errors import Requirements, flag, option
 
 # Far above what anybody has trained; beyond them an index of the samples would not fit into memory, or into 64 bits.
 MOST_SAMPLES_A_STEP = 2**24
 MOST_STEPS = 10**12
 MOST_EPOCHS = 10**6
+LEARNING_RATE = "learning rate"  # titles of --help
+VALIDATION = "validation"
+DISTRIBUTED = "distributed"
 LENGTH_OF_THE_RUN = "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
 
 
@@ -16,34 +20,37 @@ LENGTH_OF_THE_RUN = "the length of the run: give exactly one of --train-iters, -
 class TrainingConfig:
     """Length of the run (one of three, or none where nothing is trained), batch sizes, evaluation, ways to stop."""
 
-    micro_batch_size: int = 1
-    global_batch_size: int | None = None  # default: micro_batch_size x data-parallel size
-    train_iters: int | None = None
-    train_samples: int | None = None
-    train_epochs: float | None = None  # resolves to iterations when the dataset's length is known
-    eval_interval: int | None = 1000
-    eval_iters: int | None = None  # iterations of global_batch_size samples; None: the whole validation set, once
-    seed: int = 1234
-    check_for_nan_in_loss_and_grad: bool = True
-    exit_interval: int | None = None
-    exit_duration_in_mins: float | None = None
-    exit_signal_handler: bool = True  # SIGINT, SIGTERM and SIGUSR1 save and exit
-    overlap_grad_reduce: bool = False
+    micro_batch_size: int = option(1, "samples per forward pass on each data-parallel rank", check="positive")
+    global_batch_size: int | None = option(
+        None, "samples per step over all ranks (default: --micro-batch-size x data-parallel size)", check="positive"
+    )
+    train_iters: int | None = option(None, "length of the run in iterations", check="positive")
+    train_samples: int | None = option(None, "length of the run in samples", check="positive")
+    train_epochs: float | None = option(
+        None, "length of the run in passes over the training data; may be a fraction", check="positive"
+    )
+    eval_interval: int | None = option(1000, "iterations between validations", check="positive", group=VALIDATION)
+    eval_iters: int | None = option(
+        None,
+        "global batches per validation (default: the whole validation set, once)",
+        check="not_negative",
+        group=VALIDATION,
+    )
+    seed: int = 1234  # DataConfig explains it: one flag sets both
+    check_for_nan_in_loss_and_grad: bool = option(
+        True, "stop at a loss or gradient that is not finite, naming iteration and rank"
+    )
+    exit_interval: int | None = option(None, "save and exit at a multiple of this many iterations", check="positive")
+    exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", check="positive")
+    exit_signal_handler: bool = option(True, "save and exit on SIGINT (Ctrl-C), SIGTERM and SIGUSR1")
+    overlap_grad_reduce: bool = option(
+        False, "reduce gradients over the data-parallel ranks while backward is running", group=DISTRIBUTED
+    )
 
     def __post_init__(self) -> None:
         lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
         with Requirements(self) as require:
-            require.positive(
-                "micro_batch_size",
-                "global_batch_size",
-                "train_iters",
-                "train_samples",
-                "train_epochs",
-                "eval_interval",
-                "exit_interval",
-                "exit_duration_in_mins",
-            )
-            require.not_negative("eval_iters")
+            require.fields()
             for name in ("micro_batch_size", "global_batch_size"):
                 size = getattr(self, name)
                 require(
@@ -65,46 +72,65 @@ class TrainingConfig:
             )
 
 
+_rate = partial(option, group=LEARNING_RATE)
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW or SGD, its learning-rate schedule and its sharding. Units: rates per step, decay per unit of rate."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    lr_decay_iters: int | None = None
-    lr_decay_samples: int | None = None
-    lr_warmup_iters: int = 0
-    lr_warmup_samples: int = 0
-    lr_warmup_fraction: float | None = None
-    lr_warmup_init: float = 0.0
-    lr_wsd_decay_iters: int | None = None
-    lr_wsd_decay_samples: int | None = None
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    weight_decay: float = 0.01
-    start_weight_decay: float | None = None
-    end_weight_decay: float | None = None
-    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    sgd_momentum: float = 0.9
-    clip_grad: float = 1.0
-    use_distributed_optimizer: bool = False
-    overlap_param_gather: bool = False
-    override_opt_param_scheduler: bool = False
-    use_checkpoint_opt_param_scheduler: bool = False
+    optimizer: Literal["adam", "sgd"] = option("adam", "adam means AdamW")
+    lr: float = _rate(1e-4, "peak learning rate, reached after the warmup", check="positive")
+    min_lr: float = _rate(0.0, "learning rate at the end of the decay", check="not_negative")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = _rate(
+        "linear", "shape of the learning-rate decay"
+    )
+    lr_decay_iters: int | None = _rate(None, "iterations of the decay (default: --train-iters)", check="positive")
+    lr_decay_samples: int | None = _rate(None, "samples of the decay (default: --train-samples)", check="positive")
+    lr_warmup_iters: int = _rate(0, "iterations of linear warmup", check="not_negative")
+    lr_warmup_samples: int = _rate(0, "samples of linear warmup", check="not_negative")
+    lr_warmup_fraction: float | None = _rate(None, "warmup as a fraction of the decay")
+    lr_warmup_init: float = _rate(0.0, "learning rate at the start of the warmup", check="not_negative")
+    lr_wsd_decay_iters: int | None = _rate(None, "iterations of the last phase of WSD", check="positive")
+    lr_wsd_decay_samples: int | None = _rate(None, "samples of the last phase of WSD", check="positive")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = _rate(
+        "exponential", "shape of the decay in the last phase of WSD"
+    )
+    weight_decay: float = option(0.01, "weight decay, decoupled from the gradient", check="not_negative")
+    start_weight_decay: float | None = option(
+        None, "weight decay at the start, if it increases over the run", check="not_negative"
+    )
+    end_weight_decay: float | None = option(None, "weight decay at the end, if it increases over the run")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option(
+        "constant", "how the weight decay increases"
+    )
+    adam_beta1: float = option(0.9, "decay rate of Adam's first moment", check="fraction")
+    adam_beta2: float = option(0.999, "decay rate of Adam's second moment", check="fraction")
+    adam_eps: float = option(1e-8, "term added to Adam's denominator", check="positive")
+    sgd_momentum: float = option(0.9, "momentum of SGD", check="fraction")
+    clip_grad: float = option(1.0, "largest norm of the global gradient; 0: no clipping", check="not_negative")
+    use_distributed_optimizer: bool = option(
+        False, "shard the optimizer's state over the data-parallel ranks", group=DISTRIBUTED
+    )
+    overlap_param_gather: bool = option(
+        False, "gather the distributed optimizer's parameters while forward is running", group=DISTRIBUTED
+    )
+    override_opt_param_scheduler: bool = _rate(
+        False,
+        "take the schedule from these flags, not from the loaded checkpoint",
+        flags=("--override-opt-param-scheduler", "--override-opt_param-scheduler"),
+    )
+    use_checkpoint_opt_param_scheduler: bool = _rate(
+        False,
+        "take the schedule from the loaded checkpoint, not from these flags",
+        flags=("--use-checkpoint-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler"),
+    )
 
     def __post_init__(self) -> None:
         wsd_flags = [n for n in ("lr_wsd_decay_iters", "lr_wsd_decay_samples") if getattr(self, n) is not None]
         start, end = self.start_weight_decay, self.end_weight_decay
         with Requirements(self) as require:
-            require.positive("lr", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
-            require.positive("adam_eps")
-            require.not_negative("min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay")
-            require.not_negative("start_weight_decay", "clip_grad")
-            require.fraction("adam_beta1", "adam_beta2", "sgd_momentum")
+            require.fields()
             require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
             require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
             require(
@@ -146,21 +172,29 @@ class OptimizerSettings:
 class CheckpointConfig:
     """Where state is written and read. Intervals are iterations."""
 
-    save: str | None = None
-    load: str | None = None
-    save_interval: int | None = None
-    async_save: bool = False  # copy, go on, and write in the background
-    keep_last_checkpoints: int | None = None  # None: all
-    finetune: bool = False  # load parameters only, start at iteration 0
-    no_load_optim: bool = False
-    no_load_rng: bool = False
-    no_save_optim: bool = False
-    no_save_rng: bool = False
+    save: str | None = option(None, "folder for checkpoints and metrics", check="not_empty", metavar="PATH")
+    load: str | None = option(
+        None,
+        "folder of checkpoints to resume from (the newest complete one), or one of its iter_ folders",
+        check="not_empty",
+        metavar="PATH",
+    )
+    save_interval: int | None = option(None, "iterations between checkpoints", check="positive")
+    async_save: bool = option(
+        False, "keep training while a checkpoint is written (needs memory for a copy of what is saved)"
+    )
+    keep_last_checkpoints: int | None = option(
+        None, "number of newest checkpoints to keep; older ones are removed (default: all are kept)", check="positive"
+    )
+    finetune: bool = option(False, "load parameters only and start at iteration 0")
+    no_load_optim: bool = option(False, "do not load the optimizer state")
+    no_load_rng: bool = option(False, "do not load the state of the random generators")
+    no_save_optim: bool = option(False, "do not save the optimizer state")
+    no_save_rng: bool = option(False, "do not save the state of the random generators")
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
-            require.not_empty("save", "load")
-            require.positive("save_interval", "keep_last_checkpoints")
+            require.fields()
             require.needs("save_interval", "save")
             require.needs("async_save", "save")
             require.needs("keep_last_checkpoints", "save")
@@ -170,14 +204,17 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a run prints and records. Intervals are iterations."""
 
-    log_interval: int = 10
-    tensorboard_dir: str | None = None
-    wandb_project: str | None = None
-    wandb_exp_name: str | None = None
-    wandb_save_dir: str | None = None
+    log_interval: int = option(10, "iterations between log lines", check="positive")
+    tensorboard_dir: str | None = option(
+        None, "folder for TensorBoard's event files", check="not_empty", metavar="PATH"
+    )
+    wandb_project: str | None = option(None, "Weights & Biases project; needs --wandb-exp-name")
+    wandb_exp_name: str | None = option(None, "name of the run at Weights & Biases")
+    wandb_save_dir: str | None = option(
+        None, "folder for Weights & Biases' own files", check="not_empty", metavar="PATH"
+    )
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
-            require.positive("log_interval")
-            require.not_empty("tensorboard_dir", "wandb_save_dir")
+            require.fields()
             require.needs("wandb_project", "wandb_exp_name")

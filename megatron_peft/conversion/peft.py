@@ -2,9 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord
@@ -14,13 +17,21 @@ from megatron_peft.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
+    PeftFormat,
     RunConfig,
     TrainingConfig,
     require,
 )
 from megatron_peft.conversion.hf_files import NUMBER_TYPES, listed, open_source
-from megatron_peft.conversion.peft_config import Adopted, BoftSettings, read_settings, shortest_targets
-from megatron_peft.conversion.peft_formats import BoftExport, BoftImport, LoraExport, LoraImport
+from megatron_peft.conversion.peft_config import (
+    PREFIX,
+    Adopted,
+    BoftImport,
+    BoftSettings,
+    LoraImport,
+    read_settings,
+    shortest_targets,
+)
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
     TrainedAdapters,
@@ -30,9 +41,10 @@ from megatron_peft.conversion.trained_adapters import (
     layer_of,
     modules_of,
     open_adapters,
+    rows_of_modules,
     save_adapters,
 )
-from megatron_peft.conversion.writer import SafetensorsWriter, check_new, new_folder
+from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, check_new, new_folder
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
@@ -86,7 +98,9 @@ def _check_tensors(adapter: LoraImport | BoftImport, rules: list[Rule], base: st
         f"target_modules {settings.targets['target_modules']} of {source.folder} name no linear layer of {base}: give "
         f"the base model that the adapter was made for.",
     )
-    expected = {name: shape for module, size in targeted.items() for name, shape in adapter.shapes(module, size)}
+    expected = {
+        name: shape for module, size in targeted.items() for name, shape in adapter.shapes(module, size).items()
+    }
     headers = source.headers
     faults = {
         "missing": [name for name in expected if name not in headers],
@@ -132,15 +146,6 @@ def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
 STEM = "adapter_model"
 
 
-# What a method is in HF PEFT: (adapters, rules of the adapted weights) -> a config and tensors. A new method is one
-# line here.
-EXPORTERS: dict[str, type[LoraExport] | type[BoftExport]] = {
-    "lora": LoraExport,
-    "lora-ga": LoraExport,
-    "boft": BoftExport,
-}
-
-
 def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None = None) -> Path:
     """Write `output`, which `peft.PeftModel.from_pretrained(base, output)` opens; print what has to be known of it.
 
@@ -156,26 +161,36 @@ def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     check_new(output)
     adapters = open_adapters(input)
     record = adapters.record
-    method = record.config.peft.method
-    require(
-        method in EXPORTERS,
-        f"--input {input}: HF PEFT has nothing that computes what --peft-method {method} does. tools/convert.py merge "
-        f"folds the adapters into their base, which any program opens.",
-    )
+    peft = record.config.peft
+    form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
+    if form is None:
+        raise ConfigurationError(
+            f"--input {input}: HF PEFT has nothing that computes what --peft-method {peft.method} does. "
+            f"tools/convert.py merge merges the adapters into their base, which any program opens."
+        )
     rules = _adapted_weights(record)
-    export = EXPORTERS[method](adapters, rules)
+    modules = (module for rule in rules for module in modules_of(rule))
+    targets = shortest_targets(modules, record.shape.num_layers)
+    own_config = form.config(peft, targets)
     base = _base(adapters, pretrained_checkpoint)
     is_megatrons = base is not None and megatron_files(base) is not None
-    config = {**_common_config(record, None if is_megatrons else base, rules), **export.config()}
+    config = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None if is_megatrons else base,
+        "inference_mode": True,
+        "target_modules": targets,
+        "modules_to_save": None,
+        **own_config,
+    }
     with new_folder(output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _write(draft, rules, export)
+        _write(draft, rules, form, own_config, adapters)
     if is_megatrons:
         print(
             f"The base model {base} is in Megatron's form, which HF PEFT does not open, so the adapter names none: "
             f"tools/convert.py megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
         )
-    print(export.note, end="", flush=True)
+    print(form.note(peft), end="", flush=True)
     return Path(output)
 
 
@@ -192,23 +207,21 @@ def _base(adapters: TrainedAdapters, override: str | Path | None) -> str | None:
     return str(base_of(adapters, override))
 
 
-def _common_config(record: RunRecord, base: str | None, rules: Iterable[Rule]) -> dict[str, Any]:
-    """The fields of any PeftConfig that say what is computed; the others have their defaults."""
-    modules = (module for rule in rules for module in modules_of(rule))
-    return {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "target_modules": shortest_targets(modules, record.shape.num_layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
+def _write(
+    draft: Path, rules: Sequence[Rule], form: PeftFormat, config: Mapping[str, Any], adapters: TrainedAdapters
+) -> None:
+    """Every tensor into one file, in float32: HF PEFT has no shards."""
+    specs = {
+        f"{PREFIX}{module}.{name}": TensorSpec(shape, torch.float32)
+        for rule in rules
+        for module, size in modules_of(rule).items()
+        for name, shape in form.shapes(config, *size).items()
     }
-
-
-def _write(draft: Path, rules: Iterable[Rule], export: LoraExport | BoftExport) -> None:
-    """Every tensor into one file, in float32: HF PEFT knows no shards."""
-    with SafetensorsWriter(draft, export.specs(), max_shard_bytes=sys.maxsize, stem=STEM) as writer:
+    with SafetensorsWriter(draft, specs, max_shard_bytes=sys.maxsize, stem=STEM) as writer:
         for rule in rules:
-            for name, tensor in export.tensors(rule):
-                writer.write(name, tensor)
+            layer, peft = layer_of(rule), adapters.record.config.peft
+            tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
+            rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
+            for module in modules_of(rule):
+                for name, tensor in tensors.items():
+                    writer.write(f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensor)

@@ -7,18 +7,21 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_peft.adapters import boft, low_rank
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config.untrusted import limited_to, read_json_object
-from megatron_peft.conversion.hf_files import Source
-from megatron_peft.models.shape import number, size, switch
+from megatron_peft.conversion.hf_files import Source, listed
+from megatron_peft.conversion.trained_adapters import Factors, fuse, layer_of, modules_of
+from megatron_peft.models.rules import Rule
+from megatron_peft.models.shape import ModelShape, number, size, switch
 
 # What the formats of Hugging Face PEFT have in common: names of tensors, and what an import gives.
 
@@ -244,3 +247,161 @@ def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     for name in names:
         by_kind[name.rpartition(".")[2]].append(name)
     return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]
+
+
+# What a plain LoRA or BOFT is here.
+
+
+class BoftImport:
+    """HF PEFT's BOFT as adapters of a run.
+
+    Without its CUDA extension HF PEFT trains a single factor, whatever its config says: the tensors decide.
+    """
+
+    def __init__(self, settings: BoftSettings, source: Source) -> None:
+        stored = next((header.shape[0] for name, header in source.headers.items() if name.endswith("boft_R")), None)
+        self._configured, self.source = settings.num_factors, source
+        self.settings = replace(settings, num_factors=1) if stored == 1 else settings
+
+    def shapes(self, module: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a module's tensors; `size` is [out, in]."""
+        config = {
+            "boft_block_size": self.settings.block_size_of(size[1]),
+            "boft_n_butterfly_factor": self.settings.num_factors,
+        }
+        return _named(module, boft.EXPORT.shapes(config, *size))
+
+    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
+        """The run's tensors and settings.
+
+        Raises:
+            ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
+                sizes.
+        """
+        layers = {layer_of(rule): self._rotation(rule) for rule in rules if self._targeted(rule)}
+        peft = PeftConfig(
+            method="boft",
+            target_modules=tuple(shortest_targets(layers, shape.num_layers)),
+            boft_block_size=self._block_size(rules),
+            boft_factors=self.settings.num_factors,
+            rotation_side="input",
+        )
+        flags = (
+            f"--peft-method boft --boft-block-size {peft.boft_block_size} --boft-factors {peft.boft_factors} "
+            f"--rotation-side input"
+        )
+        return Adopted(peft, {f"{layer}.adapter.Q": Q for layer, Q in layers.items()}, flags, self._told())
+
+    def _told(self) -> str:
+        factors = (
+            f"The adapter holds 1 butterfly factor instead of the {self._configured} of its config: HF PEFT trains one "
+            f"where it lacks its CUDA extension.\n"
+        )
+        dropout = f"boft_dropout={self.settings.dropout:g} is left out: rotations have no dropout here.\n"
+        return factors * (self._configured != self.settings.num_factors) + dropout * bool(self.settings.dropout)
+
+    def _targeted(self, rule: Rule) -> list[str]:
+        return [module for module in modules_of(rule) if self.settings.is_targeted(module)]
+
+    def _block_size(self, rules: Iterable[Rule]) -> int:
+        modules = (item for rule in rules if self._targeted(rule) for item in modules_of(rule).values())
+        sizes = {self.settings.block_size_of(in_features) for _, in_features in modules}
+        require(
+            len(sizes) == 1,
+            f"boft_block_num={self.settings.num_blocks} of {self.source.folder} gives blocks of "
+            f"{' and '.join(map(str, sorted(sizes)))} features; all layers have one --boft-block-size. {WAY_OUT}",
+        )
+        return next(iter(sizes))
+
+    def _rotation(self, rule: Rule) -> Tensor:
+        """Q of a fused layer."""
+        modules, targeted = list(modules_of(rule)), self._targeted(rule)
+        for module in targeted:
+            self._require_unscaled(f"{PREFIX}{module}.boft_s")
+        found = [boft.from_huggingface(whole_tensor(self.source, f"{PREFIX}{module}.boft_R")) for module in targeted]
+        if targeted != modules or not all(torch.equal(Q, found[0]) for Q in found):
+            raise ConfigurationError(
+                f"{listed(modules)} meet one input in {layer_of(rule)}, so they have one rotation here; "
+                f"{self.source.folder} has one for {listed(targeted)}, or different ones. {WAY_OUT}"
+            )
+        return found[0]
+
+    def _require_unscaled(self, name: str) -> None:
+        scale = whole_tensor(self.source, name)
+        require(
+            bool((scale == 1).all()),
+            f"{name} of {self.source.folder} scales output features by {scale.min():g} to {scale.max():g}; a rotation "
+            f"scales nothing. {WAY_OUT}",
+        )
+
+
+def _named(module: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"{PREFIX}{module}.{name}": shape for name, shape in shapes.items()}
+
+
+# A run's LoRA has one A for all modules of a fused layer. Modules that were trained apart (q, k and v) each have their
+# own, which the fused adapter holds side by side, so its rank is their sum. A run has one --lora-rank: layers that need
+# less are padded with zeros, which stay zero under training. alpha grows with the rank, so that the scale stays.
+
+
+class LoraImport:
+    """HF PEFT's LoRA as adapters of a run."""
+
+    def __init__(self, settings: LoraSettings, source: Source) -> None:
+        self.settings, self.source = settings, source
+
+    def shapes(self, module: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a module's tensors; `size` is [out, in]."""
+        return _named(module, low_rank.EXPORT.shapes({"r": self.settings.rank}, *size))
+
+    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
+        """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
+        settings = self.settings
+        fused = {layer_of(rule): fuse(rule, found) for rule in rules if (found := self._found(rule))}
+        rank = max(factors.rank for factors in fused.values())
+        _check_rank(rank, fused, settings)
+        peft = PeftConfig(
+            method="lora",
+            target_modules=tuple(shortest_targets(fused, shape.num_layers)),
+            lora_rank=rank,
+            lora_alpha=low_rank.grown_alpha(settings.alpha, rank / settings.rank, settings.rank_stabilised),
+            lora_dropout=settings.dropout,
+            lora_rs=settings.rank_stabilised,
+        )
+        tensors = {
+            f"{layer}.adapter.{name}": tensor
+            for layer, factors in fused.items()
+            for name, tensor in vars(factors.padded(rank)).items()
+        }
+        return Adopted(peft, tensors, _flags(peft), _told(peft.lora_rank, peft.lora_alpha, settings))
+
+    def _found(self, rule: Rule) -> dict[str, Factors]:
+        """In float32, of the modules that have them."""
+        modules = (module for module in modules_of(rule) if self.settings.is_targeted(module))
+        return {
+            module: Factors(*(whole_tensor(self.source, f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"))
+            for module in modules
+        }
+
+
+def _check_rank(rank: int, fused: Mapping[str, Factors], settings: LoraSettings) -> None:
+    """A rank above the smaller side of a layer would be refused at --load."""
+    side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
+    require(
+        rank <= side,
+        f"modules that share a layer have an A of their own, which takes --lora-rank {rank} instead of "
+        f"{settings.rank}; but {layer} has only {side} features on its smaller side.",
+    )
+
+
+def _flags(peft: PeftConfig) -> str:
+    alpha = low_rank.whole_number(peft.lora_alpha)
+    return f"--peft-method lora --lora-rank {peft.lora_rank} --lora-alpha {alpha}{' --lora-rs' * peft.lora_rs}"
+
+
+def _told(rank: int, alpha: float, settings: LoraSettings) -> str:
+    grown = (
+        f"Modules that share a layer have an A of their own, so the rank is {rank} instead of "
+        f"{settings.rank}; alpha {low_rank.whole_number(alpha)} keeps the scale of {settings.scale:g}.\n"
+    )
+    return grown * (rank != settings.rank)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,10 +69,10 @@ def layer_of(rule: Rule) -> str:
     return rule.name.removesuffix(WEIGHT)
 
 
-def split(rule: Rule, factors: Factors) -> dict[str, Factors]:
-    """A fused layer's adapter as one for each of its modules: the same A, and the module's rows of B."""
-    rows = _rule_of_B(rule, factors.rank).write([factors.B])
-    return {name.removesuffix(WEIGHT): Factors(factors.A, B) for name, B in rows.items()}
+def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor over a fused layer's output features [out, n] as one for each of its modules."""
+    rows = _with_columns(rule, tensor.shape[1]).write([tensor])
+    return {name.removesuffix(WEIGHT): own for name, own in rows.items()}
 
 
 def fuse(rule: Rule, found: Mapping[str, Factors]) -> Factors:
@@ -89,15 +89,15 @@ def fuse(rule: Rule, found: Mapping[str, Factors]) -> Factors:
     for module, block in found.items():
         rows[module][:, start : start + block.rank] = block.B
         start += 0 if shared else block.rank
-    rule_of_B = _rule_of_B(rule, A.shape[0])
+    rule_of_B = _with_columns(rule, A.shape[0])
     B = A.new_empty(rule_of_B.local_shape(1))
     rule_of_B.read(B, _Held(rows), 0, 1)
     return Factors(A, B)
 
 
-def _rule_of_B(rule: Rule, rank: int) -> Rule:
-    """Rows as the weight's, and r columns."""
-    return replace(rule, parts=tuple(Part(part.name, (part.shape[0], rank)) for part in rule.parts))
+def _with_columns(rule: Rule, num_columns: int) -> Rule:
+    """The rule for a tensor with the weight's rows and other columns."""
+    return replace(rule, parts=tuple(Part(part.name, (part.shape[0], num_columns)) for part in rule.parts))
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,42 @@ class TrainedAdapters:
     record: RunRecord
     stored: dict[str, StoredTensor]
 
-    def has(self, layer: str, name: str) -> bool:
-        """Whether a layer's adapter has a tensor of this name."""
-        return f"{layer}{ADAPTER}{name}" in self.stored
+    def of(self, layer: str) -> "LayerTensors":
+        """A layer's tensors by name; each is read when it is asked for."""
+        return LayerTensors(self, layer)
 
-    def tensor(self, layer: str, name: str) -> Tensor:
-        """A whole tensor of a layer's adapter; where training kept a float32 copy, that one."""
-        key = f"{layer}{ADAPTER}{name}"
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor; the float32 copy if training kept one."""
         stored = self.stored.get(master_key(key), self.stored.get(key))
         if stored is None:
             raise ConfigurationError(_lacks(self.folder, [key]))
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         stored.fill(tensor, (0,) * len(stored.shape))
         return tensor
+
+
+@dataclass(frozen=True)
+class LayerTensors(Mapping[str, Tensor]):
+    """The tensors of a layer's adapter by name, such as `A` or `low_rank.A`; whole, read when they are asked for.
+
+    ConfigurationError: one is missing.
+    """
+
+    adapters: TrainedAdapters
+    layer: str
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.adapters.tensor(f"{self.layer}{ADAPTER}{name}")
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self.layer}{ADAPTER}{name}" in self.adapters.stored
+
+    def __iter__(self) -> Iterator[str]:
+        prefix = f"{self.layer}{ADAPTER}"
+        return (key.removeprefix(prefix) for key in self.adapters.stored if key.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def open_adapters(folder: str | Path) -> TrainedAdapters:
@@ -159,21 +182,6 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
     missing = [key for key in expected if key not in stored]
     require(not missing, _lacks(checkpoint, missing))
     return TrainedAdapters(checkpoint, record, stored)
-
-
-def low_rank_factors(adapters: TrainedAdapters, layer: str, part: str = "") -> Factors:
-    """A and B of a layer's whole low-rank change, without its scale.
-
-    Some starts of LoRA-GA subtract a frozen B0 A0: the change is then of rank 2r, [B, -B0] [A; A0].
-
-    Args:
-        part: what comes before the names, where an adapter has several parts: `low_rank.`.
-    """
-    change = Factors(adapters.tensor(layer, f"{part}A"), adapters.tensor(layer, f"{part}B"))
-    if not adapters.has(layer, f"{part}A0"):
-        return change
-    A0, B0 = (adapters.tensor(layer, f"{part}{name}").to(change.A.dtype) for name in ("A0", "B0"))
-    return Factors(torch.cat([change.A, A0]), torch.cat([change.B, -B0], dim=1))
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
+from megatron_peft.adapters.attach import TargetLayer, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, made_again, maker_of
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import require
@@ -206,7 +206,7 @@ class _Sketch:
 
     branch: LeftProduct | RightProduct
 
-    def __init__(self, target: Target, rank: int, start: str, seed: int) -> None:
+    def __init__(self, target: TargetLayer, rank: int, start: str, seed: int) -> None:
         layout, weight = target.module.layout, target.module.weight
         self.rank, self.start = rank, STARTS[start]
         wanted = self.start.triplets_a_rank * rank + OVERSAMPLING

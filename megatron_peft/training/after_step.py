@@ -1,4 +1,4 @@
-"""What follows backward: the Hybrid's lambda, the update, bounds on norms, changes folded into weights."""
+"""What follows backward: the Hybrid's lambda, the update, bounds on norms, changes merged into weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
-from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.adapters.urnn import RiemannianUrnn
+from megatron_peft.config.methods.hybrid import Hybrid as HybridMethod
+from megatron_peft.config.methods.hybrid import rotation_lr
+from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.training.state import GradientShards, TrainingState
 
@@ -30,7 +32,7 @@ from megatron_peft.training.state import GradientShards, TrainingState
 
 @torch.no_grad()
 def bound_low_rank_norms(state: TrainingState) -> None:
-    """Scale every low-rank change whose norm is above --lora-max-norm-ratio of its weight's. No look by the host."""
+    """Scale every low-rank change whose norm is above --lora-max-norm-ratio of its weight's. No host-device sync."""
     peft = state.config.peft
     if peft.lora_max_norm_ratio is None:
         return
@@ -40,7 +42,7 @@ def bound_low_rank_norms(state: TrainingState) -> None:
         return
     low_ranks = [part for _, part in parts]
     limits = peft.lora_max_norm_ratio / peft.lora_scale * _base_norms(parts)
-    factors = shrinkage(*_whole_gram_matrices(low_ranks), limits, peft.subtracts_start)
+    factors = shrinkage(*_whole_gram_matrices(low_ranks), limits, peft.spec.subtracts_start(peft))
     shards = GradientShards(state.optimizer)
     for low_rank, t in zip(low_ranks, factors, strict=True):
         for parameter, start in _scaled(low_rank):
@@ -101,7 +103,8 @@ CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm 
 
 def update(state: TrainingState) -> float:
     """Apply the gradients of a step. Returns their norm before clipping."""
-    if not state.config.peft.leaves_the_optimizer:
+    peft = state.config.peft
+    if not peft.spec.updates_whole_parameters(peft):
         return _optimizer_step(state)
     on_group = list(_modules(state.model_chunks, RiemannianUrnn))
     parameters = [module.U for module in on_group]
@@ -167,7 +170,8 @@ def hybrid_adapters(state: TrainingState) -> dict[str, Hybrid]:
 def mix_from_gradients(state: TrainingState) -> None:
     """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
     peft, lr = state.config.peft, state.config.optimizer.lr
-    if peft.method != "hybrid" or not peft.adapts_mix:
+    adapters = list(hybrid_adapters(state).values())
+    if not adapters or not peft.adapts_mix:
         return
     shards = GradientShards(state.optimizer)
     group: Any = (
@@ -175,13 +179,12 @@ def mix_from_gradients(state: TrainingState) -> None:
         if shards.is_sharded
         else parallel_state.get_tensor_model_parallel_group()
     )
-    adapters = list(hybrid_adapters(state).values())
-    update_mixtures(adapters, peft, _counted(shards), group, peft.rotation_lr(lr) / lr)
+    update_mixtures(adapters, peft, _counted(shards), group, rotation_lr(peft, lr) / lr)
 
 
 def mixtures(state: TrainingState) -> Mixtures | None:
     """lambda now; None without the Hybrid. A collective."""
-    if state.config.peft.method != "hybrid":
+    if not isinstance(state.config.peft.spec, HybridMethod):
         return None
     own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in hybrid_adapters(state).items()}
     gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
@@ -209,13 +212,14 @@ def _counted(shards: GradientShards) -> OwnGradient:
 # the moments that the optimizer has of its parameters. lambda, the schedule and A go on.
 
 
-def fold_if_due(state: TrainingState) -> None:
-    """Fold after every so many iterations; the step of `state.position.iteration + 1` has just been taken."""
-    interval = state.config.peft.hybrid_merge_interval
+def merge_if_due(state: TrainingState) -> None:
+    """Merge after every so many iterations; the step of `state.position.iteration + 1` has just been taken."""
+    peft = state.config.peft
+    interval = peft.hybrid_merge_interval if isinstance(peft.spec, HybridMethod) else None
     if interval is None or (state.position.iteration + 1) % interval:
         return
     for adapter in hybrid_adapters(state).values():
-        adapter.fold()
+        adapter.merge_and_restart()
     forget_moments(state.optimizer)
 
 

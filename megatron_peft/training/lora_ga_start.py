@@ -107,7 +107,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     Raises:
         ConfigurationError: on every rank: the training data has fewer samples.
     """
-    if not config.peft.starts_from_gradients or checked_together(lambda: _resumes(config)):
+    if not config.peft.spec.starts_from_gradients or checked_together(lambda: _resumes(config)):
         return ()
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
     most = train.samples_per_epoch // size

@@ -167,7 +167,7 @@ def _check_start(state: TrainingState, data: Data) -> None:
     Raises ConfigurationError where the base's loss is not finite.
     """
     peft = state.config.peft
-    if not peft.trains_adapters or peft.urnn_mode == "replace":
+    if not peft.trains_adapters or peft.spec.replaces_base(peft):
         return
     ours, base = start_losses(state, data)
     require(

@@ -11,13 +11,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedLinear
-from megatron_peft.adapters.low_rank import IS_NOT_DECAYED
-from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import sum_coalesced
@@ -135,10 +133,7 @@ def _wait_for_parts_of_adapters(chunk: DistributedDataParallel) -> None:
 
 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """megatron-core's optimizer over the trainable parameters; LoRA+ gives every B a rate of its own.
-
-    Rotations have a rate of their own too, and no decay; nor have factors whose start is subtracted.
-    """
+    """megatron-core's optimizer over the trainable parameters, in the groups that the method declares."""
     settings = config.optimizer
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     optimizer_config = OptimizerConfig(
@@ -157,21 +152,14 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         overlap_param_gather=settings.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(optimizer_config)
-    ratio = config.peft.lora_plus_ratio
-    if ratio != 1.0:
-        names: Any = ("*.adapter.B", "*.adapter.low_rank.B")
-        overrides[ParamKey(name=names)] = ParamGroupOverride(  # pyright: ignore[reportCallIssue]
-            max_lr=ratio * settings.lr, min_lr=ratio * settings.min_lr
-        )
-    overrides[ParamKey(attr=IS_NOT_DECAYED)] = ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
-    rotation_lr = config.peft.rotation_lr(settings.lr)
-    rotations: Any = {
-        "max_lr": rotation_lr,
-        "min_lr": rotation_lr / settings.lr * settings.min_lr,
-        "wd_mult": 0.0,
-        IS_ROTATION: True,
-    }
-    overrides[ParamKey(attr=IS_ROTATION)] = rotations
+    for group in config.peft.spec.param_groups:
+        rate = group.learning_rate(config.peft, settings.lr) if group.learning_rate else settings.lr
+        override: Any = {group.attribute: True}
+        if rate != settings.lr:
+            override |= {"max_lr": rate, "min_lr": rate / settings.lr * settings.min_lr}
+        if not group.is_decayed:
+            override["wd_mult"] = 0.0
+        overrides[ParamKey(attr=group.attribute)] = override
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )

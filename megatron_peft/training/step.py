@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.training.after_step import bound_low_rank_norms, fold_if_due, mix_from_gradients, update
+from megatron_peft.training.after_step import bound_low_rank_norms, merge_if_due, mix_from_gradients, update
 from megatron_peft.training.state import TrainingState
 
 
@@ -82,7 +82,7 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     learning_rate = _learning_rate(state)
     grad_norm = update(state)
     bound_low_rank_norms(state)
-    fold_if_due(state)
+    merge_if_due(state)
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
         loss=summary.loss,

@@ -171,11 +171,12 @@ def training_summary(
         model_chunks: this rank's, for its bytes.
     """
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
-    if config.peft.urnn_mode == "replace":
+    if config.peft.spec.replaces_base(config.peft):
         lines.append(
-            "WARNING: --urnn-mode replace DISCARDS the pretrained weights of these layers: unitary ones stand in their "
-            "place, and the model starts as another one."
+            "WARNING: the pretrained weights of these layers are DISCARDED and replaced by new ones: the model does "
+            "not start from the pretrained one."
         )
+    lines += [f"note: {flag} has no effect on --peft-method {config.peft.method}" for flag in config.peft.unused_flags]
     share = 100 * counts.trainable / max(counts.total, 1)
     lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
     weights, gradients, moments = rank_bytes(config, model_chunks)
@@ -192,7 +193,7 @@ def _modules(config: RunConfig, adapted: Sequence[str], parts: Mapping[str, str]
     kinds = Counter(name.rpartition(".")[2] for name in adapted)
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     fused = [
-        f"{name} is part of {parts[name]}, which is adapted whole"
+        f"{name} is part of {parts[name]}, which is adapted as a whole"
         for name in config.peft.target_modules
         if name in parts and list(parts.values()).count(parts[name]) > 1
     ]

@@ -1,6 +1,7 @@
 """Which layers are adapted and by what, what stays frozen, and the messages for names that match nothing."""
 
 import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
 from megatron_peft.models.families import FAMILIES
-from tests.one_rank import one_rank
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime import cpu
+from tests.one_rank import Place, one_rank
 from tests.tiny_gpt import tiny_gpt
 
 NAMES = [
@@ -152,3 +155,25 @@ def test_a_stage_without_an_adapter_has_an_output_to_go_back_from():
     attach_adapters([first, last], PeftConfig(lora_rank=4, target_modules=("decoder.layers.3.*",)), seed=1)
     assert _run(first).requires_grad
     assert [n for n, p in first.named_parameters() if p.requires_grad] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {}),
+        ("lora-ga", {"lora_ga_init": "paper"}),
+        ("boft", {"boft_block_size": 4, "boft_factors": 2}),
+        ("boft", {"boft_block_size": 4, "boft_factors": 2, "rotation_side": "input"}),
+        ("boft", {"boft_block_size": 4, "boft_factors": 2, "boft_parametrization": "projection"}),
+        ("urnn", {"urnn_block_size": 8}),
+        ("urnn", {"urnn_block_size": 8, "urnn_update": "riemannian", "rotation_side": "input"}),
+        ("hybrid", {"boft_block_size": 4, "boft_factors": 2}),
+        ("hybrid", {"hybrid_rotation": "urnn", "urnn_block_size": 8}),
+    ],
+)
+def test_the_declared_cost_is_what_is_trained(method, settings):
+    peft, layout = PeftConfig(method, lora_rank=4, **settings), LinearLayout("column", 48, 32, Place(0, 1))
+    cpu.install()
+    adapter = import_module(peft.spec.adapter).build(layout, peft, "layer.adapter", 0, torch.float32)
+    numbers = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+    assert numbers == peft.spec.num_parameters(peft, 48, 32)

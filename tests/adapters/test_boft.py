@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.boft import Boft, ProjectedBoft, boft
+from megatron_peft.adapters.boft import Boft, ProjectedBoft, build
 from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
-from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.one_rank import Place
@@ -19,7 +19,8 @@ def made(split: str = "column", size: int = 1, heads: int | None = None, **setti
     cpu.install()
     layout = LinearLayout(split, 48, 32, Place(0, size), head_features=heads)  # type: ignore[arg-type]
     peft = PeftConfig("boft", **{"boft_block_size": 4, "boft_factors": 2, **settings})
-    return boft(layout, peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
+    peft.spec.check_layer(peft, layout, "decoder.layers.0.linear")
+    return build(layout, peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from torch import Tensor
 from megatron_peft.adapters import frozen_linear
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
-    folds_change,
     frozen_linear_plus_low_rank,
     frozen_linear_rotated,
     made_again,
     maker_of,
+    rotates_weight,
     run_function,
 )
 from tests.one_rank import Place
@@ -96,7 +96,7 @@ def test_a_rotation_never_goes_into_a_bfloat16_weight():
     call = FrozenLinearCall(torch.eye(8).bfloat16(), None, True, False, Place(0, 1))
     x, D = torch.full((16, 1, 8), 1.875).bfloat16(), 0.75 * 2**-8 * torch.eye(4).repeat(2, 1, 1)
     assert torch.equal(frozen_linear_rotated(x, D, call), x + 2**-7)
-    assert not folds_change(x, call.weight, D.bfloat16()) and folds_change(x.float(), call.weight.float(), D)
+    assert not rotates_weight(x, call.weight, D.bfloat16()) and rotates_weight(x.float(), call.weight.float(), D)
 
 
 class _Cube(torch.autograd.Function):

@@ -27,7 +27,9 @@ def world():
 
 def _adapter(split="column", name=NAME, seed=1, **settings):
     layout = LinearLayout(split, OUT, IN, Place(0, 1))
-    return LowRank(layout, PeftConfig(**{"lora_rank": RANK, **settings}), name, seed, torch.float32)
+    peft = PeftConfig(**{"lora_rank": RANK, **settings})
+    peft.spec.check_layer(peft, layout, name.removesuffix(".adapter"))
+    return LowRank(layout, peft, name, seed, torch.float32)
 
 
 def _forward(adapter, x, splits_sequence=False):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters import low_rank, urnn
-from megatron_peft.adapters.attach import adapter_builder
 from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.rotation import BlockRotation
@@ -171,7 +171,8 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
     """Give the layer its adapter, in float64 and moved away from the start; the ranks' starts are slices of one."""
 
     def made(group: Any) -> nn.Module:
-        return adapter_builder(peft.method)(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
+        build = import_module(peft.spec.adapter).build
+        return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
 
     alone, slices = made(places(1)[0]), [dict(made(place).named_parameters()) for place in places(size)]
     for name, parameter in alone.named_parameters():

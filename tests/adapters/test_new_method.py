@@ -1,55 +1,142 @@
-"""A method costs one file and one line: the one that docs/new-method.md shows trains alike at every layout."""
+"""A method costs two files and one line: the one of docs/new-method.md trains alike at every layout, merges and
+exports, from inside the package and from one of its own."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_peft.config import PEFT_METHODS
-from tests.ranks import run_ranks
-from tests.tiny_llama import save_llama, save_pairs
-from tests.training.layout_runs import Curve, Job, run_jobs
+from tests.adapters.new_method_runs import LAYOUTS
+from tests.time_limits import seconds
 
-PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
-(SOURCE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-(LINE,) = re.findall(r'^    "(\w+)": "([\w.:]+)",$', PAGE.read_text(), re.MULTILINE)
-LAYOUTS = {
-    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
-    "TP2+SP": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
-    "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True, "lr": 1e-1}},
-}
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "new-method.md").read_text()
+FILES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL))
+(LINE,) = re.findall(r'^(    "[\w.]+:GAINS",)$', PAGE, re.MULTILINE)
+(ENTRY_POINT,) = re.findall(r"^    (\[project.entry-points.*)\n", PAGE, re.MULTILINE)
+DECLARATION, ADAPTER = FILES
 
 
-def train_with_the_new_method(jobs: list[Job]) -> dict[str, Curve]:
-    """On a rank, to whose process the method is added as the page says."""
-    module = sys.modules["megatron_peft.adapters.gains"] = ModuleType("gains")
-    exec(compile(SOURCE, str(PAGE), "exec"), module.__dict__)
-    PEFT_METHODS.update([LINE])
-    return run_jobs(jobs)
+def in_tree(tree: Path, *command: str, **environ: str) -> str:
+    """What a command prints whose package is the one in `tree`."""
+    done = subprocess.run(
+        command, cwd=tree, capture_output=True, text=True, env=os.environ | environ, timeout=seconds(300)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train(tree: Path, folder: Path, *layouts: str, packages: Path | None = None) -> dict[str, Any]:
+    path = os.pathsep.join(map(str, [tree, *([packages] if packages else [])]))
+    program = "tests.adapters.new_method_runs"
+    return json.loads(in_tree(tree, sys.executable, "-m", program, str(folder), *layouts, PYTHONPATH=path))
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("new_method")
-    base, data = str(save_llama(folder / "base", num_hidden_layers=2)), str(save_pairs(folder / "pairs.jsonl"))
-    common = {"peft": {"method": "gains"}, "optimizer": {"lr": 1e-1}}
-    found = {}
-    for num_ranks, layouts in ((1, {"alone": {}}), (2, LAYOUTS)):
-        jobs = [Job(name, base, data, **{**common, **changes}, num_steps=12) for name, changes in layouts.items()]
-        found.update(run_ranks(num_ranks, train_with_the_new_method, jobs)[0])
-    return found
+def tree(tmp_path_factory) -> Path:
+    """A repository of the package in which the page's files and line are a change."""
+    tree = tmp_path_factory.mktemp("tree")
+    git = ("git", "-c", "user.name=n", "-c", "user.email=e")
+    in_tree(tree, *git, "init", "-q")
+    for name in ("megatron_peft", "pretrain_peft.py"):
+        in_tree(tree, "cp", "-r", str(ROOT / name), ".")
+    (tree / "tests").symlink_to(ROOT / "tests")
+    (tree / ".gitignore").write_text("__pycache__\n")
+    in_tree(tree, *git, "add", "-A")
+    in_tree(tree, *git, "commit", "-qm", "before")
+    for name, text in FILES.items():
+        (tree / name).write_text(text)
+    registry = tree / "megatron_peft/config/peft.py"
+    before, end, after = registry.read_text().partition(':HYBRID",\n')
+    registry.write_text(f"{before}{end}{LINE}\n{after}")
+    in_tree(tree, *git, "add", "-A")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def found(tree, tmp_path_factory) -> dict[str, Any]:
+    return train(tree, tmp_path_factory.mktemp("runs"), *LAYOUTS)
+
+
+def test_it_is_two_new_files_and_one_line(tree):
+    stat = in_tree(tree, "git", "diff", "--cached", "--numstat")
+    changed = {line.split("\t")[2]: line.split("\t")[:2] for line in stat.splitlines()}
+    assert changed.keys() == {DECLARATION, ADAPTER, "megatron_peft/config/peft.py"}
+    assert changed["megatron_peft/config/peft.py"] == ["1", "0"]
+    assert "new file mode" in in_tree(tree, "git", "diff", "--cached", "--", DECLARATION)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_trains_alike_at_every_layout(curves, layout):
-    alone, here = curves["alone"], curves[layout]
-    assert alone.losses[-1] < alone.losses[0] - 0.02
-    np.testing.assert_allclose(here.losses, alone.losses, rtol=1e-5)
-    np.testing.assert_allclose(here.grad_norms, alone.grad_norms, rtol=1e-4)
+def test_it_trains_alike_at_every_layout(found, layout):
+    alone, here = found["curves"]["alone"], found["curves"][layout]
+    assert alone["losses"][-1] < alone["losses"][0] - 0.02
+    np.testing.assert_allclose(here["losses"], alone["losses"], rtol=1e-5)
+    np.testing.assert_allclose(here["grad_norms"], alone["grad_norms"], rtol=1e-4)
 
 
-def test_it_takes_about_forty_lines():
-    assert len([line for line in SOURCE.splitlines() if line.strip()]) <= 40
+def test_it_merges_and_exports(found):
+    assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
+
+
+def test_its_flags_are_in_the_help_and_checked(tree):
+    told = in_tree(tree, sys.executable, "pretrain_peft.py", "--help", PYTHONPATH=str(tree))
+    assert "hybrid,gains}" in told and "--gains-lr-ratio X" in told
+    bad = "--peft-method gains --gains-bound 1.5 --gains-lr-ratio 0"
+    done = subprocess.run(
+        [sys.executable, "pretrain_peft.py", *bad.split()],
+        **{"cwd": tree, "env": os.environ | {"PYTHONPATH": str(tree)}, "capture_output": True, "text": True},
+    )
+    assert done.returncode == 2 and "--gains-bound is 1.5; above 1" in done.stderr
+    assert "--gains-lr-ratio is 0.0; it must be above 0." in done.stderr
+
+
+def install(folder: Path, declaration: str = FILES[DECLARATION]) -> Path:
+    """A package beside ours, as pip leaves it: modules, and the entry point in its metadata."""
+    package, info = folder / "your_package", folder / "your_package-1.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").touch()
+    (package / "declaration.py").write_text(declaration.replace("megatron_peft.adapters.gains", "your_package.adapter"))
+    (package / "adapter.py").write_text(FILES[ADAPTER])
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[megatron_peft.methods]\ngains = your_package.declaration:GAINS\n")
+    return folder
+
+
+def test_a_package_of_its_own_announces_it(tmp_path):
+    assert ENTRY_POINT == '[project.entry-points."megatron_peft.methods"]'
+    found = train(ROOT, tmp_path, packages=install(tmp_path / "packages"))
+    assert found["curves"]["alone"]["losses"][-1] < found["curves"]["alone"]["losses"][0] - 0.02
+    assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
+
+
+@pytest.mark.parametrize(
+    ("declaration", "method", "told"),
+    [
+        (
+            "import nowhere",
+            "gains",
+            "--peft-method gains cannot be used: it is in the installed package your",
+        ),
+        (
+            FILES[DECLARATION].replace('name = "gains"', 'name = "lora"'),
+            "lora",
+            "your-package has one of the",
+        ),
+        ("import nowhere", "lora", ""),
+    ],
+)
+def test_a_package_that_cannot_be_served_is_told_to_who_asks_for_it(tmp_path, declaration, method, told):
+    packages = install(tmp_path / "packages", declaration)
+    program = f"from megatron_peft.config import PeftConfig; PeftConfig({method!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(packages)}, "capture_output": True, "text": True},
+    )
+    assert told in done.stderr if told else done.returncode == 0

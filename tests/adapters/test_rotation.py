@@ -8,7 +8,7 @@ from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     add_blocks,
     blocks_gradient,
-    folds_change,
+    rotates_weight,
     turn_rows,
 )
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
@@ -71,8 +71,8 @@ def test_backward_keeps_one_output_and_no_second_wide_tensor(call):
 def test_a_rotation_goes_into_the_weight_where_that_costs_less():
     weight, D = torch.zeros(8, IN), torch.zeros(2, 4, 4)
     few, enough = torch.zeros(IN - 1, 1, IN), torch.zeros(IN, 1, IN)
-    assert folds_change(enough, weight, D)
-    assert not folds_change(few, weight, D) and not folds_change(enough, weight, None)
+    assert rotates_weight(enough, weight, D)
+    assert not rotates_weight(few, weight, D) and not rotates_weight(enough, weight, None)
 
 
 @pytest.mark.parametrize("x", [numbers(5, 2, 12), numbers(12, 5).t()], ids=["contiguous", "strided"])

@@ -7,10 +7,10 @@ import torch
 
 from megatron_peft.adapters import urnn as module
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
-from megatron_peft.adapters.rotation import IS_ROTATION
 from megatron_peft.adapters.unitary import as_real, orthogonality_error, random_theta, structured
-from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, rotate_by_fourier, urnn
+from megatron_peft.adapters.urnn import RiemannianUrnn, StructuredUrnn, UnitaryReplacement, build, rotate_by_fourier
 from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.kept import kept_for_backward
@@ -23,7 +23,9 @@ NAME = "decoder.layers.0.linear.adapter"
 def made(split: str, out: int = OUT, place: Place | None = None, **settings):
     cpu.install()
     layout = LinearLayout(split, out, IN, place or Place(0, 1))  # type: ignore[arg-type]
-    return urnn(layout, PeftConfig("urnn", **{"urnn_block_size": 8, **settings}), NAME, 0, torch.bfloat16)
+    peft = PeftConfig("urnn", **{"urnn_block_size": 8, **settings})
+    peft.spec.check_layer(peft, layout, NAME.removesuffix(".adapter"))
+    return build(layout, peft, NAME, 0, torch.bfloat16)
 
 
 def frozen(weight: torch.Tensor, bias: torch.Tensor | None = None, row: bool = False) -> FrozenLinearCall:

@@ -60,11 +60,11 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"method": "hybrid", "hybrid_lambda_init": 0.99}, "--hybrid-lambda-init 0.99 and --hybrid-lambda-max 0.98"),
         ({"method": "hybrid", "hybrid_lambda_min": 0.0}, "--hybrid-lambda-min 0.0"),
         ({"method": "hybrid", "hybrid_merge_interval": 0}, "--hybrid-merge-interval is 0; it must be above 0"),
-        ({"method": "hybrid", "rotation_side": "input"}, "turns the output side"),
+        ({"method": "hybrid", "rotation_side": "input"}, "rotates the output side"),
         ({"target_modules": ()}, "--peft-target-modules needs at least one name"),
     ],
     DataConfig: [
-        ({**DATA, **INDEXED}, "exclude one another"),
+        ({**DATA, **INDEXED}, "mutually exclusive"),
         ({**DATA, "split": "9,1"}, "--split cuts"),
         ({**INDEXED, "split": "9;1"}, "--split 9;1"),
         ({**INDEXED, "split": "0,0,0"}, "--split 0,0,0"),
@@ -88,7 +88,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"weight_decay_incr_style": "linear", "end_weight_decay": 0.1}, "given: None and 0.1"),
         ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer"),
         ({"optimizer": "sgd", "use_distributed_optimizer": True}, "shards Adam only"),
-        ({"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True}, "exclude one another"),
+        ({"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True}, "mutually exclusive"),
     ],
     CheckpointConfig: [({"save_interval": 5}, "--save-interval 5 needs --save")],
     LoggingConfig: [
@@ -188,15 +188,40 @@ def test_sizes_of_a_batch(values: dict[str, int], sizes: tuple[int, ...]) -> Non
     ],
 )
 def test_which_steps_end_on_whole_matrices(method: str, settings: dict[str, Any], whole_matrices: bool) -> None:
-    assert PeftConfig(method, **settings).leaves_the_optimizer is whole_matrices
+    peft = PeftConfig(method, **settings)
+    assert peft.spec.updates_whole_parameters(peft) is whole_matrices
 
 
 def test_scales_and_rates() -> None:
     assert PeftConfig(lora_rank=16, lora_alpha=32).lora_scale == 2
     assert PeftConfig(lora_rank=16, lora_alpha=32, lora_rs=True).lora_scale == 8
-    assert PeftConfig("boft").rotation_lr(8e-3) == 8e-3
-    assert PeftConfig("hybrid").rotation_lr(8e-3) == 1e-3
-    assert PeftConfig("hybrid", peft_lr_rotation=5e-4).rotation_lr(8e-3) == 5e-4
+    assert rotation_rate(PeftConfig("boft")) == 8e-3
+    assert rotation_rate(PeftConfig("hybrid")) == 1e-3
+    assert rotation_rate(PeftConfig("hybrid", peft_lr_rotation=5e-4)) == 5e-4
+
+
+def rotation_rate(peft: PeftConfig) -> float | None:
+    """With --lr 8e-3."""
+    (rotations,) = (group for group in peft.spec.param_groups if group.attribute == "is_rotation")
+    return rotations.learning_rate(peft, 8e-3) if rotations.learning_rate else None
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "unused"),
+    [
+        ("full", {"lora_rank": 8, "target_modules": ("a", "b")}, {"--lora-rank 8", "--peft-target-modules a b"}),
+        ("lora", {"lora_rank": 8, "hybrid_merge_interval": 3}, {"--hybrid-merge-interval 3"}),
+        ("boft", {"urnn_update": "riemannian", "boft_factors": 2}, {"--urnn-update riemannian"}),
+        ("hybrid", {"urnn_block_size": 32, "boft_factors": 2}, {"--urnn-block-size 32"}),
+        ("hybrid", {"hybrid_rotation": "urnn", "boft_factors": 2, "urnn_block_size": 32}, {"--boft-factors 2"}),
+        ("hybrid", {"hybrid_rotation": "urnn", "urnn_mode": "replace"}, {"--urnn-mode replace"}),
+        ("hybrid", {"lora_rank": 8, "lora_rs": True, "urnn_block_size": 64}, set()),
+    ],
+)
+def test_flags_of_other_methods_are_kept_and_named(method: str, settings: dict[str, Any], unused: set[str]) -> None:
+    peft = PeftConfig(method, **settings)
+    assert {name: getattr(peft, name) for name in settings} == settings
+    assert set(peft.unused_flags) == unused
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from megatron_peft.checkpoint.record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
 from megatron_peft.conversion.peft import export_adapter, import_adapter
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.conversion.trained_adapters import low_rank_factors, open_adapters
+from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, trained_on, with_config
 
@@ -179,10 +179,11 @@ def test_what_pads_the_rank_is_zero(moved, tmp_path):
     """o_proj needs rank 4 of the 8 that q_proj and v_proj take together: training leaves the others at zero."""
     adapter = make_adapter(moved.base("base"), tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
     imported(adapter, moved.base("base"))
-    factors = low_rank_factors(open_adapters(tmp_path / "run"), "decoder.layers.2.self_attention.linear_proj")
-    assert factors.A.shape == (8, 120) and factors.B.shape == (96, 8)
-    assert factors.A[:4].all() and factors.B[:, :4].all()
-    assert not factors.A[4:].any() and not factors.B[:, 4:].any()
+    tensors = open_adapters(tmp_path / "run").of("decoder.layers.2.self_attention.linear_proj")
+    A, B = tensors["A"], tensors["B"]
+    assert A.shape == (8, 120) and B.shape == (96, 8)
+    assert A[:4].all() and B[:, :4].all()
+    assert not A[4:].any() and not B[:, 4:].any()
 
 
 def test_export_and_import_give_the_run_back(moved):

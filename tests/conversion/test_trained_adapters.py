@@ -10,11 +10,10 @@ from megatron_peft.conversion.trained_adapters import (
     Factors,
     fuse,
     layer_of,
-    low_rank_factors,
     modules_of,
     open_adapters,
+    rows_of_modules,
     save_adapters,
-    split,
 )
 from megatron_peft.models.families import rules_for
 from tests.checkpoint.records import SHAPE, make_record
@@ -33,9 +32,9 @@ def test_copies_in_float32_are_preferred(tmp_path):
     """Under --bf16 a run goes on from them, so they are what it has trained."""
     tensors = {f"{LAYER}.adapter.A": A.bfloat16(), f"optimizer.master.{LAYER}.adapter.A": A + 1e-6}
     adapters = open_adapters(save(tmp_path / "run", tensors))
-    assert torch.equal(adapters.tensor(LAYER, "A"), A + 1e-6)
+    assert torch.equal(adapters.of(LAYER)["A"], A + 1e-6)
     with pytest.raises(ConfigurationError, match=rf"lacks {LAYER}.adapter.B"):
-        low_rank_factors(adapters, LAYER)
+        adapters.of(LAYER)["B"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +64,11 @@ LINEAR = [rule for name, rule in RULES.items() if ".linear_" in name]
 def draw(out: int, columns: int, rank: int, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     return Factors(torch.randn(rank, columns, generator=generator), torch.randn(out, rank, generator=generator))
+
+
+def split(rule, fused: Factors) -> dict[str, Factors]:
+    """As an export to HF PEFT: every module has A, and its own rows of B."""
+    return {module: Factors(fused.A, B) for module, B in rows_of_modules(rule, fused.B).items()}
 
 
 def change(factors: Factors) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron_peft.adapters.butterfly import nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.after_step import fold_if_due, hybrid_adapters, mix_from_gradients, mixtures
+from megatron_peft.training.after_step import hybrid_adapters, merge_if_due, mix_from_gradients, mixtures
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
@@ -70,9 +70,9 @@ BOUNDED = {"lora_max_norm_ratio": 0.1}
     [
         (RIEMANNIAN, LATE, "whole parameters, which --overlap-param-gather has not"),
         (PROJECTED, LATE, "whole parameters, which --overlap-param-gather has not"),
-        (MERGED, LATE, "--hybrid-merge-interval folds parameters in as a step ends"),
+        (MERGED, LATE, "--hybrid-merge-interval merges parameters as a step ends"),
         (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
-        (MERGED, {"model": {"bf16": True}}, "folds changes into weights .* --bf16 does not"),
+        (MERGED, {"model": {"bf16": True}}, "merges changes into weights .* --bf16 does not"),
     ],
 )
 def test_what_has_no_whole_or_no_precise_parameters_as_a_step_ends_is_refused(job, peft, groups, message):
@@ -102,11 +102,11 @@ def trained(start, num_steps, interval, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_ga_init": "paper"}, {"hybrid_rotation": "urnn", "urnn_block_size": 4}])
-def test_folding_keeps_the_function_and_takes_the_change_back_to_zero(start, settings):
+def test_merging_keeps_the_function_and_takes_the_change_back_to_zero(start, settings):
     state, data, _ = trained(start, 3, interval=4, **settings)
     before = validation_loss(state.model_chunks, data.valid)
     weights = {layer.name: layer.module.weight.clone() for layer in linear_layers(state.model_chunks[0])}
-    fold_if_due(state)
+    merge_if_due(state)
     assert validation_loss(state.model_chunks, data.valid) == pytest.approx(before, rel=1e-5)
     for layer in linear_layers(state.model_chunks[0]):
         adapter = layer.module.adapter
@@ -117,7 +117,7 @@ def test_folding_keeps_the_function_and_takes_the_change_back_to_zero(start, set
     assert moments and all((moment == 0).all() for moment in moments)
 
 
-def test_it_folds_at_the_interval_only(start):
+def test_it_merges_at_the_interval_only(start):
     for num_steps, folded in ((1, False), (2, True), (3, False)):
         state, _, _ = trained(start, num_steps, interval=2)
         assert all((adapter.low_rank.B == 0).all() == folded for adapter in hybrid_adapters(state).values())

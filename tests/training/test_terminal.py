@@ -45,12 +45,17 @@ def test_the_lines_name_what_is_adapted(state):
 
 def test_part_of_a_fused_layer_is_said_to_be_adapted_whole(start):
     text = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
-    assert "note: q_proj is part of linear_qkv, which is adapted whole" in text and "down_proj is part" not in text
+    assert "note: q_proj is part of linear_qkv, which is adapted as a whole" in text and "down_proj is part" not in text
 
 
 def test_a_discarded_weight_is_said_loudly(state):
     lines = _summary(state, NAMES, method="urnn", urnn_mode="replace").splitlines()
-    assert lines[1].startswith("WARNING: --urnn-mode replace DISCARDS the pretrained weights")
+    assert lines[1].startswith("WARNING: the pretrained weights of these layers are DISCARDED")
+
+
+def test_flags_without_effect_are_named_once(state):
+    lines = _summary(state, NAMES, method="lora", boft_factors=2).splitlines()
+    assert lines[1] == "note: --boft-factors 2 has no effect on --peft-method lora"
 
 
 @pytest.mark.parametrize(

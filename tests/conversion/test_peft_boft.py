@@ -13,13 +13,12 @@ from peft.tuners.boft import layer as peft_boft_layer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters import boft
+from megatron_peft.adapters.boft import LARGEST_NUMBER, Boft, from_huggingface, inverse_cayley
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, PeftConfig
-from megatron_peft.conversion import peft_formats
 from megatron_peft.conversion.peft import export_adapter, import_adapter
-from megatron_peft.conversion.peft_formats import LARGEST_NUMBER, from_huggingface, inverse_cayley
 from megatron_peft.conversion.trained_adapters import open_adapters
 from megatron_peft.conversion.verify import verify
 from tests.conversion.adapter_runs import copy_run, with_config
@@ -76,14 +75,14 @@ def test_layers_have_the_same_output_and_gradients(factors, pure_torch):
     torch.testing.assert_close(ours.adapter.Q.grad, 2 * from_huggingface(D.grad), atol=1e-5, rtol=1e-5)
 
 
-def test_cayley_is_not_undone_where_a_direction_turns_around():
+def test_an_eigenvalue_of_minus_one_has_no_inverse_cayley():
     around = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
     assert not (inverse_cayley(around).abs() < LARGEST_NUMBER).all()
 
 
-def test_blocks_that_turn_around_are_refused(moved, tmp_path, monkeypatch):
-    monkeypatch.setattr(peft_formats, "LARGEST_NUMBER", 1e-3)
-    with pytest.raises(ConfigurationError, match=r"a block of decoder.layers.0.* turns a direction around, .* merge"):
+def test_blocks_with_an_eigenvalue_of_minus_one_are_refused(moved, tmp_path, monkeypatch):
+    monkeypatch.setattr(boft, "LARGEST_NUMBER", 1e-3)
+    with pytest.raises(ConfigurationError, match=r"a block of decoder.layers.0.* has an eigenvalue of -1, .* merge"):
         export_adapter(moved.run("projection"), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
@@ -108,7 +107,7 @@ def test_several_factors_need_the_extension(moved, tmp_path, no_extension, capsy
 def test_the_output_side_is_refused(moved, tmp_path):
     turned = replace(read_run_record(moved.run("boft")).config.peft, rotation_side="output")
     run = copy_run(moved.run("boft"), tmp_path / "run", with_config(peft=turned))
-    with pytest.raises(ConfigurationError, match=r"turned the output side .* HF PEFT's BOFT turns the input: .*merge"):
+    with pytest.raises(ConfigurationError, match=r"rotated the output side .* rotates the input: .*merge"):
         export_adapter(run, tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -120,7 +119,7 @@ def test_export_and_import_give_the_run_back(run, moved, tmp_path, capsys):
     before, after = open_adapters(moved.run(run)), open_adapters(tmp_path / "run")
     layers, settings = before.record.adapted_layers, before.record.config.peft
     assert after.record.adapted_layers == layers
-    assert all(torch.equal(after.tensor(layer, "Q"), before.tensor(layer, "Q")) for layer in layers)
+    assert all(torch.equal(after.of(layer)["Q"], before.of(layer)["Q"]) for layer in layers)
     flags = f"--boft-block-size {settings.boft_block_size} --boft-factors {settings.boft_factors} --rotation-side input"
     assert f"{LOAD_IT} {flags} --peft-target-modules " in capsys.readouterr().out
 

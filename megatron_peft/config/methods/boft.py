@@ -1,0 +1,54 @@
+"""BOFT, eq. (3)-(6): flags, checks and cost. The adapter is `adapters/boft.py`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_peft.config.errors import Requirements, option
+from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions
+
+
+@dataclass(frozen=True)
+class BoftOptions(RotationOptions):
+    """Butterfly factors of orthogonal blocks."""
+
+    boft_block_size: int = option(8, "b, the size of the orthogonal blocks", check="positive")
+    boft_factors: int = option(
+        3, "m, the number of butterfly factors; groups of b 2^(m-1) features are rotated together", check="positive"
+    )
+    boft_parametrization: Literal["cayley", "projection"] = option(
+        "cayley",
+        "cayley: blocks are Cayley transforms; projection: the blocks themselves are trained, and each step ends at "
+        "the nearest orthogonal ones",
+    )
+
+
+class Boft(RotationMethod):
+    name = "boft"
+    summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
+    options = (BoftOptions,)
+    adapter = "megatron_peft.adapters.boft"
+    cost = "out m (b - 1) / 2; projection: out m b (input side: in)"
+
+    def num_parameters(self, peft: BoftOptions, out_features: int, in_features: int) -> int:
+        features = out_features if peft.rotation_side == "output" else in_features
+        numbers = features * peft.boft_factors * peft.boft_block_size  # of whole blocks
+        return numbers if peft.boft_parametrization == "projection" else (numbers - features * peft.boft_factors) // 2
+
+    def check(self, peft: BoftOptions, require: Requirements) -> None:
+        require(
+            peft.boft_block_size % 2 == 0,
+            f"--boft-block-size is {peft.boft_block_size}; a butterfly mixes halves of a block: use an even size.",
+        )
+
+    def group_size(self, peft: BoftOptions) -> int:
+        return peft.boft_block_size * 2 ** (peft.boft_factors - 1)
+
+    def group_flags(self, peft: BoftOptions) -> str:
+        return f"--boft-block-size {peft.boft_block_size} with --boft-factors {peft.boft_factors}"
+
+    def updates_whole_parameters(self, peft: BoftOptions) -> bool:
+        """Eq. (6)."""
+        return peft.boft_parametrization == "projection"
+
+
+BOFT = Boft()

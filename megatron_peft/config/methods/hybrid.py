@@ -1,0 +1,130 @@
+"""The Hybrid, Algorithm 2: flags, checks and cost. The adapter is `adapters/hybrid.py`."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_peft.config.errors import Requirements, option
+from megatron_peft.config.methods.base import Method, ParamGroup
+from megatron_peft.config.methods.boft import BOFT, BoftOptions
+from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
+from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod
+from megatron_peft.config.methods.urnn import URNN, UrnnOptions
+
+if TYPE_CHECKING:
+    from megatron_peft.config.run import RunConfig
+
+LAMBDA_RULES = ("gradient", "raw", "rms", "descent")
+ROTATIONS: dict[str, RotationMethod] = {"boft": BOFT, "urnn": URNN}
+
+
+@dataclass(frozen=True)
+class HybridOptions(UrnnOptions, BoftOptions, LoraGaOptions):
+    """The mixture of a low-rank change and a rotation."""
+
+    hybrid_rotation: Literal["boft", "urnn"] = option("boft", "the rotation that is mixed with the low-rank change")
+    hybrid_lambda: str = option(
+        "gradient",
+        "the mixture: gradient (norms of the gradients before mixing), rms (the same per parameter), descent (what a "
+        "step gains by each part), raw (the paper's norms), or fixed:X",
+    )
+    hybrid_lambda_init: float = option(0.5, "lambda before the first step, unless it is fixed")
+    hybrid_lambda_ema: float = option(
+        0.9, "weight of the previous lambda in the exponential moving average", check="fraction"
+    )
+    hybrid_lambda_min: float = option(0.02, "lower bound of lambda")
+    hybrid_lambda_max: float = option(0.98, "upper bound of lambda")
+    hybrid_merge_interval: int | None = option(
+        None, "merge the change into the weight after this many iterations and restart the adapters", check="positive"
+    )
+
+    @property
+    def adapts_mix(self) -> bool:
+        """Whether lambda follows the gradients."""
+        return self.fixed_mix is None
+
+    @property
+    def initial_mix(self) -> float:
+        """lambda at the start: X of fixed:X, else --hybrid-lambda-init."""
+        return self.hybrid_lambda_init if self.fixed_mix is None else self.fixed_mix
+
+    @property
+    def fixed_mix(self) -> float | None:
+        """X of fixed:X."""
+        kind, _, value = self.hybrid_lambda.partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if kind == "fixed" and 0 <= number <= 1 else None
+
+
+def rotation_lr(peft: Any, lr: float) -> float:
+    """Learning rate of a rotation that is mixed with a low rank: about an eighth of the low rank's works best."""
+    return peft.peft_lr_rotation or lr / 8
+
+
+class Hybrid(Method):
+    name = "hybrid"
+    summary = "W + lambda s B A + (1 - lambda)(R - I) W, lambda from the gradients"
+    options = (HybridOptions,)
+    ignored = ("urnn_mode",)
+    adapter = "megatron_peft.adapters.hybrid"
+    cost = "r (out + in), and those of the rotation"
+    param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False))
+    starts_from_gradients = True
+
+    def num_parameters(self, peft: HybridOptions, out_features: int, in_features: int) -> int:
+        parts: tuple[Method, ...] = LORA_GA, ROTATIONS[peft.hybrid_rotation]
+        return sum(part.num_parameters(peft, out_features, in_features) for part in parts)
+
+    def check(self, peft: HybridOptions, require: Requirements) -> None:
+        ROTATIONS[peft.hybrid_rotation].check(peft, require)
+        require(
+            peft.hybrid_lambda in LAMBDA_RULES or not peft.adapts_mix,
+            f"--hybrid-lambda is {peft.hybrid_lambda}; it is {', '.join(LAMBDA_RULES)}, or fixed:X with X between 0 "
+            f"and 1.",
+        )
+        low, start, high = peft.hybrid_lambda_min, peft.hybrid_lambda_init, peft.hybrid_lambda_max
+        require(
+            0 < low <= start <= high < 1,
+            f"--hybrid-lambda-min {low}, --hybrid-lambda-init {start} and --hybrid-lambda-max {high}: they must rise "
+            f"in this order, above 0 and below 1.",
+        )
+        require(
+            peft.rotation_side == "output",
+            "--peft-method hybrid rotates the output side: leave out --rotation-side input.",
+        )
+
+    def check_run(self, peft: HybridOptions, run: "RunConfig", require: Requirements) -> None:
+        LORA_GA.check_run(peft, run, require)
+        ROTATIONS[peft.hybrid_rotation].check_run(peft, run, require)
+        require(
+            peft.hybrid_merge_interval is None or not run.optimizer.overlap_param_gather,
+            "--hybrid-merge-interval merges parameters as a step ends, which --overlap-param-gather has not gathered "
+            "by then: leave out one of them.",
+        )
+        require(
+            peft.hybrid_merge_interval is None or not run.model.bf16,
+            "--hybrid-merge-interval merges changes into weights that have to be kept in float32, which --bf16 does "
+            "not: leave out one of them.",
+        )
+
+    def fields(self, peft: HybridOptions) -> set[str]:
+        """Without those of the rotation that is not mixed in."""
+        unused = [rotation for name, rotation in ROTATIONS.items() if name != peft.hybrid_rotation]
+        own = ROTATIONS[peft.hybrid_rotation].fields(peft) | LORA_GA.fields(peft)
+        return super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own - {"urnn_mode"}
+
+    def check_layer(self, peft: HybridOptions, layout: Any, name: str) -> None:
+        LORA_GA.check_layer(peft, layout, name)
+        rotation = ROTATIONS[peft.hybrid_rotation]
+        rotation.check_layer(replace(peft, urnn_mode="multiply"), layout, name)
+
+    def subtracts_start(self, peft: HybridOptions) -> bool:
+        return LORA_GA.subtracts_start(peft)
+
+    def updates_whole_parameters(self, peft: HybridOptions) -> bool:
+        return ROTATIONS[peft.hybrid_rotation].updates_whole_parameters(peft)
+
+
+HYBRID = Hybrid()

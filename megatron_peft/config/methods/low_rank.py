@@ -1,0 +1,99 @@
+"""LoRA and LoRA-GA, eq. (1)-(2) and (7)-(9): flags, checks and cost. The adapter is `adapters/low_rank.py`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_peft.config.errors import Requirements, option, require
+from megatron_peft.config.methods.base import Method, ParamGroup, PeftOptions
+
+if TYPE_CHECKING:
+    from megatron_peft.config.run import RunConfig
+
+# Marks on parameters, by which the optimizer knows them.
+IS_LORA_B = "is_lora_b"
+IS_NOT_DECAYED = "is_not_decayed"
+
+
+@dataclass(frozen=True)
+class LowRankOptions(PeftOptions):
+    """Of every method that trains W + s B A."""
+
+    lora_rank: int = option(16, "r, the inner size of the low-rank factors", check="positive")
+    lora_alpha: float = option(32, "the low-rank change is scaled by alpha / r", check="positive")
+    lora_dropout: float = option(0.0, "dropout probability on the input of the low-rank path", check="fraction")
+    lora_rs: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
+    lora_plus_ratio: float = option(1.0, "learning rate of B divided by that of A (LoRA+)", check="positive")
+    lora_max_norm_ratio: float | None = option(
+        None,
+        "after each step, scale the low-rank change of a weight down to at most this fraction of the weight's own "
+        "Frobenius norm",
+        check="positive",
+    )
+
+    @property
+    def lora_scale(self) -> float:
+        """s of y = W x + s B (A x): alpha / r, or alpha / sqrt(r) with --lora-rs."""
+        return self.lora_alpha / (self.lora_rank**0.5 if self.lora_rs else self.lora_rank)
+
+
+@dataclass(frozen=True)
+class LoraGaOptions(LowRankOptions):
+    """Of the methods whose A and B start from the gradient."""
+
+    lora_ga_batches: int = option(8, "global batches whose gradient initializes A and B", check="positive")
+    lora_ga_init: Literal["aligned", "paper", "original"] = option(
+        "aligned",
+        "initial A and B: aligned (A along the gradient, B zero), paper (eq. (8)) or original (as published); the last "
+        "two subtract a frozen copy",
+    )
+
+
+class Lora(Method):
+    name = "lora"
+    summary = "W + s B A; B starts at zero"
+    options = (LowRankOptions,)
+    adapter = "megatron_peft.adapters.low_rank"
+    cost = "r (out + in)"
+    param_groups = (
+        ParamGroup(IS_LORA_B, learning_rate=lambda peft, lr: peft.lora_plus_ratio * lr),
+        ParamGroup(IS_NOT_DECAYED, is_decayed=False),
+    )
+
+    def num_parameters(self, peft: LowRankOptions, out_features: int, in_features: int) -> int:
+        return peft.lora_rank * (out_features + in_features)
+
+    def check_run(self, peft: LowRankOptions, run: "RunConfig", require: Requirements) -> None:
+        require(
+            peft.lora_max_norm_ratio is None or not run.optimizer.overlap_param_gather,
+            "--lora-max-norm-ratio scales whole parameters after a step, which --overlap-param-gather has not gathered "
+            "by then: leave out one of them.",
+        )
+
+    def check_layer(self, peft: LowRankOptions, layout: Any, name: str) -> None:
+        rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
+        side = f"{smaller}, the smaller side of {name} ({layout.out_features} x {layout.in_features})"
+        require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
+
+
+class LoraGa(Lora):
+    name = "lora-ga"
+    summary = "the same, with A and B initialized from the gradient"
+    options = (LoraGaOptions,)
+    starts_from_gradients = True
+
+    def subtracts_start(self, peft: LoraGaOptions) -> bool:
+        return peft.lora_ga_init != "aligned"
+
+    def check_layer(self, peft: LoraGaOptions, layout: Any, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().check_layer(peft, layout, name)
+        rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
+        require(
+            peft.lora_ga_init != "original" or 2 * rank <= smaller,
+            f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {smaller}, "
+            f"the smaller side of {name} ({layout.out_features} x {layout.in_features}): use a rank of at most "
+            f"{smaller // 2}, or --lora-ga-init aligned or paper.",
+        )
+
+
+LORA = Lora()
+LORA_GA = LoraGa()

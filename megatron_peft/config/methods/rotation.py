@@ -1,0 +1,85 @@
+"""What BOFT, uRNN and the Hybrid have in common: a block-diagonal rotation of one side of the weight."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_peft.config.errors import Requirements, option, require
+from megatron_peft.config.methods.base import Method, ParamGroup, PeftOptions
+
+if TYPE_CHECKING:
+    from megatron_peft.config.run import RunConfig
+
+IS_ROTATION = "is_rotation"  # mark on parameters, by which the optimizer knows them
+
+
+@dataclass(frozen=True)
+class RotationOptions(PeftOptions):
+    """Of every method that rotates the weight."""
+
+    rotation_side: Literal["output", "input"] = option(
+        "output", "side of the weight that is rotated: R W, or W R^T as in Hugging Face PEFT"
+    )
+    peft_lr_rotation: float | None = option(
+        None, "learning rate of rotation parameters (default: --lr; with hybrid --lr / 8)", check="positive"
+    )
+
+
+class RotationMethod(Method):
+    """A method whose adapter is a rotation. Subclasses say how large its blocks are."""
+
+    # Not decayed, since the identity need not be at zero.
+    param_groups = (ParamGroup(IS_ROTATION, lambda peft, lr: peft.peft_lr_rotation or lr, is_decayed=False),)
+
+    def group_size(self, peft: Any) -> int:
+        """g, features of a block of R."""
+        raise NotImplementedError
+
+    def group_flags(self, peft: Any) -> str:
+        """The flags that set g, for errors."""
+        raise NotImplementedError
+
+    def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
+        require(
+            not (self.updates_whole_parameters(peft) and run.optimizer.overlap_param_gather),
+            "--boft-parametrization projection and --urnn-update riemannian end a step on whole parameters, which "
+            "--overlap-param-gather has not gathered by then: leave it out, or use cayley or structured.",
+        )
+
+    def check_layer(self, peft: Any, layout: Any, name: str) -> None:
+        check_groups(layout, peft.rotation_side, self.group_size(peft), name, self.group_flags(peft))
+
+
+def check_groups(layout: Any, side: Literal["output", "input"], group_size: int, name: str, flags: str) -> None:
+    """Groups of features must divide what a rank holds of a layer, and the features of an attention head.
+
+    Args:
+        layout: `parallel.layout.LinearLayout` of the layer.
+        side: of the weight that is rotated.
+        group_size: g.
+        name: of the layer, and `flags` that set g, for errors.
+
+    Raises:
+        ConfigurationError: with the sizes that fit.
+    """
+    held = layout.num_local_features(side)
+    heads = layout.head_features if side == "output" else None
+    whole = heads or layout.num_features(side) // (layout.num_parts if side == "output" else 1)
+    fitting = ", ".join(str(size) for size in even_divisors(heads or held))
+    sizes = [str(size) for size in range(1, layout.group.size() + 1) if whole % (size * group_size) == 0]
+    elsewhere = f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(sizes)}" if sizes else ""
+    require(
+        held % group_size == 0,
+        f"{flags} gives groups of {group_size} features, but {name} holds {held} per rank at "
+        f"--tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}. "
+        f"Groups that do: {fitting}{elsewhere}.",
+    )
+    require(
+        heads is None or heads % group_size == 0,
+        f"{flags} gives groups of {group_size} features, but the heads of {name} have {heads}: groups must divide "
+        f"that, so that no head is mixed with another. Groups that do, at any layout: {fitting}.",
+    )
+
+
+def even_divisors(number: int) -> list[int]:
+    """Sizes of the groups that can divide so many features."""
+    return [size for size in range(2, number + 1, 2) if number % size == 0]

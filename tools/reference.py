@@ -1,0 +1,80 @@
+"""Write what declarations say into the documents, so that no table of flags or methods is typed.
+
+    tools/reference.py README.md docs/*.md
+
+rewrites what stands between `<!-- flags: TITLE -->` and `<!-- end of flags -->` (the flags that --help lists under
+this title; `all` for all titles) and between `<!-- methods -->` and `<!-- end of methods -->`. A test compares.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, served_flags
+from megatron_peft.config import METHODS, PeftConfig
+
+FLAGS = re.compile(r"(<!-- flags: ([^>]+) -->\n).*?(<!-- end of flags -->)", re.DOTALL)
+METHOD_TABLE = re.compile(r"(<!-- methods -->\n).*?(<!-- end of methods -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """The document with its marked places as the declarations have it."""
+    text = FLAGS.sub(lambda place: f"{place[1]}{flag_tables(place[2])}{place[3]}", text)
+    return METHOD_TABLE.sub(lambda place: f"{place[1]}{method_table()}{place[2]}", text)
+
+
+def flag_tables(title: str) -> str:
+    """Of one title, or of all."""
+    if title == "all":
+        return "\n".join(f"### {one[0].upper()}{one[1:]}\n\n{flag_tables(one)}" for one in GROUPS)
+    rows = [
+        (_spelled(one), _default(one), _cell(one.help), *_readers(one)) for one in served_flags() if one.group == title
+    ]
+    return table(("flag", "default", "meaning", *(["methods"] if title == "PEFT" else [])), rows)
+
+
+def method_table() -> str:
+    """The methods, and what they train."""
+    rows = [(f"`{name}`", _cell(method.summary), _cell(method.cost)) for name, method in METHODS.items()]
+    return table(("method", "weight of an adapted layer", "trained parameters of a layer, out x in"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _spelled(one: Flag) -> str:
+    name = one.names[0]
+    if one.constant is not TAKES_A_VALUE:
+        return f"`{name}`"
+    value = "\\|".join(one.choices) if one.choices else one.metavar or {int: "N", float: "X", str: "TEXT"}[one.kind]
+    return f"`{name} {value}{' ...' if one.many else ''}`"
+
+
+def _default(one: Flag) -> str:
+    shown = " ".join(one.default) if one.many and one.default else one.default
+    return "" if shown in (None, "", ()) else f"`{shown}`"
+
+
+def _readers(one: Flag) -> Iterator[str]:
+    """For a flag of PeftConfig: the methods that read it."""
+    if one.group == "PEFT":
+        configs = [PeftConfig(name) for name in METHODS] + [PeftConfig("hybrid", hybrid_rotation="urnn")]
+        names = dict.fromkeys(peft.method for peft in configs if one.key in peft.spec.fields(peft))
+        yield "all" if len(names) == len(METHODS) else ", ".join(names)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(files: Sequence[str]) -> int:
+    for path in map(Path, files):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
