@@ -232,8 +232,8 @@ class _FrozenLinear(torch.autograd.Function):
             wait_u = start_gather_sequence_over_tensor_parallel(u, call.group) if u is not None else None
             x = start_gather_sequence_over_tensor_parallel(x, call.group)()
             u = wait_u() if wait_u is not None else None
-        ctx.folds = mask is None and rotates_weight(x, call.weight, D)
-        if ctx.folds:
+        ctx.rotates_weight = mask is None and rotates_weight(x, call.weight, D)
+        if ctx.rotates_weight:
             y = kept = linear(x, changed_weight(call.weight, A, B, D, scale))
             y = y if call.bias is None else y + call.bias
         else:
@@ -357,7 +357,7 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
 def _start_input_gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, du: Any) -> Callable[[Any], Tensor]:
     """Begin dx = dz W + mask (du A). What is returned waits for it, and takes the du of the rank's own tokens."""
     (_, _, A, B, D, weight, mask, _), call = saved, ctx.call
-    if ctx.folds:  # the branch is in the weight
+    if ctx.rotates_weight:  # the branch is in the weight
         weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad
     else:
         grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))

@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag, option, require
-from megatron_peft.config.methods.base import LINEAR_MODULES, Method, ParamGroup, PeftFormat, PeftOptions
+from megatron_peft.config.methods import LINEAR_MODULES, Method, ParamGroup, PeftFormat, PeftOptions
 from megatron_peft.config.model import JSON_SUFFIXES, DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.peft import METHODS, PeftConfig
 from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training

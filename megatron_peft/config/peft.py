@@ -4,11 +4,11 @@ from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 
 from megatron_peft.config.errors import Requirements, flag_of, spelled
-from megatron_peft.config.methods.base import Method, PeftOptions
+from megatron_peft.config.methods import Method, PeftOptions
 
 GROUP = "megatron_peft.methods"  # entry points of other packages
 BUILT_IN = (
-    "megatron_peft.config.methods.full:FULL",
+    "megatron_peft.config.methods:FULL",
     "megatron_peft.config.methods.low_rank:LORA",
     "megatron_peft.config.methods.low_rank:LORA_GA",
     "megatron_peft.config.methods.boft:BOFT",

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.boft import Boft, ProjectedBoft, build
-from megatron_peft.adapters.butterfly import cayley, compose, nearest_orthogonal, skew
+from megatron_peft.adapters.boft import Boft, ProjectedBoft, build, cayley, compose, nearest_orthogonal, skew
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_peft.adapters.butterfly import cayley, compose, skew
+from megatron_peft.adapters.boft import cayley, compose, skew
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     add_blocks,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.boft import ProjectedBoft
-from megatron_peft.adapters.butterfly import nearest_orthogonal
+from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError

@@ -1,0 +1,158 @@
+"""What a fine-tuning method declares. Nothing in this folder imports torch, so `--help` answers at once.
+
+A method is an instance of a subclass of `Method`: its name, the dataclasses of the flags that it reads, its checks, its
+parameter groups in the optimizer and its cost. The module that `adapter` names does the work, with torch:
+
+    build(layout, peft, name, seed, dtype) -> nn.Module      the adapter of one linear layer; its forward is the layer's
+    merge(weight, tensors, peft) -> Tensor                   the base weight [out, in] with the adapter merged into it
+    EXPORT: PeftFormat                                       if Hugging Face PEFT has the method; else left out
+
+`tensors` maps the names of the adapter's parameters and buffers to whole tensors, whatever layout they were trained at.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from megatron_peft.config.errors import Requirements, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_peft.config.run import RunConfig
+
+LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class PeftOptions:
+    """What is trained, for every method. Subclasses add the flags of methods; `PeftConfig` inherits all of them."""
+
+    method: str = option("lora", "fine-tuning method", flags=("--peft-method",))
+    target_modules: tuple[str, ...] = option(
+        LINEAR_MODULES,
+        "layers to adapt: linear_qkv linear_proj linear_fc1 linear_fc2, Hugging Face names (a fused layer is adapted "
+        "as a whole) or wildcards",
+        flags=("--peft-target-modules",),
+    )
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that the optimizer treats in their own way: those whose `attribute` the adapter has set to True.
+
+    Args:
+        attribute: of the parameters.
+        learning_rate: (peft, --lr) -> the group's peak rate; None: --lr. --min-lr is scaled alike.
+        is_decayed: whether weight decay applies.
+    """
+
+    attribute: str
+    learning_rate: Callable[[Any, float], float] | None = None
+    is_decayed: bool = True
+
+
+class Method:
+    """One value of --peft-method. Subclasses set the attributes and override the checks that they need.
+
+    Attributes:
+        name: value of --peft-method.
+        summary: one line for docs/methods.md.
+        options: dataclasses derived from `PeftOptions` with the flags that the method reads.
+        ignored: fields of these dataclasses that it does not read.
+        adapter: module of `build`, `merge` and `EXPORT`; empty: the base weights themselves are trained.
+        cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
+        param_groups: in the optimizer.
+        starts_from_gradients: whether LoRA-GA's start initializes A and B.
+    """
+
+    name: str
+    summary: str
+    options: tuple[type[PeftOptions], ...] = ()
+    ignored: tuple[str, ...] = ()
+    adapter: str = ""
+    cost: str
+    param_groups: tuple[ParamGroup, ...] = ()
+    starts_from_gradients: bool = False
+
+    def fields(self, peft: Any) -> set[str]:
+        """Fields of `PeftConfig` that the method reads; the others have no effect."""
+        own = {one.name for options in self.options for one in fields(options)} | {"method"}
+        return (own | {"target_modules"} if self.adapter else own) - set(self.ignored)
+
+    def num_parameters(self, peft: Any, out_features: int, in_features: int) -> int:
+        """Trained parameters of one adapted linear layer, over all ranks."""
+        raise NotImplementedError
+
+    def check(self, peft: Any, require: Requirements) -> None:
+        """What the method requires of its own fields, beyond their `check`."""
+
+    def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
+        """What the method requires of the rest of the run: layout, precision, overlap."""
+
+    def check_layer(self, peft: Any, layout: Any, name: str) -> None:
+        """What the method requires of a layer.
+
+        Args:
+            layout: `parallel.layout.LinearLayout` of the layer.
+            name: global name of the layer, for errors.
+
+        Raises:
+            ConfigurationError: with the sizes that fit.
+        """
+
+    def subtracts_start(self, peft: Any) -> bool:
+        """Whether B A starts away from zero, so that a frozen B0 A0 is subtracted to keep the pretrained function."""
+        return False
+
+    def replaces_base(self, peft: Any) -> bool:
+        """Whether the pretrained weights of the adapted layers are not used at all."""
+        return False
+
+    def updates_whole_parameters(self, peft: Any) -> bool:
+        """Whether a step ends with an update of whole matrices on every rank, after the optimizer's own."""
+        return False
+
+
+class Full(Method):
+    name = "full"
+    summary = "every parameter of the model; megatron-core's own layers"
+    cost = "out in"
+
+    def num_parameters(self, peft: PeftOptions, out_features: int, in_features: int) -> int:
+        return out_features * in_features
+
+
+FULL = Full()
+
+
+class PeftFormat:
+    """How Hugging Face PEFT stores a method's adapters. Names of tensors leave out the module, as `lora_A.weight`.
+
+    Args:
+        rows: tensors over the output features. A fused layer's modules each get their own rows of them, and all of the
+            other tensors.
+    """
+
+    def __init__(self, rows: tuple[str, ...] = ()) -> None:
+        self.rows = rows
+
+    def config(self, peft: Any, target_modules: list[str]) -> dict[str, Any]:
+        """Fields of adapter_config.json beyond those of every adapter. ConfigurationError: PEFT cannot express it.
+
+        Args:
+            target_modules: names of the adapted modules, in the shortest form that PEFT understands.
+        """
+        raise NotImplementedError
+
+    def shapes(self, config: Mapping[str, Any], out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a module's tensors by name, given adapter_config.json."""
+        raise NotImplementedError
+
+    def tensors(self, tensors: "Mapping[str, Tensor]", peft: Any, layer: str, out_features: int) -> "dict[str, Tensor]":
+        """PEFT's tensors of a (fused) layer, from the adapter's own; `layer` is its name, for errors."""
+        raise NotImplementedError
+
+    def note(self, peft: Any) -> str:
+        """What a user of the exported adapter has to know, with its line end; or nothing."""
+        return ""

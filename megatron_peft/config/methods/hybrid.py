@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option
-from megatron_peft.config.methods.base import Method, ParamGroup
+from megatron_peft.config.methods import Method, ParamGroup
 from megatron_peft.config.methods.boft import BOFT, BoftOptions
 from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
 from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod

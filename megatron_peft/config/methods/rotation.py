@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option, require
-from megatron_peft.config.methods.base import Method, ParamGroup, PeftOptions
+from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
