@@ -12,7 +12,7 @@ keeps anyway.
 
 z itself is never formed again. From y = (I + D) z + B u follows dD = (g^T y - dB B^T) (I + D)^-T, block by block: a
 small system a block, and for a rotation alone, where I + D is orthogonal, a product with it. (I + D of a mixture,
-lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R turns something around.)
+lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R has an eigenvalue of -1.)
 
 In float32 and float64, where a product has at least as many tokens as W has columns, a rotation goes into W for the
 moment of that product, y = (W + D W + s B A) x and dx = (W + D W + s B A)^T g: the same formula, fewer operations.
@@ -246,17 +246,23 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         saved, call, wait_dx = ctx.saved_tensors, ctx.call, None
         branch_input, u, A, B, D, _, _, kept = saved
+        # du = s g B is a sum over the ranks' output features. With the sequence split, each rank needs that sum for its
+        # own tokens only: the r-wide reduce-scatter runs while dx is computed.
         du: Any = None if A is None else linear(grad, B.t()).mul_(ctx.scale)
         wait_du: Callable[[], Any] = lambda: du  # noqa: E731
         if du is not None and call.splits_sequence:
             wait_du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)
+        # dx starts its one wide collective here; the gradients of the factors are computed while it runs.
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
             wait_dx = _start_input_gradient(ctx, saved, grad, du)
+        # u already carries s and, with the sequence split, the tokens of all ranks, so dB is whole on this rank.
         dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.maker is not None:
             branch_input = made_again(ctx.maker)
+        # dA is over the rank's own tokens: a partial sum, which joins the step's one sum of replicated factors.
         dA = outer_sum(own_du, branch_input) if ctx.needs_input_grad[1] else None
+        # z was not saved: y gives it back through the inverse of I + D.
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
         dx = None if wait_dx is None else wait_dx(own_du)
         return dx, dA, dB, dD, None, None, None, None
