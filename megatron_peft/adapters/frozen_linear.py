@@ -255,12 +255,12 @@ class _FrozenLinear(torch.autograd.Function):
         # dx starts its one wide collective here; the gradients of the factors are computed while it runs.
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
             wait_dx = _start_input_gradient(ctx, saved, grad, du)
-        # u already carries s and, with the sequence split, the tokens of all ranks, so dB is whole on this rank.
+        # u carries the scale s already and, with the sequence split, the tokens of all ranks.
         dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.maker is not None:
             branch_input = made_again(ctx.maker)
-        # dA is over the rank's own tokens: a partial sum, which joins the step's one sum of replicated factors.
+        # Where A is replicated (column-parallel) this is the rank's part of dA, summed once per step with the others.
         dA = outer_sum(own_du, branch_input) if ctx.needs_input_grad[1] else None
         # z was not saved: y gives it back through the inverse of I + D.
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
