@@ -1,0 +1,73 @@
+"""Text for users, comments and names are plain English: phrases and words that a Megatron user would have to guess are
+not there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_documentation import PAGES, ROOT, page_id
+
+CODE = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
+# What stood there once -> what is written instead.
+PHRASES = {
+    r"exclude (one another|each other)": "are mutually exclusive",
+    r"belongs? to no flag": "unexpected argument",
+    r"look by the host": "no host-device sync",
+    r"call the answer": "returns a function that waits and returns the result",
+    r"\bfor who\b": "consumers ...",
+    r"turns? (a|the) direction around": "has an eigenvalue of -1",
+    r"that the frozen base's \d+ lack": "one more collective than the frozen base",
+    r"\bwho needs (it|y|the)\b": "consumers ...",
+    r"\bmade again\b|\bmake again\b": "recomputed",
+    r"by the host\b": "host-device sync",
+}
+WORDS = set(
+    "askedmodel crew dismiss slot slots stretch stretches companion companions piece pieces region regions".split()
+)
+WORDS |= {"box", "boxes", "fold", "folds", "folded"}  # as a part of a name
+NAMES = {"here", "order", "say", "part", "parts", "starts", "make_again", "made_again"}  # as a name
+
+
+def in_one_line(text: str) -> str:
+    """Without line ends and marks of comments, which may cut a phrase."""
+    return re.sub(r"\s*\n\s*#?\s*", " ", text)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *CODE], ids=page_id)
+def test_phrases_are_plain(path: Path) -> None:
+    text = in_one_line(path.read_text())
+    assert {found: said for found, said in PHRASES.items() if re.search(found, text, re.IGNORECASE)} == {}
+
+
+def odd(name: str) -> bool:
+    """Whether a name of a class, function or module has one of the words in it."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().strip("_")
+    return words in NAMES or bool(set(words.split("_")) & WORDS) or "asked_model" in words
+
+
+@pytest.mark.parametrize("path", CODE, ids=page_id)
+def test_names_are_the_fields_own(path: Path) -> None:
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    names = [path.stem, *(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))]
+    assert [name for name in names if odd(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_odd"),
+    [("Crew", True), ("make_crew", True), ("StoredBox", True), ("fold_if_due", True), ("say", True), ("_parts", True)]
+    + [
+        ("Sandbox", False),
+        ("SampleOrder", False),
+        ("part_of", False),
+        ("read_folder", False),
+        ("RankDispatcher", False),
+    ],
+)
+def test_which_names_are_odd(name: str, is_odd: bool) -> None:
+    assert odd(name) is is_odd
+
+
+def test_a_phrase_across_lines_is_seen() -> None:
+    assert re.search("exclude one another", in_one_line("# --a and --b exclude\n    # one another."))
