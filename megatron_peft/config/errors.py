@@ -1,5 +1,7 @@
 """What is wrong with a configuration, gathered so that a user is told everything at once."""
 
+from importlib import import_module
+
 
 class ConfigurationError(ValueError):
     """Contradictions in what the user asked for. Each message names the flag, the numbers and the way out.
@@ -16,6 +18,17 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigurationError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigurationError(message)
+
+
+def require_packages(extra: str, *names: str) -> None:
+    """Import packages that are not core dependencies. ConfigurationError, with pip's command, if one is missing."""
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
+            ) from error
 
 
 def flag(name: str) -> str:
