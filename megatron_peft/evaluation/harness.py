@@ -91,11 +91,11 @@ class _Request:
 
     key: str
     content: Any
-    order: Any
+    sort_key: Any
 
 
 class HarnessModel(TemplateLM):
-    """Runs on rank 0, and the forwards on all ranks.
+    """The harness's model. It runs on rank 0, and its forwards on all ranks.
 
     Args:
         dispatcher: of `dispatch.make_dispatcher`.
@@ -133,7 +133,7 @@ class HarnessModel(TemplateLM):
         return json.dumps(self._model.tokenizer.unique_identifiers)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with one beginning-of-sequence token if the tokenizer has one."""
+        """Token ids, with one beginning-of-sequence token if the tokenizer adds it by default."""
         tokenizer = self._model.tokenizer
         ids, bos_id = tokenizer.encode(string), tokenizer.bos_id
         if add_special_tokens is False or bos_id is None or ids[:1] == [bos_id]:
@@ -203,7 +203,7 @@ class HarnessModel(TemplateLM):
         """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
         requests = list(requests)
         unknown = {one.key: one for one in requests if one.key not in self._finished}
-        pending = sorted(unknown.values(), key=lambda one: one.order)
+        pending = sorted(unknown.values(), key=lambda one: one.sort_key)
         num_distinct = len({one.key for one in requests})
         with request_bar(title, num_distinct, done=num_distinct - len(pending)) as advance:
             for start in range(0, len(pending), self._portion):

@@ -173,14 +173,14 @@ class HarnessSettings:
             whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
             require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
 
-    def decisive(self) -> dict[str, Any]:
+    def result_settings(self) -> dict[str, Any]:
         """The settings that change the results, for their file."""
         names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
         folders = list(self.include_path)
         return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
 
-    def beside(self, kind: str) -> Path:
-        """`scores.json` -> `scores.<kind>.jsonl`."""
+    def side_file(self, kind: str) -> Path:
+        """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
         return Path(self.output).with_suffix(f".{kind}.jsonl")
 
 
@@ -208,7 +208,7 @@ def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> Any:
         f"--output {settings.output} exists already, and is not a result of this model with these flags: give another "
         "file, or --overwrite.",
     )
-    FinishedRequests(settings.beside("requests"), "")  # fails here if the file cannot be read
+    FinishedRequests(settings.side_file("requests"), "")  # fails here if the file cannot be read
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     return find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
 
@@ -219,7 +219,7 @@ def _is_of_this_evaluation(config: RunConfig, settings: HarnessSettings) -> bool
         found = read_json_object(Path(settings.output)).get("config")
     except ConfigurationError:
         return False
-    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.decisive()}
+    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.result_settings()}
     return isinstance(found, dict) and all(found.get(name) == value for name, value in own.items())
 
 
@@ -227,7 +227,7 @@ def _run_harness(
     model: InferenceModel, dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any
 ) -> dict[str, Any]:
     fingerprint = model_fingerprint(model.config)
-    finished = FinishedRequests(settings.beside("requests"), fingerprint)
+    finished = FinishedRequests(settings.side_file("requests"), fingerprint)
     harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit = settings.limit
     results: Any = simple_evaluate(
@@ -242,11 +242,11 @@ def _run_harness(
         confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
     results["config"]["checkpoint_fingerprint"] = fingerprint
-    results["config"]["evaluation"] = settings.decisive()
+    results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
     for kind, number in harness_model.truncated.items():
         if number:
-            print(f"{number} texts to {kind} were cut at the beginning to fit the model's {model.max_length} positions")
+            print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     return results
 
 
@@ -256,7 +256,7 @@ def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
     if settings.log_samples:
         lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
         text = "".join(json.dumps(line, default=handle_non_serializable) + "\n" for line in lines)
-        write_atomically(settings.beside("samples"), text)
+        write_atomically(settings.side_file("samples"), text)
     write_atomically(Path(settings.output), json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
     for task, scores in results["results"].items():
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}

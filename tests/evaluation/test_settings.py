@@ -159,7 +159,7 @@ def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, foun
     monkeypatch.setattr(harness_run, "find_tasks", lambda *_: "found")
     settings = HarnessSettings(["a"], str(tmp_path / "scores.json"), **flags)
     if found:
-        found["evaluation"] = settings.decisive() | found["evaluation"]
+        found["evaluation"] = settings.result_settings() | found["evaluation"]
     (tmp_path / "scores.json").write_text(json.dumps({"config": found}) if found else "mine")
     if told is None:
         assert harness_run._checked_tasks(_config(), settings) == "found"
