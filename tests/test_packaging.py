@@ -6,9 +6,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.demo import scoring
 from tests.test_imports import imported_roots
 from tools import demo, evaluate, report
 
@@ -99,6 +102,14 @@ def test_a_program_names_the_extra_that_it_lacks(tmp_path, monkeypatch, capsys, 
     assert out == "" and len(err.splitlines()) == 1 and f"error: the package {package} cannot be imported" in err
     assert err.endswith(f"pip install 'megatron-peft[{extra}]'.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_score_of_the_demo_names_the_extra_that_it_lacks(tmp_path, monkeypatch) -> None:
+    """In experiments it is a program of its own."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    config: Any = None  # it is not reached
+    with pytest.raises(ConfigurationError, match=r"pip install 'megatron-peft\[demo\]'\.$"):
+        scoring.score(config, tmp_path / "score.json")
 
 
 @pytest.mark.parametrize("program", [evaluate, report, demo])
