@@ -1,4 +1,4 @@
-"""The metadata says what the code needs: no dependency is missing and none is listed in vain."""
+"""The metadata says what the code needs: no dependency is missing or unused, and only some programs need extras."""
 
 import ast
 import re
@@ -6,10 +6,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_peft.config import ConfigurationError
+from megatron_peft.demo import scoring
 from tests.test_imports import imported_roots
+from tools import demo, evaluate, report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,7 +33,11 @@ def distribution_name(requirement: str) -> str:
 
 
 DEPENDENCIES = {distribution_name(requirement) for requirement in PROJECT["dependencies"]}
-EVALUATION = {distribution_name(requirement) for requirement in PROJECT["optional-dependencies"]["eval"]}
+EXTRAS = {
+    name: {distribution_name(requirement) for requirement in requirements}
+    for name, requirements in PROJECT["optional-dependencies"].items()
+}
+PROGRAM_EXTRAS = EXTRAS["eval"] | EXTRAS["report"] | EXTRAS["demo"]
 PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
 
 
@@ -40,17 +48,82 @@ def imported_distributions() -> set[str]:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    assert imported_distributions() - DEPENDENCIES - EVALUATION == set()
+    assert imported_distributions() - DEPENDENCIES - PROGRAM_EXTRAS == set()
 
 
 def test_every_declared_dependency_is_imported() -> None:
     # tensorboard is imported by torch.utils.tensorboard, for us.
-    assert DEPENDENCIES - imported_distributions() - {"tensorboard"} == set()
+    assert (DEPENDENCIES | PROGRAM_EXTRAS) - imported_distributions() - {"tensorboard"} == set()
     assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES)
+
+
+def test_dev_includes_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
+    assert "megatron-peft[demo,eval,report]" in PROJECT["optional-dependencies"]["dev"]
+    assert DEPENDENCIES & PROGRAM_EXTRAS == set()
+
+
+IMPORT_ALL_BUT_THREE_ROOMS = """
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: an import of it fails
+import megatron_peft
+for module in pkgutil.walk_packages(megatron_peft.__path__, "megatron_peft."):
+    if module.name.split(".")[1] not in ("evaluation", "experiment", "demo"):
+        importlib.import_module(module.name)
+import megatron_peft.evaluation.answers  # tools/generate.py
+"""
+
+
+def test_training_conversion_and_generation_import_nothing_of_an_extra() -> None:
+    blocked = [name.replace("-", "_") for name in PROGRAM_EXTRAS]
+    assert {"matplotlib", "sacrebleu", "scipy", "lm_eval"} <= {*blocked}
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL_BUT_THREE_ROOMS, *blocked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "line", "extra", "package"),
+    [
+        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "lm_eval"),
+        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "rouge_score"),
+        (evaluate, "--tasks a --output x.json --load nowhere", "eval", "sacrebleu"),
+        (report, ".", "report", "matplotlib"),
+        (report, ".", "report", "scipy"),
+        (demo, "--output out", "demo", "matplotlib"),
+        (demo, "--output out", "demo", "sacrebleu"),
+    ],
+)
+def test_a_program_names_the_extra_that_it_lacks(tmp_path, monkeypatch, capsys, program, line, extra, package) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(program.main(line.split()))
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and f"error: the package {package} cannot be imported" in err
+    assert err.endswith(f"pip install 'megatron-peft[{extra}]'.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_score_of_the_demo_names_the_extra_that_it_lacks(tmp_path, monkeypatch) -> None:
+    """In experiments it is a program of its own."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    config: Any = None  # it is not reached
+    with pytest.raises(ConfigurationError, match=r"pip install 'megatron-peft\[demo\]'\.$"):
+        scoring.score(config, tmp_path / "score.json")
+
+
+@pytest.mark.parametrize("program", [evaluate, report, demo])
+def test_help_needs_no_extra(program, monkeypatch, capsys) -> None:
+    for name in PROGRAM_EXTRAS:
+        monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_dependencies_are_ranges_and_apex_of_pypi_is_none_of_them() -> None:
     everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    everything.remove("megatron-peft[demo,eval,report]")  # this project's own extras
     assert [requirement for requirement in everything if "==" in requirement or ">=" not in requirement] == []
     assert "apex" not in {distribution_name(requirement) for requirement in everything}
 

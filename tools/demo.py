@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_peft.config import METHODS, ConfigurationError
+from megatron_peft.config import METHODS, ConfigurationError, require_packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,9 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="lora", choices=METHODS, help="--peft-method of the run (lora)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the folder of all of it (runs/demo)")
     args, extra_flags = parser.parse_known_args(argv)
-    from megatron_peft.demo.run import print_report, run_demo
-
     try:
+        require_packages("demo", "matplotlib", "sacrebleu")
+        from megatron_peft.demo.run import print_report, run_demo
+
         report = run_demo(args.output, args.method, extra_flags)
     except ConfigurationError as error:
         print(f"demo: error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require_packages
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "DIR", "help": "write there, with a copy of the cells (FOLDER)"},
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(folder: Path, output: Path, experiment: Path | None, against: str | None) -> list[Path]:
+    require_packages("report", "matplotlib", "scipy")
     from megatron_peft.experiment.report import build, write
     from megatron_peft.experiment.results import copy_results, read_results
     from megatron_peft.experiment.tables import check_paper_names, reference_method

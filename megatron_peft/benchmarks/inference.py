@@ -27,9 +27,8 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
 from megatron_peft.evaluation.model import saved_values
-from megatron_peft.evaluation.scoring import Continuation, score
+from megatron_peft.evaluation.scoring import Continuation, score_continuations
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
 
@@ -126,7 +125,7 @@ def our_replies(questions: Questions) -> Replies:
     chunks: Any = load_base(questions.setting)[0]
     answers = generate(chunks, questions.prompts, GenerationSettings(FOREVER, NUM_NEW, batch_size=BATCH_SIZE))
     asked = [Continuation(prompt, tuple(ids)) for prompt, ids in zip(questions.prompts, answers, strict=True)]
-    scores = score(chunks, asked, BATCH_SIZE)
+    scores = score_continuations(chunks, asked, BATCH_SIZE)
     leave()
     return Replies(answers, [one.log_likelihood for one in scores])
 
@@ -315,6 +314,8 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 def our_items(questions: HarnessQuestions) -> Items:
     """Started on a rank of its own."""
+    from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+
     torch.set_num_threads(1)
     start_world()
     output = Path(questions.tasks, "ours.json")

@@ -1,6 +1,7 @@
 """Fields that explain and check themselves, and everything that is wrong with a configuration in one error."""
 
 from dataclasses import Field, field, fields
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -45,6 +46,17 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigurationError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigurationError(message)
+
+
+def require_packages(extra: str, *names: str) -> None:
+    """Import packages that are not core dependencies. ConfigurationError, with pip's command, if one is missing."""
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"the package {name} cannot be imported ({error}): pip install 'megatron-peft[{extra}]'."
+            ) from error
 
 
 def flag(name: str) -> str:

@@ -13,11 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from rich.progress import Progress
-from sacrebleu.metrics import BLEU
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.cli.parser import parse_arguments
-from megatron_peft.config import RunConfig
+from megatron_peft.config import RunConfig, require_packages
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import Pair, read_pairs
@@ -62,6 +61,8 @@ def first_line(text: str) -> str:
 
 def corpus_bleu(translations: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, str]:
     """(sacreBLEU's corpus score with its default settings, 0 to 100; its signature)."""
+    from sacrebleu.metrics import BLEU
+
     metric = BLEU()
     score = metric.corpus_score(list(translations), [[pair.french for pair in pairs]]).score
     return score, str(metric.get_signature())
@@ -87,6 +88,7 @@ def score(config: RunConfig, output: Path) -> None:
 
 
 def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
+    require_packages("demo", "sacrebleu")
     assert config.model.pretrained_checkpoint is not None
     shape = read_shape(config.model.pretrained_checkpoint)
     start_model_parallel(config.parallel, config.training.seed)

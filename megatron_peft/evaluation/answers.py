@@ -1,4 +1,4 @@
-"""What tools/generate.py does: prompts of a command line or a file, answers as they grow or into a file."""
+"""tools/generate.py: prompts from the command line or a file, answers streamed to the terminal or written to a file."""
 
 import json
 import os
@@ -16,28 +16,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
-from megatron_peft.evaluation.generation import OnToken, Sampling, StopTexts, generate
-from megatron_peft.evaluation.model import AskedModel, load_model
+from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
+from megatron_peft.evaluation.generation import Sampling, StopTexts
+from megatron_peft.evaluation.model import InferenceModel, load_model
 from megatron_peft.runtime.launch import checked_together
-
-# Prompts from a command line or a file, as records and as token ids.
 
 Record = Mapping[str, Any]
 JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def read_prompts(path: Path) -> list[Record]:
-    """`{"prompt": ...}` of each line of a text; of JSON lines the objects, which hold prompt or messages.
+    """`{"prompt": ...}` for each line of a text file; the objects of a JSON-lines file, with prompt or messages.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds no prompt; a line that is none, by its number.
+        ConfigurationError: the file cannot be read or has no prompt, or one of its lines is not a prompt.
     """
     require_regular(path, "--prompt-file")
     lines = read_text(path).splitlines()
     is_json = path.suffix in JSON_SUFFIXES
     found = [_record(line, f"{path}:{number}", is_json) for number, line in enumerate(lines, 1) if line.strip()]
-    require(bool(found), f"--prompt-file {path} holds no prompt.")
+    require(bool(found), f"--prompt-file {path} contains no prompt.")
     return found
 
 
@@ -45,30 +43,25 @@ def _record(line: str, place: str, is_json: bool) -> Record:
     if not is_json:
         return {"prompt": line}
     record = parse_json(line, place)
-    is_prompt = isinstance(record, dict) and (isinstance(record.get("prompt"), str) or _are_messages(record))
+    found = record if isinstance(record, dict) else {}
+    messages = found.get("messages")
+    are_messages = isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
+    is_prompt = isinstance(found.get("prompt"), str) or are_messages
     require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
-    return record
-
-
-def _are_messages(record: Record) -> bool:
-    messages = record.get("messages")
-    return isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
+    return found
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> list[list[int]]:
     """Token ids of each record.
 
     Args:
-        chat: a prompt is what a user says.
+        chat: format a plain prompt as a user message with the chat template.
         max_length: positions of the model; a prompt and at least one new token must fit.
 
     Raises:
-        ConfigurationError: a prompt that is too long or empty, by its number; messages without a chat template.
+        ConfigurationError: a prompt is too long, or has messages and the tokenizer no chat template.
     """
-    return list(_encoded(records, tokenizer, chat, max_length))
-
-
-def _encoded(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_length: int) -> Iterator[list[int]]:
+    encoded = []
     for number, record in enumerate(records, 1):
         try:
             ids = _ids(record, tokenizer, chat) or [tokenizer.prefix_id]
@@ -79,7 +72,8 @@ def _encoded(records: Sequence[Record], tokenizer: Tokenizer, chat: bool, max_le
             f"prompt {number} has {len(ids)} tokens, but the model has {max_length} positions for prompt and answer "
             "together: shorten it.",
         )
-        yield ids
+        encoded.append(ids)
+    return encoded
 
 
 def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
@@ -92,8 +86,10 @@ def _ids(record: Record, tokenizer: Tokenizer, chat: bool) -> list[int]:
 
 
 def check_output(output: str | None) -> None:
-    """Make the folder of `output`, if there is one. ConfigurationError: no file can be written there, or what is there
-    is no plain file: a link, a pipe or a device would not be written to but replaced."""
+    """Create the folder of --output. ConfigurationError: a file cannot be written there.
+
+    Links, pipes and devices are refused, since the rename at the end would replace them instead of writing to them.
+    """
     if output is None:
         return
     path = Path(output)
@@ -112,36 +108,28 @@ def check_output(output: str | None) -> None:
 
 @contextmanager
 def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows, on stderr, how many of `total` requests are answered; what it yields is told of each number more."""
+    """Show the number of finished requests on stderr: a bar on a terminal, else a line every tenth of `total`.
+
+    Yields a function to call with the number of requests that have just finished.
+    """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, completed=done)
-        lines = _Lines(title, total, done)
 
         def advance(number: int) -> None:
+            nonlocal done
             bar.advance(task, number)
-            if not console.is_terminal:
-                lines.advance(number)
+            before, done = done, done + number
+            if not console.is_terminal and before * 10 // total < done * 10 // total:
+                print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
 
         yield advance
 
 
-class _Lines:
-    """Says a line whenever a further tenth is done."""
-
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self._title, self._total, self._done = title, total, done
-
-    def advance(self, number: int) -> None:
-        before, self._done = self._done, self._done + number
-        if before * 10 // self._total < self._done * 10 // self._total:
-            print(f"{self._title}: {self._done} of {self._total}", file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True)
 class AnswerSettings:
-    """What tools/generate.py was asked for; its flags have these names."""
+    """The flags of tools/generate.py."""
 
     prompt: str | None = None
     prompt_file: str | None = None
@@ -165,7 +153,7 @@ class AnswerSettings:
             require(
                 self.num_samples == 1 or self.temperature != 0,
                 f"--num-samples {self.num_samples} with --temperature 0 gives one answer {self.num_samples} times: "
-                "give --temperature above 0.",
+                "use a --temperature above 0.",
             )
             try:
                 Sampling(self.temperature, self.top_p, self.top_k)
@@ -178,85 +166,82 @@ class AnswerSettings:
         return AnswerPlan(tuple(map(unescaped, self.stop)), self.max_new_tokens, sampling, self.sampling_seed)
 
     def records(self) -> list[Record]:
-        """What is asked. ConfigurationError: a file that cannot be read, or --output that cannot be written."""
+        """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
         check_output(self.output)
-        require(
-            self.output is None or self.overwrite or not Path(self.output).exists(),
-            f"--output {self.output} exists already: give another file, or --overwrite.",
-        )
-        require(
-            self.output is None or self.prompt_file is None or Path(self.output).resolve() != self._prompts,
-            f"--output {self.output} is the file of --prompt-file: give another one.",
-        )
+        if self.output is not None:
+            require(
+                self.overwrite or not Path(self.output).exists(),
+                f"--output {self.output} exists already: give another file, or --overwrite.",
+            )
+            require(
+                self.prompt_file is None or Path(self.output).resolve() != Path(self.prompt_file).resolve(),
+                f"--output {self.output} is the file of --prompt-file: give another file.",
+            )
         if self.prompt_file is not None:
             return read_prompts(Path(self.prompt_file))
         assert self.prompt is not None
         return [{"prompt": self.prompt}]
 
-    @property
-    def _prompts(self) -> Path | None:
-        return None if self.prompt_file is None else Path(self.prompt_file).resolve()
-
 
 class AnswerFile:
-    """--output: a draft beside it that holds each answer as soon as it is there, and takes its name at the end.
+    """--output. Each answer is written to a draft next to it as it is generated; `publish` renames the draft.
 
     Raises:
-        ConfigurationError: it cannot be written; on a disk that fills, with what there is and where.
+        ConfigurationError: the draft cannot be written, for instance on a full disk; it keeps the answers so far.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._draft, self._num_written = path, path.with_name(f".{path.name}.partial"), 0
-        with self._failures_named():
+        self._path = path
+        self._draft = path.with_name(f".{path.name}.partial")
+        self._num_written = 0
+        with self._explained_errors():
             self._file = self._draft.open("w", encoding="utf-8")
 
     def add(self, line: str) -> None:
-        with self._failures_named():
+        with self._explained_errors():
             self._file.write(line)
             self._file.flush()
         self._num_written += 1
 
     def publish(self) -> None:
-        with self._failures_named():
+        with self._explained_errors():
             os.fsync(self._file.fileno())
             self._file.close()
             self._draft.replace(self._path)
 
     @contextmanager
-    def _failures_named(self) -> Iterator[None]:
+    def _explained_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             kept = f" The first {self._num_written} answers are in {self._draft}." if self._num_written else ""
             raise ConfigurationError(
-                f"--output {self._path} cannot be written ({error.strerror}): make room there, or give another file."
-                + kept
+                f"--output {self._path} cannot be written ({error.strerror}): free space, or give another file.{kept}"
             ) from error
 
 
 def unescaped(text: str) -> str:
-    """A stop text of the command line: its `\\n` and `\\t` are what they stand for."""
+    """A stop text from the command line, with its `\\n` and `\\t` replaced by a new line and a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def answer(config: RunConfig, settings: AnswerSettings) -> None:
-    """Print or write the answers of `config`'s model, within a started world.
+    """Print or write the answers of `config`'s model, in a started world.
 
     Raises:
-        ConfigurationError: on every rank: files, checkpoint, prompts that are too long.
+        ConfigurationError: on every rank: wrong files, a wrong checkpoint, a prompt that is too long.
     """
     plan = settings.plan
     records = checked_together(settings.records)
-    writes = settings.output is not None and dist.get_rank() == 0
+    is_first = dist.get_rank() == 0
+    writes = settings.output is not None and is_first
     file = checked_together(lambda: AnswerFile(Path(str(settings.output))) if writes else None)
     model = load_model(config)
     ids = encode_prompts(records, model.tokenizer, settings.chat, model.max_length)
     stop = StopTexts(model.tokenizer, plan.until)
-    is_first = dist.get_rank() == 0
-    is_shown = settings.prompt is not None and settings.num_samples == 1 and settings.output is None
-    if is_shown:
+    if settings.prompt is not None and settings.num_samples == 1 and settings.output is None:
         stream = Stream(model.tokenizer, stop, sys.stdout.write if is_first else lambda text: None)
-        _generate(model, settings, ids, ["0/0"], stream.add)
+        generate_answers(model, [NamedPrompt(tuple(ids[0]), "0/0")], plan, settings.batch_size, stream.add)
         stream.end()
         return
     with request_bar("answering", len(records)) as advance:
@@ -274,56 +259,41 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
 
 
 def _lines(
-    model: AskedModel,
+    model: InferenceModel,
     settings: AnswerSettings,
     records: Sequence[Record],
     ids: Sequence[Sequence[int]],
     stop: StopTexts,
 ) -> Iterator[str]:
-    """The object of each record with its answers, as JSON lines, in the order of the records. Collective."""
+    """Each record with its answers, as a JSON line, in the order of the records. A collective of all ranks."""
     num_samples = settings.num_samples
     portion = max(settings.batch_size * model.config.parallel.data_parallel_size // num_samples, 1)
     for start in range(0, len(records), portion):
         numbers = range(start, min(start + portion, len(records)))
-        asked = [(number, sample) for number in numbers for sample in range(num_samples)]
-        names = [f"{number}/{sample}" for number, sample in asked]
-        found = _generate(model, settings, [ids[number] for number, _ in asked], names)
+        prompts = [
+            NamedPrompt(tuple(ids[number]), f"{number}/{sample}") for number in numbers for sample in range(num_samples)
+        ]
+        found = generate_answers(model, prompts, settings.plan, settings.batch_size)
         texts = iter(stop.cut(model.tokenizer.decode(answer)) for answer in found)
         for number in numbers:
             answers = [next(texts) for _ in range(num_samples)]
             yield json.dumps({**records[number], "answers": answers}, ensure_ascii=False) + "\n"
 
 
-def _generate(
-    model: AskedModel,
-    settings: AnswerSettings,
-    prompts: Sequence[Sequence[int]],
-    names: Sequence[str],
-    on_token: OnToken = lambda row, token: None,
-) -> list[list[int]]:
-    rules = generation_settings(model, settings.plan, settings.batch_size)
-
-    def work(own: Sequence[Any]) -> list[list[int]]:
-        texts, own_names = [prompt for prompt, _ in own], [name for _, name in own]
-        return generate(model.chunks, texts, rules, names=own_names, on_token=on_token)
-
-    return over_replicas(list(zip(prompts, names, strict=True)), work)
-
-
 class Stream:
-    """Writes an answer as it grows, but for what may turn out to be a stop text or half a character."""
+    """Writes an answer as it is generated, holding back what may become a stop text or is half a character."""
 
     def __init__(self, tokenizer: Tokenizer, stop: StopTexts, write: Callable[[str], Any]) -> None:
         self._tokenizer, self._stop, self._write = tokenizer, stop, write
-        self._held = max((len(text) for text in stop.texts), default=1) - 1
+        self._num_held = max((len(text) for text in stop.texts), default=1) - 1
         self._ids: list[int] = []
         self._num_written = 0
 
     def add(self, row: int, token: int) -> None:
         self._ids.append(token)
         text = self._text()
-        if not text.endswith("\ufffd"):  # the first bytes of a character
-            self._write_up_to(text[: len(text) - self._held])
+        if not text.endswith("\ufffd"):  # else the last bytes of a character are still missing
+            self._write_up_to(text[: len(text) - self._num_held])
 
     def end(self) -> None:
         self._write_up_to(self._text())

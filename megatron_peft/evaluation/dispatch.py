@@ -1,7 +1,7 @@
-"""The first rank leads, the others do what it says; and replicas share work.
+"""Work that one rank starts on all ranks, and its division among data-parallel replicas.
 
-The evaluation harness runs on the first rank alone, so tasks are read, answers judged and code executed once. The other
-ranks wait for orders as long as that takes: over gloo, in a group whose patience has no end worth speaking of.
+The evaluation harness runs on rank 0 only, so tasks are read, answers scored and code executed once. The other ranks
+wait for its calls.
 """
 
 import datetime
@@ -12,63 +12,60 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.evaluation.generation import GenerationSettings, Sampling, StopTexts, generate
-from megatron_peft.evaluation.model import AskedModel
-from megatron_peft.evaluation.scoring import Continuation, Score, score
+from megatron_peft.evaluation.generation import GenerationSettings, OnToken, Sampling, StopTexts, generate
+from megatron_peft.evaluation.model import InferenceModel
+from megatron_peft.evaluation.scoring import score_continuations
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-_PATIENCE = datetime.timedelta(days=30)
-_DISMISSED = None
+_TIMEOUT = datetime.timedelta(days=30)  # of the wait for a call: rank 0 may execute code for hours in between
+_STOP = None
 
 
-class Crew:
-    """All ranks of a started world. Making it is a collective.
+class RankDispatcher:
+    """Calls of rank 0 that run on all ranks of a started world. Creating it is a collective.
 
     Args:
-        actions: what can be ordered, by name. Each is called alike on every rank.
+        actions: name -> function, the same on every rank.
     """
 
     def __init__(self, actions: Mapping[str, Callable[..., Any]]) -> None:
         self._actions = actions
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
-    @property
-    def is_led_here(self) -> bool:
-        return dist.get_rank() == 0
-
-    def order(self, action: str, *arguments: Any) -> Any:
-        """Have every rank call an action, this one (the first) too; returns what it gives here."""
-        self._tell((action, arguments))
+    def call(self, action: str, *arguments: Any) -> Any:
+        """Run an action on every rank. Called on rank 0; returns its own result."""
+        self._broadcast((action, arguments))
         return self._actions[action](*arguments)
 
     def serve(self) -> None:
-        """Do as the first rank says until it dismisses."""
-        while (told := self._tell(None)) is not _DISMISSED:
-            action, arguments = told
+        """Run the calls of rank 0 until it calls `stop`. Called on all other ranks."""
+        while (message := self._broadcast(None)) is not _STOP:
+            action, arguments = message
             self._actions[action](*arguments)
 
-    def dismiss(self) -> None:
-        """Let the others go on."""
-        self._tell(_DISMISSED)
+    def stop(self) -> None:
+        """End `serve` on the other ranks. Called on rank 0."""
+        self._broadcast(_STOP)
 
-    def _tell(self, what: Any) -> Any:
-        box = [what]
+    def _broadcast(self, message: Any) -> Any:
+        messages = [message]
         if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+            dist.broadcast_object_list(messages, src=0, group=self._group)
+        return messages[0]
 
 
 def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Answer]]) -> list[Answer]:
-    """`work(items)`, with each data-parallel replica working on a part of them. A collective of all ranks.
+    """`work(items)`, divided among the data-parallel replicas. A collective of all ranks.
 
     Returns:
-        An answer to each item, in their order, on every rank.
+        One answer for each item, in their order, on every rank.
     """
     group: Any = parallel_state.get_data_parallel_group()
     size, rank = group.size(), group.rank()
-    bounds = [-(-len(items) * part // size) for part in range(size + 1)]  # one item alone is the first replica's
+    # Rounded up, so that a single item goes to replica 0, which may stream its answer.
+    bounds = [-(-len(items) * part // size) for part in range(size + 1)]
     own = list(work(items[bounds[rank] : bounds[rank + 1]]))
     if size == 1:
         return own
@@ -79,11 +76,12 @@ def over_replicas(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequen
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """How a portion of prompts is answered.
+    """How prompts are answered; unlike GenerationSettings it can be sent to other ranks.
 
     Args:
         until: texts that end an answer.
-        max_new_tokens: the longest answer.
+        max_new_tokens: length limit of an answer.
+        seed: of sampling.
     """
 
     until: tuple[str, ...]
@@ -94,27 +92,41 @@ class AnswerPlan:
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """Token ids, and the name of the random stream that its answer is drawn from."""
+    """Token ids, and the name of the random stream that samples the answer."""
 
     ids: tuple[int, ...]
     name: str
 
 
-def make_crew(model: AskedModel, batch_size: int) -> Crew:
-    """All ranks, able to `score` continuations and to `generate` answers. A collective."""
-
-    def score_portion(continuations: Sequence[Continuation]) -> list[Score]:
-        return over_replicas(continuations, lambda own: score(model.chunks, own, batch_size))
-
-    def answer_portion(prompts: Sequence[NamedPrompt], plan: AnswerPlan) -> list[list[int]]:
-        settings = generation_settings(model, plan, batch_size)
-        return over_replicas(prompts, lambda own: _answers(model, own, settings))
-
-    return Crew({"score": score_portion, "generate": answer_portion})
+def make_dispatcher(model: InferenceModel, batch_size: int) -> RankDispatcher:
+    """A dispatcher with the actions `score` (of continuations) and `generate` (of answers). A collective."""
+    return RankDispatcher(
+        {
+            "score": lambda items: over_replicas(items, lambda own: score_continuations(model.chunks, own, batch_size)),
+            "generate": lambda prompts, plan: generate_answers(model, prompts, plan, batch_size),
+        }
+    )
 
 
-def generation_settings(model: AskedModel, plan: AnswerPlan, batch_size: int) -> GenerationSettings:
-    """The plan, with the model's own ends and longest text."""
+def generate_answers(
+    model: InferenceModel,
+    prompts: Sequence[NamedPrompt],
+    plan: AnswerPlan,
+    batch_size: int,
+    on_token: OnToken = lambda row, token: None,
+) -> list[list[int]]:
+    """Token ids of an answer to each prompt, generated by all replicas together. A collective of all ranks."""
+    settings = generation_settings(model, plan, batch_size)
+
+    def work(own: Sequence[NamedPrompt]) -> list[list[int]]:
+        ids, names = [prompt.ids for prompt in own], [prompt.name for prompt in own]
+        return generate(model.chunks, ids, settings, names=names, on_token=on_token)
+
+    return over_replicas(prompts, work)
+
+
+def generation_settings(model: InferenceModel, plan: AnswerPlan, batch_size: int) -> GenerationSettings:
+    """The plan, with the model's end tokens and its longest sequence."""
     stop = StopTexts(model.tokenizer, plan.until)
     return GenerationSettings(
         end_ids=model.end_ids | stop.end_ids,
@@ -125,8 +137,3 @@ def generation_settings(model: AskedModel, plan: AnswerPlan, batch_size: int) ->
         seed=plan.seed,
         max_length=model.max_length,
     )
-
-
-def _answers(model: AskedModel, prompts: Sequence[NamedPrompt], settings: GenerationSettings) -> list[list[int]]:
-    names = [prompt.name for prompt in prompts]
-    return generate(model.chunks, [prompt.ids for prompt in prompts], settings, names=names)

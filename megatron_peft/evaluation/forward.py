@@ -1,4 +1,4 @@
-"""Forwards without gradients: rows with a key-value cache, all pipeline stages, training's switches off."""
+"""Forward passes for inference: all pipeline stages, rows with a key-value cache, training's modes switched off."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,90 +11,67 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-# One forward through all pipeline stages of a replica, and what its last stage tells the others.
-#
-# Training has megatron-core's schedules for this. A token of generation is a single microbatch with a cache, so here
-# each stage just waits for the one before it.
-
 
 def run_stages(
     model_chunks: Sequence[GPTModel], message: tuple[int, ...], forward: Callable[[GPTModel], Tensor]
 ) -> Tensor | None:
-    """Run every chunk of every stage in order. A collective of the pipeline.
+    """Run every chunk of every pipeline stage in order, as one microbatch. A collective of the pipeline.
 
     Args:
-        model_chunks: this rank's, one for each virtual stage.
-        message: shape of what a stage hands on.
-        forward: of one chunk, once it has its input.
+        model_chunks: of this rank, one for each virtual stage.
+        message: shape of the hidden states between stages.
+        forward: runs one chunk, whose input is set.
 
     Returns:
         The output of the last chunk on its rank, None elsewhere.
     """
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     for chunk in model_chunks:
         if not chunk.pre_process:
-            chunk.set_input_tensor(_receive(chunk, message))
+            hidden = torch.empty(message, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+            chunk.set_input_tensor(hidden)
         output = forward(chunk)
         if chunk.post_process:
             return output
-        _send(output)
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
     return None
 
 
 def broadcast_from_last_stage(values: Tensor) -> Tensor:
-    """`values` of the last stage's first tensor-parallel rank, in place, on every rank of the replica.
+    """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
 
-    All of them must see the very same tokens: one that ended a row on its own would wait for the others forever.
+    All of them need identical tokens: a rank that ended a row on its own would leave the others waiting forever.
     """
     pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
-    _broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), pipeline)
-    _broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), tensor_parallel)
+    if pipeline.size() > 1:
+        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    if tensor_parallel.size() > 1:
+        dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tensor_parallel)
     return values
 
-
-def _broadcast(values: Tensor, source: int, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.broadcast(values, source, group=group)
-
-
-def _receive(chunk: GPTModel, shape: tuple[int, ...]) -> Tensor:
-    hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
-    dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=_pipeline())
-    return hidden
-
-
-def _send(hidden: Tensor) -> None:
-    dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=_pipeline())
-
-
-def _pipeline() -> dist.ProcessGroup:
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
-    return group
-
-
-# Rows that go through a model together, each with its own keys and values of what it has seen: a key-value cache.
-#
-# Texts of unequal length are padded on the left, so that every row's newest token stands in the last column. The
-# padding is hidden from attention by a key mask; rotary and ALiBi positions are relative, so the shift changes
-# nothing.
-#
-# Letters: b rows, s new positions of a forward, k positions in the cache, h hidden size.
 
 try:
     from megatron.core.inference.utils import InferenceMode
 
     _inference_mode: Any = InferenceMode.active  # without it megatron-core 0.19 computes the logits of every position
-except ImportError:  # older ones go by the cache that they are given
+except ImportError:  # earlier versions check whether a cache is passed
     _inference_mode = nullcontext
 
 
 class CachedRows:
-    """One batch. Every rank of a replica makes it and calls it alike, inside `inference`.
+    """A batch of rows and their key-value cache. Every rank of a replica makes the same calls, inside `inference`.
+
+    Rows of unequal length are padded on the left, so each row's newest token is in the last column. A key mask hides
+    the padding; rotary and ALiBi positions are relative, so the shift changes nothing.
+
+    Letters: b rows, s new positions of a forward, k positions in the cache, g key-value heads, d their size.
 
     Args:
-        model_chunks: this rank's.
-        padding: columns on the left of each row that hold no token.
-        num_columns: the most that the cache will hold, padding included.
+        model_chunks: of this rank.
+        padding: number of padded columns on the left of each row.
+        num_columns: capacity of the cache, including padding.
     """
 
     def __init__(self, model_chunks: Sequence[GPTModel], padding: Sequence[int], num_columns: int) -> None:
@@ -104,17 +81,17 @@ class CachedRows:
         self._is_padded = any(padding)
 
     def forward(self, tokens: Tensor, every_position: bool = False) -> Tensor | None:
-        """Logits after `tokens` [b, s], which follow what the cache holds.
+        """Logits after `tokens` [b, s], which follow the cached ones.
 
         Returns:
             [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, float32, on the last
             pipeline stage; None on the others.
         """
         done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
-        settings: Any = getattr(self._cache, "config", self._cache)  # the cache's own attributes up to 0.16
+        settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
         settings.materialize_only_last_token_logits = not every_position
         positions = torch.arange(done, done + num_new, device=tokens.device).expand_as(tokens)
-        hidden_keys = self._hidden_keys(done + num_new)
+        padding_mask = self._padding_mask(done + num_new)
         with _inference_mode():
             logits = run_stages(
                 self._chunks,
@@ -122,7 +99,7 @@ class CachedRows:
                 lambda chunk: chunk(
                     input_ids=tokens,
                     position_ids=positions,
-                    attention_mask=hidden_keys,
+                    attention_mask=padding_mask,
                     inference_context=self._cache,
                     runtime_gather_output=True,
                 ),
@@ -131,16 +108,16 @@ class CachedRows:
         return None if logits is None else logits.float()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order; one may be taken more than once."""
+        """Continue with these rows, in this order; a row may be repeated."""
         memory = self._cache.key_value_memory_dict
         for layer, pair in memory.items():
-            # [p, b, g, d], of which [b, g, p, d] is contiguous, and stays so.
+            # Keys and values are [k, b, g, d] views of contiguous [b, g, k, d] tensors, and stay so.
             memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
         self._padding = self._padding[rows]
-        self._cache.max_batch_size = len(rows)  # of the memory that an empty cache is yet to take
+        self._cache.max_batch_size = len(rows)  # an empty cache allocates its memory later, for this many rows
 
-    def _hidden_keys(self, num_keys: int) -> Tensor | None:
-        """[b, 1, 1, k], True where a key is padding; None where no row has any."""
+    def _padding_mask(self, num_keys: int) -> Tensor | None:
+        """[b, 1, 1, k], True where a key is padding; None if no row has padding."""
         if not self._is_padded:
             return None
         keys = torch.arange(num_keys, device=self._padding.device)
@@ -148,44 +125,34 @@ class CachedRows:
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    """Rows of token ids as one tensor [b, longest], and the number of padded columns of each."""
+    """Rows of token ids as a tensor [b, longest], and the number of padded columns of each row."""
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
     padded = [[0] * missing + list(row) for missing, row in zip(padding, rows, strict=True)]
     return torch.tensor(padded, device=torch.cuda.current_device()), padding
 
 
-# What modules and their configuration call it; static batching refuses all of it.
+# Attributes of modules and of their configuration. megatron-core's static batching refuses all of them.
 SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @contextmanager
 def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients, no dropout, no sequence parallelism; each chunk is left as it was found."""
+    """No gradients, no dropout, no sequence parallelism; afterwards each chunk is as before."""
     were_training = [chunk.training for chunk in model_chunks]
-    for chunk in model_chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad(), _without_sequence_parallelism(model_chunks):
-            yield
-    finally:
-        for chunk, was_training in zip(model_chunks, were_training, strict=True):
-            chunk.train(was_training)
-
-
-@contextmanager
-def _without_sequence_parallelism(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Switch it off in modules and configurations, and afterwards on again exactly where it was on.
-
-    megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may inherit.
-    """
+    # megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may reuse.
     modules = (module for chunk in model_chunks for module in chunk.modules())
     owners = {id(owner): owner for module in modules for owner in (module, getattr(module, "config", None))}
     switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
+    for chunk in model_chunks:
+        chunk.eval()
     for owner, name in switched:
         setattr(owner, name, False)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for owner, name in switched:
             setattr(owner, name, True)
+        for chunk, was_training in zip(model_chunks, were_training, strict=True):
+            chunk.train(was_training)

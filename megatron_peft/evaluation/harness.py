@@ -1,55 +1,52 @@
-"""Our model as a model of the language model evaluation harness: log-likelihoods and answers.
+"""Our model as a model of lm-evaluation-harness: log-likelihoods and answers.
 
-Tokens, truncation and ends follow the harness's own backend for Hugging Face models, so that both give the same scores:
-a text that is too long loses its beginning, and an empty context stands for the beginning-of-sequence token.
+Tokens, truncation and end tokens follow the harness's own `hf` backend, so both give the same scores: a text that is
+too long loses its beginning, and an empty context becomes the beginning-of-sequence token.
 """
 
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.evaluation.answers import request_bar
-from megatron_peft.evaluation.dispatch import AnswerPlan, Crew, NamedPrompt
+from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, RankDispatcher
 from megatron_peft.evaluation.generation import GREEDY, Sampling, StopTexts
-from megatron_peft.evaluation.model import AskedModel, describe
+from megatron_peft.evaluation.model import InferenceModel, describe
 from megatron_peft.evaluation.scoring import Continuation
-
-# Requests that are answered already, in a file of JSON lines, so that a killed evaluation goes on where it was.
-#
-#     {"key": "5f1c...", "answer": [-12.25, true]}
-#
-# A key is a digest of everything that the answer depends on, the model's fingerprint included: an answer of another
-# checkpoint is never taken for one of this. A line is written whole; the last one, torn by a kill, is left out.
 
 
 class FinishedRequests:
-    """The answers by key.
+    """Answers by key, in a file of JSON lines, so that a killed evaluation resumes where it stopped.
+
+        {"key": "5f1c...", "answer": [-12.25, true]}
 
     Args:
-        path: of the file; made with the first answer.
-        model: fingerprint of the model.
+        path: of the file; created with the first answer.
+        model: fingerprint of the model, part of every key.
+
+    Raises:
+        ConfigurationError: a line of the file is not an answered request.
     """
 
     def __init__(self, path: Path, model: str) -> None:
         self._path = path
         self._model = model
-        self._answers = dict(_read(path))
+        self._answers = dict(self._read())
 
     def key(self, kind: str, *what: Any) -> str:
-        """Of a request: its kind, and whatever else its answer depends on (as JSON)."""
+        """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
         return hashlib.sha256(json.dumps([self._model, kind, *what]).encode()).hexdigest()[:32]
 
     def __contains__(self, key: str) -> bool:
@@ -59,59 +56,60 @@ class FinishedRequests:
         return self._answers[key]
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Remember answers, on disk too."""
+        """Keep answers, in the file too."""
         self._answers |= answers
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-
-def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.exists():
-        return
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # torn: begin the next line afresh
-        path.write_text(whole, encoding="utf-8")
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            entry = parse_json(line, f"{path}:{number}")
-            yield entry["key"], entry["answer"]
-        except (ConfigurationError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"{path}:{number} is no answered request ({error!r}): remove the line, and it is asked again."
-            ) from error
+    def _read(self) -> Iterator[tuple[str, Any]]:
+        if not self._path.exists():
+            return
+        text = self._path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a kill cut the last line: drop it
+            self._path.write_text(whole, encoding="utf-8")
+        for number, line in enumerate(whole.splitlines(), 1):
+            place = f"{self._path}:{number}"
+            try:
+                entry = parse_json(line, place)
+                yield entry["key"], entry["answer"]
+            except (ConfigurationError, KeyError, TypeError) as error:
+                raise ConfigurationError(
+                    f"{place} is not an answered request ({error!r}): remove the line to repeat the request."
+                ) from error
 
 
 MAX_NEW_TOKENS = 256  # the harness's default
-SERVED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One thing to ask: the key of its answer, what is asked, and what sorts it."""
+    """A continuation or a prompt, the key of its answer, and its sort key."""
 
     key: str
-    what: Any
-    order: Any
+    content: Any
+    sort_key: Any
 
 
 class HarnessModel(TemplateLM):
-    """Runs on the first rank; the others serve in the crew.
+    """The harness's model. It runs on rank 0, and its forwards on all ranks.
 
     Args:
-        model: what is asked.
-        crew: of `dispatch.make_crew`.
-        finished: answers that are known; new ones are added as they come.
+        dispatcher: of `dispatch.make_dispatcher`.
+        finished: known answers; new ones are added portion by portion.
         batch_size: requests in a forward of a replica.
-        seed: of answers that are drawn.
+        seed: of sampling.
     """
 
-    def __init__(self, model: AskedModel, crew: Crew, finished: FinishedRequests, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, model: InferenceModel, dispatcher: RankDispatcher, finished: FinishedRequests, batch_size: int, seed: int
+    ) -> None:
         super().__init__()
         self._model = model
-        self._crew = crew
+        self._dispatcher = dispatcher
         self._finished = finished
         self._portion = batch_size * model.config.parallel.data_parallel_size
         self._seed = seed
@@ -127,7 +125,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that go into the model."""
+        """Positions of the model."""
         return self._model.max_length
 
     @property
@@ -135,7 +133,7 @@ class HarnessModel(TemplateLM):
         return json.dumps(self._model.tokenizer.unique_identifiers)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; the beginning-of-sequence token once, if the tokenizer puts it there by itself."""
+        """Token ids, with one beginning-of-sequence token if the tokenizer adds it by default."""
         tokenizer = self._model.tokenizer
         ids, bos_id = tokenizer.encode(string), tokenizer.bos_id
         if add_special_tokens is False or bos_id is None or ids[:1] == [bos_id]:
@@ -149,28 +147,28 @@ class HarnessModel(TemplateLM):
         return "the tokenizer's own" if chat_template else ""
 
     def get_model_info(self) -> Mapping[str, Any]:
-        """What the results say about the model, beside the harness's own notes."""
+        """What the results say about the model, in addition to the harness's own fields."""
         return {**describe(self._model), "sampling_seed": self._seed, "truncated_requests": dict(self.truncated)}
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        items = [self._fitted(context, ids) for _, context, ids in requests]
-        asked = [
-            _Request(self._finished.key("score", one.context, one.ids), one, (-len(one.context), one.context))
-            for one in items
-        ]
-        return [(total, greedy) for total, greedy in self._answers("scoring", asked, self._score)]
+        def score(continuations: Sequence[Continuation]) -> list[tuple[float, bool]]:
+            return [(one.log_likelihood, one.is_greedy) for one in self._dispatcher.call("score", continuations)]
 
-    def _score(self, continuations: Sequence[Continuation]) -> list[tuple[float, bool]]:
-        return [(one.log_likelihood, one.is_greedy) for one in self._crew.order("score", continuations)]
+        continuations = [self._truncated(context, ids) for _, context, ids in requests]
+        keyed = [
+            _Request(self._finished.key("score", one.context, one.ids), one, (-len(one.context), one.context))
+            for one in continuations
+        ]
+        return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token with as much before it as the model holds."""
+        """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
         windows = [list(self._windows(request.args[0])) for request in requests]
         scores = iter(self._loglikelihood_tokens([("", *window) for text in windows for window in text]))
         return [sum(total for total, _ in itertools.islice(scores, len(text))) for text in windows]
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """(context, what is predicted), which together cover the text once."""
+        """(context, continuation) pairs whose continuations cover the text once."""
         rolling = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
@@ -180,24 +178,20 @@ class HarnessModel(TemplateLM):
         return map(make_disjoint_window, rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each request; equal requests that are drawn have draws of their own."""
+        """An answer to each request; with sampling, equal requests have different random streams."""
         plans = [self._plan(request) for request in requests]
         texts = [""] * len(requests)
         for plan in dict.fromkeys(plans):
             chosen = [index for index, one in enumerate(plans) if one == plan]
-            prompts = [self._prompt(requests[index].args[0], plan) for index in chosen]
+            prompts = self._named([self._prompt(requests[index].args[0], plan) for index in chosen], plan)
+            found = self._answers("answering", prompts, lambda own, to=plan: self._dispatcher.call("generate", own, to))
             stop = StopTexts(self._model.tokenizer, plan.until)
-            for index, ids in zip(
-                chosen, self._answers("answering", self._asked(prompts, plan), self._ask(plan)), strict=True
-            ):
+            for index, ids in zip(chosen, found, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
         return texts
 
-    def _ask(self, plan: AnswerPlan) -> Callable[[Sequence[NamedPrompt]], list[list[int]]]:
-        return lambda prompts: self._crew.order("generate", prompts, plan)
-
-    def _asked(self, prompts: Sequence[tuple[int, ...]], plan: AnswerPlan) -> Iterator[_Request]:
-        """Named by what is asked, not by their place: what is left of a killed evaluation draws the same."""
+    def _named(self, prompts: Sequence[tuple[int, ...]], plan: AnswerPlan) -> Iterator[_Request]:
+        """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
         seen: Counter[tuple[int, ...]] = Counter()
         for ids in prompts:
             name = f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}/{seen[ids]}"
@@ -205,22 +199,22 @@ class HarnessModel(TemplateLM):
             what = plan.until, plan.max_new_tokens, plan.sampling.__dict__, plan.seed
             yield _Request(self._finished.key("generate", ids, name, *what), NamedPrompt(ids, name), (-len(ids), ids))
 
-    def _answers(self, title: str, requests: Iterator[_Request] | Sequence[_Request], ask: Callable) -> list[Any]:
-        """Answers in the order of the requests: known ones, and the others portion by portion, longest first."""
+    def _answers(self, title: str, requests: Iterable[_Request], compute: Callable) -> list[Any]:
+        """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
         requests = list(requests)
         unknown = {one.key: one for one in requests if one.key not in self._finished}
-        pending = sorted(unknown.values(), key=lambda one: one.order)
+        pending = sorted(unknown.values(), key=lambda one: one.sort_key)
         num_distinct = len({one.key for one in requests})
         with request_bar(title, num_distinct, done=num_distinct - len(pending)) as advance:
             for start in range(0, len(pending), self._portion):
                 portion = pending[start : start + self._portion]
-                found = ask([one.what for one in portion])
+                found = compute([one.content for one in portion])
                 self._finished.add({one.key: answer for one, answer in zip(portion, found, strict=True)})
                 advance(len(portion))
         return [self._finished[one.key] for one in requests]
 
-    def _fitted(self, context: Sequence[int], ids: Sequence[int]) -> Continuation:
-        """Without the beginning that the model has no room for. The last token does not go into it."""
+    def _truncated(self, context: Sequence[int], ids: Sequence[int]) -> Continuation:
+        """Drop the beginning of a context that is too long. The last token needs no position."""
         require(
             len(ids) <= self.max_length,
             f"a continuation of {len(ids)} tokens does not fit the {self.max_length} positions of the model.",
@@ -238,17 +232,17 @@ class HarnessModel(TemplateLM):
     def _plan(self, request: Instance) -> AnswerPlan:
         arguments: Any = request.args
         given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
-        unknown = sorted(given.keys() - SERVED_SETTINGS)
+        unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
         require(
             not unknown,
-            f"generation_kwargs of task {request.task_name} hold {', '.join(unknown)}, which are not served: "
-            f"there are {', '.join(sorted(SERVED_SETTINGS))}.",
+            f"generation_kwargs of task {request.task_name}: {', '.join(unknown)} is not supported; "
+            f"use {', '.join(sorted(SUPPORTED_SETTINGS))}.",
         )
         longest = given["max_gen_toks"]
         require(
             longest < self.max_length,
-            f"task {request.task_name} asks for answers of {longest} tokens, but the model has {self.max_length} "
-            "positions for question and answer together: lower its max_gen_toks.",
+            f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
+            "positions for question and answer together: lower the task's max_gen_toks.",
         )
         return AnswerPlan(tuple(given["until"]), longest, self._sampling(given, request), self._seed)
 
@@ -261,6 +255,3 @@ class HarnessModel(TemplateLM):
             )
         except ConfigurationError as error:
             raise ConfigurationError(f"generation_kwargs of task {request.task_name}: {error}") from error
-
-
-register_model("megatron-peft")(HarnessModel)

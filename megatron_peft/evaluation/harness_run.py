@@ -1,4 +1,4 @@
-"""An evaluation from its settings: check the tasks, load the model, ask, write the results."""
+"""tools/evaluate.py: check the tasks, load the model, run lm-evaluation-harness, write the results."""
 
 import json
 import logging
@@ -10,35 +10,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.metrics  # fills METRIC_REGISTRY
 import torch.distributed as dist
+from jinja2 import UndefinedError
+from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 
 from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
 from megatron_peft.config.untrusted import parse_yaml, read_json_object, read_text
 from megatron_peft.data.prepare import TaskLoader
 from megatron_peft.evaluation.answers import check_output
-from megatron_peft.evaluation.dispatch import Crew, make_crew
-from megatron_peft.evaluation.harness import FinishedRequests
-from megatron_peft.evaluation.model import AskedModel, load_model, model_fingerprint
+from megatron_peft.evaluation.dispatch import RankDispatcher, make_dispatcher
+from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel
+from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
 from megatron_peft.runtime.launch import checked_together
 
 
 def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: int | None = None) -> Any:
-    """The harness's TaskManager that knows these tasks. Its own tasks are only read for names that are found nowhere
-    else: there are thousands.
+    """The harness's TaskManager for these tasks, each of which loads.
 
     Raises:
-        ConfigurationError: an unknown name, told with the nearest known; a folder that is not there; data that cannot
-            be read, or that a task's templates do not fit; a label that is none of the choices; fewer solved items
-            than `num_fewshot`, or none but those that are scored.
+        ConfigurationError: an unknown name; a folder that does not exist; a task file that would run code; data that
+            cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
+            than `num_fewshot`, or only those that are scored.
     """
-    from lm_eval.tasks import TaskManager
-
     missing = [path for path in include_paths if not Path(path).is_dir()]
     require(not missing, f"--include-path {' '.join(missing)}: no such folder.")
     _check_task_files(include_paths)
     manager = TaskManager(include_path=list(include_paths), include_defaults=False)
-    if not include_paths or set(names) - set(manager.all_tasks):
+    if not include_paths or set(names) - set(manager.all_tasks):  # only then read the harness's own thousands of tasks
         manager = TaskManager(include_path=list(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -51,14 +54,11 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
 
 
 def _check_task_files(include_paths: Sequence[str]) -> None:
-    """None names a function of a file beside it, which the harness would run when it loads the task, and all are YAML:
-    the harness passes over others, and would search their tasks among thousands."""
-    import lm_eval
-
+    """Refuse files that make the harness run code of theirs, and those that are not YAML, which it would skip."""
     own = Path(lm_eval.__file__).parent.resolve()
     waiting = [path for folder in include_paths for path in sorted(Path(folder).rglob("*.yaml"))]
     seen: set[Path] = set()
-    for path in waiting:  # which grows by the files that they include
+    for path in waiting:  # grows by the included files
         if path.resolve() in seen or path.resolve().is_relative_to(own):
             continue
         seen.add(path.resolve())
@@ -73,60 +73,51 @@ def _check_task_files(include_paths: Sequence[str]) -> None:
         scripts = _metric_scripts(task)
         require(
             not scripts,
-            f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Name one of "
-            "its own, or a function of megatron_peft.evaluation by !function.",
+            f"{path} is refused: the metric {', '.join(scripts)} is a script, which the harness would run. Use one of "
+            "its own metrics, or a function of megatron_peft.evaluation by !function.",
         )
         for function in functions:
             module = str(function).rpartition(".")[0]
-            beside = path.resolve().parent / f"{module.replace('.', '/')}.py"
+            script = path.resolve().parent / f"{module.replace('.', '/')}.py"
             is_ours = f"{module}.".startswith(("megatron_peft.evaluation.", "lm_eval.")) and "._" not in str(function)
             require(
-                is_ours and not beside.exists(),
-                f"{path} is refused: !function {function} is no function of megatron_peft.evaluation or lm_eval, and a "
-                "task file runs no code of its own: add it to megatron_peft/evaluation/task_metrics.py.",
+                is_ours and not script.exists(),  # the harness would run a script next to the task file
+                f"{path} is refused: !function {function} is not a function of megatron_peft.evaluation or lm_eval, "
+                "and a task file must not run its own code: add it to megatron_peft/evaluation/task_metrics.py.",
             )
 
 
 def _metric_scripts(task: Any) -> list[str]:
-    """Metrics that `evaluate.load` would look for on the disk, since the harness does not know them by name."""
-    import lm_eval.api.metrics  # noqa: F401 - fills the registry
-    from lm_eval.api.registry import METRIC_REGISTRY
-
+    """Metrics that the harness does not know by name and `evaluate.load` would find on the disk."""
     metrics = task.get("metric_list") if isinstance(task, dict) else None
     entries = [one for one in metrics if isinstance(one, dict)] if isinstance(metrics, list) else []
-    asked = [
-        (str(one.get("metric")), one.get("hf_evaluate")) for one in entries
-    ]  # "None" is a !function, checked below
-    loaded = [name for name, hf_evaluate in asked if hf_evaluate or name not in METRIC_REGISTRY]
+    # The loader of the caller gives None for a !function, which is checked there.
+    named = [(str(one.get("metric")), one.get("hf_evaluate")) for one in entries]
+    loaded = [name for name, hf_evaluate in named if hf_evaluate or name not in METRIC_REGISTRY]
     return [name for name in loaded if re.search(r"[/\\]|\.py$", name) or Path(name).exists()]
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     nearest = get_close_matches(name, known, 1, 0.6)
-    hint = f"did you mean {nearest[0]}?" if nearest else "--include-path FOLDER names a folder with its file."
+    hint = f"did you mean {nearest[0]}?" if nearest else "give the folder of its file with --include-path FOLDER."
     return f"--tasks {name}: no task has this name; {hint}"
 
 
 def _load(name: str, manager: Any) -> Iterable[Any]:
-    """The task, or the tasks of a group or tag, with their data; the harness tries the templates on the first item."""
-    from jinja2 import UndefinedError
-
+    """The task, or the tasks of a group or tag, with their data; the harness renders the first item."""
+    reasons = {
+        UndefinedError: "its data lacks a column that its templates use",
+        IndexError: "the first item's label is not one of its choices",
+    }
     try:
         return manager.load([name])["tasks"].values()
-    except UndefinedError as error:
-        raise ConfigurationError(
-            f"--tasks {name} cannot be loaded: its data lacks a column that its templates name ({error})."
-        ) from error
-    except IndexError as error:
-        raise ConfigurationError(
-            f"--tasks {name} cannot be loaded: the first item's label is none of its choices ({error})."
-        ) from error
-    except Exception as error:  # noqa: BLE001 - whatever a task's file or its data make the harness raise
-        raise ConfigurationError(f"--tasks {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - a task's file or data may make the harness raise anything
+        reason = reasons.get(type(error), type(error).__name__)
+        raise ConfigurationError(f"--tasks {name} cannot be loaded: {reason} ({error}).") from error
 
 
 def _check_labels(name: str, task: Any) -> None:
-    """The right choice of every item is there. (Of an item without one the harness would count 0 and go on.)"""
+    """Each item's label is one of its choices; the harness would silently score other items 0."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     for number, doc in enumerate(task.eval_docs):
@@ -139,20 +130,20 @@ def _check_labels(name: str, task: Any) -> None:
 
 
 def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
-    """That many solved items are there, and are not those that are scored: the harness would show a question solved."""
+    """The task has enough solved examples that are not scored: the harness would show the scored items solved."""
     if not num_fewshot:
         return
-    asked = getattr(task, "fewshot_cfg", None)
-    given = asked is not None and (asked.split is not None or asked.samples is not None)
+    settings = getattr(task, "fewshot_cfg", None)
+    given = settings is not None and (settings.split is not None or settings.samples is not None)
     require(
         given or task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs()),
-        f"--num-fewshot {num_fewshot}: --tasks {name} has no items but those that are scored; leave --num-fewshot out, "
-        f"or give the task a fewshot_split.",
+        f"--num-fewshot {num_fewshot}: --tasks {name} has only items that are scored; omit --num-fewshot, or give the "
+        "task a fewshot_split.",
     )
     num_items = len(task.fewshot_docs())
     require(
         num_items >= num_fewshot,
-        f"--num-fewshot {num_fewshot}: --tasks {name} has {num_items} solved items to show.",
+        f"--num-fewshot {num_fewshot}: --tasks {name} has {num_items} solved items.",
     )
 
 
@@ -161,7 +152,7 @@ PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval"
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """What tools/evaluate.py was asked for; its flags have these names."""
+    """The flags of tools/evaluate.py."""
 
     tasks: Sequence[str]
     output: str
@@ -182,74 +173,65 @@ class HarnessSettings:
             whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
             require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
 
-    def decisive(self) -> dict[str, Any]:
-        """What the results depend on beside the model, as their file records it."""
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the results, for their file."""
         names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
         folders = list(self.include_path)
         return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
 
-    def beside(self, kind: str) -> Path:
-        """`scores.json` -> `scores.<kind>.jsonl`."""
+    def side_file(self, kind: str) -> Path:
+        """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
         return Path(self.output).with_suffix(f".{kind}.jsonl")
 
 
 def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
-    """Write the results of `config`'s model on the tasks, within a started world.
+    """Write the results of `config`'s model on the tasks, in a started world.
 
     Raises:
-        ConfigurationError: on every rank, before the model is loaded where that can be: tasks, folders, checkpoint.
+        ConfigurationError: on every rank: wrong tasks or files (before the model is loaded), or a wrong checkpoint.
     """
     tasks = checked_together(lambda: _checked_tasks(config, settings) if dist.get_rank() == 0 else None)
     model = load_model(config)
-    crew = make_crew(model, settings.batch_size)
-    if not crew.is_led_here:
-        crew.serve()
+    dispatcher = make_dispatcher(model, settings.batch_size)
+    if dist.get_rank() != 0:
+        dispatcher.serve()
         return
-    results = _run_harness(model, crew, settings, tasks)
-    crew.dismiss()
+    results = _run_harness(model, dispatcher, settings, tasks)
+    dispatcher.stop()
     _write(results, settings)
 
 
 def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> Any:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the evaluation harness is missing ({error}): pip install 'megatron-peft[eval]'."
-        ) from error
-
     check_output(settings.output)
     require(
         settings.overwrite or not Path(settings.output).exists() or _is_of_this_evaluation(config, settings),
-        f"--output {settings.output} exists already, and holds no results of this model with these flags: give another "
+        f"--output {settings.output} exists already, and is not a result of this model with these flags: give another "
         "file, or --overwrite.",
     )
-    FinishedRequests(settings.beside("requests"), "")  # a file that cannot be read is told before the model is loaded
+    FinishedRequests(settings.side_file("requests"), "")  # fails here if the file cannot be read
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     return find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
 
 
 def _is_of_this_evaluation(config: RunConfig, settings: HarnessSettings) -> bool:
-    """Whether --output holds what the same command has written before, so that nothing is lost."""
+    """Whether --output is a result of the same command, which may be replaced."""
     try:
         found = read_json_object(Path(settings.output)).get("config")
     except ConfigurationError:
         return False
-    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.decisive()}
+    own = {"checkpoint_fingerprint": model_fingerprint(config), "evaluation": settings.result_settings()}
     return isinstance(found, dict) and all(found.get(name) == value for name, value in own.items())
 
 
-def _run_harness(model: AskedModel, crew: Crew, settings: HarnessSettings, tasks: Any) -> dict[str, Any]:
-    from lm_eval.evaluator import simple_evaluate
-
-    from megatron_peft.evaluation.harness import HarnessModel
-
+def _run_harness(
+    model: InferenceModel, dispatcher: RankDispatcher, settings: HarnessSettings, tasks: Any
+) -> dict[str, Any]:
     fingerprint = model_fingerprint(model.config)
-    finished = FinishedRequests(settings.beside("requests"), fingerprint)
-    asked: Any = HarnessModel(model, crew, finished, settings.batch_size, settings.sampling_seed)
+    finished = FinishedRequests(settings.side_file("requests"), fingerprint)
+    harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit = settings.limit
     results: Any = simple_evaluate(
-        model=asked,
+        model=harness_model,
         tasks=list(settings.tasks),
         task_manager=tasks,
         num_fewshot=settings.num_fewshot,
@@ -260,26 +242,21 @@ def _run_harness(model: AskedModel, crew: Crew, settings: HarnessSettings, tasks
         confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
     results["config"]["checkpoint_fingerprint"] = fingerprint
-    results["config"]["evaluation"] = settings.decisive()
+    results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
-    for kind, number in asked.truncated.items():
+    for kind, number in harness_model.truncated.items():
         if number:
-            print(
-                f"{number} texts to {kind} were longer than the model's {model.max_length} positions and lost "
-                "their beginning"
-            )
+            print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     return results
 
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:
-    """Questions and answers beside the results, the results last."""
-    from lm_eval.utils import handle_non_serializable
-
+    """Write questions and answers, then the results, and print the scores."""
     samples: Mapping[str, list[dict[str, Any]]] = results.pop("samples", {})
     if settings.log_samples:
         lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
         text = "".join(json.dumps(line, default=handle_non_serializable) + "\n" for line in lines)
-        write_atomically(settings.beside("samples"), text)
+        write_atomically(settings.side_file("samples"), text)
     write_atomically(Path(settings.output), json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
     for task, scores in results["results"].items():
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""A model that is asked and not trained: described by the run that trained it, loaded, told from others."""
+"""Loading a trained or a base model for evaluation and generation; its configuration comes from the run's record."""
 
 import hashlib
 import json
@@ -38,13 +38,13 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
-class AskedModel:
-    """A model to be asked, on this rank.
+class InferenceModel:
+    """A loaded model on this rank.
 
     Args:
-        config: of the evaluation: the model's, and the layout that it has now.
-        chunks: this rank's part, not wrapped.
-        end_ids: tokens at which the model ends an answer.
+        config: of the evaluation, with its own layout, not that of the training run.
+        chunks: the model chunks of this rank, without a data-parallel wrapper.
+        end_ids: tokens that end an answer.
         record: of the run that trained it; None for a base model.
     """
 
@@ -57,17 +57,17 @@ class AskedModel:
 
     @property
     def max_length(self) -> int:
-        """The longest text, in tokens."""
+        """The longest sequence, in tokens."""
         return self.shape.max_position_embeddings
 
 
-def load_model(config: RunConfig) -> AskedModel:
-    """The model of --load, or else of --pretrained-checkpoint, in a started world. Makes the layout's groups.
+def load_model(config: RunConfig) -> InferenceModel:
+    """Load the model of --load, or of --pretrained-checkpoint, in a started world. Creates the layout's groups.
 
     Raises:
         ConfigurationError: on every rank: no checkpoint, another base, another method, a layout that does not divide.
     """
-    # Our core attention honours the key mask of unequal prompts beside a cache; Transformer Engine's would not.
+    # With a key-value cache, our core attention applies the key mask of padded prompts; Transformer Engine's does not.
     config = replace(config, model=replace(config.model, transformer_impl="local"))
     shape = checked_together(lambda: checked_shape(config))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
@@ -86,11 +86,11 @@ def load_model(config: RunConfig) -> AskedModel:
     )
     record = _load_trained(config, shape, chunks) if is_trained else None
     ends = end_ids(_base(config)) | {tokenizer.eos_id}
-    return AskedModel(config, shape, chunks, tokenizer, ends, record)
+    return InferenceModel(config, shape, chunks, tokenizer, ends, record)
 
 
 def model_fingerprint(config: RunConfig) -> str:
-    """32 hexadecimal digits that change with base, checkpoint and number type. Call it on the first rank."""
+    """32 hexadecimal digits that identify base, checkpoint and dtype. Call it on the first rank."""
     base, load = base_fingerprint(config.model.pretrained_checkpoint), config.checkpoint.load
     manifest = (find_checkpoint(load) / MANIFEST).read_text() if load else None
     parts = [dict(base or {}), manifest, config.model.bf16]
@@ -98,18 +98,18 @@ def model_fingerprint(config: RunConfig) -> str:
 
 
 def end_ids(base: str) -> frozenset[int]:
-    """Tokens that the base model's `generation_config.json` names as ends; a chat model may have several."""
+    """The `eos_token_id` of the base model's `generation_config.json`; a chat model may list several."""
     path = Path(base, GENERATION_CONFIG)
     if not path.exists():
         return frozenset()
     ends = read_json_object(path).get("eos_token_id")
     found = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    require(all(type(one) is int for one in found), f"{path}: eos_token_id {ends} holds more than token ids.")
+    require(all(type(one) is int for one in found), f"{path}: eos_token_id {ends} must hold only token ids.")
     return frozenset(found)
 
 
-def describe(model: AskedModel) -> Mapping[str, Any]:
-    """What was asked and how it was laid out, for a record of results."""
+def describe(model: InferenceModel) -> Mapping[str, Any]:
+    """The model and its layout, for the file of results."""
     parallel = model.config.parallel
     return {
         "pretrained_checkpoint": model.config.model.pretrained_checkpoint,
@@ -150,34 +150,37 @@ def _refuse_another(here: Here, load: str) -> None:
             raise ConfigurationError(*problems)
 
 
-# The model of a saved run, so that whoever scores it need not repeat its flags: a layout, or a base that has moved, is
-# the user's, and everything else the run's. Section of RunConfig -> fields that say which model it is and how its texts
-# become tokens.
+# Section of RunConfig -> fields that an evaluation takes from the run's record. The layout, and the path of a base that
+# has moved, are the user's flags.
 SAVED: dict[str, tuple[str, ...]] = {
     "model": ("pretrained_checkpoint", "bf16", "make_vocab_size_divisible_by"),
     "data": ("tokenizer_type", "tokenizer_model", "vocab_size"),
-    "training": ("seed",),  # a method may draw what it never trains
+    "training": ("seed",),  # a method may draw parameters that it never trains
 }
 
 
 def saved_values(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, method and tokenizer of the run under `typed["load"]`, by field; nothing without one. See `read_config`.
+    """Model, method and tokenizer of the run in the folder `typed["load"]`, by field; `saved` of `read_config`.
 
     Raises:
-        ConfigurationError: no checkpoint there, or its base is not where the run found it.
+        ConfigurationError: the folder has no checkpoint, or the run's base model has moved.
     """
     load = typed.get("load")
     if load is None:
         return {}
-    require(load != "", "--load is empty: give the folder of a run, or leave the flag out.")
+    require(load != "", "--load is empty: give the folder of a run, or omit the flag.")
     record = read_run_record(load)
-    if "pretrained_checkpoint" not in typed:
-        _require_base(record, load)
+    base = record.config.model.pretrained_checkpoint
+    require(
+        "pretrained_checkpoint" in typed or (base is not None and Path(base).exists()),
+        f"--load {load} was trained on the base model {base}, which does not exist: give its current folder with "
+        "--pretrained-checkpoint.",
+    )
     return values_of_model(record.config)
 
 
 def values_of_model(config: RunConfig) -> dict[str, Any]:
-    """Field -> value of a configuration's model, method and tokenizer; defaults are left out."""
+    """Field -> value of a configuration's model, method and tokenizer, without defaults."""
     fields = {**SAVED, "peft": field_names(type(config.peft))}
     return {
         name: value
@@ -187,31 +190,22 @@ def values_of_model(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _require_base(record: RunRecord, load: str) -> None:
-    base = record.config.model.pretrained_checkpoint
-    require(
-        base is not None and Path(base).exists(),
-        f"--load {load} was trained on the base model {base}, which is not there: say where it lies now with "
-        f"--pretrained-checkpoint.",
-    )
-
-
 Settings = TypeVar("Settings")
 
 
 def run_on_a_model(
     main: Callable[[RunConfig, Settings], None], settings: Callable[[], Settings], flags: Sequence[str], program: str
 ) -> None:
-    """Run `main` with the model that `flags` describe, on all processes.
+    """Parse `flags`, start the world and run `main` on all processes.
 
     Args:
-        main: takes the model's configuration and the settings, within a started world.
-        settings: makes the program's own settings, or raises ConfigurationError.
-        flags: those of pretrain_peft.py; what --load's run says of its model need not be among them.
-        program: its name, put before an error.
+        main: takes the model's configuration and the settings, in a started world.
+        settings: returns the program's own settings, or raises ConfigurationError.
+        flags: of pretrain_peft.py; --load supplies those of the model.
+        program: its name, for error messages.
 
     Raises:
-        SystemExit: 2, after one rank has told what is wrong with the settings or the flags.
+        SystemExit: 2, after rank 0 has printed what is wrong with the settings or the flags.
     """
     try:
         made = settings()

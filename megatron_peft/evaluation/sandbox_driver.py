@@ -1,13 +1,10 @@
-"""What runs inside the sandbox, as two processes: one runs the program, the other is its judge.
+"""The script inside the sandbox, with the standard library only: one process runs the program, another judges it.
 
-A script of its own, with the standard library only: it is never imported. The judge reads one JSON object from stdin:
-the program's code, its check, the users to become, the limits by their names in `resource`, and how many files /tmp may
-hold. It writes the verdict to stdout; what the program prints goes to stderr.
+The judge reads a JSON object from stdin: code, check, user ids, limits by their names in `resource`, and the number of
+files that /tmp may hold. It writes the verdict to stdout; what the program prints goes to stderr.
 
-Code that a model wrote can do anything to the interpreter that runs it: read frames, patch builtins, exit. So the check
-runs in the judge. There `candidate(function, *arguments)` sends a call to the program's process, and only plain values
-come back. The judge forks that process before it reads the job, so neither the check nor the pipe of the verdict is
-anywhere in it.
+Code that a model wrote can read frames, patch builtins or exit, so the check runs in the judge's process, where
+`candidate(function, *arguments)` sends a call to the program's process and gets plain values back.
 """
 
 from __future__ import annotations
@@ -22,11 +19,11 @@ import signal
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # it starts with every program, so it imports no more than it runs
+if TYPE_CHECKING:  # the script starts with every program: it imports only what it needs
     from collections.abc import Callable, Iterator
     from typing import Any, BinaryIO
 
-MAX_DETAIL = 300  # characters of an exception that are worth keeping
+MAX_DETAIL = 300  # characters of an exception
 MAX_ANSWER_BYTES = 16 << 20
 SECONDS_BETWEEN_COUNTS = 0.05  # of the files in /tmp, while the program runs
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
@@ -34,27 +31,27 @@ EXACT_NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}
 
 
 class Verdict(BaseException):
-    """What the judge says when there is nothing more to hear from the program; no check catches it by accident."""
+    """Ends the check with a verdict; not an Exception, so that the check does not catch it."""
 
 
 class Other:
-    """A result that is no plain value: it equals nothing else, whatever its class says; it may be iterable."""
+    """A result that is not a plain value: it equals only itself, and may be iterable."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
 
     def __iter__(self) -> Iterator:
-        return iter(self.items)  # a TypeError, where it was not iterable
+        return iter(self.items)  # TypeError if the result was not iterable
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON. Subclasses go as their base, and numpy's scalars as Python's."""
+    """A value as JSON; subclasses become their base class, and numpy's scalars Python's."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
-        return ["int", hex(value)]  # a decimal may have no more than 4300 digits
+        return ["int", hex(value)]  # Python limits decimals to 4300 digits
     if isinstance(value, float):
         return ["float", float.hex(value)]
     if isinstance(value, complex):
@@ -72,12 +69,11 @@ def encode(value: Any) -> Any:
     return ["other", [encode(item) for item in value] if hasattr(value, "__iter__") else None]
 
 
-def decode(told: Any) -> Any:
-    """The value that `encode` made JSON of. It comes from a process that may send anything, so it makes no object but
-    those named here."""
-    if told is None or isinstance(told, (bool, str)):
-        return told
-    kind, content = told
+def decode(encoded: Any) -> Any:
+    """The inverse of `encode`. The other process may send anything, so this creates objects of the types below only."""
+    if encoded is None or isinstance(encoded, (bool, str)):
+        return encoded
+    kind, content = encoded
     if kind == "int":
         return int(content, 16)
     if kind == "float":
@@ -96,15 +92,15 @@ def decode(told: Any) -> Any:
 
 
 def error_of(name: str, text: str) -> Exception:
-    """An exception of that name: a kind of Python's own of the name, so that a check may expect it."""
+    """An exception of this name, a subclass of Python's own exception of the name, so that a check can expect it."""
     base = getattr(builtins, name, None)
-    kind = base if isinstance(base, type) and issubclass(base, Exception) else Exception
-    named: Any = type(name, (kind,), {"__init__": lambda self: None, "__str__": lambda self: text})
+    parent = base if isinstance(base, type) and issubclass(base, Exception) else Exception
+    named: Any = type(name, (parent,), {"__init__": lambda self: None, "__str__": lambda self: text})
     return named()
 
 
 def confine(user: int, limits: dict[str, tuple[int, int]]) -> None:
-    """Becomes `user` (where it is root), then takes the limits, which it cannot raise again."""
+    """Switch from root to `user`, then set the limits, which the process cannot raise again."""
     if user and os.getuid() == 0:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -114,51 +110,49 @@ def confine(user: int, limits: dict[str, tuple[int, int]]) -> None:
 
 
 def read_nothing() -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    """Make stdin empty."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def flush() -> None:
-    """What was printed is kept, if the program left its standard output as it was."""
+    """Flush stdout, unless the program has broken it."""
     try:
         sys.stdout.flush()
     except BaseException:
         pass
 
 
-def serve(asked: BinaryIO, answers: BinaryIO) -> None:
-    """The program's process: runs the code, then its functions as they are asked for.
-
-    Whatever the code leaves behind (threads, buffers, exit handlers) is not waited for.
-    """
+def serve(calls: BinaryIO, results: BinaryIO) -> None:
+    """The program's process: runs the code, then its functions as the judge calls them."""
     process = os.getpid()
 
     def answer(function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            told = json.dumps({"value": encode(function(*arguments))})
+            result = json.dumps({"value": encode(function(*arguments))})
         except BaseException as error:
-            told = json.dumps({"error": [type(error).__name__, str(error)[:MAX_DETAIL]]})
+            result = json.dumps({"error": [type(error).__name__, str(error)[:MAX_DETAIL]]})
         flush()
-        if os.getpid() != process:  # a fork of the program's that came back here
+        if os.getpid() != process:  # the program has forked, and this is the child
             os._exit(0)
-        answers.write(told.encode() + b"\n")
-        answers.flush()
+        results.write(result.encode() + b"\n")
+        results.flush()
 
-    job = json.loads(asked.readline())
+    job = json.loads(calls.readline())
     confine(job["user"], job["limits"])
     namespace = {"__name__": "__program__"}
     answer(lambda: exec(compile(job["code"], "<program>", "exec"), namespace))
-    for line in asked:
+    for line in calls:
         name, arguments = json.loads(line)
         answer(lambda *given, name=name: eval(name, namespace)(*given), *map(decode, arguments))
 
 
-class Program:
-    """The program's process, as the judge sees it."""
+class ProgramProcess:
+    """The judge's side of the program's process."""
 
-    def __init__(self, process: int, ask: BinaryIO, answers: int, max_files: int | None) -> None:
-        self.process, self.ask, self.answers, self.max_files = process, ask, answers, max_files
+    def __init__(self, process: int, calls: BinaryIO, results: int, max_files: int | None) -> None:
+        self.process, self.calls, self.results, self.max_files = process, calls, results, max_files
         self.unread = bytearray()
 
     def load(self, job: dict[str, Any]) -> None:
@@ -169,36 +163,36 @@ class Program:
 
     def _result(self, message: Any) -> Any:
         try:
-            self.ask.write(json.dumps(message).encode() + b"\n")
-            self.ask.flush()
+            self.calls.write(json.dumps(message).encode() + b"\n")
+            self.calls.flush()
         except BrokenPipeError:
-            pass  # reading says what became of it
-        told = json.loads(self._line())
-        if "error" in told:
-            raise error_of(*map(str, told["error"]))
-        return decode(told["value"])
+            pass  # the process has ended: `_line` raises the verdict
+        result = json.loads(self._line())
+        if "error" in result:
+            raise error_of(*map(str, result["error"]))
+        return decode(result["value"])
 
     def _line(self) -> bytes:
         searched = 0
         while True:
-            self._count_files()  # no answer is believed before that
+            self._count_files()  # before a result is accepted
             end = self.unread.find(b"\n", searched)
             if end >= 0:
                 line = bytes(self.unread[:end])
                 del self.unread[: end + 1]
                 return line
             searched = len(self.unread)
-            if not select.select([self.answers], [], [], SECONDS_BETWEEN_COUNTS)[0]:
+            if not select.select([self.results], [], [], SECONDS_BETWEEN_COUNTS)[0]:
                 continue
-            piece = os.read(self.answers, 1 << 20)
-            if not piece:
+            data = os.read(self.results, 1 << 20)
+            if not data:
                 raise Verdict(self._how_it_ended())
-            self.unread += piece
+            self.unread += data
             if len(self.unread) > MAX_ANSWER_BYTES:
                 raise Verdict(f"failed: an answer of more than {MAX_ANSWER_BYTES} bytes")
 
     def _count_files(self) -> None:
-        """Inodes are memory that no limit of a process counts, and bwrap has no flag for those of a tmpfs."""
+        """Inodes use memory that no process limit counts, and bwrap cannot limit those of a tmpfs."""
         if self.max_files:
             tmp = os.statvfs("/tmp")
             if tmp.f_files - tmp.f_ffree > self.max_files:
@@ -209,8 +203,8 @@ class Program:
         return "timeout" if code == -signal.SIGXCPU else f"failed: ended by itself (code {code})"
 
 
-def judge(program: Program, job: dict[str, Any]) -> str:
-    """'passed', or 'failed: ' and why, or 'timeout'. An exit is a failure too: the check comes last."""
+def judge(program: ProgramProcess, job: dict[str, Any]) -> str:
+    """The verdict: 'passed', 'failed: REASON' or 'timeout'. An exit, in the code or the check, is a failure too."""
     try:
         program.load({"code": job["code"], "user": job["user"], "limits": job["limits"]})
         exec(compile(job["check"], "<check>", "exec"), {"__name__": "__check__", "candidate": program.call})
@@ -222,27 +216,28 @@ def judge(program: Program, job: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+    (calls, calls_in), (results, results_in) = os.pipe(), os.pipe()
+    # Fork before the job is read: the program's process must not hold the check or the pipe of the verdict.
     process = os.fork()
     if process == 0:
         try:
             os.dup2(2, 1)
             read_nothing()
-            os.close(ask)
-            os.close(answers)
-            serve(os.fdopen(asked, "rb"), os.fdopen(answer, "wb"))
+            os.close(calls_in)
+            os.close(results)
+            serve(os.fdopen(calls, "rb"), os.fdopen(results_in, "wb"))
         finally:
-            os._exit(1)
-    os.close(asked)
-    os.close(answer)
+            os._exit(1)  # without waiting for the program's threads, buffers and exit handlers
+    os.close(calls)
+    os.close(results_in)
     job = json.load(sys.stdin)
-    verdict_to = os.dup(1)
-    os.dup2(2, 1)  # a check may print
+    verdict_pipe = os.dup(1)
+    os.dup2(2, 1)  # the check may print
     read_nothing()
     confine(job["judge"], job["limits"])
-    verdict = judge(Program(process, os.fdopen(ask, "wb"), answers, job["max_files"]), job)
+    verdict = judge(ProgramProcess(process, os.fdopen(calls_in, "wb"), results, job["max_files"]), job)
     flush()
-    os.write(verdict_to, verdict.encode("utf-8", "replace"))
+    os.write(verdict_pipe, verdict.encode("utf-8", "replace"))
     os._exit(0)
 
 

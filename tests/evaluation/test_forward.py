@@ -16,7 +16,7 @@ from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
 from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES, CachedRows, inference, left_padded
 from megatron_peft.evaluation.generation import Sampling
-from megatron_peft.evaluation.scoring import Continuation, score
+from megatron_peft.evaluation.scoring import Continuation, score_continuations
 from tests.one_rank import Place, one_rank
 from tests.tiny_gpt import tiny_gpt
 
@@ -87,31 +87,29 @@ def passes(monkeypatch):
 
 def test_choices_of_one_token_are_one_row(passes):
     choices = [Continuation((1, 2), (token,)) for token in (3, 4, 5)] + [Continuation((1, 2), (3, 4))]
-    scores = score(MODEL, choices, batch_size=8)
+    scores = score_continuations(MODEL, choices, batch_size=8)
     assert passes == [[((1, 2), ()), ((1, 2), (3,))]]
     assert [one.is_greedy for one in scores] == [True, False, False, True]
     assert scores[0].log_likelihood > scores[1].log_likelihood == scores[2].log_likelihood
 
 
 def test_batches_hold_like_lengths_and_answers_come_back_in_order(passes):
-    told: list[int] = []
     items = [Continuation((0,) * length, (1 if length % 2 else 2,)) for length in (1, 4, 2, 4, 3)]
-    scores = score(MODEL, items, 2, told.append)
+    scores = score_continuations(MODEL, items, 2)
     assert [sorted({len(context) for context, _ in rows}) for rows in passes] == [[4], [2, 3], [1]]
     assert [one.is_greedy for one in scores] == [True, False, False, False, True]
-    assert told == [2, 2, 1]
 
 
 def test_a_batch_is_cut_where_its_logits_would_not_fit(passes, monkeypatch):
     monkeypatch.setattr(scoring, "MAX_LOGITS", 60)
     items = [Continuation((length,), (1,) * length) for length in (9, 3, 2, 2)]
-    score(MODEL, items, batch_size=8)
+    score_continuations(MODEL, items, batch_size=8)
     assert [len(rows) for rows in passes] == [1, 2, 1], "9 x 10 alone, then two rows of at most 3 x 10"
 
 
 def test_nothing_to_score_is_refused():
     with pytest.raises(ConfigurationError, match="has no token"):
-        score(MODEL, [Continuation((), (1,))], 1)
+        score_continuations(MODEL, [Continuation((), (1,))], 1)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1], [2, 3], [4]], [["alone"], [], []]])

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness import FinishedRequests
-from tests.evaluation import asked_runs
-from tests.evaluation.asked_runs import LAYOUTS, run_flags
+from tests.evaluation import model_runs
 from tests.evaluation.local_tasks import TASKS, write_tasks
+from tests.evaluation.model_runs import LAYOUTS, run_flags
 from tests.evaluation.worded_llama import WORDS, save_worded_llama, save_worded_pairs
 from tests.ranks import RanksFailed, run_ranks
 
@@ -32,12 +32,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(place) -> Mapping[str, Any]:
-    return run_ranks(1, asked_runs.run_alone, place)[0]
+    return run_ranks(1, model_runs.run_alone, place)[0]
 
 
 @pytest.fixture(scope="session")
 def split(place, alone) -> Mapping[str, Any]:
-    return run_ranks(2, asked_runs.run_split, place)[0]
+    return run_ranks(2, model_runs.run_split, place)[0]
 
 
 def _same_numbers(found, expected):
@@ -106,12 +106,12 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(pl
     draw, file = random.Random(seed), place / "stopped.requests.jsonl"
     moment = draw.randint(1, alone["finished"] // 2), draw.uniform(0, 0.02)
     with pytest.raises(RanksFailed):
-        run_ranks(1, asked_runs.run_until_killed, (place, *moment))
+        run_ranks(1, model_runs.run_until_killed, (place, *moment))
     left = file.read_text().splitlines(keepends=True)
     whole = sum(line.endswith("\n") for line in left)
     print(f"seed {seed}: killed after {whole} of {alone['finished']} requests")
     assert moment[0] <= whole < alone["finished"] and not (place / "stopped.json").exists()
-    (again,) = run_ranks(1, asked_runs.run_again, place)
+    (again,) = run_ranks(1, model_runs.run_again, place)
     _same_items(again["samples"], alone["run"]["samples"])
     lines = file.read_text().splitlines(keepends=True)
     assert lines[:whole] == left[:whole]
@@ -168,5 +168,5 @@ def test_a_file_that_was_cut_anywhere_loses_no_more_than_its_last_line(tmp_path)
 @pytest.mark.parametrize("line", ["{torn}", "[]", '{"key": "a"}'])
 def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
     (tmp_path / "file").write_text(f'{{"key": "a", "answer": 1}}\n{line}\n')
-    with pytest.raises(ConfigurationError, match="file:2 is no answered request .*remove the line"):
+    with pytest.raises(ConfigurationError, match="file:2 is not an answered request .*remove the line"):
         FinishedRequests(tmp_path / "file", "model")

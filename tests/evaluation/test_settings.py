@@ -8,7 +8,6 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval.tasks
 import pytest
 import torch.distributed as dist
 
@@ -160,7 +159,7 @@ def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, foun
     monkeypatch.setattr(harness_run, "find_tasks", lambda *_: "found")
     settings = HarnessSettings(["a"], str(tmp_path / "scores.json"), **flags)
     if found:
-        found["evaluation"] = settings.decisive() | found["evaluation"]
+        found["evaluation"] = settings.result_settings() | found["evaluation"]
     (tmp_path / "scores.json").write_text(json.dumps({"config": found}) if found else "mine")
     if told is None:
         assert harness_run._checked_tasks(_config(), settings) == "found"
@@ -203,7 +202,7 @@ def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
         ("a.jsonl", '{"text": "x"}\n', r'a\.jsonl:1: neither {"prompt": "..."} nor'),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: neither"),
         ("a.jsonl", '{"messages": "hi"}', r"a\.jsonl:1: neither"),
-        ("a.txt", "\n", "holds no prompt"),
+        ("a.txt", "\n", "contains no prompt"),
         ("a.txt", None, "--prompt-file .*a.txt cannot be read"),
     ],
 )
@@ -239,8 +238,8 @@ def test_a_log_has_a_line_at_each_tenth(capsys):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of tasks. The harness's own thousands are not read."""
-    plain = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
+    plain = harness_run.TaskManager
+    monkeypatch.setattr(harness_run, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
     return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
 
 
@@ -271,7 +270,7 @@ def test_code_beside_a_task_file_is_never_run(folder, name, place):
     text = (folder / place).read_text()
     separator = ", " if len(text) > 2 else ""
     (folder / place).write_text(f'{text[:-1]}{separator}"process_docs": !function {name}}}')
-    _refused(f"{place} is refused: !function {name} is no function of", "tiny_choices", folders=[folder])
+    _refused(f"{place} is refused: !function {name} is not a function of", "tiny_choices", folders=[folder])
     assert not mark.exists()
 
 
@@ -295,7 +294,7 @@ QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
         ([{"query": "a", "answer": "b"}], "tiny_choices cannot be loaded: its data lacks a column .*'question'"),
         (None, "--tasks tiny_choices cannot be loaded: .*questions.jsonl"),
         ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
-        ([{**QUESTION, "label": 7}, QUESTION], "cannot be loaded: the first item's label is none of its choices"),
+        ([{**QUESTION, "label": 7}, QUESTION], "cannot be loaded: the first item's label is not one of its choices"),
     ],
     ids=["other columns", "no data", "label of a later item", "label of the first"],
 )
@@ -308,7 +307,7 @@ def test_data_that_does_not_fit_its_task_is_told(folder, items, message):
 
 
 def test_a_task_of_scored_items_only_shows_none_of_them(folder):
-    message = "--num-fewshot 1: --tasks tiny_choices has no items but those that are"
+    message = "--num-fewshot 1: --tasks tiny_choices has only items that are scored"
     _refused(message, "tiny_choices", folders=[folder], num_fewshot=1)
     find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
 
@@ -381,7 +380,7 @@ def test_the_training_flags_of_a_run_may_stay():
 
 def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
     (tmp_path / "base").rmdir()
-    with pytest.raises(ConfigurationError, match=f"base model {run}, which is not there.*--pretrained-checkpoint"):
+    with pytest.raises(ConfigurationError, match=f"base model {run}, which does not exist.*--pretrained-checkpoint"):
         saved_values({"load": "run"})
     assert saved_values({"load": "run", "pretrained_checkpoint": "here"})
 

@@ -24,8 +24,8 @@ from megatron_peft.evaluation.task_metrics import (
     corpus_bleu,
     estimate_pass_at_k,
     require_sandbox,
-    rouge_l_score,
-    rouge_l_words_score,
+    rouge_l,
+    rouge_l_words,
     run_completions,
 )
 from tests.evaluation.confined import needs_bubblewrap
@@ -190,15 +190,15 @@ def test_bleu_takes_other_tokens_and_its_signature_names_them() -> None:
 @given(SENTENCES, SENTENCES)
 def test_rouge_l_equals_rouge_scores(reference: str, translation: str) -> None:
     expected = RougeScorer(["rougeL"]).score(reference, translation)["rougeL"].fmeasure
-    assert rouge_l_score(reference, translation) == pytest.approx(100 * expected)
+    assert rouge_l([reference], [translation]) == pytest.approx(100 * expected)
 
 
 def test_rouge_l_over_words_knows_accents_and_unspaced_scripts() -> None:
-    assert rouge_l_score("élève", "ève") > 0, "the package's own tokens cut at accents"
-    assert rouge_l_words_score("élève", "ève") == 0
-    assert rouge_l_words_score("L'élève lit.", "l'ÉLÈVE lit") == 100
-    assert rouge_l_score("我去学校", "我去学校") == 0
-    assert rouge_l_words_score("我去学校", "我在学校") == 75
+    assert rouge_l(["élève"], ["ève"]) > 0, "the package's own tokens cut at accents"
+    assert rouge_l_words(["élève"], ["ève"]) == 0
+    assert rouge_l_words(["L'élève lit."], ["l'ÉLÈVE lit"]) == 100
+    assert rouge_l(["我去学校"], ["我去学校"]) == 0
+    assert rouge_l_words(["我去学校"], ["我在学校"]) == 75
 
 
 @st.composite
