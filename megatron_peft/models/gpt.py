@@ -30,7 +30,7 @@ from megatron_peft.adapters.linear import (
 )
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.attention import AlibiAttention, AlibiBias, CachingSelfAttention, ScaledDotProductAttention
-from megatron_peft.models.families import FAMILIES
+from megatron_peft.models.families import family_of
 from megatron_peft.models.layers import LayerNorm, RMSNorm, SwiGLU
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.parallel.layout import mark_split
@@ -68,7 +68,7 @@ def transformer_config(
         use_te_activation_func=is_swiglu(shape),  # megatron-core's name of the place where ours goes in
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
-        huggingface_modules=FAMILIES[shape.architecture].modules,
+        huggingface_modules=family_of(shape.architecture).modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages(shape.num_layers),

@@ -46,7 +46,7 @@ class ModelShape:
     MLP biases apart, TransformerConfig does not.
     """
 
-    architecture: Literal["llama", "bloom"]
+    architecture: str  # of `models.families.FAMILIES`
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
