@@ -81,7 +81,13 @@ def test_no_result_is_typed(page: Path) -> None:
 SOURCES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")]
 NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbatch))(?!\w)(?:::(\w+))?")
 # An example's, other people's, a report's own, or what a rule is about.
-NO_FILES = {"megatron_peft/adapters/gains.py", "utils.py", "tools/checkpoint/convert.py", "report.md"}
+NO_FILES = {
+    "megatron_peft/adapters/gains.py",
+    "megatron_peft/models/qwen2.py",
+    "utils.py",
+    "tools/checkpoint/convert.py",
+    "report.md",
+}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=page_id)

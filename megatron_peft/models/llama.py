@@ -49,7 +49,7 @@ def llama_shape(config: Config) -> ModelShape:
         ffn_hidden_size=size(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=size(config, "num_key_value_heads", heads),
-        kv_channels=_head_dim(config, hidden, heads),
+        kv_channels=head_dim(config, hidden, heads),
         vocab_size=size(config, "vocab_size"),
         max_position_embeddings=size(config, "max_position_embeddings", 2048),
         norm_epsilon=number(config, "rms_norm_eps", 1e-6, most=MOST_EPSILON),
@@ -60,14 +60,15 @@ def llama_shape(config: Config) -> ModelShape:
     )
 
 
-def _head_dim(config: Config, hidden: int, heads: int) -> int:
+def head_dim(config: Config, hidden: int, heads: int) -> int:
+    """Features of an attention head."""
     require(
         config.get("head_dim") is not None or hidden % heads == 0,
         f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given.",
     )
-    head_dim = size(config, "head_dim", hidden // heads)
-    require(head_dim % 2 == 0, f"head_dim {head_dim} is odd: rotary embeddings turn features in pairs.")
-    return head_dim
+    features = size(config, "head_dim", hidden // heads)
+    require(features % 2 == 0, f"head_dim {features} is odd: rotary embeddings turn features in pairs.")
+    return features
 
 
 def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
