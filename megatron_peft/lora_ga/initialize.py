@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import Target, linear_layers, start_gradients_at_the_embedding
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, made_again, maker_of
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, producer_of, recompute
 from megatron_peft.adapters.low_rank import low_rank_part
 from megatron_peft.config import require
 from megatron_peft.lora_ga.sketch import (
@@ -62,7 +62,7 @@ class _Product(nn.Module):
     total: Tensor
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-        return call.reduce(_AddOnTheWayBack.apply(frozen_linear(x, call), x.detach(), maker_of(x), self, call))
+        return call.reduce(_AddOnTheWayBack.apply(frozen_linear(x, call), x.detach(), producer_of(x), self, call))
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
         """The part of a microbatch: dy [s, b, out], x [s, b, in]."""
@@ -119,16 +119,16 @@ class _AddOnTheWayBack(torch.autograd.Function):
     """The identity on z."""
 
     @staticmethod
-    def forward(ctx, z, x, maker, product, call):  # type: ignore[override]
-        ctx.save_for_backward(x if maker is None else None)
-        ctx.maker, ctx.product, ctx.call = maker, product, call
+    def forward(ctx, z, x, producer, product, call):  # type: ignore[override]
+        ctx.save_for_backward(x if producer is None else None)
+        ctx.producer, ctx.product, ctx.call = producer, product, call
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         if x is None:
-            x = made_again(ctx.maker)
+            x = recompute(ctx.producer)
         ctx.product.add(grad, x, ctx.call)
         return grad, None, None, None, None
 

@@ -87,7 +87,7 @@ class SwiGLU(MegatronModule):
         return run_function(_SwiGLU, x)
 
 
-def _silu_made_again(ctx: Any) -> Tensor:
+def _recompute_swiglu(ctx: Any) -> Tensor:
     """y, and silu(gate) left for the function's own backward, which comes next."""
     gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
     ctx.activated = F.silu(gate)
@@ -99,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.activated = None
-        ctx.make_again = _silu_made_again  # for who needs y in backward and would else keep it
+        ctx.recompute_output = _recompute_swiglu  # consumers recompute y instead of saving it
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 

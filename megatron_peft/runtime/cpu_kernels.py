@@ -98,7 +98,7 @@ def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return (x * rstd).mul_(weight).to(x.dtype)
 
 
-def _made_again(ctx: Any) -> Tensor:
+def _recompute_norm(ctx: Any) -> Tensor:
     return _scaled(*ctx.saved_tensors)
 
 
@@ -113,7 +113,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.make_again = _made_again  # for who needs the output in backward and would else keep it
+        ctx.recompute_output = _recompute_norm  # consumers recompute y instead of saving it
         return _scaled(x, weight, rstd)
 
     @staticmethod

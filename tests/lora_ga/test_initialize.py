@@ -245,7 +245,7 @@ def normed(h: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [_SwiGLU.apply, normed, torch.tanh])
 @pytest.mark.parametrize("kind", [LeftProduct, RightProduct])
-def test_passes_add_up_a_narrow_product_and_keep_no_input_that_can_be_made_again(kind, make):
+def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed(kind, make):
     num_features = make(draw("h", 1, 1, 2 * IN)).shape[-1]
     weight, omega, Q = draw("W", OUT, num_features), draw("omega", WIDTH, num_features), draw("Q", OUT, WIDTH)
     branch = LeftProduct(omega, OUT) if kind is LeftProduct else RightProduct(Q, num_features)
