@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
+from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
 from megatron_peft.runtime.launch import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -36,7 +36,7 @@ def _program(error: Exception | None, failing: list[int]) -> None:
     """The ranks that do not fail wait in a collective, as in a step."""
     rank = dist.get_rank()
     if error is None:
-        time.sleep(0.7 * rank)  # longer than the others look at the board
+        time.sleep(0.7 * rank)  # longer than the others poll the store
     elif rank in failing:
         print(f"raised at {time.time()}", flush=True)
         raise error
@@ -92,7 +92,7 @@ def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
 @pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
 def test_nobody_waits_for_a_timeout(outcomes, case):
     raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
-    assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)
+    assert outcomes[case].ended_at - max(raised_at) < seconds(LEAVE_TIMEOUT_SECONDS)
 
 
 def test_without_a_failure_nothing_is_said(outcomes):
