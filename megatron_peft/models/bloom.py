@@ -1,4 +1,4 @@
-"""Bloom: its config.json in both directions (read with bigscience's first keys too), and the names of its weights."""
+"""Bloom: its config.json in both directions (bigscience's older keys are read too), and the names of its weights."""
 
 import logging
 from typing import Any
@@ -9,12 +9,12 @@ from megatron_peft.models.shape import MOST, MOST_EPSILON, MOST_LAYERS, Config, 
 
 logger = logging.getLogger(__name__)
 
-# Keys that change the computation -> the values that leave it as it is.
+# Keys that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {"apply_residual_connection_post_layernorm": (None, False)}
 READ = {
     "n_layer", "num_hidden_layers", "n_head", "num_attention_heads", "hidden_size", "n_embed", "n_inner", "vocab_size",
     "seq_length", "layer_norm_epsilon", "tie_word_embeddings", "pretraining_tp", "slow_but_exact",
-    # Kernels and fusions of the program that trained Bloom. transformers knows none of them.
+    # Kernels and fusions of the program that trained Bloom; transformers has none of them.
     "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "skip_bias_add",
     "skip_bias_add_qkv",
 }  # fmt: skip
@@ -23,7 +23,7 @@ READ = {
 def bloom_shape(config: Config) -> ModelShape:
     """ConfigurationError names the key at fault."""
     heads, hidden = _size_of_either(config, "n_head", "num_attention_heads"), _hidden_size(config)
-    require(hidden % heads == 0, f"hidden_size {hidden} is no multiple of the {heads} attention heads.")
+    require(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of the {heads} attention heads.")
     _warn_of_lost_biases(config)
     return ModelShape(
         architecture="bloom",

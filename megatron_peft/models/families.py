@@ -1,6 +1,6 @@
-"""Model families: what a family's file declares, and what follows from it. Neither torch nor transformers is imported.
+"""Model families: what a family's file declares, and what follows from it, without torch or transformers.
 
-A family is one file with a `FAMILY` in it, and one line in `FAMILIES`; docs/new-model.md adds one.
+A family is one file that defines `FAMILY`, and one line in `FAMILIES`; docs/new-model.md adds one.
 """
 
 import json
@@ -18,13 +18,13 @@ from megatron_peft.models.shape import Config, ModelShape
 
 logger = logging.getLogger(__name__)
 
-# The registry: model_type -> the module with its `FAMILY`, imported when it is first used.
+# The registry: model_type -> the module that defines its `FAMILY`, imported at first use.
 FAMILIES = {
     "llama": "megatron_peft.models.llama",
     "bloom": "megatron_peft.models.bloom",
 }
 
-# Keys of any family that change the computation -> the values that leave it as it is.
+# Keys of any family that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "pruned_heads": (None, {}),
 }
-# Bookkeeping, tokens, generation and dropout (a flag of the run): they do not concern the shape.
+# Keys that do not concern the shape: bookkeeping, tokens, generation, dropout (a flag of the run).
 HARMLESS = {
     "architectures", "model_type", "_name_or_path", "transformers_version", "_attn_implementation_autoset",
     "torch_dtype", "dtype", "use_cache", "initializer_range", "attention_dropout", "hidden_dropout", "bos_token_id",
@@ -48,16 +48,18 @@ NUMBER_TYPES = {"float64", "float32", "float16", "bfloat16"}
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Hugging Face's modules that hold the weights of a decoder; the rules for all parameters follow from them.
+    """Hugging Face's names of a decoder's modules, from which the rules for all parameters follow.
 
     Args:
-        prefix: of everything but the output layer; a model that was saved without that layer has names without it.
-        embedding, embedding_norm, final_norm, output: of the whole model; `embedding_norm` if the shape has one.
-        layers: what precedes a layer's number.
-        input_norm, mlp_norm: within a layer, before attention and before the MLP.
-        linear_qkv: within a layer: q, k and v; or one module, with rows [key-value head, (its q, k, v), feature].
-        linear_proj, linear_fc2: within a layer.
-        linear_fc1: within a layer: gate and up of a gated MLP, else one module.
+        prefix: of all names but `output`. A model that was saved without its output layer has names without it.
+        embedding, final_norm: of the whole model.
+        layers: before a layer's number.
+        input_norm, mlp_norm: of a layer, before attention and before the MLP.
+        linear_qkv: of a layer: q, k and v; or one module, with rows [key-value head, (its q, k, v), feature].
+        linear_proj, linear_fc2: of a layer.
+        linear_fc1: of a layer: gate and up of a gated MLP; or one module.
+        embedding_norm: of the whole model, if its shape has one.
+        output: of the whole model.
     """
 
     prefix: str
@@ -76,15 +78,15 @@ class WeightNames:
 
 @dataclass(frozen=True)
 class Family:
-    """All that is known of one model_type.
+    """What is particular to one model_type.
 
     Args:
-        architectures: the classes that hold the whole language model; the first is the usual one.
-        shape: reads the shape from a config.json, and raises ConfigurationError with the key at fault.
-        config: the keys of a config.json that give the shape back.
-        read: keys that `shape` reads, or that do not concern the shape.
-        refused: further keys that change the computation -> the values that leave it as it is.
-        weights: names of the weights.
+        architectures: transformers' classes of the whole language model; the first is the usual one.
+        shape: config.json -> shape. ConfigurationError names the key at fault.
+        config: the inverse of `shape`.
+        read: keys that `shape` reads, and keys that have no effect.
+        refused: keys that change the computation -> the values that do not.
+        weights: names of the modules.
     """
 
     architectures: tuple[str, ...]
@@ -96,20 +98,23 @@ class Family:
 
     @property
     def modules(self) -> dict[str, str]:
-        """Hugging Face's name of a linear layer -> Megatron's layer that holds it, alone or fused with others."""
+        """Hugging Face's name of a linear layer -> the Megatron layer that contains it, alone or fused with others."""
         names = self.weights
-        holders = {
+        fused = {
             "linear_qkv": names.linear_qkv,
             "linear_proj": (names.linear_proj,),
             "linear_fc1": names.linear_fc1,
             "linear_fc2": (names.linear_fc2,),
         }
-        return {name.rpartition(".")[2]: holder for holder, held in holders.items() for name in held}
+        return {name.rpartition(".")[2]: layer for layer, modules in fused.items() for name in modules}
 
 
 def family_of(model_type: str) -> Family:
-    """ConfigurationError if no family has this name."""
-    require(model_type in FAMILIES, f"model family {model_type!r} is not supported. Supported: {', '.join(FAMILIES)}.")
+    """A registered family; ConfigurationError otherwise."""
+    require(
+        str(model_type) in FAMILIES,  # a checkpoint's record may hold anything
+        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}.",
+    )
     return import_module(FAMILIES[model_type]).FAMILY
 
 
@@ -157,8 +162,8 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     family = family_of(config["model_type"])
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
-    told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
-    require(not refused, f"{path} asks for what is not supported: {told}. Use a checkpoint without it.")
+    shown = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
+    require(not refused, f"{path} asks for what is not supported: {shown}. Use a checkpoint without it.")
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
         require(

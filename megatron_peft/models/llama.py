@@ -6,7 +6,7 @@ from megatron_peft.config import require
 from megatron_peft.models.families import Family, WeightNames
 from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, Config, ModelShape, RopeScaling, number, size, switch
 
-# Keys that change the computation -> the values that leave it as it is.
+# Keys that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (None, 1),
     "hidden_act": (None, "silu"),
@@ -64,15 +64,15 @@ def head_dim(config: Config, hidden: int, heads: int) -> int:
     """Features of an attention head."""
     require(
         config.get("head_dim") is not None or hidden % heads == 0,
-        f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given.",
+        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not given.",
     )
     features = size(config, "head_dim", hidden // heads)
-    require(features % 2 == 0, f"head_dim {features} is odd: rotary embeddings turn features in pairs.")
+    require(features % 2 == 0, f"head_dim {features} is odd: rotary embeddings rotate pairs of features.")
     return features
 
 
 def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_theta` and `rope_scaling` or from the newer `rope_parameters` that holds both."""
+    """Base and scaling, from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters` with both."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(given, dict), f"rope_scaling is {given!r}, not an object.")
     rope = {key: value for key, value in given.items() if value is not None}

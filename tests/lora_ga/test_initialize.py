@@ -221,7 +221,7 @@ def test_the_passes_keep_for_backward_what_the_frozen_base_keeps(short):
     assert frozen and passes == [frozen, frozen]
 
 
-def test_a_gradient_that_is_not_finite_is_told(short):
+def test_a_gradient_that_is_not_finite_is_an_error(short):
     assert short.nan_message.startswith("LoRA-GA's start: the gradient of decoder.layers.0.")
     assert all(text in short.nan_message for text in ("is NaN or infinite", "--peft-method lora"))
 

@@ -70,7 +70,7 @@ def test_parameters_say_whether_a_rank_sees_only_its_own_tokens(kind, sequence_p
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
-def test_a_weight_gets_a_gradient_unless_it_is_frozen_and_the_input_where_it_asks(is_frozen):
+def test_the_weight_gets_a_gradient_unless_frozen_and_the_input_if_required(is_frozen):
     norm = _norm(RMSNorm).requires_grad_(not is_frozen)
     x = torch.randn(SHAPE, requires_grad=is_frozen)
     norm(x).sum().backward()
