@@ -217,7 +217,7 @@ def _add_embedding_norm(chunk: GPTModel, norm: Any) -> None:
     """A norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens."""
     config, embedding = chunk.config, chunk.embedding
     layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    embedding.word_embeddings_layernorm = layernorm  # word_embeddings' sharded state would leave out its children
+    embedding.word_embeddings_layernorm = layernorm  # not of word_embeddings, whose sharded state omits children
     embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: layernorm(output))
 
 
