@@ -44,13 +44,13 @@ from megatron_peft.parallel.collectives import (
 )
 from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum, outer_sums
 
-# Autograd functions: without a graph where nothing is recorded, and outputs that are made again instead of kept.
+# Autograd functions: without a graph where nothing is recorded, and outputs that are recomputed instead of saved.
 #
 # torch prepares a node of its graph for each call of an autograd function, even where no gradient is recorded. A step
 # of generation makes hundreds of such calls on a few numbers each: then preparing costs more than computing.
 #
-# A function whose context has `make_again` says how its output follows from what that context holds. Who needs the
-# output in backward, which runs earlier than the function's own, can have it from there and needs not keep it.
+# A function whose context has `recompute_output` says how its output follows from what that context saved. Consumers,
+# whose backward runs before the function's own, recompute the output instead of saving it.
 
 PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
 
@@ -69,17 +69,17 @@ def run_function(function: type[Function], *args: Any) -> Any:
     return function.forward(_NothingKept(), *args)
 
 
-def maker_of(x: Tensor) -> Any:
-    """The node of the operation whose output x is, if it has `make_again`; else None."""
+def producer_of(x: Tensor) -> Any:
+    """The node of the operation whose output x is, if it has `recompute_output`; else None."""
     node: Any = x.grad_fn
     if node is not None and node.name() == PASSES_ON:
         node = node.next_functions[0][0]
-    return node if hasattr(node, "make_again") else None
+    return node if hasattr(node, "recompute_output") else None
 
 
-def made_again(maker: Any) -> Tensor:
-    """The output of `maker`, equal to the last bit; only before the maker's own backward."""
-    return maker.make_again(maker)
+def recompute(producer: Any) -> Tensor:
+    """The output of `producer`, bit for bit; only before the producer's own backward."""
+    return producer.recompute_output(producer)
 
 
 # Products of activations with a block-diagonal matrix: contiguous groups of features, each with its own g x g block.
@@ -213,17 +213,17 @@ def frozen_linear_mixed(
     Args:
         scale: a float32 scalar tensor, a constant.
     """
-    maker = maker_of(x) if call.output_sum != "none" and mask is None else None
+    producer = producer_of(x) if call.output_sum != "none" and mask is None else None
     if call.needs_no_sum:
-        return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, maker)
+        return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, producer)
     z = call.reduce(frozen_linear(x, call))
-    u = call.reduce(run_function(_NarrowProduct, x if mask is None else x * mask, A, maker))
+    u = call.reduce(run_function(_NarrowProduct, x if mask is None else x * mask, A, producer))
     return _MixReduced.apply(z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]))  # type: ignore[return-value]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, D, scale, call, mask=None, maker=None):  # type: ignore[override]
+    def forward(ctx, x, A, B, D, scale, call, mask=None, producer=None):  # type: ignore[override]
         branch_input, u = None, None
         if A is not None:
             branch_input = x if mask is None else x * mask
@@ -238,8 +238,8 @@ class _FrozenLinear(torch.autograd.Function):
             y = y if call.bias is None else y + call.bias
         else:
             y, kept = _output(x, u, B, D, call)
-        ctx.save_for_backward(branch_input if maker is None else None, u, A, B, D, call.weight, mask, kept)
-        ctx.scale, ctx.call, ctx.maker = scale, call, maker
+        ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, call.weight, mask, kept)
+        ctx.scale, ctx.call, ctx.producer = scale, call, producer
         return y
 
     @staticmethod
@@ -258,8 +258,8 @@ class _FrozenLinear(torch.autograd.Function):
         # u carries the scale s already and, with the sequence split, the tokens of all ranks.
         dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
-        if ctx.maker is not None:
-            branch_input = made_again(ctx.maker)
+        if ctx.producer is not None:
+            branch_input = recompute(ctx.producer)
         # Where A is replicated (column-parallel) this is the rank's part of dA, summed once per step with the others.
         dA = outer_sum(own_du, branch_input) if ctx.needs_input_grad[1] else None
         # z was not saved: y gives it back through the inverse of I + D.
@@ -269,18 +269,18 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _NarrowProduct(torch.autograd.Function):
-    """u = A x. What SwiGLU gives is made again of what it keeps: the widest input of a layer takes no memory twice."""
+    """u = A x. SwiGLU's output is recomputed from what SwiGLU saved: a layer's widest input takes no memory twice."""
 
     @staticmethod
-    def forward(ctx, x, A, maker):  # type: ignore[override]
-        ctx.save_for_backward(x if maker is None else None, A)
-        ctx.maker = maker
+    def forward(ctx, x, A, producer):  # type: ignore[override]
+        ctx.save_for_backward(x if producer is None else None, A)
+        ctx.producer = producer
         return linear(x, A)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
-        dA = outer_sum(grad, made_again(ctx.maker) if x is None else x)
+        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x)
         return linear(grad, A.t()), dA, None
 
 

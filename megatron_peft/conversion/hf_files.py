@@ -23,7 +23,6 @@ from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
 from megatron_peft.models.rules import Index
-from megatron_peft.models.shape import ModelShape
 
 MAPPED_BYTES = 64 * 2**20
 NAMED_AT_MOST = 8  # names listed in one error
@@ -284,49 +283,3 @@ def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """config.json as transformers writes it."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def config_of_shape(shape: ModelShape) -> dict[str, Any]:
-    """A config.json for a model that has lost its own; `models.families.read_shape` gives the shape back."""
-    return CONFIGS[shape.architecture](shape)
-
-
-def _llama_config(shape: ModelShape) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
-    if shape.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **vars(shape.rope_scaling)}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": shape.norm_epsilon,
-        "attention_bias": "linear_qkv" in shape.linear_biases,
-        "mlp_bias": "linear_fc1" in shape.linear_biases,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "rope_parameters": rope,
-    }
-
-
-def _bloom_config(shape: ModelShape) -> dict[str, Any]:
-    return {
-        "architectures": ["BloomForCausalLM"],
-        "model_type": "bloom",
-        "n_layer": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "n_head": shape.num_attention_heads,
-        "vocab_size": shape.vocab_size,
-        "seq_length": shape.max_position_embeddings,
-        "layer_norm_epsilon": shape.norm_epsilon,
-        "tie_word_embeddings": shape.tied_embeddings,
-    }
-
-
-CONFIGS = {"llama": _llama_config, "bloom": _bloom_config}

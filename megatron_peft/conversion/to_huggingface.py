@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.hf_files import CONFIG, config_of_shape, copy_companions, set_stored_type, write_config
+from megatron_peft.conversion.hf_files import CONFIG, copy_companions, set_stored_type, write_config
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
 from megatron_peft.conversion.writer import (
@@ -22,7 +22,7 @@ from megatron_peft.conversion.writer import (
     check_new,
     new_folder,
 )
-from megatron_peft.models.families import rules_for
+from megatron_peft.models.families import config_of_shape, rules_for
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 

@@ -1,13 +1,12 @@
-"""LoRA-GA's mathematics: leading singular triplets of a G that is never formed, out of two sketches (eq. (7)).
+"""LoRA-GA's mathematics: singular triplets of G from two sketches (eq. (7)), and A and B from them (eq. (8)).
 
     pass 1:  Y = G Omega          [out, w]      Q = an orthonormal basis of Y
-    pass 2:  Z = Q^T G            [w, in]       G ~ Q Z, and the SVD of the small Z gives that of Q Z
+    pass 2:  Z = Q^T G            [w, in]       G ~ Q Z, and the SVD of Z gives that of Q Z
 
-Y may be split by rows, Z by columns: each function takes `add_up`, the sum over the holders of the parts, and only
-narrow matrices pass through it. Orthonormalising by a Gram matrix squares the condition number, so it is done in
-float64, and twice. No communication here: one process passes `lambda part: part`.
+No communication here. Ranks may share the rows of Y and the columns of Z: `all_sum` sums a narrow matrix over them (one
+process passes `lambda partial: partial`).
 
-Letters: w width of the sketch, r rank; out and in are what this holder has of them.
+Letters: w width of the sketch, r rank; out and in are this rank's.
 """
 
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AddUp = Callable[[Tensor], Tensor]
-NEGLIGIBLE = 1e-14  # eigenvalues of a Gram matrix below this part of the largest are rounding
+AllSum = Callable[[Tensor], Tensor]
+NEGLIGIBLE = 1e-14  # eigenvalues of a Gram matrix below this share of the largest are rounding errors
 
 
 class Triplets(NamedTuple):
@@ -29,51 +28,52 @@ class Triplets(NamedTuple):
     V: Tensor
 
 
-def orthonormal_basis(Y: Tensor, add_up: AddUp) -> Tensor:  # [out, w] -> [out, w]
+def orthonormal_basis(Y: Tensor, all_sum: AllSum) -> Tensor:  # [out, w] -> [out, w]
     """Q with orthonormal columns that span those of Y; columns beyond the rank of Y are zero."""
-    return _orthonormalise(_orthonormalise(Y.double(), add_up), add_up)
+    # A Gram matrix squares the condition number, so this is done in float64, and twice.
+    return _orthonormalise(_orthonormalise(Y.double(), all_sum), all_sum)
 
 
-def _orthonormalise(Y: Tensor, add_up: AddUp) -> Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(add_up(Y.T @ Y))
+def _orthonormalise(Y: Tensor, all_sum: AllSum) -> Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(all_sum(Y.T @ Y))
     return Y @ (vectors * _inverse(eigenvalues.clamp_min(0).sqrt(), NEGLIGIBLE**0.5))
 
 
-def leading_triplets(Q: Tensor, Z: Tensor, rank: int, add_up: AddUp) -> Triplets:
+def leading_triplets(Q: Tensor, Z: Tensor, rank: int, all_sum: AllSum) -> Triplets:
     """Singular triplets of Q Z, up to the signs of the vectors.
 
     Args:
         Q: [out, w], orthonormal columns.
         Z: [w, in].
         rank: r, at most w.
-        add_up: the sum over the holders of Z's columns.
+        all_sum: over the ranks that share Z's columns.
     """
     Z = Z.double()
-    eigenvalues, vectors = torch.linalg.eigh(add_up(Z @ Z.T))
+    eigenvalues, vectors = torch.linalg.eigh(all_sum(Z @ Z.T))
     S = eigenvalues.flip(0)[:rank].clamp_min(0).sqrt()
     left = vectors.flip(1)[:, :rank]
     return Triplets(Q @ left, S, Z.T @ (left * _inverse(S, NEGLIGIBLE**0.5)))
 
 
-def with_fixed_signs(triplets: Triplets, direction: Tensor, add_up: AddUp) -> Triplets:
-    """Each right vector turned towards `direction` [in], so that rounding does not choose between v and -v."""
-    signs = torch.where(add_up(direction.double() @ triplets.V) < 0, -1.0, 1.0).double()
+def with_fixed_signs(triplets: Triplets, direction: Tensor, all_sum: AllSum) -> Triplets:
+    """Flip the right vectors that point away from `direction` [in], so that rounding does not choose the signs."""
+    signs = torch.where(all_sum(direction.double() @ triplets.V) < 0, -1.0, 1.0).double()
     return Triplets(triplets.U * signs, triplets.S, triplets.V * signs)
 
 
-def squared_residual_estimate(Y: Tensor, variance: float, add_up: AddUp) -> float:
-    """|G - Q Q^T G|_F^2, what the sketch Y = G Omega leaves of G, by leaving out one column of Omega at a time.
+def squared_residual_estimate(Y: Tensor, variance: float, all_sum: AllSum) -> float:
+    """|G - Q Q^T G|_F^2, what the sketch Y = G Omega misses of G, by leaving out one column of Omega at a time.
 
-    G omega_i is independent of the basis of the other columns, and the square of what that basis leaves of it is
-    1 / [(Y^T Y)^-1]_ii. The mean over i is that of w - 1 columns without bias, so a little too large for w.
+    G omega_i is independent of the basis of the other columns, and 1 / [(Y^T Y)^-1]_ii is the squared norm of what that
+    basis misses of it. The mean over i is unbiased for w - 1 columns, so slightly too large for w.
 
     Args:
         Y: [out, w].
         variance: of Omega's independent entries.
-        add_up: the sum over the holders of Y's rows.
+        all_sum: over the ranks that share Y's rows.
     """
     Y = Y.double()
-    eigenvalues, vectors = torch.linalg.eigh(add_up(Y.T @ Y))
+    eigenvalues, vectors = torch.linalg.eigh(all_sum(Y.T @ Y))
     floor = (NEGLIGIBLE * eigenvalues.max()).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
     inverse_diagonal = (vectors.square() / eigenvalues.clamp_min(floor)).sum(1)
     return float(inverse_diagonal.reciprocal().mean()) / variance
@@ -84,15 +84,13 @@ def _inverse(values: Tensor, negligible: float) -> Tensor:
     return torch.where(values > negligible * values.max(), 1 / values, 0.0)
 
 
-# What A and B start as, out of the leading singular triplets of the gradient G = U S V^T (eq. (7)-(8)).
+# A and B from the leading singular triplets of G = U S V^T.
 #
-#     aligned    A = V_r^T / sqrt(3)     B = 0               the pretrained function, A with LoRA's own norm
-#     paper      A = S^1/2 V_r^T         B = U_r S^1/2       eq. (8); the paper's A is our B, its B our A
+#     aligned    A = V_r^T / sqrt(3)     B = 0
+#     paper      A = S^1/2 V_r^T         B = U_r S^1/2       eq. (8); the paper's A is our B, and its B our A
 #     original   A = c V_r^T             B = c U_{r+1..2r}   as published: c = out^(1/4) / sqrt(gamma), gamma = 16
 #
-# The last two are no function-preserving starts by themselves: `LowRank` subtracts a frozen copy of them.
-#
-# Letters: r rank, w number of triplets; out and in are what this holder has of them. No communication here.
+# With the last two, B A is not 0: `LowRank` subtracts a frozen copy of it.
 
 ALIGNED_NORM = 3**-0.5  # of a row of A: that of LoRA's Kaiming-uniform start
 GAMMA = 16.0
@@ -106,7 +104,7 @@ class Factors(NamedTuple):
 
 
 def aligned(triplets: Triplets, rank: int, out_features: int) -> Factors:
-    """A = V_r^T / sqrt(3), B = 0."""
+    """A = V_r^T / sqrt(3), B = 0. `triplets` may be more than `rank`; `out_features` is the whole layer's."""
     return Factors(ALIGNED_NORM * triplets.V[:, :rank].T, torch.zeros_like(triplets.U[:, :rank]))
 
 
@@ -117,35 +115,35 @@ def paper(triplets: Triplets, rank: int, out_features: int) -> Factors:
 
 
 def original(triplets: Triplets, rank: int, out_features: int) -> Factors:
-    """A = c V_r^T, B = c U_{r+1..2r}, so that the first steps of A and B add up to the best change of rank 2r."""
+    """A = c V_r^T, B = c U_{r+1..2r}: the first steps of A and B together are the best change of rank 2r."""
     c = out_features**0.25 / GAMMA**0.5
     return Factors(c * triplets.V[:, :rank].T, c * triplets.U[:, rank : 2 * rank])
 
 
 def with_all_rows(factors: Factors, S: Tensor, own: Tensor) -> Factors:
-    """A with LoRA's own rows where the gradient has no direction left (fewer tokens than r): a row of zeros beside a
-    column of zeros of B would get no gradient, ever.
+    """A with LoRA's own rows where G has no further direction (fewer tokens than r): where a row of A and the column of
+    B are both zero, neither would ever get a gradient.
 
     Args:
-        S: [r] singular values; those that are rounding have no vectors (`leading_triplets`).
-        own: [r, in], the A that LoRA starts with.
+        S: [r] singular values; those that are rounding errors have zero vectors (`leading_triplets`).
+        own: [r, in], LoRA's initial A.
     """
     has_direction = S > NEGLIGIBLE**0.5 * S.max()
     return factors._replace(A=torch.where(has_direction[:, None], factors.A, own.to(factors.A)))
 
 
 @dataclass(frozen=True)
-class Start:
-    """One of the starts.
+class InitRule:
+    """How A and B follow from singular triplets.
 
     Args:
-        triplets_a_rank: how many singular triplets it takes for each of the r.
-        factors: (w triplets, r, whole out) -> A and B.
+        triplets_per_rank: singular triplets needed for each of the r.
+        factors: (triplets, r, out_features of the whole layer) -> A and B.
     """
 
-    triplets_a_rank: int
+    triplets_per_rank: int
     factors: Callable[[Triplets, int, int], Factors]
 
 
 # --lora-ga-init
-STARTS = {"aligned": Start(1, aligned), "paper": Start(1, paper), "original": Start(2, original)}
+INIT_RULES = {"aligned": InitRule(1, aligned), "paper": InitRule(1, paper), "original": InitRule(2, original)}

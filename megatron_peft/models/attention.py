@@ -1,9 +1,9 @@
 """Core attention on torch's scaled_dot_product_attention: causal, grouped queries, key masks, packed sequences.
 
-megatron-core's own `DotProductAttention` materialises the scores, refuses packing and any bias. Ours takes the same
-arguments, so it goes into the same place of the layer spec. ALiBi is a subclass.
+megatron-core's own `DotProductAttention` materialises the scores and supports neither packing nor a bias. Ours takes
+the same arguments, so it fits the same place of the layer spec.
 
-Letters: s (query) sequence, k (key) sequence, b batch, n heads a rank, g key-value heads a rank, d features of a head.
+Letters, of one rank: s queries, k keys, b batch, n heads, g key-value heads, d features of a head.
 """
 
 import math
@@ -24,11 +24,7 @@ from torch import Tensor
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v with a causal mask.
-
-    `attention_mask` follows Megatron: True hides a key from a query, any shape that broadcasts to [b, n, s, k]. It is
-    applied on top of the causal mask. Queries are the last s of the k positions, so a key-value cache needs no more.
-    """
+    """softmax(q k^T / sqrt(d)) v with a causal mask. The queries are the last s of the k positions."""
 
     def __init__(
         self,
@@ -61,9 +57,10 @@ class ScaledDotProductAttention(MegatronModule):
         Args:
             query: [s, b, n, d]; packed: [tokens, n, d].
             key, value: [k, b, g, d]; packed: [tokens, g, d].
-            attention_mask: True hides; None for a causal mask alone.
-            attention_bias: not served.
-            packed_seq_params: sequence boundaries of the packed form.
+            attention_mask: as Megatron's: True hides a key from a query, on top of the causal mask; it broadcasts to
+                [b, n, s, k]. None: causal only.
+            attention_bias: must be None.
+            packed_seq_params: sequence boundaries of packed samples.
 
         Returns:
             [s, b, n d]; packed: [tokens, 1, n d].
@@ -71,7 +68,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_bias is None, "GPTModel passes no attention bias"
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params)
-        mask = _hiding(query.shape[0], key.shape[0], attention_mask, query.dtype)
+        mask = _additive_mask(query.shape[0], key.shape[0], attention_mask, query.dtype)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = self._attend(query, key, value, mask)
         return context.permute(2, 0, 1, 3).flatten(2)
@@ -83,9 +80,9 @@ class ScaledDotProductAttention(MegatronModule):
         """
         shape, is_causal = query.shape, mask is None and query.shape[2] > 1
         if query.shape[2] == 1:
-            query, mask = (_by_key_head(x, key.shape[1]) for x in (query, mask))
+            query, mask = (_group_by_key_head(x, key.shape[1]) for x in (query, mask))
         dropout = self.dropout if self.training else 0.0
-        # Heads are split over the tensor-parallel ranks: each drops its own.
+        # Heads are split over the tensor-parallel ranks, so each rank draws its own dropout.
         tracker = tensor_parallel.get_cuda_rng_tracker()
         generator = tracker.fork() if dropout and tracker else nullcontext()
         with generator:
@@ -102,7 +99,7 @@ class ScaledDotProductAttention(MegatronModule):
         return context.reshape(shape)
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
-        """Each sample by itself: no score between two samples is ever computed. [t, n, d] -> [t, 1, n d]"""
+        """One sample at a time, so no score between two samples is computed. [tokens, n, d] -> [tokens, 1, n d]."""
         lengths = packing.cu_seqlens_q.diff().tolist()
         samples = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
         contexts = [
@@ -112,10 +109,10 @@ class ScaledDotProductAttention(MegatronModule):
         return torch.cat(contexts).flatten(1).unsqueeze(1)
 
 
-def _by_key_head(x: Any, num_key_heads: int) -> Any:
-    """[b, n, 1, ...] -> [b, g, n / g, ...]: the heads of a group as queries of the key head that they share.
+def _group_by_key_head(x: Any, num_key_heads: int) -> Any:
+    """[b, n, 1, ...] -> [b, g, n / g, ...]: the heads of a group become queries of the key head that they share.
 
-    So keys and values of a step of generation are read once a group. What is common to all heads stays.
+    A decoding step then reads keys and values once per group. A mask that all heads share is returned as it is.
     """
     if x is None or x.shape[1] == 1:
         return x
@@ -123,12 +120,10 @@ def _by_key_head(x: Any, num_key_heads: int) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _hiding(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where a query may look, -inf elsewhere, [..., s, k]; None where the plain causal mask (or none) says the same.
+def _additive_mask(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query sees a key, else -inf, [..., s, k]; None if a plain causal mask (or no mask) is enough.
 
-    A query always sees its own key, so that a padded position has something to attend to and stays finite.
-
-    The last answer is remembered: the layers of a model ask one after the other, with the same tensor.
+    The last result is cached, because every layer of a model calls this with the same tensor.
     """
     if attention_mask is None and (num_queries == num_keys or num_queries == 1):
         return None
@@ -136,20 +131,16 @@ def _hiding(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtyp
     causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
     visible = causal
     if attention_mask is not None:
+        # A query always sees its own key: a padded position has something to attend to and stays finite.
         own = causal & ~causal.tril(num_keys - num_queries - 1)
         visible = causal & ~attention_mask | own
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
 
-# ALiBi, attention with linear biases: the further a key lies behind the query, the less its score counts.
+# ALiBi (attention with linear biases, arXiv:2108.12409): score(i, j) = q_i k_j / sqrt(d) - slope_n (i - j) for head n.
 #
-#     score(i, j) = q_i k_j / sqrt(d) - slope_n (i - j)          slope_n: of head n
-#
-# Bloom and transformers add slope_n j instead, which the softmax cannot tell apart. In bfloat16 a distance is exact
-# up to 256 and keeps three digits beyond; slope_n j at position 2,000 would be off by several steps for neighbouring
-# keys.
-#
-# Letters: s queries, k keys, b batch, n heads of this rank, g key-value heads of this rank, d features of a head.
+# Bloom and transformers add slope_n j instead; the softmax is the same. Distances are more precise in bfloat16: exact
+# up to 256, while near position 2,000 slope_n j rounds to the same number for neighbouring keys.
 
 _GROWTH = 128  # positions
 
@@ -166,10 +157,9 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class AlibiBias:
-    """What is added to the scores of a rank's heads, -inf where a key comes after the query.
+    """The bias of the scores of a rank's heads, -inf where a key comes after the query.
 
-    All layers share one object: the bias of the longest sequence so far is kept, and every shorter one, and the later
-    queries of a key-value cache, are a slice of it.
+    All layers share one object. It caches the bias of the longest sequence so far; any other is a slice of it.
 
     Args:
         num_heads: of the whole model.
@@ -180,14 +170,14 @@ class AlibiBias:
         self._slopes = alibi_slopes(num_heads).chunk(size)[rank][:, None, None]
         self._square: Tensor | None = None
 
-    def of(self, num_queries: int, num_keys: int, query: Tensor) -> Tensor:
-        """[n, s, k] in the type and on the device of `query`; the queries are the last of the keys' positions."""
-        if num_queries == 1:  # a step of generation: not worth a square
+    def get(self, num_queries: int, num_keys: int, query: Tensor) -> Tensor:
+        """[n, s, k] in the dtype and on the device of `query`; the queries are the last of the keys' positions."""
+        if num_queries == 1:  # a decoding step: one row is cheaper than a square
             return self._rows(num_keys - 1, num_keys, query)
-        kept = self._square
-        if kept is None or kept.shape[-1] < num_keys or (kept.dtype, kept.device) != (query.dtype, query.device):
-            kept = self._square = self._rows(0, -(-num_keys // _GROWTH) * _GROWTH, query)
-        return kept[:, num_keys - num_queries : num_keys, :num_keys]
+        bias = self._square
+        if bias is None or bias.shape[-1] < num_keys or (bias.dtype, bias.device) != (query.dtype, query.device):
+            bias = self._square = self._rows(0, -(-num_keys // _GROWTH) * _GROWTH, query)
+        return bias[:, num_keys - num_queries : num_keys, :num_keys]
 
     def _rows(self, first_query: int, num_keys: int, query: Tensor) -> Tensor:
         """Queries `first_query` to `num_keys` - 1."""
@@ -198,35 +188,30 @@ class AlibiBias:
 
 
 class AlibiAttention(ScaledDotProductAttention):
-    """The core attention with ALiBi. Arguments as for its parent, and the bias that the layers share."""
+    """Core attention with ALiBi. Arguments as for its parent, and the bias that all layers share."""
 
     def __init__(self, *args: Any, bias: AlibiBias, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._bias = bias
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = self._bias.of(query.shape[2], key.shape[2], query).unsqueeze(0)
+        bias = self._bias.get(query.shape[2], key.shape[2], query).unsqueeze(0)
         if mask is not None:
             bias = bias + mask
         return super()._attend(query, key, value, bias)
 
 
-# megatron-core's self-attention with a key-value cache that holds what a step of generation reads, as it reads it.
-#
-# Its own forward keeps keys as the linear layer gave them and applies the rotary embedding to the whole cache at every
-# token. A key's position never changes, so here it is turned once, before it enters the cache. And the positions of a
-# head lie side by side. The numbers are the same, bit for bit. Without a cache nothing differs.
-#
-# Letters: s new positions, b batch, n heads a rank, g key-value heads a rank, d features of a head, p positions.
-
-
 class CachingSelfAttention(SelfAttention):
-    """Self-attention for training, and for generation with a static cache."""
+    """megatron-core's self-attention with another key-value cache; the numbers are the same, bit for bit.
+
+    megatron-core caches keys before the rotary embedding and rotates the whole cache for every token. Here a key is
+    rotated once, before it enters the cache.
+    """
 
     def _allocate_memory(
         self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype
     ) -> Tensor:
-        """A cache [p, b, g, d] in the memory of [b, g, p, d]."""
+        """A cache [k, b, g, d]; the positions of a head are contiguous in memory."""
         size = batch_size, self.num_query_groups_per_partition, inference_max_sequence_length, dim
         return torch.empty(size, dtype=dtype, device=torch.cuda.current_device()).permute(2, 0, 1, 3)
 
@@ -240,31 +225,31 @@ class CachingSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """What attention goes on with; megatron-core calls it between the linear layer and the rotary embedding.
+        """megatron-core calls this between the linear layer and the rotary embedding.
 
         Args:
             inference_context: a static cache, or None.
             query: [s, b, n, d].
             key, value: [s, b, g, d].
-            rotary_pos_emb: angles of queries and of keys, [p, 1, 1, d] each; None where positions are told otherwise.
+            rotary_pos_emb: angles of queries and of keys, [k, 1, 1, d] each; None without rotary embeddings.
         """
         if inference_context is not None and rotary_pos_emb is not None:
             first = inference_context.sequence_len_offset
-            waves = _waves(rotary_pos_emb[0], first, first + len(key), key.dtype)  # of queries and keys alike
-            query, key = _turned(torch.cat([query, key], dim=2), *waves).split([query.shape[2], key.shape[2]], dim=2)
+            cos_sin = _cos_sin(rotary_pos_emb[0], first, first + len(key), key.dtype)  # the same for queries and keys
+            query, key = _rotate(torch.cat([query, key], dim=2), *cos_sin).split([query.shape[2], key.shape[2]], dim=2)
             rotary_pos_emb = None
-        go_on: Any = super()._adjust_key_value_for_inference  # its types deny the None that it takes
-        return go_on(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
+        adjust: Any = super()._adjust_key_value_for_inference  # its annotations omit the None that it accepts
+        return adjust(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
 
 
 @lru_cache(maxsize=1)
-def _waves(angles: Tensor, first: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of some positions, [s, 1, 1, d], the first half of sin negated. Every layer asks for the same."""
+def _cos_sin(angles: Tensor, first: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions `first` to `end` - 1, [s, 1, 1, d], the first half of sin negated; for all layers."""
     cos, sin = angles[first:end].cos(), angles[first:end].sin()
     low, high = sin.chunk(2, dim=-1)
     return cos.to(dtype), torch.cat([-low, high], dim=-1).to(dtype)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[x1 cos - x2 sin, x2 cos + x1 sin] of the two halves of a head: [s, b, n, d] -> [s, b, n, d]."""
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))

@@ -1,26 +1,30 @@
-"""The model families: shapes from a Hugging Face `config.json`, rules for weights. No torch is imported."""
+"""Model families: what a family's file declares, and what follows from it, without torch or transformers.
+
+A family is one file that defines `FAMILY`, and one line in `FAMILIES`; docs/new-model.md adds one.
+"""
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.models import bloom, llama
-from megatron_peft.models.rules import Part, Rule
+from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import Config, ModelShape
-
-# The shape of a model from a Hugging Face `config.json`. Plain JSON: neither transformers nor torch is imported.
-#
-# What a config asks for and the model does not do is refused by name. Keys that transformers' own class does not define
-# change nothing there either; they are named in a warning.
 
 logger = logging.getLogger(__name__)
 
-# Keys of any family that change the computation, with the values that leave it as it is.
+# The registry: model_type -> the module that defines its `FAMILY`, imported at first use.
+FAMILIES = {
+    "llama": "megatron_peft.models.llama",
+    "bloom": "megatron_peft.models.bloom",
+}
+
+# Keys of any family that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -28,7 +32,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "pruned_heads": (None, {}),
 }
-# Bookkeeping, tokens, generation and dropout (a flag of the run): no part of a model's shape.
+# Keys that do not concern the shape: bookkeeping, tokens, generation, dropout (a flag of the run).
 HARMLESS = {
     "architectures", "model_type", "_name_or_path", "transformers_version", "_attn_implementation_autoset",
     "torch_dtype", "dtype", "use_cache", "initializer_range", "attention_dropout", "hidden_dropout", "bos_token_id",
@@ -39,55 +43,79 @@ HARMLESS = {
     "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "num_beams", "early_stopping", "is_llama_config", "transformers.js_config",
 }  # fmt: skip
-
-
 NUMBER_TYPES = {"float64", "float32", "float16", "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Family:
-    """How the configs of one model_type are read, what its linear layers are called, and where its weights go.
+class WeightNames:
+    """Hugging Face's names of a decoder's modules, from which the rules for all parameters follow.
 
     Args:
-        architectures: the classes that hold the whole language model; the first is the usual one.
-        shape: reads the shape, and raises ConfigurationError with the key at fault.
-        read: keys that it reads, or that are known to say nothing about the shape.
-        refused: further keys that change the computation, with the values that leave it as it is.
-        modules: Hugging Face's name of a linear layer -> Megatron's layer that holds it, fused with others or not.
-        rules: of every parameter of a model of this shape.
-        prefix: what transformers puts before the names of the model without its output layer.
+        prefix: of all names but `output`. A model that was saved without its output layer has names without it.
+        embedding, final_norm: of the whole model.
+        layers: before a layer's number.
+        input_norm, mlp_norm: of a layer, before attention and before the MLP.
+        linear_qkv: of a layer: q, k and v; or one module, with rows [key-value head, (its q, k, v), feature].
+        linear_proj, linear_fc2: of a layer.
+        linear_fc1: of a layer: gate and up of a gated MLP; or one module.
+        embedding_norm: of the whole model, if its shape has one.
+        output: of the whole model.
+    """
+
+    prefix: str
+    embedding: str
+    final_norm: str
+    layers: str
+    input_norm: str
+    mlp_norm: str
+    linear_qkv: tuple[str, ...]
+    linear_proj: str
+    linear_fc1: tuple[str, ...]
+    linear_fc2: str
+    embedding_norm: str = ""
+    output: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to one model_type.
+
+    Args:
+        architectures: transformers' classes of the whole language model; the first is the usual one.
+        shape: config.json -> shape. ConfigurationError names the key at fault.
+        config: the inverse of `shape`.
+        read: keys that `shape` reads, and keys that have no effect.
+        refused: keys that change the computation -> the values that do not.
+        weights: names of the modules.
     """
 
     architectures: tuple[str, ...]
     shape: Callable[[Config], ModelShape]
+    config: Callable[[ModelShape], dict[str, Any]]
     read: Set[str]
     refused: Mapping[str, tuple[Any, ...]]
-    modules: Mapping[str, str]
-    rules: Callable[[ModelShape], list[Rule]]
-    prefix: str
+    weights: WeightNames
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Hugging Face's name of a linear layer -> the Megatron layer that contains it, alone or fused with others."""
+        names = self.weights
+        fused = {
+            "linear_qkv": names.linear_qkv,
+            "linear_proj": (names.linear_proj,),
+            "linear_fc1": names.linear_fc1,
+            "linear_fc2": (names.linear_fc2,),
+        }
+        return {name.rpartition(".")[2]: layer for layer, modules in fused.items() for name in modules}
 
 
-FAMILIES = {
-    "llama": Family(
-        ("LlamaForCausalLM",),
-        llama.llama_shape,
-        llama.READ,
-        llama.REFUSED,
-        llama.MODULES,
-        llama.llama_rules,
-        "model.",
-    ),
-    # Embedding and output are one matrix, so that a bare BloomModel is the whole language model.
-    "bloom": Family(
-        ("BloomForCausalLM", "BloomModel"),
-        bloom.bloom_shape,
-        bloom.READ,
-        bloom.REFUSED,
-        bloom.MODULES,
-        bloom.bloom_rules,
-        "transformer.",
-    ),
-}
+def family_of(model_type: str) -> Family:
+    """A registered family; ConfigurationError otherwise."""
+    require(
+        str(model_type) in FAMILIES,  # a checkpoint's record may hold anything
+        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}.",
+    )
+    return import_module(FAMILIES[model_type]).FAMILY
 
 
 def read_shape(folder: str | Path) -> ModelShape:
@@ -97,7 +125,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     _require_supported_architecture(path, config)
     _refuse_unsupported(path, config)
     try:
-        return FAMILIES[config["model_type"]].shape(config)
+        return family_of(config["model_type"]).shape(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
 
@@ -115,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_supported_architecture(path: Path, config: Config) -> None:
-    supported = ", ".join(family.architectures[0] for family in FAMILIES.values())
+    supported = ", ".join(family_of(name).architectures[0] for name in FAMILIES)
     model_type, named = config.get("model_type"), config.get("architectures") or []
     require(
         isinstance(named, list) and all(isinstance(name, str) for name in named),
@@ -124,18 +152,18 @@ def _require_supported_architecture(path: Path, config: Config) -> None:
     require(
         isinstance(model_type, str)
         and model_type in FAMILIES
-        and set(named) <= set(FAMILIES[model_type].architectures),
+        and set(named) <= set(family_of(model_type).architectures),
         f"{path} describes {', '.join(named) or 'a model'} of model_type {model_type!r}, which is not supported. "
         f"Supported: {supported}.",
     )
 
 
 def _refuse_unsupported(path: Path, config: Config) -> None:
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config["model_type"])
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
-    told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
-    require(not refused, f"{path} asks for what is not supported: {told}. Use a checkpoint without it.")
+    shown = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
+    require(not refused, f"{path} asks for what is not supported: {shown}. Use a checkpoint without it.")
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
         require(
@@ -144,19 +172,67 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
         )
     unknown = sorted(config.keys() - family.read - HARMLESS - known.keys())
     if unknown:
+        # transformers' own class does not define them either.
         logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))
 
 
+def config_of_shape(shape: ModelShape) -> dict[str, Any]:
+    """A config.json for a model without one; `read_shape` gives the shape back."""
+    family = family_of(shape.architecture)
+    return {"architectures": [family.architectures[0]], "model_type": shape.architecture, **family.config(shape)}
+
+
 def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule]:
-    """Every rule of the model by Megatron parameter name (global layer numbers).
+    """The rule of every parameter of the whole model, by Megatron's name; layers are numbered globally from 0.
 
     Args:
         stored: tensors of the folder that is read. A model that was saved without its output layer (bigscience's own
             files) has names without the prefix; the rules then have the names of the folder, as in transformers.
     """
-    family = FAMILIES[shape.architecture]
-    rules = {rule.name: rule for rule in family.rules(shape)}
-    return {name: _as_stored(rule, family.prefix, stored) for name, rule in rules.items()}
+    names = family_of(shape.architecture).weights
+    rules = vocabulary_rules(shape, names.prefix + names.embedding, names.output)
+    if shape.embedding_layernorm:
+        rules += _norm_rules(shape, "embedding.word_embeddings_layernorm", names.prefix + names.embedding_norm)
+    rules += _norm_rules(shape, "decoder.final_layernorm", names.prefix + names.final_norm)
+    for layer in range(shape.num_layers):
+        rules += _layer_rules(shape, names, f"decoder.layers.{layer}.", f"{names.prefix}{names.layers}.{layer}.")
+    return {rule.name: _as_stored(rule, names.prefix, stored) for rule in rules}
+
+
+def _norm_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:
+    for kind in ("weight", "bias") if shape.normalization == "LayerNorm" else ("weight",):
+        yield Replicated(f"{megatron}.{kind}", (Part(f"{hugging_face}.{kind}", (shape.hidden_size,)),))
+
+
+def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_face: str) -> Iterator[Rule]:
+    """`megatron` and `hugging_face` are the layer's name on each side, with a dot at the end."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    query, key = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
+    yield from _norm_rules(shape, f"{megatron}input_layernorm", f"{hugging_face}{names.input_norm}")
+    yield from _norm_rules(shape, f"{megatron}pre_mlp_layernorm", f"{hugging_face}{names.mlp_norm}")
+    qkv_rows = (query, key, key) if len(names.linear_qkv) == 3 else (query + 2 * key,)
+    for module, linears, rows, num_groups in (
+        ("self_attention.linear_qkv", names.linear_qkv, qkv_rows, shape.num_query_groups),
+        ("mlp.linear_fc1", names.linear_fc1, (ffn,) * len(names.linear_fc1), None),
+    ):
+        for kind, columns in _kinds(shape, module, hidden):
+            parts = (Part(f"{hugging_face}{n}.{kind}", (num, *columns)) for n, num in zip(linears, rows, strict=True))
+            yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
+    for module, linear, in_features in (
+        ("self_attention.linear_proj", names.linear_proj, query),
+        ("mlp.linear_fc2", names.linear_fc2, ffn),
+    ):
+        for kind, columns in _kinds(shape, module, in_features):
+            part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
+            rule = Columns if columns else Replicated
+            yield rule(f"{megatron}{module}.{kind}", (part,))
+
+
+def _kinds(shape: ModelShape, module: str, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The parameters of a linear layer, with the dimensions behind their rows."""
+    yield "weight", (in_features,)
+    if module.rpartition(".")[2] in shape.linear_biases:
+        yield "bias", ()
 
 
 def _as_stored(rule: Rule, prefix: str, stored: Collection[str]) -> Rule:

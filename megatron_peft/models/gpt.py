@@ -1,8 +1,7 @@
 """A base model on megatron-core's GPTModel, from its shape.
 
-Everything is megatron-core's own but the linear layers (with a place for an adapter), the norms and the core attention,
-which its layer spec lets us choose, and two hooks: Bloom's norm behind the word embeddings, and a mask over the padded
-part of the vocabulary.
+megatron-core's layer spec lets us choose the linear layers (which take an adapter), the norms, SwiGLU and the core
+attention. Two hooks add a norm of the word embeddings and a mask over the padded part of the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from megatron_peft.adapters.linear import (
 )
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.attention import AlibiAttention, AlibiBias, CachingSelfAttention, ScaledDotProductAttention
-from megatron_peft.models.families import FAMILIES
+from megatron_peft.models.families import family_of
 from megatron_peft.models.layers import LayerNorm, RMSNorm, SwiGLU
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.parallel.layout import mark_split
@@ -41,7 +40,7 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """TransformerConfig that also knows which linear layers own a bias, and what Hugging Face calls their parts."""
+    """TransformerConfig, with the linear layers that own a bias, and Hugging Face's names (`Family.modules`)."""
 
     linear_biases: frozenset[str] = frozenset()
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
@@ -65,10 +64,11 @@ def transformer_config(
         layernorm_epsilon=shape.norm_epsilon,
         activation_func=_ACTIVATIONS[shape.activation],
         gated_linear_unit=shape.gated_linear_unit,
-        use_te_activation_func=is_swiglu(shape),  # megatron-core's name of the place where ours goes in
+        # Makes megatron-core build the spec's activation_func, which need not be Transformer Engine's.
+        use_te_activation_func=shape.gated_linear_unit and shape.activation == "silu",
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
-        huggingface_modules=FAMILIES[shape.architecture].modules,
+        huggingface_modules=family_of(shape.architecture).modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages(shape.num_layers),
@@ -81,37 +81,32 @@ def transformer_config(
         perform_initialization=False,  # every weight is loaded
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        # Two stages are each other's next and previous: batched messages would be taken for one another.
+        # With two stages, the next one is also the previous one, and batched messages would be confused.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        moe_token_dispatcher_type="alltoall",  # unused: its default is refused beside variable lengths
+        moe_token_dispatcher_type="alltoall",  # unused, but megatron-core refuses its default with variable lengths
         **run,
     )
-
-
-def is_swiglu(shape: ModelShape) -> bool:
-    """Whether the MLP multiplies silu of one half by the other, as Llama's does."""
-    return shape.gated_linear_unit and shape.activation == "silu"
 
 
 def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     config = transformer_config(shape, model.bf16, model.transformer, parallel)
-    parts = _Parts.of(shape, model.transformer_impl)
+    modules = _LayerModules.of(shape, model.transformer_impl)
     vocab_size = shape.padded_vocab_size(model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
-        _build_chunk(shape, vocab_size, config, parts, stage if num_chunks else None)
+        _build_chunk(shape, vocab_size, config, modules, stage if num_chunks else None)
         for stage in range(num_chunks or 1)
     ]
 
 
 def _build_chunk(
-    shape: ModelShape, vocab_size: int, config: GPTConfig, parts: "_Parts", vp_stage: int | None
+    shape: ModelShape, vocab_size: int, config: GPTConfig, modules: "_LayerModules", vp_stage: int | None
 ) -> GPTModel:
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, parts, vp_stage),
+        transformer_layer_spec=_block_spec(config, modules, vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -125,33 +120,33 @@ def _build_chunk(
     if shape.rope_scaling is not None:
         _scale_rope(chunk, shape, shape.rope_scaling)
     if shape.embedding_layernorm and chunk.pre_process:
-        _add_embedding_norm(chunk, parts.norm)
+        _add_embedding_norm(chunk, modules.norm)
     _mark_vocabulary_weights(chunk)
     if chunk.post_process:
-        chunk.output_layer.__class__ = FrozenColumnParallelLinear  # GPTModel knows no spec for it
+        chunk.output_layer.__class__ = FrozenColumnParallelLinear  # a layer spec cannot choose it
         chunk.output_layer.register_forward_hook(_PaddedLogitsMask(shape.vocab_size))
     return chunk
 
 
-def _block_spec(config: GPTConfig, parts: "_Parts", vp_stage: int | None) -> Any:
-    """One spec for every layer of the stage, and the final norm (which a layer spec alone could not choose)."""
+def _block_spec(config: GPTConfig, modules: "_LayerModules", vp_stage: int | None) -> Any:
+    """The same spec for every layer of the stage, and the final norm."""
     bias_dropout_add: Any = get_bias_dropout_add
     activation: Any = SwiGLU if config.use_te_activation_func else None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=modules.norm,
             self_attention=ModuleSpec(
                 module=CachingSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=AdaptedColumnParallelLinear,
-                    core_attention=parts.core_attention,
+                    core_attention=modules.core_attention,
                     linear_proj=AdaptedRowParallelLinear,
                 ),
             ),
             self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=parts.norm,
+            pre_mlp_layernorm=modules.norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -165,22 +160,22 @@ def _block_spec(config: GPTConfig, parts: "_Parts", vp_stage: int | None) -> Any
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules.norm)
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Norm and core attention, common to all layers of all chunks.
+class _LayerModules:
+    """Norm and core attention of all layers of all chunks.
 
-    Ours, or Transformer Engine's where it is asked for (or there is a GPU and it is installed). ALiBi is always ours.
-    Transformer Engine's linear layers are never used: they lack the seam for adapters, and keys would change.
+    Ours, or Transformer Engine's if it is requested, or installed on a machine with a GPU. ALiBi is always ours.
+    Transformer Engine's linear layers are never used: they take no adapter and would change the checkpoint's keys.
     """
 
     norm: Any
     core_attention: Any
 
     @classmethod
-    def of(cls, shape: ModelShape, transformer_impl: str) -> "_Parts":
+    def of(cls, shape: ModelShape, transformer_impl: str) -> "_LayerModules":
         norm: Any = _NORMS[shape.normalization]
         core_attention: Any = ScaledDotProductAttention
         wanted = transformer_impl == "transformer_engine"
@@ -189,16 +184,13 @@ class _Parts:
 
             norm, core_attention = TENorm, TEDotProductAttention
         if shape.position_embedding == "alibi":
-            core_attention = ModuleSpec(module=AlibiAttention, params={"bias": _alibi_bias(shape)})
+            bias = AlibiBias(
+                shape.num_attention_heads,
+                rank=parallel_state.get_tensor_model_parallel_rank(),
+                size=parallel_state.get_tensor_model_parallel_world_size(),
+            )
+            core_attention = ModuleSpec(module=AlibiAttention, params={"bias": bias})
         return cls(norm, core_attention)
-
-
-def _alibi_bias(shape: ModelShape) -> AlibiBias:
-    return AlibiBias(
-        shape.num_attention_heads,
-        rank=parallel_state.get_tensor_model_parallel_rank(),
-        size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
 
 
 def _has_transformer_engine() -> bool:
@@ -210,9 +202,8 @@ def _has_transformer_engine() -> bool:
 
 
 def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> None:
-    """Llama-3's frequencies: long wavelengths slowed by `factor`, short ones kept, a linear blend between.
-
-    megatron-core's own `rope_scaling` knows the factor alone; the other three numbers vary between models.
+    """Llama 3's frequencies: those of long wavelengths are divided by `factor`, those of short ones are kept, and a
+    linear blend lies between. megatron-core's own `rope_scaling` sets the factor only.
     """
     rope = chunk.rotary_pos_emb
     wavelength = 2 * torch.pi / rope.inv_freq
@@ -223,18 +214,15 @@ def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> Non
 
 
 def _add_embedding_norm(chunk: GPTModel, norm: Any) -> None:
-    """Bloom's norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens.
-
-    It is a child of the embedding rather than of `word_embeddings`, whose sharded state leaves children out.
-    """
+    """A norm of the embedded tokens: before dropout and, under sequence parallelism, on the rank's own tokens."""
     config, embedding = chunk.config, chunk.embedding
     layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-    embedding.word_embeddings_layernorm = layernorm
+    embedding.word_embeddings_layernorm = layernorm  # not of word_embeddings, whose sharded state omits children
     embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: layernorm(output))
 
 
 def _mark_vocabulary_weights(chunk: GPTModel) -> None:
-    """Without initialisation megatron-core leaves these two unmarked, and the norm would count one rank's part."""
+    """With `perform_initialization=False` megatron-core leaves them unmarked, and norms would count rank 0's slice."""
     for module in (getattr(chunk, "output_layer", None), getattr(chunk, "embedding", None)):
         weight = getattr(getattr(module, "word_embeddings", module), "weight", None)
         if weight is not None:
@@ -242,7 +230,7 @@ def _mark_vocabulary_weights(chunk: GPTModel) -> None:
 
 
 class _PaddedLogitsMask:
-    """Forward hook of the output layer: the logits of rows above the vocabulary are -inf, whatever the padding."""
+    """Forward hook of the output layer: the logits of padded rows of the vocabulary are -inf."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -253,4 +241,4 @@ class _PaddedLogitsMask:
             first = module.tp_group.rank() * module.output_size_per_partition
         num_real = max(self.vocab_size - first, 0)
         if num_real < logits.shape[-1]:
-            logits.detach()[..., num_real:] = -torch.inf  # probability 0, and so is the gradient
+            logits.detach()[..., num_real:] = -torch.inf  # probability and gradient are 0

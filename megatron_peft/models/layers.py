@@ -11,20 +11,16 @@ from torch import Tensor, nn
 from megatron_peft.adapters.frozen_linear import run_function
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, fuses_norms
 
-# RMSNorm and LayerNorm that run on any device and under sequence parallelism.
+# megatron-core's `WrappedTorchNorm` refuses sequence parallelism, and its other norms need Transformer Engine or Apex.
 #
-# megatron-core's `WrappedTorchNorm` refuses sequence parallelism and its other norms need Transformer Engine or Apex.
-# Under sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are partial sums;
-# `sequence_parallel = True` on them makes megatron-core add them up.
-#
-# Letters: s sequence, b batch, h hidden.
+# Letters: s sequence, b batch, h hidden, f a rank's own feed-forward features.
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32.
 
     Args:
-        config: supplies the parameters' type and whether the sequence is split.
+        config: gives the dtype of the parameters, and whether the sequence is split.
         hidden_size: h.
         eps: added to the mean square.
     """
@@ -56,26 +52,16 @@ class LayerNorm(nn.Module):
 def _norm_parameter(config: TransformerConfig, hidden_size: int, value: float) -> nn.Parameter:
     device = torch.cuda.current_device()
     parameter = nn.Parameter(torch.full((hidden_size,), value, dtype=config.params_dtype, device=device))
+    # Under sequence parallelism a rank sees its own tokens only: megatron-core sums the gradients of marked parameters.
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
 
 
-# SwiGLU as one autograd function: it keeps its input and nothing else.
-#
-#     y = silu(gate) * up,   x = [gate, up]
-#
-# megatron-core composes it of four operators, which keep silu(gate) and a copy of `up` besides x, and join the two
-# halves of the gradient by a copy. Here backward computes silu(gate) again and writes each half into its place. Every
-# product is the composed one, so values and gradients are those of the composed form to the last bit.
-#
-# Letters: s sequence, b batch, f a rank's own feed-forward features.
-
-
 class SwiGLU(MegatronModule):
-    """What megatron-core's MLP calls between its two linear layers, in place of an activation function.
+    """y = silu(gate) * up, x = [gate, up]: the activation of megatron-core's MLP.
 
-    A module without parameters, since megatron-core takes nothing else there from 0.19 on; one of Megatron's, since a
-    checkpoint asks each part of the MLP for what it has.
+    A module, because megatron-core from 0.19 on accepts nothing else there; a MegatronModule, because it calls
+    `sharded_state_dict` on every child of the MLP.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -87,19 +73,24 @@ class SwiGLU(MegatronModule):
         return run_function(_SwiGLU, x)
 
 
-def _silu_made_again(ctx: Any) -> Tensor:
-    """y, and silu(gate) left for the function's own backward, which comes next."""
+def _recompute_swiglu(ctx: Any) -> Tensor:
+    """y; silu(gate) is cached for the function's own backward, which runs next."""
     gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
     ctx.activated = F.silu(gate)
     return ctx.activated * up
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Saves x only; values and gradients are those of megatron-core's four operators, bit for bit.
+
+    Those also save silu(gate) and a copy of `up`, and concatenate the two halves of the gradient.
+    """
+
     @staticmethod
     def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.activated = None
-        ctx.make_again = _silu_made_again  # for who needs y in backward and would else keep it
+        ctx.recompute_output = _recompute_swiglu  # consumers recompute y instead of saving it
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
@@ -112,6 +103,6 @@ class _SwiGLU(torch.autograd.Function):
         activated = F.silu(gate) if ctx.activated is None else ctx.activated
         ctx.activated = None
         torch.mul(grad, activated, out=grad_up)
-        grad_activated = torch.mul(grad, up, out=activated)  # the memory is free again
+        grad_activated = torch.mul(grad, up, out=activated)  # reuses its memory
         torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=grad_gate)
         return grad_x

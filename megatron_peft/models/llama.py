@@ -1,13 +1,12 @@
-"""Llama: its shape from a `config.json`, and the rules for its weights."""
+"""Llama: its config.json in both directions, and the names of its weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_peft.config import require
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
+from megatron_peft.models.families import Family, WeightNames
 from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, Config, ModelShape, RopeScaling, number, size, switch
 
-# Keys that change the computation, with the values that leave it as it is.
+# Keys that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (None, 1),
     "hidden_act": (None, "silu"),
@@ -29,16 +28,6 @@ READ = {
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
 }  # fmt: skip
-# Linear layers: Megatron's that holds each.
-MODULES = {
-    "q_proj": "linear_qkv",
-    "k_proj": "linear_qkv",
-    "v_proj": "linear_qkv",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1",
-    "up_proj": "linear_fc1",
-    "down_proj": "linear_fc2",
-}
 ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -49,8 +38,9 @@ ROPE_KEYS = {
 
 
 def llama_shape(config: Config) -> ModelShape:
+    """ConfigurationError names the key at fault."""
     heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
-    rope_theta, rope_scaling = _rope(config)
+    rotary_base, rope_scaling = read_rope(config)
     biased = {"attention_bias": ("linear_qkv", "linear_proj"), "mlp_bias": ("linear_fc1", "linear_fc2")}
     return ModelShape(
         architecture="llama",
@@ -59,29 +49,30 @@ def llama_shape(config: Config) -> ModelShape:
         ffn_hidden_size=size(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=size(config, "num_key_value_heads", heads),
-        kv_channels=_head_dim(config, hidden, heads),
+        kv_channels=head_dim(config, hidden, heads),
         vocab_size=size(config, "vocab_size"),
         max_position_embeddings=size(config, "max_position_embeddings", 2048),
         norm_epsilon=number(config, "rms_norm_eps", 1e-6, most=MOST_EPSILON),
         linear_biases=frozenset(name for key, names in biased.items() if switch(config, key) for name in names),
         tied_embeddings=switch(config, "tie_word_embeddings"),
-        rotary_base=rope_theta,
+        rotary_base=rotary_base,
         rope_scaling=rope_scaling,
     )
 
 
-def _head_dim(config: Config, hidden: int, heads: int) -> int:
+def head_dim(config: Config, hidden: int, heads: int) -> int:
+    """Features of an attention head."""
     require(
         config.get("head_dim") is not None or hidden % heads == 0,
-        f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given.",
+        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not given.",
     )
-    head_dim = size(config, "head_dim", hidden // heads)
-    require(head_dim % 2 == 0, f"head_dim {head_dim} is odd: rotary embeddings turn features in pairs.")
-    return head_dim
+    features = size(config, "head_dim", hidden // heads)
+    require(features % 2 == 0, f"head_dim {features} is odd: rotary embeddings rotate pairs of features.")
+    return features
 
 
-def _rope(config: Config) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_theta` and `rope_scaling` or from the newer `rope_parameters` that holds both."""
+def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters` with both."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     require(isinstance(given, dict), f"rope_scaling is {given!r}, not an object.")
     rope = {key: value for key, value in given.items() if value is not None}
@@ -115,57 +106,48 @@ def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
     return scaling
 
 
-EMBEDDING = "model.embed_tokens"
-OUTPUT = "lm_head"
-
-# Megatron module: Hugging Face module, both of hidden features.
-LAYER_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
-# Megatron module: the Hugging Face modules fused into it with their output features; the input is hidden.
-COLUMN_PARALLEL = {
-    "self_attention.linear_qkv": {"self_attn.q_proj": "query", "self_attn.k_proj": "key", "self_attn.v_proj": "key"},
-    "mlp.linear_fc1": {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"},
-}
-# Megatron module: the Hugging Face module with its input features; the output is hidden.
-ROW_PARALLEL = {
-    "self_attention.linear_proj": ("self_attn.o_proj", "query"),
-    "mlp.linear_fc2": ("mlp.down_proj", "ffn"),
-}
-
-
-def llama_rules(shape: ModelShape) -> list[Rule]:
-    """One rule for each parameter of the whole model, layers numbered globally from 0."""
-    rules: list[Rule] = [
-        *vocabulary_rules(shape, EMBEDDING, OUTPUT),
-        Replicated("decoder.final_layernorm.weight", (Part("model.norm.weight", (shape.hidden_size,)),)),
-    ]
-    for layer in range(shape.num_layers):
-        rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-    return rules
-
-
-def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:
-    hidden = shape.hidden_size
-    features = {
-        "query": shape.num_attention_heads * shape.kv_channels,
-        "key": shape.num_query_groups * shape.kv_channels,
-        "ffn": shape.ffn_hidden_size,
+def llama_config(shape: ModelShape) -> dict[str, Any]:
+    """The inverse of `llama_shape`."""
+    return {
+        "hidden_act": "silu",
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_epsilon,
+        "attention_bias": "linear_qkv" in shape.linear_biases,
+        "mlp_bias": "linear_fc1" in shape.linear_biases,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "rope_parameters": rope_parameters(shape),
     }
-    for module, norm in LAYER_NORMS.items():
-        yield Replicated(f"{megatron}{module}.weight", (Part(f"{hugging_face}{norm}.weight", (hidden,)),))
-    for module, linears in COLUMN_PARALLEL.items():
-        num_groups = shape.num_query_groups if module.endswith("linear_qkv") else None
-        for kind, columns in _kinds(shape, module, (hidden,)):
-            parts = (Part(f"{hugging_face}{n}.{kind}", (features[width], *columns)) for n, width in linears.items())
-            yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
-    for module, (linear, width) in ROW_PARALLEL.items():
-        for kind, columns in _kinds(shape, module, (features[width],)):
-            part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
-            rule = Columns if columns else Replicated
-            yield rule(f"{megatron}{module}.{kind}", (part,))
 
 
-def _kinds(shape: ModelShape, module: str, columns: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The parameters of a linear layer, with the dimensions behind their rows."""
-    yield "weight", columns
-    if module.rpartition(".")[2] in shape.linear_biases:
-        yield "bias", ()
+def rope_parameters(shape: ModelShape) -> dict[str, Any]:
+    """The inverse of `read_rope`."""
+    scaling = {} if shape.rope_scaling is None else vars(shape.rope_scaling)
+    return {"rope_type": "llama3" if scaling else "default", "rope_theta": shape.rotary_base, **scaling}
+
+
+FAMILY = Family(
+    architectures=("LlamaForCausalLM",),
+    shape=llama_shape,
+    config=llama_config,
+    read=READ,
+    refused=REFUSED,
+    weights=WeightNames(
+        prefix="model.",
+        embedding="embed_tokens",
+        final_norm="norm",
+        layers="layers",
+        input_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        linear_qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        linear_proj="self_attn.o_proj",
+        linear_fc1=("mlp.gate_proj", "mlp.up_proj"),
+        linear_fc2="mlp.down_proj",
+    ),
+)

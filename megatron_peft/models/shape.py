@@ -1,17 +1,16 @@
-"""The shape of a base model: everything that decides which tensors exist and what the forward computes."""
+"""The shape of a base model: all that determines which tensors exist and what the forward computes."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from math import gcd, isqrt
+from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_peft.config import DataConfig, ParallelConfig, flag, require
 
-MOST = 2**31 - 1  # of any size; products of two of them are still integers of 64 bits
+MOST = 2**31 - 1  # of any size, so that products of two sizes fit 64 bits
 MOST_LAYERS = 99_999
-MOST_EPSILON = 1.0  # a larger one is no guard against a division by zero: it is the norm
+MOST_EPSILON = 1.0  # a larger epsilon would dominate the norm
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("vocab_size", "max_position_embeddings"),
@@ -24,7 +23,7 @@ def is_size(value: Any, most: int = MOST) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a number above 0 that float32, in which models compute, rounds neither to 0 nor to infinity."""
+    """Whether it is a number above 0 that float32 rounds neither to 0 nor to infinity."""
     return type(value) in (int, float) and 2.0**-126 <= value < 2.0**128
 
 
@@ -46,7 +45,7 @@ class ModelShape:
     MLP biases apart, TransformerConfig does not.
     """
 
-    architecture: Literal["llama", "bloom"]
+    architecture: str  # of `models.families.FAMILIES`
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -67,44 +66,33 @@ class ModelShape:
     embedding_layernorm: bool = False
 
     def __post_init__(self) -> None:
-        """Whoever reads a shape, from whatever file, passes here."""
+        """All readers pass here, whatever the file. ConfigurationError names the fields at fault."""
         wrong = [name for name in _SIZES if not is_size(getattr(self, name))]
         wrong += ["num_layers"] * (not wrong and self.num_layers > MOST_LAYERS)
         wrong += [name for name in ("norm_epsilon", "rotary_base") if not is_positive(getattr(self, name))]
         wrong += ["norm_epsilon"] * (not wrong and self.norm_epsilon > MOST_EPSILON)
-        told = ", ".join(f"{name} {str(getattr(self, name))[:40]}" for name in wrong)
-        require(not wrong, f"a model's shape cannot have {told}.")
+        shown = ", ".join(f"{name} {str(getattr(self, name))[:40]}" for name in wrong)
+        require(not wrong, f"a model's shape cannot have {shown}.")
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} key-value heads.",
         )
 
     def padded_vocab_size(self, multiple: int, tensor_parallel_size: int) -> int:
-        """Rows of the embedding and of the output layer: `vocab_size` rounded up so that every rank holds as many.
+        """Rows of the embedding and of the output layer: `vocab_size` rounded up to a multiple for every rank.
 
-        The rows above `vocab_size` are zero and their logits are masked, so the loss does not depend on them.
+        The padded rows are zero and their logits are masked, so the loss does not depend on them.
         """
         unit = multiple * tensor_parallel_size
         return -(-self.vocab_size // unit) * unit
 
 
-# What a user asked for, held against the model that the checkpoint holds, before any weight is read.
-#
-# Each function returns messages, an empty list when all is well, so that everything wrong is told at once.
+# Flags are compared with the checkpoint's model before any weight is read. Each check returns a list of messages.
 
 # Flags with a value -> the checkpoint's value.
 VALUES: Mapping[str, Callable[[ModelShape], Any]] = {
-    "num_layers": lambda shape: shape.num_layers,
-    "hidden_size": lambda shape: shape.hidden_size,
-    "ffn_hidden_size": lambda shape: shape.ffn_hidden_size,
-    "num_attention_heads": lambda shape: shape.num_attention_heads,
-    "num_query_groups": lambda shape: shape.num_query_groups,
-    "kv_channels": lambda shape: shape.kv_channels,
-    "vocab_size": lambda shape: shape.vocab_size,
-    "max_position_embeddings": lambda shape: shape.max_position_embeddings,
-    "normalization": lambda shape: shape.normalization,
-    "norm_epsilon": lambda shape: shape.norm_epsilon,
-    "position_embedding_type": lambda shape: shape.position_embedding,
+    **{name: attrgetter(name) for name in (*_SIZES, "normalization", "norm_epsilon")},
+    "position_embedding_type": attrgetter("position_embedding"),
     "rotary_base": lambda shape: shape.rotary_base if shape.position_embedding == "rope" else "no rotary embedding",
     "rotary_percent": lambda shape: 1.0 if shape.position_embedding == "rope" else "no rotary embedding",
     "rope_scaling_factor": lambda shape: shape.rope_scaling.factor if shape.rope_scaling else "no rope scaling",
@@ -144,21 +132,18 @@ def compare_shape(shape_flags: Mapping[str, Any], shape: ModelShape) -> list[str
     """
     claims = dict(shape_flags)
     if "num_query_groups" in claims:
-        claims.pop("group_query_attention", None)  # said more exactly
+        claims.pop("group_query_attention", None)  # num_query_groups is more specific
     return [message for name, typed in claims.items() if (message := _contradiction(name, typed, shape))]
 
 
 def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
-    """A message for each way in which the model cannot be split so, listing the values that can."""
+    """A message for each dimension that does not divide the model, listing the values that do."""
     tp = parallel.tensor_model_parallel_size
     return [*_tensor_parallel_problems(tp, shape), *_pipeline_problems(parallel, shape)]
 
 
 def check_lengths(seq_length: int, shape: ModelShape) -> list[str]:
-    """A message if samples may be longer than the positions that a rotary model was made for.
-
-    The default --seq-length asks for nothing and contradicts no model.
-    """
+    """A message if samples may be longer than a rotary model's positions. The default --seq-length fits any model."""
     longest = shape.max_position_embeddings
     fits = seq_length <= longest or seq_length == DataConfig.seq_length
     if fits or shape.position_embedding != "rope":
@@ -196,7 +181,7 @@ def _tensor_parallel_problems(tp: int, shape: ModelShape) -> list[str]:
         return []
     return [
         f"--tensor-model-parallel-size {tp} does not divide the model's {', '.join(undivided)}: "
-        f"use {_listed(_divisors(reduce(gcd, sizes.values())))}."
+        f"use {_listed(_divisors(math.gcd(*sizes.values())))}."
     ]
 
 
@@ -221,14 +206,14 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
 
 
 def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
-    """The first and last stage as given, the stages between them alike and not empty."""
+    """The stages whose layers are not given must have equally many, at least one."""
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     rest = shape.num_layers - (first or 0) - (last or 0)
     stages = parallel.pipeline_model_parallel_size - bool(first) - bool(last)
     if rest == stages == 0 or (stages > 0 and rest > 0 and rest % stages == 0):
         return []
-    typed = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
-    shown = " and ".join(f"{flag(name)} {value}" for name, value in typed.items() if value)
+    given = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
+    shown = " and ".join(f"{flag(name)} {value}" for name, value in given.items() if value)
     return [
         f"{shown} leave {rest} of the model's {shape.num_layers} layers to the other {stages} pipeline stages: "
         f"use {_listed(_uneven_choices(shape.num_layers, stages, bool(first) + bool(last)))} layers in all for those."
@@ -236,14 +221,14 @@ def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
 
 
 def _uneven_choices(layers: int, stages: int, ends: int) -> list[int]:
-    """Layers that the given ends may hold together, so that `stages` others share what is left evenly."""
+    """Numbers of layers for `ends` stages together that leave equally many to each of `stages` others."""
     if stages == 0:
         return [layers]
     return [held for held in range(ends, layers) if (layers - held) % stages == 0]
 
 
 def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 
@@ -255,7 +240,7 @@ def _listed(values: list[int]) -> str:
     return " or ".join(filter(None, [", ".join(texts[:-1]), texts[-1]])) if texts else "nothing (too few layers)"
 
 
-# Values out of a `config.json`, checked. A key that is absent or null has the default; without one it is an error.
+# Checked values of a `config.json`. A key that is absent or null has the default; without one it is an error.
 
 Config = Mapping[str, Any]
 
@@ -270,7 +255,7 @@ def size(config: Config, key: str, default: int | None = None, most: int = MOST)
 
 
 def number(config: Config, key: str, default: float | None = None, most: float = math.inf) -> float:
-    """A positive number, whole or not, that float32 can hold."""
+    """A positive number that float32 can hold."""
     value = _value(config, key, default)
     limit = "" if most == math.inf else f" and at most {most:g}"
     require(

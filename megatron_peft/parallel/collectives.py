@@ -1,4 +1,6 @@
-"""Collectives on plain tensors, named after the group that they run over. A group of one rank does nothing.
+"""Collectives on plain tensors, named after the group that they run over; with one rank they do nothing.
+
+`start_*` returns a function that waits and returns the result.
 
 Letters: s sequence, t tensor-parallel size.
 """
@@ -19,7 +21,7 @@ Wait = Callable[[], Tensor]
 
 
 def start_sum_over_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Wait:
-    """Start adding up `x` in place over the tensor-parallel ranks; call the answer to wait and get it."""
+    """Sum `x` in place over the tensor-parallel ranks."""
     if group.size() == 1:
         return lambda: x
     work = dist.all_reduce(x, group=group, async_op=True)
@@ -27,17 +29,17 @@ def start_sum_over_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Wait:
 
 
 def start_gather_sequence_over_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Wait:
-    """Start joining the ranks' tokens: [s / t, ...] -> [s, ...]; call the answer to wait and get it."""
+    """Gather the ranks' tokens: [s / t, ...] -> [s, ...]."""
     if group.size() == 1:
         return lambda: x
     x = x.contiguous()
-    joined = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    work = dist.all_gather_into_tensor(joined, x, group=group, async_op=True)
-    return lambda: _finished(work, joined)
+    gathered = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    work = dist.all_gather_into_tensor(gathered, x, group=group, async_op=True)
+    return lambda: _finished(work, gathered)
 
 
 def start_sum_scatter_sequence_over_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Wait:
-    """Start adding up `x` and keeping a rank's own tokens: [s, ...] -> [s / t, ...]."""
+    """Sum `x` and keep this rank's own tokens: [s, ...] -> [s / t, ...]."""
     if group.size() == 1:
         return lambda: x
     x = x.contiguous()
@@ -47,16 +49,16 @@ def start_sum_scatter_sequence_over_tensor_parallel(x: Tensor, group: dist.Proce
 
 
 def sum_coalesced(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Add up every tensor in place over the ranks of a group, in one call for each type of element."""
+    """Sum every tensor in place over the ranks of a group, with one all-reduce for each dtype."""
     if group.size() == 1:
         return
-    by_type: dict[torch.dtype, list[Tensor]] = {}
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        by_type.setdefault(tensor.dtype, []).append(tensor)
-    for same_type in by_type.values():
-        flat = _flatten_dense_tensors(same_type)
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for same_dtype in by_dtype.values():
+        flat = _flatten_dense_tensors(same_dtype)
         dist.all_reduce(flat, group=group)
-        for tensor, summed in zip(same_type, _unflatten_dense_tensors(flat, same_type), strict=True):
+        for tensor, summed in zip(same_dtype, _unflatten_dense_tensors(flat, same_dtype), strict=True):
             tensor.copy_(summed)
 
 
@@ -67,7 +69,7 @@ def _finished(work: dist.Work | None, result: Tensor) -> Tensor:
 
 
 def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Gradients (in megatron-core's buffers) of the replicated adapter parameters: each rank's is its part."""
+    """Gradients (in megatron-core's buffers) of the replicated adapter parameters: a partial sum on each rank."""
     return [
         parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
         for parameter in parameters
@@ -78,39 +80,35 @@ def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def sum_partial_gradients_over_tensor_parallel(model_chunks: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
     """Complete the gradients of all replicated adapter parameters with one coalesced all-reduce.
 
-    To be called after the data-parallel reduction: the sum over ranks and the sum over replicas commute, and with a
-    distributed optimizer all tensor-parallel peers own the same shard of the gradient buffer.
+    Call it after the data-parallel reduction: the two sums commute, and with a distributed optimizer all
+    tensor-parallel peers own the same shard of the gradient buffer.
     """
     parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
     sum_coalesced(partial_gradients(parameters), group)
 
 
-# What all ranks learn from the first one, which alone looks at a folder that another process may be changing.
-
 Found = TypeVar("Found")
 
 
-def from_first_rank(look: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
-    """What `look` gives on rank 0, on all ranks. A collective.
+def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+    """The result of `find` on rank 0, on all ranks: for folders that another process may be changing. A collective.
 
     Raises:
-        ConfigurationError: on all ranks, if it raised that or OSError on rank 0.
+        ConfigurationError: on all ranks, if `find` raised that or OSError.
     """
-    found: list[Any] = [checked_together(lambda: _on_first_rank(look), group)]
+
+    def on_first_rank() -> Found | None:
+        try:
+            return find() if dist.get_rank() == 0 else None
+        except OSError as error:
+            raise ConfigurationError(str(error)) from error
+
+    found: list[Any] = [checked_together(on_first_rank, group)]
     dist.broadcast_object_list(found, src=0, group=group)
     return found[0]
 
 
 def names_that_differ(own: Mapping[str, object]) -> list[str]:
-    """The names of this rank's values that are not those of rank 0. A collective."""
+    """The names whose values differ between this rank and rank 0. A collective."""
     first = from_first_rank(lambda: dict(own))
     return sorted(name for name in first.keys() | own.keys() if own.get(name) != first.get(name))
-
-
-def _on_first_rank(look: Callable[[], Found]) -> Found | None:
-    if dist.get_rank() != 0:
-        return None
-    try:
-        return look()
-    except OSError as error:
-        raise ConfigurationError(str(error)) from error

@@ -1,8 +1,4 @@
-"""How a linear layer's global matrix is laid over the tensor-parallel ranks.
-
-Every adapter derives its shapes and its slices from this, so that its parameters are defined as global tensors with
-no mention of the layout.
-"""
+"""How a linear layer's global matrix is split over tensor-parallel ranks; adapters derive their shapes from it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -26,7 +22,7 @@ class LinearLayout:
         out_features, in_features: of the whole matrix.
         num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
         group: the tensor-parallel ranks.
-        head_features: of an attention head, where the output is made of heads.
+        head_features: of an attention head, if the output consists of heads.
     """
 
     split: Literal["column", "row"]
@@ -62,18 +58,18 @@ class LinearLayout:
         return self.out_features if side == "output" else self.in_features
 
     def num_local_features(self, side: Side) -> int:
-        """Of one part on this rank: what a group of features has to divide."""
+        """Of one of the stacked matrices on this rank; groups of features must divide it."""
         return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
 
     def num_global(self, module: nn.Module) -> int:
-        """Numbers in a module's trained parameters over all ranks, replicated ones counted once."""
+        """Size of a module's parameters over all ranks; replicated ones count once."""
         return sum(
             parameter.numel() * (self.group.size() if parameter.tensor_model_parallel else 1)  # pyright: ignore[reportAttributeAccessIssue]
             for parameter in module.parameters()
         )
 
     def slice_groups(self, side: Side, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor over all groups of features of a side: [groups, ...] -> [own groups, ...]."""
+        """This rank's groups of a tensor over all groups of a side's features: [groups, ...] -> [local groups, ...]."""
         if side == "output":
             return self.slice_output(whole)
         return whole if self.split == "column" else whole.chunk(self.group.size())[self.group.rank()]
@@ -86,7 +82,7 @@ class LinearLayout:
             _mark_adapter(parameter, axis=0 if self.split == "row" else None, stride=1)
 
     def mark_output(self, parameter: Tensor) -> None:
-        """Tell the optimizer and the gradient sums how `parameter` [local out, ...] is laid out."""
+        """Mark how `parameter` [local out, ...] is split, for the optimizer and the gradient sums."""
         _mark_adapter(parameter, axis=0 if self.split == "column" else None, stride=self.num_parts)
 
     def mark_input(self, parameter: Tensor) -> None:
@@ -95,12 +91,11 @@ class LinearLayout:
 
 
 def mark_split(parameter: Tensor, axis: int | None, stride: int = 1) -> None:
-    """Say on a parameter how it lies on the tensor-parallel ranks, as megatron-core does (which leaves it out for a
-    weight that it does not initialise, in some of its versions).
+    """Set megatron-core's attributes of a tensor-parallel parameter.
 
     Args:
-        axis: that is split; None: every rank holds all of it, and norms count it once.
-        stride: parts that are split apart along the axis.
+        axis: the split dimension; None: every rank holds the whole parameter, and norms count it once.
+        stride: matrices stacked along the axis, each of them split.
     """
     parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if axis is None else axis  # type: ignore[attr-defined]
@@ -108,12 +103,12 @@ def mark_split(parameter: Tensor, axis: int | None, stride: int = 1) -> None:
 
 
 def _mark_adapter(parameter: Tensor, axis: int | None, stride: int) -> None:
-    """`mark_split`, and: the gradients of a replicated factor are parts of a sum over the ranks."""
+    """`mark_split`; a replicated parameter's gradient is a partial sum on each rank."""
     mark_split(parameter, axis, stride)
     setattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, axis is None)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator seeded by (seed, name). Draw the whole global tensor from it, then slice."""
+    """A CPU generator seeded by (seed, name). Draw the global tensor, then slice it: the layout changes no value."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -1,6 +1,6 @@
 import warnings
 
-# What megatron-core says of optional packages and of its own defaults, on every rank, concerns no user of this one.
+# megatron-core's warnings on every rank about optional packages and its own defaults.
 for message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",

@@ -1,15 +1,6 @@
-"""megatron-core without a GPU: the one file that patches it.
+"""megatron-core without a GPU: its unconditional CUDA calls are redirected to the CPU, and it runs on gloo.
 
-megatron-core runs on gloo once the CUDA calls that it makes unconditionally are answered by the CPU:
-
-* `torch.cuda.current_device()` names the device of every buffer that it allocates;
-* `device="cuda"` in factory calls (token counters, gradient norms, loss scales);
-* the CUDA generator behind `CudaRNGStatesTracker` and activation recompute;
-* streams and `synchronize`, which have nothing to wait for;
-* `Tensor.type()`, which its optimizers compare with "torch.cuda.FloatTensor".
-
-With a GPU `install()` does nothing. It is idempotent, and nothing outside this file replaces an attribute of torch or
-megatron-core.
+No other file replaces an attribute of torch or megatron-core.
 """
 
 import contextlib
@@ -28,7 +19,7 @@ _installed = False
 
 
 def install() -> None:
-    """Answer megatron-core's CUDA calls from the CPU, once, where no GPU is available."""
+    """Redirect megatron-core's CUDA calls to the CPU, unless there is a GPU. Later calls do nothing."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -40,17 +31,18 @@ def install() -> None:
 
 
 def _redirect_devices() -> None:
+    """The device of megatron-core's buffers, and `device="cuda"` of its token counters, norms and loss scales."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
     torch.cuda.device_count = lambda: 0
     torch.cuda.set_device = lambda device: None
-    # torch lists the factories that `with torch.device(...)` acts on once, by identity: have it list the originals.
+    # torch caches the factories that `with torch.device(...)` acts on: fill the cache with the originals.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same factory, with device="cuda" read as the CPU. There is no CUDA device that a caller could have meant."""
+    """The same factory, with device="cuda" replaced by the CPU."""
 
     @functools.wraps(factory)
     def redirected(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -63,7 +55,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _Stream:
-    """A stream with nothing in it. A class, as torch's is: transformers writes `torch.cuda.Stream | None`."""
+    """An empty stream. A class, because transformers' annotations have `torch.cuda.Stream | None`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -100,11 +92,12 @@ def _redirect_tensor_methods() -> None:
     plain_type, plain_cuda = torch.Tensor.type, torch.Tensor.cuda
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = plain_type(self, *args, **kwargs)
-        asked_by_megatron = sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
-        if isinstance(answer, str) and asked_by_megatron:
-            return answer.replace("torch.", "torch.cuda.", 1)
-        return answer
+        result = plain_type(self, *args, **kwargs)
+        # megatron-core's optimizers compare it with "torch.cuda.FloatTensor".
+        called_by_megatron = sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
+        if isinstance(result, str) and called_by_megatron:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
     def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self
@@ -116,10 +109,7 @@ def _redirect_tensor_methods() -> None:
 
 
 def _redirect_generator() -> None:
-    """Let the default CPU generator stand in for the CUDA one, seeds and states alike.
-
-    megatron-core then finds the CPU generator moved wherever the CUDA one was used, and would warn at each forward.
-    """
+    """Use the default CPU generator in place of the CUDA one, which dropout and activation recompute use."""
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -134,6 +124,7 @@ def _redirect_generator() -> None:
     torch.cuda.FloatTensor = torch.FloatTensor  # type: ignore[attr-defined]
     tensor_parallel_random._get_cuda_rng_state = get_state
     tensor_parallel_random._set_cuda_rng_state = set_state
+    # megatron-core would warn at each forward that the CPU generator has changed.
     logging.getLogger(tensor_parallel_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

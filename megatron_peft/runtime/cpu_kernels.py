@@ -1,4 +1,4 @@
-"""What CPUs do otherwise: products by oneDNN, sums in pieces, RMSNorm, memory that stays with the process."""
+"""Kernels for CPUs: products by oneDNN, sums in chunks, RMSNorm; and malloc's settings."""
 
 import ctypes
 import sys
@@ -8,43 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Products of matrices in float32 on a CPU by oneDNN, which torch has but does not use for them by itself.
+# torch multiplies float32 matrices on a CPU with MKL. On an AMD EPYC with AVX-512, oneDNN takes 5 to 10% less time for
+# a layer's product, and 30 to 40% less for the narrow products of a low rank and for a few tokens.
 #
-# torch multiplies float32 by MKL there (bfloat16 by oneDNN). On an AMD EPYC with AVX-512 oneDNN takes 5 to 10% less
-# time for a layer's product, 30 to 40% less for the narrow ones of a low rank and for a few tokens. The operator is
-# the one that torch's compiler writes for a linear layer; where it is missing, and for every other type and device,
-# torch's own is used.
-#
-# Only where no gradient is recorded: inside autograd functions and in generation.
+# Only for use without autograd: inside autograd functions, and in generation.
 
 
-def _operator() -> Any:
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise
-    return None
-
-
-_ONEDNN = _operator()
+# torch.compile's operator for a linear layer; None: torch's own product is used.
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [..., in], [out, in] -> [..., out]
     """x W^T + bias; W may be a transposed view."""
     if _is_for_onednn(x):
-        # Not a view of the product: out of an autograd function, its caller could not write to one.
+        # Not a view: an autograd function's caller could not write to a view that it returns.
         y = _ONEDNN(flat(x).contiguous(), weight, bias, "none", [], "")
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return F.linear(x, weight, bias)
 
 
 def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + u N^T + bias, one of the two products added to the other in place.
-
-    In a low precision the narrow one comes first: the sum is rounded once, as it is accumulated.
-    """
+    """x W^T + u N^T + bias, one of the two products added to the other in place."""
     if _is_for_onednn(x):
         y = linear(x, weight, bias)
         flat(y).addmm_(flat(u), narrow.t())
         return y
+    # In low precision the narrow product comes first, so that the sum is rounded once.
     return add_linear(F.linear(u, narrow, bias), x, weight)
 
 
@@ -57,7 +46,7 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def outer_sum(grad: Tensor, x: Tensor) -> Tensor:  # [..., out], [..., in] -> [out, in]
-    """grad^T x over all tokens. Fast where out is the narrow side; the other way round it takes a quarter longer."""
+    """grad^T x over all tokens. A quarter faster if out, rather than in, is the narrow side."""
     if _is_for_onednn(grad):
         return _ONEDNN(flat(grad).t(), flat(x).t(), None, "none", [], "")
     return flat(grad).t() @ flat(x)
@@ -78,8 +67,8 @@ CACHED_TOKENS = 128
 def outer_sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g, n], [k, n, g] -> [k, g, g]
     """sum over tokens of grad x^T by block, in `dtype`.
 
-    On a CPU in pieces of the tokens that stay in its cache: a block's columns lie far apart, and of wide layers (k g of
-    3,072) the whole takes half as long again.
+    On a CPU in chunks of tokens that stay in its cache: for wide layers (k g of 3,072) one product takes half as long
+    again, because a block's columns lie far apart.
     """
     if grad.is_cuda or grad.dtype != dtype:  # one launch; one rounding
         return torch.bmm(grad, x).to(dtype)
@@ -90,7 +79,7 @@ def outer_sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g,
 
 
 def fuses_norms(x: Tensor) -> bool:
-    """Whether torch has RMSNorm as one kernel, as it has on a GPU."""
+    """Whether torch's RMSNorm is one kernel: on a GPU only."""
     return x.is_cuda
 
 
@@ -98,12 +87,12 @@ def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return (x * rstd).mul_(weight).to(x.dtype)
 
 
-def _made_again(ctx: Any) -> Tensor:
+def _recompute_norm(ctx: Any) -> Tensor:
     return _scaled(*ctx.saved_tensors)
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
-    """RMSNorm. torch composes it of seven elementwise operators; this takes three passes and a sixth of the time.
+    """RMSNorm in three passes; torch's seven elementwise operators take six times as long on a CPU.
 
     With r = 1 / sqrt(mean(x^2) + eps) and u = g * weight, dx = r u - x r^3 mean(u x), dweight = sum(g x r).
     """
@@ -113,7 +102,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.make_again = _made_again  # for who needs the output in backward and would else keep it
+        ctx.recompute_output = _recompute_norm  # consumers recompute y instead of saving it
         return _scaled(x, weight, rstd)
 
     @staticmethod
@@ -131,34 +120,31 @@ class RootMeanSquareNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-# What the C library of a CPU process does with memory that torch frees (glibc; elsewhere nothing is changed).
-#
-# torch keeps no memory of its own on a CPU. glibc hands the end of its heap back to the system as soon as a few dozen
-# MiB of it are free, so that a step that frees its activations pays for every page of them anew in the next step: one
-# part in fifty of a LoRA step, more of full fine-tuning. The peak is the same either way.
+# malloc's settings (glibc only). By default glibc returns freed activations to the system, and the next step faults
+# every page in again: 2% of a LoRA step's time, more of full fine-tuning. The peak is the same either way.
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _NEVER = 2**31 - 1  # bytes free at the end of the heap
-_LARGEST = 2**25  # the most that glibc takes: larger blocks come from the system and go back to it
+_LARGEST = 2**25  # glibc's limit: larger blocks are always returned to the system
 _SMALLEST = 2**16
-_decided = False
+_is_set = False
 
 
 def keep_freed_memory() -> None:
-    """From now on freed memory stays with the process, unless `give_back_freed_memory` was called before."""
-    _decide({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: _NEVER})
+    """Freed memory stays with the process, unless `give_back_freed_memory` was called before."""
+    _set_malloc_options({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: _NEVER})
 
 
 def give_back_freed_memory() -> None:
-    """From now on blocks of 64 KiB and more go back to the system when they are freed: what is held is what is used."""
-    _decide({_MMAP_THRESHOLD: _SMALLEST})
+    """Freed blocks of 64 KiB and more return to the system, so that resident memory is the memory in use."""
+    _set_malloc_options({_MMAP_THRESHOLD: _SMALLEST})
 
 
-def _decide(options: dict[int, int]) -> None:
-    global _decided
-    if _decided or not sys.platform.startswith("linux"):
+def _set_malloc_options(options: dict[int, int]) -> None:
+    global _is_set
+    if _is_set or not sys.platform.startswith("linux"):
         return
-    _decided = True
+    _is_set = True
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         for option, value in options.items():

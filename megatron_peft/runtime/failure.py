@@ -1,8 +1,7 @@
-"""One failure ends all ranks, with one message, at once.
+"""When one rank fails, all ranks end at once, with one message.
 
-A rank that fails alone would leave the others waiting in a collective until the distributed timeout. Instead the first
-rank to fail prints its message and writes to a board in the rendezvous store; a thread on every other rank looks at the
-board twice a second, and all processes end together.
+Otherwise the other ranks would wait in a collective until the distributed timeout. The first rank to fail prints its
+message and writes to the rendezvous store, which a thread on every other rank polls twice a second.
 """
 
 import datetime
@@ -23,33 +22,34 @@ from megatron_peft.config import ConfigurationError
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may be gone already; torch tries for five minutes
-FAREWELL_SECONDS = 10.0  # a rank that was killed never says that it leaves
-_LOOK_SECONDS = 0.5
+STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
+LEAVE_TIMEOUT_SECONDS = 10.0  # a killed rank never reports that it leaves
+_POLL_SECONDS = 0.5
 
 
 def run_together(main: Callable[[], None], program: str) -> None:
-    """Run `main` in a started world. When it raises on one rank, every rank's process ends with the same exit code.
+    """Run `main` in a started world. When it raises on one rank, all processes end with the same exit code, without
+    clean-up (a process group that waits in a collective cannot be destroyed).
 
-    2 for a ConfigurationError, 130 for Ctrl-C and 1 for anything else, which alone is told with a traceback (but for a
-    FloatingPointError, a loss that is not finite). A process group that is waiting in a collective cannot be torn down,
-    so failing processes end without clean-up.
+    The exit code is 2 for a ConfigurationError, 130 for Ctrl-C and 1 for anything else. Only the latter prints a
+    traceback, unless it is a FloatingPointError (a loss that is not finite).
 
     Args:
         main: the program.
-        program: its name, put before the message.
+        program: its name, the prefix of the message.
     """
     board = _FailureBoard()
     try:
         main()
-        board.all_ended_well()
+        board.close()
     except ConfigurationError as error:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
     except KeyboardInterrupt:
         board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
-    except FloatingPointError as error:  # a step's: its message says it all
+    except FloatingPointError as error:  # the message of a training step is enough
         board.fail(1, f"{program}: error: {error}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+        # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
         rank = dist.get_rank()
         if _is_lost_connection(error):
             board.fail(
@@ -60,17 +60,15 @@ def run_together(main: Callable[[], None], program: str) -> None:
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """torch's own message is ninety lines of C++ frames, on each rank that waits for the one that is gone."""
-    text = str(error)
-    return isinstance(error, dist.DistNetworkError) or any(sign in text for sign in LOST_CONNECTION)
+    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION)
 
 
 class _FailureBoard:
-    """The first failure of the world, kept in the rendezvous store (torchrun's, or else rank 0's)."""
+    """The first failure of the world, in the rendezvous store (torchrun's, else rank 0's)."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
-        self._door = threading.Lock()
+        self._leaving = threading.Lock()
         self._world_size = dist.get_world_size()
         if self._world_size == 1:
             return
@@ -81,20 +79,20 @@ class _FailureBoard:
         self._store = dist.PrefixStore(f"megatron_peft/failure/{attempt}", store)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def all_ended_well(self) -> None:
-        """Wait for the other ranks, then stop looking: the store may be gone with the first rank to leave."""
+    def close(self) -> None:
+        """Wait for the other ranks, then stop polling: the store may end with the first rank that leaves."""
         dist.barrier()
         self._closed.set()
 
     def fail(self, exit_code: int, message: str) -> NoReturn:
-        """End this process with all others; print `message` if no other rank was first."""
+        """End this process with all others; print `message` unless another rank failed first."""
         self._closed.set()
         if self._world_size == 1:
             _exit_with(message, exit_code)
         try:
             if self._store.add("failures", 1) > 1:
                 self._leave(int(self._store.get("exit_code")))
-        except dist.DistError:  # the store went with the rank that hosted it
+        except dist.DistError:  # the rank that hosted the store has ended
             _exit_with(message, exit_code)
         print(message, file=sys.stderr, flush=True)
         with suppress(dist.DistError):
@@ -102,28 +100,30 @@ class _FailureBoard:
         self._leave(exit_code)
 
     def _watch(self) -> None:
-        while not self._closed.wait(_LOOK_SECONDS):
+        while not self._closed.wait(_POLL_SECONDS):
             try:
                 failed = self._store.check(["exit_code"])
-            except dist.DistError:  # the store went with the rank that hosted it
-                if not self._closed.wait(_LOOK_SECONDS):  # the main thread may be about to tell it better
+            except dist.DistError:  # the rank that hosted the store has ended
+                if not self._closed.wait(_POLL_SECONDS):  # the main thread may be about to print a better message
                     _exit_with(f"rank {dist.get_rank()}: rank 0 is gone: it was killed, or its node failed.", 1)
                 return
             if failed and not self._closed.is_set():
                 self._leave(int(self._store.get("exit_code")))
 
     def _leave(self, exit_code: int) -> NoReturn:
-        """End when all ranks are about to. A launcher kills what remains when one ends, whatever its exit code."""
-        self._door.acquire()  # of this process's two threads, one leaves
-        give_up = time.monotonic() + FAREWELL_SECONDS
+        """End once all ranks are ready to: when one process ends, a launcher kills the others, which changes their exit
+        codes.
+        """
+        self._leaving.acquire()  # only one of this process's two threads leaves
+        give_up = time.monotonic() + LEAVE_TIMEOUT_SECONDS
         try:
             self._store.add("leaving", 1)
             while self._store.add("leaving", 0) < self._world_size and time.monotonic() < give_up:
-                time.sleep(_LOOK_SECONDS / 5)
+                time.sleep(_POLL_SECONDS / 5)
         except dist.DistError:
-            pass  # the rank that hosted the store saw all others and has left
+            pass  # the rank that hosted the store saw all others leave, and has ended
         if dist.get_rank() == 0:
-            time.sleep(_LOOK_SECONDS)  # it may host the store that the others are looking at
+            time.sleep(_POLL_SECONDS)  # it may host the store that the others poll
         _exit(exit_code)
 
 

@@ -1,4 +1,4 @@
-"""Processes, groups and seeds of a run, and the checks that end all ranks together."""
+"""Process groups and seeds of a run, and checks that fail on all ranks together."""
 
 import datetime
 import os
@@ -23,10 +23,12 @@ Checked = TypeVar("Checked")
 
 
 def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
-    """Run `check` on every rank; if it raises ConfigurationError on any, raise that one error on all.
+    """Run `check` on every rank; if it raises ConfigurationError on any rank, raise it on all. A collective.
 
-    The world must exist. Use it for whatever a rank finds out by itself (files, shapes), before anything is written.
-    `group` holds all ranks; a thread of its own needs one of its own.
+    Use it for what each rank checks by itself (files, shapes), before anything is written.
+
+    Args:
+        group: all ranks; None is the world. A thread other than the main one needs a group of its own.
     """
     result, message = None, None
     try:
@@ -45,7 +47,7 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
 def world(
     backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
 ) -> Iterator[None]:
-    """All processes, joined; left at the end. Alone, without torchrun, a process is a world of one."""
+    """`start_world`, and `stop` at the end."""
     start_world(backend, timeout_minutes)
     yield
     stop()
@@ -54,10 +56,9 @@ def world(
 def start_world(
     backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
 ) -> None:
-    """Join the processes; on CUDA take the device of LOCAL_RANK.
+    """Initialise torch.distributed; on CUDA use the device of LOCAL_RANK.
 
-    A process alone, with or without a launcher, meets nobody: its world needs no port, and the environment stays as
-    it is.
+    A single process, with or without torchrun, needs no port and no environment variables.
     """
     cpu.install()
     if torch.cuda.is_available():
@@ -65,11 +66,11 @@ def start_world(
     else:
         keep_freed_memory()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
+    rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     dist.init_process_group(
         backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
         timeout=datetime.timedelta(minutes=timeout_minutes),
-        **meeting,
+        **rendezvous,
     )
 
 
@@ -78,8 +79,7 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
 
     Args:
         parallel: sizes and timeout.
-        seed: of the run. The generators (dropout) differ between pipeline stages and data-parallel replicas; initial
-            values never depend on them.
+        seed: of the run.
         num_virtual_stages: model chunks of a pipeline rank under the interleaved schedule, else None.
     """
     parallel_state.initialize_model_parallel(
@@ -93,7 +93,10 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
 
 
 def seed_generators(seed: int) -> None:
-    """Python's, numpy's, torch's and megatron-core's, for this rank's place in the layout."""
+    """Seed the generators of Python, numpy, torch and megatron-core (for dropout; initial values do not use them).
+
+    They differ between pipeline stages and data-parallel replicas.
+    """
     stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     generator_seed = seed + 100 * stage + 10_000 * replica
     random.seed(generator_seed)
@@ -103,26 +106,24 @@ def seed_generators(seed: int) -> None:
 
 
 def stop_model_parallel() -> None:
-    """End megatron-core's groups; the world goes on, and may be divided anew.
-
-    megatron-core by itself only forgets them, and their threads and sockets stay with the process.
-    """
-    # It keeps the embeddings that it was called on, of models that are gone, and they their group.
+    """Destroy megatron-core's groups, but not the world: `start_model_parallel` may be called again."""
+    # This cache keeps embeddings of earlier models alive, and with them their groups.
     RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
-    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for the world
+    # `destroy_model_parallel` only drops its references; threads and sockets would stay. The first group is the world.
+    for group in (parallel_state._global_process_group_list or [])[1:]:
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
-    """Leave the groups and the world."""
+    """Destroy megatron-core's groups and the world."""
     stop_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on right now, below those that the system gives to connections of its own."""
+    """A TCP port that is free now, below the range of ephemeral ports."""
     while True:
         port = secrets.choice(range(10_000, 32_000))
         with socket.socket() as probe, suppress(OSError):

@@ -17,7 +17,7 @@ from torch import nn
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.data.batches import GlobalBatches, Step
-from megatron_peft.lora_ga.initialize import start_from_gradients
+from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.runtime.launch import checked_together, seed_generators
 from megatron_peft.training.step import finish_with, run_schedule
 from megatron_peft.training.terminal import say
@@ -141,7 +141,7 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
                 run_schedule(model_chunks, microbatches, forward_only=False)
                 advance(number)
 
-        report = start_from_gradients(
+        report = init_from_gradients(
             model_chunks,
             config.peft.lora_rank,
             config.peft.lora_ga_init,

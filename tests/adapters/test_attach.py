@@ -8,7 +8,7 @@ import torch
 
 from megatron_peft.adapters.attach import attach_adapters, huggingface_modules, is_targeted, require_matches
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, PeftConfig
-from megatron_peft.models.families import FAMILIES
+from megatron_peft.models.families import FAMILIES, family_of
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
 from tests.one_rank import Place, one_rank
@@ -19,7 +19,7 @@ NAMES = [
     for layer in (0, 1)
     for module in ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 ]
-LLAMA, BLOOM = (FAMILIES[family].modules for family in ("llama", "bloom"))
+LLAMA, BLOOM = (family_of(family).modules for family in ("llama", "bloom"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,8 +59,8 @@ def test_full_names_wildcards_and_unions():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_knows_the_names_of_its_family(family):
     model = tiny_gpt({"architecture": family})
-    assert huggingface_modules([model]) == FAMILIES[family].modules
-    assert set(FAMILIES[family].modules.values()) == set(LINEAR_MODULES)
+    assert huggingface_modules([model]) == family_of(family).modules
+    assert set(family_of(family).modules.values()) == set(LINEAR_MODULES)
 
 
 @pytest.mark.parametrize(

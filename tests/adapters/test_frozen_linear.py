@@ -9,8 +9,8 @@ from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     frozen_linear_plus_low_rank,
     frozen_linear_rotated,
-    made_again,
-    maker_of,
+    producer_of,
+    recompute,
     rotates_weight,
     run_function,
 )
@@ -104,7 +104,7 @@ class _Cube(torch.autograd.Function):
     def forward(ctx, x, factor):  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.factor = factor
-        ctx.make_again = lambda ctx: ctx.factor * ctx.saved_tensors[0] ** 3
+        ctx.recompute_output = lambda ctx: ctx.factor * ctx.saved_tensors[0] ** 3
         return factor * x**3
 
     @staticmethod
@@ -120,8 +120,8 @@ def test_forward_alone_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch
         assert run_function(_Cube, x, 5.0) == 40.0
 
 
-def test_an_output_is_made_again_of_what_its_function_keeps():
+def test_an_output_is_recomputed_from_what_its_function_saved():
     x = torch.randn(5, requires_grad=True)
     y = run_function(_Cube, x, 5.0)
-    assert torch.equal(made_again(maker_of(y)), y)
-    assert maker_of(x) is None and maker_of(y + 1) is None and maker_of(y.detach()) is None
+    assert torch.equal(recompute(producer_of(y)), y)
+    assert producer_of(x) is None and producer_of(y + 1) is None and producer_of(y.detach()) is None

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER
 from megatron_peft.config import LINEAR_MODULES
-from megatron_peft.conversion.hf_files import config_of_shape, open_source, write_config
+from megatron_peft.conversion.hf_files import open_source, write_config
 from megatron_peft.conversion.pretrained import owned_rules
-from megatron_peft.models.families import read_shape, rules_for
+from megatron_peft.models.families import config_of_shape, read_shape, rules_for
 from megatron_peft.models.rules import expected_tensors
 from megatron_peft.models.shape import ModelShape
 from tests.checkpoint.records import make_config, make_record

@@ -16,7 +16,6 @@ from megatron_peft.conversion.hf_files import (
     Header,
     Source,
     check_inventory,
-    config_of_shape,
     copy_companions,
     open_source,
     set_stored_type,
@@ -24,7 +23,7 @@ from megatron_peft.conversion.hf_files import (
     type_flag,
     write_config,
 )
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import RopeScaling
 from tests.conversion.megatron_folders import ODD, bloom_shapes, llama_shapes
 

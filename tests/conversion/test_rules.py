@@ -1,8 +1,8 @@
 """Rules know every tensor, go both ways bit for bit at any tensor-parallel size, and read a rank's own bytes only."""
 
+import dataclasses
 import shutil
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import base_parameters
 from megatron_peft.conversion.trained_adapters import is_weight, layer_of, modules_of
-from megatron_peft.models.families import FAMILIES, read_shape, rules_for
+from megatron_peft.models.families import FAMILIES, family_of, read_shape, rules_for
 from megatron_peft.models.rules import Index, Part, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
@@ -24,8 +24,10 @@ from tests.tiny_bloom import save_bloom
 SMALL = ModelShape("llama", 1, 5, 6, 2, 2, 4, 10, 64)
 
 
-def test_every_family_whose_shape_is_read_has_rules():
-    assert FAMILIES.keys() <= set(get_args(get_type_hints(ModelShape)["architecture"]))
+@pytest.mark.parametrize(("architecture", "shown"), [("gpt", "'gpt'"), (["llama"], r"\"\['llama'\]\"")])
+def test_a_family_that_is_not_registered_is_refused(architecture, shown):
+    with pytest.raises(ConfigurationError, match=f"model family {shown} is not supported. Supported: llama, bloom"):
+        rules_for(dataclasses.replace(SMALL, architecture=architecture))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +37,7 @@ def test_rules_are_found_by_megatron_name_and_name_what_targets_go_by(family):
     linear = [rule for rule in rules.values() if is_weight(rule) and ".linear_" in rule.name]
     layers = {layer_of(rule): modules_of(rule) for rule in linear}
     found = {part.rpartition(".")[2]: layer.rpartition(".")[2] for layer, parts in layers.items() for part in parts}
-    assert found == FAMILIES[family].modules
+    assert found == family_of(family).modules
 
 
 @pytest.mark.parametrize("kind", ["single", "tied", "bloom", "untied bloom"])

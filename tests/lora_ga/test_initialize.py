@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_peft.adapters.attach import attach_adapters, linear_layers, start_gradients_at_the_embedding
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall
 from megatron_peft.config import ConfigurationError
-from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, start_from_gradients
-from megatron_peft.lora_ga.sketch import STARTS
+from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, init_from_gradients
+from megatron_peft.lora_ga.sketch import INIT_RULES
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.layers import RMSNorm, _SwiGLU
 from megatron_peft.runtime import cpu
@@ -86,7 +86,7 @@ def exact_and_started(job: Job, inits: Collection[str]) -> Any:
 
 def _start(chunk: Any, peft: Any, replay: Any, num_tokens: int) -> Any:
     groups: Any = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    return start_from_gradients([chunk], peft.lora_rank, peft.lora_ga_init, 1, replay, num_tokens, *groups)
+    return init_from_gradients([chunk], peft.lora_rank, peft.lora_ga_init, 1, replay, num_tokens, *groups)
 
 
 def _exact_gradients(layers: dict[str, Any], replay: Any) -> tuple[dict[str, torch.Tensor], float]:
@@ -139,7 +139,7 @@ def short(tmp_path_factory):
     base, data = str(save_llama(folder / "base", num_hidden_layers=2, **WIDE)), str(folder / "pairs.jsonl")
     groups = {"training": {"micro_batch_size": 1, "global_batch_size": 1}, "data_settings": {"vocab_size": 63}}
     peft = {"method": "lora-ga", "lora_rank": RANK, "lora_ga_batches": 2}
-    return exact_and_started(Job("short", base, data, peft=peft, **groups), STARTS)
+    return exact_and_started(Job("short", base, data, peft=peft, **groups), INIT_RULES)
 
 
 def _leading(G, rank=RANK):
@@ -167,7 +167,7 @@ def test_aligned_rows_are_orthonormal_with_the_norm_of_loras_own_start(found):
         torch.testing.assert_close(3 * A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("init", INIT_RULES)
 def test_the_start_preserves_the_function(short, init):
     with_adapters, without = short.starts[init].losses
     assert with_adapters == pytest.approx(without, rel=1e-6)
@@ -210,7 +210,7 @@ def test_original_spans_what_hugging_face_pefts_start_spans(short):
         assert _sine(ours.B[name].T, theirs.lora_B["default"].weight.detach().T) < 1e-2, name
 
 
-@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("init", INIT_RULES)
 def test_no_tensor_of_a_weights_size_is_made(short, init):
     smallest = min(G.numel() for G in short.gradients.values())
     assert max(math.prod(shape) for shape in short.starts[init].shapes) < smallest
@@ -221,7 +221,7 @@ def test_the_passes_keep_for_backward_what_the_frozen_base_keeps(short):
     assert frozen and passes == [frozen, frozen]
 
 
-def test_a_gradient_that_is_not_finite_is_told(short):
+def test_a_gradient_that_is_not_finite_is_an_error(short):
     assert short.nan_message.startswith("LoRA-GA's start: the gradient of decoder.layers.0.")
     assert all(text in short.nan_message for text in ("is NaN or infinite", "--peft-method lora"))
 
@@ -245,7 +245,7 @@ def normed(h: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [_SwiGLU.apply, normed, torch.tanh])
 @pytest.mark.parametrize("kind", [LeftProduct, RightProduct])
-def test_passes_add_up_a_narrow_product_and_keep_no_input_that_can_be_made_again(kind, make):
+def test_passes_add_up_a_narrow_product_and_save_no_input_that_can_be_recomputed(kind, make):
     num_features = make(draw("h", 1, 1, 2 * IN)).shape[-1]
     weight, omega, Q = draw("W", OUT, num_features), draw("omega", WIDTH, num_features), draw("Q", OUT, WIDTH)
     branch = LeftProduct(omega, OUT) if kind is LeftProduct else RightProduct(Q, num_features)

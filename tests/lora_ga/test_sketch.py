@@ -5,7 +5,7 @@ import torch
 
 from megatron_peft.lora_ga import sketch
 from megatron_peft.lora_ga.sketch import (
-    STARTS,
+    INIT_RULES,
     Factors,
     Triplets,
     orthonormal_basis,
@@ -73,7 +73,7 @@ def test_original_takes_the_next_left_vectors():
     """So that dB A + B dA of the first step is the gradient's best approximation of rank 2r, up to one factor."""
     G, rank = draw(0, 16, 10), 3
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    A, B = STARTS["original"].factors(Triplets(U[:, : 2 * rank], S[: 2 * rank], Vh[: 2 * rank].T), rank, 16)
+    A, B = INIT_RULES["original"].factors(Triplets(U[:, : 2 * rank], S[: 2 * rank], Vh[: 2 * rank].T), rank, 16)
     first_step = (G @ A.T) @ A + B @ (B.T @ G)
     scale = 16**0.25 / 4
     torch.testing.assert_close(first_step / scale**2, (U[:, : 2 * rank] * S[: 2 * rank]) @ Vh[: 2 * rank])

@@ -1,4 +1,4 @@
-"""The core attention, plain and with ALiBi, against scores written out; a cache of turned keys against megatron-core's.
+"""Core attention, plain and with ALiBi, against scores written out; a cache of rotated keys against megatron-core's.
 
 Letters: s queries, k keys, b batch, n heads, d features of a head.
 """
@@ -147,16 +147,16 @@ def test_layers_share_one_bias_whatever_the_lengths():
     """Short, long, short again, another type: each as if it were the first."""
     bias, query, kept = AlibiBias(HEADS, 0, 1), torch.empty(0), []
     for num_queries, num_keys in ((5, 5), (4, 300), (300, 300), (2, 7)):
-        found = bias.of(num_queries, num_keys, query)
-        torch.testing.assert_close(found, AlibiBias(HEADS, 0, 1).of(num_queries, num_keys, query))
+        found = bias.get(num_queries, num_keys, query)
+        torch.testing.assert_close(found, AlibiBias(HEADS, 0, 1).get(num_queries, num_keys, query))
         kept.append(found.untyped_storage().data_ptr())
     assert kept[1] == kept[2] == kept[3]
-    assert bias.of(5, 5, query.double()).dtype == torch.float64
+    assert bias.get(5, 5, query.double()).dtype == torch.float64
 
 
 def test_neighbours_far_from_the_start_differ_in_bfloat16():
     """slope x position would give the last two keys of 2,000 the same bias."""
-    row = AlibiBias(8, 0, 1).of(2000, 2000, torch.empty(0, dtype=torch.bfloat16))[0, -1]
+    row = AlibiBias(8, 0, 1).get(2000, 2000, torch.empty(0, dtype=torch.bfloat16))[0, -1]
     assert row[-2:].tolist() == [-0.5, 0.0]
     assert torch.tensor([0.5 * 1998, 0.5 * 1999]).bfloat16().unique().numel() == 1
 
@@ -176,7 +176,7 @@ def _logits(model, cache, pieces):
 
 
 @pytest.mark.parametrize(("embedding", "groups"), [("rope", 2), ("alibi", 4)])
-def test_logits_of_turned_keys_are_those_of_megatron_cores_own_attention_bit_for_bit(embedding, groups):
+def test_logits_of_rotated_keys_are_those_of_megatron_cores_own_attention_bit_for_bit(embedding, groups):
     model = tiny_gpt({"position_embedding": embedding, "num_query_groups": groups}).eval()
     found = _logits(model, StaticInferenceContext(2, 9), PIECES)
     for layer in model.decoder.layers:

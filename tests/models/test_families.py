@@ -137,14 +137,14 @@ REFUSED_SCALING = [
         ({"num_hidden_layers": 2.0}, f"num_hidden_layers is 2.0; {COUNT}"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True; it must be a number above 0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
-        ({"num_attention_heads": 30, "head_dim": None}, "hidden_size 2048 is no multiple of num_attention_heads 30"),
+        ({"num_attention_heads": 30, "head_dim": None}, "hidden_size 2048 is not a multiple of num_attention_heads 30"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 key-value heads"),
         ({"head_dim": 63}, "head_dim 63 is odd"),
         ({"model_type": "mistral", "architectures": ["Mistral"]}, f"Mistral of model_type 'mistral'{SUPPORTED}"),
         ({"architectures": ["LlamaForSequenceClassification"]}, f"LlamaForSequenceClassification{SUPPORTED}"),
     ],
 )
-def test_what_is_refused_of_a_llama(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_llama_configs_that_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"config.json.*{told}"):
         llama(tmp_path, **changes)
 
@@ -154,7 +154,7 @@ def test_unknown_keys_are_ignored_and_named(tmp_path: Path, caplog: pytest.LogCa
     assert "ignored: colour" in caplog.text
 
 
-def test_each_size_of_a_bloom_goes_by_any_of_its_names(tmp_path: Path) -> None:
+def test_each_size_of_a_bloom_is_read_from_any_of_its_keys(tmp_path: Path) -> None:
     renamed = {"num_hidden_layers": 30, "n_layer": None, "n_head": 32, "num_attention_heads": None, "hidden_size": 4096}
     assert bloom(tmp_path, **renamed, n_embed=None) == bloom(tmp_path, **renamed) == BLOOM_SHAPE
 
@@ -173,7 +173,7 @@ def test_what_may_differ_in_a_bloom(tmp_path: Path) -> None:
         ({"n_layer": None}, r"n_layer \(or num_hidden_layers\) is missing"),
         ({"n_head": 16}, "n_head 16 and num_attention_heads 32 are the same thing and differ"),
         ({"hidden_size": 2048}, "hidden_size 2048 and n_embed 4096 are the same thing"),
-        ({"num_attention_heads": 30}, "hidden_size 4096 is no multiple of the 30 attention heads"),
+        ({"num_attention_heads": 30}, "hidden_size 4096 is not a multiple of the 30 attention heads"),
         ({"n_inner": 1000}, "n_inner is 1000; Bloom's MLP has 4 x 4096 = 16384 features"),
         ({"n_layer": 10**5, "num_hidden_layers": None}, "n_layer is 100000; .* at most 99,999"),
         ({"layer_norm_epsilon": 2.0}, "layer_norm_epsilon is 2.0; .* at most 1"),
@@ -181,12 +181,12 @@ def test_what_may_differ_in_a_bloom(tmp_path: Path) -> None:
         ({"architectures": ["BloomForSequenceClassification"]}, "BloomForSequenceClassification .*BloomForCausalLM"),
     ],
 )
-def test_what_is_refused_of_a_bloom(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_bloom_configs_that_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"config.json.*{told}"):
         bloom(tmp_path, **changes)
 
 
-def test_a_switch_that_drops_biases_in_transformers_is_ignored_aloud(tmp_path: Path, caplog) -> None:
+def test_a_switch_that_drops_biases_in_transformers_is_ignored_with_a_warning(tmp_path: Path, caplog) -> None:
     assert bloom(tmp_path, slow_but_exact=True, pretraining_tp=1) == BLOOM_SHAPE
     assert not caplog.records
     assert bloom(tmp_path, slow_but_exact=True) == BLOOM_SHAPE

@@ -70,7 +70,7 @@ def test_parameters_say_whether_a_rank_sees_only_its_own_tokens(kind, sequence_p
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
-def test_a_weight_gets_a_gradient_unless_it_is_frozen_and_the_input_where_it_asks(is_frozen):
+def test_the_weight_gets_a_gradient_unless_frozen_and_the_input_if_required(is_frozen):
     norm = _norm(RMSNorm).requires_grad_(not is_frozen)
     x = torch.randn(SHAPE, requires_grad=is_frozen)
     norm(x).sum().backward()
@@ -78,9 +78,9 @@ def test_a_weight_gets_a_gradient_unless_it_is_frozen_and_the_input_where_it_ask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_output_can_be_made_again_of_what_is_kept(dtype):
+def test_rms_output_is_recomputed_from_what_is_saved(dtype):
     y = _norm(RMSNorm, dtype)(torch.randn(SHAPE, dtype=dtype, requires_grad=True))
-    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+    assert torch.equal(y.grad_fn.recompute_output(y.grad_fn), y)
 
 
 def composed(x: torch.Tensor) -> torch.Tensor:
@@ -111,10 +111,10 @@ def test_only_the_input_is_kept():
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
-def test_swiglus_output_can_be_made_again_its_gradient_is_the_same_and_nothing_more_stays_kept():
+def test_swiglus_output_is_recomputed_its_gradient_is_the_same_and_nothing_more_is_saved():
     x, grad = inputs(torch.float32)
     y, other = _SwiGLU.apply(x), _SwiGLU.apply(x)
-    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+    assert torch.equal(y.grad_fn.recompute_output(y.grad_fn), y)
     assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, other)))
     assert y.grad_fn.activated is None
 

@@ -1,4 +1,4 @@
-"""A model's shape, and flags and layout held against it: contradictions are told with both values or the valid ones."""
+"""Flags and layouts are compared with a model's shape: errors name both values, or the valid ones."""
 
 import re
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_each_flag_can_contradict(name: str) -> None:
     assert problem.startswith(f"--{name.replace('_', '-')} ")
 
 
-def test_both_values_are_named_and_all_contradictions_told() -> None:
+def test_all_contradictions_are_reported_with_both_values() -> None:
     flags = {"num_layers": 32, "norm_epsilon": 1e-6, "openai_gelu": True, "add_qkv_bias": True}
     layers, epsilon, *others = compare_shape(flags, LLAMA)
     assert "--num-layers 32 " in layers and " 12" in layers
@@ -86,7 +86,7 @@ def test_layouts_that_do_not_fit_list_what_does(parallel: ParallelConfig, expect
     assert re.search(expected, problem), problem
 
 
-def test_divisors_of_a_huge_prime_are_told_at_once() -> None:
+def test_divisors_of_a_huge_prime_are_found_at_once() -> None:
     huge = replace(LLAMA, **dict.fromkeys(("num_attention_heads", "num_query_groups"), MOST), hidden_size=MOST)
     (problem,) = check_layout(layout(tp=2), replace(huge, ffn_hidden_size=MOST))
     assert problem.endswith(f"use 1 or {MOST}.")
@@ -103,11 +103,11 @@ def test_no_shape_has_sizes_or_numbers_that_mean_nothing(changes: dict[str, Any]
         replace(LLAMA, **changes)
 
 
-def test_tensor_and_pipeline_problems_are_told_together() -> None:
+def test_tensor_and_pipeline_problems_are_reported_together() -> None:
     assert len(check_layout(layout(tp=4, pp=5), LLAMA)) == 2
 
 
-def test_samples_longer_than_rotary_positions_are_told_unless_their_length_is_the_default() -> None:
+def test_samples_longer_than_rotary_positions_are_reported_unless_their_length_is_the_default() -> None:
     (problem,) = check_lengths(4096, LLAMA)
     assert "--seq-length 4096" in problem and "2048" in problem
     assert check_lengths(4096, BLOOM) == check_lengths(2048, LLAMA) == []

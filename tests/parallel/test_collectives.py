@@ -1,4 +1,4 @@
-"""Each collective and the sum of partial gradients on two ranks, and on one, where it is nothing."""
+"""Each collective and the sum of partial gradients on two ranks, and on one, where they do nothing."""
 
 from typing import Any
 from unittest import mock

@@ -31,7 +31,7 @@ def test_rows_of_a_column_layer_and_columns_of_a_row_layer_join_to_the_whole(siz
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_gated_layer_gives_each_rank_its_part_of_gate_and_of_up(size):
+def test_a_gated_layer_gives_each_rank_its_slices_of_gate_and_up(size):
     whole = torch.randn(OUT, 5)
     halves = [layout.slice_output(whole).chunk(2) for layout in _layouts("column", size, num_parts=2)]
     gate, up = (torch.cat(parts) for parts in zip(*halves, strict=True))
@@ -63,7 +63,7 @@ def _draw(seed, name):
     return torch.randn(8, generator=generator_for(seed, name)).tolist()
 
 
-def test_another_seed_or_name_gives_other_numbers_and_the_two_do_not_run_into_each_other():
+def test_another_seed_or_name_draws_other_numbers_and_the_two_are_not_concatenated():
     assert len({tuple(_draw(seed, name)) for seed in (1, 2) for name in (NAME, NAME.replace("0", "1"))}) == 4
     assert _draw(1, "2x") != _draw(12, "x")
 

@@ -45,7 +45,7 @@ def test_cuda_calls_do_nothing():
     assert torch.zeros(1, device=torch.cuda.current_device()).device.type == "cpu"
 
 
-def test_only_megatron_core_is_told_that_a_tensor_is_on_cuda():
+def test_only_megatron_core_sees_a_cuda_tensor_type():
     x = torch.ones(2)
     assert x.type() == "torch.FloatTensor"
     assert x.type(torch.float64).dtype == torch.float64
@@ -61,7 +61,7 @@ def test_states_of_the_cuda_generator_are_the_cpus():
     assert torch.equal(torch.rand(2), first)
 
 
-def test_the_trackers_generator_is_apart_and_goes_on_where_it_was():
+def test_the_trackers_generator_is_separate_and_resumes():
     torch.manual_seed(0)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.reset()

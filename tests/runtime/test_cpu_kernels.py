@@ -1,4 +1,4 @@
-"""Products by oneDNN and by torch itself are the same numbers; freed memory stays or goes, as was asked for first."""
+"""Products by oneDNN and by torch are equal; freed memory stays or returns, as the first call decides."""
 
 import subprocess
 import sys
@@ -111,7 +111,7 @@ for calls in {[*CALLS]}:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
-def test_a_second_step_pays_for_its_pages_only_where_they_were_given_back() -> None:
+def test_a_second_step_faults_pages_in_only_if_they_were_returned() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     new_pages = list(map(int, done.stdout.split()))
     assert min(new_pages[::2]) >= PAGES

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.runtime.failure import FAREWELL_SECONDS, run_together
+from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
 from megatron_peft.runtime.launch import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -36,7 +36,7 @@ def _program(error: Exception | None, failing: list[int]) -> None:
     """The ranks that do not fail wait in a collective, as in a step."""
     rank = dist.get_rank()
     if error is None:
-        time.sleep(0.7 * rank)  # longer than the others look at the board
+        time.sleep(0.7 * rank)  # longer than the others poll the store
     elif rank in failing:
         print(f"raised at {time.time()}", flush=True)
         raise error
@@ -70,32 +70,32 @@ def outcomes() -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("case", ["configuration on one", "configuration on all"])
-def test_a_configuration_error_is_said_once_without_a_traceback(outcomes, case):
+def test_a_configuration_error_is_printed_once_without_a_traceback(outcomes, case):
     found = outcomes[case]
     assert found.exit_codes == [2] * CASES[case][2], found.output
     assert found.output.count("program: error: --lr is wrong.") == 1 and "Traceback" not in found.output
 
 
-def test_a_loss_that_is_not_finite_needs_no_traceback(outcomes):
+def test_a_loss_that_is_not_finite_prints_no_traceback(outcomes):
     found = outcomes["not finite"]
     assert found.exit_codes == [1, 1], found.output
     assert found.output.count("program: error: iteration 3: the loss is NaN.") == 1 and "Traceback" not in found.output
 
 
 @pytest.mark.parametrize("case", ["error on one", "error on the first"])
-def test_any_other_error_is_said_once_with_its_rank(outcomes, case):
+def test_any_other_error_is_printed_once_with_its_rank(outcomes, case):
     found, (_, (failed,), size) = outcomes[case], CASES[case]
     assert found.exit_codes == [1] * size, found.output
     assert found.output.count("RuntimeError: lost") == 1 and f"program: rank {failed} failed:" in found.output
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "no error"])
-def test_nobody_waits_for_a_timeout(outcomes, case):
+def test_no_rank_waits_for_a_timeout(outcomes, case):
     raised_at = [float(text) for text in re.findall(r"raised at ([\d.]+)", outcomes[case].output)]
-    assert outcomes[case].ended_at - max(raised_at) < seconds(FAREWELL_SECONDS)
+    assert outcomes[case].ended_at - max(raised_at) < seconds(LEAVE_TIMEOUT_SECONDS)
 
 
-def test_without_a_failure_nothing_is_said(outcomes):
+def test_without_a_failure_nothing_is_printed(outcomes):
     assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
 
 

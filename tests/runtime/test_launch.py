@@ -107,7 +107,7 @@ def test_tensor_parallel_ranks_share_one_generator_and_have_one_each(on_two_rank
     assert len({tuple(draw) for draw in (first["own"], second["own"], first["common"])}) == 3
 
 
-def test_a_check_that_passes_gives_each_rank_its_own_answer(on_two_ranks):
+def test_a_check_that_passes_returns_each_ranks_own_result(on_two_ranks):
     assert [found["result"] for found in on_two_ranks] == [0, 1]
 
 

@@ -29,7 +29,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import tools.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
         ("import tools.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
         ("import tools.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
-        ("import megatron_peft.models.families", "", NONE),
+        ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
         ("import megatron_peft.data.documents", "", "heavy: numpy"),
     ],
 )

@@ -1,0 +1,177 @@
+"""A model family costs one file and one line: the one that docs/new-model.md shows computes what transformers does."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion.hf_files import write_config
+from megatron_peft.conversion.to_huggingface import megatron_to_hf
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.models import families
+from megatron_peft.models.families import FAMILIES, config_of_shape, read_shape
+from tests.conversion.megatron_folders import equal, tensors_of
+from tests.models.test_bloom import GENERATING, LAYOUTS, NUM_NEW, PROMPTS, TOKENS, run_all
+from tests.ranks import run_ranks
+from tests.tiny_llama import VOCAB_SIZE, draw_parameters, save_pairs
+from tests.training.layout_runs import Curve, Job, run_each, run_jobs
+
+PAGE = Path(__file__).parents[2] / "docs" / "new-model.md"
+(SOURCE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+LINES = r'^    "(\w+)": "([\w.]+)",$'
+(LINE,) = re.findall(LINES, PAGE.read_text(), re.MULTILINE)
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 256,
+}
+MODELS = {"untied": {}, "tied, heads of 20": {"tie_word_embeddings": True, "head_dim": 20}}
+TARGETS = {"peft": {"target_modules": ("q_proj", "down_proj")}}
+TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
+
+
+def add_the_family() -> None:
+    """As the page says."""
+    module = sys.modules[LINE[1]] = ModuleType(LINE[1])
+    exec(compile(SOURCE, str(PAGE), "exec"), module.__dict__)
+    FAMILIES.update([LINE])
+
+
+def run_with_the_new_family(asked: tuple[dict[str, str], Job]):
+    """On two ranks: logits and answers by model and layout, and the curve of a training run."""
+    bases, job = asked
+    add_the_family()
+    return run_all(bases), run_each([job])[job.name]
+
+
+def train_with_the_new_family(job: Job) -> Curve:
+    add_the_family()
+    return run_jobs([job])[job.name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def family():
+    add_the_family()
+    yield
+    del sys.modules[LINE[1]], FAMILIES[LINE[0]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """What transformers writes: biases and norms too are random."""
+    found = {}
+    for name, changes in MODELS.items():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes}))
+        draw_parameters(model, std=0.08)
+        found[name] = tmp_path_factory.mktemp("qwen2")
+        model.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {name: AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders, tmp_path_factory):
+    """Logits and answers by model and layout, and a short run at TP1 and at TP2."""
+    bases = {name: str(folder) for name, folder in folders.items()}
+    data = str(save_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl"))
+    alone, split = (Job("run", bases["untied"], data, **TARGETS, **layout, num_steps=8) for layout in ({}, TP2))
+    found, curve = run_ranks(2, run_with_the_new_family, (bases, split))[-1]
+    return found, run_ranks(1, train_with_the_new_family, alone)[0], curve
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(outcomes, models, name, layout):
+    logits, _ = outcomes[0][name, layout]
+    assert len(logits) == len(TOKENS)
+    for found, batch in zip(logits, TOKENS, strict=True):
+        with torch.no_grad():
+            expected = models[name](batch).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", GENERATING)
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_transformers(outcomes, models, name, layout):
+    _, answers = outcomes[0][name, layout]
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        with torch.no_grad():
+            logits = models[name](torch.tensor([prompt + answer])).logits[0]
+        assert len(answer) == NUM_NEW and answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_hugging_faces_names_are_targets_and_training_is_alike_at_tp2(outcomes):
+    _, alone, split = outcomes
+    assert alone.losses[-1] < alone.losses[0]
+    assert split.equals(alone)
+    layers = {
+        f"decoder.layers.{n}.{name}" for n in range(4) for name in ("self_attention.linear_qkv", "mlp.linear_fc2")
+    }
+    assert {name.removesuffix(".adapter") for name in alone.started} == layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_converted_there_and_back_bit_for_bit(folders, tmp_path, name):
+    hf_to_megatron(folders[name], tmp_path / "megatron", progress=False)
+    written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=False)
+    assert equal(tensors_of(written), tensors_of(folders[name]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_made_config_gives_the_shape_back_and_transformers_reads_it_alike(folders, models, tmp_path, caplog, name):
+    shape = read_shape(folders[name])
+    write_config(tmp_path, config_of_shape(shape))
+    assert read_shape(tmp_path) == shape
+    assert not caplog.records, "a key without a meaning"
+    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path, folders[name]))
+    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert changed <= {"_name_or_path", "dtype", "head_dim"}
+    assert ours["head_dim"] == models[name].model.layers[0].self_attn.head_dim
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types asks for a sliding window"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "Supported: .*, Qwen2ForCausalLM"),
+    ],
+)
+def test_what_is_refused(folders, tmp_path, changes, told):
+    config = json.loads((folders["untied"] / "config.json").read_text()) | changes
+    write_config(tmp_path, config)
+    with pytest.raises(ConfigurationError, match=told):
+        read_shape(tmp_path)
+
+
+def test_it_takes_one_line_and_no_other_file_names_a_family():
+    package = Path(families.__file__).parents[1]
+    registered = re.findall(LINES, Path(families.__file__).read_text(), re.MULTILINE)
+    assert registered == [(name, f"megatron_peft.models.{name}") for name in ("llama", "bloom")]
+    names = {name for name, _ in registered}
+    own = {package / "models" / f"{name}.py" for name in names} | {Path(families.__file__)}
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path not in own
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"conversion/megatron_weights.py"}, "Megatron-LM's arguments without a config.json: only of Llama"
