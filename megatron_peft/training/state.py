@@ -156,7 +156,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         rate = group.learning_rate(config.peft, settings.lr) if group.learning_rate else settings.lr
         if rate == settings.lr and group.is_decayed:
             continue  # no group of their own: norms of gradients are summed group by group
-        override: Any = {group.attribute: True}
+        override: Any = {group.attribute: True} if group.is_labelled else {}
         if rate != settings.lr:
             override |= {"max_lr": rate, "min_lr": rate / settings.lr * settings.min_lr}
         if not group.is_decayed:

@@ -45,11 +45,13 @@ class ParamGroup:
         attribute: of the parameters.
         learning_rate: (peft, --lr) -> the group's peak rate; None: --lr. --min-lr is scaled alike.
         is_decayed: whether weight decay applies.
+        is_labelled: the optimizer's group carries the attribute too, so that its learning rate can be looked up.
     """
 
     attribute: str
     learning_rate: Callable[[Any, float], float] | None = None
     is_decayed: bool = True
+    is_labelled: bool = False
 
 
 class Method:

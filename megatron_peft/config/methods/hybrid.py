@@ -70,7 +70,7 @@ class Hybrid(Method):
     ignored = ("urnn_mode",)
     adapter = "megatron_peft.adapters.hybrid"
     cost = "r (out + in), and those of the rotation"
-    param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False))
+    param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False, is_labelled=True))
     starts_from_gradients = True
 
     def num_parameters(self, peft: HybridOptions, out_features: int, in_features: int) -> int:

@@ -28,7 +28,9 @@ class RotationMethod(Method):
     """A method whose adapter is a rotation. Subclasses say how large its blocks are."""
 
     # Not decayed, since the identity need not be at zero.
-    param_groups = (ParamGroup(IS_ROTATION, lambda peft, lr: peft.peft_lr_rotation or lr, is_decayed=False),)
+    param_groups = (
+        ParamGroup(IS_ROTATION, lambda peft, lr: peft.peft_lr_rotation or lr, is_decayed=False, is_labelled=True),
+    )
 
     def group_size(self, peft: Any) -> int:
         """g, features of a block of R."""
