@@ -15,8 +15,7 @@ from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.adapters.urnn import RiemannianUrnn
-from megatron_peft.config.methods.hybrid import Hybrid as HybridMethod
-from megatron_peft.config.methods.hybrid import rotation_lr
+from megatron_peft.config.methods.hybrid import HybridMethod, rotation_lr
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.training.state import GradientShards, TrainingState

@@ -116,7 +116,7 @@ class Method:
         return False
 
 
-class Full(Method):
+class FullMethod(Method):
     name = "full"
     summary = "every parameter of the model; megatron-core's own layers"
     cost = "out in"
@@ -125,7 +125,7 @@ class Full(Method):
         return out_features * in_features
 
 
-FULL = Full()
+FULL = FullMethod()
 
 
 class PeftFormat:

@@ -22,7 +22,7 @@ class BoftOptions(RotationOptions):
     )
 
 
-class Boft(RotationMethod):
+class BoftMethod(RotationMethod):
     name = "boft"
     summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
     options = (BoftOptions,)
@@ -51,4 +51,4 @@ class Boft(RotationMethod):
         return peft.boft_parametrization == "projection"
 
 
-BOFT = Boft()
+BOFT = BoftMethod()

@@ -63,7 +63,7 @@ def rotation_lr(peft: Any, lr: float) -> float:
     return peft.peft_lr_rotation or lr / 8
 
 
-class Hybrid(Method):
+class HybridMethod(Method):
     name = "hybrid"
     summary = "W + lambda s B A + (1 - lambda)(R - I) W, lambda from the gradients"
     options = (HybridOptions,)
@@ -127,4 +127,4 @@ class Hybrid(Method):
         return ROTATIONS[peft.hybrid_rotation].updates_whole_parameters(peft)
 
 
-HYBRID = Hybrid()
+HYBRID = HybridMethod()

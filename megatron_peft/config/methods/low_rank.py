@@ -48,7 +48,7 @@ class LoraGaOptions(LowRankOptions):
     )
 
 
-class Lora(Method):
+class LoraMethod(Method):
     name = "lora"
     summary = "W + s B A; B starts at zero"
     options = (LowRankOptions,)
@@ -75,7 +75,7 @@ class Lora(Method):
         require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
 
 
-class LoraGa(Lora):
+class LoraGaMethod(LoraMethod):
     name = "lora-ga"
     summary = "the same, with A and B initialized from the gradient"
     options = (LoraGaOptions,)
@@ -95,5 +95,5 @@ class LoraGa(Lora):
         )
 
 
-LORA = Lora()
-LORA_GA = LoraGa()
+LORA = LoraMethod()
+LORA_GA = LoraGaMethod()

@@ -24,7 +24,7 @@ class UrnnOptions(RotationOptions):
     )
 
 
-class Urnn(RotationMethod):
+class UrnnMethod(RotationMethod):
     name = "urnn"
     summary = "Q W, Q block-diagonal and unitary over pairs of features"
     options = (UrnnOptions,)
@@ -67,4 +67,4 @@ class Urnn(RotationMethod):
         return peft.urnn_update == "riemannian"
 
 
-URNN = Urnn()
+URNN = UrnnMethod()
