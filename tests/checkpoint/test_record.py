@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
 from megatron_peft.checkpoint.record import (
-    Here,
+    CurrentRun,
     changes,
     contradictions,
     fingerprint,
@@ -52,7 +52,7 @@ def here(schedule=None, **changes):
     """This run: that of make_record with changes, those of the configuration by group."""
     groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer") if name in changes}
     record = make_record()
-    same = Here(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
+    same = CurrentRun(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
     return dataclasses.replace(same, schedule={**SCHEDULE, **(schedule or {})}, **changes)
 
 

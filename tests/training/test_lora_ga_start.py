@@ -11,7 +11,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import lora_ga_start as start_module
-from megatron_peft.training.lora_ga_start import START_FILE, WholeStart, first_steps, start_table, write_start
+from megatron_peft.training.lora_ga_start import START_FILE, first_steps, start_table, write_start
 from megatron_peft.training.step import train_step
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}
@@ -106,11 +106,11 @@ ENERGY = {
     for module, energies in BY_MODULE.items()
     for layer, energy in zip((9, 10, 11), energies, strict=True)
 }
-START = WholeStart(PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY)
+START = PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY
 
 
 def test_a_line_for_each_kind_of_layer(tmp_path):
-    lines = start_table(START, tmp_path / START_FILE).splitlines()
+    lines = start_table(*START, tmp_path / START_FILE).splitlines()
     assert lines[0] == "LoRA-GA start (aligned) took 12.3 s; part of the gradient's squared norm in rank 4:"
     assert [line.split()[:3] for line in lines[1:3]] == [["linear_fc2", "3", "layers"], ["linear_qkv", "3", "layers"]]
     assert lines[1].endswith("mean 0.750   lowest 0.500 (layer 9)   highest 1.000 (layer 11)")
@@ -119,9 +119,9 @@ def test_a_line_for_each_kind_of_layer(tmp_path):
 
 
 def test_each_layers_number_is_written_in_the_order_of_layers_if_there_is_a_folder(tmp_path):
-    assert write_start(START, None) is None and len(start_table(START, None).splitlines()) == 3
-    assert write_start(START, str(tmp_path / "missing")) is None
-    path = write_start(START, str(tmp_path))
+    assert write_start(*START, None) is None and len(start_table(*START, None).splitlines()) == 3
+    assert write_start(*START, str(tmp_path / "missing")) is None
+    path = write_start(*START, str(tmp_path))
     record = json.loads(path.read_text())
     assert record["energy"] == ENERGY
     assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]
