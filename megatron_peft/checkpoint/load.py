@@ -145,6 +145,7 @@ def load_checkpoint(state: TrainingState) -> bool:
         state.data_digest,
     )
     resumes_optimizer = not (settings.finetune or settings.no_load_optim)
+    # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
     if not settings.finetune and (warning := changes(record, current)):
         _warn("%s", warning)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ COUNTERS = ("iteration", "consumed_samples", "consumed_tokens")  # of a position
 ADAPTER_CONFIG = "adapter_config.json"  # in a checkpoint with adapters, and beside the tracker
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
     """Everything in a checkpoint except its tensors.
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +49,7 @@ class CheckpointNotSaved(ConfigurationError):
     """A rank could not write its share of a checkpoint. Raised on all ranks; earlier checkpoints are untouched."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DraftedCheckpoint:
     """A checkpoint that all ranks have planned, ready to be written."""
 
@@ -191,7 +190,7 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
 _GROUP_TIMEOUT = datetime.timedelta(hours=6)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """Result of a save, the same on all ranks. `error` is None if the checkpoint was published."""
 

@@ -292,14 +292,10 @@ def _tracker() -> CudaRNGStatesTracker:
 
 
 def _prefix() -> str:
-    tp, pp, dp = (
-        f"{rank()}of{size()}"
-        for rank, size in (
-            (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size),
-            (parallel_state.get_pipeline_model_parallel_rank, parallel_state.get_pipeline_model_parallel_world_size),
-            (parallel_state.get_data_parallel_rank, parallel_state.get_data_parallel_world_size),
-        )
-    )
+    mpu = parallel_state
+    tp = f"{mpu.get_tensor_model_parallel_rank()}of{mpu.get_tensor_model_parallel_world_size()}"
+    pp = f"{mpu.get_pipeline_model_parallel_rank()}of{mpu.get_pipeline_model_parallel_world_size()}"
+    dp = f"{mpu.get_data_parallel_rank()}of{mpu.get_data_parallel_world_size()}"
     return f"rng.tp{tp}-pp{pp}-dp{dp}."
 
 

@@ -217,14 +217,10 @@ def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -
         "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    entries = (entry for chunk in model_chunks for entry in _entries(chunk, metadata))
-    return [entry for entry in entries if ADAPTER in entry.key or not only_adapters]
-
-
-def _entries(chunk: nn.Module, metadata: Mapping[str, Any]) -> Iterator[Sharded]:
-    for entry in chunk.sharded_state_dict(metadata=metadata).values():  # type: ignore[operator]
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory):  # not objects: FP8 state, empty here
-            yield entry
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in model_chunks]  # type: ignore[operator]
+    entries = (entry for state in states for entry in state.values())
+    tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
+    return [tensor for tensor in tensors if ADAPTER in tensor.key or not only_adapters]
 
 
 def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:

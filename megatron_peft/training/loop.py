@@ -109,12 +109,7 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
     config, position = state.config, state.position
     is_writer = dist.get_rank() == 0
     writer = MetricsWriter(
-        config.checkpoint.save,
-        config.logging,
-        is_writer,
-        position.iteration,
-        config_to_dict(config),
-        saver.hold_folder,
+        config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
@@ -144,7 +139,7 @@ class _Run:
             if reason:
                 break
         steps.close()  # type: ignore[attr-defined]
-        # The last checkpoint before the test loss: what is trained is safe first.
+        # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             loss = validation_loss(self.state.model_chunks, self.data.test)
@@ -156,8 +151,8 @@ class _Run:
         config, position = self.state.config, self.state.position
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         report = train_step(self.state, microbatches, stop=self._wants_to_stop())
-        # Position before log lines and checkpoints, which record it. Validation and saves come between steps, when
-        # no gradient or parameter is in flight.
+        # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
+        # all ranks; `whole_parameters` waits for parameters that are still being gathered.
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
@@ -168,7 +163,7 @@ class _Run:
         self.progress.advance(position.iteration)
         reason = self._reason_to_end(report)
         self._log_and_validate(report, ends=bool(reason))
-        self._report(self.saver.finish(wait=False))  # a background save that has ended since
+        self._report_save(self.saver.finish(wait=False))  # a background save that has ended since
         if _due(position.iteration, config.checkpoint.save_interval):
             self._save()
         return reason
@@ -190,13 +185,12 @@ class _Run:
         config, iteration = self.state.config, self.state.position.iteration
         is_last = iteration == self.data.train_iters
         validates = self.data.valid is not None and (_due(iteration, config.training.eval_interval) or is_last)
-        # A run that is stopped early (`ends`) logs but does not validate: it may be killed before it has saved.
+        # A run that stops early (`ends`) logs, but validates only if that is due: it may be killed before it has saved.
         if not (_due(iteration, config.logging.log_interval) or validates or is_last or ends):
             return
         record = self._record(report)
         if validates:
             assert self.data.valid is not None
-            # Through the same schedule, forward only: on every rank, in the middle of the run.
             record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
         if validates or is_last:
             record.update(self._orthogonality())
@@ -251,9 +245,9 @@ class _Run:
     def _save(self) -> None:
         """Start a checkpoint; its time does not count as time of a step."""
         with self.interval.paused():
-            self._report(self.saver.finish())  # one save at a time: wait for the one before
+            self._report_save(self.saver.finish())  # one save at a time: wait for the one before
             self._start_saving()
-            self._report(self.saver.finish(wait=False))
+            self._report_save(self.saver.finish(wait=False))
 
     def _start_saving(self) -> None:
         with whole_parameters(self.state.model_chunks):
@@ -261,7 +255,7 @@ class _Run:
 
     def _save_the_end(self) -> None:
         """Wait for the pending save, then write the last checkpoint unless it exists (a failed save is tried again)."""
-        self._report(self.saver.finish())
+        self._report_save(self.saver.finish())
         if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
             return
         self._start_saving()
@@ -269,9 +263,9 @@ class _Run:
         assert outcome is not None
         if outcome.error is not None:
             raise outcome.error
-        self._report(outcome)
+        self._report_save(outcome)
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report_save(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
         if outcome.error is not None:

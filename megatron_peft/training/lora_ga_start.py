@@ -22,8 +22,6 @@ from megatron_peft.training.step import finish_with, run_schedule
 from megatron_peft.training.terminal import print_rank_0
 
 START_FILE = "lora_ga_start.json"
-
-
 NUM_PASSES = 2
 
 

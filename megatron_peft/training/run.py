@@ -1,7 +1,7 @@
 """Run a fine-tuning configuration: check everything, build the model, load weights, train."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -82,10 +82,12 @@ def finetune(config: RunConfig) -> None:
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     shape = checked_together(lambda: checked_shape(config))
-    _require_same_base(config)
+    base = config.model.pretrained_checkpoint
+    _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
-    _require_same_tokenizer(config, tokenizer)
+    folder = config.data.tokenizer_model or base
+    _require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Saver(config.checkpoint) as saver:
@@ -121,29 +123,14 @@ def _require_same_configuration(config: RunConfig) -> None:
     )
 
 
-def _require_same_base(config: RunConfig) -> None:
-    """Raises ConfigurationError on every rank if a rank reads another model (each node may have its own copy)."""
-    base = config.model.pretrained_checkpoint
-    others = names_that_differ(known_fingerprint(str(base)) or {})
-    _require_no_difference(others, f"--pretrained-checkpoint {base}", "another model")
+def _require_same(own: Mapping[str, object], what: str, is_another: str) -> None:
+    """Raises ConfigurationError on every rank if a rank reads other files than rank 0 (each node may have its own).
 
-
-def _require_same_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """As `_require_same_base`, by vocabulary, an encoded sample, special tokens and chat template."""
-    some = range(0, tokenizer.largest_id + 1, tokenizer.largest_id // 1000 + 1)
-    others = names_that_differ(
-        {
-            "its vocabulary": sha256(tokenizer.decode(range(tokenizer.largest_id + 1)).encode()).hexdigest(),
-            "the ids of a text": tokenizer.encode(tokenizer.decode(some)),
-            "its special tokens": (tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.special_tokens)),
-            "its chat template": tokenizer.chat_template,
-        }
-    )
-    folder = config.data.tokenizer_model or config.model.pretrained_checkpoint
-    _require_no_difference(others, f"the tokenizer in --tokenizer-model {folder}", "another one")
-
-
-def _require_no_difference(differing: Sequence[str], what: str, is_another: str) -> None:
+    Args:
+        own: what this rank has read, by the name that an error gives it.
+        what, is_another: words of the error.
+    """
+    differing = names_that_differ(own)
     checked_together(
         lambda: require(
             not differing,
@@ -151,6 +138,16 @@ def _require_no_difference(differing: Sequence[str], what: str, is_another: str)
             f"anew to where that rank reads it.",
         )
     )
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> Mapping[str, object]:
+    some = range(0, tokenizer.largest_id + 1, tokenizer.largest_id // 1000 + 1)
+    return {
+        "its vocabulary": sha256(tokenizer.decode(range(tokenizer.largest_id + 1)).encode()).hexdigest(),
+        "the ids of a text": tokenizer.encode(tokenizer.decode(some)),
+        "its special tokens": (tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.special_tokens)),
+        "its chat template": tokenizer.chat_template,
+    }
 
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:

@@ -80,8 +80,9 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     # Hybrid's lambda is taken before the optimizer clips them; the schedule moves on last, so this step reports the
     # rate that it was taken with.
     check = state.config.training.check_for_nan_in_loss_and_grad
-    summary = _sum_over_world(losses, state.model_chunks if check else (), stop)
-    if check and summary.non_finite:
+    totals = _sum_over_world(losses, state.model_chunks if check else (), stop)
+    loss_sum, num_tokens, num_positions, num_non_finite, num_stopping = totals
+    if check and num_non_finite:
         _raise_non_finite(state, losses)
     mix_from_gradients(state)
     learning_rate = _learning_rate(state)
@@ -90,12 +91,12 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     fold_if_due(state)
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
-        loss=summary.loss,
-        num_tokens=summary.num_tokens,
-        num_positions=summary.num_positions,
+        loss=loss_sum / max(num_tokens, 1),
+        num_tokens=int(num_tokens),
+        num_positions=int(num_positions),
         grad_norm=float(grad_norm or 0.0),
         learning_rate=learning_rate,
-        stop=summary.stop,
+        stop=num_stopping > 0,
     )
 
 
@@ -175,17 +176,13 @@ def packing(microbatch: Microbatch) -> PackedSeqParams | None:
     )
 
 
-@dataclass(frozen=True)
-class _Summary:
-    loss: float
-    num_tokens: int
-    num_positions: int
-    non_finite: bool
-    stop: bool
+def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> list[float]:
+    """Everything ranks must agree on, in one all-reduce and one host-device sync.
 
-
-def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> _Summary:
-    """Everything ranks must agree on, in one all-reduce of five numbers and one host-device sync."""
+    Returns:
+        Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
+        is not finite, and how many were asked to stop.
+    """
     # Tensor-parallel ranks compute the same losses: count them once.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
     total = losses.sum(0) if counts else torch.zeros_like(losses).sum(0)
@@ -196,8 +193,7 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
             finite = finite & torch.isfinite(buffer.grad_data.sum())
     numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
     dist.all_reduce(numbers)
-    loss_sum, num_tokens, num_positions, non_finite, stopping = numbers.tolist()
-    return _Summary(loss_sum / max(num_tokens, 1), int(num_tokens), int(num_positions), non_finite > 0, stopping > 0)
+    return numbers.tolist()
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:

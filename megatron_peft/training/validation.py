@@ -110,8 +110,9 @@ def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:
     """Largest |R^T R - I| of all rotations of the model; None without rotations. A collective."""
+    modules = (module for chunk in state.model_chunks for module in chunk.modules())
     with torch.no_grad():
-        errors = [_error_of(rotation) for rotation in _rotations(state)]
+        errors = [_error_of(module) for module in modules if isinstance(module, BlockRotation)]
     worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return None if worst < 0 else float(worst)
@@ -120,10 +121,6 @@ def largest_orthogonality_error(state: TrainingState) -> float | None:
 def _largest_gradient(adapter: nn.Module) -> float:
     gradients = [parameter.main_grad for parameter in adapter.parameters() if parameter.requires_grad]  # pyright: ignore[reportAttributeAccessIssue]
     return max((float(gradient.abs().max()) for gradient in gradients if gradient.numel()), default=0.0)
-
-
-def _rotations(state: TrainingState) -> Iterator[BlockRotation]:
-    return (module for chunk in state.model_chunks for module in chunk.modules() if isinstance(module, BlockRotation))
 
 
 def _error_of(rotation: BlockRotation) -> torch.Tensor:
