@@ -61,12 +61,12 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
             name: FileSum(entry["size"], entry["crc32"]) for name, entry in parse_json(text, MANIFEST)["files"].items()
         }
     except (ConfigurationError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError("it is no manifest") from error
+        raise ValueError("not a manifest") from error
     odd = [name for name, (size, _) in files.items() if type(size) is not int or size < 0 or name != Path(name).name]
     if odd:
-        raise ValueError(f"it lists {odd[0]!r}, which is no file of that folder, or has no size")
+        raise ValueError(f"it lists {odd[0]!r}, which is not the name of a file, or has no size")
     if text != _manifest_text(files):  # the manifest protects itself: same contents, same text, same checksum
-        raise ValueError("it is not as it was written")
+        raise ValueError("its text and its checksum do not match")
     return files
 
 

@@ -58,7 +58,7 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
         found = _damage_on_all_ranks(checkpoint)
         if not found:
             if problems:
-                _warn("WARNING: %s GOING BACK to %s, the newest that is whole.", " ".join(problems), checkpoint)
+                _warn("WARNING: %s GOING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
             return checkpoint
         problems.append(_damage_message(checkpoint, found))
     if problems:
@@ -80,7 +80,7 @@ def require_something_to_load(settings: CheckpointConfig) -> None:
     require(
         load == save and not Path(settings.load).name.startswith("iter_"),
         f"--load {settings.load} holds no checkpoint: give the --save folder of a run, or a checkpoint in it. To start "
-        f"from the beginning, leave --load out, or give the folder of --save.",
+        f"from the beginning, leave out --load, or give the --save folder.",
     )
 
 
@@ -89,7 +89,7 @@ def _candidates(folder: Path) -> list[Path]:
     require(
         bool(found) or not named,
         f"--load {folder} holds no checkpoint of a run, but its {TRACKER} names {named}: copy it back; or, to start "
-        f"from the beginning, remove the file. A model of another program is given as --pretrained-checkpoint.",
+        f"from the beginning, remove the file. For a model of another program use --pretrained-checkpoint.",
     )
     return found
 

@@ -69,7 +69,7 @@ class RunRecord:
         """Raises ConfigurationError (newer format or fields), ValueError, KeyError or TypeError (not a record)."""
         fields = parse_json(text, RECORD)
         if not isinstance(fields, dict) or not isinstance(fields.get("config"), dict):
-            raise ValueError("it holds no record of a run")
+            raise ValueError("not the record of a run")
         version = fields.pop("format_version")
         require(
             version <= FORMAT_VERSION,
@@ -79,11 +79,11 @@ class RunRecord:
         if not position.keys() <= set(COUNTERS) or "iteration" not in position or not _are_counts(position):
             raise ValueError(f"its position is {position}")
         if not (steps is None or _are_counts(steps)):
-            raise ValueError("its optimizer_steps are no counts")
+            raise ValueError("its optimizer_steps are not counts")
         if not isinstance(fields["schedule"], dict | None):
             raise ValueError(f"its schedule is {fields['schedule']}")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
-            raise ValueError("its adapted_layers are no names")
+            raise ValueError("its adapted_layers are not names")
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
@@ -199,7 +199,7 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
         name = "data_path" if current.config.data.data_path else "train_data_path"
         changed.append(f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before")
     listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
-    return f"{_load(current)}: the run goes on with {listed}, at the old position." if changed else ""
+    return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""
 
 
 def _shown(value: Any) -> str:
@@ -239,7 +239,7 @@ def _steps_without_a_rate(schedule: Mapping[str, Any], current: CurrentRun) -> l
     if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or length <= end:
         return []
     return [
-        f"{_load(current)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, comes to a learning rate "
+        f"{_load(current)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, reaches a learning rate "
         f"of 0 after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
         f"nothing. Give --override-opt-param-scheduler (this run's schedule), or at most {end // batch} iterations."
     ]

@@ -73,7 +73,7 @@ class DraftedCheckpoint:
             CheckpointNotSaved: on every rank. Earlier checkpoints are untouched, and the draft is removed.
         """
         with _as_not_saved(self.folder, self.iteration, self.draft):
-            # No rank goes on until all files are on disk: what is published is complete.
+            # All ranks wait here until all files are on disk: what is published is complete.
             own = checked_together(self.files.write, self.group)
             is_first = dist.get_rank() == 0
             by_rank: list[Written] | None = [own] * dist.get_world_size() if is_first else None
@@ -183,7 +183,7 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
         return None
 
 
-# With --async-save a save copies the tensors and the run goes on; a thread on each rank writes the files. The threads
+# With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads
 # agree through a group of their own, since training uses the others, and rank 0 publishes.
 
 # How much ranks may differ in the time they take to write. A rank that dies is noticed at once.
@@ -288,12 +288,12 @@ class Saver:
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"--save {self._folder} was moved or removed during the run, and another run has that folder now: this "
-                f"one ends, and has replaced nothing there. Go on from where its folder is now, with --save and --load."
+                f"one ends, and has replaced nothing there. Resume it from where its folder is now: --save and --load."
             ) from error
         before.release()
 
     def _folder_problem(self) -> str:
-        """A problem that may pass, so that the run goes on and a later save can succeed; empty without one."""
+        """A problem that a later save may not have, so that the run continues; an empty string without one."""
         try:
             self.hold_folder()
         except OSError as error:
@@ -321,6 +321,6 @@ def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     require(
         goes_on or not found,
         f"--save {folder} holds the checkpoints of a run already (the newest: {found}), which a new run would replace: "
-        f"give another --save; or, to go on with that run, --load {folder}"
+        f"give another --save; or, to resume that run, --load {folder}"
         + (" without --finetune." if finetune and load else "."),
     )

@@ -133,7 +133,7 @@ class _Run:
         position = self.state.position
         self.saved_iteration = position.iteration
         steps = iter(self.data.train)
-        reason = "nothing to do: the run had ended before"
+        reason = "nothing to do: the run is already complete"
         while position.iteration < self.data.train_iters:
             reason = self._one_iteration(next(steps))
             if reason:
@@ -269,7 +269,7 @@ class _Run:
         if outcome is None:
             return
         if outcome.error is not None:
-            self.progress.message(f"WARNING: {outcome.error} Training goes on without it.")
+            self.progress.message(f"WARNING: {outcome.error} Training continues without it.")
             return
         self.saved_iteration = outcome.iteration
         self.progress.message(f"saved iteration {outcome.iteration} in {self.state.config.checkpoint.save}")

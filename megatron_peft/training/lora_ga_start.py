@@ -45,7 +45,7 @@ def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], p
             f"{values[lowest]:.3f} (layer {lowest})   highest {values[highest]:.3f} (layer {highest})"
         )
     if path is not None:
-        lines.append(f"  each layer's: {path}")
+        lines.append(f"  each layer: {path}")
     return "\n".join(lines)
 
 

@@ -163,7 +163,7 @@ class _Lines:
         except OSError as error:
             self._file.truncate(start)  # remove a partly written line
             if not self._num_lost:
-                logger.warning("%s cannot be written (%s): the run goes on", self._file.name, error.strerror)
+                logger.warning("%s cannot be written (%s): the run continues", self._file.name, error.strerror)
             self._num_lost += 1
             return
         if self._num_lost:

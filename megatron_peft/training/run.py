@@ -135,7 +135,7 @@ def _require_same(own: Mapping[str, object], what: str, is_another: str) -> None
         lambda: require(
             not differing,
             f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
-            f"anew to where that rank reads it.",
+            f"again to where that rank reads it.",
         )
     )
 
@@ -170,13 +170,13 @@ def _check_start(state: TrainingState, data: Data) -> None:
     require(
         isfinite(base) or not state.config.training.check_for_nan_in_loss_and_grad,
         f"the loss of --pretrained-checkpoint {state.config.model.pretrained_checkpoint} is {base} before anything is "
-        f"trained: its weights hold NaN, or are too large. Download it again, or let it pass with "
+        f"trained: its weights contain NaN, or are too large. Download it again, or continue anyway with "
         f"--no-check-for-nan-in-loss-and-grad.",
     )
     if not abs(ours - base) <= START_TOLERANCE[state.config.model.bf16] * abs(base):
         print_rank_0(
-            f"WARNING: with its adapters at their start the model's loss is {ours:.6f}, but the base's is {base:.6f}: "
-            f"the run does not start from the pretrained model."
+            f"WARNING: with untrained adapters the model's loss is {ours:.6f}, but the base model's is {base:.6f}: the "
+            f"run does not start from the pretrained model."
         )
 
 

@@ -205,8 +205,8 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
     done = state.position.iteration
     cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"
     raise NonFiniteError(
-        f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or let "
-        f"it pass with --no-check-for-nan-in-loss-and-grad."
+        f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or "
+        f"continue anyway with --no-check-for-nan-in-loss-and-grad."
     )
 
 

@@ -99,8 +99,8 @@ def test_what_may_change(changes):
         ),
     ],
 )
-def test_other_data_is_told(before, now, told):
-    sentence = f"--load runs: the run goes on with {told}, at the old position."
+def test_other_data_gives_a_warning(before, now, told):
+    sentence = f"--load runs: the run continues with {told}, at the old position."
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
 
 
@@ -167,7 +167,7 @@ def test_safetensors_go_before_bin_and_an_empty_folder_is_named(tmp_path):
     assert [path.name for path in weight_files(tmp_path / "base")] == ["model.safetensors"]
 
 
-def test_a_run_that_is_a_base_is_told_from_another_and_from_a_later_itself(tmp_path):
+def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_path):
     """Of full fine-tuning: the weights lie below the iteration that the tracker names."""
 
     def run(name, values, iteration=2):

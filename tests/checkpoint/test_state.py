@@ -44,7 +44,7 @@ def draws():
     return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
 
 
-def test_the_same_numbers_come_again_and_another_layout_has_no_generators_here(alone, monkeypatch):
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
     draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
     stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
     first = draws()
