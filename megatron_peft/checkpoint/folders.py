@@ -1,4 +1,4 @@
-"""The folders of --save: publication, manifest, lock; and where a model in Megatron's form lies."""
+"""The --save folder: manifest, atomic publication, lock; and where the files of a Megatron checkpoint are."""
 
 import fcntl
 import json
@@ -18,14 +18,12 @@ from typing import NamedTuple
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 
-# The manifest of a checkpoint: size and checksum of every file, so that a torn or changed one is found and named.
+# The manifest of a checkpoint, which finds and names torn or changed files:
 #
 #     manifest.json   {"format_version": 1, "files": {"__0_0.distcp": {"size": 12345, "crc32": "89abcdef"}, ...},
 #                      "crc32_of_files": "01234567"}
 #
-# CRC-32 finds every change within any 32 bits in a row, hence every flipped byte; it guards against accidents, not
-# against somebody who means harm. The manifest guards itself: its text must be exactly what its contents are written
-# as, and it holds the checksum of its list.
+# CRC-32 finds every flipped byte. It protects against accidents, not against an attacker.
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -33,14 +31,14 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 
 
 class FileSum(NamedTuple):
-    """What a file is recognised by: its size in bytes and the CRC-32 of all of them, as eight hexadecimal digits."""
+    """A file's size in bytes and the CRC-32 of its contents, as eight hexadecimal digits."""
 
     size: int
     crc32: str
 
 
 def measure(path: Path) -> FileSum:
-    """Read a file whole. Raises OSError if it cannot be read."""
+    """Size and checksum of a file, which is read whole. Raises OSError if it cannot be read."""
     size, crc = 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -49,43 +47,43 @@ def measure(path: Path) -> FileSum:
 
 
 def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
-    """List all files of `folder`. Those that are `known` (by name; their writers measured them) are not read again."""
+    """Write the manifest of `folder`. `known` (by name): files measured by their writers, which are not read again."""
     paths = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
     files = {path.name: known.get(path.name) or measure(path) for path in paths}
-    (folder / MANIFEST).write_text(_text(files))
+    (folder / MANIFEST).write_text(_manifest_text(files))
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """{file name: sum}. Raises ConfigurationError if it cannot be read, ValueError if it is not as it was written."""
+    """{file name: sum}. Raises ConfigurationError if the manifest cannot be read, ValueError if it is damaged."""
     text = read_text(folder / MANIFEST)
     try:
         files = {
             name: FileSum(entry["size"], entry["crc32"]) for name, entry in parse_json(text, MANIFEST)["files"].items()
         }
     except (ConfigurationError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError("it is no manifest") from error
+        raise ValueError("not a manifest") from error
     odd = [name for name, (size, _) in files.items() if type(size) is not int or size < 0 or name != Path(name).name]
     if odd:
-        raise ValueError(f"it lists {odd[0]!r}, which is no file of that folder, or has no size")
-    if text != _text(files):
-        raise ValueError("it is not as it was written")
+        raise ValueError(f"it lists {odd[0]!r}, which is not the name of a file, or has no size")
+    if text != _manifest_text(files):  # the manifest protects itself: same contents, same text, same checksum
+        raise ValueError("its text and its checksum do not match")
     return files
 
 
 def damage(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files, each named; empty if all of them are whole.
+    """What is wrong with a checkpoint's files, by name; empty if all are whole.
 
     Args:
         checkpoint: an iteration's folder.
-        share, num_shares: of the files, the largest dealt out first: each rank checks its own share.
+        share, num_shares: check only this share of the files (one share per rank).
     """
     try:
         files = read_manifest(checkpoint)
-    except ConfigurationError as error:  # it names the file
+    except ConfigurationError as error:
         return [str(error).removeprefix(f"{checkpoint}/").removesuffix(".")]
     except ValueError as error:
         return [f"{MANIFEST} cannot be read: {error}"]
-    by_size = sorted(files, key=lambda name: (-files[name].size, name))
+    by_size = sorted(files, key=lambda name: (-files[name].size, name))  # large files are dealt out evenly
     problems = (_damage_of(checkpoint / name, files[name]) for name in by_size[share::num_shares])
     return [problem for problem in problems if problem]
 
@@ -104,42 +102,39 @@ def _damage_of(path: Path, expected: FileSum) -> str:
     return "" if found == expected else f"{path.name} has other bytes than were written"
 
 
-def _text(files: Mapping[str, FileSum]) -> str:
+def _manifest_text(files: Mapping[str, FileSum]) -> str:
     listed = {name: entry._asdict() for name, entry in sorted(files.items())}
     crc = zlib.crc32(json.dumps(listed).encode())
     return json.dumps({"format_version": FORMAT_VERSION, "files": listed, "crc32_of_files": f"{crc:08x}"}, indent=1)
 
 
-# The folders of --save: drafts, atomic publication, and the tracker that names the newest checkpoint.
+# A --save folder, which one process writes:
 #
-#     latest_checkpointed_iteration.txt   the newest iteration, as Megatron writes it; always whole
+#     latest_checkpointed_iteration.txt   the tracker: the newest iteration, as Megatron writes it; always whole
 #     iter_0000050/                       a checkpoint; always whole, since it gets this name by a rename
-#     .iter_0000050.1f0e2d3c.draft/       one that is being written, or was when its run was killed
-#     .iter_0000050.replaced/             an older one of the same iteration, until the tracker is written
-#     .iter_0000040.removed/              one that --keep-last-checkpoints is taking away
-#
-# Nothing here knows torch or ranks: one process calls it.
+#     .iter_0000050.1f0e2d3c.draft/       being written, or left by a killed run
+#     .iter_0000050.replaced/             an older checkpoint of the same iteration, until the tracker is written
+#     .iter_0000040.removed/              being deleted by --keep-last-checkpoints
 
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "run_record.json"  # part of every checkpoint
 MOST_DIGITS = 18  # of an iteration
-_NAME = "iter_{:07d}"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
     """Megatron's name of a checkpoint under `folder`."""
-    return folder / _NAME.format(iteration)
+    return folder / f"iter_{iteration:07d}"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is one of ours, be it damaged: a single lost file leaves the record or the manifest."""
+    """Whether it is one of our checkpoints, even if a file is lost: the record or the manifest is still there."""
     return (path / RECORD).is_file() or (path / MANIFEST).is_file()
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Where to go on from, best first: `folder` itself if it is one, else what the tracker names, then the newest."""
+    """Checkpoints to resume from, best first: `folder` itself if it is one, else the tracker's, then the newest."""
     if is_checkpoint(folder):
         return [folder]
     tracked = _tracked_checkpoint(folder)
@@ -152,7 +147,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The first of `checkpoints`; None if there is none. Its files are not checked."""
+    """The first of `checkpoints`, or None. Its files are not checked."""
     return next(iter(checkpoints(folder)), None)
 
 
@@ -160,18 +155,23 @@ def _iterations(folder: Path) -> list[Path]:
     return sorted(filter(is_checkpoint, folder.glob("iter_*")), reverse=True)
 
 
-def _tracked_checkpoint(folder: Path) -> Path | None:
+def tracker_text(folder: Path) -> str:
+    """Contents of the tracker; empty if there is none."""
     tracker = folder / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+
+
+def _tracked_checkpoint(folder: Path) -> Path | None:
+    text = tracker_text(folder)
     if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
         return None
     checkpoint = iteration_folder(folder, int(text))
-    places = (checkpoint, _aside(checkpoint))  # killed between the two renames of `publish`, it is still aside
+    places = (checkpoint, _aside(checkpoint))  # after a kill between the two renames of `publish` it is still aside
     return next(filter(is_checkpoint, places), None)
 
 
 def start_draft(folder: Path, iteration: int) -> Path:
-    """An empty folder to write a checkpoint into. No other process, not even one left by a killed run, has its name."""
+    """Make an empty folder to write a checkpoint into. Its random name is that of no other draft, old or new."""
     folder.mkdir(parents=True, exist_ok=True)
     name = iteration_folder(folder, iteration).name
     draft = folder / f".{name}.{secrets.token_hex(4)}.draft"
@@ -180,7 +180,7 @@ def start_draft(folder: Path, iteration: int) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear away what a killed run has left; only for the holder of the folder's lock. Nothing whole is lost."""
+    """Remove what a killed run has left; only for the holder of the folder's lock. No whole checkpoint is lost."""
     for pattern in (".iter_*.draft", ".iter_*.removed"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
@@ -188,32 +188,36 @@ def remove_leftovers(folder: Path) -> None:
         checkpoint = folder / aside.name[1:].removesuffix(".replaced")
         if is_checkpoint(checkpoint):
             shutil.rmtree(aside, ignore_errors=True)
-        else:
+        else:  # the run was killed between the two renames of `publish`
             os.rename(aside, checkpoint)
 
 
 def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileSum] | None = None) -> Path:
-    """Make a written draft the newest checkpoint. Killed at any instant, the tracker names a whole checkpoint.
-
-    Everything that needs space on the disk comes before the first rename.
+    """Make a written draft the newest checkpoint. If the process is killed, the tracker names a whole checkpoint.
 
     Args:
         known: sums of files that need not be read for the manifest, by name.
     """
+    # Everything that needs disk space comes first: on a full disk nothing has been renamed yet.
     write_manifest(draft, known or {})
+    # A rename may reach the disk before the contents of the files, so those are synced first.
     for path in draft.iterdir():
         sync(path)
     sync(draft)
     tracker = write_beside(folder / TRACKER, f"{iteration}\n")
+    # Killed up to here: an ignored draft is left, and the tracker names the previous checkpoint.
     checkpoint = iteration_folder(folder, iteration)
     aside = _aside(checkpoint)
-    if checkpoint.exists():
+    if checkpoint.exists():  # a run that went back saves this iteration again; a folder cannot be replaced by a rename
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(checkpoint, aside)
+        # Killed here: the tracker may name this iteration, and readers find the old checkpoint aside.
+    # Killed between this rename and the tracker's: both checkpoints are whole, the tracker names the previous one.
     os.rename(draft, checkpoint)
     sync(folder)
     os.replace(tracker, folder / TRACKER)
     sync(folder)
+    # Only now is the old checkpoint of this iteration no longer needed.
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
 
@@ -221,26 +225,26 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
 def keep_last(folder: Path, iteration: int, num_kept: int) -> None:
     """Remove all but the last `num_kept` checkpoints up to `iteration`, which was just published.
 
-    Later ones, of a run that was started again further back, are left alone. What cannot be removed is said.
+    Checkpoints of later iterations are kept: the run was resumed from an earlier one. Failures are logged.
     """
     newest = iteration_folder(folder, iteration)
     for path in [path for path in _iterations(folder) if path.name < newest.name][num_kept - 1 :]:
         removed = path.with_name(f".{path.name}.removed")
         try:
-            os.rename(path, removed)  # first, so that no half of one keeps the name of a whole one
+            os.rename(path, removed)  # first, so that a half-deleted folder never has a checkpoint's name
             shutil.rmtree(removed)
         except OSError as error:
             logger.warning("%s cannot be removed: %s", path, error)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Put `text` into `path` so that the file is the old one or the new one, never a part."""
+    """Write `text` to `path`; a crash leaves the old file or the new one."""
     os.replace(write_beside(path, text), path)
     sync(path.parent)
 
 
 def write_beside(path: Path, text: str) -> Path:
-    """A file on the disk with `text`, ready to replace `path`; none is left if it could not be written."""
+    """Write and sync a temporary file with `text`, ready to replace `path`. No file is left if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w") as file:
@@ -258,7 +262,7 @@ def _aside(checkpoint: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Onto the disk: a file's bytes, or the names in a folder."""
+    """Flush to disk: the contents of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -266,32 +270,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# One writer for each --save folder: a lock that ends with its process, however that ends.
-#
-# It is the kernel's lock of a byte range (`fcntl`), owned by the process: kill -9 gives it up, forked workers of the
-# data do not inherit it, and network file systems know it. The file's text tells people who holds it; nothing relies
-# on it.
-
 LOCK = ".lock"
-GRACE_SECONDS = 3.0  # a process that was just killed takes a moment to be gone
+GRACE_SECONDS = 3.0  # a killed process takes a moment to exit
 
 
 class FolderLock:
-    """Held from its making until `release`.
+    """One writer for each --save folder: an `fcntl` lock, from construction until `release` or the process's end.
+
+    Such a lock ends with kill -9, is not inherited by forked data workers, and works on network file systems. The
+    file's text only tells people who holds it.
 
     Attributes:
-        is_held: False where the file system knows no locks; a warning has said so.
+        is_held: False if the file system does not support locks (a warning is logged).
 
     Raises:
-        ConfigurationError: another process holds it, and still does after `grace_seconds`.
-        OSError: the lock's file cannot be made.
+        ConfigurationError: another process still holds it after `grace_seconds`.
+        OSError: the lock file cannot be made.
     """
 
     def __init__(self, folder: Path, grace_seconds: float = GRACE_SECONDS) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        self._opened_folder = os.open(folder, os.O_RDONLY)  # while it is open, no new folder gets its inode
+        self._opened_folder = os.open(folder, os.O_RDONLY)  # while it is open, its inode is not reused
         try:
             require(
                 stat.S_ISREG(os.fstat(self._descriptor).st_mode),
@@ -302,20 +303,20 @@ class FolderLock:
             self.release()
             raise
         if self.is_held:
-            self._say_who()
+            self._write_holder()
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the folder's lock is this one; not if somebody has moved or removed the folder."""
+        """Whether the folder still holds this lock's file; False if the folder was moved or removed."""
         return _is_at(self._descriptor, self._folder / LOCK)
 
     @property
     def is_of_the_same_folder(self) -> bool:
-        """Whether the folder that it was taken for is still there, be it without the lock's file."""
+        """Whether the folder is still the one that was locked, with or without the lock's file."""
         return _is_at(self._opened_folder, self._folder)
 
     def release(self) -> None:
-        """The file stays: taking it away could take it from the next process."""
+        """Give up the lock. The file stays, because another process may lock it next."""
         os.close(self._descriptor)
         os.close(self._opened_folder)
 
@@ -328,7 +329,7 @@ class FolderLock:
                 self._refuse_after(deadline)
                 time.sleep(0.1)
             except OSError as error:
-                logger.warning("%s cannot be locked (%s): see to it that one run only saves there", self._folder, error)
+                logger.warning("%s cannot be locked (%s): make sure that only one run saves there", self._folder, error)
                 return False
 
     def _refuse_after(self, deadline: float) -> None:
@@ -339,7 +340,7 @@ class FolderLock:
                 f"wait for its end, stop it, or give another --save."
             )
 
-    def _say_who(self) -> None:
+    def _write_holder(self) -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
@@ -352,11 +353,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-# Where the files of a model in Megatron's form lie: a distributed checkpoint, or old files of ranks.
+# Where the files of a Megatron checkpoint are:
 #
-# FOLDER/.metadata                                 what hf-to-megatron wrote, or an iteration of a run
+# FOLDER/.metadata                                 written by hf-to-megatron, or an iteration of a run
 # FOLDER/iter_0000050/.metadata                    named by FOLDER/latest_checkpointed_iteration.txt
-# FOLDER/release/mp_rank_00/model_optim_rng.pt     old files, below any of these
+# FOLDER/release/mp_rank_00/model_optim_rng.pt     the old format, a file per rank, below any of these
 
 INDEX = ".metadata"
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
@@ -364,12 +365,12 @@ RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 
 def megatron_files(folder: str | Path) -> Path | None:
-    """Where Megatron's files lie: `folder` itself, or the checkpoint in it that its tracker names. None: nowhere."""
+    """The folder with Megatron's files: `folder`, or the checkpoint in it that its tracker names; None without any."""
     return next((place for place in _places(Path(folder)) if (place / INDEX).is_file() or holds_ranks(place)), None)
 
 
 def holds_ranks(folder: Path) -> bool:
-    """Whether there are folders of ranks in it."""
+    """Whether it contains the old format's folders of ranks."""
     return any(RANK_FOLDER.match(path.name) for path in folder.glob("mp_rank_*"))
 
 
@@ -378,8 +379,6 @@ def _places(folder: Path) -> Iterator[Path]:
     ours = newest_checkpoint(folder) if folder.is_dir() else None
     if ours is not None:
         yield ours
-    tracker = folder / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if text:
+    if text := tracker_text(folder):
         is_number = text.isdecimal() and len(text) <= MOST_DIGITS
         yield iteration_folder(folder, int(text)) if is_number else folder / "release"

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, or taking its parameters only."""
+"""Resume from a checkpoint, or load its parameters only."""
 
 import logging
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage
+from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, tracker_text
 from megatron_peft.checkpoint.record import (
-    Here,
+    CurrentRun,
     RunRecord,
     changes,
     contradictions,
@@ -21,7 +21,7 @@ from megatron_peft.checkpoint.record import (
 )
 from megatron_peft.checkpoint.save import base_fingerprint
 from megatron_peft.checkpoint.state import (
-    Resumable,
+    TrainingState,
     optimizer_targets,
     random_targets,
     restore_random,
@@ -43,26 +43,24 @@ logger = logging.getLogger(__name__)
 
 
 def find_whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; a damaged one is named in a warning and the next older one is taken. A collective.
+    """The checkpoint to resume from, or None if there is none. Damaged ones are skipped with a warning. A collective.
 
     Args:
-        folder: of --load: a --save folder, or a checkpoint itself, for which no other is taken.
-
-    Returns:
-        None if there is no checkpoint at all.
+        folder: --load: a --save folder, or a single checkpoint.
 
     Raises:
-        ConfigurationError: on every rank, if there are checkpoints but none is whole; it names the damage. Also if
-            the tracker names one and there is none.
+        ConfigurationError: on every rank, if there are checkpoints but none is whole (it names the damage), or if the
+            tracker names a checkpoint that is missing.
     """
     candidates = from_first_rank(lambda: _candidates(folder))
     problems: list[str] = []
     for checkpoint in candidates:
         found = _damage_on_all_ranks(checkpoint)
         if not found:
-            _say_loudly(problems, checkpoint)
+            if problems:
+                _warn("WARNING: %s GOING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
             return checkpoint
-        problems.append(_told(checkpoint, found))
+        problems.append(_damage_message(checkpoint, found))
     if problems:
         raise ConfigurationError(
             f"--load {folder} holds no whole checkpoint: {' '.join(problems)} Copy the damaged files again, give "
@@ -72,11 +70,9 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def require_something_to_load(settings: CheckpointConfig) -> None:
-    """To be called on the first rank.
+    """Raises ConfigurationError if --load holds no checkpoint (most likely a typo). To be called on the first rank.
 
-    Raises:
-        ConfigurationError: --load holds no checkpoint (a slip of the pen, most likely), and is not the --save folder
-            either: one command begins a run there and goes on with it.
+    The --save folder may be empty, so that the same command starts a run and resumes it.
     """
     if settings.load is None or _candidates(Path(settings.load)):
         return
@@ -84,26 +80,25 @@ def require_something_to_load(settings: CheckpointConfig) -> None:
     require(
         load == save and not Path(settings.load).name.startswith("iter_"),
         f"--load {settings.load} holds no checkpoint: give the --save folder of a run, or a checkpoint in it. To start "
-        f"from the beginning, leave --load out, or give the folder of --save.",
+        f"from the beginning, leave out --load, or give the --save folder.",
     )
 
 
 def _candidates(folder: Path) -> list[Path]:
-    found, tracker = checkpoints(folder), folder / TRACKER
-    named = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    found, named = checkpoints(folder), tracker_text(folder)
     require(
         bool(found) or not named,
         f"--load {folder} holds no checkpoint of a run, but its {TRACKER} names {named}: copy it back; or, to start "
-        f"from the beginning, remove the file. A model of another program is given as --pretrained-checkpoint.",
+        f"from the beginning, remove the file. For a model of another program use --pretrained-checkpoint.",
     )
     return found
 
 
 def require_whole(checkpoint: Path) -> None:
-    """A collective. Raises ConfigurationError on every rank, naming the files, if the checkpoint is damaged."""
+    """Raises ConfigurationError on every rank, with the files' names, if a checkpoint is damaged. A collective."""
     found = _damage_on_all_ranks(checkpoint)
     if found:
-        raise ConfigurationError(f"{_told(checkpoint, found)} Copy it again, or give another checkpoint.")
+        raise ConfigurationError(f"{_damage_message(checkpoint, found)} Copy it again, or give another checkpoint.")
 
 
 def _damage_on_all_ranks(checkpoint: Path) -> list[str]:
@@ -113,28 +108,22 @@ def _damage_on_all_ranks(checkpoint: Path) -> list[str]:
     return list(dict.fromkeys(problem for problems in by_rank for problem in problems))
 
 
-def _told(checkpoint: Path, found: list[str]) -> str:
+def _damage_message(checkpoint: Path, found: list[str]) -> str:
     return f"{checkpoint} is damaged: {'; '.join(found)}."
 
 
-def _say_loudly(problems: list[str], checkpoint: Path) -> None:
-    if problems and dist.get_rank() == 0:
-        logger.warning("WARNING: %s GOING BACK to %s, the newest that is whole.", " ".join(problems), checkpoint)
+def load_checkpoint(state: TrainingState) -> bool:
+    """Resume from the newest whole checkpoint under --load: parameters, optimizer, schedule, position, generators.
 
-
-def load_checkpoint(state: Resumable) -> bool:
-    """Go on from the newest whole checkpoint under --load: parameters, optimizer, schedule, position, generators.
-
-    --finetune takes the parameters only; --no-load-optim leaves optimizer and schedule as they are, --no-load-rng the
-    generators. Under another layout everything but the generators is carried over.
+    --finetune loads the parameters only, --no-load-optim and --no-load-rng leave their part out. At another layout
+    everything but the generators is restored.
 
     Returns:
-        Whether there was one. Without --load, and with a warning where nothing is saved yet, the run starts from the
-        beginning.
+        Whether there was a checkpoint.
 
     Raises:
-        ConfigurationError: on every rank and before anything has changed: another method, rank, base model, ...; or
-            there are checkpoints, but none is whole (`find_whole_checkpoint`).
+        ConfigurationError: on every rank and before anything has changed, if the checkpoint has another method, rank,
+            base model, ..., or no checkpoint is whole (`find_whole_checkpoint`).
     """
     settings = state.config.checkpoint
     if settings.load is None:
@@ -143,11 +132,11 @@ def load_checkpoint(state: Resumable) -> bool:
     from_first_rank(lambda: require_something_to_load(settings))
     checkpoint = find_whole_checkpoint(folder)
     if checkpoint is None:
-        _say("--load %s holds no checkpoint: starting from the beginning", folder)
+        _warn("--load %s holds no checkpoint: starting from the beginning", folder)
         return False
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: read_record(checkpoint))
-    here = Here(
+    current = CurrentRun(
         state.config,
         state.shape,
         adapted_layers(chunks),
@@ -156,12 +145,13 @@ def load_checkpoint(state: Resumable) -> bool:
         state.data_digest,
     )
     resumes_optimizer = not (settings.finetune or settings.no_load_optim)
-    checked_together(lambda: _refuse(record, here, resumes_optimizer))
-    if not settings.finetune and (told := changes(record, here)):
-        _say("%s", told)
+    # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
+    checked_together(lambda: _refuse(record, current, resumes_optimizer))
+    if not settings.finetune and (warning := changes(record, current)):
+        _warn("%s", warning)
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     load_parameters(entries, checkpoint)
-    state.optimizer.reload_model_params()
+    state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
         _load_optimizer(state, entries, record, checkpoint)
     if not settings.finetune:
@@ -173,17 +163,17 @@ def load_checkpoint(state: Resumable) -> bool:
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:
-    """The parameters of the newest checkpoint in a --save folder into bare chunks, for scoring and generation.
+    """Load the parameters of the newest checkpoint in a --save folder, for scoring and generation.
 
     Args:
-        model_chunks: this rank's, with the base loaded and the adapters attached as `read_run_record(folder)` says.
+        model_chunks: this rank's, bare, with the base loaded and adapters attached as in `read_run_record(folder)`.
         folder: a --save folder, or a checkpoint in it.
 
     Returns:
         The record of the run.
 
     Raises:
-        ConfigurationError: on every rank: no checkpoint, other parameters than the chunks', damaged files.
+        ConfigurationError: on every rank: there is no checkpoint, it is damaged, or it has other parameters.
     """
     checkpoint = from_first_rank(lambda: find_checkpoint(folder))
     require_whole(checkpoint)
@@ -193,17 +183,16 @@ def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Pat
     return record
 
 
-def _refuse(record: RunRecord, here: Here, resumes_optimizer: bool) -> None:
-    """The first rank speaks for all: it alone has read the base model's files."""
-    if dist.get_rank() == 0:
-        problems = contradictions(record, here)
+def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> None:
+    if dist.get_rank() == 0:  # only it has read the base model's files
+        problems = contradictions(record, current)
         if resumes_optimizer and not problems:
-            problems = optimizer_contradictions(record, here)
+            problems = optimizer_contradictions(record, current)
         if problems:
             raise ConfigurationError(*problems)
 
 
-def _load_optimizer(state: Resumable, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path) -> None:
+def _load_optimizer(state: TrainingState, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path) -> None:
     assert record.optimizer_steps is not None and record.schedule is not None
     targets = optimizer_targets(state.optimizer, entries, stored_shapes(checkpoint))
     read_tensors(targets, checkpoint)
@@ -219,7 +208,7 @@ def _load_optimizer(state: Resumable, entries: Sequence[Sharded], record: RunRec
 
 
 def _scale_groups(groups: Sequence[dict[str, Any]], old_max_lr: float, max_lr: float, min_lr: float) -> None:
-    """Each group has its own rates, a multiple of the schedule's (LoRA+), and the schedule looks at them alone."""
+    """Scale the rates of the groups, which are multiples of the schedule's (LoRA+); the schedule reads only these."""
     for group in groups:
         ratio = group["max_lr"] / old_max_lr
         group["max_lr"], group["min_lr"] = ratio * max_lr, ratio * min_lr
@@ -228,12 +217,12 @@ def _scale_groups(groups: Sequence[dict[str, Any]], old_max_lr: float, max_lr: f
 def _load_random(checkpoint: Path) -> None:
     targets = random_targets(stored_shapes(checkpoint))
     if not targets:
-        _say("%s holds no random generators for this layout: they start from --seed", checkpoint)
-    read_tensors(targets, checkpoint)
+        _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
+    read_tensors(targets, checkpoint)  # a collective: without targets too
     if targets:
         restore_random(targets)
 
 
-def _say(message: str, *values: Any) -> None:
+def _warn(message: str, *values: Any) -> None:
     if dist.get_rank() == 0:
         logger.warning(message, *values)

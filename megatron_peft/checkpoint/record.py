@@ -1,10 +1,9 @@
-"""What a checkpoint says about the run that wrote it, whether another run fits it, and its base's fingerprint."""
+"""The record of the run that wrote a checkpoint, whether another run may load it, and the base model's fingerprint."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,21 @@ from megatron_peft.models.shape import ModelShape, RopeScaling
 
 FORMAT_VERSION = 1
 COUNTERS = ("iteration", "consumed_samples", "consumed_tokens")  # of a position
-ADAPTER_CONFIG = "adapter_config.json"  # where there are adapters: in the checkpoint, and beside the tracker
+ADAPTER_CONFIG = "adapter_config.json"  # in a checkpoint with adapters, and beside the tracker
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """Everything of a checkpoint but its tensors.
+    """Everything in a checkpoint except its tensors.
 
     Args:
         config: of the run.
         shape: of the base model.
         position: counters by name (`iteration`, `consumed_samples`, ...).
         adapted_layers: global names of the layers with an adapter, over all ranks; empty for full fine-tuning.
-        base_fingerprint: {file name: digest} of the base's folder; None if it could not be read.
-        schedule: state of megatron-core's learning-rate schedule; None without the optimizer's state.
-        optimizer_steps: updates that each parameter has had, by its key; None without the optimizer's state.
+        base_fingerprint: {file name: digest} of the base model's folder; None if it could not be read.
+        schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
+        optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
         data_digest: of the training data's files; None in older records.
     """
 
@@ -58,20 +57,18 @@ class RunRecord:
     data_digest: str | None = None
 
     def to_json(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        shape = dataclasses.asdict(self.shape)
         plain = {
             "config": config_to_dict(self.config),
-            "shape": {**shape, "linear_biases": sorted(self.shape.linear_biases)},
+            "shape": {**dataclasses.asdict(self.shape), "linear_biases": sorted(self.shape.linear_biases)},
         }
-        return json.dumps({"format_version": FORMAT_VERSION, **fields, **plain}, indent=2) + "\n"
+        return json.dumps({"format_version": FORMAT_VERSION, **vars(self), **plain}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "RunRecord":
         """Raises ConfigurationError (newer format or fields), ValueError, KeyError or TypeError (not a record)."""
         fields = parse_json(text, RECORD)
         if not isinstance(fields, dict) or not isinstance(fields.get("config"), dict):
-            raise ValueError("it holds no record of a run")
+            raise ValueError("not the record of a run")
         version = fields.pop("format_version")
         require(
             version <= FORMAT_VERSION,
@@ -81,18 +78,18 @@ class RunRecord:
         if not position.keys() <= set(COUNTERS) or "iteration" not in position or not _are_counts(position):
             raise ValueError(f"its position is {position}")
         if not (steps is None or _are_counts(steps)):
-            raise ValueError("its optimizer_steps are no counts")
+            raise ValueError("its optimizer_steps are not counts")
         if not isinstance(fields["schedule"], dict | None):
             raise ValueError(f"its schedule is {fields['schedule']}")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
-            raise ValueError("its adapted_layers are no names")
+            raise ValueError("its adapted_layers are not names")
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
         return cls(**fields)
 
     def adapter_config(self) -> str:
-        """The method's numbers and the base, for people and for tools that look for adapters."""
+        """JSON with the method's settings and the base model, for people and for tools that look for adapters."""
         fields = {
             "base_model_name_or_path": self.config.model.pretrained_checkpoint,
             "base_model_fingerprint": self.base_fingerprint,
@@ -103,11 +100,7 @@ class RunRecord:
 
 
 def read_run_record(folder: str | Path) -> RunRecord:
-    """The record of the newest checkpoint in a --save folder (or of a checkpoint given itself).
-
-    Raises:
-        ConfigurationError: there is no checkpoint, or its record cannot be read.
-    """
+    """The record of the newest checkpoint in a --save folder, or of a checkpoint. Raises ConfigurationError."""
     return read_record(find_checkpoint(folder))
 
 
@@ -144,12 +137,12 @@ def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
     )
 
 
-# Whether a checkpoint can be loaded into a run: everything that contradicts, each with both values and the way out.
+# Whether a run may load a checkpoint. Every contradiction is an error with both values and the way out.
 
-# Numbers of a method that may change between a run and its continuation. Target modules are compared layer by layer.
+# Fields of PeftConfig that a resumed run may change. Method and target modules are compared apart.
 FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio", "lora_max_norm_ratio"}
-# Section -> fields that decide which samples come next, or what a step does with them.
-FREE_BUT_TOLD = {
+# Section -> fields that a resumed run may change with a warning: other samples, or other updates.
+CHANGED_WITH_WARNING = {
     "data": ("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "seed"),
     "training": ("global_batch_size", "seed"),
     "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
@@ -168,8 +161,8 @@ SCHEDULE_FLAGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Here:
-    """The run that wants to load."""
+class CurrentRun:
+    """The run that loads a checkpoint. Fields are those of `RunRecord`."""
 
     config: RunConfig
     shape: ModelShape
@@ -179,80 +172,80 @@ class Here:
     data_digest: str | None = None
 
 
-def contradictions(record: RunRecord, here: Here) -> list[str]:
-    """Why the checkpoint's parameters do not belong into this run."""
+def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
+    """Why this run cannot take the checkpoint's parameters."""
     there = record.config.peft.method
-    if there != here.config.peft.method:
+    if there != current.config.peft.method:
         return [
-            f"{_load(here)} was trained with --peft-method {there}, but this run has --peft-method "
-            f"{here.config.peft.method}: give --peft-method {there}, or another --load."
+            f"{_load(current)} was trained with --peft-method {there}, but this run has --peft-method "
+            f"{current.config.peft.method}: give --peft-method {there}, or another --load."
         ]
-    return [*_other_base(record, here), *_other_numbers(record, here), *_other_layers(record, here)]
+    return [*_other_base(record, current), *_other_numbers(record, current), *_other_layers(record, current)]
 
 
-def changes(record: RunRecord, here: Here) -> str:
-    """What a resumed run does otherwise than before, though it may: a sentence for the user, or nothing."""
+def changes(record: RunRecord, current: CurrentRun) -> str:
+    """A warning about permitted changes in a resumed run, or an empty string."""
     changed = [
         f"{flag(name)} {_shown(getattr(now, name))} (before: {_shown(getattr(before, name))})"
-        for section, names in FREE_BUT_TOLD.items()
-        for before, now in [(getattr(record.config, section), getattr(here.config, section))]
+        for section, names in CHANGED_WITH_WARNING.items()
+        for before, now in [(getattr(record.config, section), getattr(current.config, section))]
         for name in names
         if getattr(before, name) != getattr(now, name)
     ]
-    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, here.config)}
-    before, now = record.data_digest, here.data_digest
+    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
+    before, now = record.data_digest, current.data_digest
     if len(paths) == 1 and before and now and before != now:
-        name = "data_path" if here.config.data.data_path else "train_data_path"
-        changed.append(f"other contents of {flag(name)} {_shown(getattr(here.config.data, name))} than before")
-    told = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
-    return f"{_load(here)}: the run goes on with {told}, at the old position." if changed else ""
+        name = "data_path" if current.config.data.data_path else "train_data_path"
+        changed.append(f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before")
+    listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
+    return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
-def optimizer_contradictions(record: RunRecord, here: Here) -> list[str]:
-    """Why the checkpoint's optimizer and schedule cannot go on in this run."""
-    there, now = record.config.optimizer.optimizer, here.config.optimizer.optimizer
+def optimizer_contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
+    """Why this run cannot take the checkpoint's optimizer and schedule."""
+    there, now = record.config.optimizer.optimizer, current.config.optimizer.optimizer
     if record.optimizer_steps is None or record.schedule is None:
-        return [f"{_load(here)} was written with --no-save-optim: give --no-load-optim, or --finetune."]
+        return [f"{_load(current)} was written with --no-save-optim: give --no-load-optim, or --finetune."]
     if there != now:
         return [
-            f"{_load(here)} was trained with --optimizer {there}, but this run has --optimizer {now}: give "
+            f"{_load(current)} was trained with --optimizer {there}, but this run has --optimizer {now}: give "
             f"--optimizer {there}, or start the optimizer afresh with --no-load-optim."
         ]
-    settings = here.config.optimizer
+    settings = current.config.optimizer
     if settings.use_checkpoint_opt_param_scheduler:
-        return _steps_without_a_rate(record.schedule, here)
+        return _steps_without_a_rate(record.schedule, current)
     if settings.override_opt_param_scheduler:
         return []
     changed = [
-        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {here.schedule[name]} here"
+        f"{SCHEDULE_FLAGS[name]}: {record.schedule[name]} there, {current.schedule[name]} here"
         for name in SCHEDULE_FLAGS
-        if record.schedule[name] != here.schedule[name] and name not in unused_schedule_values(here.schedule)
+        if record.schedule[name] != current.schedule[name] and name not in unused_schedule_values(current.schedule)
     ]
     return [
-        f"{_load(here)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
+        f"{_load(current)} was trained with another schedule ({'; '.join(changed)}): give its values, or choose with "
         f"--override-opt-param-scheduler (this run's) or --use-checkpoint-opt-param-scheduler (the checkpoint's)."
     ] * bool(changed)
 
 
-def _steps_without_a_rate(schedule: Mapping[str, Any], here: Here) -> list[str]:
-    """The checkpoint's schedule may have come to its end, at a rate of 0, before this run does."""
-    batch, end = here.config.global_batch_size, schedule["lr_decay_steps"]
-    length = here.schedule["wd_incr_steps"]  # the run's, in samples
+def _steps_without_a_rate(schedule: Mapping[str, Any], current: CurrentRun) -> list[str]:
+    """The checkpoint's schedule may reach a learning rate of 0 before this run ends."""
+    batch, end = current.config.global_batch_size, schedule["lr_decay_steps"]
+    length = current.schedule["wd_incr_steps"]  # the run's, in samples
     if schedule["lr_decay_style"] == "constant" or schedule["min_lr"] > 0 or length <= end:
         return []
     return [
-        f"{_load(here)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, comes to a learning rate of 0 "
-        f"after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
+        f"{_load(current)}: its schedule, which --use-checkpoint-opt-param-scheduler takes, reaches a learning rate "
+        f"of 0 after {end // batch} iterations, but this run has {length // batch}: the steps after that would train "
         f"nothing. Give --override-opt-param-scheduler (this run's schedule), or at most {end // batch} iterations."
     ]
 
 
 def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
-    """Values that a constant rate, or a constant weight decay, never looks at."""
+    """Values that a constant learning rate or constant weight decay ignores."""
     unused = set()
     if schedule["lr_decay_style"] == "constant":
         unused |= {"min_lr", "lr_decay_steps"}
@@ -261,18 +254,18 @@ def unused_schedule_values(schedule: Mapping[str, Any]) -> set[str]:
     return unused
 
 
-def _other_base(record: RunRecord, here: Here) -> Iterator[str]:
-    there, now = record.config.model.pretrained_checkpoint, here.config.model.pretrained_checkpoint
-    differing = differing_base(record, here.shape, here.base_fingerprint)
+def _other_base(record: RunRecord, current: CurrentRun) -> Iterator[str]:
+    there, now = record.config.model.pretrained_checkpoint, current.config.model.pretrained_checkpoint
+    differing = differing_base(record, current.shape, current.base_fingerprint)
     if differing:
         yield (
-            f"{_load(here)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
+            f"{_load(current)} was trained on the base model {there}, but --pretrained-checkpoint {now} is another one "
             f"({', '.join(differing)}): give the base that it was trained on."
         )
 
 
 def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[str, str] | None) -> list[str]:
-    """What tells a base model from the one that a run was trained on: sizes, or else files. Empty if it is the same."""
+    """How a base model differs from the one of the record: in sizes, or else in files. Empty if it is the same."""
     shapes = dataclasses.asdict(record.shape), dataclasses.asdict(shape)
     differing = [
         f"{name} {shapes[0][name]} there, {shapes[1][name]} here"
@@ -285,41 +278,40 @@ def differing_base(record: RunRecord, shape: ModelShape, fingerprint: Mapping[st
     return differing
 
 
-def _other_numbers(record: RunRecord, here: Here) -> Iterator[str]:
-    if not here.config.peft.trains_adapters:
+def _other_numbers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
+    if not current.config.peft.trains_adapters:
         return
-    peft = here.config.peft
+    peft = current.config.peft
     for name in sorted(peft.spec.fields(peft) - FREE_TO_CHANGE):
-        there, now = getattr(record.config.peft, name), getattr(here.config.peft, name)
+        there, now = getattr(record.config.peft, name), getattr(current.config.peft, name)
         if there != now:
             yield (
-                f"{_load(here)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
+                f"{_load(current)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
                 f"give {flag(name)} {there}, or another --load."
             )
 
 
-def _other_layers(record: RunRecord, here: Here) -> Iterator[str]:
-    there, now = set(record.adapted_layers), set(here.adapted_layers)
+def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
+    there, now = set(record.adapted_layers), set(current.adapted_layers)
     if there != now:
         patterns = " ".join(record.config.peft.target_modules)
         yield (
-            f"{_load(here)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run has "
-            f"--peft-target-modules {' '.join(here.config.peft.target_modules)} ({len(now)} layers; the first that "
-            f"differs is {min(there ^ now)}): give --peft-target-modules {patterns}."
+            f"{_load(current)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run "
+            f"has --peft-target-modules {' '.join(current.config.peft.target_modules)} ({len(now)} layers; the first "
+            f"that differs is {min(there ^ now)}): give --peft-target-modules {patterns}."
         )
 
 
-def _load(here: Here) -> str:
-    return f"--load {here.config.checkpoint.load}"
+def _load(current: CurrentRun) -> str:
+    return f"--load {current.config.checkpoint.load}"
 
 
-# A cheap fingerprint of a base model's folder, so that adapters are never put on another base.
-#
-# It reads config.json whole, and of each weight file the size and a few stretches: the start (with safetensors it holds
-# names, types, shapes and offsets), the end, and some between, so that two models of one shape differ as well. Of a run
-# that is a base it takes the checkpoint that its tracker names, with the checksums of its manifest.
+# A cheap fingerprint of a base model's folder, so that adapters are never put on another base: config.json, and of each
+# weight file its size, start (names, types, shapes and offsets in safetensors), end and some samples, which differ
+# between two models of the same shape. If the base is a --save folder, the files are those of its newest checkpoint,
+# with the manifest.
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.distcp")  # the first that matches anything counts
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.distcp")  # the first with a match is taken
 _START_BYTES = 256 * 1024
 _END_BYTES = 64 * 1024
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -327,10 +319,9 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @lru_cache
 def fingerprint(folder: str) -> dict[str, str]:
-    """{file, as named from the folder: digest} of config.json and the weight files. Kept: a run asks at each save.
+    """{path relative to the folder: digest} of config.json and the weight files. Cached, since every save needs it.
 
-    Raises:
-        OSError: the folder or a file cannot be read.
+    Raises OSError if the folder or a file cannot be read.
     """
     root = Path(folder)
     place = megatron_files(root) or root
@@ -342,7 +333,7 @@ def fingerprint(folder: str) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, by name: those of one pattern, or of tensor- and pipeline-parallel ranks."""
+    """The files with weights, sorted: those of one pattern, or of the folders of old Megatron ranks."""
     matches = (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
     ranks = (path for path in sorted(folder.glob("mp_rank_*")) if RANK_FOLDER.fullmatch(path.name))
     of_ranks = [path / name for path in ranks for name in RANK_FILES if (path / name).is_file()]
@@ -350,18 +341,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def sampled_digest(path: Path) -> str:
-    """Of a file's size and some of its bytes, all of them if it is small."""
+    """SHA-256 of a file's size and of some of its bytes (all bytes of a small file)."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        for start, length in _stretches(size):
+        for start, length in _sampled_ranges(size):
             file.seek(start)
             digest.update(file.read(length))
     return digest.hexdigest()
 
 
-def _stretches(size: int) -> Iterator[tuple[int, int]]:
-    """(first byte, number of bytes) of what is read; all of a small file."""
+def _sampled_ranges(size: int) -> Iterator[tuple[int, int]]:
+    """(first byte, number of bytes)"""
     if size <= _START_BYTES + _END_BYTES:
         yield 0, size
         return

@@ -1,13 +1,12 @@
-"""Writing a checkpoint: into a draft, then published at once. An earlier one is never touched before that."""
+"""Save a checkpoint: every rank writes into a draft folder, which is then published atomically."""
 
 import dataclasses
 import datetime
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +29,15 @@ from megatron_peft.checkpoint.folders import (
     write_atomically,
 )
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, fingerprint
-from megatron_peft.checkpoint.state import Resumable, optimizer_steps, optimizer_tensors, random_tensors
-from megatron_peft.checkpoint.tensors import PlannedFiles, Sharded, Written, adapted_layers, parts, sharded_parameters
+from megatron_peft.checkpoint.state import TrainingState, optimizer_steps, optimizer_tensors, random_tensors
+from megatron_peft.checkpoint.tensors import (
+    PlannedFiles,
+    Sharded,
+    Written,
+    adapted_layers,
+    global_slices,
+    sharded_parameters,
+)
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
@@ -40,12 +46,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointNotSaved(ConfigurationError):
-    """A checkpoint could not be written, on any rank. Raised on all; the earlier ones and the run are whole."""
+    """A rank could not write its share of a checkpoint. Raised on all ranks; earlier checkpoints are untouched."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftedCheckpoint:
-    """A checkpoint that is decided on and not yet written."""
+    """A checkpoint that all ranks have planned, ready to be written."""
 
     folder: Path
     draft: Path
@@ -64,13 +70,15 @@ class DraftedCheckpoint:
             The checkpoint, `<save>/iter_0000050`, now the newest.
 
         Raises:
-            CheckpointNotSaved: on every rank; what was there before is untouched, and the draft is gone.
+            CheckpointNotSaved: on every rank. Earlier checkpoints are untouched, and the draft is removed.
         """
-        with _failures_told(self.folder, self.iteration, self.draft):
+        with _as_not_saved(self.folder, self.iteration, self.draft):
+            # All ranks wait here until all files are on disk: what is published is complete.
             own = checked_together(self.files.write, self.group)
             is_first = dist.get_rank() == 0
             by_rank: list[Written] | None = [own] * dist.get_world_size() if is_first else None
             dist.gather_object(own, by_rank, dst=0, group=self.group)
+            # The other ranks wait, so that "saved" means published on every rank.
             from_first_rank(lambda: self._publish(by_rank or []), self.group)
         return iteration_folder(self.folder, self.iteration)
 
@@ -82,6 +90,7 @@ class DraftedCheckpoint:
             (self.draft / ADAPTER_CONFIG).write_text(adapter_config)
         known: dict[str, FileSum] = {name: found for written in by_rank for name, found in written.sums.items()}
         publish(self.draft, self.folder, self.iteration, known)
+        # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
             _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
         num_kept = self.record.config.checkpoint.keep_last_checkpoints
@@ -90,7 +99,6 @@ class DraftedCheckpoint:
 
 
 def _write_beside_checkpoints(path: Path, text: str) -> None:
-    """The checkpoint is published and holds this text itself: without room for a copy it is saved all the same."""
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -98,16 +106,15 @@ def _write_beside_checkpoints(path: Path, text: str) -> None:
 
 
 def draft_checkpoint(
-    state: Resumable, snapshot: bool = False, group: dist.ProcessGroup | None = None
+    state: TrainingState, snapshot: bool = False, group: dist.ProcessGroup | None = None
 ) -> DraftedCheckpoint:
-    """Begin a checkpoint of the state as it is now; `complete` writes it. A collective.
+    """Plan a checkpoint of the current state; `complete` writes it. A collective.
 
-    Adapters only for adapter methods, the whole model for full fine-tuning; with the optimizer, the schedule, the
-    generators and the position.
+    It holds the adapters (for full fine-tuning the whole model), optimizer, schedule, generators and position.
 
     Args:
-        snapshot: copy what is to be saved, so that the run may go on before the files are written.
-        group: all ranks, by which they agree later on; one of its own (gloo) if `complete` runs in a thread.
+        snapshot: copy the state, so that the run may go on before the files are written.
+        group: all ranks; a gloo group for this purpose alone if `complete` runs in a thread.
 
     Raises:
         CheckpointNotSaved: on every rank.
@@ -117,16 +124,16 @@ def draft_checkpoint(
     chunks = [chunk.module for chunk in state.model_chunks]
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
     record = _run_record(state, adapted_layers(chunks), entries)
-    with _failures_told(folder, iteration):
+    with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: start_draft(folder, iteration))
-    with _failures_told(folder, iteration, draft):
+    with _as_not_saved(folder, iteration, draft):
         files = PlannedFiles(_tensors(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
 
 
 @contextmanager
-def _failures_told(folder: Path, iteration: int, draft: Path | None = None) -> Iterator[None]:
-    """Of what all ranks raise together. The draft is removed."""
+def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> Iterator[None]:
+    """Turn an error that all ranks raise into CheckpointNotSaved, and remove the draft."""
     try:
         yield
     except ConfigurationError as error:
@@ -138,9 +145,9 @@ def _failures_told(folder: Path, iteration: int, draft: Path | None = None) -> I
         ) from error
 
 
-def _tensors(state: Resumable, entries: Sequence[Sharded]) -> list[ShardedTensor]:
+def _tensors(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
     settings = state.config.checkpoint
-    tensors = [part for entry in entries for part in parts(entry)]
+    tensors = [tensor for entry in entries for tensor in global_slices(entry)]
     if not settings.no_save_optim:
         tensors += optimizer_tensors(state.optimizer, entries)
     if not settings.no_save_rng:
@@ -148,12 +155,12 @@ def _tensors(state: Resumable, entries: Sequence[Sharded]) -> list[ShardedTensor
     return tensors
 
 
-def _run_record(state: Resumable, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
+def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
     saves_optimizer = not state.config.checkpoint.no_save_optim
     return RunRecord(
         config=state.config,
         shape=state.shape,
-        position=dataclasses.asdict(state.position),  # type: ignore[call-overload]
+        position=dataclasses.asdict(state.position),
         adapted_layers=layers,
         base_fingerprint=base_fingerprint(state.config.model.pretrained_checkpoint),
         schedule=state.schedule.state_dict() if saves_optimizer else None,
@@ -163,7 +170,10 @@ def _run_record(state: Resumable, layers: tuple[str, ...], entries: Sequence[Sha
 
 
 def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
-    """Of the base model, on the first rank; None elsewhere, and where it cannot be read (a lost base loses no run)."""
+    """Fingerprint of the base model on the first rank, None on the others.
+
+    Also None, with a warning, if the base cannot be read any more: a run must not end for that.
+    """
     if dist.get_rank() != 0 or folder is None:
         return None
     try:
@@ -173,31 +183,29 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
         return None
 
 
-# The checkpoints of one run: its lock on the folder, saves at once or in the background, and how each came out.
-#
-# With --async-save a save copies what it needs and the run goes on; a thread of each rank writes the files, agrees with
-# the others through a group of its own, and the first rank publishes. One save is under way at a time.
+# With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads
+# agree through a group of their own, since training uses the others, and rank 0 publishes.
 
-# Ranks may differ by this much in how long they write. One that dies is noticed at once.
+# How much ranks may differ in the time they take to write. A rank that dies is noticed at once.
 _GROUP_TIMEOUT = datetime.timedelta(hours=6)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of a save that is over: the same on all ranks. `error` is None if the checkpoint was published."""
+    """Result of a save, the same on all ranks. `error` is None if the checkpoint was published."""
 
     iteration: int
     error: CheckpointNotSaved | None
 
 
 class Saver:
-    """Takes the --save folder for this run; a context manager that completes a pending save and gives the folder back.
+    """Locks the --save folder and writes the run's checkpoints. On exit it completes a pending save and unlocks.
 
-    Making it and `start` are collectives. Without --save it must not be asked to save.
+    The constructor and `start` are collectives. Without --save, `start` must not be called.
 
     Raises:
-        ConfigurationError: on every rank: another run is saving there, or has saved there and is not the one that
-            goes on, or the folder cannot be written.
+        ConfigurationError: on every rank: another run is saving there; or another run has saved there, and --load does
+            not resume it; or the folder cannot be written.
     """
 
     def __init__(self, settings: CheckpointConfig) -> None:
@@ -206,32 +214,37 @@ class Saver:
         self._executor: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Future[Any]] | None = None
-        if settings.save is not None:
-            from_first_rank(lambda: self._take(settings.load, settings.finetune))
-        if settings.save is not None and settings.async_save:
+        if settings.save is None:
+            return
+        from_first_rank(lambda: self._take(settings.load, settings.finetune))
+        if settings.async_save:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
 
-    def start(self, state: Resumable) -> None:
-        """Save the state as it is now: write it before returning, or copy it and write it in the background.
+    def start(self, state: TrainingState) -> None:
+        """Save the current state: write it before returning or, with --async-save, copy it and write in a thread.
 
-        `finish` tells how it came out, and must have been called for the save before.
+        `finish` returns the outcome. It must have been called for the previous save.
 
         Raises:
             ConfigurationError: on every rank: the folder was moved away, and another run's is in its place.
         """
         assert self._pending is None, "a save is under way"
-        iteration = state.position.iteration
+        save: Future[Any] = Future()
         try:
-            if trouble := from_first_rank(self._trouble_with_the_folder):
-                raise CheckpointNotSaved(trouble)
+            if problem := from_first_rank(self._folder_problem):
+                raise CheckpointNotSaved(problem)
             draft = draft_checkpoint(state, snapshot=self._executor is not None, group=self._group)
-            self._pending = iteration, self._submit(draft.complete)
+            if self._executor is None:
+                save.set_result(draft.complete())
+            else:
+                save = self._executor.submit(draft.complete)
         except CheckpointNotSaved as error:
-            self._pending = iteration, _failed(error)
+            save.set_exception(error)
+        self._pending = state.position.iteration, save
 
     def finish(self, wait: bool = True) -> Outcome | None:
-        """How the save that was started came out; None if there is none, or if it is not over and we do not wait."""
+        """Outcome of the last `start`; None if there was none, or without `wait` if it is still being written."""
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (iteration, save), self._pending = self._pending, None
@@ -253,7 +266,7 @@ class Saver:
         except Exception as failure:
             if error is None:
                 raise
-            logger.error("the pending checkpoint is lost: %s", failure)  # and the run ends with its own error
+            logger.error("the pending checkpoint is lost: %s", failure)  # the run raises its own error
         finally:
             if self._executor is not None:
                 self._executor.shutdown()
@@ -261,11 +274,11 @@ class Saver:
                 self._lock.release()
 
     def hold_folder(self) -> None:
-        """On the first rank: take the folder anew if somebody has moved or removed it; elsewhere nothing.
+        """Make and lock the folder again if somebody has moved or removed it. Does nothing except on the first rank.
 
         Raises:
-            ConfigurationError: by now another run saves there, or has.
-            OSError: it cannot be made again.
+            ConfigurationError: another run saves there by now, or has saved there.
+            OSError: the folder cannot be made.
         """
         before = self._lock
         if before is None or before.is_in_place:
@@ -275,12 +288,12 @@ class Saver:
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"--save {self._folder} was moved or removed during the run, and another run has that folder now: this "
-                f"one ends, and has replaced nothing there. Go on from where its folder is now, with --save and --load."
+                f"one ends, and has replaced nothing there. Resume it from where its folder is now: --save and --load."
             ) from error
         before.release()
 
-    def _trouble_with_the_folder(self) -> str:
-        """What may pass, so that a later save succeeds; the run goes on."""
+    def _folder_problem(self) -> str:
+        """A problem that a later save may not have, so that the run continues; an empty string without one."""
         try:
             self.hold_folder()
         except OSError as error:
@@ -298,16 +311,9 @@ class Saver:
             raise
         self._lock = lock
 
-    def _submit(self, complete: Callable[[], Path]) -> Future[Any]:
-        if self._executor is not None:
-            return self._executor.submit(complete)
-        done: Future[Any] = Future()
-        done.set_result(complete())
-        return done
-
 
 def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
-    """A folder of checkpoints is that of one run: a new one would replace them by its own, and their metrics."""
+    """A --save folder belongs to one run: another run would replace its checkpoints and metrics."""
     loads = Path(load).resolve() if load and not finetune else None
     goes_on = loads is not None and folder.resolve() == (loads.parent if is_checkpoint(loads) else loads)
     newest = newest_checkpoint(folder)
@@ -315,12 +321,6 @@ def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     require(
         goes_on or not found,
         f"--save {folder} holds the checkpoints of a run already (the newest: {found}), which a new run would replace: "
-        f"give another --save; or, to go on with that run, --load {folder}"
+        f"give another --save; or, to resume that run, --load {folder}"
         + (" without --finetune." if finetune and load else "."),
     )
-
-
-def _failed(error: CheckpointNotSaved) -> Future[Any]:
-    failed: Future[Any] = Future()
-    failed.set_exception(error)
-    return failed

@@ -1,10 +1,4 @@
-"""Tensors into and out of a folder in megatron-core's `torch_dist` format, each rank its own parts.
-
-megatron-core describes the parts (`ShardedTensor`) and reads the files. They are written by torch's own writer rather
-than by megatron-core's: it makes no copy of the tensors, starts no processes, and when a rank cannot write, all ranks
-are told, whereas megatron-core's leaves the others waiting if the disk is full when the common file or the metadata
-are due.
-"""
+"""Write and read tensors in megatron-core's `torch_dist` format; each rank handles its own slices."""
 
 import warnings
 from collections import defaultdict
@@ -40,38 +34,33 @@ from megatron_peft.runtime.launch import checked_together
 Sharded = ShardedTensor | ShardedTensorFactory
 
 
-def parts(sharded: Sharded) -> list[ShardedTensor]:
-    """The boxes of the global tensor that a rank's tensor consists of: one, or two for a gated fc1 (gate and up).
-
-    Copies of the descriptions, not of the data: megatron-core writes into those that it is given.
-    """
+def global_slices(sharded: Sharded) -> list[ShardedTensor]:
+    """The slices of the global tensor that a rank holds: one, or two for a gated fc1 (gate and up)."""
     if isinstance(sharded, ShardedTensor):
-        return [replace(sharded)]
+        return [replace(sharded)]  # a copy, because megatron-core modifies the description (not the data)
     built = sharded.build()
     assert isinstance(built, list)
     return built
 
 
 def data_of(sharded: Sharded) -> Tensor:
-    """The rank's tensor that a description describes."""
+    """The tensor behind a description."""
     assert sharded.data is not None
     return sharded.data
 
 
-class _LateWriter(torch_checkpoint.FileSystemWriter):
-    """Lets torch agree with all ranks on who writes what; the writing itself happens when it is asked for.
-
-    One thread: torch's writer loses what its further threads raise, and would leave out what they have not written.
-    """
+class _DeferredWriter(torch_checkpoint.FileSystemWriter):
+    """Separates torch's planning, a collective, from writing the files, which may happen in a thread."""
 
     def __init__(self, folder: Path) -> None:
+        # One thread: torch's writer drops exceptions of the others, and the tensors that they have not written.
         super().__init__(folder, thread_count=1, sync_files=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         self._plan, self._planner = plan, planner
-        nothing_yet: Future[list[WriteResult]] = Future()
-        nothing_yet.set_result([])
-        return nothing_yet
+        nothing_written: Future[list[WriteResult]] = Future()
+        nothing_written.set_result([])
+        return nothing_written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._metadata = metadata
@@ -84,52 +73,50 @@ class _LateWriter(torch_checkpoint.FileSystemWriter):
 
 
 class Written(NamedTuple):
-    """What a rank has written: where each tensor lies, and the sums of its files by name."""
+    """What a rank has written: the place of each tensor, and size and checksum of each file, by name."""
 
     results: list[WriteResult]
     sums: dict[str, FileSum]
 
 
 class PlannedFiles:
-    """Every rank's tensors on their way into a folder; of replicas the first one.
+    """A write that all ranks have planned. Of replicated tensors only the first copy is written.
 
-    Making it is a collective; `write` and `finish` are not, and may run in a thread.
+    The constructor is a collective; `write` and `finish` are not, and may run in a thread.
+
+    torch's writer, not megatron-core's: it makes no copies, starts no processes, and reports a failed rank to all,
+    where megatron-core's leaves the other ranks waiting if the disk fills up during the common file or the metadata.
 
     Args:
         tensors: of this rank.
         folder: empty, the same on all ranks.
-        snapshot: copy the tensors to the CPU's memory now, so that training may change them before they are written.
+        snapshot: copy the tensors to CPU memory now, so that training may change them before they are written.
 
     Raises:
-        ConfigurationError: on every rank, when they could not agree.
+        ConfigurationError: on every rank, if planning failed on any.
     """
 
     def __init__(self, tensors: Iterable[ShardedTensor], folder: Path, snapshot: bool = False) -> None:
         own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
-        by_key: dict[str, list[ShardedBase]] = defaultdict(list)
-        for tensor in checked_together(lambda: _copies(own) if snapshot else own):
-            by_key[tensor.key].append(tensor)
+        own = checked_together(lambda: _copies(own) if snapshot else own)
         self.folder = folder
-        self._writer = _LateWriter(folder)
+        self._writer = _DeferredWriter(folder)
         planner = MCoreSavePlanner(flatten_state_dict=False)
-        with _failures_named(f"{folder} could not be written"):
-            torch_checkpoint.save(mcore_to_pyt_state_dict(by_key), storage_writer=self._writer, planner=planner)
+        with _library_errors(f"{folder} could not be written"):
+            torch_checkpoint.save(mcore_to_pyt_state_dict(_by_key(own)), storage_writer=self._writer, planner=planner)
 
     def write(self) -> Written:
-        """This rank's files, on the disk when it returns. Raises ConfigurationError if they could not be written."""
-        with _write_errors_named(self.folder):
+        """Write this rank's files and sync them to disk. Raises ConfigurationError if that fails."""
+        with _write_errors(self.folder):
             results = self._writer.write_now()
             names = {result.storage_data.relative_path for result in results}
             return Written(results, {name: measure(self.folder / name) for name in names})
 
     def finish(self, written: Iterable[Written]) -> None:
-        """The files that all share; for the first rank, with what every rank has written.
-
-        megatron-core's common file holds nothing: ours is the run's record.
-        """
-        with _write_errors_named(self.folder):
+        """Write the files common to all ranks; for the first rank, from what every rank has written."""
+        with _write_errors(self.folder):
             self._writer.finish_now([one.results for one in written])
-            torch.save({}, self.folder / "common.pt")
+            torch.save({}, self.folder / "common.pt")  # megatron-core expects it; we keep such values in the run record
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
 
 
@@ -140,8 +127,15 @@ def _copies(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
         raise ConfigurationError(f"no copy could be made to save in the background: {error}") from error
 
 
+def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedBase]]:
+    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
+    for tensor in tensors:
+        by_key[tensor.key].append(tensor)
+    return by_key
+
+
 class _CheckedReader(torch_checkpoint.FileSystemReader):
-    """Reads by the index that was checked. torch's and megatron-core's own readers unpickle the file a second time."""
+    """Reads by an index that was checked; torch's and megatron-core's readers would unpickle the file again."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -158,17 +152,14 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
         ConfigurationError: on every rank, when a file is missing or damaged, or the index would run code.
     """
     index = checked_together(lambda: read_metadata(folder))
-    wanted = [replace(tensor) for tensor in tensors]  # megatron-core writes into those that it is given
-    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
-    for tensor in wanted:
-        by_key[tensor.key].append(tensor)
+    wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
     planner = MCoreLoadPlanner(
         shapes_validation_sharded_tensors=[tensor for tensor in wanted if not tensor.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={tensor.key: tensor for tensor in wanted if tensor.allow_shape_mismatch},
     )
-    with _failures_named(f"{folder} is damaged"), torch.no_grad():
+    with _library_errors(f"{folder} is damaged"), torch.no_grad():
         torch_checkpoint.load(
-            mcore_to_pyt_state_dict(by_key, is_loading=True),
+            mcore_to_pyt_state_dict(_by_key(wanted), is_loading=True),
             storage_reader=_CheckedReader(folder, index),
             planner=planner,
         )
@@ -181,19 +172,19 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _write_errors_named(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever the cause
         raise ConfigurationError(f"{folder} could not be written: {error}") from error
 
 
 @contextmanager
-def _failures_named(what: str) -> Iterator[None]:
-    """Turn what the two libraries raise on all ranks into ConfigurationError with the first cause."""
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn errors that torch and megatron-core raise on all ranks into ConfigurationError with the first cause."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls a name that torch has renamed
+            warnings.simplefilter("ignore", FutureWarning)  # megatron-core uses a name that torch has deprecated
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
@@ -202,45 +193,34 @@ def _failures_named(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what}: {error}") from error
 
 
-# Keys of the tensors in a checkpoint. Nothing here knows torch: tools look at keys without a model.
+# Every key is the same at any layout, with global layer numbers: `decoder.layers.3.mlp.linear_fc1.adapter.A`. Under
+# --bf16 a parameter has a second tensor, its float32 copy `optimizer.master.<key>`, which a float32 run reads instead.
 
 NOT_PARAMETERS = ("optimizer.", "rng.")
 ADAPTER = ".adapter."
+_NUM_NAMED_KEYS = 3  # in an error
 
 
 def master_key(key: str) -> str:
-    """Key of the float32 copy that bf16 training keeps of a parameter."""
+    """Key of the float32 copy of a bf16 parameter."""
     return f"optimizer.master.{key}"
 
 
-# The parameters that a checkpoint holds, under Megatron's keys with global layer numbers.
-#
-# Every key is the same at any layout: `decoder.layers.3.mlp.linear_fc1.adapter.A`. A parameter that bf16 training keeps
-# in float32 as well has a second tensor, `optimizer.master.<key>`; a run in float32 reads that one.
-
-_NAMED_KEYS = 3
-
-
 def sharded_parameters(model_chunks: Sequence[nn.Module], only_adapters: bool) -> list[Sharded]:
-    """This rank's parameters (and buffers of adapters) as parts of global tensors. Their `data` are the parameters.
+    """This rank's parameters (and buffers of adapters) as slices of global tensors. Their `data` are the parameters.
 
     Args:
         model_chunks: bare, not wrapped in DistributedDataParallel.
         only_adapters: leave the base model out.
     """
     metadata = {
-        "non_homogeneous_layers": True,  # a key for each layer, so that some layers only may have an adapter
+        "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    entries = (entry for chunk in model_chunks for entry in _entries(chunk, metadata))
-    return [entry for entry in entries if ADAPTER in entry.key or not only_adapters]
-
-
-def _entries(chunk: nn.Module, metadata: Mapping[str, Any]) -> Iterator[Sharded]:
-    """Tensors only: megatron-core also lists objects (the state of FP8 layers), which are empty here."""
-    for entry in chunk.sharded_state_dict(metadata=metadata).values():  # type: ignore[operator]
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            yield entry
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in model_chunks]  # type: ignore[operator]
+    entries = (entry for state in states for entry in state.values())
+    tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))  # no FP8 objects
+    return [tensor for tensor in tensors if ADAPTER in tensor.key or not only_adapters]
 
 
 def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
@@ -250,24 +230,25 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> None:
-    """Fill the parameters in place, or change nothing. A collective.
+    """Fill the parameters in place. A collective.
 
     Args:
-        entries: what `sharded_parameters` gave.
+        entries: from `sharded_parameters`.
         checkpoint: an iteration's folder.
 
     Raises:
-        ConfigurationError: on every rank, if the checkpoint holds other parameters or other shapes, or is damaged.
+        ConfigurationError: on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
+            then), or is damaged.
     """
     stored = checked_together(lambda: stored_shapes(checkpoint))
     keys = all_names([entry.key for entry in entries])
     checked_together(lambda: _check_parameters(entries, keys, stored, checkpoint))
     sources = (_stored_source(entry, stored) for entry in entries)
-    read_tensors([part for source in sources for part in parts(source)], checkpoint)
+    read_tensors([tensor for source in sources for tensor in global_slices(source)], checkpoint)
 
 
 def _stored_source(entry: Sharded, stored: Mapping[str, Any]) -> Sharded:
-    """The parameter's own tensor, or its float32 copy where the parameter has room for it."""
+    """The stored float32 copy for a float32 parameter, otherwise the parameter's own tensor."""
     key = master_key(entry.key)
     return replace(entry, key=key) if data_of(entry).dtype == torch.float32 and key in stored else entry
 
@@ -276,15 +257,15 @@ def _check_parameters(
     entries: Sequence[Sharded], keys: Sequence[str], stored: Mapping[str, tuple[int, ...]], checkpoint: Path
 ) -> None:
     trained = {key for key in stored if not key.startswith(NOT_PARAMETERS)}
-    missing, left = sorted(set(keys) - trained), sorted(trained - set(keys))
+    missing, extra = sorted(set(keys) - trained), sorted(trained - set(keys))
     require(not missing, f"{checkpoint} lacks {len(missing)} parameters of this run: {_some(missing)}.")
-    require(not left, f"{checkpoint} holds {len(left)} parameters that this run does not have: {_some(left)}.")
-    for part in (part for entry in entries for part in parts(entry)):
+    require(not extra, f"{checkpoint} holds {len(extra)} parameters that this run does not have: {_some(extra)}.")
+    for tensor in (tensor for entry in entries for tensor in global_slices(entry)):
         require(
-            part.allow_shape_mismatch or tuple(part.global_shape) == stored[part.key],
-            f"{part.key} is {list(stored[part.key])} in {checkpoint}, but {list(part.global_shape)} in this run.",
+            tensor.allow_shape_mismatch or tuple(tensor.global_shape) == stored[tensor.key],
+            f"{tensor.key} is {list(stored[tensor.key])} in {checkpoint}, but {list(tensor.global_shape)} in this run.",
         )
 
 
 def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:_NAMED_KEYS]) + (", ..." if len(keys) > _NAMED_KEYS else "")
+    return ", ".join(keys[:_NUM_NAMED_KEYS]) + (", ..." if len(keys) > _NUM_NAMED_KEYS else "")

@@ -15,7 +15,7 @@ from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.checkpoint.load import load_trained_parameters
 from megatron_peft.checkpoint.record import (
-    Here,
+    CurrentRun,
     RunRecord,
     contradictions,
     find_checkpoint,
@@ -137,12 +137,12 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
 def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
     load = config.checkpoint.load
     assert load is not None
-    here = Here(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
+    here = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
     checked_together(lambda: _refuse_another(here, load))
     return load_trained_parameters(chunks, load)
 
 
-def _refuse_another(here: Here, load: str) -> None:
+def _refuse_another(here: CurrentRun, load: str) -> None:
     """The first rank speaks for all: it alone has read the base model's files."""
     if dist.get_rank() == 0:
         problems = contradictions(read_record(find_checkpoint(load)), here)

@@ -83,8 +83,8 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
     master = getattr(parameter, "main_param", None)
     if master is None:
         return
-    stretch = shards.stretch(parameter)
-    shrink(master.view(-1), None if start is None else start.view(-1)[stretch], t)
+    shard = shards.shard(parameter)
+    shrink(master.view(-1), None if start is None else start.view(-1)[shard], t)
     if not shards.is_sharded:
         parameter.copy_(master.view_as(parameter))
 

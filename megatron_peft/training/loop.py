@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.save import Outcome
+from megatron_peft.checkpoint.save import Outcome, Saver
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.after_step import mixtures
@@ -31,16 +31,16 @@ SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class ExitSignals:
-    """Remembers whether one of the signals came; a context manager that gives the old handlers back.
+    """Records whether one of the signals arrived; a context manager that restores the old handlers.
 
     Args:
-        enabled: --exit-signal-handler. Without it the signals keep their meaning.
-        speaks: whether this process says so at the terminal.
+        enabled: --exit-signal-handler. Without it signals act as usual.
+        prints: whether this process confirms a signal at the terminal.
     """
 
-    def __init__(self, enabled: bool, speaks: bool = False) -> None:
+    def __init__(self, enabled: bool, prints: bool = False) -> None:
         self.received = False
-        self._speaks = speaks
+        self._prints = prints
         self._signals = SAVE_AND_EXIT if enabled else ()
 
     def __enter__(self) -> "ExitSignals":
@@ -52,23 +52,13 @@ class ExitSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._speaks and not self.received:
-            # Not print: the signal may have come while the stream was being written.
+        if self._prints and not self.received:
+            # Not `print`: the signal may have interrupted a write to the same stream.
             os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
         self.received = True
 
 
 Record = dict[str, Any]
-
-
-class Saves(Protocol):
-    """What the loop asks of `checkpoint.save.Saver`."""
-
-    def start(self, state: TrainingState) -> None: ...
-
-    def finish(self, wait: bool = True) -> Outcome | None: ...
-
-    def hold_folder(self) -> None: ...
 
 
 @dataclass
@@ -87,7 +77,7 @@ class _Interval:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside does not count."""
+        """Exclude the time spent inside."""
         began_at = time.perf_counter()
         yield
         self.started_at += time.perf_counter() - began_at
@@ -101,42 +91,36 @@ class _Interval:
         }
 
 
-def train(state: TrainingState, data: Data, saver: Saves) -> str:
-    """Train from `state.position` to the end of the run, or until it is asked to stop.
+def train(state: TrainingState, data: Data, saver: Saver) -> str:
+    """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
     Args:
         state: updated in place.
         data: training steps (set to the state's position) and validation steps.
-        saver: writes checkpoints; asked to every --save-interval and at the end if --save is given.
+        saver: writes a checkpoint every --save-interval and at the end, if --save is given.
 
     Returns:
         Why it ended, a sentence for the terminal.
 
     Raises:
-        CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Others are told of and left out.
+        CheckpointNotSaved: on every rank, if the last checkpoint could not be written. Earlier failures only warn.
         ConfigurationError: on every rank, at a save: --save was moved away, and another run has that folder now.
     """
     config, position = state.config, state.position
     is_writer = dist.get_rank() == 0
     writer = MetricsWriter(
-        config.checkpoint.save,
-        config.logging,
-        is_writer,
-        position.iteration,
-        config_to_dict(config),
-        saver.hold_folder,
+        config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
-        run = _Run(state, data, saver, writer, progress, signals)
-        return run.to_the_end()
+        return _Run(state, data, saver, writer, progress, signals).to_the_end()
 
 
 @dataclass
 class _Run:
     state: TrainingState
     data: Data
-    saver: Saves
+    saver: Saver
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
@@ -149,12 +133,13 @@ class _Run:
         position = self.state.position
         self.saved_iteration = position.iteration
         steps = iter(self.data.train)
-        reason = "nothing to do: the run had ended before"
+        reason = "nothing to do: the run is already complete"
         while position.iteration < self.data.train_iters:
             reason = self._one_iteration(next(steps))
             if reason:
                 break
         steps.close()  # type: ignore[attr-defined]
+        # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             loss = validation_loss(self.state.model_chunks, self.data.test)
@@ -162,9 +147,12 @@ class _Run:
         return reason or f"trained {position.iteration} iterations"
 
     def _one_iteration(self, microbatches: list) -> str:
-        """Train one step and do what is due after it. Returns why the run should end now, or nothing."""
+        """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
         config, position = self.state.config, self.state.position
+        # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         report = train_step(self.state, microbatches, stop=self._wants_to_stop())
+        # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
+        # all ranks; `whole_parameters` waits for parameters that are still being gathered.
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
@@ -175,7 +163,7 @@ class _Run:
         self.progress.advance(position.iteration)
         reason = self._reason_to_end(report)
         self._log_and_validate(report, ends=bool(reason))
-        self._tell(self.saver.finish(wait=False))
+        self._report_save(self.saver.finish(wait=False))  # a background save that has ended since
         if _due(position.iteration, config.checkpoint.save_interval):
             self._save()
         return reason
@@ -194,11 +182,11 @@ class _Run:
         return self.signals.received or (limit is not None and minutes > limit)
 
     def _log_and_validate(self, report: StepReport, ends: bool) -> None:
-        """`ends`: the run stops here, before its end. The record is written; what is lost by not validating is little
-        beside a run that is killed before it has saved."""
-        iteration, is_last = self.state.position.iteration, self.state.position.iteration == self.data.train_iters
-        validates = self.data.valid is not None and (_due(iteration, self._eval_interval()) or is_last)
-        if not (_due(iteration, self.state.config.logging.log_interval) or validates or is_last or ends):
+        config, iteration = self.state.config, self.state.position.iteration
+        is_last = iteration == self.data.train_iters
+        validates = self.data.valid is not None and (_due(iteration, config.training.eval_interval) or is_last)
+        # A run that stops early (`ends`) logs, but validates only if that is due: it may be killed before it has saved.
+        if not (_due(iteration, config.logging.log_interval) or validates or is_last or ends):
             return
         record = self._record(report)
         if validates:
@@ -208,7 +196,7 @@ class _Run:
             record.update(self._orthogonality())
         self.writer.write(record)
         self.progress.update(record)
-        self.interval = _Interval()
+        self.interval = _Interval()  # a new one, so that validation does not count as time of a step
 
     def _orthogonality(self) -> Record:
         with whole_parameters(self.state.model_chunks):
@@ -223,16 +211,13 @@ class _Run:
         return {"orthogonality_error": error}
 
     def _check_gradients(self, report: StepReport) -> None:
-        """After the first step: an adapter that something has cut off would keep its start, and nobody would see it."""
+        """Warn after the first step about adapters without a gradient, which would silently never train."""
         lost = layers_without_gradient(self.state) if report.num_tokens else []
         if lost:
             self.progress.message(
                 f"WARNING: {len(lost)} adapted layers have no gradient after the first step ({', '.join(lost[:4])}"
                 f"{', ...' if lost[4:] else ''}): they will not be trained."
             )
-
-    def _eval_interval(self) -> int | None:
-        return self.state.config.training.eval_interval
 
     def _record(self, report: StepReport) -> Record:
         position, (memory, peak) = self.state.position, memory_bytes()
@@ -258,19 +243,19 @@ class _Run:
         }
 
     def _save(self) -> None:
-        """Start a checkpoint. The time it takes is not that of a step."""
+        """Start a checkpoint; its time does not count as time of a step."""
         with self.interval.paused():
-            self._tell(self.saver.finish())
+            self._report_save(self.saver.finish())  # one save at a time: wait for the one before
             self._start_saving()
-            self._tell(self.saver.finish(wait=False))
+            self._report_save(self.saver.finish(wait=False))
 
     def _start_saving(self) -> None:
         with whole_parameters(self.state.model_chunks):
             self.saver.start(self.state)
 
     def _save_the_end(self) -> None:
-        """Wait for the pending save; write the last checkpoint, unless it is there. A failed one is tried again."""
-        self._tell(self.saver.finish())
+        """Wait for the pending save, then write the last checkpoint unless it exists (a failed save is tried again)."""
+        self._report_save(self.saver.finish())
         if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
             return
         self._start_saving()
@@ -278,13 +263,13 @@ class _Run:
         assert outcome is not None
         if outcome.error is not None:
             raise outcome.error
-        self._tell(outcome)
+        self._report_save(outcome)
 
-    def _tell(self, outcome: Outcome | None) -> None:
+    def _report_save(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
         if outcome.error is not None:
-            self.progress.message(f"WARNING: {outcome.error} Training goes on without it.")
+            self.progress.message(f"WARNING: {outcome.error} Training continues without it.")
             return
         self.saved_iteration = outcome.iteration
         self.progress.message(f"saved iteration {outcome.iteration} in {self.state.config.checkpoint.save}")

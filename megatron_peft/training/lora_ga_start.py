@@ -1,9 +1,8 @@
-"""LoRA-GA's start within a run: which batches it sees, and how far it is."""
+"""LoRA-GA's initialization within a run: its batches, progress bar and report."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +19,70 @@ from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.runtime.launch import checked_together, seed_generators
 from megatron_peft.training.step import finish_with, run_schedule
-from megatron_peft.training.terminal import say
+from megatron_peft.training.terminal import print_rank_0
 
 START_FILE = "lora_ga_start.json"
+NUM_PASSES = 2
 
 
-@dataclass(frozen=True)
-class WholeStart:
-    """Of the whole model.
+def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], path: Path | None) -> str:
+    """Mean, lowest and highest energy of each kind of layer, for the terminal.
 
     Args:
-        peft: of the run.
         seconds: wall time of the start.
-        energy: part of the gradient's squared norm in its r leading directions, by global name of the layer.
+        energy: share of the gradient's squared norm in its r leading directions, by global name of the layer.
+        path: the file with each layer's number, if it was written.
     """
-
-    peft: PeftConfig
-    seconds: float
-    energy: Mapping[str, float]
-
-
-def start_table(start: WholeStart, path: Path | None) -> str:
-    """Mean, lowest and highest energy of each kind of layer.
-
-    Args:
-        path: where each layer's number is, if it was written.
-    """
-    kinds = sorted({_kind(name) for name in start.energy})
     lines = [
-        f"LoRA-GA start ({start.peft.lora_ga_init}) took {start.seconds:.1f} s; part of the gradient's squared norm in "
-        f"rank {start.peft.lora_rank}:",
-        *(_line(kind, {n: v for n, v in start.energy.items() if _kind(n) == kind}) for kind in kinds),
-        *([f"  each layer's: {path}"] if path else []),
+        f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; part of the gradient's squared norm in rank "
+        f"{peft.lora_rank}:"
     ]
+    for kind in sorted({name.rpartition(".")[2] for name in energy}):
+        values = {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}
+        lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        lines.append(
+            f"  {kind:<12} {len(values):4d} layers   mean {sum(values.values()) / len(values):.3f}   lowest "
+            f"{values[lowest]:.3f} (layer {lowest})   highest {values[highest]:.3f} (layer {highest})"
+        )
+    if path is not None:
+        lines.append(f"  each layer: {path}")
     return "\n".join(lines)
 
 
-def write_start(start: WholeStart, save: str | None) -> Path | None:
-    """Write START_FILE beside metrics.jsonl. Returns its path; None without --save or where it cannot be written."""
+def write_start(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> Path | None:
+    """Write START_FILE beside metrics.jsonl. Returns its path, or None without --save or if it cannot be written."""
     if save is None:
         return None
     path = Path(save) / START_FILE
     record = {
-        "lora_ga_init": start.peft.lora_ga_init,
-        "lora_ga_batches": start.peft.lora_ga_batches,
-        "lora_rank": start.peft.lora_rank,
-        "seconds": start.seconds,
-        "energy": {name: start.energy[name] for name in sorted(start.energy, key=_place)},
+        "lora_ga_init": peft.lora_ga_init,
+        "lora_ga_batches": peft.lora_ga_batches,
+        "lora_rank": peft.lora_rank,
+        "seconds": seconds,
+        "energy": {name: energy[name] for name in sorted(energy, key=lambda name: (_layer(name), name))},
     }
     try:
         write_atomically(path, json.dumps(record, indent=2) + "\n")
-    except OSError:  # a full disk: the run's first checkpoint says so
+    except OSError:  # a full disk: the run's first checkpoint will report it
         return None
     return path
-
-
-def _line(kind: str, energy: Mapping[str, float]) -> str:
-    lowest, highest = min(energy, key=energy.__getitem__), max(energy, key=energy.__getitem__)
-    mean = sum(energy.values()) / len(energy)
-    return (
-        f"  {kind:<12} {len(energy):4d} layers   mean {mean:.3f}   lowest {energy[lowest]:.3f} (layer "
-        f"{_layer(lowest)})   highest {energy[highest]:.3f} (layer {_layer(highest)})"
-    )
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _layer(name: str) -> int:
     return int(name.split(".")[2])
 
 
-def _place(name: str) -> tuple[int, str]:
-    return _layer(name), name
-
-
-NUM_PASSES = 2
-
-
 def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
-    """The first --lora-ga-batches global batches of the run, for its start; the run then begins with them again.
-
-    None for other methods, and none on resume: the factors come from the checkpoint.
+    """The run's first --lora-ga-batches global batches, which it will also train on; empty for other methods.
 
     Raises:
         ConfigurationError: on every rank: the training data has fewer samples.
     """
-    if not config.peft.spec.starts_from_gradients or checked_together(lambda: _resumes(config)):
+    if not config.peft.spec.starts_from_gradients:
         return ()
+    folder = config.checkpoint.load
+    if checked_together(lambda: folder is not None and newest_checkpoint(Path(folder)) is not None):
+        return ()  # a resumed run takes the factors from its checkpoint
     size, wanted = config.global_batch_size, config.peft.lora_ga_batches
     most = train.samples_per_epoch // size
     require(
@@ -120,10 +94,7 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
 
 
 def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
-    """Start the low-rank factors from the gradient over `steps`, and say what it found. A collective.
-
-    The generators of dropout are where they were before it: both passes drop the same, and so does the run's first
-    step, as without a start.
+    """Initialize the low-rank factors from the gradient over `steps`, and report it. A collective.
 
     Args:
         model_chunks: bare, with adapters attached and the base loaded.
@@ -134,9 +105,10 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     with _progress(len(steps)) as advance:
 
         def replay() -> None:
+            # The same dropout in both passes, so that they see one gradient.
             number = next(passes)
             seed_generators(config.training.seed)
-            finish_with(model_chunks, None)
+            finish_with(model_chunks, None)  # no sums of gradients: the sketches are summed instead
             for microbatches in steps:
                 run_schedule(model_chunks, microbatches, forward_only=False)
                 advance(number)
@@ -151,10 +123,13 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
             tensor_parallel,
             data_parallel,
         )
-    seed_generators(config.training.seed)
-    whole = WholeStart(config.peft, report.seconds, _gathered(report.energy))
-    path = write_start(whole, config.checkpoint.save) if dist.get_rank() == 0 else None
-    say(start_table(whole, path))
+    seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
+    by_rank: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, report.energy)
+    energy = {name: value for found in by_rank for name, value in found.items()}
+    if dist.get_rank() == 0:
+        path = write_start(config.peft, report.seconds, energy, config.checkpoint.save)
+        print_rank_0(start_table(config.peft, report.seconds, energy, path))
 
 
 def _num_loss_tokens(steps: Sequence[Step], data_parallel: dist.ProcessGroup) -> int:
@@ -165,16 +140,9 @@ def _num_loss_tokens(steps: Sequence[Step], data_parallel: dist.ProcessGroup) ->
     return int(total)
 
 
-def _gathered(energy: dict[str, float]) -> dict[str, float]:
-    """By layer of the whole model."""
-    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, energy)
-    return {name: value for part in gathered for name, value in part.items()}
-
-
 @contextmanager
 def _progress(num_batches: int) -> Iterator[Callable[[int], None]]:
-    """A bar over the batches of all passes at a terminal, else a line a pass; what it yields is told the pass."""
+    """A bar over all batches at a terminal, else a line per pass. Yields a function to call with the pass's number."""
     console = Console()
     bar = Progress(console=console, transient=True, disable=not (console.is_terminal and dist.get_rank() == 0))
     task = bar.add_task("LoRA-GA start", total=NUM_PASSES * num_batches)
@@ -185,12 +153,7 @@ def _progress(num_batches: int) -> Iterator[Callable[[int], None]]:
         done += 1
         bar.update(task, completed=done, description=f"LoRA-GA start, pass {number} of {NUM_PASSES}")
         if bar.disable and done == number * num_batches:
-            say(f"LoRA-GA start: pass {number} of {NUM_PASSES} over {num_batches} batches done")
+            print_rank_0(f"LoRA-GA start: pass {number} of {NUM_PASSES} over {num_batches} batches done")
 
     with bar:
         yield advance
-
-
-def _resumes(config: RunConfig) -> bool:
-    folder = config.checkpoint.load
-    return folder is not None and newest_checkpoint(Path(folder)) is not None

@@ -1,9 +1,7 @@
-"""The record of a run: `metrics.jsonl` under --save, TensorBoard and Weights & Biases.
+"""Metrics of a run: `metrics.jsonl` under --save, TensorBoard and Weights & Biases.
 
-One JSON object a log line. Fields (design: "Files under --save"): iteration, epoch (a fraction), consumed_samples,
-consumed_tokens, loss, learning_rate, grad_norm, step_seconds, tokens_per_second, memory_bytes, peak_memory_bytes, and
-validation_loss where it was measured. The Hybrid's lambda of each layer goes to `lambda.jsonl`, one object a log line:
-{"iteration": N, "lambda": {"decoder.layers.0.self_attention.linear_qkv": 0.41, ...}}.
+One JSON object per log interval, with the fields that `training.loop` records. The Hybrid's lambda of each layer is in
+`lambda.jsonl`: {"iteration": N, "lambda": {"decoder.layers.0.self_attention.linear_qkv": 0.41, ...}}.
 """
 
 import json
@@ -13,9 +11,9 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, LoggingConfig
@@ -27,21 +25,20 @@ METRICS_FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
 
 
-class MetricsWriter:
-    """Appends one record a log line to every place that the run writes to. All methods do nothing off the writer.
+class MetricsWriter(AbstractContextManager):
+    """Writes one record per log interval to `metrics.jsonl`, TensorBoard and Weights & Biases.
 
     Args:
         save_dir: the folder of `metrics.jsonl`; None writes no file.
         logging: --tensorboard-dir and --wandb-*.
-        is_writer: whether this rank writes (one rank of the run does).
-        resumed_iteration: the last iteration that the run keeps. Records after it are removed, so that the
-            iterations that are trained again do not appear twice; 0 starts the file anew, and an earlier one is kept
-            as `metrics.1.jsonl` and so on.
-        run_settings: the run's configuration, shown by Weights & Biases.
-        hold_folder: `Saver.hold_folder`, called before a file is begun there.
+        is_writer: whether this rank writes (one rank does); if not, all methods do nothing.
+        resumed_iteration: records after this iteration are removed, since it will be trained again. 0 starts a new
+            file, and an existing one is kept as `metrics.1.jsonl` and so on.
+        run_settings: the run's configuration, for Weights & Biases.
+        hold_folder: `Saver.hold_folder`, called before a file is made.
 
     Raises:
-        ConfigurationError: --save cannot be written, or wandb is asked for and not installed.
+        ConfigurationError: --save cannot be written, or wandb is not installed.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class MetricsWriter:
             self._wandb = _open_wandb(logging, save_dir, run_settings)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write `record` (it has `iteration`; values are numbers or mappings of numbers) and flush it."""
+        """Write a record: `iteration`, and numbers or mappings of numbers."""
         if self._file is not None:
             self._file.append(json.dumps(finite(record)))
         scalars = dict(_scalars(record))
@@ -83,7 +80,7 @@ class MetricsWriter:
             self._wandb.log(scalars, step=iteration)
 
     def write_layers(self, iteration: int, name: str, by_layer: Mapping[str, float]) -> None:
-        """Write a number of each layer to `{name}.jsonl` and, one curve a layer, to TensorBoard."""
+        """Write a number per layer to `{name}.jsonl` and, as one curve per layer, to TensorBoard."""
         if self._folder is not None:
             path = self._folder / f"{name}.jsonl"
             self._layers_file = self._layers_file or _open_metrics(path, self._resumed_iteration, self._hold_folder)
@@ -93,7 +90,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(f"{name}_by_layer/{layer}", value, iteration)
 
     def close(self) -> None:
-        """Close what is open. Calling it twice is harmless."""
+        """Close all files and loggers. May be called twice."""
         for file in (self._file, self._layers_file):
             if file is not None:
                 file.close()
@@ -103,17 +100,12 @@ class MetricsWriter:
             self._wandb.finish()
         self._file = self._layers_file = self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; a last line torn by a kill is left out.
+    """The records of a `metrics.jsonl`, in order, without a last line torn by a kill.
 
     Raises ConfigurationError, with file and line number, for any other line that is not a record.
     """
@@ -121,26 +113,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """One at a time: lambda by layer of a long run takes gigabytes."""
     require_regular(path)
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # line by line: the lambdas of a long run take gigabytes
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
             try:
                 record = parse_json(line, f"{path}, line {number}")
                 record["iteration"]
             except (ConfigurationError, TypeError, KeyError) as error:
                 if not line.endswith(b"\n") and len(line) < MAX_BYTES:
-                    return  # the last one: its write was cut short
+                    return  # the last line: its write was cut short
                 raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
             yield line, record
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(memory now, its high-water mark) of this process, in bytes.
-
-    On CUDA what torch's allocator holds; on a CPU the resident set.
-    """
-    import torch  # here, so that a file of metrics can be read without it
+    """(current, peak) memory of this process in bytes: of torch's allocator on CUDA, resident set size on a CPU."""
+    import torch  # not at the top: `read_metrics` works without torch
 
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
@@ -149,34 +137,33 @@ def memory_bytes() -> tuple[int, int]:
         resident, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
         return resident, peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak  # no /proc: the high-water mark is all that the system tells
+    return peak, peak  # without /proc only the peak is known
 
 
 class _Lines:
-    """A file that grows by whole lines. On a full disk lines are left out, and that is said: no run ends for them.
+    """A file that grows by whole lines. A full disk loses lines, with a warning, but never ends the run.
 
-    If somebody moves or removes the file, that is said too, and the next line begins a new one in its place, unless
-    another run has the folder by then.
+    If somebody moves or removes the file, the next line goes to a new one, unless another run has the folder by then.
     """
 
     def __init__(self, path: Path, hold_folder: Callable[[], None]) -> None:
         self._path = path
         self._hold_folder = hold_folder
         self._file = path.open("ab", buffering=0)
-        self._num_lost = 0  # since the last line that was written
+        self._num_lost = 0  # lines, since the last one that was written
 
     def append(self, line: str) -> None:
         if not self._is_in_place():
-            self._begin_anew()
+            self._reopen()
         start = self._file.seek(0, os.SEEK_END)
         left = memoryview(f"{line}\n".encode())
         try:
             while left:
                 left = left[self._file.write(left) or 0 :]
         except OSError as error:
-            self._file.truncate(start)  # of the half that there was room for
+            self._file.truncate(start)  # remove a partly written line
             if not self._num_lost:
-                logger.warning("%s cannot be written (%s): the run goes on", self._file.name, error.strerror)
+                logger.warning("%s cannot be written (%s): the run continues", self._file.name, error.strerror)
             self._num_lost += 1
             return
         if self._num_lost:
@@ -192,13 +179,13 @@ class _Lines:
         except OSError:
             return False
 
-    def _begin_anew(self) -> None:
+    def _reopen(self) -> None:
         try:
             self._hold_folder()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.open("ab", buffering=0)
         except (OSError, ConfigurationError) as error:
-            logger.warning("%s was moved or removed, and cannot be begun anew: %s", self._path, error)
+            logger.warning("%s was moved or removed, and cannot be made again: %s", self._path, error)
             return
         logger.warning("%s was moved or removed during the run: the next lines are in a new one", self._path)
         self._file.close()
@@ -216,7 +203,7 @@ def _open_metrics(path: Path, resumed_iteration: int, hold_folder: Callable[[], 
 
 
 def _drop_records_after(path: Path, iteration: int) -> None:
-    """Replace the file by its records up to `iteration`; a kill at any moment leaves the old file or the new one."""
+    """Replace the file by its records up to `iteration`; a kill leaves the old file or the new one."""
     if not path.exists():
         return
     if iteration == 0:
@@ -234,7 +221,7 @@ def _drop_records_after(path: Path, iteration: int) -> None:
 
 
 def _open_tensorboard(folder: str, resumed_iteration: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # over a second to import: only when asked for
+    from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
 
     return SummaryWriter(folder, purge_step=resumed_iteration + 1)
 
@@ -254,7 +241,7 @@ def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_setting
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(name, value) of every number; those of a nested mapping are named `outer/inner`."""
+    """(name, value) of every number; `outer/inner` for nested mappings."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{name}/")
@@ -263,7 +250,7 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None: JSON has no word for them."""
+    """`value` with NaN and infinities as None, since JSON cannot hold them."""
     if isinstance(value, Mapping):
         return {name: finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

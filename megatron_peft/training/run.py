@@ -1,7 +1,7 @@
-"""A fine-tuning run from its configuration: check everything, build, load, train."""
+"""Run a fine-tuning configuration: check everything, build the model, load weights, train."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -30,22 +30,22 @@ from megatron_peft.parallel.collectives import from_first_rank, names_that_diffe
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
-from megatron_peft.training.state import TrainingState, build_optimizer, build_schedule, wrap_data_parallel
-from megatron_peft.training.terminal import count_parameters, say, training_summary
+from megatron_peft.training.state import TrainingState, start_state
+from megatron_peft.training.terminal import count_parameters, print_rank_0, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
-OF_A_MODEL = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of Hugging Face's, PEFT's
+MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
 
 def build_state(
     config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
 ) -> TrainingState:
-    """The base model with its adapters, its pretrained weights, gradient buffers, optimizer and schedule.
+    """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
 
     Args:
         shape: of the base model.
         train_iters: iterations of the whole run, for the schedule.
-        start_steps: global batches that LoRA-GA starts from; empty where it does not run.
+        start_steps: global batches for LoRA-GA's start; empty if it does not run.
 
     Raises:
         ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
@@ -63,30 +63,31 @@ def build_state(
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
         progress=dist.get_rank() == 0,
     )
-    say(f"read {report.bytes_read / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
-    say(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
+    print_rank_0(f"read {report.bytes_read / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
+    print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
     if start_steps:
         start_lora_ga(chunks, config, start_steps)
-    wrapped = wrap_data_parallel(chunks, config)
-    optimizer = build_optimizer(wrapped, config)
-    return TrainingState(config, shape, wrapped, optimizer, build_schedule(optimizer, config, train_iters))
+    return start_state(chunks, config, shape, train_iters)
 
 
 def finetune(config: RunConfig) -> None:
-    """Run `config` to its end, within a started world.
+    """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     Raises:
-        ConfigurationError: on every rank, before anything large is loaded and anything is written, for whatever is
+        ConfigurationError: on every rank, before anything large is loaded or anything is written, if something is
             wrong with the model, the layout, the data, the targets or the folders.
     """
-    _require_one_configuration(config)
+    # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
+    _require_same_configuration(config)
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     shape = checked_together(lambda: checked_shape(config))
-    _require_one_base(config)
+    base = config.model.pretrained_checkpoint
+    _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
-    _require_one_tokenizer(config, tokenizer)
+    folder = config.data.tokenizer_model or base
+    _require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Saver(config.checkpoint) as saver:
@@ -101,18 +102,19 @@ def finetune(config: RunConfig) -> None:
         state.data_digest = data.digest
         if not load_checkpoint(state):
             _check_start(state, data)
+        # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
-        say(train(state, data, saver))
+        print_rank_0(train(state, data, saver))
 
 
-def _require_one_configuration(config: RunConfig) -> None:
-    """Raises ConfigurationError on every rank where a rank was started with other flags than the first."""
+def _require_same_configuration(config: RunConfig) -> None:
+    """Raises ConfigurationError on every rank if a rank was started with other flags than rank 0."""
     own = {
         (section, name): value for section, fields in config_to_dict(config).items() for name, value in fields.items()
     }
     first = from_first_rank(lambda: own)
-    told = [f"{flag(key[1])} {value} (rank 0: {first[key]})" for key, value in own.items() if value != first[key]]
-    differing = list(dict.fromkeys(told))  # a flag may be in two sections, as --seed is
+    changed = [f"{flag(key[1])} {value} (rank 0: {first[key]})" for key, value in own.items() if value != first[key]]
+    differing = list(dict.fromkeys(changed))  # a flag may be in two sections, as --seed is
     checked_together(
         lambda: require(
             not differing,
@@ -121,50 +123,45 @@ def _require_one_configuration(config: RunConfig) -> None:
     )
 
 
-def _require_one_base(config: RunConfig) -> None:
-    """Raises ConfigurationError on every rank where a rank reads another model (each node may have its own copy)."""
-    base = config.model.pretrained_checkpoint
-    others = names_that_differ(known_fingerprint(str(base)) or {})
-    _require_none(others, f"--pretrained-checkpoint {base}", "another model")
+def _require_same(own: Mapping[str, object], what: str, is_another: str) -> None:
+    """Raises ConfigurationError on every rank if a rank reads other files than rank 0 (each node may have its own).
 
-
-def _require_one_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """As `_require_one_base`, by what it makes of its own vocabulary."""
-    some = range(0, tokenizer.largest_id + 1, tokenizer.largest_id // 1000 + 1)
-    others = names_that_differ(
-        {
-            "its vocabulary": sha256(tokenizer.decode(range(tokenizer.largest_id + 1)).encode()).hexdigest(),
-            "the ids of a text": tokenizer.encode(tokenizer.decode(some)),
-            "its special tokens": (tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.special_tokens)),
-            "its chat template": tokenizer.chat_template,
-        }
-    )
-    folder = config.data.tokenizer_model or config.model.pretrained_checkpoint
-    _require_none(others, f"the tokenizer in --tokenizer-model {folder}", "another one")
-
-
-def _require_none(differing: Sequence[str], what: str, is_another: str) -> None:
+    Args:
+        own: what this rank has read, by the name that an error gives it.
+        what, is_another: words of the error.
+    """
+    differing = names_that_differ(own)
     checked_together(
         lambda: require(
             not differing,
             f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
-            f"anew to where that rank reads it.",
+            f"again to where that rank reads it.",
         )
     )
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> Mapping[str, object]:
+    some = range(0, tokenizer.largest_id + 1, tokenizer.largest_id // 1000 + 1)
+    return {
+        "its vocabulary": sha256(tokenizer.decode(range(tokenizer.largest_id + 1)).encode()).hexdigest(),
+        "the ids of a text": tokenizer.encode(tokenizer.decode(some)),
+        "its special tokens": (tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.special_tokens)),
+        "its chat template": tokenizer.chat_template,
+    }
 
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
     require_vocabulary_fits(tokenizer, shape.vocab_size)
     if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
-        say(doubt)
+        print_rank_0(doubt)
     return tokenizer
 
 
 def _check_start(state: TrainingState, data: Data) -> None:
-    """Say so where adapters change the model before they are trained, as none should. A collective.
+    """Warn if untrained adapters change the model's loss, as none should. A collective.
 
-    Raises ConfigurationError where the base's loss is not finite.
+    Raises ConfigurationError if the base model's loss is not finite.
     """
     peft = state.config.peft
     if not peft.trains_adapters or peft.spec.replaces_base(peft):
@@ -173,13 +170,13 @@ def _check_start(state: TrainingState, data: Data) -> None:
     require(
         isfinite(base) or not state.config.training.check_for_nan_in_loss_and_grad,
         f"the loss of --pretrained-checkpoint {state.config.model.pretrained_checkpoint} is {base} before anything is "
-        f"trained: its weights hold NaN, or are too large. Download it again, or let it pass with "
+        f"trained: its weights contain NaN, or are too large. Download it again, or continue anyway with "
         f"--no-check-for-nan-in-loss-and-grad.",
     )
     if not abs(ours - base) <= START_TOLERANCE[state.config.model.bf16] * abs(base):
-        say(
-            f"WARNING: with its adapters at their start the model's loss is {ours:.6f}, but the base's is {base:.6f}: "
-            f"the run does not start from the pretrained model."
+        print_rank_0(
+            f"WARNING: with untrained adapters the model's loss is {ours:.6f}, but the base model's is {base:.6f}: the "
+            f"run does not start from the pretrained model."
         )
 
 
@@ -187,7 +184,7 @@ def _check_save_folder(config: RunConfig) -> None:
     if config.checkpoint.save is None:
         return
     folder = Path(config.checkpoint.save)
-    found = [name for name in OF_A_MODEL if (folder / name).exists()]
+    found = [name for name in MODEL_FILES if (folder / name).exists()]
     require(
         not found or newest_checkpoint(folder) is not None,
         f"--save {folder} holds a model or an adapter that no run wrote there ({', '.join(found)}), whose files a run "

@@ -1,7 +1,6 @@
-"""What a training run is made of (the wrapped model, its optimizer and schedule), and how far it has come."""
+"""Gradient buffers, optimizer and learning-rate schedule: megatron-core's, built from our configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,48 +15,50 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedLinear
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import sum_coalesced
 
 
 class GradientShards:
-    """The stretches of the flattened gradients that are this rank's own.
+    """This rank's shards of the flattened gradients.
 
-    Without a distributed optimizer every data-parallel rank holds the whole; with one, gradients were scattered and a
-    rank has a stretch of some parameters and nothing of the others.
+    Without the distributed optimizer every data-parallel rank holds whole gradients. With it they are scattered: a rank
+    holds a shard of some parameters' gradients and nothing of the others.
 
     Args:
         optimizer: megatron-core's.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        parts = getattr(optimizer, "chained_optimizers", [optimizer])
-        self.is_sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
-        self._held = {
-            parameter: part._get_model_param_range_map(parameter)["param"]
-            for part in parts
-            if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer
-            for parameter in part.model_param_group_index_map
+        optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+        sharded = [one for one in optimizers if isinstance(one, DistributedOptimizer)]
+        self.is_sharded = bool(sharded)
+        self._ranges = {
+            parameter: one._get_model_param_range_map(parameter)["param"]
+            for one in sharded
+            if not one.is_stub_optimizer
+            for parameter in one.model_param_group_index_map
         }
 
-    def stretch(self, parameter: nn.Parameter) -> slice:
-        """Of the flattened gradient."""
+    def shard(self, parameter: nn.Parameter) -> slice:
+        """This rank's range of the flattened gradient; empty if another rank holds it."""
         if not self.is_sharded:
             return slice(0, parameter.numel())
-        held = self._held.get(parameter)
+        held = self._ranges.get(parameter)
         return slice(0, 0) if held is None else slice(held.start, held.end)
 
     def own(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's stretch of the gradient, flat; a view."""
-        return parameter.main_grad.flatten()[self.stretch(parameter)]  # pyright: ignore[reportAttributeAccessIssue]
+        """This rank's shard of the gradient, flat; a view."""
+        return parameter.main_grad.flatten()[self.shard(parameter)]  # pyright: ignore[reportAttributeAccessIssue]
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Copies of the whole gradients. Sharded: one all-reduce over the data-parallel ranks."""
         found = []
         for parameter in parameters:
             gradient = torch.zeros_like(parameter, dtype=torch.float32)
-            gradient.view(-1)[self.stretch(parameter)] = self.own(parameter).float()
+            gradient.view(-1)[self.shard(parameter)] = self.own(parameter).float()
             found.append(gradient)
         if self.is_sharded and found:
             group: Any = parallel_state.get_data_parallel_group()
@@ -65,42 +66,25 @@ class GradientShards:
         return found
 
 
-@dataclass
-class Position:
-    """How far a run has come. The data position is `consumed_samples`; all are counts over all ranks."""
+def start_state(
+    model_chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape, train_iters: int
+) -> TrainingState:
+    """The state of a run at iteration 0: wrapped chunks, optimizer and schedule.
 
-    iteration: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-
-
-@dataclass
-class TrainingState:
-    """One rank's part of a run: everything that a checkpoint saves and a resumed run restores.
-
-    `model_chunks` are wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
-    `data_digest` is that of the training data, if it is known.
+    Args:
+        model_chunks: this rank's, bare, with adapters attached and weights loaded.
+        shape: of the base model.
+        train_iters: iterations of the whole run, for the schedule.
     """
-
-    config: RunConfig
-    shape: ModelShape
-    model_chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
-    position: Position = field(default_factory=Position)
-    data_digest: str | None = None
-
-
-# Gradients' buffers, optimizer and learning-rate schedule: megatron-core's own, from our configuration.
+    wrapped = wrap_data_parallel(model_chunks, config)
+    optimizer = build_optimizer(wrapped, config)
+    return TrainingState(config, shape, wrapped, optimizer, build_schedule(optimizer, config, train_iters))
 
 
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
-    """Each chunk with megatron-core's gradient buffers around its trainable parameters.
-
-    Under --bf16 gradients are summed in float32, as Megatron does.
-    """
+    """Wrap each chunk in megatron-core's DistributedDataParallel, which holds the gradient buffers."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.model.bf16,
+        grad_reduce_in_fp32=config.model.bf16,  # as Megatron does
         overlap_grad_reduce=config.training.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -111,25 +95,25 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
     ]
     if settings.overlap_param_gather:
         for chunk in wrapped:
-            _wait_for_parts_of_adapters(chunk)
+            _wait_for_adapter_submodules(chunk)
     return wrapped
 
 
-def _wait_for_parts_of_adapters(chunk: DistributedDataParallel) -> None:
-    """Have an adapter's forward wait until the parameters of its parts are gathered.
+def _wait_for_adapter_submodules(chunk: DistributedDataParallel) -> None:
+    """Make an adapter's forward wait for the gathered parameters of its submodules.
 
-    megatron-core starts and awaits a gather in front of the forward of the module that owns the parameter. An adapter
-    made of parts (the Hybrid) reads their parameters and never calls them, and would train with stale ones.
+    megatron-core waits for a gather before the forward of the module that owns the parameters. The Hybrid reads the
+    parameters of its submodules without calling their forward, and would use stale ones.
     """
     wait = chunk._make_forward_pre_hook()
 
-    def wait_for_parts(adapter: nn.Module, inputs: Any) -> None:
-        for part in adapter.modules():
-            wait(part)
+    def wait_for_submodules(adapter: nn.Module, inputs: Any) -> None:
+        for module in adapter.modules():
+            wait(module)
 
     for module in chunk.modules():
         if isinstance(module, AdaptedLinear) and module.adapter is not None:
-            module.adapter.register_forward_pre_hook(wait_for_parts)
+            module.adapter.register_forward_pre_hook(wait_for_submodules)
 
 
 def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
@@ -168,10 +152,10 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:
-    """megatron-core's schedule. It counts samples, so that a change of batch size keeps its shape.
+    """megatron-core's schedule. It counts samples, so that its shape does not change with the batch size.
 
     Args:
-        train_iters: iterations of the whole run; the decay's default length.
+        train_iters: iterations of the whole run; the default length of the decay.
 
     Raises:
         ConfigurationError: the warmup is as long as the decay.

@@ -1,7 +1,8 @@
 """One training step: microbatches through megatron-core's schedule, gradients summed, checked, applied.
 
-The loss is the mean over the completion tokens of the whole global batch, however they fall on microbatches and
-ranks: each microbatch contributes a sum, and gradients are divided by the global number of tokens at the end.
+The loss is the mean over the completion tokens of the global batch: each microbatch contributes a sum, and gradients
+are divided by the global number of tokens at the end, so it does not depend on how tokens fall on microbatches and
+ranks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from megatron_peft.training.state import TrainingState
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch, and says it all."""
+    """A loss or a gradient is NaN or infinite. The message names iteration, rank and microbatch."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class StepReport:
     Args:
         loss: mean over the completion tokens of the global batch.
         num_tokens: completion tokens of the global batch.
-        num_positions: all tokens that went through the model, prompts and padding included.
+        num_positions: all tokens that went through the model, including prompts and padding.
         grad_norm: of the whole gradient, before clipping.
-        learning_rate: that the step was taken with.
-        stop: some rank was asked to stop.
+        learning_rate: of this step.
+        stop: a rank was asked to stop.
     """
 
     loss: float
@@ -51,9 +52,10 @@ class StepReport:
 
 
 def finish_gradients(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
-    """megatron-core's sums (data parallel, norms under sequence parallelism, tied embeddings, division by the tokens),
-    then ours: the partial gradients of replicated adapter parameters, in one call."""
+    """Sum gradients over the ranks. megatron-core calls this after the last backward of a step."""
+    # Data parallel, layer norms under sequence parallelism, tied embeddings; then the division by the number of tokens.
     finalize_model_grads(list(model), *args, **kwargs)
+    # Ours: partial gradients of replicated adapter parameters, in one all-reduce.
     group: Any = parallel_state.get_tensor_model_parallel_group()
     sum_partial_gradients_over_tensor_parallel(model, group)
 
@@ -62,21 +64,25 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     """Forward, backward and update on this rank's microbatches of one global batch.
 
     Args:
-        state: updated in place, its position aside.
+        state: updated in place, except for its position.
         microbatches: of this data-parallel rank.
-        stop: this rank wants the run to end; the report says so on all ranks.
+        stop: this rank wants the run to end; the report has it on all ranks.
 
     Raises:
-        NonFiniteError: on every rank, before the optimizer has used anything.
+        NonFiniteError: on every rank, before parameters and optimizer have changed.
     """
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     finish_with(state.model_chunks, finish_gradients)
     losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
+    # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was; the
+    # Hybrid's lambda is taken before the optimizer clips them; the schedule moves on last, so this step reports the
+    # rate that it was taken with.
     check = state.config.training.check_for_nan_in_loss_and_grad
-    summary = _sum_over_world(losses, state.model_chunks if check else (), stop)
-    if check and summary.non_finite:
+    totals = _sum_over_world(losses, state.model_chunks if check else (), stop)
+    loss_sum, num_tokens, num_positions, num_non_finite, num_stopping = totals
+    if check and num_non_finite:
         _raise_non_finite(state, losses)
     mix_from_gradients(state)
     learning_rate = _learning_rate(state)
@@ -85,23 +91,24 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     merge_if_due(state)
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
-        loss=summary.loss,
-        num_tokens=summary.num_tokens,
-        num_positions=summary.num_positions,
+        loss=loss_sum / max(num_tokens, 1),
+        num_tokens=int(num_tokens),
+        num_positions=int(num_positions),
         grad_norm=float(grad_norm or 0.0),
         learning_rate=learning_rate,
-        stop=summary.stop,
+        stop=num_stopping > 0,
     )
 
 
 def finish_with(model_chunks: Sequence[nn.Module], finish: Callable[..., None] | None) -> None:
-    """What megatron-core's schedule calls after the last backward, and how it holds back sums until then.
+    """Set what megatron-core's schedule calls after the last backward.
 
     Args:
-        model_chunks: wrapped for data parallelism; bare ones (and `finish` None) leave gradients where they arose.
+        model_chunks: wrapped for data parallelism; or bare, with `finish` None, to leave each rank its own gradients.
     """
     config = get_model_config(model_chunks[0])
     config.finalize_model_grads_func = finish
+    # Within no_sync a backward starts no data-parallel sum: the schedule leaves it for the last microbatch.
     no_sync: Any = [chunk.no_sync for chunk in model_chunks if isinstance(chunk, DistributedDataParallel)]
     config.no_sync_func = no_sync if len(no_sync) > 1 else next(iter(no_sync), None)
 
@@ -115,7 +122,10 @@ def run_schedule(model_chunks: Sequence[nn.Module], microbatches: Sequence[Micro
     """
     device = torch.device(torch.cuda.current_device())
     moved = [microbatch.to(device) for microbatch in microbatches]
+    # The interleaved schedule runs every chunk (virtual stage) over all microbatches: each has its own iterator.
     iterators = [iter(moved) for _ in model_chunks]
+    # All ranks run the same number of microbatches, or sends and sums would not match. Lengths may differ: the stages
+    # exchange shapes (`variable_seq_lengths`), and the sizes below are only those of the first microbatch.
     reports = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
@@ -133,15 +143,20 @@ def _forward(microbatches: Iterable[Microbatch], model: nn.Module) -> tuple[Tens
     token_losses = model(
         input_ids=microbatch.tokens,
         position_ids=microbatch.position_ids,
-        attention_mask=None,  # causal; padding is on the right, where no real token looks
+        attention_mask=None,  # causal; padding is on the right, so no real token attends to it
         labels=microbatch.labels,
         packed_seq_params=packing(microbatch),
     )
+    # Only the last stage returns token losses, and only there the schedule calls the loss function. The others return
+    # activations, which the schedule sends to the next stage.
     return token_losses, partial(_sum_of_losses, microbatch.loss_mask)
 
 
 def _sum_of_losses(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the losses of completion tokens, their number, both and all positions for the report)"""
+    """(loss to run backward from, number of completion tokens, a row of `run_schedule`'s result)
+
+    The loss is a sum. megatron-core adds up the numbers of tokens, and `finish_gradients` divides by their total.
+    """
     loss = torch.sum(token_losses.float() * loss_mask)
     num_tokens = loss_mask.sum()
     num_positions = torch.full_like(num_tokens, loss_mask.numel())
@@ -161,20 +176,16 @@ def packing(microbatch: Microbatch) -> PackedSeqParams | None:
     )
 
 
-@dataclass(frozen=True)
-class _Summary:
-    loss: float
-    num_tokens: int
-    num_positions: int
-    non_finite: bool
-    stop: bool
+def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> list[float]:
+    """Everything ranks must agree on, in one all-reduce and one host-device sync.
 
-
-def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> _Summary:
-    """All that ranks must agree on, in one all-reduce of five numbers and one look at the answer."""
-    # Tensor-parallel peers compute the same losses: one of them speaks.
-    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
-    total = losses.sum(0) if speaks else torch.zeros_like(losses).sum(0)
+    Returns:
+        Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
+        is not finite, and how many were asked to stop.
+    """
+    # Tensor-parallel ranks compute the same losses: count them once.
+    counts = parallel_state.get_tensor_model_parallel_rank() == 0
+    total = losses.sum(0) if counts else torch.zeros_like(losses).sum(0)
     finite = torch.isfinite(losses).all()
     for chunk in model_chunks:
         buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
@@ -182,8 +193,7 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
             finite = finite & torch.isfinite(buffer.grad_data.sum())
     numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
     dist.all_reduce(numbers)
-    loss_sum, num_tokens, num_positions, non_finite, stopping = numbers.tolist()
-    return _Summary(loss_sum / max(num_tokens, 1), int(num_tokens), int(num_positions), non_finite > 0, stopping > 0)
+    return numbers.tolist()
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
@@ -195,8 +205,8 @@ def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
     done = state.position.iteration
     cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"
     raise NonFiniteError(
-        f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or let "
-        f"it pass with --no-check-for-nan-in-loss-and-grad."
+        f"iteration {done + 1}: {what}. The parameters are those of iteration {done}. {cause}, check the data, or "
+        f"continue anyway with --no-check-for-nan-in-loss-and-grad."
     )
 
 

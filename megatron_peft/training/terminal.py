@@ -1,11 +1,10 @@
-"""What a run shows while it trains: a live bar with ETA at a terminal, one plain line a log interval in a file."""
+"""Progress of a run: a live bar with ETA at a terminal, or one plain line per log interval in a file."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import nn
 from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.config import RunConfig
 
-# (field of the record, how it reads); a field that the record lacks is left out
-LINE_FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+# (field of the record, label, format); a field that the record lacks is left out
+Fields = tuple[tuple[str, str, Callable[[Any], str]], ...]
+LINE_FIELDS: Fields = (
     ("consumed_samples", "consumed samples", lambda n: f"{n:12d}"),
     ("step_seconds", "elapsed time per iteration (ms)", lambda s: f"{1000 * s:.1f}"),
     ("learning_rate", "learning rate", lambda x: f"{x:.6E}"),
@@ -29,7 +29,7 @@ LINE_FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens_per_second", "tokens per second", lambda x: f"{x:.1f}"),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
-BAR_FIELDS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+BAR_FIELDS: Fields = (
     ("loss", "loss", lambda x: f"{x:.3f}"),
     ("validation_loss", "valid", lambda x: f"{x:.3f}"),
     ("grad_norm", "norm", lambda x: f"{x:.2f}"),
@@ -41,8 +41,8 @@ class Progress:
     """Reports the iterations from `start_iteration` to `total_iterations`; a context manager.
 
     Args:
-        enabled: whether this rank reports. All methods do nothing where it is False.
-        console: where to; by default standard output.
+        enabled: whether this rank reports; if not, all methods do nothing.
+        console: default: standard output.
     """
 
     def __init__(
@@ -63,47 +63,40 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def advance(self, iteration: int) -> None:
-        """`iteration` iterations are done: moves the bar, prints nothing."""
+        """Move the bar to `iteration`; print nothing."""
         if self._bar is not None:
             self._bar.update(self._task, completed=iteration)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """A log interval ended; `record` is the line of metrics."""
+        """Show the metrics of a log interval."""
         if self._bar is not None:
-            self._shown.update(record)  # the last validation loss stays in sight
-            self._bar.update(
-                self._task, completed=record["iteration"], status=" ".join(_readings(self._shown, BAR_FIELDS, " "))
-            )
+            self._shown.update(record)  # keeps showing the last validation loss
+            status = " ".join(_formatted(self._shown, BAR_FIELDS, " "))
+            self._bar.update(self._task, completed=record["iteration"], status=status)
         elif self._enabled:
             self._print(self._line(record))
 
     def message(self, text: str) -> None:
-        """Print `text` on a line of its own (above the bar)."""
+        """Print a line (above the bar)."""
         if self._enabled:
             self._print(text)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         iteration = record["iteration"]
-        parts = [f"iteration {iteration:8d}/{self._total:8d}", *_readings(record, LINE_FIELDS, ": ")]
-        return " | ".join([*parts, f"ETA: {self._time_left(iteration)}"])
-
-    def _time_left(self, iteration: int) -> timedelta:
-        """From the mean pace of this process so far, evaluations and saves included."""
         done = max(iteration - self._start, 1)
-        seconds = (time.monotonic() - self._started_at) / done * (self._total - iteration)
-        return timedelta(seconds=round(seconds))
+        seconds = (time.monotonic() - self._started_at) / done * (self._total - iteration)  # with saves, validation
+        start = f"iteration {iteration:8d}/{self._total:8d}"
+        return " | ".join([start, *_formatted(record, LINE_FIELDS, ": "), f"ETA: {timedelta(seconds=round(seconds))}"])
 
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
-        self._console.file.flush()  # a log file is read while the run goes on
+        self._console.file.flush()  # people read log files during the run
 
 
 def _make_bar(console: Console) -> Bar:
@@ -119,9 +112,7 @@ def _make_bar(console: Console) -> Bar:
     )
 
 
-def _readings(
-    record: Mapping[str, Any], fields: tuple[tuple[str, str, Callable[[Any], str]], ...], separator: str
-) -> list[str]:
+def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> list[str]:
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
 
 
@@ -138,19 +129,19 @@ class ParameterCounts:
 
 
 def count_parameters(model_chunks: Sequence[nn.Module]) -> ParameterCounts:
-    """Count over the tensor- and pipeline-parallel ranks. A collective: every rank must call it."""
+    """Count over the tensor- and pipeline-parallel ranks. A collective."""
     local = [0, 0]
-    for parameter in _once(model_chunks):
+    for parameter in _counted_here(model_chunks):
         local[0] += parameter.numel() * parameter.requires_grad
         local[1] += parameter.numel()
     counts = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
-    group: Any = parallel_state.get_model_parallel_group()  # for types: never torch's mark of a rank outside it
+    group: Any = parallel_state.get_model_parallel_group()
     dist.all_reduce(counts, group=group)
     return ParameterCounts(*counts.tolist())
 
 
-def _once(model_chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    """This rank's share of the parameters such that the shares add up to the whole model."""
+def _counted_here(model_chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that this rank counts, so that the sum over ranks is the whole model."""
     counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
     for chunk in model_chunks:
         for parameter in chunk.parameters():
@@ -163,12 +154,12 @@ def _once(model_chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
 def training_summary(
     config: RunConfig, adapted: Sequence[str], counts: ParameterCounts, model_chunks: Sequence[nn.Module]
 ) -> str:
-    """A few lines for the terminal.
+    """What is trained, and memory on this rank; a few lines for the terminal.
 
     Args:
         adapted: global names of the adapted layers of the whole model.
         counts: of the whole model.
-        model_chunks: this rank's, for its bytes.
+        model_chunks: this rank's.
     """
     lines = [f"--peft-method {config.peft.method}: {_modules(config, adapted, huggingface_modules(model_chunks))}"]
     if config.peft.spec.replaces_base(config.peft):
@@ -187,15 +178,15 @@ def training_summary(
     return "\n".join(lines)
 
 
-def _modules(config: RunConfig, adapted: Sequence[str], parts: Mapping[str, str]) -> str:
+def _modules(config: RunConfig, adapted: Sequence[str], megatron_names: Mapping[str, str]) -> str:
     if not config.peft.trains_adapters:
         return "every parameter of the model"
     kinds = Counter(name.rpartition(".")[2] for name in adapted)
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     fused = [
-        f"{name} is part of {parts[name]}, which is adapted as a whole"
+        f"{name} is part of {megatron_names[name]}, which is adapted as a whole"
         for name in config.peft.target_modules
-        if name in parts and list(parts.values()).count(parts[name]) > 1
+        if name in megatron_names and list(megatron_names.values()).count(megatron_names[name]) > 1
     ]
     return f"{len(adapted)} layers: {listed}" + "".join(f"\nnote: {line}" for line in fused)
 
@@ -203,7 +194,7 @@ def _modules(config: RunConfig, adapted: Sequence[str], parts: Mapping[str, str]
 def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[int, int, int]:
     """(weights, gradients, optimizer state) of this rank in bytes.
 
-    Gradients are summed in float32 under --bf16. Adam keeps two float32 moments, and under --bf16 a float32 master;
+    Gradients are float32. Adam has two float32 moments, and under --bf16 a float32 master;
     --use-distributed-optimizer splits these over the data-parallel ranks.
     """
     parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
@@ -214,7 +205,7 @@ def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[in
     return weights, trainable * _FLOAT32_BYTES, trainable * _FLOAT32_BYTES * copies // shards
 
 
-def say(text: str) -> None:
+def print_rank_0(text: str) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
         print(text, flush=True)

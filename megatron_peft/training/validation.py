@@ -1,4 +1,4 @@
-"""The validation loss, and what is watched while adapters train: their gradients, rotations, the start."""
+"""Validation loss, and checks of training: layers without gradients, orthogonality, the loss at the start."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,14 @@ from megatron_peft.training.step import run_schedule
 
 
 def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step]) -> float:
-    """Mean token loss over all steps and ranks; the same number on every rank, at any layout."""
+    """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective."""
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    with inference_mode(model_chunks), torch.no_grad():  # megatron-core's schedules would record the graph
+    # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
+    with inference_mode(model_chunks), torch.no_grad():
         for microbatches in steps:
             total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
     if parallel_state.get_tensor_model_parallel_rank() != 0:
-        total.zero_()  # tensor-parallel peers compute the same losses: one of them speaks
+        total.zero_()  # tensor-parallel ranks compute the same losses: count them once
     dist.all_reduce(total)
     loss_sum, num_tokens = total.tolist()
     return loss_sum / max(num_tokens, 1)
@@ -34,7 +35,7 @@ def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iter
 
 @contextmanager
 def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Dropout off, parameters whole."""
+    """Turn dropout off, and gather parameters (`whole_parameters`)."""
     for chunk in model_chunks:
         chunk.eval()
     try:
@@ -47,7 +48,7 @@ def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[
 
 @contextmanager
 def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """With --overlap-param-gather a step's parameters are gathered in the next training forward: gather them now."""
+    """Gather parameters now. With --overlap-param-gather only the next training forward would do so."""
     overlaps = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlaps:
         chunk.disable_forward_pre_hook()
@@ -58,15 +59,14 @@ def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterato
             chunk.enable_forward_pre_hook()
 
 
-START_TOLERANCE = {False: 1e-4, True: 2e-2}  # under --bf16 or not: of the base's loss
-ORTHOGONALITY_LIMIT = 1e-5  # of the float32 blocks, the largest entry of |R^T R - I|
+START_TOLERANCE = {False: 1e-4, True: 2e-2}  # without and with --bf16, relative to the base's loss
+ORTHOGONALITY_LIMIT = 1e-5  # largest entry of |R^T R - I| of the float32 blocks
 
 
 def layers_without_gradient(state: TrainingState) -> list[str]:
-    """Adapted layers, and halves of the Hybrid's, whose every gradient of the last step is zero, by global name.
-    A collective.
+    """Global names of adapted layers (or halves of a Hybrid) whose last gradients are all zero. A collective.
 
-    Something has cut them off: they would keep their start while the loss still falls through the others.
+    They would never train, while the loss still falls through the other layers.
     """
     layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
     own = {
@@ -82,7 +82,7 @@ def layers_without_gradient(state: TrainingState) -> list[str]:
 
 
 def _halves(adapter: nn.Module, mix: float) -> Iterator[tuple[str, nn.Module]]:
-    """The Hybrid's two, but for one that a fixed lambda has switched off; any other adapter is whole."""
+    """(suffix, module): the Hybrid's halves, except one that a fixed lambda switches off; other adapters whole."""
     if not isinstance(adapter, Hybrid):
         yield "", adapter
         return
@@ -93,7 +93,8 @@ def _halves(adapter: nn.Module, mix: float) -> Iterator[tuple[str, nn.Module]]:
 
 
 def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
-    """The mean loss of the run's first microbatches with the adapters as they are, and without them. A collective."""
+    """Mean loss of the run's first microbatches, with the adapters and without them. A collective."""
+    # As few microbatches as megatron-core's interleaved schedule takes.
     step = data.train.step_at(0)[: state.config.parallel.pipeline_model_parallel_size]
     with_adapters = validation_loss(state.model_chunks, [step])
     modules = [layer.module for chunk in state.model_chunks for layer in linear_layers(chunk)]
@@ -108,9 +109,10 @@ def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
 
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:
-    """Of all rotations of the model; None where there are none. A collective."""
+    """Largest |R^T R - I| of all rotations of the model; None without rotations. A collective."""
+    modules = (module for chunk in state.model_chunks for module in chunk.modules())
     with torch.no_grad():
-        errors = [_error_of(rotation) for rotation in _rotations(state)]
+        errors = [_error_of(module) for module in modules if isinstance(module, BlockRotation)]
     worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return None if worst < 0 else float(worst)
@@ -119,10 +121,6 @@ def largest_orthogonality_error(state: TrainingState) -> float | None:
 def _largest_gradient(adapter: nn.Module) -> float:
     gradients = [parameter.main_grad for parameter in adapter.parameters() if parameter.requires_grad]  # pyright: ignore[reportAttributeAccessIssue]
     return max((float(gradient.abs().max()) for gradient in gradients if gradient.numel()), default=0.0)
-
-
-def _rotations(state: TrainingState) -> Iterator[BlockRotation]:
-    return (module for chunk in state.model_chunks for module in chunk.modules() if isinstance(module, BlockRotation))
 
 
 def _error_of(rotation: BlockRotation) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.checkpoint.state import MOMENTS, slots
+from megatron_peft.checkpoint.state import MOMENTS, optimizer_params
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.conversion.megatron_files import open_distributed
@@ -71,11 +71,11 @@ class Run:
         """Copies of everything trainable on this rank: parameters, the optimizer's state, rates, generators."""
         entries = sharded_parameters(self.chunks, only_adapters=self.state.config.peft.trains_adapters)
         found = {entry.key: entry.data.detach().clone() for entry in entries}
-        for slot, entry in slots(self.state.optimizer, entries):
-            found[f"master {entry.key}"] = slot.master.detach().clone()
-            found[f"steps {entry.key}"] = torch.tensor(slot.steps)
-            found[f"rate {entry.key}"] = torch.tensor([slot.group["lr"], slot.group["weight_decay"]])
-            found.update({f"{m} {entry.key}": slot.state[m].clone() for m in MOMENTS if m in slot.state})
+        for param, entry in optimizer_params(self.state.optimizer, entries):
+            found[f"master {entry.key}"] = param.master.detach().clone()
+            found[f"steps {entry.key}"] = torch.tensor(param.steps)
+            found[f"rate {entry.key}"] = torch.tensor([param.group["lr"], param.group["weight_decay"]])
+            found.update({f"{m} {entry.key}": param.state[m].clone() for m in MOMENTS if m in param.state})
         found["torch generator"] = torch.get_rng_state()
         found["python generator"] = torch.tensor(random.getstate()[1])
         found["numpy generator"] = torch.tensor(np.random.get_state()[1].astype(np.int64))

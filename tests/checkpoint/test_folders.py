@@ -58,13 +58,13 @@ def test_without_a_usable_tracker_the_newest_folder_is_taken(tmp_path, text, cap
     assert "iter_0000060" in caplog.text
 
 
-def test_a_draft_is_no_checkpoint_and_has_a_folder_of_its_own(tmp_path):
+def test_a_draft_is_not_a_checkpoint_and_has_its_own_folder(tmp_path):
     """A rank that outlives its killed run must not write into the next run's files."""
     assert start_draft(tmp_path, 50) != start_draft(tmp_path, 50)
     assert newest_checkpoint(tmp_path) is newest_checkpoint(tmp_path / "missing") is None
 
 
-def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed_but_no_whole_checkpoint(tmp_path):
     save(tmp_path, 40, "a")
     start_draft(tmp_path, 50)
     (tmp_path / ".iter_0000030.removed").mkdir()
@@ -74,7 +74,7 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_whole_is(tmp_path):
     assert newest_text(tmp_path) == "b"
 
 
-def test_the_last_are_kept_and_later_ones_of_another_run_are_left_alone(tmp_path, monkeypatch, caplog):
+def test_the_last_checkpoints_are_kept_and_later_iterations_are_left_alone(tmp_path, monkeypatch, caplog):
     for iteration in (10, 20, 30, 40, 90, 50):
         save(tmp_path, iteration, str(iteration))
     folders.keep_last(tmp_path, 50, num_kept=3)
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, l
 @pytest.mark.parametrize(
     ("tracker", "place"), [("10\n", "iter_0000010"), ("release", "release"), ("9" * 5000, "release"), (None, "")]
 )
-def test_the_tracker_leads_to_files_in_megatrons_form(tracker, place, tmp_path):
+def test_the_tracker_leads_to_megatrons_files(tracker, place, tmp_path):
     for name in ("iter_0000010", "iter_0000020", "release") if tracker else ("",):
         (tmp_path / name / "mp_rank_00").mkdir(parents=True)
     if tracker:
@@ -151,7 +151,7 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
     assert seen == {"old", "new"}
 
 
-def test_all_is_on_the_disk_before_its_name_is_and_that_before_the_trackers(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename_and_that_before_the_tracker(tmp_path, monkeypatch):
     """A loss of power may undo what was not synced, in any order."""
     calls = recorded_calls(monkeypatch)
     checkpoint, tracker = save(tmp_path, 50, "a"), tmp_path / f".{TRACKER}.tmp"
@@ -211,7 +211,7 @@ def test_every_flipped_byte_truncation_and_growth_is_found(described):
     assert damage(described) == []
 
 
-def test_missing_files_are_named_by_the_rank_whose_share_they_are(described):
+def test_each_rank_names_the_missing_files_of_its_share(described):
     for name in CONTENTS:
         (described / name).unlink()
     for num_ranks in (1, 3, 7):
@@ -263,13 +263,13 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     lock.release()
 
 
-def test_a_lock_that_is_no_file_is_named(tmp_path):
+def test_a_lock_that_is_not_a_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(ConfigurationError, match=f"--save {tmp_path}: .lock in it is a pipe .*remove it"):
         FolderLock(tmp_path)
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(folders.fcntl, "lockf", mock.Mock(side_effect=OSError(95, "Operation not supported")))
     lock = FolderLock(tmp_path)
     assert not lock.is_held and "cannot be locked" in caplog.text

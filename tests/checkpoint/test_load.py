@@ -30,7 +30,7 @@ def test_resumed_equals_uninterrupted_on_four_ranks(files):
     assert by_rank == [{name: [] for name in RESUMED_ON_FOUR}] * 4
 
 
-def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):
+def test_load_goes_back_with_a_warning_after_a_flipped_byte(two_ranks):
     assert [facts["gone back"]["iteration"] for facts in two_ranks] == [2, 2]
     (said,), on_the_second_rank = (facts["gone back"]["said"] for facts in two_ranks)
     assert "iter_0000003 is damaged: __1_0.distcp has other bytes than were written" in said
@@ -49,7 +49,7 @@ def test_a_flipped_byte_makes_load_go_back_loudly(two_ranks):
         ],
     }.items(),
 )
-def test_the_damage_is_named_where_going_back_is_no_way(two_ranks, asked, words):
+def test_the_damage_is_named_where_load_cannot_go_back(two_ranks, asked, words):
     for facts in two_ranks:
         message = facts["gone back"][asked]
         assert all(word in message for word in words), message
@@ -66,7 +66,7 @@ def test_a_flipped_byte_in_any_file_of_a_real_checkpoint_is_found(files, two_ran
         path.write_bytes(before)
 
 
-def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
+def test_a_tracker_whose_checkpoint_is_missing_is_an_error(tmp_path):
     """The run would start over, and with --save in the same folder go on there."""
     assert load._candidates(tmp_path) == []
     (tmp_path / TRACKER).write_text("12\n")
@@ -74,7 +74,7 @@ def test_a_tracker_whose_checkpoint_is_gone_is_told(tmp_path):
         load._candidates(tmp_path)
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_of_the_user(alone, tmp_path):
+def test_a_folder_that_cannot_be_read_is_a_configuration_error(alone, tmp_path):
     with pytest.raises(ConfigurationError, match="No such file or directory: .*gone"):
         from_first_rank(lambda: (tmp_path / "gone").read_text())
 
@@ -164,13 +164,13 @@ def test_another_run_is_refused_before_anything_changes(run, folder, settings, w
     [("use_checkpoint_opt_param_scheduler", 5e-3), ("override_opt_param_scheduler", 1e-3)],
     ids=["stored", "own"],
 )
-def test_whichever_rate_is_taken_that_of_B_is_four_times_as_high(loaded, flag, highest):
+def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highest):
     """After two of three steps of a cosine a quarter of the rate is left."""
     state = loaded(optimizer={"lr": 1e-3, flag: True}).state
     assert sorted(group["lr"] for group in state.optimizer.param_groups) == pytest.approx([highest / 4, highest])
 
 
-def test_only_the_folder_of_save_may_hold_no_checkpoint(run, tmp_path):
+def test_only_the_save_folder_may_be_without_a_checkpoint(run, tmp_path):
     """A command that begins a run goes on with it when it is started again; anything else is a slip of the pen."""
     new, named = str(tmp_path / "new"), str(tmp_path / "new" / "iter_0000099")
     assert load_checkpoint(run(checkpoint={"load": new, "save": new}).state) is False

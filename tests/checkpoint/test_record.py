@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
 from megatron_peft.checkpoint.record import (
-    Here,
+    CurrentRun,
     changes,
     contradictions,
     fingerprint,
@@ -52,7 +52,7 @@ def here(schedule=None, **changes):
     """This run: that of make_record with changes, those of the configuration by group."""
     groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer") if name in changes}
     record = make_record()
-    same = Here(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
+    same = CurrentRun(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
     return dataclasses.replace(same, schedule={**SCHEDULE, **(schedule or {})}, **changes)
 
 
@@ -99,8 +99,8 @@ def test_what_may_change(changes):
         ),
     ],
 )
-def test_other_data_is_told(before, now, told):
-    sentence = f"--load runs: the run goes on with {told}, at the old position."
+def test_other_data_gives_a_warning(before, now, told):
+    sentence = f"--load runs: the run continues with {told}, at the old position."
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
 
 
@@ -167,7 +167,7 @@ def test_safetensors_go_before_bin_and_an_empty_folder_is_named(tmp_path):
     assert [path.name for path in weight_files(tmp_path / "base")] == ["model.safetensors"]
 
 
-def test_a_run_that_is_a_base_is_told_from_another_and_from_a_later_itself(tmp_path):
+def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_path):
     """Of full fine-tuning: the weights lie below the iteration that the tracker names."""
 
     def run(name, values, iteration=2):

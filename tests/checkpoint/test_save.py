@@ -25,7 +25,7 @@ def test_a_full_disk_loses_nothing(two_ranks, phase):
     assert ("File too large" if "for real" in phase else "No space left on device") in message
 
 
-def test_a_copy_that_there_is_no_room_for_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+def test_a_failed_copy_of_adapter_config_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
     """The file of the adapters beside the checkpoints; each of them has its own."""
     (tmp_path / "adapter_config.json").write_text("of the one before")
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -39,13 +39,13 @@ def test_a_save_does_not_disturb_the_run(two_ranks):
     assert [facts["saves disturb"] for facts in two_ranks] == [[], []]
 
 
-def test_a_step_goes_on_while_the_state_of_the_saves_moment_is_written(two_ranks):
+def test_training_continues_while_the_state_at_the_save_is_written(two_ranks):
     for behind in (facts["behind"] for facts in two_ranks):
         assert (behind["before"], behind["after"]) == ((None, None), (1, "None", "iter_0000001"))
         assert behind["differences"] == [] and behind["nothing pending"] is None  # each save is told once
 
 
-def test_a_full_disk_in_the_background_is_told_on_all_ranks_and_costs_nothing(two_ranks):
+def test_a_full_disk_in_the_background_is_reported_on_all_ranks(two_ranks):
     for failing in (facts["behind, failing"] for facts in two_ranks):
         assert "iteration 2 was not saved" in failing["message"] and "No space left" in failing["message"]
         assert failing["unchanged"] and failing["again"] == (2, None)
@@ -64,7 +64,7 @@ def test_a_run_into_the_folder_of_another_is_refused_and_touches_nothing(alone, 
     assert draft.exists()
 
 
-def test_a_folder_that_was_moved_is_taken_anew_unless_another_run_has_it(alone, tmp_path):
+def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_path):
     with Saver(CheckpointConfig(save=str(tmp_path / "run"))) as saver:
         held = saver._lock
         saver.hold_folder()
@@ -84,7 +84,7 @@ def test_a_folder_that_was_moved_is_taken_anew_unless_another_run_has_it(alone, 
 
 
 @pytest.mark.parametrize("is_locked", [True, False])
-def test_drafts_of_a_killed_run_are_removed_if_a_lock_says_so(alone, tmp_path, monkeypatch, is_locked):
+def test_drafts_of_a_killed_run_are_removed_under_the_lock_only(alone, tmp_path, monkeypatch, is_locked):
     draft = start_draft(tmp_path, 50)
     if not is_locked:
         monkeypatch.setattr(save.FolderLock, "_acquire", lambda lock, deadline: False)
@@ -93,7 +93,7 @@ def test_drafts_of_a_killed_run_are_removed_if_a_lock_says_so(alone, tmp_path, m
     assert draft.exists() != is_locked
 
 
-def test_a_ranks_files_are_on_the_disk_when_it_says_so(alone, tmp_path, monkeypatch):
+def test_a_ranks_files_are_synced_when_write_returns(alone, tmp_path, monkeypatch):
     """The first rank, which publishes them, may be another machine: it cannot sync what this one has not sent."""
     files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
     calls = recorded_calls(monkeypatch)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_peft.checkpoint.state import boxes, random_targets, random_tensors, restore_random
+from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random, slices_of_range
 from tests.checkpoint.rank_checks import RESHARDED
 
 
@@ -24,16 +24,16 @@ def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-def test_a_stretch_of_a_flattened_tensor_is_few_boxes_in_order(shape, data):
+def test_a_range_of_a_flattened_tensor_is_few_slices_in_order(shape, data):
     start = data.draw(st.integers(0, math.prod(shape)))
     end = data.draw(st.integers(start, math.prod(shape)))
     whole = torch.arange(math.prod(shape)).view(shape)
-    position, found = start, list(boxes(start, end, shape))
-    for box in found:
-        corner = whole[tuple(slice(first, first + side) for first, side in zip(box.offset, box.shape, strict=True))]
-        assert box.start == position
-        assert corner.flatten().tolist() == list(range(box.start, box.end))
-        position = box.end
+    position, found = start, list(slices_of_range(start, end, shape))
+    for part in found:
+        values = whole[tuple(slice(first, first + side) for first, side in zip(part.offset, part.shape, strict=True))]
+        assert part.start == position
+        position += math.prod(part.shape)
+        assert values.flatten().tolist() == list(range(part.start, position))
     assert position == end
     assert len(found) <= 2 * len(shape) - 1
 
@@ -44,7 +44,7 @@ def draws():
     return [random.gauss(0, 1), float(np.random.normal()), torch.rand(1).item(), tracked]
 
 
-def test_the_same_numbers_come_again_and_another_layout_has_no_generators_here(alone, monkeypatch):
+def test_restored_generators_repeat_their_numbers_and_belong_to_a_layout(alone, monkeypatch):
     draws()  # an odd number of normal draws: a second one waits in Python's and in numpy's generator
     stored = {tensor.key: tensor.data.clone() for tensor in random_tensors()}
     first = draws()

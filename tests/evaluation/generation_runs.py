@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import attach_adapters
-from megatron_peft.checkpoint.tensors import parts, sharded_parameters
+from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES
@@ -92,7 +92,7 @@ def _stir_adapters(chunks) -> None:
     """Adapters start at no change: add the same random numbers to every global tensor at any layout."""
     trained = {parameter.data_ptr() for chunk in chunks for parameter in chunk.parameters()}
     for entry in sharded_parameters(chunks, only_adapters=True):
-        for part in parts(entry) if entry.data.data_ptr() in trained else ():
+        for part in global_slices(entry) if entry.data.data_ptr() in trained else ():
             whole = torch.randn(part.global_shape, generator=generator_for(1, part.key))
             box = zip(part.global_offset, part.local_shape, strict=True)
             part.data.add_(0.2 * whole[tuple(slice(start, start + length) for start, length in box)])

@@ -50,7 +50,7 @@ def test_losses_norms_and_lambdas_equal_one_process(found, case):
     assert all(here.equals(alone) for here in by_rank)
 
 
-def test_one_ranks_wish_to_stop_is_all_ranks(found):
+def test_a_stop_on_one_rank_stops_all(found):
     for alone, by_rank in found.values():
         assert [here.stopped for here in (alone, *by_rank)] == [[False, True, False]] * 3
 

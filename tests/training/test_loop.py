@@ -52,7 +52,7 @@ TRAINED = "trained 6 iterations"
         ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
         ({"checkpoint": {}}, TRAINED, [], []),
         ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
-        ({"resume_at": 6}, "nothing to do: the run had ended before", [], []),
+        ({"resume_at": 6}, "nothing to do: the run is already complete", [], []),
     ],
     ids=["once", "each", "the last one again", "in the background", "no folder", "exit interval", "ended before"],
 )
@@ -63,9 +63,9 @@ def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts,
     assert found.state.position.iteration == (4 if "exit" in reason else 6)
 
 
-def test_a_save_that_fails_is_told_and_the_run_goes_on(run, capsys):
+def test_a_failed_save_is_reported_and_the_run_continues(run, capsys):
     assert run(**TWO, saver={"failing": {0}}).saved == [4, 6]
-    assert "WARNING: No space left on device. Training goes on without it." in capsys.readouterr().out
+    assert "WARNING: No space left on device. Training continues without it." in capsys.readouterr().out
 
 
 def test_a_run_whose_last_save_fails_fails(run):
@@ -130,7 +130,7 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     assert len(jumps) == 3 and all(records[iteration]["step_seconds"] < 1e5 for iteration in (1, 2, 3))
 
 
-def test_a_resumed_run_goes_on_to_the_same_end(run):
+def test_a_resumed_run_ends_at_the_same_iteration(run):
     found = run(resume_at=4, logging=EACH)
     assert sorted(found.records) == [5, 6] and found.saved == [6]
     assert found.state.position.consumed_samples == found.data.train.consumed_samples == 16
@@ -148,7 +148,7 @@ def own_handler():
 
 @pytest.mark.parametrize("number", THREE)
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_signal_is_remembered_or_keeps_its_meaning_and_the_old_handlers_come_back(own_handler, number, enabled):
+def test_a_signal_is_recorded_or_acts_as_usual_and_handlers_are_restored(own_handler, number, enabled):
     with ExitSignals(enabled) as signals:
         assert not signals.received
         os.kill(os.getpid(), number)

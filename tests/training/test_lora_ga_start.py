@@ -11,7 +11,7 @@ from megatron_peft.checkpoint.save import draft_checkpoint
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.runtime.launch import seed_generators
 from megatron_peft.training import lora_ga_start as start_module
-from megatron_peft.training.lora_ga_start import START_FILE, WholeStart, first_steps, start_table, write_start
+from megatron_peft.training.lora_ga_start import START_FILE, first_steps, start_table, write_start
 from megatron_peft.training.step import train_step
 
 PEFT = {"method": "lora-ga", "lora_rank": 4, "lora_ga_batches": 2}
@@ -36,7 +36,7 @@ def _adapters(state):
     return {n: x.clone() for c in state.model_chunks for n, x in c.module.state_dict().items() if ".adapter." in n}
 
 
-def test_it_says_what_it_found_and_writes_it_beside_the_metrics(start, tmp_path, capsys):
+def test_the_start_is_printed_and_written_beside_the_metrics(start, tmp_path, capsys):
     start(peft=PEFT, checkpoint={"save": str(tmp_path)})
     said = capsys.readouterr().out
     assert all(f"LoRA-GA start: pass {n} of 2 over 2 batches done" in said for n in (1, 2))
@@ -44,7 +44,7 @@ def test_it_says_what_it_found_and_writes_it_beside_the_metrics(start, tmp_path,
     assert len(json.loads((tmp_path / START_FILE).read_text())["energy"]) == 8
 
 
-def test_it_sees_the_first_batches_and_the_run_begins_with_them_again(start, passes):
+def test_the_start_uses_the_first_batches_and_training_repeats_them(start, passes):
     _, data = start(peft=PEFT)
     seen = [step for step, _ in passes]
     seen += [step for _, step in zip(range(2), data.train, strict=False)]
@@ -53,7 +53,7 @@ def test_it_sees_the_first_batches_and_the_run_begins_with_them_again(start, pas
     assert tokens[0] == tokens[2] == tokens[4] and tokens[1] == tokens[3] == tokens[5]
 
 
-def test_too_few_samples_are_told(start):
+def test_too_few_samples_are_an_error(start):
     told = "^--lora-ga-batches 6 of --global-batch-size 8 are 48 samples, but .* has 40: use at most 5, or a smaller"
     with pytest.raises(ConfigurationError, match=told):
         start(peft={**PEFT, "lora_ga_batches": 6})
@@ -106,22 +106,22 @@ ENERGY = {
     for module, energies in BY_MODULE.items()
     for layer, energy in zip((9, 10, 11), energies, strict=True)
 }
-START = WholeStart(PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY)
+START = PeftConfig("lora-ga", lora_rank=4, lora_ga_batches=2), 12.34, ENERGY
 
 
 def test_a_line_for_each_kind_of_layer(tmp_path):
-    lines = start_table(START, tmp_path / START_FILE).splitlines()
+    lines = start_table(*START, tmp_path / START_FILE).splitlines()
     assert lines[0] == "LoRA-GA start (aligned) took 12.3 s; part of the gradient's squared norm in rank 4:"
     assert [line.split()[:3] for line in lines[1:3]] == [["linear_fc2", "3", "layers"], ["linear_qkv", "3", "layers"]]
     assert lines[1].endswith("mean 0.750   lowest 0.500 (layer 9)   highest 1.000 (layer 11)")
     assert lines[2].endswith("mean 0.292   lowest 0.125 (layer 10)   highest 0.500 (layer 11)")
-    assert lines[3:] == [f"  each layer's: {tmp_path / START_FILE}"]
+    assert lines[3:] == [f"  each layer: {tmp_path / START_FILE}"]
 
 
 def test_each_layers_number_is_written_in_the_order_of_layers_if_there_is_a_folder(tmp_path):
-    assert write_start(START, None) is None and len(start_table(START, None).splitlines()) == 3
-    assert write_start(START, str(tmp_path / "missing")) is None
-    path = write_start(START, str(tmp_path))
+    assert write_start(*START, None) is None and len(start_table(*START, None).splitlines()) == 3
+    assert write_start(*START, str(tmp_path / "missing")) is None
+    path = write_start(*START, str(tmp_path))
     record = json.loads(path.read_text())
     assert record["energy"] == ENERGY
     assert list(record["energy"])[:2] == [f"decoder.layers.9.{module}" for module in BY_MODULE]

@@ -21,7 +21,7 @@ def _write(folder, iterations, resumed_iteration=0, **extra):
             writer.write({"iteration": iteration, "loss": 1.0 / iteration, **extra})
 
 
-def test_one_json_object_a_line_readable_while_the_run_goes_on(tmp_path):
+def test_each_line_is_a_json_object_and_readable_during_the_run(tmp_path):
     record, folder = {"iteration": 1, "loss": 2.5, "lambda": {"mean": 0.5}}, tmp_path / "new" / "folder"
     MetricsWriter(folder, SILENT, is_writer=True).write(record)
     assert [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()] == [record]
@@ -30,7 +30,7 @@ def test_one_json_object_a_line_readable_while_the_run_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("torn", "resumed", "expected"), [("", 2, [1, 2, 3, 4]), ('{"iteration": 5, "lo', 2, [1, 2, 3, 4]), ("", 0, [3, 4])]
 )
-def test_resume_removes_what_will_be_trained_again_and_what_a_kill_has_torn(tmp_path, torn, resumed, expected):
+def test_resume_removes_records_that_will_be_repeated_and_a_torn_line(tmp_path, torn, resumed, expected):
     _write(tmp_path, [1, 2, 3])
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write(torn)
@@ -71,7 +71,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_costs_lines_and_no_run(tmp_path, caplog):
+def test_a_full_disk_loses_lines_but_not_the_run(tmp_path, caplog):
     """A line is whole or not there, and the next ones come when there is room again."""
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(tmp_path, SILENT, is_writer=True) as writer:
@@ -82,7 +82,7 @@ def test_a_full_disk_costs_lines_and_no_run(tmp_path, caplog):
             writer.write_layers(2, "lambda", {"layer": 0.5 / 3, "another": 0.5 / 7, "third": 0.5 / 11})
         writer.write({"iteration": 3, "loss": 3.0})
     assert [record["iteration"] for record in read_metrics(path)] == [1, 3]
-    assert caplog.text.count(f"{path} cannot be written (File too large): the run goes on") == 1
+    assert caplog.text.count(f"{path} cannot be written (File too large): the run continues") == 1
     assert f"{path} can be written again; 2 lines are not in it" in caplog.text
     assert "lambda.jsonl cannot be written" in caplog.text and read_metrics(tmp_path / "lambda.jsonl") == []
 

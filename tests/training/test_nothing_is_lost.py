@@ -86,7 +86,7 @@ def test_the_records_of_a_run_that_never_saved_are_kept(run, tmp_path):
     assert [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
 
 
-def test_a_run_that_outlives_the_checkpoint_s_schedule_is_refused(run, tmp_path):
+def test_a_run_longer_than_the_checkpoints_schedule_is_refused(run, tmp_path):
     run(checkpoint={"save": str(tmp_path)}, num_steps=2)
     longer = {"checkpoint": {"save": str(tmp_path), "load": str(tmp_path)}, "num_steps": 4}
     with pytest.raises(ConfigurationError, match="a learning rate of 0 after 2 iterations, but this run has 4"):
@@ -96,7 +96,7 @@ def test_a_run_that_outlives_the_checkpoint_s_schedule_is_refused(run, tmp_path)
     assert len(rates) == 4 and rates[2] > 0
 
 
-def test_metrics_that_are_moved_away_are_said_and_begun_anew(tmp_path, caplog):
+def test_moved_metrics_give_a_warning_and_a_new_file(tmp_path, caplog):
     with MetricsWriter(tmp_path / "run", LoggingConfig(), is_writer=True) as writer:
         writer.write({"iteration": 1, "loss": 2.0})
         (tmp_path / "run").rename(tmp_path / "moved")
@@ -107,7 +107,7 @@ def test_metrics_that_are_moved_away_are_said_and_begun_anew(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("is_taken", [False, True])
-def test_a_folder_that_is_moved_in_a_run_is_begun_anew_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
+def test_a_folder_moved_during_a_run_is_made_again_unless_another_run_has_it(run, tmp_path, monkeypatch, is_taken):
     save, other = tmp_path / "run", tmp_path / "other"
     run(checkpoint={"save": str(other)}, num_steps=3)
     step = loop.train_step
@@ -132,18 +132,18 @@ def test_a_folder_that_is_moved_in_a_run_is_begun_anew_unless_another_run_has_it
     assert [record["iteration"] for record in kept] == ([1, 2] if is_taken else [1])
 
 
-def test_what_a_resumed_run_does_otherwise_is_said(run, files, tmp_path, caplog):
+def test_what_a_resumed_run_changes_gives_a_warning(run, files, tmp_path, caplog):
     data = shutil.copy(files[1], tmp_path / "pairs.jsonl")
     settings = {"num_steps": 2, "data_settings": {"train_data_path": (str(data),)}}
     run(checkpoint={"save": str(tmp_path)}, **settings)
     run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
-    assert "the run goes on" not in caplog.text
+    assert "the run continues" not in caplog.text
     text = Path(data).read_text()
     Path(data).write_text(text.replace("1", "2", 1))
     settings["data_settings"]["seed"] = 7
     run(checkpoint={"save": str(tmp_path), "load": str(tmp_path)}, **settings)
     told = f"--seed 7 (before: 1234), other contents of --train-data-path {data} than before"
-    assert f"the run goes on with {told}, at the old position" in caplog.text
+    assert f"the run continues with {told}, at the old position" in caplog.text
 
 
 def test_groups_of_runs_that_have_ended_leave_no_thread(run):
@@ -159,7 +159,7 @@ def test_groups_of_runs_that_have_ended_leave_no_thread(run):
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_adapters_that_change_the_model_before_they_are_trained_are_said(run, monkeypatch, capsys, spoilt):
+def test_untrained_adapters_that_change_the_model_give_a_warning(run, monkeypatch, capsys, spoilt):
     if spoilt:
         build = finetune_module.build_state
         monkeypatch.setattr(finetune_module, "build_state", lambda *args: _with_ones(build(*args)))
@@ -168,7 +168,7 @@ def test_adapters_that_change_the_model_before_they_are_trained_are_said(run, mo
         {"method": "boft", "boft_block_size": 4, "boft_factors": 1},
     ):
         run(num_steps=1, peft=peft)
-        told = "with its adapters at their start the model's loss is" in capsys.readouterr().out
+        told = "with untrained adapters the model's loss is" in capsys.readouterr().out
         assert told == spoilt
 
 
@@ -207,7 +207,7 @@ def test_an_empty_folder_name_is_refused(section, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_model.safetensors"])
-def test_a_folder_of_a_model_is_no_place_to_save_in(run, tmp_path, name):
+def test_saving_into_the_folder_of_a_model_is_refused(run, tmp_path, name):
     (tmp_path / name).write_text("{}")
     (tmp_path / "adapter_config.json").write_text("of PEFT")
     with pytest.raises(ConfigurationError, match=f"--save {tmp_path} holds a model .*{name}.* give another --save"):
@@ -226,7 +226,7 @@ def test_a_folder_of_a_model_is_no_place_to_save_in(run, tmp_path, name):
         ("full", NonFiniteError, "iteration 1: the loss is NaN .*Nothing is trained yet: check the weights"),
     ],
 )
-def test_a_base_with_weights_that_are_no_numbers_is_named(run, files, tmp_path, method, error, told):
+def test_a_base_with_nan_weights_is_an_error(run, files, tmp_path, method, error, told):
     base = Path(shutil.copytree(files[0], tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
@@ -309,7 +309,7 @@ def told_in_its_folder(argument: tuple[Job, Path]) -> str:
     return told(lambda: finetune(job.config(2)))
 
 
-def test_wandb_is_told_the_configuration(run, monkeypatch):
+def test_wandb_gets_the_configuration(run, monkeypatch):
     told = []
     monkeypatch.setattr(metrics, "_open_wandb", lambda _logging, _save, settings: told.append(settings))
     run(num_steps=1, logging={"wandb_project": "p", "wandb_exp_name": "e"})

@@ -59,7 +59,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, caps
         ({"checkpoint": {"save": f"{__file__}/run"}}, r"^--save .*\.py/run cannot be written \(Not a directory\)"),
     ],
 )
-def test_what_contradicts_the_checkpoint_or_cannot_be_written_is_told(job, groups, message):
+def test_contradictions_and_unwritable_folders_are_errors(job, groups, message):
     with pytest.raises(ConfigurationError, match=message):
         finetune(job(**groups).config(1))
 

@@ -31,7 +31,7 @@ def test_the_pretrained_weights_are_in_place_and_frozen(start):
     assert loaded["module.embedding.word_embeddings.weight"].std() > 0.01
 
 
-def test_the_start_says_what_was_read_and_what_will_be_trained(start, capsys):
+def test_a_run_prints_what_was_read_and_what_is_trained(start, capsys):
     start()
     said, layers = capsys.readouterr().out, "linear_fc1 (2), linear_fc2 (2), linear_proj (2), linear_qkv (2)"
     assert "MiB of weights on this rank" in said and f"--peft-method lora: 8 layers: {layers}" in said
@@ -79,7 +79,7 @@ def test_a_packed_sample_does_not_see_the_one_before_it(start):
     assert losses[0] == losses[1] > 0
 
 
-def test_gradients_do_not_pile_up_over_steps(start):
+def test_gradients_do_not_accumulate_over_steps(start):
     state, data = start(optimizer={"lr": 0.0 + 1e-30})
     microbatches = next(iter(data.train))
     norms = [train_step(state, microbatches).grad_norm for _ in range(2)]
@@ -92,7 +92,7 @@ def test_the_norm_is_that_before_clipping_and_known_without_clipping(start):
     assert norms[0] > 1e-2
 
 
-def test_the_rate_is_the_one_that_the_step_was_taken_with(start):
+def test_the_reported_rate_is_that_of_the_step(start):
     reports = _steps(start, 4, optimizer={"lr": 1e-3, "lr_decay_style": "linear", "lr_warmup_iters": 2})
     assert [report.learning_rate for report in reports] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_no_parameter(start):
     assert all(torch.equal(before[name], parameter) for name, parameter in _trained(state).items())
 
 
-def test_a_gradient_that_is_not_finite_is_told_apart(start):
+def test_a_gradient_that_is_not_finite_has_its_own_message(start):
     state, data = start()
     parameter = next(iter(_trained(state).values()))
     parameter.register_hook(lambda gradient: gradient * torch.nan)
@@ -146,7 +146,7 @@ def test_a_bfloat16_step_trains(start):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_own_stretches_make_the_whole(start, sharded):
+def test_own_shards_make_the_whole_gradient(start, sharded):
     state, data = start(optimizer={"use_distributed_optimizer": sharded, "clip_grad": 0.0})
     train_step(state, next(iter(data.train)))
     shards = GradientShards(state.optimizer)
@@ -157,7 +157,7 @@ def test_own_stretches_make_the_whole(start, sharded):
         assert torch.equal(shards.own(parameter), parameter.main_grad.flatten())
 
 
-def test_a_parameter_of_another_ranks_shard_has_no_stretch(start):
+def test_a_parameter_on_another_rank_has_an_empty_shard(start):
     state, _ = start(optimizer={"use_distributed_optimizer": True})
     shards = GradientShards(state.optimizer)
     elsewhere = torch.nn.Parameter(torch.zeros(3))

@@ -43,12 +43,12 @@ def test_the_lines_name_what_is_adapted(state):
     assert third.startswith("bytes on this rank: weights ")
 
 
-def test_part_of_a_fused_layer_is_said_to_be_adapted_whole(start):
+def test_a_note_for_part_of_a_fused_layer_that_is_adapted_whole(start):
     text = _summary(start(peft={"lora_rank": 4, "target_modules": ("q_proj", "down_proj")})[0], NAMES)
     assert "note: q_proj is part of linear_qkv, which is adapted as a whole" in text and "down_proj is part" not in text
 
 
-def test_a_discarded_weight_is_said_loudly(state):
+def test_discarding_weights_gives_a_warning(state):
     lines = _summary(state, NAMES, method="urnn", urnn_mode="replace").splitlines()
     assert lines[1].startswith("WARNING: the pretrained weights of these layers are DISCARDED")
 
@@ -80,7 +80,7 @@ def _shown(**settings):
     return console, console.file.getvalue
 
 
-def test_a_file_gets_one_line_an_interval_however_narrow(monkeypatch):
+def test_a_file_gets_one_line_per_interval_at_any_width(monkeypatch):
     clock = iter([0.0, 0.0, 30.0, 30.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     console, text = _shown()

@@ -58,7 +58,7 @@ def test_orthogonality_is_recorded_with_validation(start, tmp_path, method, caps
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_a_rotation_that_drifts_is_said(start, tmp_path, capsys):
+def test_a_rotation_that_drifts_gives_a_warning(start, tmp_path, capsys):
     state, data = start(**peft("boft", boft_parametrization="projection"), checkpoint={"save": str(tmp_path)})
     assert largest_orthogonality_error(state) == 0
     for layer in linear_layers(state.model_chunks[0]):
@@ -86,7 +86,7 @@ def test_validation_loss_is_the_mean_over_the_tokens_of_all_samples(start, micro
     assert validation_loss(state.model_chunks, data.valid) == pytest.approx(_by_hand(state, data), rel=1e-6)
 
 
-def test_dropout_is_off_and_on_again_afterwards_and_each_time_begins_anew(start):
+def test_dropout_is_off_in_validation_and_its_samples_are_the_same_each_time(start):
     plain, _ = start()
     state, data = start(peft={"lora_rank": 4, "lora_dropout": 0.5}, transformer={"hidden_dropout": 0.5})
     loss = validation_loss(state.model_chunks, data.valid)
