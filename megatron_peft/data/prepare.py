@@ -17,22 +17,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, Requirements, require
-from megatron_peft.config.untrusted import parse_yaml
+from megatron_peft.config.untrusted import parse_yaml, read_text
 
-# How a document is asked and answered: the task file of lm-evaluation-harness, read for training as well.
-#
-# So a training prompt is what the harness puts before the model, and a completion is what it scores.
-
-_JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
-PACKAGE = "megatron_peft.data"
+# The harness's settings; in a sandbox, since a task's file may be anybody's.
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+TASKS = Path(__file__).parent / "tasks"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
 
@@ -43,20 +40,36 @@ class TaskLoader(yaml.SafeLoader):
 TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
 
 
-class TaskTemplate:
-    """The template of the task `name`: its text with `changes` (old text -> new) made in it."""
+def split_task_file(text: str) -> tuple[str, str]:
+    """(where the items come from, the task of the harness): what stands above the first line --- and what below."""
+    declared, line, task = text.partition("\n---\n")
+    return (declared, task) if line else ("", text)
 
-    def __init__(self, name: str, changes: Mapping[str, str] | None = None) -> None:
+
+class TaskTemplate:
+    """The task `name` of the harness, read for training as well: a training prompt is what the harness puts before the
+    model, and a completion is what it scores.
+
+    Args:
+        changes: old text -> new, made in the task's text.
+        folder: which holds NAME.yaml.
+    """
+
+    def __init__(self, name: str, changes: Mapping[str, str] | None = None, folder: Path = TASKS) -> None:
         self.name = name
-        self.text = files(PACKAGE).joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
+        _, self.text = split_task_file(read_text(folder / f"{name}.yaml"))
         for old, new in (changes or {}).items():
             require(self.text.count(old) == 1, f"the template {name} does not hold {old!r} once.")
             self.text = self.text.replace(old, new)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The template as the harness reads it."""
-        return parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+        """The task as the harness reads it. Raises ConfigurationError: it makes no prompt or no completion."""
+        settings = parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+        keys = ("task", "doc_to_text", "doc_to_target")
+        missing = [key for key in keys if not isinstance(settings, dict) or not isinstance(settings.get(key), str)]
+        require(not missing, f"the template {self.name} has no text for {', '.join(missing)}.")
+        return settings
 
     @property
     def task(self) -> str:
@@ -64,13 +77,17 @@ class TaskTemplate:
 
     def prompt(self, fields: Mapping[str, Any]) -> str:
         """The text before the model."""
-        return _render(self.settings["doc_to_text"], fields)
+        return self._render("doc_to_text", fields)
 
     def completion(self, fields: Mapping[str, Any]) -> str:
         """The right answer after it: the right choice, or the target text, after the delimiter."""
         target = self.settings["doc_to_target"]
-        answer = fields[target] if target in fields else _render(target, fields)
+        answer = fields[target] if target in fields else self._render("doc_to_target", fields)
         if choices := self.settings.get("doc_to_choice"):
+            require(
+                str(answer) in map(str, range(len(choices))),
+                f"the template {self.name}: doc_to_target is {answer}, and doc_to_choice has {len(choices)} choices.",
+            )
             answer = choices[int(answer)]
         return self.settings.get("target_delimiter", DEFAULT_DELIMITER) + str(answer)
 
@@ -79,9 +96,11 @@ class TaskTemplate:
         lines = [f"    {split}: {json.dumps(str(path.absolute()))}" for split, path in data_files.items()]
         return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
 
-
-def _render(template: str, fields: Mapping[str, Any]) -> str:
-    return _compiled(template).render(**fields)
+    def _render(self, key: str, fields: Mapping[str, Any]) -> str:
+        try:
+            return _compiled(self.settings[key]).render(**fields)
+        except TemplateError as error:
+            raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
 
 
 @cache

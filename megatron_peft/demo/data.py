@@ -260,7 +260,7 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
         source.mkdir()
         _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
         _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
-        prepare(task_readers.glue("sst2", Path(scratch)), folder, HashSplit(TUNING_PERCENT))
+        prepare(task_readers.load("sst2").benchmark([Path(scratch)]), folder, HashSplit(TUNING_PERCENT))
 
 
 def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
