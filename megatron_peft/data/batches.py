@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """`n` input positions: the model reads `tokens[i]` and is asked for `labels[i]`; the loss counts it where
+    """`n` input positions: the model reads `tokens[i]` and predicts `labels[i]`; the loss counts it where
     `loss_mask[i]` is 1.
 
     tokens, labels: int64 [n]; loss_mask: float32 [n].
@@ -33,7 +33,7 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """Samples by number. A sample is the same each time it is asked for."""
+    """Samples by number; a number always gives the same sample."""
 
     def __len__(self) -> int: ...
 
@@ -41,10 +41,10 @@ class SampleSource(Protocol):
 
 
 def sample_from_ids(ids: Sequence[int], trained: Sequence[bool], seq_length: int) -> Sample:
-    """Input positions of a text: each token but the last reads, each but the first is predicted.
+    """Input positions of a text: each token but the last is read, each but the first is predicted.
 
-    ids: the text's tokens; trained: which of them the loss counts. At most `seq_length` positions are kept, and
-    none after the last that the loss counts (nothing is learnt there). Without any, the sample has length 0.
+    ids: the text's tokens; trained: which of them the loss counts. At most `seq_length` positions are kept, up to the
+    last that the loss counts; if it counts none, the sample has length 0.
     """
     mask = np.asarray(trained[1 : seq_length + 1], dtype=np.float32)
     counted = np.flatnonzero(mask)
@@ -65,7 +65,7 @@ class Microbatch:
 
     tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
     cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
-    padding at the end is a sequence of its own. max_seqlen: the longest of them. num_samples: real ones.
+    padding at the end is a sequence of its own. max_seqlen: of the longest. num_samples: without padding.
     """
 
     tokens: Tensor
@@ -88,8 +88,8 @@ class Microbatch:
 
 
 def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
-    """One sample a row (none: a row of padding), to the right of which is padding up to the longest one, rounded up to
-    `multiple` positions (tensor-parallel ranks under sequence parallelism share a sequence evenly)."""
+    """One sample (or none) per row, padded on the right to the longest one, rounded up to `multiple` positions: with
+    sequence parallelism the tensor-parallel ranks share a sequence evenly."""
     samples = [row[0] if row else EMPTY for row in rows]
     width = _round_up(max(len(sample) for sample in samples), multiple)
     return Microbatch(
@@ -102,7 +102,7 @@ def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microba
 
 
 def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
-    """All samples of all packs one after the other in a single row, Megatron's `thd` format; see `pad`."""
+    """All samples of all packs in a single row, Megatron's `thd` format; see `pad`."""
     samples = [sample for row in rows for sample in row]
     total = sum(len(sample) for sample in samples)
     padding = _padding(_round_up(total, multiple) - total, pad_id)
@@ -140,14 +140,12 @@ def _join(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
 
 
-# In which order the samples of a dataset are seen: a function of seed and epoch alone, never of the layout.
-#
-# A *position* counts what a global batch counts: a sample, or with packing a pack of samples. Positions run on from one
-# epoch into the next; nothing is dropped, and nothing comes twice within an epoch.
+# The order of samples is a function of seed and epoch, never of the layout. A *position* is one unit of a global batch:
+# a sample, or with packing a pack of samples. Positions run on from epoch to epoch; an epoch has each sample once.
 
 
 class SampleOrder:
-    """One sample a position; each epoch a new permutation, or file order without `shuffle`."""
+    """One sample per position; a new permutation in each epoch, or file order without `shuffle`."""
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
         self.num_samples = num_samples
@@ -178,7 +176,7 @@ class SampleOrder:
         return self.unit(*self.locate(position))
 
     def epochs_at(self, position: int) -> float:
-        """Epochs done when `position` positions are."""
+        """Epochs done after `position` positions."""
         epoch, offset = self.locate(position)
         return epoch + offset / self.epoch_length(epoch)
 
@@ -191,14 +189,11 @@ class SampleOrder:
         return positions + (math.ceil(part * self.epoch_length(whole) - 1e-9) if part else 0)
 
 
-# --pack-sequences: which samples share a sequence.
-#
-# The samples of an epoch, in its order, are put one after the other into a sequence until the next would not fit
-# (next-fit). No sample is cut, and none attends to another (`pack` keeps the boundaries).
-
-
 def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
-    """lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1])."""
+    """--pack-sequences by next-fit: samples, in their order, share a sequence until the next one would not fit.
+
+    lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1]).
+    """
     ends = np.cumsum(lengths, dtype=np.int64)
     bounds = [0]
     while bounds[-1] < len(lengths):
@@ -208,7 +203,7 @@ def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
 
 
 class PackedOrder(SampleOrder):
-    """One pack a position. Epochs differ in their number of packs, since each packs its own permutation."""
+    """One pack per position. Epochs differ in their number of packs, since each packs its own permutation."""
 
     def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, shuffle: bool) -> None:
         super().__init__(len(lengths), seed, shuffle)
@@ -241,7 +236,7 @@ Step = list[Microbatch]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch falls on data-parallel ranks, in units of positions (samples, or packs).
+    """How a global batch is split over data-parallel ranks, in positions (samples, or packs).
 
     pad_multiple: the sequence is rounded up to a multiple of it; pad_id: the token of padding.
     """
@@ -254,8 +249,8 @@ class BatchLayout:
     pad_id: int = 0
 
     def microbatches(self, first: int) -> list[range]:
-        """Positions of each microbatch of this rank in the global batch that begins at `first`: consecutive chunks of
-        micro_batch_size x data_parallel_size, each cut into one piece a rank, as Megatron does it."""
+        """Positions of each microbatch of this rank in the global batch that begins at `first`."""
+        # As in Megatron: consecutive chunks of micro_batch_size x data_parallel_size, each split over the ranks.
         chunk = self.micro_batch_size * self.data_parallel_size
         mine = first + self.data_parallel_rank * self.micro_batch_size
         starts = range(mine, mine + self.global_batch_size, chunk)
@@ -265,12 +260,11 @@ class BatchLayout:
 class GlobalBatches:
     """An endless (training) or single (evaluation) pass over a dataset, a step at a time.
 
-    Iterating a training source goes on from `consumed_samples`, which is all of its state, and moves it on as steps
-    are handed out. With `end`, a source for evaluation: each iteration begins anew at 0 and stops after that many
-    positions; what lacks in the last step is filled with padding, so that every rank has as many microbatches.
-
-    `prefetch` steps are built ahead on as many threads. A step is a function of its first position alone, so they
-    change nothing but the time.
+    Args:
+        consumed_samples: where a training source starts. It is all of its state, and advances with each step.
+        end: positions of an evaluation, which always starts at 0. The last step is filled up with padding, so that all
+            ranks have the same number of microbatches.
+        prefetch: number of steps built ahead, and of threads. A step depends on its first position alone.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """The sources of a run. `valid` and `test` are None where there is no such data, or no use for it."""
+    """The sources of a run. `valid` and `test` are None where there is no such data, or it is not evaluated."""
 
     train: GlobalBatches
     valid: GlobalBatches | None
@@ -41,10 +41,9 @@ def build_data(
     consumed_samples: int = 0,
     num_ids: int | None = None,
 ) -> Data:
-    """Open, check and index all data. Must be called by all ranks if torch.distributed runs.
+    """Open, check and index all data. A collective over all ranks.
 
-    num_ids: token ids are below it: rows of the model's embedding (default: what the tokenizer needs).
-
+    num_ids: rows of the model's embedding, above all token ids (default: as many as the tokenizer needs).
     Raises ConfigurationError, on every rank, for whatever is wrong with it.
     """
     layout = BatchLayout(
@@ -72,7 +71,7 @@ def train_iterations(config: RunConfig, train: GlobalBatches) -> int:
 
 
 def _asked_iterations(config: RunConfig) -> int | None:
-    """What --train-iters or --train-samples say; None with --train-epochs."""
+    """From --train-iters or --train-samples; None with --train-epochs."""
     training = config.training
     if training.train_samples is None:
         return training.train_iters
@@ -91,7 +90,7 @@ def _train(
     dataset = _dataset(config, Split.train, num_samples, tokenizer, num_ids)
     require(dataset is not None, "no training data: give --train-data-path or --data-path.")
     assert dataset is not None
-    # megatron-core has shuffled an indexed dataset already, for as long as it lasts.
+    # megatron-core has already shuffled an indexed dataset of that many samples.
     shuffled = not isinstance(dataset, InstructionDataset) and len(dataset) >= (num_samples or len(dataset) + 1)
     order = _order(config, dataset, shuffle=not shuffled)
     return GlobalBatches(dataset, order, layout, consumed_samples, prefetch=config.data.num_workers)
@@ -132,18 +131,20 @@ def _dataset(
     records = JsonRecords(paths, f"--{split.name}-data-path")
     _require_one_digest(split, paths, records.digest)
     dataset = InstructionDataset(records, Fit(tokenizer, config.data.seq_length, config.data.overlong))
-    _warn_once(f"--{split.name}-data-path", dataset.warnings)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for sentence in dataset.warnings:
+            logger.warning("--%s-data-path: %s", split.name, sentence)
     return dataset
 
 
 def _require_one_digest(split: Split, paths: Sequence[str], digest: str) -> None:
-    """Raises ConfigurationError, on every rank, where a rank has read other files (each node may have its own copy)."""
+    """Raises ConfigurationError, on every rank, if a rank has read other files: nodes may have copies of their own."""
     by_rank = gather_over_world(digest)
     others = [rank for rank, other in enumerate(by_rank) if other != by_rank[0]]
     require(
         not others,
         f"the {split.name} data {' '.join(paths)} of rank {others[0] if others else 0} has other contents than that of "
-        "rank 0: copy the files anew to where that rank reads them.",
+        "rank 0: copy the files again to where that rank reads them.",
     )
 
 
@@ -154,11 +155,3 @@ def _paths(config: RunConfig, split: Split) -> Sequence[str]:
         Split.test: config.data.test_data_path,
     }
     return config.data.data_path or own[split]
-
-
-def _warn_once(flag: str, sentences: Sequence[str]) -> None:
-    """All ranks know the same; one says it."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    for sentence in sentences:
-        logger.warning("%s: %s", flag, sentence)

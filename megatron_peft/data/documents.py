@@ -1,4 +1,4 @@
-"""Records to documents of token ids, by several processes. Light to import: each process does so."""
+"""Records to documents of token ids, in several processes. Every process imports this module: keep it light."""
 
 import multiprocessing
 import os
@@ -15,8 +15,7 @@ _CHUNK = 64  # records sent to a worker at once
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Fields are the flags of tools/preprocess_data.py. `data` carries the tokenizer and, as its training paths, the
-    input files."""
+    """The flags of tools/preprocess_data.py. `data` has the tokenizer and, as training paths, the input files."""
 
     data: DataConfig
     output_prefix: str
@@ -31,8 +30,7 @@ class PreprocessConfig:
 
 
 class DocumentEncoder:
-    """Tokenizes the keys of one record. Begins a document as transformers would (with a beginning-of-sequence token,
-    if the tokenizer has that habit)."""
+    """Tokenizes the keys of one record, with a beginning-of-sequence token if the tokenizer adds one."""
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
@@ -40,10 +38,10 @@ class DocumentEncoder:
         self.tokenizer: Tokenizer = build_tokenizer(config.data, None)
 
     def encode(self, index: int) -> list[list[int]] | str:
-        """Ids of each key, or what is wrong with the record (an exception would lose its place among workers)."""
+        """Ids of each key, or the error message: an exception would end the pool's iterator."""
         try:
             record = self.records[index]
-        except ConfigurationError as error:
+        except ConfigurationError as error:  # names the place itself
             return str(error)
         try:
             return [self._document(record, key) for key in self.config.json_keys]
@@ -60,7 +58,7 @@ class DocumentEncoder:
 
 @contextmanager
 def encoded_documents(config: PreprocessConfig, encoder: DocumentEncoder) -> Iterator[Iterable[list[list[int]] | str]]:
-    """What `DocumentEncoder.encode` says of each record, in the order of the input, by this process or by `workers`."""
+    """`DocumentEncoder.encode` of each record, in the order of the input, in this process or in `workers`."""
     indices = range(len(encoder.records))
     if config.workers == 1:
         yield map(encoder.encode, indices)

@@ -1,7 +1,6 @@
 """Megatron's indexed datasets (`.bin` and `.idx`), read by megatron-core's own GPTDataset and blended builder.
 
-Sequences are `seq_length` tokens cut from the documents of a split, all counted by the loss. As in Megatron, how
-documents are shuffled depends on the number of samples asked for: a run that is to be resumed keeps its length.
+As in Megatron, the order of documents depends on the number of samples: resume a run with the same length.
 """
 
 import logging
@@ -59,7 +58,7 @@ def _number(text: str) -> float | None:
 
 
 def _require_whole(prefix: str, flag: str) -> None:
-    """Both files are there, the index is one, and the tokens are all there."""
+    """Raises ConfigurationError unless both files exist, the index is valid and the data has all of its tokens."""
     index, data = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
     missing = [str(path) for path in (index, data) if not path.exists()]
     require(
@@ -78,12 +77,9 @@ def _require_whole(prefix: str, flag: str) -> None:
 
 
 def _expected_bytes(index: Path, named: str) -> int:
-    """Size of the data file that an index describes. (megatron-core's own reader leaves out the sizes, follows any
-    pointer wherever it leads, and complains once more when it is collected.)
-
-    Raises:
-        ConfigurationError: it is torn, or its sequences or documents do not follow one another from the first on.
-    """
+    """Size of the data file that an index describes. Raises ConfigurationError for an index that is torn, or whose
+    sequences or documents do not follow one another."""
+    # megatron-core's reader does not check the sizes and follows any pointer.
     with index.open("rb") as file:
         num_bytes, header = index.stat().st_size, file.read(_HEADER.size)
         fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
@@ -101,32 +97,26 @@ def _expected_bytes(index: Path, named: str) -> int:
     require(
         not astray.any(),
         f"{named} is damaged: sequence {astray.argmax() if len(astray) else 0} does not begin where the one before it "
-        "ends, or its length is below 0. Copy it again, or make it anew with tools/preprocess_data.py.",
+        "ends, or its length is below 0. Copy it again, or make it again with tools/preprocess_data.py.",
     )
     in_order = num_bounds > 0 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
     require(
         bool(in_order),
         f"{named} is damaged: its documents are not its {num_sequences} sequences in their order. Copy it again, or "
-        "make it anew with tools/preprocess_data.py.",
+        "make it again with tools/preprocess_data.py.",
     )
     return int(ends[-1]) if num_sequences else 0
 
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 logger = logging.getLogger(__name__)
-
-
-SCANNED_IDS = 1 << 24  # a rank looks at most at so many of all data before training; at others when they are read
+SCANNED_IDS = 1 << 24  # the most ids that a rank checks before training; the others are checked when they are read
 
 
 class IndexedSamples:
     """A dataset of megatron-core as a source of samples.
 
-    Args:
-        dataset: megatron-core's.
-        num_ids: token ids are below it.
-        flag: what the user typed the prefixes after.
-        digest: of the files, sampled.
+    num_ids: above all token ids; flag: which named the prefixes; digest: of the files, sampled.
     """
 
     def __init__(self, dataset: Any, num_ids: int, flag: str, digest: str) -> None:
@@ -155,12 +145,12 @@ def build_indexed(
     tokenizer: Tokenizer,
     num_ids: int | None = None,
 ) -> IndexedSamples | None:
-    """The samples of one split; None where --split leaves it nothing (not for training: that is an error).
+    """The samples of one split; None if --split leaves it nothing (an error for training). A collective over all ranks.
 
-    paths: prefixes, or weights and prefixes. They are cut by --split if they came with --data-path, else they are the
-    split's own. num_samples: at least so many, documents repeated as needed; None: each document once (weights then
-    mean nothing, and are an error for training). num_ids: token ids are below it (default: the tokenizer's). Must be
-    called by all ranks if torch.distributed runs.
+    Args:
+        paths: prefixes, or weights and prefixes; --split applies to those of --data-path, others are the split's own.
+        num_samples: at least so many, documents repeated as needed; None: each document once, without weights.
+        num_ids: above all token ids (default: the tokenizer's).
     """
     num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
@@ -173,7 +163,7 @@ def build_indexed(
     core_config = _core_config(config, split, blend, tokenizer)
     repeats = num_samples is not None and (blend.weights is not None or len(blend.prefixes) == 1)
     needed = 2 if repeats or split == Split.valid else config.seq_length + 1
-    for prefix in blend.prefixes:
+    for prefix in blend.prefixes:  # megatron-core never ends on a split without tokens
         tokens = _tokens_of_split(prefix, core_config, split)
         if tokens < needed:
             lack = f"{flag}: the {split.name} split has {tokens} tokens of {prefix} and needs {needed}"
@@ -202,7 +192,7 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
         drop_last_partial_validation_sequence=False,
         **source,
     )
-    if core_config.split_matrix is not None:  # build this split alone: the others have sizes of their own
+    if core_config.split_matrix is not None:  # build this split alone: the others have their own sizes
         cut: list[Any] = [None] * len(Split)
         cut[split.value] = core_config.split_matrix[split.value]
         core_config.split_matrix = cut
@@ -210,18 +200,15 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
 
 
 def _require_ids_fit(prefix: str, most: int, num_ids: int, flag: str) -> None:
-    """Each rank looks at its share of the tokens, or at `most` of them from end to end.
-
-    Raises ConfigurationError on every rank.
-    """
+    """Each rank checks up to `most` ids, spread over its share. Raises ConfigurationError on every rank."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for lowest, highest in gather_over_world(_extremes(prefix, rank, world_size, most)):
         _require_below(lowest, highest, num_ids, f"{flag} {prefix}")
 
 
-@lru_cache(maxsize=1024)  # the splits of a run ask for the same files
+@lru_cache(maxsize=1024)  # the splits of a run read the same files
 def _extremes(prefix: str, rank: int, world_size: int, most: int) -> tuple[int, int]:
-    """The least and the largest id of a rank's share; (0, 0) of none."""
+    """The least and the largest id of a rank's share; (0, 0) if that is empty."""
     tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
     bounds = np.linspace(0, len(tokens), world_size + 1).astype(np.int64)
     share = tokens[bounds[rank] : bounds[rank + 1]]
@@ -235,7 +222,7 @@ def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:
     require(
         0 <= lowest and highest < num_ids,
         f"{what} has the token id {wrong}, but the embedding of --pretrained-checkpoint has {num_ids} rows: the data "
-        "was made with the tokenizer of another model; make it anew with tools/preprocess_data.py.",
+        "was made with the tokenizer of another model; make it again with tools/preprocess_data.py.",
     )
 
 
@@ -261,8 +248,8 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> A
 
 
 def _tokens_of_split(prefix: str, config: GPTDatasetConfig, split: Split) -> int:
-    """Tokens that the split has of one dataset. megatron-core loops for ever over a split of none."""
-    dataset = IndexedDataset(prefix)
+    """Tokens that the split has of one dataset."""
+    dataset = IndexedDataset(prefix)  # owns the map that the lengths are read from
     lengths = dataset.sequence_lengths
     if config.split_matrix is None:
         return int(np.sum(lengths))

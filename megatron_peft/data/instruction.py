@@ -16,26 +16,23 @@ from rich.progress import track
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.batches import Sample, sample_from_ids
 from megatron_peft.data.jsonl import JsonRecords, Record
-from megatron_peft.data.tokenizers import Part, Tokenizer
+from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
 
-# Records of instruction data as token ids, with the loss on completions only.
-#
-# Three kinds of record: `{"prompt", "completion"}` (loss on the completion), `{"messages": [{"role", "content"}]}`
-# (through the chat template; loss on what the assistant says) and `{"text"}` (loss on everything). What is learnt ends
-# with the end-of-sequence token. A conversation may come with `tools`, and an assistant's turn with `tool_calls`: the
-# template writes them. Other fields, of a record or of a message, are left out, unless the template would read them or
-# they say what is to be learnt: that is an error.
+# Records as token ids; docs/data.md has the three kinds of record, and what becomes of other fields.
 
 
 class TokenizedRecord(NamedTuple):
-    """The whole record, before any cut: ids, and which of them the loss counts."""
+    """The whole record, before truncation: ids, and which of them the loss counts."""
 
     ids: list[int]
     trained: list[bool]
 
 
 def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
-    """Tokens of one record. Raises ConfigurationError (without the place) for one that is not of the three kinds."""
+    """Tokens of one record: the completion, the assistant's turns or the whole text are learnt, with an end token.
+
+    Raises ConfigurationError (without the place) for a record of another kind, and for one that is malformed.
+    """
     kind = next((kind for kind in _KINDS if kind in record), None)
     require(
         kind is not None,
@@ -45,28 +42,25 @@ def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     return _KINDS[str(kind)](record, tokenizer)
 
 
-def encode_parts(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each part of one text, such that the ids before a boundary are those of the text before it.
-
-    A model that generates has seen exactly the ids of its prompt, so training must show it the same. Where the
-    tokenizer agrees, the ids are also those of the joined text (a sentencepiece model would otherwise begin each part
-    with a space); where a token would straddle the boundary, the part is tokenized by itself.
-    """
-    parts: list[list[int]] = []
+def encode_segments(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each segment of one text; those before a boundary are the ids of the text before it, as in generation."""
+    segments: list[list[int]] = []
     ids: list[int] = []
     joined = ""
     for text in texts:
         joined += text
+        # The ids of the joined text, since a sentencepiece model would begin each segment with a space; but a segment
+        # whose first token would straddle the boundary is tokenized by itself.
         whole = encode(joined) if text else ids
-        part = whole[len(ids) :] if whole[: len(ids)] == ids else encode(text)
-        parts.append(part)
-        ids = ids + part
-    return parts
+        segment = whole[len(ids) :] if whole[: len(ids)] == ids else encode(text)
+        segments.append(segment)
+        ids = ids + segment
+    return segments
 
 
 def _tokenize_completion(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    prompt_ids, completion_ids = encode_parts(tokenizer.encode, [prompt, completion])
+    prompt_ids, completion_ids = encode_segments(tokenizer.encode, [prompt, completion])
     before = _bos(tokenizer) + prompt_ids
     after = [*completion_ids, tokenizer.eos_id]
     return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
@@ -85,18 +79,18 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
         f"the chat template reads {', '.join(wanted)}, which the record has but which is not handed over: write it "
         "into the messages, or rename the field.",
     )
-    parts = tokenizer.chat_parts(_messages(record, tokenizer), _tools(record))
-    pieces = encode_parts(tokenizer.encode, [part.text for part in parts])
-    last_turn = max(i for i, part in enumerate(parts) if part.trained)
-    if tokenizer.eos_id not in pieces[last_turn]:
-        pieces[last_turn] = [*pieces[last_turn], tokenizer.eos_id]
-    trained = [flag for part, ids in zip(parts, pieces, strict=True) for flag in _turn_mask(part, ids, tokenizer)]
-    return TokenizedRecord([i for ids in pieces for i in ids], trained)
+    segments = tokenizer.split_chat(_messages(record, tokenizer), _tools(record))
+    tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
+    last_turn = max(i for i, segment in enumerate(segments) if segment.trained)
+    if tokenizer.eos_id not in tokens[last_turn]:
+        tokens[last_turn] = [*tokens[last_turn], tokenizer.eos_id]
+    trained = [flag for one, ids in zip(segments, tokens, strict=True) for flag in _turn_mask(one, ids, tokenizer)]
+    return TokenizedRecord([i for ids in tokens for i in ids], trained)
 
 
-def _turn_mask(part: Part, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
+def _turn_mask(segment: ChatSegment, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
     """A turn is learnt up to its end token; what the template puts behind it (a line break) is not."""
-    if not part.trained:
+    if not segment.trained:
         return [False] * len(ids)
     end = len(ids) - ids[::-1].index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
     return [i < end for i in range(len(ids))]
@@ -156,12 +150,12 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
 
 
 def template_names(template: str) -> frozenset[str]:
-    """What a chat template reads beside its own variables: `messages`, `tools`, ... Raises ConfigurationError."""
+    """The variables that a chat template takes: `messages`, `tools`, ... Raises ConfigurationError."""
     return _names_and_fields(template)[0]
 
 
 def template_fields(template: str) -> frozenset[str]:
-    """What it may read of a message: attributes and texts of its code, not of its comments."""
+    """The fields that it may read of a message: attributes and strings of its code, not of its comments."""
     return _names_and_fields(template)[1]
 
 
@@ -200,10 +194,8 @@ _KINDS: dict[str, Callable[[Record, Tokenizer], TokenizedRecord]] = {
 }
 
 
-# One pass over instruction data before training: every record is checked, and its length is known.
-#
-# The pass is shared by all processes (each surveys an equal share of the records, then all know everything), so bad
-# records end the run at its start, on every rank, with one message. What is kept: 5 bytes a record.
+# One pass over the data before training checks every record and measures its length, so a bad record ends the run at
+# its start. Each rank surveys an equal share of the records. What is kept: 5 bytes a record.
 
 _PROGRESS_FROM = 20_000  # records; fewer take a moment only
 
@@ -225,7 +217,8 @@ class Fit:
         try:
             ids, trained = tokenize_record(record, self.tokenizer)
             whole = sample_from_ids(ids, trained, len(ids))
-            self._check(whole)
+            if self.overlong == "error":
+                self._require_fits(whole)
         except ConfigurationError as error:
             raise ConfigurationError(f"{records.place(index)}: {error}") from error
         if len(whole) <= self.seq_length:
@@ -233,23 +226,22 @@ class Fit:
         limit = self.seq_length if self.overlong == "truncate" else 0
         return sample_from_ids(ids, trained, limit), len(whole)
 
-    def _check(self, whole: Sample) -> None:
+    def _require_fits(self, whole: Sample) -> None:
         require(
-            self.overlong != "error" or len(whole) <= self.seq_length,
+            len(whole) <= self.seq_length,
             f"the sample takes {len(whole)} tokens, above --seq-length {self.seq_length}: raise it, or give "
             "--overlong truncate or --overlong skip.",
         )
-        require(
-            self.overlong != "error" or len(whole) > 0,
-            "the sample has no token to learn from: give it a text, or give --overlong skip.",
-        )
+        require(len(whole) > 0, "the sample has no token to learn from: give it a text, or give --overlong skip.")
 
 
 @dataclass(frozen=True)
 class Survey:
-    """positions: int32 [records], the input positions of each sample, 0 where it is skipped;
-    overlong: bool [records], the record alone is longer than --seq-length;
-    left_out: number of records by field that nothing reads."""
+    """What one pass over the data found.
+
+    positions: int32 [records], the input positions of each sample, 0 where it is skipped; overlong: bool [records], the
+    record alone is longer than --seq-length; left_out: number of records by unused field.
+    """
 
     positions: np.ndarray
     overlong: np.ndarray
@@ -263,12 +255,11 @@ class Survey:
     def summary(self, records: JsonRecords, fit: Fit) -> list[str]:
         """A sentence for each thing that the user should know, with the first place where it happens."""
         skipped = self.positions == 0
+        too_long = f"are longer than --seq-length {fit.seq_length} and were"
+        prompt_only = ", since their prompt alone fills it and no token of a completion is left"
         findings = (
-            (self.overlong & ~skipped, f"are longer than --seq-length {fit.seq_length} and were cut at their end"),
-            (
-                self.overlong & skipped,
-                f"are longer than --seq-length {fit.seq_length} and were {_skipped(fit.overlong)}",
-            ),
+            (self.overlong & ~skipped, f"{too_long} cut at their end"),
+            (self.overlong & skipped, f"{too_long} skipped{prompt_only if fit.overlong == 'truncate' else ''}"),
             (~self.overlong & skipped, "have no token to learn from and were skipped"),
         )
         fields = ", ".join(f'"{name}" ({count} records)' for name, count in self.left_out.most_common())
@@ -280,13 +271,8 @@ class Survey:
         ]
 
 
-def _skipped(overlong: str) -> str:
-    because = ", since their prompt alone fills it and no token of a completion is left"
-    return "skipped" + (because if overlong == "truncate" else "")
-
-
 def survey(records: JsonRecords, fit: Fit) -> Survey:
-    """Look at every record once. Must be called by all ranks if torch.distributed runs; all get the same answer.
+    """Read every record once. A collective over all ranks; all get the same result.
 
     Raises ConfigurationError, on every rank, for the first bad record, and if no sample is left.
     """
@@ -314,8 +300,7 @@ def gather_over_world(value: object) -> list:
 
 
 def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]] | str:
-    """The findings of `Survey` for some records, or the message of the first bad one: a rank that raised here would
-    leave the others waiting."""
+    """What `survey` gathers of some records. A bad record is returned as its message: raising would hang the others."""
     positions = np.zeros(len(share), dtype=np.int32)
     overlong = np.zeros(len(share), dtype=bool)
     left_out: Counter[str] = Counter()

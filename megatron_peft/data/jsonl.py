@@ -1,7 +1,4 @@
-"""Read JSON-lines files record by record, without holding them: an index of byte offsets.
-
-A `.json` file may also be one array; such a file is loaded whole (it cannot be cut without parsing it).
-"""
+"""Read JSON-lines files record by record through an index of byte offsets; a `.json` array is loaded whole."""
 
 import json
 import os
@@ -11,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,31 +16,11 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json, read_bytes, require_regular
 
 Record = dict[str, Any]
-_COUNT_BYTES = 1 << 24  # copied at once to count lines
-
-
-class RecordFile(Protocol):
-    """One file of records."""
-
-    digest: int  # of its contents
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any:
-        """The record, parsed. Raises ConfigurationError with its place."""
-        ...
-
-    def place(self, index: int) -> str:
-        """Where the record is, for a message: `FILE, line 7`."""
-        ...
+_COUNT_BYTES = 1 << 24  # read at once to count lines
 
 
 class Lines:
-    """A file with one JSON value a line; blank lines do not count.
-
-    Costs 8 bytes of memory a line (`starts`). `digest` is the CRC-32 of the whole file. Lines are read, not mapped: a
-    process that looks at a map of a file which another one has shortened is killed without a word.
-    """
+    """A file with one JSON value per line; blank lines do not count. `digest` is its CRC-32. Takes 8 bytes per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,6 +34,7 @@ class Lines:
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
         end = int(self._starts[index + 1]) if index + 1 < len(self._starts) else self._size
+        # Read, not mapped: SIGBUS kills a process that reads a map of a file which another one has shortened.
         raw = os.pread(self._file.fileno(), end - start, start)
         require(len(raw) == end - start, f"{self.path} was shortened while it was being read: put it back.")
         return _parse(raw, lambda: self.place(index))
@@ -70,7 +48,7 @@ class Lines:
 
 
 class Array:
-    """A `.json` file that is one array, in memory. `digest` is its CRC-32."""
+    """A `.json` file that is one array, in memory: it cannot be split without parsing it. `digest` is its CRC-32."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +70,7 @@ class JsonRecords:
     """The records of several files, one after the other."""
 
     def __init__(self, paths: Sequence[str], flag: str) -> None:
-        """`flag` is what the user typed the paths after. Raises ConfigurationError for a missing or an empty file."""
+        """`flag` is the one that named the paths. Raises ConfigurationError for a missing or an empty file."""
         self._files = [_open(Path(path), flag) for path in paths]
         self._ends = list(accumulate(len(file) for file in self._files))
         self.digest = " ".join(f"{file.digest:08x}" for file in self._files)
@@ -112,18 +90,18 @@ class JsonRecords:
         file, local = self._locate(index)
         return file.place(local)
 
-    def _locate(self, index: int) -> tuple[RecordFile, int]:
+    def _locate(self, index: int) -> tuple[Lines | Array, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         which = bisect_right(self._ends, index)
         return self._files[which], index - (self._ends[which - 1] if which else 0)
 
 
-def _open(path: Path, flag: str) -> RecordFile:
+def _open(path: Path, flag: str) -> Lines | Array:
     require_regular(path, flag)
     try:
         is_array = path.suffix == ".json" and _starts_with_bracket(path)
-        file: RecordFile = Array(path) if is_array else Lines(path)
+        file = Array(path) if is_array else Lines(path)
     except OSError as error:
         raise ConfigurationError(f"{flag} {path} cannot be read: {error.strerror}.") from error
     require(len(file) > 0, f"{flag} {path} is empty: it holds no record.")
@@ -154,7 +132,7 @@ def _parse(raw: bytes, place: Callable[[], str]) -> Any:
         if "\0" in text:
             raise ValueError("it holds NUL bytes, as UTF-16 does")
     except ValueError as error:
-        raise ConfigurationError(f"{place()}: not text in UTF-8: {error}. Write the file anew in UTF-8.") from error
+        raise ConfigurationError(f"{place()}: not text in UTF-8: {error}. Save the file as UTF-8.") from error
     try:
         return parse_json(text, place)
     except ConfigurationError as error:

@@ -1,8 +1,4 @@
-"""Writes a benchmark's folder: training and validation files, test documents, task files.
-
-    OUTPUT/train.jsonl, valid.jsonl     {"prompt", "completion"}, for --train-data-path and --valid-data-path
-    OUTPUT/TASK.yaml, TASK.jsonl        a task of lm-evaluation-harness and its documents, for --include-path OUTPUT
-    OUTPUT/fewshot.jsonl                training items, of which tasks may show some before each question
+"""Writes the folder of a task: training and validation files, test items, task files. docs/benchmark-tasks.md has them.
 
 No test item is in the training files. The folder appears when all of it is written.
 """
@@ -17,22 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, Requirements, require
-from megatron_peft.config.untrusted import parse_yaml
+from megatron_peft.config.untrusted import parse_yaml, read_text
 
-# How a document is asked and answered: the task file of lm-evaluation-harness, read for training as well.
-#
-# So a training prompt is what the harness puts before the model, and a completion is what it scores.
-
-_JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # the harness's settings
-PACKAGE = "megatron_peft.data"
+# The harness's settings; in a sandbox, since a task's file may be anybody's.
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+TASKS = Path(__file__).parent / "tasks"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
 
@@ -43,20 +36,36 @@ class TaskLoader(yaml.SafeLoader):
 TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))  # type: ignore[arg-type]
 
 
-class TaskTemplate:
-    """The template of the task `name`: its text with `changes` (old text -> new) made in it."""
+def split_task_file(text: str) -> tuple[str, str]:
+    """(where the items come from, the task of the harness): what stands above the first line --- and what below."""
+    declared, line, task = text.partition("\n---\n")
+    return (declared, task) if line else ("", text)
 
-    def __init__(self, name: str, changes: Mapping[str, str] | None = None) -> None:
+
+class TaskTemplate:
+    """The task `name` of the harness, read for training as well: a training prompt is what the harness puts before the
+    model, and a completion is what it scores.
+
+    Args:
+        changes: old text -> new, made in the task's text.
+        folder: which holds NAME.yaml.
+    """
+
+    def __init__(self, name: str, changes: Mapping[str, str] | None = None, folder: Path = TASKS) -> None:
         self.name = name
-        self.text = files(PACKAGE).joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
+        _, self.text = split_task_file(read_text(folder / f"{name}.yaml"))
         for old, new in (changes or {}).items():
             require(self.text.count(old) == 1, f"the template {name} does not hold {old!r} once.")
             self.text = self.text.replace(old, new)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The template as the harness reads it."""
-        return parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+        """The task as the harness reads it. Raises ConfigurationError: it makes no prompt or no completion."""
+        settings = parse_yaml(self.text, f"the template {self.name}", TaskLoader)
+        keys = ("task", "doc_to_text", "doc_to_target")
+        missing = [key for key in keys if not isinstance(settings, dict) or not isinstance(settings.get(key), str)]
+        require(not missing, f"the template {self.name} has no text for {', '.join(missing)}.")
+        return settings
 
     @property
     def task(self) -> str:
@@ -64,13 +73,17 @@ class TaskTemplate:
 
     def prompt(self, fields: Mapping[str, Any]) -> str:
         """The text before the model."""
-        return _render(self.settings["doc_to_text"], fields)
+        return self._render("doc_to_text", fields)
 
     def completion(self, fields: Mapping[str, Any]) -> str:
         """The right answer after it: the right choice, or the target text, after the delimiter."""
         target = self.settings["doc_to_target"]
-        answer = fields[target] if target in fields else _render(target, fields)
+        answer = fields[target] if target in fields else self._render("doc_to_target", fields)
         if choices := self.settings.get("doc_to_choice"):
+            require(
+                str(answer) in map(str, range(len(choices))),
+                f"the template {self.name}: doc_to_target is {answer}, and doc_to_choice has {len(choices)} choices.",
+            )
             answer = choices[int(answer)]
         return self.settings.get("target_delimiter", DEFAULT_DELIMITER) + str(answer)
 
@@ -79,9 +92,11 @@ class TaskTemplate:
         lines = [f"    {split}: {json.dumps(str(path.absolute()))}" for split, path in data_files.items()]
         return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
 
-
-def _render(template: str, fields: Mapping[str, Any]) -> str:
-    return _compiled(template).render(**fields)
+    def _render(self, key: str, fields: Mapping[str, Any]) -> str:
+        try:
+            return _compiled(self.settings[key]).render(**fields)
+        except TemplateError as error:
+            raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
 
 
 @cache
@@ -94,14 +109,14 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Document:
-    """What templates are filled from, and by which texts the item is recognised.
+    """An item: what fills the templates, and what identifies it.
 
     Args:
         fields: as the task's template names them.
-        texts: what makes the item that item (question, source sentence); one that is equal to one of a test item's,
-            but for case, punctuation and spaces, is that test item. The first one decides the split.
+        texts: an item with one of these texts is the same item (question, source sentence), whatever its case,
+            punctuation and spaces. The first one decides the split.
         place: FILE, line N.
-        fragments: texts that may not appear inside another item's either (a solution, say).
+        fragments: texts that may not appear inside another item's either (a solution).
     """
 
     fields: Mapping[str, Any]
@@ -111,20 +126,17 @@ class Document:
 
 
 def normalised(text: str) -> str:
-    """The words of `text`: compatible characters made one, case folded, punctuation and spaces dropped."""
+    """The words of `text`: NFKC, case folded, without punctuation and spaces."""
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
-PARTS_OF = 10_000  # a share is counted in hundredths of a percent
+HASH_VALUES = 10_000  # shares are counted in hundredths of a percent
 FRAGMENT_WORDS = 8  # a shorter text may appear anywhere
 
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Train, valid or test by a hash of an item's normalised text and the seed.
-
-    An item is in the same part whatever stands around it, and so are all items with its text.
-    """
+    """Train, valid or test by a hash of an item's normalised text and the seed, independent of the other items."""
 
     valid_percent: float = 5.0
     test_percent: float = 0.0
@@ -142,9 +154,9 @@ class HashSplit:
     def part(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
         text = f"{self.seed}\n{normalised(document.texts[0])}"
-        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % PARTS_OF
-        test_end = self.test_percent / 100 * PARTS_OF
-        valid_end = test_end + self.valid_percent / 100 * PARTS_OF
+        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HASH_VALUES
+        test_end = self.test_percent / 100 * HASH_VALUES
+        valid_end = test_end + self.valid_percent / 100 * HASH_VALUES
         return "test" if position < test_end else "valid" if position < valid_end else "train"
 
 
@@ -173,7 +185,7 @@ class TestItems:
         return next(filter(None, map(self._held_by, texts)), None)
 
     def _held_by(self, text: str) -> str | None:
-        """The place of a test item of which a fragment stands in `text`."""
+        """The place of a test item with a fragment that `text` contains."""
         if not self._fragments:
             return None
         found = (pair for window in _windows(text) for pair in self._fragments.get(window, ()))
@@ -194,7 +206,7 @@ MOST_EXAMPLES = 64  # solved items that are kept for --num-fewshot
 
 @dataclass(frozen=True)
 class Tests:
-    """What is scored: documents, the tasks that ask about them, and the file that holds them."""
+    """What is scored: documents, the tasks that use them, and the file that they are written to."""
 
     tasks: tuple[TaskTemplate, ...]
     documents: Iterable[Document] = ()
@@ -205,13 +217,13 @@ class Tests:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a folder is made of.
+    """What `prepare` makes a folder from.
 
     Args:
-        training: the template of training records; None where nothing is trained on.
-        documents: to be split into train and valid, and where no test has documents of its own, into test too.
-        tests: at most one of them without documents: that one gets the split's test part.
-        held_out: further documents that training may not hold, though nothing here asks about them.
+        training: the template of training records; None without training data.
+        documents: to be split into train and valid.
+        tests: at most one of them without documents, which then gets the split's test part.
+        held_out: more documents that may not be in the training data.
     """
 
     training: TaskTemplate | None
@@ -222,7 +234,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What came of it: `counts` of lines by file, and of items 'removed', of which `example` is the first."""
+    """What was written: `counts` of lines by file, and of 'removed' items, of which `example` is the first."""
 
     folder: Path
     counts: Mapping[str, int]
@@ -233,8 +245,8 @@ class Prepared:
 def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str = "remove") -> Prepared:
     """Write `folder`, which must not exist yet.
 
-    `overlap` says what becomes of a training item that is also a test item: 'remove' leaves it out, 'error' raises
-    ConfigurationError with both places. Raises it too for an input without any item.
+    overlap: what to do with a training item that is also a test item, 'remove' it or raise an 'error' with both places.
+    Raises ConfigurationError for that, and for an input without items.
     """
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it is {' or '.join(OVERLAPS)}.")
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
@@ -252,7 +264,7 @@ def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str =
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that takes its name at the end, or leaves nothing."""
+    """A draft beside `folder` that is renamed to it at the end; on an error nothing is left."""
     draft = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -267,7 +279,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 @dataclass
 class _Writer:
-    """One preparation under way: open files by name, and what went where."""
+    """The state of one preparation: open files by name, and what was written to them."""
 
     folder: Path
     files: ExitStack
@@ -280,9 +292,8 @@ class _Writer:
     _most_examples: int = 0
 
     def write(self, benchmark: Benchmark) -> "_Writer":
-        """Test documents first: what they hold must not come into training."""
         tested_by_split = None
-        for tests in benchmark.tests:
+        for tests in benchmark.tests:  # first: what they hold must not get into the training data
             if not self._write_tests(tests):
                 tested_by_split = tests.file
         for document in benchmark.held_out:
@@ -296,7 +307,7 @@ class _Writer:
         return self
 
     def _write_tests(self, tests: Tests) -> int:
-        """How many documents the test has of its own."""
+        """The number of the test's own documents."""
         before = self.counts[tests.file]
         for document in tests.documents:
             self._line(tests.file, document.fields)
@@ -347,20 +358,19 @@ class _Writer:
 
 
 def _numbers_of_examples(benchmark: Benchmark) -> list[int]:
-    """Solved items that each task shows before a question by itself; --num-fewshot may ask for others."""
+    """Solved items that each task shows before a question, without --num-fewshot."""
     settings = [template.settings for tests in benchmark.tests for template in tests.tasks]
     return [one["num_fewshot"] for one in settings if "fewshot_split" in one]
 
 
 def _write_tasks(tests: Tests, partial: Path, folder: Path) -> None:
-    """Task files name their data by the place where these will lie."""
     require(
         (partial / tests.file).exists(),
         f"no item for {', '.join(template.task for template in tests.tasks)}: give a file of test items, or a "
         "--test-percent above 0.",
     )
     for template in tests.tasks:
-        data_files = {"test": folder / tests.file}
+        data_files = {"test": folder / tests.file}  # where it will be once the draft is renamed
         if "fewshot_split" in template.settings:
             data_files[template.settings["fewshot_split"]] = folder / FEWSHOT
         (partial / f"{template.name}.yaml").write_text(template.filled(data_files), encoding="utf-8")

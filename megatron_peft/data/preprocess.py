@@ -31,7 +31,7 @@ class Preprocessed:
 def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) -> Preprocessed:
     """Write all pairs. Empty documents are left out and counted.
 
-    report: gets a line of progress each `log_interval` records (a bar is shown instead at a terminal).
+    report: called with a line of progress every `log_interval` records; a terminal shows a bar instead.
     Raises ConfigurationError for bad input, and if an output exists.
     """
     outputs = tuple(config.output(key) for key in config.json_keys)
@@ -41,8 +41,8 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
     with ExitStack() as stack:
         builders = [stack.enter_context(_new_pair(prefix, dtype)) for prefix in outputs]
         encoded = stack.enter_context(encoded_documents(config, encoder))
-        told = _with_progress(encoded, len(encoder.records), config.log_interval, report)
-        documents, empty, tokens = _add_documents(builders, told)
+        shown = _with_progress(encoded, len(encoder.records), config.log_interval, report)
+        documents, empty, tokens = _add_documents(builders, shown)
         require(documents > 0, f"no document of {' '.join(config.data.train_data_path)} holds any text.")
     return Preprocessed(outputs, documents, empty, tokens)
 
@@ -50,7 +50,7 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = print) 
 def _add_documents(
     builders: Sequence[IndexedDatasetBuilder], encoded: Iterable[list[list[int]] | str]
 ) -> tuple[int, int, int]:
-    """(documents, empty ones, tokens); a text in place of a record's documents is what is wrong with it."""
+    """(documents, empty ones, tokens). A string in place of a record's documents is its error message."""
     documents = empty = tokens = 0
     for found in encoded:
         if isinstance(found, str):
@@ -78,7 +78,7 @@ def _pair(prefix: str) -> tuple[str, str]:
 
 @contextmanager
 def _new_pair(prefix: str, dtype: type) -> Iterator[IndexedDatasetBuilder]:
-    """A builder whose files get their names at the end, the index last; they vanish if anything goes wrong."""
+    """A builder whose files are renamed at the end, the index last, and removed on an error."""
     part = f"{prefix}.part-{os.getpid()}"
     builder = IndexedDatasetBuilder(get_bin_path(part), dtype=dtype)
     try:

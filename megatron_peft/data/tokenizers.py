@@ -1,7 +1,6 @@
 """Text to token ids: Hugging Face, sentencepiece and null tokenizers behind one small interface.
 
-Every class also has the attributes that megatron-core's datasets ask of a tokenizer (`eod`, `unique_identifiers`,
-`vocab_size`); none has `pad`, so those datasets pad with -1, which no token can be mistaken for.
+megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; without a `pad` they pad with -1, no token.
 """
 
 from collections import OrderedDict
@@ -9,47 +8,45 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
 
 
-class Part(NamedTuple):
-    """A stretch of text, and whether the loss counts its tokens."""
+class ChatSegment(NamedTuple):
+    """Part of a rendered conversation, and whether the loss counts its tokens."""
 
     text: str
     trained: bool
 
 
-def chat_parts(render: Callable[..., str], messages: Sequence[Any]) -> list[Part]:
-    """Parts whose texts join to `render(messages)`; an assistant's turn begins after its generation prompt.
+def split_chat(render: Callable[..., str], messages: Sequence[Any]) -> list[ChatSegment]:
+    """Segments whose texts join to `render(messages)`; an assistant's turn begins after its generation prompt.
 
-    Templates say nowhere where a turn begins, so each boundary is found by rendering what comes before it. That
-    works only for templates that write a conversation from left to right; `ConfigurationError` for the others, and
-    for a conversation in which the assistant never speaks.
+    Raises ConfigurationError for a template that does not write from left to right, and without an assistant's turn.
     """
     whole = render(messages)
-    parts: list[Part] = []
+    segments: list[ChatSegment] = []
     position = 0
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        # A template does not mark where a turn begins: each boundary is found by rendering what comes before it.
         start = _turn_start(render, whole, messages[:turn]) if turn else 0
         end = _prefix_length(whole, render(messages[: turn + 1])) if turn + 1 < len(messages) else len(whole)
         if not position <= start <= end:
             raise ConfigurationError(_NOT_LEFT_TO_RIGHT)
-        parts += [Part(whole[position:start], False), Part(whole[start:end], True)]
+        segments += [ChatSegment(whole[position:start], False), ChatSegment(whole[start:end], True)]
         position = end
-    if not parts:
+    if not segments:
         raise ConfigurationError('no message has the role "assistant", so there is nothing to learn.')
-    return [*parts, Part(whole[position:], False)]
+    return [*segments, ChatSegment(whole[position:], False)]
 
 
 def _turn_start(render: Callable[..., str], whole: str, before: Sequence[Any]) -> int:
-    """Behind the generation prompt, or behind as much of it as the turn has: some templates put into the prompt what
-    they leave out of a finished turn (an opened thought)."""
     prompt = render(before, True)
     if whole.startswith(prompt):
         return len(prompt)
+    # Some templates put into the prompt what they leave out of a finished turn (an opening <think>).
     return max(_prefix_length(whole, render(before)), len(commonprefix([whole, prompt])))
 
 
@@ -64,65 +61,24 @@ _NOT_LEFT_TO_RIGHT = (
     "apart: split the conversation into records of one answer each, or use records with prompt and completion."
 )
 
-
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
 RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
-
-
-# Of a folder: what may be opened, and what must hold a JSON object.
+# Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
-class Tokenizer(Protocol):
-    """What the rest of the package knows of a tokenizer. Ids are Python integers up to `largest_id`."""
+class Tokenizer:
+    """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`.
 
-    vocab_size: int  # how many ids there are; an added token may have an id above it
-    largest_id: int
-    bos_id: int | None  # put before a prompt; None where the tokenizer does not do so by itself
-    eos_id: int
-    special_tokens: Mapping[str, int]  # those that `decode` leaves out
-    prefix_id: int  # what a text without a context follows: beginning of sequence, or else end of sequence
-    chat_template: str  # empty where there is none
-
-    @property
-    def eod(self) -> int:
-        """megatron-core's name for `eos_id`."""
-        ...
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """What megatron-core hashes to name its cached indices."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens around it."""
-        ...
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids to generate from: the beginning-of-sequence token, if the tokenizer has that habit, then `text`."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
-        ...
-
-    def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
-    ) -> str:
-        """The conversation as one text, special tokens included: encode it with `encode`."""
-        ...
-
-    def chat_parts(self, messages: Sequence[Message], tools: Tools | None = None) -> list[Part]:
-        """`render_chat` cut into parts, each marked as trained (what the assistant says) or not."""
-        ...
-
-
-class _Base:
-    """What the three tokenizers share; `identity` is what tells two of a kind apart."""
+    vocab_size: number of ids (an added token may have an id above it); bos_id: put before a prompt, None where the
+    tokenizer does not do so by itself; eos_id: ends what is learnt; prefix_id: precedes a text without a context, the
+    beginning of sequence or else its end; special_tokens: those that `decode` leaves out; chat_template: may be empty.
+    """
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int, identity: str) -> None:
+        """`identity` distinguishes two tokenizers of a class."""
         self.vocab_size = vocab_size
         self.largest_id = vocab_size - 1
         self.bos_id = bos_id
@@ -134,31 +90,41 @@ class _Base:
 
     @property
     def eod(self) -> int:
+        """megatron-core's name for `eos_id`."""
         return self.eos_id
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """What megatron-core hashes to name its cached indices."""
         return OrderedDict({"class": type(self).__name__, "model": self._identity, "vocab_size": self.vocab_size})
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without special tokens around it."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
         raise NotImplementedError
 
     def encode_prompt(self, text: str) -> list[int]:
+        """Ids to generate from: the beginning-of-sequence token, if the tokenizer adds one, then `text`."""
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
+        """The conversation as one text, special tokens included: encode it with `encode`."""
         raise ConfigurationError(
             f"{type(self).__name__} has no chat template, which records with messages need: use "
             "--tokenizer-type HuggingFaceTokenizer, or records with prompt and completion."
         )
 
-    def chat_parts(self, messages: Sequence[Message], tools: Tools | None = None) -> list[Part]:
-        return chat_parts(partial(self.render_chat, tools=tools), messages)
+    def split_chat(self, messages: Sequence[Message], tools: Tools | None = None) -> list[ChatSegment]:
+        """`render_chat` in segments, each marked as trained (the assistant's turns) or not."""
+        return split_chat(partial(self.render_chat, tools=tools), messages)
 
 
-class HuggingFaceTokenizer(_Base):
+class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a local Hugging Face folder, read by transformers. Nothing is fetched."""
 
     def __init__(self, folder: str) -> None:
@@ -184,9 +150,7 @@ class HuggingFaceTokenizer(_Base):
         if self._tokenizer.bos_token_id is not None:
             self.prefix_id = self._tokenizer.bos_token_id
         added = self._tokenizer.added_tokens_decoder
-        self.special_tokens: Mapping[str, int] = {
-            token.content: index for index, token in added.items() if token.special
-        }
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
         template = self._tokenizer.chat_template or ""
         self.chat_template = template if isinstance(template, str) else "\n".join(template.values())
         with_specials = self._tokenizer.encode("a")
@@ -221,7 +185,7 @@ class HuggingFaceTokenizer(_Base):
             ) from error
 
 
-class SentencePieceTokenizer(_Base):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model` file. As in megatron-core, no beginning-of-sequence token is put before a text."""
 
     def __init__(self, model_file: str) -> None:
@@ -247,12 +211,11 @@ class SentencePieceTokenizer(_Base):
         return self._model.decode(list(ids))
 
 
-class NullTokenizer(_Base):
-    """Text is ids separated by spaces. As in megatron-core up to 0.17, `vocab_size` ids come from the text and one
-    more, `vocab_size` itself, ends a document: a model with V rows takes --vocab-size V - 1. Newer ones count the end
-    in; here a flag means the same whatever is installed."""
+class NullTokenizer(Tokenizer):
+    """Text is ids separated by spaces, below `vocab_size`; `vocab_size` itself ends a document."""
 
     def __init__(self, vocab_size: int) -> None:
+        # As in megatron-core up to 0.17; newer ones count the end in. Here a flag means the same whatever is installed.
         super().__init__(vocab_size + 1, None, vocab_size, "")
 
     def encode(self, text: str) -> list[int]:
@@ -274,16 +237,17 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
     Raises `ConfigurationError` where it cannot be read.
     """
     source = config.tokenizer_model or pretrained_checkpoint
-    builders: dict[str, Callable[[], Tokenizer]] = {
-        "HuggingFaceTokenizer": lambda: HuggingFaceTokenizer(_required(source)),
-        "SentencePieceTokenizer": lambda: SentencePieceTokenizer(_required(source)),
-        "NullTokenizer": lambda: NullTokenizer(config.vocab_size or 0),
-    }
-    return builders[config.tokenizer_type]()
+    if config.tokenizer_type == "NullTokenizer":
+        return NullTokenizer(config.vocab_size or 0)
+    if not source:
+        raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
+    if config.tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(source)
+    return HuggingFaceTokenizer(source)
 
 
 def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise `ConfigurationError` if the tokenizer has an id for which the model (of so many rows) has no row."""
+    """Raises `ConfigurationError` if the tokenizer has an id without a row in the model's embedding."""
     require(
         tokenizer.largest_id < model_vocab_size,
         f"the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint has "
@@ -292,10 +256,8 @@ def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None
 
 
 def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
-    """A sentence for the user if most probably the tokenizer is another model's; else empty.
-
-    Models round their vocabularies up by a few hundred rows at most; a tenth of them without a token is no rounding.
-    """
+    """A warning if the tokenizer is probably another model's; else empty."""
+    # Models pad their vocabularies by a few hundred rows at most; a tenth of the rows without a token is not padding.
     if tokenizer.largest_id + 1 >= 0.9 * model_vocab_size:
         return ""
     return (
@@ -304,14 +266,8 @@ def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
     )
 
 
-def _required(source: str | None) -> str:
-    if not source:
-        raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
-    return source
-
-
 def _fault(folder: str, error: Exception) -> str:
-    """What is wrong with a folder that transformers does not read: the file that is no JSON, or else its own words."""
+    """Why transformers cannot read the folder: the file that is not JSON, or else its own message."""
     files = [path for path in (Path(folder, name) for name in _JSON_FILES) if path.is_file()]
     for path in files:
         try:

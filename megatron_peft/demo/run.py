@@ -1,7 +1,6 @@
-"""The demo from nothing to a report: model and messages, score, training, score, picture.
+"""The whole demo: download the model and messages, score, train, score again, write a report and a picture.
 
-Everything lies under one folder and is reused by a second call. The folder of the method's own run begins afresh when
-its flags change.
+Everything is kept in one folder, and a second call reuses it. If the flags of a run change, its folder is emptied.
 """
 
 import json
@@ -26,14 +25,13 @@ from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pair
 from megatron_peft.experiment.plots import Translation, plot_run
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
-# The score of one model on the held-out messages, and its file.
-
 
 @dataclass(frozen=True)
-class Score:
-    """What one model is worth; `translations` are in the order of the held-out messages.
+class DemoScore:
+    """The score of one model on the held-out messages, and its file.
 
-    BLEU is from 0 to 100; the loss is the mean over the completions' tokens.
+    BLEU is from 0 to 100; the loss is the mean over the completions' tokens; `translations` are in the order of the
+    messages.
     """
 
     bleu: float
@@ -49,7 +47,7 @@ class Score:
         temporary.replace(path)
 
     @classmethod
-    def read(cls, path: Path) -> "Score":
+    def read(cls, path: Path) -> "DemoScore":
         fields = read_json_object(path)
         return cls(**{**fields, "translations": tuple(fields["translations"])})
 
@@ -74,8 +72,7 @@ ENVIRONMENT = {
 class Report:
     """What report.json holds. BLEU is sacreBLEU's, 0 to 100; losses are means over the held-out completions' tokens.
 
-    seconds: of the whole call that wrote the report; a second call reuses what is there and takes less.
-    training_seconds: of the training steps alone, whenever they ran.
+    seconds: of the whole call that wrote the report, less in a second call; training_seconds: of the training steps.
     """
 
     bleu_before: float
@@ -95,19 +92,19 @@ class Report:
 
 
 def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()) -> Report:
-    """Run all that is not there yet under `folder`; writes report.json and report.png.
+    """Run what is missing under `folder`; writes report.json and report.png.
 
     Args:
         method: of --peft-method.
-        extra_flags: for pretrain_peft.py, after the demo's own and so in their place.
+        extra_flags: for pretrain_peft.py; they override the demo's own.
 
     Raises:
-        ConfigurationError: a flag is wrong (told before a download); a download, the training or a scoring failed.
+        ConfigurationError: a flag is wrong (before any download); a download, the training or a scoring failed.
     """
     started_at = time.monotonic()
     unread = training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), method)
     read_config([*unread, *extra_flags], {"WORLD_SIZE": str(TENSOR_PARALLEL_SIZE)})
-    _say(f"model and messages in {folder}")
+    _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
     files = prepare_pairs(folder / "data", folder / "downloads")
     run = _Run(folder / method, [*training_flags(model, files, method), *extra_flags])
@@ -161,43 +158,43 @@ class _Run:
         self.checkpoints = folder / "checkpoints"
 
     def begin(self) -> None:
-        """Keep what an earlier call left, if it was made with the same flags."""
+        """Keep the results of an earlier call with the same flags, else remove them."""
         record = self.folder / "flags.json"
         if record.exists() and read_json(record) == self.flags:
             return
         if self.folder.exists():
-            _say(f"the flags have changed: {self.folder} begins afresh")
+            _print_progress(f"the flags have changed: {self.folder} is emptied")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         _write_json(record, self.flags)
 
     def train(self) -> None:
-        """Train to the end; a run that was stopped goes on from its last checkpoint."""
+        """Train to the end; a run that was stopped continues from its last checkpoint."""
         if (self.folder / "trained").exists():
             return
-        _say(f"training, {' '.join(self.flags)}")
+        _print_progress(f"training, {' '.join(self.flags)}")
         save = ["--save", str(self.checkpoints), "--save-interval", "40"]
         load = ["--load", str(self.checkpoints)] if self.checkpoints.exists() else []
         _launch(str(PROGRAM), *self.flags, *save, *load)
         (self.folder / "trained").touch()
 
-    def score(self, name: str, *extra_flags: str) -> Score:
-        """The model's score `name`, computed unless it is there."""
+    def score(self, name: str, *extra_flags: str) -> DemoScore:
+        """The model's score from NAME.json, computed if that is missing."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            _say(f"scoring {name} training")
+            _print_progress(f"scoring {name} training")
             _launch("-m", "megatron_peft.demo.scoring", str(path), *self.flags, *extra_flags)
-        return Score.read(path)
+        return DemoScore.read(path)
 
 
 def _launch(*command: str) -> None:
-    """torchrun on this machine, its output on our terminal."""
+    """Run torchrun on this machine, with its output on our terminal."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(TENSOR_PARALLEL_SIZE)]
     process = subprocess.Popen([*torchrun, *ranks, *command], env={**os.environ, **ENVIRONMENT})
     try:
         exit_code = process.wait()
-    except KeyboardInterrupt:  # the terminal has told the ranks too: let them end
+    except KeyboardInterrupt:  # the ranks have received Ctrl-C too: let them end
         process.wait()
         raise
     if exit_code != 0:
@@ -205,7 +202,7 @@ def _launch(*command: str) -> None:
 
 
 def _report(
-    method: str, files: PairFiles, before: Score, after: Score, records: list[dict[str, Any]], started_at: float
+    method: str, files: PairFiles, before: DemoScore, after: DemoScore, records: list[dict[str, Any]], started_at: float
 ) -> Report:
     held_out = read_pairs(files.valid)
     return Report(
@@ -226,8 +223,8 @@ def _report(
     )
 
 
-def _examples(held_out: Sequence[Pair], before: Score, after: Score) -> tuple[Translation, ...]:
-    """Messages spread evenly over the held-out ones: not the best."""
+def _examples(held_out: Sequence[Pair], before: DemoScore, after: DemoScore) -> tuple[Translation, ...]:
+    """Examples spread evenly over the held-out messages, not the best ones."""
     chosen = range(0, len(held_out), max(len(held_out) // NUM_EXAMPLES, 1))[:NUM_EXAMPLES]
     return tuple(
         Translation(held_out[i].english, held_out[i].french, before.translations[i], after.translations[i])
@@ -246,18 +243,16 @@ def _write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
-# The demo's result at the terminal.
-
-NUM_SHOWN = 4
+NUM_SHOWN = 4  # translations on the terminal
 
 
 def print_report(report: Report, folder: Path, console: Console | None = None) -> None:
-    """Scores before and after, what was trained, a few translations, and where the rest lies."""
-    console = console or Console()
+    """Scores before and after, what was trained, a few translations, and where to find the rest."""
+    console = Console() if console is None else console
     console.print(_scores(report), _translations(report), markup=False)
     console.print(
         f"{report.method}: {report.trainable_parameters:,} trainable parameters, {report.iterations} iterations in "

@@ -1,7 +1,7 @@
-"""Scores a model on the held-out messages, split over as many ranks as it was trained on.
+"""Scores a model on the held-out messages, on as many ranks as it was trained on.
 
 torchrun --nproc-per-node 3 -m megatron_peft.demo.scoring SCORE.json FLAGS writes the score; FLAGS are those of
-pretrain_peft.py (--load names the trained adapters; without it the pretrained model is scored).
+pretrain_peft.py. --load names the trained adapters; without it the pretrained model is scored.
 """
 
 import sys
@@ -20,7 +20,7 @@ from megatron_peft.config import RunConfig, require_packages
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import Pair, read_pairs
-from megatron_peft.demo.run import Score
+from megatron_peft.demo.run import DemoScore
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
@@ -29,8 +29,6 @@ from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.terminal import count_parameters
 from megatron_peft.training.validation import validation_loss
-
-# Translating with a model, and sacreBLEU of what comes out.
 
 MAX_NEW_TOKENS = 64  # two held-out references are longer; an untrained model may never end
 BATCH_SIZE = 64
@@ -42,7 +40,7 @@ def translate(
     pairs: Sequence[Pair],
     report: Callable[[int], None] = lambda n: None,
 ) -> tuple[str, ...]:
-    """The model's French for each pair's English; `report` is told how many more messages are done."""
+    """The model's French for each pair's English; `report` gets the number of messages that were just finished."""
     settings = GenerationSettings(
         end_ids=frozenset({tokenizer.eos_id}),
         max_new_tokens=MAX_NEW_TOKENS,
@@ -54,7 +52,7 @@ def translate(
 
 
 def first_line(text: str) -> str:
-    """The first line that is not empty: an untrained model begins with blank lines and then talks on."""
+    """The first line that is not empty: an untrained model starts with blank lines and does not stop."""
     lines = text.strip().splitlines()
     return lines[0].strip() if lines else ""
 
@@ -72,7 +70,7 @@ PROGRAM = "megatron_peft.demo.scoring"
 
 
 def score(config: RunConfig, output: Path) -> None:
-    """Write the score of the model that `config` describes to `output`, within a started world."""
+    """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
     state, data, tokenizer = _load(config)
     assert data.valid is not None
     loss = validation_loss(state.model_chunks, data.valid)
@@ -84,7 +82,7 @@ def score(config: RunConfig, output: Path) -> None:
         translations = translate(chunks, tokenizer, pairs, lambda done: progress.advance(task, done))
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
-        Score(*corpus_bleu(translations, pairs), loss, trainable, translations).write(output)
+        DemoScore(*corpus_bleu(translations, pairs), loss, trainable, translations).write(output)
 
 
 def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:

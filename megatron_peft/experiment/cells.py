@@ -1,4 +1,4 @@
-"""The cells of an experiment: one training run each, of a model on a task by a method at one point of its grid."""
+"""The cells of an experiment: each is one training run, of a model on a task by a method at one point of its grid."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Cell:
     """One training run.
 
     Attributes:
-        settings: flag -> word, the point of the grid.
-        flags: all flags of pretrain_peft.py, --save and --load aside.
-        processes: that it takes.
+        settings: flag -> value, the point of the grid.
+        flags: all flags of pretrain_peft.py but --save and --load.
+        processes: number of ranks.
     """
 
     model: str
@@ -32,14 +32,14 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for the same place of the grid, and fit for a file's name."""
+        """Names the cell; valid in a file's name."""
         point = "".join(f",{name}={value}" for name, value in self.settings.items())
         return f"{self.model},{self.task},{self.method}{point},seed={self.seed}".replace("/", "_").replace(" ", "_")
 
 
 @dataclass(frozen=True)
 class Group:
-    """What one method does for one model and task: its grid with the tuning seed, then the best point's seeds."""
+    """The cells of one method, model and task: the grid with the tuning seed, then the best point with all seeds."""
 
     model: Choice
     task: Choice
@@ -57,7 +57,7 @@ class Group:
 
 
 def groups(experiment: Experiment) -> list[Group]:
-    """All of the experiment, in the order of its file."""
+    """All groups of the experiment, in the order of its file."""
     return [
         _group(experiment, *choices) for choices in product(experiment.models, experiment.tasks, experiment.methods)
     ]
@@ -105,16 +105,13 @@ def command_line(flags: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
-# Holds every cell's flags against pretrain_peft.py's own rules, before anything runs.
-
 MODEL_FLAG = "--pretrained-checkpoint"
 
 
 def check_flags(groups: Iterable[Group]) -> None:
-    """Parse the flags of every cell, with the shape of its model where that is on this disk.
+    """Check the flags of every cell by the rules of pretrain_peft.py, before anything runs.
 
-    Raises:
-        ConfigurationError: with each problem once, after the first cell that has it.
+    Raises ConfigurationError with each problem once, and the first cell that has it.
     """
     first_with: dict[str, str] = {}
     for cell in (cell for group in groups for cell in group.tuning):
@@ -125,10 +122,8 @@ def check_flags(groups: Iterable[Group]) -> None:
 
 
 def flag_problems(cell: Cell) -> tuple[str, ...]:
-    """What pretrain_peft.py would say against the cell's flags.
-
-    A model that prepare: makes, or that lies on a cluster's disk, is not here yet: its own run will check it.
-    """
+    """The errors that pretrain_peft.py would report for the cell's flags."""
+    # A model that prepare: makes, or that is on a cluster's disk, is checked by its own run.
     read = read_shape if _model_is_here(cell) else None
     try:
         read_config([*cell.flags, "--save", "the cell's own"], {"WORLD_SIZE": str(cell.processes)}, read)

@@ -1,13 +1,12 @@
-"""Puts what committed records say into documents, so that no figure in them is typed.
+"""Writes the results of committed records into documents, so that no figure in them is typed.
 
-python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/README.md rewrites what stands between
+python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/README.md rewrites the text between
 
     <!-- records: paper_small -->
     <!-- end of records -->
 
-with what docs/results/paper_small says: a folder of an experiment (how much of it is there, the scores of each method,
-who has the best mean), or a JSON file of tools/bench.py (`bench/collectives.json`: its figures). A test asks whether
-the documents say what the records say.
+from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), or a
+JSON file of tools/bench.py (`bench/collectives.json`: its figures). A test compares the documents with the records.
 """
 
 import re
@@ -27,12 +26,12 @@ PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", r
 
 
 def filled(text: str, records: Path) -> str:
-    """The document with its marked places as the records under `records` have it."""
-    return PLACE.sub(lambda place: f"{place[1]}{said_by(records / place[2])}{place[3]}", text)
+    """The document with its marked places filled from the folder `records`."""
+    return PLACE.sub(lambda place: f"{place[1]}{markdown_of(records / place[2])}{place[3]}", text)
 
 
-def said_by(record: Path) -> str:
-    """Markdown. Raises ConfigurationError: there is no such record."""
+def markdown_of(record: Path) -> str:
+    """Raises ConfigurationError: there is no such record."""
     return benchmark(record) if record.suffix == ".json" else experiment(record)
 
 

@@ -1,4 +1,4 @@
-"""The paper's own numbers, as printed (paper.json holds their source), and what can be checked of them."""
+"""The paper's own numbers as printed (paper.json has the source), and a check of its averages."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,13 +38,13 @@ class Entry:
 
 @cache
 def paper() -> Mapping[str, Any]:
-    """source, units, table, resources, dynamics, settings: as in the file."""
+    """The file: source, units, table, resources, dynamics, settings."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """Of Table I, in its order; the paper ran no HumanEval with Llama3.3-70B."""
+    """All entries of Table I, in its order; the paper has no HumanEval with Llama3.3-70B."""
     return tuple(_entries())
 
 

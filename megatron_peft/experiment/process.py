@@ -1,7 +1,6 @@
-"""The processes of a cell, here or as a job of SLURM: pretrain_peft.py in its own folder, then the task's score.
+"""The processes of a cell, here or in a SLURM job: pretrain_peft.py in its own folder, then the command of the score.
 
-They end with the runner, however it ends: a child asks the kernel for a signal at its parent's death, since a cell
-that trains on unseen would meet its successor in the same folder.
+They end with the runner, however it ends; a cell that trained on would share its folder with the next attempt.
 """
 
 import ctypes
@@ -20,7 +19,7 @@ import megatron_peft
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import from_lambdas
-from megatron_peft.experiment.spec import Choice, Experiment, Score
+from megatron_peft.experiment.spec import Choice, Experiment, ScoreSpec
 from megatron_peft.training.metrics import read_metrics
 
 PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
@@ -34,7 +33,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARN
 
 
 def run_folder(folder: Path, cell: Cell) -> Path:
-    """Of a cell's checkpoints, metrics, log and score; unlike the files of the cells it can be large."""
+    """The folder of a cell's checkpoints, metrics, log and score; unlike the cells' records it can be large."""
     return folder / "runs" / cell.key
 
 
@@ -43,7 +42,7 @@ def checkpoints(folder: Path, cell: Cell) -> Path:
 
 
 def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
-    """The field `lambdas` of the cell's record from what its run wrote; empty where it wrote none."""
+    """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
     path = checkpoints(folder, cell) / LAMBDA_FILE
     records = read_metrics(path) if path.exists() else []
     return from_lambdas(records) if records else {}
@@ -54,7 +53,7 @@ def has_checkpoint(folder: Path, cell: Cell) -> bool:
 
 
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:
-    """The cell's run. One that was stopped goes on from its last checkpoint, if that holds the optimizer too."""
+    """The cell's run. One that was stopped continues from its last checkpoint, if that has the optimizer's state."""
     save = checkpoints(folder, cell)
     goes_on = has_checkpoint(folder, cell) and "--no-save-optim" not in cell.flags
     return [
@@ -67,8 +66,8 @@ def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[s
     ]
 
 
-def score_command(folder: Path, cell: Cell, score: Score) -> list[str]:
-    """The task's command for this cell, on as many processes as it was trained with."""
+def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
+    """The task's command for this cell, on as many processes as its training."""
     words: list[str] = []
     places = {"{output}": str(score_file(folder, cell)), "{checkpoints}": str(checkpoints(folder, cell))}
     for word in score.command:
@@ -86,7 +85,7 @@ def score_file(folder: Path, cell: Cell) -> Path:
 
 
 def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What starts a program on so many processes: python, torchrun, or torchrun on each node of a SLURM allocation."""
+    """The launcher for so many processes: python, torchrun, or torchrun on each node of a SLURM allocation."""
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if processes == 1:
@@ -102,7 +101,7 @@ def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> lis
 
 @dataclass
 class Running:
-    """A process that was started, its output going to a log file."""
+    """A process whose output goes to a log file."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -115,18 +114,18 @@ class Running:
         return time.monotonic() - self.started
 
     def stop(self) -> None:
-        """Ask it to end; a training run saves first."""
+        """Send SIGTERM; a training run saves and ends."""
         if self.process.poll() is None:
             self.process.terminate()
 
     def last_words(self) -> str:
-        """The end of what this process wrote into the log, at most `LAST_WORDS` characters."""
+        """The last `LAST_WORDS` characters of this process's log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").rpartition(_heading(self.command))[2]
-        return text.strip()[-LAST_WORDS:].strip() or "it said nothing"
+        return text.strip()[-LAST_WORDS:].strip() or "it wrote nothing"
 
 
 def start(command: Sequence[str], log: Path) -> Running:
-    """Start `command`; its output is added to `log`, after the command itself."""
+    """Start `command`; the command itself and its output are appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     died_with_us = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
     parent = os.getpid()
@@ -139,7 +138,7 @@ def start(command: Sequence[str], log: Path) -> Running:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**ENVIRONMENT, **os.environ},
-            start_new_session=True,  # Ctrl-C reaches the runner alone, which then asks its cells to end
+            start_new_session=True,  # Ctrl-C reaches the runner alone, which then stops its cells
             preexec_fn=lambda: _end_with(parent, died_with_us),
         )
     return Running(process, log, tuple(command), time.strftime("%Y-%m-%dT%H:%M:%S"))
@@ -150,7 +149,7 @@ def _heading(command: Sequence[str]) -> str:
 
 
 def _end_with(parent: int, signal_number: int) -> None:
-    """In the child: have the kernel send the signal when the runner is gone. Linux only; elsewhere nothing happens."""
+    """In the child: have the kernel send the signal when the runner dies. Linux only."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal_number))
@@ -158,10 +157,8 @@ def _end_with(parent: int, signal_number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# An experiment as SLURM job arrays: one array a model, since models differ in nodes, and one array task a group.
-#
-# A group (model, task, method) tunes and then runs its seeds in one allocation, by tools/experiment.py itself; so a job
-# that is queued again goes on from the files of its cells.
+# An experiment as SLURM job arrays: one array per model, since models differ in nodes, and one array task per group.
+# tools/experiment.py itself runs a group in one allocation, so a job that is queued again continues from its records.
 
 DEFAULTS = {"nodes": 1, "ntasks-per-node": 1, "exclusive": True, "requeue": True, "open-mode": "append"}
 OURS = ("array", "job-name", "signal", "output", "parsable")  # options that the script sets itself

@@ -1,8 +1,7 @@
-"""The file of a finished cell: what ran, with what versions, and what came out. Small enough to be committed.
+"""The record of a finished cell: what ran, with which versions, and the results. Small enough to be committed.
 
-`CELLS/KEY.json` appears whole or not at all, and holds a digest of itself: one that was edited is refused. A cell
-counts as trained only while its flags are those of the file, so an experiment whose flags were changed runs again what
-they concern.
+`CELLS/KEY.json` contains a digest of itself, so an edited one is refused. A cell counts as trained only while its flags
+are those of the experiment's file: cells whose flags were changed run again.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.experiment.cells import Cell, Group
-from megatron_peft.experiment.spec import Score
+from megatron_peft.experiment.spec import ScoreSpec
 from megatron_peft.training.metrics import finite
 
 CELLS = "cells"
@@ -34,7 +33,7 @@ PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers")
 
 @dataclass(frozen=True)
 class CellRecord:
-    """What is known of a cell that ended.
+    """The record of a cell that ended.
 
     Attributes:
         status: "trained" or "failed".
@@ -43,8 +42,8 @@ class CellRecord:
         lambdas: the Hybrid's of each layer, {"iterations": [...], "by_layer": {layer: [...]}}; empty for other methods.
         epoch_seconds: time of one pass over the training data, from the mean time of a step.
         scores: name of the metric -> number; empty until it is scored.
-        reason: of the failure, training's or scoring's last words.
-        provenance: "training" and "score" -> what each came from; empty in older records.
+        reason: of the failure, the end of the log.
+        provenance: "training" and "score" -> the source of each; empty in older records.
     """
 
     model: str
@@ -93,7 +92,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
 
 
 def read_record(folder: Path, cell: Cell) -> CellRecord | None:
-    """The cell's file, or None: there is none, or it is of other flags than the cell has now."""
+    """The cell's record; None if there is none, or if it has other flags than the cell has now."""
     path = cell_file(folder, cell)
     if not path.exists():
         return None
@@ -102,7 +101,7 @@ def read_record(folder: Path, cell: Cell) -> CellRecord | None:
 
 
 def read_file(path: Path) -> CellRecord:
-    """Raises ConfigurationError for a file that is not a cell's."""
+    """Raises ConfigurationError for a file that is not a cell's record, or was edited."""
     values = read_json_object(path)
     written = values.pop(OWN_DIGEST, None)
     if written not in (None, _own_digest(values)):
@@ -122,7 +121,7 @@ def _own_digest(values: Mapping[str, Any]) -> str:
 
 
 def of_cell(cell: Cell, status: str, **values: Any) -> CellRecord:
-    """A record of `cell` as it is now, with this environment's versions."""
+    """A record of `cell`, with this environment's versions."""
     return CellRecord(
         model=cell.model,
         task=cell.task,
@@ -138,7 +137,7 @@ def of_cell(cell: Cell, status: str, **values: Any) -> CellRecord:
 
 
 def from_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a `CellRecord` that the lines of metrics.jsonl tell."""
+    """The fields of a `CellRecord` that come from the lines of metrics.jsonl."""
     last = records[-1]
     step_seconds = _mean([record["step_seconds"] for record in records if record.get("step_seconds")])
     epochs = last.get("epoch") or 0
@@ -153,7 +152,7 @@ def from_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def from_lambdas(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The field `lambdas` from the lines of lambda.jsonl, thinned: 120 layers a step would be most of the file."""
+    """The field `lambdas` from the lines of lambda.jsonl, thinned: with 120 layers they would fill the file."""
     kept = thinned(records, MOST_LAMBDAS)
     return {
         "iterations": [record["iteration"] for record in kept],
@@ -162,19 +161,19 @@ def from_lambdas(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def thinned(points: Sequence[Any], most: int) -> list[Any]:
-    """Points at even distances, about `most` of them; the last is always there."""
+    """About `most` evenly spaced points, always with the last one."""
     step = -(-len(points) // most) or 1
     return [point for at, point in enumerate(points) if at % step == 0 or at == len(points) - 1]
 
 
 def trainable_parameters(log: str) -> int | None:
-    """What a run says about itself at its start."""
+    """The number that a run prints at its start."""
     found = TRAINABLE.search(log)
     return int(found.group(1).replace(",", "")) if found else None
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what the numbers depend on; a package that is not installed is left out."""
+    """Versions of Python and of the packages that the numbers depend on, without those that are not installed."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
@@ -185,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def source_version() -> dict[str, str]:
-    """The commit of the source that runs, and whether it was changed since; nothing outside a git checkout."""
+    """The commit of this source, and whether it has changes; empty outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -210,11 +209,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# What is to be done next, derived from the files of the cells alone: so a new runner goes on where a killed one was.
-#
-# A group's grid is run with the tuning seed. When each of its points has been tried, the point with the least
-# validation loss at the end of its run is chosen, and its other seeds are run and scored. Scores play no part in the
-# choice.
+# The next work is derived from the records alone, so a new runner continues where a killed one stopped. A group's grid
+# runs with the tuning seed. Then the point with the least validation loss at the end of its run is chosen, whatever the
+# scores, and its other seeds are run and scored.
 
 
 @dataclass(frozen=True)
@@ -223,12 +220,12 @@ class Work:
 
     kind: Literal["train", "score"]
     cell: Cell
-    score: Score | None = None
+    score: ScoreSpec | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a group is: trained cells of its grid, the point that was chosen, its final cells and how far they are."""
+    """The state of a group: records of its grid, the chosen point, records of its final cells, and how many scored."""
 
     tuning: tuple[CellRecord | None, ...]
     best: int | None
@@ -243,7 +240,7 @@ class Progress:
 
 
 def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Progress:
-    """Args: gave_up: keys of cells that this runner has tried and lost; a grid is complete without them."""
+    """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
     tuning = tuple(read_record(folder, cell) for cell in group.tuning)
     best = _best(group, tuning, gave_up)
     finals = () if best is None else tuple(read_record(folder, cell) for cell in group.finals[best])
@@ -255,7 +252,7 @@ def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Pro
 def work(
     folder: Path, group: Group, has_checkpoint: Callable[[Cell], bool], gave_up: Set[str] = frozenset()
 ) -> Iterator[Work]:
-    """What of the group can be done now, in order. A cell to be scored that has no checkpoint is trained anew."""
+    """The work of the group that can start now, in order. A cell without a checkpoint is trained before scoring."""
     now = progress(folder, group, gave_up)
     yield from _to_train(group.tuning, now.tuning, gave_up)
     if now.best is None:
@@ -267,7 +264,7 @@ def work(
             yield Work("score", cell, score) if has_checkpoint(cell) else Work("train", cell)
 
 
-def has_scores(record: CellRecord, score: Score) -> bool:
+def has_scores(record: CellRecord, score: ScoreSpec) -> bool:
     return record.is_trained and score.metrics.keys() <= record.scores.keys()
 
 
@@ -278,10 +275,8 @@ def _to_train(cells: tuple[Cell, ...], records: tuple[CellRecord | None, ...], g
 
 
 def _best(group: Group, tuning: tuple[CellRecord | None, ...], gave_up: Set[str]) -> int | None:
-    """The point of the grid with the least validation loss, once all were tried; the first of equals.
-
-    A point whose loss is no number is none to go on with, unless it is the only one there is.
-    """
+    """The point of the grid with the least validation loss, the first of equals; None until all were tried, or if no
+    loss is finite. A single point is chosen in any case."""
     losses: dict[int, float] = {}
     for at, (cell, record) in enumerate(zip(group.tuning, tuning, strict=True)):
         if record is not None and record.is_trained:
@@ -298,31 +293,29 @@ def _comparable(record: CellRecord) -> float:
 
 
 def losses_of_grid(group: Group, tuning: tuple[CellRecord | None, ...]) -> Mapping[str, float | None]:
-    """Point of the grid, as `lr=0.1 ...` -> its validation loss."""
+    """Point of the grid, written as `lr=0.1 ...`, -> its validation loss."""
     return {
         " ".join(f"{name}={value}" for name, value in cell.settings.items()): record and record.validation_loss
         for cell, record in zip(group.tuning, tuning, strict=True)
     }
 
 
-# Where the numbers of a cell come from: the experiment's file, its words on this cell, the commit and the data.
-#
-# A record holds digests (sha256) of them, written by the runner when it starts the process that the numbers come out
-# of. The digest of the cell covers what concerns this cell alone, so the file may gain a method or a task and the
-# record still fits; a record that was moved from another experiment, or whose flags were rewritten, does not.
+# Provenance: when the runner starts a process, it records digests (sha256) of the experiment's file, of the cell's
+# entry in it and of the data. The digest of a cell covers that entry alone: a record stays valid when the file gains a
+# method or a task, but not if it was moved from another experiment or its flags were rewritten.
 
-# What the file says of a cell. A field of `Cell` beside them would not change the digests that records hold.
-WORDS = ("model", "task", "method", "settings", "seed", "flags", "processes")
+# The fields of a `Cell` that its digest covers; others may be added without changing the digests of records.
+DECLARED = ("model", "task", "method", "settings", "seed", "flags", "processes")
 DATA_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path", "--data-path", "--include-path")
 
 
 def training_source(experiment: str, cell: Cell) -> dict[str, Any]:
-    """What a training run comes from. Args: experiment: the text of the experiment's file."""
+    """The provenance of a training run. Args: experiment: the text of the experiment's file."""
     return _source(experiment, training_digest(cell), cell.flags)
 
 
-def score_source(experiment: str, cell: Cell, score: Score) -> dict[str, Any]:
-    """What a score comes from; the commit too, since a cell may be scored later than it was trained."""
+def score_source(experiment: str, cell: Cell, score: ScoreSpec) -> dict[str, Any]:
+    """The provenance of a score, with the commit: a cell may be scored later than it was trained."""
     return {**_source(experiment, score_digest(cell, score), score.command), **source_version()}
 
 
@@ -332,15 +325,15 @@ def _source(experiment: str, cell: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def training_digest(cell: Cell) -> str:
-    return digest(json.dumps(_words_on(cell), sort_keys=True))
+    return digest(json.dumps(_declared(cell), sort_keys=True))
 
 
-def score_digest(cell: Cell, score: Score) -> str:
-    return digest(json.dumps([_words_on(cell), asdict(score)], sort_keys=True))
+def score_digest(cell: Cell, score: ScoreSpec) -> str:
+    return digest(json.dumps([_declared(cell), asdict(score)], sort_keys=True))
 
 
-def _words_on(cell: Cell) -> dict[str, Any]:
-    return {name: getattr(cell, name) for name in WORDS}
+def _declared(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in DECLARED}
 
 
 def digest(text: str) -> str:
@@ -353,7 +346,7 @@ def file_digest(path: Path) -> str:
 
 
 def data_files(words: Sequence[str]) -> Iterator[Path]:
-    """Those that the data flags of a command name: files, the two behind an indexed prefix, or all of a folder."""
+    """The files that the data flags of a command name, with those of an indexed prefix and of a folder."""
     for flag, values in by_flag(words).items():
         for word in values if flag in DATA_FLAGS else ():
             path = Path(word)
@@ -373,23 +366,23 @@ def by_flag(words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def is_told(record: CellRecord) -> bool:
-    """Whether the record says where all of its numbers came from."""
+def has_provenance(record: CellRecord) -> bool:
+    """Whether the record has the source of all of its numbers."""
     return record.provenance.keys() >= ({"training", "score"} if record.scores else {"training"})
 
 
-def misfits(cell: Cell, score: Score | None, record: CellRecord) -> list[str]:
-    """What of a record is not of the cell as the experiment's file has it now."""
+def misfits(cell: Cell, score: ScoreSpec | None, record: CellRecord) -> list[str]:
+    """The differences between a record and the cell of the experiment's file."""
     named = [
         f"{name} is {getattr(record, name)!r} and {value!r} in the file"
-        for name, value in _words_on(cell).items()
+        for name, value in _declared(cell).items()
         if name != "flags" and getattr(record, name) != value
     ]
-    ran, asked = by_flag(record.flags), by_flag(cell.flags)
+    ran, wanted = by_flag(record.flags), by_flag(cell.flags)
     named += [
-        f"{flag} is {_values(ran, flag)} and {_values(asked, flag)} in the file"
-        for flag in sorted(ran.keys() | asked.keys())
-        if ran.get(flag) != asked.get(flag)
+        f"{flag} is {_values(ran, flag)} and {_values(wanted, flag)} in the file"
+        for flag in sorted(ran.keys() | wanted.keys())
+        if ran.get(flag) != wanted.get(flag)
     ]
     if named or record.flags != cell.flags:
         return named or ["its flags stand in another order than the file's"]

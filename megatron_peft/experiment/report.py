@@ -1,4 +1,4 @@
-"""A report of an experiment: sections of text, tables and figures, and the files that they become."""
+"""The report of an experiment: sections of text, tables and figures, written as Markdown, HTML, CSV and LaTeX."""
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megatron_peft.experiment import paper, plots
 from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.plots import save, svg
-from megatron_peft.experiment.record import is_told
+from megatron_peft.experiment.record import has_provenance
 from megatron_peft.experiment.results import Result, Results, peft_method
 from megatron_peft.experiment.spec import budget, grid_size
 from megatron_peft.experiment.tables import (
@@ -27,26 +27,24 @@ from megatron_peft.experiment.tables import (
     with_test,
 )
 
-# The sentences of a report: the budget, who has the best mean, how the Hybrid does, where the cells came from.
-
 
 def state(results: Results) -> str:
-    """How much of the experiment is there."""
+    """How many final runs are finished."""
     have, whole = results.num_finals()
     seeds = ", ".join(map(str, results.experiment.seeds))
-    told = f"{have} of {whole} final runs are there (seeds {seeds})."
+    done = f"{have} of {whole} final runs are there (seeds {seeds})."
     if have == whole:
-        return told
+        return done
     missing: dict[str, list[str]] = {}
     for result in results.all:
         if len(result.finals) < len(results.experiment.seeds):
             missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
     places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
-    return f"**Not finished:** {told} Runs are missing of {places}."
+    return f"**Not finished:** {done} Runs are missing of {places}."
 
 
 def budgets(results: Results) -> list[str]:
-    """A sentence for each task, on what all methods have in common; one for each model where models differ in it."""
+    """The common budget of all methods: a sentence for each task, or for each task and model if models differ."""
     experiment = results.experiment
     tries = grid_size(experiment.methods[0])
     tuning = (
@@ -102,14 +100,14 @@ def _hybrid(rows: Sequence[Row]) -> str:
 
 
 def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
-    """On the side of `mean` that the best method is on."""
+    """Whether the row is better than `mean`, in the direction of the best method."""
     best = next(other.mean for other in rows if other.is_best)
     assert row.mean is not None and best is not None
     return row.mean > mean if best > mean else row.mean < mean
 
 
 def tuning(results: Results) -> Table:
-    """What was tried, and what came of it."""
+    """The settings that were tried, and their validation losses."""
     return Table(
         "Settings that were tried",
         ("model", "task", "method", "settings", "seed", "validation loss", "chosen"),
@@ -129,12 +127,12 @@ def tuning(results: Results) -> Table:
 
 
 def _own_flags(flags: Sequence[str]) -> str:
-    """The learning rate, where there is no grid."""
+    """The learning rate, for a method without a grid."""
     return f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else ""
 
 
 def versions(results: Results) -> str:
-    """Of what the final runs ran with."""
+    """The versions of the final runs."""
     found: dict[str, dict[str, None]] = {}
     for result in results.all:
         for record in result.finals.values():
@@ -144,9 +142,9 @@ def versions(results: Results) -> str:
 
 
 def provenance(results: Results) -> Iterator[str]:
-    """How many cells say where they came from, and which do not."""
+    """How many cells have a provenance, and which do not."""
     records = results.records()
-    silent = [key for key, record in records.items() if not is_told(record)]
+    silent = [key for key, record in records.items() if not has_provenance(record)]
     if silent:
         yield (
             f"**{len(silent)} of {len(records)} cells do not say from which experiment file and data they came:** "
@@ -179,7 +177,7 @@ def table1() -> Table:
 
 
 def beside_ours(rows: Sequence[Row]) -> list[Table]:
-    """For each task that stands for a benchmark of the paper: our means of its first score, the paper's averages."""
+    """For each task with a benchmark of the paper: our means of its first score, and the paper's averages."""
     tables: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         task = row.result.group.task
@@ -208,7 +206,7 @@ def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Tabl
 
 
 def wrong_averages() -> Table:
-    """The averages that do not follow from the runs beside them."""
+    """The printed averages that are not the mean of the printed runs."""
     found = paper.wrong_averages()
     return Table(
         f"{len(found)} of the paper's {len(paper.entries())} averages are not the mean of their printed runs",
@@ -229,7 +227,7 @@ def wrong_averages() -> Table:
 
 
 def resources() -> Table:
-    """What the paper's text says about figure 1; the figure itself gives no numbers."""
+    """The numbers for figure 1 in the paper's text; the figure itself has none."""
     return Table(
         "The paper on figure 1 (A100s; not measured here)",
         ("model", "method", "minutes an epoch", "memory (GB)"),
@@ -243,7 +241,7 @@ def resources() -> Table:
 
 
 def dynamics() -> Table:
-    """What the paper's text says about figure 2."""
+    """The numbers for figure 2 in the paper's text."""
     return Table(
         "The paper on figure 2 (ten epochs; not measured here)",
         ("model", "method", "what", "value"),
@@ -278,11 +276,11 @@ PAGE = "page.html.jinja"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what is under it.
+    """A heading and its content.
 
     Attributes:
-        figures: by the name of their files.
-        is_papers: whether it shows the paper's numbers, none of which was measured here.
+        figures: by the names of their files.
+        is_papers: whether it shows the paper's numbers, which were not measured here.
     """
 
     title: str
@@ -294,7 +292,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it. `files`: text files beside the pages, by name."""
+    """The whole report. `files`: text files beside the pages, by name."""
 
     title: str
     sections: tuple[Section, ...]
@@ -371,7 +369,7 @@ def markdown(report: Report) -> str:
 
 
 def html(report: Report) -> str:
-    """One page that needs nothing else: plots, style and script are in it."""
+    """One page that contains its plots, style and script."""
     environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
     environment.filters["svg_base64"] = lambda figure: base64.b64encode(svg(figure).encode()).decode()
     environment.filters["plain"] = lambda text: text.replace("**", "").replace("`", "")
@@ -379,7 +377,7 @@ def html(report: Report) -> str:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """report.md, report.html, table1.csv and .tex, and the figures as PNG and SVG; what was written."""
+    """Write report.md, report.html, table1.csv and .tex, and the figures as PNG and SVG; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"report.md": markdown(report), "report.html": html(report), **report.files}
     for name, text in texts.items():

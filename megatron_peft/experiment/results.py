@@ -1,4 +1,4 @@
-"""What an experiment's cells say: for each model, task and method the tried settings, and the runs of the best."""
+"""The results of an experiment: for each model, task and method the tried settings, and the runs of the best."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from megatron_peft.experiment.spec import Choice, Experiment, read_experiment
 
 VALIDATION_LOSS = "validation loss"
-MOST_MISFITS = 3  # that are told of many
+MOST_MISFITS = 3  # in an error
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Result:
         tuning: (cell, its record or None) of each point of the grid.
         finals: trained records of the chosen point, by seed; fewer than the seeds while the experiment runs.
         settings: of the chosen point.
-        records: by key, of all of its cells; more than the above where the grid is not all there.
+        records: by key, of all of its cells.
     """
 
     group: Group
@@ -76,15 +76,15 @@ class Results:
         return [result for result in self.all if (result.model, result.task) == (model, task)]
 
     def places(self) -> list[tuple[str, str]]:
-        """(model, task) of which at least one run is there."""
+        """(model, task) with at least one final run."""
         return list(dict.fromkeys((result.model, result.task) for result in self.all if result.finals))
 
     def records(self) -> dict[str, CellRecord]:
-        """By key, of each cell that is there."""
+        """By key, of each cell that has one."""
         return {key: record for result in self.all for key, record in result.records.items()}
 
     def num_finals(self) -> tuple[int, int]:
-        """(final runs that are there, final runs of the whole experiment)."""
+        """(finished final runs, final runs of the whole experiment)."""
         return sum(len(result.finals) for result in self.all), len(self.all) * len(self.experiment.seeds)
 
 
@@ -95,16 +95,15 @@ def metrics(task: Choice) -> dict[str, bool]:
 
 
 def peft_method(method: Choice) -> str:
-    """Of --peft-method."""
+    """The method's --peft-method."""
     return str(method.flags.get("peft-method", method.name))
 
 
 def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
-    """The results under `folder`, of the experiment that the runner left there or that is named.
+    """The results in `folder`, of the experiment's file there or another one.
 
-    Raises:
-        ConfigurationError: no such file, none of its cells is there, a cell's record is not of the file's words or was
-            edited, or two cells have read other data.
+    Raises ConfigurationError: no such file, it has no cell, a record does not match the file or was edited, or two
+    cells have read different data.
     """
     source = experiment_file or folder / EXPERIMENT_FILE
     if not source.exists():
@@ -119,10 +118,10 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
 
 
 def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None:
-    """A number stands beside the words of the file, so it must have come from them."""
+    """Raises ConfigurationError for records that do not match the file."""
     problems = [
         f"{path} is not of {source}: {'; '.join(differences)}. Remove it and run tools/experiment.py, which runs it "
-        f"anew, or name the file that it came from with --experiment."
+        f"again, or name the file that it came from with --experiment."
         for group in all_groups
         for cell in _cells(group).values()
         if (path := cell_file(folder, cell)).exists()
@@ -134,14 +133,14 @@ def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None
 
 
 def _refuse_other_data(results: Results) -> None:
-    """Cells that stand beside one another have read the same data."""
+    """Raises ConfigurationError if cells have read different data."""
     read: dict[str, dict[str, list[str]]] = {}
     for key, record in results.records().items():
         for path, digest in ((p, d) for source in record.provenance.values() for p, d in source["data_sha256"].items()):
             read.setdefault(path, {}).setdefault(digest, []).append(key)
     problems = [
         f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
-        "or the other cells, and run tools/experiment.py, which runs them anew."
+        "or the other cells, and run tools/experiment.py, which runs them again."
         for path, keys_of in read.items()
         for digest, keys in list(keys_of.items())[1:]
     ]
@@ -155,7 +154,7 @@ def _cells(group: Group) -> dict[str, Cell]:
 
 
 def copy_results(results: Results, folder: Path) -> None:
-    """Write the cells and the experiment's file under `folder`, so that the report can be made there again."""
+    """Write the cells and the experiment's file to `folder`, from which the same report can be made."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPERIMENT_FILE).write_text(results.experiment.text, encoding="utf-8")
     for result in results.all:
@@ -183,11 +182,9 @@ def _result(folder: Path, group: Group) -> Result:
 
 
 def _with_lambdas(folder: Path, cell: Cell, record: CellRecord) -> CellRecord:
-    """The record, with what its run's lambda.jsonl says where the cell was written without."""
+    """The record, with the lambdas of its run if it was written without them."""
     return record if record.lambdas else replace(record, lambdas=process.lambdas(folder, cell))
 
-
-# In how many steps one run reaches the validation loss that another has after N.
 
 Curve = Sequence[tuple[float, float]]  # (iteration, validation loss), by iteration
 
@@ -198,7 +195,7 @@ class StepsTo:
 
     Attributes:
         times_fewer: `steps` over the mean number of steps that the method needs; None if no run reaches the loss.
-        is_bound: a run was there at its first measurement already, so that `times_fewer` is the least it can be.
+        is_bound: a run had reached it at its first measurement, so `times_fewer` is a lower bound.
         num_reached: of `num_runs`; the mean is over these.
     """
 
@@ -223,10 +220,7 @@ def crossing(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]) -> list[StepsTo]:
-    """One for each measurement of the reference; runs are paired by seed.
-
-    Only measurements that all of the reference's runs have count.
-    """
+    """One for each measurement that all of the reference's runs have; runs are paired by seed."""
     seeds = sorted(runs.keys() & reference.keys())
     if not seeds:
         return []
@@ -246,8 +240,6 @@ def _at(steps: float, crossings: Sequence[tuple[float, bool] | None]) -> StepsTo
     return StepsTo(int(steps), times, any(is_bound for _, is_bound in reached), len(reached), len(crossings))
 
 
-# Two methods' runs with the same seeds, held against one another.
-
 CONFIDENCE = 0.95
 
 
@@ -257,9 +249,9 @@ class Comparison:
 
     Attributes:
         difference: mean of (this method - the reference).
-        low, high: the confidence interval of it, 95%.
-        p: two-sided; not corrected for the number of methods that are compared.
-        num_pairs: two at least.
+        low, high: its 95% confidence interval.
+        p: two-sided; not corrected for the number of comparisons.
+        num_pairs: at least two.
     """
 
     difference: float

@@ -1,7 +1,7 @@
-"""Runs the cells that are missing, a few at a time, and leaves a file for each.
+"""Runs the missing cells, a few at a time, and writes a record of each.
 
-The runner keeps nothing in memory that matters: `record.work` derives the next cell from the files. A cell that fails
-is told, recorded and left for the next call, which tries it again.
+The runner has no state of its own: `record.work` derives the next cell from the records. A cell that fails is reported,
+recorded and tried again by the next call.
 """
 
 import shutil
@@ -42,13 +42,13 @@ from megatron_peft.experiment.record import (
     work,
     write_record,
 )
-from megatron_peft.experiment.spec import Experiment, Score
+from megatron_peft.experiment.spec import Experiment, ScoreSpec
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
-EXPERIMENT_FILE = "experiment.yaml"  # beside the cells: what they are of
+EXPERIMENT_FILE = "experiment.yaml"  # a copy of the experiment's file, next to the cells
 LOCKS = "locks"  # of runners of single groups
 POLL_SECONDS = 0.2
-PATIENCE_SECONDS = 60  # for a run that was asked to end: it saves first
+PATIENCE_SECONDS = 60  # a run that is stopped saves first
 
 Report = Callable[[str], None]
 
@@ -59,13 +59,13 @@ class Runner:
 
     Attributes:
         jobs: cells at a time.
-        report: is told a sentence at each event; refresh: is called at each look at the running cells.
+        report: called with a sentence at each event; refresh: called each time that the running cells are polled.
         program: the training program, as words after `python`; None is pretrain_peft.py.
-        keep_checkpoints: leave the checkpoints of cells that are through.
+        keep_checkpoints: keep the checkpoints of finished cells.
         experiment: the text of the experiment's file.
         gave_up: keys of the cells that failed in this call.
         running: what runs now.
-        begun: of each running cell the record as it was when its process started: where its numbers will come from.
+        begun: the record of each running cell at the start of its process, with the provenance of its numbers.
     """
 
     folder: Path
@@ -82,9 +82,9 @@ class Runner:
     _stopped_by: int | None = None
 
     def run(self) -> bool:
-        """Until nothing is left to do here; whether all cells are through.
+        """Run all that is missing; returns whether all cells are done.
 
-        Raises KeyboardInterrupt when it was asked to end (SIGINT, SIGTERM), after its cells have ended.
+        Raises KeyboardInterrupt on SIGINT and SIGTERM, after its cells have ended.
         """
         with self._signals():
             while self._stopped_by is None and (self._start_what_fits() or self.running):
@@ -95,10 +95,10 @@ class Runner:
         self.refresh(self)
         if self._stopped_by is not None:
             raise KeyboardInterrupt
-        return not [group for group in self.groups if not self._is_through(group)]
+        return not [group for group in self.groups if not self._is_done(group)]
 
-    def _is_through(self, group: Group) -> bool:
-        """Whether nothing failed; tells of a grid that no point came out of."""
+    def _is_done(self, group: Group) -> bool:
+        """Whether nothing failed; reports a grid without a finite validation loss."""
         keys = {cell.key for cell in group.tuning}
         if progress(self.folder, group, self.gave_up).best is None and not keys & self.gave_up:
             self.report(f"FAILED: {group.key}: no point of its grid ended with a finite validation loss")
@@ -139,7 +139,7 @@ class Runner:
         self.running[todo.cell.key] = todo, process.start(command, folder / process.LOG)
 
     def _begin(self, todo: Work) -> CellRecord:
-        """Before the process starts: the commit and the files of the disk may be others by the time that it ends."""
+        """Called before the process starts: the commit and the data may change until it ends."""
         if todo.kind == "train":
             source = training_source(self.experiment, todo.cell)
             return of_cell(todo.cell, "failed", provenance={"training": source})
@@ -160,12 +160,12 @@ class Runner:
         try:
             if running.process.returncode != 0:
                 raise ConfigurationError(f"{_how_it_ended(running.process.returncode)}: {running.last_words()}")
-            told = self._trained(todo.cell, running) if todo.kind == "train" else self._scored(todo, running)
+            summary = self._trained(todo.cell, running) if todo.kind == "train" else self._scored(todo, running)
         except ConfigurationError as error:
             self._failed(todo, running, str(error))
             return
         done = {"train": "trained", "score": "scored"}[todo.kind]
-        self.report(f"{done} {todo.cell.key} in {running.seconds:.0f} s: {told}")
+        self.report(f"{done} {todo.cell.key} in {running.seconds:.0f} s: {summary}")
 
     def _trained(self, cell: Cell, running: process.Running) -> str:
         path = process.checkpoints(self.folder, cell) / METRICS_FILE
@@ -202,7 +202,7 @@ class Runner:
             write_record(self.folder, todo.cell, replace(self.begun[todo.cell.key], **values))
 
     def _remove_checkpoints(self, cell: Cell) -> None:
-        """Of the cells of `cell`'s group that have nothing left to be done with, once its grid is through."""
+        """Remove those of the finished cells of the group, once its grid is complete."""
         group = next(group for group in self.groups if group.name == (cell.model, cell.task, cell.method))
         todo = list(work(self.folder, group, self._has_checkpoint))
         if self.keep_checkpoints or any(one.kind == "train" and one.cell in group.tuning for one in todo):
@@ -237,7 +237,7 @@ class Runner:
 
 
 def run_group(experiment: Experiment, folder: Path, group: Group, **settings: Any) -> bool:
-    """Run what is missing of one group, beside runners of other groups in the same folder; nothing is prepared.
+    """Run the missing cells of one group, without `prepare`, beside runners of other groups in the same folder.
 
     Raises ConfigurationError: another runner works on this group.
     """
@@ -249,10 +249,9 @@ def run_group(experiment: Experiment, folder: Path, group: Group, **settings: An
 
 
 def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group], **settings: Any) -> bool:
-    """Prepare, then run what is missing of the experiment; whether all of it is through.
+    """Prepare, then run the missing cells; returns whether all cells are done.
 
-    Raises:
-        ConfigurationError: another runner works in the folder, or a command of prepare: failed.
+    Raises ConfigurationError: another runner works in the folder, or a command of prepare: failed.
     """
     lock = _lock(folder)
     try:
@@ -265,16 +264,13 @@ def run_experiment(experiment: Experiment, folder: Path, groups: Sequence[Group]
 
 
 def _runner(experiment: Experiment, folder: Path, groups: Sequence[Group], settings: Mapping[str, Any]) -> Runner:
-    """On a folder that is locked: the experiment's file goes beside the cells."""
+    """The folder must be locked: the experiment's file is copied there."""
     (folder / EXPERIMENT_FILE).write_text(experiment.text, encoding="utf-8")
     return Runner(folder, groups, experiment=experiment.text, **settings)
 
 
-def read_scores(path: Path, score: Score) -> dict[str, float]:
-    """The numbers that the task names, out of the score's file.
-
-    Raises ConfigurationError: no file, or it has no such number.
-    """
+def read_scores(path: Path, score: ScoreSpec) -> dict[str, float]:
+    """The task's metrics, from the score's file. Raises ConfigurationError: no file, or it lacks a number."""
     try:
         content = read_json(path)
     except ConfigurationError as error:
@@ -302,7 +298,7 @@ def _lock(folder: Path) -> FolderLock:
         return FolderLock(folder, grace_seconds=1)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"another runner works in {folder}: wait for its end, or give --output another folder."
+            f"another runner works in {folder}: wait until it ends, or give --output another folder."
         ) from error
 
 
@@ -328,13 +324,11 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-# The live table of an experiment: a line for each model, task and method, and what is running now.
-
 REFRESH_SECONDS = 1.0
 
 
 class Board:
-    """Shows the runner's progress: live on a terminal, else a line for each event. A context manager."""
+    """Shows the runner's progress: a live table on a terminal, else a line for each event. A context manager."""
 
     def __init__(self, folder: Path, groups: Sequence[Group], console: Console | None = None) -> None:
         self.folder, self.groups = folder, groups
@@ -356,7 +350,7 @@ class Board:
         self.console.print(Text(text))
 
     def refresh(self, runner: Runner) -> None:
-        """Draw again; the files are read once a second at most."""
+        """Draw the table again, at most once a second."""
         now = max((running.seconds for _, running in runner.running.values()), default=0.0)
         if self._live is None or (runner.running and abs(now - self._shown_at) < REFRESH_SECONDS):
             return
@@ -365,7 +359,7 @@ class Board:
 
 
 def table(folder: Path, groups: Sequence[Group]) -> Table:
-    """Where each group is: cells done of those there are, the settings chosen, the means of what was measured."""
+    """The state of each group: how many cells are done, the chosen settings, the means of the results."""
     shown = Table("model", "task", "method", "tuned", "chosen", "seeds", "validation loss", "scores")
     for group in groups:
         now = progress(folder, group)

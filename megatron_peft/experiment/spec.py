@@ -1,4 +1,4 @@
-"""An experiment as its YAML file says it: models x tasks x methods, a grid for each method, seeds.
+"""An experiment's YAML file: models x tasks x methods, a grid for each method, seeds. docs/experiments.md describes it.
 
 A flag is written without its dashes. `true` is a switch that is given, `false` and `null` leave a flag out, a list is
 a flag with several values; anything else is the flag's value, as it stands.
@@ -22,9 +22,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 RUNNERS_OWN = {  # flag -> what to write instead
     "seed": "list the seeds under seeds:",
     "save": "each cell has a folder of its own",
-    "load": "a cell that was stopped goes on by itself",
+    "load": "a cell that was stopped continues by itself",
 }
-BUDGET = (  # the same for all methods, or their results say nothing about the methods
+BUDGET = (  # the same for all methods, for a fair comparison
     "train-iters train-samples train-epochs global-batch-size seq-length pack-sequences overlong "
     "train-data-path valid-data-path test-data-path data-path split optimizer bf16 clip-grad micro-batch-size "
     "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
@@ -48,8 +48,8 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a trained cell is scored. `command` may hold {output}, {checkpoints} and, as a word of its own, {flags}."""
+class ScoreSpec:
+    """How to score a trained cell. `command` may contain {output}, {checkpoints} and, as a separate word, {flags}."""
 
     command: tuple[str, ...]
     metrics: Mapping[str, Metric]
@@ -62,28 +62,28 @@ class Choice:
     Attributes:
         grid: flag -> its values, for methods.
         processes: of torchrun, for models; 1 starts plain python.
-        score: for tasks; None leaves it at the validation loss.
+        score: for tasks; without it there is only the validation loss.
         slurm: options of sbatch, for models.
-        paper: what of the paper's Table I it is set beside in reports: a column, a benchmark or a method.
+        paper: the column, benchmark or method of the paper's Table I that reports show beside it.
     """
 
     name: str
     flags: FlagValues
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     processes: int = 1
-    score: Score | None = None
+    score: ScoreSpec | None = None
     slurm: FlagValues = field(default_factory=dict)
     paper: str | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's file says, checked as far as that goes without reading flags.
+    """The content of an experiment's file. `check_flags` checks its flags.
 
     Attributes:
-        seeds: of the final runs; tuning_seed: of the runs that the settings are chosen by.
+        seeds: of the final runs; tuning_seed: of the tuning runs.
         prepare: commands that run before the first cell.
-        text: of the file, which the runner leaves beside the cells.
+        text: of the file, which the runner copies next to the cells.
     """
 
     name: str
@@ -108,14 +108,14 @@ class Experiment:
                 yield f"the name {name!r} becomes a folder's: use letters, digits, and . _ + - after the first."
 
     def _clashes(self) -> Iterator[str]:
-        """A flag has one place: two places would mean that one is silently ignored."""
+        """A flag in two places: one of them would be silently ignored."""
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {', '.join(map(str, self.seeds))} names one twice."
         for places in self._places():
             yield from _clashes_in_a_cell(places)
 
     def _places(self) -> Iterator[list[tuple[str, FlagValues]]]:
-        """(where it is written, flags) of what comes together in a cell."""
+        """For each cell, (place in the file, flags) of all that it combines."""
         for model in self.models:
             for task in self.tasks:
                 for method in self.methods:
@@ -133,11 +133,11 @@ class Experiment:
                 yield f"methods.{method.name}: --{flag} must be the same for all methods; put it under flags or tasks."
         sizes = {method.name: grid_size(method) for method in self.methods}
         if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            yield f"all methods get the same number of tuning runs, but their grids hold: {told}."
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            yield f"all methods get the same number of tuning runs, but their grids hold: {listed}."
 
     def _untuned_grids(self) -> Iterator[str]:
-        """A grid is tuned by the validation loss, so there must be one."""
+        """A grid without a validation loss to choose by."""
         if all(grid_size(method) == 1 for method in self.methods):
             return
         for model in self.models:
@@ -169,7 +169,7 @@ def grid_size(method: Choice) -> int:
 
 
 def budget(experiment: Experiment, model: Choice, task: Choice) -> FlagValues:
-    """The flags, the same for all methods, that say how much each trains on and how."""
+    """The flags of BUDGET, which are the same for all methods."""
     flags = {**experiment.flags, **model.flags, **task.flags}
     return {flag: value for flag, value in flags.items() if flag in BUDGET}
 
@@ -177,8 +177,6 @@ def budget(experiment: Experiment, model: Choice, task: Choice) -> FlagValues:
 def default_folder(experiment: Experiment) -> Path:
     return Path("runs/experiments") / experiment.name
 
-
-# Reads an experiment's YAML file into an `Experiment`. docs/experiments.md describes the format.
 
 KEYS = ("name", "title", "flags", "models", "tasks", "methods", "seeds", "tuning_seed", "prepare")
 NEEDED = ("models", "tasks", "methods", "seeds")
@@ -191,7 +189,7 @@ METRIC_KEYS = ("path", "higher_is_better", "scale")
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is written twice is an error: YAML's own rule, which PyYAML lets pass."""
+    """Refuses a duplicate key, as YAML requires and PyYAML does not."""
 
 
 def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -206,10 +204,9 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment of a file; its name is the file's, unless it gives one.
+    """The experiment of a file, by default named like it.
 
-    Raises:
-        ConfigurationError: the file cannot be read, is not YAML, has a key that means nothing, or contradicts itself.
+    Raises ConfigurationError: the file cannot be read, is not YAML, has an unknown key, or contradicts itself.
     """
     text = read_text(path)
     content = parse_yaml(text, str(path), _Loader)
@@ -249,7 +246,7 @@ def _choices(top: Mapping[str, Any], kind: str) -> tuple[Choice, ...]:
 
 
 def _choice(name: str, values: Mapping[str, Any], kind: str, common: Mapping[str, Any]) -> Choice:
-    """`common`: the flags of all cells; where they name no --peft-method, a method's own name is it."""
+    """`common`: the flags of all cells. Without --peft-method in any flags, a method's name is its --peft-method."""
     place = f"{kind}.{name}"
     _check_keys(values, CHOICE_KEYS[kind], place)
     flags = _flags(values.get("flags"), f"{place}.flags")
@@ -279,7 +276,7 @@ def _grid_values(points: Any, place: str) -> tuple[Any, ...]:
     return tuple(listed)
 
 
-def _score(content: Any, place: str) -> Score:
+def _score(content: Any, place: str) -> ScoreSpec:
     values = _mapping(content, place)
     _check_keys(values, ("command", "metrics"), place)
     command = _words(values.get("command"), f"{place}.command")
@@ -288,7 +285,7 @@ def _score(content: Any, place: str) -> Score:
     metrics = _mapping(values.get("metrics"), f"{place}.metrics")
     if not metrics:
         raise ConfigurationError(f"{place}.metrics is empty: name the numbers of the score's file.")
-    return Score(command, {str(name): _metric(one, f"{place}.metrics.{name}") for name, one in metrics.items()})
+    return ScoreSpec(command, {str(name): _metric(one, f"{place}.metrics.{name}") for name, one in metrics.items()})
 
 
 def _metric(content: Any, place: str) -> Metric:

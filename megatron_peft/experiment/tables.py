@@ -22,8 +22,6 @@ from megatron_peft.experiment.results import (
 )
 from megatron_peft.experiment.spec import Choice
 
-# A table of words, and how it is written as Markdown, CSV and LaTeX.
-
 LATEX = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -34,7 +32,7 @@ LATEX = {
     "–": "--",
     "≥": r"$\ge$",
 }
-BEST = "*"  # the first character of a cell that is to stand out; CSV leaves it away
+BEST = "*"  # the first character of a highlighted cell; CSV leaves it out
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Table:
     Attributes:
         title: above it; note: below it.
         text_columns: the first so many are words, aligned left; the others are numbers.
-        is_sortable: whether a row means the same at any place.
+        is_sortable: whether the order of the rows is free.
     """
 
     title: str
@@ -118,7 +116,7 @@ class Row:
         runs: in the order of the experiment's seeds; None where a run is not there.
         deviation: of the sample (n - 1).
         against: the reference method by seeds; None for itself and where nothing can be said.
-        is_best: of the methods' means; none is where there is but one.
+        is_best: whether the mean is the best of several methods.
         printed: the paper's entry that is set beside it.
     """
 
@@ -133,7 +131,7 @@ class Row:
 
 
 def reference_method(results: Results, asked_for: str | None) -> str:
-    """The method that others are tested against: the one asked for, or the first Hybrid, or the first of all.
+    """The method that others are tested against: the given one, or the first Hybrid, or the first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """

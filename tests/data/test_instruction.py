@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.instruction import Fit, InstructionDataset, encode_parts, survey, tokenize_record
+from megatron_peft.data.instruction import Fit, InstructionDataset, encode_segments, survey, tokenize_record
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
@@ -134,7 +134,7 @@ def test_bos_is_put_before_prompts_and_texts_but_the_template_writes_its_own(tmp
 
 def test_a_sentencepiece_completion_does_not_begin_with_a_space_of_its_own(sentencepiece_file):
     tokenizer = SentencePieceTokenizer(str(sentencepiece_file))
-    prompt, completion = encode_parts(tokenizer.encode, ["the cat", "s"])
+    prompt, completion = encode_segments(tokenizer.encode, ["the cat", "s"])
     assert prompt == tokenizer.encode("the cat")
     assert tokenizer.decode(prompt + completion) == "the cats"
     assert tokenizer.decode(prompt + tokenizer.encode("s")) == "the cat s"  # what the joined text avoids
@@ -144,7 +144,7 @@ def test_a_sentencepiece_completion_does_not_begin_with_a_space_of_its_own(sente
 @example(parts=["hello wo", "rld"])  # a token of the whole text would straddle the boundary
 @given(parts=st.lists(st.text(alphabet="ab \nhelothcatsm", max_size=8), min_size=1, max_size=5))
 def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
-    pieces = encode_parts(hf.encode, parts)
+    pieces = encode_segments(hf.encode, parts)
     assert pieces[0] == hf.encode(parts[0])
     assert hf.decode([i for piece in pieces for i in piece]) == "".join(parts)
     assert [hf.decode(piece) for piece in pieces] == parts

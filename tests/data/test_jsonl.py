@@ -46,9 +46,7 @@ def test_last_line_without_a_line_break_and_windows_line_ends(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "latin-1"])
 def test_a_file_that_is_not_utf_8_is_said_to_be(tmp_path, encoding):
     (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\n'.encode(encoding))
-    with pytest.raises(
-        ConfigurationError, match=r"a\.jsonl, line 1: not text in UTF-8: .*Write the file anew in UTF-8"
-    ):
+    with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 1: not text in UTF-8: .*Save the file as UTF-8"):
         JsonRecords([str(tmp_path / "a.jsonl")], "--train-data-path")[0]
 
 

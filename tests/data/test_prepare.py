@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import UndefinedError
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.prepare import (
-    PACKAGE,
+    TASKS,
     Benchmark,
     Document,
     HashSplit,
@@ -109,7 +107,7 @@ def test_input_of_an_instruction_is_optional() -> None:
 
 
 def test_missing_field_is_not_silently_empty() -> None:
-    with pytest.raises(UndefinedError):
+    with pytest.raises(ConfigurationError, match="glue_qqp: doc_to_text fails: 'question2' is undefined"):
         TaskTemplate("glue_qqp").prompt({"question1": "What?"})
 
 
@@ -128,7 +126,7 @@ def test_change_that_does_not_apply_is_an_error() -> None:
 
 
 def test_every_template_is_named_like_its_task() -> None:
-    names = [path.name.removesuffix(".yaml") for path in files(PACKAGE).joinpath("tasks").iterdir()]
+    names = [path.stem for path in TASKS.glob("*.yaml")]
     assert len(names) == 10
     assert [name for name in names if TaskTemplate(name).task != name] == []
 

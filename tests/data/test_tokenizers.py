@@ -11,13 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.tokenizers import (
+    ChatSegment,
     HuggingFaceTokenizer,
     NullTokenizer,
-    Part,
     build_tokenizer,
-    chat_parts,
     doubt_about_vocabulary,
     require_vocabulary_fits,
+    split_chat,
 )
 from tests.data.tiny_tokenizers import save_tokenizer
 
@@ -89,7 +89,7 @@ def test_messages_need_a_chat_template(tmp_path):
     with pytest.raises(ConfigurationError, match=f"{tmp_path} has no chat template"):
         tokenizer.render_chat(MESSAGES)
     with pytest.raises(ConfigurationError, match="NullTokenizer has no chat template"):
-        NullTokenizer(99).chat_parts(MESSAGES)
+        NullTokenizer(99).split_chat(MESSAGES)
 
 
 def test_a_tokenizer_of_another_model_is_refused():
@@ -155,8 +155,8 @@ def thinking(messages, add_generation_prompt=False) -> str:
     ],
 )
 def test_what_the_assistant_says_is_trained_and_its_header_is_not(template, roles, untrained_and_trained):
-    expected = [Part(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
-    assert chat_parts(template, turns(*roles.split()))[: len(expected)] == expected
+    expected = [ChatSegment(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
+    assert split_chat(template, turns(*roles.split()))[: len(expected)] == expected
 
 
 def test_a_template_that_rewrites_the_past_is_refused():
@@ -164,4 +164,4 @@ def test_a_template_that_rewrites_the_past_is_refused():
         return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
 
     with pytest.raises(ConfigurationError, match="cannot be told apart: split the conversation"):
-        chat_parts(rewriting, turns("user", "assistant"))
+        split_chat(rewriting, turns("user", "assistant"))

@@ -14,7 +14,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles
-from megatron_peft.demo.run import Score, run_demo
+from megatron_peft.demo.run import DemoScore, run_demo
 from megatron_peft.experiment.plots import Translation
 from tools import demo
 
@@ -36,7 +36,7 @@ class Launcher:
         if command[0] == "-m":
             trained = "--load" in command
             words = tuple(f"{'texte' if trained else 'text'} {i}" for i in range(len(HELD_OUT)))
-            Score(20.5 if trained else 3.0, "nrefs:1", 1.7 if trained else 3.9, 4096, words).write(Path(command[2]))
+            DemoScore(20.5 if trained else 3.0, "nrefs:1", 1.7 if trained else 3.9, 4096, words).write(Path(command[2]))
         else:
             save = Path(command[command.index("--save") + 1])
             save.mkdir(parents=True, exist_ok=True)

