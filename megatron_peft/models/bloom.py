@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_peft.config import LINEAR_MODULES, require
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
+from megatron_peft.models.rules import Columns, FusedRows, HFTensor, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import MOST, MOST_EPSILON, MOST_LAYERS, Config, ModelShape, number, size, switch
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def bloom_rules(shape: ModelShape) -> list[Rule]:
 
 def _norm(megatron: str, hugging_face: str, hidden: int) -> Iterator[Rule]:
     for kind in ("weight", "bias"):
-        yield Replicated(f"{megatron}.{kind}", (Part(f"{hugging_face}.{kind}", (hidden,)),))
+        yield Replicated(f"{megatron}.{kind}", (HFTensor(f"{hugging_face}.{kind}", (hidden,)),))
 
 
 def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:
@@ -130,9 +130,9 @@ def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterato
     for module, (linear, width) in COLUMN_PARALLEL.items():
         num_groups = shape.num_attention_heads if module.endswith("linear_qkv") else None
         for kind, columns in (("weight", (hidden,)), ("bias", ())):
-            part = Part(f"{hugging_face}{linear}.{kind}", (width * hidden, *columns))
+            part = HFTensor(f"{hugging_face}{linear}.{kind}", (width * hidden, *columns))
             yield FusedRows(f"{megatron}{module}.{kind}", (part,), num_groups)
     for module, (linear, width) in ROW_PARALLEL.items():
         weight, bias = f"{hugging_face}{linear}.weight", f"{hugging_face}{linear}.bias"
-        yield Columns(f"{megatron}{module}.weight", (Part(weight, (hidden, width * hidden)),))
-        yield Replicated(f"{megatron}{module}.bias", (Part(bias, (hidden,)),))
+        yield Columns(f"{megatron}{module}.weight", (HFTensor(weight, (hidden, width * hidden)),))
+        yield Replicated(f"{megatron}{module}.bias", (HFTensor(bias, (hidden,)),))

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models import bloom, llama
-from megatron_peft.models.rules import Part, Rule
+from megatron_peft.models.rules import HFTensor, Rule
 from megatron_peft.models.shape import Config, ModelShape
 
 # The shape of a model from a Hugging Face `config.json`. Plain JSON: neither transformers nor torch is imported.
@@ -160,8 +160,8 @@ def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule
 
 
 def _as_stored(rule: Rule, prefix: str, stored: Collection[str]) -> Rule:
-    def name(part: Part) -> str:
+    def name(part: HFTensor) -> str:
         bare = part.name.removeprefix(prefix)
         return bare if part.name not in stored and bare in stored else part.name
 
-    return replace(rule, parts=tuple(Part(name(part), part.shape) for part in rule.parts))
+    return replace(rule, hf_tensors=tuple(HFTensor(name(part), part.shape) for part in rule.hf_tensors))

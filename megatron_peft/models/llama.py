@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_peft.config import require
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
+from megatron_peft.models.rules import Columns, FusedRows, HFTensor, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import MOST_EPSILON, MOST_LAYERS, Config, ModelShape, RopeScaling, number, size, switch
 
 # Keys that change the computation, with the values that leave it as it is.
@@ -136,7 +136,7 @@ def llama_rules(shape: ModelShape) -> list[Rule]:
     """One rule for each parameter of the whole model, layers numbered globally from 0."""
     rules: list[Rule] = [
         *vocabulary_rules(shape, EMBEDDING, OUTPUT),
-        Replicated("decoder.final_layernorm.weight", (Part("model.norm.weight", (shape.hidden_size,)),)),
+        Replicated("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", (shape.hidden_size,)),)),
     ]
     for layer in range(shape.num_layers):
         rules += _layer_rules(shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
@@ -151,15 +151,15 @@ def _layer_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterato
         "ffn": shape.ffn_hidden_size,
     }
     for module, norm in LAYER_NORMS.items():
-        yield Replicated(f"{megatron}{module}.weight", (Part(f"{hugging_face}{norm}.weight", (hidden,)),))
+        yield Replicated(f"{megatron}{module}.weight", (HFTensor(f"{hugging_face}{norm}.weight", (hidden,)),))
     for module, linears in COLUMN_PARALLEL.items():
         num_groups = shape.num_query_groups if module.endswith("linear_qkv") else None
         for kind, columns in _kinds(shape, module, (hidden,)):
-            parts = (Part(f"{hugging_face}{n}.{kind}", (features[width], *columns)) for n, width in linears.items())
+            parts = (HFTensor(f"{hugging_face}{n}.{kind}", (features[width], *columns)) for n, width in linears.items())
             yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
     for module, (linear, width) in ROW_PARALLEL.items():
         for kind, columns in _kinds(shape, module, (features[width],)):
-            part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
+            part = HFTensor(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
             rule = Columns if columns else Replicated
             yield rule(f"{megatron}{module}.{kind}", (part,))
 
