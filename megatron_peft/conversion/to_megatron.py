@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.utils.serialization import config as serialization_config
 
 from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.config import ConfigurationError, require
@@ -203,19 +204,9 @@ def _write(slices: Sequence[ShardSlice], source: Source, folder: Path, advance: 
     # The steps of torch.distributed.checkpoint.save, which would wrap every error in a CheckpointException.
     plans, metadata = planner.create_global_plan([planner.create_local_plan()])
     (plan,) = writer.prepare_global_plan(plans)
-    with _without_checksums():
+    # torch.save would spend a sixth of the time on checksums, which torch.load ignores.
+    with serialization_config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
         written = writer.write_data(plan, planner).wait()
     writer.finish(metadata, [written])
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
     torch.save({}, folder / "common.pt")  # Megatron keeps arguments here; config.json has them
-
-
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """torch.save computes a checksum of each tensor, which takes a sixth of the time and which torch.load ignores."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

@@ -83,7 +83,7 @@ def test_torn_file_is_named(kind, file, content, told, copy_of):
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        *((INDEX, text, f"{INDEX} is no index") for text in ("{}", '{"weight_map": 3}')),
+        *((INDEX, text, f"{INDEX} is not an index") for text in ("{}", '{"weight_map": 3}')),
         (INDEX, json.dumps({"weight_map": {"ghost": SHARD}}), f"missing: ghost in {SHARD}"),
         (INDEX, None, "holds no weights: expected one of model.safetensors"),
         (SHARD, None, f"{SHARD} is missing, but the index"),
