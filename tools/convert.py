@@ -1,4 +1,4 @@
-"""Weights and adapters between Hugging Face, HF PEFT and Megatron.
+"""Convert weights and adapters between Hugging Face, HF PEFT and Megatron.
 
 python tools/convert.py hf-to-megatron --input HF_FOLDER --output MEGATRON_FOLDER
 python tools/convert.py megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_FOLDER
@@ -6,7 +6,7 @@ python tools/convert.py merge          --input RUN --output HF_FOLDER
 python tools/convert.py export-adapter --input RUN --output HF_PEFT_FOLDER
 python tools/convert.py import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
 python tools/convert.py verify         --input FOLDER --reference FOLDER
-An output that exists is never overwritten. docs/moving-weights.md has the whole matrix.
+An existing output is never overwritten. docs/moving-weights.md lists every conversion.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 
 def hf_to_megatron(args: argparse.Namespace) -> int:
-    """a Hugging Face folder -> a Megatron distributed checkpoint"""
+    """convert a Hugging Face folder to a Megatron distributed checkpoint"""
     from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.to_megatron import hf_to_megatron as convert
 
@@ -29,20 +29,21 @@ def hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def megatron_to_hf(args: argparse.Namespace) -> int:
-    """a Megatron checkpoint, or a run of full fine-tuning -> a Hugging Face folder"""
-    from megatron_peft.conversion.hf_files import type_flag
+    """convert a Megatron checkpoint, or a run of full fine-tuning, to a Hugging Face folder"""
     from megatron_peft.conversion.to_huggingface import megatron_to_hf as convert
-    from megatron_peft.conversion.writer import parse_bytes
 
-    size, dtype = parse_bytes(args.max_shard_size), type_flag(args.dtype)
-    base = args.pretrained_checkpoint
-    return _wrote(convert(args.input, args.output, pretrained_checkpoint=base, dtype=dtype, max_shard_bytes=size))
+    return _write_hf(convert, args)
 
 
 def merge(args: argparse.Namespace) -> int:
-    """a run's adapters folded into its base -> a Hugging Face folder"""
-    from megatron_peft.conversion.hf_files import type_flag
+    """merge a run's adapters into their base and write a Hugging Face folder"""
     from megatron_peft.conversion.merge import merge as convert
+
+    return _write_hf(convert, args)
+
+
+def _write_hf(convert: Callable[..., object], args: argparse.Namespace) -> int:
+    from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.writer import parse_bytes
 
     size, dtype = parse_bytes(args.max_shard_size), type_flag(args.dtype)
@@ -51,21 +52,21 @@ def merge(args: argparse.Namespace) -> int:
 
 
 def export_adapter(args: argparse.Namespace) -> int:
-    """a run's adapters -> an adapter of HF PEFT"""
+    """convert a run's adapters to an adapter of HF PEFT"""
     from megatron_peft.conversion.peft import export_adapter as convert
 
     return _wrote(convert(args.input, args.output, pretrained_checkpoint=args.pretrained_checkpoint))
 
 
 def import_adapter(args: argparse.Namespace) -> int:
-    """an adapter of HF PEFT -> a run's adapters, for --load"""
+    """convert an adapter of HF PEFT to a run's adapters, for --load"""
     from megatron_peft.conversion.peft import import_adapter as convert
 
     return _wrote(convert(args.input, args.output, pretrained_checkpoint=args.pretrained_checkpoint))
 
 
 def verify(args: argparse.Namespace) -> int:
-    """run two folders on the same tokens and print how far their logits are apart"""
+    """run two models on the same tokens and compare their logits"""
     from megatron_peft.conversion.verify import verify as compare
 
     found = compare(
@@ -93,29 +94,34 @@ def _wrote(output: object) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """What runs it, and the flags that it knows besides --input and --output."""
+    """Its function, and its flags besides --input and --output."""
 
     run: Callable[[argparse.Namespace], int]
     flags: tuple[str, ...]
 
 
 FLAGS: dict[str, dict] = {
-    "--dtype": {"choices": TYPES, "help": "number type of the weights (as stored)"},
-    "--max-shard-size": {"default": "5GB", "metavar": "SIZE", "help": "of one safetensors file (5GB)"},
+    "--dtype": {"choices": TYPES, "help": "dtype of the weights (default: as stored)"},
+    "--max-shard-size": {"default": "5GB", "metavar": "SIZE", "help": "largest safetensors file (default: 5GB)"},
     "--make-vocab-size-divisible-by": {
         "type": int,
         "default": 128,
         "metavar": "N",
-        "help": "rows of embedding and output layer are padded to a multiple of it (128)",
+        "help": "pad the rows of embedding and output layer to a multiple of N (default: 128)",
     },
-    "--pretrained-checkpoint": {"metavar": "FOLDER", "help": "base model; default: the one that the input names"},
-    "--num-tokens": {"type": int, "default": 64, "metavar": "N", "help": "of each of two random sequences (64)"},
-    "--per-layer": {"action": "store_true", "help": "print the difference after each layer as well"},
+    "--pretrained-checkpoint": {"metavar": "FOLDER", "help": "base model (default: the one that the input names)"},
+    "--num-tokens": {
+        "type": int,
+        "default": 64,
+        "metavar": "N",
+        "help": "length of each of two random sequences (default: 64)",
+    },
+    "--per-layer": {"action": "store_true", "help": "also print the difference after each layer"},
     "--tolerance": {
         "type": float,
         "default": 1e-4,
         "metavar": "X",
-        "help": "exit code 1 if the difference over the largest logit is above it (1e-4)",
+        "help": "exit with 1 if the difference divided by the largest logit is above X (default: 1e-4)",
     },
 }
 COMMANDS = {
@@ -129,7 +135,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One sub-command for each line of COMMANDS."""
+    """One subcommand for each line of COMMANDS."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

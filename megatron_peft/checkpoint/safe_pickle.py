@@ -1,9 +1,8 @@
-"""Pickles of other people's checkpoints, read so that nothing in them can run.
+"""Unpickle other people's checkpoints without running anything in them.
 
-Two kinds are met. A `torch.save` file with Megatron-LM's arguments, counters and generators beside the weights is
-read with `weights_only=True`; what it names of the libraries that wrote it is replaced by `Inert`, which does nothing
-whatever it is called with. The index of a distributed checkpoint (`.metadata`) is a plain pickle of a few classes of
-torch, none of which it gets to see. A name outside the lists below refuses the file.
+torch.load with `weights_only=True` reads a `torch.save` file; the classes of known libraries become `Inert`. The index
+of a distributed checkpoint (`.metadata`) is a plain pickle of a few torch classes, which are rebuilt from its values. A
+name outside the lists below refuses the file.
 """
 
 import gc
@@ -41,10 +40,10 @@ METADATA_NAMES = re.compile(
     r"torch\.(Size|float64|float32|float16|bfloat16|u?int\d+|bool|strided|layout|dtype)"
     r"|torch\.serialization\._get_layout|torch\.distributed\.checkpoint\.filesystem\.(_StorageInfo|_StoragePrefix)"
     r"|pathlib\.(Posix|PurePosix|Windows|PureWindows)?Path|pathlib\._local\.\w*Path|collections\.OrderedDict"
-    r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of its 0.15
+    r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.(MCoreMetadata|MCoreSavePlan)"  # of megatron-core 0.15
 )
 
-_MOST_PARTS = 1000  # of a key that is a tuple
+_MAX_KEY_PARTS = 1000  # of a tuple that is a key of a dict
 _OPCODES = pickle._Unpickler.dispatch  # pyright: ignore[reportAttributeAccessIssue]
 _REFUSED_OPCODES = (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
@@ -52,7 +51,7 @@ Kind = TypeVar("Kind")
 
 
 class Inert:
-    """Stands in for a class or function of a pickle: takes anything, does nothing. State becomes attributes."""
+    """Replaces a class or function of a pickle: accepts anything, does nothing, and keeps state as attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.arguments = args
@@ -63,31 +62,33 @@ class Inert:
 
 
 def load_inertly(path: Path) -> Any:
-    """The content of a torch.save file, tensors memory-mapped, objects of known libraries as `Inert`.
+    """Content of a torch.save file, with memory-mapped tensors and objects of known libraries as `Inert`.
 
     Raises:
-        ConfigurationError: it names anything else (and nothing of it has run), or it is torn.
+        ConfigurationError: it names anything else, or it is torn. Nothing in it was run.
     """
     try:
         require_harmless(path)
-        with _nothing_called_safe():
+        with _no_safe_globals():
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
             _refuse(path, [name for name in names if not INERT_NAMES.fullmatch(name)])
             stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except ConfigurationError:
+        raise
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        if isinstance(error, ConfigurationError):
-            raise
         reason = plain_reason(error)
-        raise ConfigurationError(f"{path} cannot be read: it is torn, or no file of torch.save ({reason}).") from error
+        raise ConfigurationError(
+            f"{path} cannot be read: it is torn, or not a file of torch.save ({reason})."
+        ) from error
 
 
 def require_harmless(path: Path) -> None:
-    """Go through the pickle of a torch.save file as torch would, but for its tensors, which takes milliseconds.
+    """Unpickle a torch.save file without its tensors, to find out whether torch would crash. Takes milliseconds.
 
     Raises:
-        pickle.UnpicklingError, RuntimeError and the like: torch would crash on it, or it is torn.
+        pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is torn.
     """
     with torch.serialization._open_zipfile_reader(str(path)) as archive:
         if archive.has_record("data.pkl"):
@@ -95,7 +96,7 @@ def require_harmless(path: Path) -> None:
 
 
 def plain_reason(error: BaseException) -> str:
-    """The first line of an error, but for torch's own, which advises to let the file run code."""
+    """First line of an error. torch's own, which advises to allow code in the file, is replaced."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if "weights_only" in str(error):
         return f"it names {named[1]}" if named else "it holds more than tensors"
@@ -103,16 +104,18 @@ def plain_reason(error: BaseException) -> str:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint: its tensors, and where each part of them lies.
+    """The index of a distributed checkpoint: its tensors, and where each slice is stored.
 
-    What it says of anything but tensors is left out, so that no reader can be sent to unpickle it.
+    Entries of other objects are dropped, so that no reader unpickles them.
 
     Raises:
-        ConfigurationError: it names a class that no index needs, or a file outside `folder`, or it is torn. Nothing in
-            it has run.
+        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is torn. Nothing in
+            it was run.
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)
+    was_enabled = gc.isenabled()
+    gc.disable()  # millions of objects that all stay: collecting them again and again takes longer than making them
     try:
         return unpickler.index()
     except ConfigurationError:
@@ -121,10 +124,13 @@ def read_metadata(folder: Path) -> Metadata:
         raise ConfigurationError(
             f"{path} cannot be read: {type(error).__name__}: {error}. Copy the checkpoint again."
         ) from error
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Plain:
-    """An object of an index as it was pickled: no class of torch's is within reach of the pickle."""
+    """A pickled object, with its arguments and state, in place of any class of torch."""
 
     arguments: tuple[Any, ...] = ()
     state: Any = None
@@ -139,7 +145,7 @@ class _Plain:
 class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """Python's unpickler in Python, which no pickle can crash.
 
-    The one in C overflows the stack where a tuple that is nested a million deep becomes a key, and makes a table as
+    The one in C overflows the stack if a tuple that is nested a million deep becomes a key, and allocates a table as
     large as the largest memo index.
     """
 
@@ -163,20 +169,20 @@ class BoundedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcc
 
 
 def _require_small(keys: list[Any]) -> None:
-    """A tuple among them is hashed part by part, however deep and however often it holds the same one."""
+    """Refuse large tuples: hashing visits every part, however deep and however often it occurs."""
     for key in keys:
         parts = [key] if isinstance(key, tuple | list) else []
-        for _ in range(_MOST_PARTS):
+        for _ in range(_MAX_KEY_PARTS):
             if not parts:
                 break
-            one = parts.pop()
-            parts += one if isinstance(one, tuple | list) else ()
+            part = parts.pop()
+            parts += part if isinstance(part, tuple | list) else ()
         if parts:
-            raise pickle.UnpicklingError(f"a key is a tuple of more than {_MOST_PARTS} parts")
+            raise pickle.UnpicklingError(f"a key is a tuple of more than {_MAX_KEY_PARTS} parts")
 
 
 class _Collection(dict):
-    """In place of an OrderedDict (of pairs, maybe) or a set; a state dict has `_metadata`."""
+    """Replaces an OrderedDict (perhaps of pairs) or a set; its state is the `_metadata` of a state dict."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
@@ -187,7 +193,7 @@ class _Collection(dict):
 
 
 class _Rehearsal(BoundedUnpickler):
-    """Nothing comes of what it reads."""
+    """Reads a pickle and drops the result."""
 
     def find_class(self, module: str, name: str) -> Any:
         return type(name, (_Plain if module not in ("collections", "builtins", "__builtin__") else _Collection,), {})
@@ -197,10 +203,10 @@ class _Rehearsal(BoundedUnpickler):
 
 
 class _IndexUnpickler(BoundedUnpickler):
-    """Gives each name of the pickle a class of its own, which does nothing, and makes torch's objects of what it finds.
+    """Gives each name in the pickle its own empty class, and builds torch's objects from what it read.
 
-    A pickle may set attributes on whatever it names: on torch's own classes it could leave a `__call__` behind, or let
-    one object look like another. Here it only ever reaches classes that are gone with the file.
+    A pickle may set attributes on whatever it names: on torch's classes it could add a `__call__`, or make one object
+    look like another. Here it only reaches classes that nothing else uses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -218,13 +224,9 @@ class _IndexUnpickler(BoundedUnpickler):
         return self._classes.setdefault(name, type(name, (_Plain,), {}))
 
     def index(self) -> Metadata:
-        with _collector_paused():
-            return self._index()
-
-    def _index(self) -> Metadata:
         root = self.load()
         is_index = any(type(root) is self._classes.get(name) for name in ("Metadata", "MCoreMetadata"))
-        require(is_index, f"{self._path} is no index of a distributed checkpoint.")
+        require(is_index, f"{self._path} is not an index of a distributed checkpoint.")
         fields = self._typed(root.state, dict)
         stored = self._typed(fields["state_dict_metadata"], dict)
         tensors = {
@@ -251,7 +253,7 @@ class _IndexUnpickler(BoundedUnpickler):
         offset, file = key.get("offset"), self._typed(place["relative_path"], str)
         require(
             file == Path(file).name and file != ".." and not place.get("transform_descriptors"),
-            f"{self._path} is refused: it names {file!r}, which is no plain file of that folder.",
+            f"{self._path} is refused: it names {file!r}, which is not a file name in that folder.",
         )
         index = MetadataIndex(self._typed(key["fqn"], str), None if offset is None else self._size(offset))
         return index, _StorageInfo(file, self._count(place["offset"]), self._count(place["length"]))
@@ -264,34 +266,24 @@ class _IndexUnpickler(BoundedUnpickler):
         return torch.Size(map(self._count, self._typed(numbers, tuple)))
 
     def _count(self, value: Any) -> int:
-        require(0 <= self._typed(value, int) < 2**63, f"{self._path} is no index of a distributed checkpoint: {value}.")
+        require(
+            0 <= self._typed(value, int) < 2**63, f"{self._path} is not an index of a distributed checkpoint: {value}."
+        )
         return value
 
     def _typed(self, value: Any, kind: type[Kind]) -> Kind:
-        """`value`, if it is of this very class: a subclass could be anything."""
+        """`value`, if it has exactly this class: a subclass could be anything."""
         require(
             type(value) is kind,
-            f"{self._path} is no index of a distributed checkpoint: it holds {type(value).__name__} instead of "
+            f"{self._path} is not an index of a distributed checkpoint: it holds {type(value).__name__} instead of "
             f"{kind.__name__}.",
         )
         return value
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Millions of objects that all stay: to look through them again and again takes longer than to make them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
-def _nothing_called_safe() -> Iterator[None]:
-    """Forget for a while what other libraries have declared safe: megatron-core does when it is imported."""
+def _no_safe_globals() -> Iterator[None]:
+    """Clear torch's list of safe classes inside: megatron-core adds to it when it is imported."""
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -309,5 +301,5 @@ def _refuse(path: Path, names: list[str]) -> None:
 
 
 def _stand_in(name: str) -> type[Inert]:
-    """A class of its own for each name: torch's unpickler looks classes up by value."""
+    """One class for each name: torch's unpickler looks classes up by value."""
     return type("Inert_" + name.rpartition(".")[2], (Inert,), {})

@@ -1,16 +1,12 @@
-"""Hugging Face weight files, read slice by slice.
-
-`open_source(folder)` reads the headers of every file and nothing else; `Source.slice` maps the file and gives a lazy
-view of the region asked for. Pages of a mapped file that were touched count as resident until the mapping goes, so a
-source maps its file anew every `MAPPED_BYTES` of tensors.
-"""
+"""Read Hugging Face weight files slice by slice, check their tensors, and copy or write the files beside them."""
 
 import json
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,17 +18,19 @@ from torch import Tensor
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
-from megatron_peft.models.rules import Index
+from megatron_peft.models.rules import Index, Rule
 
+# A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
+# unmapped.
 MAPPED_BYTES = 64 * 2**20
-NAMED_AT_MOST = 8  # names listed in one error
-# First bytes of files that are something else than they seem, and what to say.
-IMPOSTORS = {
+MAX_LISTED = 8  # names in one error
+# First bytes of files that only look like weights, and the error for each.
+LOOKALIKES = {
     b"version https://git-lfs": "it is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.",
     b"\x80\x02\x8a\x0al\xfc\x9cF": "it has the format of torch before 1.6, which cannot be memory-mapped. "
     "Convert it to safetensors.",
 }
-# Which weights of a folder are read: the first that exists, in the order of transformers.
+# The first of these that exists is read, as in transformers.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +41,7 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies and what it is, read without its data. `dtype` is the file format's own name."""
+    """File, shape and type of a tensor, read without its data. `dtype` is the name that the file format uses."""
 
     file: Path
     shape: tuple[int, ...]
@@ -53,13 +51,17 @@ class Header:
 class WeightFile(Protocol):
     """An open weight file."""
 
-    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]: ...
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every tensor, by name."""
+        ...
 
-    def view(self, name: str, index: Index) -> Tensor: ...
+    def view(self, name: str, index: Index) -> Tensor:
+        """`tensor[index]`, lazily where the format allows."""
+        ...
 
 
 class SafetensorsFile:
-    """One .safetensors file. Opening checks that the file is as long as its header says."""
+    """A .safetensors file. Opening it checks that its length matches its header."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt")
@@ -73,14 +75,14 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """One pytorch_model*.bin, memory-mapped; unpickles weights only."""
+    """A memory-mapped pytorch_model*.bin; only tensors are unpickled."""
 
     def __init__(self, path: Path) -> None:
         require_harmless(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         require(
             isinstance(state, dict) and all(isinstance(name, str) for name in state),
-            f"{path} holds no weights by their names. Save the model's state_dict, or convert it to safetensors.",
+            f"{path} is not a state_dict of tensors. Save the model's state_dict, or convert it to safetensors.",
         )
         self._tensors: dict[str, Tensor] = {name: value for name, value in state.items() if torch.is_tensor(value)}
         odd = [name for name, tensor in self._tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
@@ -97,7 +99,7 @@ FORMATS: dict[str, type[SafetensorsFile] | type[TorchFile]] = {".safetensors": S
 
 
 class Source:
-    """The tensors of a folder. `bytes_read` counts the data of the slices handed out, in the stored type."""
+    """The weights of a Hugging Face folder. `bytes_read` counts the bytes of the slices read, in the stored type."""
 
     def __init__(self, folder: Path, headers: dict[str, Header]) -> None:
         self.folder = folder
@@ -107,13 +109,21 @@ class Source:
         self._mapped_bytes = 0
 
     def slice(self, name: str, index: Index) -> Tensor:
-        """`tensor[index]` as a view of the mapped file: copy it at once, and keep no reference."""
+        """`tensor[index]` as a view of the mapped file: copy it at once and keep no reference."""
         header = self.headers[name]
         file = self._file_of(header)
         view = file.view(name, index)
         self.bytes_read += view.numel() * view.element_size()
         self._mapped_bytes += prod(header.shape) * view.element_size()
         return view
+
+    def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
+        """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
+        rule.read(local, self, rank, size)
+
+    def stored_type(self, rule: Rule) -> torch.dtype:
+        """Type of a parameter; the wider one if the rule fuses tensors of several types."""
+        return reduce(torch.promote_types, (stored_type(self.headers[t.name].dtype) for t in rule.hf_tensors))
 
     def _file_of(self, header: Header) -> WeightFile:
         if self._open is None or self._open[0] != header.file or self._mapped_bytes > MAPPED_BYTES:
@@ -123,10 +133,10 @@ class Source:
 
 
 def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Source:
-    """Headers of all weights of a Hugging Face folder, out of the first of `weight_files` that exists.
+    """Read the headers, and nothing else, of the first of `weight_files` that exists.
 
-    ConfigurationError names a file that is missing, torn or unreadable, and a tensor that the index promises and its
-    file does not hold.
+    Raises:
+        ConfigurationError: a file is missing, torn or unreadable, or lacks a tensor that the index lists.
     """
     folder = Path(folder)
     chosen = next((folder / name for name in weight_files if (folder / name).exists()), None)
@@ -134,23 +144,23 @@ def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) 
         raise ConfigurationError(
             f"--pretrained-checkpoint {folder} holds no weights: expected one of {', '.join(weight_files)}."
         )
-    promised = _read_index(chosen) if chosen.suffix == ".json" else {}
+    indexed = _read_index(chosen) if chosen.suffix == ".json" else {}
     headers: dict[str, Header] = {}
-    for path in sorted({folder / file for file in promised.values()}) or [chosen]:
+    for path in sorted({folder / file for file in indexed.values()}) or [chosen]:
         headers |= {name: Header(path, *header) for name, header in _open_file(path).headers().items()}
-    lost = [f"{name} in {file}" for name, file in promised.items() if name not in headers]
-    require(not lost, f"{chosen} lists tensors that are not there: {listed(lost)}.")
+    missing = [f"{name} in {file}" for name, file in indexed.items() if name not in headers]
+    require(not missing, f"{chosen} lists tensors that are missing: {listed(missing)}.")
     return Source(folder, headers)
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a, b, c` with at most `NAMED_AT_MOST` names and the count of the others."""
+    """`a, b, c` with at most `MAX_LISTED` names and the count of the others."""
     names = list(names)
-    more = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-_NO_WEIGHTS = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError, KeyError)
+_UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError, KeyError)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -158,9 +168,9 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"{path} is no index of weights ({error!r}): copy the file again.") from error
+        raise ConfigurationError(f"{path} is not an index of weights ({error!r}): copy the file again.") from error
     outside = [file for file in weight_map.values() if file != Path(file).name or file in ("", "..")]
-    require(not outside, f"{path} is refused: it names {outside[:1]}, which is no plain file of that folder.")
+    require(not outside, f"{path} is refused: it names {outside[:1]}, which is not a file name in that folder.")
     return weight_map
 
 
@@ -172,18 +182,18 @@ def _open_file(path: Path) -> WeightFile:
         return FORMATS[path.suffix](path)
     except ConfigurationError:
         raise
-    except (*_NO_WEIGHTS, pickle.UnpicklingError) as error:
+    except (*_UNREADABLE, pickle.UnpicklingError) as error:
         raise ConfigurationError(f"{path} cannot be read: {_why(path, error)}") from error
 
 
 def _why(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        start = file.read(max(map(len, IMPOSTORS)))
-    told = next((text for magic, text in IMPOSTORS.items() if start.startswith(magic)), None)
     reason = plain_reason(error)
     if isinstance(error, pickle.UnpicklingError):
         return f"it holds more than tensors ({reason}). Convert it to safetensors."
-    return told or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
+    with path.open("rb") as file:
+        start = file.read(max(map(len, LOOKALIKES)))
+    known = next((text for magic, text in LOOKALIKES.items() if start.startswith(magic)), None)
+    return known or f"truncated or torn, {path.stat().st_size:,} bytes long ({reason}). Copy or download it again."
 
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -192,30 +202,28 @@ WRITABLE = ("float32", "bfloat16", "float16")
 
 
 def stored_type(name: str) -> torch.dtype:
-    """Of a tensor's header, by the name that its file format uses."""
+    """Type of a tensor by the name that its file format uses."""
     return (SAFETENSORS_TYPES | TORCH_TYPES)[name]
 
 
 def type_flag(name: str | None) -> torch.dtype | None:
-    """Value of --dtype. ConfigurationError lists the names."""
-    require(name is None or name in WRITABLE, f"--dtype {name} is none of {', '.join(WRITABLE)}.")
+    """Type that --dtype names. ConfigurationError lists the names."""
+    require(name is None or name in WRITABLE, f"--dtype {name} is not one of {', '.join(WRITABLE)}.")
     return None if name is None else TORCH_TYPES[name]
 
 
-# What a folder must hold, compared with what it holds, before any weight is read.
-
-# Tensors of old or tied checkpoints that say nothing new.
+# Redundant tensors of old or tied checkpoints.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 TIED_OUTPUT = re.compile(r"^lm_head\.weight$")
-# Names of the real number types in safetensors and in torch; anything else is a quantised checkpoint.
-NUMBER_TYPES = frozenset({"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"})
+# Floating-point types by their names in safetensors and in torch; anything else is a quantised checkpoint.
+NUMBER_TYPES = frozenset({*SAFETENSORS_TYPES, *TORCH_TYPES})
 
 
 def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
-    """Raise ConfigurationError naming every kind of fault: missing, extra, misshapen and quantised tensors."""
+    """Raise ConfigurationError that lists missing, extra, misshapen and quantised tensors."""
     headers = {name: h for name, h in source.headers.items() if not _is_harmless(name, expected, tied_embeddings)}
     found = {name: headers[name] for name in expected if name in headers}
-    faults = {
+    problems = {
         "missing": [name for name in expected if name not in headers],
         "not part of this model": [name for name in headers if name not in expected],
         "of the wrong shape": [
@@ -227,9 +235,13 @@ def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tie
             f"{name} {header.dtype}" for name, header in found.items() if header.dtype not in NUMBER_TYPES
         ],
     }
-    told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]
-    if told:
-        raise ConfigurationError(f"the tensors in {source.folder} do not fit its config.json. " + "; ".join(told) + ".")
+    raise_problems(f"the tensors in {source.folder} do not fit its config.json.", problems)
+
+
+def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:
+    """Raise ConfigurationError with `what` and the names of each kind of problem, if there are any."""
+    lines = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    require(not lines, f"{what} {'; '.join(lines)}.")
 
 
 def _is_harmless(name: str, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> bool:
@@ -238,11 +250,9 @@ def _is_harmless(name: str, expected: Mapping[str, tuple[int, ...]], tied_embedd
     return bool(HARMLESS.search(name)) or (tied_embeddings and bool(TIED_OUTPUT.match(name)))
 
 
-# The small files beside weights: config.json, generation settings, the tokenizer's.
-
 CONFIG = "config.json"
-# Of a Hugging Face folder. Weights and code are not among them.
-COPIED = (
+# What is copied from a Hugging Face folder besides its weights; never code.
+SMALL_FILES = (
     CONFIG,
     "generation_config.json",
     "tokenizer*",
@@ -253,24 +263,20 @@ COPIED = (
     "spiece.model",
     "chat_template*",
 )
-TYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: new and old
+TYPE_KEYS = ("dtype", "torch_dtype")  # in new and in old config.json
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what there is; contents only, no permissions."""
-    for path in companions(source):
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy config.json, generation settings and the tokenizer's files, as far as they exist, without permissions."""
+    paths = (path for pattern in SMALL_FILES for path in sorted(source.glob(pattern)) if path.is_file())
+    for path in paths:
         shutil.copyfile(path, target / path.name)
 
 
-def companions(folder: Path) -> Iterator[Path]:
-    """The small files of `folder` that belong to any form of its model."""
-    return (path for pattern in COPIED for path in sorted(folder.glob(pattern)) if path.is_file())
-
-
 def set_stored_type(folder: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Let config.json name the type that the weights are written in: transformers loads them in what it says.
+    """Set the dtype of config.json to that of the weights, in which transformers then loads them.
 
-    Nothing changes if it says so already, or if the weights are of several types.
+    Nothing changes if the weights have several types.
     """
     names = list({str(dtype).removeprefix("torch.") for dtype in dtypes})
     path = folder / CONFIG

@@ -1,7 +1,7 @@
-"""The tensors of a Megatron distributed checkpoint (`torch_dist`), read box by box without a process group.
+"""Read the tensors of a Megatron distributed checkpoint (`torch_dist`) slice by slice, without a process group.
 
-megatron-core's own reader needs one, unpickles the index without a check, and reads a layer of stacked keys only with
-all the others.
+megatron-core's own reader needs a process group and unpickles the index without a check. It and torch's
+`FileSystemReader` copy a stored slice whole: every layer of stacked keys would cost the time and memory of all of them.
 """
 
 import io
@@ -25,8 +25,8 @@ from megatron_peft.conversion.hf_files import listed
 
 
 @dataclass(frozen=True)
-class StoredBox:
-    """A box of a global tensor (corner and sides in elements) and how to read it; `load` may give a lazy view."""
+class StoredSlice:
+    """A slice of a global tensor, by first index and shape; `load` may return a lazy view."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -35,86 +35,83 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor of a checkpoint."""
+    """A global tensor of a checkpoint. Its slices never overlap."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    boxes: tuple[StoredBox, ...]
+    slices: tuple[StoredSlice, ...]
 
     @property
     def is_whole(self) -> bool:
-        """Whether the boxes, which never overlap, fill the tensor."""
-        return sum(prod(box.shape) for box in self.boxes) == prod(self.shape)
+        """Whether the slices fill the tensor."""
+        return sum(prod(stored.shape) for stored in self.slices) == prod(self.shape)
 
     @torch.no_grad()
     def fill(self, target: Tensor, offset: Sequence[int]) -> int:
-        """Copy the box at `offset`, as large as `target`, into it; what lies outside the tensor stays as it is.
+        """Copy the slice at `offset` with the shape of `target`. Elements beyond the stored tensor keep their values.
 
         Returns:
             Bytes read, in the stored type.
         """
-        return sum(_copy_overlap(target, offset, box) for box in self.boxes)
+        return sum(_copy_overlap(target, offset, stored) for stored in self.slices)
 
 
-def _copy_overlap(target: Tensor, offset: Sequence[int], box: StoredBox) -> int:
-    sides = list(zip(offset, target.shape, box.offset, box.shape, strict=True))
-    overlaps = [(max(a, c), min(a + b, c + d)) for a, b, c, d in sides]
+def _copy_overlap(target: Tensor, offset: Sequence[int], stored: StoredSlice) -> int:
+    dims = list(zip(offset, target.shape, stored.offset, stored.shape, strict=True))
+    overlaps = [(max(a, c), min(a + b, c + d)) for a, b, c, d in dims]
     if any(start >= stop for start, stop in overlaps):
         return 0
-    inside_target = tuple(slice(start - a, stop - a) for (start, stop), (a, *_) in zip(overlaps, sides, strict=True))
-    inside_box = tuple(slice(start - c, stop - c) for (start, stop), (*_, c, _) in zip(overlaps, sides, strict=True))
-    stored = box.load()[inside_box]
-    target[inside_target].copy_(stored)
-    return stored.numel() * stored.element_size()
+    in_target = tuple(slice(start - a, stop - a) for (start, stop), a in zip(overlaps, offset, strict=True))
+    in_stored = tuple(slice(start - c, stop - c) for (start, stop), c in zip(overlaps, stored.offset, strict=True))
+    values = stored.load()[in_stored]
+    target[in_target].copy_(values)
+    return values.nbytes
 
 
 def layer_of(stack: StoredTensor, layer: int) -> StoredTensor:
-    """One layer of tensors that are stored as one, with the layers along the first dimension."""
-    boxes = (box for box in stack.boxes if box.offset[0] <= layer < box.offset[0] + box.shape[0])
-    return StoredTensor(stack.shape[1:], stack.dtype, tuple(_layer_of_box(box, layer) for box in boxes))
+    """One layer of a tensor that stacks all layers along its first dimension."""
+
+    def within(stored: StoredSlice) -> StoredSlice:
+        return StoredSlice(stored.offset[1:], stored.shape[1:], lambda: stored.load()[layer - stored.offset[0]])
+
+    slices = (stored for stored in stack.slices if stored.offset[0] <= layer < stored.offset[0] + stored.shape[0])
+    return StoredTensor(stack.shape[1:], stack.dtype, tuple(map(within, slices)))
 
 
-def _layer_of_box(box: StoredBox, layer: int) -> StoredBox:
-    return StoredBox(box.offset[1:], box.shape[1:], lambda: box.load()[layer - box.offset[0]])
+def without_duplicates(slices: Iterable[StoredSlice]) -> tuple[StoredSlice, ...]:
+    """The first slice at each offset: several ranks may hold copies."""
+    return tuple({stored.offset: stored for stored in reversed(list(slices))}.values())
 
 
-def union(boxes: Iterable[StoredBox]) -> tuple[StoredBox, ...]:
-    """The boxes without those that repeat an earlier one's place: copies on several ranks."""
-    return tuple({box.offset: box for box in reversed(list(boxes))}.values())
-
-
-# A tensor that torch.save has put somewhere into a larger file, as a view of the mapped file.
-#
-# `torch.load` would copy the numbers into memory of their own and unpickle in Python, which for a part of a MiB takes
-# as long as copying it. What it reads: a zip archive without compression, where `data.pkl` describes the tensor and
-# names the record with its numbers.
-
-_LOCAL_HEADER_BYTES, _NAME_AND_EXTRA = 30, 26  # of a zip record: its fixed part, and where two lengths lie in it
+_LOCAL_HEADER_BYTES, _NAME_AND_EXTRA = 30, 26  # of a zip record: size of its fixed part, offset of two lengths
 
 
 def map_tensor(path: Path, start: int, length: int) -> Tensor:
-    """The tensor whose archive lies at these bytes. The file stays mapped while the tensor is there.
+    """A tensor that torch.save wrote at these bytes, as a view of the file, mapped until the tensor is freed.
+
+    The format is an uncompressed zip archive in which `data.pkl` describes the tensor and names the record of its
+    data. `torch.load` would copy the data, and takes long for tensors below a MiB.
 
     Raises:
-        ValueError, pickle.UnpicklingError, zipfile.BadZipFile and the like: torn, or no single tensor.
+        ValueError, pickle.UnpicklingError, zipfile.BadZipFile and the like: torn, or not a single tensor.
     """
     before = start % mmap.ALLOCATIONGRANULARITY
     with open(path, "rb") as file:
-        # A private copy where something is written: torch takes no buffer that cannot be.
+        # Copy on write, because torch.frombuffer needs a writable buffer.
         mapped = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
     records = dict(_records(mapped))
-    place, size = records["data.pkl"]
-    storage, offset, shape, strides = _Description(io.BytesIO(mapped[place : place + size])).load()[:4]
+    first, size = records["data.pkl"]
+    storage, offset, shape, strides = _Description(io.BytesIO(mapped[first : first + size])).load()[:4]
     _, dtype, key, *_ = storage
-    place, size = records[f"data/{key}"]
-    numbers = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=place)
-    if numbers.data_ptr() % dtype.itemsize:
-        numbers = numbers.clone()
-    return numbers.view(dtype).as_strided(shape, strides, offset)
+    first, size = records[f"data/{key}"]
+    data = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=first)
+    if data.data_ptr() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).as_strided(shape, strides, offset)
 
 
 def _records(archive: mmap.mmap) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name below the archive's folder, first byte and size of every record."""
+    """Name within the archive's folder, first byte and size of every record."""
     with zipfile.ZipFile(cast(IO[bytes], archive)) as directory:
         for record in directory.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
@@ -135,14 +132,14 @@ class _Description(BoundedUnpickler):
             return lambda *described: described
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        # `dtype` of these classes warns that they will go, on stderr in the middle of a conversion.
+        # The public `dtype` of these classes warns that they are deprecated.
         dtype = getattr(getattr(torch, name, None), "_dtype", None) if module == "torch" else None
         if not name.endswith("Storage") or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no plain tensor needs")
         return dtype
 
 
-# What reading a torn archive may raise; some of the bytes are a pickle, and a torn one raises anything.
+# What reading a torn archive, or the pickle in it, may raise.
 _TORN = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
     *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
@@ -150,10 +147,10 @@ _TORN = (
 
 
 def open_distributed(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor by key. Nothing but the index is read.
+    """Every tensor by key. Only the index is read.
 
     Raises:
-        ConfigurationError: the index is torn or refused, a file is missing or too short, or a tensor has holes.
+        ConfigurationError: the index is torn or refused, a file is missing or too short, or a tensor is incomplete.
     """
     index = read_metadata(folder)
     _check_files(folder, index.storage_data)
@@ -168,7 +165,7 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_files(folder: Path, storage: dict) -> None:
-    """Every file is there and long enough for what the index puts into it."""
+    """Every file exists and is as long as the index needs."""
     ends: dict[str, int] = {}
     for place in storage.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -179,13 +176,13 @@ def _check_files(folder: Path, storage: dict) -> None:
 
 
 def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict) -> StoredTensor:
-    boxes = []
+    slices = []
     for chunk in entry.chunks:
         place = storage.get(MetadataIndex(key, chunk.offsets))
         if place is not None:
             load = _loader(folder / place.relative_path, place.offset, place.length, key, tuple(chunk.sizes))
-            boxes.append(StoredBox(tuple(chunk.offsets), tuple(chunk.sizes), load))
-    return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(boxes))
+            slices.append(StoredSlice(tuple(chunk.offsets), tuple(chunk.sizes), load))
+    return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(slices))
 
 
 def _loader(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""A base model's weights in Megatron's own form, whichever it is: a distributed checkpoint or old files of ranks."""
+"""Read a base model in Megatron's format: a distributed checkpoint or the older files of ranks."""
 
 import re
 from collections import defaultdict
@@ -13,8 +13,14 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, require
-from megatron_peft.conversion.hf_files import listed
-from megatron_peft.conversion.megatron_files import StoredBox, StoredTensor, layer_of, open_distributed, union
+from megatron_peft.conversion.hf_files import listed, raise_problems
+from megatron_peft.conversion.megatron_files import (
+    StoredSlice,
+    StoredTensor,
+    layer_of,
+    open_distributed,
+    without_duplicates,
+)
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape, is_size
 
@@ -23,8 +29,8 @@ from megatron_peft.models.shape import ModelShape, is_size
 #     iter_0000010/mp_rank_01/model_optim_rng.pt          tensor-parallel rank 1, no pipeline
 #     iter_0000010/mp_rank_01_002/model_optim_rng.pt      pipeline stage 2
 #
-# A file holds `model` (with interleaving `model0`, `model1`, ...), `args` and much else. Layers are numbered within a
-# stage. Only the names of megatron-core are read; those of older models (`language_model.*`) are refused.
+# A file holds `model` (with interleaving `model0`, `model1`, ...), `args` and more. Layers are numbered within a stage.
+# The names must be megatron-core's; older ones (`language_model.*`) are refused.
 
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 CHUNK = re.compile(r"model(\d*)")
@@ -32,14 +38,14 @@ CHUNK = re.compile(r"model(\d*)")
 
 @dataclass(frozen=True)
 class LegacyCheckpoint:
-    """`tensors` has, by name with global layer numbers, the local tensors of the tensor-parallel ranks in order."""
+    """`tensors` has the local tensors of the tensor-parallel ranks, in order, by name with global layer number."""
 
     folder: Path
     tensors: Mapping[str, list[Tensor]]
     arguments: Any
 
     def stored(self, name: str, rule: Rule) -> StoredTensor | None:
-        """A parameter as one global tensor."""
+        """A parameter as one global tensor; None if the checkpoint does not have it."""
         shards = self.tensors.get(name)
         if shards is None:
             return None
@@ -50,21 +56,25 @@ class LegacyCheckpoint:
                 f"{name} is {list(shard.shape)} on rank {rank} of {size} in {self.folder}, but the model has "
                 f"{list(rule.local_shape(size))} there.",
             )
-        boxes = union(box for rank, shard in enumerate(shards) for box in _boxes(rule, shard, rank, size))
-        ends = zip(*([a + b for a, b in zip(box.offset, box.shape, strict=True)] for box in boxes), strict=True)
-        return StoredTensor(tuple(map(max, ends)), shards[0].dtype, boxes)
+        slices = without_duplicates(
+            StoredSlice(part.offset, tuple(part.view.shape), lambda view=part.view: view)
+            for rank, shard in enumerate(shards)
+            for part in rule.global_slices(shard, rank, size)
+        )
+        ends = zip(*([a + b for a, b in zip(part.offset, part.shape, strict=True)] for part in slices), strict=True)
+        return StoredTensor(tuple(map(max, ends)), shards[0].dtype, slices)
 
 
 def open_legacy(folder: Path) -> LegacyCheckpoint:
     """Map every rank's file; no weight is read yet.
 
     Raises:
-        ConfigurationError: a rank's file is missing, torn or refused, or the names are of an older Megatron.
+        ConfigurationError: a rank's file is missing, torn or refused, or has the names of an older Megatron.
     """
     files = _rank_files(folder)
     num_tensor, num_stages = (max(place[axis] for place in files) + 1 for axis in (0, 1))
-    lost = [f"mp_rank_{t:02d}_{p:03d}" for t in range(num_tensor) for p in range(num_stages) if (t, p) not in files]
-    require(not lost, f"{folder} lacks the folders {listed(lost)} of its ranks: copy the checkpoint again.")
+    missing = [f"mp_rank_{t:02d}_{p:03d}" for t in range(num_tensor) for p in range(num_stages) if (t, p) not in files]
+    require(not missing, f"{folder} lacks the folders {listed(missing)} of its ranks: copy the checkpoint again.")
     contents = {place: load_inertly(path) for place, path in files.items()}
     tensors: dict[str, list[Tensor]] = defaultdict(list)
     for rank in range(num_tensor):
@@ -78,7 +88,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     files = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = RANK_FOLDER.fullmatch(path.name)
-        require(match is not None, f"{path} is of a layout with experts, which is not supported.")
+        require(match is not None, f"{path} has expert parallelism, which is not supported.")
         assert match is not None
         file = next((path / name for name in RANK_FILES if (path / name).is_file()), None)
         require(file is not None, f"{path} holds none of {', '.join(RANK_FILES)}: copy the checkpoint again.")
@@ -88,7 +98,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _whole_model(stages: list[dict[str, Any]], folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of one tensor-parallel rank, layers numbered over all stages and chunks of them."""
+    """Every parameter of one tensor-parallel rank, with layers numbered over all stages and chunks."""
     first_layer = 0
     num_chunks = max(1, sum(bool(CHUNK.fullmatch(str(key))) for key in stages[0]))
     for chunk in range(num_chunks):
@@ -112,11 +122,6 @@ def _parameters(stage: dict[str, Any], chunk: int, folder: Path) -> Iterator[tup
     return ((str(name), tensor) for name, tensor in held.items() if isinstance(tensor, Tensor))
 
 
-def _boxes(rule: Rule, shard: Tensor, rank: int, size: int) -> Iterator[StoredBox]:
-    for region in rule.regions(shard, rank, size):
-        yield StoredBox(region.offset, tuple(region.view.shape), lambda view=region.view: view)
-
-
 STACK = re.compile(r"^(decoder\.layers\.)(?!\d)(.+)$")
 # Transformer Engine's fused layers hold the norm before them.
 FUSED_NORMS = {
@@ -131,7 +136,7 @@ Find = Callable[[str, Rule], StoredTensor | None]
 
 
 class MegatronWeights:
-    """The tensors of a checkpoint by the names of megatron-core. `bytes_read` counts what was read, as stored."""
+    """The tensors of a checkpoint by megatron-core's names. `bytes_read` counts bytes in the stored types."""
 
     def __init__(self, folder: Path, names: Sequence[str], find: Find, arguments: Callable[[], Any]) -> None:
         self.folder = folder
@@ -141,36 +146,36 @@ class MegatronWeights:
         self._find = find
 
     def stored(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor | None:
-        """A parameter as it is stored; for float32 the copy that bf16 training keeps in float32, if it is there."""
+        """A parameter as it is stored; for float32 the float32 copy of bf16 training, if the checkpoint has one."""
         prefixes = (MASTER, "") if dtype == torch.float32 else ("",)
         found = (self._find(prefix + name, rule) for prefix in prefixes for name in spellings(rule.name))
         return next((tensor for tensor in found if tensor is not None), None)
 
     def stored_type(self, rule: Rule) -> torch.dtype:
         stored = self.stored(rule)
-        assert stored is not None, rule.name  # `check` has seen it
+        assert stored is not None, rule.name  # `check` found it
         return stored.dtype
 
     @torch.no_grad()
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill `rank`'s local tensor in place, in its own dtype and on its own device."""
         stored = self.stored(rule, local.dtype)
-        assert stored is not None, rule.name  # `check` has seen it
-        for region in rule.regions(local, rank, size):
-            self.bytes_read += stored.fill(region.view, region.offset)
+        assert stored is not None, rule.name  # `check` found it
+        for part in rule.global_slices(local, rank, size):
+            self.bytes_read += stored.fill(part.view, part.offset)
         rule.clear_padding(local, rank)
 
     def check(self, rules: Mapping[str, Rule]) -> None:
-        """Raise ConfigurationError naming every kind of fault: missing, extra and misshapen tensors."""
+        """Raise ConfigurationError that lists missing, extra and misshapen tensors."""
         adapters = [name for name in self.names if ADAPTER in name and not NO_WEIGHT.search(name)]
         require(
             not adapters,
             f"{self.folder} holds adapters ({listed(adapters[:1])}, ...) and no base model: "
-            f"tools/convert.py merge folds them into their base.",
+            f"tools/convert.py merge merges them into their base.",
         )
         found = {name: self.stored(rule) for name, rule in rules.items()}
-        known = {OUTPUT, *(spelling for name in rules for spelling in spellings(name))}  # a tied output repeats
-        faults = {
+        known = {OUTPUT, *(spelling for name in rules for spelling in spellings(name))}  # a tied output is a copy
+        problems = {
             "missing": [name for name, tensor in found.items() if tensor is None],
             "not part of this model": [n for n in self.names if n not in known and not NO_WEIGHT.search(n)],
             "of the wrong shape": [
@@ -179,13 +184,11 @@ class MegatronWeights:
                 if tensor is not None and not rules[name].accepts(tensor.shape, 1)
             ],
         }
-        told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]
-        if told:
-            raise ConfigurationError(f"the tensors in {self.folder} do not fit its model. " + "; ".join(told) + ".")
+        raise_problems(f"the tensors in {self.folder} do not fit its model.", problems)
 
 
 def open_megatron(files: Path) -> MegatronWeights:
-    """What `megatron_files` has found. ConfigurationError: torn, incomplete or refused."""
+    """Open a folder that `megatron_files` returned. ConfigurationError: torn, incomplete or refused."""
     if not (files / INDEX).is_file():
         legacy = open_legacy(files)
         return MegatronWeights(files, list(legacy.tensors), legacy.stored, lambda: legacy.arguments)
@@ -200,7 +203,7 @@ def open_megatron(files: Path) -> MegatronWeights:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """The names that megatron-core gives to a parameter, depending on the layers that a model is built of."""
+    """megatron-core's names of a parameter: they depend on the layers that it builds the model with."""
     yield name
     for norm, fused in FUSED_NORMS.items():
         if f".{norm}" in name:
@@ -208,7 +211,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def _unstacked(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Tensors that hold all layers, as megatron-core stores uniform ones by default, taken apart."""
+    """Tensors with those that stack all layers, megatron-core's default for uniform layers, split by layer."""
     for key, tensor in tensors.items():
         match = STACK.match(key)
         if match is None:
@@ -218,8 +221,8 @@ def _unstacked(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Store
             yield from ((f"{match[1]}{layer}.{match[2]}", layer_of(tensor, layer)) for layer in layers)
 
 
-WAY_OUT = "give the model's config.json: put it into the folder, or name its folder with --pretrained-checkpoint."
-# What a Llama of Megatron-LM is made with; anything else computes something else.
+WAY_OUT = "provide the model's config.json: put it into the folder, or give its folder with --pretrained-checkpoint."
+# Arguments of a Llama in Megatron-LM; other values compute something else.
 LLAMA = {
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -236,21 +239,21 @@ LLAMA = {
 
 
 def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
-    """Shape of a Llama; `where` names the checkpoint in errors.
+    """Shape of a Llama from Megatron-LM's arguments; `where` names the checkpoint in errors.
 
     Raises:
-        ConfigurationError: there are no arguments, they describe another kind of model, or the vocabulary was padded
-            and they do not say from what.
+        ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
+            vocabulary before padding.
     """
     require(arguments is not None, f"{where} does not say what model it is: {WAY_OUT}")
     given = vars(arguments)
     other = [f"{name} {given[name]!r}" for name, value in LLAMA.items() if given.get(name, value) not in (value, None)]
     require(not other, f"{where} was trained with {', '.join(other)}, which is not read from arguments: {WAY_OUT}")
     sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
-    lost = [name for name, value in sizes.items() if value is None]
-    require(not lost, f"the arguments in {where} lack {', '.join(lost)}: {WAY_OUT}")
+    missing = [name for name, value in sizes.items() if value is None]
+    require(not missing, f"the arguments in {where} lack {', '.join(missing)}: {WAY_OUT}")
     odd = [f"{name} {str(value)[:40]}" for name, value in sizes.items() if not is_size(value)]
-    require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is no size: {WAY_OUT}")
+    require(not odd, f"the arguments in {where} have {', '.join(odd)}, which is not a size: {WAY_OUT}")
     vocab_size = given.get("vocab_size")
     require(
         vocab_size is not None,

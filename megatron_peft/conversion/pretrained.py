@@ -1,10 +1,9 @@
-"""What --pretrained-checkpoint may be: a Hugging Face folder, or a base model in Megatron's own form."""
+"""Open and load --pretrained-checkpoint: a Hugging Face folder or a base model in Megatron's format."""
 
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from megatron_peft.checkpoint.folders import MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, RunConfig, require
-from megatron_peft.conversion.hf_files import CONFIG, Source, check_inventory, open_source, stored_type
+from megatron_peft.conversion.hf_files import CONFIG, check_inventory, open_source
 from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
@@ -31,7 +30,7 @@ class Weights(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """So far, in the stored types."""
+        """Bytes read so far, in the stored types."""
         ...
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
@@ -39,62 +38,44 @@ class Weights(Protocol):
         ...
 
     def stored_type(self, rule: Rule) -> torch.dtype:
-        """In which a parameter is stored; of tensors that are fused, the wider type."""
+        """Type of a parameter; the wider one if the rule fuses tensors of several types."""
         ...
-
-
-class HuggingFaceWeights:
-    """Those of a `Source`."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    @property
-    def bytes_read(self) -> int:
-        return self._source.bytes_read
-
-    def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
-        rule.read(local, self._source, rank, size)
-
-    def stored_type(self, rule: Rule) -> torch.dtype:
-        types = (stored_type(self._source.headers[part.name].dtype) for part in rule.parts)
-        return reduce(torch.promote_types, types)
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
     """Shape of the base model in `folder`, from its config.json, a run's record or Megatron-LM's arguments.
 
     Raises:
-        ConfigurationError: it is no folder of a model, or of one that is not supported.
+        ConfigurationError: it is not the folder of a supported model.
     """
     files = megatron_files(folder)
     if files is None:
         return read_shape(folder)
-    described = next((place for place in (files, Path(folder)) if (place / CONFIG).is_file()), None)
-    if described is not None:
-        return read_shape(described)
+    with_config = next((place for place in (files, Path(folder)) if (place / CONFIG).is_file()), None)
+    if with_config is not None:
+        return read_shape(with_config)
     if (files / RECORD).is_file():
         return read_record(files).shape
     return shape_of_arguments(open_megatron(files).arguments(), str(files))
 
 
 def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
-    """The rules of every parameter, and the weights that they read. Everything is checked, no weight is read yet.
+    """The rule of every parameter, by name, and the weights. Headers are checked; no weight is read yet.
 
     Raises:
-        ConfigurationError: missing, extra or misshapen tensors; torn files; a folder of adapters.
+        ConfigurationError: missing, extra or misshapen tensors, torn files, or a folder of adapters.
     """
     files = megatron_files(folder)
     if files is None:
         source = open_source(folder)
         require(
-            len(source.headers) >= shape.num_layers,  # rules of so many layers would take minutes
+            len(source.headers) >= shape.num_layers,  # a wrong number of layers could take minutes
             f"the tensors in {folder} do not fit its config.json: {len(source.headers)} tensors, {shape.num_layers:,} "
             "layers.",
         )
         rules = rules_for(shape, source.headers)
         check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
-        return rules, HuggingFaceWeights(source)
+        return rules, source
     weights = open_megatron(files)
     rules = rules_for(shape)
     weights.check(owned_rules(rules, shape))
@@ -104,7 +85,7 @@ def open_weights(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule]
 
 
 def owned_rules(rules: Mapping[str, Rule], shape: ModelShape) -> dict[str, Rule]:
-    """Those of the parameters that a whole model owns: a tied output layer is the embedding."""
+    """Rules of all parameters except a tied output layer, which is the embedding."""
     return {name: rule for name, rule in rules.items() if not (shape.tied_embeddings and name == OUTPUT)}
 
 
@@ -113,27 +94,19 @@ LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one rank read: bytes in the stored type, parameters filled, wall seconds."""
+    """What one rank read: bytes in the stored types, number of parameters, wall seconds."""
 
     bytes_read: int
     num_tensors: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class Target:
-    """A parameter to fill, and its rule."""
-
-    rule: Rule
-    parameter: nn.Parameter
-
-
 def checked_shape(config: RunConfig) -> ModelShape:
-    """The shape of the base model. ConfigurationError: what contradicts the flags or the layout, or is not there."""
+    """Shape of the base model. ConfigurationError if it is missing, or contradicts the flags or the layout."""
     base = config.model.pretrained_checkpoint
     assert base is not None
     shape = read_model_shape(base)
-    if dist.get_rank() == 0:  # each rank opens them again to load its part: the headers of 405B are many
+    if dist.get_rank() == 0:  # each rank opens them again when it loads
         open_weights(base, shape)
     problems = [
         *compare_shape(config.model.shape_flags, shape),
@@ -154,41 +127,46 @@ def load_pretrained(
     tensor_parallel_size: int,
     progress: bool,
 ) -> LoadReport:
-    """Fill the base parameters of each chunk in place, in their own dtype; adapters are left alone.
+    """Fill the base parameters of each chunk in place, in their own dtype. Adapters keep their values.
 
-    `folder` is a Hugging Face folder or a base model in Megatron's own form, and `shape` what `read_model_shape` says.
-    The chunks are bare GPTModels (before Float16Module and DDP). Everything is compared with the headers of the files
-    first, so a ConfigurationError (missing, extra, misshapen or truncated tensors, a parameter without a rule) comes
-    before a weight is read. A run that is a base is compared with its manifest, each rank its share of the files: a
-    collective of all ranks. `progress` shows a bar at a terminal, and nothing elsewhere.
+    A collective of all ranks if the base is a run with a manifest: each rank then checks some of its files.
+
+    Args:
+        model_chunks: bare GPTModels (before Float16Module and DDP).
+        folder: a Hugging Face folder or a base model in Megatron's format.
+        shape: of the model, from `read_model_shape`.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ConfigurationError: before a weight is read, for missing, extra, misshapen or truncated tensors and for a
+            parameter without a rule.
     """
     start = time.perf_counter()
     files = megatron_files(folder)
     if files is not None and (files / MANIFEST).is_file():
         require_whole(files)
     rules, weights = open_weights(folder, shape)
-    targets = [target for chunk in model_chunks for target in _targets(chunk, rules, tensor_parallel_size)]
-    with byte_bar("Loading weights", sum(_num_bytes(target.parameter) for target in targets), progress) as advance:
-        for target in targets:
-            weights.read(target.rule, target.parameter, tensor_parallel_rank, tensor_parallel_size)
-            advance(_num_bytes(target.parameter))
-    return LoadReport(weights.bytes_read, len(targets), time.perf_counter() - start)
+    to_fill = [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]
+    with byte_bar("Loading weights", sum(parameter.nbytes for _, parameter in to_fill), progress) as advance:
+        for rule, parameter in to_fill:
+            weights.read(rule, parameter, tensor_parallel_rank, tensor_parallel_size)
+            advance(parameter.nbytes)
+    return LoadReport(weights.bytes_read, len(to_fill), time.perf_counter() - start)
 
 
 def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the pretrained model by global name: adapters left out, layers numbered over all stages."""
+    """Parameters of the pretrained model, without adapters, by names that number layers over all stages."""
     for name, parameter in chunk.named_parameters():
         if ".adapter." not in name:
             yield LOCAL_LAYER.sub(lambda match: f"decoder.layers.{_global_layer(chunk, match)}.", name), parameter
 
 
 def _global_layer(chunk: nn.Module, match: re.Match[str]) -> int:
-    """From 0; megatron-core numbers its layers over all stages from 1."""
     layer: Any = chunk.get_submodule(match.group().rstrip("."))
-    return layer.layer_number - 1
+    return layer.layer_number - 1  # megatron-core counts from 1
 
 
-def _targets(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator[Target]:
+def _with_rules(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator[tuple[Rule, nn.Parameter]]:
     for name, parameter in base_parameters(chunk):
         rule = rules.get(name)
         if rule is None:
@@ -201,8 +179,4 @@ def _targets(chunk: nn.Module, rules: Mapping[str, Rule], size: int) -> Iterator
             f"{name} is {list(parameter.shape)} on a rank, but --pretrained-checkpoint gives "
             f"{list(rule.local_shape(size))} at --tensor-model-parallel-size {size}.",
         )
-        yield Target(rule, parameter)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        yield rule, parameter

@@ -1,4 +1,4 @@
-"""A base model in Megatron's form, or the whole model of a run, as a Hugging Face folder."""
+"""Write a base model in Megatron's format, or the whole model of a run, as a Hugging Face folder."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,9 +11,8 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_files
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.hf_files import CONFIG, copy_companions, set_stored_type, write_config
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
-from megatron_peft.conversion.pretrained import owned_rules, read_model_shape
+from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
+from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     SafetensorsWriter,
@@ -22,7 +21,7 @@ from megatron_peft.conversion.writer import (
     check_new,
     new_folder,
 )
-from megatron_peft.models.families import config_of_shape, rules_for
+from megatron_peft.models.families import config_of_shape
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape
 
@@ -31,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder is made of.
+    """Contents of a Hugging Face folder.
 
     Args:
         shape: of the model.
         rules: of every parameter that the model owns, by name.
-        types: in which they are written, by the same names.
-        tensors: the Hugging Face tensors of one parameter; called once for each rule, in order.
-        origins: folders that may hold the model's own config.json and tokenizer, the surest first.
+        types: of the written parameters, by the same names.
+        tensors: returns the Hugging Face tensors of one parameter; called once for each rule, in order.
+        origins: folders to search for the model's config.json and tokenizer, in order.
     """
 
     shape: ModelShape
@@ -49,21 +48,24 @@ class Contents:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and type of every Hugging Face tensor."""
-        parts = ((part, self.types[name]) for name, rule in self.rules.items() for part in rule.parts)
-        return {part.name: TensorSpec(part.shape, dtype) for part, dtype in parts}
+        return {
+            tensor.name: TensorSpec(tensor.shape, self.types[name])
+            for name, rule in self.rules.items()
+            for tensor in rule.hf_tensors
+        }
 
 
 def write_huggingface(output: Path, contents: Contents, max_shard_bytes: int, bar: str, progress: bool) -> None:
-    """Write `output`, whole or not at all: config.json, the tokenizer's files and sharded safetensors.
+    """Write config.json, the tokenizer's files and sharded safetensors. `output` appears only when complete.
 
     Args:
         output: must not exist.
         max_shard_bytes: of one file.
-        bar: what the bar is called.
+        bar: label of the progress bar.
         progress: show it at a terminal.
 
     Raises:
-        ConfigurationError: as `new_folder`, and what reading raises.
+        ConfigurationError: `output` cannot be written, or `contents.tensors` raises it.
     """
     specs = contents.specs()
     total_bytes = sum(spec.num_bytes for spec in specs.values())
@@ -72,23 +74,23 @@ def write_huggingface(output: Path, contents: Contents, max_shard_bytes: int, ba
         with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
             for rule in contents.rules.values():
                 _write_tensors(writer, contents.tensors(rule))
-                advance(sum(specs[part.name].num_bytes for part in rule.parts))
+                advance(sum(specs[tensor.name].num_bytes for tensor in rule.hf_tensors))
 
 
 def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> None:
-    """They are gone when it returns: no two parameters are held at a time."""
+    """A function of its own, so that the tensors of one parameter are freed before the next are read."""
     for name, tensor in tensors.items():
         writer.write(name, tensor)
 
 
 def _describe(draft: Path, contents: Contents) -> None:
-    """config.json and the tokenizer's files, from the first origin that has a config.json."""
+    """Write config.json and the tokenizer's files, copied from the first origin that has a config.json."""
     origin = next((folder for folder in contents.origins if (folder / CONFIG).is_file()), None)
     if origin is None:
-        logger.warning("no config.json was found: one is made from the shape, and there is no tokenizer beside it")
+        logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")
         write_config(draft, config_of_shape(contents.shape))
     else:
-        copy_companions(origin, draft)
+        copy_small_files(origin, draft)
     set_stored_type(draft, contents.types.values())
 
 
@@ -104,16 +106,16 @@ def megatron_to_hf(
     """Write `output`: sharded safetensors with their index, config.json and the tokenizer's files.
 
     Args:
-        input: what hf-to-megatron wrote, the --save folder of full fine-tuning, or a checkpoint of Megatron-LM.
+        input: output of hf-to-megatron, --save folder of full fine-tuning, or checkpoint of Megatron-LM.
         output: must not exist.
-        pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` leads to none.
-        dtype: of the weights; None keeps what is stored. float32 takes the float32 copies of bf16 training.
+        pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` does not lead to one.
+        dtype: of the weights; None keeps the stored type. float32 reads the float32 copies of bf16 training.
         max_shard_bytes: of one file.
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: before anything is written, for an input that is torn, refused, of adapters only or at
-            odds with its shape, and for an output that exists.
+        ConfigurationError: before anything is written, if `input` is torn, refused, holds only adapters or does not
+            fit its shape, or if `output` exists.
     """
     check_new(output)
     files = megatron_files(input)
@@ -123,9 +125,8 @@ def megatron_to_hf(
         )
     require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
-    weights = open_megatron(files)
-    rules = owned_rules(rules_for(shape), shape)
-    weights.check(rules)
+    rules, weights = open_weights(input, shape)
+    rules = owned_rules(rules, shape)
     contents = Contents(
         shape=shape,
         rules=rules,
@@ -137,21 +138,20 @@ def megatron_to_hf(
     return Path(output)
 
 
-def _tensors(rule: Rule, weights: MegatronWeights, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The Hugging Face tensors of one parameter."""
+def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:
     whole = torch.empty(rule.local_shape(1), dtype=dtype or weights.stored_type(rule))
     weights.read(rule, whole, 0, 1)
     return rule.write([whole])
 
 
 def require_undamaged(files: Path) -> None:
-    """Compare a run's checkpoint with its manifest; others have none. ConfigurationError names the damage."""
+    """Compare a checkpoint with its manifest, if it has one. ConfigurationError names the damage."""
     problems = damage(files) if (files / MANIFEST).is_file() else []
     require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
 def origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
-    """Folders that may hold a model's own config.json and tokenizer, the surest first: of a run, down to its base."""
+    """Folders to search for a model's config.json and tokenizer, in order; a run's base, and its base, come last."""
     if pretrained_checkpoint is not None:
         yield Path(pretrained_checkpoint)
     yield from (files, folder)

@@ -1,51 +1,37 @@
-"""A Hugging Face folder as a Megatron distributed checkpoint (`torch_dist`).
+"""Convert a Hugging Face folder to a Megatron distributed checkpoint (`torch_dist`).
 
-Keys and shapes are those of GPTModel's `sharded_state_dict` with a key for each layer. A tensor is written as the
-shares of several tensor-parallel ranks, so that a rank that loads it later reads little more than its own. No more than
-one share is ever held.
+Keys and shapes are those of GPTModel's `sharded_state_dict` with a key for each layer.
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from io import IOBase
 from math import prod
+from os import PathLike
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # the index of every torch_dist checkpoint holds it
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch import Size, Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.utils.serialization import config as serialization_config
 
-from megatron_peft.checkpoint.folders import INDEX, megatron_files
+from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.hf_files import (
-    CONFIG,
-    Source,
-    check_inventory,
-    copy_companions,
-    open_source,
-    set_stored_type,
-    stored_type,
-)
-from megatron_peft.conversion.pretrained import owned_rules
+from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type
+from megatron_peft.conversion.pretrained import open_weights, owned_rules
 from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder
-from megatron_peft.models.families import read_shape, rules_for
-from megatron_peft.models.rules import Region, Rule, VocabularyRows, expected_tensors
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.rules import Rule, VocabularyRows
 
-NUM_SHARES = (8, 4, 2, 3)  # tried in this order
-NUMBERS = "__0_0.distcp"  # torch's name for the first file of rank 0
-MIN_SHARE_BYTES = 4 * 2**20
+# A tensor is stored as the shards of this many tensor-parallel ranks, the first that divides it: so a rank that loads
+# it reads little more than its own part.
+SHARD_COUNTS = (8, 4, 2, 3)
+MIN_SHARD_BYTES = 4 * 2**20
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -55,34 +41,47 @@ FORMAT = {
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one of `size` tensor-parallel ranks holds of a parameter."""
+class ShardSlice:
+    """A slice of a global tensor that is stored by itself: the `number`-th of a tensor-parallel rank's local tensor.
+
+    Args:
+        offset: its first index in each dimension of the global tensor.
+    """
 
     rule: Rule
     rank: int
     size: int
+    number: int
     local_shape: tuple[int, ...]
     global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
-    def regions(self) -> list[Region]:
-        """The boxes that it is stored as, without their numbers."""
-        return list(self.rule.regions(self._without_numbers, self.rank, self.size))
-
-    def read(self, source: Source, number: int) -> Tensor:
-        """The numbers of one region. If there are several, each is one piece, and is read by itself."""
-        if len(self.regions) == 1:
-            local = torch.empty(self.local_shape, dtype=self.dtype)
-            self.rule.read(local, source, self.rank, self.size)
-            return local
-        piece = list(self.rule.pieces(self._without_numbers, self.rank, self.size))[number]
-        region = torch.empty(self.regions[number].view.shape, dtype=self.dtype)
-        return region.copy_(source.slice(piece.name, piece.index))
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
-    def _without_numbers(self) -> Tensor:
-        return torch.empty(self.local_shape, device="meta")
+    def index(self) -> MetadataIndex:
+        """Where torch's checkpoint lists it."""
+        return MetadataIndex(self.rule.name, Size(self.offset))
+
+    def write_item(self) -> WriteItem:
+        """What torch's writer plans with."""
+        chunk = ChunkStorageMetadata(Size(self.offset), Size(self.shape))
+        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), Size(self.global_shape))
+        return WriteItem(self.index, WriteItemType.SHARD, tensor_data=data)
+
+    def read(self, source: Source) -> Tensor:
+        """Its values."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        if self.shape == self.local_shape:
+            source.read(self.rule, values, self.rank, self.size)
+            return values
+        local = torch.empty(self.local_shape, device="meta")  # of several slices, each is one Hugging Face slice
+        hf_slice = list(self.rule.hf_slices(local, self.rank, self.size))[self.number]
+        return values.copy_(source.slice(hf_slice.name, hf_slice.index))
 
 
 def hf_to_megatron(
@@ -93,18 +92,18 @@ def hf_to_megatron(
     make_vocab_size_divisible_by: int = 128,
     progress: bool = True,
 ) -> Path:
-    """Write `output`, which --pretrained-checkpoint opens at any layout.
+    """Write `output`, which --pretrained-checkpoint opens with any layout.
 
     Args:
         input: a Hugging Face folder.
         output: must not exist.
-        dtype: of the weights; None keeps what is stored (of tensors that are fused, the wider type).
-        make_vocab_size_divisible_by: rows of embedding and output layer are padded with zeros to a multiple of it.
+        dtype: of the weights; None keeps the stored type (the wider one if tensors are fused).
+        make_vocab_size_divisible_by: zeros pad the rows of embedding and output layer to a multiple of it.
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: before anything is written, for a folder that is no model, torn, or at odds with its
-            config.json, and for an output that exists.
+        ConfigurationError: before anything is written, if `input` is not a model, is torn or does not fit its
+            config.json, or if `output` exists.
     """
     check_new(output)
     require(
@@ -115,39 +114,43 @@ def hf_to_megatron(
     require(not is_megatrons, f"--input {input} is in Megatron's form already: give a Hugging Face folder.")
     described = (Path(input) / CONFIG).is_file()
     require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
-    shape, source = read_shape(input), open_source(input)
-    rules = rules_for(shape, source.headers)
-    check_inventory(source, expected_tensors(rules), shape.tied_embeddings)
+    shape = read_shape(input)
+    rules, source = open_weights(input, shape)
+    assert isinstance(source, Source)
     padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
-    shares = [
-        share
+    slices = [
+        part
         for rule in owned_rules(rules, shape).values()
-        for share in shares_of(rule, padded, dtype or _widest(rule, source))
+        for part in shard_slices(rule, padded, dtype or source.stored_type(rule))
     ]
-    with new_folder(output) as draft:
-        copy_companions(Path(input), draft)
-        set_stored_type(draft, {share.dtype for share in shares})
-        total = sum(prod(share.local_shape) * share.dtype.itemsize for share in shares)
-        with byte_bar("Converting", total, progress) as advance:
-            _write(shares, source, draft, advance)
+    total_bytes = sum(part.num_bytes for part in slices)
+    with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
+        copy_small_files(Path(input), draft)
+        set_stored_type(draft, {part.dtype for part in slices})
+        _write(slices, source, draft, advance)
     return Path(output)
 
 
-def shares_of(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> list[Share]:
-    """A parameter's shares, of at least MIN_SHARE_BYTES each if there are several."""
+def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iterator[ShardSlice]:
+    """The slices in which a parameter is stored; several shards have at least MIN_SHARD_BYTES each."""
     whole = _local_shape(rule, 1, padded_vocab_size)
     assert whole is not None
-    num_bytes = prod(whole) * dtype.itemsize
-    for size in NUM_SHARES:
-        local = _local_shape(rule, size, padded_vocab_size)
-        if local not in (None, whole) and num_bytes >= size * MIN_SHARE_BYTES:
-            assert local is not None
-            return [Share(rule, rank, size, local, whole, dtype) for rank in range(size)]
-    return [Share(rule, 0, 1, whole, whole, dtype)]
+    size, local_shape = 1, whole
+    for count in SHARD_COUNTS:
+        shard = _local_shape(rule, count, padded_vocab_size)
+        if shard not in (None, whole) and prod(whole) * dtype.itemsize >= count * MIN_SHARD_BYTES:
+            assert shard is not None
+            size, local_shape = count, shard
+            break
+    local = torch.empty(local_shape, device="meta")
+    for rank in range(size):
+        for number, part in enumerate(rule.global_slices(local, rank, size)):
+            shape = tuple(part.view.shape)
+            yield ShardSlice(rule, rank, size, number, local_shape, whole, part.offset, shape, dtype)
 
 
 def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
-    """None if `size` ranks cannot share it evenly."""
+    """None if it cannot be split evenly over `size` ranks."""
     if isinstance(rule, VocabularyRows):
         rows, uneven = divmod(padded_vocab_size, size)
         return None if uneven else (rows, *rule.local_shape(1)[1:])
@@ -157,38 +160,53 @@ def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ..
         return None
 
 
-def _widest(rule: Rule, source: Source) -> torch.dtype:
-    return reduce(torch.promote_types, (stored_type(source.headers[part.name].dtype) for part in rule.parts))
+class _StreamingPlanner(DefaultSavePlanner):
+    """Reads each slice when torch's writer gets to it, and holds one at a time."""
+
+    def __init__(self, slices: Sequence[ShardSlice], source: Source, advance: Callable[[int], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._slices = {part.index: part for part in slices}
+        self._source = source
+        self._advance = advance
+        self._current = torch.empty(0)
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([part.write_item() for part in self._slices.values()])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end
+        self._current = self._slices[write_item.index].read(self._source)
+        self._advance(self._current.nbytes)
+        return self._current
 
 
-def _write(shares: Sequence[Share], source: Source, folder: Path, advance: Callable[[int], None]) -> None:
-    """What torch's own writer would write, which keeps the last share of every parameter until it is done."""
-    tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    with DirectFile(folder / NUMBERS) as file, _without_checksums():
-        for share in shares:
-            size, properties = torch.Size(share.global_shape), TensorProperties(dtype=share.dtype)
-            entry = tensors.setdefault(share.rule.name, TensorStorageMetadata(properties, size, []))
-            for number, region in enumerate(share.regions):
-                start = file.tell()
-                torch.save(share.read(source, number), cast(IO[bytes], file))
-                places[MetadataIndex(share.rule.name, region.offset)] = _StorageInfo(
-                    NUMBERS, start, file.tell() - start
-                )
-                entry.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), region.view.shape))
-                advance(region.view.numel() * share.dtype.itemsize)
-    index = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
-    (folder / INDEX).write_bytes(pickle.dumps(index))
+class _DirectFileSystem(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | PathLike, mode: str) -> Iterator[IOBase]:
+        with DirectFile(Path(path)) as file:
+            yield file
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer of distributed checkpoints, past the page cache."""
+
+    def __init__(self, folder: Path) -> None:
+        # No copying ahead: it would sort the slices by size. `new_folder` syncs the files.
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
+        self.fs = _DirectFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch's has the path of the draft and a random id
+
+
+def _write(slices: Sequence[ShardSlice], source: Source, folder: Path, advance: Callable[[int], None]) -> None:
+    planner, writer = _StreamingPlanner(slices, source, advance), _Writer(folder)
+    # The steps of torch.distributed.checkpoint.save, which would wrap every error in a CheckpointException.
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    (plan,) = writer.prepare_global_plan(plans)
+    # torch.save would spend a sixth of the time on checksums, which torch.load ignores.
+    with serialization_config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
+        written = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [written])
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
-    torch.save({}, folder / "common.pt")  # where Megatron keeps what is no tensor: here config.json says it
-
-
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """torch.save computes a checksum of each tensor, a sixth of all time, and torch.load never looks at it."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+    torch.save({}, folder / "common.pt")  # Megatron keeps arguments here; config.json has them

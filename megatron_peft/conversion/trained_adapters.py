@@ -26,7 +26,7 @@ from megatron_peft.conversion.megatron_files import StoredTensor, open_distribut
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_megatron import FORMAT
 from megatron_peft.conversion.writer import new_folder
-from megatron_peft.models.rules import Index, Part, Rule
+from megatron_peft.models.rules import HFTensor, Index, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -56,7 +56,7 @@ class Factors:
 
 def modules_of(rule: Rule) -> dict[str, tuple[int, ...]]:
     """The Hugging Face modules whose weights a rule holds, with the shapes [out, in] of the weights."""
-    return {part.name.removesuffix(WEIGHT): part.shape for part in rule.parts}
+    return {part.name.removesuffix(WEIGHT): part.shape for part in rule.hf_tensors}
 
 
 def is_weight(rule: Rule) -> bool:
@@ -97,7 +97,9 @@ def fuse(rule: Rule, found: Mapping[str, Factors]) -> Factors:
 
 def _with_columns(rule: Rule, num_columns: int) -> Rule:
     """The rule for a tensor with the weight's rows and other columns."""
-    return replace(rule, parts=tuple(Part(part.name, (part.shape[0], num_columns)) for part in rule.parts))
+    return replace(
+        rule, hf_tensors=tuple(HFTensor(part.name, (part.shape[0], num_columns)) for part in rule.hf_tensors)
+    )
 
 
 @dataclass(frozen=True)

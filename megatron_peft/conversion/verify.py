@@ -1,8 +1,7 @@
-"""Two models on the same tokens: how far their logits, and the outputs of their layers, are apart.
+"""Compare two models on the same tokens: their logits and the outputs of their layers.
 
-A folder is run by what it was made for: transformers runs a Hugging Face folder, HF PEFT an adapter of its own, and
-our model everything that Megatron can hold: a base model, a run's adapters on their base, a fully fine-tuned model.
-All in float32, in one process, one model after the other.
+transformers runs a Hugging Face folder, HF PEFT its own adapters, and our model everything in Megatron's format: a base
+model, a run's adapters on their base, or a fully fine-tuned model. All in float32, in one process, one after the other.
 """
 
 import logging
@@ -31,7 +30,7 @@ BATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model computed: logits [batch, sequence, vocabulary], outputs of layers [batch, sequence, hidden]."""
+    """Logits [batch, sequence, vocabulary] and outputs of layers [batch, sequence, hidden]."""
 
     logits: Tensor
     layers: list[Tensor]
@@ -39,7 +38,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference between two tensors, beside the largest magnitude in the second."""
+    """Largest difference between two tensors, and the largest magnitude in the second."""
 
     absolute: float
     scale: float
@@ -55,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two models; `same_best` of `num_positions` positions have the same most likely token."""
+    """Differences of two models; `same_best` of `num_positions` positions have the same most likely token."""
 
     logits: Difference
     layers: list[Difference]
@@ -65,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder, the folder of its base model (itself, if it is one), and what runs it."""
+    """A folder, the folder of its base model (itself if it is a whole model), and the function that runs it."""
 
     folder: Path
     base: Path
@@ -83,13 +82,13 @@ def verify(
     """Compare the models of two folders on random tokens.
 
     Args:
-        input, reference: of any kind, see above.
+        input, reference: folders of any format above.
         pretrained_checkpoint: base model of adapters; None takes the one that they were trained on.
-        num_tokens: of each of two sequences.
+        num_tokens: length of each of two sequences.
         seed: of the tokens.
 
     Raises:
-        ConfigurationError: a folder is no model, or the two have vocabularies or layers of different sizes.
+        ConfigurationError: a folder is not a model, or the two have vocabularies or layers of different sizes.
     """
     given = {"--input": input, "--reference": reference}
     subjects = [_subject(flag, Path(folder), pretrained_checkpoint) for flag, folder in given.items()]
@@ -105,19 +104,21 @@ def verify(
 
 
 def compare(trace: Trace, reference: Trace) -> Comparison:
-    """The first against the second."""
+    """Differences of `trace` from `reference`."""
     same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
     layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]
     return Comparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
 def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
-    """What is in the folder that stands behind `flag`. ConfigurationError: no model, or its base is not there."""
-    require(folder.is_dir(), f"{flag} {folder} is not a folder: give that of a model, a run or an adapter of HF PEFT.")
+    """What the folder of `flag` holds. ConfigurationError: it is not a model, or its base is missing."""
+    require(
+        folder.is_dir(), f"{flag} {folder} is not a folder: give the folder of a model, a run or an adapter of HF PEFT."
+    )
     trained_on, trace = _runner(folder)
     if trained_on is None:
-        described = megatron_files(folder) is not None or (folder / CONFIG).is_file()
-        require(described, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
+        is_model = megatron_files(folder) is not None or (folder / CONFIG).is_file()
+        require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
         return Subject(folder, folder, trace)
     base = Path(pretrained_checkpoint or trained_on)
     require(
@@ -125,21 +126,21 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
     if trace is _trace_ours:
-        _warn_of_another_base(folder, base)
+        _warn_of_other_base(folder, base)
     return Subject(folder, base, trace)
 
 
-def _warn_of_another_base(folder: Path, base: Path) -> None:
-    """Only that: the same weights in another form have other files."""
+def _warn_of_other_base(folder: Path, base: Path) -> None:
+    """Not an error, because the same weights in another format have other files."""
     record = read_record(find_checkpoint(folder))
     differing = differing_base(record, read_model_shape(base), known_fingerprint(base))
     if differing:
         named = record.config.model.pretrained_checkpoint
-        logger.warning("%s was trained on %s; %s is another one by %s", folder, named, base, ", ".join(differing))
+        logger.warning("%s was trained on %s; %s differs from it in %s", folder, named, base, ", ".join(differing))
 
 
 def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace]]:
-    """Where the base of a folder's adapters was (None: it holds a whole model), and what runs it."""
+    """The base that a folder of adapters names (None if it holds a whole model), and the function that runs it."""
     files = megatron_files(folder)
     if files is not None:
         record = read_record(files) if (files / RECORD).is_file() else None
@@ -160,7 +161,7 @@ def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
     from megatron_peft.models.gpt import build_model_chunks
 
     shape = read_model_shape(subject.base)
-    with _alone() as parallel:
+    with _single_process() as parallel:
         model = ModelConfig(str(subject.base), transformer_impl="local")
         chunks = build_model_chunks(shape, model, parallel)
         if subject.base != subject.folder:
@@ -179,7 +180,7 @@ def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
 
 
 @contextmanager
-def _alone() -> Iterator[ParallelConfig]:
+def _single_process() -> Iterator[ParallelConfig]:
     from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
     parallel = ParallelConfig()
@@ -192,19 +193,20 @@ def _alone() -> Iterator[ParallelConfig]:
 
 
 def _trace_transformers(subject: Subject, tokens: Tensor) -> Trace:
-    return _trace_hugging_face(_transformers_model(subject.base), tokens)
+    return _trace_hf_model(_transformers_model(subject.base), tokens)
 
 
 def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:
     try:
         from peft import PeftModel
-    except ImportError:
-        require(False, f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft.")
-        raise
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{subject.folder} is an adapter of HF PEFT, which is not installed: pip install peft."
+        ) from error
     model = _transformers_model(subject.base)
     with _refusals_named("HF PEFT", subject.folder, " For BOFT with several factors it needs its CUDA extension."):
         model = PeftModel.from_pretrained(model, str(subject.folder))
-    return _trace_hugging_face(model, tokens)
+    return _trace_hf_model(model, tokens)
 
 
 def _transformers_model(folder: Path) -> Any:
@@ -220,15 +222,15 @@ def _transformers_model(folder: Path) -> Any:
 
 @contextmanager
 def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None]:
-    """Whatever a library says of a folder that it cannot open, as ConfigurationError."""
+    """Raise any error of a library that cannot open a folder as ConfigurationError."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - each of them has errors of its own
-        told = " ".join(str(error).split())[:200]
-        raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {told}).{hint}") from error
+    except Exception as error:  # noqa: BLE001 - each library has its own errors
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigurationError(f"{library} cannot open {folder} ({type(error).__name__}: {reason}).{hint}") from error
 
 
-def _trace_hugging_face(model: Any, tokens: Tensor) -> Trace:
+def _trace_hf_model(model: Any, tokens: Tensor) -> Trace:
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     layers = next(stack for stack in stacks if len(stack) == model.config.num_hidden_layers)
     return _traced(lambda: model.eval()(tokens).logits, layers)
@@ -236,7 +238,7 @@ def _trace_hugging_face(model: Any, tokens: Tensor) -> Trace:
 
 @torch.no_grad()
 def _traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
-    """Run a model and keep the output of each layer (the first of several)."""
+    """Run a model and keep the output of each layer (its first, if it returns several)."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
-from megatron_peft.models.rules import Columns, FusedRows, Part, Replicated, Rule, vocabulary_rules
+from megatron_peft.models.rules import Columns, FusedRows, HFTensor, Replicated, Rule, vocabulary_rules
 from megatron_peft.models.shape import Config, ModelShape
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule
 
 def _norm_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:
     for kind in ("weight", "bias") if shape.normalization == "LayerNorm" else ("weight",):
-        yield Replicated(f"{megatron}.{kind}", (Part(f"{hugging_face}.{kind}", (shape.hidden_size,)),))
+        yield Replicated(f"{megatron}.{kind}", (HFTensor(f"{hugging_face}.{kind}", (shape.hidden_size,)),))
 
 
 def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_face: str) -> Iterator[Rule]:
@@ -216,16 +216,17 @@ def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_f
         ("mlp.linear_fc1", names.linear_fc1, (ffn,) * len(names.linear_fc1), None),
     ):
         for kind, columns in _kinds(shape, module, hidden):
-            parts = (Part(f"{hugging_face}{n}.{kind}", (num, *columns)) for n, num in zip(linears, rows, strict=True))
-            yield FusedRows(f"{megatron}{module}.{kind}", tuple(parts), num_groups)
+            names_and_rows = zip(linears, rows, strict=True)
+            tensors = (HFTensor(f"{hugging_face}{name}.{kind}", (num, *columns)) for name, num in names_and_rows)
+            yield FusedRows(f"{megatron}{module}.{kind}", tuple(tensors), num_groups)
     for module, linear, in_features in (
         ("self_attention.linear_proj", names.linear_proj, query),
         ("mlp.linear_fc2", names.linear_fc2, ffn),
     ):
         for kind, columns in _kinds(shape, module, in_features):
-            part = Part(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
+            tensor = HFTensor(f"{hugging_face}{linear}.{kind}", (hidden, *columns))
             rule = Columns if columns else Replicated
-            yield rule(f"{megatron}{module}.{kind}", (part,))
+            yield rule(f"{megatron}{module}.{kind}", (tensor,))
 
 
 def _kinds(shape: ModelShape, module: str, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -236,8 +237,8 @@ def _kinds(shape: ModelShape, module: str, in_features: int) -> Iterator[tuple[s
 
 
 def _as_stored(rule: Rule, prefix: str, stored: Collection[str]) -> Rule:
-    def name(part: Part) -> str:
-        bare = part.name.removeprefix(prefix)
-        return bare if part.name not in stored and bare in stored else part.name
+    def name(tensor: HFTensor) -> str:
+        bare = tensor.name.removeprefix(prefix)
+        return bare if tensor.name not in stored and bare in stored else tensor.name
 
-    return replace(rule, parts=tuple(Part(name(part), part.shape) for part in rule.parts))
+    return replace(rule, hf_tensors=tuple(HFTensor(name(tensor), tensor.shape) for tensor in rule.hf_tensors))

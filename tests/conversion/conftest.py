@@ -51,7 +51,7 @@ def saved_folders(tmp_path_factory) -> dict[str, Path]:
 def many_shares() -> Iterator[None]:
     """Tiny tensors are cut like large ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "MIN_SHARE_BYTES", 1)
+        patch.setattr(to_megatron, "MIN_SHARD_BYTES", 1)
         yield
 
 

@@ -16,7 +16,7 @@ from megatron_peft.conversion.hf_files import (
     Header,
     Source,
     check_inventory,
-    copy_companions,
+    copy_small_files,
     open_source,
     set_stored_type,
     stored_type,
@@ -82,8 +82,8 @@ def test_torn_file_is_named(kind, file, content, told, copy_of):
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        *((INDEX, text, f"{INDEX} is no index") for text in ("{}", '{"weight_map": 3}')),
-        (INDEX, json.dumps({"weight_map": {"ghost": SHARD}}), f"not there: ghost in {SHARD}"),
+        *((INDEX, text, f"{INDEX} is not an index") for text in ("{}", '{"weight_map": 3}')),
+        (INDEX, json.dumps({"weight_map": {"ghost": SHARD}}), f"missing: ghost in {SHARD}"),
         (INDEX, None, "holds no weights: expected one of model.safetensors"),
         (SHARD, None, f"{SHARD} is missing, but the index"),
     ],
@@ -108,7 +108,7 @@ def test_a_pickle_of_an_old_format_is_refused(copy_of):
 def test_every_number_type_that_a_folder_may_have_is_known_and_the_flag_takes_three():
     assert {stored_type(name) for name in NUMBER_TYPES} == {torch.float64, torch.float32, torch.float16, torch.bfloat16}
     assert type_flag("bfloat16") is torch.bfloat16 and type_flag(None) is None
-    with pytest.raises(ConfigurationError, match="--dtype int8 is none of float32, bfloat16, float16"):
+    with pytest.raises(ConfigurationError, match="--dtype int8 is not one of float32, bfloat16, float16"):
         type_flag("int8")
 
 
@@ -165,7 +165,7 @@ def test_weights_code_and_folders_are_not_copied(tmp_path):
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
     for name in {*kept, "model.safetensors", "modeling_x.py", "common.pt", ".metadata"}:
         (source / name).write_text(name)
-    copy_companions(source, target)
+    copy_small_files(source, target)
     assert {path.name for path in target.iterdir()} == kept
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.nn.functional import pad
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.megatron_files import StoredBox, StoredTensor, layer_of, map_tensor, open_distributed
+from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, layer_of, map_tensor, open_distributed
 from tests.checkpoint.test_safe_pickle import Attack
 from tests.conversion.megatron_folders import save_distributed
 
@@ -27,7 +27,7 @@ def stored(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> StoredT
     for top, bottom in zip([0, *rows], [*rows, tensor.shape[0]], strict=True):
         for left, right in zip([0, *columns], [*columns, tensor.shape[1]], strict=True):
             part = tensor[top:bottom, left:right]
-            boxes.append(StoredBox((top, left), tuple(part.shape), lambda part=part: part))
+            boxes.append(StoredSlice((top, left), tuple(part.shape), lambda part=part: part))
     return StoredTensor(tuple(tensor.shape), tensor.dtype, tuple(boxes))
 
 
@@ -48,7 +48,7 @@ def test_any_box_out_of_any_boxes_and_what_lies_outside_the_tensor_stays_as_it_i
 
 def test_a_layer_of_a_stack():
     stack = torch.arange(24.0).view(4, 2, 3)
-    halves = tuple(StoredBox((at, 0, 0), (2, 2, 3), lambda at=at: stack[at : at + 2]) for at in (0, 2))
+    halves = tuple(StoredSlice((at, 0, 0), (2, 2, 3), lambda at=at: stack[at : at + 2]) for at in (0, 2))
     for layer in range(4):
         one = layer_of(StoredTensor((4, 2, 3), stack.dtype, halves), layer)
         target = torch.zeros(2, 3)

@@ -95,7 +95,7 @@ OLD_NAMES = {"model": {"language_model.encoder.layers.0.norm": torch.zeros(1)}}
     [
         (lambda ranks: shutil.rmtree(ranks / "mp_rank_01_000"), "lacks the folders mp_rank_01_000"),
         (lambda ranks: (ranks / RANK_FILE).unlink(), "mp_rank_01_000 holds none of model_optim_rng.pt"),
-        (lambda ranks: (ranks / "mp_rank_00_000_000").mkdir(), "mp_rank_00_000_000 is of a layout with experts"),
+        (lambda ranks: (ranks / "mp_rank_00_000_000").mkdir(), "mp_rank_00_000_000 has expert parallelism"),
         (rank_file_holds(OLD_NAMES), "language_model.encoder.* --saver core"),
         (rank_file_holds({}), "holds no 'model'"),
         (rank_file_holds_another_shape, r"linear_fc2.weight is \[10, 5\] on rank 1 of 2 .* \[10, 6\]"),
@@ -132,8 +132,8 @@ def test_the_shape_is_in_the_arguments():
         ({"use_rope_scaling": True}, "use_rope_scaling True"),
         ({"num_experts": 8}, "num_experts 8"),
         ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
-        ({"num_attention_heads": 0}, "have num_attention_heads 0, which is no size"),
-        ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is no size"),
+        ({"num_attention_heads": 0}, "have num_attention_heads 0, which is not a size"),
+        ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is not a size"),
         ({"vocab_size": None}, "vocabulary padded to 128 rows"),
     ],
 )

@@ -15,7 +15,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import base_parameters
 from megatron_peft.conversion.trained_adapters import is_weight, layer_of, modules_of
 from megatron_peft.models.families import FAMILIES, family_of, read_shape, rules_for
-from megatron_peft.models.rules import Index, Part, Rule, VocabularyRows, expected_tensors
+from megatron_peft.models.rules import HFTensor, Index, Rule, VocabularyRows, expected_tensors
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import bloom_shapes, llama_shapes, tensors_of
 from tests.conversion.test_pretrained import load, stage
@@ -49,7 +49,7 @@ def test_table_has_every_tensor_that_transformers_saves_and_nothing_else(kind, s
     assert expected_tensors(rules) == saved
     assert ("lm_head.weight" in saved) == (kind in ("single", "untied bloom"))
     if kind in ("tied", "bloom"):  # the output layer is read from the embedding
-        assert rules["output_layer.weight"].parts == rules["embedding.word_embeddings.weight"].parts
+        assert rules["output_layer.weight"].hf_tensors == rules["embedding.word_embeddings.weight"].hf_tensors
 
 
 class TensorsInMemory(dict[str, Tensor]):
@@ -90,16 +90,16 @@ def test_round_trip_is_exact_and_reads_each_number_once(size, shapes, padding, d
         source = TensorsInMemory(original)
         locals_ = local_tensors(rule, source, size, padding)
         written = rule.write(locals_)
-        assert all(torch.equal(written[part.name], original[part.name]) for part in rule.parts)
+        assert all(torch.equal(written[part.name], original[part.name]) for part in rule.hf_tensors)
         assert not any(local.isnan().any() for local in locals_)
         is_copied = type(rule).__name__ == "Replicated"
         assert not is_copied or all(torch.equal(local, locals_[0]) for local in locals_)
         copies = size if is_copied else 1
-        assert source.numbers_read == copies * sum(original[part.name].numel() for part in rule.parts)
+        assert source.numbers_read == copies * sum(original[part.name].numel() for part in rule.hf_tensors)
 
 
 def test_padded_vocabulary_rows_are_zero_on_ranks_with_none_of_the_vocabulary_too():
-    rule = VocabularyRows("embedding.word_embeddings.weight", (Part("e", (5, 3)),))
+    rule = VocabularyRows("embedding.word_embeddings.weight", (HFTensor("e", (5, 3)),))
     embedding = torch.arange(1.0, 16, dtype=torch.float64).view(5, 3)
     locals_ = local_tensors(rule, TensorsInMemory({"e": embedding}), 4, vocabulary_padding=2)
     assert [local.shape for local in locals_] == [(4, 3)] * 4

@@ -1,10 +1,8 @@
 """A Hugging Face folder becomes what megatron-core itself would have saved, and never lies in memory whole."""
 
 import json
-import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,9 +11,10 @@ from torch import Tensor
 from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
+from megatron_peft.conversion.hf_files import Source
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.conversion.to_megatron import Share, hf_to_megatron
+from megatron_peft.conversion.to_megatron import ShardSlice, hf_to_megatron
 from megatron_peft.models.shape import ModelShape
 from tests.conversion.megatron_folders import ODD, save_random, tensors_of
 from tests.one_rank import one_rank
@@ -43,32 +42,40 @@ def test_megatron_core_reads_its_own_keys_and_shapes(changes, tmp_path):
     assert torch.serialization.get_crc32_options(), "a setting of torch that is another one while files are written"
 
 
-def test_a_tensor_is_written_as_shares_that_ranks_read(original, tmp_path, monkeypatch):
+def test_a_tensor_is_written_as_shards_that_ranks_read(original, tmp_path, monkeypatch):
     stored = open_distributed(hf_to_megatron(original, tmp_path / "megatron", progress=False))
-    assert len(stored["decoder.layers.0.self_attention.linear_qkv.weight"].boxes) == 2  # key-value heads
-    assert len(stored["decoder.layers.0.mlp.linear_fc1.weight"].boxes) == 2 * 4  # gate and up, 12 rows each
-    assert [box.shape for box in stored["decoder.layers.0.mlp.linear_fc2.weight"].boxes] == [(10, 3)] * 4
-    assert len(stored["embedding.word_embeddings.weight"].boxes) == 8
-    assert len(stored["decoder.final_layernorm.weight"].boxes) == 1
-    monkeypatch.setattr(to_megatron, "MIN_SHARE_BYTES", 2**20)
+    assert len(stored["decoder.layers.0.self_attention.linear_qkv.weight"].slices) == 2  # key-value heads
+    assert len(stored["decoder.layers.0.mlp.linear_fc1.weight"].slices) == 2 * 4  # gate and up, 12 rows each
+    assert [box.shape for box in stored["decoder.layers.0.mlp.linear_fc2.weight"].slices] == [(10, 3)] * 4
+    assert len(stored["embedding.word_embeddings.weight"].slices) == 8
+    assert len(stored["decoder.final_layernorm.weight"].slices) == 1
+    monkeypatch.setattr(to_megatron, "MIN_SHARD_BYTES", 2**20)
     stored = open_distributed(hf_to_megatron(original, tmp_path / "uncut", progress=False))
-    assert len(stored["embedding.word_embeddings.weight"].boxes) == 1
+    assert len(stored["embedding.word_embeddings.weight"].slices) == 1
 
 
-def test_one_share_is_held_at_a_time(original, tmp_path, monkeypatch):
-    made: list[weakref.ref[np.ndarray]] = []
-    read = Share.read
+def test_one_slice_is_held_at_a_time(original, tmp_path, monkeypatch):
+    made: list[Tensor] = []
+    read = ShardSlice.read
 
-    def watched(share: Share, source, number: int) -> Tensor:
-        alive = sum(numbers() is not None for numbers in made)
-        assert alive <= 1, f"{alive} shares are held"
-        numbers = read(share, source, number).numpy().copy()
-        made.append(weakref.ref(numbers))  # lives as long as any tensor with these numbers, detached ones too
-        return torch.from_numpy(numbers)
+    def watched(part: ShardSlice, source: Source) -> Tensor:
+        held = sum(values.untyped_storage().nbytes() > 0 for values in made)
+        assert held == 0, f"{held} slices are held"
+        values = read(part, source)
+        assert values.untyped_storage().nbytes() == values.nbytes, "torch's writer clones a part of a storage"
+        made.append(values)
+        return values
 
-    monkeypatch.setattr(Share, "read", watched)
+    monkeypatch.setattr(ShardSlice, "read", watched)
     hf_to_megatron(original, tmp_path / "megatron", progress=False)
     assert len(made) > 60
+
+
+def test_nothing_in_a_folder_depends_on_where_or_when_it_was_written(original, tmp_path):
+    first, second = (hf_to_megatron(original, tmp_path / name, progress=False) for name in ("first", "second"))
+    names = {path.name for path in first.iterdir()}
+    assert names >= {".metadata", "__0_0.distcp", "common.pt", "config.json", "metadata.json"}
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
 def test_vocabulary_is_padded_with_zeros(original, tmp_path):

@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all; its safetensors, written in pieces, are what the library would have written."""
+"""A folder appears whole or not at all; its safetensors, written one by one, are what the library would write."""
 
 import errno
 import fcntl
@@ -47,8 +47,8 @@ def test_one_file_holds_everything(stem, tmp_path):
 
 def test_shards_keep_the_limit_and_have_an_index(tmp_path):
     files = write(tmp_path, max_shard_bytes=80)
-    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
-    assert files == dict(zip(names, (["a", "b"], ["c"], ["d"], ["scalar"]), strict=True))  # d alone is above the limit
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert files == dict(zip(names, (["a", "b"], ["d"], ["c", "scalar"]), strict=True))  # d alone is above the limit
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file, names in files.items() for name in names}
     assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in SPECS.values())
@@ -64,7 +64,7 @@ def test_sizes_are_understood():
     sizes = {"5GB": 5 * 10**9, "1.5 GiB": 3 * 2**29, "200mb": 2 * 10**8, "4096": 4096}
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for text in ("", "5 bananas", "-1GB", "0MB"):
-        with pytest.raises(ConfigurationError, match="--max-shard-size .* is no size"):
+        with pytest.raises(ConfigurationError, match="--max-shard-size .* is not a size"):
             parse_bytes(text)
 
 

@@ -27,7 +27,7 @@ OUT = "--input nowhere --output out"
         (bench, "c", "no benchmark is called c: there are "),
         (convert, f"hf-to-megatron {OUT}", "^error: .*nowhere is not a folder"),
         (convert, f"megatron-to-hf {OUT}", "^error: --input nowhere holds no Megatron checkpoint"),
-        (convert, "megatron-to-hf --input . --output out --max-shard-size 2apples", "^error: .*is no size"),
+        (convert, "megatron-to-hf --input . --output out --max-shard-size 2apples", "^error: .*is not a size"),
         (convert, f"merge {OUT}", "^error: .*nowhere"),
         (convert, f"merge {OUT} --num-tokens 3", "--num-tokens"),
         (convert, f"export-adapter {OUT}", "^error: .*nowhere"),
