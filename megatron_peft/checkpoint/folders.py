@@ -171,7 +171,7 @@ def _tracked_checkpoint(folder: Path) -> Path | None:
 
 
 def start_draft(folder: Path, iteration: int) -> Path:
-    """Make an empty folder to write a checkpoint into. Its random name is that of no other draft, old or new."""
+    """Make an empty folder to write a checkpoint into, with a random name that no rank of a killed run knows."""
     folder.mkdir(parents=True, exist_ok=True)
     name = iteration_folder(folder, iteration).name
     draft = folder / f".{name}.{secrets.token_hex(4)}.draft"

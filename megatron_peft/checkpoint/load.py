@@ -52,9 +52,8 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
         ConfigurationError: on every rank, if there are checkpoints but none is whole (it names the damage), or if the
             tracker names a checkpoint that is missing.
     """
-    candidates = from_first_rank(lambda: _candidates(folder))
     problems: list[str] = []
-    for checkpoint in candidates:
+    for checkpoint in from_first_rank(lambda: _candidates(folder)):
         found = _damage_on_all_ranks(checkpoint)
         if not found:
             if problems:

@@ -107,8 +107,8 @@ def read_run_record(folder: str | Path) -> RunRecord:
 def find_checkpoint(folder: str | Path) -> Path:
     """The newest checkpoint in a --save folder. Raises ConfigurationError if there is none."""
     checkpoint = newest_checkpoint(Path(folder))
-    require(checkpoint is not None, f"{folder} holds no checkpoint: give the --save folder of a run.")
-    assert checkpoint is not None
+    if checkpoint is None:
+        raise ConfigurationError(f"{folder} holds no checkpoint: give the --save folder of a run.")
     return checkpoint
 
 

@@ -75,8 +75,7 @@ class DraftedCheckpoint:
         with _as_not_saved(self.folder, self.iteration, self.draft):
             # All ranks wait here until all files are on disk: what is published is complete.
             own = checked_together(self.files.write, self.group)
-            is_first = dist.get_rank() == 0
-            by_rank: list[Written] | None = [own] * dist.get_world_size() if is_first else None
+            by_rank: list[Written] | None = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(own, by_rank, dst=0, group=self.group)
             # The other ranks wait, so that "saved" means published on every rank.
             from_first_rank(lambda: self._publish(by_rank or []), self.group)

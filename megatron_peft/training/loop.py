@@ -113,7 +113,7 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
-        return _Run(state, data, saver, writer, progress, signals).to_the_end()
+        return _Run(state, data, saver, writer, progress, signals, saved_iteration=position.iteration).to_the_end()
 
 
 @dataclass
@@ -124,14 +124,13 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
+    saved_iteration: int
     started_at: float = field(default_factory=time.monotonic)
-    saved_iteration: int = -1
     is_first_step: bool = True
     interval: _Interval = field(default_factory=_Interval)
 
     def to_the_end(self) -> str:
         position = self.state.position
-        self.saved_iteration = position.iteration
         steps = iter(self.data.train)
         reason = "nothing to do: the run is already complete"
         while position.iteration < self.data.train_iters:

@@ -76,9 +76,8 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     state.optimizer.zero_grad()
     finish_with(state.model_chunks, finish_gradients)
     losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
-    # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was; the
-    # Hybrid's lambda is taken before the optimizer clips them; the schedule moves on last, so this step reports the
-    # rate that it was taken with.
+    # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
+    # Hybrid's lambda is taken before the optimizer clips them. The schedule advances last: to the next step's rate.
     check = state.config.training.check_for_nan_in_loss_and_grad
     totals = _sum_over_world(losses, state.model_chunks if check else (), stop)
     loss_sum, num_tokens, num_positions, num_non_finite, num_stopping = totals
@@ -147,8 +146,8 @@ def _forward(microbatches: Iterable[Microbatch], model: nn.Module) -> tuple[Tens
         labels=microbatch.labels,
         packed_seq_params=packing(microbatch),
     )
-    # Only the last stage returns token losses, and only there the schedule calls the loss function. The others return
-    # activations, which the schedule sends to the next stage.
+    # Only the last stage returns token losses, and only there does the schedule call the loss function. The others
+    # return activations, which the schedule sends to the next stage.
     return token_losses, partial(_sum_of_losses, microbatch.loss_mask)
 
 

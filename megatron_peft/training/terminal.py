@@ -52,7 +52,6 @@ class Progress:
         self._enabled = enabled
         self._console = console or Console()
         self._bar: Bar | None = None
-        self._started_at = time.monotonic()
         self._shown: dict[str, Any] = {}
 
     def __enter__(self) -> "Progress":

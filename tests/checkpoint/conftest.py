@@ -1,4 +1,4 @@
-"""The facts that the distributed tests of this folder look at, each world started once."""
+"""Facts that the distributed tests of this folder check; each world is started once."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the tests of this folder look at, gathered in one world: a function of the name of each fact."""
+"""What the tests of this folder check, gathered in one world: a function for each fact."""
 
 import dataclasses
 import errno

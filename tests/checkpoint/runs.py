@@ -1,4 +1,4 @@
-"""Short runs that are saved, killed off and resumed; called on ranks by the tests of this folder."""
+"""Short runs that are saved, killed and resumed; called on ranks by the tests of this folder."""
 
 import dataclasses
 import random

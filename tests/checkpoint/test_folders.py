@@ -1,4 +1,4 @@
-"""Publication survives being cut off at any call, damage is seen, one process saves, and leftovers do no harm."""
+"""Publication survives a kill at any call, damage is found, one process saves, leftovers are harmless."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit; a damaged checkpoint is named, and an older whole one taken."""
+"""A resumed run equals the uninterrupted one, bit for bit; a damaged checkpoint is named, and an older one loaded."""
 
 import shutil
 from pathlib import Path
@@ -171,7 +171,7 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
 
 
 def test_only_the_save_folder_may_be_without_a_checkpoint(run, tmp_path):
-    """A command that begins a run goes on with it when it is started again; anything else is a slip of the pen."""
+    """The same command starts a run and resumes it; anything else is a typo."""
     new, named = str(tmp_path / "new"), str(tmp_path / "new" / "iter_0000099")
     assert load_checkpoint(run(checkpoint={"load": new, "save": new}).state) is False
     nothing = {"load": str(tmp_path / "nothing")}

@@ -1,4 +1,4 @@
-"""A record reads back; what contradicts it is refused with both values; two bases are told apart."""
+"""A record reads back; contradictions name both values; two bases have different fingerprints."""
 
 import dataclasses
 import json
@@ -182,7 +182,7 @@ def test_the_fingerprint_of_a_run_changes_with_the_run_and_its_iteration(tmp_pat
     first = run("first", torch.zeros(300_000))
     assert set(first) == {"iter_0000002/__0_0.distcp", "iter_0000002/manifest.json"}
     other = torch.zeros(300_000)
-    other[123_457] = 1.0  # between the stretches that are read: the manifest has its checksum
+    other[123_457] = 1.0  # between the sampled ranges: the manifest has its checksum
     assert run("second", other) != first
     assert run("first", torch.zeros(300_000), iteration=3) != first
 

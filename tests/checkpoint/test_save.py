@@ -1,4 +1,4 @@
-"""A save that fails is one message on all ranks and costs nothing; one in the background loses nothing."""
+"""A failed save is one message on all ranks and loses nothing, also in the background."""
 
 import errno
 from unittest import mock

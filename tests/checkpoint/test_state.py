@@ -1,4 +1,4 @@
-"""The state of a run knows no layout, moves between number types without loss, and holds every generator."""
+"""The state of a run is independent of the layout, converts between precisions, and includes every generator."""
 
 import math
 import random

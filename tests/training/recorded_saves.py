@@ -1,4 +1,4 @@
-"""What befalls a run: saves that fail when they are told to, and write nothing; a signal; a full disk."""
+"""Events in a run: saves that fail on purpose and write nothing; a signal; a full disk."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Ranks that differ from one another: equal to one process, and of one mind about errors and signals."""
+"""Ranks that differ: they equal one process, and agree on errors and signals."""
 
 import signal
 from typing import Any

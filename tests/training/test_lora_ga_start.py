@@ -1,4 +1,4 @@
-"""When LoRA-GA's start runs, on what, what it leaves, says and writes."""
+"""LoRA-GA's start: when it runs, on which batches, and what it prints and writes."""
 
 import json
 

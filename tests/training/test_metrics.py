@@ -1,4 +1,4 @@
-"""The record of a run: whole lines in metrics.jsonl whatever happens, the same in TensorBoard and wandb."""
+"""Metrics of a run: whole lines in metrics.jsonl whatever happens, the same in TensorBoard and wandb."""
 
 import json
 import sys

@@ -141,7 +141,7 @@ def test_a_subtracted_start_is_the_same_when_its_checkpoint_is_opened_on_one_ran
 
 @pytest.mark.parametrize("name", ["lora", "original"])
 def test_shards_of_a_distributed_optimizer_are_scaled(on_two, name):
-    """An unscaled stretch would come back with the next step's gather. The start's rounding is a large part of so small
+    """An unscaled shard would come back with the next step's gather. The start's rounding is a large part of so small
     a change of `original`."""
     first, second = (rank[f"{name} DP2 distributed bf16"] for rank in on_two)
     assert max(first.ratios.values()) <= RATIO * (1.1 if name == "original" else 1 + 2**-7)

@@ -1,4 +1,4 @@
-"""What a user has is never replaced, and a run that would learn nothing, or learn from a mixture, does not start."""
+"""A user's files are never replaced, and a run that could not train, or would mix ranks up, does not start."""
 
 import dataclasses
 import gc

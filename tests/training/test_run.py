@@ -1,4 +1,4 @@
-"""A run from its configuration to its checkpoint, and what stops it before anything is loaded."""
+"""A run from its configuration to its checkpoint, and errors before anything is loaded."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Groups of parameters, their rates, and the schedule."""
+"""Parameter groups, their learning rates, and the schedule."""
 
 import pytest
 import torch

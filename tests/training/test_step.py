@@ -1,5 +1,4 @@
-"""What a run is built from, and one step of it: the loss is a mean over tokens, gradients are whole whatever stretches
-of them a rank holds, and nothing that is not finite reaches the parameters."""
+"""A training step: the loss is a mean over tokens, gradients are whole however sharded, a NaN changes no parameter."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Validation is a mean over tokens; adapters that are cut off and rotations that drift are seen."""
+"""Validation loss is a mean over tokens; adapters without gradient and drifting rotations are detected."""
 
 import pytest
 import torch
