@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, Requirements, require
@@ -99,11 +99,7 @@ class TaskTemplate:
             raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
 
 
-@cache
-def _compiled(template: str) -> Template:
-    return _JINJA.from_string(template)
-
-
+_compiled = cache(_JINJA.from_string)
 WORD = re.compile(r"\w+")
 
 
