@@ -93,7 +93,7 @@ def test_line_n_translates_line_n(tmp_path: Path, texts: list[str], expected: li
         (["a\n", "b\n", "c\n"], "3 files are no sentence pairs"),
     ],
 )
-def test_what_are_no_pairs_or_no_file_is_told(tmp_path: Path, texts: list[str], message: str) -> None:
+def test_what_are_no_pairs_or_no_file_is_an_error(tmp_path: Path, texts: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         pairs(tmp_path, *texts)
     with pytest.raises(ConfigurationError, match="cannot be read"):
