@@ -175,7 +175,7 @@ def shipped() -> Mapping[str, TaskFile]:
 
 
 def load(name: str) -> TaskFile:
-    """The task of this name, or of the file NAME.yaml. Raises ConfigurationError where there is none."""
+    """The task of this name, or of the file NAME.yaml. Raises ConfigurationError if it does not exist."""
     is_file = name.endswith(".yaml")
     task = read_task_file(Path(name)) if is_file else shipped().get(name)
     if task is None and is_file:
@@ -224,8 +224,8 @@ def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
     """
     require(
         len(paths) in (1, 2),
-        f"{len(paths)} files are no sentence pairs: give source file and target file, or one file with a tab between "
-        "the two.",
+        f"{len(paths)} files cannot be sentence pairs: give a source and a target file, or one file with a tab "
+        "between the two.",
     )
     require({*task.fields} <= {"source", "target"}, f"{task.path}: the fields of sentence pairs are source and target.")
     for source, target, place in _two_files(*paths) if len(paths) == 2 else _one_file(paths[0]):
@@ -289,7 +289,7 @@ def _two_files(source_path: Path, target_path: Path) -> Iterator[tuple[str, str,
         if source is None or target is None:
             shorter, longer = (source_path, target_path) if source is None else (target_path, source_path)
             raise ConfigurationError(
-                f"{shorter} ends after line {number - 1}, {longer} goes on: line N of one must be the translation of "
+                f"{shorter} ends after line {number - 1}, {longer} does not: line N of one must be the translation of "
                 "line N of the other."
             )
         yield source, target, f"{source_path}, line {number}"

@@ -163,5 +163,5 @@ def test_a_template_that_rewrites_the_past_is_refused():
     def rewriting(messages, add_generation_prompt=False):
         return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
 
-    with pytest.raises(ConfigurationError, match="cannot be told apart: split the conversation"):
+    with pytest.raises(ConfigurationError, match="cannot be found: split the conversation"):
         split_chat(rewriting, turns("user", "assistant"))

@@ -53,10 +53,10 @@ def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path
     [
         ("experiment.yaml", "train-iters: 2", "train-iters: 3", "--train-iters is 2 and 3 in the file"),
         ("experiment.yaml", "train-iters: 2", "bf16: true", "--bf16 is absent and given in the file"),
-        ("experiment.yaml", "acc,none", "f1,none", "its score came from other words than the file"),
+        ("experiment.yaml", "acc,none", "f1,none", "its score came from another entry than the file's"),
         (CELL, '"lora"', '"boft"', "method is 'boft' and 'lora' in the file"),  # moved under another name
         (CELL, '"lr": "0.1"', '"lr": "0.4"', "settings is {'lr': '0.4'} and {'lr': '0.1'} in the file"),
-        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from other words than the file"),
+        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from another entry than the file's"),
     ],
 )
 def test_record_that_is_not_of_the_files_words_is_refused(

@@ -65,12 +65,12 @@ def test_examples_are_read(path: Path) -> None:
             "but their grids hold: lora 1, boft 2",
         ),
         ({"tasks": UNVALIDATED}, "tasks.talk: .* with models.tiny nothing is validated: give"),
-        ({"method": {}}, "the key 'method', which means nothing: did you mean methods?"),
-        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the key 'flag', which means nothing: did you mean flags"),
+        ({"method": {}}, "the unknown key 'method': did you mean methods?"),
+        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the unknown key 'flag': did you mean flags"),
         ({"models": {"tiny": {"processes": 0}}}, "models.tiny.processes is 0; a cell needs one at least"),
         ({"models": {"a/b": {}}}, "the name 'a/b' becomes a folder's"),
         ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
-        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
+        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command does not name its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
         (scored_by({}), "metrics.a needs path"),
         (scored_by({"path": "b", "scale": "%"}), "metrics.a.scale is '%', not a number"),
@@ -84,7 +84,7 @@ def test_a_contradictory_file_is_an_error(tmp_path: Path, changes: dict[str, Any
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"), ("- a\n", "it is a mapping")],
+    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is a duplicate key"), ("- a\n", "it is a mapping")],
 )
 def test_broken_or_missing_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
