@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("experiment: error: " + "\n  - ".join(error.problems), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("experiment: stopped; the same command goes on from here", file=sys.stderr)
+        print("experiment: stopped; run the same command to continue", file=sys.stderr)
         return 130
 
 

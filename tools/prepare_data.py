@@ -36,7 +36,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "help": "what becomes of training items that are test items (remove)",
     },
 }
-DOWNLOADS = {"type": Path, "default": Path("runs/downloads"), "metavar": "FOLDER", "help": "where wheels lie"}
+DOWNLOADS = {"type": Path, "default": Path("runs/downloads"), "metavar": "FOLDER", "help": "where to keep wheels"}
 
 
 def flags_of(task: TaskFile) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ def fetch(task: TaskFile, downloads: Path) -> list[Path]:
 def prepare_all(
     named: Iterator[tuple[Path, Benchmark]], output: Path, split: HashSplit, overlap: str
 ) -> list[Prepared]:
-    """Every folder, or none: GLUE makes four below `output`."""
+    """Every folder, or none: GLUE has four in `output`."""
     was_there, made = output.exists(), []
     try:
         for folder, benchmark in named:

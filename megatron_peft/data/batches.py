@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Samples as the tensors of one microbatch: padded rows, or one packed row. b rows, s positions.
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -56,12 +54,9 @@ def sample_from_ids(ids: Sequence[int], trained: Sequence[bool], seq_length: int
     )
 
 
-EMPTY = Sample(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-
-
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass reads. Padding has loss_mask 0.
+    """What one forward pass reads: b padded rows of s positions, or one packed row. Padding has loss_mask 0.
 
     tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
     cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
@@ -90,7 +85,7 @@ class Microbatch:
 def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
     """One sample (or none) per row, padded on the right to the longest one, rounded up to `multiple` positions: with
     sequence parallelism the tensor-parallel ranks share a sequence evenly."""
-    samples = [row[0] if row else EMPTY for row in rows]
+    samples = [row[0] if row else _padding(0, pad_id) for row in rows]
     width = _round_up(max(len(sample) for sample in samples), multiple)
     return Microbatch(
         tokens=_rows([sample.tokens for sample in samples], width, pad_id),
@@ -163,17 +158,14 @@ class SampleOrder:
         """Positions of an epoch."""
         return self.num_samples
 
-    def unit(self, epoch: int, offset: int) -> np.ndarray:
-        """int64 [k]: the samples of one position."""
-        return self.permutation(epoch)[offset : offset + 1]
-
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, offset in it) of a position."""
         return divmod(position, self.num_samples)
 
     def samples_at(self, position: int) -> np.ndarray:
         """int64 [k]: the samples of a position."""
-        return self.unit(*self.locate(position))
+        epoch, offset = self.locate(position)
+        return self.permutation(epoch)[offset : offset + 1]
 
     def epochs_at(self, position: int) -> float:
         """Epochs done after `position` positions."""
@@ -181,7 +173,7 @@ class SampleOrder:
         return epoch + offset / self.epoch_length(epoch)
 
     def positions_in(self, epochs: float) -> int:
-        """Positions of the first `epochs` epochs, a begun one counted as a whole."""
+        """Positions of the first `epochs` epochs, rounded up."""
         whole = math.floor(epochs)
         positions = sum(self.epoch_length(epoch) for epoch in range(whole))
         part = epochs - whole
@@ -219,7 +211,8 @@ class PackedOrder(SampleOrder):
     def epoch_length(self, epoch: int) -> int:
         return self._num_packs(epoch)
 
-    def unit(self, epoch: int, offset: int) -> np.ndarray:
+    def samples_at(self, position: int) -> np.ndarray:
+        epoch, offset = self.locate(position)
         start, stop = self._bounds(epoch)[offset : offset + 2]
         return self.permutation(epoch)[start:stop]
 

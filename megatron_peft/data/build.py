@@ -56,22 +56,16 @@ def build_data(
     )
     num_ids = num_ids or tokenizer.largest_id + 1
     train = _train(config, tokenizer, layout, consumed_samples, num_ids)
-    iterations = train_iterations(config, train)
+    epochs = config.training.train_epochs
+    iterations = (_requested_iterations(config) or 0) if epochs is None else train.iterations_for_epochs(epochs)
     evaluates = config.training.eval_interval is not None and config.training.eval_iters != 0
     valid = _evaluation(config, Split.valid, tokenizer, layout, num_ids) if evaluates else None
     test = _evaluation(config, Split.test, tokenizer, layout, num_ids) if config.training.eval_iters != 0 else None
     return Data(train, valid, test, iterations)
 
 
-def train_iterations(config: RunConfig, train: GlobalBatches) -> int:
-    """Iterations of the run; --train-samples are rounded down to whole batches, as in Megatron, epochs up."""
-    if config.training.train_epochs is not None:
-        return train.iterations_for_epochs(config.training.train_epochs)
-    return _asked_iterations(config) or 0
-
-
-def _asked_iterations(config: RunConfig) -> int | None:
-    """From --train-iters or --train-samples; None with --train-epochs."""
+def _requested_iterations(config: RunConfig) -> int | None:
+    """From --train-iters, or --train-samples rounded down to whole batches as in Megatron; None with --train-epochs."""
     training = config.training
     if training.train_samples is None:
         return training.train_iters
@@ -85,7 +79,7 @@ def _asked_iterations(config: RunConfig) -> int | None:
 def _train(
     config: RunConfig, tokenizer: Tokenizer, layout: BatchLayout, consumed_samples: int, num_ids: int
 ) -> GlobalBatches:
-    iterations = _asked_iterations(config)
+    iterations = _requested_iterations(config)
     num_samples = None if iterations is None else iterations * config.global_batch_size
     dataset = _dataset(config, Split.train, num_samples, tokenizer, num_ids)
     require(dataset is not None, "no training data: give --train-data-path or --data-path.")
@@ -101,13 +95,13 @@ def _evaluation(
 ) -> GlobalBatches | None:
     """One pass in the order of the file, ended by --eval-iters: the same samples at each evaluation."""
     eval_iters = config.training.eval_iters
-    asked = None if eval_iters is None else eval_iters * config.global_batch_size
-    dataset = _dataset(config, split, asked, tokenizer, num_ids)
+    requested = None if eval_iters is None else eval_iters * config.global_batch_size
+    dataset = _dataset(config, split, requested, tokenizer, num_ids)
     if dataset is None:
         return None
     order = _order(config, dataset, shuffle=False)
     whole = order.epoch_length(0)
-    end = whole if asked is None else min(asked, whole)
+    end = whole if requested is None else min(requested, whole)
     return GlobalBatches(dataset, order, layout, end=end, prefetch=config.data.num_workers)
 
 

@@ -73,7 +73,7 @@ def _tokenize_text(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
 
 def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     """The template writes the special tokens itself, so none is put before, and one after only if it is missing."""
-    wanted = sorted(template_names(tokenizer.chat_template) & record.keys() - {"messages", "tools"})
+    wanted = sorted(template_inputs(tokenizer.chat_template).variables & record.keys() - {"messages", "tools"})
     require(
         not wanted,
         f"the chat template reads {', '.join(wanted)}, which the record has but which is not handed over: write it "
@@ -115,6 +115,7 @@ def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise ConfigurationError('"messages" is not a list of objects with "role" and "content", or it is empty.')
+    fields = template_inputs(tokenizer.chat_template).fields
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
@@ -124,13 +125,13 @@ def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
             "the field, or leave the turn out.",
         )
         require(
-            not message.get("function_call") or "function_call" in template_fields(tokenizer.chat_template),
+            not message.get("function_call") or "function_call" in fields,
             f"message {number} has a function_call, which the chat template does not write: make it one of tool_calls.",
         )
         calls = message.get("tool_calls")
         if calls:
             require(
-                "tool_calls" in template_fields(tokenizer.chat_template),
+                "tool_calls" in fields,
                 f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
                 "--tokenizer-model a folder whose template does.",
             )
@@ -149,35 +150,34 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
     return tools
 
 
-def template_names(template: str) -> frozenset[str]:
-    """The variables that a chat template takes: `messages`, `tools`, ... Raises ConfigurationError."""
-    return _names_and_fields(template)[0]
+class TemplateInputs(NamedTuple):
+    """What a chat template reads."""
 
-
-def template_fields(template: str) -> frozenset[str]:
-    """The fields that it may read of a message: attributes and strings of its code, not of its comments."""
-    return _names_and_fields(template)[1]
+    variables: frozenset[str]  # messages, tools, ...
+    fields: frozenset[str]  # possibly, of a message: attributes and strings of its code, not of its comments
 
 
 @lru_cache
-def _names_and_fields(template: str) -> tuple[frozenset[str], frozenset[str]]:
+def template_inputs(template: str) -> TemplateInputs:
+    """Raises ConfigurationError for a template that is not valid."""
     try:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
         tree = _TEMPLATES.parse(plain)
         texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
         fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
-        return frozenset(meta.find_undeclared_variables(tree)), frozenset(fields)
+        return TemplateInputs(frozenset(meta.find_undeclared_variables(tree)), frozenset(fields))
     except (TemplateError, RecursionError) as error:
         raise ConfigurationError(f"the chat template cannot be read: {error}.") from error
 
 
 def fields_left_out(record: Record, tokenizer: Tokenizer) -> list[str]:
-    """Fields of a record that nothing reads, and of its messages, as `messages[].name`."""
+    """Unused fields of a record and, as `messages[].name`, of its messages."""
     kind = next(kind for kind in _KINDS if kind in record)
     if kind != "messages":
         return [name for name in record if name not in _FIELDS[kind]]
-    read = {"messages"} | ({"tools"} & template_names(tokenizer.chat_template))
-    of_messages = {"role", "content", "tool_calls"} | template_fields(tokenizer.chat_template)
+    inputs = template_inputs(tokenizer.chat_template)
+    read = {"messages"} | ({"tools"} & inputs.variables)
+    of_messages = {"role", "content", "tool_calls"} | inputs.fields
     inner = {name: None for message in record["messages"] for name in message if message[name] is not None}
     return [name for name in record if name not in read] + [
         f"messages[].{name}" for name in inner if name not in of_messages
@@ -318,7 +318,7 @@ def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndar
 class InstructionDataset:
     """The samples of JSON records that are left after `--overlong`.
 
-    lengths: int32 [samples], input positions of each. `warnings` says, once, what was cut or skipped.
+    lengths: int32 [samples], input positions of each; warnings: what was truncated or skipped.
     Building it is a collective over all ranks (see `survey`).
     """
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, Requirements, require
@@ -99,11 +99,7 @@ class TaskTemplate:
             raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
 
 
-@cache
-def _compiled(template: str) -> Template:
-    return _JINJA.from_string(template)
-
-
+_compiled = cache(_JINJA.from_string)
 WORD = re.compile(r"\w+")
 
 
@@ -193,7 +189,7 @@ class TestItems:
 
 
 def _windows(text: str) -> Iterator[str]:
-    """Every run of FRAGMENT_WORDS words; none of a shorter text."""
+    """Every run of FRAGMENT_WORDS words; a shorter text has none."""
     words = text.split(" ")
     for start in range(len(words) - FRAGMENT_WORDS + 1):
         yield " ".join(words[start : start + FRAGMENT_WORDS])
@@ -251,7 +247,7 @@ def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str =
     require(overlap in OVERLAPS, f"--overlap is {overlap}; it is {' or '.join(OVERLAPS)}.")
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
-    require(not outside, f"--task-name {' '.join(outside)} is no name of a file: use letters, digits, . _ + and -.")
+    require(not outside, f"--task-name {' '.join(outside)} is not a valid file name: use letters, digits, . _ + and -.")
     require(not folder.exists(), f"--output {folder} exists already: remove it, or name another folder.")
     with _new_folder(folder) as draft:
         with ExitStack() as files:
@@ -315,7 +311,7 @@ class _Writer:
         return self.counts[tests.file] - before
 
     def _place(self, document: Document, template: TaskTemplate, test_file: str | None) -> None:
-        """Into train, valid or test, or nowhere."""
+        """Write the item to train, valid or test, or leave it out."""
         if (tested := self.items.match(document)) is not None:
             self._remove(document, tested)
             return

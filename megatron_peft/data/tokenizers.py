@@ -57,8 +57,8 @@ def _prefix_length(whole: str, prefix: str) -> int:
 
 
 _NOT_LEFT_TO_RIGHT = (
-    "the chat template renders a turn otherwise when others follow it, so the assistant's tokens cannot be told "
-    "apart: split the conversation into records of one answer each, or use records with prompt and completion."
+    "the chat template renders a turn differently when others follow it, so the assistant's tokens cannot be found: "
+    "split the conversation into records of one answer each, or use records with prompt and completion."
 )
 
 Message = Mapping[str, Any]

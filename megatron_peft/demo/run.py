@@ -17,12 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import megatron_peft
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json, read_json_object
 from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs
 from megatron_peft.experiment.plots import Translation, plot_run
+from megatron_peft.experiment.process import LAMBDA_FILE, PROGRAM
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -58,8 +58,6 @@ RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "urnn": 3e-3, "hybrid": 2e
 LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
 METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK, "hybrid": LOW_RANK}
 NUM_EXAMPLES = 7
-LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
-PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -92,7 +92,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
 
 
 def read_record(folder: Path, cell: Cell) -> CellRecord | None:
-    """The cell's record; None if there is none, or if it has other flags than the cell has now."""
+    """The cell's record; None if it does not exist, or has other flags than the cell has now."""
     path = cell_file(folder, cell)
     if not path.exists():
         return None
@@ -385,11 +385,11 @@ def misfits(cell: Cell, score: ScoreSpec | None, record: CellRecord) -> list[str
         if ran.get(flag) != wanted.get(flag)
     ]
     if named or record.flags != cell.flags:
-        return named or ["its flags stand in another order than the file's"]
+        return named or ["its flags are in another order than in the file"]
     digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
     wrote = {name: str(source["cell_sha256"]) for name, source in record.provenance.items()}
     return [
-        f"its {name} came from other words than the file: {has[:12]}, and {digests.get(name, 'none')[:12]} in the file"
+        f"its {name} came from another entry than the file's: digest {has[:12]}, not {digests.get(name, 'none')[:12]}"
         for name, has in wrote.items()
         if has != digests.get(name)
     ]

@@ -1,7 +1,7 @@
 """An experiment's YAML file: models x tasks x methods, a grid for each method, seeds. docs/experiments.md describes it.
 
 A flag is written without its dashes. `true` is a switch that is given, `false` and `null` leave a flag out, a list is
-a flag with several values; anything else is the flag's value, as it stands.
+a flag with several values; anything else is the flag's value.
 """
 
 import re
@@ -196,7 +196,7 @@ def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is a duplicate key", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -281,7 +281,7 @@ def _score(content: Any, place: str) -> ScoreSpec:
     _check_keys(values, ("command", "metrics"), place)
     command = _words(values.get("command"), f"{place}.command")
     if "{output}" not in " ".join(command):
-        raise ConfigurationError(f"{place}.command says nowhere where its JSON file goes: write {{output}} there.")
+        raise ConfigurationError(f"{place}.command does not name its JSON file: write {{output}} in its place.")
     metrics = _mapping(values.get("metrics"), f"{place}.metrics")
     if not metrics:
         raise ConfigurationError(f"{place}.metrics is empty: name the numbers of the score's file.")
@@ -338,5 +338,5 @@ def _check_keys(given: Iterable[Any], known: Sequence[str], place: str) -> None:
     for key in given:
         if key not in known:
             near = get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-            raise ConfigurationError(f"{place} has the key {key!r}, which means nothing: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+            raise ConfigurationError(f"{place} has the unknown key {key!r}: {hint}")

@@ -113,11 +113,11 @@ class Row:
     """One metric of one method on one task with one model.
 
     Attributes:
-        runs: in the order of the experiment's seeds; None where a run is not there.
+        runs: in the order of the experiment's seeds; None for a missing run.
         deviation: of the sample (n - 1).
-        against: the reference method by seeds; None for itself and where nothing can be said.
+        against: the comparison with the reference method; None for itself and without a test.
         is_best: whether the mean is the best of several methods.
-        printed: the paper's entry that is set beside it.
+        printed: the paper's entry to show beside it.
     """
 
     result: Result
@@ -130,15 +130,15 @@ class Row:
     printed: paper.Entry | None
 
 
-def reference_method(results: Results, asked_for: str | None) -> str:
+def reference_method(results: Results, chosen: str | None) -> str:
     """The method that others are tested against: the given one, or the first Hybrid, or the first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """
     names = [method.name for method in results.experiment.methods]
-    if asked_for is not None:
-        require(asked_for in names, f"--against {asked_for}: the experiment's methods are {', '.join(names)}.")
-        return asked_for
+    if chosen is not None:
+        require(chosen in names, f"--against {chosen}: the experiment's methods are {', '.join(names)}.")
+        return chosen
     hybrids = [method.name for method in results.experiment.methods if peft_method(method) == "hybrid"]
     return (hybrids or names)[0]
 
@@ -173,9 +173,9 @@ def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool
 
 
 def printed(result: Result, metric: str) -> paper.Entry | None:
-    """The paper's entry beside a result: of the names that the experiment gives by `paper:`, or of the same names.
+    """The paper's entry to show beside a result: of the names under `paper:`, or of the same names.
 
-    A benchmark of one number stands beside the task's first score.
+    A benchmark with one number belongs to the task's first score.
     """
     task = result.group.task
     model = result.group.model.paper or result.model
@@ -190,7 +190,7 @@ def papers_method(result: Result) -> str | None:
 
 
 def check_paper_names(results: Results) -> None:
-    """Raises ConfigurationError: a `paper:` of the experiment's file names nothing of the paper's Table I."""
+    """Raises ConfigurationError for a `paper:` in the experiment's file that is not in the paper's Table I."""
     known = {
         "models": (results.experiment.models, paper.models()),
         "tasks": (results.experiment.tasks, paper.benchmarks()),
@@ -208,7 +208,7 @@ def _unknown(kind: str, choices: Sequence[Choice], names: Sequence[str]) -> Iter
 
 
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
-    """A line a method and a column a score (or the validation loss, where a task has no score)."""
+    """A line per method and a column per score, or the validation loss of a task without scores."""
     experiment = results.experiment
     cells = {(row.result.model, row.result.task, row.metric, row.result.method): row for row in table_rows}
     places = [
@@ -229,7 +229,7 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
 
 
 def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Table:
-    """One line a row, with the test."""
+    """A line per row, with the test."""
     runs = tuple(f"run {at}" for at in range(1, num_seeds + 1))
     columns = ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p")
     return Table(
@@ -257,7 +257,7 @@ def _tested_row(row: Row) -> tuple[str, ...]:
 
 
 def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
-    """Runs of each method under one another, then their mean; a column a model."""
+    """Two lines per method, its runs and their mean; a column per model."""
     models = [model.name for model in results.experiment.models]
     cells = {(row.result.task, row.metric, row.result.method, row.result.model): row for row in table_rows}
     lines: list[tuple[str, ...]] = []
@@ -289,11 +289,8 @@ def _average_of(row: Row | None) -> str:
     return (BEST if row.is_best else "") + number(row.mean) + spread
 
 
-# In how many times fewer steps than LoRA each method reaches LoRA's validation loss after N steps.
-
-
 def speed_table(results: Results, model: str, task: str) -> Table | None:
-    """A line a method, a column for each measurement; None without a run of LoRA."""
+    """A line per method, a column per measurement; None without a run of LoRA."""
     found = results.of(model, task)
     lora = next((result for result in found if peft_method(result.group.method) == "lora" and result.finals), None)
     if lora is None:

@@ -131,7 +131,7 @@ def test_a_resumed_run_gets_the_very_next_samples(num_samples, done, packed):
     assert [seen(step) for step in islice(resumed, 3)] == expected
 
 
-def test_iterating_again_goes_on():
+def test_iterating_again_continues():
     batches = source(10, BatchLayout(2, 1))
     steps = [seen(next(iter(batches))) for _ in range(5)]
     assert sorted(number for step in steps for micro in step for number in micro) == list(range(10))
@@ -172,7 +172,7 @@ def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_a_rank(num
     assert sum(batch.num_samples for batches in ranks for step in batches for batch in step) == num_samples
 
 
-def test_an_evaluation_begins_anew_each_time():
+def test_an_evaluation_starts_at_0_each_time():
     batches = source(7, BatchLayout(3, 1), end=5)
     assert [seen(step) for step in batches] == [seen(step) for step in batches]
     assert batches.num_steps == 2 and batches.consumed_samples == 0

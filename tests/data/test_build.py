@@ -39,7 +39,7 @@ def first_tokens(batches, steps: int | None = None) -> list[int]:
     return [int(row[0]) for step in islice(batches, steps) for batch in step for row in batch.tokens]
 
 
-def test_training_is_shuffled_and_goes_on_where_it_was(train):
+def test_training_is_shuffled_and_continues_where_it_was(train):
     straight = first_tokens(build(train).train, 5)
     assert sorted(straight[:10]) == list(range(10)) != straight[:10]
     assert first_tokens(build(train, consumed=8).train, 3) == straight[8:]
@@ -94,7 +94,7 @@ def test_indexed_data_keep_megatrons_order_while_they_last(tmp_path):
     assert data.valid is not None and first_tokens(data.valid)[0] >= 0 and data.test is None
 
 
-def test_indexed_data_are_shuffled_anew_each_epoch(tmp_path):
+def test_indexed_data_are_shuffled_again_each_epoch(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", numbered_documents(100))
     train = build({"data_path": (prefix,), "split": "1"}, train_epochs=2).train
     per_epoch = train.samples_per_epoch

@@ -94,7 +94,7 @@ def test_each_split_may_have_files_of_its_own(two):
     assert tokens_seen(build_indexed(data, Split.valid, two[1:], None, TOKENIZER)) - {0} <= set(range(500, 540))
 
 
-def test_indices_are_cached_where_the_flag_says(corpus, tmp_path):
+def test_indices_are_cached_in_the_folder_of_the_flag(corpus, tmp_path):
     cache = tmp_path / "cache"
     build(Split.train, 10, corpus, data_cache_path=str(cache))
     assert len(list(cache.glob("*-GPTDataset-train-*.npy"))) == 3

@@ -83,7 +83,7 @@ def test_tools_and_calls_go_through_the_template_and_calls_are_learnt(tmp_path):
         ({"messages": [{"role": "assistant", "content": None}]}, '"content" of message 1 is not text but NoneType'),
     ],
 )
-def test_what_a_template_cannot_be_given_is_told(tmp_path, change, told):
+def test_what_a_template_cannot_render_is_an_error(tmp_path, change, told):
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
     with pytest.raises(ConfigurationError, match=told):
         tokenize_record(CALLING | change, tokenizer)
@@ -102,7 +102,7 @@ def test_calls_that_the_template_does_not_write_are_refused(hf):
         ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
     ],
 )
-def test_what_says_how_a_turn_is_learnt_is_not_passed_over(tmp_path, turn, told):
+def test_a_turn_that_sets_what_is_learnt_is_an_error(tmp_path, turn, told):
     """Not where a comment of the template names it either."""
     template = "{# tool_calls, function_call #}" + CHATML
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))
@@ -161,7 +161,7 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
         ({"messages": [{"role": "user", "content": "a"}]}, 'no message has the role "assistant"'),
     ],
 )
-def test_what_is_wrong_with_a_record_is_told(hf, record, message):
+def test_what_is_wrong_with_a_record_is_an_error(hf, record, message):
     with pytest.raises(ConfigurationError, match=message):
         tokenize_record(record, hf)
 

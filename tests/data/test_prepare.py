@@ -46,7 +46,7 @@ def item(*texts: str, fragments: tuple[str, ...] = ()) -> Document:
     return Document({}, texts, f"file, {texts[0]}", fragments)
 
 
-def test_shares_are_those_asked_for() -> None:
+def test_shares_are_those_of_the_flags() -> None:
     parts = Counter(HashSplit(10, 20).part(item(f"item {n}")) for n in range(20_000))
     assert (parts["test"], parts["valid"]) == pytest.approx((4000, 2000), rel=0.1)
 
@@ -189,7 +189,7 @@ def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_
         (["a"], ["b"], "keep", "--overlap is keep; it is remove or error"),
     ],
 )
-def test_what_cannot_be_prepared_is_told_and_nothing_is_left(tmp_path: Path, train, test, overlap, message) -> None:
+def test_what_cannot_be_prepared_is_an_error_and_nothing_is_left(tmp_path: Path, train, test, overlap, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path / "out", train, test, overlap=overlap)
     assert list(tmp_path.iterdir()) == []

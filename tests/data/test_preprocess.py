@@ -26,7 +26,7 @@ def documents(prefix: Path | str) -> list[list[int]]:
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
-def test_documents_come_back_in_order_empty_ones_are_counted_and_progress_is_told(write_lines, tmp_path):
+def test_documents_keep_their_order_empty_ones_are_counted_and_progress_is_reported(write_lines, tmp_path):
     lines: list[str] = []
     done = preprocess(config(write_lines(TEXTS), tmp_path / "out", append_eod=True, log_interval=2), lines.append)
     assert documents(tmp_path / "out_text_document") == [[1, 2, 3, 99], [4, 5, 99]]
@@ -35,7 +35,7 @@ def test_documents_come_back_in_order_empty_ones_are_counted_and_progress_is_tol
     assert [line.split(",")[0] for line in lines] == ["2 of 3 records", "3 of 3 records"]
 
 
-def test_each_key_has_a_dataset_of_its_own_and_no_end_unless_asked(write_lines, tmp_path):
+def test_each_key_has_its_own_dataset_and_no_end_without_append_eod(write_lines, tmp_path):
     preprocess(config(write_lines(TEXTS), tmp_path / "out", json_keys=("text", "title")))
     assert documents(tmp_path / "out_text_document") == [[1, 2, 3], [4, 5]]
     assert documents(tmp_path / "out_title_document") == [[7], [8], [9]]
@@ -53,7 +53,7 @@ def test_documents_keep_the_order_and_bad_records_their_place(write_lines, worke
     assert "line 152: not JSON" in torn and "line 153: NullTokenizer reads ids" in bad
 
 
-def test_a_document_begins_as_transformers_would_begin_it(write_lines, tmp_path):
+def test_a_document_begins_as_in_transformers(write_lines, tmp_path):
     folder = str(save_tokenizer(tmp_path, adds_bos=True))
     data = DataConfig(train_data_path=(write_lines([{"text": "the cat"}, {"text": ""}]),), tokenizer_model=folder)
     encoder = DocumentEncoder(PreprocessConfig(data, "out", append_eod=True))

@@ -88,12 +88,12 @@ def test_line_n_translates_line_n(tmp_path: Path, texts: list[str], expected: li
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["One.\nTwo.\n", "Un.\n"], r"1\.txt ends after line 1, .*0\.txt goes on"),
+        (["One.\nTwo.\n", "Un.\n"], r"1\.txt ends after line 1, .*0\.txt does not"),
         (["a\tb\nc\td\te\n"], r"0\.txt, line 2: 3 columns; expected 2"),
-        (["a\n", "b\n", "c\n"], "3 files are no sentence pairs"),
+        (["a\n", "b\n", "c\n"], "3 files cannot be sentence pairs"),
     ],
 )
-def test_what_are_no_pairs_or_no_file_is_told(tmp_path: Path, texts: list[str], message: str) -> None:
+def test_what_are_no_pairs_or_no_file_is_an_error(tmp_path: Path, texts: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         pairs(tmp_path, *texts)
     with pytest.raises(ConfigurationError, match="cannot be read"):

@@ -154,7 +154,7 @@ def thinking(messages, add_generation_prompt=False) -> str:
         (chatml, "assistant", ["", "<assistant>assistant0</>"]),
     ],
 )
-def test_what_the_assistant_says_is_trained_and_its_header_is_not(template, roles, untrained_and_trained):
+def test_the_assistants_turns_are_trained_and_their_headers_are_not(template, roles, untrained_and_trained):
     expected = [ChatSegment(text, number % 2 == 1) for number, text in enumerate(untrained_and_trained)]
     assert split_chat(template, turns(*roles.split()))[: len(expected)] == expected
 
@@ -163,5 +163,5 @@ def test_a_template_that_rewrites_the_past_is_refused():
     def rewriting(messages, add_generation_prompt=False):
         return f"{len(messages)} turns: " + chatml(messages, add_generation_prompt)
 
-    with pytest.raises(ConfigurationError, match="cannot be told apart: split the conversation"):
+    with pytest.raises(ConfigurationError, match="cannot be found: split the conversation"):
         split_chat(rewriting, turns("user", "assistant"))

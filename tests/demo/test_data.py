@@ -72,13 +72,13 @@ def test_a_missing_wheel_is_downloaded_without_its_dependencies(tmp_path, pip):
     assert pip.commands[0][1:5] == ["-m", "pip", "download", "--no-deps"] and "django" in pip.commands[0]
 
 
-def test_no_network_says_what_to_do(tmp_path, pip):
+def test_without_a_network_the_error_names_the_way_out(tmp_path, pip):
     pip.stderr = "ERROR: No matching distribution found for django\n"
     with pytest.raises(ConfigurationError, match="No matching distribution found for django\n.*put its wheel into"):
         fetch_wheel("django", tmp_path)
 
 
-def test_a_source_distribution_is_told_from_a_wheel(tmp_path, pip):
+def test_a_source_distribution_is_not_taken_for_a_wheel(tmp_path, pip):
     (tmp_path / "vaderSentiment-3.3.2-py2.py3-none-any.whl").write_bytes(b"")
     pip.leaves = "vaderSentiment-3.3.2.tar.gz"
     assert fetch_source("vaderSentiment==3.3.2", tmp_path) == tmp_path / pip.leaves

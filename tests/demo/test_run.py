@@ -110,7 +110,7 @@ def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, 
     assert "--load" not in launcher.commands[1]
 
 
-def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(tmp_path, launcher):
+def test_a_training_that_was_stopped_continues_from_its_checkpoint(tmp_path, launcher):
     launcher.fails_in = str(module.PROGRAM)
     with pytest.raises(ConfigurationError):
         run_demo(tmp_path)
@@ -163,7 +163,7 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
 
 
-def test_an_interrupt_is_told_in_the_exit_code_alone(monkeypatch, capsys):
+def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 

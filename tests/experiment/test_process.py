@@ -104,7 +104,7 @@ def test_shellcheck_is_clean(tmp_path: Path) -> None:
         ({"slurm": {"array": "0-3"}}, "models.tiny.slurm: --array is set by the script itself"),
     ],
 )
-def test_models_that_do_not_fit_are_told(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+def test_models_that_do_not_fit_are_errors(tmp_path: Path, model: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         written(tmp_path, models={"tiny": {**content()["models"]["tiny"], **model}})
 
@@ -121,7 +121,7 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
     assert given["--rdzv-endpoint"] == "n1:25678", "a port of the job's own"
 
 
-def test_a_stopped_cell_goes_on_where_it_has_an_optimizers_state(tmp_path: Path) -> None:
+def test_a_stopped_cell_continues_if_it_has_an_optimizers_state(tmp_path: Path) -> None:
     saved = process.checkpoints(tmp_path, CELL)
     expected = [sys.executable, "train.py", "--lr", "0.1", "--save", str(saved)]
     assert process.training_command(tmp_path, CELL, ["train.py"]) == expected

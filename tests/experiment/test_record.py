@@ -59,7 +59,7 @@ def test_record_that_was_edited_is_refused(tmp_path: Path, group: Group, field: 
 
 
 @pytest.mark.parametrize("sources", [None, [], {"training": 1}, {"training": {"cell_sha256": "", "data_sha256": 1}}])
-def test_file_of_something_else_is_told(tmp_path: Path, group: Group, sources: object) -> None:
+def test_file_of_something_else_is_an_error(tmp_path: Path, group: Group, sources: object) -> None:
     write_record(tmp_path, group.tuning[0], of_cell(group.tuning[0], "trained"))
     values = json.loads(cell_file(tmp_path, group.tuning[0]).read_text())
     del values["sha256"]

@@ -108,7 +108,7 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
     assert (told[2], told[3]) == ("descending", "true true true")
 
 
-def test_unfinished_experiment_says_so(found: Results, tmp_path: Path) -> None:
+def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None:
     assert report.state(found) == "9 of 9 final runs are there (seeds 1, 2, 3)."
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
     found = read_results(tmp_path)
@@ -116,7 +116,7 @@ def test_unfinished_experiment_says_so(found: Results, tmp_path: Path) -> None:
     assert report.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
 
 
-def test_hybrid_that_wins_is_told(tmp_path: Path, monkeypatch) -> None:
+def test_hybrid_that_wins_is_reported(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LOSSES, "hybrid", 1.0)
     assert report.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
 

@@ -40,7 +40,7 @@ def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, t
     assert lambdas == {"iterations": [1, 2], "by_layer": {LAYERS[0]: [0.5, 0.5], LAYERS[1]: [0.1, 0.2]}}
 
 
-def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) -> None:
+def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
     (tmp_path / "experiment.yaml").write_text(experiment(tmp_path)[0].text)
@@ -53,10 +53,10 @@ def test_what_is_no_experiment_or_holds_no_cell_of_it_is_told(tmp_path: Path) ->
     [
         ("experiment.yaml", "train-iters: 2", "train-iters: 3", "--train-iters is 2 and 3 in the file"),
         ("experiment.yaml", "train-iters: 2", "bf16: true", "--bf16 is absent and given in the file"),
-        ("experiment.yaml", "acc,none", "f1,none", "its score came from other words than the file"),
+        ("experiment.yaml", "acc,none", "f1,none", "its score came from another entry than the file's"),
         (CELL, '"lora"', '"boft"', "method is 'boft' and 'lora' in the file"),  # moved under another name
         (CELL, '"lr": "0.1"', '"lr": "0.4"', "settings is {'lr': '0.4'} and {'lr': '0.1'} in the file"),
-        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from other words than the file"),
+        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from another entry than the file's"),
     ],
 )
 def test_record_that_is_not_of_the_files_words_is_refused(
@@ -76,9 +76,7 @@ def test_records_fit_a_file_that_gained_a_method(tmp_path: Path) -> None:
     assert read_results(tmp_path).num_finals() == (9, 12)
 
 
-def test_cells_that_do_not_say_where_they_came_from_are_named_and_copied_as_they_are(
-    found: Results, tmp_path: Path
-) -> None:
+def test_cells_without_provenance_are_named_and_copied_unchanged(found: Results, tmp_path: Path) -> None:
     lora, lora_ga, hybrid = (result.group.tuning for result in found.all)
     for cell in (lora[0], lora[1], lora_ga[1]):  # the second has a score of nowhere
         training = training_source("", cell) | {"data_sha256": {"train.jsonl": "a" * 64}}
@@ -200,7 +198,7 @@ def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
     assert hybrid.against is None
 
 
-def test_reference_is_the_hybrid_or_the_one_asked_for(found: Results) -> None:
+def test_reference_is_the_hybrid_or_the_given_method(found: Results) -> None:
     assert reference_method(found, None) == "hybrid" and reference_method(found, "lora") == "lora"
 
 
@@ -229,7 +227,7 @@ def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:
     assert tables.speed_table(results(tmp_path, methods=methods), "tiny", "talk") is None
 
 
-def test_loss_that_is_never_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_never_reached_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {"lora": METHODS["lora"], "slow": {"flags": {"peft-method": "boft"}, "grid": {"lr": [0.1, 0.4]}}}
     monkeypatch.setitem(small_results.LOSSES, "slow", 9.0)
     monkeypatch.setitem(small_results.BETTER, "slow", "0.4")

@@ -68,7 +68,7 @@ def test_second_call_runs_nothing(finished: Path) -> None:
     assert run(finished) == (True, [])
 
 
-def test_cell_says_what_came_out(finished: Path) -> None:
+def test_record_has_the_results(finished: Path) -> None:
     one = cells(finished)["tiny,talk,lora,lr=0.4,seed=2.json"]
     assert one["validation_loss"] == pytest.approx(0.1 + 0.02 + 0.4)
     assert one["scores"]["accuracy"] == pytest.approx(100 - 5.2)
@@ -76,7 +76,7 @@ def test_cell_says_what_came_out(finished: Path) -> None:
     assert one["curves"]["loss"] == [[1, 0.5, 1.52], [2, 1.0, 1.02]]
 
 
-def test_cell_says_which_file_and_data_its_run_and_its_score_came_from(
+def test_record_has_the_file_and_the_data_of_its_run_and_its_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they were when it began: the data change while it runs."""
@@ -110,7 +110,7 @@ def test_changed_flag_runs_its_cells_again(tmp_path: Path) -> None:
     assert sum(line.startswith("trained") for line in told) == 4
 
 
-def test_failed_cell_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+def test_failed_cell_is_reported_and_the_others_continue(tmp_path: Path) -> None:
     whole, told = run(tmp_path, methods={"lora": {"grid": {"lr": [9, 0.4]}}})
     (failure,) = [line for line in told if line.startswith("FAILED")]
     assert not whole
@@ -191,7 +191,7 @@ def test_failed_preparation_stops_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "cells").exists()
 
 
-def test_score_is_the_scaled_mean_of_its_paths_or_says_what_is_there(tmp_path: Path) -> None:
+def test_score_is_the_scaled_mean_of_its_paths_or_an_error_that_names_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text('{"a": {"acc,none": 0.5}, "b": {"acc,none": 0.25}}')
     metric = Metric(("a/acc,none", "b/acc,none"), scale=100)
     assert read_scores(tmp_path / "score.json", ScoreSpec(("x",), {"accuracy": metric})) == {"accuracy": 37.5}
@@ -211,7 +211,7 @@ def test_scores_whose_checkpoints_are_gone_are_trained_for_again(tmp_path: Path)
     assert not process.has_checkpoint(tmp_path / "out", groups[0].tuning[0])
 
 
-def test_grid_that_no_point_came_out_of_is_told(tmp_path: Path) -> None:
+def test_grid_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
     _, (group, _) = experiment(tmp_path)
     for cell in group.tuning:
         write_record(tmp_path / "out", cell, of_cell(cell, "trained", validation_loss=float("nan")))
@@ -232,7 +232,7 @@ def half_done(folder: Path):
     return groups
 
 
-def test_table_says_how_far_each_method_is(tmp_path: Path) -> None:
+def test_table_shows_how_far_each_method_is(tmp_path: Path) -> None:
     Console(file=(drawn := io.StringIO()), width=150).print(table(tmp_path, half_done(tmp_path)))
     lines = [[word.strip() for word in line.strip("│").split("│")] for line in drawn.getvalue().splitlines()]
     assert [line[2:] for line in lines if "talk" in line] == [

@@ -19,7 +19,7 @@ def scored_by(metric: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": {"talk": {"score": {"command": "x {output}", "metrics": {"a": metric}}}}}
 
 
-def test_file_is_read_as_it_says(tmp_path: Path) -> None:
+def test_file_is_read_as_written(tmp_path: Path) -> None:
     found, _ = experiment(tmp_path)
     assert (found.name, found.title, found.seeds, found.tuning_seed) == ("small", "Small", (1, 2, 3), 1)
     assert found.methods[0].flags == {"peft-method": "lora"}
@@ -65,18 +65,18 @@ def test_examples_are_read(path: Path) -> None:
             "but their grids hold: lora 1, boft 2",
         ),
         ({"tasks": UNVALIDATED}, "tasks.talk: .* with models.tiny nothing is validated: give"),
-        ({"method": {}}, "the key 'method', which means nothing: did you mean methods?"),
-        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the key 'flag', which means nothing: did you mean flags"),
+        ({"method": {}}, "the unknown key 'method': did you mean methods?"),
+        ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the unknown key 'flag': did you mean flags"),
         ({"models": {"tiny": {"processes": 0}}}, "models.tiny.processes is 0; a cell needs one at least"),
         ({"models": {"a/b": {}}}, "the name 'a/b' becomes a folder's"),
         ({"models": ["tiny"]}, r"models is \['tiny'\]; it is a mapping"),
-        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command says nowhere where its JSON file"),
+        ({"tasks": {"talk": {"score": {"command": "python x"}}}}, "score.command does not name its JSON file"),
         ({"tasks": {"talk": {"score": {"command": "x {output}"}}}}, "score.metrics is empty"),
         (scored_by({}), "metrics.a needs path"),
         (scored_by({"path": "b", "scale": "%"}), "metrics.a.scale is '%', not a number"),
     ],
 )
-def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_contradictory_file_is_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         experiment(tmp_path, **changes)
     assert all("small.yaml" in problem for problem in caught.value.problems)
@@ -84,16 +84,16 @@ def test_what_cannot_be_meant_is_told(tmp_path: Path, changes: dict[str, Any], m
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is there twice"), ("- a\n", "it is a mapping")],
+    [("a: [", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "'seeds' is a duplicate key"), ("- a\n", "it is a mapping")],
 )
-def test_broken_or_missing_file_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_or_missing_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         read_experiment(write(tmp_path, text))
     with pytest.raises(ConfigurationError, match="none.yaml cannot be read: No such file"):
         read_experiment(tmp_path / "none.yaml")
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         experiment(tmp_path, seeds=[1, 1], flags={"seed": 3, "train-iters": 2})
     assert len(caught.value.problems) == 3  # the flag once for each method that it would go to
@@ -164,7 +164,7 @@ def test_flags_that_pretrain_peft_takes_pass_in_the_folder_that_the_runner_gives
         ({"models": {"big": {"processes": 3, "flags": {"tensor-model-parallel-size": 2}}}}, "3 processes cannot hold"),
     ],
 )
-def test_wrong_flags_are_told_once_before_anything_runs(tmp_path: Path, changes: Any, message: str) -> None:
+def test_wrong_flags_are_reported_once_before_anything_runs(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         check_flags(experiment(tmp_path, **changes)[1])
     assert sum("leraning-rate" in problem for problem in caught.value.problems) <= 1, "though many cells have it"
