@@ -25,7 +25,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "cli": {"config", "models"},
     "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
     "conversion": {"config", "runtime", "adapters", "models", "checkpoint"},
-    "data": {"config", "checkpoint"},
+    "data": {"config", "runtime", "checkpoint"},
     "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
     "evaluation": {"config", "runtime", "parallel", "adapters", "models", "cli", "checkpoint", "conversion", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote

@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
 from megatron_peft.config import PeftConfig, require
+from megatron_peft.runtime.launch import gather_over_world
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def linear_layers(chunk: nn.Module) -> Iterator[TargetLayer]:
 
 def all_names(names: Sequence[str]) -> list[str]:
     """The union of every rank's names: a pattern may match on another pipeline stage only. A collective."""
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, list(names))
-    return sorted({name for found in gathered for name in found})
+    return sorted({name for found in gather_over_world(list(names)) for name in found})
 
 
 def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:

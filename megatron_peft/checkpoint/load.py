@@ -37,7 +37,7 @@ from megatron_peft.checkpoint.tensors import (
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, require
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def require_whole(checkpoint: Path) -> None:
 
 def _damage_on_all_ranks(checkpoint: Path) -> list[str]:
     num_ranks = dist.get_world_size()
-    by_rank: list[list[str]] = [[] for _ in range(num_ranks)]
-    dist.all_gather_object(by_rank, damage(checkpoint, dist.get_rank(), num_ranks))
+    by_rank = gather_over_world(damage(checkpoint, dist.get_rank(), num_ranks))
     return list(dict.fromkeys(problem for problems in by_rank for problem in problems))
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
@@ -23,6 +22,7 @@ from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, ma
 from megatron_peft.config import RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import gather_over_world
 
 
 @dataclass
@@ -227,9 +227,7 @@ def _slices_of_state(param: OptimizerParam, entry: Sharded, key: str, tensor: Te
 def optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded]) -> dict[str, int]:
     """Updates that each parameter has had, by key, over all ranks. A collective."""
     own = {entry.key: param.steps for param, entry in optimizer_params(optimizer, entries)}
-    by_rank: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, own)
-    return {key: steps for found in by_rank for key, steps in found.items()}
+    return {key: steps for found in gather_over_world(own) for key, steps in found.items()}
 
 
 def set_optimizer_steps(optimizer: MegatronOptimizer, entries: Sequence[Sharded], steps: Mapping[str, int]) -> None:

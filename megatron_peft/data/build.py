@@ -10,9 +10,10 @@ from megatron.core.datasets.utils import Split
 from megatron_peft.config import JSON_SUFFIXES, RunConfig, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches, PackedOrder, SampleOrder, SampleSource
 from megatron_peft.data.indexed import build_indexed
-from megatron_peft.data.instruction import Fit, InstructionDataset, gather_over_world
+from megatron_peft.data.instruction import Fit, InstructionDataset
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.runtime.launch import gather_over_world
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from megatron_peft.checkpoint.record import sampled_digest
 from megatron_peft.config import ConfigurationError, DataConfig, require
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.batches import Sample
-from megatron_peft.data.instruction import gather_over_world
 from megatron_peft.data.tokenizers import Tokenizer
+from megatron_peft.runtime.launch import gather_over_world
 
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 

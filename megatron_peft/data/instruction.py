@@ -17,6 +17,7 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.batches import Sample, sample_from_ids
 from megatron_peft.data.jsonl import JsonRecords, Record
 from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
+from megatron_peft.runtime.launch import gather_over_world
 
 # Records as token ids; docs/data.md has the three kinds of record, and what becomes of other fields.
 
@@ -288,15 +289,6 @@ def survey(records: JsonRecords, fit: Fit) -> Survey:
         why = " ".join(found.summary(records, fit))
         raise ConfigurationError(f"no sample is left of {len(records)} (from {records.place(0)} on). {why}")
     return found
-
-
-def gather_over_world(value: object) -> list:
-    """`value` of every rank, in order of rank; of this process alone where torch.distributed does not run."""
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _survey_share(records: JsonRecords, fit: Fit, share: range) -> tuple[np.ndarray, np.ndarray, Counter[str]] | str:

@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,18 @@ from megatron_peft.runtime import cpu
 from megatron_peft.runtime.cpu_kernels import keep_freed_memory
 
 Checked = TypeVar("Checked")
+
+
+def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """`value` of every rank of `group` (None: the world), in order of rank. A collective.
+
+    Without torch.distributed it is the value of this process alone.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:
@@ -35,9 +47,7 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
         result = check()
     except ConfigurationError as error:
         message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message, group=group)
-    found = list(dict.fromkeys(m for m in messages if m is not None))
+    found = list(dict.fromkeys(m for m in gather_over_world(message, group) if m is not None))
     if found:
         raise ConfigurationError("\n".join(found))
     return result  # type: ignore[return-value]

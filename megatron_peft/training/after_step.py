@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config.methods.hybrid import HybridMethod, rotation_lr
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
+from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training.state import GradientShards, TrainingState
 
 # --lora-max-norm-ratio, eq. (2), after each step: which tensors are scaled, and what the limits are.
@@ -186,9 +186,7 @@ def mixtures(state: TrainingState) -> Mixtures | None:
     if not isinstance(state.config.peft.spec, HybridMethod):
         return None
     own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in hybrid_adapters(state).items()}
-    gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
-    every = {name: values for part in gathered for name, values in part.items()}
+    every = {name: values for part in gather_over_world(own) for name, values in part.items()}
     ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
     return Mixtures({name: every[name][0] for name in ordered}, sum(kept for _, kept in every.values()))
 

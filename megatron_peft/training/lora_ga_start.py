@@ -17,7 +17,7 @@ from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.data.batches import GlobalBatches, Step
 from megatron_peft.lora_ga.initialize import init_from_gradients
-from megatron_peft.runtime.launch import checked_together, seed_generators
+from megatron_peft.runtime.launch import checked_together, gather_over_world, seed_generators
 from megatron_peft.training.step import finish_with, run_schedule
 from megatron_peft.training.terminal import print_rank_0
 
@@ -124,9 +124,7 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
             data_parallel,
         )
     seed_generators(config.training.seed)  # the run's dropout is that of a run without this start
-    by_rank: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, report.energy)
-    energy = {name: value for found in by_rank for name, value in found.items()}
+    energy = {name: value for found in gather_over_world(report.energy) for name, value in found.items()}
     if dist.get_rank() == 0:
         path = write_start(config.peft, report.seconds, energy, config.checkpoint.save)
         print_rank_0(start_table(config.peft, report.seconds, energy, path))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training.after_step import bound_low_rank_norms, merge_if_due, mix_from_gradients, update
 from megatron_peft.training.state import TrainingState
 
@@ -197,9 +198,8 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:
     bad = (~torch.isfinite(losses[:, 0])).nonzero().flatten().tolist()
-    found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, bad)
-    places = [f"rank {rank}, microbatch {index}" for rank, indices in enumerate(found) for index in indices]
+    found = enumerate(gather_over_world(bad))
+    places = [f"rank {rank}, microbatch {index}" for rank, indices in found for index in indices]
     what = f"the loss is NaN or infinite ({'; '.join(places[:8])})" if places else "a gradient is NaN or infinite"
     done = state.position.iteration
     cause = "Lower --lr" if done else "Nothing is trained yet: check the weights of --pretrained-checkpoint"

@@ -15,6 +15,7 @@ from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data
+from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import run_schedule
 
@@ -75,8 +76,7 @@ def layers_without_gradient(state: TrainingState) -> list[str]:
         if layer.module.adapter is not None
         for half, part in _halves(layer.module.adapter, state.config.peft.initial_mix)
     }
-    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
+    gathered: list[dict[str, float]] = gather_over_world(own)
     largest = {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
     return sorted(name for name, value in largest.items() if value == 0)
 
