@@ -95,14 +95,14 @@ build = Hybrid
 def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
     """W + lambda s B A + (1 - lambda) (R - I) W; W has what --hybrid-merge-interval has merged into it."""
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def tensors_of(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
     weight = tensors["folded_weight"].to(weight.dtype) if "folded_weight" in tensors else weight
     mix = float(tensors["mix"])
     _, rotation = ROTATIONS[peft.hybrid_rotation]
-    rotated = rotate_weight(weight, rotation(part("rotation."), peft), "output")
-    return add_low_rank(weight.lerp(rotated, 1 - mix), part("low_rank."), mix * peft.lora_scale)
+    rotated = rotate_weight(weight, rotation(tensors_of("rotation."), peft), "output")
+    return add_low_rank(weight.lerp(rotated, 1 - mix), tensors_of("low_rank."), mix * peft.lora_scale)
 
 
 # lambda of the Hybrid from the gradients of its two parts (Algorithm 2, lines 16-19).

@@ -296,7 +296,7 @@ class Saver:
         try:
             self.hold_folder()
         except OSError as error:
-            return f"--save {self._folder} cannot be made again: {error}."
+            return f"--save {self._folder} cannot be recreated: {error}."
         return ""
 
     def _take(self, load: str | None, finetune: bool = False, **lock_settings: float) -> None:

@@ -18,7 +18,7 @@ BUILT_IN = (
 
 
 def _load_methods() -> tuple[dict[str, Method], dict[str, str]]:
-    """Every method by name, and why others cannot be served: a broken package is an error only for who asks for it."""
+    """Every method by name, and why others cannot be used; a broken package is no error unless its method is chosen."""
     found: dict[str, Method] = {}
     unusable: dict[str, str] = {}
     for point in (*(EntryPoint(path, path, GROUP) for path in BUILT_IN), *entry_points(group=GROUP)):

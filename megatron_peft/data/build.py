@@ -87,7 +87,7 @@ def _train(
     assert dataset is not None
     # megatron-core has already shuffled an indexed dataset of that many samples.
     shuffled = not isinstance(dataset, InstructionDataset) and len(dataset) >= (num_samples or len(dataset) + 1)
-    order = _order(config, dataset, shuffle=not shuffled)
+    order = _sample_order(config, dataset, shuffle=not shuffled)
     return GlobalBatches(dataset, order, layout, consumed_samples, prefetch=config.data.num_workers)
 
 
@@ -100,13 +100,13 @@ def _evaluation(
     dataset = _dataset(config, split, requested, tokenizer, num_ids)
     if dataset is None:
         return None
-    order = _order(config, dataset, shuffle=False)
+    order = _sample_order(config, dataset, shuffle=False)
     whole = order.epoch_length(0)
     end = whole if requested is None else min(requested, whole)
     return GlobalBatches(dataset, order, layout, end=end, prefetch=config.data.num_workers)
 
 
-def _order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> SampleOrder:
+def _sample_order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> SampleOrder:
     data = config.data
     if data.pack_sequences and isinstance(dataset, InstructionDataset):
         return PackedOrder(dataset.lengths, data.seq_length, data.seed, shuffle)

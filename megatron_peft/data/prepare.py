@@ -147,7 +147,7 @@ class HashSplit:
                 "train on: their sum must be below 100.",
             )
 
-    def part(self, document: Document) -> str:
+    def split_of(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
         text = f"{self.seed}\n{normalised(document.texts[0])}"
         position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HASH_VALUES
@@ -315,7 +315,7 @@ class _Writer:
         if (tested := self.items.match(document)) is not None:
             self._remove(document, tested)
             return
-        part = self.split.part(document)
+        part = self.split.split_of(document)
         if part == "test" and test_file is not None:
             self._line(test_file, document.fields)
             return

@@ -185,7 +185,7 @@ class _Lines:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.open("ab", buffering=0)
         except (OSError, ConfigurationError) as error:
-            logger.warning("%s was moved or removed, and cannot be made again: %s", self._path, error)
+            logger.warning("%s was moved or removed, and cannot be recreated: %s", self._path, error)
             return
         logger.warning("%s was moved or removed during the run: the next lines are in a new one", self._path)
         self._file.close()

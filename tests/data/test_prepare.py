@@ -47,22 +47,22 @@ def item(*texts: str, fragments: tuple[str, ...] = ()) -> Document:
 
 
 def test_shares_are_those_of_the_flags() -> None:
-    parts = Counter(HashSplit(10, 20).part(item(f"item {n}")) for n in range(20_000))
+    parts = Counter(HashSplit(10, 20).split_of(item(f"item {n}")) for n in range(20_000))
     assert (parts["test"], parts["valid"]) == pytest.approx((4000, 2000), rel=0.1)
 
 
 def test_part_depends_on_text_and_seed_only() -> None:
     texts = [f"Item {n}." for n in range(300)]
-    parts = [HashSplit(30).part(item(text)) for text in texts]
-    assert parts == [HashSplit(30).part(item(text.upper() + "!")) for text in texts]
-    assert parts != [HashSplit(30, seed=1).part(item(text)) for text in texts]
+    parts = [HashSplit(30).split_of(item(text)) for text in texts]
+    assert parts == [HashSplit(30).split_of(item(text.upper() + "!")) for text in texts]
+    assert parts != [HashSplit(30, seed=1).split_of(item(text)) for text in texts]
 
 
 def test_more_test_items_take_none_from_another_part_twice() -> None:
     """valid moves behind test; an item of test stays in test when its share grows."""
     small, large = HashSplit(5, 5), HashSplit(5, 10)
     items = [item(f"{n}") for n in range(2000)]
-    assert all(large.part(one) == "test" for one in items if small.part(one) == "test")
+    assert all(large.split_of(one) == "test" for one in items if small.split_of(one) == "test")
 
 
 @pytest.mark.parametrize(
