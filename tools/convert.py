@@ -101,27 +101,22 @@ class Command:
 
 
 FLAGS: dict[str, dict] = {
-    "--dtype": {"choices": TYPES, "help": "dtype of the weights (default: as stored)"},
-    "--max-shard-size": {"default": "5GB", "metavar": "SIZE", "help": "largest safetensors file (default: 5GB)"},
+    "--dtype": {"choices": TYPES, "help": "dtype of the weights (as stored)"},
+    "--max-shard-size": {"default": "5GB", "metavar": "SIZE", "help": "largest safetensors file (5GB)"},
     "--make-vocab-size-divisible-by": {
         "type": int,
         "default": 128,
         "metavar": "N",
-        "help": "pad the rows of embedding and output layer to a multiple of N (default: 128)",
+        "help": "pad the rows of embedding and output layer to a multiple of N (128)",
     },
-    "--pretrained-checkpoint": {"metavar": "FOLDER", "help": "base model (default: the one that the input names)"},
-    "--num-tokens": {
-        "type": int,
-        "default": 64,
-        "metavar": "N",
-        "help": "length of each of two random sequences (default: 64)",
-    },
+    "--pretrained-checkpoint": {"metavar": "FOLDER", "help": "base model (the one that the input names)"},
+    "--num-tokens": {"type": int, "default": 64, "metavar": "N", "help": "tokens in each of two sequences (64)"},
     "--per-layer": {"action": "store_true", "help": "also print the difference after each layer"},
     "--tolerance": {
         "type": float,
         "default": 1e-4,
         "metavar": "X",
-        "help": "exit with 1 if the difference divided by the largest logit is above X (default: 1e-4)",
+        "help": "exit with 1 if the difference divided by the largest logit is above X (1e-4)",
     },
 }
 COMMANDS = {

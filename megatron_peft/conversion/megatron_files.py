@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
@@ -180,21 +181,19 @@ def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict)
     for chunk in entry.chunks:
         place = storage.get(MetadataIndex(key, chunk.offsets))
         if place is not None:
-            load = _loader(folder / place.relative_path, place.offset, place.length, key, tuple(chunk.sizes))
-            slices.append(StoredSlice(tuple(chunk.offsets), tuple(chunk.sizes), load))
+            file, shape = folder / place.relative_path, tuple(chunk.sizes)
+            load = partial(_load, file, place.offset, place.length, key, shape)
+            slices.append(StoredSlice(tuple(chunk.offsets), shape, load))
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(slices))
 
 
-def _loader(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        try:
-            tensor = map_tensor(path, start, length)
-        except _TORN as error:
-            raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
-        require(
-            tuple(tensor.shape) == shape,
-            f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.",
-        )
-        return tensor
-
-    return load
+def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        tensor = map_tensor(path, start, length)
+    except _TORN as error:
+        raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
+    require(
+        tuple(tensor.shape) == shape,
+        f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.",
+    )
+    return tensor

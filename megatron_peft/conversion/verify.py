@@ -112,9 +112,7 @@ def compare(trace: Trace, reference: Trace) -> Comparison:
 
 def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:
     """What the folder of `flag` holds. ConfigurationError: it is not a model, or its base is missing."""
-    require(
-        folder.is_dir(), f"{flag} {folder} is not a folder: give the folder of a model, a run or an adapter of HF PEFT."
-    )
+    require(folder.is_dir(), f"{flag} {folder} is not a folder: give a model, a run or an adapter of HF PEFT.")
     trained_on, trace = _runner(folder)
     if trained_on is None:
         is_model = megatron_files(folder) is not None or (folder / CONFIG).is_file()

@@ -100,7 +100,7 @@ def test_an_index_cannot_change_the_classes_of_torch(name, tmp_path):
         bytes([0x8C, len(text)]) + text.encode() for text in (torch_metadata.__name__, name, "left_behind")
     )
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + module + name_ + b"\x93N}" + attribute + b"K\x01s\x86b.")
-    with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is no index)"):
+    with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is not an index)"):
         read_metadata(tmp_path)
     assert not hasattr(getattr(torch_metadata, name), "left_behind")
 
@@ -168,7 +168,7 @@ def test_an_index_is_read_whole_and_a_torn_one_is_named(tmp_path):
     whole = (folder / ".metadata").read_bytes()
     for content in (b"", whole[:-20], pickle.dumps({"a": 1})):
         (folder / ".metadata").write_bytes(content)
-        with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is no index)"):
+        with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is not an index)"):
             read_metadata(folder)
 
 
@@ -207,7 +207,9 @@ def test_no_pickle_crashes_its_reader_or_takes_its_memory(reader, kind, tmp_path
     if kind == "a large memo" and reader != "index":
         assert told in ("read: {}", "")  # torch's memo is a dict
     else:
-        assert re.match(rf".*{re.escape(file)} (cannot be read|is no index)", told) and "MemoryError" not in told, told
+        assert re.match(rf".*{re.escape(file)} (cannot be read|is not an index)", told) and "MemoryError" not in told, (
+            told
+        )
 
 
 def test_no_message_advises_to_unpickle_without_a_check(tmp_path):
