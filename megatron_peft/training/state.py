@@ -154,6 +154,8 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
     overrides = get_standard_config_overrides(optimizer_config)
     for group in config.peft.spec.param_groups:
         rate = group.learning_rate(config.peft, settings.lr) if group.learning_rate else settings.lr
+        if rate == settings.lr and group.is_decayed:
+            continue  # no group of their own: norms of gradients are summed group by group
         override: Any = {group.attribute: True}
         if rate != settings.lr:
             override |= {"max_lr": rate, "min_lr": rate / settings.lr * settings.min_lr}
