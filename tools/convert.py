@@ -37,7 +37,7 @@ def megatron_to_hf(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """merge a run's adapters into their base and write a Hugging Face folder"""
-    from megatron_peft.conversion.merge import merge as convert
+    from megatron_peft.conversion.to_huggingface import merge as convert
 
     return _write_hf(convert, args)
 

@@ -1,8 +1,15 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag, option, require, require_packages
-from megatron_peft.config.methods import LINEAR_MODULES, Method, ParamGroup, PeftFormat, PeftOptions
+from megatron_peft.config.methods import (
+    LINEAR_MODULES,
+    METHODS,
+    Method,
+    ParamGroup,
+    PeftConfig,
+    PeftFormat,
+    PeftOptions,
+)
 from megatron_peft.config.model import JSON_SUFFIXES, DataConfig, ModelConfig, ParallelConfig
-from megatron_peft.config.peft import METHODS, PeftConfig
 from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_origin, get_type_hints
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag
+from megatron_peft.config.methods import PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
-from megatron_peft.config.peft import PeftConfig
 from megatron_peft.config.training import (
     LENGTH_OF_THE_RUN,
     CheckpointConfig,

@@ -222,10 +222,18 @@ NUMBER_TYPES = frozenset({*SAFETENSORS_TYPES, *TORCH_TYPES})
 def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
     """Raise ConfigurationError that lists missing, extra, misshapen and quantised tensors."""
     headers = {name: h for name, h in source.headers.items() if not _is_harmless(name, expected, tied_embeddings)}
+    what = f"the tensors in {source.folder} do not fit its config.json."
+    raise_problems(what, tensor_problems(headers, expected, "not part of this model"))
+
+
+def tensor_problems(
+    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], extra: str
+) -> dict[str, list[str]]:
+    """Names of the tensors that do not fit, by kind of problem; `extra` describes those that are not expected."""
     found = {name: headers[name] for name in expected if name in headers}
-    problems = {
+    return {
         "missing": [name for name in expected if name not in headers],
-        "not part of this model": [name for name in headers if name not in expected],
+        extra: [name for name in headers if name not in expected],
         "of the wrong shape": [
             f"{name} {list(header.shape)} instead of {list(expected[name])}"
             for name, header in found.items()
@@ -235,7 +243,6 @@ def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tie
             f"{name} {header.dtype}" for name, header in found.items() if header.dtype not in NUMBER_TYPES
         ],
     }
-    raise_problems(f"the tensors in {source.folder} do not fit its config.json.", problems)
 
 
 def raise_problems(what: str, problems: Mapping[str, list[str]]) -> None:

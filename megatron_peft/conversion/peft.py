@@ -22,7 +22,7 @@ from megatron_peft.config import (
     TrainingConfig,
     require,
 )
-from megatron_peft.conversion.hf_files import NUMBER_TYPES, listed, open_source
+from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
 from megatron_peft.conversion.peft_config import (
     PREFIX,
     Adopted,
@@ -74,8 +74,7 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     _check_tensors(adapter, rules, f"--pretrained-checkpoint {pretrained_checkpoint}")
     adopted = adapter.adopt(rules, shape)
     save_adapters(output, _record(str(pretrained_checkpoint), shape, adopted), adopted.tensors)
-    targets = " ".join(adopted.peft.target_modules)
-    print(f"{adopted.told}Load it with --finetune {adopted.flags} --peft-target-modules {targets}", flush=True)
+    print(f"{adopted.notes}Load it with --finetune {adopted.flags}", flush=True)
     return Path(output)
 
 
@@ -101,22 +100,8 @@ def _check_tensors(adapter: LoraImport | BoftImport, rules: list[Rule], base: st
     expected = {
         name: shape for module, size in targeted.items() for name, shape in adapter.shapes(module, size).items()
     }
-    headers = source.headers
-    faults = {
-        "missing": [name for name in expected if name not in headers],
-        "that belong to no targeted layer of this base": [name for name in headers if name not in expected],
-        "of the wrong shape": [
-            f"{name} {list(headers[name].shape)} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in headers and headers[name].shape != shape
-        ],
-        "of an unsupported number type": [
-            f"{name} {header.dtype}" for name, header in headers.items() if header.dtype not in NUMBER_TYPES
-        ],
-    }
-    told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]
-    if told:
-        raise ConfigurationError(f"the tensors in {source.folder} do not fit {base}. " + "; ".join(told) + ".")
+    problems = tensor_problems(source.headers, expected, "that belong to no targeted layer of this base")
+    raise_problems(f"the tensors in {source.folder} do not fit {base}.", problems)
 
 
 def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:

@@ -6,8 +6,8 @@ Everything else is refused by name: what changes the computation, and what this 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_peft.adapters import boft, low_rank
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG
 from megatron_peft.config import ConfigurationError, PeftConfig, require
+from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.hf_files import Source, listed
 from megatron_peft.conversion.trained_adapters import Factors, fuse, layer_of, modules_of
@@ -34,16 +35,27 @@ class Adopted:
     """Adapters as a run has them.
 
     Args:
-        peft: the run's method and numbers.
+        target_modules: of the run.
+        settings: the other fields of its `PeftConfig`.
         tensors: whole ones by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`.
-        flags: what a run is given to load them, without its target modules.
-        told: lines about what is not as it was, each with its end.
+        notes: lines about what has changed, each with its end.
     """
 
-    peft: PeftConfig
+    target_modules: Sequence[str]
+    settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    flags: str
-    told: str = ""
+    notes: str
+
+    @property
+    def peft(self) -> PeftConfig:
+        return PeftConfig(target_modules=tuple(self.target_modules), **self.settings)
+
+    @property
+    def flags(self) -> str:
+        """What a run is given to load them."""
+        typed = {one.name: flag_of(one) for one in fields(PeftConfig)}
+        given = [spelled(typed[name], value) for name, value in self.settings.items() if value]
+        return " ".join([*given, spelled(typed["target_modules"], tuple(self.target_modules))])
 
 
 def whole_tensor(source: Source, name: str) -> Tensor:
@@ -279,20 +291,16 @@ class BoftImport:
                 sizes.
         """
         layers = {layer_of(rule): self._rotation(rule) for rule in rules if self._targeted(rule)}
-        peft = PeftConfig(
-            method="boft",
-            target_modules=tuple(shortest_targets(layers, shape.num_layers)),
-            boft_block_size=self._block_size(rules),
-            boft_factors=self.settings.num_factors,
-            rotation_side="input",
-        )
-        flags = (
-            f"--peft-method boft --boft-block-size {peft.boft_block_size} --boft-factors {peft.boft_factors} "
-            f"--rotation-side input"
-        )
-        return Adopted(peft, {f"{layer}.adapter.Q": Q for layer, Q in layers.items()}, flags, self._told())
+        settings = {
+            "method": "boft",
+            "boft_block_size": self._block_size(rules),
+            "boft_factors": self.settings.num_factors,
+            "rotation_side": "input",
+        }
+        tensors = {f"{layer}.adapter.Q": Q for layer, Q in layers.items()}
+        return Adopted(shortest_targets(layers, shape.num_layers), settings, tensors, self._notes())
 
-    def _told(self) -> str:
+    def _notes(self) -> str:
         factors = (
             f"The adapter holds 1 butterfly factor instead of the {self._configured} of its config: HF PEFT trains one "
             f"where it lacks its CUDA extension.\n"
@@ -360,20 +368,25 @@ class LoraImport:
         fused = {layer_of(rule): fuse(rule, found) for rule in rules if (found := self._found(rule))}
         rank = max(factors.rank for factors in fused.values())
         _check_rank(rank, fused, settings)
-        peft = PeftConfig(
-            method="lora",
-            target_modules=tuple(shortest_targets(fused, shape.num_layers)),
-            lora_rank=rank,
-            lora_alpha=low_rank.grown_alpha(settings.alpha, rank / settings.rank, settings.rank_stabilised),
-            lora_dropout=settings.dropout,
-            lora_rs=settings.rank_stabilised,
+        alpha = low_rank.grown_alpha(settings.alpha, rank / settings.rank, settings.rank_stabilised)
+        own = {
+            "method": "lora",
+            "lora_rank": rank,
+            "lora_alpha": low_rank.whole_number(alpha),
+            "lora_dropout": settings.dropout,
+            "lora_rs": settings.rank_stabilised,
+        }
+        grown = (
+            f"Modules that share a layer each have their own A, so the rank is {rank} instead of {settings.rank}; "
+            f"alpha {own['lora_alpha']} keeps the scale of {settings.scale:g}.\n"
         )
         tensors = {
             f"{layer}.adapter.{name}": tensor
             for layer, factors in fused.items()
             for name, tensor in vars(factors.padded(rank)).items()
         }
-        return Adopted(peft, tensors, _flags(peft), _told(peft.lora_rank, peft.lora_alpha, settings))
+        targets = shortest_targets(fused, shape.num_layers)
+        return Adopted(targets, own, tensors, grown * (rank != settings.rank))
 
     def _found(self, rule: Rule) -> dict[str, Factors]:
         """In float32, of the modules that have them."""
@@ -389,19 +402,6 @@ def _check_rank(rank: int, fused: Mapping[str, Factors], settings: LoraSettings)
     side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
     require(
         rank <= side,
-        f"modules that share a layer have an A of their own, which takes --lora-rank {rank} instead of "
+        f"modules that share a layer each have their own A, which takes --lora-rank {rank} instead of "
         f"{settings.rank}; but {layer} has only {side} features on its smaller side.",
     )
-
-
-def _flags(peft: PeftConfig) -> str:
-    alpha = low_rank.whole_number(peft.lora_alpha)
-    return f"--peft-method lora --lora-rank {peft.lora_rank} --lora-alpha {alpha}{' --lora-rs' * peft.lora_rs}"
-
-
-def _told(rank: int, alpha: float, settings: LoraSettings) -> str:
-    grown = (
-        f"Modules that share a layer have an A of their own, so the rank is {rank} instead of "
-        f"{settings.rank}; alpha {low_rank.whole_number(alpha)} keeps the scale of {settings.scale:g}.\n"
-    )
-    return grown * (rank != settings.rank)

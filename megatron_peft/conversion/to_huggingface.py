@@ -1,8 +1,13 @@
-"""Write a base model in Megatron's format, or the whole model of a run, as a Hugging Face folder."""
+"""Write a Hugging Face folder: of a model in Megatron's format, or of a run's adapters merged into their base.
+
+One parameter at a time: it is read in Megatron's form (fused, whole), changed if an adapter changes it, and written as
+the Hugging Face tensors that it consists of.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -13,6 +18,11 @@ from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
+from megatron_peft.conversion.trained_adapters import (
+    base_of,
+    layer_of,
+    open_adapters,
+)
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     SafetensorsWriter,
@@ -28,53 +38,51 @@ from megatron_peft.models.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Contents of a Hugging Face folder.
-
-    Args:
-        shape: of the model.
-        rules: of every parameter that the model owns, by name.
-        types: of the written parameters, by the same names.
-        tensors: returns the Hugging Face tensors of one parameter; called once for each rule, in order.
-        origins: folders to search for the model's config.json and tokenizer, in order.
-    """
-
-    shape: ModelShape
-    rules: Mapping[str, Rule]
-    types: Mapping[str, torch.dtype]
-    tensors: Callable[[Rule], Mapping[str, Tensor]]
-    origins: Iterable[Path]
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Shape and type of every Hugging Face tensor."""
-        return {
-            tensor.name: TensorSpec(tensor.shape, self.types[name])
-            for name, rule in self.rules.items()
-            for tensor in rule.hf_tensors
-        }
+ReadTensors = Callable[[Rule, Weights], Mapping[str, Tensor]]  # the Hugging Face tensors of one parameter
 
 
-def write_huggingface(output: Path, contents: Contents, max_shard_bytes: int, bar: str, progress: bool) -> None:
+def _write(
+    output: Path,
+    base: str | Path,
+    shape: ModelShape,
+    origins: Iterable[Path],
+    read: ReadTensors,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    bar: str | None,
+) -> Path:
     """Write config.json, the tokenizer's files and sharded safetensors. `output` appears only when complete.
 
     Args:
-        output: must not exist.
-        max_shard_bytes: of one file.
-        bar: label of the progress bar.
-        progress: show it at a terminal.
+        base: folder of the weights, in either format.
+        origins: folders to search for the model's config.json and tokenizer, in order.
+        read: called once for each parameter that the model owns, in order.
+        dtype: of the weights; None keeps the stored type.
+        bar: label of the progress bar; None: no bar.
 
     Raises:
-        ConfigurationError: `output` cannot be written, or `contents.tensors` raises it.
+        ConfigurationError: `base` does not fit, `output` cannot be written, or `read` raises it.
     """
-    specs = contents.specs()
+    rules, weights = open_weights(base, shape)
+    rules = owned_rules(rules, shape)
+    types = {name: dtype or weights.stored_type(rule) for name, rule in rules.items()}
+    specs = {
+        tensor.name: TensorSpec(tensor.shape, types[rule.name]) for rule in rules.values() for tensor in rule.hf_tensors
+    }
     total_bytes = sum(spec.num_bytes for spec in specs.values())
-    with new_folder(output) as draft, byte_bar(bar, total_bytes, progress) as advance:
-        _describe(draft, contents)
+    with new_folder(output) as draft, byte_bar(bar or "", total_bytes, bar is not None) as advance:
+        origin = next((folder for folder in origins if (folder / CONFIG).is_file()), None)
+        if origin is None:
+            logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")
+            write_config(draft, config_of_shape(shape))
+        else:
+            copy_small_files(origin, draft)
+        set_stored_type(draft, types.values())
         with SafetensorsWriter(draft, specs, max_shard_bytes) as writer:
-            for rule in contents.rules.values():
-                _write_tensors(writer, contents.tensors(rule))
+            for rule in rules.values():
+                _write_tensors(writer, read(rule, weights))
                 advance(sum(specs[tensor.name].num_bytes for tensor in rule.hf_tensors))
+    return output
 
 
 def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> None:
@@ -83,15 +91,10 @@ def _write_tensors(writer: SafetensorsWriter, tensors: Mapping[str, Tensor]) -> 
         writer.write(name, tensor)
 
 
-def _describe(draft: Path, contents: Contents) -> None:
-    """Write config.json and the tokenizer's files, copied from the first origin that has a config.json."""
-    origin = next((folder for folder in contents.origins if (folder / CONFIG).is_file()), None)
-    if origin is None:
-        logger.warning("no config.json was found: writing one from the model's shape, without a tokenizer")
-        write_config(draft, config_of_shape(contents.shape))
-    else:
-        copy_small_files(origin, draft)
-    set_stored_type(draft, contents.types.values())
+def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
+    whole = torch.empty(rule.local_shape(1), dtype=dtype or weights.stored_type(rule))
+    weights.read(rule, whole, 0, 1)
+    return rule.write([whole])
 
 
 def megatron_to_hf(
@@ -123,34 +126,21 @@ def megatron_to_hf(
         raise ConfigurationError(
             f"--input {input} holds no Megatron checkpoint: expected .metadata, mp_rank_00 or iter_* in it."
         )
-    require_undamaged(files)
+    _require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
-    rules, weights = open_weights(input, shape)
-    rules = owned_rules(rules, shape)
-    contents = Contents(
-        shape=shape,
-        rules=rules,
-        types={name: dtype or weights.stored_type(rule) for name, rule in rules.items()},
-        tensors=lambda rule: _tensors(rule, weights, dtype),
-        origins=origins(Path(input), files, pretrained_checkpoint),
-    )
-    write_huggingface(Path(output), contents, max_shard_bytes, "Converting", progress)
-    return Path(output)
+    places = _origins(Path(input), files, pretrained_checkpoint)
+    bar = "Converting" if progress else None
+    read = partial(_tensors, dtype=dtype)
+    return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar)
 
 
-def _tensors(rule: Rule, weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    whole = torch.empty(rule.local_shape(1), dtype=dtype or weights.stored_type(rule))
-    weights.read(rule, whole, 0, 1)
-    return rule.write([whole])
-
-
-def require_undamaged(files: Path) -> None:
+def _require_undamaged(files: Path) -> None:
     """Compare a checkpoint with its manifest, if it has one. ConfigurationError names the damage."""
     problems = damage(files) if (files / MANIFEST).is_file() else []
     require(not problems, f"{files} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder.")
 
 
-def origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
+def _origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None = None) -> Iterator[Path]:
     """Folders to search for a model's config.json and tokenizer, in order; a run's base, and its base, come last."""
     if pretrained_checkpoint is not None:
         yield Path(pretrained_checkpoint)
@@ -158,4 +148,50 @@ def origins(folder: Path, files: Path, pretrained_checkpoint: str | Path | None 
     base = read_record(files).config.model.pretrained_checkpoint if (files / RECORD).is_file() else None
     if base is not None:
         base_files = megatron_files(base)
-        yield from [Path(base)] if base_files is None else origins(Path(base), base_files)
+        yield from [Path(base)] if base_files is None else _origins(Path(base), base_files)
+
+
+def merge(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> Path:
+    """Write `output`: config.json, the tokenizer's files and sharded safetensors of the changed model.
+
+    Args:
+        input: the --save folder of a run, of any layout.
+        output: must not exist.
+        pretrained_checkpoint: the base, if it is not where the run says.
+        dtype: of the weights; None keeps the base's.
+        max_shard_bytes: of one file.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ConfigurationError: before anything is written: no checkpoint or no adapters, another base, an output that
+            exists, damaged files.
+    """
+    check_new(output)
+    adapters = open_adapters(input)
+    peft, shape = adapters.record.config.peft, adapters.record.shape
+    module = import_module(peft.spec.adapter)
+    require(hasattr(module, "merge"), f"--input {input}: adapters of --peft-method {peft.method} cannot be merged.")
+    base = base_of(adapters, pretrained_checkpoint)
+    files = megatron_files(base)
+    if files is not None:
+        _require_undamaged(files)
+    places = [base] if files is None else _origins(base, files)
+
+    def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
+        """Changed in float32 (or float64), and cast when written."""
+        layer, stored = layer_of(rule), weights.stored_type(rule)
+        if layer not in adapters.record.adapted_layers:
+            return _tensors(rule, weights)
+        whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))
+        weights.read(rule, whole, 0, 1)
+        return rule.write([module.merge(whole, adapters.of(layer), peft)])
+
+    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, "Merging" if progress else None)

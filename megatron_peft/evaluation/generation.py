@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_peft.config import Requirements, require
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.evaluation.forward import CachedRows, broadcast_from_last_stage, inference, left_padded
+from megatron_peft.evaluation.scoring import CachedRows, broadcast_from_last_stage, inference, left_padded
 from megatron_peft.parallel.layout import generator_for
 
 

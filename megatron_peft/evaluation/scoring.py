@@ -1,14 +1,168 @@
-"""Batched log-likelihoods of continuations. Letters: b rows, s tokens of the longest continuation, v vocabulary."""
+"""Inference: forward passes of all pipeline stages with a key-value cache, and log-likelihoods of continuations.
 
-from collections.abc import Iterator, Sequence
+Letters: b rows, s tokens of the longest continuation, v vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_peft.config import require
-from megatron_peft.evaluation.forward import CachedRows, broadcast_from_last_stage, inference, left_padded
+
+
+def run_stages(
+    model_chunks: Sequence[GPTModel], message: tuple[int, ...], forward: Callable[[GPTModel], Tensor]
+) -> Tensor | None:
+    """Run every chunk of every pipeline stage in order, as one microbatch. A collective of the pipeline.
+
+    Args:
+        model_chunks: of this rank, one for each virtual stage.
+        message: shape of the hidden states between stages.
+        forward: runs one chunk, whose input is set.
+
+    Returns:
+        The output of the last chunk on its rank, None elsewhere.
+    """
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    for chunk in model_chunks:
+        if not chunk.pre_process:
+            hidden = torch.empty(message, dtype=chunk.config.pipeline_dtype, device=torch.cuda.current_device())
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+            chunk.set_input_tensor(hidden)
+        output = forward(chunk)
+        if chunk.post_process:
+            return output
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
+    return None
+
+
+def broadcast_from_last_stage(values: Tensor) -> Tensor:
+    """Broadcast `values` in place from the last stage's first tensor-parallel rank to all ranks of the replica.
+
+    All of them need identical tokens: a rank that ended a row on its own would leave the others waiting forever.
+    """
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+    if pipeline.size() > 1:
+        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    if tensor_parallel.size() > 1:
+        dist.broadcast(values, parallel_state.get_tensor_model_parallel_src_rank(), group=tensor_parallel)
+    return values
+
+
+try:
+    from megatron.core.inference.utils import InferenceMode
+
+    _inference_mode: Any = InferenceMode.active  # without it megatron-core 0.19 computes the logits of every position
+except ImportError:  # earlier versions check whether a cache is passed
+    _inference_mode = nullcontext
+
+
+class CachedRows:
+    """A batch of rows and their key-value cache. Every rank of a replica makes the same calls, inside `inference`.
+
+    Rows of unequal length are padded on the left, so each row's newest token is in the last column. A key mask hides
+    the padding; rotary and ALiBi positions are relative, so the shift changes nothing.
+
+    Letters: b rows, s new positions of a forward, k positions in the cache, g key-value heads, d their size.
+
+    Args:
+        model_chunks: of this rank.
+        padding: number of padded columns on the left of each row.
+        num_columns: capacity of the cache, including padding.
+    """
+
+    def __init__(self, model_chunks: Sequence[GPTModel], padding: Sequence[int], num_columns: int) -> None:
+        self._chunks = model_chunks
+        self._cache = StaticInferenceContext(len(padding), num_columns)
+        self._padding = torch.tensor(padding, device=torch.cuda.current_device())  # [b]
+        self._is_padded = any(padding)
+
+    def forward(self, tokens: Tensor, every_position: bool = False) -> Tensor | None:
+        """Logits after `tokens` [b, s], which follow the cached ones.
+
+        Returns:
+            [b, 1, vocabulary] after the last column, or [b, s, vocabulary] for `every_position`, float32, on the last
+            pipeline stage; None on the others.
+        """
+        done, (num_rows, num_new) = self._cache.sequence_len_offset, tokens.shape
+        settings: Any = getattr(self._cache, "config", self._cache)  # up to 0.16 these are the cache's own attributes
+        settings.materialize_only_last_token_logits = not every_position
+        positions = torch.arange(done, done + num_new, device=tokens.device).expand_as(tokens)
+        padding_mask = self._padding_mask(done + num_new)
+        with _inference_mode():
+            logits = run_stages(
+                self._chunks,
+                (num_new, num_rows, self._chunks[0].config.hidden_size),
+                lambda chunk: chunk(
+                    input_ids=tokens,
+                    position_ids=positions,
+                    attention_mask=padding_mask,
+                    inference_context=self._cache,
+                    runtime_gather_output=True,
+                ),
+            )
+        self._cache.increment_sequence_len_offset(num_new)
+        return None if logits is None else logits.float()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Continue with these rows, in this order; a row may be repeated."""
+        memory = self._cache.key_value_memory_dict
+        for layer, pair in memory.items():
+            # Keys and values are [k, b, g, d] views of contiguous [b, g, k, d] tensors, and stay so.
+            memory[layer] = tuple(x.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for x in pair)
+        self._padding = self._padding[rows]
+        self._cache.max_batch_size = len(rows)  # an empty cache allocates its memory later, for this many rows
+
+    def _padding_mask(self, num_keys: int) -> Tensor | None:
+        """[b, 1, 1, k], True where a key is padding; None if no row has padding."""
+        if not self._is_padded:
+            return None
+        keys = torch.arange(num_keys, device=self._padding.device)
+        return (keys < self._padding[:, None])[:, None, None]
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """Rows of token ids as a tensor [b, longest], and the number of padded columns of each row."""
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    padded = [[0] * missing + list(row) for missing, row in zip(padding, rows, strict=True)]
+    return torch.tensor(padded, device=torch.cuda.current_device()), padding
+
+
+# Attributes of modules and of their configuration. megatron-core's static batching refuses all of them.
+SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients, no dropout, no sequence parallelism; afterwards each chunk is as before."""
+    were_training = [chunk.training for chunk in model_chunks]
+    # megatron-core's own `set_model_to_sequence_parallel` remembers models by `id`, which a later model may reuse.
+    modules = (module for chunk in model_chunks for module in chunk.modules())
+    owners = {id(owner): owner for module in modules for owner in (module, getattr(module, "config", None))}
+    switched = [(o, name) for o in owners.values() for name in SEQUENCE_PARALLEL_SWITCHES if getattr(o, name, False)]
+    for chunk in model_chunks:
+        chunk.eval()
+    for owner, name in switched:
+        setattr(owner, name, False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for owner, name in switched:
+            setattr(owner, name, True)
+        for chunk, was_training in zip(model_chunks, were_training, strict=True):
+            chunk.train(was_training)
+
 
 MAX_LOGITS = 2**28  # per forward on the last stage: 1 GiB in float32
 

@@ -28,9 +28,16 @@ from megatron_peft.adapters.linear import (
     FrozenColumnParallelLinear,
 )
 from megatron_peft.config import ModelConfig, ParallelConfig
-from megatron_peft.models.attention import AlibiAttention, AlibiBias, CachingSelfAttention, ScaledDotProductAttention
 from megatron_peft.models.families import family_of
-from megatron_peft.models.layers import LayerNorm, RMSNorm, SwiGLU
+from megatron_peft.models.layers import (
+    AlibiAttention,
+    AlibiBias,
+    CachingSelfAttention,
+    LayerNorm,
+    RMSNorm,
+    ScaledDotProductAttention,
+    SwiGLU,
+)
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from megatron_peft.parallel.layout import mark_split
 

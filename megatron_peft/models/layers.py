@@ -1,15 +1,262 @@
-"""RMSNorm, LayerNorm and SwiGLU, on any device and under sequence parallelism."""
+"""The modules of a layer beside its linear layers: core attention with its cache, norms and SwiGLU, on any device.
 
+Attention is torch's scaled_dot_product_attention: megatron-core's own `DotProductAttention` materializes the scores and
+supports neither packing nor a bias. Ours takes the same arguments, so it fits the same place of the layer spec.
+
+Letters, of one rank: s queries, k keys, b batch, n heads, g key-value heads, d features of a head.
+"""
+
+import math
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import run_function
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, fuses_norms
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v with a causal mask. The queries are the last s of the k positions."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.kv_channels is not None
+        self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, d]; packed: [tokens, n, d].
+            key, value: [k, b, g, d]; packed: [tokens, g, d].
+            attention_mask: as Megatron's: True hides a key from a query, on top of the causal mask; it broadcasts to
+                [b, n, s, k]. None: causal only.
+            attention_bias: must be None.
+            packed_seq_params: sequence boundaries of packed samples.
+
+        Returns:
+            [s, b, n d]; packed: [tokens, 1, n d].
+        """
+        assert attention_bias is None, "GPTModel passes no attention bias"
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params)
+        mask = _additive_mask(query.shape[0], key.shape[0], attention_mask, query.dtype)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = self._attend(query, key, value, mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, n, s, d], [b, g, k, d] twice -> [b, n, s, d].
+
+        `mask` broadcasts to [b, n, s, k] and is added to the scores. None: causal.
+        """
+        shape, is_causal = query.shape, mask is None and query.shape[2] > 1
+        if query.shape[2] == 1:
+            query, mask = (_group_by_key_head(x, key.shape[1]) for x in (query, mask))
+        dropout = self.dropout if self.training else 0.0
+        # Heads are split over the tensor-parallel ranks, so each rank draws its own dropout.
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        generator = tracker.fork() if dropout and tracker else nullcontext()
+        with generator:
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return context.reshape(shape)
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
+        """One sample at a time, so no score between two samples is computed. [tokens, n, d] -> [tokens, 1, n d]."""
+        lengths = packing.cu_seqlens_q.diff().tolist()
+        samples = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        contexts = [
+            self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in sample)).squeeze(0).transpose(0, 1)
+            for sample in samples
+        ]
+        return torch.cat(contexts).flatten(1).unsqueeze(1)
+
+
+def _group_by_key_head(x: Any, num_key_heads: int) -> Any:
+    """[b, n, 1, ...] -> [b, g, n / g, ...]: the heads of a group become queries of the key head that they share.
+
+    A decoding step then reads keys and values once per group. A mask that all heads share is returned as it is.
+    """
+    if x is None or x.shape[1] == 1:
+        return x
+    return x.squeeze(2).unflatten(1, (num_key_heads, -1))
+
+
+@lru_cache(maxsize=1)
+def _additive_mask(num_queries: int, num_keys: int, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a query sees a key, else -inf, [..., s, k]; None if a plain causal mask (or no mask) is enough.
+
+    The last result is cached, because every layer of a model calls this with the same tensor.
+    """
+    if attention_mask is None and (num_queries == num_keys or num_queries == 1):
+        return None
+    device = attention_mask.device if attention_mask is not None else torch.device(torch.cuda.current_device())
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    visible = causal
+    if attention_mask is not None:
+        # A query always sees its own key: a padded position has something to attend to and stays finite.
+        own = causal & ~causal.tril(num_keys - num_queries - 1)
+        visible = causal & ~attention_mask | own
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+
+# ALiBi (attention with linear biases, arXiv:2108.12409): score(i, j) = q_i k_j / sqrt(d) - slope_n (i - j) for head n.
+#
+# Bloom and transformers add slope_n j instead; the softmax is the same. Distances are more precise in bfloat16: exact
+# up to 256, while near position 2,000 slope_n j rounds to the same number for neighbouring keys.
+
+_GROWTH = 128  # positions
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """[num_heads], float32, of the whole model: 2^(-8 i / m) for a power of two m, i from 1.
+
+    Heads beyond the largest power of two take every other slope of a model of 2 m heads, as in the paper's code.
+    """
+    m = 2 ** (num_heads.bit_length() - 1)
+    exponents = [i / m for i in range(1, m + 1)]
+    exponents += [(2 * i - 1) / (2 * m) for i in range(1, num_heads - m + 1)]
+    return torch.tensor([2.0 ** (-8 * exponent) for exponent in exponents], dtype=torch.float32, device="cpu")
+
+
+class AlibiBias:
+    """The bias of the scores of a rank's heads, -inf where a key comes after the query.
+
+    All layers share one object. It caches the bias of the longest sequence so far; any other is a slice of it.
+
+    Args:
+        num_heads: of the whole model.
+        rank, size: tensor-parallel; the heads are split evenly.
+    """
+
+    def __init__(self, num_heads: int, rank: int, size: int) -> None:
+        self._slopes = alibi_slopes(num_heads).chunk(size)[rank][:, None, None]
+        self._square: Tensor | None = None
+
+    def get(self, num_queries: int, num_keys: int, query: Tensor) -> Tensor:
+        """[n, s, k] in the dtype and on the device of `query`; the queries are the last of the keys' positions."""
+        if num_queries == 1:  # a decoding step: one row is cheaper than a square
+            return self._rows(num_keys - 1, num_keys, query)
+        bias = self._square
+        if bias is None or bias.shape[-1] < num_keys or (bias.dtype, bias.device) != (query.dtype, query.device):
+            bias = self._square = self._rows(0, -(-num_keys // _GROWTH) * _GROWTH, query)
+        return bias[:, num_keys - num_queries : num_keys, :num_keys]
+
+    def _rows(self, first_query: int, num_keys: int, query: Tensor) -> Tensor:
+        """Queries `first_query` to `num_keys` - 1."""
+        position = torch.arange(num_keys, device=query.device, dtype=torch.float32)
+        distance = position - position[first_query:, None]
+        distance.masked_fill_(distance > 0, -torch.inf)
+        return (self._slopes.to(query.device) * distance).to(query.dtype)
+
+
+class AlibiAttention(ScaledDotProductAttention):
+    """Core attention with ALiBi. Arguments as for its parent, and the bias that all layers share."""
+
+    def __init__(self, *args: Any, bias: AlibiBias, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bias = bias
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = self._bias.get(query.shape[2], key.shape[2], query).unsqueeze(0)
+        if mask is not None:
+            bias = bias + mask
+        return super()._attend(query, key, value, bias)
+
+
+class CachingSelfAttention(SelfAttention):
+    """megatron-core's self-attention with another key-value cache; the numbers are the same, bit for bit.
+
+    megatron-core caches keys before the rotary embedding and rotates the whole cache for every token. Here a key is
+    rotated once, before it enters the cache.
+    """
+
+    def _allocate_memory(
+        self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype
+    ) -> Tensor:
+        """A cache [k, b, g, d]; the positions of a head are contiguous in memory."""
+        size = batch_size, self.num_query_groups_per_partition, inference_max_sequence_length, dim
+        return torch.empty(size, dtype=dtype, device=torch.cuda.current_device()).permute(2, 0, 1, 3)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """megatron-core calls this between the linear layer and the rotary embedding.
+
+        Args:
+            inference_context: a static cache, or None.
+            query: [s, b, n, d].
+            key, value: [s, b, g, d].
+            rotary_pos_emb: angles of queries and of keys, [k, 1, 1, d] each; None without rotary embeddings.
+        """
+        if inference_context is not None and rotary_pos_emb is not None:
+            first = inference_context.sequence_len_offset
+            cos_sin = _cos_sin(rotary_pos_emb[0], first, first + len(key), key.dtype)  # the same for queries and keys
+            query, key = _rotate(torch.cat([query, key], dim=2), *cos_sin).split([query.shape[2], key.shape[2]], dim=2)
+            rotary_pos_emb = None
+        adjust: Any = super()._adjust_key_value_for_inference  # its annotations omit the None that it accepts
+        return adjust(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def _cos_sin(angles: Tensor, first: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions `first` to `end` - 1, [s, 1, 1, d], the first half of sin negated; for all layers."""
+    cos, sin = angles[first:end].cos(), angles[first:end].sin()
+    low, high = sin.chunk(2, dim=-1)
+    return cos.to(dtype), torch.cat([-low, high], dim=-1).to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[x1 cos - x2 sin, x2 cos + x1 sin] of the two halves of a head: [s, b, n, d] -> [s, b, n, d]."""
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
 
 # megatron-core's `WrappedTorchNorm` refuses sequence parallelism, and its other norms need Transformer Engine or Apex.
 #

@@ -52,7 +52,7 @@ def tree(tmp_path_factory) -> Path:
     in_tree(tree, *git, "commit", "-qm", "before")
     for name, text in FILES.items():
         (tree / name).write_text(text)
-    registry = tree / "megatron_peft/config/peft.py"
+    registry = tree / "megatron_peft/config/methods/__init__.py"
     before, end, after = registry.read_text().partition(':HYBRID",\n')
     registry.write_text(f"{before}{end}{LINE}\n{after}")
     in_tree(tree, *git, "add", "-A")
@@ -67,8 +67,8 @@ def found(tree, tmp_path_factory) -> dict[str, Any]:
 def test_it_is_two_new_files_and_one_line(tree):
     stat = in_tree(tree, "git", "diff", "--cached", "--numstat")
     changed = {line.split("\t")[2]: line.split("\t")[:2] for line in stat.splitlines()}
-    assert changed.keys() == {DECLARATION, ADAPTER, "megatron_peft/config/peft.py"}
-    assert changed["megatron_peft/config/peft.py"] == ["1", "0"]
+    assert changed.keys() == {DECLARATION, ADAPTER, "megatron_peft/config/methods/__init__.py"}
+    assert changed["megatron_peft/config/methods/__init__.py"] == ["1", "0"]
     assert "new file mode" in in_tree(tree, "git", "diff", "--cached", "--", DECLARATION)
 
 

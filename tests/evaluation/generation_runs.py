@@ -11,9 +11,13 @@ from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.checkpoint.tensors import global_slices, sharded_parameters
 from megatron_peft.config import ModelConfig, ParallelConfig, PeftConfig
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES
 from megatron_peft.evaluation.generation import GenerationSettings, generate
-from megatron_peft.evaluation.scoring import Continuation, ContinuationScore, score_continuations
+from megatron_peft.evaluation.scoring import (
+    SEQUENCE_PARALLEL_SWITCHES,
+    Continuation,
+    ContinuationScore,
+    score_continuations,
+)
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.parallel.layout import generator_for

@@ -14,9 +14,15 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import dispatch as module
 from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
-from megatron_peft.evaluation.forward import SEQUENCE_PARALLEL_SWITCHES, CachedRows, inference, left_padded
 from megatron_peft.evaluation.generation import Sampling
-from megatron_peft.evaluation.scoring import Continuation, score_continuations
+from megatron_peft.evaluation.scoring import (
+    SEQUENCE_PARALLEL_SWITCHES,
+    CachedRows,
+    Continuation,
+    inference,
+    left_padded,
+    score_continuations,
+)
 from tests.one_rank import Place, one_rank
 from tests.tiny_gpt import tiny_gpt
 

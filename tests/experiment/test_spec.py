@@ -159,7 +159,7 @@ def test_flags_that_pretrain_peft_takes_pass_in_the_folder_that_the_runner_gives
     [
         ({"methods": {"lorra": {}}}, "tiny,talk,lorra,seed=1: --peft-method: .*lorra"),
         ({"flags": {"train-iters": 2, "leraning-rate": 1}}, "--leraning-rate is not a known flag"),
-        ({"methods": {"full": {"grid": {"lora-rank": [4]}}}}, "--lora-rank belongs to --peft-method lora"),
+        ({"methods": {"boft": {"grid": {"boft-block-size": [5]}}}}, "--boft-block-size is 5; a butterfly mixes"),
         ({"methods": {"lora": {"grid": {"lr": ["fast"]}}}}, "--lr: .*fast"),
         ({"models": {"big": {"processes": 3, "flags": {"tensor-model-parallel-size": 2}}}}, "3 processes cannot hold"),
     ],

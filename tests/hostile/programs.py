@@ -35,7 +35,7 @@ IMPORTED = (
     *(
         "megatron_peft.conversion.peft",
         "megatron_peft.conversion.peft",
-        "megatron_peft.conversion.merge",
+        "megatron_peft.conversion.to_huggingface",
     ),
     *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.experiment.report"),
     *("megatron_peft.data.task_readers", "megatron_peft.experiment.runner"),

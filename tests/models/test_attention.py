@@ -14,7 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from megatron_peft.models.attention import (
+from megatron_peft.models.layers import (
     AlibiAttention,
     AlibiBias,
     CachingSelfAttention,
