@@ -44,13 +44,11 @@ from megatron_peft.parallel.collectives import (
 )
 from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum, outer_sums
 
-# Autograd functions: without a graph where nothing is recorded, and outputs that are recomputed instead of saved.
+# Autograd functions. torch prepares a graph node for each call, even if no gradient is recorded: in a step of
+# generation, with hundreds of calls on a few numbers each, that costs more than the computation.
 #
-# torch prepares a node of its graph for each call of an autograd function, even where no gradient is recorded. A step
-# of generation makes hundreds of such calls on a few numbers each: then preparing costs more than computing.
-#
-# A function whose context has `recompute_output` says how its output follows from what that context saved. Consumers,
-# whose backward runs before the function's own, recompute the output instead of saving it.
+# A function whose context has `recompute_output` can recompute its output from what it saved. Consumers, whose backward
+# runs before the function's own, use it instead of saving the output a second time.
 
 PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
 

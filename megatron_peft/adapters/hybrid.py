@@ -119,8 +119,8 @@ def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Te
 #                 about its rate, is about to gain by each part
 #     raw         the norm as backward leaves it
 #
-# The value acts from the next forward on, as a moving average, clamped. Everything stays on the device: one [layers, 2]
-# tensor, one all-reduce, no host-device sync.
+# The value takes effect in the next forward, as a clamped moving average. Everything stays on the device: one
+# [layers, 2] tensor, one all-reduce, no host-device sync.
 
 OwnGradient = Callable[[nn.Parameter], Tensor]
 

@@ -33,12 +33,8 @@ from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.urnn import URNN
 from megatron_peft.parallel.layout import LinearLayout, generator_for
 
-# A structured unitary rotation applied by fast Fourier transforms: for groups too large for dense blocks.
-#
-# y = U(theta) U(theta_0)^H x, or its inverse. Backward keeps y alone: the inverse gives x back, and the factors between
-# are computed again.
-#
-# Letters: s sequence, b batch, k groups, n complex features of a group.
+# For groups too large for dense blocks: y = U(theta) U(theta_0)^H x, or its inverse, by fast Fourier transforms.
+# Backward saves y alone: the inverse gives x back, and the factors in between are recomputed.
 
 
 def rotate_by_fourier(

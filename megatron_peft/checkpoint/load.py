@@ -201,15 +201,10 @@ def _load_optimizer(state: TrainingState, entries: Sequence[Sharded], record: Ru
     schedule.num_steps = 0  # megatron-core adds the stored steps
     schedule.load_state_dict({**record.schedule, **{name: own[name] for name in unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
-        _scale_groups(state.optimizer.param_groups, max_lr, schedule.max_lr, schedule.min_lr)
+        for group in state.optimizer.param_groups:  # the schedule reads their rates, multiples of its own (LoRA+)
+            ratio = group["max_lr"] / max_lr
+            group["max_lr"], group["min_lr"] = ratio * schedule.max_lr, ratio * schedule.min_lr
     schedule.step(0)
-
-
-def _scale_groups(groups: Sequence[dict[str, Any]], old_max_lr: float, max_lr: float, min_lr: float) -> None:
-    """Scale the rates of the groups, which are multiples of the schedule's (LoRA+); the schedule reads only these."""
-    for group in groups:
-        ratio = group["max_lr"] / old_max_lr
-        group["max_lr"], group["min_lr"] = ratio * max_lr, ratio * min_lr
 
 
 def _load_random(checkpoint: Path) -> None:

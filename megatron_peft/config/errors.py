@@ -125,7 +125,3 @@ class Requirements:
         """A field that is set needs `other` to be set too."""
         value = getattr(self.config, name)
         self(not value or bool(getattr(self.config, other)), f"{spelled(flag(name), value)} needs {flag(other)}.")
-
-    def at_most_one(self, *names: str) -> None:
-        given = [flag(name) for name in names if getattr(self.config, name)]
-        self(len(given) < 2, f"{' and '.join(given)} are mutually exclusive.")

@@ -1,12 +1,7 @@
-"""Typed configuration: frozen dataclasses that validate themselves.
+"""`RunConfig`: everything a run needs, in frozen dataclasses that validate themselves.
 
-Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag.
-`RunConfig` is here, its sections stand in the files beside it, and the rest of the package takes them all from
-`megatron_peft.config`. Nothing in this room imports torch or megatron-core. `megatron_peft.cli.parser` is the only
-place that builds them from a command line; tests and tools build them directly.
-
-Every `__post_init__` raises one `ConfigurationError` that holds all problems of its group, each with the flag, the
-numbers and the way out.
+Field names are Megatron's argument names (underscores for dashes), so an error can always name the flag. Every
+`__post_init__` raises one `ConfigurationError` with all problems of its section. Nothing in this room imports torch.
 """
 
 from collections.abc import Mapping

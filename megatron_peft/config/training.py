@@ -165,7 +165,10 @@ class OptimizerSettings:
                 not self.use_distributed_optimizer or self.optimizer == "adam",
                 f"--use-distributed-optimizer shards Adam only: leave it out with --optimizer {self.optimizer}.",
             )
-            require.at_most_one("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+            require(
+                not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
+                "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler are mutually exclusive.",
+            )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """The one reader of JSON and YAML files that come from outside: it knows their size, depth and numbers.
 
-Whatever is wrong with such a file is one ConfigurationError with its name, and its line where it has lines: text that
-is not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values
-nested so deep that a later walk over them would fail, and files that are not files (a pipe, /dev/zero). Weights are
-read by `conversion.hf_files`, the index of a checkpoint by `checkpoint.safe_pickle`, indexed data by `data.indexed`,
-tokenizers by `data.tokenizers`; nothing else opens a file of these kinds.
+Whatever is wrong with such a file is one ConfigurationError with its name, and its line if it has lines: text that is
+not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values nested
+too deep to walk over, and pipes or devices. Weights are read by `conversion.hf_files`, the index of a checkpoint by
+`checkpoint.safe_pickle`, indexed data by `data.indexed`, tokenizers by `data.tokenizers`.
 """
 
 import gzip

@@ -181,7 +181,8 @@ KINDS = {
 def read_settings(folder: Path) -> LoraSettings | BoftSettings:
     """ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or numbers that are none."""
     path = folder / ADAPTER_CONFIG
-    config = _read_json(path)
+    require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
+    config = read_json_object(path)
     name = str(config.get("peft_type") or "")
     require(
         name in KINDS,
@@ -232,11 +233,6 @@ def _matches(expression: str, module: str) -> bool:
 def _is_plain(kind: Kind, key: str, value: Any) -> bool:
     """Settings are off by default, so that one with nothing in it says nothing."""
     return value in kind.accepted[key] if key in kind.accepted else key in kind.known or not value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    require(path.is_file(), f"--input {path.parent} holds no {path.name}: give the folder of a HF PEFT adapter.")
-    return read_json_object(path)
 
 
 def _is_named(names: str | Iterable[str] | None, module: str) -> bool:

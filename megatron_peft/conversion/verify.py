@@ -149,7 +149,7 @@ def _runner(folder: Path) -> tuple[str | None, Callable[[Subject, Tensor], Trace
     settings = read_json_object(config) if config.is_file() else {}
     if "peft_type" in settings:
         return settings.get("base_model_name_or_path") or "", _trace_peft
-    return None, _trace_transformers
+    return None, lambda subject, tokens: _trace_hf_model(_transformers_model(subject.base), tokens)
 
 
 def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
@@ -188,10 +188,6 @@ def _single_process() -> Iterator[ParallelConfig]:
         yield parallel
     finally:
         stop()
-
-
-def _trace_transformers(subject: Subject, tokens: Tensor) -> Trace:
-    return _trace_hf_model(_transformers_model(subject.base), tokens)
 
 
 def _trace_peft(subject: Subject, tokens: Tensor) -> Trace:

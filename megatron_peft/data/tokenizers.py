@@ -222,7 +222,7 @@ class NullTokenizer(Tokenizer):
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
-            raise ConfigurationError(f"NullTokenizer reads ids separated by spaces, not {_shorten(text)!r}.") from error
+            raise ConfigurationError(f"NullTokenizer reads ids separated by spaces, not {text[:40]!r}.") from error
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         require(not bad, f"NullTokenizer: id {bad[:1]} is not below --vocab-size {self.eos_id}.")
         return ids
@@ -279,7 +279,3 @@ def _fault(folder: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _shorten(text: str, limit: int = 40) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -205,18 +205,15 @@ def score_continuations(
         "a context or a continuation has no token: a score needs at least one of each.",
     )
     scores = [ContinuationScore(0.0, False)] * len(continuations)
-    order = sorted(range(len(continuations)), key=lambda index: _by_length(continuations[index]), reverse=True)
+    # The longest first; continuations of one context next to each other.
+    keys = [(len(one.context), one.context, len(one.ids)) for one in continuations]
+    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
     with inference(model_chunks):
         for batch in _batches(order, continuations, batch_size, model_chunks[0].vocab_size):
             found = _score_batch(model_chunks, [continuations[index] for index in batch])
             for index, one in zip(batch, found, strict=True):
                 scores[index] = one
     return scores
-
-
-def _by_length(one: Continuation) -> tuple[int, tuple[int, ...], int]:
-    """Continuations of one context next to each other."""
-    return len(one.context), one.context, len(one.ids)
 
 
 def _batches(

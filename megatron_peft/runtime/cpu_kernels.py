@@ -87,10 +87,6 @@ def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return (x * rstd).mul_(weight).to(x.dtype)
 
 
-def _recompute_norm(ctx: Any) -> Tensor:
-    return _scaled(*ctx.saved_tensors)
-
-
 class RootMeanSquareNorm(torch.autograd.Function):
     """RMSNorm in three passes; torch's seven elementwise operators take six times as long on a CPU.
 
@@ -102,7 +98,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.recompute_output = _recompute_norm  # consumers recompute y instead of saving it
+        ctx.recompute_output = lambda ctx: _scaled(*ctx.saved_tensors)  # consumers recompute y instead of saving it
         return _scaled(x, weight, rstd)
 
     @staticmethod

@@ -51,16 +51,12 @@ def run_together(main: Callable[[], None], program: str) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
         rank = dist.get_rank()
-        if _is_lost_connection(error):
+        if isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION):
             board.fail(
                 1,
                 f"{program}: rank {rank} lost its connection to another rank: that one was killed, or its node failed.",
             )
         board.fail(1, f"{program}: rank {rank} failed:\n{traceback.format_exc()}")
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION)
 
 
 class _FailureBoard:

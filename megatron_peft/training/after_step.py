@@ -20,13 +20,9 @@ from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training.state import GradientShards, TrainingState
 
-# --lora-max-norm-ratio, eq. (2), after each step: which tensors are scaled, and what the limits are.
-#
-# The norms are those of the model's own parameters, whole on this rank's side of the split: a distributed optimizer
-# has gathered them by then. In float32 they are what the optimizer updates, or its stretches are views of them. Under
-# --bf16 it updates a float32 copy, or a stretch of one, which is scaled by the same number.
-#
-# One all-reduce of [layers, w, w] numbers over the tensor-parallel ranks a step, nothing where there are none.
+# --lora-max-norm-ratio, eq. (2): one all-reduce of [layers, w, w] numbers over the tensor-parallel ranks per step. The
+# norms are those of the model's parameters, which a distributed optimizer has gathered by then. With --bf16 the
+# optimizer updates a float32 copy, or a shard of one, which is scaled by the same number.
 
 
 @torch.no_grad()
@@ -89,12 +85,10 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
         parameter.copy_(master.view_as(parameter))
 
 
-# The update of a step: the optimizer's own rule, and the rules that keep matrices orthogonal or unitary.
-#
-# `--boft-parametrization projection` goes on from where the optimizer ended to the nearest orthogonal blocks, eq.
-# (6). `--urnn-update riemannian` goes back to where the step began and moves on the unitary group instead, eq.
-# (11)-(12), with the gradient that the optimizer clipped and the rate of its schedule. Both act on whole float32
-# parameters on every rank, after a distributed optimizer has gathered them: a shard may cut a block in two.
+# The update of a step. `--boft-parametrization projection` projects what the optimizer returns onto the nearest
+# orthogonal blocks, eq. (6). `--urnn-update riemannian` replaces the optimizer's update by a step on the unitary group,
+# eq. (11)-(12), with the clipped gradient and the scheduled learning rate. Both need whole float32 parameters on every
+# rank, since a shard may cut a block in two: they act after a distributed optimizer has gathered them.
 
 Kind = TypeVar("Kind", bound=nn.Module)
 CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm + epsilon)
