@@ -1,9 +1,9 @@
 """The one reader of JSON and YAML files that come from outside: it knows their size, depth and numbers.
 
 Whatever is wrong with such a file is one ConfigurationError with its name, and its line if it has lines: text that is
-not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values nested
-too deep to walk over, and pipes or devices. Weights are read by `conversion.hf_files`, the index of a checkpoint by
-`checkpoint.safe_pickle`, indexed data by `data.indexed`, tokenizers by `data.tokenizers`.
+not UTF-8 or not JSON, numbers that are not finite or have thousands of digits, halves of a surrogate pair, values
+nested too deep, pipes and devices. `conversion.hf_files` reads weights, `checkpoint.safe_pickle` the index of a
+checkpoint, `data.indexed` indexed data, and `data.tokenizers` tokenizers.
 """
 
 import gzip

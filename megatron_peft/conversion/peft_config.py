@@ -24,8 +24,6 @@ from megatron_peft.conversion.trained_adapters import Factors, fuse, layer_of, m
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape, number, size, switch
 
-# What the formats of Hugging Face PEFT have in common: names of tensors, and what an import gives.
-
 PREFIX = "base_model.model."
 WAY_OUT = "Merge it with HF PEFT (`merge_and_unload`, then `save_pretrained`) and give the result as the base model."
 
@@ -255,9 +253,6 @@ def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     for name in names:
         by_kind[name.rpartition(".")[2]].append(name)
     return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]
-
-
-# What a plain LoRA or BOFT is here.
 
 
 class BoftImport:
