@@ -16,11 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters import boft, urnn
-from megatron_peft.adapters.frozen_linear import (
-    FrozenLinearCall,
-    changed_weight,
-    frozen_linear_mixed,
-)
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, frozen_linear_mixed
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank
 from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.config import PeftConfig

@@ -16,14 +16,7 @@ from megatron_peft.checkpoint.folders import (
     megatron_files,
     newest_checkpoint,
 )
-from megatron_peft.config import (
-    ConfigurationError,
-    RunConfig,
-    config_from_dict,
-    config_to_dict,
-    flag,
-    require,
-)
+from megatron_peft.config import ConfigurationError, RunConfig, config_from_dict, config_to_dict, flag, require
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 

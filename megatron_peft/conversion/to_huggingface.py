@@ -18,11 +18,7 @@ from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.trained_adapters import (
-    base_of,
-    layer_of,
-    open_adapters,
-)
+from megatron_peft.conversion.trained_adapters import base_of, layer_of, open_adapters
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     SafetensorsWriter,

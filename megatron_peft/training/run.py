@@ -18,12 +18,7 @@ from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
-from megatron_peft.data.tokenizers import (
-    Tokenizer,
-    build_tokenizer,
-    doubt_about_vocabulary,
-    require_vocabulary_fits,
-)
+from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
