@@ -1,7 +1,7 @@
 """Measure what the project promises: time of steps, memory, collectives, agreement with transformers, loading, startup.
 
 python tools/bench.py runs every benchmark; python tools/bench.py lora-ratio collectives runs these two. Each prints a
-table and writes OUTPUT/NAME.json. docs/benchmarks.md says what the figures mean.
+table and writes OUTPUT/NAME.json. docs/benchmarks.md explains the figures.
 """
 
 import argparse
@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (all)")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the results (runs/bench)")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for the results (runs/bench)")
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="the 135M model (runs/demo/model)")
-    parser.add_argument("--turns", type=int, default=15, help="measured turns of each timed step (15)")
+    parser.add_argument("--turns", type=int, default=15, help="number of measured turns per timed step (15)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:

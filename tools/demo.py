@@ -1,7 +1,7 @@
-"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it before and after, and draw the run.
+"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it before and after, and plot the run.
 
 python tools/demo.py downloads the model and the messages (once), trains, and writes report.json and report.png.
-Any flag that is not the demo's own goes to pretrain_peft.py, for instance --lr 1e-3.
+All other flags are passed to pretrain_peft.py, for instance --lr 1e-3.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--method", default="lora", choices=METHODS, help="--peft-method of the run (lora)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="the folder of all of it (runs/demo)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything (runs/demo)")
     args, extra_flags = parser.parse_known_args(argv)
     try:
         require_packages("demo", "matplotlib", "sacrebleu")

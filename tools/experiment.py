@@ -1,8 +1,8 @@
-"""Run a grid of models, tasks, methods and seeds from one YAML file, and go on where an earlier call was stopped.
+"""Run a grid of models, tasks, methods and seeds from one YAML file, and resume where an earlier call stopped.
 
-python tools/experiment.py examples/experiments/paper_small.yaml tunes each method on the validation loss, then runs
-the seeds with the best settings and scores them. Each finished cell leaves a small JSON file under FOLDER/cells;
-tools/report.py makes tables and plots of them. docs/experiments.md describes the file.
+python tools/experiment.py examples/experiments/paper_small.yaml tunes each method on the validation loss, then runs the
+seeds with the best settings and scores them. Each finished cell writes a small JSON file to FOLDER/cells, from which
+tools/report.py makes tables and plots. docs/experiments.md describes the YAML file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "FOLDER", "help": "folder of the results (runs/experiments/NAME)"},
-    "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "cells at a time (1)"},
-    "--list": {"action": "store_true", "help": "show what is done and what is not, and run nothing"},
-    "--keep-checkpoints": {"action": "store_true", "help": "do not remove those of cells that are through"},
-    "--group": {"metavar": "MODEL,TASK,METHOD", "help": "run these cells only, beside runners of other groups"},
-    "--emit-slurm": {"type": Path, "metavar": "FILE", "help": "write a script that submits it all, and run nothing"},
+    "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "cells run at the same time (1)"},
+    "--list": {"action": "store_true", "help": "list finished and unfinished cells without running any"},
+    "--keep-checkpoints": {"action": "store_true", "help": "keep the checkpoints of finished cells"},
+    "--group": {"metavar": "MODEL,TASK,METHOD", "help": "run only this group; other groups may run in parallel"},
+    "--emit-slurm": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write a script that submits everything to SLURM, without running it",
+    },
 }
 
 

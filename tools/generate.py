@@ -1,11 +1,11 @@
-r"""Answer a prompt, or a file of prompts, with a base model or a trained one.
+r"""Generate answers to a prompt or a file of prompts, with a base model or a trained one.
 
 python tools/generate.py --load RUN --prompt $'English: Open file\nFrench:' --stop "\n"
 python tools/generate.py --pretrained-checkpoint FOLDER --prompt-file prompts.jsonl --output answers.jsonl
-torchrun --nproc-per-node N tools/generate.py ... splits the model; the layout's flags are those of pretrain_peft.py.
+torchrun --nproc-per-node N tools/generate.py ... splits the model, with the layout flags of pretrain_peft.py.
 
-Every other flag is one of pretrain_peft.py. With --load the model is what that run trained, and its flags need not be
-repeated. docs/evaluation.md has the details.
+All other flags are those of pretrain_peft.py. --load uses the model that a run trained, without repeating the run's
+flags. See docs/evaluation.md.
 """
 
 import sys
@@ -16,24 +16,32 @@ from megatron_peft.cli.parser import read_own_flags
 
 PROGRAM = "generate.py"
 FLAGS: dict[str, dict[str, Any]] = {
-    "--prompt": {"metavar": "TEXT", "help": "what to answer, as it stands; the answer is shown as it grows"},
-    "--prompt-file": {"metavar": "FILE", "help": "a prompt a line, or JSON lines with prompt or messages (.jsonl)"},
-    "--output": {"metavar": "FILE", "help": "JSON lines of prompt and answers (default: the terminal)"},
-    "--overwrite": {"action": "store_true", "help": "replace a file that is at --output already"},
-    "--max-new-tokens": {"type": int, "default": 128, "metavar": "N", "help": "longest answer (128)"},
-    "--temperature": {"type": float, "default": 0.0, "metavar": "X", "help": "0 takes the likeliest token (0)"},
-    "--top-p": {"type": float, "default": 1.0, "metavar": "X", "help": "draw from the likeliest X of probability (1)"},
-    "--top-k": {"type": int, "default": 0, "metavar": "N", "help": "draw from the N likeliest tokens (0: all)"},
-    "--num-samples": {"type": int, "default": 1, "metavar": "N", "help": "answers to each prompt (1)"},
+    "--prompt": {"metavar": "TEXT", "help": "the prompt; the answer is printed while it is generated"},
+    "--prompt-file": {"metavar": "FILE", "help": "one prompt per line, or .jsonl with prompt or messages"},
+    "--output": {"metavar": "FILE", "help": "write prompts and answers as JSON lines (default: print them)"},
+    "--overwrite": {"action": "store_true", "help": "replace an existing --output"},
+    "--max-new-tokens": {"type": int, "default": 128, "metavar": "N", "help": "tokens per answer, at most (128)"},
+    "--temperature": {"type": float, "default": 0.0, "metavar": "X", "help": "0 is greedy (0)"},
+    "--top-p": {
+        "type": float,
+        "default": 1.0,
+        "metavar": "X",
+        "help": "sample from the smallest set of tokens with probability X (1)",
+    },
+    "--top-k": {"type": int, "default": 0, "metavar": "N", "help": "sample from the N most likely tokens (0: all)"},
+    "--num-samples": {"type": int, "default": 1, "metavar": "N", "help": "answers per prompt (1)"},
     "--stop": {
         "nargs": "+",
         "default": [],
         "metavar": "TEXT",
-        "help": "an answer ends before these; \\n is a new line",
+        "help": "an answer ends before any of these; \\n is a newline",
     },
-    "--chat": {"action": "store_true", "help": "the prompt is what a user says: use the tokenizer's chat template"},
-    "--batch-size": {"type": int, "default": 16, "metavar": "N", "help": "answers that are generated together (16)"},
-    "--sampling-seed": {"type": int, "default": 1234, "metavar": "N", "help": "of answers that are drawn (1234)"},
+    "--chat": {
+        "action": "store_true",
+        "help": "treat the prompt as a user message and apply the tokenizer's chat template",
+    },
+    "--batch-size": {"type": int, "default": 16, "metavar": "N", "help": "answers generated together (16)"},
+    "--sampling-seed": {"type": int, "default": 1234, "metavar": "N", "help": "seed of sampling (1234)"},
 }
 
 

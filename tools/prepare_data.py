@@ -1,4 +1,4 @@
-"""Public files of a benchmark -> training files and tasks for tools/evaluate.py.
+"""Prepare training data and evaluation tasks from the public files of a benchmark.
 
 python tools/prepare_data.py glue --input GLUE_FOLDER --output data/glue
 python tools/prepare_data.py gsm8k --input FOLDER --output data/gsm8k
@@ -8,9 +8,9 @@ python tools/prepare_data.py humaneval --output data/humaneval
 python tools/prepare_data.py instructions --input code_alpaca.json --output data/code
 python tools/prepare_data.py my_task.yaml --input FOLDER --output data/my_task
 
-OUTPUT holds train.jsonl and valid.jsonl (for --train-data-path and --valid-data-path) and task files (for
---include-path); of GLUE there is such a folder for each task. No test item is in the training files.
-docs/benchmark-tasks.md has the formats, and how to add a task.
+OUTPUT gets train.jsonl and valid.jsonl (for --train-data-path and --valid-data-path) and task files (for
+--include-path of tools/evaluate.py); for GLUE, each task has such a folder. Test items are left out of the training
+files. docs/benchmark-tasks.md describes the formats, and how to add a task.
 """
 
 from __future__ import annotations
@@ -27,16 +27,30 @@ from megatron_peft.data.prepare import Benchmark, HashSplit, Prepared, prepare
 from megatron_peft.data.task_readers import TaskFile, load, shipped
 
 COMMON: dict[str, dict[str, Any]] = {
-    "--valid-percent": {"type": float, "default": 5.0, "metavar": "X", "help": "of the items, by hash (5)"},
-    "--test-percent": {"type": float, "metavar": "X", "help": "the same, where no test items are given (5)"},
-    "--seed": {"type": int, "default": 1234, "metavar": "N", "help": "of the split (1234)"},
+    "--valid-percent": {
+        "type": float,
+        "default": 5.0,
+        "metavar": "X",
+        "help": "percentage of items for validation, by hash (5)",
+    },
+    "--test-percent": {
+        "type": float,
+        "metavar": "X",
+        "help": "percentage of items for the test, if there is no test file (5)",
+    },
+    "--seed": {"type": int, "default": 1234, "metavar": "N", "help": "seed of the split (1234)"},
     "--overlap": {
         "default": "remove",
         "metavar": "remove|error",
-        "help": "what becomes of training items that are test items (remove)",
+        "help": "what to do with training items that are also test items (remove)",
     },
 }
-DOWNLOADS = {"type": Path, "default": Path("runs/downloads"), "metavar": "FOLDER", "help": "where to keep wheels"}
+DOWNLOADS = {
+    "type": Path,
+    "default": Path("runs/downloads"),
+    "metavar": "FOLDER",
+    "help": "folder for downloaded wheels",
+}
 
 
 def flags_of(task: TaskFile) -> dict[str, dict[str, Any]]:
@@ -47,7 +61,7 @@ def flags_of(task: TaskFile) -> dict[str, dict[str, Any]]:
     if task.reader == "table":
         flags["--skip-damaged"] = {
             "action": "store_true",
-            "help": "leave lines out that have another length than the header",
+            "help": "skip lines whose number of columns differs from the header's",
         }
     for name, summary in task.given.items():
         flags[f"--{name.replace('_', '-')}"] = {"required": True, "metavar": "NAME", "help": summary}

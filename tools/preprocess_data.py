@@ -1,7 +1,7 @@
-"""JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
+"""Convert JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
 
 python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --tokenizer-model HF_FOLDER --append-eod
-writes corpus_text_document.bin and corpus_text_document.idx, which --data-path corpus_text_document trains on.
+writes corpus_text_document.bin and corpus_text_document.idx; train on them with --data-path corpus_text_document.
 """
 
 import argparse
@@ -17,21 +17,25 @@ NOT_SERVED = ("split-sentences", "keep-newlines", "partitions", "vocab-file", "m
 def build_parser() -> argparse.ArgumentParser:
     """Megatron's names and defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="JSON-lines files, or patterns of such")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="fields to take, a dataset each (text)")
-    parser.add_argument("--output-prefix", required=True, help="PREFIX_KEY_document.bin and .idx are written")
+    parser.add_argument("--input", nargs="+", required=True, help="JSON-lines files, or glob patterns")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="fields to convert, each to its own dataset (text)"
+    )
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
     parser.add_argument(
         "--tokenizer-type",
         default="HuggingFaceTokenizer",
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
     )
-    parser.add_argument("--tokenizer-model", help="a Hugging Face folder, or a sentencepiece model")
-    parser.add_argument("--vocab-size", type=int, help="of the NullTokenizer")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
-    parser.add_argument("--log-interval", type=int, default=1000, help="records between two lines of progress (1000)")
+    parser.add_argument("--tokenizer-model", help="a Hugging Face folder or a SentencePiece model")
+    parser.add_argument("--vocab-size", type=int, help="vocabulary size of NullTokenizer")
+    parser.add_argument("--append-eod", action="store_true", help="append the end-of-document token to each document")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes (1)")
+    parser.add_argument("--log-interval", type=int, default=1000, help="records between progress lines (1000)")
     parser.add_argument(
-        "--keep-sequential-samples", action="store_true", help="for Megatron's scripts: order is always kept"
+        "--keep-sequential-samples",
+        action="store_true",
+        help="accepted for Megatron's scripts; the order is always kept",
     )
     for name in NOT_SERVED:
         parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
-"""Make tables and plots of what tools/experiment.py has run, beside the paper's own numbers.
+"""Make tables and plots from the results of tools/experiment.py, next to the paper's numbers.
 
-python tools/report.py FOLDER reads FOLDER/cells and FOLDER/experiment.yaml and writes report.html (one page that opens
-offline), report.md, table1.csv, table1.tex and the figures as PNG and SVG. It may be called while the experiment runs.
-docs/experiments.md has the details.
+python tools/report.py FOLDER reads FOLDER/cells and FOLDER/experiment.yaml and writes report.html (one self-contained
+page), report.md, table1.csv, table1.tex and the figures as PNG and SVG. The experiment may still be running.
+See docs/experiments.md.
 """
 
 import argparse
@@ -14,9 +14,13 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, require_packages
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "--output": {"type": Path, "metavar": "DIR", "help": "write there, with a copy of the cells (FOLDER)"},
-    "--experiment": {"type": Path, "metavar": "FILE.yaml", "help": "what the cells are of (FOLDER/experiment.yaml)"},
-    "--against": {"metavar": "METHOD", "help": "test the others against it (the first Hybrid)"},
+    "--output": {"type": Path, "metavar": "DIR", "help": "folder for the report and a copy of the cells (FOLDER)"},
+    "--experiment": {
+        "type": Path,
+        "metavar": "FILE.yaml",
+        "help": "the experiment of the cells (FOLDER/experiment.yaml)",
+    },
+    "--against": {"metavar": "METHOD", "help": "the method that the others are tested against (the first Hybrid)"},
 }
 
 

@@ -1,0 +1,1 @@
+import megatron_peft.runtime  # before megatron-core, whose warnings about optional packages it silences
