@@ -15,7 +15,7 @@ from megatron_peft.config import METHODS, RunConfig, flag
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
     "model",
-    "network size (optional: compared with the checkpoint)",
+    "network size (optional; compared with the checkpoint)",
     "PEFT",
     "data",
     "tokenizer",
@@ -28,7 +28,7 @@ GROUPS = (
     "checkpointing",
     "distributed",
     "logging",
-    "accepted, since they hold here anyway",
+    "accepted without effect (always the case here)",
 )
 SHAPE, RECOMPUTE, ACCEPTED_GROUP = GROUPS[1], GROUPS[9], GROUPS[14]
 SECTION_GROUPS = {
@@ -62,21 +62,21 @@ RUN_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0}  # a pretrained
 # Spelled-out names of Megatron-LM that say something about the shape: -> (type or constant, help).
 SHAPE_VALUES: Mapping[str, tuple[type | tuple[str, ...], str]] = {
     "norm_epsilon": (float, "epsilon of the norms"),
-    "max_position_embeddings": (int, "longest sequence that the model was made for, in tokens"),
+    "max_position_embeddings": (int, "longest sequence of the model, in tokens"),
     "position_embedding_type": (("rope", "alibi"), "kind of position embedding"),
     "rotary_base": (float, "base of the rotary embedding"),
-    "rotary_percent": (float, "part of a head that is rotated; Llama rotates all of it: 1"),
-    "rope_scaling_factor": (float, "factor of Llama 3's rope scaling"),
+    "rotary_percent": (float, "fraction of a head that is rotated; 1 for Llama"),
+    "rope_scaling_factor": (float, "factor of Llama 3's RoPE scaling"),
 }
 SHAPE_CLAIMS = {
-    "group_query_attention": "heads share keys and values",
+    "group_query_attention": "query heads share keys and values",
     "use_rotary_position_embeddings": "the position embedding is rotary",
-    "use_rope_scaling": "the rotary embedding is scaled as in Llama 3",
-    "swiglu": "the MLP is gated, with SiLU",
-    "openai_gelu": "the activation is GELU in its tanh form",
-    "disable_bias_linear": "linear layers have no bias (but see --add-qkv-bias)",
+    "use_rope_scaling": "use Llama 3's RoPE scaling",
+    "swiglu": "gated MLP with SiLU",
+    "openai_gelu": "GELU activation with the tanh approximation",
+    "disable_bias_linear": "linear layers without bias (except --add-qkv-bias)",
     "add_qkv_bias": "linear_qkv has a bias",
-    "untie_embeddings_and_output_weights": "the output layer has a weight of its own",
+    "untie_embeddings_and_output_weights": "the output layer does not share the embedding's weight",
 }
 # Spelled-out names that set a field of TransformerConfig: -> (field, value, help).
 RUN_SWITCHES: Mapping[str, tuple[str, Any, str]] = {
@@ -92,13 +92,13 @@ RUN_SWITCHES: Mapping[str, tuple[str, Any, str]] = {
 }
 # Flags that ask for what is always so: -> why. They change nothing.
 ACCEPTED = {
-    "--use-mcore-models": "models are always built of megatron-core",
+    "--use-mcore-models": "models are always built with megatron-core",
     "--use-dist-ckpt": "checkpoints are always distributed",
     "--calculate-per-token-loss": "the loss is always the mean over the tokens of the global batch",
     "--accumulate-allreduce-grads-in-fp32": "gradients are always reduced in float32",
     "--attention-softmax-in-fp32": "torch and Transformer Engine compute the softmax in float32",
-    "--no-initialization": "weights are always read, never drawn",
-    "--no-one-logger": "that service is never called",
+    "--no-initialization": "weights are always loaded, never initialized",
+    "--no-one-logger": "that service is never used",
 }
 ACCEPTED_VALUES = {"--ckpt-format": ("torch_dist",)}
 
