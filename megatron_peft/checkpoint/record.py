@@ -132,8 +132,6 @@ def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
 
 # Whether a run may load a checkpoint. Every contradiction is an error with both values and the way out.
 
-# Fields of PeftConfig that a resumed run may change. Method and target modules are compared apart.
-FREE_TO_CHANGE = {"method", "target_modules", "lora_dropout", "lora_plus_ratio", "lora_max_norm_ratio"}
 # Section -> fields that a resumed run may change with a warning: other samples, or other updates.
 CHANGED_WITH_WARNING = {
     "data": ("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "seed"),
@@ -275,7 +273,8 @@ def _other_numbers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
     if not current.config.peft.trains_adapters:
         return
     peft = current.config.peft
-    for name in sorted(peft.spec.fields(peft) - FREE_TO_CHANGE):
+    may_change = {one.name for one in dataclasses.fields(peft) if one.metadata["may_change"]}
+    for name in sorted(peft.spec.fields(peft) - may_change):
         there, now = getattr(record.config.peft, name), getattr(current.config.peft, name)
         if there != now:
             yield (

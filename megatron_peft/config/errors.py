@@ -16,6 +16,7 @@ def option(
     group: str | None = None,
     flags: tuple[str, ...] = (),
     metavar: str | None = None,
+    may_change: bool = False,
 ) -> T:
     """A dataclass field with everything that there is to say about its flag.
 
@@ -26,9 +27,10 @@ def option(
         group: title under which `--help` lists it; None: that of the section.
         flags: spellings; by default `--field-name`.
         metavar: placeholder of the value in `--help`; by default that of its type.
+        may_change: of a method's flag: a resumed run may have another value.
     """
     described = {"help": help, "check": check, "group": group, "flags": flags, "metavar": metavar}
-    return field(default=default, metadata=described)  # pyright: ignore[reportReturnType]
+    return field(default=default, metadata={**described, "may_change": may_change})  # pyright: ignore[reportReturnType]
 
 
 class ConfigurationError(ValueError):

@@ -31,12 +31,13 @@ LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 class PeftOptions:
     """What is trained, for every method. Subclasses add the flags of methods; `PeftConfig` inherits all of them."""
 
-    method: str = option("lora", "fine-tuning method", flags=("--peft-method",))
+    method: str = option("lora", "fine-tuning method", flags=("--peft-method",), may_change=True)
     target_modules: tuple[str, ...] = option(
         LINEAR_MODULES,
         "layers to adapt: linear_qkv linear_proj linear_fc1 linear_fc2, Hugging Face names (a fused layer is adapted "
         "as a whole) or wildcards",
         flags=("--peft-target-modules",),
+        may_change=True,  # the adapted layers are compared instead
     )
 
 

@@ -20,14 +20,19 @@ class LowRankOptions(PeftOptions):
 
     lora_rank: int = option(16, "r, the inner size of the low-rank factors", check="positive")
     lora_alpha: float = option(32, "the low-rank change is scaled by alpha / r", check="positive")
-    lora_dropout: float = option(0.0, "dropout probability on the input of the low-rank path", check="fraction")
+    lora_dropout: float = option(
+        0.0, "dropout probability on the input of the low-rank path", check="fraction", may_change=True
+    )
     lora_rs: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
-    lora_plus_ratio: float = option(1.0, "learning rate of B divided by that of A (LoRA+)", check="positive")
+    lora_plus_ratio: float = option(
+        1.0, "learning rate of B divided by that of A (LoRA+)", check="positive", may_change=True
+    )
     lora_max_norm_ratio: float | None = option(
         None,
         "after each step, scale the low-rank change of a weight down to at most this fraction of the weight's own "
         "Frobenius norm",
         check="positive",
+        may_change=True,
     )
 
     @property
