@@ -3,6 +3,7 @@ not there."""
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_names_are_the_fields_own(path: Path) -> None:
     kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     names = [path.stem, *(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))]
     assert [name for name in names if odd(name)] == []
+
+
+def test_one_name_is_one_thing() -> None:
+    trees = (ast.parse(path.read_text()).body for path in (ROOT / "megatron_peft").rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
 
 
 @pytest.mark.parametrize(

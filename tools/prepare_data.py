@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.data.prepare import Benchmark, HashSplit, Prepared, prepare
+from megatron_peft.data.prepare import BenchmarkData, HashSplit, Prepared, prepare
 from megatron_peft.data.task_readers import TaskFile, load, shipped
 
 COMMON: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def benchmarks(args: argparse.Namespace) -> Iterator[tuple[Path, Benchmark]]:
+def benchmarks(args: argparse.Namespace) -> Iterator[tuple[Path, BenchmarkData]]:
     """The folder of each task, and what goes into it."""
     for name in getattr(args, "tasks", args.members):
         task: TaskFile = args.members[name]
@@ -154,7 +154,7 @@ def fetch(task: TaskFile, downloads: Path) -> list[Path]:
 
 
 def prepare_all(
-    named: Iterator[tuple[Path, Benchmark]], output: Path, split: HashSplit, overlap: str
+    named: Iterator[tuple[Path, BenchmarkData]], output: Path, split: HashSplit, overlap: str
 ) -> list[Prepared]:
     """Every folder, or none: GLUE has four in `output`."""
     was_there, made = output.exists(), []

@@ -190,7 +190,7 @@ _GROUP_TIMEOUT = datetime.timedelta(hours=6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """Result of a save, the same on all ranks. `error` is None if the checkpoint was published."""
 
     iteration: int
@@ -242,15 +242,15 @@ class Saver:
             save.set_exception(error)
         self._pending = state.position.iteration, save
 
-    def finish(self, wait: bool = True) -> Outcome | None:
-        """Outcome of the last `start`; None if there was none, or without `wait` if it is still being written."""
+    def finish(self, wait: bool = True) -> SaveOutcome | None:
+        """The outcome of the last `start`; None if there was none, or without `wait` if it is still being written."""
         if self._pending is None or not (wait or self._pending[1].done()):
             return None
         (iteration, save), self._pending = self._pending, None
         error = save.exception()
         if error is not None and not isinstance(error, CheckpointNotSaved):
             raise error
-        return Outcome(iteration, error)
+        return SaveOutcome(iteration, error)
 
     def __enter__(self) -> "Saver":
         return self

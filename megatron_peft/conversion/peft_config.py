@@ -20,7 +20,7 @@ from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.hf_files import Source, listed
-from megatron_peft.conversion.trained_adapters import Factors, fuse, layer_of, modules_of
+from megatron_peft.conversion.trained_adapters import LowRankFactors, fuse, layer_of, modules_of
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape, number, size, switch
 
@@ -379,16 +379,18 @@ class LoraImport:
         targets = shortest_targets(fused, shape.num_layers)
         return Adopted(targets, own, tensors, grown * (rank != settings.rank))
 
-    def _found(self, rule: Rule) -> dict[str, Factors]:
+    def _found(self, rule: Rule) -> dict[str, LowRankFactors]:
         """In float32, of the modules that have them."""
         modules = (module for module in modules_of(rule) if self.settings.is_targeted(module))
         return {
-            module: Factors(*(whole_tensor(self.source, f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"))
+            module: LowRankFactors(
+                *(whole_tensor(self.source, f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
+            )
             for module in modules
         }
 
 
-def _check_rank(rank: int, fused: Mapping[str, Factors], settings: LoraSettings) -> None:
+def _check_rank(rank: int, fused: Mapping[str, LowRankFactors], settings: LoraSettings) -> None:
     """A rank above the smaller side of a layer would be refused at --load."""
     side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
     require(

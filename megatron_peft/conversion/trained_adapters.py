@@ -37,7 +37,7 @@ WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankFactors:
     """A [r, in] and B [out, r]; the change of the weight is B A times a scale that a whole adapter has in common."""
 
     A: Tensor
@@ -47,11 +47,11 @@ class Factors:
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def padded(self, rank: int) -> "Factors":
+    def padded(self, rank: int) -> "LowRankFactors":
         """The same change at a higher rank. What is added is zero on both sides, so training leaves it at zero."""
         more = rank - self.rank
         A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
-        return Factors(A, torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1))
+        return LowRankFactors(A, torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1))
 
 
 def modules_of(rule: Rule) -> dict[str, tuple[int, ...]]:
@@ -75,7 +75,7 @@ def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
     return {name.removesuffix(WEIGHT): own for name, own in rows.items()}
 
 
-def fuse(rule: Rule, found: Mapping[str, Factors]) -> Factors:
+def fuse(rule: Rule, found: Mapping[str, LowRankFactors]) -> LowRankFactors:
     """The adapters of a layer's modules as one of the fused layer.
 
     With one A in common the rank stays. Otherwise A is [A_q; A_k; A_v] and B has each module's B in its own rows and
@@ -92,7 +92,7 @@ def fuse(rule: Rule, found: Mapping[str, Factors]) -> Factors:
     rule_of_B = _with_columns(rule, A.shape[0])
     B = A.new_empty(rule_of_B.local_shape(1))
     rule_of_B.read(B, _Held(rows), 0, 1)
-    return Factors(A, B)
+    return LowRankFactors(A, B)
 
 
 def _with_columns(rule: Rule, num_columns: int) -> Rule:

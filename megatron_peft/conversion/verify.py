@@ -53,7 +53,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """Differences of two models; `same_best` of `num_positions` positions have the same most likely token."""
 
     logits: Difference
@@ -78,7 +78,7 @@ def verify(
     pretrained_checkpoint: str | Path | None = None,
     num_tokens: int = 64,
     seed: int = 0,
-) -> Comparison:
+) -> LogitComparison:
     """Compare the models of two folders on random tokens.
 
     Args:
@@ -103,11 +103,11 @@ def verify(
     return compare(*(subject.trace(subject, tokens) for subject in subjects))
 
 
-def compare(trace: Trace, reference: Trace) -> Comparison:
+def compare(trace: Trace, reference: Trace) -> LogitComparison:
     """Differences of `trace` from `reference`."""
     same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
     layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]
-    return Comparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
+    return LogitComparison(Difference.of(trace.logits, reference.logits), layers, int(same.sum()), same.numel())
 
 
 def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) -> Subject:

@@ -212,7 +212,7 @@ class Tests:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkData:
     """What `prepare` makes a folder from.
 
     Args:
@@ -238,7 +238,7 @@ class Prepared:
     tasks: tuple[str, ...] = ()
 
 
-def prepare(benchmark: Benchmark, folder: Path, split: HashSplit, overlap: str = "remove") -> Prepared:
+def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: str = "remove") -> Prepared:
     """Write `folder`, which must not exist yet.
 
     overlap: what to do with a training item that is also a test item, 'remove' it or raise an 'error' with both places.
@@ -287,7 +287,7 @@ class _Writer:
     _open: dict[str, IO[str]] = field(default_factory=dict)
     _most_examples: int = 0
 
-    def write(self, benchmark: Benchmark) -> "_Writer":
+    def write(self, benchmark: BenchmarkData) -> "_Writer":
         tested_by_split = None
         for tests in benchmark.tests:  # first: what they hold must not get into the training data
             if not self._write_tests(tests):
@@ -353,7 +353,7 @@ class _Writer:
         self.counts[name] += 1
 
 
-def _numbers_of_examples(benchmark: Benchmark) -> list[int]:
+def _numbers_of_examples(benchmark: BenchmarkData) -> list[int]:
     """Solved items that each task shows before a question, without --num-fewshot."""
     settings = [template.settings for tests in benchmark.tests for template in tests.tasks]
     return [one["num_fewshot"] for one in settings if "fewshot_split" in one]

@@ -18,7 +18,7 @@ from zipfile import BadZipFile, ZipFile
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
 from megatron_peft.data.jsonl import JsonRecords
-from megatron_peft.data.prepare import TASKS, Benchmark, Document, TaskTemplate, Tests, split_task_file
+from megatron_peft.data.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
 
@@ -95,7 +95,7 @@ class TaskFile:
         *,
         skip_damaged: bool = False,
         held_out: Sequence[Path] = (),
-    ) -> Benchmark:
+    ) -> BenchmarkData:
         """What `prepare` writes.
 
         Args:
@@ -121,7 +121,7 @@ class TaskFile:
             tests.append(Tests(tuple(templates), read(paths) if paths else (), f"{file}.jsonl"))
         documents = read(sources.get(self.train, [inputs[0] / self.train])) if self.train else ()
         held = load(self.held_out).documents(held_out) if held_out else ()
-        return Benchmark(template if self.train else None, documents, tests, held)
+        return BenchmarkData(template if self.train else None, documents, tests, held)
 
     def _changes(self, options: Mapping[str, Any]) -> dict[str, str]:
         """Old text -> new, of the task."""

@@ -67,7 +67,7 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoReport:
     """What report.json holds. BLEU is sacreBLEU's, 0 to 100; losses are means over the held-out completions' tokens.
 
     seconds: of the whole call that wrote the report, less in a second call; training_seconds: of the training steps.
@@ -89,7 +89,7 @@ class Report:
     translations: tuple[Translation, ...]
 
 
-def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()) -> Report:
+def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()) -> DemoReport:
     """Run what is missing under `folder`; writes report.json and report.png.
 
     Args:
@@ -201,9 +201,9 @@ def _launch(*command: str) -> None:
 
 def _report(
     method: str, files: PairFiles, before: DemoScore, after: DemoScore, records: list[dict[str, Any]], started_at: float
-) -> Report:
+) -> DemoReport:
     held_out = read_pairs(files.valid)
-    return Report(
+    return DemoReport(
         bleu_before=before.bleu,
         bleu_after=after.bleu,
         validation_loss_before=before.validation_loss,
@@ -248,7 +248,7 @@ def _print_progress(text: str) -> None:
 NUM_SHOWN = 4  # translations on the terminal
 
 
-def print_report(report: Report, folder: Path, console: Console | None = None) -> None:
+def print_report(report: DemoReport, folder: Path, console: Console | None = None) -> None:
     """Scores before and after, what was trained, a few translations, and where to find the rest."""
     console = Console() if console is None else console
     console.print(_scores(report), _translations(report), markup=False)
@@ -261,7 +261,7 @@ def print_report(report: Report, folder: Path, console: Console | None = None) -
     )
 
 
-def _scores(report: Report) -> Table:
+def _scores(report: DemoReport) -> Table:
     table = Table(title=f"{report.held_out_messages} held-out messages")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
@@ -270,7 +270,7 @@ def _scores(report: Report) -> Table:
     return table
 
 
-def _translations(report: Report) -> Table:
+def _translations(report: DemoReport) -> Table:
     table = Table("English", "Reference", "Before", "After", show_lines=True)
     for example in report.translations[:NUM_SHOWN]:
         table.add_row(example.source, example.reference, example.before, example.after)

@@ -224,7 +224,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Progress:
+class CellProgress:
     """The state of a group: records of its grid, the chosen point, records of its final cells, and how many scored."""
 
     tuning: tuple[CellRecord | None, ...]
@@ -239,14 +239,14 @@ class Progress:
         return trained and (not self.is_scored or self.num_scored == len(self.finals))
 
 
-def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> Progress:
+def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> CellProgress:
     """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
     tuning = tuple(read_record(folder, cell) for cell in group.tuning)
     best = _best(group, tuning, gave_up)
     finals = () if best is None else tuple(read_record(folder, cell) for cell in group.finals[best])
     score = group.task.score
     scored = sum(score is not None and record is not None and has_scores(record, score) for record in finals)
-    return Progress(tuning, best, finals, scored, score is not None)
+    return CellProgress(tuning, best, finals, scored, score is not None)
 
 
 def work(

@@ -28,8 +28,8 @@ from megatron_peft.config.untrusted import read_json
 from megatron_peft.experiment import process
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import (
+    CellProgress,
     CellRecord,
-    Progress,
     Work,
     from_metrics,
     losses_of_grid,
@@ -367,7 +367,7 @@ def table(folder: Path, groups: Sequence[Group]) -> Table:
     return shown
 
 
-def _cells_of(group: Group, now: Progress) -> tuple[str, ...]:
+def _cells_of(group: Group, now: CellProgress) -> tuple[str, ...]:
     tuned = sum(record is not None and record.is_trained for record in now.tuning)
     trained = [record for record in now.finals if record is not None and record.is_trained]
     failed = sum(record is not None and not record.is_trained for record in (*now.tuning, *now.finals))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_peft.checkpoint.save import Outcome, Saver
+from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.training.after_step import mixtures
@@ -264,7 +264,7 @@ class _Run:
             raise outcome.error
         self._report_save(outcome)
 
-    def _report_save(self, outcome: Outcome | None) -> None:
+    def _report_save(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
             return
         if outcome.error is not None:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.trained_adapters import (
-    Factors,
+    LowRankFactors,
     fuse,
     layer_of,
     modules_of,
@@ -61,17 +61,17 @@ RULES = {name: rule for name, rule in rules_for(SHAPE).items() if ".layers.1." i
 LINEAR = [rule for name, rule in RULES.items() if ".linear_" in name]
 
 
-def draw(out: int, columns: int, rank: int, seed: int) -> Factors:
+def draw(out: int, columns: int, rank: int, seed: int) -> LowRankFactors:
     generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, columns, generator=generator), torch.randn(out, rank, generator=generator))
+    return LowRankFactors(torch.randn(rank, columns, generator=generator), torch.randn(out, rank, generator=generator))
 
 
-def split(rule, fused: Factors) -> dict[str, Factors]:
+def split(rule, fused: LowRankFactors) -> dict[str, LowRankFactors]:
     """As an export to HF PEFT: every module has A, and its own rows of B."""
-    return {module: Factors(fused.A, B) for module, B in rows_of_modules(rule, fused.B).items()}
+    return {module: LowRankFactors(fused.A, B) for module, B in rows_of_modules(rule, fused.B).items()}
 
 
-def change(factors: Factors) -> torch.Tensor:
+def change(factors: LowRankFactors) -> torch.Tensor:
     return factors.B.double() @ factors.A.double()
 
 

