@@ -20,6 +20,7 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weigh
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank
 from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.config import PeftConfig
+from megatron_peft.config.methods.hybrid import rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 
@@ -47,7 +48,7 @@ class Hybrid(nn.Module):
         self.layout = layout
         self.low_rank = LowRank(layout, peft, f"{name}.low_rank", seed, dtype)
         build_rotation, _ = ROTATIONS[peft.hybrid_rotation]
-        self.rotation = build_rotation(layout, peft, name, seed, dtype)
+        self.rotation = build_rotation(layout, rotation_options(peft), name, seed, dtype)
         self.merges = peft.hybrid_merge_interval is not None
         device = torch.cuda.current_device()
         self.register_buffer("mix", torch.tensor(peft.initial_mix, device=device))

@@ -1,5 +1,6 @@
 """Fields that explain and check themselves, and everything that is wrong with a configuration in one error."""
 
+from collections.abc import Collection
 from dataclasses import Field, field, fields
 from importlib import import_module
 from typing import Any, Literal, TypeVar
@@ -97,10 +98,11 @@ class Requirements:
         if not condition:
             self.problems.append(message)
 
-    def fields(self) -> None:
-        """The `check` of every field of the dataclass."""
+    def fields(self, names: Collection[str] | None = None) -> None:
+        """The `check` of every field of the dataclass, or of those that are named."""
         for one in fields(self.config):  # pyright: ignore[reportArgumentType]
-            if check := one.metadata.get("check"):
+            check = one.metadata.get("check")
+            if check and (names is None or one.name in names):
                 getattr(self, check)(one.name)
 
     def positive(self, *names: str) -> None:
@@ -116,7 +118,7 @@ class Requirements:
     def fraction(self, *names: str) -> None:
         for name in names:
             value = getattr(self.config, name)
-            self(0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
+            self(value is None or 0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
 
     def not_empty(self, *names: str) -> None:
         for name in names:

@@ -122,7 +122,9 @@ def field_names(config_class: type) -> tuple[str, ...]:
 def config_to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """{section: {field: value}} with lists for tuples; what `config_from_dict` reads back to an equal RunConfig."""
     return {
-        section: {name: _plain(getattr(part, name)) for name in field_names(type(part))}
+        section: {
+            name: _plain(getattr(part, name)) for name in getattr(part, "recorded_fields", field_names(type(part)))
+        }
         for section, part in ((name, getattr(config, name)) for name in field_names(RunConfig))
     }
 
@@ -133,6 +135,9 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     Raises ConfigurationError for fields that this version does not know, and for values that contradict one another.
     """
     section_classes = get_type_hints(RunConfig)
+    method = record.get("peft", {}).get("method", PeftConfig.method)
+    if isinstance(method, str):
+        PeftConfig(method)  # or an error that says why the method is not here
     unknown = [
         f"{section}.{name}"
         for section, values in record.items()
@@ -141,8 +146,8 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     ]
     if unknown:
         raise ConfigurationError(
-            f"the run's record holds {', '.join(unknown)}, which this version of megatron_peft does not know: "
-            f"it was written by a newer one."
+            f"the run's record holds {', '.join(unknown)}, which this installation does not know: it was written by a "
+            f"newer version of megatron_peft, or with another package of methods."
         )
     return RunConfig(**{name: _section(cls, record.get(name, {})) for name, cls in section_classes.items()})
 

@@ -166,7 +166,8 @@ def training_summary(
             "WARNING: the pretrained weights of these layers are DISCARDED and replaced by new ones: the model does "
             "not start from the pretrained one."
         )
-    lines += [f"note: {flag} has no effect on --peft-method {config.peft.method}" for flag in config.peft.unused_flags]
+    method = config.peft.spec.describe(config.peft)
+    lines += [f"note: {flag} has no effect with {method}" for flag in config.peft.unused_flags]
     share = 100 * counts.trainable / max(counts.total, 1)
     lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
     weights, gradients, moments = rank_bytes(config, model_chunks)

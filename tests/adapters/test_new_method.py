@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict
 from tests.adapters.new_method_runs import LAYOUTS
 from tests.time_limits import seconds
 
@@ -116,27 +117,56 @@ def test_a_package_of_its_own_announces_it(tmp_path):
     assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
 
 
-@pytest.mark.parametrize(
-    ("declaration", "method", "told"),
-    [
-        (
-            "import nowhere",
-            "gains",
-            "--peft-method gains cannot be used: it is in the installed package your",
-        ),
-        (
-            FILES[DECLARATION].replace('name = "gains"', 'name = "lora"'),
-            "lora",
-            "your-package has one of the",
-        ),
-        ("import nowhere", "lora", ""),
-    ],
-)
-def test_a_package_that_cannot_be_served_is_told_to_who_asks_for_it(tmp_path, declaration, method, told):
+SOURCE = FILES[DECLARATION]
+PLAIN_FIELD = re.sub(r"(gains_bound: float = )option\(.*\)", r"\g<1>0.9", SOURCE)
+BASES = "from megatron_peft.config.methods.low_rank import LoraGaOptions\n"
+BASES += "from megatron_peft.config.methods.urnn import UrnnOptions\n"
+OTHER_ORDER = BASES + SOURCE.replace("GainsOptions(PeftOptions)", "GainsOptions(LoraGaOptions, UrnnOptions)")
+NO_DATACLASS = SOURCE.replace("@dataclass(frozen=True)\nclass GainsOptions(PeftOptions)", "class GainsOptions")
+BROKEN = {
+    "cannot be imported": ("import nowhere", "No module named 'nowhere'"),
+    "another object": ("GAINS = 3", "declares 3, which is not a Method"),
+    "a name twice": (SOURCE.replace('name = "gains"', 'name = "lora"'), "so has megatron_peft.config.methods.low_rank"),
+    "a plain field": (PLAIN_FIELD, "its field gains_bound is not declared with option()"),
+    "another's field": (SOURCE.replace("gains_lr_ratio: float", "lora_rank: int"), "its field lora_rank is one of"),
+    "the run's field": (SOURCE.replace("gains_lr_ratio: float", "seed: int"), "its field seed is one of another"),
+    "no dataclass": (NO_DATACLASS, "is not a dataclass derived from PeftOptions"),
+    "another order": (OTHER_ORDER, "its options cannot be combined with those of other methods"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_package_that_cannot_be_used_is_an_error_only_for_its_method(tmp_path, kind):
+    declaration, reason = BROKEN[kind]
     packages = install(tmp_path / "packages", declaration)
-    program = f"from megatron_peft.config import PeftConfig; PeftConfig({method!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(packages)}, "capture_output": True, "text": True},
+    program = """
+from megatron_peft.config import ConfigurationError, PeftConfig
+print(PeftConfig("boft").lora_rank, PeftConfig("boft").method)
+try:
+    PeftConfig(METHOD)
+except ConfigurationError as error:
+    print(error)
+""".replace("METHOD", repr("lora" if kind == "a name twice" else "gains"))
+    told = in_tree(ROOT, sys.executable, "-c", program, PYTHONPATH=os.pathsep.join([str(ROOT), str(packages)]))
+    assert (
+        told.startswith("16 boft\n--peft-method ") and "cannot be used: the installed package your-package has" in told
     )
-    assert told in done.stderr if told else done.returncode == 0
+    assert reason in told
+
+
+def test_a_record_is_read_without_the_package_of_another_method(tmp_path):
+    """And that of its own method names what is missing."""
+    packages = install(tmp_path / "packages")
+    write = (
+        "import json; "
+        "from megatron_peft.config import DataConfig as D, ModelConfig as M, ParallelConfig as P, RunConfig, "
+        "PeftConfig, TrainingConfig as T, config_to_dict\n"
+        "for method in ('lora', 'gains'): "
+        "print(json.dumps(config_to_dict(RunConfig(P(), M('m'), PeftConfig(method), D(), T()))))"
+    )
+    path = os.pathsep.join([str(ROOT), str(packages)])
+    lora, gains = map(json.loads, in_tree(ROOT, sys.executable, "-c", write, PYTHONPATH=path).splitlines())
+    assert not any("gains" in name for name in lora["peft"]) and gains["peft"]["gains_bound"] == 0.9
+    assert config_from_dict(lora).peft == PeftConfig("lora")
+    with pytest.raises(ConfigurationError, match="--peft-method gains is not one of full, lora"):
+        config_from_dict(gains)

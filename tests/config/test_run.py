@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.config import (
+    METHODS,
     CheckpointConfig,
     ConfigurationError,
     DataConfig,
@@ -60,7 +61,6 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"method": "hybrid", "hybrid_lambda_init": 0.99}, "--hybrid-lambda-init 0.99 and --hybrid-lambda-max 0.98"),
         ({"method": "hybrid", "hybrid_lambda_min": 0.0}, "--hybrid-lambda-min 0.0"),
         ({"method": "hybrid", "hybrid_merge_interval": 0}, "--hybrid-merge-interval is 0; it must be above 0"),
-        ({"method": "hybrid", "rotation_side": "input"}, "rotates the output side"),
         ({"target_modules": ()}, "--peft-target-modules needs at least one name"),
     ],
     DataConfig: [
@@ -215,6 +215,7 @@ def rotation_rate(peft: PeftConfig) -> float | None:
         ("hybrid", {"urnn_block_size": 32, "boft_factors": 2}, {"--urnn-block-size 32"}),
         ("hybrid", {"hybrid_rotation": "urnn", "boft_factors": 2, "urnn_block_size": 32}, {"--boft-factors 2"}),
         ("hybrid", {"hybrid_rotation": "urnn", "urnn_mode": "replace"}, {"--urnn-mode replace"}),
+        ("hybrid", {"rotation_side": "input"}, {"--rotation-side input"}),
         ("hybrid", {"lora_rank": 8, "lora_rs": True, "urnn_block_size": 64}, set()),
     ],
 )
@@ -241,6 +242,20 @@ def test_record_of_an_older_version_takes_defaults(config: RunConfig) -> None:
     record = config_to_dict(config)
     del record["logging"], record["peft"]["lora_rs"]
     assert config_from_dict(record) == config
+
+
+def test_a_record_holds_no_flags_of_other_methods_but_those_that_were_set() -> None:
+    config = run_config(lora_rank=4, boft_factors=2)
+    recorded = config_to_dict(config)["peft"]
+    assert recorded.keys() == METHODS["lora"].fields(config.peft) | {"boft_factors"}
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_a_record_of_a_method_that_is_not_installed_is_refused_by_its_name(config: RunConfig) -> None:
+    record = config_to_dict(config)
+    record["peft"] |= {"method": "gains", "gains_bound": 0.5}
+    with pytest.raises(ConfigurationError, match="--peft-method gains is not one of full, lora"):
+        config_from_dict(record)
 
 
 @pytest.mark.parametrize(("section", "name"), [("peft", "quantum_rank"), ("quantum", "rank")])

@@ -55,7 +55,7 @@ def test_discarding_weights_gives_a_warning(state):
 
 def test_flags_without_effect_are_named_once(state):
     lines = _summary(state, NAMES, method="lora", boft_factors=2).splitlines()
-    assert lines[1] == "note: --boft-factors 2 has no effect on --peft-method lora"
+    assert lines[1] == "note: --boft-factors 2 has no effect with --peft-method lora"
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,25 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 `tensors` maps the names of the adapter's parameters and buffers to whole tensors, whatever layout they were trained at.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
+from inspect import get_annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_peft.config.errors import Requirements, flag_of, option, spelled
+from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
+from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_peft.config.run import RunConfig
 
+SECTIONS = (  # of a run, beside PeftConfig: their fields' names are taken
+    *(ModelConfig, ParallelConfig, DataConfig, TrainingConfig),
+    *(OptimizerSettings, CheckpointConfig, LoggingConfig),
+)
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -80,6 +87,10 @@ class Method:
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
     starts_from_gradients: bool = False
+
+    def describe(self, peft: Any) -> str:
+        """The flags that select the method, for messages."""
+        return f"--peft-method {self.name}"
 
     def fields(self, peft: Any) -> set[str]:
         """Fields of `PeftConfig` that the method reads; the others have no effect."""
@@ -182,41 +193,69 @@ def _load_methods() -> tuple[dict[str, Method], dict[str, str]]:
     found: dict[str, Method] = {}
     unusable: dict[str, str] = {}
     for point in (*(EntryPoint(path, path, GROUP) for path in BUILT_IN), *entry_points(group=GROUP)):
-        package = point.dist.name if point.dist else __package__
+        package = f"the installed package {point.dist.name}" if point.dist else "megatron_peft"
         try:
-            method: Method = point.load()
+            method = point.load()
+            problem = _problem_of(method, found)
         except Exception as error:
-            unusable[point.name] = f"it is in the installed package {package}, which cannot be imported: {error!r}."
+            unusable[point.name] = f"{package} has it, but cannot be imported: {error!r}."
             continue
-        if method.name in found:
-            unusable[method.name] = f"the installed package {package} has one of the same name: uninstall that package."
-        found.setdefault(method.name, method)
+        if problem:
+            unusable[getattr(method, "name", point.name)] = f"{package} has it, but {problem}."
+        else:
+            found[method.name] = method
     return found, unusable
 
 
-METHODS, _UNUSABLE = _load_methods()
+def _problem_of(method: Any, others: Mapping[str, Method]) -> str:
+    """Why a declaration cannot stand beside the others; empty if it can."""
+    if not isinstance(method, Method):
+        return f"declares {method!r}, which is not a Method"
+    if method.name in others:
+        return f"so has {type(others[method.name]).__module__}: uninstall that package"
+    known = {kind for other in others.values() for options in other.options for kind in options.__mro__}
+    known |= {*PeftOptions.__mro__, *SECTIONS}
+    taken = {one.name for kind in known if is_dataclass(kind) for one in fields(kind)}
+    for options in method.options:
+        if not (is_dataclass(options) and issubclass(options, PeftOptions)):
+            return f"{options!r} is not a dataclass derived from PeftOptions"
+        own = {name for kind in options.__mro__ if kind not in known for name in get_annotations(kind)}
+        if own & taken:
+            return f"its field {min(own & taken)} is one of another method, or of the run"
+        bare = [one.name for one in fields(options) if "help" not in one.metadata]
+        if bare:
+            return f"its field {bare[0]} is not declared with option()"
+    try:
+        type("_Trial", tuple(_option_classes([*others.values(), method])), {})
+    except TypeError as error:
+        return f"its options cannot be combined with those of other methods: {error}"
+    return ""
 
 
-def _option_classes() -> list[type[PeftOptions]]:
+def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
     """The dataclasses of all methods' flags, without those that another one inherits, in reverse order.
 
     dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
     """
-    every = list(dict.fromkeys(options for method in METHODS.values() for options in method.options))
+    every = list(dict.fromkeys(options for method in methods for options in method.options))
     return [one for one in reversed(every) if not any(issubclass(other, one) for other in every if other is not one)]
+
+
+METHODS, _UNUSABLE = _load_methods()
 
 
 class _Checks(PeftOptions):
     """What `PeftConfig` adds to the flags."""
 
     def __post_init__(self) -> None:
+        reason = _UNUSABLE.get(self.method)
         with Requirements(self) as require:
-            require.fields()
-            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
-            known, reason = self.method in METHODS, _UNUSABLE.get(self.method)
             require(reason is None, f"--peft-method {self.method} cannot be used: {reason}")
-            require(known or bool(reason), f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
+            known = self.method in METHODS
+            require(known or reason is not None, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
+            require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
             if known:
+                require.fields(self.spec.fields(self))
                 self.spec.check(self, require)
 
     @property
@@ -229,15 +268,25 @@ class _Checks(PeftOptions):
         return bool(self.spec.adapter)
 
     @property
-    def unused_flags(self) -> list[str]:
-        """Flags that were set and that the method does not read, with their values."""
+    def unused_fields(self) -> list[Field[Any]]:
+        """Fields that were set and that the method does not read."""
         used = self.spec.fields(self)
-        unused = [one for one in fields(self) if one.name not in used and getattr(self, one.name) != one.default]
-        return [spelled(flag_of(one), getattr(self, one.name)) for one in unused]
+        return [one for one in fields(self) if one.name not in used and getattr(self, one.name) != one.default]
+
+    @property
+    def unused_flags(self) -> list[str]:
+        """Their flags, with the values."""
+        return [spelled(flag_of(one), getattr(self, one.name)) for one in self.unused_fields]
+
+    @property
+    def recorded_fields(self) -> list[str]:
+        """What a run's record holds, so that it can be read without the packages of other methods."""
+        names = self.spec.fields(self) | {one.name for one in self.unused_fields}
+        return [one.name for one in fields(self) if one.name in names]
 
 
 @dataclass(frozen=True)
-class PeftConfig(_Checks, *_option_classes()):
+class PeftConfig(_Checks, *_option_classes(METHODS.values())):
     """Which parameters are trained, and the flags of every method.
 
     Fields that the chosen method does not read keep their values and have no effect.

@@ -63,11 +63,16 @@ def rotation_lr(peft: Any, lr: float) -> float:
     return peft.peft_lr_rotation or lr / 8
 
 
+def rotation_options(peft: HybridOptions) -> HybridOptions:
+    """With the values that the rotation has in a mixture."""
+    return replace(peft, urnn_mode="multiply", rotation_side="output")
+
+
 class HybridMethod(Method):
     name = "hybrid"
     summary = "W + lambda s B A + (1 - lambda)(R - I) W, lambda from the gradients"
     options = (HybridOptions,)
-    ignored = ("urnn_mode",)
+    ignored = ("urnn_mode", "rotation_side")  # Q W or R W, of the output side
     adapter = "megatron_peft.adapters.hybrid"
     cost = "r (out + in), and those of the rotation"
     param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False, is_labelled=True))
@@ -75,7 +80,7 @@ class HybridMethod(Method):
 
     def num_parameters(self, peft: HybridOptions, out_features: int, in_features: int) -> int:
         parts: tuple[Method, ...] = LORA_GA, ROTATIONS[peft.hybrid_rotation]
-        return sum(part.num_parameters(peft, out_features, in_features) for part in parts)
+        return sum(part.num_parameters(rotation_options(peft), out_features, in_features) for part in parts)
 
     def check(self, peft: HybridOptions, require: Requirements) -> None:
         ROTATIONS[peft.hybrid_rotation].check(peft, require)
@@ -89,10 +94,6 @@ class HybridMethod(Method):
             0 < low <= start <= high < 1,
             f"--hybrid-lambda-min {low}, --hybrid-lambda-init {start} and --hybrid-lambda-max {high}: they must rise "
             f"in this order, above 0 and below 1.",
-        )
-        require(
-            peft.rotation_side == "output",
-            "--peft-method hybrid rotates the output side: leave out --rotation-side input.",
         )
 
     def check_run(self, peft: HybridOptions, run: "RunConfig", require: Requirements) -> None:
@@ -113,12 +114,15 @@ class HybridMethod(Method):
         """Without those of the rotation that is not mixed in."""
         unused = [rotation for name, rotation in ROTATIONS.items() if name != peft.hybrid_rotation]
         own = ROTATIONS[peft.hybrid_rotation].fields(peft) | LORA_GA.fields(peft)
-        return super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own - {"urnn_mode"}
+        read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
+        return read - set(self.ignored)
+
+    def describe(self, peft: HybridOptions) -> str:
+        return f"{super().describe(peft)} with --hybrid-rotation {peft.hybrid_rotation}"
 
     def check_layer(self, peft: HybridOptions, layout: Any, name: str) -> None:
         LORA_GA.check_layer(peft, layout, name)
-        rotation = ROTATIONS[peft.hybrid_rotation]
-        rotation.check_layer(replace(peft, urnn_mode="multiply"), layout, name)
+        ROTATIONS[peft.hybrid_rotation].check_layer(rotation_options(peft), layout, name)
 
     def subtracts_start(self, peft: HybridOptions) -> bool:
         return LORA_GA.subtracts_start(peft)
