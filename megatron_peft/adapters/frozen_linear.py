@@ -176,7 +176,7 @@ class FrozenLinearCall:
 
 
 def frozen_linear(x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
-    """z = W x, unreduced."""
+    """z = W x (plus `call.bias`, if there is one), unreduced."""
     return run_function(_FrozenLinear, x, None, None, None, 1.0, call)
 
 

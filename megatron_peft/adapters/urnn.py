@@ -176,6 +176,11 @@ class RiemannianUrnn(BlockRotation):
         self.U.zero_()
         self.U[..., 0].diagonal(dim1=-2, dim2=-1).fill_(1)
 
+    @property
+    def moved(self) -> nn.Parameter:
+        """What `move` updates in place of the optimizer."""
+        return self.U
+
     @torch.no_grad()
     def move(self, before: Tensor, gradient: Tensor, rate: Tensor | float) -> None:
         """U <- exp(-rate S) U from the U and the gradient of before the step, both [k, n, n, 2]; eq. (11)-(12)."""

@@ -1,19 +1,17 @@
 """What follows backward: the Hybrid's lambda, the update, bounds on norms, changes merged into weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
-from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config.methods.hybrid import HybridMethod, rotation_lr
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
@@ -73,7 +71,7 @@ def _base_norms(parts: Sequence[tuple[AdaptedLinear, LowRank]]) -> Tensor:
 def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor, shards: GradientShards) -> None:
     """The parameter and its float32 copy, which is then rounded into it as the optimizer does.
 
-    Not where it is a stretch: the parameter must stay the same on all data-parallel ranks, until the next gather.
+    A shard is not rounded: the parameter must stay the same on all data-parallel ranks until the next gather.
     """
     shrink(parameter, start, t)
     master = getattr(parameter, "main_param", None)
@@ -90,7 +88,6 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
 # eq. (11)-(12), with the clipped gradient and the scheduled learning rate. Both need whole float32 parameters on every
 # rank, since a shard may cut a block in two: they act after a distributed optimizer has gathered them.
 
-Kind = TypeVar("Kind", bound=nn.Module)
 CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm + epsilon)
 
 
@@ -99,15 +96,15 @@ def update(state: TrainingState) -> float:
     peft = state.config.peft
     if not peft.spec.updates_whole_parameters(peft):
         return _optimizer_step(state)
-    on_group = list(_modules(state.model_chunks, RiemannianUrnn))
-    parameters = [module.U for module in on_group]
+    on_group = _modules_with(state.model_chunks, "move")
+    parameters = [module.moved for module in on_group]
     gradients = GradientShards(state.optimizer).whole(parameters)
     before = [parameter.detach().clone() for parameter in parameters]
     grad_norm = _optimizer_step(state)
     rate = rotation_learning_rate(state) * _clipping(state, grad_norm)
     for module, start, gradient in zip(on_group, before, gradients, strict=True):
         module.move(start, gradient, rate)
-    for module in _modules(state.model_chunks, ProjectedBoft):
+    for module in _modules_with(state.model_chunks, "project"):
         module.project()
     return grad_norm
 
@@ -129,8 +126,10 @@ def _clipping(state: TrainingState, grad_norm: float) -> float:
     return min(1.0, limit / (grad_norm + CLIP_EPSILON)) if limit > 0 else 1.0
 
 
-def _modules(model_chunks: Sequence[nn.Module], kind: type[Kind]) -> Iterator[Kind]:
-    return (module for chunk in model_chunks for module in chunk.modules() if isinstance(module, kind))
+def _modules_with(model_chunks: Sequence[nn.Module], hook: str) -> list[Any]:
+    """The adapters, and parts of them, that have a method of this name."""
+    adapters = [layer.module.adapter for chunk in model_chunks for layer in linear_layers(chunk)]
+    return [module for one in adapters if one is not None for module in one.modules() if hasattr(module, hook)]
 
 
 # The Hybrid's lambda within a step: which gradients a rank counts, and what a log line says.

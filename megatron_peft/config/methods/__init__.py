@@ -127,7 +127,11 @@ class Method:
         return False
 
     def updates_whole_parameters(self, peft: Any) -> bool:
-        """Whether a step ends with an update of whole matrices on every rank, after the optimizer's own."""
+        """Whether a step ends with an update of whole parameters on every rank, after the optimizer's own.
+
+        Then modules of the adapter that have `project()` are projected after each step, and those that have
+        `move(before, gradient, learning_rate)` update their `moved` parameter in place of the optimizer.
+        """
         return False
 
 
