@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.config import METHODS
 from tests.test_documentation import PAGES, ROOT, page_id
 
 CODE = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
@@ -22,7 +23,10 @@ PHRASES = {
     r"that the frozen base's \d+ lack": "one more collective than the frozen base",
     r"\bwho needs (it|y|the)\b": "consumers ...",
     r"\bmade again\b|\bmake again\b": "recomputed",
-    r"by the host\b": "host-device sync",
+    r"by the host\b|has? the host wait|the host looks": "host-device sync",
+    r"\bexclude each the other": "are mutually exclusive",
+    r"\bthe crew\b|\ba stretch of\b|is a stretch\b|\bthe stretch\b": "dispatcher; shard",
+    r"slip of the pen": "typo",
 }
 WORDS = set(
     "askedmodel crew dismiss slot slots stretch stretches companion companions piece pieces region regions".split()
@@ -78,3 +82,22 @@ def test_which_names_are_odd(name: str, is_odd: bool) -> None:
 
 def test_a_phrase_across_lines_is_seen() -> None:
     assert re.search("exclude one another", in_one_line("# --a and --b exclude\n    # one another."))
+
+
+# Where text may speak of methods by their names: it reads and writes other programs' formats, or is one method's own.
+MAY_NAME_A_METHOD = {"conversion/peft_config.py"}
+KNOW_NO_METHOD = "cli config checkpoint conversion data evaluation models parallel runtime training".split()
+
+
+FILES = [path for room in KNOW_NO_METHOD for path in (ROOT / "megatron_peft" / room).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=page_id)
+def test_no_code_but_a_methods_own_knows_its_name(path: Path) -> None:
+    if "methods" in path.parts or str(path.relative_to(ROOT / "megatron_peft")) in MAY_NAME_A_METHOD:
+        return
+    nodes = ast.walk(ast.parse(path.read_text()))
+    compared = (node for node in nodes if isinstance(node, ast.Compare | ast.Dict | ast.Set))
+    constants = (one for node in compared for one in ast.walk(node) if isinstance(one, ast.Constant))
+    names = set(METHODS) - {"full"}  # a word of other things too
+    assert [one.value for one in constants if one.value in names] == []

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,5 @@ def _write(
             layer, peft = layer_of(rule), adapters.record.config.peft
             tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
             rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
-            for module in modules_of(rule):
-                for name, tensor in tensors.items():
-                    writer.write(f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensor)
+            for module, name in product(modules_of(rule), tensors):
+                writer.write(f"{PREFIX}{module}.{name}", rows[name][module] if name in rows else tensors[name])

@@ -154,10 +154,11 @@ def generate(
             batch = running[start : start + settings.batch_size]
             for indices, logits in _run_batch(model_chunks, batch, answers):
                 draws = streams.draw(indices) if settings.sampling.temperature else None
-                if logits is None:
-                    tokens = torch.empty(len(indices), dtype=torch.long, device=torch.cuda.current_device())
-                else:
-                    tokens = choose_tokens(logits[:, -1], settings.sampling, draws)
+                tokens = (
+                    torch.empty(len(indices), dtype=torch.long, device=torch.cuda.current_device())
+                    if logits is None  # another stage's
+                    else choose_tokens(logits[:, -1], settings.sampling, draws)
+                )
                 answers.append(indices, broadcast_from_last_stage(tokens).tolist())
             report(len(batch))
     return answers.ids

@@ -116,14 +116,22 @@ def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     require_regular(path)
     with path.open("rb") as file:  # line by line: the lambdas of a long run take gigabytes
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            try:
-                record = parse_json(line, f"{path}, line {number}")
-                record["iteration"]
-            except (ConfigurationError, TypeError, KeyError) as error:
-                if not line.endswith(b"\n") and len(line) < MAX_BYTES:
-                    return  # the last line: its write was cut short
-                raise ConfigurationError(f"{path}, line {number}: not a record of metrics: {line[:80]!r}.") from error
+            record = _record_of(line, f"{path}, line {number}")
+            if record is None:
+                return
             yield line, record
+
+
+def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
+    """The record that a line holds; None for the last line of a file if its write was cut short."""
+    try:
+        record = parse_json(line, place)
+        record["iteration"]
+    except (ConfigurationError, TypeError, KeyError) as error:
+        if not line.endswith(b"\n") and len(line) < MAX_BYTES:
+            return None
+        raise ConfigurationError(f"{place}: not a record of metrics: {line[:80]!r}.") from error
+    return record
 
 
 def memory_bytes() -> tuple[int, int]:

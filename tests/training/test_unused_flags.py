@@ -15,7 +15,7 @@ OTHERS = {
     "peft_lr_rotation": 0.5, "boft_block_size": 4, "boft_factors": 1, "boft_parametrization": "projection",
     "urnn_block_size": 8, "urnn_update": "riemannian", "urnn_mode": "replace", "hybrid_rotation": "urnn",
     "hybrid_lambda": "raw", "hybrid_lambda_init": 0.3, "hybrid_lambda_ema": 0.1, "hybrid_lambda_min": 0.1,
-    "hybrid_lambda_max": 0.7, "hybrid_merge_interval": 2,
+    "hybrid_lambda_max": 0.7, "hybrid_merge_interval": 1,
 }  # fmt: skip
 OWN = {
     "full": {},
