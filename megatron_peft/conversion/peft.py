@@ -24,15 +24,7 @@ from megatron_peft.config import (
     require,
 )
 from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
-from megatron_peft.conversion.peft_config import (
-    PREFIX,
-    Adopted,
-    BoftImport,
-    BoftSettings,
-    LoraImport,
-    read_settings,
-    shortest_targets,
-)
+from megatron_peft.conversion.peft_config import PREFIX, Adopted, PeftImport, open_import, read_config, shortest_targets
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
     TrainedAdapters,
@@ -79,23 +71,22 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     return Path(output)
 
 
-def _open(folder: Path) -> LoraImport | BoftImport:
-    settings = read_settings(folder)
+def _open(folder: Path) -> PeftImport:
+    config = read_config(folder)
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise ConfigurationError(f"--input {folder} holds neither {' nor '.join(WEIGHT_FILES)}.")
-    source = open_source(folder, [name])
-    return BoftImport(settings, source) if isinstance(settings, BoftSettings) else LoraImport(settings, source)
+    return open_import(config, open_source(folder, [name]))
 
 
-def _check_tensors(adapter: LoraImport | BoftImport, rules: list[Rule], base: str) -> None:
+def _check_tensors(adapter: PeftImport, rules: list[Rule], base: str) -> None:
     """ConfigurationError names every kind of fault: missing, extra, misshapen and quantised tensors."""
-    settings, source = adapter.settings, adapter.source
+    source = adapter.source
     modules = {module: size for rule in rules for module, size in modules_of(rule).items()}
-    targeted = {module: size for module, size in modules.items() if settings.is_targeted(module)}
+    targeted = {module: size for module, size in modules.items() if adapter.is_targeted(module)}
     require(
         bool(targeted),
-        f"target_modules {settings.targets['target_modules']} of {source.folder} name no linear layer of {base}: give "
+        f"target_modules {adapter.config['target_modules']} of {source.folder} name no linear layer of {base}: give "
         f"the base model that the adapter was made for.",
     )
     expected = {

@@ -6,8 +6,8 @@ Everything else is refused by name: what changes the computation, and what this 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,96 +65,44 @@ ALL_LINEAR = "all-linear"
 MATCH_SECONDS = 0.5  # of the processor, for one name; a microsecond would do
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Of an adapter. `targets` decides which modules have it."""
+class PeftImport:
+    """An adapter of HF PEFT. `config` decides which modules have it; `source` has its weights."""
 
-    targets: Mapping[str, Any]
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        self.config, self.source = config, source
+
+    def shapes(self, module: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a module's tensors; `size` is [out, in]."""
+        raise NotImplementedError
+
+    def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
+        """The adapters as a run has them. ConfigurationError: a run cannot hold them."""
+        raise NotImplementedError
+
+    def targeted(self, rule: Rule) -> list[str]:
+        """The modules of a fused layer that have the adapter."""
+        return [module for module in modules_of(rule) if self.is_targeted(module)]
 
     def is_targeted(self, module: str) -> bool:
         """Whether HF PEFT would put its LoRA on the module of this full name."""
-        if _is_named(self.targets.get("exclude_modules"), module):
+        if _is_named(self.config.get("exclude_modules"), module):
             return False
-        wanted = self.targets["target_modules"]
+        wanted = self.config["target_modules"]
         if isinstance(wanted, str):
             return wanted == ALL_LINEAR or _matches(wanted, module)
         return module in wanted or (_is_named(wanted, module) and self._is_in_listed_layer(module))
 
     def _is_in_listed_layer(self, module: str) -> bool:
-        layers = self.targets.get("layers_to_transform")
+        layers = self.config.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
         layer = re.search(r"\.(\d+)\.", module)
         return not layers or (layer is not None and int(layer[1]) in layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings(Settings):
-    """Of a plain LoRA."""
-
-    rank: int
-    alpha: float
-    rank_stabilised: bool
-    dropout: float
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoftSettings(Settings):
-    """Of a plain BOFT: blocks of a size, or as many a layer that it follows; the other is 0."""
-
-    block_size: int
-    num_blocks: int
-    num_factors: int
-    dropout: float
-
-    def block_size_of(self, in_features: int) -> int:
-        """In a layer of this many input features."""
-        return self.block_size or in_features // self.num_blocks
-
-
-def _lora_settings(config: Mapping[str, Any]) -> LoraSettings:
-    return LoraSettings(
-        targets=config,
-        rank=size(config, "r"),
-        alpha=number(config, "lora_alpha"),
-        rank_stabilised=switch(config, "use_rslora"),
-        dropout=_dropout(config, "lora_dropout"),
-    )
-
-
-def _boft_settings(config: Mapping[str, Any]) -> BoftSettings:
-    by_size = bool(config.get("boft_block_size"))
-    return BoftSettings(
-        targets=config,
-        block_size=size(config, "boft_block_size") if by_size else 0,
-        num_blocks=0 if by_size else size(config, "boft_block_num"),
-        num_factors=size(config, "boft_n_butterfly_factor", 1),
-        dropout=_dropout(config, "boft_dropout"),
-    )
 
 
 def _dropout(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key) or 0.0
     require(type(value) in (int, float) and 0 <= value < 1, f"{key} is {str(value)[:40]}; it is a fraction below 1.")
     return value
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A type of adapter.
-
-    Args:
-        read: its settings, of a config that asks for nothing else.
-        accepted: values that leave a plain adapter as it is.
-        known: fields that are read, or without a meaning for what the trained adapter computes.
-    """
-
-    read: Callable[[Mapping[str, Any]], LoraSettings | BoftSettings]
-    accepted: Mapping[str, tuple[Any, ...]]
-    known: frozenset[str]
 
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM"), "bias": (None, "none")}
@@ -170,14 +118,16 @@ OF_BOFT = {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft
 # Starts of LoRA that write to the base's weights (pissa, olora, corda, loftq, lora_ga) are refused: the base without
 # its adapter is then another model.
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-KINDS = {
-    "LORA": Kind(_lora_settings, ACCEPTED | {"init_lora_weights": PLAIN_STARTS}, frozenset(KNOWN | OF_LORA)),
-    "BOFT": Kind(_boft_settings, ACCEPTED | {"init_weights": (None, True, False)}, frozenset(KNOWN | OF_BOFT)),
+# peft_type -> values that leave a plain adapter as it is, and fields that are read or without a meaning for what the
+# trained adapter computes.
+KINDS: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
+    "LORA": (ACCEPTED | {"init_lora_weights": PLAIN_STARTS}, KNOWN | OF_LORA),
+    "BOFT": (ACCEPTED | {"init_weights": (None, True, False)}, KNOWN | OF_BOFT),
 }
 
 
-def read_settings(folder: Path) -> LoraSettings | BoftSettings:
-    """ConfigurationError: no HF PEFT folder, not a plain LoRA or BOFT, or numbers that are none."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. ConfigurationError: no HF PEFT folder, or not a plain LoRA or BOFT."""
     path = folder / ADAPTER_CONFIG
     require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
     config = read_json_object(path)
@@ -189,16 +139,16 @@ def read_settings(folder: Path) -> LoraSettings | BoftSettings:
         if not name
         else f"{path} describes an adapter of type {name}; only {' and '.join(KINDS)} can be imported. {WAY_OUT}",
     )
-    kind = KINDS[name]
-    refused = sorted(key for key, value in config.items() if not _is_plain(kind, key, value))
-    told = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
-    require(not refused, f"{path} asks for what is not supported: {told}. {WAY_OUT}")
+    accepted, known = KINDS[name]
+    # Settings are off by default, so that an unknown one with nothing in it changes nothing.
+    refused = ", ".join(
+        f"{key}={json.dumps(value)[:80]}"
+        for key, value in sorted(config.items())
+        if (value not in accepted[key] if key in accepted else key not in known and value)
+    )
+    require(not refused, f"{path} uses unsupported settings: {refused}. {WAY_OUT}")
     require(bool(config.get("target_modules")), f"{path} names no target_modules.")
-    try:
-        _check_targets(config)
-        return kind.read(config)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from None
+    return config
 
 
 def _check_targets(config: Mapping[str, Any]) -> None:
@@ -228,11 +178,6 @@ def _matches(expression: str, module: str) -> bool:
         ) from error
 
 
-def _is_plain(kind: Kind, key: str, value: Any) -> bool:
-    """Settings are off by default, so that one with nothing in it says nothing."""
-    return value in kind.accepted[key] if key in kind.accepted else key in kind.known or not value
-
-
 def _is_named(names: str | Iterable[str] | None, module: str) -> bool:
     """A regular expression over full names, or a list of full names and ends of them."""
     if isinstance(names, str):
@@ -255,23 +200,26 @@ def shortest_targets(names: Iterable[str], num_layers: int) -> list[str]:
     return [target for kind, found in by_kind.items() for target in ([kind] if len(found) == num_layers else found)]
 
 
-class BoftImport:
+class BoftImport(PeftImport):
     """HF PEFT's BOFT as adapters of a run.
 
     Without its CUDA extension HF PEFT trains a single factor, whatever its config says: the tensors decide.
     """
 
-    def __init__(self, settings: BoftSettings, source: Source) -> None:
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        super().__init__(config, source)
+        self.block_size = size(config, "boft_block_size") if config.get("boft_block_size") else 0
+        self.num_blocks = 0 if self.block_size else size(config, "boft_block_num")  # of each layer
+        self.configured_factors = self.num_factors = size(config, "boft_n_butterfly_factor", 1)
+        self.dropout = _dropout(config, "boft_dropout")
         stored = next((header.shape[0] for name, header in source.headers.items() if name.endswith("boft_R")), None)
-        self._configured, self.source = settings.num_factors, source
-        self.settings = replace(settings, num_factors=1) if stored == 1 else settings
+        self.num_factors = 1 if stored == 1 else self.num_factors
+
+    def block_size_of(self, in_features: int) -> int:
+        return self.block_size or in_features // self.num_blocks
 
     def shapes(self, module: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a module's tensors; `size` is [out, in]."""
-        config = {
-            "boft_block_size": self.settings.block_size_of(size[1]),
-            "boft_n_butterfly_factor": self.settings.num_factors,
-        }
+        config = {"boft_block_size": self.block_size_of(size[1]), "boft_n_butterfly_factor": self.num_factors}
         return _named(module, boft.EXPORT.shapes(config, *size))
 
     def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
@@ -281,11 +229,11 @@ class BoftImport:
             ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
                 sizes.
         """
-        layers = {layer_of(rule): self._rotation(rule) for rule in rules if self._targeted(rule)}
+        layers = {layer_of(rule): self._rotation(rule) for rule in rules if self.targeted(rule)}
         settings = {
             "method": "boft",
             "boft_block_size": self._block_size(rules),
-            "boft_factors": self.settings.num_factors,
+            "boft_factors": self.num_factors,
             "rotation_side": "input",
         }
         tensors = {f"{layer}.adapter.Q": Q for layer, Q in layers.items()}
@@ -293,28 +241,25 @@ class BoftImport:
 
     def _notes(self) -> str:
         factors = (
-            f"The adapter holds 1 butterfly factor instead of the {self._configured} of its config: HF PEFT trains one "
-            f"where it lacks its CUDA extension.\n"
+            f"The adapter holds 1 butterfly factor instead of the {self.configured_factors} of its config: HF PEFT "
+            f"trains one where it lacks its CUDA extension.\n"
         )
-        dropout = f"boft_dropout={self.settings.dropout:g} is left out: rotations have no dropout here.\n"
-        return factors * (self._configured != self.settings.num_factors) + dropout * bool(self.settings.dropout)
-
-    def _targeted(self, rule: Rule) -> list[str]:
-        return [module for module in modules_of(rule) if self.settings.is_targeted(module)]
+        dropout = f"boft_dropout={self.dropout:g} is left out: rotations have no dropout here.\n"
+        return factors * (self.configured_factors != self.num_factors) + dropout * bool(self.dropout)
 
     def _block_size(self, rules: Iterable[Rule]) -> int:
-        modules = (item for rule in rules if self._targeted(rule) for item in modules_of(rule).values())
-        sizes = {self.settings.block_size_of(in_features) for _, in_features in modules}
+        modules = (item for rule in rules if self.targeted(rule) for item in modules_of(rule).values())
+        sizes = {self.block_size_of(in_features) for _, in_features in modules}
         require(
             len(sizes) == 1,
-            f"boft_block_num={self.settings.num_blocks} of {self.source.folder} gives blocks of "
+            f"boft_block_num={self.num_blocks} of {self.source.folder} gives blocks of "
             f"{' and '.join(map(str, sorted(sizes)))} features; all layers have one --boft-block-size. {WAY_OUT}",
         )
         return next(iter(sizes))
 
     def _rotation(self, rule: Rule) -> Tensor:
         """Q of a fused layer."""
-        modules, targeted = list(modules_of(rule)), self._targeted(rule)
+        modules, targeted = list(modules_of(rule)), self.targeted(rule)
         for module in targeted:
             self._require_unscaled(f"{PREFIX}{module}.boft_s")
         found = [boft.from_huggingface(whole_tensor(self.source, f"{PREFIX}{module}.boft_R")) for module in targeted]
@@ -343,33 +288,34 @@ def _named(module: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
 # less are padded with zeros, which stay zero under training. alpha grows with the rank, so that the scale stays.
 
 
-class LoraImport:
+class LoraImport(PeftImport):
     """HF PEFT's LoRA as adapters of a run."""
 
-    def __init__(self, settings: LoraSettings, source: Source) -> None:
-        self.settings, self.source = settings, source
+    def __init__(self, config: Mapping[str, Any], source: Source) -> None:
+        super().__init__(config, source)
+        self.rank, self.alpha = size(config, "r"), number(config, "lora_alpha")
+        self.rank_stabilised, self.dropout = switch(config, "use_rslora"), _dropout(config, "lora_dropout")
+        self.scale = self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
     def shapes(self, module: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a module's tensors; `size` is [out, in]."""
-        return _named(module, low_rank.EXPORT.shapes({"r": self.settings.rank}, *size))
+        return _named(module, low_rank.EXPORT.shapes({"r": self.rank}, *size))
 
     def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
         """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
-        settings = self.settings
         fused = {layer_of(rule): fuse(rule, found) for rule in rules if (found := self._found(rule))}
         rank = max(factors.rank for factors in fused.values())
-        _check_rank(rank, fused, settings)
-        alpha = low_rank.grown_alpha(settings.alpha, rank / settings.rank, settings.rank_stabilised)
+        _check_rank(rank, fused, self.rank)
+        alpha = low_rank.grown_alpha(self.alpha, rank / self.rank, self.rank_stabilised)
         own = {
             "method": "lora",
             "lora_rank": rank,
             "lora_alpha": low_rank.whole_number(alpha),
-            "lora_dropout": settings.dropout,
-            "lora_rs": settings.rank_stabilised,
+            "lora_dropout": self.dropout,
+            "lora_rs": self.rank_stabilised,
         }
         grown = (
-            f"Modules that share a layer each have their own A, so the rank is {rank} instead of {settings.rank}; "
-            f"alpha {own['lora_alpha']} keeps the scale of {settings.scale:g}.\n"
+            f"Modules that share a layer each have their own A, so the rank is {rank} instead of {self.rank}; "
+            f"alpha {own['lora_alpha']} keeps the scale of {self.scale:g}.\n"
         )
         tensors = {
             f"{layer}.adapter.{name}": tensor
@@ -377,11 +323,11 @@ class LoraImport:
             for name, tensor in vars(factors.padded(rank)).items()
         }
         targets = shortest_targets(fused, shape.num_layers)
-        return Adopted(targets, own, tensors, grown * (rank != settings.rank))
+        return Adopted(targets, own, tensors, grown * (rank != self.rank))
 
     def _found(self, rule: Rule) -> dict[str, LowRankFactors]:
         """In float32, of the modules that have them."""
-        modules = (module for module in modules_of(rule) if self.settings.is_targeted(module))
+        modules = (module for module in modules_of(rule) if self.is_targeted(module))
         return {
             module: LowRankFactors(
                 *(whole_tensor(self.source, f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
@@ -390,11 +336,23 @@ class LoraImport:
         }
 
 
-def _check_rank(rank: int, fused: Mapping[str, LowRankFactors], settings: LoraSettings) -> None:
+def _check_rank(rank: int, fused: Mapping[str, LowRankFactors], old_rank: int) -> None:
     """A rank above the smaller side of a layer would be refused at --load."""
     side, layer = min((min(factors.A.shape[1], factors.B.shape[0]), layer) for layer, factors in fused.items())
     require(
         rank <= side,
         f"modules that share a layer each have their own A, which takes --lora-rank {rank} instead of "
-        f"{settings.rank}; but {layer} has only {side} features on its smaller side.",
+        f"{old_rank}; but {layer} has only {side} features on its smaller side.",
     )
+
+
+IMPORTS: dict[str, type[PeftImport]] = {"LORA": LoraImport, "BOFT": BoftImport}
+
+
+def open_import(config: Mapping[str, Any], source: Source) -> PeftImport:
+    """The import that a checked adapter_config.json asks for. ConfigurationError: a value in it cannot be used."""
+    try:
+        _check_targets(config)
+        return IMPORTS[config["peft_type"]](config, source)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source.folder / ADAPTER_CONFIG}: {error}") from None

@@ -166,8 +166,8 @@ def test_a_factor_that_was_not_trained_is_told(moved, make_adapter, tmp_path, no
         ({"target_modules": ["gate_proj", "up_proj"]}, r"one for .*gate_proj, .*up_proj, or different ones\. Merge"),
         ({"boft_block_size": 0, "boft_block_num": 20}, r"boft_block_num=20 .* gives blocks of 6 and 8 features; all"),
         ({"boft_block_size": 5, "target_modules": ["down_proj"]}, "--boft-block-size is 5; .* use an even size"),
-        ({"bias": "boft_only"}, 'asks for what is not supported: bias="boft_only"'),
-        ({"fan_in_fan_out": True}, "asks for what is not supported: fan_in_fan_out=true"),
+        ({"bias": "boft_only"}, 'uses unsupported settings: bias="boft_only"'),
+        ({"fan_in_fan_out": True}, "uses unsupported settings: fan_in_fan_out=true"),
     ],
     ids=["part of a fused layer", "different in a fused layer", "sizes", "odd", "bias", "transposed"],
 )

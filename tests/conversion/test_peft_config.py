@@ -11,22 +11,27 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.conversion.hf_files import open_source
-from megatron_peft.conversion.peft_config import LoraSettings, read_settings, whole_tensor
+from megatron_peft.conversion.hf_files import Source, open_source
+from megatron_peft.conversion.peft_config import PeftImport, open_import, read_config, whole_tensor
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]
 
 
-def read(folder: Path, **settings: Any) -> LoraSettings:
+def read(folder: Path, **settings: Any) -> PeftImport:
     (folder / "adapter_config.json").write_text(json.dumps({**PLAIN, **settings}))
-    return read_settings(folder)
+    return opened(folder)
+
+
+def opened(folder: Path) -> Any:
+    """Without weights."""
+    return open_import(read_config(folder), Source(folder, {}))
 
 
 def test_what_peft_itself_writes_is_plain(tmp_path):
     theirs = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True, lora_dropout=0.25)
     theirs.save_pretrained(tmp_path)
-    settings = read_settings(tmp_path)
+    settings = opened(tmp_path)
     assert (settings.rank, settings.alpha, settings.dropout, settings.rank_stabilised) == (8, 16, 0.25, True)
     assert settings.scale == 16 / 8**0.5
 
@@ -49,7 +54,7 @@ OTHER_TYPES = ("ADALORA", "IA3", "OFT", "VERA", "PREFIX_TUNING")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *((change, rf"asks for what is not supported: {told}\. Merge it with HF PEFT") for change, told in UNSUPPORTED),
+        *((change, rf"uses unsupported settings: {told}\. Merge it with HF PEFT") for change, told in UNSUPPORTED),
         *(({"peft_type": one}, f"type {one}; only LORA and BOFT can be imported. Merge it") for one in OTHER_TYPES),
         ({"peft_type": None}, "has no peft_type. A run's --save folder needs no import: --load opens it"),
         ({"r": 0}, "r is 0; it must be a whole number above 0"),
@@ -65,7 +70,7 @@ def test_what_is_not_a_plain_lora_is_named_with_the_way_out(settings, message, t
 
 def test_a_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no adapter_config.json: give the folder of a HF PEFT adapter"):
-        read_settings(tmp_path)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
