@@ -159,7 +159,7 @@ def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
 
 
 def inverse(matrices: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
-    """Of invertible matrices, unchecked: the check of `torch.linalg.inv` has the host wait for a CUDA device."""
+    """Of invertible matrices, unchecked: the check of `torch.linalg.inv` synchronizes with a CUDA device."""
     return torch.linalg.inv_ex(matrices).inverse
 
 

@@ -129,7 +129,7 @@ PRECISE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class FrozenLinearCall:
-    """A frozen linear layer in the middle of its forward, as megatron-core would run it.
+    """A frozen linear layer during its forward, as megatron-core would run it.
 
     Args:
         weight: [out, in].
@@ -165,7 +165,7 @@ class FrozenLinearCall:
         return self.output_sum == "none" or self.group.size() == 1
 
     def own_tokens(self, num_tokens: int) -> slice:
-        """The tokens of the reduced output for whose part of a replicated parameter's gradient this rank answers.
+        """The tokens of the reduced output over which this rank computes a replicated parameter's gradient.
 
         Where every rank sees all tokens each takes 1 / t of them, so that the ranks' parts add up to the whole.
         """

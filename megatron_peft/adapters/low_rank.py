@@ -39,7 +39,7 @@ class LowRank(nn.Module):
     Attributes:
         A, B: trained.
         A0, B0: the start that is subtracted, sharded like A and B; buffers in the checkpoint, or None.
-        base_norm: ||W0||_F of the whole weight, once somebody has found it.
+        base_norm: ||W0||_F of the whole weight, set on first use.
     """
 
     A0: Tensor | None

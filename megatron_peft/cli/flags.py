@@ -163,7 +163,7 @@ def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[F
         return
     yield Flag(names, "config", field.name, own["help"] + (" (the default)" if default else ""), group, constant=True)
     if default:
-        yield Flag((f"--no-{names[0][2:]}",), "config", field.name, f"not {names[0]}", group, constant=False)
+        yield Flag((f"--no-{names[0][2:]}",), "config", field.name, f"disable {names[0]}", group, constant=False)
 
 
 def _value_of(annotation: Any) -> tuple[type, tuple[str, ...] | None, bool]:

@@ -53,7 +53,7 @@ def why_not_served(name: str) -> str:
     nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
     if not nearest:
         return f"{name} is not a known flag; --help lists them."
-    not_served = "" if known[nearest] is None else ", which is Megatron's and not served here"
+    not_served = "" if known[nearest] is None else ", a Megatron flag that is not supported"
     return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
 
 
@@ -154,7 +154,7 @@ def exit_with_error(
 ) -> NoReturn:
     """Tell on rank 0 what is wrong, all of it in one message on stderr, and exit with 2 on every rank."""
     if _is_first_rank(environ):
-        lines = error.problems if len(error.problems) == 1 else ("several things are wrong:", *error.problems)
+        lines = error.problems if len(error.problems) == 1 else ("found several problems:", *error.problems)
         print(f"{program}: error: " + "\n  - ".join(lines), file=sys.stderr, flush=True)
     else:
         _let_rank_0_speak()

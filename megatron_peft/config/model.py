@@ -46,7 +46,7 @@ class ModelConfig:
             require(
                 not full or {"recompute_method", "recompute_num_layers"} <= run.keys(),
                 "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers N "
-                "(uniform: layers a recomputed unit; block: layers a stage that are recomputed).",
+                "(uniform: layers per recomputed group; block: recomputed layers per stage).",
             )
             require(
                 full or not only_full,
@@ -90,8 +90,8 @@ class ParallelConfig:
             require(
                 tp * pp <= 0 or self.world_size % (tp * pp) == 0,
                 f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks a replica: start a multiple of {tp * pp} "
-                f"(torchrun --nproc-per-node), or lower one of the two.",
+                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
+                f"processes (torchrun --nproc-per-node), or lower one of the two.",
             )
             require(
                 not self.sequence_parallel or tp > 1,

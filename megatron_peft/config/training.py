@@ -13,7 +13,7 @@ MOST_EPOCHS = 10**6
 LEARNING_RATE = "learning rate"  # titles of --help
 VALIDATION = "validation"
 DISTRIBUTED = "distributed"
-LENGTH_OF_THE_RUN = "the length of the run: give exactly one of --train-iters, --train-samples, --train-epochs"
+LENGTH_OF_THE_RUN = "give exactly one of --train-iters, --train-samples and --train-epochs as the length of the run"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class OptimizerSettings:
             require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
             require(
                 self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
-                "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples: give one.",
+                "--lr-warmup-fraction, --lr-warmup-iters and --lr-warmup-samples are mutually exclusive.",
             )
             require(
                 self.lr_warmup_fraction is None or 0 <= self.lr_warmup_fraction < 1,

@@ -51,7 +51,7 @@ def read_bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}.") from error
     if len(content) > MAX_BYTES:
-        raise ConfigurationError(f"{path} has more than {MAX_BYTES / 2**20:.0f} MiB, too much for a file of its kind.")
+        raise ConfigurationError(f"{path} has more than {MAX_BYTES / 2**20:.0f} MiB, the limit for such files.")
     return content
 
 
@@ -158,7 +158,7 @@ def _walk(value: Any, most_values: float = inf) -> None:
         following: list[Any] = []
         for one in level:
             if isinstance(one, str) and _HALF_OF_A_PAIR.search(one):
-                raise ConfigurationError("a text holds half of a surrogate pair, which is no character.")
+                raise ConfigurationError("a text contains an unpaired surrogate.")
             if isinstance(one, dict | list):
                 following += one if isinstance(one, list) else [*one.keys(), *one.values()]
                 if num_values + len(following) > most_values:

@@ -161,7 +161,7 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     torn = [key for key, tensor in stored.items() if not tensor.is_whole]
-    require(not torn, f"{folder} is damaged: parts are missing of {listed(torn)}. Copy the checkpoint again.")
+    require(not torn, f"{folder} is damaged: slices are missing from {listed(torn)}. Copy the checkpoint again.")
     return stored
 
 

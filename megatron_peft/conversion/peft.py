@@ -59,7 +59,9 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     """
     check_new(output)
     if pretrained_checkpoint is None:
-        raise ConfigurationError("which base model? --pretrained-checkpoint takes the folder that the adapter is for.")
+        raise ConfigurationError(
+            "import-adapter needs --pretrained-checkpoint, the folder of the adapter's base model."
+        )
     folder, shape = Path(input), read_model_shape(pretrained_checkpoint)
     adapter = _open(folder)
     open_weights(pretrained_checkpoint, shape)

@@ -156,13 +156,16 @@ def _check_targets(config: Mapping[str, Any]) -> None:
     for key in ("target_modules", "exclude_modules"):
         value = config.get(key) or []
         names = value if isinstance(value, list) else [value]
-        require(all(isinstance(name, str) for name in names), f"{key} is {str(value)[:40]}; it names modules.")
+        require(
+            all(isinstance(name, str) for name in names), f"{key} is {str(value)[:40]}; it must be names of modules."
+        )
         if isinstance(value, str):
             _matches(value, "")
     layers = config.get("layers_to_transform")
     listed = layers if isinstance(layers, list) else [] if layers is None else [layers]
     require(
-        all(type(layer) is int for layer in listed), f"layers_to_transform is {str(layers)[:40]}; it numbers layers."
+        all(type(layer) is int for layer in listed),
+        f"layers_to_transform is {str(layers)[:40]}; it must be numbers of layers.",
     )
 
 

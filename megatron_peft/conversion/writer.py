@@ -226,8 +226,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         sync(output.parent)
     except OSError as error:
         raise ConfigurationError(
-            f"--output {output} could not be written ({error.strerror or error}): nothing is left of it. Make room "
-            f"there, or give another --output."
+            f"--output {output} could not be written ({error.strerror or error}): the partial output was removed. "
+            f"Free disk space there, or give another --output."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # does not exist any more if all went well

@@ -77,7 +77,7 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
     wanted = sorted(template_inputs(tokenizer.chat_template).variables & record.keys() - {"messages", "tools"})
     require(
         not wanted,
-        f"the chat template reads {', '.join(wanted)}, which the record has but which is not handed over: write it "
+        f"the chat template reads {', '.join(wanted)}, which the record has but the template does not get: write it "
         "into the messages, or rename the field.",
     )
     segments = tokenizer.split_chat(_messages(record, tokenizer), _tools(record))
@@ -122,7 +122,7 @@ def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
             raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
         require(
             message.get("role") != "assistant" or message.get("weight") in (None, 1),
-            f"message {number} has the weight {message.get('weight')}, but every turn of the assistant is learnt: drop "
+            f"message {number} has the weight {message.get('weight')}, but the loss covers every assistant turn: drop "
             "the field, or leave the turn out.",
         )
         require(
@@ -275,7 +275,7 @@ class Survey:
 def survey(records: JsonRecords, fit: Fit) -> Survey:
     """Read every record once. A collective over all ranks; all get the same result.
 
-    Raises ConfigurationError, on every rank, for the first bad record, and if no sample is left.
+    Raises ConfigurationError, on every rank, for the first bad record, and if all samples were skipped.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = np.linspace(0, len(records), world_size + 1).astype(np.int64)
@@ -287,7 +287,7 @@ def survey(records: JsonRecords, fit: Fit) -> Survey:
     found = Survey(np.concatenate(positions), np.concatenate(overlong), sum(left_out, Counter()))
     if not found.positions.any():
         why = " ".join(found.summary(records, fit))
-        raise ConfigurationError(f"no sample is left of {len(records)} (from {records.place(0)} on). {why}")
+        raise ConfigurationError(f"all {len(records)} samples were skipped (from {records.place(0)} on). {why}")
     return found
 
 

@@ -244,7 +244,7 @@ def prepare(benchmark: BenchmarkData, folder: Path, split: HashSplit, overlap: s
     overlap: what to do with a training item that is also a test item, 'remove' it or raise an 'error' with both places.
     Raises ConfigurationError for that, and for an input without items.
     """
-    require(overlap in OVERLAPS, f"--overlap is {overlap}; it is {' or '.join(OVERLAPS)}.")
+    require(overlap in OVERLAPS, f"--overlap is {overlap}; it must be {' or '.join(OVERLAPS)}.")
     names = [tests.file.removesuffix(".jsonl") for tests in benchmark.tests]
     outside = [name for name in names if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".")]
     require(not outside, f"--task-name {' '.join(outside)} is not a valid file name: use letters, digits, . _ + and -.")

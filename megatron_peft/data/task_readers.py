@@ -129,7 +129,7 @@ class TaskFile:
         for name, flag in self.flags.items():
             value = options.get(name, flag["default"])
             values = flag.get("values", [value])
-            require(value in values, f"--{name} is {value}; it is {', '.join(map(str, values))}.")
+            require(value in values, f"--{name} is {value}; it must be one of {', '.join(map(str, values))}.")
             require(value >= flag.get("least", value), f"--{name} is {value}; {flag.get('because')}")
             if value != flag["default"]:
                 changes |= {old: new.replace("{}", str(value)) for old, new in flag["changes"].items()}
@@ -155,7 +155,10 @@ def read_task_file(path: Path) -> TaskFile | None:
     lists["same_item"] = declared.get("same_item", [])
     mistyped += [key for key, values in lists.items() if not all(isinstance(value, list) for value in values)]
     require(not mistyped, f"{path}, above ---: wrong type of {', '.join(mistyped)}; docs/benchmark-tasks.md has them.")
-    require(declared["reader"] in READERS, f"{path}: reader is {declared['reader']}; it is {', '.join(READERS)}.")
+    require(
+        declared["reader"] in READERS,
+        f"{path}: reader is {declared['reader']}; it must be one of {', '.join(READERS)}.",
+    )
     named, test = declared["fields"], declared.get("test", {})
     columns = named if isinstance(named, dict) else {name: name for name in named}
     tests = test if isinstance(test, dict) else {path.stem: test}

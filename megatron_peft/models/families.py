@@ -163,7 +163,7 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     known = {**REFUSED, **family.refused}
     refused = [key for key, accepted in known.items() if config.get(key) not in accepted]
     shown = ", ".join(f"{key}={json.dumps(config[key])[:80]}" for key in refused)
-    require(not refused, f"{path} asks for what is not supported: {shown}. Use a checkpoint without it.")
+    require(not refused, f"{path} uses unsupported settings: {shown}. Use a checkpoint without it.")
     for key in ("dtype", "torch_dtype"):
         named = config.get(key)
         require(
@@ -173,7 +173,7 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     unknown = sorted(config.keys() - family.read - HARMLESS - known.keys())
     if unknown:
         # transformers' own class does not define them either.
-        logger.warning("%s: keys without a meaning for this model are ignored: %s", path, ", ".join(unknown))
+        logger.warning("%s: unknown keys are ignored: %s", path, ", ".join(unknown))
 
 
 def config_of_shape(shape: ModelShape) -> dict[str, Any]:

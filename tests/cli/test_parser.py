@@ -98,7 +98,7 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--trian-iters 10", "--trian-iters is not a known flag; did you mean --train-iters?"),
         ("--train_iters 10", "did you mean --train-iters?"),
         ("--rl-decay-style linear", "did you mean --lr-decay-style?"),
-        ("--num-expert 8", "did you mean --num-experts, which is Megatron's and not served here?"),
+        ("--num-expert 8", "did you mean --num-experts, a Megatron flag that is not supported?"),
         ("--wibble", "--wibble is not a known flag; --help lists them."),
         ("--tensor-model-parallel 1", "is not a known flag; did you mean --tensor-model-parallel-size?"),
         ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not serve (mixture of experts)"),

@@ -87,7 +87,7 @@ def swap(places):
     [
         (Path.unlink, None, True, "megatron lacks __0_0.distcp, which its index lists"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is torn: __0_0.distcp"),
-        (None, lambda places: places.pop(PART), True, "parts are missing of a.weight"),
+        (None, lambda places: places.pop(PART), True, "slices are missing from a.weight"),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
         (None, swap, False, r"does not hold a.weight \[3, 4\] where its index says so"),
     ],

@@ -241,7 +241,7 @@ def test_missing_base_and_files_are_named(moved, adapter, tmp_path):
     bare.mkdir()
     shutil.copy(base / "config.json", bare)
     for given, told in (
-        (None, "which base model\\? --pretrained-checkpoint takes the folder"),
+        (None, "import-adapter needs --pretrained-checkpoint, the folder"),
         (bare, "--pretrained-checkpoint .*bare holds no weights"),
     ):
         with pytest.raises(ConfigurationError, match=told):

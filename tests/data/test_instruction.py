@@ -97,7 +97,7 @@ def test_calls_that_the_template_does_not_write_are_refused(hf):
 @pytest.mark.parametrize(
     ("turn", "told"),
     [
-        ({"content": "a", "weight": 0}, "message 2 has the weight 0, but every turn of the assistant is learnt"),
+        ({"content": "a", "weight": 0}, "message 2 has the weight 0, but the loss covers every assistant turn"),
         ({"content": "a", "function_call": {"name": "f"}}, "message 2 has a function_call, .*one of tool_calls"),
         ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
     ],
@@ -215,7 +215,7 @@ def test_skip_leaves_all_overlong_samples_out_and_those_that_fit_give_no_warning
     [
         (RECORDS, "error", "line 2: the sample takes 6 tokens, above --seq-length 4: raise it"),
         ([RECORDS[0], {"text": ""}], "error", "line 2: the sample has no token to learn from"),
-        ([RECORDS[2]], "truncate", "no sample is left of 1 .*line 1.*their prompt alone fills it"),
+        ([RECORDS[2]], "truncate", "all 1 samples were skipped .*line 1.*their prompt alone fills it"),
     ],
 )
 def test_a_bad_record_ends_the_run_before_it_begins(write_lines, records, overlong, message):

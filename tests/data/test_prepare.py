@@ -186,7 +186,7 @@ def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_
         ([*SENTENCES, "A!"], ["a"], "error", "train, line 51 is the test item of test, line 1.*--overlap remove"),
         (SENTENCES, [], "remove", "no item for glue_sst2: give a file of test items, or a --test-percent"),
         (["a"], ["a"], "remove", "train.jsonl and valid.jsonl would be empty: 0 items .* and 1 left out"),
-        (["a"], ["b"], "keep", "--overlap is keep; it is remove or error"),
+        (["a"], ["b"], "keep", "--overlap is keep; it must be remove or error"),
     ],
 )
 def test_what_cannot_be_prepared_is_an_error_and_nothing_is_left(tmp_path: Path, train, test, overlap, message) -> None:

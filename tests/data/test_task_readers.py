@@ -165,7 +165,7 @@ def test_translation_task_takes_name_and_tokens() -> None:
     benchmark = translation.benchmark([Path("x.tsv")], (), {**languages, "task-name": "en_zh", "bleu-tokenize": "zh"})
     assert tasks(benchmark) == ["en_zh"]
     assert "corpus_bleu_zh" in benchmark.tests[0].tasks[0].text
-    with pytest.raises(ConfigurationError, match="--bleu-tokenize is mecab; it is 13a, zh, char, intl"):
+    with pytest.raises(ConfigurationError, match="--bleu-tokenize is mecab; it must be one of 13a, zh, char, intl"):
         translation.benchmark([Path("x.tsv")], (), {**languages, "bleu-tokenize": "mecab"})
 
 

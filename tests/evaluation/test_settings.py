@@ -391,7 +391,7 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
         (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
         (lambda: 1, ["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
         (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
-        (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: several things are wrong:"),
+        (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
     ],
 )
 def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, settings, flags, told):

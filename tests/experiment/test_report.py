@@ -109,7 +109,7 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
 
 
 def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None:
-    assert report.state(found) == "9 of 9 final runs are there (seeds 1, 2, 3)."
+    assert report.state(found) == "9 of 9 final runs are in (seeds 1, 2, 3)."
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
     found = read_results(tmp_path)
     assert report.state(found).startswith("**Not finished:** 8 of 9")
@@ -144,8 +144,8 @@ def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> 
         "| method | talk, accuracy |",
         "| lora | 79.40 ± 0.529 |",
         "| lora-ga | **84.70 ± 0.265** |",
-        "- 9 of 9 final runs are there (seeds 1, 2, 3).",
-        "- All 12 cells say from which experiment file, commit and data they came.",
+        "- 9 of 9 final runs are in (seeds 1, 2, 3).",
+        "- All 12 cells record their experiment file, commit and data.",
         "| calls above the base's (calls) | 37 and 38 | 1 | 2 |",
         "| bytes |  | 1.007 |  |",
     } <= set(lines)

@@ -83,7 +83,7 @@ def test_cells_without_provenance_are_named_and_copied_unchanged(found: Results,
         write_record(tmp_path, cell, record_of(cell, provenance={"training": training}))
     write_record(tmp_path, hybrid[0], record_of(hybrid[0]))
     silent, names = report.provenance(read_results(tmp_path))
-    assert silent.startswith("**2 of 12 cells do not say")
+    assert silent.startswith("**2 of 12 cells have no digests")
     assert names == f"They are {lora[1].key}; {hybrid[0].key}."
     copy_results(read_results(tmp_path), tmp_path / "copy")
     copied, old = (cell_file(folder, hybrid[0]).read_text() for folder in (tmp_path / "copy", tmp_path))

@@ -131,7 +131,7 @@ REFUSED_SCALING = [
     ("changes", "told"),
     [
         *(({"rope_scaling": scaling}, told) for scaling, told in REFUSED_SCALING),
-        *(({key: 30.0}, f"asks for what is not supported: {key}=") for key in UNSUPPORTED_KEYS.split()),
+        *(({key: 30.0}, f"uses unsupported settings: {key}=") for key in UNSUPPORTED_KEYS.split()),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "2048"}, f"hidden_size is '2048'; {COUNT}"),
         ({"num_hidden_layers": 2.0}, f"num_hidden_layers is 2.0; {COUNT}"),

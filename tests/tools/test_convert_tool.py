@@ -32,7 +32,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = verify.Comparison(verify.Difference(0.5, 100.0), [verify.Difference(0.25, 10.0)], 3, 4)
+    found = verify.LogitComparison(verify.Difference(0.5, 100.0), [verify.Difference(0.25, 10.0)], 3, 4)
     monkeypatch.setattr(verify, "verify", lambda *_, **__: found)
     flags = ["verify", "--input", "a", "--output", "b", "--per-layer"]
     assert main(flags) == 1

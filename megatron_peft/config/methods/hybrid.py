@@ -86,8 +86,8 @@ class HybridMethod(Method):
         ROTATIONS[peft.hybrid_rotation].check(peft, require)
         require(
             peft.hybrid_lambda in LAMBDA_RULES or not peft.adapts_mix,
-            f"--hybrid-lambda is {peft.hybrid_lambda}; it is {', '.join(LAMBDA_RULES)}, or fixed:X with X between 0 "
-            f"and 1.",
+            f"--hybrid-lambda is {peft.hybrid_lambda}; it must be {', '.join(LAMBDA_RULES)}, or fixed:X with X from 0 "
+            f"to 1.",
         )
         low, start, high = peft.hybrid_lambda_min, peft.hybrid_lambda_init, peft.hybrid_lambda_max
         require(
