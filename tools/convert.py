@@ -70,10 +70,7 @@ def verify(args: argparse.Namespace) -> int:
     from megatron_peft.conversion.verify import verify as compare
 
     found = compare(
-        args.input,
-        args.reference,
-        pretrained_checkpoint=args.pretrained_checkpoint,
-        num_tokens=args.num_tokens,
+        args.input, args.reference, pretrained_checkpoint=args.pretrained_checkpoint, num_tokens=args.num_tokens
     )
     if args.per_layer:
         for number, layer in enumerate(found.layers):

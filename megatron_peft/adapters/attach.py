@@ -2,8 +2,7 @@
 
 Target names: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`: the fused layer that holds it
 is adapted as a whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
-(`decoder.layers.1?.*`, `*_proj`).
-Layer numbers are those of the whole model, from 0.
+(`decoder.layers.1?.*`, `*_proj`). Layer numbers are those of the whole model, from 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -118,7 +118,6 @@ BENCHMARKS = {
         ),
     ),
     "startup": Benchmark(
-        "pretrain_peft.py on the 135M model, one process",
-        lambda place: startup_figures(place.pretrained_135m()),
+        "pretrain_peft.py on the 135M model, one process", lambda place: startup_figures(place.pretrained_135m())
     ),
 }

@@ -66,10 +66,7 @@ class TrainingConfig:
                 self.train_epochs is None or self.train_epochs < MOST_EPOCHS,
                 f"--train-epochs is {self.train_epochs}; it must be below {MOST_EPOCHS:,}.",
             )
-            require(
-                len(lengths) <= 1,
-                f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).",
-            )
+            require(len(lengths) <= 1, f"{LENGTH_OF_THE_RUN} (given: {', '.join(map(flag, lengths))}).")
 
 
 _rate = partial(option, group=LEARNING_RATE)

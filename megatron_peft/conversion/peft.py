@@ -117,12 +117,7 @@ def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
     )
 
 
-# A run's adapters as a folder that Hugging Face PEFT loads.
-#
-# adapter_config.json             a LoraConfig or BOFTConfig
-# adapter_model.safetensors       base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
-
-STEM = "adapter_model"
+STEM = "adapter_model"  # .safetensors, beside adapter_config.json
 
 
 def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None = None) -> Path:

@@ -52,7 +52,6 @@ def _write(
     Args:
         base: folder of the weights, in either format.
         origins: folders to search for the model's config.json and tokenizer, in order.
-        read: called once for each parameter that the model owns, in order.
         dtype: of the weights; None keeps the stored type.
         bar: label of the progress bar; None: no bar.
 

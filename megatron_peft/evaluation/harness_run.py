@@ -141,10 +141,7 @@ def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
         "task a fewshot_split.",
     )
     num_items = len(task.fewshot_docs())
-    require(
-        num_items >= num_fewshot,
-        f"--num-fewshot {num_fewshot}: --tasks {name} has {num_items} solved items.",
-    )
+    require(num_items >= num_fewshot, f"--num-fewshot {num_fewshot}: --tasks {name} has {num_items} solved items.")
 
 
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")

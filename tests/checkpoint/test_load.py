@@ -141,10 +141,7 @@ def test_flags_leave_their_part_out(loaded, flag, differing, position):
     "settings, words",
     [
         ({"peft": {"lora_rank": 8}}, ["--lora-rank 4", "--lora-rank 8"]),
-        (
-            {"peft": {"target_modules": ("linear_qkv",)}},
-            ["linear_fc2 (16 layers)", "--peft-target-modules linear_qkv"],
-        ),
+        ({"peft": {"target_modules": ("linear_qkv",)}}, ["linear_fc2 (16 layers)", "--peft-target-modules linear_qkv"]),
         ({"optimizer": {"optimizer": "sgd"}}, ["--optimizer adam", "--optimizer sgd", "--no-load-optim"]),
         ({"model": {"pretrained_checkpoint": "other"}}, ["bases/base", "bases/other", "(model.safetensors)"]),
     ],

@@ -74,9 +74,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({**DATA, "tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({**DATA, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
     ],
-    TrainingConfig: [
-        ({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs"),
-    ],
+    TrainingConfig: [({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs")],
     OptimizerSettings: [
         ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
         ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0 is above"),

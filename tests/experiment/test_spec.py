@@ -60,10 +60,7 @@ def test_examples_are_read(path: Path) -> None:
         ({"flags": {"train-iters": 2, "save": "x"}}, "--save is the runner's own: each cell has a folder"),
         ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
         ({"seeds": [1, "two"]}, "seeds holds 'two', which is not a whole number"),
-        (
-            {"methods": {"lora": GRID, "boft": {"grid": {"lr": [1, 2]}}}},
-            "but their grids hold: lora 1, boft 2",
-        ),
+        ({"methods": {"lora": GRID, "boft": {"grid": {"lr": [1, 2]}}}}, "but their grids hold: lora 1, boft 2"),
         ({"tasks": UNVALIDATED}, "tasks.talk: .* with models.tiny nothing is validated: give"),
         ({"method": {}}, "the unknown key 'method': did you mean methods?"),
         ({"models": {"tiny": {"flag": {}}}}, "models.tiny has the unknown key 'flag': did you mean flags"),

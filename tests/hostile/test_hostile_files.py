@@ -294,11 +294,7 @@ def cases_of_data() -> Iterator[Case]:
         ("added_tokens", "5"),
     ):
         yield Case(f"{key} {written[:20]}", TRAIN, "base/tokenizer.json", value(key, written))
-    for key, written in (
-        ("eos_token", "5"),
-        ("tokenizer_class", "5"),
-        ("added_tokens_decoder", "5"),
-    ):
+    for key, written in (("eos_token", "5"), ("tokenizer_class", "5"), ("added_tokens_decoder", "5")):
         yield Case(f"{key} {written}", TRAIN, "base/tokenizer_config.json", value(key, written))
     huge = gzip.compress(bytes(2**20)) * 300
     for name, plant in (*fixtures("gzip"), ("huge", partial(holds, content=huge))):

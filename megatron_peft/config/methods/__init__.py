@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
     from megatron_peft.config.run import RunConfig
 
-SECTIONS = (  # of a run, beside PeftConfig: their fields' names are taken
-    *(ModelConfig, ParallelConfig, DataConfig, TrainingConfig),
-    *(OptimizerSettings, CheckpointConfig, LoggingConfig),
-)
+# Of a run, beside PeftConfig: the names of their fields are taken.
+SECTIONS = (ModelConfig, ParallelConfig, DataConfig, TrainingConfig, OptimizerSettings, CheckpointConfig, LoggingConfig)
 LINEAR_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
