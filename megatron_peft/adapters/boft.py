@@ -49,7 +49,7 @@ class Butterfly(BlockRotation):
         self.shape = (self.num_local_groups, num_factors, group_size // size)
 
     def blocks(self) -> Tensor:
-        """Of every factor, [k, m, c, b, b]; orthogonal."""
+        """The orthogonal blocks of every factor, [k, m, c, b, b]."""
         raise NotImplementedError
 
     def changes(self) -> Tensor:
@@ -159,7 +159,7 @@ def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
 
 
 def inverse(matrices: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
-    """Of invertible matrices, unchecked: the check of `torch.linalg.inv` synchronizes with a CUDA device."""
+    """Inverse of invertible matrices, unchecked: the check of `torch.linalg.inv` synchronizes with a CUDA device."""
     return torch.linalg.inv_ex(matrices).inverse
 
 

@@ -120,7 +120,7 @@ def read_config(
     read_shape: ShapeReader | None = None,
     saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
-    """As `parse_arguments`, but raises ConfigurationError with all that is wrong, for its caller to tell."""
+    """Like `parse_arguments`, but raise ConfigurationError with everything that is wrong instead of exiting."""
     served = served_flags()
     typed = _Typed(_build_parser(served), {name: one for one in served for name in one.names})
     for name, values in _split_at_flags(argv):

@@ -56,7 +56,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """As `read_bytes`, of UTF-8."""
+    """The text of a UTF-8 file. Raises as `read_bytes` does."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """As `read_json`, of a file that holds one object."""
+    """The object that a JSON file holds. Raises as `read_json` does."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} holds no JSON object but {type(value).__name__}.")

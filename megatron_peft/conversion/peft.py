@@ -99,7 +99,7 @@ def _check_tensors(adapter: PeftImport, rules: list[Rule], base: str) -> None:
 
 
 def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
-    """As of a run before its first step, without data and without a length."""
+    """The record of a run before its first step, without data and length."""
     return RunRecord(
         config=RunConfig(
             parallel=ParallelConfig(),
@@ -174,7 +174,7 @@ def _adapted_weights(record: RunRecord) -> list[Rule]:
 
 
 def _base(adapters: TrainedAdapters, override: str | Path | None) -> str | None:
-    """Its folder's name; checked if it is there."""
+    """Name of the base's folder, which is checked if it exists."""
     named = adapters.record.config.model.pretrained_checkpoint
     if override is None and not Path(named or "").is_dir():
         return named

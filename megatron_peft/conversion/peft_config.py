@@ -57,7 +57,7 @@ class Adopted:
 
 
 def whole_tensor(source: Source, name: str) -> Tensor:
-    """In float32, in memory of its own."""
+    """A whole tensor in float32, copied into memory."""
     return source.slice(name, (slice(None),) * len(source.headers[name].shape)).to(torch.float32, copy=True)
 
 
@@ -329,7 +329,7 @@ class LoraImport(PeftImport):
         return Adopted(targets, own, tensors, grown * (rank != self.rank))
 
     def _found(self, rule: Rule) -> dict[str, LowRankFactors]:
-        """In float32, of the modules that have them."""
+        """A and B, in float32, of each module that has the adapter."""
         modules = (module for module in modules_of(rule) if self.is_targeted(module))
         return {
             module: LowRankFactors(

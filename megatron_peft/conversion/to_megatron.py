@@ -74,7 +74,7 @@ class ShardSlice:
         return WriteItem(self.index, WriteItemType.SHARD, tensor_data=data)
 
     def read(self, source: Source) -> Tensor:
-        """Its values."""
+        """Read the values of the slice."""
         values = torch.empty(self.shape, dtype=self.dtype)
         if self.shape == self.local_shape:
             source.read(self.rule, values, self.rank, self.size)

@@ -209,7 +209,7 @@ def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
 
 
 def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
-    """Of a base model's folder; None where there is nothing that it is made of (checkpoints of ranks)."""
+    """Fingerprint of a base model's folder; None if it has no files to take it from (checkpoints of ranks)."""
     try:
         return fingerprint(str(base))
     except OSError:

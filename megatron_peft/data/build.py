@@ -29,7 +29,7 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Of the files of the training data."""
+        """Digest of the files of the training data."""
         return self.train.dataset.digest  # pyright: ignore[reportAttributeAccessIssue] - both kinds have it
 
 

@@ -41,7 +41,7 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 def rouge_l_words(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """As `rouge_l`, with words of any alphabet as tokens, and single characters of scripts without spaces."""
+    """Like `rouge_l`, with words of any alphabet as tokens, and single characters in scripts without spaces."""
     return 100 * _scorer(WordTokenizer).score(references[0], predictions[0])["rougeL"].fmeasure
 
 

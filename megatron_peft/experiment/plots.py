@@ -232,7 +232,7 @@ def _as_array(layers: Mapping[int, Sequence[float | None]]) -> np.ndarray:
 
 
 def mean_by_layer(runs: Sequence[ByLayer]) -> dict[str, list[float | None]]:
-    """Of runs with the same layers; cut to the shortest."""
+    """The mean by layer over runs with the same layers, cut to the shortest run."""
     length = min(len(values) for run in runs for values in run.values())
     return {
         layer: np.mean([np.array(run[layer][:length], dtype=float) for run in runs], axis=0).tolist()

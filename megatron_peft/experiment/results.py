@@ -72,7 +72,7 @@ class Results:
     all: tuple[Result, ...]
 
     def of(self, model: str, task: str) -> list[Result]:
-        """Of each method, for one model and task."""
+        """The results of each method, for one model and task."""
         return [result for result in self.all if (result.model, result.task) == (model, task)]
 
     def places(self) -> list[tuple[str, str]]:
@@ -80,7 +80,7 @@ class Results:
         return list(dict.fromkeys((result.model, result.task) for result in self.all if result.finals))
 
     def records(self) -> dict[str, CellRecord]:
-        """By key, of each cell that has one."""
+        """The record of each cell that has one, by key."""
         return {key: record for result in self.all for key, record in result.records.items()}
 
     def num_finals(self) -> tuple[int, int]:

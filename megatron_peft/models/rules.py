@@ -189,7 +189,7 @@ class VocabularyRows(Rule):
     """
 
     def local_shape(self, size: int) -> tuple[int, ...]:
-        """With the least padding."""
+        """The shape with the least padding."""
         return -(-self._num_rows // size), *self.hf_tensors[0].shape[1:]
 
     def accepts(self, shape: Sequence[int], size: int) -> bool:

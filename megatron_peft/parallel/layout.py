@@ -54,11 +54,11 @@ class LinearLayout:
         return whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]
 
     def num_features(self, side: Side) -> int:
-        """Of the whole matrix."""
+        """Number of features of the whole matrix."""
         return self.out_features if side == "output" else self.in_features
 
     def num_local_features(self, side: Side) -> int:
-        """Of one of the stacked matrices on this rank; groups of features must divide it."""
+        """Number of features of one stacked matrix on this rank; groups of features must divide it."""
         return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
 
     def num_global(self, module: nn.Module) -> int:

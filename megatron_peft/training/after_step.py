@@ -110,7 +110,7 @@ def update(state: TrainingState) -> float:
 
 
 def rotation_learning_rate(state: TrainingState) -> float:
-    """Of this step: every group of the optimizer's follows the schedule."""
+    """Learning rate of rotations in this step; 0 without rotations."""
     groups = [group for group in state.optimizer.param_groups if group.get(IS_ROTATION)]
     return groups[0]["lr"] if groups else 0.0
 

@@ -64,7 +64,7 @@ def rotation_lr(peft: Any, lr: float) -> float:
 
 
 def rotation_options(peft: HybridOptions) -> HybridOptions:
-    """With the values that the rotation has in a mixture."""
+    """The options with the values that the rotation has in a mixture."""
     return replace(peft, urnn_mode="multiply", rotation_side="output")
 
 
@@ -111,7 +111,7 @@ class HybridMethod(Method):
         )
 
     def fields(self, peft: HybridOptions) -> set[str]:
-        """Without those of the rotation that is not mixed in."""
+        """The fields that the method reads, without those of the other rotation."""
         unused = [rotation for name, rotation in ROTATIONS.items() if name != peft.hybrid_rotation]
         own = ROTATIONS[peft.hybrid_rotation].fields(peft) | LORA_GA.fields(peft)
         read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own

@@ -16,7 +16,7 @@ IS_NOT_DECAYED = "is_not_decayed"
 
 @dataclass(frozen=True)
 class LowRankOptions(PeftOptions):
-    """Of every method that trains W + s B A."""
+    """Flags of every method that trains W + s B A."""
 
     lora_rank: int = option(16, "r, the inner size of the low-rank factors", check="positive")
     lora_alpha: float = option(32, "the low-rank change is scaled by alpha / r", check="positive")
@@ -43,7 +43,7 @@ class LowRankOptions(PeftOptions):
 
 @dataclass(frozen=True)
 class LoraGaOptions(LowRankOptions):
-    """Of the methods whose A and B start from the gradient."""
+    """Flags of the methods whose A and B are initialized from the gradient."""
 
     lora_ga_batches: int = option(8, "global batches whose gradient initializes A and B", check="positive")
     lora_ga_init: Literal["aligned", "paper", "original"] = option(

@@ -14,7 +14,7 @@ IS_ROTATION = "is_rotation"  # mark on parameters, by which the optimizer knows 
 
 @dataclass(frozen=True)
 class RotationOptions(PeftOptions):
-    """Of every method that rotates the weight."""
+    """Flags of every method that rotates the weight."""
 
     rotation_side: Literal["output", "input"] = option(
         "output", "side of the weight that is rotated: R W, or W R^T as in Hugging Face PEFT"
