@@ -103,9 +103,6 @@ def build(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: t
     return kinds[peft.boft_parametrization](layout, peft, name, seed, dtype)
 
 
-# The mathematics of the factors: tensors in, tensors out.
-
-
 def skew(upper: Tensor, size: int) -> Tensor:  # [..., b (b - 1) / 2] -> [..., b, b]
     """The skew-symmetric matrix with these numbers above its diagonal, row by row.
 

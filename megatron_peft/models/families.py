@@ -18,8 +18,10 @@ from megatron_peft.models.shape import Config, ModelShape
 
 logger = logging.getLogger(__name__)
 
-# The registry: model_type -> the module that defines its `FAMILY`, imported at first use.
-FAMILIES = {"llama": "megatron_peft.models.llama", "bloom": "megatron_peft.models.bloom"}
+FAMILIES = {  # model_type -> the module that defines its `FAMILY`, imported at first use
+    "llama": "megatron_peft.models.llama",
+    "bloom": "megatron_peft.models.bloom",
+}
 
 # Keys of any family that change the computation -> the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
