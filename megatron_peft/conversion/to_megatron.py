@@ -29,7 +29,7 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.models.rules import Rule, VocabularyRows
 
 # A tensor is stored as the shards of this many tensor-parallel ranks, the first that divides it: so a rank that loads
-# it reads little more than its own part.
+# it reads little more than its own share.
 SHARD_COUNTS = (8, 4, 2, 3)
 MIN_SHARD_BYTES = 4 * 2**20
 FORMAT = {
@@ -119,14 +119,14 @@ def hf_to_megatron(
     assert isinstance(source, Source)
     padded = shape.padded_vocab_size(make_vocab_size_divisible_by, 1)
     slices = [
-        part
+        stored
         for rule in owned_rules(rules, shape).values()
-        for part in shard_slices(rule, padded, dtype or source.stored_type(rule))
+        for stored in shard_slices(rule, padded, dtype or source.stored_type(rule))
     ]
-    total_bytes = sum(part.num_bytes for part in slices)
+    total_bytes = sum(stored.num_bytes for stored in slices)
     with new_folder(output) as draft, byte_bar("Converting", total_bytes, progress) as advance:
         copy_small_files(Path(input), draft)
-        set_stored_type(draft, {part.dtype for part in slices})
+        set_stored_type(draft, {stored.dtype for stored in slices})
         _write(slices, source, draft, advance)
     return Path(output)
 
@@ -144,9 +144,9 @@ def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iter
             break
     local = torch.empty(local_shape, device="meta")
     for rank in range(size):
-        for number, part in enumerate(rule.global_slices(local, rank, size)):
-            shape = tuple(part.view.shape)
-            yield ShardSlice(rule, rank, size, number, local_shape, whole, part.offset, shape, dtype)
+        for number, stored in enumerate(rule.global_slices(local, rank, size)):
+            shape = tuple(stored.view.shape)
+            yield ShardSlice(rule, rank, size, number, local_shape, whole, stored.offset, shape, dtype)
 
 
 def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
@@ -165,13 +165,13 @@ class _StreamingPlanner(DefaultSavePlanner):
 
     def __init__(self, slices: Sequence[ShardSlice], source: Source, advance: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._slices = {part.index: part for part in slices}
+        self._slices = {stored.index: stored for stored in slices}
         self._source = source
         self._advance = advance
         self._current = torch.empty(0)
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([part.write_item() for part in self._slices.values()])
+        return SavePlan([stored.write_item() for stored in self._slices.values()])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end

@@ -137,15 +137,17 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
 def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
     load = config.checkpoint.load
     assert load is not None
-    here = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
-    checked_together(lambda: _refuse_another(here, load))
+    current = CurrentRun(
+        config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {}
+    )
+    checked_together(lambda: _refuse_another(current, load))
     return load_trained_parameters(chunks, load)
 
 
-def _refuse_another(here: CurrentRun, load: str) -> None:
+def _refuse_another(current: CurrentRun, load: str) -> None:
     """The first rank speaks for all: it alone has read the base model's files."""
     if dist.get_rank() == 0:
-        problems = contradictions(read_record(find_checkpoint(load)), here)
+        problems = contradictions(read_record(find_checkpoint(load)), current)
         if problems:
             raise ConfigurationError(*problems)
 
