@@ -137,10 +137,8 @@ def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
 def _load_trained(config: RunConfig, shape: ModelShape, chunks: list[GPTModel]) -> RunRecord:
     load = config.checkpoint.load
     assert load is not None
-    current = CurrentRun(
-        config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {}
-    )
-    checked_together(lambda: _refuse_another(current, load))
+    run = CurrentRun(config, shape, adapted_layers(chunks), base_fingerprint(config.model.pretrained_checkpoint), {})
+    checked_together(lambda: _refuse_another(run, load))
     return load_trained_parameters(chunks, load)
 
 

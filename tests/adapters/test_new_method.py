@@ -110,6 +110,7 @@ def install(folder: Path, declaration: str = FILES[DECLARATION]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_package_of_its_own_announces_it(tmp_path):
     assert ENTRY_POINT == '[project.entry-points."megatron_peft.methods"]'
     found = train(ROOT, tmp_path, packages=install(tmp_path / "packages"))
