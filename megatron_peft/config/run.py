@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_origin, get_type_hints
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag
-from megatron_peft.config.methods import PeftConfig
+from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.training import (
     LENGTH_OF_THE_RUN,
@@ -136,8 +136,8 @@ def config_from_dict(record: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     """
     section_classes = get_type_hints(RunConfig)
     method = record.get("peft", {}).get("method", PeftConfig.method)
-    if isinstance(method, str):
-        PeftConfig(method)  # or an error that says why the method is not here
+    if isinstance(method, str) and method not in METHODS:
+        PeftConfig(method)  # the error says why the method is not here
     unknown = [
         f"{section}.{name}"
         for section, values in record.items()

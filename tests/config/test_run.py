@@ -249,6 +249,14 @@ def test_a_record_holds_no_flags_of_other_methods_but_those_that_were_set() -> N
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
+def test_a_record_is_read_though_the_defaults_of_its_method_are_refused(config: RunConfig, monkeypatch) -> None:
+    def needs_rank_4(self: Any, peft: PeftConfig, require: Requirements) -> None:
+        require(peft.lora_rank == 4, "a rank of 4 is needed")
+
+    monkeypatch.setattr(type(METHODS["lora"]), "check", needs_rank_4)
+    assert config_from_dict(config_to_dict(config)) == config  # of rank 4, which is not the default
+
+
 def test_a_record_of_a_method_that_is_not_installed_is_refused_by_its_name(config: RunConfig) -> None:
     record = config_to_dict(config)
     record["peft"] |= {"method": "gains", "gains_bound": 0.5}

@@ -175,6 +175,13 @@ def test_rank_that_stays_is_not_mentioned(moved, tmp_path, capsys):
     assert capsys.readouterr().out == f"{LOAD_IT} {flags}\n"
 
 
+def test_dropout_is_among_the_flags_to_load_it_with(moved, tmp_path, capsys):
+    base = moved.base("base")
+    imported(make_adapter(base, tmp_path / "adapter", target_modules=["o_proj"], lora_dropout=0.25), base)
+    flags = "--lora-rank 4 --lora-alpha 6 --lora-dropout 0.25 --peft-target-modules linear_proj"
+    assert capsys.readouterr().out == f"{LOAD_IT} {flags}\n"
+
+
 def test_what_pads_the_rank_is_zero(moved, tmp_path):
     """o_proj needs rank 4 of the 8 that q_proj and v_proj take together: training leaves the others at zero."""
     adapter = make_adapter(moved.base("base"), tmp_path / "adapter", target_modules=["q_proj", "v_proj", "o_proj"])
