@@ -14,7 +14,7 @@ from megatron_peft.config import ConfigurationError
 from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[2]
-RANK = """
+RANK = r"""
 import os, signal, sys
 rank = int(os.environ["RANK"])
 os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']} {' '.join(sys.argv[1:])}\n".encode())

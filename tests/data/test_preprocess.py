@@ -1,6 +1,7 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,5 +127,5 @@ def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, caps
 )
 def test_the_tool_refuses_flags_by_name(write_lines, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
-        run_tool(write_lines(TEXTS), tmp_path / "out", *flags)
+        sys.exit(run_tool(write_lines(TEXTS), tmp_path / "out", *flags))
     assert message in capsys.readouterr().err

@@ -392,18 +392,17 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "flags", "told"),
+    ("flags", "told"),
     [
-        (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
-        (lambda: 1, ["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
-        (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
-        (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
+        (["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
+        (["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
+        (["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
     ],
 )
-def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, settings, flags, told):
+def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), settings, flags, "p.py")
+        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
@@ -414,5 +413,5 @@ def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     def main(config: RunConfig, settings: str) -> None:
         seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, lambda: "settings", ["--pretrained-checkpoint", base], "p.py")
+    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
     assert seen == [(base, "settings", 1)] and not dist.is_initialized()
