@@ -2,7 +2,7 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all golden mutations lint bench
+.PHONY: help install demo test test-slow test-all golden mutations lint bench
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -24,6 +24,8 @@ BASE ?=
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
+
+install: $(INSTALLED) ## make the environment, .venv, and nothing else
 
 help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
