@@ -102,7 +102,7 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--num-expert 8", "did you mean --num-experts, a Megatron flag that is not supported?"),
         ("--wibble", "--wibble is not a known flag; --help lists them."),
         ("--tensor-model-parallel 1", "is not a known flag; did you mean --tensor-model-parallel-size?"),
-        ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not support (mixture of experts)"),
+        ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not support (mixture of exp"),
         ("--moe-of-tomorrow 8", "does not support (mixture of experts); remove it."),
         ("--fp16", "(float16); use --bf16."),
         ("--softmax-scale 1", "--softmax-scale is a Megatron flag"),
