@@ -3,7 +3,7 @@
 python tools/convert.py hf-to-megatron --input HF_FOLDER --output MEGATRON_FOLDER
 python tools/convert.py megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_FOLDER
 python tools/convert.py merge          --input RUN --output HF_FOLDER
-python tools/convert.py export-adapter --input RUN --output HF_PEFT_FOLDER
+python tools/convert.py export-adapter --input RUN --output HF_PEFT_FOLDER [--as-lora]
 python tools/convert.py import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
 python tools/convert.py verify         --input FOLDER --reference FOLDER
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
@@ -13,10 +13,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, flag, require
 
 TYPES = ("float32", "bfloat16", "float16")
+AS_LORA = ("tolerance", "max_rank", "num_tokens")
 
 
 def hf_to_megatron(args: argparse.Namespace) -> int:
@@ -42,20 +44,27 @@ def merge(args: argparse.Namespace) -> int:
     return _write_hf(convert, args)
 
 
-def _write_hf(convert: Callable[..., object], args: argparse.Namespace) -> int:
+def _write_hf(convert: Callable[..., Path], args: argparse.Namespace) -> int:
     from megatron_peft.conversion.hf_files import type_flag
     from megatron_peft.conversion.writer import parse_bytes
 
     size, dtype = parse_bytes(args.max_shard_size), type_flag(args.dtype)
-    base = args.pretrained_checkpoint
-    return _wrote(convert(args.input, args.output, pretrained_checkpoint=base, dtype=dtype, max_shard_bytes=size))
+    own = {"pretrained_checkpoint": args.pretrained_checkpoint, "license": args.license}
+    return _wrote(convert(args.input, args.output, dtype=dtype, max_shard_bytes=size, **own))
 
 
 def export_adapter(args: argparse.Namespace) -> int:
-    """convert a run's adapters to an adapter of HF PEFT"""
+    """convert a run's adapters, or with --as-lora any run, to an adapter of HF PEFT"""
+    limits = {name: getattr(args, name) for name in AS_LORA if getattr(args, name) is not None}
+    require(args.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
+    own = {"pretrained_checkpoint": args.pretrained_checkpoint, "license": args.license}
+    if args.as_lora:
+        from megatron_peft.conversion.as_lora import export_as_lora
+
+        return _wrote(export_as_lora(args.input, args.output, **own, **limits))
     from megatron_peft.conversion.peft import export_adapter as convert
 
-    return _wrote(convert(args.input, args.output, pretrained_checkpoint=args.pretrained_checkpoint))
+    return _wrote(convert(args.input, args.output, **own))
 
 
 def import_adapter(args: argparse.Namespace) -> int:
@@ -84,8 +93,12 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if close else 1
 
 
-def _wrote(output: object) -> int:
+def _wrote(output: Path) -> int:
+    from megatron_peft.conversion.model_card import CARD, serving_lines
+
     print(f"wrote {output}")
+    if (output / CARD).is_file():
+        print(f"\n{serving_lines(output)}")
     return 0
 
 
@@ -106,6 +119,23 @@ FLAGS: dict[str, dict] = {
         "metavar": "N",
         "help": "pad the rows of embedding and output layer to a multiple of N (128)",
     },
+    "--as-lora": {
+        "action": "store_true",
+        "help": "approximate the change of the weights by a LoRA, whatever the method; full fine-tuning too",
+    },
+    "export-adapter --tolerance": {
+        "type": float,
+        "metavar": "X",
+        "help": "with --as-lora: the smallest rank whose relative Frobenius error is at most X, in each module (0.05)",
+    },
+    "--max-rank": {"type": int, "metavar": "R", "help": "with --as-lora: largest rank (256)"},
+    "export-adapter --num-tokens": {
+        "type": int,
+        "metavar": "N",
+        "help": "with --as-lora: compare logits on two sequences of N random tokens, with the model in memory; 0: do "
+        "not (64)",
+    },
+    "--license": {"metavar": "NAME", "help": "license of the model card, like apache-2.0 (that of the base's card)"},
     "--pretrained-checkpoint": {"metavar": "FOLDER", "help": "base model (the one that the input names)"},
     "--num-tokens": {"type": int, "default": 64, "metavar": "N", "help": "tokens in each of two sequences (64)"},
     "--per-layer": {"action": "store_true", "help": "also print the difference after each layer"},
@@ -118,9 +148,12 @@ FLAGS: dict[str, dict] = {
 }
 COMMANDS = {
     "hf-to-megatron": Command(hf_to_megatron, ("--dtype", "--make-vocab-size-divisible-by")),
-    "megatron-to-hf": Command(megatron_to_hf, ("--pretrained-checkpoint", "--dtype", "--max-shard-size")),
-    "merge": Command(merge, ("--pretrained-checkpoint", "--dtype", "--max-shard-size")),
-    "export-adapter": Command(export_adapter, ("--pretrained-checkpoint",)),
+    "megatron-to-hf": Command(megatron_to_hf, ("--pretrained-checkpoint", "--dtype", "--max-shard-size", "--license")),
+    "merge": Command(merge, ("--pretrained-checkpoint", "--dtype", "--max-shard-size", "--license")),
+    "export-adapter": Command(
+        export_adapter,
+        ("--pretrained-checkpoint", "--as-lora", "--tolerance", "--max-rank", "--num-tokens", "--license"),
+    ),
     "import-adapter": Command(import_adapter, ("--pretrained-checkpoint",)),
     "verify": Command(verify, ("--pretrained-checkpoint", "--num-tokens", "--per-layer", "--tolerance")),
 }
@@ -138,8 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
             one.add_argument("--reference", "--output", required=True, metavar="FOLDER")
         else:
             one.add_argument("--output", required=True, metavar="FOLDER", help="must not exist")
-        for flag in command.flags:
-            one.add_argument(flag, **FLAGS[flag])
+        for own in command.flags:
+            one.add_argument(own, **FLAGS.get(f"{name} {own}", FLAGS.get(own, {})))
         one.set_defaults(run=command.run)
     return parser
 

@@ -71,7 +71,8 @@ class RotationChange(WeightChange):
     """
 
     def __init__(self, R: Tensor, side: Side) -> None:
-        self.D, self.side = R.double() - identity_like(R.double()), side
+        self.D = R.double() - identity_like(R.double())
+        self.side: Side = side
         self.granule = R.shape[-1] if side == "output" else 1
 
     @property

@@ -1,236 +1,165 @@
-"""Any run as an ordinary LoRA: the change of every linear layer, to a tolerance, as a product of two factors.
+"""Export a run of any method, full fine-tuning included, as an ordinary LoRA of HF PEFT, with what that changes.
 
-For each Hugging Face module the smallest rank whose relative Frobenius error of dW is at most the tolerance. Where the
-method itself has a product of few enough columns (LoRA, LoRA-GA, a Hybrid whose rotation is the identity), the product
-is taken as it is. All others are sketched (`truncated_svd.py`), from rows that are read from the files as they are
-needed: a block of rows is the largest part of any dW that ever exists.
-
-What is no linear layer's weight cannot be in a LoRA. It is left out, and told by name and size: full fine-tuning trains
-norms, biases and the embedding too.
+The modules' ranks differ. PEFT could say so (rank_pattern), but most versions of vLLM read one rank and one alpha: all
+are padded with zeros to the largest rank, which changes no result, and alpha is that rank, so that the scale is 1. vLLM
+reserves the largest rank for every module anyway.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from importlib import import_module
-from math import sqrt
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from megatron_peft.adapters.change import DifferenceChange, WeightChange
-from megatron_peft.config import ConfigurationError, require
-from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
-from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
-from megatron_peft.conversion.trained_adapters import (
-    TrainedAdapters,
-    is_weight,
-    layer_of,
-    modules_of,
-    read_stored,
-    row_ranges,
-)
-from megatron_peft.conversion.truncated_svd import Truncation, truncated_svd
-from megatron_peft.conversion.writer import byte_bar
-from megatron_peft.models.families import rules_for
-from megatron_peft.models.rules import RowRange, Rule
+from megatron_peft.adapters import low_rank
+from megatron_peft.config import PeftConfig, require
+from megatron_peft.conversion.logits_change import LogitsChange, logits_change
+from megatron_peft.conversion.lora_approximation import LeftOut, ModuleLora, RunAsLora, approximate, check_limits
+from megatron_peft.conversion.model_card import Exported, check_license, write_card
+from megatron_peft.conversion.peft import STEM, opened_by_others, write_adapter_config
+from megatron_peft.conversion.peft_config import PREFIX, shortest_targets
+from megatron_peft.conversion.trained_adapters import LowRankFactors, base_of, open_run
+from megatron_peft.conversion.writer import SafetensorsWriter, TensorSpec, check_new, new_folder
 
-BLOCK_ELEMENTS = 2**20  # of a block of rows: 8 MiB
-SEED = 0
-LINEAR = ".linear_"
+TOLERANCE, MAX_RANK, NUM_TOKENS = 0.05, 256, 64
+MOST_NAMED = 6  # parameters that are left out, the largest changes first
 
 
-@dataclass(frozen=True)
-class ModuleLora:
-    """A module's dW ~ B A.
-
-    Args:
-        module: Hugging Face's name.
-        ranges: its rows.
-        found: A and B, in float32 on a CPU.
-        is_exact: the method's own product.
-    """
-
-    module: str
-    ranges: list[RowRange]
-    found: Truncation
-    is_exact: bool
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What full fine-tuning changed and a LoRA cannot hold: a parameter's Hugging Face name, |dW|_F^2 and |W|_F^2."""
-
-    name: str
-    squared_change: float
-    squared_norm: float
-
-    @property
-    def relative(self) -> float:
-        return sqrt(self.squared_change / self.squared_norm) if self.squared_norm else 0.0
-
-
-@dataclass(frozen=True)
-class RunAsLora:
-    """The modules of every adapted layer, by Megatron's name of the layer, and what is not in them."""
-
-    layers: Mapping[str, list[ModuleLora]]
-    left_out: list[LeftOut]
-
-    @property
-    def modules(self) -> list[ModuleLora]:
-        return [module for modules in self.layers.values() for module in modules]
-
-    @property
-    def rank(self) -> int:
-        """The largest: every module is padded to it."""
-        return max(1, *(module.found.rank for module in self.modules))
-
-    @property
-    def residual(self) -> float:
-        """|dW - B A|_F / |dW|_F over all modules."""
-        squared = sum(module.found.squared_norm for module in self.modules)
-        return sqrt(sum(module.found.squared_residual for module in self.modules) / squared) if squared else 0.0
-
-    @property
-    def share_left_out(self) -> float:
-        """|change that is left out|_F / |change of all parameters|_F."""
-        out = sum(one.squared_change for one in self.left_out)
-        total = out + sum(module.found.squared_norm for module in self.modules)
-        return sqrt(out / total) if total else 0.0
-
-
-def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: int, progress: bool) -> RunAsLora:
-    """The change of a run against its base, as factors.
+def export_as_lora(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    tolerance: float = TOLERANCE,
+    max_rank: int = MAX_RANK,
+    num_tokens: int = NUM_TOKENS,
+    license: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `output`, and print rank, residual and change of logits of every layer.
 
     Args:
-        run: of any method and layout.
-        base: the folder of its base model.
-        tolerance: relative Frobenius error of each module's dW.
+        input: the --save folder of a run, of any method and layout.
+        output: must not exist.
+        pretrained_checkpoint: the base, if it is not where the run says.
+        tolerance: relative Frobenius error of each module's change of weight.
         max_rank: of a module.
+        num_tokens: of each of two random sequences on which logits are compared, which takes the memory of one model
+            in float32; 0 leaves the comparison out.
+        license: of the model card; None takes the base's.
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: the base or the run's weights do not fit, or the method cannot be merged.
+        ConfigurationError: before anything is written: no checkpoint, another base, a limit that cannot be used, an
+            output that exists, damaged files.
     """
-    rules, weights = open_weights(base, run.record.shape)
-    source = _ChangeSource.of(run, weights)
-    linear = {layer_of(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
-    adapted = run.record.adapted_layers or tuple(linear)
-    layers: dict[str, list[ModuleLora]] = {}
-    with byte_bar("Approximating", len(adapted), progress) as advance:
-        for layer in adapted:
-            layers[layer] = source.modules(linear[layer], tolerance, max_rank)
-            advance(1)
-    others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_of(rule) not in linear]
-    return RunAsLora(layers, source.left_out(others))
+    check_new(output)
+    check_license(license)
+    check_limits(tolerance, max_rank)
+    require(num_tokens >= 0, f"--num-tokens is {num_tokens}; it cannot be negative.")
+    run = open_run(input)
+    base = base_of(run, pretrained_checkpoint)
+    lora = approximate(run, base, tolerance, max_rank, progress)
+    change = logits_change(run, base, lora, num_tokens) if num_tokens else None
+    print("\n".join(_lines(lora, change, tolerance)), flush=True)
+    named, section = opened_by_others(str(base)), _section(lora, change, tolerance)
+    card = Exported(run.folder, run.record, Path(output), named, True, lora.rank, license, section)
+    with new_folder(output) as draft:
+        targets = shortest_targets((one.module for one in lora.modules), run.record.shape.num_layers)
+        settings = PeftConfig(lora_rank=lora.rank, lora_alpha=lora.rank)
+        write_adapter_config(draft, named, targets, low_rank.EXPORT.config(settings, targets))
+        _write_weights(draft, lora)
+        write_card(draft, card)
+    return Path(output)
 
 
-@dataclass(frozen=True)
-class _ChangeSource:
-    """A run, its base's weights, and its own if the weights themselves were trained."""
-
-    run: TrainedAdapters
-    base: Weights
-    trained: MegatronWeights | None
-
-    @classmethod
-    def of(cls, run: TrainedAdapters, base: Weights) -> "_ChangeSource":
-        if run.record.config.peft.trains_adapters:
-            return cls(run, base, None)
-        open_weights(run.folder, run.record.shape)  # is complete and fits
-        return cls(run, base, open_megatron(run.folder))
-
-    def modules(self, rule: Rule, tolerance: float, max_rank: int) -> list[ModuleLora]:
-        """The factors of the modules that a layer holds."""
-        change = self._change(rule)
-        ranges = row_ranges(rule, change.granule, BLOCK_ELEMENTS)
-        names = modules_of(rules_for(self.run.record.shape)[rule.name])  # the base's files may leave out their prefix
-        return [
-            _module_lora(name, _ModuleChange(rule, change, ranges[tensor.name], self.base), tolerance, max_rank)
-            for name, tensor in zip(names, rule.hf_tensors, strict=True)
-        ]
-
-    def _change(self, rule: Rule) -> WeightChange:
-        """What was added to a layer's weight."""
-        if self.trained is not None:
-            stored = self.trained.stored(rule, torch.float32)
-            assert stored is not None, rule.name  # `open_weights` found it
-            return DifferenceChange(lambda rows: read_stored(stored, rows))
-        peft = self.run.record.config.peft
-        module, tensors = import_module(peft.spec.adapter), self.run.of(layer_of(rule))
-        if hasattr(module, "change"):
-            return module.change(tensors, peft)
-        require(hasattr(module, "merge"), f"adapters of --peft-method {peft.method} cannot be merged.")
-        whole = torch.empty(rule.local_shape(1), dtype=torch.float64)
-        self.base.read(rule, whole, 0, 1)
-        merged = module.merge(whole, tensors, peft)
-        return DifferenceChange(lambda rows: merged[rows])
-
-    def left_out(self, rules: list[Rule]) -> list[LeftOut]:
-        """What has changed in these parameters; nothing if adapters were trained."""
-        if self.trained is None:
-            return []
-        found = [self._left_out(rule, name) for rule in rules for name in row_ranges(rule)]
-        return [one for one in found if one.squared_change]
-
-    def _left_out(self, rule: Rule, name: str) -> LeftOut:
-        squared = torch.zeros(2, dtype=torch.float64)
-        for rows in row_ranges(rule, max_elements=BLOCK_ELEMENTS)[name]:
-            before, after = (_read_rows(weights, rule, rows) for weights in (self.base, self.trained) if weights)
-            squared += torch.stack([(after - before).square().sum(), before.square().sum()])
-        return LeftOut(name, *squared.tolist())
+def _write_weights(draft: Path, lora: RunAsLora) -> None:
+    """Every module's factors, padded to one rank, in float32."""
+    specs = {
+        f"{PREFIX}{one.module}.{name}": TensorSpec(shape, torch.float32)
+        for one in lora.modules
+        for name, shape in low_rank.EXPORT.shapes({"r": lora.rank}, len(one.found.B), one.found.A.shape[1]).items()
+    }
+    with SafetensorsWriter(draft, specs, max_shard_bytes=sys.maxsize, stem=STEM) as writer:
+        for one in lora.modules:
+            for name, tensor in vars(LowRankFactors(one.found.A, one.found.B).padded(lora.rank)).items():
+                writer.write(f"{PREFIX}{one.module}.lora_{name}.weight", tensor)
 
 
-@dataclass(frozen=True)
-class _ModuleChange:
-    """dW of a module, as rows that are computed when they are asked for."""
-
-    rule: Rule
-    change: WeightChange
-    ranges: list[RowRange]
-    base: Weights
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.ranges[-1].hf.stop, self.rule.hf_tensors[0].shape[1]
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for rows in self.ranges:
-            yield rows.hf, self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+# What is printed, and stands on the card.
 
 
-def _read_rows(weights: Weights, rule: Rule, rows: RowRange) -> Tensor:  # -> [n, ...]
-    """In float64; the float32 copies of bf16 training if there are any."""
-    shape = next(tensor.shape for tensor in rule.hf_tensors if tensor.name == rows.name)
-    target = torch.empty(rows.hf.stop - rows.hf.start, *shape[1:])
-    weights.read_rows(rule, rows, target)
-    return target.double()
+def _lines(lora: RunAsLora, change: LogitsChange | None, tolerance: float) -> list[str]:
+    rows = [
+        f"layer {number:3}: {_cells(modules)}" + (f"; change of logits {logits}" if logits else "")
+        for number, modules, logits in _rows(lora, change)
+    ]
+    return [*rows, *_summary(lora, change, tolerance)]
 
 
-def _module_lora(name: str, matrix: _ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
-    found = _own_product(matrix, max_rank)
-    is_exact = found is not None
-    if found is None:
-        found = truncated_svd(matrix, tolerance, max_rank, torch.Generator().manual_seed(SEED))
-    return ModuleLora(name, matrix.ranges, replace(found, A=found.A.float(), B=found.B.float()), is_exact)
+def _section(lora: RunAsLora, change: LogitsChange | None, tolerance: float) -> str:
+    rows = (f"| {number} | {_cells(modules)} | {logits} |" for number, modules, logits in _rows(lora, change))
+    head = "| layer | rank (residual) of each module | change of logits |\n|---|---|---|"
+    return "\n\n".join(["## As a LoRA", *_summary(lora, change, tolerance), "\n".join([head, *rows])])
 
 
-def _own_product(matrix: _ModuleChange, max_rank: int) -> Truncation | None:
-    """The method's own factors; None if it has none, or of too high a rank."""
-    factors = matrix.change.factors()
-    if factors is None or factors[0].shape[0] > max_rank:
-        return None
-    A, B = factors[0], torch.cat([factors[1][rows.megatron] for rows in matrix.ranges])
-    return Truncation(A, B, ((A @ A.T) * (B.T @ B)).sum().item(), 0.0)
+def _rows(lora: RunAsLora, change: LogitsChange | None) -> list[tuple[int, list[ModuleLora], str]]:
+    """Number, modules and change of logits of each decoder layer that has any."""
+    by_number: Mapping[int, list[ModuleLora]] = defaultdict(list)
+    for layer, modules in lora.layers.items():
+        by_number[int(layer.split(".")[2])] += modules
+    logits = {} if change is None else {number: f"{one.relative:.2g}" for number, one in enumerate(change.layers)}
+    return [(number, by_number[number], logits.get(number, "")) for number in sorted(by_number)]
 
 
-def check_limits(tolerance: float, max_rank: int) -> None:
-    """ConfigurationError: --tolerance or --max-rank cannot be used."""
-    problems = []
-    if not 0 <= tolerance < 1:
-        problems.append(f"--tolerance is {tolerance:g}; it is a relative error, at least 0 and below 1.")
-    if max_rank < 1:
-        problems.append(f"--max-rank is {max_rank}; it must be above 0.")
-    if problems:
-        raise ConfigurationError(*problems)
+def _cells(modules: list[ModuleLora]) -> str:
+    return ", ".join(
+        f"{one.module.rpartition('.')[2]} {one.found.rank} ({'exact' if one.is_exact else f'{one.found.residual:.3g}'})"
+        for one in modules
+    )
+
+
+def _summary(lora: RunAsLora, change: LogitsChange | None, tolerance: float) -> list[str]:
+    is_exact = all(one.is_exact for one in lora.modules)
+    largest = max(one.found.residual for one in lora.modules)
+    residual = (
+        "the run's own product in every module"
+        if is_exact
+        else f"the change of the weights has a relative Frobenius error of {lora.residual:.3g} over all modules and of "
+        f"at most {largest:.3g} in one"
+    )
+    lines = [f"A LoRA of rank {lora.rank} (modules of a smaller rank are padded with zeros): {residual}."]
+    num_above = sum(one.found.residual > tolerance for one in lora.modules)
+    if num_above:
+        lines.append(
+            f"{num_above} of {len(lora.modules)} modules reached the largest rank allowed with an error above "
+            f"--tolerance {tolerance:g}: a higher --max-rank brings it down."
+        )
+    return [*lines, *_told_left_out(lora), *_told_logits(change)]
+
+
+def _told_left_out(lora: RunAsLora) -> list[str]:
+    if not lora.left_out:
+        return []
+    ordered = sorted(lora.left_out, key=lambda one: -one.squared_change)
+    return [
+        f"Left out, since a LoRA of linear layers cannot hold them: the changes of {len(ordered)} parameters, "
+        f"{lora.share_left_out:.2%} of the Frobenius norm of all changes. The largest are "
+        f"{', '.join(map(_told, ordered[:MOST_NAMED]))}."
+    ]
+
+
+def _told(one: LeftOut) -> str:
+    return f"{one.name} ({one.relative:.2%} of its norm)"
+
+
+def _told_logits(change: LogitsChange | None) -> list[str]:
+    if change is None:
+        return []
+    whole = change.whole
+    return [
+        f"Logits on random tokens, against the run's own model: largest difference {whole.logits.absolute:.3g}, "
+        f"relative {whole.logits.relative:.3g}; same best token at {whole.same_best} of {whole.num_positions} "
+        f"positions. A layer's change of logits is that of its factors alone."
+    ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_peft.config import ModelConfig
-from megatron_peft.conversion.as_lora import ModuleLora, RunAsLora
+from megatron_peft.conversion.lora_approximation import ModuleLora, RunAsLora
 from megatron_peft.conversion.pretrained import Weights, base_parameters, load_pretrained, open_weights
 from megatron_peft.conversion.trained_adapters import WEIGHT, TrainedAdapters, layer_of
 from megatron_peft.conversion.verify import (
@@ -67,9 +67,7 @@ def _load_run(chunk: nn.Module, run: TrainedAdapters, base: Path) -> None:
     """The run's merged weights."""
     trains_adapters, peft = run.record.config.peft.trains_adapters, run.record.config.peft
     folder = base if trains_adapters else run.folder
-    load_pretrained(
-        [chunk], folder, run.record.shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False
-    )
+    load_pretrained([chunk], folder, run.record.shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
     parameters = dict(base_parameters(chunk))
     for layer in run.record.adapted_layers if trains_adapters else ():
         weight = parameters[layer + WEIGHT]

@@ -4,14 +4,13 @@ A sketch with subspace iteration. With X [in, w] orthonormal, one pass over the 
 
     T = M X  [out, w]        Z = M^T T  [in, w]        |M|_F^2
 
-and the next X is an orthonormal basis of Z. The singular values s_i of T approach those of M from below, and M X V_k V_k^T
-X^T, with V of T = U S V^T, is the projection of M that keeps the k leading ones. So what it leaves out is exactly
+and the next X is an orthonormal basis of Z. The singular values s_i of T approach those of M from below. With T =
+U S V^T and its k leading triplets, U_k S_k (X V_k)^T is a projection of M, so what it leaves out is exactly
 
     |M - U_k S_k (X V_k)^T|_F^2 = |M|_F^2 - (s_1^2 + ... + s_k^2)
 
-however far the iteration has come: the residual that is told is that of the factors that are written. The width w grows
-until the smallest k within the tolerance lies well inside it. Everything is in float64, since the difference of two
-norms is small. No random number depends on the machine.
+however far the iteration has come. The width w grows until the smallest k within the tolerance lies well inside it.
+Everything is in float64, since the difference of two squared norms may be small.
 
 Letters: w width of the sketch, k rank, n rows of a block.
 """
@@ -137,20 +136,17 @@ def _smallest_rank(sketch: _Sketch, tolerance: float, max_rank: int) -> int:
     return min(first, max_rank)
 
 
-def _iterated(
-    matrix: RowBlocks, start: Tensor, rank_of: Callable[[_Sketch], int], most: int
-) -> tuple[_Sketch, int]:
+def _iterated(matrix: RowBlocks, start: Tensor, rank_of: Callable[[_Sketch], int], most: int) -> tuple[_Sketch, int]:
     """The sketch whose residual no longer changes, and its rank; an earlier one if its rank is above `most`."""
-    before = 0, 0.0
-    for number in range(1, MOST_PASSES + 1):
-        sketch = _Sketch.of(matrix, start)
+    before, number = (0, 0.0), 0
+    while True:
+        sketch, number = _Sketch.of(matrix, start), number + 1
         rank = rank_of(sketch)
         now = rank, float(sketch.squared_residuals()[rank])
         settled = now[0] == before[0] and abs(now[1] - before[1]) <= max(SETTLED * now[1], _rounding(sketch))
-        if number >= FEWEST_PASSES and (settled or rank > most):
-            break
+        if number == MOST_PASSES or (number >= FEWEST_PASSES and (settled or rank > most)):
+            return sketch, rank
         before, start = now, sketch.Z
-    return sketch, rank
 
 
 def _rounding(sketch: _Sketch) -> float:
