@@ -57,7 +57,7 @@ class LegacyCheckpoint:
                 f"{list(rule.local_shape(size))} there.",
             )
         slices = without_duplicates(
-            StoredSlice(part.offset, tuple(part.view.shape), lambda view=part.view: view)
+            StoredSlice(part.offset, tuple(part.view.shape), lambda index, view=part.view: view[index])
             for rank, shard in enumerate(shards)
             for part in rule.global_slices(shard, rank, size)
         )

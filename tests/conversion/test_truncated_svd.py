@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.conversion.truncated_svd import truncated_svd
+from tests.kept import NewTensors
 
 OUT, IN = 256, 192
 
@@ -29,20 +28,6 @@ class Held:
         for start in range(0, len(self.whole), 48):
             rows = slice(start, min(start + 48, len(self.whole)))
             yield rows, self.whole[rows]
-
-
-class NewTensors(TorchDispatchMode):
-    """The size of the largest tensor that an operation makes; views are not made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        outputs = made if isinstance(made, tuple | list) else (made,)
-        for output, declared in zip(outputs, func._schema.returns, strict=False):
-            if isinstance(output, Tensor) and declared.alias_info is None:
-                self.largest = max(self.largest, output.numel())
-        return made
 
 
 def random(*shape: int) -> Tensor:
