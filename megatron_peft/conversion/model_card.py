@@ -1,6 +1,6 @@
 """The model card (README.md) of an exported adapter or a merged model, and the lines that serve it.
 
-The front matter is what the Hugging Face hub reads: base, library, licence, tags. Then come method, data and figures of
+The front matter is what the Hugging Face hub reads: base, library, license, tags. Then come method, data and figures of
 the run, from its record and its metrics, and last how to serve the folder. Nothing in it is asked from the network.
 """
 
@@ -65,12 +65,12 @@ def check_license(license: str | None) -> None:
     """ConfigurationError: --license is no single word, as the hub's identifiers are."""
     require(
         license is None or re.fullmatch(r"[A-Za-z0-9][\w.+-]*", license) is not None,
-        f"--license {license!r} is no licence's identifier: give one like apache-2.0, llama3.1, or other.",
+        f"--license {license!r} is no license's identifier: give one like apache-2.0, llama3.1, or other.",
     )
 
 
 def write_card(folder: Path, exported: Exported) -> None:
-    """README.md in `folder`. A licence that is not known is left out, and the user is told."""
+    """README.md in `folder`. A license that is not known is left out, and the user is told."""
     license = _license(exported)
     if not license:
         print(
@@ -101,13 +101,12 @@ def _card(exported: Exported, license: Mapping[str, str]) -> str:
 
 
 def _front_matter(exported: Exported, license: Mapping[str, str]) -> str:
-    method = exported.record.config.peft.method
-    kind = ["lora"] if exported.is_lora and method != "lora" else []
+    tags = ["megatron-peft", exported.record.config.peft.method, *(["lora"] if exported.is_lora else [])]
     data = ModelCardData(
         base_model=_hub_name(exported.base),
         library_name="peft" if exported.is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["megatron-peft", method, *kind],
+        tags=list(dict.fromkeys(tags)),
         license=license.get("license"),
         license_name=license.get("license_name"),
         license_link=license.get("license_link"),
