@@ -18,10 +18,11 @@ from tools import reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 RECORDS = ROOT / "docs" / "results"
-# Flags of other programs (torchrun, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
+# Flags of other programs (torchrun, vllm, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
-    "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio".split()
+    "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio "
+    "--max-lora-rank".split()
 )
 
 

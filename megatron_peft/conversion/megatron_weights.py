@@ -21,7 +21,7 @@ from megatron_peft.conversion.megatron_files import (
     open_distributed,
     without_duplicates,
 )
-from megatron_peft.models.rules import Rule
+from megatron_peft.models.rules import RowRange, Rule
 from megatron_peft.models.shape import ModelShape, is_size
 
 # Old Megatron-LM checkpoints: a pickle for each tensor- and pipeline-parallel rank.
@@ -57,7 +57,7 @@ class LegacyCheckpoint:
                 f"{list(rule.local_shape(size))} there.",
             )
         slices = without_duplicates(
-            StoredSlice(part.offset, tuple(part.view.shape), lambda view=part.view: view)
+            StoredSlice(part.offset, tuple(part.view.shape), lambda index, view=part.view: view[index])
             for rank, shard in enumerate(shards)
             for part in rule.global_slices(shard, rank, size)
         )
@@ -164,6 +164,13 @@ class MegatronWeights:
         for part in rule.global_slices(local, rank, size):
             self.bytes_read += stored.fill(part.view, part.offset)
         rule.clear_padding(local, rank)
+
+    @torch.no_grad()
+    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
+        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
+        stored = self.stored(rule, target.dtype)
+        assert stored is not None, rule.name  # `check` found it
+        self.bytes_read += stored.fill(target, (rows.megatron.start, *(0,) * (target.dim() - 1)))
 
     def check(self, rules: Mapping[str, Rule]) -> None:
         """Raise ConfigurationError that lists missing, extra and misshapen tensors."""

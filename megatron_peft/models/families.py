@@ -86,6 +86,7 @@ class Family:
         read: keys that `shape` reads, and keys that have no effect.
         refused: keys that change the computation -> the values that do not.
         weights: names of the modules.
+        vllm_serves_lora: whether vLLM takes adapters for the family.
     """
 
     architectures: tuple[str, ...]
@@ -94,6 +95,7 @@ class Family:
     read: Set[str]
     refused: Mapping[str, tuple[Any, ...]]
     weights: WeightNames
+    vllm_serves_lora: bool = True
 
     @property
     def modules(self) -> dict[str, str]:
