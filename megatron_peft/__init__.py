@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning of Llama and Bloom over tensor- and pipeline-parallel ranks, on megatron-core."""
+"""Parameter-efficient fine-tuning of language models over tensor- and pipeline-parallel ranks, on megatron-core."""
 
 import sys
 from importlib.util import find_spec, spec_from_file_location

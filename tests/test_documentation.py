@@ -91,7 +91,7 @@ NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbat
 NO_FILES = {
     "megatron_peft/adapters/gains.py",
     "megatron_peft/config/methods/gains.py",
-    "megatron_peft/models/qwen2.py",
+    "megatron_peft/models/starcoder2.py",
     "utils.py",
     "tools/checkpoint/convert.py",
     "report.md",

@@ -115,7 +115,7 @@ def checked_shape(config: RunConfig) -> ModelShape:
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),
-        *check_lengths(config.data.seq_length, shape),
+        *check_lengths(config.data, shape),
     ]
     if problems:
         raise ConfigurationError(*problems)

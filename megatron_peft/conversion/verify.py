@@ -96,7 +96,7 @@ def verify(
     for size in ("vocab_size", "num_layers", "hidden_size"):
         sizes = [getattr(shape, size) for shape in shapes]
         require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
-    longest = min(shape.max_position_embeddings for shape in shapes)
+    longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     tokens = random_tokens(shapes[0].vocab_size, num_tokens, seed)
     return compare(*(subject.trace(subject, tokens) for subject in subjects))
