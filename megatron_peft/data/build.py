@@ -10,7 +10,7 @@ from megatron.core.datasets.utils import Split
 from megatron_peft.config import Blend, RunConfig, is_indexed, parse_blend, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import Columns
+from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
@@ -162,7 +162,7 @@ def _records(config: RunConfig, split: Split, tokenizer: Tokenizer) -> Instructi
     paths = _blend(config, split).prefixes
     records = checked_together(lambda: RecordFiles(paths, flag))
     _require_one_digest(split, paths, records.digest)
-    fit = Fit(tokenizer, data.seq_length, data.overlong, Columns.of(data))
+    fit = Fit(tokenizer, data.seq_length, data.overlong, ColumnNames.of(data))
     dataset = InstructionDataset(records, fit)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for sentence in dataset.warnings:

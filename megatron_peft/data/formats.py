@@ -17,7 +17,7 @@ Kind = Literal["prompt", "messages", "text"]
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnNames:
     """--prompt-column and its like: names of fields. Without any, the format is found by the usual names."""
 
     prompt: str | None = None
@@ -26,7 +26,7 @@ class Columns:
     text: str | None = None
 
     @classmethod
-    def of(cls, config: DataConfig) -> "Columns":
+    def of(cls, config: DataConfig) -> "ColumnNames":
         return cls(config.prompt_column, config.response_column, config.messages_column, config.text_column)
 
 
@@ -69,13 +69,13 @@ _NATIVE = {"prompt": ("prompt", "completion"), "messages": ("messages", "tools")
 
 
 @lru_cache
-def format_of(fields: tuple[str, ...], columns: Columns, has_chat_template: bool) -> RecordFormat:
+def format_of(fields: tuple[str, ...], columns: ColumnNames, has_chat_template: bool) -> RecordFormat:
     """The format of a file whose first record has these fields.
 
     has_chat_template: Alpaca records are then conversations; otherwise they get Alpaca's own prompt.
     Raises ConfigurationError (without the place) that names the fields, and the flags that say which is which.
     """
-    if columns != Columns():
+    if columns != ColumnNames():
         return _of_columns(fields, columns)
     formats = (
         _renamed("messages", messages="messages"),
@@ -100,7 +100,7 @@ def _proposal(fields: tuple[str, ...]) -> str:
     return f"--prompt-column {prompt} --response-column {response}, --messages-column NAME or --text-column NAME"
 
 
-def _of_columns(fields: tuple[str, ...], columns: Columns) -> RecordFormat:
+def _of_columns(fields: tuple[str, ...], columns: ColumnNames) -> RecordFormat:
     """The format that the user's flags name. Raises ConfigurationError for a field that is not there."""
     if columns.messages:
         found = _renamed("messages", messages=columns.messages)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.data.chat_template import template_inputs
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import Columns, Record, RecordFormat, format_of
+from megatron_peft.data.formats import ColumnNames, Record, RecordFormat, format_of
 from megatron_peft.data.samples import Sample, sample_from_ids
 from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
 
@@ -31,7 +31,7 @@ def tokenize_record(record: Record, tokenizer: Tokenizer, record_format: RecordF
 
 
 def _own_format(record: Record, tokenizer: Tokenizer) -> RecordFormat:
-    return format_of(tuple(record), Columns(), bool(tokenizer.chat_template))
+    return format_of(tuple(record), ColumnNames(), bool(tokenizer.chat_template))
 
 
 def encode_segments(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
@@ -172,7 +172,7 @@ class Fit:
     tokenizer: Tokenizer
     seq_length: int
     overlong: str = "truncate"
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
 
     def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
         """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.

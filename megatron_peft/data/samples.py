@@ -141,7 +141,7 @@ _LONGEST_ROUND = 10_000_000
 
 def _blend(shares: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Megatron's blend of `size` samples: the source of each, and which of that source's samples it is."""
-    from megatron.core.datasets import helpers_cpp
+    from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
 
     sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
     helpers_cpp.build_blending_indices(sources, numbers, shares, len(shares), size, False)
@@ -199,8 +199,8 @@ class PackedOrder(SampleOrder):
         self.order = order
         self.lengths = lengths
         self.seq_length = seq_length
-        self._decreasing = packing == "first-fit-decreasing"
-        self._num_packs_is_constant = self._decreasing and order.epochs_hold_the_same_samples
+        self.packing = packing
+        self._num_packs_is_constant = packing != "next-fit" and order.epochs_hold_the_same_samples
         self._packs = lru_cache(maxsize=2)(self._pack)
         self._num_packs = cache(lambda epoch: len(self._packs(epoch)[1]) - 1)
 
@@ -208,7 +208,7 @@ class PackedOrder(SampleOrder):
         """Samples in the order of their packs, and int64 [packs + 1], where each pack begins."""
         samples = self.order.permutation(epoch)
         lengths = self.lengths[samples]
-        if not self._decreasing:
+        if self.packing == "next-fit":
             return samples, pack_bounds(lengths, self.seq_length)
         packs = self._ranks(first_fit_decreasing(lengths, self.seq_length), epoch)
         return samples[np.argsort(packs, kind="stable")], np.append(0, np.cumsum(np.bincount(packs)))

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data.files import RecordFiles
-from megatron_peft.data.formats import Columns, format_of
+from megatron_peft.data.formats import ColumnNames, format_of
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.prepare import TaskTemplate
 from megatron_peft.data.records import Fit
@@ -16,7 +16,7 @@ ANSWER = {"role": "assistant", "content": "sat"}
 ALPACA = {"instruction": "name it", "input": "the cat", "output": "sat"}
 
 
-def native(record: dict, columns: Columns = Columns(), chat: bool = True) -> dict:  # noqa: B008 - frozen
+def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True) -> dict:  # noqa: B008 - frozen
     return format_of(tuple(record), columns, chat).native(record)
 
 
@@ -75,11 +75,11 @@ def test_alpaca_without_a_chat_template_has_the_prompt_of_its_authors(given):
 @pytest.mark.parametrize(
     ("columns", "record", "expected"),
     [
-        (Columns("q", "a"), {"q": "1", "a": "2", "text": "3"}, {"prompt": "1", "completion": "2", "text": "3"}),
-        (Columns(response="a"), {"prompt": "1", "a": "2", "completion": "3"}, {"prompt": "1", "completion": "2"}),
-        (Columns(text="body"), {"body": "1", "messages": "x"}, {"text": "1", "messages": "x"}),
-        (Columns(messages="chat"), {"chat": [{"from": "gpt", "value": "sat"}]}, {"messages": [ANSWER]}),
-        (Columns("input", "output"), ALPACA, {"prompt": "the cat", "completion": "sat", "instruction": "name it"}),
+        (ColumnNames("q", "a"), {"q": "1", "a": "2", "text": "3"}, {"prompt": "1", "completion": "2", "text": "3"}),
+        (ColumnNames(response="a"), {"prompt": "1", "a": "2", "completion": "3"}, {"prompt": "1", "completion": "2"}),
+        (ColumnNames(text="body"), {"body": "1", "messages": "x"}, {"text": "1", "messages": "x"}),
+        (ColumnNames(messages="chat"), {"chat": [{"from": "gpt", "value": "sat"}]}, {"messages": [ANSWER]}),
+        (ColumnNames("input", "output"), ALPACA, {"prompt": "the cat", "completion": "sat", "instruction": "name it"}),
     ],
 )
 def test_columns_that_flags_name_are_taken_whatever_else_is_there(columns, record, expected):
@@ -89,18 +89,22 @@ def test_columns_that_flags_name_are_taken_whatever_else_is_there(columns, recor
 @pytest.mark.parametrize(
     ("columns", "record", "told"),
     [
-        (Columns(), {"q": "1", "a": "2"}, "the fields q, a, but neither .*--prompt-column q --response-column a,"),
-        (Columns(), {"body": "1"}, "the fields body, but .* --messages-column NAME or --text-column NAME"),
-        (Columns("q", "a"), {"q": "1", "b": "2"}, '--response-column: there is no field "a"; the record has q, b'),
-        (Columns("q"), {"q": "1", "b": "2"}, 'the record: there is no field "completion"'),
-        (Columns(text="t"), {"q": "1"}, '--text-column: there is no field "t"; the record has q'),
-        (Columns(), {"instruction": "1", "text": 2, "prompt": ""}, None),
-        (Columns(), {"instruction": "1"}, 'lacks the field "output" .*format of its first one, here Alpaca'),
-        (Columns(), {"conversations": "x"}, '"conversations" is not a list'),
-        (Columns(), {"conversations": [{"from": "function_call", "value": "f"}]}, "message 1 is from 'function_call'"),
-        (Columns(), {"conversations": [{"from": "gpt"}]}, 'message 1 lacks the field "value"'),
-        (Columns(), ALPACA | {"history": ["a", "b"]}, '"history" is not a list of pairs'),
-        (Columns(messages="m"), {"m": [], "x": 1}, '"m" is not a list'),
+        (ColumnNames(), {"q": "1", "a": "2"}, "the fields q, a, but neither .*--prompt-column q --response-column a,"),
+        (ColumnNames(), {"body": "1"}, "the fields body, but .* --messages-column NAME or --text-column NAME"),
+        (ColumnNames("q", "a"), {"q": "1", "b": "2"}, '--response-column: there is no field "a"; the record has q, b'),
+        (ColumnNames("q"), {"q": "1", "b": "2"}, 'the record: there is no field "completion"'),
+        (ColumnNames(text="t"), {"q": "1"}, '--text-column: there is no field "t"; the record has q'),
+        (ColumnNames(), {"instruction": "1", "text": 2, "prompt": ""}, None),
+        (ColumnNames(), {"instruction": "1"}, 'lacks the field "output" .*format of its first one, here Alpaca'),
+        (ColumnNames(), {"conversations": "x"}, '"conversations" is not a list'),
+        (
+            ColumnNames(),
+            {"conversations": [{"from": "function_call", "value": "f"}]},
+            "message 1 is from 'function_call'",
+        ),
+        (ColumnNames(), {"conversations": [{"from": "gpt"}]}, 'message 1 lacks the field "value"'),
+        (ColumnNames(), ALPACA | {"history": ["a", "b"]}, '"history" is not a list of pairs'),
+        (ColumnNames(messages="m"), {"m": [], "x": 1}, '"m" is not a list'),
     ],
 )
 def test_what_is_not_of_a_format_says_the_fields_and_the_flags(columns, record, told):
