@@ -20,8 +20,10 @@ from typing import Any, NoReturn
 from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, sections, served_flags
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
+from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
+HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 
@@ -244,6 +246,10 @@ def _build_config(
     problems = list(typed.problems)
     if not world_size.isdecimal() or int(world_size) < 1:
         raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
+    try:
+        config |= _local_folders(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(*problems, *error.problems) from error
     shape_flags = dict(typed.values["shape"])
     if "vocab_size" in config and config.get("tokenizer_type") != "NullTokenizer":
         shape_flags["vocab_size"] = config["vocab_size"]  # of a real tokenizer: the checkpoint's
@@ -261,6 +267,12 @@ def _build_config(
     if problems or whole is None:
         raise ConfigurationError(*problems)
     return whole
+
+
+def _local_folders(config: Mapping[str, Any]) -> dict[str, str]:
+    """Folders for those flags that name a model or a tokenizer of the Hugging Face Hub."""
+    found = {name: (config.get(name), local) for name, local in HUB_FLAGS.items()}
+    return {name: local(given, flag(name)) for name, (given, local) in found.items() if given}
 
 
 def _build(config_class: type, given: Mapping[str, Any], problems: list[str]) -> Any:

@@ -20,7 +20,9 @@ class ModelConfig:
     """
 
     pretrained_checkpoint: str | None = option(
-        None, "base model: a Hugging Face folder (config.json and *.safetensors)", metavar="PATH"
+        None,
+        "base model: a Hugging Face folder (config.json and *.safetensors), or ORG/NAME of its Hub",
+        metavar="PATH",
     )
     shape_flags: Mapping[str, Any] = field(default_factory=dict)
     transformer: Mapping[str, Any] = field(default_factory=dict)
@@ -180,7 +182,8 @@ class DataConfig:
     )
     tokenizer_model: str | None = option(
         None,
-        "tokenizer folder or SentencePiece model (default: the folder of --pretrained-checkpoint)",
+        "tokenizer folder, ORG/NAME of the Hugging Face Hub, or SentencePiece model (default: the folder of "
+        "--pretrained-checkpoint)",
         group="tokenizer",
         metavar="PATH",
     )

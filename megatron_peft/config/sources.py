@@ -15,15 +15,15 @@ _HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:[\w.-]+){{0,2}}")
 
 
 def kind_of_source(path: str) -> SourceKind:
-    """By its ending. Else a path with an .idx or .bin is the prefix of indexed data, a folder is a table that was saved
-    by `datasets`, and `org/name[:split]` is a data set of the Hub."""
+    """By its ending. Else a path with an .idx or .bin is the prefix of indexed data, a folder (or FOLDER:SPLIT) is a
+    table that was saved by `datasets`, and `org/name[:split]` is a data set of the Hub."""
     if path.endswith(JSON_SUFFIXES):
         return "json"
     if path.endswith(TABLE_SUFFIXES):
         return "table"
     if any(Path(path + suffix).exists() for suffix in (".idx", ".bin")):
         return "indexed"  # megatron-core may have put a folder of this name beside it
-    if Path(path).is_dir():
+    if Path(path).is_dir() or Path(path.partition(":")[0]).is_dir():
         return "table"
     return "hub" if _HUB_DATA.fullmatch(path) else "indexed"
 

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config import Blend, RunConfig, is_indexed, parse_blend, require
+from megatron_peft.config import Blend, DataConfig, RunConfig, is_indexed, kind_of_source, parse_blend, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
@@ -15,6 +16,7 @@ from megatron_peft.data.indexed import build_indexed
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, SampleOrder, SampleSource
+from megatron_peft.data.token_cache import place_of_process
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.runtime.launch import checked_together, gather_over_world
 
@@ -160,14 +162,27 @@ def _dataset(
 def _records(config: RunConfig, split: Split, tokenizer: Tokenizer) -> InstructionDataset:
     data, flag = config.data, f"--{split.name}-data-path"
     paths = _blend(config, split).prefixes
+    if any(kind_of_source(path) != "json" for path in paths):  # `datasets` makes its cache, in one process of a node
+        checked_together(lambda: RecordFiles(paths, flag) if place_of_process().rank == 0 else None)
     records = checked_together(lambda: RecordFiles(paths, flag))
     _require_one_digest(split, paths, records.digest)
     fit = Fit(tokenizer, data.seq_length, data.overlong, ColumnNames.of(data))
-    dataset = InstructionDataset(records, fit)
+    dataset = InstructionDataset(records, fit, _cache_root(data, paths))
     if not dist.is_initialized() or dist.get_rank() == 0:
         for sentence in dataset.warnings:
             logger.warning("%s: %s", flag, sentence)
     return dataset
+
+
+def _cache_root(data: DataConfig, paths: Sequence[str]) -> Path | None:
+    """--data-cache-path; tables have a cache without it, beside that of `datasets`."""
+    if data.data_cache_path:
+        return Path(data.data_cache_path)
+    if all(kind_of_source(path) == "json" for path in paths):
+        return None
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "megatron_peft"
 
 
 def _require_one_digest(split: Split, paths: Sequence[str], digest: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import Sample
+from megatron_peft.data.token_cache import TokenCache, open_cache
 from megatron_peft.runtime.launch import gather_over_world
 
 # One pass over the data before training checks every record and measures its length, so a bad record ends the run at
@@ -55,19 +57,22 @@ class Survey:
         ]
 
 
-def survey(records: RecordFiles, fit: Fit) -> Survey:
-    """Read every record once. A collective over all ranks; all get the same result.
+def survey(records: RecordFiles, fit: Fit, cache: TokenCache | None = None) -> Survey:
+    """Read every record once, or the lengths of those in the cache. A collective over all ranks, with one result.
 
     Raises ConfigurationError, on every rank, for the first bad record, and if all samples were skipped.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = np.linspace(0, len(records), world_size + 1).astype(np.int64)
-    shares = gather_over_world(_survey_share(records, fit, range(bounds[rank], bounds[rank + 1])))
+    share = range(bounds[rank], bounds[rank + 1])
+    own = _survey_share(records, fit, share) if cache is None else _survey_cached(records, fit, share, cache)
+    shares = gather_over_world(own)
     for share in shares:
         if isinstance(share, str):
             raise ConfigurationError(share)
     positions, overlong, left_out = zip(*shares, strict=True)
-    found = Survey(np.concatenate(positions), np.concatenate(overlong), sum(left_out, Counter()))
+    unread = sum(left_out, Counter()) if cache is None else cache.left_out
+    found = Survey(np.concatenate(positions), np.concatenate(overlong), unread)
     if not found.positions.any():
         why = " ".join(found.summary(records, fit))
         raise ConfigurationError(f"all {len(records)} samples were skipped (from {records.place(0)} on). {why}")
@@ -90,6 +95,21 @@ def _survey_share(records: RecordFiles, fit: Fit, share: range) -> tuple[np.ndar
     return positions, overlong, left_out
 
 
+def _survey_cached(
+    records: RecordFiles, fit: Fit, share: range, cache: TokenCache
+) -> tuple[np.ndarray, np.ndarray, Counter[str]] | str:
+    """As `_survey_share`, but the cache has the unused fields of all records."""
+    whole, kept = cache.positions(share, fit.seq_length)
+    overlong = whole > fit.seq_length
+    refused = np.flatnonzero(overlong | (whole == 0))
+    try:
+        for i in refused[:1]:
+            fit.require_fits(int(whole[i]), records, share[int(i)])
+    except ConfigurationError as error:
+        return str(error)
+    return np.where(overlong & (fit.overlong != "truncate"), 0, kept), overlong, Counter()
+
+
 class InstructionDataset:
     """The samples of JSON records that are left after `--overlong`.
 
@@ -97,11 +117,13 @@ class InstructionDataset:
     Building it is a collective over all ranks (see `survey`).
     """
 
-    def __init__(self, records: RecordFiles, fit: Fit) -> None:
+    def __init__(self, records: RecordFiles, fit: Fit, cache_root: Path | None = None) -> None:
+        """cache_root: where tokens are kept for the next start; None: they are made when they are needed."""
         self._records = records
         self.digest = records.digest
         self._fit = fit
-        found = survey(records, fit)
+        self._cache = None if cache_root is None else open_cache(cache_root, records, fit)
+        found = survey(records, fit, self._cache)
         self._usable = found.usable
         self.lengths: np.ndarray = found.positions[self._usable]
         self.warnings = found.summary(records, fit)
@@ -110,8 +132,10 @@ class InstructionDataset:
         return len(self._usable)
 
     def __getitem__(self, index: int) -> Sample:
-        sample, _ = self._fit.sample(self._records, int(self._usable[index]))
-        return sample
+        record = int(self._usable[index])
+        if self._cache is not None:
+            return self._fit.cut(*self._cache.tokenized(record))
+        return self._fit.sample(self._records, record)[0]
 
     def lengths_of_files(self) -> list[int]:
         """Samples of each source."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 from unicodedata import category
@@ -17,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_peft.config import Blend, DataConfig, is_indexed, parse_blend, require
+from megatron_peft.config import Blend, DataConfig, is_indexed, kind_of_source, parse_blend, require
 from megatron_peft.config.preview import PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
@@ -85,13 +86,18 @@ class Preview:
             not (self.blend.weights and options.exact),
             f"--exact reads each record once, but {FLAG} has weights: leave out one of them.",
         )
-        with ThreadPoolExecutor(1) as pool:  # the files are searched for lines while transformers is imported
-            opened = pool.submit(RecordFiles, self.blend.prefixes, FLAG, with_digest=False)
-            self.tokenizer: Tokenizer = build_tokenizer(config, pretrained_checkpoint)
-            self.records = opened.result()
+        self.tokenizer, self.records = self._open(pretrained_checkpoint)
         self.fit = Fit(self.tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
         self.is_exact = options.exact or (not self.blend.weights and len(self.records) <= options.sampled_records)
         self.measured = _measure(self.records, self.fit, self._chosen())
+
+    def _open(self, pretrained_checkpoint: str | None) -> tuple[Tokenizer, RecordFiles]:
+        open_records = partial(RecordFiles, self.blend.prefixes, FLAG, with_digest=False)
+        if any(kind_of_source(path) != "json" for path in self.blend.prefixes):
+            return build_tokenizer(self.config, pretrained_checkpoint), open_records()
+        with ThreadPoolExecutor(1) as pool:  # the files are searched for lines while transformers is imported
+            records = pool.submit(open_records)
+            return build_tokenizer(self.config, pretrained_checkpoint), records.result()
 
     def _chosen(self) -> np.ndarray:
         """int64 [n]: all records, or random ones; in a weighted blend each source has its share of them."""
@@ -190,8 +196,7 @@ def _measure(records: RecordFiles, fit: Fit, chosen: np.ndarray) -> Measured:
     for row, index in zip(rows, chosen, strict=True):
         ids, trained = fit.tokenized(records, int(index))
         whole = sample_from_ids(ids, trained, len(ids))
-        limit = 0 if fit.overlong != "truncate" and len(whole) > fit.seq_length else fit.seq_length
-        sample = sample_from_ids(ids, trained, limit)
+        sample = fit.cut(ids, trained)
         num_learnt = int(sample.loss_mask.sum())
         row[:] = len(whole), len(sample), num_learnt, int(whole.loss_mask.sum()) - num_learnt
         left_out.update(fit.left_out(records, int(index)))
@@ -331,8 +336,7 @@ def _samples(preview: Preview) -> Iterator[Text]:
 def _states(ids: Sequence[int], trained: Sequence[bool], preview: Preview) -> list[str]:
     """Of each token: trained, context, cut, or unread (behind the last that is trained)."""
     whole = sample_from_ids(ids, trained, len(ids))
-    skips = preview.config.overlong != "truncate" and len(whole) > preview.config.seq_length
-    kept = len(sample_from_ids(ids, trained, 0 if skips else preview.config.seq_length))
+    kept = len(preview.fit.cut(ids, trained))
     last = kept + 1 if kept else 0  # a sample of n positions predicts one token more than it reads
     after = "cut" if len(whole) > kept else "unread"
     states = ["trained" if flag and i else "context" for i, flag in enumerate(trained[:last])]

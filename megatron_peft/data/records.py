@@ -181,12 +181,14 @@ class Fit:
         """
         ids, trained = self.tokenized(records, index)
         whole = sample_from_ids(ids, trained, len(ids))
-        if self.overlong == "error":
-            self._require_fits(whole, records, index)
-        if len(whole) <= self.seq_length:
-            return whole, len(whole)
-        limit = self.seq_length if self.overlong == "truncate" else 0
-        return sample_from_ids(ids, trained, limit), len(whole)
+        self.require_fits(len(whole), records, index)
+        return whole if len(whole) <= self.seq_length else self.cut(ids, trained), len(whole)
+
+    def cut(self, ids: Sequence[int], trained: Sequence[bool]) -> Sample:
+        """The sample of a whole record; of length 0 if it is to be skipped."""
+        sample = sample_from_ids(ids, trained, self.seq_length)
+        skips = self.overlong != "truncate" and len(sample_from_ids(ids, trained, len(ids))) > self.seq_length
+        return sample_from_ids(ids, trained, 0) if skips else sample
 
     def tokenized(self, records: RecordFiles, index: int) -> TokenizedRecord:
         """The whole record. Raises ConfigurationError naming file and line."""
@@ -207,15 +209,16 @@ class Fit:
         """Fields of a record that nothing reads."""
         return fields_left_out(records[index], self.tokenizer, self.format_of(records, index))
 
-    def _require_fits(self, whole: Sample, records: RecordFiles, index: int) -> None:
-        if 0 < len(whole) <= self.seq_length:
+    def require_fits(self, length: int, records: RecordFiles, index: int) -> None:
+        """Raises ConfigurationError if --overlong error refuses a record that takes so many positions."""
+        if self.overlong != "error" or 0 < length <= self.seq_length:
             return
         place = records.place(index)
         require(
-            len(whole) <= self.seq_length,
-            f"{place}: the sample takes {len(whole)} tokens, above --seq-length {self.seq_length}: raise it, or give "
+            length <= self.seq_length,
+            f"{place}: the sample takes {length} tokens, above --seq-length {self.seq_length}: raise it, or give "
             "--overlong truncate or --overlong skip.",
         )
-        require(
-            len(whole) > 0, f"{place}: the sample has no token to learn from: give it a text, or give --overlong skip."
+        raise ConfigurationError(
+            f"{place}: the sample has no token to learn from: give it a text, or give --overlong skip."
         )

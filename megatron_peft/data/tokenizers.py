@@ -6,11 +6,13 @@ megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; with
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config.hub import local_tokenizer
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
 from megatron_peft.data.chat_template import read_chat_template
 
@@ -101,6 +103,11 @@ class Tokenizer:
         """What megatron-core hashes to name its cached indices."""
         return OrderedDict({"class": type(self).__name__, "model": self._identity, "vocab_size": self.vocab_size})
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides which ids a text has, and of the chat template."""
+        return f"{type(self).__name__} {self.vocab_size}"
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without special tokens around it."""
         raise NotImplementedError
@@ -138,6 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """`chat_template` is that of --chat-template, in place of the folder's own."""
         from transformers import AutoTokenizer
 
+        folder = local_tokenizer(folder, "--tokenizer-model")
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
         for path in (path for pattern in _READ for path in sorted(Path(folder).glob(pattern))):
             require_regular(path, "--tokenizer-model")
@@ -173,6 +181,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def digest(self) -> str:
+        digest = sha256(self.chat_template.encode())
+        for path in sorted({path for pattern in _READ for path in Path(self.folder).glob(pattern)}):
+            digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
@@ -218,6 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
         eos_id = self._model.eos_id()
         require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
         super().__init__(self._model.get_piece_size(), None, eos_id, str(path))
+        self.path = path
         if self._model.bos_id() >= 0:
             self.prefix_id = self._model.bos_id()
 
@@ -226,6 +242,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.path.read_bytes()).hexdigest()
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         return [self._model.id_to_piece(i).replace("\u2581", " ") for i in ids]
