@@ -104,6 +104,18 @@ def test_other_data_gives_a_warning(before, now, told):
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
 
 
+def test_a_packed_run_of_before_there_was_a_choice_of_packing_is_told_of_the_other_order():
+    packed = {"pack_sequences": True}
+    plain = json.loads(make_record(config=make_config(data_settings=packed)).to_json())
+    del plain["config"]["data"]["packing"]
+    record = RunRecord.from_json(json.dumps(plain))
+    told = "--packing first-fit-decreasing (before: next-fit), at the old position"
+    assert told in changes(record, here(data_settings=packed))
+    assert changes(record, here(data_settings=packed | {"packing": "next-fit"})) == ""
+    del plain["config"]["data"]["pack_sequences"]
+    assert changes(RunRecord.from_json(json.dumps(plain)), here()) == ""
+
+
 def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_at_adapters():
     assert len(contradictions(make_record(), here(peft={"lora_rank": 8, "lora_alpha": 8}))) == 2
     full = make_record(config=make_config(peft={"method": "full"}), adapted_layers=())

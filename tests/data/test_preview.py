@@ -89,18 +89,18 @@ def test_texts_of_tokens_join_to_the_text_whatever_bytes_they_hold(hf):
 
 def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
     """Long records are no likelier than short ones: the mean would be twice as large."""
-    lengths = np.clip(np.random.RandomState(0).lognormal(2, 0.9, 2000), 1, 60).astype(int)
+    lengths = np.sort(np.clip(np.random.RandomState(0).lognormal(2, 0.9, 1500), 1, 60).astype(int))
     path = write_lines([{"text": " 1" * int(length)} for length in lengths])
     truth = preview(path, seq_length=32, options={"exact": True})
     hits = np.zeros(5)
-    for seed in range(20):
+    for seed in range(15):
         found = preview(path, seq_length=32, seed=seed, options={"sampled_records": 200})
         longer, of_truth = (one.share(one.measured.whole > 32) for one in (found, truth))
         pairs = [(found.length, truth.length), (longer, of_truth), (found.num_samples, truth.num_samples)]
         pairs += [(found.packs, truth.packs), (_trained(found), _trained(truth))]
         hits += [estimate.low <= exact.value <= estimate.high for estimate, exact in pairs]
-    assert len(truth.measured.records) == 2000 and truth.length.low == truth.length.high
-    assert (hits >= 16).all(), hits
+    assert len(truth.measured.records) == 1500 and truth.length.low == truth.length.high
+    assert (hits >= 12).all(), hits
 
 
 def _trained(found: Preview):
