@@ -76,6 +76,9 @@ class RunRecord:
             raise ValueError(f"its schedule is {fields['schedule']}")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise ValueError("its adapted_layers are not names")
+        data = fields["config"].get("data", {})
+        if isinstance(data, dict) and data.get("pack_sequences"):
+            data.setdefault("packing", "next-fit")  # there was no other before there was a flag for it
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
@@ -134,7 +137,10 @@ def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
 
 # Section -> fields that a resumed run may change with a warning: other samples, or other updates.
 CHANGED_WITH_WARNING = {
-    "data": ("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "seed"),
+    "data": (
+        *("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "packing", "seed"),
+        *("prompt_column", "response_column", "messages_column", "text_column", "chat_template"),
+    ),
     "training": ("global_batch_size", "seed"),
     "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
 }

@@ -137,7 +137,7 @@ FLAGS = {
         eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets skip-train
         start-eval-at-iter test-mode validation-set-names""",
     "data is read in other ways": """
-        allow-ambiguous-pad-tokens chat-template data-args-path dataloader-defer-npy-index-mmap
+        allow-ambiguous-pad-tokens data-args-path dataloader-defer-npy-index-mmap
         dataloader-fast-cache-load dataloader-inter-document-masking dataloader-type eod-mask-loss
         finetune-data-files finetune-data-split finetune-hf-dataset mid-level-dataset-surplus mock-data
         no-create-attention-mask-in-dataloader no-mmap-bin-files num-dataset-builder-threads

@@ -34,8 +34,10 @@ from megatron_peft.cli.flags import (
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
+from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
+HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 
@@ -142,6 +144,14 @@ def read_config(
 ) -> RunConfig:
     """Like `parse_arguments`, but raise ConfigurationError with everything that is wrong instead of exiting."""
     return _build_config(_read_words(argv), environ.get("WORLD_SIZE", "1"), read_shape, saved)
+
+
+def typed_values(argv: Sequence[str]) -> dict[str, Any]:
+    """The fields of the configuration that were typed or stand in a file; what is wrong is told later."""
+    try:
+        return _read_words(argv).values["config"]
+    except ConfigurationError:
+        return {}
 
 
 def typed_launch(argv: Sequence[str]) -> dict[str, Any]:
@@ -361,6 +371,10 @@ def _build_config(
     problems = list(typed.problems)
     if not world_size.isdecimal() or int(world_size) < 1:
         raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
+    try:
+        config |= _local_folders(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(*problems, *error.problems) from error
     shape_flags = dict(typed.values["shape"])
     if "vocab_size" in config and config.get("tokenizer_type") != "NullTokenizer":
         shape_flags["vocab_size"] = config["vocab_size"]  # of a real tokenizer: the checkpoint's
@@ -378,6 +392,12 @@ def _build_config(
     if problems or whole is None:
         raise ConfigurationError(*problems)
     return whole
+
+
+def _local_folders(config: Mapping[str, Any]) -> dict[str, str]:
+    """Folders for those flags that name a model or a tokenizer of the Hugging Face Hub."""
+    found = {name: (config.get(name), local) for name, local in HUB_FLAGS.items()}
+    return {name: local(given, flag(name)) for name, (given, local) in found.items() if given}
 
 
 def _build(config_class: type, given: Mapping[str, Any], problems: list[str]) -> Any:

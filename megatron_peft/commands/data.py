@@ -1,7 +1,8 @@
-"""Prepare data, or convert it to Megatron's indexed datasets.
+"""Look at data, prepare it, or convert it to Megatron's indexed datasets.
 
 megatron-peft data prepare BENCHMARK ...  training data and evaluation tasks from a benchmark's public files
 megatron-peft data preprocess ...         JSON lines to .bin and .idx, with the flags of Megatron's own tool
+megatron-peft data preview ...            what training will see: samples, lengths, packing, steps an epoch
 Each has its own --help.
 """
 
@@ -14,6 +15,7 @@ SUMMARY = "prepare, convert and look at data"
 COMMANDS = {
     "prepare": ("prepare", "training data and evaluation tasks from a benchmark's public files"),
     "preprocess": ("preprocess", "JSON lines to Megatron's indexed datasets"),
+    "preview": ("preview", "what training will see of its data: samples, lengths, packing, steps an epoch"),
 }
 
 

@@ -1,6 +1,6 @@
 """Fields that explain and check themselves, and everything that is wrong with a configuration in one error."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import Field, field, fields
 from importlib import import_module
 from typing import Any, Literal, TypeVar
@@ -129,6 +129,13 @@ class Requirements:
         for name in names:
             told = "has an empty value (an unset variable of the shell?): give a folder, or leave it out."
             self(getattr(self.config, name) != "", f"{flag(name)} {told}")
+
+    def that_holds(self, check: Callable[[], None]) -> None:
+        """The problems of the ConfigurationError that `check` raises, if it does."""
+        try:
+            check()
+        except ConfigurationError as error:
+            self.problems += error.problems
 
     def needs(self, name: str, other: str) -> None:
         """A field that is set needs `other` to be set too."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_peft.config.errors import Requirements, flag, option
+from megatron_peft.config.sources import is_indexed, require_one_kind
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
@@ -19,7 +20,9 @@ class ModelConfig:
     """
 
     pretrained_checkpoint: str | None = option(
-        None, "base model: a Hugging Face folder (config.json and *.safetensors)", metavar="PATH"
+        None,
+        "base model: a Hugging Face folder (config.json and *.safetensors), or ORG/NAME of its Hub",
+        metavar="PATH",
     )
     shape_flags: Mapping[str, Any] = field(default_factory=dict)
     transformer: Mapping[str, Any] = field(default_factory=dict)
@@ -124,22 +127,25 @@ class ParallelConfig:
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 
-JSON_SUFFIXES = (".json", ".jsonl")
 MOST_WORKERS = 1024
+
+
+def _column(content: str) -> str | None:
+    return option(None, f"field of a record that holds the {content}", check="not_empty", metavar="NAME")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the samples come from and how a sample becomes tokens.
 
-    Either `train_data_path` (JSON lines: prompt/completion, messages, text) or `data_path` (Megatron's indexed
-    .bin/.idx prefixes, optionally weighted, cut by `split`), never both; neither where nothing is trained.
+    Either `train_data_path` (records in JSON or tables, data sets of the Hub, or indexed prefixes) or `data_path`
+    (Megatron's indexed .bin/.idx prefixes, cut by `split`), never both; neither where nothing is trained.
     """
 
     train_data_path: tuple[str, ...] = option(
         (),
-        "training data: *.json or *.jsonl with prompt and completion, messages or text; or indexed prefixes, each "
-        "optionally preceded by its weight",
+        "training data: *.json, *.jsonl, *.parquet, *.csv, *.arrow, folders saved by datasets, data sets of the "
+        "Hugging Face Hub (ORG/NAME[:SPLIT]), or indexed prefixes, each optionally preceded by its weight",
         metavar="PATH",
     )
     valid_data_path: tuple[str, ...] = option((), "validation data, like --train-data-path", metavar="PATH")
@@ -148,18 +154,36 @@ class DataConfig:
         (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
     )
     split: str | None = option(None, "shares of training, validation and test with --data-path, such as 969,30,1")
-    data_cache_path: str | None = option(None, "folder for the index files built from indexed data", metavar="PATH")
+    data_cache_path: str | None = option(
+        None, "folder for the index files built from indexed data, and for the tokens of records", metavar="PATH"
+    )
+    prompt_column: str | None = _column("prompt, which the loss does not count")
+    response_column: str | None = _column("answer to the prompt")
+    messages_column: str | None = _column("conversation: messages with role and content, or with from and value")
+    text_column: str | None = _column("text, all of which the loss counts")
+    chat_template: str | None = option(
+        None,
+        "Jinja template of a conversation: a file, or the text itself (default: the tokenizer's own)",
+        group="tokenizer",
+        metavar="FILE|TEXT",
+    )
     seq_length: int = option(1024, "longest sample, in tokens", check="positive")
     overlong: Literal["error", "skip", "truncate"] = option(
         "truncate", "what to do with longer samples; truncate cuts the end of the completion, with a warning"
     )
     pack_sequences: bool = option(False, "pack several samples into one sequence, without attention across them")
+    packing: Literal["first-fit-decreasing", "next-fit"] = option(
+        "first-fit-decreasing",
+        "how --pack-sequences fills sequences: longest samples first, each into the first sequence with room; or in "
+        "the order of the epoch",
+    )
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
         "HuggingFaceTokenizer", "kind of tokenizer", group="tokenizer"
     )
     tokenizer_model: str | None = option(
         None,
-        "tokenizer folder or SentencePiece model (default: the folder of --pretrained-checkpoint)",
+        "tokenizer folder, ORG/NAME of the Hugging Face Hub, or SentencePiece model (default: the folder of "
+        "--pretrained-checkpoint)",
         group="tokenizer",
         metavar="PATH",
     )
@@ -194,16 +218,17 @@ class DataConfig:
                 f"--split {self.split} is not a list of up to three shares, as in 969,30,1.",
             )
             for name in ("train_data_path", "valid_data_path", "test_data_path"):
-                paths = getattr(self, name)
-                require(
-                    len({path.endswith(JSON_SUFFIXES) for path in paths}) < 2,
-                    f"{flag(name)} mixes JSON files with indexed datasets ({' '.join(paths)}): "
-                    f"convert the JSON files with tools/preprocess_data.py, or give JSON files only.",
-                )
+                require.that_holds(lambda name=name: require_one_kind(getattr(self, name), flag(name)))
             require(
-                not self.pack_sequences or self.reads_json or not self.train_data_path + self.data_path,
-                "--pack-sequences packs JSON samples; an indexed dataset is packed already: leave it out.",
+                not self.data_path or is_indexed(self.data_path),
+                f"--data-path {' '.join(self.data_path)}: it takes prefixes of indexed data, which --split cuts; give "
+                "records to --train-data-path and --valid-data-path.",
             )
+            require(
+                not self.pack_sequences or self.reads_records or not self.train_data_path + self.data_path,
+                "--pack-sequences packs records; an indexed dataset is packed already: leave it out.",
+            )
+            self._check_columns(require)
             require(
                 self.tokenizer_type != "NullTokenizer" or self.vocab_size is not None,
                 "--tokenizer-type NullTokenizer needs --vocab-size.",
@@ -213,9 +238,21 @@ class DataConfig:
                 "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE.model.",
             )
 
+    def _check_columns(self, require: Requirements) -> None:
+        pair = self.prompt_column or self.response_column
+        given = [name for name in ("messages_column", "text_column") if getattr(self, name)]
+        if pair:
+            given.insert(0, "prompt_column" if self.prompt_column else "response_column")
+        require(
+            len(given) <= 1,
+            f"{' and '.join(map(flag, given))} name columns of different formats, and a file has one: give "
+            "--prompt-column with --response-column, or --messages-column, or --text-column.",
+        )
+
     @property
-    def reads_json(self) -> bool:
-        return bool(self.train_data_path) and self.train_data_path[0].endswith(JSON_SUFFIXES)
+    def reads_records(self) -> bool:
+        """Whether training reads records, not indexed data."""
+        return bool(self.train_data_path) and not is_indexed(self.train_data_path)
 
 
 def _is_split(text: str) -> bool:

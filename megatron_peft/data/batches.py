@@ -1,57 +1,17 @@
-"""From samples to microbatches: order, packing, and global batches that do not depend on the layout."""
+"""From samples to microbatches, and to global batches that do not depend on the layout."""
 
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Sample:
-    """`n` input positions: the model reads `tokens[i]` and predicts `labels[i]`; the loss counts it where
-    `loss_mask[i]` is 1.
-
-    tokens, labels: int64 [n]; loss_mask: float32 [n].
-    """
-
-    tokens: np.ndarray
-    labels: np.ndarray
-    loss_mask: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-class SampleSource(Protocol):
-    """Samples by number; a number always gives the same sample."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-
-def sample_from_ids(ids: Sequence[int], trained: Sequence[bool], seq_length: int) -> Sample:
-    """Input positions of a text: each token but the last is read, each but the first is predicted.
-
-    ids: the text's tokens; trained: which of them the loss counts. At most `seq_length` positions are kept, up to the
-    last that the loss counts; if it counts none, the sample has length 0.
-    """
-    mask = np.asarray(trained[1 : seq_length + 1], dtype=np.float32)
-    counted = np.flatnonzero(mask)
-    length = int(counted[-1]) + 1 if len(counted) else 0
-    return Sample(
-        tokens=np.asarray(ids[:length], dtype=np.int64),
-        labels=np.asarray(ids[1 : length + 1], dtype=np.int64),
-        loss_mask=mask[:length],
-    )
+from megatron_peft.data.samples import PackedOrder, Sample, SampleOrder, SampleSource
 
 
 @dataclass(frozen=True)
@@ -133,95 +93,6 @@ def _rows(rows: Sequence[np.ndarray], width: int, value: float) -> Tensor:
 
 def _join(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
-
-
-# The order of samples is a function of seed and epoch, never of the layout. A *position* is one unit of a global batch:
-# a sample, or with packing a pack of samples. Positions run on from epoch to epoch; an epoch has each sample once.
-
-
-class SampleOrder:
-    """One sample per position; a new permutation in each epoch, or file order without `shuffle`."""
-
-    def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
-        self.shuffle = shuffle
-        self.permutation = lru_cache(maxsize=2)(self._permutation)  # two: a step can reach into the next epoch
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """int64 [num_samples]. RandomState, since numpy promises its stream for all later versions."""
-        if not self.shuffle:
-            return np.arange(self.num_samples)
-        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.num_samples)
-
-    def epoch_length(self, epoch: int) -> int:
-        """Positions of an epoch."""
-        return self.num_samples
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """(epoch, offset in it) of a position."""
-        return divmod(position, self.num_samples)
-
-    def samples_at(self, position: int) -> np.ndarray:
-        """int64 [k]: the samples of a position."""
-        epoch, offset = self.locate(position)
-        return self.permutation(epoch)[offset : offset + 1]
-
-    def epochs_at(self, position: int) -> float:
-        """Epochs done after `position` positions."""
-        epoch, offset = self.locate(position)
-        return epoch + offset / self.epoch_length(epoch)
-
-    def positions_in(self, epochs: float) -> int:
-        """Positions of the first `epochs` epochs, rounded up."""
-        whole = math.floor(epochs)
-        positions = sum(self.epoch_length(epoch) for epoch in range(whole))
-        part = epochs - whole
-        # 1e-9: 0.1 * 30 is 3.0000000000000004
-        return positions + (math.ceil(part * self.epoch_length(whole) - 1e-9) if part else 0)
-
-
-def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
-    """--pack-sequences by next-fit: samples, in their order, share a sequence until the next one would not fit.
-
-    lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1]).
-    """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    bounds = [0]
-    while bounds[-1] < len(lengths):
-        used = ends[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(int(np.searchsorted(ends, used + seq_length, side="right")))
-    return np.asarray(bounds)
-
-
-class PackedOrder(SampleOrder):
-    """One pack per position. Epochs differ in their number of packs, since each packs its own permutation."""
-
-    def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, shuffle: bool) -> None:
-        super().__init__(len(lengths), seed, shuffle)
-        self.lengths = lengths
-        self.seq_length = seq_length
-        self._bounds = lru_cache(maxsize=2)(self._pack)
-        self._num_packs = lru_cache(maxsize=None)(lambda epoch: len(self._bounds(epoch)) - 1)
-
-    def _pack(self, epoch: int) -> np.ndarray:
-        epoch = epoch if self.shuffle else 0
-        return pack_bounds(self.lengths[self.permutation(epoch)], self.seq_length)
-
-    def epoch_length(self, epoch: int) -> int:
-        return self._num_packs(epoch)
-
-    def samples_at(self, position: int) -> np.ndarray:
-        epoch, offset = self.locate(position)
-        start, stop = self._bounds(epoch)[offset : offset + 2]
-        return self.permutation(epoch)[start:stop]
-
-    def locate(self, position: int) -> tuple[int, int]:
-        epoch = 0
-        while position >= self.epoch_length(epoch):
-            position -= self.epoch_length(epoch)
-            epoch += 1
-        return epoch, position
 
 
 Step = list[Microbatch]

@@ -3,17 +3,22 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
-from megatron_peft.config import JSON_SUFFIXES, RunConfig, require
-from megatron_peft.data.batches import BatchLayout, GlobalBatches, PackedOrder, SampleOrder, SampleSource
+from megatron_peft.config import Blend, DataConfig, RunConfig, is_indexed, kind_of_source, parse_blend, require
+from megatron_peft.data.batches import BatchLayout, GlobalBatches
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.indexed import build_indexed
-from megatron_peft.data.instruction import Fit, InstructionDataset
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.instruction import InstructionDataset
+from megatron_peft.data.records import Fit
+from megatron_peft.data.samples import BlendedOrder, PackedOrder, SampleOrder, SampleSource
+from megatron_peft.data.token_cache import place_of_process
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +92,13 @@ def _train(
     assert dataset is not None
     # megatron-core has already shuffled an indexed dataset of that many samples.
     shuffled = not isinstance(dataset, InstructionDataset) and len(dataset) >= (num_samples or len(dataset) + 1)
-    order = _sample_order(config, dataset, shuffle=not shuffled)
+    blend = _blend(config, Split.train)
+    require(
+        blend.weights is None or iterations is not None,
+        "--train-data-path has weights, and an epoch of a weighted blend means nothing: give --train-iters or "
+        "--train-samples.",
+    )
+    order = _sample_order(config, dataset, blend, shuffle=not shuffled)
     return GlobalBatches(dataset, order, layout, consumed_samples, prefetch=config.data.num_workers)
 
 
@@ -100,17 +111,39 @@ def _evaluation(
     dataset = _dataset(config, split, requested, tokenizer, num_ids)
     if dataset is None:
         return None
-    order = _sample_order(config, dataset, shuffle=False)
+    # A blend is taken with its weights as far as --eval-iters reaches; otherwise each sample is taken once.
+    blend = _blend(config, split) if requested is not None else Blend([], None)
+    order = _sample_order(config, dataset, blend, shuffle=False)
     whole = order.epoch_length(0)
     end = whole if requested is None else min(requested, whole)
     return GlobalBatches(dataset, order, layout, end=end, prefetch=config.data.num_workers)
 
 
-def _sample_order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> SampleOrder:
+def _sample_order(config: RunConfig, dataset: SampleSource, blend: Blend, shuffle: bool) -> SampleOrder:
+    """megatron-core has blended and packed an indexed dataset already."""
     data = config.data
-    if data.pack_sequences and isinstance(dataset, InstructionDataset):
-        return PackedOrder(dataset.lengths, data.seq_length, data.seed, shuffle)
-    return SampleOrder(len(dataset), data.seed, shuffle)
+    if not isinstance(dataset, InstructionDataset):
+        return SampleOrder(len(dataset), data.seed, shuffle)
+    order = SampleOrder(len(dataset), data.seed, shuffle)
+    if blend.weights:
+        _require_samples(blend, dataset)
+        order = BlendedOrder(dataset.lengths_of_files(), blend.weights, data.seed, shuffle)
+    return PackedOrder(order, dataset.lengths, data.seq_length, data.packing) if data.pack_sequences else order
+
+
+def _require_samples(blend: Blend, dataset: InstructionDataset) -> None:
+    """Raises ConfigurationError for a source with a weight from which --overlong left nothing."""
+    empty = [path for path, length in zip(blend.prefixes, dataset.lengths_of_files(), strict=True) if not length]
+    require(
+        not empty,
+        f"all samples of {' and '.join(empty)} were skipped, so a weight cannot be met: raise --seq-length, or leave "
+        "the path out.",
+    )
+
+
+def _blend(config: RunConfig, split: Split) -> Blend:
+    """Paths and weights of the split; without weights for --data-path, which megatron-core blends."""
+    return Blend([], None) if config.data.data_path else parse_blend(_paths(config, split), f"--{split.name}-data-path")
 
 
 def _dataset(
@@ -119,17 +152,37 @@ def _dataset(
     paths = _paths(config, split)
     if not paths:
         return None
-    if not paths[0].endswith(JSON_SUFFIXES):
+    if is_indexed(paths):
         indexed = build_indexed(config.data, split, paths, num_samples, tokenizer, num_ids)
         _require_one_digest(split, paths, indexed.digest if indexed else "")
         return indexed
-    records = JsonRecords(paths, f"--{split.name}-data-path")
+    return _records(config, split, tokenizer)
+
+
+def _records(config: RunConfig, split: Split, tokenizer: Tokenizer) -> InstructionDataset:
+    data, flag = config.data, f"--{split.name}-data-path"
+    paths = _blend(config, split).prefixes
+    if any(kind_of_source(path) != "json" for path in paths):  # `datasets` makes its cache, in one process of a node
+        checked_together(lambda: RecordFiles(paths, flag) if place_of_process().rank == 0 else None)
+    records = checked_together(lambda: RecordFiles(paths, flag))
     _require_one_digest(split, paths, records.digest)
-    dataset = InstructionDataset(records, Fit(tokenizer, config.data.seq_length, config.data.overlong))
+    fit = Fit(tokenizer, data.seq_length, data.overlong, ColumnNames.of(data))
+    dataset = InstructionDataset(records, fit, _cache_root(data, paths))
     if not dist.is_initialized() or dist.get_rank() == 0:
         for sentence in dataset.warnings:
-            logger.warning("--%s-data-path: %s", split.name, sentence)
+            logger.warning("%s: %s", flag, sentence)
     return dataset
+
+
+def _cache_root(data: DataConfig, paths: Sequence[str]) -> Path | None:
+    """--data-cache-path; tables have a cache without it, beside that of `datasets`."""
+    if data.data_cache_path:
+        return Path(data.data_cache_path)
+    if all(kind_of_source(path) == "json" for path in paths):
+        return None
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "megatron_peft"
 
 
 def _require_one_digest(split: Split, paths: Sequence[str], digest: str) -> None:

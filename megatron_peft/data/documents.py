@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 
 _CHUNK = 64  # records sent to a worker at once
@@ -34,7 +34,7 @@ class DocumentEncoder:
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
-        self.records = JsonRecords(config.data.train_data_path, "--input")
+        self.records = RecordFiles(config.data.train_data_path, "--input")
         self.tokenizer: Tokenizer = build_tokenizer(config.data, None)
 
     def encode(self, index: int) -> list[list[int]] | str:

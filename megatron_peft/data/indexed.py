@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -19,42 +19,21 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bi
 from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.record import sampled_digest
-from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config import Blend, ConfigurationError, DataConfig, parse_blend, require
 from megatron_peft.config.untrusted import require_regular
-from megatron_peft.data.batches import Sample
+from megatron_peft.data.samples import Sample
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.runtime.launch import gather_over_world
 
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
 
 
-class Blend(NamedTuple):
-    """What megatron-core calls a blend; `weights` is None where only prefixes were given."""
-
-    prefixes: list[str]
-    weights: list[float] | None
-
-
-def parse_blend(paths: Sequence[str], flag: str) -> Blend:
-    """`p q` or `0.3 p 0.7 q`. Raises ConfigurationError for another mixture, and for a dataset that is not whole."""
-    given = " ".join([flag, *paths])
-    weights = [_number(path) for path in paths]
-    weighted = any(weight is not None for weight in weights)
-    pairs = len(paths) % 2 == 0 and all((weight is None) == bool(i % 2) for i, weight in enumerate(weights))
-    require(not weighted or pairs, f"{given}: give prefixes only, or a weight before each prefix (0.3 A 0.7 B).")
-    chosen = [weight for weight in weights if weight is not None]
-    require(all(weight > 0 for weight in chosen), f"{given}: weights must be above 0.")
-    prefixes = list(paths[1::2] if weighted else paths)
-    for prefix in prefixes:
+def checked_blend(paths: Sequence[str], flag: str) -> Blend:
+    """`parse_blend`, and ConfigurationError for a dataset that is not whole."""
+    blend = parse_blend(paths, flag)
+    for prefix in blend.prefixes:
         _require_whole(prefix, flag)
-    return Blend(prefixes, chosen or None)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return blend
 
 
 def _require_whole(prefix: str, flag: str) -> None:
@@ -154,7 +133,7 @@ def build_indexed(
     """
     num_ids = num_ids or tokenizer.largest_id + 1
     flag = "--data-path" if config.data_path else f"--{split.name}-data-path"
-    blend = parse_blend(paths, flag)
+    blend = checked_blend(paths, flag)
     require(
         blend.weights is None or num_samples is not None or split != Split.train,
         f"{flag} has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "

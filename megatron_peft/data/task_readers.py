@@ -17,7 +17,7 @@ from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
@@ -214,7 +214,7 @@ def table_rows(task: TaskFile, paths: Sequence[Path], skip_damaged: bool) -> Ite
 def json_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
     """One object a line, or one array in a file named .json."""
     for path in paths:
-        records = JsonRecords([str(path)], "--input")
+        records = RecordFiles([str(path)], "--input")
         for index in range(len(records)):
             place = records.place(index)
             yield _checked(task, records[index], place), place

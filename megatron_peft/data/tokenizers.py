@@ -6,12 +6,15 @@ megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; with
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config.hub import local_tokenizer
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
+from megatron_peft.data.chat_template import read_chat_template
 
 
 class ChatSegment(NamedTuple):
@@ -63,6 +66,8 @@ _NOT_LEFT_TO_RIGHT = (
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
+_CONTEXT = 8  # ids before one that decide how it is written
+_INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
 RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -99,6 +104,11 @@ class Tokenizer:
         """What megatron-core hashes to name its cached indices."""
         return OrderedDict({"class": type(self).__name__, "model": self._identity, "vocab_size": self.vocab_size})
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides which ids a text has, and of the chat template."""
+        return f"{type(self).__name__} {self.vocab_size}"
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without special tokens around it."""
         raise NotImplementedError
@@ -106,6 +116,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
         raise NotImplementedError
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id, special tokens too. Bytes that only together are a character stand at the last one."""
+        return [self.decode([i]) for i in ids]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids to generate from: the beginning-of-sequence token, if the tokenizer adds one, then `text`."""
@@ -128,9 +142,11 @@ class Tokenizer:
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a local Hugging Face folder, read by transformers. Nothing is fetched."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, chat_template: str | None = None) -> None:
+        """`chat_template` is that of --chat-template, in place of the folder's own."""
         from transformers import AutoTokenizer
 
+        folder = local_tokenizer(folder, "--tokenizer-model")
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
         for path in (path for pattern in _READ for path in sorted(Path(folder).glob(pattern))):
             require_regular(path, "--tokenizer-model")
@@ -152,6 +168,9 @@ class HuggingFaceTokenizer(Tokenizer):
             self.prefix_id = self._tokenizer.bos_token_id
         added = self._tokenizer.added_tokens_decoder
         self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+        self._template_of = "--chat-template" if chat_template else f"the chat template in {folder}"
+        if chat_template:
+            self._tokenizer.chat_template = read_chat_template(chat_template)
         template = self._tokenizer.chat_template or ""
         self.chat_template = template if isinstance(template, str) else "\n".join(template.values())
         with_specials = self._tokenizer.encode("a")
@@ -164,13 +183,28 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    @property
+    def digest(self) -> str:
+        digest = sha256(self.chat_template.encode())
+        for path in sorted({path for pattern in _READ for path in Path(self.folder).glob(pattern)}):
+            digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+        windows = [(max(0, end - _CONTEXT), end) for end in range(len(ids))]
+        # Not each id by itself: a sentencepiece model's decoder leaves out the space that a text begins with.
+        known = [decode(ids[first:end]).rstrip(_INCOMPLETE) for first, end in windows]
+        whole = [decode(ids[first : end + 1]).rstrip(_INCOMPLETE) for first, end in windows]
+        return [text[len(before) :] for before, text in zip(known, whole, strict=True)]
+
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools | None = None
     ) -> str:
         require(
             self._tokenizer.chat_template is not None,
             f"the tokenizer in {self.folder} has no chat template, which records with messages need: give "
-            "--tokenizer-model a folder that has one, or use records with prompt and completion.",
+            "--chat-template FILE, --tokenizer-model a folder that has one, or records with prompt and completion.",
         )
         try:
             with limited_to(RENDER_SECONDS):
@@ -181,9 +215,7 @@ class HuggingFaceTokenizer(Tokenizer):
                     add_generation_prompt=add_generation_prompt,
                 )
         except Exception as error:  # noqa: BLE001 - a template is a program
-            raise ConfigurationError(
-                f"the chat template in {self.folder} refuses the messages: {_first_line(error)}"
-            ) from error
+            raise ConfigurationError(f"{self._template_of} refuses the messages: {_first_line(error)}") from error
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -202,6 +234,7 @@ class SentencePieceTokenizer(Tokenizer):
         eos_id = self._model.eos_id()
         require(eos_id >= 0, f"--tokenizer-model {path}: the model has no end-of-sequence token.")
         super().__init__(self._model.get_piece_size(), None, eos_id, str(path))
+        self.path = path
         if self._model.bos_id() >= 0:
             self.prefix_id = self._model.bos_id()
 
@@ -210,6 +243,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.path.read_bytes()).hexdigest()
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        return [self._model.id_to_piece(i).replace("\u2581", " ") for i in ids]
 
 
 class NullTokenizer(Tokenizer):
@@ -238,13 +278,17 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
     Raises `ConfigurationError` where it cannot be read.
     """
     source = config.tokenizer_model or pretrained_checkpoint
+    require(
+        not config.chat_template or config.tokenizer_type == "HuggingFaceTokenizer",
+        f"--chat-template needs --tokenizer-type HuggingFaceTokenizer, but it is {config.tokenizer_type}.",
+    )
     if config.tokenizer_type == "NullTokenizer":
         return NullTokenizer(config.vocab_size or 0)
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
     if config.tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(source)
-    return HuggingFaceTokenizer(source)
+    return HuggingFaceTokenizer(source, config.chat_template)
 
 
 def require_vocabulary_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:

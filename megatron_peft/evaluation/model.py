@@ -154,7 +154,7 @@ def _refuse_another(current: CurrentRun, load: str) -> None:
 # has moved, are the user's flags.
 SAVED: dict[str, tuple[str, ...]] = {
     "model": ("pretrained_checkpoint", "bf16", "make_vocab_size_divisible_by"),
-    "data": ("tokenizer_type", "tokenizer_model", "vocab_size"),
+    "data": ("tokenizer_type", "tokenizer_model", "vocab_size", "chat_template"),
     "training": ("seed",),  # a method may draw parameters that it never trains
 }
 

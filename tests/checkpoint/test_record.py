@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, write_manifest
 from megatron_peft.checkpoint.record import (
     CurrentRun,
+    RunRecord,
     changes,
     contradictions,
     fingerprint,
@@ -102,6 +103,18 @@ def test_what_may_change(changes):
 def test_other_data_gives_a_warning(before, now, told):
     sentence = f"--load runs: the run continues with {told}, at the old position."
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
+
+
+def test_a_packed_run_of_before_there_was_a_choice_of_packing_is_told_of_the_other_order():
+    packed = {"pack_sequences": True}
+    plain = json.loads(make_record(config=make_config(data_settings=packed)).to_json())
+    del plain["config"]["data"]["packing"]
+    record = RunRecord.from_json(json.dumps(plain))
+    told = "--packing first-fit-decreasing (before: next-fit), at the old position"
+    assert told in changes(record, here(data_settings=packed))
+    assert changes(record, here(data_settings=packed | {"packing": "next-fit"})) == ""
+    del plain["config"]["data"]["pack_sequences"]
+    assert changes(RunRecord.from_json(json.dumps(plain)), here()) == ""
 
 
 def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_at_adapters():

@@ -1,4 +1,4 @@
-"""Which samples each step of each rank reads: the order of epochs, packs of short samples, batches over ranks."""
+"""Which samples each step of each rank reads: global batches over ranks, padded or packed."""
 
 import math
 import threading
@@ -10,67 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_peft.data.batches import (
-    BatchLayout,
-    GlobalBatches,
-    PackedOrder,
-    Sample,
-    SampleOrder,
-    Step,
-    pack,
-    pack_bounds,
-    pad,
-    sample_from_ids,
-)
+from megatron_peft.data.batches import BatchLayout, GlobalBatches, Step, pack, pad
+from megatron_peft.data.samples import PackedOrder, Sample, SampleOrder, sample_from_ids
 
 SEQ_LENGTH = 9
 LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))  # ranks, micro-batch size, micro-batches
-LENGTHS = st.lists(st.integers(1, 10), min_size=1, max_size=60).map(np.asarray)
-
-
-@given(num_samples=st.integers(1, 50), seed=st.integers(-5, 2**33), epoch=st.integers(0, 3))
-def test_an_epoch_is_a_permutation(num_samples, seed, epoch):
-    order = SampleOrder(num_samples, seed, shuffle=True)
-    seen = [int(order.samples_at(epoch * num_samples + i)[0]) for i in range(num_samples)]
-    assert sorted(seen) == list(range(num_samples))
-
-
-def test_epochs_and_seeds_differ_and_the_same_seed_does_not():
-    places = ((1, 0), (1, 0), (1, 1), (2, 0))  # seed and epoch
-    first, again, *others = (SampleOrder(50, seed, shuffle=True).permutation(epoch).tolist() for seed, epoch in places)
-    assert first == again and first not in others
-
-
-def test_the_order_of_a_seed_is_the_same_on_every_machine_and_version():
-    assert SampleOrder(8, 1234, shuffle=True).permutation(0).tolist() == [4, 5, 3, 1, 2, 0, 6, 7]
-
-
-@pytest.mark.parametrize(("epochs", "positions"), [(1, 10), (2, 20), (0.25, 3), (2.5, 25), (1.1, 11), (0.1 + 0.2, 3)])
-def test_epochs_are_counted_in_positions_and_back(epochs, positions):
-    order = SampleOrder(10, 0, shuffle=True)
-    assert order.positions_in(epochs) == positions and order.epochs_at(positions) == positions / 10
-
-
-@given(lengths=LENGTHS, seq_length=st.integers(10, 25))
-def test_packs_hold_every_sample_once_in_order_and_are_as_full_as_greed_makes_them(lengths, seq_length):
-    bounds = pack_bounds(lengths, seq_length)
-    assert bounds[0] == 0 and bounds[-1] == len(lengths) and (np.diff(bounds) > 0).all()
-    totals = [lengths[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)]
-    assert max(totals) <= seq_length
-    firsts = lengths[bounds[1:-1]]
-    assert all(total + first > seq_length for total, first in zip(totals, firsts, strict=False))
-
-
-@given(lengths=LENGTHS, seed=st.integers(0, 100), shuffle=st.booleans())
-def test_positions_run_through_the_packs_of_one_epoch_after_the_other(lengths, seed, shuffle):
-    order = PackedOrder(lengths, 12, seed, shuffle)
-    first, second = order.epoch_length(0), order.epoch_length(1)
-    packs = [order.samples_at(position) for position in range(first + second)]
-    assert np.concatenate(packs[:first]).tolist() == order.permutation(0).tolist()
-    assert np.concatenate(packs[first:]).tolist() == order.permutation(1).tolist()
-    assert max(lengths[pack].sum() for pack in packs) <= 12
-    assert order.positions_in(2) == first + second
-    assert order.epochs_at(first + second) == 2
+PACKED = st.sampled_from(["", "next-fit", "first-fit-decreasing"])
 
 
 class Numbered:
@@ -87,9 +32,11 @@ class Numbered:
         return Sample(ids, ids, np.eye(1, len(ids), len(ids) - 1, dtype=np.float32)[0])
 
 
-def source(num_samples: int, layout: BatchLayout, packed: bool = False, **settings) -> GlobalBatches:
+def source(num_samples: int, layout: BatchLayout, packed: str = "", **settings) -> GlobalBatches:
     dataset = Numbered(num_samples)
-    order = PackedOrder(dataset.lengths, SEQ_LENGTH, 7, True) if packed else SampleOrder(num_samples, 7, True)
+    order = SampleOrder(num_samples, 7, True)
+    if packed:
+        order = PackedOrder(order, dataset.lengths, SEQ_LENGTH, packed)
     return GlobalBatches(dataset, order, layout, **settings)
 
 
@@ -98,7 +45,7 @@ def seen(step: Step) -> list[list[int]]:
     return [batch.labels[batch.loss_mask.bool()].tolist() for batch in step]
 
 
-def global_order(num_samples: int, layout: tuple[int, int, int], packed: bool, consumed: int) -> list[list[int]]:
+def global_order(num_samples: int, layout: tuple[int, int, int], packed: str, consumed: int) -> list[list[int]]:
     """Samples of each of four steps in their order over all ranks: microbatch after microbatch, rank after rank."""
     dp, micro, per_rank = layout
     layouts = [BatchLayout(dp * micro * per_rank, micro, rank, dp, pad_id=999) for rank in range(dp)]
@@ -108,7 +55,7 @@ def global_order(num_samples: int, layout: tuple[int, int, int], packed: bool, c
 
 
 @settings(max_examples=40)
-@given(num_samples=st.integers(1, 40), layout=LAYOUT, packed=st.booleans(), consumed=st.integers(0, 50))
+@given(num_samples=st.integers(1, 40), layout=LAYOUT, packed=PACKED, consumed=st.integers(0, 50))
 def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(num_samples, layout, packed, consumed):
     """From wherever it goes on: a run may be resumed with other batches."""
     size = math.prod(layout)
@@ -120,7 +67,7 @@ def test_a_global_batch_holds_the_same_samples_in_the_same_order_at_any_layout(n
 
 
 @settings(max_examples=30)
-@given(num_samples=st.integers(1, 30), done=st.integers(0, 6), packed=st.booleans())
+@given(num_samples=st.integers(1, 30), done=st.integers(0, 6), packed=PACKED)
 def test_a_resumed_run_gets_the_very_next_samples(num_samples, done, packed):
     layout = BatchLayout(4, 2)
     expected = [seen(step) for step in islice(source(num_samples, layout, packed), done + 3)][done:]
@@ -137,7 +84,7 @@ def test_iterating_again_continues():
     assert sorted(number for step in steps for micro in step for number in micro) == list(range(10))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", "next-fit"])
 def test_threads_that_build_ahead_change_nothing(packed):
     layout = BatchLayout(4, 2)
     plain = [seen(step) for step in islice(source(11, layout, packed), 8)]
@@ -155,7 +102,7 @@ def test_what_a_thread_raises_arrives():
 
 
 @settings(max_examples=40)
-@given(num_samples=st.integers(1, 20), layout=LAYOUT, prefetch=st.integers(0, 1), packed=st.booleans())
+@given(num_samples=st.integers(1, 20), layout=LAYOUT, prefetch=st.integers(0, 1), packed=PACKED)
 def test_an_evaluation_sees_every_sample_once_in_as_many_microbatches_a_rank(num_samples, layout, prefetch, packed):
     dp, micro, per_rank = layout
 

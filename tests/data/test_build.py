@@ -64,11 +64,44 @@ def test_the_length_of_the_run_becomes_iterations(train, length, iterations):
 
 
 def test_packing_packs_whatever_is_json(both):
-    data = build({**both, "pack_sequences": True})
+    data = build({**both, "pack_sequences": True, "packing": "next-fit"})
     batch = next(iter(data.train))[0]
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 6]  # 2 of 3 positions fit in 8
     assert data.train.samples_per_epoch == 5
     assert data.valid is not None and sum(b.num_samples for step in data.valid for b in step) == 6
+
+
+def test_first_fit_decreasing_is_the_default_and_needs_fewer_steps(write_lines):
+    records = [{"text": " 1" * length} for length in (6, 2) * 8]
+    data = {"train_data_path": (write_lines(records),), "pack_sequences": True}
+    full, before = (build(data | choice).train for choice in ({}, {"packing": "next-fit"}))
+    assert full.samples_per_epoch == 8 < before.samples_per_epoch
+    assert {batch.tokens.shape[1] for step in islice(full, 2) for batch in step} == {8}
+
+
+def test_weights_before_json_files_are_shares_of_the_samples(write_lines):
+    few = write_lines([{"prompt": "500", "completion": " 1"}], "few.jsonl")
+    many = write_lines(RECORDS, "many.jsonl")
+    data = build({"train_data_path": ("0.25", few, "0.75", many)}, train_iters=10)
+    tokens = first_tokens(data.train, 10)
+    assert tokens.count(500) == 10 and sorted(set(tokens)) == [*range(10), 500]
+    assert first_tokens(build({"train_data_path": ("1", few, "3", many)}, consumed=20).train, 5) == tokens[20:]
+    assert len(first_tokens(build({"train_data_path": (few, many)}, train_epochs=1).train, 2)) == 8
+    with pytest.raises(ConfigurationError, match="--train-data-path has weights, and an epoch .*give --train-iters"):
+        build({"train_data_path": ("0.25", few, "0.75", many)}, train_epochs=1)
+
+
+def test_weights_of_validation_hold_as_far_as_eval_iters_reach_and_one_pass_has_none(train, write_lines):
+    few = write_lines([{"prompt": "500", "completion": " 1"}], "few.jsonl")
+    blended = {**train, "valid_data_path": ("1", few, "1", write_lines(RECORDS, "many.jsonl"))}
+    cut, whole = build(blended, eval_iters=2).valid, build(blended).valid
+    assert cut and whole and first_tokens(cut).count(500) == 4 and first_tokens(whole).count(500) == 1
+
+
+def test_a_source_with_a_weight_and_no_sample_left_is_an_error(write_lines):
+    long, good = write_lines([{"prompt": "1 " * 20, "completion": "2"}], "long.jsonl"), write_lines(RECORDS)
+    with pytest.raises(ConfigurationError, match="all samples of .*long.jsonl were skipped, so a weight"):
+        build({"train_data_path": ("1", good, "1", long)})
 
 
 def test_what_was_cut_is_said_once(write_lines, caplog):

@@ -12,7 +12,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data import indexed
-from megatron_peft.data.indexed import build_indexed, parse_blend
+from megatron_peft.data.indexed import build_indexed, checked_blend
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks
@@ -136,7 +136,7 @@ def test_all_ranks_see_the_same_blend(two, tmp_path):
     assert seen[0] == seen[1] == [alone[i].tokens.tolist() for i in range(60)]
 
 
-ALTERNATE = "--data-path .*: give prefixes only, or a weight before each prefix"
+ALTERNATE = "--data-path .*: give paths only, or a weight before each path"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ ALTERNATE = "--data-path .*: give prefixes only, or a weight before each prefix"
 def test_weights_above_0_and_prefixes_must_alternate(two, mixture, message):
     paths = [{"A": two[0], "B": two[1]}.get(part, part) for part in mixture.split()]
     with pytest.raises(ConfigurationError, match=message):
-        parse_blend(paths, "--data-path")
+        checked_blend(paths, "--data-path")
 
 
 @pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a pipe or a device"), (os.mkdir, "a folder")])
@@ -175,7 +175,7 @@ def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
     if damage:
         path.write_bytes(damage(whole))
     with pytest.raises(ConfigurationError, match=message):
-        parse_blend(two, "--data-path")
+        checked_blend(two, "--data-path")
 
 
 @pytest.mark.parametrize(("documents", "wrong"), [([[1, 2, 3] * 20, [5, 1000] * 9], 1000), ([[70_000] * 60], 70_000)])

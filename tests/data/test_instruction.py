@@ -8,8 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.instruction import Fit, InstructionDataset, encode_segments, survey, tokenize_record
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.instruction import InstructionDataset, survey
+from megatron_peft.data.records import Fit, encode_segments, tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer
@@ -115,12 +116,13 @@ def test_fields_of_messages_that_nothing_reads_are_counted_too(write_lines, hf):
     turn = {"role": "assistant", "content": "a", "weight": 1, "name": "me", "function_call": None}
     records = [{"messages": [{"role": "user", "content": "q", "name": "you"}, turn]}] * 2
     told = 'left out: "messages[].name" (2 records), "messages[].weight" (2 records).'
-    assert told in InstructionDataset(JsonRecords((write_lines(records),), "--d"), Fit(hf, 64)).warnings[0]
+    assert told in InstructionDataset(RecordFiles((write_lines(records),), "--d"), Fit(hf, 64)).warnings[0]
 
 
 def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
-    records = [ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}, {"text": "the cat", "source": "web"}]
-    warnings = InstructionDataset(JsonRecords([write_lines(records)], FLAG), Fit(hf, 64)).warnings
+    chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}])
+    texts = write_lines([{"text": "the cat", "source": "web"}], "texts.jsonl")
+    warnings = InstructionDataset(RecordFiles([chats, texts], FLAG), Fit(hf, 64)).warnings
     left_out = '"id" (2 records), "tools" (1 records), "source" (1 records)'
     assert warnings == [f"fields that nothing reads were left out: {left_out}."]
 
@@ -168,7 +170,7 @@ def test_what_is_wrong_with_a_record_is_an_error(hf, record, message):
 
 def test_a_few_thousand_short_records_take_a_moment(write_lines, hf):
     record = {"prompt": "English: the cat sat on the mat\nFrench:", "completion": " le chat dort"}
-    records = JsonRecords([write_lines([record] * 3000)], FLAG)
+    records = RecordFiles([write_lines([record] * 3000)], FLAG)
     begin = time.process_time()
     assert len(InstructionDataset(records, Fit(hf, 64))) == 3000
     assert time.process_time() - begin < seconds(2)  # CPU seconds; 0.5 measured
@@ -178,13 +180,13 @@ RECORDS = [
     {"prompt": "1 2", "completion": "3"},  # 3 positions with the end token
     {"prompt": "1 2", "completion": "3 4 5 6"},  # 6: longer than 4
     {"prompt": "1 2 3 4 5", "completion": "6"},  # 6, and 4 hold the prompt alone
-    {"text": ""},  # the end token alone: nothing to predict
-    {"text": "1 2 3 4"},  # 4
+    {"prompt": "", "completion": ""},  # the end token alone: nothing to predict
+    {"prompt": "1 2 3", "completion": "4"},  # 4
 ]
 
 
 def surveyed(write_lines, overlong: str, records=RECORDS):
-    lines = JsonRecords([write_lines(records)], FLAG)
+    lines = RecordFiles([write_lines(records)], FLAG)
     return InstructionDataset(lines, Fit(NullTokenizer(99), 4, overlong))
 
 
@@ -214,7 +216,7 @@ def test_skip_leaves_all_overlong_samples_out_and_those_that_fit_give_no_warning
     ("records", "overlong", "message"),
     [
         (RECORDS, "error", "line 2: the sample takes 6 tokens, above --seq-length 4: raise it"),
-        ([RECORDS[0], {"text": ""}], "error", "line 2: the sample has no token to learn from"),
+        ([RECORDS[0], RECORDS[3]], "error", "line 2: the sample has no token to learn from"),
         ([RECORDS[2]], "truncate", "all 1 samples were skipped .*line 1.*their prompt alone fills it"),
     ],
 )
@@ -227,12 +229,12 @@ def survey_on_a_rank(files: tuple[str, str]) -> None:
     good, bad = files
     start_world()
     fit = Fit(NullTokenizer(99), 4)
-    found = survey(JsonRecords([good], FLAG), fit)
+    found = survey(RecordFiles([good], FLAG), fit)
     assert found.positions.tolist() == [3, 4, 0, 0, 4]
     assert found.overlong.tolist() == [False, True, True, False, False]
     assert found.usable.tolist() == np.flatnonzero(found.positions).tolist()
     with pytest.raises(ConfigurationError, match="bad.jsonl, line 3: not JSON"):  # of which rank 1 alone can know
-        survey(JsonRecords([bad], FLAG), fit)
+        survey(RecordFiles([bad], FLAG), fit)
 
 
 def test_ranks_share_the_work_and_know_the_same(write_lines):

@@ -2,35 +2,58 @@
 
 import json
 import tracemalloc
+import zlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data import jsonl
+from megatron_peft.data.files import RecordFiles
 
 FLAG = "--train-data-path"
 
 
-def read(path, content: str | bytes | None = None) -> JsonRecords:
+def read(path, content: str | bytes | None = None) -> RecordFiles:
     """The records of a file, which is written first where there is `content`."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return JsonRecords([str(path)], FLAG)
+    return RecordFiles([str(path)], FLAG)
 
 
 def test_records_of_several_files_come_in_order_and_know_their_place(write_lines):
     first = write_lines([{"n": 0}, "", "   ", {"n": 1}], "a.jsonl")
     second = write_lines([{"n": 2, "text": "é\u2028"}], "b.jsonl")
-    records = JsonRecords([first, second], FLAG)
+    records = RecordFiles([first, second], FLAG)
     assert [record["n"] for record in (records[i] for i in range(len(records)))] == [0, 1, 2]
     assert records[2]["text"] == "é\u2028"
     assert [records.place(i) for i in range(3)] == [f"{first}, line 1", f"{first}, line 4", f"{second}, line 1"]
 
 
+@given(
+    lines=st.lists(st.sampled_from([b"{}", b"", b" ", b"\t\r", b" {}", b"12", b"      "]), max_size=12),
+    ends=st.booleans(),
+)
+def test_lines_that_are_not_blank_are_found_wherever_a_block_ends(tmp_path_factory, lines, ends):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    content = b"\n".join(lines) + b"\n" * ends
+    path.write_bytes(content)
+    expected, at = [], 0
+    for line in content.splitlines(keepends=True) if b"\r" not in content else content.split(b"\n"):
+        expected += [at] if line.strip() else []
+        at += len(line) + (b"\r" in content)
+    for size in (1, 2, 3, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jsonl, "_BLOCK_BYTES", size)
+            starts, digest = jsonl._line_starts(path, with_digest=True)
+        assert starts.tolist() == expected and digest == zlib.crc32(content)
+
+
 def test_a_file_that_is_shortened_while_it_is_read_is_named(write_lines):
     """A map of it would end the process without a word."""
     path = write_lines([{"n": number} for number in range(3)])
-    records = JsonRecords([path], FLAG)
+    records = RecordFiles([path], FLAG)
     with open(path, "r+") as file:
         file.truncate(10)
     assert records[0] == {"n": 0}
@@ -47,7 +70,7 @@ def test_last_line_without_a_line_break_and_windows_line_ends(tmp_path):
 def test_a_file_that_is_not_utf_8_is_said_to_be(tmp_path, encoding):
     (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\n'.encode(encoding))
     with pytest.raises(ConfigurationError, match=r"a\.jsonl, line 1: not text in UTF-8: .*Save the file as UTF-8"):
-        JsonRecords([str(tmp_path / "a.jsonl")], "--train-data-path")[0]
+        RecordFiles([str(tmp_path / "a.jsonl")], "--train-data-path")[0]
 
 
 def test_a_json_file_is_an_array_or_lines(tmp_path):
@@ -58,7 +81,7 @@ def test_a_json_file_is_an_array_or_lines(tmp_path):
 
 
 def test_a_bad_line_is_named_by_file_number_and_character(write_lines):
-    records = JsonRecords([write_lines([{"n": 0}, "", "{'n': 1}", {"n": 2}])], FLAG)
+    records = RecordFiles([write_lines([{"n": 0}, "", "{'n': 1}", {"n": 2}])], FLAG)
     assert records[2] == {"n": 2}
     with pytest.raises(ConfigurationError, match=r"line 3: not JSON: Expecting property name .*\(character 2\)"):
         records[1]

@@ -1,0 +1,48 @@
+"""Chat templates: programs of Jinja that write a conversation as text. They are looked at before they are used."""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import TemplateError, meta, nodes
+from jinja2.sandbox import SandboxedEnvironment
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.config.untrusted import read_text, require_regular
+
+_TEMPLATES = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+
+
+def read_chat_template(given: str) -> str:
+    """The text of --chat-template, which is that text (any template has a brace), or a file. ConfigurationError: the
+    file cannot be read, or it is no template."""
+    text = given
+    if "{" not in given:
+        require_regular(Path(given), "--chat-template")
+        text = read_text(Path(given))
+    try:
+        template_inputs(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--chat-template {given if text != given else ''}: {error}") from error
+    return text
+
+
+class TemplateInputs(NamedTuple):
+    """What a chat template reads."""
+
+    variables: frozenset[str]  # messages, tools, ...
+    fields: frozenset[str]  # possibly, of a message: attributes and strings of its code, not of its comments
+
+
+@lru_cache
+def template_inputs(template: str) -> TemplateInputs:
+    """Raises ConfigurationError for a template that is not valid."""
+    try:
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
+        tree = _TEMPLATES.parse(plain)
+        texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
+        fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
+        return TemplateInputs(frozenset(meta.find_undeclared_variables(tree)), frozenset(fields))
+    except (TemplateError, RecursionError) as error:
+        raise ConfigurationError(f"the chat template cannot be read: {error}.") from error

@@ -1,0 +1,224 @@
+"""Records as token ids and a mask of what the loss counts. docs/data.md has the formats. Imports no torch: the preview
+reads records with it in seconds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megatron_peft.config import ConfigurationError, require
+from megatron_peft.data.chat_template import template_inputs
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.formats import ColumnNames, Record, RecordFormat, format_of
+from megatron_peft.data.samples import Sample, sample_from_ids
+from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
+
+
+class TokenizedRecord(NamedTuple):
+    """The whole record, before truncation: ids, and which of them the loss counts."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def tokenize_record(record: Record, tokenizer: Tokenizer, record_format: RecordFormat | None = None) -> TokenizedRecord:
+    """Tokens of one record. The loss covers the completion, the assistant's turns or the whole text, and an end token.
+
+    record_format: that of its file; by default the record's own.
+    Raises ConfigurationError (without the place) for a record of another format, and for one that is malformed.
+    """
+    record_format = record_format or _own_format(record, tokenizer)
+    return _KINDS[record_format.kind](record_format.native(record), tokenizer)
+
+
+def _own_format(record: Record, tokenizer: Tokenizer) -> RecordFormat:
+    return format_of(tuple(record), ColumnNames(), bool(tokenizer.chat_template))
+
+
+def encode_segments(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each segment of one text; those before a boundary are the ids of the text before it, as in generation."""
+    segments: list[list[int]] = []
+    ids: list[int] = []
+    joined = ""
+    for text in texts:
+        joined += text
+        # The ids of the joined text, since a sentencepiece model would begin each segment with a space; but a segment
+        # whose first token would straddle the boundary is tokenized by itself.
+        whole = encode(joined) if text else ids
+        segment = whole[len(ids) :] if whole[: len(ids)] == ids else encode(text)
+        segments.append(segment)
+        ids = ids + segment
+    return segments
+
+
+def _tokenize_completion(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
+    prompt, completion = _text(record, "prompt"), _text(record, "completion")
+    prompt_ids, completion_ids = encode_segments(tokenizer.encode, [prompt, completion])
+    before = _bos(tokenizer) + prompt_ids
+    after = [*completion_ids, tokenizer.eos_id]
+    return TokenizedRecord(before + after, [False] * len(before) + [True] * len(after))
+
+
+def _tokenize_text(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
+    ids = [*_bos(tokenizer), *tokenizer.encode(_text(record, "text")), tokenizer.eos_id]
+    return TokenizedRecord(ids, [True] * len(ids))
+
+
+def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
+    """The template writes the special tokens itself, so none is put before, and one after only if it is missing."""
+    wanted = sorted(template_inputs(tokenizer.chat_template).variables & record.keys() - {"messages", "tools"})
+    require(
+        not wanted,
+        f"the chat template reads {', '.join(wanted)}, which the record has but the template does not get: write it "
+        "into the messages, or rename the field.",
+    )
+    segments = tokenizer.split_chat(_messages(record, tokenizer), _tools(record))
+    tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
+    last_turn = max(i for i, segment in enumerate(segments) if segment.trained)
+    if tokenizer.eos_id not in tokens[last_turn]:
+        tokens[last_turn] = [*tokens[last_turn], tokenizer.eos_id]
+    trained = [flag for one, ids in zip(segments, tokens, strict=True) for flag in _turn_mask(one, ids, tokenizer)]
+    return TokenizedRecord([i for ids in tokens for i in ids], trained)
+
+
+def _turn_mask(segment: ChatSegment, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
+    """The loss covers a turn up to its end token, not what the template puts behind it (a line break)."""
+    if not segment.trained:
+        return [False] * len(ids)
+    end = len(ids) - ids[::-1].index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+    return [i < end for i in range(len(ids))]
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def _text(record: Record, name: str) -> str:
+    require(name in record, f'lacks the field "{name}" (it has {", ".join(record)}).')
+    return _string(record[name], f'"{name}"')
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name} is not text but {type(value).__name__}.")
+    return value
+
+
+def _messages(record: Record, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ConfigurationError('"messages" is not a list of objects with "role" and "content", or it is empty.')
+    fields = template_inputs(tokenizer.chat_template).fields
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ConfigurationError(f"message {number} is not an object but {type(message).__name__}.")
+        require(
+            message.get("role") != "assistant" or message.get("weight") in (None, 1),
+            f"message {number} has the weight {message.get('weight')}, but the loss covers every assistant turn: drop "
+            "the field, or leave the turn out.",
+        )
+        require(
+            not message.get("function_call") or "function_call" in fields,
+            f"message {number} has a function_call, which the chat template does not write: make it one of tool_calls.",
+        )
+        calls = message.get("tool_calls")
+        if calls:
+            require(
+                "tool_calls" in fields,
+                f"message {number} has tool_calls, which the tokenizer's chat template does not write: give "
+                "--tokenizer-model a folder whose template does.",
+            )
+        for name in ("role",) if calls and message.get("content") is None else ("role", "content"):
+            require(name in message, f'message {number} lacks the field "{name}".')
+            _string(message[name], f'"{name}" of message {number}')
+    return messages
+
+
+def _tools(record: Record) -> list[dict[str, Any]] | None:
+    tools = record.get("tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigurationError('"tools" is not a list of objects, each the JSON schema of a function.')
+    return tools
+
+
+def fields_left_out(record: Record, tokenizer: Tokenizer, record_format: RecordFormat | None = None) -> list[str]:
+    """Unused fields of a record and, as `messages[].name`, of its messages."""
+    record_format = record_format or _own_format(record, tokenizer)
+    native = record_format.native(record)
+    if record_format.kind != "messages":
+        return [name for name in native if name not in _FIELDS[record_format.kind]]
+    inputs = template_inputs(tokenizer.chat_template)
+    read = {"messages"} | ({"tools"} & inputs.variables)
+    of_messages = {"role", "content", "tool_calls"} | inputs.fields
+    inner = {name: None for message in native["messages"] for name in message if message[name] is not None}
+    return [name for name in native if name not in read] + [
+        f"messages[].{name}" for name in inner if name not in of_messages
+    ]
+
+
+_FIELDS = {"prompt": {"prompt", "completion"}, "text": {"text"}}
+_KINDS: dict[str, Callable[[Record, Tokenizer], TokenizedRecord]] = {
+    "messages": _tokenize_messages,
+    "prompt": _tokenize_completion,
+    "text": _tokenize_text,
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a record becomes a sample of at most `seq_length` input positions (--overlong)."""
+
+    tokenizer: Tokenizer
+    seq_length: int
+    overlong: str = "truncate"
+    columns: ColumnNames = ColumnNames()
+
+    def sample(self, records: RecordFiles, index: int) -> tuple[Sample, int]:
+        """The sample (of length 0 if it is to be skipped) and the input positions that the whole record would take.
+
+        Raises ConfigurationError naming file and line.
+        """
+        ids, trained = self.tokenized(records, index)
+        whole = sample_from_ids(ids, trained, len(ids))
+        self.require_fits(len(whole), records, index)
+        return whole if len(whole) <= self.seq_length else self.cut(ids, trained), len(whole)
+
+    def cut(self, ids: Sequence[int], trained: Sequence[bool]) -> Sample:
+        """The sample of a whole record; of length 0 if it is to be skipped."""
+        sample = sample_from_ids(ids, trained, self.seq_length)
+        skips = self.overlong != "truncate" and len(sample_from_ids(ids, trained, len(ids))) > self.seq_length
+        return sample_from_ids(ids, trained, 0) if skips else sample
+
+    def tokenized(self, records: RecordFiles, index: int) -> TokenizedRecord:
+        """The whole record. Raises ConfigurationError naming file and line."""
+        record, record_format = records[index], self.format_of(records, index)
+        try:
+            return tokenize_record(record, self.tokenizer, record_format)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{records.place(index)}: {error}") from error
+
+    def format_of(self, records: RecordFiles, index: int) -> RecordFormat:
+        """The format of the file that holds a record: that of its first one. Raises ConfigurationError."""
+        try:
+            return format_of(records.first_fields(index), self.columns, bool(self.tokenizer.chat_template))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{records.place(records.first_of_file(index))}: {error}") from error
+
+    def left_out(self, records: RecordFiles, index: int) -> list[str]:
+        """Fields of a record that nothing reads."""
+        return fields_left_out(records[index], self.tokenizer, self.format_of(records, index))
+
+    def require_fits(self, length: int, records: RecordFiles, index: int) -> None:
+        """Raises ConfigurationError if --overlong error refuses a record that takes so many positions."""
+        if self.overlong != "error" or 0 < length <= self.seq_length:
+            return
+        place = records.place(index)
+        require(
+            length <= self.seq_length,
+            f"{place}: the sample takes {length} tokens, above --seq-length {self.seq_length}: raise it, or give "
+            "--overlong truncate or --overlong skip.",
+        )
+        raise ConfigurationError(
+            f"{place}: the sample has no token to learn from: give it a text, or give --overlong skip."
+        )

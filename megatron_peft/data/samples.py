@@ -1,0 +1,244 @@
+"""Samples, and which of them each position of training has: their order, their packs, their shares of a blend. numpy
+alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`n` input positions: the model reads `tokens[i]` and predicts `labels[i]`; the loss counts it where
+    `loss_mask[i]` is 1.
+
+    tokens, labels: int64 [n]; loss_mask: float32 [n].
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class SampleSource(Protocol):
+    """Samples by number; a number always gives the same sample."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def sample_from_ids(ids: Sequence[int], trained: Sequence[bool], seq_length: int) -> Sample:
+    """Input positions of a text: each token but the last is read, each but the first is predicted.
+
+    ids: the text's tokens; trained: which of them the loss counts. At most `seq_length` positions are kept, up to the
+    last that the loss counts; if it counts none, the sample has length 0.
+    """
+    mask = np.asarray(trained[1 : seq_length + 1], dtype=np.float32)
+    counted = np.flatnonzero(mask)
+    length = int(counted[-1]) + 1 if len(counted) else 0
+    return Sample(
+        tokens=np.asarray(ids[:length], dtype=np.int64),
+        labels=np.asarray(ids[1 : length + 1], dtype=np.int64),
+        loss_mask=mask[:length],
+    )
+
+
+# The order of samples is a function of seed and epoch, never of the layout. A *position* is one unit of a global batch:
+# a sample, or with packing a pack of samples. Positions run on from epoch to epoch; an epoch has each sample once.
+
+
+class SampleOrder:
+    """One sample per position; a new permutation in each epoch, or file order without `shuffle`."""
+
+    epochs_hold_the_same_samples = True
+
+    def __init__(self, num_samples: int, seed: int, shuffle: bool) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.permutation = lru_cache(maxsize=2)(self._permutation)  # two: a step can reach into the next epoch
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples]. RandomState, since numpy promises its stream for all later versions."""
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        return np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.num_samples)
+
+    def epoch_length(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.num_samples
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, offset in it) of a position."""
+        return divmod(position, self.num_samples)
+
+    def samples_at(self, position: int) -> np.ndarray:
+        """int64 [k]: the samples of a position."""
+        epoch, offset = self.locate(position)
+        return self.permutation(epoch)[offset : offset + 1]
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the sample of each of n positions."""
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        samples = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            samples[chosen] = self.permutation(int(epoch))[offsets[chosen]]
+        return samples
+
+    def epochs_at(self, position: int) -> float:
+        """Epochs done after `position` positions."""
+        epoch, offset = self.locate(position)
+        return epoch + offset / self.epoch_length(epoch)
+
+    def positions_in(self, epochs: float) -> int:
+        """Positions of the first `epochs` epochs, rounded up."""
+        whole = math.floor(epochs)
+        positions = sum(self.epoch_length(epoch) for epoch in range(whole))
+        part = epochs - whole
+        # 1e-9: 0.1 * 30 is 3.0000000000000004
+        return positions + (math.ceil(part * self.epoch_length(whole) - 1e-9) if part else 0)
+
+
+class BlendedOrder(SampleOrder):
+    """Samples of several sources in proportion to their weights: each has an order of its own, and begins again at its
+    end. An "epoch" is a round of the blend, after which its pattern repeats.
+
+    Args:
+        lengths: samples of each source; they are numbered through.
+        weights: above 0, of any sum.
+    """
+
+    epochs_hold_the_same_samples = False
+
+    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> None:
+        shares = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
+        # A source gets at least a thousand samples of a round, so rounding changes its share by a thousandth at most.
+        needed = min(math.ceil(1000 / shares.min()), _LONGEST_ROUND)
+        super().__init__(max(sum(lengths), needed), seed, shuffle)
+        self._starts = np.cumsum([0, *lengths])[:-1]
+        self._orders = [SampleOrder(length, seed + i, shuffle) for i, length in enumerate(lengths)]
+        self._pattern = cache(lambda: _blend(shares, self.num_samples))
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        sources, numbers = self._pattern()
+        samples = np.empty(len(sources), dtype=np.int64)
+        for i, (start, order) in enumerate(zip(self._starts, self._orders, strict=True)):
+            chosen = sources == i
+            samples[chosen] = start + order.take(epoch * int(chosen.sum()) + numbers[chosen])
+        return samples
+
+
+_LONGEST_ROUND = 10_000_000
+
+
+def _blend(shares: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Megatron's blend of `size` samples: the source of each, and which of that source's samples it is."""
+    from megatron.core.datasets import helpers_cpp  # pyright: ignore[reportAttributeAccessIssue] - it is compiled
+
+    sources, numbers = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+    helpers_cpp.build_blending_indices(sources, numbers, shares, len(shares), size, False)
+    return sources, numbers
+
+
+def pack_bounds(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """--pack-sequences by next-fit: samples, in their order, share a sequence until the next one would not fit.
+
+    lengths: int [n], each at most `seq_length`. Returns int64 [packs + 1]: pack i is samples [b[i], b[i + 1]).
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, used + seq_length, side="right")))
+    return np.asarray(bounds)
+
+
+def first_fit_decreasing(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """--pack-sequences by first-fit decreasing: the longest samples first, each into the first pack with room for it.
+
+    lengths: int [n], each at least 1 and at most `seq_length`. Returns int64 [n]: the pack of each sample.
+    """
+    longest_first = np.argsort(-lengths, kind="stable")
+    sizes, counts = (found[::-1] for found in np.unique(lengths, return_counts=True))
+    room = np.full(len(lengths), seq_length, dtype=np.int32)
+    packs = np.empty(len(lengths), dtype=np.int64)
+    placed = num_packs = 0
+    for size, count in zip(sizes, counts, strict=True):
+        # Samples of one length come one after the other, so each pack in turn takes as many of them as it has room for.
+        has_room = np.flatnonzero(room[:num_packs] >= size)[:count]
+        chosen = np.append(has_room, np.arange(num_packs, num_packs + -(-count // (seq_length // size))))
+        taken = room[chosen] // size
+        ends = np.cumsum(taken)
+        last = int(np.searchsorted(ends, count))
+        chosen, taken = chosen[: last + 1], taken[: last + 1]
+        taken[-1] -= ends[last] - count
+        packs[longest_first[placed : placed + count]] = np.repeat(chosen, taken)
+        room[chosen] -= taken * size
+        placed, num_packs = placed + count, max(num_packs, int(chosen[-1]) + 1)
+    return packs
+
+
+class PackedOrder(SampleOrder):
+    """One pack per position. Epochs may differ in their number of packs, since each packs its own permutation.
+
+    order: of the samples; lengths: int [samples]; packing: that of `DataConfig`.
+    """
+
+    def __init__(
+        self, order: SampleOrder, lengths: np.ndarray, seq_length: int, packing: str = "first-fit-decreasing"
+    ) -> None:
+        super().__init__(order.num_samples, order.seed, order.shuffle)
+        self.order = order
+        self.lengths = lengths
+        self.seq_length = seq_length
+        self.packing = packing
+        self._num_packs_is_constant = packing != "next-fit" and order.epochs_hold_the_same_samples
+        self._packs = lru_cache(maxsize=2)(self._pack)
+        self._num_packs = cache(lambda epoch: len(self._packs(epoch)[1]) - 1)
+
+    def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples in the order of their packs, and int64 [packs + 1], where each pack begins."""
+        samples = self.order.permutation(epoch)
+        lengths = self.lengths[samples]
+        if self.packing == "next-fit":
+            return samples, pack_bounds(lengths, self.seq_length)
+        packs = self._ranks(first_fit_decreasing(lengths, self.seq_length), epoch)
+        return samples[np.argsort(packs, kind="stable")], np.append(0, np.cumsum(np.bincount(packs)))
+
+    def _ranks(self, packs: np.ndarray, epoch: int) -> np.ndarray:
+        """The packs renumbered: first-fit decreasing has the longest samples in its first packs, so packs are shuffled;
+        in an evaluation, each stands where its first sample stood."""
+        num_packs = int(packs.max()) + 1
+        if self.shuffle:
+            ranks = np.random.RandomState([self.seed % 2**32, epoch, num_packs]).permutation(num_packs)
+            return ranks[packs]
+        _, firsts = np.unique(packs, return_index=True)
+        return np.argsort(np.argsort(firsts))[packs]
+
+    def epoch_length(self, epoch: int) -> int:
+        return self._num_packs(0 if self._num_packs_is_constant else epoch)
+
+    def samples_at(self, position: int) -> np.ndarray:
+        epoch, offset = self.locate(position)
+        samples, bounds = self._packs(epoch)
+        return samples[bounds[offset] : bounds[offset + 1]]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        epoch = 0
+        while position >= self.epoch_length(epoch):
+            position -= self.epoch_length(epoch)
+            epoch += 1
+        return epoch, position
+
+    def fill(self, epoch: int = 0) -> float:
+        """Tokens of an epoch, of what its sequences could hold."""
+        samples, bounds = self._packs(epoch)
+        return int(self.lengths[samples].sum()) / (self.seq_length * (len(bounds) - 1))

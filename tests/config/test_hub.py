@@ -1,0 +1,112 @@
+"""Names of the Hub stand for folders of its cache; nothing is downloaded where the user is offline."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from megatron_peft.cli.parser import read_config
+from megatron_peft.config import ConfigurationError, DataConfig, hub, kind_of_source
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.tokenizers import build_tokenizer
+from tests.data.tiny_tokenizers import save_tokenizer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FLAG = "--pretrained-checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The Hub's, with a model, and with a data set; nothing else of the machine's is seen."""
+    folder = tmp_path / "hub"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.local_folder.cache_clear()
+    model = cached(folder, "models--org--model")
+    save_tokenizer(model)
+    (model / "model.safetensors").write_bytes(b"")
+    data = cached(folder, "datasets--org--data")
+    (data / "train.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
+    (data / "test.jsonl").write_text(json.dumps({"text": "sat"}) + "\n")
+    (cached(folder, "models--org--part") / "config.json").write_text("{}")
+    return folder
+
+
+def cached(folder: Path, name: str) -> Path:
+    """An empty snapshot in the form of the Hub's cache."""
+    snapshot = folder / name / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (folder / name / "refs").mkdir()
+    (folder / name / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+def test_a_cached_model_is_a_folder_whose_name_can_be_told(cache):
+    folder = hub.local_model("org/model", FLAG)
+    assert Path(folder) == cache / "models--org--model" / "snapshots" / COMMIT
+    assert hub.hub_name(folder) == "org/model" and hub.hub_name(cache) is None
+    config = DataConfig(tokenizer_model="org/model")
+    assert build_tokenizer(config, None).encode("the cat") == build_tokenizer(DataConfig(), folder).encode("the cat")
+
+
+def test_a_local_folder_of_the_name_wins(tmp_path):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert hub.local_model("org/model", FLAG) == hub.local_tokenizer("org/model", FLAG) == "org/model"
+    assert kind_of_source("org/model") == "table" and kind_of_source("org/data:train") == "hub"
+    (tmp_path / "org" / "corpus.idx").write_bytes(b"")
+    assert kind_of_source("org/corpus") == "indexed"
+
+
+@pytest.mark.parametrize("name", ["model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"])
+def test_paths_are_not_names_of_the_hub(name):
+    assert hub.local_model(name, FLAG) == name
+
+
+def test_the_command_line_takes_names_and_tells_what_is_missing(cache):
+    flags = "--train-data-path org/data:train --train-iters 1 --pretrained-checkpoint".split()
+    config = read_config([*flags, "org/model", "--tokenizer-model", "org/model"], {})
+    assert config.model.pretrained_checkpoint == config.data.tokenizer_model == hub.local_model("org/model", FLAG)
+    told = "org/none is no folder here, .*does not have it, and HF_HUB_OFFLINE is set. .*: hf download org/none "
+    with pytest.raises(ConfigurationError, match=told):
+        read_config([*flags, "org/none"], {})
+    with pytest.raises(ConfigurationError, match="org/part: its folder .* has no weights. .*hf download org/part"):
+        hub.local_model("org/part", FLAG)
+
+
+def test_a_data_set_of_the_hub_is_read_by_split(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "prepared")
+    train, test = (RecordFiles([f"org/data{split}"], "--train-data-path") for split in ("", ":test"))
+    assert train[0] == {"text": "the cat"} and test[0] == {"text": "sat"} and train.digest != test.digest
+    with pytest.raises(ConfigurationError, match="has the splits test, train|has the splits train, test"):
+        RecordFiles(["org/data:valid"], "--train-data-path")
+    with pytest.raises(ConfigurationError, match="hf download org/none --repo-type dataset"):
+        RecordFiles(["org/none"], "--train-data-path")
+
+
+def test_what_is_not_cached_is_downloaded_but_no_code(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, **settings):
+        asked.append((name, settings))
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert hub.local_model("org/new", FLAG) == str(tmp_path)
+    patterns = [pattern for _, settings in asked for pattern in settings["allow_patterns"]]
+    assert not any(settings["local_files_only"] for _, settings in asked)
+    assert "*.safetensors" in patterns and "pytorch_model*.bin" in patterns
+    assert not [pattern for pattern in (*patterns, *hub.DATA_FILES) if pattern.endswith((".py", "*"))]
+
+
+def test_what_the_hub_answers_is_told(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("401: this one is gated\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigurationError, match=r"\(PermissionError: 401: this one is gated\)\. .*hf auth login"):
+        hub.local_tokenizer("org/gated", "--tokenizer-model")

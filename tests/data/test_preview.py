@@ -1,0 +1,159 @@
+"""What the preview of a data set says is what training will see of it, and what it estimates covers the truth."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megatron_peft.commands import preview as command
+from megatron_peft.config import DataConfig
+from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.data.instruction import InstructionDataset
+from megatron_peft.data.preview import Batches, Preview, show, visible
+from megatron_peft.data.samples import PackedOrder, SampleOrder
+from tests.data.test_instruction import RECORDS
+from tests.time_limits import seconds
+
+ROOT = Path(__file__).parents[2]
+
+
+def preview(*paths: str, batch: Batches = Batches(2, 2), options: dict | None = None, **data) -> Preview:  # noqa: B008
+    numbers = {"tokenizer_type": "NullTokenizer", "vocab_size": 999}
+    config = DataConfig(train_data_path=paths, **{"seq_length": 4, **numbers, **data})
+    return Preview(config, batch, PreviewOptions(**(options or {})))
+
+
+def shown(found: Preview, **console) -> str:
+    out = io.StringIO()
+    show(found, Console(file=out, highlight=False, **console))
+    return out.getvalue()
+
+
+def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(write_lines):
+    path = write_lines(RECORDS)
+    found = preview(path)
+    dataset = InstructionDataset(found.records, found.fit)
+    assert found.is_exact and found.length == (dataset.lengths.mean(),) * 3
+    assert found.num_samples == (len(dataset),) * 3 and found.steps(found.num_samples).value == 2
+    order = PackedOrder(SampleOrder(3, 1234, True), dataset.lengths, 4)
+    assert found.packs.value == order.epoch_length(0) and found.fill(order.packing) == pytest.approx(order.fill())
+    assert found.fill() == pytest.approx(dataset.lengths.mean() / 4)
+    trained = sum(dataset[i].loss_mask.sum() for i in range(3))
+    assert found.measured.trained.sum() == trained
+
+
+def test_text_names_what_is_cut_and_skipped_and_where(write_lines):
+    text = shown(preview(write_lines(RECORDS)))
+    assert "cut at --seq-length 4: 20.0% of the samples, 18.2% of the tokens to train" in text
+    assert re.search(r"skipped: 40.0% of the records \(first: .*data.jsonl, line 3\); 1: their prompt alone", text)
+    assert "an epoch: 2 steps of --global-batch-size 2; with --pack-sequences 2" in text
+    assert "which --overlong error ends a run for" in shown(preview(write_lines(RECORDS), overlong="error"))
+
+
+def test_each_token_is_marked_as_training_takes_it(write_lines):
+    long = {"prompt": "1 2", "completion": " 3 4 5 6"}
+    text = shown(preview(write_lines([long])))
+    assert "line 1; 7 tokens, 3 trained, 2 cut off" in text and "1·2·«3·4·5»‹6·999›" in text
+    skipped = shown(preview(write_lines([RECORDS[0], long]), overlong="skip", options={"show_samples": 2}))
+    assert "‹1·2·3·4·5·6·999›" in skipped
+    assert "1·2·«3» ... 1 tokens ... «5»‹6·999›" in shown(preview(write_lines([long]), options={"max_tokens": 6}))
+
+
+def test_color_says_nothing_that_marks_do_not_and_data_cannot_write_to_the_terminal(write_lines, tokenizer_folder):
+    record = {"prompt": "the cat\x1b[31m \u202e", "completion": " sat\n on \u65e5"}
+    data = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tokenizer_folder), "seq_length": 64}
+    found = preview(write_lines([record]), **data)
+    plain, colored = shown(found), shown(found, force_terminal=True, color_system="standard", width=200)
+    assert "\x1b" not in plain and "\\x1b" in plain and "\\u202e" in plain and "\u65e5" in plain
+    assert "\x1b[1;32m" in colored and re.sub(r"\x1b\[[\d;]*m", "", colored) == plain
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\t", "\x00", "\u200b", "d\u00e9j\u00e0"])
+def test_visible_text_is_one_that_a_terminal_prints(text):
+    assert all(c == "\n" or c.isprintable() for c in visible(text))
+
+
+def test_texts_of_tokens_join_to_the_text_whatever_bytes_they_hold(hf):
+    text = "the cat \u00e9\u65e5\U0001f600 sat\n  on"
+    ids = hf.encode(text)
+    texts = hf.texts(ids)
+    assert "".join(texts) == text and len(texts) == len(ids) and texts[1] == " cat"
+
+
+def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
+    """Long records are no likelier than short ones: the mean would be twice as large."""
+    lengths = np.sort(np.clip(np.random.RandomState(0).lognormal(2, 0.9, 1500), 1, 60).astype(int))
+    path = write_lines([{"text": " 1" * int(length)} for length in lengths])
+    truth = preview(path, seq_length=32, options={"exact": True})
+    hits = np.zeros(5)
+    for seed in range(15):
+        found = preview(path, seq_length=32, seed=seed, options={"sampled_records": 200})
+        longer, of_truth = (one.share(one.measured.whole > 32) for one in (found, truth))
+        pairs = [(found.length, truth.length), (longer, of_truth), (found.num_samples, truth.num_samples)]
+        pairs += [(found.packs, truth.packs), (_trained(found), _trained(truth))]
+        hits += [estimate.low <= exact.value <= estimate.high for estimate, exact in pairs]
+    assert len(truth.measured.records) == 1500 and truth.length.low == truth.length.high
+    assert (hits >= 12).all(), hits
+
+
+def _trained(found: Preview):
+    return found.ratio(found.measured.trained, found.measured.kept)
+
+
+def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
+    short, long = write_lines([{"text": "1"}] * 50), write_lines([{"text": "1 1 1"}] * 50, "long.jsonl")
+    found = preview("3", short, "1", long, options={"sampled_records": 400})
+    assert found.length.value == 0.75 * 1 + 0.25 * 3
+    text = shown(found)
+    assert 'records, "text", weight 3' in text and "an epoch of a weighted blend means nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--tokenizer-model t", "nothing to preview: give --train-data-path"),
+        ("--train-data-path nowhere --tokenizer-model t", "names indexed data"),
+        ("--train-data-path 1 a.jsonl --tokenizer-model t --exact", "--exact reads each record once, but"),
+        ("--train-data-path a.jsonl", "no tokenizer: give --tokenizer-model, or --pretrained-checkpoint"),
+        ("--train-data-path a.jsonl --sampled-records 1", "--sampled-records is 1; it must be above 1"),
+        ("--train-data-path a.jsonl --lr x", "--lr: invalid number"),
+    ],
+)
+def test_what_cannot_be_previewed_is_an_error_with_exit_code_2(tmp_path, monkeypatch, capsys, flags, told):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "1"}\n')
+    with pytest.raises(SystemExit) as ended:
+        command.main(flags.split())
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_the_flags_of_a_run_are_taken_whatever_its_layout(write_lines, capsys):
+    flags = "--tensor-model-parallel-size 2 --peft-method lora --train-iters 5 --lr 1e-3 --global-batch-size 4"
+    numbers = "--tokenizer-type NullTokenizer --vocab-size 999 --pretrained-checkpoint nowhere --show-samples 1"
+    assert command.main([*f"{flags} {numbers}".split(), "--train-data-path", write_lines(RECORDS)]) == 0
+    assert "steps of --global-batch-size 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_file_of_a_million_lines_takes_less_than_five_seconds(tmp_path, tokenizer_folder):
+    path = tmp_path / "large.jsonl"
+    record = json.dumps({"prompt": "the cat sat on the mat " * 8, "completion": " le chat noir dort" * 5})
+    path.write_text(f"{record}\n" * 1_000_000)
+    flags = ["--train-data-path", str(path), "--tokenizer-model", str(tokenizer_folder), "--seq-length", "512"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_peft", "data", "preview", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "1,000,000 records" in done.stdout and "from 2,000 random records" in done.stdout
+    assert time.monotonic() - begin < seconds(5)

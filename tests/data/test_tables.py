@@ -1,0 +1,189 @@
+"""Tables are read like JSON, and the tokens of records are made once, whatever the number of ranks."""
+
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data import token_cache
+from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.instruction import InstructionDataset
+from megatron_peft.data.records import Fit
+from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
+from megatron_peft.runtime.launch import start_world
+from tests.data.test_build import build
+from tests.data.test_instruction import RECORDS
+from tests.data.tiny_tokenizers import save_tokenizer
+from tests.ranks import run_ranks
+
+FLAG = "--train-data-path"
+CHATS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    datasets.disable_progress_bars()
+    return folder
+
+
+@pytest.fixture
+def tables(tmp_path) -> dict[str, str]:
+    """Kind -> path, all of the same rows."""
+    rows = datasets.Dataset.from_list(CHATS)
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": rows, "test": rows.select([3])}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    paths = {name: str(tmp_path / name) for name in ("a.parquet", "saved", "splits", "parquet")}
+    return paths | {"arrow": str(next((tmp_path / "saved").glob("*.arrow")))}
+
+
+def test_tables_have_the_records_of_json(tables, write_lines):
+    expected = RecordFiles([write_lines(CHATS)], FLAG)
+    for path in tables.values():
+        records = RecordFiles([path], FLAG)
+        assert [records[i] for i in range(5)] == [expected[i] for i in range(5)]
+        assert records.place(2) == f"{path}, row 3"
+    assert RecordFiles([f"{tables['splits']}:test"], FLAG)[0] == CHATS[3]
+
+
+def test_csv_is_read_and_a_blend_may_mix_tables_and_json(tmp_path, write_lines):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"1, 2",3\n')
+    records = RecordFiles([str(path), write_lines([{"text": "a"}])], FLAG)
+    assert records[0] == {"prompt": "1, 2", "completion": 3} and records[1] == {"text": "a"}
+    assert records.digest != RecordFiles([str(path)], FLAG).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("none.parquet", None, "none.parquet cannot be read: No such file"),
+        ("a.parquet", b"nonsense", "a.parquet cannot be read: ArrowInvalid: Parquet magic bytes not found"),
+        ("a.csv", b"", "a.csv cannot be read: EmptyDataError"),
+        ("a.csv", b"text\n", "a.csv cannot be read: ValueError: .* no data"),
+        ("splits:valid", None, "splits has the splits train, test: give .*splits:train"),
+        ("saved:train", None, "saved has no splits: leave :train out"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tables, tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"{FLAG} .*{told}"):
+        RecordFiles([str(tmp_path / name)], FLAG)
+
+
+def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
+    rows = (dataset[i] for i in range(len(dataset)))
+    return [(row.tokens.tolist(), row.labels.tolist(), row.loss_mask.tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "skip"])
+def test_what_is_read_from_the_cache_is_what_would_be_made(write_lines, tmp_path, overlong, monkeypatch):
+    monkeypatch.setattr(token_cache, "_BATCH", 2)  # several arrays in a file
+    records = RecordFiles([write_lines([*RECORDS, RECORDS[0] | {"id": 3}])], FLAG)
+    fit = Fit(NullTokenizer(99), 4, overlong)
+    plain, first, second = (InstructionDataset(records, fit, root) for root in (None, tmp_path / "c", tmp_path / "c"))
+    for cached in (first, second):
+        assert samples_of(cached) == samples_of(plain)
+        assert cached.warnings == plain.warnings and cached.lengths.tolist() == plain.lengths.tolist()
+
+
+def test_a_second_start_makes_no_tokens(write_lines, tmp_path, monkeypatch):
+    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
+    InstructionDataset(records, fit, tmp_path / "c")
+    monkeypatch.setattr(NullTokenizer, "encode", lambda *_: pytest.fail("tokenized again"))
+    assert len(InstructionDataset(records, Fit(NullTokenizer(99), 3), tmp_path / "c")) == 3  # another length too
+
+
+def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(write_lines, tmp_path):
+    records = RecordFiles([write_lines(CHATS)], FLAG)
+    folder = str(save_tokenizer(tmp_path / "a"))
+    tokenizers = [NullTokenizer(9), NullTokenizer(8), HuggingFaceTokenizer(folder)]
+    tokenizers += [HuggingFaceTokenizer(folder, "{{ messages }}")]
+    (tmp_path / "a" / "added.json").write_text("{}")
+    names = {token_cache.cache_folder(tmp_path, records, Fit(one, 4)) for one in tokenizers}
+    names.add(
+        token_cache.cache_folder(
+            tmp_path, RecordFiles([write_lines(CHATS[1:], "b.jsonl")], FLAG), Fit(tokenizers[0], 4)
+        )
+    )
+    assert len(names) == 5
+
+
+def test_overlong_error_holds_for_cached_tokens_too(write_lines, tmp_path):
+    records = RecordFiles([write_lines(RECORDS)], FLAG)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="line 2: the sample takes 6 tokens, above --seq-length 4"):
+            InstructionDataset(records, Fit(NullTokenizer(99), 4, "error"), tmp_path / "c")
+
+
+def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(tables, write_lines, tmp_path, cache_of_datasets):
+    numbers = [{"prompt": "1", "completion": " 2"}] * 4
+    datasets.Dataset.from_list(numbers).to_parquet(tmp_path / "n.parquet")
+    build({"train_data_path": (str(tmp_path / "n.parquet"),)})
+    assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
+    lines = write_lines(numbers)
+    build({"train_data_path": (lines,)})
+    build({"train_data_path": (lines,), "data_cache_path": str(tmp_path / "own")})
+    assert len(list((tmp_path / "own").iterdir())) == 1
+    assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
+
+
+def test_a_damaged_cache_and_a_folder_that_cannot_be_written_are_said(write_lines, tmp_path):
+    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be kept in .*give --data-cache-path a folder"):
+        InstructionDataset(records, fit, tmp_path / "file")
+    InstructionDataset(records, fit, tmp_path / "c")
+    (shard,) = (tmp_path / "c").glob("tokens-*/*.arrow")
+    os.truncate(shard, 40)
+    with pytest.raises(ConfigurationError, match="the cache .* is damaged .*remove it"):
+        InstructionDataset(records, fit, tmp_path / "c")
+
+
+def cached_on_a_rank(work: tuple[str, str, str]) -> None:
+    good, bad, root = work
+    start_world()
+    fit = Fit(NullTokenizer(99), 4)
+    for _ in range(2):
+        dataset = InstructionDataset(RecordFiles([good], FLAG), fit, Path(root))
+        assert dataset.lengths.tolist() == [3, 4, 4] and "1 of 5 samples are longer" in dataset.warnings[1]
+        assert dataset.warnings[0] == 'fields that nothing reads were left out: "id" (2 records).'
+        assert dataset[2].labels.tolist() == [2, 3, 4, 99]
+    with pytest.raises(ConfigurationError, match="bad.jsonl, line 5: not JSON"):  # of which rank 1 alone can know
+        InstructionDataset(RecordFiles([bad], FLAG), fit, Path(root))
+
+
+def test_ranks_share_the_making_of_a_cache_and_fail_together(write_lines, tmp_path):
+    marked = [RECORDS[0] | {"id": 1}, *RECORDS[1:4], RECORDS[4] | {"id": 2}]
+    good, bad = write_lines(marked), write_lines([*RECORDS[:4], "{"], "bad.jsonl")
+    run_ranks(2, cached_on_a_rank, (good, bad, str(tmp_path / "c")))
+    (folder,) = (tmp_path / "c").iterdir()  # nothing is left of what failed
+    assert len(list(folder.glob("*.arrow"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, (0, 1, "0")), ({"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3", "GROUP_RANK": "2"}, (0, 1, "0"))],
+)
+def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert token_cache.place_of_process() == expected
+
+
+def test_the_last_trained_token_of_each_record_before_its_stop_is_found():
+    flags = np.asarray([1, 0, 0, 1, 0, 1, 1, 0, 0, 0], dtype=bool)  # of records of 1, 4, 3 and 2 tokens
+    starts, stops = np.asarray([0, 1, 5, 8]), np.asarray([1, 5, 6, 10])
+    assert token_cache._last_trained(np.flatnonzero(flags), starts, stops).tolist() == [0, 2, 0, 0]
+
+
+def test_data_cache_path_is_no_longer_of_indexed_data_alone():
+    assert DataConfig(train_data_path=("a.parquet",), data_cache_path="c", pack_sequences=True).reads_records
