@@ -8,7 +8,8 @@ import pytest
 from megatron_peft.cli.flags import served_flags
 from megatron_peft.data.task_readers import shipped
 from megatron_peft.experiment.documents import PLACE, filled
-from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.page import markdown
+from megatron_peft.experiment.report import build
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference

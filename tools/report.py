@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(folder: Path, output: Path, experiment: Path | None, against: str | None) -> list[Path]:
     require_packages("report", "matplotlib", "scipy")
-    from megatron_peft.experiment.report import build, write
+    from megatron_peft.experiment.page import write
+    from megatron_peft.experiment.report import build
     from megatron_peft.experiment.results import copy_results, read_results
     from megatron_peft.experiment.tables import check_paper_names, reference_method
 
