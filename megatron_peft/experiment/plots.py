@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from megatron_peft.experiment.record import CellRecord
@@ -303,6 +304,7 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
         axes.set_title(kind, loc="left", fontsize=11)
         axes.set_xlabel("iteration")
     panels[0].set_ylabel("layer")
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     assert image is not None
     figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
 
@@ -352,7 +354,7 @@ def plot_run(
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
     left, centre, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
     _draw_loss(left, records, validation_loss)
-    _draw_curve(centre, "Gradient norm", *_series(records, "grad_norm"))
+    _draw_curve(centre, "Gradient norm", *series(records, "grad_norm"))
     _draw_bars(right, "BLEU", bleu)
     for part in middle:
         draw_lambdas_into(part, *read_lines(lambdas))
@@ -363,10 +365,10 @@ def plot_run(
 
 
 def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], validation_loss: tuple[float, float]) -> None:
-    iterations, losses = _series(records, "loss")
+    iterations, losses = series(records, "loss")
     _draw_curve(axes, "Loss", iterations, losses)
     axes.lines[-1].set_label("training")
-    measured = dict(zip(*_series(records, "validation_loss"), strict=True))
+    measured = dict(zip(*series(records, "validation_loss"), strict=True))
     measured |= {0: validation_loss[0], max(iterations, default=1): validation_loss[1]}
     axes.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
     axes.legend(frameon=False)
@@ -405,7 +407,7 @@ def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
             text.set_color(AFTER if COLUMNS[column] == "After" else "#57606a")
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(iterations, values) of the records that hold `name`."""
     points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
     return [iteration for iteration, _ in points], [value for _, value in points]
