@@ -10,7 +10,8 @@ from megatron_peft.cli.parser import ArgumentParser
 from megatron_peft.commands.completion import with_commands
 from megatron_peft.commands.program import COMMANDS, add_commands
 from megatron_peft.experiment.documents import PLACE, filled
-from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.page import markdown
+from megatron_peft.experiment.report import build
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference

@@ -115,11 +115,13 @@ def _manifest_text(files: Mapping[str, FileSum]) -> str:
 #     .iter_0000050.1f0e2d3c.draft/       being written, or left by a killed run
 #     .iter_0000050.replaced/             an older checkpoint of the same iteration, until the tracker is written
 #     .iter_0000040.removed/              being deleted by --keep-last-checkpoints
+#     best -> iter_0000030                a link to the checkpoint with the lowest validation loss (--keep-best)
 
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "run_record.json"  # part of every checkpoint
+BEST = "best"
 MOST_DIGITS = 18  # of an iteration
 
 
@@ -222,13 +224,39 @@ def publish(draft: Path, folder: Path, iteration: int, known: Mapping[str, FileS
     return checkpoint
 
 
-def keep_last(folder: Path, iteration: int, num_kept: int) -> None:
+def link_best(folder: Path, iteration: int) -> None:
+    """Make the link `best` name the checkpoint of `iteration`. A crash leaves the old link or the new one.
+
+    Does nothing if there is no such checkpoint. Failures are logged.
+    """
+    name, link = iteration_folder(folder, iteration).name, folder / BEST
+    if not is_checkpoint(folder / name) or _linked_name(link) == name:
+        return
+    temporary = folder / f".{BEST}.tmp"
+    try:
+        temporary.unlink(missing_ok=True)
+        os.symlink(name, temporary)
+        os.replace(temporary, link)
+        sync(folder)
+    except OSError as error:
+        logger.warning("%s cannot be made a link to %s (%s): load that checkpoint by its name", link, name, error)
+
+
+def _linked_name(link: Path) -> str:
+    """The name that a link holds; empty if there is no link."""
+    return os.readlink(link) if link.is_symlink() else ""
+
+
+def keep_last(folder: Path, iteration: int, num_kept: int, best: int | None = None) -> None:
     """Remove all but the last `num_kept` checkpoints up to `iteration`, which was just published.
 
-    Checkpoints of later iterations are kept: the run was resumed from an earlier one. Failures are logged.
+    The one of iteration `best` is kept, and what the link `best` names. Checkpoints of later iterations are kept: the
+    run was resumed from an earlier one. Failures are logged.
     """
     newest = iteration_folder(folder, iteration)
-    for path in [path for path in _iterations(folder) if path.name < newest.name][num_kept - 1 :]:
+    kept = {_linked_name(folder / BEST), iteration_folder(folder, best).name if best is not None else ""}
+    older = [path for path in _iterations(folder) if path.name < newest.name]
+    for path in (path for path in older[num_kept - 1 :] if path.name not in kept):
         removed = path.with_name(f".{path.name}.removed")
         try:
             os.rename(path, removed)  # first, so that a half-deleted folder never has a checkpoint's name

@@ -1,14 +1,15 @@
 """Resume from a checkpoint, or load its parameters only."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, tracker_text
+from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.record import (
     CurrentRun,
     RunRecord,
@@ -35,7 +36,8 @@ from megatron_peft.checkpoint.tensors import (
     sharded_parameters,
     stored_shapes,
 )
-from megatron_peft.config import CheckpointConfig, ConfigurationError, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together, gather_over_world
 
@@ -83,6 +85,50 @@ def require_something_to_load(settings: CheckpointConfig) -> None:
     )
 
 
+def resolve_resume(settings: CheckpointConfig) -> CheckpointConfig:
+    """The settings with what --resume auto means now. To be called on the first rank.
+
+    If --save holds a checkpoint, the run resumes from it, and --load (where the run once began) is not read again.
+
+    Raises:
+        ConfigurationError: the folder's tracker names a checkpoint that is missing.
+    """
+    if settings.resume == "never" or not _candidates(Path(settings.save or "")):
+        return settings
+    return replace(settings, load=settings.save, finetune=False)
+
+
+def check_resume(config: RunConfig, shape: ModelShape, schedule: Mapping[str, Any]) -> None:
+    """Compare the record of the newest checkpoint under --load with this run, before the model is built. A collective.
+
+    `load_checkpoint` compares again, with the adapted layers too, and with an older record if the newest is damaged.
+
+    Args:
+        schedule: of this run, `state_dict` of megatron-core's.
+
+    Raises:
+        ConfigurationError: on every rank, if they contradict each other.
+    """
+    checked_together(lambda: _check_newest(config, shape, schedule))
+
+
+def _check_newest(config: RunConfig, shape: ModelShape, schedule: Mapping[str, Any]) -> None:
+    settings = config.checkpoint
+    checkpoint = newest_checkpoint(Path(settings.load)) if settings.load and dist.get_rank() == 0 else None
+    if checkpoint is None:
+        return
+    try:
+        record = read_record(checkpoint)
+    except ConfigurationError:
+        return  # damaged: `load_checkpoint` goes back to an older one, or names the damage
+    base = base_fingerprint(config.model.pretrained_checkpoint)
+    _refuse(record, CurrentRun(config, shape, None, base, schedule), _resumes_optimizer(settings))
+
+
+def _resumes_optimizer(settings: CheckpointConfig) -> bool:
+    return not (settings.finetune or settings.no_load_optim)
+
+
 def _candidates(folder: Path) -> list[Path]:
     found, named = checkpoints(folder), tracker_text(folder)
     require(
@@ -110,14 +156,14 @@ def _damage_message(checkpoint: Path, found: list[str]) -> str:
     return f"{checkpoint} is damaged: {'; '.join(found)}."
 
 
-def load_checkpoint(state: TrainingState) -> bool:
+def load_checkpoint(state: TrainingState) -> Path | None:
     """Resume from the newest whole checkpoint under --load: parameters, optimizer, schedule, position, generators.
 
     --finetune loads the parameters only, --no-load-optim and --no-load-rng leave their part out. At another layout
     everything but the generators is restored.
 
     Returns:
-        Whether there was a checkpoint.
+        The checkpoint, or None if there was none.
 
     Raises:
         ConfigurationError: on every rank and before anything has changed, if the checkpoint has another method, rank,
@@ -125,13 +171,13 @@ def load_checkpoint(state: TrainingState) -> bool:
     """
     settings = state.config.checkpoint
     if settings.load is None:
-        return False
+        return None
     folder = Path(settings.load)
     from_first_rank(lambda: require_something_to_load(settings))
     checkpoint = find_whole_checkpoint(folder)
     if checkpoint is None:
         _warn("--load %s holds no checkpoint: starting from the beginning", folder)
-        return False
+        return None
     chunks = [chunk.module for chunk in state.model_chunks]
     record = from_first_rank(lambda: read_record(checkpoint))
     current = CurrentRun(
@@ -142,7 +188,7 @@ def load_checkpoint(state: TrainingState) -> bool:
         state.schedule.state_dict(),
         state.data_digest,
     )
-    resumes_optimizer = not (settings.finetune or settings.no_load_optim)
+    resumes_optimizer = _resumes_optimizer(settings)
     # All of the record is compared before the first tensor is read, so that a refused checkpoint changes nothing.
     checked_together(lambda: _refuse(record, current, resumes_optimizer))
     if not settings.finetune and (warning := changes(record, current)):
@@ -155,9 +201,10 @@ def load_checkpoint(state: TrainingState) -> bool:
     if not settings.finetune:
         for name, value in record.position.items():
             setattr(state.position, name, value)
+        state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
         _load_random(checkpoint)
-    return True
+    return checkpoint
 
 
 def load_trained_parameters(model_chunks: Sequence[nn.Module], folder: str | Path) -> RunRecord:

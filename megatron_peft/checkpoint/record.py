@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,33 @@ ADAPTER_CONFIG = "adapter_config.json"  # in a checkpoint with adapters, and bes
 
 
 @dataclasses.dataclass(frozen=True)
+class BestValidation:
+    """The lowest validation loss of a run so far, and how many validations there were since.
+
+    loss: None as long as no validation gave a number.
+    """
+
+    loss: float | None = None
+    iteration: int = 0
+    num_since: int = 0
+
+    def after(self, loss: float, iteration: int) -> "BestValidation":
+        """This, after another validation. A loss that is not a finite number is never the lowest."""
+        if isfinite(loss) and (self.loss is None or loss < self.loss):
+            return BestValidation(loss, iteration)
+        return dataclasses.replace(self, num_since=self.num_since + 1)
+
+
+def _best_from_dict(fields: Any) -> BestValidation:
+    """Raises ValueError or TypeError."""
+    best = BestValidation(**(fields or {}))
+    is_loss = best.loss is None or type(best.loss) in (int, float)
+    if not is_loss or not _are_counts({"iteration": best.iteration, "num_since": best.num_since}):
+        raise ValueError(f"its best validation is {fields}")
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
     """Everything in a checkpoint except its tensors.
 
@@ -38,6 +66,7 @@ class RunRecord:
         schedule: state of megatron-core's learning-rate schedule; None without optimizer state.
         optimizer_steps: updates that each parameter has had, by key; None without optimizer state.
         data_digest: of the training data's files; None in older records.
+        best: the lowest validation loss so far; older records have none.
     """
 
     config: RunConfig
@@ -48,11 +77,13 @@ class RunRecord:
     schedule: Mapping[str, Any] | None
     optimizer_steps: Mapping[str, int] | None
     data_digest: str | None = None
+    best: BestValidation = BestValidation()
 
     def to_json(self) -> str:
         plain = {
             "config": config_to_dict(self.config),
             "shape": {**dataclasses.asdict(self.shape), "linear_biases": sorted(self.shape.linear_biases)},
+            "best": dataclasses.asdict(self.best),
         }
         return json.dumps({"format_version": FORMAT_VERSION, **vars(self), **plain}, indent=2) + "\n"
 
@@ -82,6 +113,7 @@ class RunRecord:
         fields["config"] = config_from_dict(fields["config"])
         fields["shape"] = _shape_from_dict(fields["shape"])
         fields["adapted_layers"] = tuple(fields["adapted_layers"])
+        fields["best"] = _best_from_dict(fields.get("best"))
         return cls(**fields)
 
     def adapter_config(self) -> str:
@@ -159,11 +191,11 @@ SCHEDULE_FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class CurrentRun:
-    """The run that loads a checkpoint. Fields are those of `RunRecord`."""
+    """The run that loads a checkpoint. Fields are those of `RunRecord`; `adapted_layers` may be unknown yet (None)."""
 
     config: RunConfig
     shape: ModelShape
-    adapted_layers: tuple[str, ...]
+    adapted_layers: tuple[str, ...] | None
     base_fingerprint: Mapping[str, str] | None
     schedule: Mapping[str, Any]
     data_digest: str | None = None
@@ -175,7 +207,7 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
     if there != current.config.peft.method:
         return [
             f"{_load(current)} was trained with --peft-method {there}, but this run has --peft-method "
-            f"{current.config.peft.method}: give --peft-method {there}, or another --load."
+            f"{current.config.peft.method}: give --peft-method {there}, or {_another(current)}."
         ]
     return [*_other_base(record, current), *_other_numbers(record, current), *_other_layers(record, current)]
 
@@ -285,13 +317,13 @@ def _other_numbers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
         if there != now:
             yield (
                 f"{_load(current)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
-                f"give {flag(name)} {there}, or another --load."
+                f"give {flag(name)} {there}, or {_another(current)}."
             )
 
 
 def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
-    there, now = set(record.adapted_layers), set(current.adapted_layers)
-    if there != now:
+    there, now = set(record.adapted_layers), set(current.adapted_layers or ())
+    if current.adapted_layers is not None and there != now:
         patterns = " ".join(record.config.peft.target_modules)
         yield (
             f"{_load(current)} was trained with --peft-target-modules {patterns} ({len(there)} layers), but this run "
@@ -301,7 +333,13 @@ def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
 
 
 def _load(current: CurrentRun) -> str:
-    return f"--load {current.config.checkpoint.load}"
+    settings = current.config.checkpoint
+    is_automatic = settings.resume == "auto" and settings.load == settings.save
+    return f"--save {settings.save} (--resume auto)" if is_automatic else f"--load {settings.load}"
+
+
+def _another(current: CurrentRun) -> str:
+    return f"another {_load(current)[:6]}"
 
 
 # A cheap fingerprint of a base model's folder, so that adapters are never put on another base: config.json, and of each

@@ -22,6 +22,7 @@ from megatron_peft.checkpoint.folders import (
     is_checkpoint,
     iteration_folder,
     keep_last,
+    link_best,
     newest_checkpoint,
     publish,
     remove_leftovers,
@@ -38,7 +39,7 @@ from megatron_peft.checkpoint.tensors import (
     global_slices,
     sharded_parameters,
 )
-from megatron_peft.config import CheckpointConfig, ConfigurationError, require
+from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.launch import checked_together
 
@@ -92,9 +93,12 @@ class DraftedCheckpoint:
         # The checkpoint is saved. What follows only warns if it fails.
         if adapter_config:
             _write_beside_checkpoints(self.folder / ADAPTER_CONFIG, adapter_config)
-        num_kept = self.record.config.checkpoint.keep_last_checkpoints
-        if num_kept is not None:
-            keep_last(self.folder, self.iteration, num_kept)
+        settings, best = self.record.config.checkpoint, self.record.best
+        best_iteration = best.iteration if settings.keep_best and best.loss is not None else None
+        if best_iteration is not None:
+            link_best(self.folder, best_iteration)
+        if settings.keep_last_checkpoints is not None:
+            keep_last(self.folder, self.iteration, settings.keep_last_checkpoints, best_iteration)
 
 
 def _write_beside_checkpoints(path: Path, text: str) -> None:
@@ -157,7 +161,7 @@ def _tensors(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTe
 def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence[Sharded]) -> RunRecord:
     saves_optimizer = not state.config.checkpoint.no_save_optim
     return RunRecord(
-        config=state.config,
+        config=_with_absolute_base(state.config),
         shape=state.shape,
         position=dataclasses.asdict(state.position),
         adapted_layers=layers,
@@ -165,6 +169,17 @@ def _run_record(state: TrainingState, layers: tuple[str, ...], entries: Sequence
         schedule=state.schedule.state_dict() if saves_optimizer else None,
         optimizer_steps=optimizer_steps(state.optimizer, entries) if saves_optimizer else None,
         data_digest=state.data_digest,
+        best=state.best,
+    )
+
+
+def _with_absolute_base(config: RunConfig) -> RunConfig:
+    """Whoever reads the record may be in another folder."""
+    base = config.model.pretrained_checkpoint
+    if base is None or not Path(base).exists():
+        return config
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, pretrained_checkpoint=str(Path(base).absolute()))
     )
 
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
+from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key
 from megatron_peft.config import RunConfig
 from megatron_peft.config.untrusted import parse_json
@@ -41,6 +42,7 @@ class TrainingState:
     Args:
         model_chunks: wrapped in megatron-core's DistributedDataParallel, one for each virtual pipeline stage.
         data_digest: of the training data, if known.
+        best: the lowest validation loss so far.
     """
 
     config: RunConfig
@@ -50,6 +52,7 @@ class TrainingState:
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
     data_digest: str | None = None
+    best: BestValidation = BestValidation()
 
 
 # The distributed optimizer cuts each flattened parameter anywhere, but checkpoints hold rectangular slices of global

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_origin, get_type_hints
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, flag
+from megatron_peft.config.errors import ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.training import (
@@ -38,6 +38,7 @@ class RunConfig:
             self._check_batches(require)
             self._check_schedule(require)
             self._check_memory_savers(require)
+            self._check_validation(require)
             self.peft.spec.check_run(self.peft, self, require)
 
     def _check_batches(self, require: Requirements) -> None:
@@ -91,6 +92,19 @@ class RunConfig:
             not self.optimizer.overlap_param_gather or self.training.overlap_grad_reduce,
             "--overlap-param-gather needs --overlap-grad-reduce.",
         )
+
+    def _check_validation(self, require: Requirements) -> None:
+        has_data = bool(self.data.valid_data_path or self.data.data_path)
+        validates = has_data and self.training.eval_interval is not None and self.training.eval_iters != 0
+        for name, value in (
+            ("early_stopping_patience", self.training.early_stopping_patience),
+            ("keep_best", self.checkpoint.keep_best),
+        ):
+            require(
+                validates or not value,
+                f"{spelled(flag(name), value)} needs a validation loss: give --valid-data-path (or --data-path with a "
+                f"--split), and no --eval-iters 0.",
+            )
 
     @property
     def global_batch_size(self) -> int:

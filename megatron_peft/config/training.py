@@ -36,6 +36,9 @@ class TrainingConfig:
         check="not_negative",
         group=VALIDATION,
     )
+    early_stopping_patience: int | None = option(
+        None, "end the run, saved, after this many validations without a lower loss", check="positive", group=VALIDATION
+    )
     seed: int = 1234  # DataConfig explains it: one flag sets both
     check_for_nan_in_loss_and_grad: bool = option(
         True, "stop at a loss or gradient that is not finite, naming iteration and rank"
@@ -186,6 +189,12 @@ class CheckpointConfig:
     keep_last_checkpoints: int | None = option(
         None, "number of newest checkpoints to keep; older ones are removed (default: all are kept)", check="positive"
     )
+    keep_best: bool = option(
+        False, "save at each lowest validation loss; the link `best` in --save names that checkpoint, which is kept"
+    )
+    resume: Literal["never", "auto"] = option(
+        "never", "auto: resume from --save if it holds a checkpoint of this run, else start (from --load, if given)"
+    )
     finetune: bool = option(False, "load parameters only and start at iteration 0")
     no_load_optim: bool = option(False, "do not load the optimizer state")
     no_load_rng: bool = option(False, "do not load the state of the random generators")
@@ -198,6 +207,11 @@ class CheckpointConfig:
             require.needs("save_interval", "save")
             require.needs("async_save", "save")
             require.needs("keep_last_checkpoints", "save")
+            require.needs("keep_best", "save")
+            require(
+                self.resume == "never" or self.save is not None,
+                "--resume auto resumes from the folder of --save: give --save.",
+            )
 
 
 @dataclass(frozen=True)

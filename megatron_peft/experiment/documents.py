@@ -37,9 +37,10 @@ def markdown_of(record: Path) -> str:
 
 def experiment(folder: Path) -> str:
     results = read_results(folder)
-    found = rows(results, reference_method(results, None))
-    origin = next(report.provenance(results))
-    sentences = "\n".join(f"- {sentence}" for sentence in (report.state(results), origin, *report.verdicts(found)))
+    reference = reference_method(results, None)
+    found = rows(results, reference)
+    told = (report.state(results), next(report.provenance(results)), *report.verdicts(found, reference))
+    sentences = "\n".join(f"- {sentence}" for sentence in told)
     return f"{by_score(results, found).markdown()}\n{sentences}\n"
 
 

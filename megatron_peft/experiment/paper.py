@@ -71,15 +71,6 @@ def models() -> Sequence[str]:
     return list(dict.fromkeys(entry.model for entry in entries()))
 
 
-def entry(benchmark: str | None, method: str | None, model: str | None, metric: str = "") -> Entry | None:
-    """The entry of that place, or None. `metric` counts only where the benchmark has several numbers."""
-    for found in entries():
-        if (found.benchmark, found.method, found.model) == (benchmark, method, model):
-            if found.metric in ("", metric):
-                return found
-    return None
-
-
 def wrong_averages() -> list[Entry]:
     """Entries whose printed average is not the mean of their printed runs."""
     return [found for found in entries() if not found.average_is_of_runs]

@@ -14,15 +14,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from megatron_peft.experiment.record import CellRecord
-from megatron_peft.experiment.results import Result, Results
-from megatron_peft.experiment.tables import Table, number
+from megatron_peft.experiment.results import Result, Results, metrics
+from megatron_peft.experiment.tables import Row, Table, number, shown_metrics
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
 
-GUIDE = "#d0d7de"
+GUIDE, INK = "#d0d7de", "#24292f"
+BEFORE, AFTER = "#9aa5b1", "#1f6feb"
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#e16f24", "#24292f")
 DOTS_AN_INCH = 120
 
@@ -70,7 +72,46 @@ def _write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-# Figure 1: time per epoch and peak memory of each method, by model.
+# The headline: the first score of each task, a dot for each run.
+
+PANELS_A_ROW = 3
+
+
+def draw_results(rows: Sequence[Row]) -> Figure:
+    """A panel for each model and task: the runs of each method, and a line at their mean; the best is colored."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.metric == shown_metrics(row.result.group.task)[0]:
+            panels.setdefault((row.result.model, row.result.task), []).append(row)
+    across = min(len(panels), PANELS_A_ROW)
+    down = -(-len(panels) // across)
+    figure = new_figure(4.2 * across if across > 1 else 6.5, 3.4 * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    several = len({model for model, _ in panels}) > 1
+    for axes, ((model, task), found) in zip(grid.flat, panels.items(), strict=False):
+        _draw_runs(axes, found)
+        better = "higher" if metrics(found[0].result.group.task)[found[0].metric] else "lower"
+        place = f"{task}, {model}" if several else task
+        style(axes, f"{place}: {found[0].metric} ({better} is better)")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _draw_runs(axes: Axes, rows: Sequence[Row]) -> None:
+    for at, row in enumerate(rows):
+        runs = [run for run in row.runs if run is not None]
+        shade = AFTER if row.is_best else BEFORE
+        axes.plot([at] * len(runs), runs, "o", color=shade, markersize=6, alpha=0.7, markeredgewidth=0)
+        if row.mean is not None:
+            axes.hlines(row.mean, at - 0.3, at + 0.3, color=shade, linewidth=2)
+            axes.annotate(number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
+    axes.set_xticks(range(len(rows)), [row.result.method for row in rows], rotation=25, ha="right")
+    axes.set_xlim(-0.6, len(rows) - 0.1)
+    axes.margins(y=0.12)
+
+
+# Time per epoch and peak memory of each method, by model.
 
 Measure = Callable[[CellRecord], float | None]
 
@@ -151,7 +192,7 @@ def _trainable(result: Result) -> str:
     return "–" if found is None else f"{found:,}"
 
 
-# Figure 2: gradient norm and validation loss of each method, by epoch.
+# Gradient norm and validation loss of each method, by epoch.
 
 MOST_POINTS = 20  # of a curve of gradient norms: each is the mean over its part of the run
 Curve = tuple[np.ndarray, np.ndarray]  # epochs, values
@@ -162,13 +203,13 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
     figure = new_figure(12, 4.6, f"{model}, {task}")
     left, right = figure.subplots(1, 2)
     for at, result in enumerate(results.of(model, task)):
-        _draw_method(left, result, "grad_norm", color(at))
-        _draw_method(right, result, "validation_loss", color(at))
-    for axes, title in ((left, "Gradient norm"), (right, "Validation loss")):
+        _draw_method(left, result, "validation_loss", color(at))
+        _draw_method(right, result, "grad_norm", color(at))
+    for axes, title in ((left, "Validation loss"), (right, "Gradient norm")):
         style(axes, title)
         axes.set_xlabel("epoch")
-    left.set_ylim(bottom=0)
-    right.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8)
+    right.set_ylim(bottom=0)
+    left.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8)
     return figure
 
 
@@ -263,6 +304,7 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
         axes.set_title(kind, loc="left", fontsize=11)
         axes.set_xlabel("iteration")
     panels[0].set_ylabel("layer")
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     assert image is not None
     figure.colorbar(image, ax=list(panels), label=LABEL, fraction=0.02)
 
@@ -271,7 +313,6 @@ def draw_lambdas_into(figure: Figure | SubFigure, iterations: Sequence[int], by_
 #
 # A Hybrid's has lambda by layer, too.
 
-BEFORE, AFTER = "#9aa5b1", "#1f6feb"
 LAMBDA_INCHES = 3.4
 COLUMNS = ("English", "Reference", "Before", "After")
 COLUMN_CHARACTERS = 42
@@ -313,7 +354,7 @@ def plot_run(
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
     left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
     _draw_loss(left, records, validation_loss)
-    _draw_curve(center, "Gradient norm", *_series(records, "grad_norm"))
+    _draw_curve(center, "Gradient norm", *series(records, "grad_norm"))
     _draw_bars(right, "BLEU", bleu)
     for part in middle:
         draw_lambdas_into(part, *read_lines(lambdas))
@@ -324,10 +365,10 @@ def plot_run(
 
 
 def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], validation_loss: tuple[float, float]) -> None:
-    iterations, losses = _series(records, "loss")
+    iterations, losses = series(records, "loss")
     _draw_curve(axes, "Loss", iterations, losses)
     axes.lines[-1].set_label("training")
-    measured = dict(zip(*_series(records, "validation_loss"), strict=True))
+    measured = dict(zip(*series(records, "validation_loss"), strict=True))
     measured |= {0: validation_loss[0], max(iterations, default=1): validation_loss[1]}
     axes.plot(*zip(*sorted(measured.items()), strict=True), "o--", color="#d1242f", markersize=5, label="held out")
     axes.legend(frameon=False)
@@ -366,7 +407,7 @@ def _draw_translations(axes: Axes, translations: Sequence[Translation]) -> None:
             text.set_color(AFTER if COLUMNS[column] == "After" else "#57606a")
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(iterations, values) of the records that hold `name`."""
     points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
     return [iteration for iteration, _ in points], [value for _, value in points]

@@ -1,29 +1,26 @@
-"""The report of an experiment: sections of text, tables and figures, written as Markdown, HTML, CSV and LaTeX."""
+"""The report of an experiment: the result in one chart and one table, then what stands behind it."""
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from megatron_peft.experiment import paper, plots
 from megatron_peft.experiment.cells import command_line
-from megatron_peft.experiment.plots import save, svg
+from megatron_peft.experiment.page import Report, Section
+from megatron_peft.experiment.paper_tables import beside_ours, dynamics, resources, table1, wrong_averages
 from megatron_peft.experiment.record import has_provenance
-from megatron_peft.experiment.results import Result, Results, peft_method
-from megatron_peft.experiment.spec import budget, grid_size
+from megatron_peft.experiment.results import Result, Results
+from megatron_peft.experiment.spec import Experiment, budget, grid_size
 from megatron_peft.experiment.tables import (
-    BEST,
     Row,
     Table,
+    by_score,
     in_the_papers_form,
     number,
-    papers_method,
     rows,
     speed_table,
+    with_spread,
     with_test,
 )
 
@@ -43,64 +40,69 @@ def state(results: Results) -> str:
     return f"**Not finished:** {done} Missing runs: {places}."
 
 
-def budgets(results: Results) -> list[str]:
-    """The common budget of all methods: a sentence for each task, or for each task and model if models differ."""
+def budget_sentence(results: Results) -> str:
+    """What all methods have in common."""
     experiment = results.experiment
-    tries = grid_size(experiment.methods[0])
-    tuning = (
-        "rates are given, not tuned"
+    tries, seeds = grid_size(experiment.methods[0]), len(experiment.seeds)
+    tuned = (
+        "The settings were given, not tuned."
         if tries == 1
-        else f"{tries} tuning runs a method with seed {experiment.tuning_seed}, chosen by validation loss alone"
+        else f"For each method the best of {tries} settings was chosen by its validation loss, with seed "
+        f"{experiment.tuning_seed}."
     )
-    sentences = []
-    for task in experiment.tasks:
-        flags = {model.name: " ".join(command_line(budget(experiment, model, task))) for model in experiment.models}
-        places = {task.name: flags[experiment.models[0].name]}
-        if len(set(flags.values())) > 1:
-            places = {f"{task.name} with {model}": line for model, line in flags.items()}
-        sentences += [
-            f"All methods have the same budget on {place}: {tuning}; {len(experiment.seeds)} runs with these settings; "
-            f"each with `{line}`."
-            for place, line in places.items()
-        ]
-    return sentences
+    return f"All methods were trained on the same data for the same number of steps. {tuned} Each has {seeds} runs."
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each model, task and metric."""
+def common_flags(results: Results) -> Table:
+    """The flags that all methods share, for each model and task."""
+    experiment = results.experiment
+    return Table(
+        "Flags that all methods share",
+        ("model", "task", "flags"),
+        tuple(
+            (model.name, task.name, " ".join(command_line(budget(experiment, model, task))))
+            for model in experiment.models
+            for task in experiment.tasks
+        ),
+        text_columns=3,
+    )
+
+
+def verdicts(rows: Sequence[Row], reference: str) -> list[str]:
+    """A sentence for each model, task and metric: the best method, and where the reference method is."""
+    places = groupby(rows, lambda row: (row.result.model, row.result.task, row.metric))
+    several = len({row.result.model for row in rows}) > 1
     return [
         sentence
-        for (model, task, metric), group in groupby(rows, lambda row: (row.result.model, row.result.task, row.metric))
-        for sentence in _verdict(f"{model}, {task}, {metric}", list(group))
+        for (model, task, metric), group in places
+        for sentence in _verdict(f"{task} with {model}" if several else task, metric, list(group), reference)
     ]
 
 
-def _verdict(place: str, rows: Sequence[Row]) -> Iterator[str]:
+def _verdict(place: str, metric: str, rows: Sequence[Row], reference: str) -> Iterator[str]:
     have = [row for row in rows if row.mean is not None]
     best = next((row for row in have if row.is_best), None)
     if best is None:
         return
-    so_far = "so far, " if any(run is None for row in rows for run in row.runs) else ""
-    first = f"{place}: {so_far}{best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
-    yield f"{first} {_hybrid(have)}".rstrip()
+    so_far = "So far, on" if any(run is None for row in rows for run in row.runs) else "On"
+    sentence = (
+        f"{so_far} {place}, **{best.result.method}** has the best {metric} of {len(have)} methods: {_mean(best)}."
+    )
+    own = next((row for row in have if row.result.method == reference), None)
+    if own is not None and own is not best:
+        ahead = [row for row in have if _is_ahead(row, own, best)]
+        sentence += f" {reference}, with {_mean(own)}, comes after {', '.join(row.result.method for row in ahead)}."
+    yield sentence
 
 
-def _hybrid(rows: Sequence[Row]) -> str:
-    hybrid = next((row for row in rows if peft_method(row.result.group.method) == "hybrid"), None)
-    if hybrid is None:
-        return ""
-    if hybrid.is_best:
-        return "That is the Hybrid."
-    assert hybrid.mean is not None
-    ahead = [row.result.method for row in rows if row.mean is not None and _is_ahead(row, hybrid.mean, rows)]
-    return f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) ranks behind {', '.join(ahead)}."
+def _mean(row: Row) -> str:
+    return with_spread(row.mean, row.deviation)
 
 
-def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
-    """Whether the row is better than `mean`, in the direction of the best method."""
-    best = next(other.mean for other in rows if other.is_best)
-    assert row.mean is not None and best is not None
-    return row.mean > mean if best > mean else row.mean < mean
+def _is_ahead(row: Row, own: Row, best: Row) -> bool:
+    """Whether the row is better than `own`, in the direction of the best method."""
+    assert row.mean is not None and own.mean is not None and best.mean is not None
+    return row.mean > own.mean if best.mean > own.mean else row.mean < own.mean
 
 
 def tuning(results: Results) -> Table:
@@ -152,150 +154,6 @@ def provenance(results: Results) -> Iterator[str]:
         yield f"All {len(records)} cells record their experiment file, commit and data."
 
 
-# The paper's Table I and its other numbers, as tables of a report.
-
-
-def table1() -> Table:
-    """As printed: runs, then the average; averages that are not those of their runs are marked."""
-    lines: list[tuple[str, ...]] = []
-    for benchmark, methods in paper.paper()["table"].items():
-        for at, method in enumerate(methods):
-            heading = f"{benchmark}, {paper.paper()['units'][benchmark]}" if at == 0 else ""
-            lines.append((heading, method, *(_runs(_found(benchmark, method, model)) for model in paper.models())))
-            lines.append(("", "Avg", *(_average(_found(benchmark, method, model)) for model in paper.models())))
-    return Table(
-        "The paper's Table I, as printed; none of it was measured here",
-        ("Benchmark", "Method", *paper.models()),
-        tuple(lines),
-        "A dagger marks an average that is not the mean of its three runs. HumanEval: pass@1, then pass@10.",
-        text_columns=2,
-        is_sortable=False,
-    )
-
-
-def beside_ours(rows: Sequence[Row]) -> list[Table]:
-    """For each task with a benchmark of the paper: our means of its first score, and the paper's averages."""
-    tables: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        task = row.result.group.task
-        benchmark = task.paper or task.name
-        if benchmark in paper.benchmarks() and task.score and row.metric == next(iter(task.score.metrics)):
-            tables.setdefault((task.name, row.metric, benchmark), []).append(row)
-    return [_beside(task, metric, benchmark, found) for (task, metric, benchmark), found in tables.items()]
-
-
-def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Table:
-    ours = list(dict.fromkeys(row.result.model for row in rows))
-    means = {(row.result.method, row.result.model): number(row.mean) for row in rows}
-    methods = {row.result.method: papers_method(row.result) for row in rows}
-    return Table(
-        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.paper()['units'][benchmark]})",
-        ("method", *(f"ours: {model}" for model in ours), *(f"paper: {model}" for model in paper.models())),
-        tuple(
-            (
-                method,
-                *(means.get((method, model), "–") for model in ours),
-                *(_average(_found(benchmark, papers, model)) for model in paper.models()),
-            )
-            for method, papers in methods.items()
-        ),
-    )
-
-
-def wrong_averages() -> Table:
-    """The printed averages that are not the mean of the printed runs."""
-    found = paper.wrong_averages()
-    return Table(
-        f"{len(found)} of the paper's {len(paper.entries())} averages are not the mean of their printed runs",
-        ("benchmark", "method", "model", "runs", "mean of the runs", "printed average"),
-        tuple(
-            (
-                f"{one.benchmark} {one.metric}".strip(),
-                one.method,
-                one.model,
-                " / ".join(f"{run:.1f}" for run in one.runs),
-                f"{one.mean_of_runs:.2f}",
-                f"{one.average:.1f}",
-            )
-            for one in found
-        ),
-        text_columns=4,
-    )
-
-
-def resources() -> Table:
-    """The numbers for figure 1 in the paper's text; the figure itself has none."""
-    return Table(
-        "The paper on figure 1 (A100s; not measured here)",
-        ("model", "method", "minutes an epoch", "memory (GB)"),
-        tuple(
-            (model, method, str(found.get("minutes_per_epoch", "–")), str(found.get("memory_gb", "–")))
-            for model, methods in paper.paper()["resources"].items()
-            for method, found in methods.items()
-        ),
-        text_columns=2,
-    )
-
-
-def dynamics() -> Table:
-    """The numbers for figure 2 in the paper's text."""
-    return Table(
-        "The paper on figure 2 (ten epochs; not measured here)",
-        ("model", "method", "what", "value"),
-        tuple(
-            (model, method, name.replace("_", " "), _value(value))
-            for model, methods in paper.paper()["dynamics"].items()
-            for method, found in methods.items()
-            for name, value in found.items()
-        ),
-        text_columns=3,
-    )
-
-
-def _value(value: float | Sequence[float]) -> str:
-    return f"{value:.2f}" if isinstance(value, float | int) else " to ".join(f"{one:.2f}" for one in value)
-
-
-def _found(benchmark: str, method: str | None, model: str) -> list[paper.Entry]:
-    return [one for one in paper.entries() if (one.benchmark, one.method, one.model) == (benchmark, method, model)]
-
-
-def _runs(entries: Sequence[paper.Entry]) -> str:
-    return " / ".join(f"{run:.1f}" for one in entries for run in one.runs) or "–"
-
-
-def _average(entries: Sequence[paper.Entry]) -> str:
-    return " / ".join(f"{one.average:.1f}" + ("" if one.average_is_of_runs else "†") for one in entries) or "–"
-
-
-PAGE = "page.html.jinja"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and its content.
-
-    Attributes:
-        figures: by the names of their files.
-        is_papers: whether it shows the paper's numbers, which were not measured here.
-    """
-
-    title: str
-    texts: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    is_papers: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """The whole report. `files`: text files beside the pages, by name."""
-
-    title: str
-    sections: tuple[Section, ...]
-    files: Mapping[str, str]
-
-
 def build(results: Results, reference: str) -> Report:
     """Args: reference: the method that the others are tested against."""
     found = rows(results, reference)
@@ -303,43 +161,50 @@ def build(results: Results, reference: str) -> Report:
     long = with_test(found, reference, len(results.experiment.seeds))
     return Report(
         results.experiment.title,
-        tuple(_sections(results, found, ours, long)),
+        tuple(_sections(results, found, reference, ours, long)),
         {"table1.csv": long.csv(), "table1.tex": ours.latex(), "table1-tested.tex": long.latex()},
     )
 
 
-def _sections(results: Results, found: Sequence[Row], ours: Table, long: Table) -> Iterator[Section]:
-    yield Section("Result", [state(results), *verdicts(found), *budgets(results)])
-    yield Section("Table I", tables=[ours, long])
-    yield from _papers_table1(found)
-    yield Section("Figure 1: cost", tables=[plots.cost_table(results)], figures=_cost_figures(results))
-    yield Section("Figure 1 in the paper", tables=[resources()], is_papers=True)
-    yield Section("Figure 2: gradient norm and validation loss", figures=_dynamics_figures(results))
-    yield Section("Figure 2 in the paper", tables=[dynamics()], is_papers=True)
+def asks_for_the_paper(experiment: Experiment) -> bool:
+    """Whether the file names something of the paper's to show beside its results."""
+    choices = (*experiment.models, *experiment.tasks, *experiment.methods)
+    return any(choice.paper is not None for choice in choices)
+
+
+def _sections(results: Results, found: Sequence[Row], reference: str, ours: Table, long: Table) -> Iterator[Section]:
+    headline = {"result": plots.draw_results(found)}
+    texts = [state(results), *verdicts(found, reference), budget_sentence(results)]
+    yield Section("Result", texts, [by_score(results, found)], headline)
+    yield Section("Validation loss and gradient norm", figures=_dynamics_figures(results))
+    yield Section("Cost", tables=[plots.cost_table(results)], figures=_cost_figures(results))
     speeds = [table for place in results.places() if (table := speed_table(results, *place))]
     if speeds:
         yield Section("Steps to LoRA's loss", tables=speeds)
     lambdas = _lambda_figures(results)
     if lambdas:
         yield Section("Lambda by layer", ["Means over the final runs."], figures=lambdas)
-    yield Section("How it was made", [versions(results), *provenance(results)], [tuning(results)])
+    yield Section("All runs and tests", tables=[long], is_folded=True)
+    if asks_for_the_paper(results.experiment):
+        yield from _paper_sections(found, ours)
+    made = [versions(results), *provenance(results)]
+    yield Section("How it was made", made, [tuning(results), common_flags(results)], is_folded=True)
 
 
-def _papers_table1(found: Sequence[Row]) -> Iterator[Section]:
-    beside = beside_ours(found)
-    if beside:
-        note = "Other models and other data: what can be compared is the order of the methods."
-        yield Section("Table I beside the paper's", [note], beside)
+def _paper_sections(found: Sequence[Row], ours: Table) -> Iterator[Section]:
+    note = "Other models and other data: what can be compared is the order of the methods."
+    yield Section("Table I, in the paper's form", [note], [ours, *beside_ours(found)], is_folded=True)
     source = f"Source: {paper.paper()['source']}."
-    yield Section("Table I in the paper", [source], [table1(), wrong_averages()], is_papers=True)
+    tables = [table1(), wrong_averages(), resources(), dynamics()]
+    yield Section("The paper's own numbers", [source], tables, is_papers=True, is_folded=True)
 
 
 def _cost_figures(results: Results) -> dict[str, Figure]:
-    return {f"figure1-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(t for _, t in results.places())}
+    return {f"cost-{task}": plots.draw_cost(results, task) for task in dict.fromkeys(t for _, t in results.places())}
 
 
 def _dynamics_figures(results: Results) -> dict[str, Figure]:
-    return {f"figure2-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in results.places()}
+    return {f"curves-{model}-{task}": plots.draw_dynamics(results, model, task) for model, task in results.places()}
 
 
 def _lambda_figures(results: Results) -> dict[str, Figure]:
@@ -354,34 +219,3 @@ def _lambda_figure(result: Result) -> Figure:
     runs = [record.lambdas for record in result.finals.values() if record.lambdas]
     title = f"{result.method} on {result.task} with {result.model}"
     return plots.draw_lambdas(title, runs[0]["iterations"], plots.mean_by_layer([run["by_layer"] for run in runs]))
-
-
-def markdown(report: Report) -> str:
-    """The report as Markdown; its figures are files beside it."""
-    parts = [f"# {report.title}"]
-    for section in report.sections:
-        parts += [f"## {section.title}", *section.texts, *(table.markdown().rstrip() for table in section.tables)]
-        parts += [f"![{name}]({name}.svg)" for name in section.figures]
-    return "\n\n".join(parts) + "\n"
-
-
-def html(report: Report) -> str:
-    """One page that contains its plots, style and script."""
-    environment = Environment(loader=PackageLoader("megatron_peft.experiment", "."), autoescape=True, trim_blocks=True)
-    environment.filters["svg_base64"] = lambda figure: base64.b64encode(svg(figure).encode()).decode()
-    environment.filters["plain"] = lambda text: text.replace("**", "").replace("`", "")
-    return environment.get_template(PAGE).render(report=report, best=BEST)
-
-
-def write(report: Report, folder: Path) -> list[Path]:
-    """Write report.md, report.html, table1.csv and .tex, and the figures as PNG and SVG; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"report.md": markdown(report), "report.html": html(report), **report.files}
-    for name, text in texts.items():
-        temporary = folder / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
-    figures = {name: figure for section in report.sections for name, figure in section.figures.items()}
-    for name, figure in figures.items():
-        save(figure, folder, name)
-    return [folder / name for name in (*texts, *(f"{name}.svg" for name in figures))]

@@ -43,6 +43,7 @@ class Table:
         title: above it; note: below it.
         text_columns: the first so many are words, aligned left; the others are numbers.
         is_sortable: whether the order of the rows is free.
+        is_prose: whether cells are texts of several lines.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Table:
     note: str = ""
     text_columns: int = 1
     is_sortable: bool = True
+    is_prose: bool = False
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.title
@@ -104,8 +106,19 @@ def number(value: float | None, signed: bool = False) -> str:
     """Four significant digits or so: losses with three after the point, scores with one or two."""
     if value is None:
         return "–"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    return f"{value:{'+' if signed else ''}.{_digits(value)}f}"
+
+
+def with_spread(mean: float | None, deviation: float | None) -> str:
+    """A mean and its standard deviation, to the same digit."""
+    if mean is None or deviation is None:
+        return number(mean)
+    return f"{number(mean)} ± {deviation:.{_digits(mean)}f}"
+
+
+def _digits(value: float) -> int:
+    """Digits after the point."""
+    return 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,6 @@ class Row:
         deviation: of the sample (n - 1).
         against: the comparison with the reference method; None for itself and without a test.
         is_best: whether the mean is the best of several methods.
-        printed: the paper's entry to show beside it.
     """
 
     result: Result
@@ -127,7 +139,6 @@ class Row:
     deviation: float | None
     against: Comparison | None
     is_best: bool
-    printed: paper.Entry | None
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
@@ -168,20 +179,7 @@ def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool
             stdev(values.values()) if len(values) > 1 else None,
             None if result.method == reference else compare(values, against),
             len(means) > 1 and means.get(result.method) == best,
-            printed(result, metric),
         )
-
-
-def printed(result: Result, metric: str) -> paper.Entry | None:
-    """The paper's entry to show beside a result: of the names under `paper:`, or of the same names.
-
-    A benchmark with one number belongs to the task's first score.
-    """
-    task = result.group.task
-    model = result.group.model.paper or result.model
-    found = paper.entry(task.paper or task.name, papers_method(result), model, metric)
-    scores = list(task.score.metrics) if task.score else []
-    return found if found and (found.metric or metric in scores[:1]) else None
 
 
 def papers_method(result: Result) -> str | None:
@@ -207,6 +205,11 @@ def _unknown(kind: str, choices: Sequence[Choice], names: Sequence[str]) -> Iter
             yield f"{kind}.{choice.name}.paper is {choice.paper!r}; the paper has {', '.join(names)}."
 
 
+def shown_metrics(task: Choice) -> list[str]:
+    """The scores of a task, or the validation loss of a task without scores."""
+    return [metric for metric in metrics(task) if metric != VALIDATION_LOSS or task.score is None]
+
+
 def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
     """A line per method and a column per score, or the validation loss of a task without scores."""
     experiment = results.experiment
@@ -215,8 +218,7 @@ def by_score(results: Results, table_rows: Sequence[Row]) -> Table:
         (model.name, task.name, metric)
         for model in experiment.models
         for task in experiment.tasks
-        for metric in metrics(task)
-        if metric != VALIDATION_LOSS or task.score is None
+        for metric in shown_metrics(task)
     ]
     return Table(
         f"Mean ± standard deviation of {len(experiment.seeds)} seeds",
@@ -234,7 +236,7 @@ def with_test(table_rows: Sequence[Row], reference: str, num_seeds: int) -> Tabl
     columns = ("model", "task", "metric", "method", *runs, "mean", "sd", f"minus {reference}", "95% interval", "p")
     return Table(
         f"Runs, mean, standard deviation, and a paired t-test against {reference}",
-        (*columns, "paper's average"),
+        columns,
         tuple(_tested_row(row) for row in table_rows),
         "Best means are bold. The test pairs runs of the same seed; of few seeds it sees large differences only, "
         "and p is not corrected for the number of methods.",
@@ -252,7 +254,6 @@ def _tested_row(row: Row) -> tuple[str, ...]:
         number(test.difference, signed=True) if test else "–",
         f"{number(test.low, signed=True)} to {number(test.high, signed=True)}" if test else "–",
         f"{test.p:.3f}" if test else "–",
-        f"{row.printed.average:.1f}" if row.printed else "–",
     )
 
 
@@ -285,8 +286,7 @@ def _runs_of(row: Row | None) -> str:
 def _average_of(row: Row | None) -> str:
     if row is None or row.mean is None:
         return "–"
-    spread = f" ± {number(row.deviation)}" if row.deviation is not None else ""
-    return (BEST if row.is_best else "") + number(row.mean) + spread
+    return (BEST if row.is_best else "") + with_spread(row.mean, row.deviation)
 
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:

@@ -6,14 +6,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_peft.checkpoint.folders import BEST
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
@@ -132,18 +135,39 @@ class _Run:
     def to_the_end(self) -> str:
         position = self.state.position
         steps = iter(self.data.train)
-        reason = "nothing to do: the run is already complete"
-        while position.iteration < self.data.train_iters:
+        first, reason = position.iteration, self._nothing_to_do()
+        while not reason and position.iteration < self.data.train_iters:
             reason = self._one_iteration(next(steps))
-            if reason:
-                break
         steps.close()  # type: ignore[attr-defined]
         # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
         if self.data.test is not None and position.iteration >= self.data.train_iters:
             loss = validation_loss(self.state.model_chunks, self.data.test)
             self.progress.message(f"test loss at iteration {position.iteration}: {loss:.6E}")
-        return reason or f"trained {position.iteration} iterations"
+        return self._with_best(reason or self._trained(first))
+
+    def _nothing_to_do(self) -> str:
+        """Why a resumed run has nothing left, or an empty string."""
+        iteration, length = self.state.position.iteration, self.data.train_iters
+        if iteration >= length:
+            return f"nothing to do: the run was complete at iteration {length}" + (
+                f", and the checkpoint is of iteration {iteration}" if iteration > length else ""
+            )
+        if early := self._ends_early():
+            return f"nothing to do: {early}; to continue, raise --early-stopping-patience, or leave it out"
+        return ""
+
+    def _trained(self, first: int) -> str:
+        last = self.state.position.iteration
+        resumed = f" ({first + 1} to {last}): the run is complete" if first else ""
+        return f"trained {last - first} iterations{resumed}"
+
+    def _with_best(self, reason: str) -> str:
+        checkpoint, best = self.state.config.checkpoint, self.state.best
+        if not checkpoint.keep_best or best.loss is None:
+            return reason
+        folder = Path(checkpoint.save or "") / BEST
+        return f"{reason}\nlowest validation loss {best.loss:.6E} at iteration {best.iteration}: {folder}"
 
     def _one_iteration(self, microbatches: list) -> str:
         """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
@@ -156,14 +180,17 @@ class _Run:
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
         self.interval.add(report)
+        self.progress.advance(position.iteration)
         if self.is_first_step:
             self._check_gradients(report)
+            self._show_first_step(report)
             self.is_first_step = False
-        self.progress.advance(position.iteration)
         reason = self._reason_to_end(report)
         self._log_and_validate(report, ends=bool(reason))
+        reason = reason or self._ends_early()
         self._report_save(self.saver.finish(wait=False))  # a background save that has ended since
-        if _due(position.iteration, config.checkpoint.save_interval):
+        is_best = config.checkpoint.keep_best and self.state.best.iteration == position.iteration
+        if is_best or _due(position.iteration, config.checkpoint.save_interval):
             self._save()
         return reason
 
@@ -174,6 +201,17 @@ class _Run:
         if _due(iteration, self.state.config.training.exit_interval):
             return f"--exit-interval reached at iteration {iteration}"
         return ""
+
+    def _ends_early(self) -> str:
+        """That --early-stopping-patience has run out, or an empty string."""
+        patience, best = self.state.config.training.early_stopping_patience, self.state.best
+        if patience is None or best.num_since < patience:
+            return ""
+        lowest = "finite one" if best.loss is None else f"lower one than {best.loss:.6E} at iteration {best.iteration}"
+        return (
+            f"stopped early at iteration {self.state.position.iteration}: {best.num_since} validation losses without a "
+            f"{lowest} (--early-stopping-patience {patience})"
+        )
 
     def _wants_to_stop(self) -> bool:
         limit = self.state.config.training.exit_duration_in_mins
@@ -190,7 +228,10 @@ class _Run:
         record = self._record(report)
         if validates:
             assert self.data.valid is not None
-            record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
+            loss = validation_loss(self.state.model_chunks, self.data.valid)
+            record["validation_loss"] = loss
+            # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
+            self.state.best = from_first_rank(lambda: self.state.best.after(loss, iteration))
         if validates or is_last:
             record.update(self._orthogonality())
         self.writer.write(record)
@@ -218,16 +259,24 @@ class _Run:
                 f"{', ...' if lost[4:] else ''}): they will not be trained."
             )
 
+    def _show_first_step(self, report: StepReport) -> None:
+        """At once, unless the log interval shows it."""
+        if not _due(self.state.position.iteration, self.state.config.logging.log_interval):
+            self.progress.update_first(self._numbers(report))
+
     def _record(self, report: StepReport) -> Record:
-        position, (memory, peak) = self.state.position, memory_bytes()
         mixture = mixtures(self.state)
         if mixture is not None:
-            self.writer.write_layers(position.iteration, "lambda", mixture.by_layer)
+            self.writer.write_layers(self.state.position.iteration, "lambda", mixture.by_layer)
             if mixture.num_kept:
                 self.progress.message(
                     f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
                     f"were zero or not finite."
                 )
+        return self._numbers(report) | ({"lambda": mixture.summary()} if mixture else {})
+
+    def _numbers(self, report: StepReport) -> Record:
+        position, (memory, peak) = self.state.position, memory_bytes()
         return {
             "iteration": position.iteration,
             "epoch": self.data.train.epochs_at(position.consumed_samples),
@@ -235,7 +284,6 @@ class _Run:
             "consumed_tokens": position.consumed_tokens,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
-            **({"lambda": mixture.summary()} if mixture else {}),
             **self.interval.averages(),
             "memory_bytes": memory,
             "peak_memory_bytes": peak,

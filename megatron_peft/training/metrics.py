@@ -12,11 +12,13 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError, LoggingConfig
+from megatron_peft.config import ConfigurationError, LoggingConfig, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regular
 
 logger = logging.getLogger(__name__)
@@ -234,13 +236,24 @@ def _open_tensorboard(folder: str, resumed_iteration: int) -> Any:
     return SummaryWriter(folder, purge_step=resumed_iteration + 1)
 
 
-def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_settings: Mapping[str, Any] | None) -> Any:
+def require_loggers(logging: LoggingConfig) -> None:
+    """Raises ConfigurationError if a package that the flags need is not installed. Imports nothing."""
+    require(
+        logging.wandb_project is None or _is_installed("wandb"),
+        "--wandb-project needs the package wandb, which is not installed: pip install wandb, or drop the flag.",
+    )
+
+
+def _is_installed(package: str) -> bool:
     try:
-        import wandb
-    except ImportError as error:
-        raise ConfigurationError(
-            "--wandb-project needs the package wandb, which is not installed: pip install wandb, or drop the flag."
-        ) from error
+        return find_spec(package) is not None
+    except ValueError:  # a module without a spec
+        return sys.modules.get(package) is not None
+
+
+def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_settings: Mapping[str, Any] | None) -> Any:
+    require_loggers(logging)
+    wandb: Any = import_module("wandb")
     folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
     Path(folder).mkdir(parents=True, exist_ok=True)
     return wandb.init(

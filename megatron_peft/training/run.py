@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
-from megatron_peft.checkpoint.load import load_checkpoint, require_something_to_load
+from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
@@ -25,8 +26,9 @@ from megatron_peft.parallel.collectives import from_first_rank, names_that_diffe
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
-from megatron_peft.training.state import TrainingState, start_state
-from megatron_peft.training.terminal import count_parameters, print_rank_0, training_summary
+from megatron_peft.training.metrics import require_loggers
+from megatron_peft.training.state import TrainingState, schedule_values, start_state
+from megatron_peft.training.terminal import count_parameters, print_rank_0, resume_summary, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
 RUN_FILE = "run.yaml"
@@ -78,6 +80,8 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
     """
     # Checks go from cheap to expensive, each on all ranks together: a rank that fails alone would hang the others.
     _require_same_configuration(config)
+    from_first_rank(lambda: require_loggers(config.logging))
+    config = replace(config, checkpoint=from_first_rank(lambda: resolve_resume(config.checkpoint)))
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
     shape = checked_together(lambda: checked_shape(config))
@@ -97,15 +101,36 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             num_ids=shape.vocab_size,
         )
+        _check_validation_data(config, data)
+        check_resume(config, shape, schedule_values(config, data.train_iters))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
-        if not load_checkpoint(state):
+        checkpoint = load_checkpoint(state)
+        if checkpoint is None:
             _check_start(state, data)
+        _print_start(checkpoint, state, data)
         if config.checkpoint.save and run_file and dist.get_rank() == 0:
             write_atomically(Path(config.checkpoint.save) / RUN_FILE, run_file)
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver))
+
+
+def _check_validation_data(config: RunConfig, data: Data) -> None:
+    """Raises ConfigurationError if a flag needs a validation loss, but --split leaves nothing to validate."""
+    require(
+        data.valid is not None or not (config.training.early_stopping_patience or config.checkpoint.keep_best),
+        f"--early-stopping-patience and --keep-best need a validation loss, but --split {config.data.split} leaves no "
+        f"validation data: give a split with some, or --valid-data-path.",
+    )
+
+
+def _print_start(checkpoint: Path | None, state: TrainingState, data: Data) -> None:
+    if checkpoint is not None:
+        epoch = data.train.epochs_at(state.position.consumed_samples)
+        print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
+    elif state.config.checkpoint.resume == "auto":
+        print_rank_0(f"--resume auto: --save {state.config.checkpoint.save} holds no checkpoint, so a new run starts")
 
 
 def _require_same_configuration(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Gradient buffers, optimizer and learning-rate schedule: megatron-core's, built from our configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )
+
+
+def schedule_values(config: RunConfig, train_iters: int) -> Mapping[str, Any]:
+    """The schedule of a run at its start, as checkpoints hold it, before there is an optimizer."""
+    without_parameters: Any = SimpleNamespace(param_groups=[])
+    return build_schedule(without_parameters, config, train_iters).state_dict()
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:

@@ -1,21 +1,24 @@
-"""Progress of a run: a live bar with ETA at a terminal, or one plain line per log interval in a file."""
+"""Progress of a run: at a terminal short lines above a live bar; in a file one of Megatron's lines per log interval."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from torch import nn
 
 from megatron_peft.adapters.attach import huggingface_modules
+from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import RunConfig
 
 # (field of the record, label, format); a field that the record lacks is left out
@@ -29,11 +32,13 @@ LINE_FIELDS: Fields = (
     ("tokens_per_second", "tokens per second", lambda x: f"{x:.1f}"),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
-BAR_FIELDS: Fields = (
+SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("loss", "loss", lambda x: f"{x:.3f}"),
     ("validation_loss", "valid", lambda x: f"{x:.3f}"),
     ("grad_norm", "norm", lambda x: f"{x:.2f}"),
+    ("learning_rate", "lr", lambda x: f"{x:.2e}"),
     ("tokens_per_second", "tok/s", lambda x: f"{x:.0f}"),
+    ("step_seconds", "s/step", lambda x: f"{x:.2f}"),
 )
 
 
@@ -52,13 +57,12 @@ class Progress:
         self._enabled = enabled
         self._console = console or Console()
         self._bar: Bar | None = None
-        self._shown: dict[str, Any] = {}
 
     def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()
         if self._enabled and self._console.is_terminal:
             self._bar = _make_bar(self._console)
-            self._task = self._bar.add_task("training", total=self._total, completed=self._start, status="")
+            self._task = self._bar.add_task("training", total=self._total, completed=self._start, eta="", loss="")
             self._bar.start()
         return self
 
@@ -70,16 +74,22 @@ class Progress:
     def advance(self, iteration: int) -> None:
         """Move the bar to `iteration`; print nothing."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=iteration)
+            self._bar.update(self._task, completed=iteration, eta=f"ETA {self._time_left(iteration)}")
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Show the metrics of a log interval."""
+        """Print a line with the metrics of a log interval."""
         if self._bar is not None:
-            self._shown.update(record)  # keeps showing the last validation loss
-            status = " ".join(_formatted(self._shown, BAR_FIELDS, " "))
-            self._bar.update(self._task, completed=record["iteration"], status=status)
+            self._show_loss(record)
+            self._print(self._short_line(record))
         elif self._enabled:
             self._print(self._line(record))
+
+    def update_first(self, record: Mapping[str, Any]) -> None:
+        """Show the metrics of the first step: in the bar, or as a line."""
+        if self._bar is not None:
+            self._show_loss(record)
+        else:
+            self.update(record)
 
     def message(self, text: str) -> None:
         """Print a line (above the bar)."""
@@ -88,10 +98,25 @@ class Progress:
 
     def _line(self, record: Mapping[str, Any]) -> str:
         iteration = record["iteration"]
-        done = max(iteration - self._start, 1)
-        seconds = (time.monotonic() - self._started_at) / done * (self._total - iteration)  # with saves, validation
         start = f"iteration {iteration:8d}/{self._total:8d}"
-        return " | ".join([start, *_formatted(record, LINE_FIELDS, ": "), f"ETA: {timedelta(seconds=round(seconds))}"])
+        return " | ".join([start, *_formatted(record, LINE_FIELDS, ": "), f"ETA: {self._time_left(iteration)}"])
+
+    def _time_left(self, iteration: int) -> timedelta:
+        """By the mean time of an iteration so far, with saves and validations."""
+        done = max(iteration - self._start, 1)
+        return timedelta(seconds=round((time.monotonic() - self._started_at) / done * (self._total - iteration)))
+
+    def _show_loss(self, record: Mapping[str, Any]) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, loss=f"loss {record['loss']:.3f}")
+
+    def _short_line(self, record: Mapping[str, Any]) -> str:
+        width = len(str(self._total))
+        line = f"{record['iteration']:{width}d}/{self._total}"
+        for field in _formatted(record, SHORT_FIELDS, " "):
+            if len(line) + 2 + len(field) <= self._console.width:
+                line = f"{line}  {field}"
+        return line
 
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -99,15 +124,16 @@ class Progress:
 
 
 def _make_bar(console: Console) -> Bar:
+    """A bar that takes what the words beside it leave of the terminal's width."""
+    whole = Column(no_wrap=True)
     return Bar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        TextColumn("{task.completed}/{task.total}", table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TextColumn("{task.fields[eta]}", table_column=whole),
+        TextColumn("{task.fields[loss]}", table_column=whole),
         console=console,
+        expand=True,
     )
 
 
@@ -203,6 +229,23 @@ def rank_bytes(config: RunConfig, model_chunks: Sequence[nn.Module]) -> tuple[in
     copies = (2 if config.optimizer.optimizer == "adam" else 1) + config.model.bf16
     shards = config.parallel.data_parallel_size if config.optimizer.use_distributed_optimizer else 1
     return weights, trainable * _FLOAT32_BYTES, trainable * _FLOAT32_BYTES * copies // shards
+
+
+def resume_summary(checkpoint: Path, state: TrainingState, train_iters: int, epoch: float) -> str:
+    """From what checkpoint a run goes on, where in the data, and what is left; a line for the terminal.
+
+    Args:
+        state: with the checkpoint loaded.
+        epoch: of the position.
+    """
+    position = state.position
+    if state.config.checkpoint.finetune:
+        return f"loaded the parameters of {checkpoint} (--finetune): the run starts at iteration 0 of {train_iters}"
+    left = max(train_iters - position.iteration, 0)
+    return (
+        f"resumed from {checkpoint}: iteration {position.iteration} of {train_iters}, "
+        f"{position.consumed_samples:,} samples (epoch {epoch:.2f}); {left} iterations left"
+    )
 
 
 def print_rank_0(text: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_peft.checkpoint import folders
 from megatron_peft.checkpoint.folders import (
+    BEST,
     MANIFEST,
     RECORD,
     TRACKER,
@@ -86,6 +87,26 @@ def test_the_last_checkpoints_are_kept_and_later_iterations_are_left_alone(tmp_p
     assert "iter_0000040 cannot be removed: not yours" in caplog.text
 
 
+def best_text(folder):
+    return (newest_checkpoint(folder / BEST) / RECORD).read_text()
+
+
+def test_the_best_checkpoint_has_a_link_and_is_kept(tmp_path, monkeypatch, caplog):
+    for iteration in (10, 20, 30, 40, 50):
+        save(tmp_path, iteration, str(iteration))
+    folders.link_best(tmp_path, 20)
+    folders.link_best(tmp_path, 60)  # whose save has failed
+    assert best_text(tmp_path) == "20" and os.readlink(tmp_path / BEST) == "iter_0000020"
+    folders.keep_last(tmp_path, 50, num_kept=1, best=30)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "30", "20"]
+    folders.link_best(tmp_path, 30)
+    folders.keep_last(tmp_path, 50, num_kept=1)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["50", "30"] and newest_text(tmp_path) == "50"
+    monkeypatch.setattr(os, "symlink", mock.Mock(side_effect=PermissionError("no links here")))
+    folders.link_best(tmp_path, 50)
+    assert "cannot be made a link to iter_0000050 (no links here)" in caplog.text and best_text(tmp_path) == "30"
+
+
 @pytest.mark.parametrize("lost", [RECORD, MANIFEST])
 def test_a_checkpoint_that_lost_its_record_or_manifest_is_still_seen(tmp_path, lost):
     """It must be named as damaged; passing it over would start a run from the beginning."""
@@ -110,7 +131,7 @@ class Killed(BaseException):
     """The process ends here; nothing that it would have done later happens."""
 
 
-CALLS = ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"))
+CALLS = ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "symlink"), (shutil, "rmtree"))
 
 
 def count_down(monkeypatch, calls, error):
@@ -149,6 +170,32 @@ def test_killed_at_any_call_the_tracker_names_a_whole_checkpoint(tmp_path, monke
             break
     assert left[0] >= 0 and calls > 6, "every call was reached"
     assert seen == {"old", "new"}
+
+
+def test_killed_at_any_call_the_link_names_a_whole_best_checkpoint(tmp_path, monkeypatch):
+    seen = set()
+    for calls in range(100):
+        folder = tmp_path / str(calls)
+        save(folder, 40, "40")
+        folders.link_best(folder, 40)
+        with monkeypatch.context() as patch:
+            left = count_down(patch, calls, Killed())
+            with suppress(Killed):
+                save_the_best(folder, 50)
+        folders.remove_leftovers(folder)
+        seen.add(best_text(folder))
+        save_the_best(folder, 60)
+        assert best_text(folder) == newest_text(folder) == "60" and len(checkpoints(folder)) == 1
+        if left[0] >= 0:
+            break
+    assert left[0] >= 0 and calls > 9, "every call was reached"
+    assert seen == {"40", "50"}
+
+
+def save_the_best(folder, iteration):
+    save(folder, iteration, str(iteration))
+    folders.link_best(folder, iteration)
+    folders.keep_last(folder, iteration, num_kept=1, best=iteration)
 
 
 def test_files_are_synced_before_the_rename_and_that_before_the_tracker(tmp_path, monkeypatch):

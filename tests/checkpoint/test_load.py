@@ -166,7 +166,7 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
 def test_only_the_save_folder_may_be_without_a_checkpoint(run, tmp_path):
     """The same command starts a run and resumes it; anything else is a typo."""
     new, named = str(tmp_path / "new"), str(tmp_path / "new" / "iter_0000099")
-    assert load_checkpoint(run(checkpoint={"load": new, "save": new}).state) is False
+    assert load_checkpoint(run(checkpoint={"load": new, "save": new}).state) is None
     nothing = {"load": str(tmp_path / "nothing")}
     for checkpoint in (nothing, nothing | {"save": new}, {"load": named, "save": new}, {"load": named, "save": named}):
         with pytest.raises(ConfigurationError, match=f"^--load {checkpoint['load']} holds no checkpoint: give"):

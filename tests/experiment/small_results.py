@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_peft.experiment.cells import Cell
+from megatron_peft.experiment.page import markdown
 from megatron_peft.experiment.record import CellRecord, of_cell, score_source, training_source, write_record
-from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.report import build
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from tests.experiment.small_experiment import content, experiment

@@ -13,6 +13,7 @@ from megatron_peft.experiment import plots
 from megatron_peft.experiment.plots import Translation, color, new_figure, plot_run, save, style, svg
 from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
+from megatron_peft.experiment.tables import rows
 from tests.experiment.small_results import record_of
 
 
@@ -53,9 +54,17 @@ def test_mean_is_over_the_runs_that_were_measured(found: Results, tmp_path: Path
 def test_lines_are_means_over_the_seeds(found: Results) -> None:
     left, right = plots.draw_dynamics(found, "tiny", "talk").axes
     assert [line.get_label() for line in left.lines] == ["lora", "lora-ga", "hybrid"]
-    lora = right.lines[0].get_xydata()
+    lora = left.lines[0].get_xydata()
     assert lora[-1].tolist() == pytest.approx([1.0, 2.06])
-    assert len(left.lines[0].get_xydata()) == 20, "40 gradient norms, two to a point"
+    assert len(right.lines[0].get_xydata()) == 20, "40 gradient norms, two to a point"
+
+
+def test_the_headline_has_a_dot_for_each_run_and_colors_the_best(found: Results) -> None:
+    (axes,) = plots.draw_results(rows(found, "hybrid")).axes
+    assert axes.get_title("left") == "talk: accuracy (higher is better)"
+    assert np.array(axes.lines[1].get_ydata()).tolist() == pytest.approx([84.9, 84.8, 84.4])
+    assert [line.get_color() for line in axes.lines] == [plots.BEFORE, plots.AFTER, plots.BEFORE]
+    assert [text.get_text() for text in axes.texts] == ["79.40", "84.70", "83.70"]
 
 
 def test_averages_keep_the_mean_of_the_curve_and_short_curves_stay() -> None:

@@ -12,10 +12,11 @@ import pytest
 
 from megatron_peft.benchmarks.measure import Figure, write_json
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import report
+from megatron_peft.experiment import paper_tables, report
 from megatron_peft.experiment.documents import filled
+from megatron_peft.experiment.page import Report, html, markdown, write
 from megatron_peft.experiment.record import cell_file
-from megatron_peft.experiment.report import Report, build, html, markdown, write
+from megatron_peft.experiment.report import build
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
@@ -57,7 +58,7 @@ def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
 
 
 def test_all_files_are_there(folder: Path) -> None:
-    figures = {"figure1-talk", "figure2-tiny-talk", "lambda-tiny-talk-hybrid"}
+    figures = {"result", "cost-talk", "curves-tiny-talk", "lambda-tiny-talk-hybrid"}
     names = {path.name for path in folder.iterdir() if path.is_file()} - {"small.yaml", "experiment.yaml"}
     assert names == {
         *("report.md", "report.html", "table1.csv", "table1.tex", "table1-tested.tex"),
@@ -70,7 +71,7 @@ def test_all_files_are_there(folder: Path) -> None:
 def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     reader = Reader()
     reader.feed((folder / "report.html").read_text())
-    assert reader.open == [] and len(reader.sources) == 3
+    assert reader.open == [] and len(reader.sources) == 4
     for source in reader.sources:
         kind, _, data = source.partition("base64,")
         assert kind == "data:image/svg+xml;"
@@ -85,8 +86,8 @@ def test_words_of_the_experiment_are_escaped() -> None:
 def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> None:
     """Two clicks on the mean of the long table: by value, from the greatest, missing ones last; images have loaded."""
     click = """<script>addEventListener("load", () => {
-        const table = document.querySelectorAll("table.sortable")[0];
-        const head = [...table.tHead.rows[0].cells].find((one) => one.textContent === "mean");
+        const heads = [...document.querySelectorAll("table.sortable thead th")];
+        const head = heads.find((one) => one.textContent === "mean"), table = head.closest("table");
         table.rows[4].cells[head.cellIndex].textContent = "1,792.0";  // as text it would stand after 84.70
         table.rows[1].cells[head.cellIndex].textContent = "–";
         head.click(); head.click();
@@ -105,7 +106,7 @@ def test_a_click_sorts_a_table_in_a_browser(folder: Path, tmp_path: Path) -> Non
     told = re.search(r"means (.*?); sort (\w+); images (.*?)\.", done.stdout.rpartition("</script>")[2])
     assert told is not None
     assert told[1].split() == ["1,792.0", "84.70", "83.70", "1.630", "1.530", "–"]
-    assert (told[2], told[3]) == ("descending", "true true true")
+    assert (told[2], told[3]) == ("descending", "true true true true")
 
 
 def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None:
@@ -113,21 +114,37 @@ def test_unfinished_experiment_is_marked(found: Results, tmp_path: Path) -> None
     cell_file(tmp_path, found.all[0].group.finals[1][2]).unlink()
     found = read_results(tmp_path)
     assert report.state(found).startswith("**Not finished:** 8 of 9")
-    assert report.verdicts(rows(found, "hybrid"))[0].startswith("tiny, talk, validation loss: so far, lora-ga has the")
+    first = report.verdicts(rows(found, "hybrid"), "hybrid")[0]
+    assert first.startswith("So far, on talk, **lora-ga** has the best validation loss of 3 methods: 1.530")
 
 
-def test_hybrid_that_wins_is_reported(tmp_path: Path, monkeypatch) -> None:
+def test_the_place_of_the_reference_method_is_told_unless_it_is_the_best(tmp_path: Path, monkeypatch) -> None:
+    found = rows(results(tmp_path), "lora")
+    told = "On talk, **lora-ga** has the best accuracy of 3 methods: 84.70 ± 0.26. "
+    assert report.verdicts(found, "lora")[1] == f"{told}lora, with 79.40 ± 0.53, comes after lora-ga, hybrid."
+    assert report.verdicts(found, "lora-ga")[1] == told.strip()
     monkeypatch.setitem(LOSSES, "hybrid", 1.0)
-    assert report.verdicts(rows(results(tmp_path), "hybrid"))[0].endswith("1.030. That is the Hybrid.")
+    assert report.verdicts(rows(results(tmp_path), "hybrid"), "hybrid")[0].endswith("3 methods: 1.030 ± 0.026.")
+
+
+def test_an_experiment_of_ones_own_shows_nothing_of_the_papers(found: Results) -> None:
+    """The result comes first, as a chart; whatever is long is folded."""
+    report = build(found, "hybrid")
+    assert "paper" not in markdown(report).lower() and not any(section.is_papers for section in report.sections)
+    first = report.sections[0]
+    assert [*first.figures] == ["result"] and first.tables[0].columns == ("method", "talk, accuracy")
+    long = [section for section in report.sections if sum(len(table.rows) for table in section.tables) > 5]
+    assert len(long) == 2 and all(section.is_folded for section in long)
+    assert not any("--" in text for section in report.sections for text in section.texts), "flags in prose"
 
 
 def test_a_method_alone_is_not_the_best(tmp_path: Path) -> None:
     alone = rows(results(tmp_path, methods={"hybrid": small_results.METHODS["hybrid"]}), "hybrid")
-    assert report.verdicts(alone) == [] and len(alone) == 2 and not any(row.is_best for row in alone)
+    assert report.verdicts(alone, "hybrid") == [] and len(alone) == 2 and not any(row.is_best for row in alone)
 
 
 def test_tasks_that_are_not_the_papers_have_no_such_table(found: Results) -> None:
-    assert report.beside_ours(rows(found, "hybrid")) == []
+    assert paper_tables.beside_ours(rows(found, "hybrid")) == []
 
 
 def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> None:
@@ -142,8 +159,8 @@ def test_marked_places_of_a_document_are_filled_from_records(tmp_path: Path) -> 
     assert lines[0] == "a" and lines[-1] == "c 4.5" and "old" not in new and filled(new, tmp_path) == new
     assert {
         "| method | talk, accuracy |",
-        "| lora | 79.40 ± 0.529 |",
-        "| lora-ga | **84.70 ± 0.265** |",
+        "| lora | 79.40 ± 0.53 |",
+        "| lora-ga | **84.70 ± 0.26** |",
         "- 9 of 9 final runs are in (seeds 1, 2, 3).",
         "- All 12 cells record their experiment file, commit and data.",
         "| calls above the base's (calls) | 37 and 38 | 1 | 2 |",

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, report, tables
-from megatron_peft.experiment.paper import Entry, entry
+from megatron_peft.experiment.paper import Entry, entries
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, training_source, write_record
 from megatron_peft.experiment.results import Results, StepsTo, compare, copy_results, crossing, read_results, steps_to
-from megatron_peft.experiment.tables import Table, check_paper_names, number, reference_method, rows
+from megatron_peft.experiment.tables import Table, check_paper_names, number, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
 from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
@@ -187,6 +187,7 @@ def test_numbers_have_four_digits_or_so() -> None:
     texts = {1.70449: "1.704", 20.13: "20.13", 192.55: "192.6", None: "–", -0.5: "-0.500"}
     assert {value: number(value) for value in texts} == texts
     assert number(0.25, signed=True) == "+0.250"
+    assert (with_spread(14.53, 1.38), with_spread(1.7, None), with_spread(None, None)) == ("14.53 ± 1.38", "1.700", "–")
 
 
 def test_mean_spread_and_test_are_of_the_three_runs(found: Results) -> None:
@@ -209,17 +210,17 @@ def test_paper_names_are_held_against_the_paper(tmp_path: Path) -> None:
         check_paper_names(as_the_paper(tmp_path, models=models))
 
 
-def test_entries_of_the_paper_are_found_by_their_place() -> None:
-    hybrid, drawn = entry("GLUE", "Hybrid", "Llama3.1-405B"), entry("HumanEval", "Hybrid", "Llama3.1-405B", "pass@10")
-    assert hybrid is not None and (hybrid.runs, hybrid.average) == ((91.7, 93.1, 92.1), 92.3)
-    assert drawn is not None and drawn.average == 77.8
-    missing = ("HumanEval", "Hybrid", "Llama3.1-405B"), (None, "Hybrid", "Llama3.1-405B")
-    assert {entry(*place) for place in (*missing, ("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1"))} == {None}
+def test_entries_of_the_paper_are_those_of_its_table() -> None:
+    found = {(one.benchmark, one.method, one.model, one.metric): one for one in entries()}
+    hybrid = found["GLUE", "Hybrid", "Llama3.1-405B", ""]
+    assert (hybrid.runs, hybrid.average) == ((91.7, 93.1, 92.1), 92.3)
+    assert found["HumanEval", "Hybrid", "Llama3.1-405B", "pass@10"].average == 77.8
+    assert ("HumanEval", "Hybrid", "Llama3.3-70B", "pass@1") not in found and len(found) == 108
 
 
 def test_average_may_be_rounded_either_way() -> None:
-    entries = [Entry("b", "m", "x", "", (1.0, 1.1, 1.05), average) for average in (1.0, 1.1, 1.2)]
-    assert [one.average_is_of_runs for one in entries] == [True, True, False]
+    printed = [Entry("b", "m", "x", "", (1.0, 1.1, 1.05), average) for average in (1.0, 1.1, 1.2)]
+    assert [one.average_is_of_runs for one in printed] == [True, True, False]
 
 
 def test_without_lora_there_is_no_table_of_speed(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import itertools
 import os
 import signal
 import time
+from math import inf, nan
 
 import pytest
 
+from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
 from megatron_peft.training import loop
 from megatron_peft.training.loop import ExitSignals, train
@@ -52,15 +54,93 @@ TRAINED = "trained 6 iterations"
         ({**TWO, "saver": {"late": True}}, TRAINED, [2, 4, 6], [2, 4, 6]),
         ({"checkpoint": {}}, TRAINED, [], []),
         ({"training": {"exit_interval": 4}}, "--exit-interval reached at iteration 4", [4], [4]),
-        ({"resume_at": 6}, "nothing to do: the run is already complete", [], []),
+        ({"resume_at": 6}, "nothing to do: the run was complete at iteration 6", [], []),
+        ({"resume_at": 4}, "trained 2 iterations (5 to 6): the run is complete", [6], [6]),
     ],
-    ids=["once", "each", "the last one again", "in the background", "no folder", "exit interval", "ended before"],
+    ids=[
+        "once",
+        "each",
+        "the last one again",
+        "in the background",
+        "no folder",
+        "exit interval",
+        "ended before",
+        "resumed",
+    ],
 )
 def test_why_a_run_ends_and_when_it_saves(run, capsys, groups, reason, attempts, saved):
     found = run(**groups)
     assert (found.reason, found.saver.attempts, found.saved) == (reason, attempts, saved)
     assert sorted(found.records) == saved[-1:] and capsys.readouterr().out.count("saved iteration") == len(saved)
     assert found.state.position.iteration == (4 if "exit" in reason else 6)
+
+
+NOTHING = BestValidation()
+
+
+@pytest.fixture
+def validated(start, tmp_path, monkeypatch):
+    """A run that validates after each step, with these losses."""
+
+    def run(losses, best=NOTHING, **groups):
+        measured = iter(losses)
+        monkeypatch.setattr(loop, "validation_loss", lambda *_: next(measured))
+        groups["training"] = {"eval_interval": 1, **groups.get("training", {})}
+        found = Run(start, tmp_path, **groups)
+        found.state.best = best
+        return found.to_the_end()
+
+    return run
+
+
+PATIENT = {"training": {"early_stopping_patience": 2}}
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason", "best"),
+    [
+        ([3.0, 2.0, 2.5, 2.0, 9.9, 9.9], "without a lower one than 2.000000E+00 at iteration 2", (2.0, 2, 2)),
+        ([3.0, nan, 2.5, 2.0, inf, nan], "without a lower one than 2.000000E+00 at iteration 4", (2.0, 4, 2)),
+        ([nan, nan], "without a finite one", (None, 0, 2)),
+        ([3.0, 3.5, 2.5, 2.6, 2.4, 2.5], "trained 6 iterations", (2.4, 5, 1)),
+    ],
+)
+def test_patience_counts_validations_without_a_lower_loss(validated, losses, reason, best):
+    found = validated(losses, **PATIENT)
+    assert reason in found.reason and found.state.best == BestValidation(*best)
+    last = found.state.position.iteration
+    assert found.saved == [last] and last in found.records
+    assert found.reason.startswith(f"stopped early at iteration {last}: 2 validation losses") == (
+        last < 6 or best[2] == 2
+    )
+
+
+def test_a_run_that_stopped_early_does_not_continue_unless_it_is_told_to(validated):
+    ended = {"best": BestValidation(2.0, 2, num_since=2), "resume_at": 4}
+    found = validated([], **ended, **PATIENT)
+    assert found.reason.startswith("nothing to do: stopped early at iteration 4: 2 validation losses without a lower")
+    assert found.reason.endswith("to continue, raise --early-stopping-patience, or leave it out") and not found.saved
+    assert validated([9.0, 9.0], **ended).state.position.iteration == 6
+    assert validated([9.0, 9.0], **ended, training={"early_stopping_patience": 3}).state.position.iteration == 5
+
+
+def test_keep_best_saves_at_each_lowest_loss(validated, tmp_path, start):
+    losses = [3.0, 4.0, 2.0, 2.0, 1.0, 9.0]
+    checkpoint = {"save": str(tmp_path), "save_interval": 2, "keep_best": True}
+    found = validated(losses, checkpoint=checkpoint)
+    assert found.saved == [1, 2, 3, 4, 5, 6]
+    assert validated(losses, checkpoint={**checkpoint, "save_interval": None}).saved == [1, 3, 5, 6]
+    assert found.reason.endswith(f"lowest validation loss 1.000000E+00 at iteration 5: {tmp_path}/best")
+
+
+@pytest.mark.parametrize(
+    ("resume_at", "interval", "shown"), [(0, 4, [1, 4, 6]), (0, 1, [1, 2, 3, 4, 5, 6]), (2, 9, [3, 6])]
+)
+def test_the_first_step_is_printed_but_no_record_of_its_own(run, capsys, resume_at, interval, shown):
+    found = run(resume_at=resume_at, logging={"log_interval": interval})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration")]
+    assert [int(line.split("/")[0].split()[1]) for line in lines] == shown
+    assert sorted(found.records) == [iteration for iteration in shown if iteration % interval == 0 or iteration == 6]
 
 
 def test_a_failed_save_is_reported_and_the_run_continues(run, capsys):

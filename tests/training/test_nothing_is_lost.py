@@ -311,6 +311,7 @@ def told_in_its_folder(argument: tuple[Job, Path]) -> str:
 
 def test_wandb_gets_the_configuration(run, monkeypatch):
     told = []
+    monkeypatch.setattr(finetune_module, "require_loggers", lambda _logging: None)
     monkeypatch.setattr(metrics, "_open_wandb", lambda _logging, _save, settings: told.append(settings))
     run(num_steps=1, logging={"wandb_project": "p", "wandb_exp_name": "e"})
     assert told[0]["peft"]["lora_rank"] == 4 and json.dumps(told[0])

@@ -1,6 +1,7 @@
 """What a run prints: parameter counts, the first lines, and progress."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -76,7 +77,7 @@ RECORD |= {"step_seconds": 0.5, "tokens_per_second": 512.0}
 
 
 def _shown(**settings):
-    console = Console(file=io.StringIO(), width=140 if "force_terminal" in settings else 40, **settings)
+    console = Console(file=io.StringIO(), **{"width": 140 if "force_terminal" in settings else 40, **settings})
     return console, console.file.getvalue
 
 
@@ -100,13 +101,28 @@ def test_a_file_gets_one_line_per_interval_at_any_width(monkeypatch):
     assert text().count("\n") == 3
 
 
-def test_a_terminal_gets_a_bar_that_keeps_the_last_validation_loss():
-    console, text = _shown(force_terminal=True)
-    with Progress(60, console=console) as progress:
-        progress.update({**RECORD, "validation_loss": 1.75})
-        progress.update({**RECORD, "iteration": 30, "loss": 2.25})
-    last_frame = text().split("training")[-1]
-    assert all(text in last_frame for text in ("30/60", "ETA", "loss 2.250 valid 1.750 norm 1.25 tok/s 512"))
+def test_a_terminal_gets_a_line_per_interval_above_a_bar_that_fits_its_width():
+    """80 columns, a million iterations and more than a day: nothing is cut."""
+    console, text = _shown(force_terminal=True, width=80, color_system=None)
+    with Progress(1_000_000, start_iteration=100_000, console=console) as progress:
+        progress._started_at -= 130_000
+        progress._bar.tasks[0].start_time -= 130_000
+        progress.advance(123_456)
+        progress.update({**RECORD, "iteration": 123_456, "validation_loss": 1.75, "tokens_per_second": 51200.0})
+        progress.advance(123_457)
+    rows = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d]*[a-zA-Z]", "", text()))
+    assert max(map(len, rows)) <= 80 and not any("…" in row for row in rows)
+    line, bar = next(row for row in rows if "valid" in row), [row for row in rows if "ETA" in row][-1]
+    assert line == " 123456/1000000  loss 2.500  valid 1.750  norm 1.25  lr 2.00e-03  tok/s 51200"
+    assert re.search(r"^\S+ +123457/1000000 1 day, 12:06:\d\d ETA 56 days, \d+:\d\d:\d\d loss 2.500$", bar.strip()), bar
+
+
+def test_the_first_step_is_a_line_in_a_file_and_is_in_the_bar_of_a_terminal():
+    for settings, expected in (({}, "iteration       20/      60 |"), ({"force_terminal": True}, "loss 2.500")):
+        console, text = _shown(**settings)
+        with Progress(60, console=console) as progress:
+            progress.update_first(RECORD)
+        assert expected in text() and text().count("norm") == (not settings)
 
 
 def test_ranks_that_do_not_report_print_nothing():

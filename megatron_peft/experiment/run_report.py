@@ -1,0 +1,297 @@
+"""The report of a single run: one page of its --save folder, whatever the run has written so far."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from datetime import timedelta
+from math import log10
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_peft.checkpoint.folders import newest_checkpoint
+from megatron_peft.checkpoint.record import RunRecord, read_record
+from megatron_peft.config import ConfigurationError, field_names, require
+from megatron_peft.config.errors import flag_of, spelled
+from megatron_peft.config.untrusted import parse_json, read_text
+from megatron_peft.experiment import plots
+from megatron_peft.experiment.page import Report, Section
+from megatron_peft.experiment.plots import AFTER, BEFORE, new_figure, series, style
+from megatron_peft.experiment.process import LAMBDA_FILE
+from megatron_peft.experiment.tables import Table, number
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+
+SAMPLES_FILE = "samples.jsonl"
+VALIDATION = "#d1242f"
+SMOOTHED_FROM = 60  # points of a curve; a shorter one is drawn as it is
+TEXT_CHARACTERS = 600  # of a prompt or an answer on the page
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a --save folder holds.
+
+    Attributes:
+        metrics: lines of metrics.jsonl; lambdas: of lambda.jsonl.
+        record: of the newest checkpoint; None before the first.
+        samples: lines of samples.jsonl, with prompt, reference, before and after.
+    """
+
+    folder: Path
+    metrics: Sequence[Mapping[str, Any]]
+    lambdas: Sequence[Mapping[str, Any]]
+    record: RunRecord | None
+    samples: Sequence[Mapping[str, Any]]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the --save folder of a run."""
+    return (folder / METRICS_FILE).is_file() or (folder.is_dir() and newest_checkpoint(folder) is not None)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Raises ConfigurationError: the folder has no metrics, or one of its files is damaged."""
+    path = folder / METRICS_FILE
+    require(path.is_file(), f"{folder} has no {METRICS_FILE}: give the --save folder of a run.")
+    metrics = read_metrics(path)
+    require(bool(metrics), f"{path} is still empty: the run has written no log line.")
+    lambdas, checkpoint = folder / LAMBDA_FILE, newest_checkpoint(folder)
+    return RunFiles(
+        folder,
+        metrics,
+        read_metrics(lambdas) if lambdas.is_file() else [],
+        read_record(checkpoint) if checkpoint else None,
+        _read_samples(folder / SAMPLES_FILE),
+    )
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    samples = [parse_json(line, f"{path}, line {at}") for at, line in enumerate(read_text(path).splitlines(), 1)]
+    for at, sample in enumerate(samples, 1):
+        texts = [sample.get(name) for name in SAMPLE_FIELDS] if isinstance(sample, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigurationError(f"{path}, line {at}: not a sample with {', '.join(SAMPLE_FIELDS)}.")
+    return samples
+
+
+SAMPLE_FIELDS = ("prompt", "reference", "before", "after")
+
+
+def build(run: RunFiles) -> Report:
+    """The report of a run."""
+    return Report(_title(run), tuple(_sections(run)))
+
+
+def _title(run: RunFiles) -> str:
+    name = run.folder.resolve().name
+    if run.record is None:
+        return name
+    config = run.record.config
+    return f"{name}: {config.peft.method} on {Path(str(config.model.pretrained_checkpoint)).name}"
+
+
+def _sections(run: RunFiles) -> Iterator[Section]:
+    yield Section("Loss", list(_result(run)), figures={"loss": draw_loss(run.metrics)})
+    if run.samples:
+        yield Section("Answers before and after", [_on_samples(run)], [samples_table(run.samples)])
+    figures = {"optimizer": draw_optimizer(run.metrics)}
+    yield Section("Learning rate and gradient norm", figures=figures)
+    if run.lambdas:
+        iterations, by_layer = plots.read_lines(run.lambdas)
+        figures = {"lambda": plots.draw_lambdas("", iterations, by_layer)}
+        yield Section("Lambda by layer", [_lambda_sentence(run.lambdas[-1])], figures=figures)
+    yield Section("Speed and memory", [_cost_sentence(run.metrics)], figures={"speed": draw_speed(run.metrics)})
+    if run.record is not None:
+        yield Section("Settings", tables=[settings_table(run.record)])
+
+
+def _result(run: RunFiles) -> Iterator[str]:
+    last = run.metrics[-1]
+    length = _length(run.record)
+    of_all = f" of {length}" if length else ""
+    yield (
+        f"{_count(last['iteration'])}{of_all} iterations, {last.get('epoch', 0):.2f} epochs, "
+        f"{_count(last.get('consumed_samples'))} samples, {_count(last.get('consumed_tokens'))} tokens."
+    )
+    iterations, losses = series(run.metrics, "validation_loss")
+    if losses:
+        lowest = int(np.argmin(losses))
+        yield (
+            f"Validation loss: **{number(losses[-1])}** at iteration {iterations[-1]}, {number(losses[0])} at "
+            f"iteration {iterations[0]}. The lowest is {number(losses[lowest])}, at iteration {iterations[lowest]}."
+        )
+    iterations, losses = series(run.metrics, "loss")
+    if losses:
+        yield f"Training loss: {number(losses[-1])} at iteration {iterations[-1]}, {number(losses[0])} at first."
+
+
+def _length(record: RunRecord | None) -> str:
+    """Iterations of the whole run, if the record tells."""
+    if record is None:
+        return ""
+    samples = int((record.schedule or {}).get("wd_incr_steps") or 0)
+    planned = record.config.training.train_iters or samples // record.config.global_batch_size
+    return _count(planned) if planned else ""
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "–"
+
+
+def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
+    _, speeds = series(metrics, "tokens_per_second")
+    _, steps = series(metrics, "step_seconds")
+    _, peaks = series(metrics, "peak_memory_bytes")
+    told = [f"Training took {timedelta(seconds=round(_training_seconds(metrics)))}, without validation and saves"]
+    if steps:
+        told.append(f"a step {number(median(steps))} s (median), with {_rounded(median(speeds))} tokens a second")
+    if peaks:
+        told.append(f"memory of the process of rank 0 at most {number(max(peaks) / 1e9)} GB")
+    return "; ".join(told) + "."
+
+
+def _training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Of all steps, by the mean time of a step that each line has for those since the line before."""
+    before, seconds = 0, 0.0
+    for record in metrics:
+        seconds += (record.get("step_seconds") or 0.0) * (record["iteration"] - before)
+        before = record["iteration"]
+    return seconds
+
+
+def _rounded(value: float) -> str:
+    """Three digits of a large number."""
+    digits = max(int(log10(value)) - 2, 0) if value > 0 else 0
+    return f"{round(value / 10**digits) * 10**digits:,}"
+
+
+def _lambda_sentence(last: Mapping[str, Any]) -> str:
+    values = [value for value in last["lambda"].values() if value is not None]
+    if not values:
+        return ""
+    return (
+        f"At iteration {last['iteration']} the share of the low-rank part is {number(float(np.mean(values)))} on "
+        f"average over {len(values)} layers, from {number(min(values))} to {number(max(values))}; the rest is the "
+        f"rotation's."
+    )
+
+
+def _on_samples(run: RunFiles) -> str:
+    return (
+        f"Greedy answers of the base model and of the trained one to {len(run.samples)} prompts, spread evenly over "
+        f"the validation data."
+    )
+
+
+def samples_table(samples: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each prompt; long texts are cut."""
+    rows = tuple(tuple(_cut(sample[name]) for name in SAMPLE_FIELDS) for sample in samples)
+    columns = ("prompt", "in the data", "before", "after")
+    return Table("Answers", columns, rows, text_columns=4, is_sortable=False, is_prose=True)
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS].rstrip()} …"
+
+
+def settings_table(record: RunRecord) -> Table:
+    """Every flag of the run that is not at its default."""
+    config = record.config
+    rows = []
+    for section in field_names(type(config)):
+        part = getattr(config, section)
+        recorded = getattr(part, "recorded_fields", field_names(type(part)))
+        rows += [
+            (flag_of(one), _value(one, getattr(part, one.name)))
+            for one in fields(part)
+            if one.name in recorded and one.metadata and getattr(part, one.name) != _default(one)
+        ]
+    return Table("Flags that are not at their defaults", ("flag", "value"), tuple(dict.fromkeys(rows)), text_columns=2)
+
+
+def _default(one: Any) -> Any:
+    return None if one.default is MISSING else one.default
+
+
+def _value(one: Any, value: Any) -> str:
+    return spelled("", value).strip() or "yes" if value is not False else "no"
+
+
+# Figures of a run, by iteration.
+
+
+def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """The headline: training loss, its running mean where it has many points, and validation loss."""
+    figure = new_figure(10, 4.2)
+    axes = figure.subplots()
+    _draw_smoothed(axes, metrics, "loss", "training")
+    iterations, losses = series(metrics, "validation_loss")
+    if losses:
+        axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label="validation")
+        lowest = int(np.argmin(losses))
+        axes.annotate(
+            number(losses[lowest]),
+            (iterations[lowest], losses[lowest]),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=VALIDATION,
+        )
+    _finish(axes, "Loss")
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Learning rate, and gradient norm before clipping."""
+    figure = new_figure(10, 3.4)
+    left, right = figure.subplots(1, 2)
+    left.plot(*series(metrics, "learning_rate"), color=AFTER, linewidth=1.6)
+    _finish(left, "Learning rate")
+    left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _draw_smoothed(right, metrics, "grad_norm", "")
+    _finish(right, "Gradient norm (before clipping)")
+    return figure
+
+
+def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Tokens a second over all ranks, and memory of rank 0."""
+    figure = new_figure(10, 3.4)
+    left, right = figure.subplots(1, 2)
+    _draw_smoothed(left, metrics, "tokens_per_second", "")
+    _finish(left, "Tokens a second")
+    for name, label, line in (("memory_bytes", "now", "-"), ("peak_memory_bytes", "peak", "--")):
+        iterations, values = series(metrics, name)
+        right.plot(iterations, [value / 1e9 for value in values], line, color=AFTER, linewidth=1.6, label=label)
+    _finish(right, "Memory of rank 0 (GB)")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_ylim(0, axes.dataLim.ymax * 1.15 or 1)
+    return figure
+
+
+def _draw_smoothed(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+    iterations, values = series(metrics, name)
+    if len(values) < SMOOTHED_FROM:
+        axes.plot(iterations, values, color=AFTER, linewidth=1.6, label=label)
+        return
+    axes.plot(iterations, values, color=BEFORE, linewidth=0.8, alpha=0.6)
+    axes.plot(iterations, running_mean(values), color=AFTER, linewidth=1.8, label=label)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Of each point and its neighbours, a twentieth of the curve; fewer at its ends, so that it keeps its length."""
+    half = max(len(values) // 40, 1)
+    return [float(np.mean(values[max(at - half, 0) : at + half + 1])) for at in range(len(values))]
+
+
+def _finish(axes: Axes, title: str) -> None:
+    style(axes, title)
+    axes.set_xlabel("iteration")

@@ -1,0 +1,166 @@
+"""The page of a single run: what its files say, at any stage of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
+from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.experiment import page, run_report
+from megatron_peft.experiment.page import html, markdown, write_page
+from megatron_peft.experiment.run_report import SAMPLES_FILE, build, is_run, read_run, running_mean
+from tests.checkpoint.records import make_record
+from tests.experiment.small_results import LAYERS
+from tools import report
+
+LENGTH = 80
+
+
+def line(at: int, **changes: Any) -> dict[str, Any]:
+    speed = {"step_seconds": 0.5, "tokens_per_second": 1234.0, "memory_bytes": 2e9, "peak_memory_bytes": 3e9}
+    numbers = {"loss": 2 + 1 / at, "learning_rate": 1e-3, "grad_norm": 1.0, **speed}
+    return (
+        {"iteration": at, "epoch": at / 40, "consumed_samples": 8 * at, "consumed_tokens": 900 * at} | numbers | changes
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run in progress: a line each second step, a validation each twentieth, no checkpoint."""
+    losses = {20: 2.5, 40: 1.75, 60: 2.25, 80: 1.875}
+    lines = [line(at, **({"validation_loss": losses[at]} if at in losses else {})) for at in range(2, LENGTH + 1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return tmp_path
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def add_checkpoint(folder: Path) -> None:
+    checkpoint = iteration_folder(folder, LENGTH)
+    checkpoint.mkdir()
+    (checkpoint / RECORD).write_text(make_record().to_json())
+    (folder / TRACKER).write_text(f"{LENGTH}\n")
+
+
+def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 82, "lo')  # being written
+    found = build(read_run(folder))
+    assert [section.title for section in found.sections] == [
+        "Loss",
+        "Learning rate and gradient norm",
+        "Speed and memory",
+    ]
+    assert found.title == folder.name
+    text = markdown(found)
+    assert "80 iterations, 2.00 epochs, 640 samples, 72,000 tokens." in text
+    assert "**1.875** at iteration 80, 2.500 at iteration 20. The lowest is 1.750, at iteration 40." in text
+    assert "Training loss: 2.013 at iteration 80, 2.500 at first." in text
+    told = "Training took 0:00:40, without validation and saves; a step 0.500 s (median), with 1,230 tokens a second"
+    assert f"{told}; memory of the process of rank 0 at most 3.000 GB." in text
+    loss = found.sections[0].figures["loss"].axes[0]
+    assert [len(one.get_xdata()) for one in loss.lines] == [40, 4]  # type: ignore[arg-type]
+    assert [one.get_text() for one in loss.texts] == ["1.750"]
+    _, memory = found.sections[2].figures["speed"].axes
+    assert [one.get_ydata()[0] for one in memory.lines] == [2.0, 3.0]  # type: ignore[index]
+
+
+def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> None:
+    add_checkpoint(folder)
+    values = [{LAYERS[0]: 0.5, LAYERS[1]: 0.5}, {LAYERS[0]: 0.25, LAYERS[1]: 0.75}]
+    write_lines(
+        folder / "lambda.jsonl", [{"iteration": at, "lambda": one} for at, one in zip((1, 80), values, strict=True)]
+    )
+    answers = {"reference": "Bonjour", "before": "<script>alert(1)</script>", "after": "x" * 900}
+    write_lines(folder / SAMPLES_FILE, [{"prompt": "Hello", **answers}])
+    found = build(read_run(folder))
+    titles = [section.title for section in found.sections]
+    assert titles[1] == "Answers before and after" and titles[3:] == ["Lambda by layer", "Speed and memory", "Settings"]
+    assert found.title == f"{folder.name}: lora on base"
+    assert found.sections[0].texts[0].startswith("80 of 3 iterations")  # the record's length
+    assert "is 0.500 on average over 2 layers, from 0.250 to 0.750" in found.sections[3].texts[0]
+    (row,) = found.sections[1].tables[0].rows
+    assert row[:3] == ("Hello", "Bonjour", "<script>alert(1)</script>") and row[3] == "x" * 600 + " …"
+    settings = {name: value for name, value in found.sections[-1].tables[0].rows}
+    assert settings["--lora-rank"] == "4" and settings["--train-data-path"] == "pairs.jsonl"
+    assert not {"--lora-alpha", "--eval-interval", "--peft-method"} & settings.keys(), "defaults"
+
+
+def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")  # takes seconds
+    write_lines(folder / SAMPLES_FILE, [dict.fromkeys(("prompt", "reference", "before", "after"), "<script>alert(1)")])
+    assert "<script>alert(1)" not in html(build(read_run(folder)))
+    assert write_page(build(read_run(folder)), folder / "there" / "report.html").read_text().endswith("</html>")
+    assert [path.name for path in (folder / "there").iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.jsonl", "", "metrics.jsonl is still empty"),
+        ("metrics.jsonl", "[]\n", "metrics.jsonl, line 1: not a record of metrics"),
+        (SAMPLES_FILE, "[1]\n", "samples.jsonl, line 1: not a sample with prompt, reference, before, after"),
+        (SAMPLES_FILE, '{"prompt": "a"}\n', "samples.jsonl, line 1: not a sample"),
+    ],
+)
+def test_a_damaged_file_is_named(folder: Path, name: str, content: str, told: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=told):
+        read_run(folder)
+
+
+def test_losses_that_are_not_finite_leave_gaps(folder: Path) -> None:
+    write_lines(folder / "metrics.jsonl", [line(1, loss=None, grad_norm=None), line(2, validation_loss=None)])
+    assert "Validation loss" not in markdown(build(read_run(folder)))
+
+
+def test_running_mean_keeps_the_length_and_the_level() -> None:
+    noisy = [2.0 + (-1) ** at for at in range(200)]
+    smooth = running_mean(noisy)
+    assert len(smooth) == 200 and np.ptp(smooth[5:-5]) < 0.3 and np.mean(smooth) == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--against", "lora"], "--against is of an experiment"),
+        (["--experiment", "e.yaml"], "e.yaml"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--samples", "2", "--bf16"], "the base model bases/base, which does not exist: give its current folder"),
+        (["--tensor-model-parallel-size", "2"], "unrecognized arguments: --tensor-model-parallel-size 2"),
+    ],
+)
+def test_what_is_wrong_with_flags_is_told_with_exit_code_2(folder: Path, capsys, flags: list[str], told: str) -> None:
+    add_checkpoint(folder)
+    try:
+        code = report.main([str(folder), *flags])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and told in capsys.readouterr().err and not (folder / "report.html").exists()
+
+
+def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")
+    assert is_run(folder) and not is_run(folder / "nowhere")
+    assert report.main([str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}/report.html\n"
+    (folder / "cells").mkdir()
+    assert report.main([str(folder)]) == 2 and "experiment.yaml is not there" in capsys.readouterr().err
+    assert report.main([str(folder), "--samples", "3"]) == 2 and "--samples is of a run" in capsys.readouterr().err
+
+
+def test_the_length_of_a_run_by_epochs_is_that_of_its_schedule() -> None:
+    record = make_record()
+    assert run_report._length(record) == "3"
+    by_epochs = make_record(config=_by_epochs(record.config))
+    assert run_report._length(by_epochs) == "3"  # 12 samples, in batches of 4
+
+
+def _by_epochs(config: RunConfig) -> RunConfig:
+    return replace(config, training=replace(config.training, train_iters=None, train_epochs=1.0))

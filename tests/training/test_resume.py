@@ -1,0 +1,196 @@
+"""A run that is started again: what it resumes from and says, what is refused before weights are read, the best."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed import get_rank
+
+from megatron_peft.checkpoint.folders import BEST
+from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.runtime.launch import start_world, stop_model_parallel
+from megatron_peft.training import loop
+from megatron_peft.training import run as finetune_module
+from megatron_peft.training.run import finetune
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def world():
+    with one_rank(with_groups=False):
+        yield
+
+
+@pytest.fixture
+def run(job, world, capsys):
+    """Fine-tune a job's configuration with changes of its groups; returns what was printed."""
+
+    def fine_tuned(**groups):
+        try:
+            base = groups.pop("base", None)
+            asked = job(**{"num_steps": 4, **groups})
+            finetune(dataclasses.replace(asked, base=base or asked.base).config(1))
+        finally:
+            stop_model_parallel()
+        return capsys.readouterr().out
+
+    return fine_tuned
+
+
+def test_a_resumed_run_says_from_what_from_where_and_what_is_left(run, tmp_path):
+    save = {"save": str(tmp_path), "load": str(tmp_path)}
+    assert "resumed from" not in run(checkpoint=save, training={"exit_interval": 2})
+    told = run(checkpoint=save)
+    place = f"{tmp_path}/iter_0000002: iteration 2 of 4, 16 samples (epoch 0.40); 2 iterations left"
+    assert f"resumed from {place}\n" in told and "trained 2 iterations (3 to 4): the run is complete\n" in told
+    assert "nothing to do: the run was complete at iteration 4\n" in run(checkpoint=save)
+    told = run(checkpoint={"load": str(tmp_path), "finetune": True})
+    assert f"loaded the parameters of {tmp_path}/iter_0000004 (--finetune): the run starts at iteration 0 of 4" in told
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"optimizer": {"lr": 1e-3}}, "was trained with another schedule .--lr: 0.005 there, 0.001 here"),
+        ({"peft": {"method": "full"}}, "--peft-method lora, but this run has --peft-method full"),
+        ({"peft": {"lora_rank": 8}}, "--lora-rank 4, but this run has --lora-rank 8"),
+        ({"logging": {"wandb_project": "p", "wandb_exp_name": "e"}}, "--wandb-project needs the package wandb"),
+    ],
+    ids=["schedule", "method", "rank", "wandb"],
+)
+def test_contradictions_are_errors_before_weights_are_read(run, finished, monkeypatch, groups, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(finetune_module, "build_model_chunks", lambda *_: pytest.fail("the model is built"))
+    with pytest.raises(ConfigurationError, match=message):
+        run(checkpoint={"load": finished}, **groups)
+
+
+@pytest.fixture(scope="module")
+def finished(job, world, tmp_path_factory):
+    """The --save folder of a run of four steps."""
+    folder = str(tmp_path_factory.mktemp("finished"))
+    finetune(job(num_steps=4, checkpoint={"save": folder}).config(1))
+    stop_model_parallel()
+    return folder
+
+
+def test_a_damaged_record_is_left_to_the_load_which_goes_back(run, tmp_path):
+    save = {"save": str(tmp_path), "save_interval": 2}
+    run(checkpoint=save)
+    (tmp_path / "iter_0000004" / "run_record.json").write_text("{")
+    assert f"resumed from {tmp_path}/iter_0000002" in run(checkpoint={**save, "load": str(tmp_path)})
+
+
+def test_resume_auto_starts_then_resumes_and_says_which(run, finished, tmp_path):
+    """With --load --finetune the run begins from another one's parameters, once."""
+    auto = {"save": str(tmp_path / "run"), "resume": "auto", "load": finished, "finetune": True}
+    told = run(checkpoint=auto, training={"exit_interval": 3})
+    assert f"loaded the parameters of {finished}/iter_0000004 (--finetune)" in told
+    assert f"resumed from {tmp_path}/run/iter_0000003: iteration 3 of 4" in run(checkpoint=auto)
+    assert "nothing to do" in run(checkpoint={"save": auto["save"], "resume": "auto"})
+    told = run(checkpoint={"save": str(tmp_path / "new"), "resume": "auto"})
+    assert f"--resume auto: --save {tmp_path}/new holds no checkpoint, so a new run starts\n" in told
+    own = (
+        f"^--save {tmp_path}/new \\(--resume auto\\) was trained with --lora-rank 4, .*: give --lora-rank 4, or another"
+    )
+    with pytest.raises(ConfigurationError, match=f"{own} --save.$"):
+        run(checkpoint={"save": str(tmp_path / "new"), "resume": "auto"}, peft={"lora_rank": 8})
+
+
+def test_resume_auto_never_starts_over_in_place_of_a_run_whose_checkpoint_is_lost(run, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("40\n")
+    with pytest.raises(ConfigurationError, match="holds no checkpoint of a run, but its latest_.* names 40"):
+        run(checkpoint={"save": str(tmp_path), "resume": "auto"})
+
+
+def test_resume_auto_needs_save():
+    with pytest.raises(ConfigurationError, match="--resume auto .*: give --save"):
+        CheckpointConfig(resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("groups", "flag"),
+    [
+        ({"training": {"early_stopping_patience": 2}}, "--early-stopping-patience 2"),
+        ({"checkpoint": {"keep_best": True, "save": "runs"}}, "--keep-best"),
+    ],
+)
+@pytest.mark.parametrize("without", [{"data_settings": {"valid_data_path": ()}}, {"training": {"eval_iters": 0}}])
+def test_flags_that_need_a_validation_loss_say_so(job, groups, flag, without):
+    merged = {key: {**groups.get(key, {}), **without.get(key, {})} for key in {*groups, *without}}
+    with pytest.raises(ConfigurationError, match=f"^{flag} needs a validation loss: give --valid-data-path"):
+        job(**merged).config(1)
+
+
+LOSSES = {2: 2.0, 4: 3.0, 6: 4.0}  # iteration -> validation loss
+
+
+def with_losses(state, by_rank=0.0):
+    """The validation loss of an iteration, a little above on each further rank."""
+
+    def measured(*_):
+        return LOSSES[state.position.iteration] + by_rank * get_rank()
+
+    return measured
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path, monkeypatch):
+    train = finetune_module.train
+
+    def with_known_losses(state, *rest):
+        monkeypatch.setattr(loop, "validation_loss", with_losses(state))
+        return train(state, *rest)
+
+    monkeypatch.setattr(finetune_module, "train", with_known_losses)
+    save = {"save": str(tmp_path), "save_interval": 1, "keep_last_checkpoints": 1, "keep_best": True}
+    settings = {"num_steps": 6, "training": {"eval_interval": 2, "early_stopping_patience": 2}}
+    told = run(checkpoint=save, **{**settings, "training": {**settings["training"], "exit_interval": 5}})
+    assert "--exit-interval reached at iteration 5\nlowest validation loss 2.000000E+00 at iteration 2" in told
+    assert os.readlink(tmp_path / BEST) == "iter_0000002"
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000002", "iter_0000005"}
+    record = read_run_record(tmp_path)
+    assert dataclasses.astuple(record.best) == (2.0, 2, 1)
+    told = run(checkpoint={**save, "load": str(tmp_path)}, **settings)
+    assert "stopped early at iteration 6: 2 validation losses without a lower one" in told
+    again = {**save, "load": str(tmp_path)}
+    assert "nothing to do: the run was complete at iteration 6" in run(checkpoint=again, **settings)
+    told = run(checkpoint={**save, "load": str(tmp_path / BEST)}, num_steps=6, training={"exit_interval": 3})
+    assert f"resumed from {tmp_path}/best: iteration 2 of 6" in told
+
+
+def test_the_base_is_recorded_by_its_absolute_path(run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(files[0]).parent)
+    run(num_steps=1, checkpoint={"save": str(tmp_path)}, base="base")
+    record = json.loads((tmp_path / "iter_0000001" / "run_record.json").read_text())
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert record["config"]["model"]["pretrained_checkpoint"] == told["base_model_name_or_path"] == files[0]
+
+
+def ends_on_each_rank(job):
+    start_world()
+    train, reasons = finetune_module.train, []
+
+    def with_losses_of_the_rank(state, *rest):
+        loop.validation_loss = with_losses(state, by_rank=-1.5)
+        reasons.append(train(state, *rest))
+        return reasons[0]
+
+    finetune_module.train = with_losses_of_the_rank
+    finetune(job.config(2))
+    return reasons
+
+
+def test_ranks_stop_early_together_though_their_losses_differ(job, tmp_path):
+    """Rank 1 alone sees 0.5, 1.5, 2.5; rank 0 decides."""
+    settings = {"eval_interval": 2, "early_stopping_patience": 1}
+    own = job(
+        num_steps=6, parallel={"tensor_model_parallel_size": 2}, checkpoint={"save": str(tmp_path)}, training=settings
+    )
+    (first,), (second,) = run_ranks(2, ends_on_each_rank, own)
+    assert first == second and first.startswith("stopped early at iteration 4: 1 validation losses without a lower one")
+    assert "than 2.000000E+00 at iteration 2" in first and (tmp_path / "iter_0000004").is_dir()
