@@ -325,7 +325,7 @@ def our_items(questions: HarnessQuestions) -> Items:
     settings = HarnessSettings(
         questions.names,
         str(output),
-        [questions.tasks],
+        (questions.tasks,),
         limit=questions.limit,
         batch_size=HARNESS_BATCH_SIZE,
         log_samples=True,

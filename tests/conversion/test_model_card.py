@@ -20,7 +20,7 @@ from megatron_peft.conversion.verify import random_tokens, verify
 from tests.checkpoint.records import make_record
 from tests.conversion.adapter_runs import trained_on
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_run
-from tools.convert import main
+from megatron_peft.commands.convert import main
 
 NO_LICENSE = "names no license, since neither --license nor the base's card does"
 

@@ -15,7 +15,7 @@ from megatron_peft.experiment.page import html, markdown, write_page
 from megatron_peft.experiment.run_report import SAMPLES_FILE, build, is_run, read_run, running_mean
 from tests.checkpoint.records import make_record
 from tests.experiment.small_results import LAYERS
-from tools import report
+from megatron_peft.commands import report
 
 LENGTH = 80
 
