@@ -64,10 +64,11 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
     try:
         return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns), local_files_only=offline)
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
-        why = f"and {'HF_HUB_OFFLINE is set' if offline else _reason(error)}"
+        why = "HF_HUB_OFFLINE is set" if offline else _reason(error)
+        known = "neither a folder here nor the prefix of an .idx" if repository == "dataset" else "no folder here"
         raise ConfigurationError(
-            f"{flag} {name} is no folder here, and the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does "
-            f"not have it, {why}. {_way_out(name, repository)}"
+            f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
+            f"and {why}. {_way_out(name, repository)}"
         ) from error
 
 

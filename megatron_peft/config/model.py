@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_peft.config.errors import Requirements, flag, option
-from megatron_peft.config.sources import is_indexed, require_one_kind
+from megatron_peft.config.sources import is_indexed, kind_of_source, require_one_kind
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
@@ -220,7 +220,7 @@ class DataConfig:
             for name in ("train_data_path", "valid_data_path", "test_data_path"):
                 require.that_holds(lambda name=name: require_one_kind(getattr(self, name), flag(name)))
             require(
-                not self.data_path or is_indexed(self.data_path),
+                not any(kind_of_source(path) in ("json", "table") for path in self.data_path),
                 f"--data-path {' '.join(self.data_path)}: it takes prefixes of indexed data, which --split cuts; give "
                 "records to --train-data-path and --valid-data-path.",
             )

@@ -152,7 +152,7 @@ def _dataset(
     paths = _paths(config, split)
     if not paths:
         return None
-    if is_indexed(paths):
+    if config.data.data_path or is_indexed(paths):
         indexed = build_indexed(config.data, split, paths, num_samples, tokenizer, num_ids)
         _require_one_digest(split, paths, indexed.digest if indexed else "")
         return indexed

@@ -338,7 +338,7 @@ class _Writer:
         require(
             not empty,
             f"{' and '.join(empty)} would be empty: {trained} items to train on, and {self.counts['removed']} left out "
-            "that are test items. Give more items, or another --valid-percent or --seed.",
+            "that are test items. Give more items, another --valid-percent (0: no validation file) or another --seed.",
         )
         examples = self.counts[FEWSHOT]
         require(

@@ -15,7 +15,7 @@ _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _BLOCK_BYTES = 1 << 20
 
 
-class Table:
+class DataTable:
     """Rows as records. `digest` is a CRC-32 of the files, or of the Hub's name and commit."""
 
     def __init__(self, path: str, rows: Any, digest: int) -> None:
@@ -33,7 +33,7 @@ class Table:
         return f"{self.path}, row {index + 1}"
 
 
-def open_table(path: str, flag: str) -> Table:
+def open_table(path: str, flag: str) -> DataTable:
     """The table that `path` names: a file, FOLDER[:SPLIT] or ORG/NAME[[:CONFIG]:SPLIT].
 
     Raises ConfigurationError if it cannot be read, or has several splits and none is chosen.
@@ -47,21 +47,21 @@ def open_table(path: str, flag: str) -> Table:
         folder = Path(local_folder(name, flag, DATA_FILES, "dataset"))
         digest = zlib.crc32(f"{folder.name} {path}".encode())  # the folder is named by its commit
     rows = _read(f"{flag} {path}", partial(_open_folder, folder, choice, f"{flag} {name}"))
-    return Table(path, rows, digest)
+    return DataTable(path, rows, digest)
 
 
-def _open_file(path: Path, flag: str) -> Table:
+def _open_file(path: Path, flag: str) -> DataTable:
     import datasets
 
     require_regular(path, flag)
     named, kind = f"{flag} {path}", path.suffix[1:]
     if kind == "arrow":
         try:
-            return Table(str(path), datasets.Dataset.from_file(str(path)), _digest([path]))
+            return DataTable(str(path), datasets.Dataset.from_file(str(path)), _digest([path]))
         except Exception:  # noqa: BLE001 - Arrow's other format, of files and not of streams; read below
             pass
     load = partial(datasets.load_dataset, kind, data_files=str(path), split="train")
-    return Table(str(path), _read(named, load), _digest([path]))
+    return DataTable(str(path), _read(named, load), _digest([path]))
 
 
 def _open_folder(folder: Path, choice: list[str], named: str) -> Any:

@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_named(tmp_path, text, told):
 
 def here(schedule=None, **changes):
     """This run: that of make_record with changes, those of the configuration by group."""
-    groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer") if name in changes}
+    groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer", "data_settings") if name in changes}
     record = make_record()
     same = CurrentRun(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
     return dataclasses.replace(same, schedule={**SCHEDULE, **(schedule or {})}, **changes)
@@ -113,8 +113,9 @@ def test_a_packed_run_of_before_there_was_a_choice_of_packing_is_told_of_the_oth
     told = "--packing first-fit-decreasing (before: next-fit), at the old position"
     assert told in changes(record, here(data_settings=packed))
     assert changes(record, here(data_settings=packed | {"packing": "next-fit"})) == ""
-    del plain["config"]["data"]["pack_sequences"]
-    assert changes(RunRecord.from_json(json.dumps(plain)), here()) == ""
+    plain = json.loads(make_record().to_json())
+    del plain["config"]["data"]["packing"]
+    assert changes(RunRecord.from_json(json.dumps(plain)), here()) == ""  # a run that packs nothing
 
 
 def test_several_contradictions_come_at_once_and_full_fine_tuning_does_not_look_at_adapters():

@@ -22,7 +22,7 @@ PROGRAMS = {
 FILES = {"metrics": ("metrics.jsonl",), "lambda": ("lambda.jsonl",)}
 # Newest flag (with its value, where that changed) -> what a tree gets whose --help does not know it:
 # "--hybrid-merge-interval": "--hybrid-fold-interval", "--urnn-update manifold": "--urnn-update riemannian"
-FLAGS: dict[str, str] = {}
+FLAGS: dict[str, str] = {"--packing next-fit": ""}
 # Pattern -> newest spelling, in the names of what is compared (fields of metrics, layers, tensors of a checkpoint):
 # r"\.adapter\.lora_a$": ".adapter.A"
 NAMES: dict[str, str] = {}
@@ -54,7 +54,7 @@ BLOOM = {  # what one family's runs suffice for: bfloat16, dropout with recomput
     "lora bf16": "--peft-method lora --lora-rank 4 --bf16",
     "boft dropout": f"--peft-method boft {BOFT} --hidden-dropout 0.1 --attention-dropout 0.1 "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    "hybrid packed": f"{HYBRID} {BOFT} --pack-sequences",
+    "hybrid packed": f"{HYBRID} {BOFT} --pack-sequences --packing next-fit",
 }
 METHODS = {"llama": LLAMA, "bloom": BLOOM}
 TP2 = "--tensor-model-parallel-size 2"
