@@ -40,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["MEGATRON_PEFT_UNSAFE_EXECUTION"] = "1"  # for megatron_peft.evaluation.sandbox
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read at import
     os.environ.setdefault("TQDM_DISABLE", "1")  # hides the harness's progress bars
+    from megatron_peft.evaluation.task_names import require_known_tasks
+
     try:
         require_packages("eval", "lm_eval", "rouge_score", "sacrebleu")
+        require_known_tasks(own["tasks"], own["include_path"])
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
 

@@ -28,6 +28,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
         ("import tools.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
         ("import tools.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
+        ("import tools.evaluate as tool; tool.main('--tasks hellaswagg --output x'.split())", "", NONE),
         ("import tools.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
         ("import megatron_peft.data.documents", "", "heavy: numpy"),
