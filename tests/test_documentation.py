@@ -6,19 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.cli.flags import served_flags
-from megatron_peft.data.task_readers import shipped
+from megatron_peft.cli.parser import ArgumentParser
+from megatron_peft.commands.completion import with_commands
+from megatron_peft.commands.program import COMMANDS, add_commands
 from megatron_peft.experiment.documents import PLACE, filled
 from megatron_peft.experiment.report import build, markdown
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference
-from tools.convert import FLAGS as CONVERT_FLAGS
-from tools.evaluate import FLAGS as EVALUATE_FLAGS
-from tools.experiment import FLAGS as EXPERIMENT_FLAGS
-from tools.generate import FLAGS as GENERATE_FLAGS
-from tools.prepare_data import COMMON as PREPARE_COMMON
-from tools.prepare_data import flags_of
-from tools.report import FLAGS as REPORT_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -31,11 +26,9 @@ FOREIGN = set(
 
 
 def known_flags() -> set[str]:
-    convert = {"--input", "--output", "--reference", *CONVERT_FLAGS}
-    prepare = {"--tasks", *(flag for task in shipped().values() for flag in flags_of(task))}
-    evaluation = {*EVALUATE_FLAGS, *GENERATE_FLAGS, *prepare, *PREPARE_COMMON}
-    experiments = {*EXPERIMENT_FLAGS, *REPORT_FLAGS}
-    return {name for served in served_flags() for name in served.names} | FOREIGN | convert | evaluation | experiments
+    parser = ArgumentParser("megatron-peft")
+    add_commands(parser, COMMANDS)
+    return {name for one in with_commands(parser) for name in one._option_string_actions} | FOREIGN
 
 
 def page_id(path: Path) -> str:

@@ -31,7 +31,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
     "demo": {"config", "runtime", "models", "cli", "checkpoint", "data", "training", "evaluation", "experiment"},
 }
-ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it, and nothing imports them
+ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
+ALLOWED = {**ALLOWED, "commands": {*ALLOWED} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
 
 
 # Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.commands import demo, evaluate, report
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import scoring
 from tests.test_imports import imported_roots
-from tools import demo, evaluate, report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -316,7 +316,8 @@ def _answers(item: Mapping[str, Any]) -> list[Any]:
 
 def our_items(questions: HarnessQuestions) -> Items:
     """Started on a rank of its own."""
-    from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+    from megatron_peft.config.evaluation import HarnessSettings
+    from megatron_peft.evaluation.harness_run import evaluate
 
     torch.set_num_threads(1)
     start_world()

@@ -4,16 +4,19 @@ spelled-out names.
 Nothing here parses. `served_flags()` is the whole list; `megatron_peft.cli.parser` turns it into a parser.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_peft.cli.config_files import KnownFlag
+from megatron_peft.cli.launch import LaunchConfig
 from megatron_peft.cli.megatron import MegatronField, megatron_fields
 from megatron_peft.config import METHODS, RunConfig, flag
 
 # Titles of --help, in order. A field may name its title; the others go to the one of their section.
 GROUPS = (
+    "configuration files",
     "model",
     "network size (optional; compared with the checkpoint)",
     "PEFT",
@@ -30,7 +33,7 @@ GROUPS = (
     "logging",
     "accepted without effect (always the case here)",
 )
-SHAPE, RECOMPUTE, ACCEPTED_GROUP = GROUPS[1], GROUPS[9], GROUPS[14]
+PROGRAM_GROUP, SHAPE, RECOMPUTE, ACCEPTED_GROUP = GROUPS[0], GROUPS[2], GROUPS[10], GROUPS[15]
 SECTION_GROUPS = {
     "parallel": "distributed",
     "peft": "PEFT",
@@ -103,7 +106,7 @@ ACCEPTED = {
 ACCEPTED_VALUES = {"--ckpt-format": ("torch_dist",)}
 
 
-Target = Literal["config", "shape", "transformer", "nothing"]  # where the value of a flag goes
+Target = Literal["config", "shape", "transformer", "nothing", "launch", "program"]  # where the value of a flag goes
 TAKES_A_VALUE = object()
 
 
@@ -125,17 +128,41 @@ class Flag:
     constant: Any = TAKES_A_VALUE
     default: Any = None
     metavar: str | None = None
+    required: bool = False
+    section: str = ""  # of a configuration file
 
 
 def served_flags() -> tuple[Flag, ...]:
     """Every flag that is served, in the order of `GROUPS`."""
-    found = [*_config_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
+    found = [*_program_flags(), *_config_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
     return tuple(sorted(found, key=lambda flag: GROUPS.index(flag.group)))
 
 
 def sections() -> dict[str, type]:
     """Name of a part of RunConfig -> its dataclass."""
     return get_type_hints(RunConfig)
+
+
+def flags_of(config_class: type) -> tuple[Flag, ...]:
+    """A flag for each field of one dataclass, for a program with flags of its own. A name without dashes is a word."""
+    hints = get_type_hints(config_class)
+    return tuple(one for field in fields(config_class) for one in _field_flags("", field, hints[field.name]))
+
+
+def _program_flags() -> Iterator[Flag]:
+    """What every program of the package understands besides its own flags."""
+    words = "YAML files with flags as keys; later files override earlier ones, and typed flags override all"
+    yield Flag(("--config",), "program", "config", words, PROGRAM_GROUP, many=True, metavar="FILE")
+    words = "print what would run as a configuration file, and exit"
+    yield Flag(("--print-config",), "program", "print_config", words, PROGRAM_GROUP, constant=True)
+
+
+def launch_flags() -> Iterator[Flag]:
+    """A flag for each field of `LaunchConfig`."""
+    hints = get_type_hints(LaunchConfig)
+    for field in fields(LaunchConfig):
+        for one in _field_flags("launch", field, hints[field.name]):
+            yield replace(one, target="launch")
 
 
 def _config_flags() -> Iterator[Flag]:
@@ -153,17 +180,24 @@ def _field_flags(section: str, field: Field[Any], annotation: Any) -> Iterator[F
     kind, choices, many = _value_of(annotation)
     own = field.metadata
     names = own["flags"] or (flag(field.name),)
-    group = own["group"] or SECTION_GROUPS.get(section, section)
-    default = None if field.default is MISSING else field.default
+    group = own["group"] or SECTION_GROUPS.get(section, section or "options")
+    required = field.default is MISSING
+    default = None if required else field.default
     if kind is not bool:
         choices = tuple(METHODS) if field.name == "method" else choices
         yield Flag(
-            names, "config", field.name, own["help"], group, kind, choices, many, TAKES_A_VALUE, default, own["metavar"]
+            *(names, "config", field.name, own["help"], group, kind, choices, many),
+            default=default,
+            metavar=own["metavar"],
+            required=required,
+            section=section,
         )
         return
-    yield Flag(names, "config", field.name, own["help"] + (" (the default)" if default else ""), group, constant=True)
+    words = own["help"] + (" (the default)" if default else "")
+    yield Flag(names, "config", field.name, words, group, constant=True, section=section)
     if default:
-        yield Flag((f"--no-{names[0][2:]}",), "config", field.name, f"disable {names[0]}", group, constant=False)
+        opposite = (f"--no-{names[0][2:]}",)
+        yield Flag(opposite, "config", field.name, f"disable {names[0]}", group, constant=False, section=section)
 
 
 def _value_of(annotation: Any) -> tuple[type, tuple[str, ...] | None, bool]:
@@ -184,9 +218,9 @@ def _shape_flags() -> Iterator[Flag]:
     for name, (value, words) in SHAPE_VALUES.items():
         choices = value if isinstance(value, tuple) else None
         kind = value if isinstance(value, type) else str
-        yield Flag((flag(name),), "shape", name, words, SHAPE, kind, choices)
+        yield Flag((flag(name),), "shape", name, words, SHAPE, kind, choices, section="model")
     for name, words in SHAPE_CLAIMS.items():
-        yield Flag((flag(name),), "shape", name, words, SHAPE, constant=True)
+        yield Flag((flag(name),), "shape", name, words, SHAPE, constant=True, section="model")
 
 
 def _run_flags() -> Iterator[Flag]:
@@ -195,7 +229,7 @@ def _run_flags() -> Iterator[Flag]:
         group = "optimizer and regularization" if name.endswith("_dropout") else RECOMPUTE
         yield _transformer_flag("transformer", transformer[name], group)
     for name, (key, value, words) in RUN_SWITCHES.items():
-        yield Flag((name,), "transformer", key, words, RECOMPUTE, constant=value)
+        yield Flag((name,), "transformer", key, words, RECOMPUTE, constant=value, section="model")
 
 
 def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
@@ -203,7 +237,12 @@ def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
     constant = True if kind is bool else TAKES_A_VALUE
     default = RUN_DEFAULTS.get(field.name)
     words = RUN_FIELDS.get(field.name) or field.help
-    return Flag((flag(field.name),), target, field.name, words, group, kind, choices, False, constant, default)
+    return Flag(
+        *((flag(field.name),), target, field.name, words, group, kind, choices),
+        constant=constant,
+        default=default,
+        section="model",
+    )
 
 
 def _accepted_flags() -> Iterator[Flag]:
@@ -211,3 +250,13 @@ def _accepted_flags() -> Iterator[Flag]:
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, constant=True)
     for name, choices in ACCEPTED_VALUES.items():
         yield Flag((name,), "nothing", name, "the only format", ACCEPTED_GROUP, choices=choices)
+
+
+def known_to_files(flags: Sequence[Flag]) -> dict[str, KnownFlag]:
+    """Those flags as a configuration file may name them."""
+    return {
+        name: KnownFlag(one.constant is TAKES_A_VALUE, one.section)
+        for one in flags
+        if one.target != "program"
+        for name in one.names
+    }

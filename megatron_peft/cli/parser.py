@@ -11,14 +11,28 @@ import shutil
 import signal
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, get_args
 
-from megatron_peft.cli.flags import GROUPS, TAKES_A_VALUE, Flag, sections, served_flags
+from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries, split_off_files
+from megatron_peft.cli.flags import (
+    GROUPS,
+    TAKES_A_VALUE,
+    Flag,
+    Target,
+    flags_of,
+    known_to_files,
+    launch_flags,
+    sections,
+    served_flags,
+)
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
+from megatron_peft.cli.run_file import run_file
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
@@ -109,7 +123,13 @@ def parse_arguments(
             _build_parser(served_flags()).print_help()
         raise SystemExit(0)
     try:
-        return read_config(argv, environ, read_shape, saved)
+        typed = _read_words(argv)
+        config = _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape, saved)
+        if not typed.values["program"].get("print_config"):
+            return config
+        if _is_first_rank(environ):
+            print(run_file(config, typed.values["launch"]), end="")
+        raise SystemExit(0)
     except ConfigurationError as error:
         exit_with_error(error, environ, program)
 
@@ -121,32 +141,131 @@ def read_config(
     saved: Callable[[Values], Values] | None = None,
 ) -> RunConfig:
     """Like `parse_arguments`, but raise ConfigurationError with everything that is wrong instead of exiting."""
+    return _build_config(_read_words(argv), environ.get("WORLD_SIZE", "1"), read_shape, saved)
+
+
+def typed_launch(argv: Sequence[str]) -> dict[str, Any]:
+    """The values of `LaunchConfig` that were typed or stand in a file; what is wrong elsewhere is told later."""
+    of_launch = [CONFIG_FLAG, *(name for one in launch_flags() for name in one.names)]
+    if not any(word.partition("=")[0] in of_launch for word in argv):
+        return {}
+    try:
+        return _read_words(argv).values["launch"]
+    except ConfigurationError:
+        return {}
+
+
+def _read_words(argv: Sequence[str]) -> "_Typed":
+    """Configuration files first, so that typed flags override them. ConfigurationError: a file cannot be read."""
     served = served_flags()
     typed = _Typed(_build_parser(served), {name: one for one in served for name in one.names})
-    for name, values in _split_at_flags(argv):
+    files, words = split_off_files(argv)
+    for entry in file_entries(files, known_to_files(served), why_not_served):
+        typed.read(entry.name, [*entry.words], f"{entry.place}: ")
+    typed.spellings.clear()
+    for name, values in _split_at_flags(words):
         typed.read(name, values)
-    return _build_config(typed, environ.get("WORLD_SIZE", "1"), read_shape, saved)
+    return typed
+
+
+def add_flags(parser: ArgumentParser, config_class: type) -> None:
+    """A flag for each field of a program's own settings, and --config. What is not typed is not stored."""
+    words = "YAML files with flags as keys; typed flags override them"
+    parser.add_argument(CONFIG_FLAG, nargs="+", metavar="FILE", help=words, default=SUPPRESS)
+    for one in flags_of(config_class):
+        settings = _argparse_settings(one)
+        if one.names[0].startswith("-"):
+            settings |= {"dest": one.key, "required": one.required}
+        else:  # a word without a flag
+            del settings["dest"]
+            settings["nargs"] = ("+" if one.required else "*") if one.many else None
+        parser.add_argument(*one.names, default=SUPPRESS, **settings)
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    """Every flag of `served_flags`, for a program that only lists them: `parse_arguments` reads them."""
+    for one in served_flags():
+        if one.names[0] not in parser._option_string_actions:
+            parser.add_argument(*one.names, **_argparse_settings(one))
+
+
+def settings_of(config_class: type, values: Mapping[str, Any]) -> Any:
+    """An instance of those settings with what was typed. ConfigurationError: as the dataclass raises it."""
+    own = {one.name for one in fields(config_class)} & values.keys()
+    return config_class(**{name: _value(values[name]) for name in own})
+
+
+def own_parser(description: str | None) -> ArgumentParser:
+    """A parser for a program with flags of its own; --help shows the description as it is laid out."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
+
+
+def parse_own(
+    parser: ArgumentParser, argv: Sequence[str] | None, commands: Mapping[str, ArgumentParser] | None = None
+) -> dict[str, Any]:
+    """What was typed for a program with flags of its own, or stands in the files of --config.
+
+    Args:
+        commands: sub-commands by name, if the first word is one; a file then sets flags of that one.
+
+    Raises:
+        SystemExit: 0 after `--help`; 2 after telling what is wrong on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own = (commands or {}).get(argv[0] if argv else "")
+    start, words = ([argv[0]], argv[1:]) if own else ([], argv)
+    from_files, _, typed = _words_of_files(own or parser, words)
+    return vars(parser.parse_args([*start, *from_files, *typed]))
 
 
 def read_own_flags(
-    own: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None, program: str, description: str | None
-) -> tuple[dict[str, Any], list[str]]:
-    """A program's own flags by field name, and what else was typed: flags of pretrain_peft.py, for `parse_arguments`.
+    config_class: type, argv: Sequence[str] | None, description: str | None
+) -> tuple[Callable[[], Any], list[str]]:
+    """A program's own settings, and what else was typed: flags of pretrain_peft.py, for `parse_arguments`.
 
-    Args:
-        own: flag with its dashes -> settings of argparse's add_argument.
-        argv: None takes the process's own.
-        description: shown by --help, as it is laid out.
+    Returns:
+        A function that makes the settings, or raises ConfigurationError; the other words.
 
     Raises:
         SystemExit: 0 after `--help`; 2 after telling what is wrong with one of its own flags on stderr.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(program, description=description, formatter_class=layout, allow_abbrev=False)
-    for name, settings in own.items():
-        parser.add_argument(name, **settings)
-    values, rest = parser.parse_known_args(argv)
-    return vars(values), rest
+    parser = own_parser(description)
+    add_flags(parser, config_class)
+    own, others, typed = _words_of_files(parser, sys.argv[1:] if argv is None else argv, served_flags())
+    values, rest = parser.parse_known_args([*own, *typed])
+    return lambda: settings_of(config_class, vars(values)), [*others, *rest]
+
+
+def _words_of_files(
+    parser: ArgumentParser, argv: Sequence[str], others: Sequence[Flag] = ()
+) -> tuple[list[str], list[str], list[str]]:
+    """(words for `parser` out of the files of --config, those of the `others`, what was typed besides)."""
+    own = {
+        name: KnownFlag(takes_value=action.nargs != 0)
+        for action in parser._actions
+        for name in action.option_strings or [action.dest]
+    }
+    known = known_to_files(others) | own
+
+    def why_unknown(name: str) -> str:
+        nearest = _nearest(name, known, NEAR)
+        return f"{name} is not a known flag{f'; did you mean {nearest}?' if nearest else '; --help lists them.'}"
+
+    try:
+        files, typed = split_off_files(argv)
+        entries = file_entries(files, known, why_unknown)
+    except ConfigurationError as error:
+        parser.error("\n  - ".join(error.problems))
+    words: tuple[list[str], list[str]] = [], []
+    for one in entries:
+        written = [f"{one.name}={one.words[0]}"] if len(one.words) == 1 else [one.name, *one.words]
+        words[one.name not in own].extend(written if one.name.startswith("-") else one.words)
+    return *words, typed
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def exit_with_error(
@@ -178,26 +297,24 @@ def _is_first_rank(environ: Mapping[str, str]) -> bool:
 class _Typed:
     """What the user typed so far, by where it goes, and what was wrong with it."""
 
-    parser: argparse.ArgumentParser
+    parser: ArgumentParser
     served: Mapping[str, Flag]
-    values: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {"config": {}, "shape": {}, "transformer": {}, "nothing": {}}
-    )
+    values: dict[str, dict[str, Any]] = field(default_factory=lambda: {target: {} for target in get_args(Target)})
     spellings: dict[tuple[str, str], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def read(self, name: str, words: list[str]) -> None:
-        """One flag and the words up to the next flag."""
+    def read(self, name: str, words: list[str], place: str = "") -> None:
+        """One flag and the words up to the next flag; `place` is where they stand, if in a file."""
         try:
             value = self._value(name, words)
         except ConfigurationError as error:
-            self.problems += error.problems
+            self.problems += [place + problem for problem in error.problems]
             return
         served = self.served[name]
-        place, values = (served.target, served.key), self.values[served.target]
-        before = self.spellings.setdefault(place, name)
+        values = self.values[served.target]
+        before = self.spellings.setdefault((served.target, served.key), name)
         if before not in served.names and values[served.key] != value:
-            self.problems.append(f"{before} and {name} contradict each other: leave one out.")
+            self.problems.append(f"{place}{before} and {name} contradict each other: leave one out.")
         values[served.key] = value
 
     def _value(self, name: str, words: list[str]) -> Any:
@@ -221,7 +338,7 @@ class _Typed:
         except argparse.ArgumentError as error:
             raise ConfigurationError(f"{name}: {error.message}.") from error
         (value,) = vars(namespace).values()
-        return tuple(value) if isinstance(value, list) else value
+        return _value(value)
 
 
 def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -288,14 +405,14 @@ def _shape_problems(
     ]
 
 
-def _build_parser(served: Sequence[Flag]) -> argparse.ArgumentParser:
+def _build_parser(served: Sequence[Flag]) -> ArgumentParser:
     """A parser that stores only what is typed: defaults are the dataclasses' own."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=PROGRAM,
         usage=USAGE,
         description=DESCRIPTION,
         formatter_class=_Formatter,
-        argument_default=argparse.SUPPRESS,
+        argument_default=SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -310,12 +427,12 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
     settings: dict[str, Any] = {"dest": f"{served.target}.{served.key}", "help": words}
     if served.constant is not TAKES_A_VALUE:
         return settings | {"action": "store_const", "const": served.constant}
-    shown = " ".join(map(str, served.default)) if served.many else served.default
+    shown = " ".join(map(str, served.default or ())) if served.many else served.default
     if shown not in (None, ""):
         settings["help"] += f" (default: {shown})"
     if served.choices:
         return settings | {"choices": served.choices}
-    metavar = served.metavar or {int: "N", float: "X", str: "TEXT"}[served.kind]
+    metavar = served.metavar or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
     kind = _number if served.kind is float else served.kind
     return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
 

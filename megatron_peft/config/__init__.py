@@ -1,6 +1,14 @@
 """The configuration of a run: frozen dataclasses that validate themselves, a class for each section."""
 
-from megatron_peft.config.errors import ConfigurationError, Requirements, flag, option, require, require_packages
+from megatron_peft.config.errors import (
+    ConfigurationError,
+    Requirements,
+    flag,
+    option,
+    require,
+    require_packages,
+    required_option,
+)
 from megatron_peft.config.methods import (
     LINEAR_MODULES,
     METHODS,

@@ -34,6 +34,11 @@ def option(
     return field(default=default, metadata={**described, "may_change": may_change})  # pyright: ignore[reportReturnType]
 
 
+def required_option(help: str, *, flags: tuple[str, ...] = (), metavar: str | None = None) -> Any:
+    """Like `option`, for a field that has no default: its flag must be given."""
+    return field(metadata={"help": help, "check": None, "group": None, "flags": flags, "metavar": metavar})
+
+
 class ConfigurationError(ValueError):
     """Contradictions in what the user asked for. Each message names the flag, the numbers and the way out.
 

@@ -103,19 +103,31 @@ def _parsed(text: str | bytes) -> Any:
 
 def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
     """The value that `text` holds, read by a loader that makes plain values only."""
-    try:
+    with _yaml_errors(place):
         value = yaml.load(text, loader)
+    try:
+        _walk(value, MAX_YAML_VALUES)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{place}: {error}") from error
+    return value
+
+
+def compose_yaml(text: str, place: str) -> yaml.Node | None:
+    """The nodes of `text` with their lines and columns, of which no value has been made; None for an empty file."""
+    with _yaml_errors(place):
+        return yaml.compose(text, yaml.SafeLoader)
+
+
+@contextmanager
+def _yaml_errors(place: str) -> Iterator[None]:
+    try:
+        yield
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{place} is not YAML: {error}") from error
     except RecursionError as error:
         raise ConfigurationError(f"{place}: {_TOO_DEEP}") from error
     except (ValueError, OverflowError, TypeError) as error:
         raise ConfigurationError(f"{place} is not YAML: {error}.") from error
-    try:
-        _walk(value, MAX_YAML_VALUES)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{place}: {error}") from error
-    return value
 
 
 @contextmanager

@@ -1,11 +1,10 @@
-"""tools/generate.py: prompts from the command line or a file, answers streamed to the terminal or written to a file."""
+"""Prompts from the command line or a file, and answers streamed to the terminal or written to a file."""
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
-from megatron_peft.evaluation.generation import Sampling, StopTexts
+from megatron_peft.evaluation.generation import StopTexts
 from megatron_peft.evaluation.model import InferenceModel, load_model
 from megatron_peft.runtime.launch import checked_together
 
@@ -127,60 +127,28 @@ def request_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[int
         yield advance
 
 
-@dataclass(frozen=True)
-class AnswerSettings:
-    """The flags of tools/generate.py."""
+def plan_of(settings: AnswerSettings) -> AnswerPlan:
+    """What the ranks need to know of the settings to answer."""
+    stops = tuple(map(unescaped, settings.stop))
+    return AnswerPlan(stops, settings.max_new_tokens, settings.sampling(), settings.sampling_seed)
 
-    prompt: str | None = None
-    prompt_file: str | None = None
-    output: str | None = None
-    overwrite: bool = False
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_samples: int = 1
-    stop: Sequence[str] = ()
-    chat: bool = False
-    batch_size: int = 16
-    sampling_seed: int = 1234
 
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.positive("max_new_tokens", "num_samples", "batch_size")
-            given = [value for value in (self.prompt, self.prompt_file) if value is not None]
-            require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
-            require(
-                self.num_samples == 1 or self.temperature != 0,
-                f"--num-samples {self.num_samples} with --temperature 0 gives one answer {self.num_samples} times: "
-                "use a --temperature above 0.",
-            )
-            try:
-                Sampling(self.temperature, self.top_p, self.top_k)
-            except ConfigurationError as error:
-                require.problems += error.problems
-
-    @property
-    def plan(self) -> AnswerPlan:
-        sampling = Sampling(self.temperature, self.top_p, self.top_k)
-        return AnswerPlan(tuple(map(unescaped, self.stop)), self.max_new_tokens, sampling, self.sampling_seed)
-
-    def records(self) -> list[Record]:
-        """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
-        check_output(self.output)
-        if self.output is not None:
-            require(
-                self.overwrite or not Path(self.output).exists(),
-                f"--output {self.output} exists already: give another file, or --overwrite.",
-            )
-            require(
-                self.prompt_file is None or Path(self.output).resolve() != Path(self.prompt_file).resolve(),
-                f"--output {self.output} is the file of --prompt-file: give another file.",
-            )
-        if self.prompt_file is not None:
-            return read_prompts(Path(self.prompt_file))
-        assert self.prompt is not None
-        return [{"prompt": self.prompt}]
+def records_of(settings: AnswerSettings) -> list[Record]:
+    """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
+    check_output(settings.output)
+    if settings.output is not None:
+        require(
+            settings.overwrite or not Path(settings.output).exists(),
+            f"--output {settings.output} exists already: give another file, or --overwrite.",
+        )
+        require(
+            settings.prompt_file is None or Path(settings.output).resolve() != Path(settings.prompt_file).resolve(),
+            f"--output {settings.output} is the file of --prompt-file: give another file.",
+        )
+    if settings.prompt_file is not None:
+        return read_prompts(Path(settings.prompt_file))
+    assert settings.prompt is not None
+    return [{"prompt": settings.prompt}]
 
 
 class AnswerFile:
@@ -231,8 +199,8 @@ def answer(config: RunConfig, settings: AnswerSettings) -> None:
     Raises:
         ConfigurationError: on every rank: wrong files, a wrong checkpoint, a prompt that is too long.
     """
-    plan = settings.plan
-    records = checked_together(settings.records)
+    plan = plan_of(settings)
+    records = checked_together(lambda: records_of(settings))
     is_first = dist.get_rank() == 0
     writes = settings.output is not None and is_first
     file = checked_together(lambda: AnswerFile(Path(str(settings.output))) if writes else None)
@@ -273,7 +241,7 @@ def _lines(
         prompts = [
             NamedPrompt(tuple(ids[number]), f"{number}/{sample}") for number in numbers for sample in range(num_samples)
         ]
-        found = generate_answers(model, prompts, settings.plan, settings.batch_size)
+        found = generate_answers(model, prompts, plan_of(settings), settings.batch_size)
         texts = iter(stop.cut(model.tokenizer.decode(answer)) for answer in found)
         for number in numbers:
             answers = [next(texts) for _ in range(num_samples)]

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_peft.evaluation.generation import GenerationSettings, OnToken, Sampling, StopTexts, generate
+from megatron_peft.config.evaluation import Sampling
+from megatron_peft.evaluation.generation import GenerationSettings, OnToken, StopTexts, generate
 from megatron_peft.evaluation.model import InferenceModel
 from megatron_peft.evaluation.scoring import score_continuations
 

@@ -7,31 +7,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_peft.config import Requirements, require
+from megatron_peft.config import require
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.scoring import CachedRows, broadcast_from_last_stage, inference, left_padded
 from megatron_peft.parallel.layout import generator_for
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: samples from the fewest likeliest tokens whose probabilities sum to at least this.
-        top_k: samples from the k likeliest tokens, before top_p; 0 for all.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.not_negative("temperature", "top_k")
-            require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
-
 
 GREEDY = Sampling()
 

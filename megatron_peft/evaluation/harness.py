@@ -19,10 +19,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, RankDispatcher
-from megatron_peft.evaluation.generation import GREEDY, Sampling, StopTexts
+from megatron_peft.evaluation.generation import GREEDY, StopTexts
 from megatron_peft.evaluation.model import InferenceModel, describe
 from megatron_peft.evaluation.scoring import Continuation
 

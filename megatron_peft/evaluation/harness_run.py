@@ -1,10 +1,9 @@
-"""tools/evaluate.py: check the tasks, load the model, run lm-evaluation-harness, write the results."""
+"""`megatron-peft evaluate`: check the tasks, load the model, run lm-evaluation-harness, write the results."""
 
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, Requirements, RunConfig, require
+from megatron_peft.config import ConfigurationError, RunConfig, require
+from megatron_peft.config.evaluation import HarnessSettings
 from megatron_peft.config.untrusted import parse_yaml, read_json_object, read_text
 from megatron_peft.data.prepare import TaskLoader
 from megatron_peft.evaluation.answers import check_output
@@ -137,40 +137,6 @@ def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
 
 HAVE_A_FORMULA = (lm_eval.api.metrics.mean, lm_eval.api.metrics.acc_all)
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """The flags of tools/evaluate.py."""
-
-    tasks: Sequence[str]
-    output: str
-    include_path: Sequence[str] = ()
-    num_fewshot: int | None = None
-    limit: float | None = None
-    batch_size: int = 16
-    apply_chat_template: bool = False
-    sampling_seed: int = 1234
-    log_samples: bool = False
-    confirm_run_unsafe_code: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        with Requirements(self) as require:
-            require.positive("batch_size", "limit")
-            require.not_negative("num_fewshot")
-            whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
-            require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
-
-    def result_settings(self) -> dict[str, Any]:
-        """The settings that change the results, for their file."""
-        names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
-        folders = list(self.include_path)
-        return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
-
-    def side_file(self, kind: str) -> Path:
-        """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
-        return Path(self.output).with_suffix(f".{kind}.jsonl")
 
 
 def evaluate(config: RunConfig, settings: HarnessSettings) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
-from megatron_peft.checkpoint.folders import newest_checkpoint
+from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import load_checkpoint, require_something_to_load
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
@@ -29,6 +29,7 @@ from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.terminal import count_parameters, print_rank_0, training_summary
 from megatron_peft.training.validation import START_TOLERANCE, start_losses
 
+RUN_FILE = "run.yaml"
 MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin")  # of transformers and PEFT
 
 
@@ -65,8 +66,11 @@ def build_state(
     return start_state(chunks, config, shape, train_iters)
 
 
-def finetune(config: RunConfig) -> None:
+def finetune(config: RunConfig, run_file: str = "") -> None:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
+
+    Args:
+        run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
 
     Raises:
         ConfigurationError: on every rank, before anything large is loaded or anything is written, if something is
@@ -97,6 +101,8 @@ def finetune(config: RunConfig) -> None:
         state.data_digest = data.digest
         if not load_checkpoint(state):
             _check_start(state, data)
+        if config.checkpoint.save and run_file and dist.get_rank() == 0:
+            write_atomically(Path(config.checkpoint.save) / RUN_FILE, run_file)
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver))

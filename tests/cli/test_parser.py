@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_peft.config import (
     PeftConfig,
     RunConfig,
     TrainingConfig,
+    option,
 )
 from megatron_peft.models.shape import ModelShape
 from tests.time_limits import seconds
@@ -206,10 +207,16 @@ def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkey
     assert any("--lora-rank N" in line and "(default: 16)" in line for line in section)
 
 
+@dataclass(frozen=True)
+class OwnSettings:
+    prompt_file: str | None = option(None, "the prompts", metavar="FILE")
+    top_k: int = option(0, "the likeliest tokens")
+
+
 def test_flags_of_another_program_stand_beside_ours() -> None:
-    own = {"--prompt-file": {"metavar": "FILE"}, "--top-k": {"type": int, "default": 0}}
-    values, rest = read_own_flags(own, ["--lr", "1", "--prompt-file", "a", "--prompt", "b"], "p.py", "What it does.")
-    assert values == {"prompt_file": "a", "top_k": 0}
+    words = ["--lr", "1", "--prompt-file", "a", "--prompt", "b"]
+    settings, rest = read_own_flags(OwnSettings, words, "What it does.")
+    assert settings() == OwnSettings("a", 0)
     assert rest == ["--lr", "1", "--prompt", "b"]  # not abbreviated either
     with pytest.raises(SystemExit, match="2"):
-        read_own_flags(own, ["--top-k", "x"], "p.py", "What it does.")
+        read_own_flags(OwnSettings, ["--top-k", "x"], "What it does.")

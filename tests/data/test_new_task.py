@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.commands.prepare import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import TASKS, TaskTemplate
 from megatron_peft.data.task_readers import read_task_file, shipped
 from megatron_peft.evaluation.harness_run import find_tasks
-from tools.prepare_data import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmark-tasks.md"
 (SOURCE,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)

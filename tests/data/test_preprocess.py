@@ -1,17 +1,18 @@
 """JSON lines become Megatron's indexed datasets, by one process or several, whole or not at all."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from megatron_peft.commands.preprocess import main
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data.documents import DocumentEncoder, PreprocessConfig, encoded_documents
 from megatron_peft.data.preprocess import preprocess
 from tests.data.tiny_tokenizers import save_tokenizer
-from tools.preprocess_data import main
 
 TEXTS = [{"text": "1 2 3", "title": "7"}, {"text": "", "title": "8"}, {"text": "4 5", "title": "9"}]
 
@@ -126,5 +127,5 @@ def test_the_tool_takes_megatrons_flags_and_patterns(write_lines, tmp_path, caps
 )
 def test_the_tool_refuses_flags_by_name(write_lines, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
-        run_tool(write_lines(TEXTS), tmp_path / "out", *flags)
+        sys.exit(run_tool(write_lines(TEXTS), tmp_path / "out", *flags))
     assert message in capsys.readouterr().err

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.commands import demo
 from megatron_peft.config import ConfigurationError
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles
 from megatron_peft.demo.run import DemoScore, run_demo
 from megatron_peft.experiment.plots import Translation
-from tools import demo
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
 HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError
-from megatron_peft.evaluation.answers import AnswerSettings, answer
-from megatron_peft.evaluation.harness_run import HarnessSettings, evaluate
+from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings
+from megatron_peft.evaluation.answers import answer
+from megatron_peft.evaluation.harness_run import evaluate
 from megatron_peft.evaluation.model import saved_values
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training.run import finetune

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.evaluation import Sampling
 from megatron_peft.evaluation import dispatch as module
 from megatron_peft.evaluation import scoring
 from megatron_peft.evaluation.dispatch import AnswerPlan, generation_settings, over_replicas
-from megatron_peft.evaluation.generation import Sampling
 from megatron_peft.evaluation.scoring import (
     SEQUENCE_PARALLEL_SWITCHES,
     CachedRows,

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_peft.commands.evaluate import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation import sandbox as sandbox_module
 from megatron_peft.evaluation.sandbox import (
@@ -38,7 +39,6 @@ from megatron_peft.evaluation.task_metrics import run_completions
 from tests.evaluation.attacks import ATTACKS, CHEATS, DOUBLE, attack, cheat
 from tests.evaluation.confined import THREADS, needs_bubblewrap, read
 from tests.time_limits import seconds, wait_until
-from tools.evaluate import main
 
 SHORT = Limits(
     wall_seconds=seconds(8), cpu_seconds=math.ceil(seconds(1))

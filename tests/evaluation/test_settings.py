@@ -14,17 +14,19 @@ import torch.distributed as dist
 from megatron_peft import config as c
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
+from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
 from megatron_peft.evaluation import answers, harness_run, model
 from megatron_peft.evaluation.answers import (
     AnswerFile,
-    AnswerSettings,
     Stream,
     encode_prompts,
+    plan_of,
     read_prompts,
+    records_of,
     request_bar,
 )
-from megatron_peft.evaluation.generation import Sampling, StopTexts
-from megatron_peft.evaluation.harness_run import HarnessSettings, find_tasks
+from megatron_peft.evaluation.generation import StopTexts
+from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.evaluation.model import SAVED, end_ids, run_on_a_model, saved_values, values_of_model
 from tests.evaluation.local_tasks import write_tasks
 from tests.tiny_llama import save_llama
@@ -83,17 +85,21 @@ def test_settings_out_of_range_and_contradictions_are_told(settings, message):
 
 def test_a_stop_text_writes_a_new_line_as_backslash_n_and_a_prompt_stands_as_it_is():
     settings = AnswerSettings(prompt="$\\theta$", stop=["\\n\\n"], temperature=0.5, top_k=3, sampling_seed=9)
-    assert settings.records() == [{"prompt": "$\\theta$"}]
-    assert settings.plan.until == ("\n\n",)
-    assert (settings.plan.sampling.temperature, settings.plan.sampling.top_k, settings.plan.seed) == (0.5, 3, 9)
+    assert records_of(settings) == [{"prompt": "$\\theta$"}]
+    assert plan_of(settings).until == ("\n\n",)
+    assert (plan_of(settings).sampling.temperature, plan_of(settings).sampling.top_k, plan_of(settings).seed) == (
+        0.5,
+        3,
+        9,
+    )
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path):
     (tmp_path / "file").touch()
     for output, message in ((tmp_path, "is a folder: give a file"), (tmp_path / "file" / "x", "cannot be written")):
         with pytest.raises(ConfigurationError, match=f"--output {output} {message}"):
-            AnswerSettings(prompt="a", output=str(output)).records()
-    AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")).records()
+            records_of(AnswerSettings(prompt="a", output=str(output)))
+    records_of(AnswerSettings(prompt="a", output=str(tmp_path / "new" / "out.jsonl")))
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -136,7 +142,7 @@ def test_what_is_no_plain_file_is_never_replaced(tmp_path, kind):
     path.symlink_to(target) if kind == "a link" else os.mkfifo(path)
     mode = path.lstat().st_mode
     with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}.*not a file: give another path"):
-        AnswerSettings(prompt="a", output=str(path), overwrite=True).records()
+        records_of(AnswerSettings(prompt="a", output=str(path), overwrite=True))
     with pytest.raises(ConfigurationError, match=f"out.jsonl is {kind}"):
         harness_run._checked_tasks(_config(), HarnessSettings([], str(path), overwrite=True))
     assert path.lstat().st_mode == mode and target.read_text() == "mine"
@@ -172,10 +178,10 @@ def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_
     path = tmp_path / "prompts.txt"
     path.write_text("hello\n")
     with pytest.raises(ConfigurationError, match="prompts.txt exists already: give another file, or --overwrite"):
-        AnswerSettings(prompt="a", output=str(path)).records()
-    AnswerSettings(prompt="a", output=str(path), overwrite=True).records()
+        records_of(AnswerSettings(prompt="a", output=str(path)))
+    records_of(AnswerSettings(prompt="a", output=str(path), overwrite=True))
     with pytest.raises(ConfigurationError, match="is the file of --prompt-file"):
-        AnswerSettings(prompt_file=str(path), output=str(path), overwrite=True).records()
+        records_of(AnswerSettings(prompt_file=str(path), output=str(path), overwrite=True))
     assert path.read_text() == "hello\n"
 
 
@@ -383,18 +389,17 @@ def test_a_base_that_is_not_there_is_told_with_the_way_out(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "flags", "told"),
+    ("flags", "told"),
     [
-        (lambda: Sampling(top_p=2.0), [], "p.py: error: --top-p is 2.0; it is a probability"),
-        (lambda: 1, ["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
-        (lambda: 1, ["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
-        (lambda: 1, ["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
+        (["--load", ""], "p.py: error: --load is empty: give the folder of a run"),
+        (["--load", "nowhere"], "p.py: error: nowhere holds no checkpoint"),
+        (["--pretrained-checkpoint", "nowhere", "--wibble"], "p.py: error: found several problems:"),
     ],
 )
-def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, settings, flags, told):
+def test_what_is_wrong_is_told_under_the_programs_name_before_a_world_is_made(capsys, flags, told):
     ran = []
     with pytest.raises(SystemExit, match="2"):
-        run_on_a_model(lambda *both: ran.append(both), settings, flags, "p.py")
+        run_on_a_model(lambda *both: ran.append(both), 1, flags, "p.py")
     assert capsys.readouterr().err.startswith(told)
     assert not ran and not dist.is_initialized()
 
@@ -405,5 +410,5 @@ def test_the_program_runs_in_a_world_with_settings_and_model(tmp_path):
     def main(config: RunConfig, settings: str) -> None:
         seen.append((config.model.pretrained_checkpoint, settings, dist.get_world_size()))
 
-    run_on_a_model(main, lambda: "settings", ["--pretrained-checkpoint", base], "p.py")
+    run_on_a_model(main, "settings", ["--pretrained-checkpoint", base], "p.py")
     assert seen == [(base, "settings", 1)] and not dist.is_initialized()

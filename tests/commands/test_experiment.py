@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from megatron_peft.commands import experiment
 from megatron_peft.experiment import runner
 from tests.experiment.small_experiment import FAKE_TRAINING, content, write
-from tools import experiment
 
 
 def call(folder: Path, *extra: str, **changes: Any) -> int:

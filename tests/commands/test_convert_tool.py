@@ -1,12 +1,13 @@
-"""tools/convert.py as a user calls it."""
+"""megatron-peft convert as a user calls it."""
 
 from pathlib import Path
 
 import pytest
 
+from megatron_peft.cli.flags import flags_of
+from megatron_peft.commands.convert import COMMANDS, main
 from megatron_peft.conversion import verify
 from tests.conversion.megatron_folders import equal, save_random, tensors_of
-from tools.convert import COMMANDS, main
 
 
 def convert(command: str, source: Path, output: Path, *flags: str) -> int:
@@ -28,7 +29,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
         shown = capsys.readouterr().out
-        assert "--input" in shown and all(flag in shown for flag in command.flags)
+        assert "--input" in shown and all(one.names[0] in shown for one in flags_of(command))
 
 
 def test_verify_says_how_far_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

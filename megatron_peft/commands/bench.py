@@ -1,0 +1,49 @@
+"""Measure what the project promises: time of steps, memory, collectives, agreement with transformers, loading, startup.
+
+megatron-peft bench runs every benchmark; megatron-peft bench lora-ratio collectives runs these two. Each prints a table
+and writes OUTPUT/NAME.json. docs/benchmarks.md explains the figures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.config import option
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Which benchmarks are run, and on what."""
+
+    names: tuple[str, ...] = option(
+        (), "benchmarks of docs/benchmarks.md (default: all)", flags=("names",), metavar="NAME"
+    )
+    output: Path = option(Path("runs/bench"), "folder for the results", metavar="FOLDER")
+    model: Path = option(Path("runs/demo/model"), "the 135M model, which the demo makes", metavar="FOLDER")
+    turns: int = option(15, "number of measured turns per timed step", check="positive")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags."""
+    add_flags(parser, BenchSettings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 when a figure misses its target."""
+    parser = own_parser(__doc__)
+    add_arguments(parser)
+    settings: BenchSettings = settings_of(BenchSettings, parse_own(parser, argv))
+    from megatron_peft.benchmarks.measure import print_table, write_json
+    from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
+
+    unknown = [name for name in settings.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}.")
+    place, missed = Workplace(settings.output, settings.model, settings.turns), False
+    for name in settings.names or BENCHMARKS:
+        figures = BENCHMARKS[name].measure(place)
+        write_json(settings.output / f"{name}.json", figures)
+        print_table(f"{name}: {BENCHMARKS[name].title}", figures)
+        missed |= any(figure.reached is False for figure in figures)
+    return int(missed)

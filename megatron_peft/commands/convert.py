@@ -1,0 +1,183 @@
+"""Convert weights and adapters between Hugging Face, HF PEFT and Megatron.
+
+megatron-peft convert hf-to-megatron --input HF_FOLDER --output MEGATRON_FOLDER
+megatron-peft convert megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_FOLDER
+megatron-peft convert merge          --input RUN --output HF_FOLDER
+megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER
+megatron-peft convert import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
+megatron-peft convert verify         --input FOLDER --reference FOLDER
+An existing output is never overwritten. docs/moving-weights.md lists every conversion.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.config import ConfigurationError, Requirements, option, required_option
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folders:
+    """Every command reads one folder; fields are checked by their declarations."""
+
+    input: str = required_option("what is read", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Conversion(_Folders):
+    output: str = required_option("must not exist", metavar="FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FromBase(_Folders):
+    pretrained_checkpoint: str | None = option(
+        None, "base model (default: the one that the input names)", metavar="FOLDER"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfToMegatron(_Conversion):
+    """convert a Hugging Face folder to a Megatron distributed checkpoint"""
+
+    dtype: Dtype | None = option(None, "dtype of the weights (default: as stored)")
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the rows of embedding and output layer to a multiple of N", check="positive"
+    )
+
+    def run(self) -> int:
+        """Write the checkpoint."""
+        from megatron_peft.conversion.hf_files import type_flag
+        from megatron_peft.conversion.to_megatron import hf_to_megatron
+
+        multiple, dtype = self.make_vocab_size_divisible_by, type_flag(self.dtype)
+        return _wrote(hf_to_megatron(self.input, self.output, dtype=dtype, make_vocab_size_divisible_by=multiple))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ToHuggingFace(_FromBase, _Conversion):
+    dtype: Dtype | None = option(None, "dtype of the weights (default: as stored)")
+    max_shard_size: str = option("5GB", "largest safetensors file", metavar="SIZE")
+
+    def _write(self, convert: Callable[..., object]) -> int:
+        from megatron_peft.conversion.hf_files import type_flag
+        from megatron_peft.conversion.writer import parse_bytes
+
+        size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
+        base = self.pretrained_checkpoint
+        return _wrote(convert(self.input, self.output, pretrained_checkpoint=base, dtype=dtype, max_shard_bytes=size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronToHf(_ToHuggingFace):
+    """convert a Megatron checkpoint, or a run of full fine-tuning, to a Hugging Face folder"""
+
+    def run(self) -> int:
+        """Write the folder."""
+        from megatron_peft.conversion.to_huggingface import megatron_to_hf
+
+        return self._write(megatron_to_hf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(_ToHuggingFace):
+    """merge a run's adapters into their base and write a Hugging Face folder"""
+
+    def run(self) -> int:
+        """Write the folder."""
+        from megatron_peft.conversion.to_huggingface import merge
+
+        return self._write(merge)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportAdapter(_FromBase, _Conversion):
+    """convert a run's adapters to an adapter of HF PEFT"""
+
+    def run(self) -> int:
+        """Write the adapter."""
+        from megatron_peft.conversion.peft import export_adapter
+
+        return _wrote(export_adapter(self.input, self.output, pretrained_checkpoint=self.pretrained_checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportAdapter(_FromBase, _Conversion):
+    """convert an adapter of HF PEFT to a run's adapters, for --load"""
+
+    def run(self) -> int:
+        """Write the run."""
+        from megatron_peft.conversion.peft import import_adapter
+
+        return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.pretrained_checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(_FromBase):
+    """run two models on the same tokens and compare their logits"""
+
+    reference: str = required_option("the model to compare with", flags=("--reference", "--output"), metavar="FOLDER")
+    num_tokens: int = option(64, "tokens in each of two sequences", check="positive")
+    per_layer: bool = option(False, "also print the difference after each layer")
+    tolerance: float = option(
+        1e-4, "exit with 1 if the difference divided by the largest logit is above X", check="not_negative"
+    )
+
+    def run(self) -> int:
+        """Print the differences. Exit code 1 if the logits differ by more than the tolerance."""
+        from megatron_peft.conversion.verify import verify
+
+        base = self.pretrained_checkpoint
+        found = verify(self.input, self.reference, pretrained_checkpoint=base, num_tokens=self.num_tokens)
+        if self.per_layer:
+            for number, layer in enumerate(found.layers):
+                print(f"layer {number:3}: largest difference {layer.absolute:.3g}, relative {layer.relative:.3g}")
+        close = found.logits.relative <= self.tolerance
+        print(
+            f"logits: largest difference {found.logits.absolute:.3g}, relative {found.logits.relative:.3g} "
+            f"({'at most' if close else 'above'} --tolerance {self.tolerance:g}); "
+            f"largest logit {found.logits.scale:.4g}; "
+            f"same best token at {found.same_best} of {found.num_positions} positions"
+        )
+        return 0 if close else 1
+
+
+COMMANDS: dict[str, Any] = {
+    "hf-to-megatron": HfToMegatron,
+    "megatron-to-hf": MegatronToHf,
+    "merge": Merge,
+    "export-adapter": ExportAdapter,
+    "import-adapter": ImportAdapter,
+    "verify": Verify,
+}
+
+
+def _wrote(output: object) -> int:
+    print(f"wrote {output}")
+    return 0
+
+
+def add_arguments(parser: ArgumentParser) -> Mapping[str, ArgumentParser]:
+    """A sub-command for each line of COMMANDS; the parser of each."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=command.__doc__, description=command.__doc__), command)
+    return commands.choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for bad flags and bad input; 1 if `verify` finds a difference above --tolerance."""
+    parser = own_parser(__doc__)
+    typed = parse_own(parser, argv, add_arguments(parser))
+    try:
+        return settings_of(COMMANDS[typed["command"]], typed).run()
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,27 @@
+"""Prepare data, or convert it to Megatron's indexed datasets.
+
+megatron-peft data prepare BENCHMARK ...  training data and evaluation tasks from a benchmark's public files
+megatron-peft data preprocess ...         JSON lines to .bin and .idx, with the flags of Megatron's own tool
+Each has its own --help.
+"""
+
+from collections.abc import Sequence
+
+from megatron_peft.cli.parser import ArgumentParser
+from megatron_peft.commands.program import add_commands, run_command
+
+SUMMARY = "prepare, convert and look at data"
+COMMANDS = {
+    "prepare": ("prepare", "training data and evaluation tasks from a benchmark's public files"),
+    "preprocess": ("preprocess", "JSON lines to Megatron's indexed datasets"),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The commands, each with its flags."""
+    add_commands(parser, COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for bad flags and bad input."""
+    return run_command("megatron-peft data", COMMANDS, __doc__, argv)

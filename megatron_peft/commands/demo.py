@@ -1,0 +1,47 @@
+"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it before and after, and plot the run.
+
+megatron-peft demo downloads the model and the messages (once), trains, and writes report.json and report.png.
+All other flags are passed to `megatron-peft train`, for instance --lr 1e-3.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_peft.cli.parser import ArgumentParser, add_flags, read_own_flags
+from megatron_peft.config import METHODS, ConfigurationError, option, require, require_packages
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo trains, and where everything goes."""
+
+    method: str = option("lora", "--peft-method of the run", metavar="|".join(METHODS))
+    output: Path = option(Path("runs/demo"), "folder for everything", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        require(self.method in METHODS, f"--method is {self.method}; it is one of {', '.join(METHODS)}.")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags; others go to `megatron-peft train`."""
+    add_flags(parser, DemoSettings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 when something is wrong (the message says what), 130 when it was interrupted."""
+    settings, extra_flags = read_own_flags(DemoSettings, argv, __doc__)
+    try:
+        made: DemoSettings = settings()
+        require_packages("demo", "matplotlib", "sacrebleu")
+        from megatron_peft.demo.run import print_report, run_demo
+
+        report = run_demo(made.output, made.method, extra_flags)
+    except ConfigurationError as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print_report(report, made.output)
+    return 0

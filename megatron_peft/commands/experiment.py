@@ -1,0 +1,106 @@
+"""Run a grid of models, tasks, methods and seeds from one YAML file, and resume where an earlier call stopped.
+
+megatron-peft experiment examples/experiments/paper_small.yaml tunes each method on the validation loss, then runs the
+seeds with the best settings and scores them. Each finished cell writes a small JSON file to FOLDER/cells, from which
+`megatron-peft report` makes tables and plots. docs/experiments.md describes the YAML file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.config import ConfigurationError, Requirements, option, required_option
+
+if TYPE_CHECKING:
+    from megatron_peft.experiment.cells import Group
+    from megatron_peft.experiment.spec import Experiment
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """Which experiment is run, and how much of it at once."""
+
+    experiment: Path = required_option("the experiment", flags=("experiment",), metavar="EXPERIMENT.yaml")
+    output: Path | None = option(None, "folder of the results (default: runs/experiments/NAME)", metavar="FOLDER")
+    jobs: int = option(1, "cells run at the same time", check="positive")
+    list: bool = option(False, "list finished and unfinished cells without running any")
+    keep_checkpoints: bool = option(False, "keep the checkpoints of finished cells")
+    group: str | None = option(
+        None, "run only this group; other groups may run in parallel", metavar="MODEL,TASK,METHOD"
+    )
+    emit_slurm: Path | None = option(
+        None, "write a script that submits everything to SLURM, without running it", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags."""
+    add_flags(parser, ExperimentSettings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 when something is wrong with the file, 1 when a cell failed, 130 when it was interrupted."""
+    parser = own_parser(__doc__)
+    add_arguments(parser)
+    typed = parse_own(parser, argv)
+    try:
+        settings = settings_of(ExperimentSettings, typed)
+        return _emit(settings, settings.emit_slurm) if settings.emit_slurm else _run(settings)
+    except ConfigurationError as error:
+        print("experiment: error: " + "\n  - ".join(error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("experiment: stopped; run the same command to continue", file=sys.stderr)
+        return 130
+
+
+def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
+    """The experiment, the folder of its results and its groups, with all flags checked."""
+    from megatron_peft.experiment.cells import check_flags, group_named, groups
+    from megatron_peft.experiment.spec import default_folder, read_experiment
+
+    experiment = read_experiment(settings.experiment)
+    found = groups(experiment)
+    check_flags(found)
+    chosen = [group_named(found, settings.group)] if settings.group else found
+    return experiment, settings.output or default_folder(experiment), chosen
+
+
+def _run(settings: ExperimentSettings) -> int:
+    from megatron_peft.experiment.runner import Board, run_experiment, run_group, table
+
+    experiment, folder, groups = _read(settings)
+    board, whole = Board(folder, groups), True
+    if not settings.list:
+        options: dict[str, Any] = {"jobs": settings.jobs, "keep_checkpoints": settings.keep_checkpoints}
+        options |= {"report": board.report, "refresh": board.refresh}
+        with board:
+            if settings.group:
+                whole = run_group(experiment, folder, groups[0], **options)
+            else:
+                whole = run_experiment(experiment, folder, groups, **options)
+    board.console.print(table(folder, groups))
+    return 0 if whole else 1
+
+
+def _emit(settings: ExperimentSettings, file: Path) -> int:
+    from megatron_peft.experiment.process import script
+
+    experiment, folder, groups = _read(settings)
+    text = script(experiment, groups, settings.experiment, folder, str(file))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--emit-slurm {file} cannot be written: {error.strerror}.") from error
+    print(f"wrote {file}: {len(groups)} array tasks; bash {file} submits them")
+    return 0

@@ -1,0 +1,88 @@
+"""Convert JSON lines to Megatron's indexed datasets (.bin and .idx), with the flags of Megatron's own tool.
+
+megatron-peft data preprocess --input corpus.jsonl --output-prefix corpus --tokenizer-model HF_FOLDER --append-eod
+writes corpus_text_document.bin and corpus_text_document.idx; train on them with --data-path corpus_text_document.
+"""
+
+import glob
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_peft.cli.parser import SUPPRESS, ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.config import ConfigurationError, DataConfig, Requirements, flag, option, required_option
+
+NOT_SERVED = ("split-sentences", "keep-newlines", "partitions", "vocab-file", "merge-file", "lang")
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Megatron's names and defaults."""
+
+    input: tuple[str, ...] = required_option("JSON-lines files, or glob patterns", metavar="FILE")
+    output_prefix: str = required_option("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    json_keys: tuple[str, ...] = option(("text",), "fields to convert, each to its own dataset", metavar="KEY")
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
+        "HuggingFaceTokenizer", "what --tokenizer-model holds"
+    )
+    tokenizer_model: str | None = option(None, "a Hugging Face folder or a SentencePiece model", metavar="PATH")
+    vocab_size: int | None = option(None, "vocabulary size of NullTokenizer", check="positive")
+    append_eod: bool = option(False, "append the end-of-document token to each document")
+    workers: int = option(1, "number of processes", check="positive")
+    log_interval: int = option(1000, "records between progress lines", check="positive")
+    keep_sequential_samples: bool = option(False, "accepted for Megatron's scripts; the order is always kept")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+
+
+def expand(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Files of each pattern, sorted; a pattern that matches nothing stays, and is reported as a missing file."""
+    return tuple(path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern]))
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags, and those of Megatron's tool that are refused."""
+    add_flags(parser, PreprocessSettings)
+    for name in NOT_SERVED:
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=SUPPRESS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for bad flags and bad input."""
+    parser = own_parser(__doc__)
+    add_arguments(parser)
+    typed = parse_own(parser, argv)
+    for name in NOT_SERVED:
+        if typed[name.replace("-", "_")] is not None:
+            parser.error(f"{flag(name)} is a flag of Megatron's that this tool does not serve.")
+    try:
+        return _run(settings_of(PreprocessSettings, typed))
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(settings: PreprocessSettings) -> int:
+    data = DataConfig(
+        train_data_path=expand(settings.input),
+        tokenizer_type=settings.tokenizer_type,
+        tokenizer_model=settings.tokenizer_model,
+        vocab_size=settings.vocab_size,
+    )
+    from megatron_peft.data.documents import PreprocessConfig
+    from megatron_peft.data.preprocess import preprocess
+
+    config = PreprocessConfig(
+        *(data, settings.output_prefix, settings.json_keys),
+        append_eod=settings.append_eod,
+        workers=settings.workers,
+        log_interval=settings.log_interval,
+    )
+    done = preprocess(config)
+    print(f"wrote {done.documents} documents, {done.tokens} tokens: {', '.join(done.prefixes)}")
+    if done.empty_documents:
+        print(f"{done.empty_documents} empty documents were left out.")
+    return 0

@@ -1,0 +1,76 @@
+"""`megatron-peft`: one program for everything. A command's module is imported only when it is called."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+
+from megatron_peft.cli.parser import ArgumentParser, own_parser
+
+# Command -> (module of this room, one line for --help).
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "train": ("train", "fine-tune a model with Megatron's arguments"),
+    "data": ("data", "prepare, convert and look at training data"),
+    "convert": ("convert", "move weights and adapters between Hugging Face, PEFT and Megatron; merge; verify"),
+    "generate": ("generate", "answer prompts with a base model or a trained one"),
+    "evaluate": ("evaluate", "score a model on tasks of lm-evaluation-harness"),
+    "experiment": ("experiment", "run a grid of models, tasks, methods and seeds"),
+    "report": ("report", "tables and plots of an experiment"),
+    "demo": ("demo", "fine-tune a real 135M Llama on this machine"),
+    "bench": ("bench", "measure what the project promises"),
+    "completion": ("completion", "print a script that completes commands and flags in a shell"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command; 2 for an unknown one."""
+    return run_command("megatron-peft", COMMANDS, "Fine-tune models split over ranks with Megatron-Core.", argv)
+
+
+def run_command(
+    program: str, commands: Mapping[str, tuple[str, str]], description: str | None, argv: Sequence[str] | None
+) -> int:
+    """Run the command that the first word names, with the words after it.
+
+    Args:
+        program: the words before it, for usage and messages.
+        commands: name -> (module of this room, one line for --help).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name, *words = argv or ["--help"]
+    if name in ("--version", "-V"):
+        print(f"megatron-peft {version('megatron-peft')}")
+        return 0
+    if name in commands:
+        sys.argv[0] = f"{program} {name}"  # argparse names the program by it
+        return import_module(f"megatron_peft.commands.{commands[name][0]}").main(words)
+    parser = _overview(program, commands, description)
+    if name in ("--help", "-h"):
+        parser.print_help()
+        return 0
+    nearest = get_close_matches(name, commands, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(commands)}."
+    parser.error(f"{name} is not a command; {hint}")
+
+
+def add_commands(parser: ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
+    """All commands with their flags, which imports their modules."""
+    listed = parser.add_subparsers()
+    for name, (module, summary) in commands.items():
+        import_module(f"megatron_peft.commands.{module}").add_arguments(listed.add_parser(name, help=summary))
+
+
+def _overview(program: str, commands: Mapping[str, tuple[str, str]], description: str | None) -> ArgumentParser:
+    parser = own_parser(description)
+    parser.prog, parser.usage = program, f"{program} COMMAND [flag ...]"
+    parser.epilog = f"{program} COMMAND --help lists the flags of a command."
+    parser.add_argument("--version", action="version", version="", help="print the version and exit")
+    listed = parser.add_subparsers(title="commands", metavar="")
+    for name, (_, summary) in commands.items():
+        listed.add_parser(name, help=summary)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What is asked of a model: the flags of generation and of evaluation on tasks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_peft.config.errors import ConfigurationError, Requirements, option, required_option
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: samples from the fewest likeliest tokens whose probabilities sum to at least this.
+        top_k: samples from the k likeliest tokens, before top_p; 0 for all.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.not_negative("temperature", "top_k")
+            require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it is a probability, above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """The prompts of `megatron-peft generate`, and how they are answered."""
+
+    prompt: str | None = option(None, "the prompt; the answer is printed while it is generated")
+    prompt_file: str | None = option(
+        None, "one prompt per line, or .jsonl with prompt or messages", metavar="FILE", check="not_empty"
+    )
+    output: str | None = option(
+        None, "write prompts and answers as JSON lines (default: print them)", metavar="FILE", check="not_empty"
+    )
+    overwrite: bool = option(False, "replace an existing --output")
+    max_new_tokens: int = option(128, "tokens per answer, at most", check="positive")
+    temperature: float = option(Sampling.temperature, "0 is greedy")
+    top_p: float = option(Sampling.top_p, "sample from the smallest set of tokens with probability X")
+    top_k: int = option(Sampling.top_k, "sample from the N most likely tokens; 0: from all")
+    num_samples: int = option(1, "answers per prompt", check="positive")
+    stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline")
+    chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
+    batch_size: int = option(16, "answers generated together", check="positive")
+    sampling_seed: int = option(1234, "seed of sampling")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+            given = [value for value in (self.prompt, self.prompt_file) if value is not None]
+            require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
+            require(
+                self.num_samples == 1 or self.temperature != 0,
+                f"--num-samples {self.num_samples} with --temperature 0 gives one answer {self.num_samples} times: "
+                "use a --temperature above 0.",
+            )
+            try:
+                self.sampling()
+            except ConfigurationError as error:
+                require.problems += error.problems
+
+    def sampling(self) -> Sampling:
+        """How each token is chosen. ConfigurationError: a value out of range."""
+        return Sampling(self.temperature, self.top_p, self.top_k)
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """The tasks of `megatron-peft evaluate`, and how they are run."""
+
+    tasks: tuple[str, ...] = required_option("names of tasks, groups or tags", metavar="TASK")
+    output: str = required_option("results as JSON, written when all tasks are done", metavar="FILE")
+    include_path: tuple[str, ...] = option((), "folders with task files (YAML)", metavar="FOLDER")
+    num_fewshot: int | None = option(None, "solved examples per question (default: the task's)", check="not_negative")
+    limit: float | None = option(
+        None, "first N questions of each task; below 1, that share of them", check="positive", metavar="N"
+    )
+    batch_size: int = option(16, "requests in a forward of a replica", check="positive")
+    apply_chat_template: bool = option(False, "format questions with the tokenizer's chat template")
+    sampling_seed: int = option(1234, "seed of sampled answers")
+    log_samples: bool = option(False, "also write all questions and answers to OUTPUT.samples.jsonl")
+    confirm_run_unsafe_code: bool = option(False, "allow tasks that run code written by a model")
+    unsafe_execution: bool = option(False, "run such code without a sandbox")
+    overwrite: bool = option(False, "replace an existing --output of another evaluation")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as require:
+            require.fields()
+            whole = self.limit is None or self.limit < 1 or self.limit == int(self.limit)
+            require(whole, f"--limit is {self.limit}; it is a number of questions, or below 1 a share of them.")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the results, for their file."""
+        names = ("num_fewshot", "limit", "apply_chat_template", "sampling_seed")
+        folders = list(self.include_path)
+        return {"tasks": list(self.tasks), "include_path": folders, **{name: getattr(self, name) for name in names}}
+
+    def side_file(self, kind: str) -> Path:
+        """`scores.json` -> `scores.<kind>.jsonl`, next to --output."""
+        return Path(self.output).with_suffix(f".{kind}.jsonl")

@@ -1,0 +1,143 @@
+"""Configuration files: every flag survives YAML and back, files layer, and what is wrong has a line and a column."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_peft.cli.config_files import KnownFlag, file_entries, split_off_files
+from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, served_flags
+from megatron_peft.cli.parser import parse_arguments, read_config
+from megatron_peft.cli.run_file import run_file
+from megatron_peft.commands import convert
+from megatron_peft.config import ConfigurationError, RunConfig
+
+NEEDED = ["--pretrained-checkpoint", "base", "--train-data-path", "a.jsonl", "--train-iters", "5"]
+KNOWN = {"--lr": KnownFlag(True, "optimizer"), "--bf16": KnownFlag(False, "model"), "--names": KnownFlag(True)}
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029\ufeff"), max_size=12)
+
+
+def file_with(folder: Path, text: str, name: str = "run.yaml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def read(*words: str) -> RunConfig:
+    return read_config([*NEEDED, *words], {})
+
+
+def values_of(one: Flag) -> st.SearchStrategy[Any]:
+    """Anything that the parser may have made of a flag's words; checks of values are not what is tested here."""
+    if one.constant is not TAKES_A_VALUE:
+        return st.booleans() if isinstance(one.constant, bool) else st.just(True)
+    if one.choices:
+        return st.sampled_from(one.choices)
+    number = st.integers(-(10**9), 10**9) if one.kind is int else st.floats(allow_nan=False, allow_infinity=False)
+    single = number if one.kind in (int, float) else TEXTS
+    return st.lists(single, min_size=1, max_size=3).map(tuple) if one.many else single
+
+
+@pytest.mark.parametrize("one", [one for one in served_flags() if one.section], ids=lambda one: one.names[0])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_served_flag_survives_yaml_and_back(tmp_path: Path, one: Flag, data: st.DataObject) -> None:
+    from megatron_peft.cli.config_files import WrittenFlag, written
+
+    value = data.draw(values_of(one))
+    name = one.names[0]
+    text = written("a title", {one.section: [WrittenFlag(name[2:], value, one.help)]})
+    known = {name: KnownFlag(one.constant is TAKES_A_VALUE, one.section)}
+    (found,) = file_entries([file_with(tmp_path, text)], known, str) or [None]
+    if one.constant is not TAKES_A_VALUE:
+        assert (found is not None) == value
+        return
+    words = [str(word) if one.kind is str else repr(word) for word in (value if isinstance(value, tuple) else (value,))]
+    assert found is not None and found.name == name
+    assert [one.kind(word) for word in found.words] == [one.kind(word) for word in words]
+
+
+def test_a_run_file_gives_the_same_run(tmp_path: Path) -> None:
+    words = "--peft-method hybrid --lora-rank 4 --hybrid-lambda-init 0.4 --bf16 --no-rope-fusion --swiglu --lr 3e-5"
+    config = read(*words.split(), "--peft-target-modules", "linear_qkv", "linear_fc1", "--no-exit-signal-handler")
+    again = file_with(tmp_path, run_file(config, {}))
+    assert read_config(["--config", again], {}) == config
+    changed = read_config(["--config", again, "--lr", "1e-3"], {})
+    assert changed == replace(config, optimizer=replace(config.optimizer, lr=1e-3))
+
+
+def test_print_config_prints_what_would_run_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments([*NEEDED, "--lr", "0.5", "--nproc-per-node", "2", "--print-config"], {"WORLD_SIZE": "2"})
+    shown = capsys.readouterr().out
+    assert "  # peak learning rate, reached after the warmup\n  lr: 0.5\n" in shown
+    assert "launch:\n  # start this many processes" in shown and "  # lora-rs:" not in shown
+    assert read_config(["--config", file_with(tmp_path, shown)], {"WORLD_SIZE": "2"}) == read_config(
+        [*NEEDED, "--lr", "0.5"], {"WORLD_SIZE": "2"}
+    )
+
+
+def test_later_files_override_and_typed_flags_override_all(tmp_path: Path) -> None:
+    first = file_with(tmp_path, "lr: 1\nbf16: true\nexit-signal-handler: false\nadam-beta1: 0.5\n", "a.yaml")
+    second = file_with(tmp_path, "optimizer: {lr: 2e-4, adam_beta1: null}\nbf16: false\n", "b.yaml")
+    config = read("--config", first, second)
+    assert (config.optimizer.lr, config.optimizer.adam_beta1, config.model.bf16) == (2e-4, 0.9, False)
+    assert not config.training.exit_signal_handler
+    config = read("--lr", "3", "--config", first, "--exit-signal-handler", f"--config={second}")
+    assert config.optimizer.lr == 3 and config.training.exit_signal_handler
+
+
+WRONG = {
+    "lr: 1\nlrr: 2\n": "line 2, column 1: --lrr ?",
+    "model:\n  lr: 1\n": "line 2, column 3: lr does not belong to model: write it under optimizer.",
+    "optimizer:\n  names: [a]\n": "line 2, column 3: names does not belong to optimizer: write it at the top.",
+    "wat: {lr: 1}\n": "line 1, column 1: wat is no section; there are model, optimizer.",
+    "lr: 1\noptimizer:\n  lr: 2\n": "line 3, column 3: lr stands here and in line 1, column 1: leave one out.",
+    "bf16: maybe\n": "line 1, column 1: bf16 is a switch: true or false, not maybe.",
+    "bf16: [true, true]\n": "line 1, column 1: bf16 is a switch",
+    "lr: []\n": "line 1, column 1: lr has a list with nothing in it",
+    "lr: [1, null]\n": "line 1, column 1: lr has a list with nothing in it, or an empty value in it.",
+    "lr: [[1]]\n": "line 1, column 1: a value is a text",
+    "lr: !!python/object/apply:os.system [echo]\n": "line 1, column 1: ",
+    "? [a]\n: 1\n": "line 1, column 3: a key is the name of a flag.",
+    "- lr\n": "is no table of flags",
+    "lr: [1\n": "is not YAML: while parsing",
+    "[" * 5000: "nested deeper than",
+    "# " + "x" * (1 << 20): "a configuration has at most 1,048,576",
+}
+
+
+@pytest.mark.parametrize(("text", "told"), WRONG.items(), ids=range(len(WRONG)))
+def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        file_entries([file_with(tmp_path, text)], KNOWN, lambda name: f"{name} ?")
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    file = file_with(tmp_path, "lora-rnak: 4\nlr: many\nbf16: perhaps\n")
+    with pytest.raises(ConfigurationError) as caught:
+        read("--config", file, str(tmp_path / "none.yaml"))
+    assert len(caught.value.problems) == 3
+    assert "line 1, column 1: --lora-rnak is not a known flag; did you mean --lora-rank?" in str(caught.value)
+    with pytest.raises(ConfigurationError, match=r"run.yaml, line 1, column 1: --lr: invalid number value: 'many'"):
+        read("--config", file_with(tmp_path, "lr: many\n"))
+
+
+@pytest.mark.parametrize("words", [["--config"], ["--config", "--lr", "1"], ["--config="], ["--config", ""]])
+def test_a_config_flag_without_a_file_is_an_error(words: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="--config needs a file"):
+        split_off_files(words)
+
+
+def test_a_tool_reads_its_flags_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = file_with(tmp_path, f"input: nowhere\noutput: {tmp_path}/out\n")
+    assert convert.main(["merge", "--config", file]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        convert.main(["merge", "--config", file_with(tmp_path, "inptu: a\n")])
+    assert "line 1, column 1: --inptu is not a known flag; did you mean --input?" in capsys.readouterr().err

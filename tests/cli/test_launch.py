@@ -1,0 +1,94 @@
+"""Which processes are started, and how their end is told."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.cli import launch
+from megatron_peft.cli.launch import LaunchConfig, running_processes, start_processes
+from megatron_peft.config import ConfigurationError
+from tests.time_limits import seconds
+
+ROOT = Path(__file__).parents[2]
+RANK = r"""
+import os, signal, sys
+rank = int(os.environ["RANK"])
+os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']} {' '.join(sys.argv[1:])}\n".encode())
+end = sys.argv[1] if rank == 1 else "0"
+os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else sys.exit(int(end))
+"""
+
+
+def test_one_node_finds_a_port_by_itself_and_several_are_told_where() -> None:
+    assert LaunchConfig(nproc_per_node="4").torchrun_words()[:3] == ["--standalone", "--nproc-per-node", "4"]
+    words = LaunchConfig(nproc_per_node="8", nnodes=2, node_rank=1, master_addr="a", master_port=5).torchrun_words()
+    assert "--standalone" not in words and " ".join(words).endswith(
+        "--nnodes 2 --node-rank 1 --master-addr a --master-port 5 --max-restarts 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"nproc_per_node": "many"}, "--nproc-per-node is many; it is a number of processes, or gpu."),
+        ({"nproc_per_node": "0"}, "--nproc-per-node is 0"),
+        ({"nnodes": 2}, "--nnodes 2 needs --master-addr and --node-rank, or --rdzv-endpoint."),
+        ({"max_restarts": -1}, "--max-restarts is -1"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(values: dict, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        LaunchConfig(**values)
+
+
+def test_nothing_is_started_where_processes_run_already(monkeypatch, capsys) -> None:
+    assert start_processes("m", [], {}, "p", print) is None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert start_processes("m", [], {"nproc_per_node": "4"}, "p", print) is None
+    assert running_processes(os.environ) == {"nproc_per_node": "4"}
+    with pytest.raises(SystemExit, match="2"):
+        start_processes("m", [], {"nproc_per_node": "2"}, "p", print)
+    told = "p: error: --nproc-per-node 2 contradicts the 4 processes that run on this node.\n"
+    assert capsys.readouterr().err == told
+
+
+def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "_run", lambda *_: pytest.fail("started"))
+    seen = []
+
+    def check(environ) -> None:
+        seen.append(environ["WORLD_SIZE"])
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        start_processes("m", [], {"nproc_per_node": "3", "nnodes": 2, "rdzv_endpoint": "a:1"}, "p", check)
+    assert seen == ["6"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        ("0", 0, ""),
+        ("2", 2, ""),
+        ("77", 77, "p: rank 1 ended with exit code 77.\n"),
+        ("killed", 128 + signal.SIGKILL, "p: rank 1 was ended by SIGKILL.\n"),
+    ],
+)
+def test_ranks_are_started_and_their_end_is_one_line(tmp_path: Path, end: str, code: int, told: str) -> None:
+    (tmp_path / "a_rank.py").write_text(RANK)
+    program = (
+        "import sys; from megatron_peft.cli.launch import start_processes; "
+        f"sys.exit(start_processes('a_rank', ['{end}', '--x'], {{'nproc_per_node': '2'}}, 'p', lambda environ: None))"
+    )
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=seconds(120)
+    )
+    assert (done.returncode, done.stderr) == (code, told)
+    assert f"rank 1 of 2 {end} --x" in done.stdout.splitlines()
+    assert end != "0" or f"rank 0 of 2 {end} --x" in done.stdout.splitlines()  # else it may have been ended before
