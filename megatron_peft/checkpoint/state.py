@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key
-from megatron_peft.config import RunConfig
+from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
@@ -50,6 +50,24 @@ class TrainingState:
     schedule: OptimizerParamScheduler
     position: Position = field(default_factory=Position)
     data_digest: str | None = None
+
+    @property
+    def peft(self) -> PeftConfig:
+        return self.config.peft
+
+    @property
+    def lr(self) -> float:
+        """--lr, the peak rate of the schedule."""
+        return self.config.optimizer.lr
+
+    @property
+    def clip_grad(self) -> float:
+        return self.config.optimizer.clip_grad
+
+    @property
+    def iteration(self) -> int:
+        """Steps taken before the present one."""
+        return self.position.iteration
 
 
 # The distributed optimizer cuts each flattened parameter anywhere, but checkpoints hold rectangular slices of global
