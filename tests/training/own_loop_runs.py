@@ -12,10 +12,13 @@ START, MODEL, LOOP, MEGATRON, CHECKPOINT = re.findall(r"^```python\n(.*?)^```$",
 PEFT = re.compile(r"megatron_peft\.PeftConfig\(.*\)")
 
 
-def run_page(job: tuple[Path, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Losses by method: the page as it is, and with the fields of other methods."""
-    folder, methods = job
-    names: dict[str, Any] = {"folder": str(folder)}
+def run_page(job: tuple[Path, Path | None, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What is measured, by method: the page as it is, and with the fields of other methods.
+
+    The second folder is that of another layout, whose files are loaded too.
+    """
+    folder, other, methods = job
+    names: dict[str, Any] = {"folder": str(folder), "other": other and str(other)}
     exec(START, names)
     found = {name: _trained(names, name, fields) for name, fields in methods.items()}
     found["megatron-core"] = _trained(names, "megatron-core", {})
@@ -27,7 +30,7 @@ def _trained(start: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[s
     names, by_schedule = {**start, "folder": str(Path(start["folder"], name))}, name == "megatron-core"
     exec(_model(fields), names)
     exec(LOOP.partition("losses = []")[0] + MEGATRON if by_schedule else LOOP, names)
-    found = {"losses": names["losses"], "lambda": names["adapters"].mixtures}
+    found = {"losses": names["losses"], "grad_norm": names["grad_norm"], "lambda": names["adapters"].mixtures}
     model, (save, load, merge) = names["model"], CHECKPOINT.splitlines()
     trained = _logits(names)
     exec(save, names)
@@ -42,6 +45,11 @@ def _trained(start: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[s
         exec(load, names)
     found["loaded"] = float((_logits(names) - trained).abs().max())
     found["spoilt"] = float((spoilt - trained).abs().max())
+    found["loss"] = float(names["loss_of"](names["batches"][0]))
+    if names["other"]:
+        names["adapters"].load(Path(names["other"], name))
+        found["loss of the other's"] = float(names["loss_of"](names["batches"][0]))
+        exec(load, names)
     exec(merge, names)
     found["merged"] = float((_logits(names) - trained).abs().max())
     found["left"] = [name for name, _ in model.named_parameters() if "adapter" in name]

@@ -37,9 +37,9 @@ OTHERS = {
 def pages(folder: Path, methods: Mapping[str, Any]) -> list[Any]:
     """What the page gives on one process and at TP2."""
     found = []
-    for num_ranks in (1, 2):
+    for num_ranks, other in ((1, None), (2, folder / "1")):
         (folder / str(num_ranks)).mkdir()
-        found.append(run_ranks(num_ranks, own_loop_runs.run_page, (folder / str(num_ranks), methods))[0])
+        found.append(run_ranks(num_ranks, own_loop_runs.run_page, (folder / str(num_ranks), other, methods))[0])
     return found
 
 
@@ -51,6 +51,8 @@ def quick(tmp_path_factory) -> list[Any]:
 def check(found: Any, name: str) -> None:
     alone, split = (one[name] for one in found)
     assert split["losses"] == pytest.approx(alone["losses"], rel=2e-5)
+    assert split["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
+    assert split["loss of the other's"] == pytest.approx(alone["loss"], rel=1e-6)
     assert split["lambda"] == pytest.approx(alone["lambda"], rel=1e-3)
     assert alone["losses"][-1] < alone["losses"][1], "of the same batch"
     for one in (alone, split):
