@@ -34,6 +34,7 @@ ALLOWED: Mapping[str, set[str]] = {
 ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
 ALLOWED = {**ALLOWED, "commands": {*ALLOWED} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
 ALLOWED = {**ALLOWED, "": {"config", "runtime", "training"}}  # the package's public names, imported at their first use
+ALLOWED = {**ALLOWED, "__main__": {"commands"}}
 
 
 # Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.

@@ -205,7 +205,7 @@ def _entries(dense: Tensor, i: int, factors: Tensor) -> Tensor:  # [k, g, g] -> 
 
 def _entry_view(dense: Tensor, i: int, size: int) -> Tensor:  # [k, g, g] -> [k, c / 2^i, 2^i, 2, b / 2, 2, b / 2]
     """The places of factor i's blocks in a dense matrix: where both features are of the same pair (eq. (4))."""
-    halves = 2 if i else 1  # the first factor's pairs are neighbours, so that b may be odd where it is the only one
+    halves = 2 if i else 1  # the first factor's pairs are neighbors, so that b may be odd where it is the only one
     side = (dense.shape[-1] // (2**i * size), halves, 2**i, size // halves)
     same = dense.view(-1, *side, *side).diagonal(0, 1, 5).diagonal(0, 2, 5)
     return same.permute(0, 5, 6, 1, 2, 3, 4)

@@ -50,11 +50,11 @@ from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_p
 # A function whose context has `recompute_output` can recompute its output from what it saved. Consumers, whose backward
 # runs before the function's own, use it instead of saving the output a second time.
 
-PASSES_ON = "_CopyToModelParallelRegionBackward"  # gives its input through as it is
+PASSES_ON = "_CopyToModelParallelRegionBackward"  # an identity in forward
 
 
 class _NothingKept:
-    """Stands for the context of a forward that no backward follows: what is saved is forgotten."""
+    """A dummy autograd context for inference: discards saved tensors."""
 
     def save_for_backward(self, *tensors: Any) -> None:
         pass
@@ -101,7 +101,7 @@ def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] ->
 
 
 def turn_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
-    """(I + diag(blocks)) W: a copy of the weight with its rows turned."""
+    """(I + diag(blocks)) W: a copy of the weight with its rows rotated."""
     return torch.bmm(blocks + identity_like(blocks), weight.view(*blocks.shape[:2], -1)).view_as(weight)
 
 
@@ -116,7 +116,7 @@ def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] twice -> [k, g, g]
-    """sum over tokens of grad x^T by block, in the blocks' own type."""
+    """Per-block sum over tokens of grad x^T, in the dtype of `blocks`."""
     return outer_sums(grouped(grad, blocks).transpose(1, 2), grouped(x, blocks), blocks.dtype)
 
 
@@ -348,7 +348,7 @@ def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any) -> Ten
 
 
 def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall):
-    """(y, what the rotation keeps): y = z + D z + B u + bias, z = W x."""
+    """(y, the tensor saved for the rotation's backward): y = z + D z + B u + bias, z = W x."""
     if D is None:
         y = linear(x, call.weight, call.bias) if u is None else linear_plus(x, call.weight, u, B, call.bias)  # type: ignore[arg-type]
         return y, None
@@ -359,7 +359,7 @@ def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: Froz
 
 
 def _start_input_gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, du: Any) -> Callable[[Any], Tensor]:
-    """Begin dx = dz W + mask (du A). What is returned waits for it, and takes the du of the rank's own tokens."""
+    """Begin dx = dz W + mask (du A). Returns a function of the du of this rank's tokens: waits, and returns dx."""
     (_, _, A, B, D, weight, mask, _), call = saved, ctx.call
     if ctx.rotates_weight:  # the branch is in the weight
         weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad

@@ -162,7 +162,7 @@ def update_mixtures(
 
 
 def _averaged(mix: Tensor, wanted: Tensor, peft: PeftConfig) -> tuple[Tensor, Tensor]:
-    """(the moving average, clamped; where it could move): a NaN (no gradient, or an infinite one) moves nothing."""
+    """(clamped moving average, mask of updated entries); NaN (no or an infinite gradient) leaves lambda as it is."""
     average = peft.hybrid_lambda_ema
     moved = (average * mix + (1 - average) * wanted).clamp(peft.hybrid_lambda_min, peft.hybrid_lambda_max)
     known = torch.isfinite(wanted)

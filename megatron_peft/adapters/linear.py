@@ -95,7 +95,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, FrozenColumnParallelLinear):
         """[s, b, in] -> [s, b, out / t]; under sequence parallelism from [s / t, b, in]. Returns (y, bias)."""
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(input_, weight, runtime_gather_output)
-        # Nothing goes back: what megatron-core prepares for it takes longer than the product of a step of generation.
+        # No backward follows: megatron-core's autograd set-up would cost more than the product of a step of generation.
         bias, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
         y = self._forward_impl(input_, self.weight, bias=bias, allreduce_dgrad=False, sequence_parallel=False)
         return y, left
@@ -177,7 +177,7 @@ def adopt(layer: nn.Module, name: str, config: Any) -> str:
 
 
 def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [s, b, in] -> [s, b, out]
-    """The product of a layer without adapter where nothing is recorded.
+    """The forward of a layer without an adapter, without gradients.
 
     A step of generation takes the faster one; longer texts take torch's, as transformers does: scores of the base model
     are the same to the last bit then.

@@ -104,7 +104,7 @@ class LowRank(nn.Module):
     def dropout_mask(self, x: Tensor, call: FrozenLinearCall) -> Tensor | None:
         """Zeros and 1 / (1 - p), shaped like x; None without dropout.
 
-        Where the ranks hold the same x they must drop the same of it: the default generator is common to the
+        Ranks with the same x must use the same mask: the default generator is common to the
         tensor-parallel ranks. Where x is split, by features or by tokens, each rank draws from its own.
         """
         if not (self.training and self.dropout):

@@ -3,7 +3,7 @@
     U(theta) = D3 R2 F^-1 D2 Pi R1 F D1                                                             eq. (10)
 
 F is the unitary Fourier transform of n complex numbers, D = diag(exp(i phi)) phases, R = I - 2 v v^H a reflection with
-v normalised, Pi a fixed permutation: 7n real numbers, theta = [phi1, phi2, phi3, Re v1, Im v1, Re v2, Im v2].
+v normalized, Pi a fixed permutation: 7n real numbers, theta = [phi1, phi2, phi3, Re v1, Im v1, Re v2, Im v2].
 
 A reflection is at distance 2 from the identity and Pi mixes everything, so U itself cannot start near the identity.
 What turns a weight is Q(theta) = U(theta) U(theta_0)^H, theta_0 the random start: the identity at theta_0, and unitary.
@@ -73,10 +73,10 @@ def exponential_step(U: Tensor, gradient: Tensor, rate: Tensor | float) -> Tenso
     dL/dRe U + i dL/dIm U.
     """
     M = gradient @ U.mH
-    return unitarised(torch.linalg.matrix_exp(-rate * (M - M.mH)) @ U)
+    return unitarized(torch.linalg.matrix_exp(-rate * (M - M.mH)) @ U)
 
 
-def unitarised(U: Tensor) -> Tensor:  # [..., n, n] -> [..., n, n]
+def unitarized(U: Tensor) -> Tensor:  # [..., n, n] -> [..., n, n]
     """The nearest unitary matrix of one that is nearly so: two Newton-Schulz steps, whose error e becomes (3/4) e^2."""
     for _ in range(2):
         U = 1.5 * U - 0.5 * U @ (U.mH @ U)

@@ -146,9 +146,9 @@ def load(setting: Setting) -> Loaded:
     return Loaded(report.bytes_read, shard, peak_resident_bytes())
 
 
-# Wall seconds from starting `pretrain_peft.py` to the end of its first step.
+# Wall seconds from starting `megatron-peft train` to the end of its first step.
 
-PROGRAM = Path(__file__).parents[2] / "pretrain_peft.py"
+PROGRAM = ("-m", "megatron_peft.commands.train")
 SECONDS_ALLOWED = 20.0
 NUM_SAMPLES = 16
 FIRST_LINE = "iteration "
@@ -186,7 +186,7 @@ def _command(setting: Setting, data: Path) -> list[str]:
         "--log-interval": 1,
         "--lr": 1e-4,
     }
-    return [sys.executable, "-W", "ignore", str(PROGRAM), *(str(word) for pair in flags.items() for word in pair)]
+    return [sys.executable, "-W", "ignore", *PROGRAM, *(str(word) for pair in flags.items() for word in pair)]
 
 
 def seconds_to_first_step(command: list[str]) -> float:

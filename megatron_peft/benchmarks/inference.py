@@ -44,7 +44,7 @@ FOREVER = frozenset[int]()  # nothing ends an answer: both sides do the same wor
 
 @dataclass(frozen=True)
 class Questions:
-    """What every side is asked."""
+    """The benchmark's prompts and settings."""
 
     setting: Setting
     prompts: tuple[tuple[int, ...], ...]

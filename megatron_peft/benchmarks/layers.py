@@ -1,4 +1,4 @@
-"""Single layers: BOFT beside the frozen layer and HF PEFT's; from which size uRNN turns by Fourier transforms."""
+"""Single layers: BOFT beside the frozen layer and HF PEFT's; the group size from which uRNN's FFT is faster."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

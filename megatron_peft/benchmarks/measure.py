@@ -51,7 +51,7 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
 
 
 class _Limit:
-    """Wall time from now on, over when it is over on any rank."""
+    """A wall-clock limit shared by all ranks."""
 
     def __init__(self, max_seconds: float) -> None:
         self.end = time.monotonic() + max_seconds
@@ -67,8 +67,8 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """CPU seconds of each step in each turn, after `NUM_WARMUPS` turns that do not count.
 
-    Every second turn runs the other way round, so that no step always follows the same one. When it is late the turns
-    end after `FEWEST_TURNS`.
+    Every second turn runs the other way round, so that no step always follows the same one. Once `is_late`,
+    it stops as soon as `FEWEST_TURNS` have run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-NUM_WARMUPS, num_turns):

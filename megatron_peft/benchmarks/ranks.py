@@ -1,8 +1,8 @@
 """Run a function on several ranks of this machine, each a process of its own, and collect what it returns.
 
 `run_ranks(2, function, argument)` starts two processes with the environment of a world of two; the function may join
-it. Benchmarks and tests use it: a torchrun whose ranks answer. The processes are forks of one server, which may have
-the slow imports (torch, megatron-core: seconds a process) behind it: see `preload`.
+it. Benchmarks and tests use it: like torchrun, but returning each rank's result. The processes are forks of
+one server, which may have the slow imports (torch, megatron-core: seconds a process) behind it: see `preload`.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ class RanksFailed(RuntimeError):
 def preload(modules: Sequence[str]) -> None:
     """Let the server import these before the first rank is forked; later calls have no effect.
 
-    Only what neither starts threads nor touches a device on import: ranks inherit it as it is.
+    Only modules that start no threads and touch no device on import: ranks inherit them.
     """
     os.environ.update(ONE_THREAD)  # torch reads them once, on import
     _server.set_forkserver_preload(list(modules))

@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def layout(self) -> str:
-        """TP1, TP2+SP, PP2: as people say it."""
+        """The layout's usual short name, such as TP2+SP."""
         if self.pipeline_parallel > 1:
             return f"PP{self.pipeline_parallel}"
         return f"TP{self.tensor_parallel}" + "+SP" * self.sequence_parallel

@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         raise ValueError("not a manifest") from error
     odd = [name for name, (size, _) in files.items() if type(size) is not int or size < 0 or name != Path(name).name]
     if odd:
-        raise ValueError(f"it lists {odd[0]!r}, which is not the name of a file, or has no size")
+        raise ValueError(f"its entry {odd[0]!r} is not a file name with a size")
     if text != _manifest_text(files):  # the manifest protects itself: same contents, same text, same checksum
         raise ValueError("its text and its checksum do not match")
     return files
@@ -99,7 +99,7 @@ def _damage_of(path: Path, expected: FileSum) -> str:
         return f"{path.name} is missing"
     except (OSError, ConfigurationError) as error:
         return f"{path.name} cannot be read: {error}"
-    return "" if found == expected else f"{path.name} has other bytes than were written"
+    return "" if found == expected else f"{path.name} does not match its checksum"
 
 
 def _manifest_text(files: Mapping[str, FileSum]) -> str:
@@ -180,7 +180,7 @@ def start_draft(folder: Path, iteration: int) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run has left; only for the holder of the folder's lock. No whole checkpoint is lost."""
+    """Clean up after a killed run, keeping complete checkpoints. The caller must hold the folder's lock."""
     for pattern in (".iter_*.draft", ".iter_*.removed"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)

@@ -57,7 +57,7 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
         found = _damage_on_all_ranks(checkpoint)
         if not found:
             if problems:
-                _warn("WARNING: %s GOING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
+                _warn("WARNING: %s FALLING BACK to %s, the newest undamaged one.", " ".join(problems), checkpoint)
             return checkpoint
         problems.append(_damage_message(checkpoint, found))
     if problems:

@@ -71,7 +71,7 @@ class RunRecord:
         if not position.keys() <= set(COUNTERS) or "iteration" not in position or not _are_counts(position):
             raise ValueError(f"its position is {position}")
         if not (steps is None or _are_counts(steps)):
-            raise ValueError("its optimizer_steps are not counts")
+            raise ValueError("its optimizer_steps must be non-negative integers")
         if not isinstance(fields["schedule"], dict | None):
             raise ValueError(f"its schedule is {fields['schedule']}")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
@@ -146,7 +146,7 @@ SCHEDULE_FLAGS = {
     "lr_decay_style": "--lr-decay-style",
     "start_wd": "--start-weight-decay",
     "end_wd": "--end-weight-decay",
-    "wd_incr_steps": "the length of the run, over which weight decay grows, in samples",
+    "wd_incr_steps": "the length of the run (over which weight decay increases) in samples",
     "wd_incr_style": "--weight-decay-incr-style",
 }
 

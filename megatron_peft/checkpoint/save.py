@@ -141,8 +141,8 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
         if dist.get_rank() == 0 and draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointNotSaved(
-            f"--save {folder}: iteration {iteration} was not saved: {error}. What was saved before is untouched: "
-            f"make room there, or give another --save."
+            f"--save {folder}: iteration {iteration} was not saved: {error}. Earlier checkpoints are intact: "
+            f"free disk space, or use another --save folder."
         ) from error
 
 

@@ -31,7 +31,7 @@ GROUPS = (
     "checkpointing",
     "distributed",
     "logging",
-    "accepted without effect (always the case here)",
+    "accepted for compatibility, without effect",
 )
 PROGRAM_GROUP, SHAPE, RECOMPUTE, ACCEPTED_GROUP = GROUPS[0], GROUPS[2], GROUPS[10], GROUPS[15]
 SECTION_GROUPS = {
@@ -101,7 +101,7 @@ ACCEPTED = {
     "--accumulate-allreduce-grads-in-fp32": "gradients are always reduced in float32",
     "--attention-softmax-in-fp32": "torch and Transformer Engine compute the softmax in float32",
     "--no-initialization": "weights are always loaded, never initialized",
-    "--no-one-logger": "that service is never used",
+    "--no-one-logger": "NVIDIA's One Logger is not used",
 }
 ACCEPTED_VALUES = {"--ckpt-format": ("torch_dist",)}
 

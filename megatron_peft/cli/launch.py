@@ -123,6 +123,7 @@ def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it too, with a warning
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # ranks on a CPU share its cores
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails has said why
     try:
         run(parse_args([*config.torchrun_words(), "--module", module, *argv]))

@@ -29,7 +29,7 @@ FAMILIES = {
     "dsa-": "experimental attention",
     "encoder-": "encoder-decoder models",
     "expert-": "mixture of experts",
-    "export-": "quantisation and distillation",
+    "export-": "quantization and distillation",
     "fim-": "fill-in-the-middle data",
     "flight-recorder-": "NCCL's flight recorder",
     "fp4": "FP4",
@@ -37,7 +37,7 @@ FAMILIES = {
     "fsdp-": "fully sharded data parallelism",
     "ft-": "NVIDIA's fault-tolerance package",
     "grpo-": "reinforcement learning",
-    "gtp-": "generalised tensor parallelism",
+    "gtp-": "generalized tensor parallelism",
     "heterogeneous-": "heterogeneous layers",
     "hierarchical-context-parallel-": "context parallelism",
     "hybrid-attention-": "hybrid Mamba models",
@@ -49,7 +49,7 @@ FAMILIES = {
     "indexer-": "retrieval",
     "inference-": "inference server",
     "inprocess-": "restarts inside a process",
-    "kitchen-": "quantisation",
+    "kitchen-": "quantization",
     "langrl-": "reinforcement learning",
     "linear-": "linear attention",
     "lion-": "the Lion optimizer",
@@ -76,7 +76,7 @@ FAMILIES = {
     "torch-fsdp2-": "fully sharded data parallelism",
     "tp-comm-": "communication overlap inside Transformer Engine's linear layers",
     "use-mamba-": "Mamba",
-    "use-kitchen": "quantisation",
+    "use-kitchen": "quantization",
     "vision-": "vision",
     "yarn-": "YaRN rope scaling",
 }
@@ -181,7 +181,7 @@ FLAGS = {
         mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank num-speculative-tokens return-log-probs
         skip-prompt-log-probs use-legacy-static-engine use-same-sampling-seed-across-dp-ranks""",
     "reinforcement learning": "perform-rl-step refit-method result-rejected-tracker-filename",
-    "quantisation and distillation": "modelopt-enabled teacher-model-config",
+    "quantization and distillation": "modelopt-enabled teacher-model-config",
     "watching and repairing a run": """
         calc-ft-timeouts check-for-large-grads check-for-spiky-loss check-weight-hash-across-dp-replicas-interval
         disable-straggler-on-startup dump-param-to-param-group-map empty-unused-memory-level enable-ft-package
@@ -226,9 +226,9 @@ def reason_of(name: str) -> str | None:
 
 
 def refusal(flag: str, reason: str) -> str:
-    """What a user is told who types a flag (with its dashes) of Megatron that is not served."""
+    """The error message for an unsupported Megatron flag, given with its dashes."""
     way_out = WAYS_OUT.get(flag.lstrip("-"), "remove it")
-    return f"{flag} is a Megatron flag that megatron_peft does not serve ({reason}); {way_out}."
+    return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {way_out}."
 
 
 # Fields of megatron-core's configuration classes, read from its source.

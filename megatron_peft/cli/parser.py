@@ -55,7 +55,7 @@ def known_flags() -> dict[str, str | None]:
 
 
 def why_not_served(name: str) -> str:
-    """What to tell about a flag that is not served: refused by name, or not known at all."""
+    """The error message for a Megatron flag that is not supported, or for an unknown flag."""
     known = known_flags()
     if reason := known.get(name):
         return refusal(name, reason)
@@ -281,7 +281,7 @@ def exit_with_error(
 
 
 def _let_rank_0_speak() -> None:
-    """torchrun ends every rank once one has exited, so the silent ones wait, or rank 0 may be ended unheard."""
+    """torchrun kills all ranks when one exits, so the others wait for rank 0 to print its message."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # as if it had exited by itself
     try:
         time.sleep(PATIENCE_SECONDS)
@@ -295,7 +295,7 @@ def _is_first_rank(environ: Mapping[str, str]) -> bool:
 
 @dataclass
 class _Typed:
-    """What the user typed so far, by where it goes, and what was wrong with it."""
+    """Parsed values by destination, and the problems found so far."""
 
     parser: ArgumentParser
     served: Mapping[str, Flag]

@@ -40,7 +40,7 @@ def required_option(help: str, *, flags: tuple[str, ...] = (), metavar: str | No
 
 
 class ConfigurationError(ValueError):
-    """Contradictions in what the user asked for. Each message names the flag, the numbers and the way out.
+    """Settings are invalid or contradict each other. Each message names the flag, the numbers and the way out.
 
     `problems` holds the messages one by one; the text of the exception is all of them, a line each.
     """
@@ -83,7 +83,7 @@ def spelled(name: str, value: Any) -> str:
 
 
 class Requirements:
-    """Notes what is unmet inside a `with` block; at its end raises all of it as one `ConfigurationError`.
+    """Collects failed checks inside a `with` block and raises them together, as one `ConfigurationError`, at its end.
 
     `config` is the dataclass whose fields the methods look at; None stands for "not set" and passes.
     """

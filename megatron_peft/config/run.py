@@ -104,7 +104,7 @@ class RunConfig:
 
 
 def missing_for_training(values: Mapping[str, Any]) -> list[str]:
-    """What a run that trains lacks, out of its fields by name. To ask a model, merge or import one takes none of it."""
+    """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
     needed = {
         ("data_path", "train_data_path"): (
             "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset."

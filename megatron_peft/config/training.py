@@ -1,4 +1,4 @@
-"""How it is trained: the sections of a run's length and batches, its optimizer, checkpoints and log."""
+"""Configuration of a run's length and batches, optimizer, checkpoints and logging."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -86,14 +86,14 @@ class OptimizerSettings:
     lr_decay_samples: int | None = _rate(None, "samples of the decay (default: --train-samples)", check="positive")
     lr_warmup_iters: int = _rate(0, "iterations of linear warmup", check="not_negative")
     lr_warmup_samples: int = _rate(0, "samples of linear warmup", check="not_negative")
-    lr_warmup_fraction: float | None = _rate(None, "warmup as a fraction of the decay")
+    lr_warmup_fraction: float | None = _rate(None, "warmup as a fraction of the iterations of the decay")
     lr_warmup_init: float = _rate(0.0, "learning rate at the start of the warmup", check="not_negative")
     lr_wsd_decay_iters: int | None = _rate(None, "iterations of the last phase of WSD", check="positive")
     lr_wsd_decay_samples: int | None = _rate(None, "samples of the last phase of WSD", check="positive")
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = _rate(
         "exponential", "shape of the decay in the last phase of WSD"
     )
-    weight_decay: float = option(0.01, "weight decay, decoupled from the gradient", check="not_negative")
+    weight_decay: float = option(0.01, "decoupled weight decay (AdamW)", check="not_negative")
     start_weight_decay: float | None = option(
         None, "weight decay at the start, if it increases over the run", check="not_negative"
     )

@@ -31,7 +31,7 @@ _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def require_regular(path: Path, flag: str = "") -> None:
-    """Raises ConfigurationError, with the `flag` that named it, unless `path` is a file that ends."""
+    """Raises ConfigurationError, with the `flag` that named it, unless `path` is a regular file."""
     named = f"{flag} {path}".strip()
     try:
         mode = path.stat().st_mode
@@ -72,7 +72,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises as `read_json` does."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{path} holds no JSON object but {type(value).__name__}.")
+        raise ConfigurationError(f"{path} must be a JSON object, not {type(value).__name__}.")
     return value
 
 
@@ -132,7 +132,7 @@ def _yaml_errors(place: str) -> Iterator[None]:
 
 @contextmanager
 def limited_to(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so many seconds of the processor: somebody else's template or pattern is a program.
+    """Raises TimeoutError after `seconds` of CPU time: an untrusted template or pattern may run forever.
 
     In the main thread only; there, everything is looked at once before it is used.
     """
@@ -153,18 +153,18 @@ def limited_to(seconds: float) -> Iterator[None]:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no finite number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
 def _walk(value: Any, most_values: float = inf) -> None:
-    """Refuse what lies too deep, is too much, or no encoding holds. Without recursion."""
+    """Reject values that are nested too deeply, too many, or not encodable. Without recursion."""
     level, num_values = [value], 1
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []

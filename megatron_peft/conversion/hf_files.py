@@ -215,12 +215,12 @@ def type_flag(name: str | None) -> torch.dtype | None:
 # Redundant tensors of old or tied checkpoints.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 TIED_OUTPUT = re.compile(r"^lm_head\.weight$")
-# Floating-point types by their names in safetensors and in torch; anything else is a quantised checkpoint.
+# Floating-point types by their names in safetensors and in torch; anything else is a quantized checkpoint.
 NUMBER_TYPES = frozenset({*SAFETENSORS_TYPES, *TORCH_TYPES})
 
 
 def check_inventory(source: Source, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool) -> None:
-    """Raise ConfigurationError that lists missing, extra, misshapen and quantised tensors."""
+    """Raise ConfigurationError that lists missing, extra, misshapen and quantized tensors."""
     headers = {name: h for name, h in source.headers.items() if not _is_harmless(name, expected, tied_embeddings)}
     what = f"the tensors in {source.folder} do not fit its config.json."
     raise_problems(what, tensor_problems(headers, expected, "not part of this model"))

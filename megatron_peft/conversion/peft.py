@@ -54,8 +54,8 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
         pretrained_checkpoint: the base model. It is checked, but its weights are not read.
 
     Raises:
-        ConfigurationError: before anything is written: no plain LoRA or BOFT, one that the fused layers cannot hold, of
-            another base, missing tensors, damaged files, an output that exists.
+        ConfigurationError: before anything is written: the adapter is not plain LoRA or BOFT, does not fit the fused
+            layers, belongs to another base model, is damaged or lacks tensors, or the output exists.
     """
     check_new(output)
     if pretrained_checkpoint is None:
@@ -82,7 +82,7 @@ def _open(folder: Path) -> PeftImport:
 
 
 def _check_tensors(adapter: PeftImport, rules: list[Rule], base: str) -> None:
-    """ConfigurationError names every kind of fault: missing, extra, misshapen and quantised tensors."""
+    """ConfigurationError names every kind of fault: missing, extra, misshapen and quantized tensors."""
     source = adapter.source
     modules = {module: size for rule in rules for module, size in modules_of(rule).items()}
     targeted = {module: size for module, size in modules.items() if adapter.is_targeted(module)}

@@ -268,7 +268,7 @@ class BoftImport(PeftImport):
         found = [boft.from_huggingface(whole_tensor(self.source, f"{PREFIX}{module}.boft_R")) for module in targeted]
         if targeted != modules or not all(torch.equal(Q, found[0]) for Q in found):
             raise ConfigurationError(
-                f"{listed(modules)} meet one input in {layer_of(rule)}, so they have one rotation here; "
+                f"{listed(modules)} share an input in {layer_of(rule)} and therefore need the same rotation; "
                 f"{self.source.folder} has one for {listed(targeted)}, or different ones. {WAY_OUT}"
             )
         return found[0]

@@ -162,8 +162,8 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
     """The newest checkpoint in a --save folder. Every file is compared with the manifest; no tensor is kept yet.
 
     Raises:
-        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged (--load would go back to
-            an older one: what moves on to other programs is chosen by hand).
+        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged (unlike --load, an
+            export never falls back to an older one).
     """
     checkpoint = find_checkpoint(folder)
     problems = damage(checkpoint)

@@ -216,7 +216,7 @@ def _transformers_model(folder: Path) -> Any:
 
 @contextmanager
 def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None]:
-    """Raise any error of a library that cannot open a folder as ConfigurationError."""
+    """Convert a library's loading errors to ConfigurationError."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - each library has its own errors

@@ -157,7 +157,8 @@ def build_indexed(
     blend = parse_blend(paths, flag)
     require(
         blend.weights is None or num_samples is not None or split != Split.train,
-        f"{flag} has weights, and an epoch of a weighted blend means nothing: give --train-iters or --train-samples.",
+        f"{flag} has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "
+        "--train-samples.",
     )
     blend = blend if num_samples is not None else Blend(blend.prefixes, None)
     core_config = _core_config(config, split, blend, tokenizer)

@@ -30,7 +30,7 @@ class TokenizedRecord(NamedTuple):
 
 
 def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
-    """Tokens of one record: the completion, the assistant's turns or the whole text are learnt, with an end token.
+    """Tokens of one record. The loss covers the completion, the assistant's turns or the whole text, and an end token.
 
     Raises ConfigurationError (without the place) for a record of another kind, and for one that is malformed.
     """
@@ -90,7 +90,7 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
 
 
 def _turn_mask(segment: ChatSegment, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """A turn is learnt up to its end token; what the template puts behind it (a line break) is not."""
+    """The loss covers a turn up to its end token, not what the template puts behind it (a line break)."""
     if not segment.trained:
         return [False] * len(ids)
     end = len(ids) - ids[::-1].index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)

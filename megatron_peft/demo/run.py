@@ -173,7 +173,7 @@ class _Run:
         _print_progress(f"training, {' '.join(self.flags)}")
         save = ["--save", str(self.checkpoints), "--save-interval", "40"]
         load = ["--load", str(self.checkpoints)] if self.checkpoints.exists() else []
-        _launch(str(PROGRAM), *self.flags, *save, *load)
+        _launch(*PROGRAM, *self.flags, *save, *load)
         (self.folder / "trained").touch()
 
     def score(self, name: str, *extra_flags: str) -> DemoScore:

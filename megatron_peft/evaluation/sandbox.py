@@ -367,7 +367,7 @@ def open_sandbox(
 
 
 _UNSAFE_WAY = (
-    f"run the code without any protection, on a machine that you can afford to lose: --unsafe-execution (or "
+    f"run the code without any protection, on a disposable machine: --unsafe-execution (or "
     f"{UNSAFE_VARIABLE}=1 in the environment)."
 )
 

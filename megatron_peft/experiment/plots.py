@@ -44,7 +44,7 @@ def style(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def colour(position: int) -> str:
+def color(position: int) -> str:
     return COLOURS[position % len(COLOURS)]
 
 
@@ -120,7 +120,7 @@ def _draw_cost_bars(
         label = result.model if result.method == methods[0] else None
         height = mean(found)
         whiskers = [[height - min(found)], [max(found) - height]]
-        axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=colour(group), label=label)
+        axes.bar(at, height, width * 0.9, yerr=whiskers, capsize=2, color=color(group), label=label)
     axes.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
 
 
@@ -162,8 +162,8 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
     figure = new_figure(12, 4.6, f"{model}, {task}")
     left, right = figure.subplots(1, 2)
     for at, result in enumerate(results.of(model, task)):
-        _draw_method(left, result, "grad_norm", colour(at))
-        _draw_method(right, result, "validation_loss", colour(at))
+        _draw_method(left, result, "grad_norm", color(at))
+        _draw_method(right, result, "validation_loss", color(at))
     for axes, title in ((left, "Gradient norm"), (right, "Validation loss")):
         style(axes, title)
         axes.set_xlabel("epoch")
@@ -172,7 +172,7 @@ def draw_dynamics(results: Results, model: str, task: str) -> Figure:
     return figure
 
 
-def _draw_method(axes: Axes, result: Result, name: str, line_colour: str) -> None:
+def _draw_method(axes: Axes, result: Result, name: str, line_color: str) -> None:
     curves = [record.curves[name] for record in result.finals.values() if record.curves.get(name)]
     if not curves:
         return
@@ -180,9 +180,9 @@ def _draw_method(axes: Axes, result: Result, name: str, line_colour: str) -> Non
     length = min(len(epochs) for epochs, _ in averaged)
     epochs = averaged[0][0][:length]
     values = np.stack([values[:length] for _, values in averaged])
-    axes.plot(epochs, values.mean(axis=0), color=line_colour, linewidth=1.6, label=result.method)
+    axes.plot(epochs, values.mean(axis=0), color=line_color, linewidth=1.6, label=result.method)
     if len(values) > 1:
-        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line_colour, alpha=0.15, linewidth=0)
+        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line_color, alpha=0.15, linewidth=0)
 
 
 def averages(curve: Sequence[Sequence[float]], most: int) -> Curve:
@@ -311,9 +311,9 @@ def plot_run(
     figure.suptitle(title, fontsize=14, fontweight="bold")
     rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     curves, *middle, texts = [figure.add_subfigure(rows[at]) for at in range(len(heights))]
-    left, centre, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
+    left, center, right = curves.subplots(1, 3, width_ratios=[5, 5, 3])
     _draw_loss(left, records, validation_loss)
-    _draw_curve(centre, "Gradient norm", *_series(records, "grad_norm"))
+    _draw_curve(center, "Gradient norm", *_series(records, "grad_norm"))
     _draw_bars(right, "BLEU", bleu)
     for part in middle:
         draw_lambdas_into(part, *read_lines(lambdas))

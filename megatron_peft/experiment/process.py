@@ -1,4 +1,4 @@
-"""The processes of a cell, here or in a SLURM job: pretrain_peft.py in its own folder, then the command of the score.
+"""The processes of a cell, here or in a SLURM job: the training in its own folder, then the command of the score.
 
 They end with the runner, however it ends; a cell that trained on would share its folder with the next attempt.
 """
@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import megatron_peft
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment.cells import Cell, Group
 from megatron_peft.experiment.record import from_lambdas
 from megatron_peft.experiment.spec import Choice, Experiment, ScoreSpec
 from megatron_peft.training.metrics import read_metrics
 
-PROGRAM = Path(megatron_peft.__file__).resolve().parent.parent / "pretrain_peft.py"
+PROGRAM = ("-m", "megatron_peft.commands.train")
 TRACKER = "latest_checkpointed_iteration.txt"
 LOG = "log.txt"
 LAMBDA_FILE = "lambda.jsonl"  # of a Hybrid, beside metrics.jsonl
@@ -158,7 +157,7 @@ def _end_with(parent: int, signal_number: int) -> None:
 
 
 # An experiment as SLURM job arrays: one array per model, since models differ in nodes, and one array task per group.
-# tools/experiment.py itself runs a group in one allocation, so a job that is queued again continues from its records.
+# The same program runs a group in one allocation, so a job that is queued again continues from its records.
 
 DEFAULTS = {"nodes": 1, "ntasks-per-node": 1, "exclusive": True, "requeue": True, "open-mode": "append"}
 OURS = ("array", "job-name", "signal", "output", "parsable")  # options that the script sets itself
@@ -169,7 +168,7 @@ HEAD = """#!/bin/bash
 # from the root of a clone submits {count} tasks of job arrays, one array a model. A task tunes one method on one
 # benchmark, runs its seeds, and leaves a file for each cell under
 #   {folder}
-# (tools/report.py shows at any time what is there); submitted again, a task does what is missing. PYTHON names the
+# (megatron-peft report shows at any time what is there); submitted again, a task does what is missing. PYTHON names the
 # interpreter that the nodes use.
 set -euo pipefail
 export PYTHON=${{PYTHON:-python}}
@@ -186,7 +185,7 @@ groups=(
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${{nodes[0]}}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # compute and communication are issued in order, so that they overlap
-"$PYTHON" tools/experiment.py {experiment} --output {folder} --group "${{groups[$SLURM_ARRAY_TASK_ID]}}" &
+"$PYTHON" -m megatron_peft experiment {experiment} --output {folder} --group "${{groups[$SLURM_ARRAY_TASK_ID]}}" &
 runner=$!
 signalled=false
 # Time is nearly up: the runner ends its cell, which goes on from its last checkpoint when the job is queued again.

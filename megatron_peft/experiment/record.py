@@ -389,7 +389,8 @@ def misfits(cell: Cell, score: ScoreSpec | None, record: CellRecord) -> list[str
     digests = {"training": training_digest(cell), "score": score_digest(cell, score) if score else "none"}
     wrote = {name: str(source["cell_sha256"]) for name, source in record.provenance.items()}
     return [
-        f"its {name} came from another entry than the file's: digest {has[:12]}, not {digests.get(name, 'none')[:12]}"
+        f"its {name} was produced from a different entry than the file's: digest {has[:12]}, not "
+        f"{digests.get(name, 'none')[:12]}"
         for name, has in wrote.items()
         if has != digests.get(name)
     ]

@@ -113,15 +113,15 @@ def read_results(folder: Path, experiment_file: Path | None = None) -> Results:
     found = Results(experiment, tuple(_result(folder, group) for group in groups(experiment)))
     _refuse_other_data(found)
     if not any(record for result in found.all for _, record in result.tuning):
-        raise ConfigurationError(f"{folder}/cells holds no cell of {source}: tools/experiment.py runs them.")
+        raise ConfigurationError(f"{folder}/cells contains no results of {source}: run megatron-peft experiment first.")
     return found
 
 
 def _refuse_misfits(folder: Path, all_groups: list[Group], source: Path) -> None:
     """Raises ConfigurationError for records that do not match the file."""
     problems = [
-        f"{path} is not of {source}: {'; '.join(differences)}. Remove it and run tools/experiment.py, which runs it "
-        f"again, or name the file that it came from with --experiment."
+        f"{path} does not belong to {source}: {'; '.join(differences)}. Remove it and run megatron-peft "
+        f"experiment, which runs it again, or name the file that it came from with --experiment."
         for group in all_groups
         for cell in _cells(group).values()
         if (path := cell_file(folder, cell)).exists()

@@ -60,7 +60,7 @@ class Runner:
     Attributes:
         jobs: cells at a time.
         report: called with a sentence at each event; refresh: called each time that the running cells are polled.
-        program: the training program, as words after `python`; None is pretrain_peft.py.
+        program: the training program, as words after `python`; None is `megatron-peft train`.
         keep_checkpoints: keep the checkpoints of finished cells.
         experiment: the text of the experiment's file.
         gave_up: keys of the cells that failed in this call.
@@ -127,7 +127,7 @@ class Runner:
     def _start(self, todo: Work) -> None:
         folder = process.run_folder(self.folder, todo.cell)
         if todo.kind == "train":
-            command = process.training_command(self.folder, todo.cell, self.program or (str(process.PROGRAM),))
+            command = process.training_command(self.folder, todo.cell, self.program or process.PROGRAM)
             if "--load" not in command:
                 shutil.rmtree(folder, ignore_errors=True)
         else:

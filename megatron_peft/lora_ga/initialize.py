@@ -1,4 +1,4 @@
-"""LoRA-GA's initialisation: A and B from the leading singular triplets of G, the gradient of W (eq. (7)-(8)).
+"""LoRA-GA's initialization: A and B from the leading singular triplets of G, the gradient of W (eq. (7)-(8)).
 
 G is the sum over tokens of dy x^T, so its sketches are summed token by token in two passes over the same batches; G
 itself is never formed:
@@ -127,7 +127,7 @@ OVERSAMPLING = 48
 
 @dataclass(frozen=True)
 class InitReport:
-    """What the initialisation found on this rank.
+    """What the initialization found on this rank.
 
     Args:
         energy: by layer, the share of |G|_F^2 in the r leading directions (what the sketch misses is estimated).

@@ -31,10 +31,10 @@ class Triplets(NamedTuple):
 def orthonormal_basis(Y: Tensor, all_sum: AllSum) -> Tensor:  # [out, w] -> [out, w]
     """Q with orthonormal columns that span those of Y; columns beyond the rank of Y are zero."""
     # A Gram matrix squares the condition number, so this is done in float64, and twice.
-    return _orthonormalise(_orthonormalise(Y.double(), all_sum), all_sum)
+    return _orthonormalize(_orthonormalize(Y.double(), all_sum), all_sum)
 
 
-def _orthonormalise(Y: Tensor, all_sum: AllSum) -> Tensor:
+def _orthonormalize(Y: Tensor, all_sum: AllSum) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(all_sum(Y.T @ Y))
     return Y @ (vectors * _inverse(eigenvalues.clamp_min(0).sqrt(), NEGLIGIBLE**0.5))
 

@@ -143,7 +143,7 @@ def _additive_mask(num_queries: int, num_keys: int, attention_mask: Tensor | Non
 # ALiBi (attention with linear biases, arXiv:2108.12409): score(i, j) = q_i k_j / sqrt(d) - slope_n (i - j) for head n.
 #
 # Bloom and transformers add slope_n j instead; the softmax is the same. Distances are more precise in bfloat16: exact
-# up to 256, while near position 2,000 slope_n j rounds to the same number for neighbouring keys.
+# up to 256, while near position 2,000 slope_n j rounds to the same number for neighboring keys.
 
 _GROWTH = 128  # positions
 

@@ -67,8 +67,8 @@ CACHED_TOKENS = 128
 def outer_sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g, n], [k, n, g] -> [k, g, g]
     """sum over tokens of grad x^T by block, in `dtype`.
 
-    On a CPU in chunks of tokens that stay in its cache: for wide layers (k g of 3,072) one product takes half as long
-    again, because a block's columns lie far apart.
+    On a CPU in chunks of tokens that stay in its cache: for wide layers (k g of 3,072) a single product is
+    1.5 times slower, because the columns of a block are not contiguous.
     """
     if grad.is_cuda or grad.dtype != dtype:  # one launch; one rounding
         return torch.bmm(grad, x).to(dtype)

@@ -107,7 +107,7 @@ class _FailureBoard:
                 self._leave(int(self._store.get("exit_code")))
 
     def _leave(self, exit_code: int) -> NoReturn:
-        """End once all ranks are ready to: when one process ends, a launcher kills the others, which changes their exit
+        """Exit when all ranks are ready: when one process ends, a launcher kills the others, which changes their exit
         codes.
         """
         self._leaving.acquire()  # only one of this process's two threads leaves

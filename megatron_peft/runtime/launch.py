@@ -66,7 +66,7 @@ def world(
 def start_world(
     backend: str | None = None, timeout_minutes: float = ParallelConfig.distributed_timeout_minutes
 ) -> None:
-    """Initialise torch.distributed; on CUDA use the device of LOCAL_RANK.
+    """Initialize torch.distributed; on CUDA use the device of LOCAL_RANK.
 
     A single process, with or without torchrun, needs no port and no environment variables.
     """

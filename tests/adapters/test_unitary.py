@@ -11,7 +11,7 @@ from megatron_peft.adapters.unitary import (
     orthogonality_error,
     random_theta,
     structured,
-    unitarised,
+    unitarized,
 )
 
 GROUPS, SIZE = 3, 8
@@ -85,7 +85,7 @@ def test_a_step_descends_and_stays_unitary():
 
 def test_drift_is_mended():
     U = torch.linalg.matrix_exp(skew_hermitian(1.0)) * 1.01
-    assert orthogonality_error(unitarised(U)) < 1e-6 < 1e-2 < orthogonality_error(U)
+    assert orthogonality_error(unitarized(U)) < 1e-6 < 1e-2 < orthogonality_error(U)
 
 
 @pytest.mark.parametrize("norm", [3.0, 50.0])

@@ -33,18 +33,18 @@ def test_resumed_equals_uninterrupted_on_four_ranks(files):
 def test_load_goes_back_with_a_warning_after_a_flipped_byte(two_ranks):
     assert [facts["gone back"]["iteration"] for facts in two_ranks] == [2, 2]
     (said,), on_the_second_rank = (facts["gone back"]["said"] for facts in two_ranks)
-    assert "iter_0000003 is damaged: __1_0.distcp has other bytes than were written" in said
-    assert "GOING BACK to" in said and "iter_0000002" in said and on_the_second_rank == []
+    assert "iter_0000003 is damaged: __1_0.distcp does not match its checksum" in said
+    assert "FALLING BACK to" in said and "iter_0000002" in said and on_the_second_rank == []
 
 
 @pytest.mark.parametrize(
     "asked, words",
     {
-        "by name": ["iter_0000003 holds no whole checkpoint", "__1_0.distcp has other bytes"],
-        "to score": ["__1_0.distcp has other bytes"],  # scoring takes no other checkpoint than the newest
+        "by name": ["iter_0000003 holds no whole checkpoint", "__1_0.distcp does not match"],
+        "to score": ["__1_0.distcp does not match"],  # scoring takes no other checkpoint than the newest
         "none is whole": [
             "3 is damaged: __1_0.distcp",
-            "2 is damaged: .metadata has other bytes",
+            "2 is damaged: .metadata does not match",
             "from the beginning",
         ],
     }.items(),

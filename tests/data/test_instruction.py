@@ -67,7 +67,7 @@ CALLING = {
 }
 
 
-def test_tools_and_calls_go_through_the_template_and_calls_are_learnt(tmp_path):
+def test_tools_and_calls_go_through_the_template_and_calls_are_learned(tmp_path):
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=TOOL_CHATML)))
     ids, _ = tokenize_record(CALLING, tokenizer)
     text = tokenizer._tokenizer.decode(ids)
@@ -102,7 +102,7 @@ def test_calls_that_the_template_does_not_write_are_refused(hf):
         ({"content": None, "tool_calls": [{"name": "f"}]}, "message 2 has tool_calls, which"),
     ],
 )
-def test_a_turn_that_sets_what_is_learnt_is_an_error(tmp_path, turn, told):
+def test_a_turn_that_sets_what_is_learned_is_an_error(tmp_path, turn, told):
     """Not where a comment of the template names it either."""
     template = "{# tool_calls, function_call #}" + CHATML
     tokenizer = HuggingFaceTokenizer(str(save_tokenizer(tmp_path, chat_template=template)))

@@ -20,7 +20,7 @@ from megatron_peft.data.prepare import (
     TaskTemplate,
     TestItems,
     Tests,
-    normalised,
+    normalized,
     prepare,
 )
 
@@ -39,7 +39,7 @@ from megatron_peft.data.prepare import (
     ],
 )
 def test_words_numbers_and_accents_count_and_case_punctuation_and_forms_do_not(text: str, other: str, same: bool):
-    assert (normalised(text) == normalised(other)) is same
+    assert (normalized(text) == normalized(other)) is same
 
 
 def item(*texts: str, fragments: tuple[str, ...] = ()) -> Document:
@@ -73,7 +73,7 @@ def test_shares_must_leave_something(shares: tuple[int, ...], message: str) -> N
         HashSplit(*shares)
 
 
-def test_test_items_are_recognised_by_any_text() -> None:
+def test_test_items_are_recognized_by_any_text() -> None:
     tests = TestItems()
     tests.add(item("How many apples?", "an answer"))
     assert tests.match(item("how many APPLES")) == "file, How many apples?"
@@ -175,8 +175,8 @@ def test_no_test_item_is_ever_trained_on(train: list[str], test: list[str], tmp_
     train = [*train, *(f"filler {n}" for n in range(40))]
     done = run(tmp_path_factory.mktemp("x") / "out", train, test, valid=30)
     trained = lines(done.folder / "train.jsonl") + lines(done.folder / "valid.jsonl")
-    texts = {normalised(record["prompt"].partition("\nQuestion")[0]) for record in trained} - {""}
-    assert not texts & {normalised(text) for text in test}
+    texts = {normalized(record["prompt"].partition("\nQuestion")[0]) for record in trained} - {""}
+    assert not texts & {normalized(text) for text in test}
     assert len(trained) + done.counts["removed"] == len(train)
 
 

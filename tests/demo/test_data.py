@@ -288,8 +288,8 @@ def _write_gguf(path):
     random = np.random.default_rng(0)
     q = random.integers(0, 16, (HIDDEN, HIDDEN)).astype(np.float32)
     q[:, ::32], q[:, 1::32] = 0, 15  # every block of 32 spans the whole range of 4 bits
-    quantised = quantize(_interleave(q, HEADS), GGMLQuantizationType.Q4_1)
-    writer.add_tensor("blk.0.attn_q.weight", quantised, raw_dtype=GGMLQuantizationType.Q4_1)
+    quantized = quantize(_interleave(q, HEADS), GGMLQuantizationType.Q4_1)
+    writer.add_tensor("blk.0.attn_q.weight", quantized, raw_dtype=GGMLQuantizationType.Q4_1)
     kv = HIDDEN * KV_HEADS // HEADS
     shapes = {
         **{"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)},

@@ -33,7 +33,7 @@ class Launcher:
         self.commands.append(command)
         if self.fails_in in command:
             raise ConfigurationError("ended with exit code 1; see above.")
-        if command[0] == "-m":
+        if command[1] != module.PROGRAM[1]:
             trained = "--load" in command
             words = tuple(f"{'texte' if trained else 'text'} {i}" for i in range(len(HELD_OUT)))
             DemoScore(20.5 if trained else 3.0, "nrefs:1", 1.7 if trained else 3.9, 4096, words).write(Path(command[2]))
@@ -46,7 +46,7 @@ class Launcher:
                 (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
 
     def programs(self):
-        return [Path(command[0]).name if command[0] != "-m" else Path(command[2]).stem for command in self.commands]
+        return ["train" if command[1] == module.PROGRAM[1] else Path(command[2]).stem for command in self.commands]
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
 
 def test_scored_before_and_after_training_with_the_flags_of_training(tmp_path, launcher):
     run_demo(tmp_path, extra_flags=["--seed", "7"])
-    assert launcher.programs() == ["before", "pretrain_peft.py", "after"]
+    assert launcher.programs() == ["before", "train", "after"]
     before, training, after = launcher.commands
-    assert before[3:] == training[1 : len(before) - 2]
+    assert before[3:] == training[2 : len(before) - 1]
     assert after[3 : len(before)] == before[3:]
     assert after[len(before) :] == ("--load", str(tmp_path / "lora" / "checkpoints"), "--finetune")
     assert before[-2:] == ("--seed", "7")
@@ -106,12 +106,12 @@ def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, 
     assert (tmp_path / "lora" / "trained").exists(), "other methods have their own folder"
     launcher.commands.clear()
     run_demo(tmp_path, extra_flags=["--lr", "1e-3"])
-    assert launcher.programs() == ["before", "pretrain_peft.py", "after"]
+    assert launcher.programs() == ["before", "train", "after"]
     assert "--load" not in launcher.commands[1]
 
 
 def test_a_training_that_was_stopped_continues_from_its_checkpoint(tmp_path, launcher):
-    launcher.fails_in = str(module.PROGRAM)
+    launcher.fails_in = module.PROGRAM[1]
     with pytest.raises(ConfigurationError):
         run_demo(tmp_path)
     checkpoints = tmp_path / "lora" / "checkpoints"
@@ -119,7 +119,7 @@ def test_a_training_that_was_stopped_continues_from_its_checkpoint(tmp_path, lau
     launcher.fails_in = None
     launcher.commands.clear()
     run_demo(tmp_path)
-    assert launcher.programs() == ["pretrain_peft.py", "after"]
+    assert launcher.programs() == ["train", "after"]
     assert launcher.commands[0][-2:] == ("--load", str(checkpoints))
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +39,17 @@ def parse(name: str) -> RunConfig:
 
     Ends the process where a flag is unknown, a size does not divide, or a sample is longer than the model's positions.
     """
-    text = (FOLDER / f"{name}.args").read_text()
-    ranks = re.search(r"^# ranks: (\d+)$", text, re.MULTILINE)
+    file = FOLDER / f"{name}.yaml"
+    ranks = re.search(r"^(?:# ranks|nproc-per-node): (\d+)$", file.read_text(), re.MULTILINE)
     assert ranks, "a recipe says how many ranks it is for"
-    paths = [f"--pretrained-checkpoint={CONFIGURATIONS / name}", "--train-data-path=train.jsonl", "--save=runs/x"]
+    paths = [
+        f"--config={file}",
+        f"--pretrained-checkpoint={CONFIGURATIONS / name}",
+        "--train-data-path=train.jsonl",
+        "--save=runs/x",
+    ]
     environment = {"WORLD_SIZE": ranks[1], "RANK": "0"}
-    return parse_arguments([*paths, *shlex.split(text, comments=True)], environment, read_shape)
+    return parse_arguments(paths, environment, read_shape)
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def test_recipe_fits_its_model_and_its_row_of_the_readme(name):
     config = parse(name)
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     dp = config.parallel.data_parallel_size
-    row = next(line for line in (FOLDER.parent / "README.md").read_text().splitlines() if f"`{name}.args`" in line)
+    row = next(line for line in (FOLDER.parent / "README.md").read_text().splitlines() if f"`{name}.yaml`" in line)
     assert row.split("|")[3].strip() == f"{tp} x {pp} x {dp}"
     assert config.training.global_batch_size % (config.training.micro_batch_size * dp) == 0
 

@@ -21,7 +21,6 @@ STAND_INS = Path(__file__).parent / "stand_ins"  # they write down in $RECORD wh
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    (tmp_path / "recipe.args").write_text("# a comment\n--tensor-model-parallel-size 2 # after a flag\n\n--bf16\n")
     return tmp_path
 
 
@@ -36,7 +35,7 @@ def start(record: Path, *flags: str, step_code: int | None = None) -> subprocess
         **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "4242", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"},
         **({} if step_code is None else {"STEP_CODE": str(step_code)}),
     }
-    command = ["bash", str(SCRIPT), "recipe.args", *flags]
+    command = ["bash", str(SCRIPT), "recipe.yaml", *flags]
     return subprocess.Popen(command, cwd=record, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -64,7 +63,7 @@ def finished(record: Path, *flags: str, step_code: int = 0) -> list[str]:
 def test_recipe_and_flags_reach_the_run(record: Path) -> None:
     arguments = finished(record, "--lr", "1e-3")
     program = arguments[arguments.index("pretrain_peft.py") :]
-    assert program[-5:] == ["--tensor-model-parallel-size", "2", "--bf16", "--lr", "1e-3"]
+    assert program[1:3] == ["--config", "recipe.yaml"] and program[-2:] == ["--lr", "1e-3"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
     assert "--load" not in program
 

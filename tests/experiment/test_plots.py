@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_peft.experiment import plots
-from megatron_peft.experiment.plots import Translation, colour, new_figure, plot_run, save, style, svg
+from megatron_peft.experiment.plots import Translation, color, new_figure, plot_run, save, style, svg
 from megatron_peft.experiment.record import write_record
 from megatron_peft.experiment.results import Results, read_results
 from tests.experiment.small_results import record_of
@@ -19,7 +19,7 @@ from tests.experiment.small_results import record_of
 def small() -> Figure:
     figure = new_figure(3, 2, "A title")
     axes = figure.subplots()
-    axes.plot([1, 2], [3, 4], color=colour(0))
+    axes.plot([1, 2], [3, 4], color=color(0))
     style(axes, "Loss")
     return figure
 

@@ -72,7 +72,7 @@ def test_each_group_is_one_task_of_its_models_array(tmp_path: Path, environment:
     assert ran[0].split() == ["-m", "make_data"]
     groups = [f"{model},talk,{method}" for model in ("tiny", "big") for method in ("lora", "boft")]
     assert ran[1:] == [
-        f"n1 tools/experiment.py small.yaml --output {tmp_path}/out put --group {group}" for group in groups
+        f"n1 -m megatron_peft experiment small.yaml --output {tmp_path}/out put --group {group}" for group in groups
     ]
     tiny, big = (tmp_path / "sbatch").read_text().splitlines()
     assert "--nodes=1 " in tiny and "--time=1:00:00" in tiny and "--array=0-1" in tiny and "--exclusive" in tiny

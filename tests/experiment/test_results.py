@@ -44,7 +44,7 @@ def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path
     with pytest.raises(ConfigurationError, match="experiment.yaml is not there: .* with --experiment"):
         read_results(tmp_path)
     (tmp_path / "experiment.yaml").write_text(experiment(tmp_path)[0].text)
-    with pytest.raises(ConfigurationError, match="holds no cell of .*: tools/experiment.py runs them"):
+    with pytest.raises(ConfigurationError, match="contains no results of .*: run megatron-peft experiment first"):
         read_results(tmp_path)
 
 
@@ -53,10 +53,10 @@ def test_a_missing_experiment_and_a_folder_without_its_cells_are_errors(tmp_path
     [
         ("experiment.yaml", "train-iters: 2", "train-iters: 3", "--train-iters is 2 and 3 in the file"),
         ("experiment.yaml", "train-iters: 2", "bf16: true", "--bf16 is absent and given in the file"),
-        ("experiment.yaml", "acc,none", "f1,none", "its score came from another entry than the file's"),
+        ("experiment.yaml", "acc,none", "f1,none", "its score was produced from a different entry than the file's"),
         (CELL, '"lora"', '"boft"', "method is 'boft' and 'lora' in the file"),  # moved under another name
         (CELL, '"lr": "0.1"', '"lr": "0.4"', "settings is {'lr': '0.4'} and {'lr': '0.1'} in the file"),
-        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training came from another entry than the file's"),
+        (CELL, '"cell_sha256": "', '"cell_sha256": "x', "its training was produced from a different entry"),
     ],
 )
 def test_record_that_is_not_of_the_files_words_is_refused(
@@ -66,7 +66,7 @@ def test_record_that_is_not_of_the_files_words_is_refused(
     text = re.sub(r',\n "sha256".*', "", path.read_text())  # as of a version that did not notice edits
     path.write_text(text.replace(old, new, 1))
     assert path.read_text() != text
-    with pytest.raises(ConfigurationError, match=f"json is not of .*experiment.yaml: {told}.*. Remove it and run"):
+    with pytest.raises(ConfigurationError, match=f"json does not belong to .*experiment.yaml: {told}.*. Remove it"):
         read_results(tmp_path)
 
 

@@ -150,8 +150,8 @@ def test_llama_configs_that_are_refused(changes: dict[str, Any], told: str, tmp_
 
 
 def test_unknown_keys_are_ignored_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert llama(tmp_path, colour="blue") == LLAMA_SHAPE
-    assert "ignored: colour" in caplog.text
+    assert llama(tmp_path, color="blue") == LLAMA_SHAPE
+    assert "ignored: color" in caplog.text
 
 
 def test_each_size_of_a_bloom_is_read_from_any_of_its_keys(tmp_path: Path) -> None:

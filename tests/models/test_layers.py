@@ -51,7 +51,7 @@ def test_values_and_gradients_are_torchs(kind, dtype):
     torch.testing.assert_close(_values_and_gradients(norm, norm, x), expected)
 
 
-def test_bfloat16_is_normalised_in_float32():
+def test_bfloat16_is_normalized_in_float32():
     norm, x = _norm(RMSNorm, torch.bfloat16), torch.randn(SHAPE).bfloat16()
     wide = _norm(RMSNorm)
     wide.weight.data.copy_(norm.weight.data)

@@ -99,26 +99,27 @@ def test_without_a_failure_nothing_is_printed(outcomes):
     assert (outcomes["no error"].exit_codes, outcomes["no error"].output) == ([0, 0], "ended well\n" * 2)
 
 
-# pretrain_peft.py's own main, up to its first collective. torch reads the variable as it is imported: not before main.
+# `megatron-peft train`, up to its first collective. torch reads the variable as it is imported: not before main.
 FIRST_IS_KILLED = """
 import os, signal, types
-import pretrain_peft
+from megatron_peft.commands import train
 
-def killed(config):
+def killed(config, run_file):
     import torch.distributed as dist, torch
     dist.barrier()  # both have opened the store
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.zeros(1))
 
-def parse_arguments(**_):
+def parse_arguments(*_, **__):
     from megatron_peft.training import run
     run.finetune = killed
     world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
     return types.SimpleNamespace(parallel=types.SimpleNamespace(**world))
 
-pretrain_peft.parse_arguments = parse_arguments
-pretrain_peft.main()
+train.parse_arguments = parse_arguments
+train.run_file = lambda *_: ""
+train.main(program="pretrain_peft.py")
 """
 
 

@@ -48,11 +48,11 @@ class PeftOptions:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that the optimizer treats in their own way: those whose `attribute` the adapter has set to True.
+    """A parameter group of the optimizer: the parameters on which the adapter set `attribute` to True.
 
     Args:
         attribute: of the parameters.
-        learning_rate: (peft, --lr) -> the group's peak rate; None: --lr. --min-lr is scaled alike.
+        learning_rate: (peft, --lr) -> the group's peak rate; None: --lr. --min-lr is scaled by the same factor.
         is_decayed: whether weight decay applies.
         is_labelled: the optimizer's group carries the attribute too, so that its learning rate can be looked up.
     """
@@ -173,7 +173,7 @@ class PeftFormat:
         raise NotImplementedError
 
     def note(self, peft: Any) -> str:
-        """What a user of the exported adapter has to know, with its line end; or nothing."""
+        """A note to print after the export, ending in a newline, or an empty string."""
         return ""
 
 
@@ -247,7 +247,7 @@ METHODS, _UNUSABLE = _load_methods()
 
 
 class _Checks(PeftOptions):
-    """What `PeftConfig` adds to the flags."""
+    """Validation and derived properties of `PeftConfig`."""
 
     def __post_init__(self) -> None:
         reason = _UNUSABLE.get(self.method)

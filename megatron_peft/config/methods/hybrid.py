@@ -21,7 +21,7 @@ ROTATIONS: dict[str, RotationMethod] = {"boft": BOFT, "urnn": URNN}
 class HybridOptions(UrnnOptions, BoftOptions, LoraGaOptions):
     """The mixture of a low-rank change and a rotation."""
 
-    hybrid_rotation: Literal["boft", "urnn"] = option("boft", "the rotation that is mixed with the low-rank change")
+    hybrid_rotation: Literal["boft", "urnn"] = option("boft", "rotation combined with the low-rank change")
     hybrid_lambda: str = option(
         "gradient",
         "the mixture: gradient (norms of the gradients before mixing), rms (the same per parameter), descent (what a "

@@ -83,5 +83,5 @@ def check_groups(layout: Any, side: Literal["output", "input"], group_size: int,
 
 
 def even_divisors(number: int) -> list[int]:
-    """Sizes of the groups that can divide so many features."""
+    """The even divisors of `number`, in ascending order."""
     return [size for size in range(2, number + 1, 2) if number % size == 0]
