@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning of Llama and Bloom over tensor- and pipeline-parallel ranks, on megatron-core.
+"""Parameter-efficient fine-tuning of language models over tensor- and pipeline-parallel ranks, on megatron-core.
 
 For models and training loops of one's own (docs/your-own-model.md):
 

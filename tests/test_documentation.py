@@ -18,10 +18,11 @@ from tools import reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
 RECORDS = ROOT / "docs" / "results"
-# Flags of other programs (torchrun, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
+# Flags of other programs (torchrun, vllm, pip, docker, sbatch, hooks), of golden and mutations, and argparse's own.
 FOREIGN = set(
     "--nproc-per-node --nodes --no-build-isolation --config-settings --build-option --build-arg --rm --gpus --ipc "
-    "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio".split()
+    "--signal --requeue --help --model --include_path --only --sample --gains-bound --gains-lr-ratio "
+    "--max-lora-rank".split()
 )
 
 
@@ -90,7 +91,7 @@ NAME_OF_A_FILE = re.compile(r"(?<![\w/.~<-])((?:[\w-]+/)*\w+\.(?:py|md|toml|sbat
 NO_FILES = {
     "megatron_peft/adapters/gains.py",
     "megatron_peft/config/methods/gains.py",
-    "megatron_peft/models/qwen2.py",
+    "megatron_peft/models/starcoder2.py",
     "utils.py",
     "train.py",
     "tools/checkpoint/convert.py",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.change import RotationChange, StoredTensors
 from megatron_peft.adapters.frozen_linear import identity_like
 from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
@@ -214,6 +215,11 @@ def _entry_view(dense: Tensor, i: int, size: int) -> Tensor:  # [k, g, g] -> [k,
 def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
     """R W, or W R^T."""
     return rotate_weight(weight, rotation(tensors, peft), peft.rotation_side)
+
+
+def change(tensors: StoredTensors, peft: PeftConfig) -> RotationChange:
+    """(R - I) W, or W (R - I)^T."""
+    return RotationChange(rotation(tensors, peft), peft.rotation_side)
 
 
 def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [k, g, g]

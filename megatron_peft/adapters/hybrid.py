@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_peft.adapters import boft, urnn
+from megatron_peft.adapters.change import MixedChange, RotationChange, StoredTensors
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, frozen_linear_mixed
-from megatron_peft.adapters.low_rank import LowRank, add_low_rank
+from megatron_peft.adapters.low_rank import LowRank, add_low_rank, scaled_product
 from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.hybrid import rotation_options
@@ -91,15 +92,26 @@ build = Hybrid
 
 def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
     """W + lambda s B A + (1 - lambda) (R - I) W; W has what --hybrid-merge-interval has merged into it."""
-
-    def tensors_of(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-
     weight = tensors["folded_weight"].to(weight.dtype) if "folded_weight" in tensors else weight
     mix = float(tensors["mix"])
     _, rotation = ROTATIONS[peft.hybrid_rotation]
-    rotated = rotate_weight(weight, rotation(tensors_of("rotation."), peft), "output")
-    return add_low_rank(weight.lerp(rotated, 1 - mix), tensors_of("low_rank."), mix * peft.lora_scale)
+    rotated = rotate_weight(weight, rotation(_part_of(tensors, "rotation."), peft), "output")
+    return add_low_rank(weight.lerp(rotated, 1 - mix), _part_of(tensors, "low_rank."), mix * peft.lora_scale)
+
+
+def _part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def change(tensors: StoredTensors, peft: PeftConfig) -> MixedChange:
+    """lambda s B A + (1 - lambda) (R - I) W."""
+    _, rotation = ROTATIONS[peft.hybrid_rotation]
+    return MixedChange(
+        float(tensors["mix"]),
+        scaled_product(_part_of(tensors, "low_rank."), peft.lora_scale),
+        RotationChange(rotation(_part_of(tensors, "rotation."), peft), "output"),
+        (lambda rows: tensors.rows("folded_weight", rows)) if "folded_weight" in tensors else None,
+    )
 
 
 # lambda of the Hybrid from the gradients of its two parts (Algorithm 2, lines 16-19).

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
+from megatron_peft.adapters.change import LowRankChange, StoredTensors
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
 from megatron_peft.config import PeftConfig, PeftFormat
 from megatron_peft.config.methods.low_rank import IS_LORA_B, IS_NOT_DECAYED
@@ -133,6 +134,17 @@ def add_low_rank(weight: Tensor, tensors: Mapping[str, Tensor], scale: float) ->
     """W + scale B A (less scale B0 A0), in place."""
     A, B = whole_factors(tensors)
     return weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
+
+
+def change(tensors: StoredTensors, peft: PeftConfig) -> LowRankChange:
+    """s B A (less s B0 A0)."""
+    return scaled_product(tensors, peft.lora_scale)
+
+
+def scaled_product(tensors: Mapping[str, Tensor], scale: float) -> LowRankChange:
+    """scale B A (less scale B0 A0), in float64."""
+    A, B = whole_factors({name: tensor.double() for name, tensor in tensors.items()})
+    return LowRankChange(A, scale * B)
 
 
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.change import ReplacementChange, RotationChange, StoredTensors, WeightChange
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, identity_like
 from megatron_peft.adapters.rotation import BlockRotation, rotate, rotate_weight
 from megatron_peft.adapters.unitary import (
@@ -225,9 +226,19 @@ def urnn_rotation(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, 
 def merge(weight: Tensor, tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # [out, in] -> [out, in]
     """Q W, or W Q^H; with --urnn-mode replace Q itself."""
     if URNN.replaces_base(peft):
-        own = {name.removeprefix("rotation."): tensor for name, tensor in tensors.items()}
-        return torch.block_diag(*rotation(own, peft)).to(weight.dtype)
+        return torch.block_diag(*_replacement(tensors, peft)).to(weight.dtype)
     return rotate_weight(weight, rotation(tensors, peft), peft.rotation_side)
+
+
+def change(tensors: StoredTensors, peft: PeftConfig) -> WeightChange:
+    """(Q - I) W, or W (Q - I)^H; with --urnn-mode replace Q - W."""
+    if URNN.replaces_base(peft):
+        return ReplacementChange(_replacement(tensors, peft))
+    return RotationChange(rotation(tensors, peft), peft.rotation_side)
+
+
+def _replacement(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [k, g, g]
+    return rotation({name.removeprefix("rotation."): tensor for name, tensor in tensors.items()}, peft)
 
 
 def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [k, g, g]

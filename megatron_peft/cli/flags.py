@@ -68,7 +68,7 @@ SHAPE_VALUES: Mapping[str, tuple[type | tuple[str, ...], str]] = {
     "max_position_embeddings": (int, "longest sequence of the model, in tokens"),
     "position_embedding_type": (("rope", "alibi"), "kind of position embedding"),
     "rotary_base": (float, "base of the rotary embedding"),
-    "rotary_percent": (float, "fraction of a head that is rotated; 1 for Llama"),
+    "rotary_percent": (float, "fraction of a head that is rotated; always 1"),
     "rope_scaling_factor": (float, "factor of Llama 3's RoPE scaling"),
 }
 SHAPE_CLAIMS = {
@@ -79,6 +79,7 @@ SHAPE_CLAIMS = {
     "openai_gelu": "GELU activation with the tanh approximation",
     "disable_bias_linear": "linear layers without bias (except --add-qkv-bias)",
     "add_qkv_bias": "linear_qkv has a bias",
+    "qk_layernorm": "queries and keys are normalized",
     "untie_embeddings_and_output_weights": "the output layer does not share the embedding's weight",
 }
 # Spelled-out names that set a field of TransformerConfig: -> (field, value, help).

@@ -114,10 +114,10 @@ FLAGS = {
         embedding-path evidence-data-path head-lr-mult img-h img-w iter-per-epoch mask-factor mask-prob mask-type
         no-data-sharding num-channels num-classes onnx-safe output-bert-embeddings patch-dim query-in-block-prob
         sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids""",
-    "model parts that Llama and Bloom do not have": """
+    "model parts that no supported family has": """
         activation-func-clamp-value apply-layernorm-1p apply-residual-connection-post-layernorm
         attention-output-gate enable-gpt-oss glu-linear-offset mrope-section no-position-embedding no-rope-freq
-        output-logit-dtype qk-clip qk-l2-norm qk-layernorm quick-geglu rope-type rotary-interleaved
+        output-logit-dtype qk-clip qk-l2-norm quick-geglu rope-type rotary-interleaved
         rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu window-attn-skip-freq
         window-size""",
     "weights come from the pretrained checkpoint": """

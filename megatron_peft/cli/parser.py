@@ -401,7 +401,7 @@ def _shape_problems(
     return [
         *compare_shape(shape_flags, shape),
         *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
-        *(check_lengths(parts["data"].seq_length, shape) if parts["data"] else []),
+        *(check_lengths(parts["data"], shape) if parts["data"] else []),
     ]
 
 

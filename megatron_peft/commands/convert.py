@@ -3,7 +3,7 @@
 megatron-peft convert hf-to-megatron --input HF_FOLDER --output MEGATRON_FOLDER
 megatron-peft convert megatron-to-hf --input MEGATRON_FOLDER_OR_RUN --output HF_FOLDER
 megatron-peft convert merge          --input RUN --output HF_FOLDER
-megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER
+megatron-peft convert export-adapter --input RUN --output HF_PEFT_FOLDER [--as-lora]
 megatron-peft convert import-adapter --input HF_PEFT_FOLDER --pretrained-checkpoint HF_FOLDER --output RUN
 megatron-peft convert verify         --input FOLDER --reference FOLDER
 An existing output is never overwritten. docs/moving-weights.md lists every conversion.
@@ -12,10 +12,11 @@ An existing output is never overwritten. docs/moving-weights.md lists every conv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
-from megatron_peft.config import ConfigurationError, Requirements, option, required_option
+from megatron_peft.config import ConfigurationError, Requirements, flag, option, require, required_option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -62,17 +63,24 @@ class HfToMegatron(_Conversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ToHuggingFace(_FromBase, _Conversion):
+class _WithCard(_FromBase, _Conversion):
+    license: str | None = option(
+        None, "license of the model card, like apache-2.0 (default: that of the base's card)", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ToHuggingFace(_WithCard):
     dtype: Dtype | None = option(None, "dtype of the weights (default: as stored)")
     max_shard_size: str = option("5GB", "largest safetensors file", metavar="SIZE")
 
-    def _write(self, convert: Callable[..., object]) -> int:
+    def _write(self, convert: Callable[..., Path]) -> int:
         from megatron_peft.conversion.hf_files import type_flag
         from megatron_peft.conversion.writer import parse_bytes
 
         size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
-        base = self.pretrained_checkpoint
-        return _wrote(convert(self.input, self.output, pretrained_checkpoint=base, dtype=dtype, max_shard_bytes=size))
+        card: dict[str, Any] = {"pretrained_checkpoint": self.pretrained_checkpoint, "license": self.license}
+        return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +106,36 @@ class Merge(_ToHuggingFace):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportAdapter(_FromBase, _Conversion):
-    """convert a run's adapters to an adapter of HF PEFT"""
+class ExportAdapter(_WithCard):
+    """convert a run's adapters, or with --as-lora any run, to an adapter of HF PEFT"""
+
+    as_lora: bool = option(False, "approximate the change of the weights by a LoRA, whatever the method, full included")
+    tolerance: float | None = option(
+        None,
+        "with --as-lora: the smallest rank whose relative Frobenius error is at most X, in each module (default: 0.05)",
+        check="positive",
+    )
+    max_rank: int | None = option(None, "with --as-lora: largest rank (default: 256)", check="positive")
+    num_tokens: int | None = option(
+        None,
+        "with --as-lora: compare logits on two sequences of N random tokens, with the model in memory; 0: do not "
+        "(default: 64)",
+        check="not_negative",
+    )
 
     def run(self) -> int:
         """Write the adapter."""
+        names = ("tolerance", "max_rank", "num_tokens")
+        limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
+        card: dict[str, Any] = {"pretrained_checkpoint": self.pretrained_checkpoint, "license": self.license}
+        if self.as_lora:
+            from megatron_peft.conversion.as_lora import export_as_lora
+
+            return _wrote(export_as_lora(self.input, self.output, **card, **limits))
         from megatron_peft.conversion.peft import export_adapter
 
-        return _wrote(export_adapter(self.input, self.output, pretrained_checkpoint=self.pretrained_checkpoint))
+        return _wrote(export_adapter(self.input, self.output, **card))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +189,12 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _wrote(output: object) -> int:
+def _wrote(output: Path) -> int:
+    from megatron_peft.conversion.model_card import CARD, serving_lines
+
     print(f"wrote {output}")
+    if (output / CARD).is_file():
+        print(f"\n{serving_lines(output)}")
     return 0
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, extra_flags = read_own_flags(DemoSettings, argv, __doc__)
     try:
         made: DemoSettings = settings()
-        require_packages("demo", "gguf", "matplotlib", "sacrebleu")
+        require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu")
         from megatron_peft.demo.run import print_report, run_demo
 
         report = run_demo(made.output, made.method, extra_flags)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object, require_regular
-from megatron_peft.models.rules import Index, Rule
+from megatron_peft.models.rules import Index, RowRange, Rule
 
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
 # unmapped.
@@ -120,6 +120,10 @@ class Source:
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
         rule.read(local, self, rank, size)
+
+    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
+        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
+        target.copy_(self.slice(rows.name, (rows.hf,)))
 
     def stored_type(self, rule: Rule) -> torch.dtype:
         """Type of a parameter; the wider one if the rule fuses tensors of several types."""

@@ -27,11 +27,11 @@ from megatron_peft.conversion.hf_files import listed
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A slice of a global tensor, by first index and shape; `load` may return a lazy view."""
+    """A slice of a global tensor, by first index and shape; `load(index)`, a part of it, may be a lazy view."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    load: Callable[[], Tensor]
+    load: Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _copy_overlap(target: Tensor, offset: Sequence[int], stored: StoredSlice) ->
         return 0
     in_target = tuple(slice(start - a, stop - a) for (start, stop), a in zip(overlaps, offset, strict=True))
     in_stored = tuple(slice(start - c, stop - c) for (start, stop), c in zip(overlaps, stored.offset, strict=True))
-    values = stored.load()[in_stored]
+    values = stored.load(in_stored)
     target[in_target].copy_(values)
     return values.nbytes
 
@@ -73,7 +73,8 @@ def layer_of(stack: StoredTensor, layer: int) -> StoredTensor:
     """One layer of a tensor that stacks all layers along its first dimension."""
 
     def within(stored: StoredSlice) -> StoredSlice:
-        return StoredSlice(stored.offset[1:], stored.shape[1:], lambda: stored.load()[layer - stored.offset[0]])
+        number = layer - stored.offset[0]
+        return StoredSlice(stored.offset[1:], stored.shape[1:], lambda index: stored.load((number, *index)))
 
     slices = (stored for stored in stack.slices if stored.offset[0] <= layer < stored.offset[0] + stored.shape[0])
     return StoredTensor(stack.shape[1:], stack.dtype, tuple(map(within, slices)))
@@ -87,8 +88,27 @@ def without_duplicates(slices: Iterable[StoredSlice]) -> tuple[StoredSlice, ...]
 _LOCAL_HEADER_BYTES, _NAME_AND_EXTRA = 30, 26  # of a zip record: size of its fixed part, offset of two lengths
 
 
-def map_tensor(path: Path, start: int, length: int) -> Tensor:
-    """A tensor that torch.save wrote at these bytes, as a view of the file, mapped until the tensor is freed.
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor in a mapped file. An index gives a view; or a copy of that part, where the file did not align it."""
+
+    data: Tensor  # bytes of its storage
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def __getitem__(self, index: Any) -> Tensor:
+        size = self.dtype.itemsize
+        if self.data.data_ptr() % size == 0:
+            return self.data.view(self.dtype).as_strided(self.shape, self.strides, self.offset)[index]
+        strides = (*(stride * size for stride in self.strides), 1)
+        every = self.data.as_strided((*self.shape, size), strides, self.offset * size)
+        return every[index].clone(memory_format=torch.contiguous_format).view(self.dtype).squeeze(-1)
+
+
+def map_tensor(path: Path, start: int, length: int) -> MappedTensor:
+    """A tensor that torch.save wrote at these bytes of a file, mapped until it and its views are freed.
 
     The format is an uncompressed zip archive in which `data.pkl` describes the tensor and names the record of its
     data. `torch.load` would copy the data, and takes long for tensors below a MiB.
@@ -106,9 +126,7 @@ def map_tensor(path: Path, start: int, length: int) -> Tensor:
     _, dtype, key, *_ = storage
     first, size = records[f"data/{key}"]
     data = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=first)
-    if data.data_ptr() % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype).as_strided(shape, strides, offset)
+    return MappedTensor(data, dtype, tuple(shape), tuple(strides), offset)
 
 
 def _records(archive: mmap.mmap) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -187,13 +205,12 @@ def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict)
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(slices))
 
 
-def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...]) -> Tensor:
+def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...], index: Any) -> Tensor:
     try:
         tensor = map_tensor(path, start, length)
+        values = tensor[index] if tensor.shape == shape else None
     except _TORN as error:
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
-    require(
-        tuple(tensor.shape) == shape,
-        f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.",
-    )
-    return tensor
+    if values is None:
+        raise ConfigurationError(f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.")
+    return values

@@ -21,7 +21,7 @@ from megatron_peft.conversion.megatron_files import (
     open_distributed,
     without_duplicates,
 )
-from megatron_peft.models.rules import Rule
+from megatron_peft.models.rules import RowRange, Rule
 from megatron_peft.models.shape import ModelShape, is_size
 
 # Old Megatron-LM checkpoints: a pickle for each tensor- and pipeline-parallel rank.
@@ -57,7 +57,7 @@ class LegacyCheckpoint:
                 f"{list(rule.local_shape(size))} there.",
             )
         slices = without_duplicates(
-            StoredSlice(part.offset, tuple(part.view.shape), lambda view=part.view: view)
+            StoredSlice(part.offset, tuple(part.view.shape), lambda index, view=part.view: view[index])
             for rank, shard in enumerate(shards)
             for part in rule.global_slices(shard, rank, size)
         )
@@ -165,6 +165,13 @@ class MegatronWeights:
             self.bytes_read += stored.fill(part.view, part.offset)
         rule.clear_padding(local, rank)
 
+    @torch.no_grad()
+    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
+        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
+        stored = self.stored(rule, target.dtype)
+        assert stored is not None, rule.name  # `check` found it
+        self.bytes_read += stored.fill(target, (rows.megatron.start, *(0,) * (target.dim() - 1)))
+
     def check(self, rules: Mapping[str, Rule]) -> None:
         """Raise ConfigurationError that lists missing, extra and misshapen tensors."""
         adapters = [name for name in self.names if ADAPTER in name and not NO_WEIGHT.search(name)]
@@ -222,14 +229,15 @@ def _unstacked(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Store
 
 
 WAY_OUT = "provide the model's config.json: put it into the folder, or give its folder with --pretrained-checkpoint."
-# Arguments of a Llama in Megatron-LM; other values compute something else.
-LLAMA = {
+# Arguments of a Llama, or of a Qwen, in Megatron-LM; other values compute something else.
+LLAMA_LIKE = {
     "swiglu": True,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "use_rope_scaling": False,
-    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "window_size": None,
     "num_experts": None,
     "multi_latent_attention": False,
     "rotary_interleaved": False,
@@ -239,7 +247,7 @@ LLAMA = {
 
 
 def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
-    """Shape of a Llama from Megatron-LM's arguments; `where` names the checkpoint in errors.
+    """Shape of a Llama, Qwen2 or Qwen3 from Megatron-LM's arguments; `where` names the checkpoint in errors.
 
     Raises:
         ConfigurationError: there are no arguments, they describe another kind of model, or they lack the size of the
@@ -247,7 +255,9 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
     """
     require(arguments is not None, f"{where} does not say what model it is: {WAY_OUT}")
     given = vars(arguments)
-    other = [f"{name} {given[name]!r}" for name, value in LLAMA.items() if given.get(name, value) not in (value, None)]
+    other = [
+        f"{name} {given[name]!r}" for name, value in LLAMA_LIKE.items() if given.get(name, value) not in (value, None)
+    ]
     require(not other, f"{where} was trained with {', '.join(other)}, which is not read from arguments: {WAY_OUT}")
     sizes = {name: given.get(name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")}
     missing = [name for name, value in sizes.items() if value is None]
@@ -263,7 +273,7 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
     heads = sizes["num_attention_heads"]
     grouped = given.get("group_query_attention")
     return ModelShape(
-        architecture="llama",
+        architecture=_family(given, where),
         **sizes,
         num_query_groups=given.get("num_query_groups") or heads if grouped else heads,
         kv_channels=given.get("kv_channels") or sizes["hidden_size"] // heads,
@@ -271,9 +281,20 @@ def shape_of_arguments(arguments: Any, where: str) -> ModelShape:
         max_position_embeddings=given.get("max_position_embeddings") or 2048,
         norm_epsilon=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
         linear_biases=_biases(given),
+        qk_layernorm=bool(given.get("qk_layernorm")),
         tied_embeddings=not given.get("untie_embeddings_and_output_weights"),
         rotary_base=float(given.get("rotary_base") or 10000),
     )
+
+
+def _family(given: dict[str, Any], where: str) -> str:
+    """The family whose config.json can say what differs from a Llama."""
+    biases, has_head_norms = _biases(given), bool(given.get("qk_layernorm"))
+    require(
+        not (biases and has_head_norms),
+        f"{where} was trained with qk_layernorm and with biases, which is not read from arguments: {WAY_OUT}",
+    )
+    return "qwen3" if has_head_norms else "qwen2" if biases == {"linear_qkv"} else "llama"
 
 
 def _biases(given: dict[str, Any]) -> frozenset[str]:

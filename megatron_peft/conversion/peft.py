@@ -24,6 +24,7 @@ from megatron_peft.config import (
     require,
 )
 from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
+from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.peft_config import PREFIX, Adopted, PeftImport, open_import, read_config, shortest_targets
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
@@ -120,19 +121,27 @@ def _record(base: str, shape: ModelShape, adopted: Adopted) -> RunRecord:
 STEM = "adapter_model"  # .safetensors, beside adapter_config.json
 
 
-def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoint: str | Path | None = None) -> Path:
+def export_adapter(
+    input: str | Path,
+    output: str | Path,
+    *,
+    pretrained_checkpoint: str | Path | None = None,
+    license: str | None = None,
+) -> Path:
     """Write `output`, which `peft.PeftModel.from_pretrained(base, output)` opens; print what has to be known of it.
 
     Args:
         input: the --save folder of a run, of any layout.
         output: must not exist.
         pretrained_checkpoint: the base, if it is not where the run says. Its weights are not read.
+        license: of the model card; None takes the base's.
 
     Raises:
         ConfigurationError: before anything is written: no checkpoint or no adapters, a method that HF PEFT cannot
             express, another base, an output that exists, damaged files.
     """
     check_new(output)
+    check_license(license)
     adapters = open_adapters(input)
     record = adapters.record
     peft = record.config.peft
@@ -140,32 +149,53 @@ def export_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     if form is None:
         raise ConfigurationError(
             f"--input {input}: HF PEFT has nothing that computes what --peft-method {peft.method} does. "
-            f"tools/convert.py merge merges the adapters into their base, which any program opens."
+            f"--as-lora exports a LoRA close to it; tools/convert.py merge merges the adapters into their base, which "
+            f"any program opens."
         )
     rules = _adapted_weights(record)
     modules = (module for rule in rules for module in modules_of(rule))
     targets = shortest_targets(modules, record.shape.num_layers)
     own_config = form.config(peft, targets)
     base = _base(adapters, pretrained_checkpoint)
-    is_megatrons = base is not None and megatron_files(base) is not None
+    card = Exported(adapters.folder, record, Path(output), opened_by_others(base), True, own_config.get("r"), license)
+    with new_folder(output) as draft:
+        write_adapter_config(draft, card.base, targets, own_config)
+        _write(draft, rules, form, own_config, adapters)
+        write_card(draft, card)
+    print(form.note(peft), end="", flush=True)
+    return Path(output)
+
+
+def write_adapter_config(
+    folder: Path, base: str | None, target_modules: Sequence[str], own_config: Mapping[str, Any]
+) -> None:
+    """The adapter_config.json of HF PEFT.
+
+    Args:
+        base: name of the base that it opens.
+        target_modules: names, or ends of names, of the modules.
+        own_config: fields of its kind of adapter.
+    """
     config = {
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if is_megatrons else base,
+        "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": targets,
+        "target_modules": list(target_modules),
         "modules_to_save": None,
         **own_config,
     }
-    with new_folder(output) as draft:
-        (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _write(draft, rules, form, own_config, adapters)
-    if is_megatrons:
-        print(
-            f"The base model {base} is in Megatron's form, which HF PEFT does not open, so the adapter names none: "
-            f"tools/convert.py megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
-        )
-    print(form.note(peft), end="", flush=True)
-    return Path(output)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def opened_by_others(base: str | None) -> str | None:
+    """The base's name; None, which is printed, if it is in Megatron's form."""
+    if base is None or megatron_files(base) is None:
+        return base
+    print(
+        f"The base model {base} is in Megatron's form, which HF PEFT does not open, so the adapter names none: "
+        f"tools/convert.py megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
+    )
+    return None
 
 
 def _adapted_weights(record: RunRecord) -> list[Rule]:

@@ -19,7 +19,7 @@ from megatron_peft.conversion.hf_files import CONFIG, check_inventory, open_sour
 from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
-from megatron_peft.models.rules import Rule, expected_tensors
+from megatron_peft.models.rules import RowRange, Rule, expected_tensors
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -35,6 +35,10 @@ class Weights(Protocol):
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
+        ...
+
+    def read_rows(self, rule: Rule, rows: RowRange, target: Tensor) -> None:
+        """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
         ...
 
     def stored_type(self, rule: Rule) -> torch.dtype:
@@ -111,7 +115,7 @@ def checked_shape(config: RunConfig) -> ModelShape:
     problems = [
         *compare_shape(config.model.shape_flags, shape),
         *check_layout(config.parallel, shape),
-        *check_lengths(config.data.seq_length, shape),
+        *check_lengths(config.data, shape),
     ]
     if problems:
         raise ConfigurationError(*problems)

@@ -17,6 +17,7 @@ from megatron_peft.checkpoint.folders import MANIFEST, RECORD, damage, megatron_
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
+from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.trained_adapters import base_of, layer_of, open_adapters
 from megatron_peft.conversion.writer import (
@@ -46,6 +47,7 @@ def _write(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     bar: str | None,
+    card: Exported | None = None,
 ) -> Path:
     """Write config.json, the tokenizer's files and sharded safetensors. `output` appears only when complete.
 
@@ -54,6 +56,7 @@ def _write(
         origins: folders to search for the model's config.json and tokenizer, in order.
         dtype: of the weights; None keeps the stored type.
         bar: label of the progress bar; None: no bar.
+        card: what the model card says; None: no card.
 
     Raises:
         ConfigurationError: `base` does not fit, `output` cannot be written, or `read` raises it.
@@ -77,6 +80,8 @@ def _write(
             for rule in rules.values():
                 _write_tensors(writer, read(rule, weights))
                 advance(sum(specs[tensor.name].num_bytes for tensor in rule.hf_tensors))
+        if card is not None:
+            write_card(draft, card)
     return output
 
 
@@ -99,6 +104,7 @@ def megatron_to_hf(
     pretrained_checkpoint: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Write `output`: sharded safetensors with their index, config.json and the tokenizer's files.
@@ -109,6 +115,7 @@ def megatron_to_hf(
         pretrained_checkpoint: Hugging Face folder with config.json and tokenizer, if `input` does not lead to one.
         dtype: of the weights; None keeps the stored type. float32 reads the float32 copies of bf16 training.
         max_shard_bytes: of one file.
+        license: of the model card, which a run gets; None takes the base's.
         progress: show a bar at a terminal.
 
     Raises:
@@ -116,6 +123,7 @@ def megatron_to_hf(
             fit its shape, or if `output` exists.
     """
     check_new(output)
+    check_license(license)
     files = megatron_files(input)
     if files is None:
         raise ConfigurationError(
@@ -124,9 +132,13 @@ def megatron_to_hf(
     _require_undamaged(files)
     shape = read_model_shape(pretrained_checkpoint or input)
     places = _origins(Path(input), files, pretrained_checkpoint)
-    bar = "Converting" if progress else None
+    bar, card = "Converting" if progress else None, None
+    if (files / RECORD).is_file():
+        record = read_record(files)
+        base = record.config.model.pretrained_checkpoint
+        card = Exported(files, record, Path(output), base, is_adapter=False, license=license)
     read = partial(_tensors, dtype=dtype)
-    return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar)
+    return _write(Path(output), input, shape, places, read, dtype, max_shard_bytes, bar, card)
 
 
 def _require_undamaged(files: Path) -> None:
@@ -153,9 +165,10 @@ def merge(
     pretrained_checkpoint: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `output`: config.json, the tokenizer's files and sharded safetensors of the changed model.
+    """Write `output`: a model card, config.json, the tokenizer's files and sharded safetensors of the changed model.
 
     Args:
         input: the --save folder of a run, of any layout.
@@ -163,6 +176,7 @@ def merge(
         pretrained_checkpoint: the base, if it is not where the run says.
         dtype: of the weights; None keeps the base's.
         max_shard_bytes: of one file.
+        license: of the model card; None takes the base's.
         progress: show a bar at a terminal.
 
     Raises:
@@ -170,6 +184,7 @@ def merge(
             exists, damaged files.
     """
     check_new(output)
+    check_license(license)
     adapters = open_adapters(input)
     peft, shape = adapters.record.config.peft, adapters.record.shape
     module = import_module(peft.spec.adapter)
@@ -189,4 +204,6 @@ def merge(
         weights.read(rule, whole, 0, 1)
         return rule.write([module.merge(whole, adapters.of(layer), peft)])
 
-    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, "Merging" if progress else None)
+    card = Exported(adapters.folder, adapters.record, Path(output), str(base), is_adapter=False, license=license)
+    bar = "Merging" if progress else None
+    return _write(Path(output), base, shape, places, read, dtype, max_shard_bytes, bar, card)

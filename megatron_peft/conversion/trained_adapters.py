@@ -4,12 +4,15 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 
+from megatron_peft.adapters.change import StoredTensors
 from megatron_peft.checkpoint.folders import RECORD, damage, publish, start_draft
 from megatron_peft.checkpoint.record import (
     ADAPTER_CONFIG,
@@ -26,7 +29,7 @@ from megatron_peft.conversion.megatron_files import StoredTensor, open_distribut
 from megatron_peft.conversion.pretrained import read_model_shape
 from megatron_peft.conversion.to_megatron import FORMAT
 from megatron_peft.conversion.writer import new_folder
-from megatron_peft.models.rules import HFTensor, Index, Rule
+from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
 
 # The two factors of a low-rank adapter, between Megatron's fused layers and Hugging Face's separate ones.
 #
@@ -75,6 +78,37 @@ def rows_of_modules(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
     return {name.removesuffix(WEIGHT): own for name, own in rows.items()}
 
 
+def row_ranges(rule: Rule, granule: int = 1, max_elements: int | None = None) -> dict[str, list[RowRange]]:
+    """The rows of each Hugging Face tensor of a parameter, by its name, in ranges that lie together on both sides.
+
+    Args:
+        granule: ranges begin and end at multiples of it in the parameter, as every run of consecutive rows does.
+        max_elements: of one range, unless a granule has more; None: no limit.
+    """
+    rule_of_rows = _with_columns(rule, 1)
+    places = rule_of_rows.write([torch.arange(rule_of_rows.local_shape(1)[0])[:, None]])
+    ranges = {}
+    for tensor in rule.hf_tensors:
+        num_rows = max_elements // prod(tensor.shape[1:]) if max_elements else tensor.shape[0]
+        step = max(num_rows // granule, 1) * granule
+        runs = _runs(places[tensor.name].flatten().tolist())
+        ranges[tensor.name] = [part for run in runs for part in _cut(tensor.name, *run, step)]
+    return ranges
+
+
+def _runs(places: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(index of the first, value of the first, length) of each run of consecutive numbers."""
+    ends = [row for row in range(1, len(places)) if places[row] != places[row - 1] + 1]
+    for start, stop in pairwise([0, *ends, len(places)]):
+        yield start, places[start], stop - start
+
+
+def _cut(name: str, hf: int, megatron: int, length: int, step: int) -> Iterator[RowRange]:
+    for start in range(0, length, step):
+        size = min(step, length - start)
+        yield RowRange(name, slice(hf + start, hf + start + size), slice(megatron + start, megatron + start + size))
+
+
 def fuse(rule: Rule, found: Mapping[str, LowRankFactors]) -> LowRankFactors:
     """The adapters of a layer's modules as one of the fused layer.
 
@@ -114,7 +148,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """An open checkpoint of adapters. `stored` has its tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`."""
+    """An open checkpoint of a run. `stored` has its tensors by key, `decoder.layers.3.mlp.linear_fc1.adapter.A`."""
 
     folder: Path
     record: RunRecord
@@ -124,18 +158,16 @@ class TrainedAdapters:
         """A layer's tensors by name; each is read when it is asked for."""
         return LayerTensors(self, layer)
 
-    def tensor(self, key: str) -> Tensor:
-        """A whole tensor; the float32 copy if training kept one."""
+    def tensor(self, key: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows; of the float32 copy if training kept one."""
         stored = self.stored.get(master_key(key), self.stored.get(key))
         if stored is None:
             raise ConfigurationError(_lacks(self.folder, [key]))
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        stored.fill(tensor, (0,) * len(stored.shape))
-        return tensor
+        return read_stored(stored, rows)
 
 
 @dataclass(frozen=True)
-class LayerTensors(Mapping[str, Tensor]):
+class LayerTensors(StoredTensors):
     """The tensors of a layer's adapter by name, such as `A` or `low_rank.A`; whole, read when they are asked for.
 
     ConfigurationError: one is missing.
@@ -146,6 +178,9 @@ class LayerTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.adapters.tensor(f"{self.layer}{ADAPTER}{name}")
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        return self.adapters.tensor(f"{self.layer}{ADAPTER}{name}", rows)
 
     def __contains__(self, name: object) -> bool:
         return f"{self.layer}{ADAPTER}{name}" in self.adapters.stored
@@ -158,12 +193,12 @@ class LayerTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def open_adapters(folder: str | Path) -> TrainedAdapters:
+def open_run(folder: str | Path) -> TrainedAdapters:
     """The newest checkpoint in a --save folder. Every file is compared with the manifest; no tensor is kept yet.
 
     Raises:
-        ConfigurationError: there is no checkpoint, it is of full fine-tuning, or it is damaged (unlike --load, an
-            export never falls back to an older one).
+        ConfigurationError: there is no checkpoint, or it is damaged (unlike --load, an export never falls back to an
+            older one).
     """
     checkpoint = find_checkpoint(folder)
     problems = damage(checkpoint)
@@ -171,19 +206,33 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
         not problems,
         f"{checkpoint} is damaged: {'; '.join(problems)}. Copy it again, or give an older iter_* folder as --input.",
     )
-    record = read_record(checkpoint)
+    run = TrainedAdapters(checkpoint, read_record(checkpoint), open_distributed(checkpoint))
+    if run.record.config.peft.trains_adapters:
+        keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
+        names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
+        expected = [f"{layer}{ADAPTER}{name}" for layer in run.record.adapted_layers for name in names or ["*"]]
+        missing = [key for key in expected if key not in run.stored]
+        require(not missing, _lacks(checkpoint, missing))
+    return run
+
+
+def open_adapters(folder: str | Path) -> TrainedAdapters:
+    """`open_run` of a run with adapters. ConfigurationError: as there, or it is of full fine-tuning."""
+    run = open_run(folder)
     require(
-        record.config.peft.trains_adapters,
+        run.record.config.peft.trains_adapters,
         f"--input {folder} is a run of full fine-tuning and holds no adapters: tools/convert.py megatron-to-hf turns "
-        f"it into a Hugging Face folder.",
+        f"it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to it.",
     )
-    stored = open_distributed(checkpoint)
-    keys = [key for key in stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
-    names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
-    expected = [f"{layer}{ADAPTER}{name}" for layer in record.adapted_layers for name in names or ["*"]]
-    missing = [key for key in expected if key not in stored]
-    require(not missing, _lacks(checkpoint, missing))
-    return TrainedAdapters(checkpoint, record, stored)
+    return run
+
+
+def read_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
+    """A tensor of a checkpoint, or some of its rows, copied into memory."""
+    start, shape = (0, stored.shape) if rows is None else (rows.start, (rows.stop - rows.start, *stored.shape[1:]))
+    tensor = torch.empty(shape, dtype=stored.dtype)
+    stored.fill(tensor, (start, *(0,) * (len(shape) - 1))[: len(shape)])
+    return tensor
 
 
 def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:

@@ -96,11 +96,15 @@ def verify(
     for size in ("vocab_size", "num_layers", "hidden_size"):
         sizes = [getattr(shape, size) for shape in shapes]
         require(sizes[0] == sizes[1], f"{input} and {reference} are not comparable: {size} {sizes[0]} and {sizes[1]}.")
-    longest = min(shape.max_position_embeddings for shape in shapes)
+    longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
-    draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, shapes[0].vocab_size, (BATCH_SIZE, num_tokens), generator=draw)
+    tokens = random_tokens(shapes[0].vocab_size, num_tokens, seed)
     return compare(*(subject.trace(subject, tokens) for subject in subjects))
+
+
+def random_tokens(vocab_size: int, num_tokens: int, seed: int = 0) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
+    """The tokens on which models are compared."""
+    return torch.randint(0, vocab_size, (BATCH_SIZE, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def compare(trace: Trace, reference: Trace) -> LogitComparison:
@@ -159,7 +163,7 @@ def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
     from megatron_peft.models.gpt import build_model_chunks
 
     shape = read_model_shape(subject.base)
-    with _single_process() as parallel:
+    with single_process() as parallel:
         model = ModelConfig(str(subject.base), transformer_impl="local")
         chunks = build_model_chunks(shape, model, parallel)
         if subject.base != subject.folder:
@@ -173,12 +177,13 @@ def _trace_ours(subject: Subject, tokens: Tensor) -> Trace:
         device = next(chunks[0].parameters()).device
         positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
         run = lambda: chunks[0].eval()(tokens.to(device), positions, None)[..., : shape.vocab_size]  # noqa: E731
-        trace = _traced(run, chunks[0].decoder.layers)
+        trace = traced(run, chunks[0].decoder.layers)
         return Trace(trace.logits, [layer.transpose(0, 1) for layer in trace.layers])  # [s, b, h] to [b, s, h]
 
 
 @contextmanager
-def _single_process() -> Iterator[ParallelConfig]:
+def single_process() -> Iterator[ParallelConfig]:
+    """A world of one rank, in which a model of ours can be built."""
     from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
     parallel = ParallelConfig()
@@ -227,11 +232,11 @@ def _refusals_named(library: str, folder: Path, hint: str = "") -> Iterator[None
 def _trace_hf_model(model: Any, tokens: Tensor) -> Trace:
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     layers = next(stack for stack in stacks if len(stack) == model.config.num_hidden_layers)
-    return _traced(lambda: model.eval()(tokens).logits, layers)
+    return traced(lambda: model.eval()(tokens).logits, layers)
 
 
 @torch.no_grad()
-def _traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
+def traced(run: Callable[[], Tensor], layers: Iterable[nn.Module]) -> Trace:
     """Run a model and keep the output of each layer (its first, if it returns several)."""
     outputs: list[Tensor] = []
 

@@ -58,7 +58,7 @@ class InferenceModel:
     @property
     def max_length(self) -> int:
         """The longest sequence, in tokens."""
-        return self.shape.max_position_embeddings
+        return self.shape.longest_sequence
 
 
 def load_model(config: RunConfig) -> InferenceModel:

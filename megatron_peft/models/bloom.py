@@ -107,4 +107,5 @@ FAMILY = Family(
         linear_fc1=("mlp.dense_h_to_4h",),
         linear_fc2="mlp.dense_4h_to_h",
     ),
+    vllm_serves_lora=False,
 )

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 FAMILIES = {  # model_type -> the module that defines its `FAMILY`, imported at first use
     "llama": "megatron_peft.models.llama",
     "bloom": "megatron_peft.models.bloom",
+    "mistral": "megatron_peft.models.mistral",
+    "qwen2": "megatron_peft.models.qwen2",
+    "qwen3": "megatron_peft.models.qwen3",
 }
 
 # Keys of any family that change the computation -> the values that do not.
@@ -57,6 +60,7 @@ class WeightNames:
         linear_qkv: of a layer: q, k and v; or one module, with rows [key-value head, (its q, k, v), feature].
         linear_proj, linear_fc2: of a layer.
         linear_fc1: of a layer: gate and up of a gated MLP; or one module.
+        query_norm, key_norm: of a layer, if the shape has them.
         embedding_norm: of the whole model, if its shape has one.
         output: of the whole model.
     """
@@ -71,6 +75,8 @@ class WeightNames:
     linear_proj: str
     linear_fc1: tuple[str, ...]
     linear_fc2: str
+    query_norm: str = ""
+    key_norm: str = ""
     embedding_norm: str = ""
     output: str = "lm_head"
 
@@ -86,6 +92,7 @@ class Family:
         read: keys that `shape` reads, and keys that have no effect.
         refused: keys that change the computation -> the values that do not.
         weights: names of the modules.
+        vllm_serves_lora: whether vLLM takes adapters for the family.
     """
 
     architectures: tuple[str, ...]
@@ -94,6 +101,7 @@ class Family:
     read: Set[str]
     refused: Mapping[str, tuple[Any, ...]]
     weights: WeightNames
+    vllm_serves_lora: bool = True
 
     @property
     def modules(self) -> dict[str, str]:
@@ -198,9 +206,10 @@ def rules_for(shape: ModelShape, stored: Collection[str] = ()) -> dict[str, Rule
     return {rule.name: _as_stored(rule, names.prefix, stored) for rule in rules}
 
 
-def _norm_rules(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Rule]:
+def _norm_rules(shape: ModelShape, megatron: str, hugging_face: str, features: int | None = None) -> Iterator[Rule]:
+    """`features` of the norm, if they are not the hidden ones."""
     for kind in ("weight", "bias") if shape.normalization == "LayerNorm" else ("weight",):
-        yield Replicated(f"{megatron}.{kind}", (HFTensor(f"{hugging_face}.{kind}", (shape.hidden_size,)),))
+        yield Replicated(f"{megatron}.{kind}", (HFTensor(f"{hugging_face}.{kind}", (features or shape.hidden_size,)),))
 
 
 def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_face: str) -> Iterator[Rule]:
@@ -209,6 +218,10 @@ def _layer_rules(shape: ModelShape, names: WeightNames, megatron: str, hugging_f
     query, key = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
     yield from _norm_rules(shape, f"{megatron}input_layernorm", f"{hugging_face}{names.input_norm}")
     yield from _norm_rules(shape, f"{megatron}pre_mlp_layernorm", f"{hugging_face}{names.mlp_norm}")
+    if shape.qk_layernorm:
+        for part, norm in (("q", names.query_norm), ("k", names.key_norm)):
+            megatron_norm = f"{megatron}self_attention.{part}_layernorm"
+            yield from _norm_rules(shape, megatron_norm, f"{hugging_face}{norm}", shape.kv_channels)
     qkv_rows = (query, key, key) if len(names.linear_qkv) == 3 else (query + 2 * key,)
     for module, linears, rows, num_groups in (
         ("self_attention.linear_qkv", names.linear_qkv, qkv_rows, shape.num_query_groups),

@@ -75,6 +75,7 @@ def transformer_config(
         use_te_activation_func=shape.gated_linear_unit and shape.activation == "silu",
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
+        qk_layernorm=shape.qk_layernorm,  # also makes megatron-core sum the gradients of these norms over the ranks
         huggingface_modules=family_of(shape.architecture).modules,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -139,6 +140,7 @@ def _block_spec(config: GPTConfig, modules: "_LayerModules", vp_stage: int | Non
     """The same spec for every layer of the stage, and the final norm."""
     bias_dropout_add: Any = get_bias_dropout_add
     activation: Any = SwiGLU if config.use_te_activation_func else None
+    head_norm: Any = modules.norm if config.qk_layernorm else None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -150,6 +152,8 @@ def _block_spec(config: GPTConfig, modules: "_LayerModules", vp_stage: int | Non
                     linear_qkv=AdaptedColumnParallelLinear,
                     core_attention=modules.core_attention,
                     linear_proj=AdaptedRowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=bias_dropout_add,

@@ -1,4 +1,7 @@
-"""Llama: its config.json in both directions, and the names of its weights."""
+"""Llama: its config.json in both directions, and the names of its weights.
+
+Mistral and Qwen have Llama's keys and names, with a few of their own: `llama_like`, `llama_like_config` and `WEIGHTS`.
+"""
 
 from typing import Any
 
@@ -23,11 +26,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (None, False),
     "num_local_experts": (None, 0),
 }
-READ = {
+READ_BY_ALL = {  # by `llama_like`
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
 }  # fmt: skip
+READ = {*READ_BY_ALL, "attention_bias", "mlp_bias"}
 ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -39,11 +43,25 @@ ROPE_KEYS = {
 
 def llama_shape(config: Config) -> ModelShape:
     """ConfigurationError names the key at fault."""
+    return llama_like(config, "llama", linear_biases=biases(config, "attention_bias", "mlp_bias"))
+
+
+def biases(config: Config, *keys: str) -> frozenset[str]:
+    """Linear layers that own a bias, from the switches `attention_bias` and `mlp_bias`."""
+    layers = {"attention_bias": ("linear_qkv", "linear_proj"), "mlp_bias": ("linear_fc1", "linear_fc2")}
+    return frozenset(name for key in keys if switch(config, key) for name in layers[key])
+
+
+def llama_like(config: Config, architecture: str, **others: Any) -> ModelShape:
+    """The shape of a family with Llama's keys; `others` are fields that its own keys set.
+
+    Raises:
+        ConfigurationError: names the key at fault.
+    """
     heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
     rotary_base, rope_scaling = read_rope(config)
-    biased = {"attention_bias": ("linear_qkv", "linear_proj"), "mlp_bias": ("linear_fc1", "linear_fc2")}
     return ModelShape(
-        architecture="llama",
+        architecture=architecture,
         num_layers=size(config, "num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=size(config, "intermediate_size"),
@@ -53,10 +71,10 @@ def llama_shape(config: Config) -> ModelShape:
         vocab_size=size(config, "vocab_size"),
         max_position_embeddings=size(config, "max_position_embeddings", 2048),
         norm_epsilon=number(config, "rms_norm_eps", 1e-6, most=MOST_EPSILON),
-        linear_biases=frozenset(name for key, names in biased.items() if switch(config, key) for name in names),
         tied_embeddings=switch(config, "tie_word_embeddings"),
         rotary_base=rotary_base,
         rope_scaling=rope_scaling,
+        **others,
     )
 
 
@@ -83,7 +101,8 @@ def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
         del rope["partial_rotary_factor"]
     require(
         isinstance(kind, str) and kind in ROPE_KEYS and (kind != "linear" or rope.get("factor") == 1),
-        f"rope_type {kind!r} is not supported. Supported: default, llama3.",
+        f"rope_type {kind!r} is not supported. Supported: default, llama3. If it only extends the model to longer "
+        "texts (as YaRN does Qwen), remove rope_scaling from a copy of the folder's config.json.",
     )
     unknown = sorted(rope.keys() - ROPE_KEYS[kind])
     require(not unknown, f"{', '.join(unknown)} of rope_type {kind!r} is not supported.")
@@ -109,6 +128,15 @@ def _llama3_scaling(rope: Config, config: Config) -> RopeScaling:
 def llama_config(shape: ModelShape) -> dict[str, Any]:
     """The inverse of `llama_shape`."""
     return {
+        **llama_like_config(shape),
+        "attention_bias": "linear_qkv" in shape.linear_biases,
+        "mlp_bias": "linear_fc1" in shape.linear_biases,
+    }
+
+
+def llama_like_config(shape: ModelShape) -> dict[str, Any]:
+    """The inverse of `llama_like`, without the keys of its `others`."""
+    return {
         "hidden_act": "silu",
         "num_hidden_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -119,8 +147,6 @@ def llama_config(shape: ModelShape) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_position_embeddings,
         "rms_norm_eps": shape.norm_epsilon,
-        "attention_bias": "linear_qkv" in shape.linear_biases,
-        "mlp_bias": "linear_fc1" in shape.linear_biases,
         "tie_word_embeddings": shape.tied_embeddings,
         "rope_parameters": rope_parameters(shape),
     }
@@ -132,22 +158,23 @@ def rope_parameters(shape: ModelShape) -> dict[str, Any]:
     return {"rope_type": "llama3" if scaling else "default", "rope_theta": shape.rotary_base, **scaling}
 
 
+WEIGHTS = WeightNames(
+    prefix="model.",
+    embedding="embed_tokens",
+    final_norm="norm",
+    layers="layers",
+    input_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    linear_qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    linear_proj="self_attn.o_proj",
+    linear_fc1=("mlp.gate_proj", "mlp.up_proj"),
+    linear_fc2="mlp.down_proj",
+)
 FAMILY = Family(
     architectures=("LlamaForCausalLM",),
     shape=llama_shape,
     config=llama_config,
     read=READ,
     refused=REFUSED,
-    weights=WeightNames(
-        prefix="model.",
-        embedding="embed_tokens",
-        final_norm="norm",
-        layers="layers",
-        input_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        linear_qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        linear_proj="self_attn.o_proj",
-        linear_fc1=("mlp.gate_proj", "mlp.up_proj"),
-        linear_fc2="mlp.down_proj",
-    ),
+    weights=WEIGHTS,
 )

@@ -58,6 +58,15 @@ class GlobalSlice:
 
 
 @dataclass(frozen=True)
+class RowRange:
+    """Consecutive rows of a Hugging Face tensor that are consecutive rows of its Megatron parameter too."""
+
+    name: str  # of the Hugging Face tensor
+    hf: slice
+    megatron: slice
+
+
+@dataclass(frozen=True)
 class Rule(ABC):
     """One Megatron parameter (`name`, with the global layer number) and the Hugging Face tensors that it holds."""
 

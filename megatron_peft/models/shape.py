@@ -42,7 +42,10 @@ class ModelShape:
     """Sizes of a decoder-only transformer. Names are megatron-core's where it has one.
 
     `linear_biases` names the linear layers that own a bias (`linear_qkv`, ...): Hugging Face configures attention and
-    MLP biases apart, TransformerConfig does not.
+    MLP biases apart, TransformerConfig does not. `qk_layernorm`: queries and keys are normalized, each head by itself,
+    before the rotary embedding; the norm is of the same kind and epsilon as the layers' own. `sliding_window`: how many
+    positions a query sees, its own included; None: all. The first `num_full_attention_layers` layers have no window.
+    The forward has none in any layer: longer sequences are refused.
     """
 
     architecture: str  # of `models.families.FAMILIES`
@@ -64,6 +67,9 @@ class ModelShape:
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     embedding_layernorm: bool = False
+    qk_layernorm: bool = False
+    sliding_window: int | None = None
+    num_full_attention_layers: int = 0
 
     def __post_init__(self) -> None:
         """All readers pass here, whatever the file. ConfigurationError names the fields at fault."""
@@ -71,12 +77,18 @@ class ModelShape:
         wrong += ["num_layers"] * (not wrong and self.num_layers > MOST_LAYERS)
         wrong += [name for name in ("norm_epsilon", "rotary_base") if not is_positive(getattr(self, name))]
         wrong += ["norm_epsilon"] * (not wrong and self.norm_epsilon > MOST_EPSILON)
+        wrong += ["sliding_window"] * (self.sliding_window is not None and not is_size(self.sliding_window))
         shown = ", ".join(f"{name} {str(getattr(self, name))[:40]}" for name in wrong)
         require(not wrong, f"a model's shape cannot have {shown}.")
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"{self.num_attention_heads} attention heads cannot share {self.num_query_groups} key-value heads.",
         )
+
+    @property
+    def longest_sequence(self) -> int:
+        """Positions that the forward computes as the model does."""
+        return min(self.max_position_embeddings, self.sliding_window or MOST)
 
     def padded_vocab_size(self, multiple: int, tensor_parallel_size: int) -> int:
         """Rows of the embedding and of the output layer: `vocab_size` rounded up to a multiple for every rank.
@@ -120,6 +132,7 @@ CLAIMS: Mapping[str, tuple[Callable[[ModelShape], bool], Callable[[ModelShape], 
         lambda shape: not shape.linear_biases - {"linear_qkv"},
         lambda shape: f"biases on {', '.join(sorted(shape.linear_biases))}",
     ),
+    "qk_layernorm": (lambda shape: shape.qk_layernorm, lambda shape: "no norms of queries and keys"),
     "untie_embeddings_and_output_weights": (lambda shape: not shape.tied_embeddings, lambda shape: "tied embeddings"),
 }
 
@@ -142,13 +155,25 @@ def check_layout(parallel: ParallelConfig, shape: ModelShape) -> list[str]:
     return [*_tensor_parallel_problems(tp, shape), *_pipeline_problems(parallel, shape)]
 
 
-def check_lengths(seq_length: int, shape: ModelShape) -> list[str]:
-    """A message if samples may be longer than a rotary model's positions. The default --seq-length fits any model."""
-    longest = shape.max_position_embeddings
-    fits = seq_length <= longest or seq_length == DataConfig.seq_length
-    if fits or shape.position_embedding != "rope":
-        return []
-    return [f"--seq-length {seq_length} is above the {longest} positions of the model: use at most {longest}."]
+def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
+    """A message if samples may be longer than a sliding window, or than a rotary model's positions.
+
+    The default --seq-length fits any number of positions, and any window where nothing is trained.
+    """
+    length, longest, window = data.seq_length, shape.max_position_embeddings, shape.sliding_window
+    is_default = length == DataConfig.seq_length
+    reads_samples = bool(data.train_data_path or data.data_path)
+    if window is not None and length > window and (reads_samples or not is_default):
+        full, layers = shape.num_full_attention_layers, shape.num_layers
+        where = f"in {layers - full} of its {layers} layers" if full else "in every layer"
+        return [
+            f"--seq-length {length} is above the sliding window of {window} tokens that the model has {where}, and "
+            f"windows are not supported: use --seq-length {window} or less, where the window changes nothing. "
+            "--overlong says what to do with longer samples."
+        ]
+    if shape.position_embedding == "rope" and length > longest and not is_default:
+        return [f"--seq-length {length} is above the {longest} positions of the model: use at most {longest}."]
+    return []
 
 
 def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:

@@ -21,6 +21,7 @@ SAVED = {"train_iters": 3, "save_interval": 3}
 
 def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
     """Curves by layout, and how far the merged and the exported model are from the trained one (logits)."""
+    from megatron_peft.conversion.as_lora import export_as_lora
     from megatron_peft.conversion.peft import export_adapter
     from megatron_peft.conversion.to_huggingface import merge
     from megatron_peft.conversion.verify import verify
@@ -42,10 +43,12 @@ def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
     run = train_two_ranks(folder, base, data, VOCAB_SIZE - 1)
     merged = merge(run, folder / "merged", progress=False)
     exported = export_adapter(run, folder / "exported")
+    as_lora = export_as_lora(run, folder / "as lora", tolerance=0, num_tokens=0)  # the method has no `change`
     return {
         "curves": {name: dataclasses.asdict(curve) for name, curve in curves.items()},
         "merged": verify(merged, run).logits.absolute,
         "exported": verify(exported, run).logits.absolute,
+        "as lora": verify(as_lora, run).logits.absolute,
         "moved": verify(Path(base), run).logits.absolute,
     }
 

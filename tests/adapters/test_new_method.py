@@ -83,6 +83,7 @@ def test_it_trains_alike_at_every_layout(found, layout):
 
 def test_it_merges_and_exports(found):
     assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
+    assert found["as lora"] < 1e-4
 
 
 def test_its_flags_are_in_the_help_and_checked(tree):

@@ -42,11 +42,7 @@ def test_load_goes_back_with_a_warning_after_a_flipped_byte(two_ranks):
     {
         "by name": ["iter_0000003 holds no whole checkpoint", "__1_0.distcp does not match"],
         "to score": ["__1_0.distcp does not match"],  # scoring takes no other checkpoint than the newest
-        "none is whole": [
-            "3 is damaged: __1_0.distcp",
-            "2 is damaged: .metadata does not match",
-            "from the beginning",
-        ],
+        "none is whole": ["3 is damaged: __1_0.distcp", "2 is damaged: .metadata does not match", "from the beginning"],
     }.items(),
 )
 def test_the_damage_is_named_where_load_cannot_go_back(two_ranks, asked, words):

@@ -31,6 +31,8 @@ OUT = "--input nowhere --output out"
         (convert, f"merge {OUT}", "^error: .*nowhere"),
         (convert, f"merge {OUT} --num-tokens 3", "--num-tokens"),
         (convert, f"export-adapter {OUT}", "^error: .*nowhere"),
+        (convert, f"export-adapter {OUT} --as-lora", "^error: .*nowhere"),
+        (convert, f"export-adapter {OUT} --max-rank 8", "^error: --max-rank: give --as-lora too, or leave it out"),
         (convert, f"import-adapter {OUT} {BASE}", "^error: .*nowhere"),
         (convert, "verify --input nowhere --reference nowhere", "^error: .*nowhere is not a folder"),
         (evaluate, "--output x.json", "--tasks"),

@@ -144,13 +144,16 @@ def _beside(shape: ModelShape, changes: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def llama_shapes(draw: st.DrawFn, size: int = 1) -> ModelShape:
-    """Odd Llamas that a tensor-parallel size divides."""
+    """Odd Llamas and Qwen3s that a tensor-parallel size divides."""
     layers, hidden, vocabulary = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 140))
     features, groups = size * draw(st.integers(1, 9)), size * draw(st.integers(1, 3))
     heads, head_dim = groups * draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
     biases = draw(st.sampled_from([ODD.linear_biases, frozenset(), frozenset({"linear_qkv", "linear_proj"})]))
     sizes = (layers, hidden, features, heads, groups, head_dim, vocabulary, 64)
-    return ModelShape("llama", *sizes, linear_biases=biases, tied_embeddings=draw(st.booleans()))
+    family = draw(st.sampled_from(["llama", "qwen3"]))
+    biases &= ODD.linear_biases if family == "llama" else {"linear_qkv", "linear_proj"}
+    kinds = {"linear_biases": biases, "tied_embeddings": draw(st.booleans()), "qk_layernorm": family == "qwen3"}
+    return ModelShape(family, *sizes, **kinds)
 
 
 @st.composite

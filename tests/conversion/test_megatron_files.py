@@ -17,6 +17,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor, layer_of, map_tensor, open_distributed
 from tests.checkpoint.test_safe_pickle import Attack
 from tests.conversion.megatron_folders import save_distributed
+from tests.kept import NewTensors
 
 WHOLE = torch.arange(1, 61, dtype=torch.float32).view(6, 10)
 
@@ -27,7 +28,7 @@ def stored(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> StoredT
     for top, bottom in zip([0, *rows], [*rows, tensor.shape[0]], strict=True):
         for left, right in zip([0, *columns], [*columns, tensor.shape[1]], strict=True):
             part = tensor[top:bottom, left:right]
-            boxes.append(StoredSlice((top, left), tuple(part.shape), lambda part=part: part))
+            boxes.append(StoredSlice((top, left), tuple(part.shape), lambda index, part=part: part[index]))
     return StoredTensor(tuple(tensor.shape), tensor.dtype, tuple(boxes))
 
 
@@ -48,7 +49,7 @@ def test_any_box_out_of_any_boxes_and_what_lies_outside_the_tensor_stays_as_it_i
 
 def test_a_layer_of_a_stack():
     stack = torch.arange(24.0).view(4, 2, 3)
-    halves = tuple(StoredSlice((at, 0, 0), (2, 2, 3), lambda at=at: stack[at : at + 2]) for at in (0, 2))
+    halves = tuple(StoredSlice((at, 0, 0), (2, 2, 3), lambda index, at=at: stack[at : at + 2][index]) for at in (0, 2))
     for layer in range(4):
         one = layer_of(StoredTensor((4, 2, 3), stack.dtype, halves), layer)
         target = torch.zeros(2, 3)
@@ -148,14 +149,22 @@ def test_a_mapped_tensor_is_the_same_wherever_it_lies(name, tmp_path):
     expected = TENSORS[name]
     for before in (0, 1, 64, 4096, 70_001):
         found = map_tensor(*put(tmp_path, expected, before))
-        assert (found.dtype, found.shape, found.stride()) == (expected.dtype, expected.shape, expected.stride())
-        assert torch.equal(found, expected)
+        assert (found.dtype, found.shape, found.strides) == (expected.dtype, expected.shape, expected.stride())
+        assert torch.equal(found[...], expected)
+
+
+def test_a_part_of_a_tensor_that_is_not_aligned_is_copied_alone(tmp_path):
+    found = map_tensor(*put(tmp_path, TENSORS["large"], before=1))
+    with NewTensors() as made:
+        part = found[10:14, 5:9]
+    assert torch.equal(part, TENSORS["large"][10:14, 5:9])
+    assert made.largest == 16 * 4  # bytes
 
 
 def test_the_numbers_are_not_copied_and_the_file_stays_as_it_is(tmp_path):
     place = put(tmp_path, BASE)
     before = place[0].read_bytes()
-    found = map_tensor(*place)
+    found = map_tensor(*place)[...]
     assert str(place[0]) in Path("/proc/self/maps").read_text()
     found.zero_()
     assert place[0].read_bytes() == before
@@ -177,4 +186,4 @@ def test_a_view_of_too_small_a_storage_is_refused(tmp_path):
     place = put(tmp_path, BASE)
     place[0].write_bytes(place[0].read_bytes().replace(b"K\x05K\x0c\x86", b"K\x7fK\x0c\x86"))  # 5 rows become 127
     with pytest.raises(RuntimeError, match="out of bounds"):
-        map_tensor(*place)
+        map_tensor(*place)[...]

@@ -2,6 +2,7 @@
 
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,7 +121,9 @@ def test_the_shape_is_in_the_arguments():
     assert told_shape() == SHAPE
     assert told_shape(group_query_attention=False, num_query_groups=1).num_query_groups == 4
     assert told_shape(add_bias_linear=True).linear_biases == frozenset(LINEAR_MODULES)
-    assert told_shape(add_qkv_bias=True).linear_biases == {"linear_qkv"}
+    qwen2, qwen3 = told_shape(add_qkv_bias=True), told_shape(qk_layernorm=True)
+    assert qwen2 == replace(SHAPE, architecture="qwen2", linear_biases=frozenset({"linear_qkv"}))
+    assert qwen3 == replace(SHAPE, architecture="qwen3", qk_layernorm=True)
     assert told_shape(untie_embeddings_and_output_weights=False).tied_embeddings
 
 
@@ -131,6 +134,8 @@ def test_the_shape_is_in_the_arguments():
         ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
         ({"use_rope_scaling": True}, "use_rope_scaling True"),
         ({"num_experts": 8}, "num_experts 8"),
+        ({"window_size": (4096, 0)}, r"window_size \(4096, 0\)"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "qk_layernorm and with biases"),
         ({"ffn_hidden_size": None}, "lack ffn_hidden_size"),
         ({"num_attention_heads": 0}, "have num_attention_heads 0, which is not a size"),
         ({"hidden_size": "96", "num_layers": 2**31}, "have num_layers 2147483648, hidden_size 96, which is not a size"),

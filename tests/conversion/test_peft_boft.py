@@ -162,7 +162,7 @@ def test_a_factor_that_was_not_trained_is_told(moved, make_adapter, tmp_path, no
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_proj"]}, r"q_proj, .*v_proj share an input in .*linear_qkv and therefore need the same"),
+        ({"target_modules": ["q_proj"]}, r"q_proj, .*v_proj share an input in .*linear_qkv and therefore need"),
         ({"target_modules": ["gate_proj", "up_proj"]}, r"one for .*gate_proj, .*up_proj, or different ones\. Merge"),
         ({"boft_block_size": 0, "boft_block_num": 20}, r"boft_block_num=20 .* gives blocks of 6 and 8 features; all"),
         ({"boft_block_size": 5, "target_modules": ["down_proj"]}, "--boft-block-size is 5; .* use an even size"),

@@ -1,6 +1,7 @@
 """Bloom against transformers at every layout, and its answers with a key-value cache against the whole forward."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -35,10 +36,12 @@ PROMPTS = [[DRAW.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5,
 GENERATING = ("TP1", "TP2", "TP2+SP")  # generation runs on one pipeline stage
 
 
-def run_all(bases: dict[str, str]) -> dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]:
+def run_all(
+    bases: dict[str, str], layouts: Iterable[str] = LAYOUTS
+) -> dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]:
     """By model and layout: the logits [b, s, vocabulary] of the last pipeline stage, and the answers."""
     start_world()
-    return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in LAYOUTS}
+    return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in layouts}
 
 
 def _run(base: str, layout: str) -> tuple[list[Tensor], list[list[int]]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig, LlamaConfig
+from transformers import AutoConfig, BloomConfig, LlamaConfig
 
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
 # As transformers 4 wrote them; a Llama of early 2023, when most keys did not exist; Bloom in the keys of its own file.
@@ -110,13 +110,18 @@ def test_what_transformers_5_writes_is_read(tmp_path: Path, caplog: pytest.LogCa
 
 
 COUNT = "it must be a whole number above 0"
-SUPPORTED = ".* not supported. Supported: LlamaForCausalLM, BloomForCausalLM"
+SUPPORTED = (
+    ".* not supported. Supported: LlamaForCausalLM, BloomForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3"
+)
 UNSUPPORTED_KEYS = (
     "hidden_act pretraining_tp quantization_config partial_rotary_factor sliding_window rope_interleaved "
     "final_logit_softcapping pruned_heads"
 )
 REFUSED_SCALING = [
-    ({"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' is not supported. Supported: default"),
+    (
+        {"rope_type": "yarn", "factor": 4.0},
+        "rope_type 'yarn' is not supported. Supported: default.* remove rope_scaling",
+    ),
     ({"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
     ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_type 'default'"),
     ({"full_attention": {"rope_type": "default"}}, "full_attention of rope_type 'default'"),
@@ -140,7 +145,7 @@ REFUSED_SCALING = [
         ({"num_attention_heads": 30, "head_dim": None}, "hidden_size 2048 is not a multiple of num_attention_heads 30"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 key-value heads"),
         ({"head_dim": 63}, "head_dim 63 is odd"),
-        ({"model_type": "mistral", "architectures": ["Mistral"]}, f"Mistral of model_type 'mistral'{SUPPORTED}"),
+        ({"model_type": "gemma", "architectures": ["Gemma"]}, f"Gemma of model_type 'gemma'{SUPPORTED}"),
         ({"architectures": ["LlamaForSequenceClassification"]}, f"LlamaForSequenceClassification{SUPPORTED}"),
     ],
 )
@@ -191,6 +196,136 @@ def test_a_switch_that_drops_biases_in_transformers_is_ignored_with_a_warning(tm
     assert not caplog.records
     assert bloom(tmp_path, slow_but_exact=True) == BLOOM_SHAPE
     assert "slow_but_exact is ignored" in caplog.text
+
+
+# As their owners published them, without what any config.json has.
+MISTRAL_7B_V01 = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+    "tie_word_embeddings": False, "vocab_size": 32000,
+}  # fmt: skip
+MISTRAL_7B_V03 = {**MISTRAL_7B_V01, "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32768}
+MISTRAL_NEMO = {
+    **MISTRAL_7B_V03, "head_dim": 128, "hidden_size": 5120, "num_hidden_layers": 40, "vocab_size": 131072,
+    "max_position_embeddings": 1024000,
+}  # fmt: skip
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 152064,
+}  # fmt: skip
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
+    "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+PUBLISHED = [
+    (MISTRAL_7B_V01, ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, 32768, sliding_window=4096)),
+    (MISTRAL_7B_V03, ModelShape("mistral", 32, 4096, 14336, 32, 8, 128, 32768, 32768, rotary_base=1e6)),
+    (MISTRAL_NEMO, ModelShape("mistral", 40, 5120, 14336, 32, 8, 128, 131072, 1024000, rotary_base=1e6)),
+    (
+        QWEN25_7B,
+        ModelShape(
+            "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 131072,
+            norm_epsilon=1e-6, rotary_base=1e6, linear_biases=frozenset({"linear_qkv"}),
+        ),
+    ),
+    (
+        QWEN3_06B,
+        ModelShape(
+            "qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 40960,
+            norm_epsilon=1e-6, rotary_base=1e6, tied_embeddings=True, qk_layernorm=True,
+        ),
+    ),
+]  # fmt: skip
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("config", "expected"), PUBLISHED)
+def test_published_models_are_read_without_a_warning(config, expected, tmp_path: Path, caplog) -> None:
+    """Also as transformers 5 writes it."""
+    assert read_shape(written(tmp_path, config)) == expected
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert read_shape(tmp_path) == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{key: MISTRAL_7B_V01[key] for key in ("architectures", "model_type")}]
+    + [{**base, "use_sliding_window": True, "sliding_window": 4096} for base in (QWEN25_7B, QWEN3_06B)]
+    + [{key: QWEN25_7B[key] for key in ("architectures", "model_type")} | {"use_sliding_window": True}]
+    + [{key: QWEN3_06B[key] for key in ("architectures", "model_type")}],
+)
+def test_absent_keys_of_mistral_and_qwen_have_the_values_of_transformers(config, tmp_path: Path) -> None:
+    theirs = AutoConfig.from_pretrained(written(tmp_path, config))
+    sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
+    ours = read_shape(written(tmp_path, {**{name: getattr(theirs, name) for name in sizes}, **config}))
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    num_full = kinds.count("full_attention")
+    assert (ours.sliding_window, ours.num_full_attention_layers) == (
+        (None, 0) if num_full == len(kinds) else (theirs.sliding_window, num_full)
+    )
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.kv_channels == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert (ours.norm_epsilon, ours.rotary_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"),
+    [
+        (QWEN25_7B, {"use_sliding_window": True}, (None, 0)),  # from layer 28 on, of 28
+        (QWEN25_7B, {"use_sliding_window": True, "max_window_layers": 0}, (131072, 0)),
+        (QWEN3_06B, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20}, (64, 20)),
+        (QWEN3_06B, {"layer_types": ["full_attention"] * 28}, (None, 0)),
+        (
+            QWEN25_7B,
+            {"use_sliding_window": True, "layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
+            (131072, 27),
+        ),
+        (MISTRAL_7B_V03, {"sliding_window": 8192}, (8192, 0)),
+    ],
+)
+def test_windows_and_the_layers_that_have_them(base, changes, expected, tmp_path: Path) -> None:
+    shape = read_shape(written(tmp_path, base | changes))
+    assert (shape.sliding_window, shape.num_full_attention_layers) == expected
+    written(tmp_path, config_of_shape(shape))
+    assert read_shape(tmp_path) == shape
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "told"),
+    [
+        (MISTRAL_7B_V01, {"layer_types": ["full_attention"] * 32}, "unsupported settings: layer_types="),
+        (MISTRAL_7B_V01, {"sliding_window": 0}, f"sliding_window is 0; {COUNT}"),
+        (MISTRAL_7B_V01, {"architectures": ["MistralForSequenceClassification"]}, "not supported"),
+        (QWEN25_7B, {"use_mrope": True}, "use_mrope=true"),
+        (QWEN25_7B, {"max_window_layers": -1, "use_sliding_window": True}, f"max_window_layers is -1; {COUNT}"),
+        (
+            QWEN25_7B,
+            {"layer_types": ["full_attention", "sliding_attention"] * 14},
+            "layer_types must be full_attention",
+        ),
+        (QWEN25_7B, {"layer_types": ["sliding_attention"] * 28}, "which needs use_sliding_window"),
+        (QWEN25_7B, {"layer_types": ["full_attention"] * 3}, "not a list of 28 names"),
+        (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "as YaRN does Qwen"),
+        (QWEN3_06B, {"head_dim": 127}, "head_dim 127 is odd"),
+        (QWEN3_06B, {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "'qwen3_moe', which is not"),
+    ],
+)
+def test_mistral_and_qwen_configs_that_are_refused(base, changes, told, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        read_shape(written(tmp_path, base | changes))
 
 
 def test_folders_that_hold_no_config_are_named(tmp_path: Path) -> None:

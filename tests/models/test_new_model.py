@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import write_config
@@ -36,8 +36,12 @@ SIZES = {
     "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 256,
 }
-MODELS = {"untied": {}, "tied, heads of 20": {"tie_word_embeddings": True, "head_dim": 20}}
-TARGETS = {"peft": {"target_modules": ("q_proj", "down_proj")}}
+MODELS = {
+    "untied": {"tie_word_embeddings": False},
+    "tied, heads of 20, no biases": {"head_dim": 20, "use_bias": False, "sliding_window": 160},
+}
+TARGETS = {"peft": {"target_modules": ("q_proj", "c_proj")}}
+BUILT_IN = ("llama", "bloom", "mistral", "qwen2", "qwen3")
 TP2 = {"parallel": {"tensor_model_parallel_size": 2}}
 
 
@@ -73,9 +77,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for name, changes in MODELS.items():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes}))
+        model = Starcoder2ForCausalLM(Starcoder2Config(**{**SIZES, **changes}))
         draw_parameters(model, std=0.08)
-        found[name] = tmp_path_factory.mktemp("qwen2")
+        found[name] = tmp_path_factory.mktemp("starcoder2")
         model.save_pretrained(found[name])
     return found
 
@@ -148,10 +152,10 @@ def test_a_made_config_gives_the_shape_back_and_transformers_reads_it_alike(fold
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window=true"),
-        ({"layer_types": ["sliding_attention"] * 4}, "layer_types asks for a sliding window"),
+        ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
+        ({"sliding_window": 0}, "sliding_window is 0"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
-        ({"architectures": ["Qwen2ForTokenClassification"]}, "Supported: .*, Qwen2ForCausalLM"),
+        ({"architectures": ["Starcoder2ForTokenClassification"]}, "Supported: .*, Starcoder2ForCausalLM"),
     ],
 )
 def test_what_is_refused(folders, tmp_path, changes, told):
@@ -164,7 +168,7 @@ def test_what_is_refused(folders, tmp_path, changes, told):
 def test_it_takes_one_line_and_no_other_file_names_a_family():
     package = Path(families.__file__).parents[1]
     registered = re.findall(LINES, Path(families.__file__).read_text(), re.MULTILINE)
-    assert registered == [(name, f"megatron_peft.models.{name}") for name in ("llama", "bloom")]
+    assert registered == [(name, f"megatron_peft.models.{name}") for name in BUILT_IN]
     names = {name for name, _ in registered}
     own = {package / "models" / f"{name}.py" for name in names} | {Path(families.__file__)}
     found = {
@@ -174,4 +178,4 @@ def test_it_takes_one_line_and_no_other_file_names_a_family():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in names
     }
-    assert found == {"conversion/megatron_weights.py"}, "Megatron-LM's arguments without a config.json: only of Llama"
+    assert found == {"conversion/megatron_weights.py"}, "Megatron-LM's arguments without a config.json name no family"

@@ -41,6 +41,7 @@ def test_flags_that_agree_say_nothing() -> None:
     assert compare_shape(LLAMA_FLAGS, LLAMA) == []
     biased = replace(LLAMA, linear_biases=frozenset({"linear_qkv"}))
     assert compare_shape({"disable_bias_linear": True, "add_qkv_bias": True}, biased) == []
+    assert compare_shape({"qk_layernorm": True}, replace(LLAMA, qk_layernorm=True)) == []
     assert compare_shape({"openai_gelu": True, "add_qkv_bias": True, "normalization": "LayerNorm"}, BLOOM) == []
     # Megatron's scripts say both, also for as many groups as heads.
     assert compare_shape({"group_query_attention": True, "num_query_groups": 12}, BLOOM) == []
@@ -55,11 +56,11 @@ def test_each_flag_can_contradict(name: str) -> None:
 
 
 def test_all_contradictions_are_reported_with_both_values() -> None:
-    flags = {"num_layers": 32, "norm_epsilon": 1e-6, "openai_gelu": True, "add_qkv_bias": True}
+    flags = {"num_layers": 32, "norm_epsilon": 1e-6, "openai_gelu": True, "add_qkv_bias": True, "qk_layernorm": True}
     layers, epsilon, *others = compare_shape(flags, LLAMA)
     assert "--num-layers 32 " in layers and " 12" in layers
     assert "1e-06" in epsilon and "1e-05" in epsilon
-    assert len(others) == 2
+    assert len(others) == 3
 
 
 def test_layouts_that_fit_say_nothing() -> None:
@@ -95,6 +96,7 @@ def test_divisors_of_a_huge_prime_are_found_at_once() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"num_layers": 10**5}, {"hidden_size": 2**31}, {"num_query_groups": 0}, {"vocab_size": 1e3}, {"kv_channels": "8"}]
+    + [{"sliding_window": 0}]
     + [{"norm_epsilon": value} for value in (0.0, 2.0, float("nan"), "1e-5")]
     + [{"rotary_base": value} for value in (float("inf"), -1.0, 1e39)],
 )
@@ -108,9 +110,25 @@ def test_tensor_and_pipeline_problems_are_reported_together() -> None:
 
 
 def test_samples_longer_than_rotary_positions_are_reported_unless_their_length_is_the_default() -> None:
-    (problem,) = check_lengths(4096, LLAMA)
+    (problem,) = check_lengths(DataConfig(seq_length=4096), LLAMA)
     assert "--seq-length 4096" in problem and "2048" in problem
-    assert check_lengths(4096, BLOOM) == check_lengths(2048, LLAMA) == []
+    assert check_lengths(DataConfig(seq_length=4096), BLOOM) == check_lengths(DataConfig(seq_length=2048), LLAMA) == []
     small = replace(LLAMA, max_position_embeddings=64)
-    assert check_lengths(DataConfig.seq_length, small) == []
-    assert len(check_lengths(65, small)) == 1
+    assert check_lengths(DataConfig(), small) == []
+    assert len(check_lengths(DataConfig(seq_length=65), small)) == 1
+
+
+def test_a_window_that_is_shorter_than_the_samples_is_refused_with_the_length_that_fits() -> None:
+    """Where nothing is trained, the default length says nothing."""
+    windowed = replace(LLAMA, sliding_window=512, num_full_attention_layers=4)
+    trains: dict[str, Any] = {"train_data_path": ("train.jsonl",)}
+    (problem,) = check_lengths(DataConfig(seq_length=513, **trains), windowed)
+    assert re.match(
+        "--seq-length 513 .* window of 512 tokens .* 8 of its 12 layers.* --seq-length 512 or less", problem
+    )
+    assert check_lengths(DataConfig(seq_length=512, **trains), windowed) == []
+    assert len(check_lengths(DataConfig(**trains), windowed)) == len(
+        check_lengths(DataConfig(seq_length=513), windowed)
+    )
+    assert check_lengths(DataConfig(), windowed) == []
+    assert (windowed.longest_sequence, LLAMA.longest_sequence) == (512, 2048)

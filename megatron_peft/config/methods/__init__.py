@@ -7,6 +7,8 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 
     build(layout, peft, name, seed, dtype) -> nn.Module      the adapter of one linear layer; its forward is the layer's
     merge(weight, tensors, peft) -> Tensor                   the base weight [out, in] with the adapter merged into it
+    change(tensors, peft) -> WeightChange                    what it adds to the weight, by rows, for --as-lora; without
+                                                             it the merged weight is compared with the base's
     EXPORT: PeftFormat                                       if Hugging Face PEFT has the method; else left out
 
 `tensors` maps the names of the adapter's parameters and buffers to whole tensors, whatever layout they were trained at.

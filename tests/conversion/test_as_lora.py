@@ -1,0 +1,257 @@
+"""A run of any method as a LoRA: HF PEFT computes with it what the run does, up to what is told."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_peft.checkpoint.folders import RECORD, write_manifest
+from megatron_peft.checkpoint.record import read_run_record
+from megatron_peft.config import ConfigurationError
+from megatron_peft.conversion import lora_approximation
+from megatron_peft.conversion.as_lora import export_as_lora
+from megatron_peft.conversion.logits_change import logits_change
+from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
+from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
+from megatron_peft.conversion.verify import verify
+from megatron_peft.models.families import read_shape
+from tests.conversion.adapter_runs import RUNS, trained_on
+from tests.conversion.megatron_folders import global_tensors, save_run, tensors_of
+from tests.kept import NewTensors
+
+PRODUCTS = {"tp2": 4, "pp2": 4, "bloom": 4, "paper": 8}  # runs whose change is a product of this rank
+OTHERS = sorted(RUNS.keys() - PRODUCTS)
+
+
+def changes_of(merged: Path, base: Path) -> dict[str, Tensor]:
+    """dW of every changed matrix, by module."""
+    before, after = tensors_of(base), tensors_of(merged)
+    changes = {name: after[name].double() - before[name].double() for name in before if before[name].ndim == 2}
+    return {name.removesuffix(".weight"): change for name, change in changes.items() if change.any()}
+
+
+def found_in(run: Path, tolerance: float = 0.05, max_rank: int = 256) -> RunAsLora:
+    opened = open_run(run)
+    return approximate(opened, base_of(opened, None), tolerance, max_rank, progress=False)
+
+
+def base_folder(run: Path) -> Path:
+    return Path(str(read_run_record(run).config.model.pretrained_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def merged(moved, tmp_path_factory):
+    """The merged folder of a run, made once."""
+    work = tmp_path_factory.mktemp("merged")
+
+    def of(run: str) -> Path:
+        return work / run if (work / run).exists() else merge(moved.run(run), work / run, progress=False)
+
+    return of
+
+
+@pytest.mark.parametrize("run", PRODUCTS)
+def test_a_change_that_is_a_product_is_exported_exactly(run, moved, merged, tmp_path, capsys):
+    adapter = export_as_lora(moved.run(run), tmp_path / "adapter")
+    assert verify(adapter, merged(run)).logits.relative < 1e-5
+    assert verify(adapter, base_folder(moved.run(run))).logits.relative > 0.01
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (PRODUCTS[run], PRODUCTS[run], False)
+    assert "(exact)" in capsys.readouterr().out
+
+
+def with_rotation_at_rest(run: Path, folder: Path) -> Path:
+    """A Hybrid whose rotation is the identity: its change is that of the low-rank part."""
+    opened = open_run(run)
+    tensors = {key: opened.tensor(key) for key in opened.stored if ".adapter." in key and "optimizer" not in key}
+    tensors |= {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if key.endswith("rotation.Q")}
+    save_adapters(folder, opened.record, tensors)
+    return folder
+
+
+def test_the_low_rank_part_of_a_hybrid_is_exported_exactly(moved, tmp_path):
+    """LoRA-GA's original start is subtracted, so its rank is 8; lambda is in the factors."""
+    run = with_rotation_at_rest(moved.run("hybrid"), tmp_path / "run")
+    adapter = export_as_lora(run, tmp_path / "adapter", num_tokens=0)
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
+    assert verify(adapter, merge(run, tmp_path / "merged", progress=False)).logits.relative < 1e-5
+
+
+@pytest.mark.parametrize("run", OTHERS)
+def test_residuals_are_those_of_the_discarded_singular_values(run, moved, merged):
+    """At most rank 20 of the sides of 40 to 160: the sketch does not span them."""
+    changes = changes_of(merged(run), base_folder(moved.run(run)))
+    lora = found_in(moved.run(run), tolerance=0.2, max_rank=20)
+    assert {one.module for one in lora.modules} == changes.keys()
+    for one in lora.modules:
+        check_module(changes[one.module], one.found.B.double() @ one.found.A.double(), one.found, 0.2, 20)
+    left = torch.cat([(changes[one.module] - one.found.B @ one.found.A).flatten() for one in lora.modules])
+    whole = torch.cat([change.flatten() for change in changes.values()])
+    assert lora.residual == pytest.approx(float(left.norm() / whole.norm()), rel=1e-3)
+
+
+def check_module(change: Tensor, product: Tensor, found: Any, tolerance: float, max_rank: int) -> None:
+    squared = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
+    discarded = np.sqrt(np.append(np.cumsum(squared[::-1])[::-1], 0) / squared.sum())
+    smallest = min(int((discarded <= tolerance).argmax()), max_rank)
+    assert smallest <= found.rank <= smallest + (discarded[smallest] > 0.99 * tolerance)
+    assert found.residual == pytest.approx(discarded[found.rank], rel=0.02)
+    assert found.residual == pytest.approx(float((change - product).norm() / change.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("run", ["butterfly", "replace", "folding"])
+def test_peft_computes_what_the_run_does_where_nothing_is_discarded(run, moved, merged, tmp_path):
+    """Other rotations differ in what is rotated, which the test above sees."""
+    adapter = export_as_lora(moved.run(run), tmp_path / "adapter", tolerance=0, num_tokens=0)
+    assert verify(adapter, merged(run)).logits.relative < 1e-5
+
+
+def test_the_change_of_logits_is_what_peft_and_transformers_compute(moved, merged, tmp_path):
+    run, base = open_run(moved.run("urnn")), base_folder(moved.run("urnn"))
+    lora = found_in(moved.run("urnn"), tolerance=0.3)
+    told = logits_change(run, base, lora, num_tokens=24)
+    adapter = export_as_lora(moved.run("urnn"), tmp_path / "adapter", tolerance=0.3, num_tokens=0)
+    seen = verify(adapter, merged("urnn"), num_tokens=24)
+    assert told.whole.logits.relative == pytest.approx(seen.logits.relative, rel=1e-3) and seen.logits.relative > 0.01
+    assert (told.whole.same_best, told.whole.num_positions) == (seen.same_best, 48)
+    for number in (0, 2):
+        mixed = with_layer_of_lora(merged("urnn"), base, lora, number, tmp_path / f"layer {number}")
+        alone = verify(mixed, merged("urnn"), num_tokens=24).logits.relative
+        assert told.layers[number].relative == pytest.approx(alone, rel=1e-3) and alone > 1e-3
+
+
+def with_layer_of_lora(merged: Path, base: Path, lora: RunAsLora, number: int, folder: Path) -> Path:
+    """The merged model with base and factors in one layer."""
+    shutil.copytree(merged, folder)
+    tensors, before = tensors_of(merged), tensors_of(base)
+    for one in lora.modules:
+        if f"layers.{number}." in one.module:
+            name = f"{one.module}.weight"
+            tensors[name] = before[name] + one.found.B @ one.found.A
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+NORM, EMBEDDING = "decoder.layers.1.input_layernorm.weight", "embedding.word_embeddings.weight"
+BIAS = "decoder.layers.2.mlp.linear_fc2.bias"
+HF_NAMES = {
+    NORM: "model.layers.1.input_layernorm.weight",
+    EMBEDDING: "model.embed_tokens.weight",
+    BIAS: "model.layers.2.mlp.down_proj.bias",
+}
+
+
+def full_run(base: Path, folder: Path, changed: Mapping[str, float]) -> Path:
+    """A run of full fine-tuning: low rank and noise in every linear layer, and some numbers elsewhere."""
+    draw, tensors = torch.Generator().manual_seed(3), global_tensors(base, padded_vocab_size=1024)
+    for name, tensor in tensors.items():
+        if ".linear_" in name and tensor.ndim == 2:
+            out, in_features = tensor.shape
+            low = torch.randn(out, 3, generator=draw) @ torch.randn(3, in_features, generator=draw)
+            tensor += 0.02 * low + 0.001 * torch.randn(out, in_features, generator=draw)
+        tensor += changed.get(name, 0) * torch.randn(tensor.shape, generator=draw)
+    save_run(base, folder, tensors, shape=read_shape(base))
+    record = dataclasses.replace(read_run_record(folder), base_fingerprint=None, adapted_layers=())
+    (folder / "iter_0000002" / RECORD).write_text(record.to_json())
+    write_manifest(folder / "iter_0000002", {})
+    return folder
+
+
+def test_full_fine_tuning_is_exported_and_what_is_left_out_is_told(moved, tmp_path, capsys):
+    base = moved.base("base")
+    run = full_run(base, tmp_path / "run", {NORM: 0.3, EMBEDDING: 0.001, BIAS: 0.01})
+    adapter = export_as_lora(run, tmp_path / "adapter", pretrained_checkpoint=base)
+    printed, card = capsys.readouterr().out, (tmp_path / "adapter" / "README.md").read_text()
+    whole = megatron_to_hf(run, tmp_path / "whole", pretrained_checkpoint=base, progress=False)
+    before, after = tensors_of(base), tensors_of(whole)
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 3
+    relative = {one: float((after[one] - before[one]).norm() / before[one].norm()) for one in HF_NAMES.values()}
+    for name, share in relative.items():
+        assert f"{name} ({share:.2%} of its norm)" in printed
+    assert all(line in card for line in printed.splitlines() if line.startswith(("A LoRA of rank 3", "Left out")))
+    seen = verify(adapter, whole).logits.relative
+    assert f"relative {seen:.3g}; same best token" in printed and seen > 0.01
+
+
+def test_full_fine_tuning_of_linear_layers_alone_leaves_nothing_out(moved, tmp_path, capsys):
+    base, run = moved.base("base"), full_run(moved.base("base"), tmp_path / "run", {})
+    adapter = export_as_lora(run, tmp_path / "adapter", pretrained_checkpoint=base, tolerance=1e-6, num_tokens=0)
+    assert "Left out" not in capsys.readouterr().out
+    whole = megatron_to_hf(run, tmp_path / "whole", pretrained_checkpoint=base, progress=False)
+    assert verify(adapter, whole).logits.relative < 1e-5
+
+
+@pytest.mark.parametrize("run", ["boft", "urnn", "folding", "full"])
+def test_no_tensor_is_as_large_as_a_modules_change(run, moved, tmp_path, monkeypatch):
+    """The smallest module is k of 40 x 96, here in blocks of 4 rows and with a sketch of 20 columns."""
+    monkeypatch.setattr(lora_approximation, "BLOCK_ELEMENTS", 400)
+    base, folder = (
+        moved.base("base"),
+        moved.run(run) if run != "full" else full_run(moved.base("base"), tmp_path / "f", {}),
+    )
+    opened = open_run(folder)
+    with NewTensors() as made:
+        approximate(opened, base_of(opened, base), 0.05, 4, progress=False)
+    assert 160 * 20 <= made.largest < 40 * 96
+
+
+def test_modules_are_padded_to_one_rank_that_changes_nothing(moved, tmp_path):
+    lora = found_in(moved.run("hybrid"), tolerance=0.3)
+    adapter = export_as_lora(moved.run("hybrid"), tmp_path / "adapter", tolerance=0.3, num_tokens=0)
+    tensors, config = load_file(adapter / "adapter_model.safetensors"), peft.PeftConfig.from_pretrained(str(adapter))
+    assert len({one.found.rank for one in lora.modules}) > 1
+    assert config.r == config.lora_alpha == lora.rank and not config.rank_pattern
+    for one in lora.modules:
+        A, B = (tensors[f"base_model.model.{one.module}.lora_{side}.weight"] for side in "AB")
+        assert len(A) == B.shape[1] == lora.rank
+        assert torch.equal(A[: one.found.rank], one.found.A) and not A[one.found.rank :].any()
+        assert torch.equal(B[:, : one.found.rank], one.found.B) and not B[:, one.found.rank :].any()
+
+
+def test_a_product_above_the_largest_rank_is_truncated(moved, tmp_path, capsys):
+    export_as_lora(moved.run("paper"), tmp_path / "adapter", max_rank=5, tolerance=0.001, num_tokens=0)
+    printed = capsys.readouterr().out
+    assert "28 of 28 modules reached the largest rank allowed with an error above --tolerance 0.001" in printed
+    lora = found_in(moved.run("paper"), 0.001, 5)
+    assert all(one.found.rank == 5 and not one.is_exact for one in lora.modules)
+
+
+def test_base_in_megatrons_form(moved, tmp_path, capsys):
+    base = hf_to_megatron(moved.base("base"), tmp_path / "base", progress=False)
+    run = trained_on(moved.run("boft"), tmp_path / "run", base)
+    export_as_lora(run, tmp_path / "adapter", num_tokens=0)
+    export_as_lora(moved.run("boft"), tmp_path / "expected", num_tokens=0)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "expected"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "in Megatron's form, which HF PEFT does not open" in capsys.readouterr().out
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tolerance": 1.0}, r"--tolerance is 1; it is a relative error, at least 0 and below 1"),
+        ({"tolerance": float("nan")}, r"--tolerance is nan"),
+        ({"max_rank": 0}, r"--max-rank is 0; it must be above 0"),
+        ({"num_tokens": -1}, r"--num-tokens is -1; it cannot be negative"),
+        ({"license": "my own"}, r"--license 'my own' is no license's identifier"),
+        ({"pretrained_checkpoint": "other"}, r"trained on the base model .*base, but .*other is another one"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(settings, told, moved, tmp_path):
+    if "pretrained_checkpoint" in settings:
+        settings = {"pretrained_checkpoint": moved.base("other")}
+    with pytest.raises(ConfigurationError, match=told):
+        export_as_lora(moved.run("boft"), tmp_path / "adapter", **settings)
+    assert not list(tmp_path.iterdir())

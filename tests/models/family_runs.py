@@ -1,0 +1,72 @@
+"""What the tests of Mistral and Qwen run on two ranks: logits, training curves, and runs that are saved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_peft.checkpoint.save import draft_checkpoint
+from tests.checkpoint.runs import Files, configure, merged, start
+from tests.models.test_bloom import run_all
+from tests.tiny_families import MODELS
+from tests.training.layout_runs import Curve, Job, run_each, run_jobs
+from tests.training.test_layout import METHODS, SP, TP2
+
+FAMILIES = ("mistral", "qwen2", "qwen3")
+NUM_STEPS = 5
+SIX = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
+LOGIT_LAYOUTS = ("TP1", "TP2", "TP2+SP", "PP2")
+LAYOUTS = {"TP2": TP2, "TP2+SP": SP}
+# `make test` compares these; `make test-all` compares every method of every family at both layouts.
+QUICK = [
+    ("mistral", "lora", "TP2"),
+    ("qwen2", "hybrid", "TP2+SP"),
+    ("qwen3", "full", "TP2"),
+    ("qwen3", "full", "TP2+SP"),
+]
+SAVED = {**{family: "lora" for family in FAMILIES}, "qwen3 tied": "full"}
+Answers = dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Logits and answers by model and layout; curves by family, method and layout; saved runs by the model's name."""
+
+    answers: Answers
+    curves: dict[str, Curve]
+
+
+def curve_job(files: Files, family: str, method: str, layout: str) -> Job:
+    parallel = {"parallel": LAYOUTS[layout], "training": {"micro_batch_size": 4}} if layout in LAYOUTS else {}
+    base = str(Path(files.bases, family))
+    return Job(
+        f"{family} {method} {layout}", base, files.data, num_steps=NUM_STEPS, **merged(METHODS[method], parallel)
+    )
+
+
+def run_families(files: Files) -> Outcomes:
+    """Called on each of two ranks."""
+    answers = run_all({name: str(Path(files.bases, name)) for name in MODELS}, LOGIT_LAYOUTS)
+    curves = run_each([curve_job(files, *case) for case in QUICK])
+    for name, method in SAVED.items():
+        _save(files, name, method)
+    return Outcomes(answers, curves)
+
+
+def run_methods(asked: tuple[Files, list[tuple[str, str, str]]]) -> dict[str, Curve]:
+    files, cases = asked
+    return run_jobs([curve_job(files, *case) for case in cases])
+
+
+def _save(files: Files, name: str, method: str) -> None:
+    """A run of two steps at TP2. LoRA's second factor is 0 at the start: random numbers make a change that shows."""
+    settings = {"model": {"pretrained_checkpoint": name}, "parallel": TP2}
+    settings |= {"peft": METHODS[method]["peft"], "checkpoint": {"save": str(Path(files.work, name))}}
+    run = start(configure(files, settings | {"optimizer": {"lr": 0.02}}))
+    run.train(2)
+    with torch.no_grad():
+        for parameter_name, parameter in run.chunks[0].named_parameters():
+            if parameter_name.endswith("adapter.B"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    draft_checkpoint(run.state).complete()

@@ -1,0 +1,147 @@
+"""Mistral, Qwen2 and Qwen3 against transformers and HF PEFT: logits, answers, weights there and back, training."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_peft.conversion.hf_files import write_config
+from megatron_peft.conversion.peft import export_adapter
+from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.conversion.verify import verify
+from megatron_peft.models.families import config_of_shape, read_shape
+from tests.checkpoint.runs import Files
+from tests.conversion.megatron_folders import equal, tensors_of
+from tests.models.family_runs import (
+    FAMILIES,
+    LAYOUTS,
+    LOGIT_LAYOUTS,
+    QUICK,
+    SAVED,
+    SIX,
+    Outcomes,
+    run_families,
+    run_methods,
+)
+from tests.models.test_bloom import GENERATING, NUM_NEW, PROMPTS, TOKENS
+from tests.ranks import run_ranks
+from tests.tiny_families import MODELS, random_model
+from tests.tiny_llama import save_pairs
+
+ADAPTED = [name for name, method in SAVED.items() if method == "lora"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: random_model(name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory) -> Files:
+    work = tmp_path_factory.mktemp("families")
+    for name, model in models.items():
+        model.save_pretrained(work / "bases" / name)
+    return Files(str(work / "bases"), str(save_pairs(work / "pairs.jsonl")), str(work / "runs"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(files) -> Outcomes:
+    return run_ranks(2, run_families, files)[-1]
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    """The curves of one process."""
+    return run_ranks(1, run_methods, (files, [(family, method, "") for family, method, _ in QUICK]))[0]
+
+
+@pytest.mark.parametrize("layout", LOGIT_LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(outcomes, models, name, layout):
+    logits, _ = outcomes.answers[name, layout]
+    assert len(logits) == len(TOKENS)
+    for found, batch in zip(logits, TOKENS, strict=True):
+        with torch.no_grad():
+            expected = models[name](batch).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", GENERATING)
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_transformers(outcomes, models, name, layout):
+    _, answers = outcomes.answers[name, layout]
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        with torch.no_grad():
+            logits = models[name](torch.tensor([prompt + answer])).logits[0]
+        assert len(answer) == NUM_NEW and answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_converted_there_and_back_bit_for_bit(files, tmp_path, name):
+    base = Path(files.bases, name)
+    hf_to_megatron(base, tmp_path / "megatron", progress=False)
+    written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", progress=False)
+    assert equal(tensors_of(written), tensors_of(base))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_made_config_gives_the_shape_back_and_transformers_reads_it_alike(files, tmp_path, caplog, name):
+    base = Path(files.bases, name)
+    shape = read_shape(base)
+    assert (shape.architecture, shape.tied_embeddings) == (name.split()[0], "tied" in name)
+    write_config(tmp_path, config_of_shape(shape))
+    assert read_shape(tmp_path) == shape
+    assert not caplog.records, "a key without a meaning"
+    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path, base))
+    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert changed <= {"_name_or_path", "dtype", "head_dim", "sliding_window", "max_window_layers"}
+    assert ours["sliding_window"] == theirs["sliding_window"] or not theirs["use_sliding_window"]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=" ".join)
+def test_training_on_two_ranks_equals_one_process(outcomes, alone, case):
+    family, method, layout = case
+    one, two = alone[f"{family} {method} "], outcomes.curves[f"{family} {method} {layout}"]
+    assert two.equals(one) and one.losses[-1] < one.losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_on_two_ranks_equals_one_process(files, family):
+    one = run_ranks(1, run_methods, (files, [(family, method, "") for method in SIX]))[0]
+    cases = list(product([family], SIX, LAYOUTS))
+    two = run_ranks(2, run_methods, (files, cases))[-1]
+    assert len(two) == len(cases) == 12
+    for case in cases:
+        assert two[" ".join(case)].equals(one[f"{family} {case[1]} "]), case
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_hf_peft_opens_an_exported_adapter_and_computes_the_same(files, outcomes, tmp_path, name):
+    run, base = Path(files.work, name), Path(files.bases, name)
+    export_adapter(run, tmp_path / "adapter")
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == {f"{part}_proj" for part in "q k v o gate up down".split()}
+    assert verify(tmp_path / "adapter", run).logits.absolute < 1e-4
+    assert verify(tmp_path / "adapter", base).logits.absolute > 0.1
+    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    assert opened.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_merged_model_is_what_was_trained(files, outcomes, tmp_path, name):
+    merge(Path(files.work, name), tmp_path / "merged", progress=False)
+    assert verify(tmp_path / "merged", Path(files.work, name)).logits.absolute < 1e-4
+
+
+def test_norms_of_queries_and_keys_are_trained_and_saved_from_two_ranks(files, outcomes, tmp_path):
+    run, base = Path(files.work, "qwen3 tied"), Path(files.bases, "qwen3 tied")
+    written = tensors_of(megatron_to_hf(run, tmp_path / "hf", progress=False))
+    moved = {name for name, tensor in tensors_of(base).items() if not torch.equal(tensor, written[name])}
+    assert {f"model.layers.{n}.self_attn.{part}_norm.weight" for n in range(2) for part in "qk"} <= moved
+    assert verify(tmp_path / "hf", run).logits.absolute < 1e-4
