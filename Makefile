@@ -2,7 +2,7 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all golden mutations lint bench
+.PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -38,12 +38,15 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU r
 PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
 test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not docs' $(ARGS)
 
 test-slow: $(INSTALLED) ## run what `make test` leaves out
 	$(PYTEST) -m slow $(ARGS)
 
-test-all: test test-slow ## run every test: every method at every layout included
+test-docs: $(INSTALLED) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
+	$(PYTHON) -m pytest -m docs tests/docs $(ARGS)
+
+test-all: test test-slow test-docs ## run every test: every method at every layout included
 
 # BASE: HEAD where the working tree differs from it, else the commit before.
 golden: $(INSTALLED) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')

@@ -11,13 +11,15 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear
-from megatron_peft.config import PeftConfig, require
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear, adopt
+from megatron_peft.config import LINEAR_MODULES, PeftConfig, require
+from megatron_peft.parallel.collectives import gather_slices
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,22 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         Global names of this rank's adapted layers.
 
     Raises:
-        ConfigurationError: a pattern matches nothing in the whole model (the message lists what exists), or the method
-            does not fit a layer.
+        ConfigurationError: on every rank, with nothing changed: a pattern matches nothing in the whole model (the
+            message lists what exists), or the method does not fit a layer.
     """
     targets = [target for chunk in model_chunks for target in linear_layers(chunk)]
     modules = huggingface_modules(model_chunks)
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
+    adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
+    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
     for chunk in model_chunks:
         chunk.requires_grad_(False)
         for module in chunk.modules():
             if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):
                 module.is_frozen = True
     build = import_module(peft.spec.adapter).build
-    adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     for target in adapted:
         module = target.module
-        peft.spec.check_layer(peft, module.layout, target.name)
         adapter = build(module.layout, peft, f"{target.name}.adapter", seed, module.weight.dtype)
         if hasattr(adapter, "bind_weight"):  # it may change the layer's own weight
             adapter.bind_weight(module.weight)
@@ -75,14 +77,73 @@ def linear_layers(chunk: nn.Module) -> Iterator[TargetLayer]:
                 yield TargetLayer(f"decoder.layers.{layer.layer_number - 1}.{name}", module)
 
 
+# A model of another program, made of megatron-core's own layers.
+
+
+def make_adaptable(model_chunks: Sequence[Any], peft: PeftConfig) -> None:
+    """Turn the linear layers of megatron-core's `get_gpt_layer_local_spec` into ours, which can take an adapter.
+
+    Weights, their names and keys in checkpoints, and the function stay the same.
+
+    Raises:
+        ConfigurationError: a targeted layer is of another class, as Transformer Engine's are, or is an expert's.
+    """
+    modules, problems = huggingface_modules(model_chunks), []
+    for chunk in model_chunks:
+        for name, layer in _named_linear_layers(chunk):
+            problem = adopt(layer, name.rpartition(".")[2], chunk.config)
+            if problem and is_targeted(name, peft.target_modules, modules):
+                problems.append(f"{name} is {problem}")
+    checked_together(
+        lambda: require(
+            not problems,
+            f"{'; '.join(problems[:4])}{'; ...' if len(problems) > 4 else ''}: adapters fit megatron-core's own linear "
+            f"layers. Build the model with get_gpt_layer_local_spec(), or leave these layers out of target_modules.",
+        )
+    )
+
+
+def _named_linear_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for layer in [module for module in chunk.modules() if isinstance(module, TransformerLayer)]:
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[2] in LINEAR_MODULES:
+                yield f"decoder.layers.{layer.layer_number - 1}.{name}", module
+
+
+@torch.no_grad()
+def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
+    """Merge every adapter into its layer's weight, in place, and take it away. A collective.
+
+    A layer at a time is put together, in float32 at least, and every rank keeps its slice.
+
+    Raises:
+        ConfigurationError: the method's adapters cannot be merged.
+    """
+    method = import_module(peft.spec.adapter)
+    require(hasattr(method, "merge"), f"adapters of {peft.spec.describe(peft)} cannot be merged.")
+    for layer in (target.module for chunk in model_chunks for target in linear_layers(chunk)):
+        if layer.adapter is None:
+            continue
+        layout, weight = layer.layout, layer.weight
+        state = layer.adapter.state_dict(keep_vars=True)
+        tensors = {name: gather_slices(tensor, layout.group) for name, tensor in state.items()}
+        whole = gather_slices(weight, layout.group).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        changed = method.merge(whole, tensors, peft)
+        weight.copy_(layout.slice_output(layout.slice_input(changed)))
+        layer.adapter = None
+
+
 def all_names(names: Sequence[str]) -> list[str]:
     """The union of every rank's names: a pattern may match on another pipeline stage only. A collective."""
     return sorted({name for found in gather_over_world(list(names)) for name in found})
 
 
 def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:
-    """Hugging Face's names of the model's linear layers -> the last part of Megatron's (`q_proj` -> `linear_qkv`)."""
-    return model_chunks[0].config.huggingface_modules
+    """Hugging Face's names of the model's linear layers -> the last part of Megatron's (`q_proj` -> `linear_qkv`).
+
+    A model of another program has none.
+    """
+    return getattr(model_chunks[0].config, "huggingface_modules", {})
 
 
 def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
@@ -96,12 +157,13 @@ def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapp
     Raises:
         ConfigurationError: naming the patterns that do not, and what exists.
     """
+    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
     lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
     endings = sorted({name.rpartition(".")[2] for name in names})
     require(
         not lost,
-        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are {', '.join(endings)} "
-        f"(Hugging Face: {', '.join(modules)}), with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
+        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are "
+        f"{', '.join(endings)}{foreign}, with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
         if names
         else "the model has no linear layer to adapt.",
     )

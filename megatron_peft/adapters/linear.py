@@ -143,6 +143,39 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         return y + self.bias, None
 
 
+def adopt(layer: nn.Module, name: str, config: Any) -> str:
+    """Turn a linear layer of megatron-core's own into one of ours, in place; nothing but its class changes.
+
+    Args:
+        name: `linear_qkv`, `linear_proj`, `linear_fc1` or `linear_fc2`.
+        config: megatron-core's, of the model.
+
+    Returns:
+        Why the layer takes no adapter, as `a ...`; empty if it does, or did already.
+    """
+    if isinstance(layer, AdaptedLinear):
+        return ""
+    adapted: Any = layer  # megatron-core's annotations allow its groups and biases to be None
+    if getattr(layer, "is_expert", False):
+        return f"an expert's {type(layer).__name__}"
+    if type(layer) is ColumnParallelLinear and not layer.gather_output:
+        stride = 2 if name == "linear_fc1" and config.gated_linear_unit else 1
+        heads = config.kv_channels if name == "linear_qkv" else None
+        mark_split(adapted.weight, 0, stride)
+        layout = LinearLayout("column", adapted.output_size, adapted.input_size, adapted.tp_group, stride, heads)
+        layer.__class__ = AdaptedColumnParallelLinear
+    elif type(layer) is RowParallelLinear and layer.input_is_parallel:
+        mark_split(adapted.weight, 1)
+        if adapted.bias is not None:
+            mark_split(adapted.bias, None)
+        layout = LinearLayout("row", adapted.output_size, adapted.input_size, adapted.tp_group)
+        layer.__class__ = AdaptedRowParallelLinear
+    else:
+        return f"a {type(layer).__name__}"
+    adapted.adapter, adapted.layout = None, layout
+    return ""
+
+
 def _alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [s, b, in] -> [s, b, out]
     """The forward of a layer without an adapter, without gradients.
 

@@ -27,7 +27,9 @@ from megatron_peft.checkpoint.folders import (
     publish,
     remove_leftovers,
     start_draft,
+    sync,
     write_atomically,
+    write_manifest,
 )
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, fingerprint
 from megatron_peft.checkpoint.state import TrainingState, optimizer_steps, optimizer_tensors, random_tensors
@@ -41,7 +43,7 @@ from megatron_peft.checkpoint.tensors import (
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.launch import checked_together, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +197,42 @@ def base_fingerprint(folder: str | None) -> Mapping[str, str] | None:
     except OSError as error:
         logger.warning("the base model %s cannot be read any more, so it is not checked: %s", folder, error)
         return None
+
+
+# A folder of tensors alone, for loops that are not ours.
+
+
+def write_new_folder(tensors: Sequence[ShardedTensor], folder: Path) -> None:
+    """Write a folder that does not exist yet, whole or not at all, with a manifest. A collective.
+
+    Raises:
+        ConfigurationError: on every rank: the folder exists, or cannot be written.
+    """
+    draft = folder.with_name(f".{folder.name}.partial")
+    from_first_rank(lambda: _start_new(folder, draft))
+    try:
+        files = PlannedFiles(tensors, draft)
+        by_rank = gather_over_world(checked_together(files.write))
+        from_first_rank(lambda: _publish_new(files, by_rank, draft, folder))
+    except ConfigurationError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _start_new(folder: Path, draft: Path) -> None:
+    require(not folder.exists(), f"{folder} exists already: give a folder that does not.")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def _publish_new(files: PlannedFiles, by_rank: Sequence[Written], draft: Path, folder: Path) -> None:
+    files.finish(by_rank)
+    write_manifest(draft, {name: found for written in by_rank for name, found in written.sums.items()})
+    for path in (*draft.iterdir(), draft):
+        sync(path)
+    draft.rename(folder)
+    sync(folder.parent)
 
 
 # With --async-save a save copies the tensors and the run continues; a thread on each rank writes the files. The threads

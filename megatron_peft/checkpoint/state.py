@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key
-from megatron_peft.config import RunConfig
+from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.config.untrusted import parse_json
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import gather_over_world
@@ -53,6 +53,24 @@ class TrainingState:
     position: Position = field(default_factory=Position)
     data_digest: str | None = None
     best: BestValidation = BestValidation()
+
+    @property
+    def peft(self) -> PeftConfig:
+        return self.config.peft
+
+    @property
+    def lr(self) -> float:
+        """--lr, the peak rate of the schedule."""
+        return self.config.optimizer.lr
+
+    @property
+    def clip_grad(self) -> float:
+        return self.config.optimizer.clip_grad
+
+    @property
+    def iteration(self) -> int:
+        """Steps taken before the present one."""
+        return self.position.iteration
 
 
 # The distributed optimizer cuts each flattened parameter anywhere, but checkpoints hold rectangular slices of global

@@ -33,7 +33,7 @@ from megatron_peft.cli.flags import (
 )
 from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
 from megatron_peft.cli.run_file import run_file
-from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
+from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training, print_failure
 from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
@@ -284,7 +284,7 @@ def exit_with_error(
     """Tell on rank 0 what is wrong, all of it in one message on stderr, and exit with 2 on every rank."""
     if _is_first_rank(environ):
         lines = error.problems if len(error.problems) == 1 else ("found several problems:", *error.problems)
-        print(f"{program}: error: " + "\n  - ".join(lines), file=sys.stderr, flush=True)
+        print_failure(f"{program}: error: " + "\n  - ".join(lines), environ)
     else:
         _let_rank_0_speak()
     raise SystemExit(2)

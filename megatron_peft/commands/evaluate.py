@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these two are read at import
         os.environ.setdefault("TQDM_DISABLE", "1")  # hides the harness's progress bars
         require_packages("eval", "lm_eval", "rouge_score", "sacrebleu")
+
+        from megatron_peft.evaluation.task_names import require_known_tasks
+
+        require_known_tasks(settings.tasks, settings.include_path)
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
     ended = start_processes(MODULE, argv, typed_launch(flags), PROGRAM, lambda environ: None)

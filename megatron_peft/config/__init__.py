@@ -5,6 +5,7 @@ from megatron_peft.config.errors import (
     Requirements,
     flag,
     option,
+    print_failure,
     require,
     require_packages,
     required_option,

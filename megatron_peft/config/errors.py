@@ -1,8 +1,14 @@
 """Fields that explain and check themselves, and everything that is wrong with a configuration in one error."""
 
-from collections.abc import Callable, Collection
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import Field, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -141,3 +147,16 @@ class Requirements:
         """A field that is set needs `other` to be set too."""
         value = getattr(self.config, name)
         self(not value or bool(getattr(self.config, other)), f"{spelled(flag(name), value)} needs {flag(other)}.")
+
+
+def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Print to stderr what ends this process; also where torchrun looks for it, so that its own report ends with it.
+
+    Without that, torchrun's last lines about a rank are "To enable traceback see: https://...".
+    """
+    print(message, file=sys.stderr, flush=True)
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            text = json.dumps({"message": message, "timestamp": int(time.time())})
+            Path(path).write_text(text, encoding="utf-8")

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from megatron_peft.evaluation.answers import check_output
 from megatron_peft.evaluation.dispatch import RankDispatcher, make_dispatcher
 from megatron_peft.evaluation.harness import FinishedRequests, HarnessModel
 from megatron_peft.evaluation.model import InferenceModel, load_model, model_fingerprint
+from megatron_peft.evaluation.standard_errors import WithError
+from megatron_peft.evaluation.task_names import harness_folders, require_known_tasks
 from megatron_peft.runtime.launch import checked_together
 
 
@@ -37,15 +38,11 @@ def find_tasks(names: Sequence[str], include_paths: Sequence[str], num_fewshot: 
             cannot be read or does not fit the task's templates; a label outside the choices; fewer solved examples
             than `num_fewshot`, or only those that are scored.
     """
-    missing = [path for path in include_paths if not Path(path).is_dir()]
-    require(not missing, f"--include-path {' '.join(missing)}: no such folder.")
+    require_known_tasks(names, include_paths)
     _check_task_files(include_paths)
-    manager = TaskManager(include_path=list(include_paths), include_defaults=False)
-    if not include_paths or set(names) - set(manager.all_tasks):  # only then read the harness's own thousands of tasks
-        manager = TaskManager(include_path=list(include_paths))
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise ConfigurationError(*(_unknown(name, manager.all_tasks) for name in unknown))
+    # Of the harness's own thousands of files only those of these tasks are parsed. A later folder comes first.
+    folders = [*harness_folders(names, include_paths), *include_paths]
+    manager = TaskManager(include_path=list(folders), include_defaults=False)
     for name in names:
         for task in _load(name, manager):
             _check_labels(name, task)
@@ -97,12 +94,6 @@ def _metric_scripts(task: Any) -> list[str]:
     return [name for name in loaded if re.search(r"[/\\]|\.py$", name) or Path(name).exists()]
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    nearest = get_close_matches(name, known, 1, 0.6)
-    hint = f"did you mean {nearest[0]}?" if nearest else "give the folder of its file with --include-path FOLDER."
-    return f"--tasks {name}: no task has this name; {hint}"
-
-
 def _load(name: str, manager: Any) -> Iterable[Any]:
     """The task, or the tasks of a group or tag, with their data; the harness renders the first item."""
     reasons = {
@@ -144,6 +135,7 @@ def _check_examples(name: str, task: Any, num_fewshot: int | None) -> None:
     require(num_items >= num_fewshot, f"--num-fewshot {num_fewshot}: --tasks {name} has {num_items} solved items.")
 
 
+HAVE_A_FORMULA = (lm_eval.api.metrics.mean, lm_eval.api.metrics.acc_all)
 PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "lm-eval", "sacrebleu", "rouge-score")
 
 
@@ -193,10 +185,13 @@ def _run_harness(
     finished = FinishedRequests(settings.side_file("requests"), fingerprint)
     harness_model: Any = HarnessModel(model, dispatcher, finished, settings.batch_size, settings.sampling_seed)
     limit = settings.limit
+    loaded = [tasks.load([name]) for name in settings.tasks]
+    statistics = {name: _with_errors(task) for one in loaded for name, task in one["tasks"].items()}
     results: Any = simple_evaluate(
         model=harness_model,
-        tasks=list(settings.tasks),
+        tasks=[one for name, found in zip(settings.tasks, loaded, strict=True) for one in _named(name, found)],
         task_manager=tasks,
+        bootstrap_iters=1,  # no more than a switch: standard errors that have a formula are the harness's own
         num_fewshot=settings.num_fewshot,
         limit=limit if limit is None or limit < 1 else int(limit),
         batch_size=settings.batch_size,
@@ -204,6 +199,9 @@ def _run_harness(
         apply_chat_template=settings.apply_chat_template,
         confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
+    results["config"]["bootstrap_iters"] = 0
+    for name, measured in statistics.items():
+        _add_errors(results["results"][name], measured)
     results["config"]["checkpoint_fingerprint"] = fingerprint
     results["config"]["evaluation"] = settings.result_settings()
     results["config"]["package_versions"] = {name: version(name) for name in PACKAGES}
@@ -211,6 +209,31 @@ def _run_harness(
         if number:
             print(f"{number} {kind} requests were cut at the beginning to fit the model's {model.max_length} positions")
     return results
+
+
+def _named(name: str, found: Mapping[str, Any]) -> list[Any]:
+    """The group of this name, or the task or the tasks of the tag."""
+    group = found.get("groups", {}).get(name)
+    return [group] if group is not None else list(found["tasks"].values())
+
+
+def _with_errors(task: Any) -> dict[str, WithError]:
+    """Put in the place of a task's statistics those that keep their standard errors; without a formula of the harness.
+
+    The harness would compute such a statistic 100,000 times.
+    """
+    statistics = task.aggregation()
+    measured = {metric: WithError(one) for metric, one in statistics.items() if one not in HAVE_A_FORMULA}
+    statistics.update(measured)
+    return measured
+
+
+def _add_errors(scores: dict[str, Any], measured: Mapping[str, WithError]) -> None:
+    """Standard errors beside the scores of a task, which are in the order in which they were computed."""
+    for metric, statistic in measured.items():
+        filters = [name.partition(",")[2] for name in scores if name.partition(",")[0] == metric]
+        for kind, error in zip(filters, statistic.errors, strict=True):
+            scores[f"{metric}_stderr,{kind}"] = "N/A" if error is None else error
 
 
 def _write(results: dict[str, Any], settings: HarnessSettings) -> None:

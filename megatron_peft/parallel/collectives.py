@@ -62,16 +62,38 @@ def sum_coalesced(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
             tensor.copy_(summed)
 
 
+def gather_slices(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The whole of a parameter or buffer that `parallel.layout.mark_split` describes, without gradients."""
+    own = x.detach().contiguous()
+    if group.size() == 1 or not getattr(x, "tensor_model_parallel", False):
+        return own
+    slices = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(slices, own, group=group)
+    axis, num_parts = x.partition_dim, x.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
+    by_part = zip(*(one.chunk(num_parts, axis) for one in slices), strict=True)  # a rank holds a slice of each part
+    return torch.cat([one for part in by_part for one in part], axis)
+
+
 def _finished(work: dist.Work | None, result: Tensor) -> Tensor:
     if work is not None:
         work.wait()
     return result
 
 
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient in megatron-core's buffer, or `parameter.grad` where no buffer was made; zeros before backward."""
+    buffered = getattr(parameter, "main_grad", None)
+    if buffered is not None:
+        return buffered
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
 def partial_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Gradients (in megatron-core's buffers) of the replicated adapter parameters: a partial sum on each rank."""
+    """Gradients of the replicated adapter parameters: a partial sum on each rank."""
     return [
-        parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
+        gradient_of(parameter)
         for parameter in parameters
         if parameter.requires_grad and getattr(parameter, PARTIAL_OVER_TENSOR_PARALLEL, False)
     ]

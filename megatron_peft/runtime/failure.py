@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, print_failure
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -90,7 +90,7 @@ class _FailureBoard:
                 self._leave(int(self._store.get("exit_code")))
         except dist.DistError:  # the rank that hosted the store has ended
             _exit_with(message, exit_code)
-        print(message, file=sys.stderr, flush=True)
+        print_failure(message)
         with suppress(dist.DistError):
             self._store.set("exit_code", str(exit_code))
         self._leave(exit_code)
@@ -124,7 +124,7 @@ class _FailureBoard:
 
 
 def _exit_with(message: str, exit_code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    print_failure(message)
     _exit(exit_code)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -12,11 +12,44 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
+from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.hybrid import HybridMethod, rotation_lr
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.runtime.launch import gather_over_world
-from megatron_peft.training.state import GradientShards, TrainingState
+from megatron_peft.training.state import GradientShards
+
+
+class Trained(Protocol):
+    """What follows backward reads: of a run (`TrainingState`), or of a loop of the user's own (`ModelAdapters`).
+
+    Attributes:
+        peft: method and numbers.
+        lr: the peak learning rate, of which those of rotations are fractions.
+        clip_grad: norm to which the optimizer clips; 0: it does not.
+        iteration: steps taken before the present one.
+        model_chunks: of this rank.
+        optimizer: megatron-core's, or `PlainOptimizer`.
+    """
+
+    @property
+    def peft(self) -> PeftConfig: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def clip_grad(self) -> float: ...
+
+    @property
+    def iteration(self) -> int: ...
+
+    @property
+    def model_chunks(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def optimizer(self) -> Any: ...
+
 
 # --lora-max-norm-ratio, eq. (2): one all-reduce of [layers, w, w] numbers over the tensor-parallel ranks per step. The
 # norms are those of the model's parameters, which a distributed optimizer has gathered by then. With --bf16 the
@@ -24,9 +57,9 @@ from megatron_peft.training.state import GradientShards, TrainingState
 
 
 @torch.no_grad()
-def bound_low_rank_norms(state: TrainingState) -> None:
+def bound_low_rank_norms(state: Trained) -> None:
     """Scale every low-rank change whose norm is above --lora-max-norm-ratio of its weight's. No host-device sync."""
-    peft = state.config.peft
+    peft = state.peft
     if peft.lora_max_norm_ratio is None:
         return
     layers = [target.module for chunk in state.model_chunks for target in linear_layers(chunk)]
@@ -91,9 +124,9 @@ def _shrink_with_master(parameter: nn.Parameter, start: Tensor | None, t: Tensor
 CLIP_EPSILON = 1e-6  # megatron-core's own: clipping multiplies by clip / (norm + epsilon)
 
 
-def update(state: TrainingState) -> float:
+def update(state: Trained) -> float:
     """Apply the gradients of a step. Returns their norm before clipping."""
-    peft = state.config.peft
+    peft = state.peft
     if not peft.spec.updates_whole_parameters(peft):
         return _optimizer_step(state)
     on_group = _modules_with(state.model_chunks, "move")
@@ -109,20 +142,20 @@ def update(state: TrainingState) -> float:
     return grad_norm
 
 
-def rotation_learning_rate(state: TrainingState) -> float:
+def rotation_learning_rate(state: Trained) -> float:
     """Learning rate of rotations in this step; 0 without rotations."""
     groups = [group for group in state.optimizer.param_groups if group.get(IS_ROTATION)]
     return groups[0]["lr"] if groups else 0.0
 
 
-def _optimizer_step(state: TrainingState) -> float:
+def _optimizer_step(state: Trained) -> float:
     outcome: Any = state.optimizer.step()
     return outcome[1]
 
 
-def _clipping(state: TrainingState, grad_norm: float) -> float:
+def _clipping(state: Trained, grad_norm: float) -> float:
     """What the optimizer multiplied the gradients by."""
-    limit = state.config.optimizer.clip_grad
+    limit = state.clip_grad
     return min(1.0, limit / (grad_norm + CLIP_EPSILON)) if limit > 0 else 1.0
 
 
@@ -153,15 +186,15 @@ class Mixtures:
         return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
 
-def hybrid_adapters(state: TrainingState) -> dict[str, Hybrid]:
+def hybrid_adapters(state: Trained) -> dict[str, Hybrid]:
     """This rank's, by the global name of their layer, in the order of the layers."""
     layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
     return {layer.name: layer.module.adapter for layer in layers if isinstance(layer.module.adapter, Hybrid)}
 
 
-def mix_from_gradients(state: TrainingState) -> None:
+def mix_from_gradients(state: Trained) -> None:
     """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
-    peft, lr = state.config.peft, state.config.optimizer.lr
+    peft, lr = state.peft, state.lr
     adapters = list(hybrid_adapters(state).values())
     if not adapters or not peft.adapts_mix:
         return
@@ -174,9 +207,9 @@ def mix_from_gradients(state: TrainingState) -> None:
     update_mixtures(adapters, peft, _counted(shards), group, rotation_lr(peft, lr) / lr)
 
 
-def mixtures(state: TrainingState) -> Mixtures | None:
+def mixtures(state: Trained) -> Mixtures | None:
     """lambda now; None without the Hybrid. A collective."""
-    if not isinstance(state.config.peft.spec, HybridMethod):
+    if not isinstance(state.peft.spec, HybridMethod):
         return None
     own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in hybrid_adapters(state).items()}
     every = {name: values for part in gather_over_world(own) for name, values in part.items()}
@@ -202,11 +235,11 @@ def _counted(shards: GradientShards) -> OwnGradient:
 # the moments that the optimizer has of its parameters. lambda, the schedule and A go on.
 
 
-def merge_if_due(state: TrainingState) -> None:
-    """Merge after every so many iterations; the step of `state.position.iteration + 1` has just been taken."""
-    peft = state.config.peft
+def merge_if_due(state: Trained) -> None:
+    """Merge after every so many iterations; the step of `state.iteration + 1` has just been taken."""
+    peft = state.peft
     interval = peft.hybrid_merge_interval if isinstance(peft.spec, HybridMethod) else None
-    if interval is None or (state.position.iteration + 1) % interval:
+    if interval is None or (state.iteration + 1) % interval:
         return
     for adapter in hybrid_adapters(state).values():
         adapter.merge_and_restart()

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.checkpoint.state import TrainingState
-from megatron_peft.config import RunConfig, require
+from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.parallel.collectives import sum_coalesced
+from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
 
 
 class GradientShards:
@@ -52,7 +52,7 @@ class GradientShards:
 
     def own(self, parameter: nn.Parameter) -> Tensor:
         """This rank's shard of the gradient, flat; a view."""
-        return parameter.main_grad.flatten()[self.shard(parameter)]  # pyright: ignore[reportAttributeAccessIssue]
+        return gradient_of(parameter).flatten()[self.shard(parameter)]
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Copies of the whole gradients. Sharded: one all-reduce over the data-parallel ranks."""
@@ -136,17 +136,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
-    overrides = get_standard_config_overrides(optimizer_config)
-    for group in config.peft.spec.param_groups:
-        rate = group.learning_rate(config.peft, settings.lr) if group.learning_rate else settings.lr
-        if rate == settings.lr and group.is_decayed:
-            continue  # no group of their own: norms of gradients are summed group by group
-        override: Any = {group.attribute: True} if group.is_labelled else {}
-        if rate != settings.lr:
-            override |= {"max_lr": rate, "min_lr": rate / settings.lr * settings.min_lr}
-        if not group.is_decayed:
-            override["wd_mult"] = 0.0
-        overrides[ParamKey(attr=group.attribute)] = override
+    overrides = group_overrides(config.peft, optimizer_config)
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )
@@ -156,6 +146,23 @@ def schedule_values(config: RunConfig, train_iters: int) -> Mapping[str, Any]:
     """The schedule of a run at its start, as checkpoints hold it, before there is an optimizer."""
     without_parameters: Any = SimpleNamespace(param_groups=[])
     return build_schedule(without_parameters, config, train_iters).state_dict()
+
+
+def group_overrides(peft: PeftConfig, optimizer: OptimizerConfig) -> dict[ParamKey, Any]:
+    """`config_overrides` of megatron-core's optimizer: Megatron's own groups, and those that the method declares."""
+    lr, min_lr = optimizer.lr or 0.0, optimizer.min_lr or 0.0
+    overrides: dict[ParamKey, Any] = {**get_standard_config_overrides(optimizer)}
+    for group in peft.spec.param_groups:
+        rate = group.learning_rate(peft, lr) if group.learning_rate else lr
+        if rate == lr and group.is_decayed:
+            continue  # no group of their own: norms of gradients are summed group by group
+        override: Any = {group.attribute: True} if group.is_labelled else {}
+        if rate != lr:
+            override |= {"max_lr": rate, "min_lr": rate / lr * min_lr}
+        if not group.is_decayed:
+            override["wd_mult"] = 0.0
+        overrides[ParamKey(attr=group.attribute)] = override
+    return overrides
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: RunConfig, train_iters: int) -> OptimizerParamScheduler:

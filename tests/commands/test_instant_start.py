@@ -28,8 +28,10 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
         ("import megatron_peft.commands.convert as tool; tool.main(['--help'])", "hf-to-megatron", NONE),
         ("import megatron_peft.commands.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
+        ("import megatron_peft.commands.evaluate as tool; tool.main('--tasks x --output x'.split())", "", NONE),
         ("import megatron_peft.commands.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
+        ("import megatron_peft; print(megatron_peft.PeftConfig.__name__, dir(megatron_peft))", "add_adapters", NONE),
         ("import megatron_peft.data.documents", "", "heavy: numpy"),
     ],
 )

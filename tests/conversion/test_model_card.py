@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from megatron_peft.commands.convert import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.model_card import Exported, serving_lines, write_card
 from megatron_peft.conversion.peft import export_adapter
@@ -20,7 +21,6 @@ from megatron_peft.conversion.verify import random_tokens, verify
 from tests.checkpoint.records import make_record
 from tests.conversion.adapter_runs import trained_on
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_run
-from megatron_peft.commands.convert import main
 
 NO_LICENSE = "names no license, since neither --license nor the base's card does"
 

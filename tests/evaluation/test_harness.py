@@ -95,6 +95,7 @@ def test_results_say_what_was_asked(place, alone, split):
     assert {"lm-eval", "megatron-core"} <= config["package_versions"].keys()
     assert alone["run"]["versions"].keys() == set(TASKS)
     assert alone["run"]["results"]["tiny_choices"]["acc_stderr,none"] > 0
+    assert alone["run"]["results"]["tiny_texts"]["word_perplexity_stderr,none"] > 0, "which the harness does not have"
     assert split["PP2"]["config"]["pipeline_model_parallel_size"] == 2
     assert split["DP2"]["config"]["checkpoint_fingerprint"] == config["checkpoint_fingerprint"]
     assert alone["base"]["config"]["checkpoint_fingerprint"] != config["checkpoint_fingerprint"]

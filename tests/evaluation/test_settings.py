@@ -242,10 +242,8 @@ def test_a_log_has_a_line_at_each_tenth(capsys):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder of tasks. The harness's own thousands are not read."""
-    plain = harness_run.TaskManager
-    monkeypatch.setattr(harness_run, "TaskManager", lambda include_path, **_: plain(None, include_path, False))
+def folder(tmp_path):
+    """A folder of tasks."""
     return write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2)
 
 
@@ -258,7 +256,6 @@ def test_known_tasks_are_found_and_an_unknown_one_is_told(folder):
     assert "tiny_choices" in find_tasks(["tiny_choices", "tiny_texts"], [str(folder)]).all_tasks
     _refused("--tasks xyz: .*--include-path FOLDER", "xyz", folders=[folder])
     _refused("--include-path nowhere: no such folder", "tiny_choices", folders=[folder, "nowhere"])
-    assert "did you mean" not in harness_run._unknown("qqq", ["gsm8k", "sst2"])
 
 
 @pytest.mark.parametrize(

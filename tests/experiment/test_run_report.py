@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
+from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.experiment import page, run_report
 from megatron_peft.experiment.page import html, markdown, write_page
 from megatron_peft.experiment.run_report import SAMPLES_FILE, build, is_run, read_run, running_mean
 from tests.checkpoint.records import make_record
 from tests.experiment.small_results import LAYERS
-from megatron_peft.commands import report
 
 LENGTH = 80
 

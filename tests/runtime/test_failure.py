@@ -12,7 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from megatron_peft.cli.parser import exit_with_error
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
 from megatron_peft.runtime.launch import free_port
@@ -171,3 +173,15 @@ def test_ranks_that_take_too_long_are_stopped() -> None:
     with pytest.raises(RanksFailed, match="rank 0"):
         run_ranks(1, time.sleep, 600, limit=0.2)
     assert time.monotonic() - start < seconds(60)
+
+
+def test_the_report_of_torchrun_ends_with_our_message(tmp_path, capsys):
+    path = tmp_path / "error.json"
+    with pytest.raises(SystemExit):
+        exit_with_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(path)}, "program")
+    assert capsys.readouterr().err == "program: error: --lr is wrong.\n"
+    failure = ProcessFailure(0, 1, 2, str(path))
+    assert failure.message == "program: error: --lr is wrong." and abs(failure.timestamp - time.time()) < 3600
+    with pytest.raises(SystemExit):
+        exit_with_error(WRONG, {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")}, "program")
+    assert "--lr is wrong" in capsys.readouterr().err

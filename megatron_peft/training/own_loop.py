@@ -1,0 +1,343 @@
+"""Adapters on a model and in a loop of the user's own: docs/your-own-model.md.
+
+`add_adapters` returns a handle. What it does stands around the loop's own forward, backward and optimizer:
+
+    begin_step        before the first microbatch
+    sum_gradients     after the last backward; or `finalize_model_grads`, called by megatron-core's schedule
+    step              the optimizer's step, and what the method adds to it
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters
+from megatron_peft.checkpoint.load import require_whole
+from megatron_peft.checkpoint.save import write_new_folder
+from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters
+from megatron_peft.config import ConfigurationError, PeftConfig, require
+from megatron_peft.lora_ga.initialize import init_from_gradients
+from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
+from megatron_peft.runtime.launch import checked_together
+from megatron_peft.training.after_step import (
+    CLIP_EPSILON,
+    bound_low_rank_norms,
+    merge_if_due,
+    mix_from_gradients,
+    mixtures,
+    update,
+)
+from megatron_peft.training.state import group_overrides
+from megatron_peft.training.step import finish_gradients
+
+
+def add_adapters(
+    model: nn.Module | Sequence[nn.Module],
+    config: PeftConfig,
+    *,
+    seed: int = 1234,
+    huggingface_modules: Mapping[str, str] | None = None,
+) -> "ModelAdapters":
+    """Freeze a GPTModel of megatron-core and give its targeted linear layers adapters. A collective.
+
+    Call it once the weights are loaded or before, on the device that trains, and before the model is wrapped in
+    DistributedDataParallel. The model keeps the names of its parameters; those of adapters are `....adapter.*`.
+
+    Args:
+        model: of `get_gpt_layer_local_spec` (megatron-core's own layers); under the interleaved schedule the list of
+            this rank's chunks.
+        config: method, targets and numbers.
+        seed: with the names of the layers it fixes the initial values, at any layout.
+        huggingface_modules: names that `config.target_modules` may use, such as {"q_proj": "linear_qkv"}.
+
+    Raises:
+        ConfigurationError: on every rank, with the model unchanged: the targets match nothing, a targeted layer is of a
+            class that takes no adapter, the method does not fit a layer, or the model has adapters already.
+    """
+    chunks = list(model) if isinstance(model, Sequence) else [model]
+    checked_together(lambda: _check_model(chunks, config))
+    if huggingface_modules is not None:
+        for chunk in chunks:
+            settings: Any = chunk.config
+            settings.huggingface_modules = dict(huggingface_modules)
+    make_adaptable(chunks, config)
+    return ModelAdapters(chunks, config, seed, attach_adapters(chunks, config, seed))
+
+
+def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
+    require(
+        config.trains_adapters,
+        f"PeftConfig(method={config.method!r}) trains the model's own weights and has no adapters: train the model as "
+        "it is, or use another method.",
+    )
+    for chunk in chunks:
+        layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+        wrapped = isinstance(chunk, DistributedDataParallel)
+        require(not wrapped, "add_adapters: the model is wrapped in DistributedDataParallel: wrap it afterwards.")
+        require(
+            bool(layers) and hasattr(chunk, "config"),
+            f"add_adapters: {type(chunk).__name__} has no TransformerLayer of megatron-core: pass a GPTModel.",
+        )
+        attached = any(name.endswith(".adapter") for name, _ in chunk.named_modules())
+        require(not attached, "add_adapters: the model has adapters already; merge() takes them away.")
+        device, current = next(chunk.parameters()).device, torch.device(torch.cuda.current_device())
+        require(
+            device == current, f"add_adapters: the model is on {device}, but this rank trains on {current}: move it."
+        )
+
+
+class ModelAdapters:
+    """The adapters of a model, in a loop of the user's own.
+
+    Args:
+        model_chunks: this rank's, with adapters attached.
+        peft: method and numbers.
+        seed: of the initial values.
+        names: global names of this rank's adapted layers.
+
+    Attributes:
+        iteration: steps taken; set it when a loop resumes (`--hybrid-merge-interval` counts by it).
+        lr: the peak learning rate that `param_groups` or `config_overrides` was given.
+    """
+
+    def __init__(self, model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: int, names: Sequence[str]) -> None:
+        self.model_chunks = model_chunks
+        self.peft = peft
+        self.seed = seed
+        self.names = tuple(names)
+        self.iteration = 0
+        self.lr = 0.0
+        self.clip_grad = 0.0
+        self.optimizer: Any = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained on this rank."""
+        return [one for chunk in self.model_chunks for one in chunk.parameters() if one.requires_grad]
+
+    # The optimizer: the method's own groups, with their learning rates and without decay where it would do harm.
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer of torch, such as AdamW.
+
+        Args:
+            lr: the peak; a schedule scales the groups' own rates alike.
+            weight_decay: of the parameters that decay.
+        """
+        self.lr = _checked_rate(lr)
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for parameter in self.parameters():
+            own = [group for group in self.peft.spec.param_groups if getattr(parameter, group.attribute, False)]
+            rate = next((group.learning_rate(self.peft, lr) for group in own if group.learning_rate), lr)
+            decays = parameter.ndim > 1 and all(group.is_decayed for group in own)
+            labels = {group.attribute: True for group in own if group.is_labelled}
+            settings = {"lr": rate, "weight_decay": weight_decay if decays else 0.0, **labels}
+            groups.setdefault((*settings.items(),), {"params": [], **settings})["params"].append(parameter)
+        return list(groups.values())
+
+    def config_overrides(self, optimizer_config: OptimizerConfig) -> dict[Any, Any]:
+        """`config_overrides` for `get_megatron_optimizer`, whose `lr` and `min_lr` the groups' rates follow."""
+        self.lr = _checked_rate(optimizer_config.lr or 0.0)
+        return group_overrides(self.peft, optimizer_config)
+
+    # LoRA-GA and the Hybrid.
+
+    def start_from_gradients(self, replay: Callable[[], None], num_tokens: int = 1) -> dict[str, float]:
+        """LoRA-GA's start: set A and B from the gradient of the base weights over some batches. A collective.
+
+        Without it, the low-rank factors start as LoRA's do.
+
+        Args:
+            replay: runs forward and backward over the same batches at each of its two calls, and no optimizer.
+            num_tokens: if the loss is a sum: of how many tokens, in all batches on all replicas; 1 if it is a mean.
+
+        Returns:
+            By layer of this rank, the share of the gradient's squared norm in the directions that were taken.
+        """
+        require(
+            self.peft.spec.starts_from_gradients,
+            f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; lora-ga and hybrid have.",
+        )
+        tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
+        data_parallel: Any = parallel_state.get_data_parallel_group()
+        numbers = (self.peft.lora_rank, self.peft.lora_ga_init, self.seed)
+        groups = (tensor_parallel, data_parallel)
+        return init_from_gradients(self.model_chunks, *numbers, replay, num_tokens, *groups).energy
+
+    # A step.
+
+    def begin_step(self) -> None:
+        """Call it before the first microbatch of a step: it sets the gradients of the last one to zero."""
+        for parameter in self.parameters():
+            gradient_of(parameter).zero_()
+
+    def sum_gradients(self) -> None:
+        """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
+
+        It completes the gradients of adapter parameters that every tensor-parallel rank holds. Data-parallel replicas
+        are summed by megatron-core's DistributedDataParallel, with `finalize_model_grads`.
+        """
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        require(
+            parallel_state.get_data_parallel_world_size() == 1 or _is_buffered(self.parameters()),
+            "sum_gradients sums over tensor-parallel ranks only, and there are data-parallel replicas: wrap the model "
+            "in megatron-core's DistributedDataParallel and set finalize_model_grads_func.",
+        )
+        sum_partial_gradients_over_tensor_parallel(self.model_chunks, group)
+
+    def finalize_model_grads(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+        """For `TransformerConfig.finalize_model_grads_func`: megatron-core's own sums, then ours."""
+        late = [
+            one for one in model if isinstance(one, DistributedDataParallel) and one.ddp_config.overlap_param_gather
+        ]
+        require(not late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
+        finish_gradients(model, *args, **kwargs)
+
+    def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
+        """Take the optimizer's step, and what the method adds to it. A collective.
+
+        Before it the Hybrid's lambda is taken from the gradients; after it orthogonal blocks are projected, unitary
+        ones moved, `lora_max_norm_ratio` is kept and `hybrid_merge_interval` merges.
+
+        Args:
+            optimizer: of torch, made of `param_groups`; or megatron-core's, made with `config_overrides`.
+            clip_grad: for torch's optimizer the norm to which gradients are clipped, counted over all ranks; 0: no
+                clipping. megatron-core's clips by its own `clip_grad`.
+
+        Returns:
+            The norm of the whole gradient, before clipping.
+
+        Raises:
+            ConfigurationError: the optimizer has other groups than the method needs.
+        """
+        require(
+            self.lr > 0,
+            "adapters.step: make the optimizer of adapters.param_groups(lr) or with adapters.config_overrides(config): "
+            "the method has learning rates of its own.",
+        )
+        if isinstance(optimizer, MegatronOptimizer):
+            require(not clip_grad, "adapters.step: megatron-core's optimizer clips by OptimizerConfig(clip_grad=...).")
+            self.optimizer, self.clip_grad = optimizer, optimizer.config.clip_grad
+        else:
+            self.optimizer, self.clip_grad = PlainOptimizer(optimizer, clip_grad), clip_grad
+        mix_from_gradients(self)
+        grad_norm = update(self)
+        bound_low_rank_norms(self)
+        merge_if_due(self)
+        self.iteration += 1
+        return float(grad_norm or 0.0)
+
+    @property
+    def mixtures(self) -> dict[str, float]:
+        """The Hybrid's lambda by layer of the whole model; empty for other methods. A collective."""
+        found = mixtures(self)
+        return found.by_layer if found else {}
+
+    # What becomes of the adapters.
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapters to a new folder, in Megatron's `torch_dist` format. A collective.
+
+        The method's numbers and the optimizer are not part of it.
+
+        Raises:
+            ConfigurationError: on every rank: the folder exists, or cannot be written.
+        """
+        entries = sharded_parameters(self.model_chunks, only_adapters=True)
+        write_new_folder([tensor for entry in entries for tensor in global_slices(entry)], Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote, at this layout or another. A collective. Call it before the optimizer is made.
+
+        Raises:
+            ConfigurationError: on every rank, with nothing changed: it is damaged, or of another method or rank.
+        """
+        require_whole(Path(folder))
+        load_parameters(sharded_parameters(self.model_chunks, only_adapters=True), Path(folder))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The adapters for `megatron.core.dist_checkpointing`, in a checkpoint of your own.
+
+        What its `load` returns goes to `model.load_state_dict(..., strict=False)`. With several chunks this is a
+        dictionary for each, by `model0`, `model1`, ...
+        """
+        found = [_of_adapters(chunk) for chunk in self.model_chunks]
+        return found[0] if len(found) == 1 else {f"model{index}": one for index, one in enumerate(found)}
+
+    def merge(self) -> None:
+        """Merge the adapters into the model's weights, in place, and take them away. A collective."""
+        merge_adapters(self.model_chunks, self.peft)
+        self.names = ()
+
+
+def _checked_rate(lr: float) -> float:
+    require(lr > 0, f"the learning rate is {lr}; it must be above 0.")
+    return lr
+
+
+def _is_buffered(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(getattr(one, "main_grad", None) is not None for one in parameters)
+
+
+def _of_adapters(chunk: Any) -> dict[str, Any]:
+    metadata = {
+        "non_homogeneous_layers": True,  # a key for each layer, since only some layers may have an adapter
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    return {name: one for name, one in chunk.sharded_state_dict(metadata=metadata).items() if ADAPTER in name}
+
+
+class PlainOptimizer:
+    """An optimizer of torch, stepped as megatron-core's are: gradients are clipped by their norm over all ranks.
+
+    torch's own clipping would give each tensor-parallel rank another norm, and copies of a parameter would drift apart.
+
+    Args:
+        optimizer: of torch.
+        clip_grad: norm to clip to; 0: no clipping.
+    """
+
+    is_stub_optimizer = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip_grad: float) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigurationError(f"adapters.step: {type(optimizer).__name__} is not an optimizer of torch.")
+        self.optimizer = optimizer
+        self.clip_grad = clip_grad
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self) -> tuple[bool, float, None]:
+        """(True, the norm before clipping, None), as megatron-core's optimizers."""
+        parameters = [one for group in self.param_groups for one in group["params"]]
+        gradients = [gradient_of(one) for one in parameters]
+        norm = float(_norm(parameters, gradients))
+        if self.clip_grad > 0:
+            torch._foreach_mul_(gradients, min(1.0, self.clip_grad / (norm + CLIP_EPSILON)))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        self.optimizer.step()
+        return True, norm, None
+
+
+def _norm(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Tensor:
+    """Of the whole gradient. What every tensor-parallel rank holds counts once."""
+    counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
+    squares = [
+        torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+        if counts_replicated or getattr(parameter, "tensor_model_parallel", False)
+    ]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.sqrt()

@@ -1,0 +1,113 @@
+"""The commands that the README and the pages show work, in this order, in a fresh folder with an empty HOME."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.page_commands import blocks_of
+from tests.time_limits import seconds
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in blocks_of(page, str(page.relative_to(ROOT)))]
+LIMIT_SECONDS = 3600
+KEPT_VARIABLES = ("PATH", "LANG", "TMPDIR", "SSL_", "REQUESTS_", "PIP_", "UV_", "http", "HTTP", "no_proxy", "NO_PROXY")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The files of this tree as a fresh clone has them, with the environment that `make install` would make."""
+    folder = tmp_path_factory.mktemp("clone") / "megatron-peft"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("this tree is no clone, so its files are not known")
+    for name in filter(None, listed.stdout.split("\0")):
+        source = ROOT / name
+        if source.is_file() and name != ".venv":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    for name in ("pyproject.toml", "setup.py"):  # older than the environment, which must not be made to point here
+        os.utime(folder / name, (0, 0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(clone) -> dict[str, str]:
+    """Of a new user: nothing of this process but where programs are and how the network is reached."""
+    home = clone.parent / "home"
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT_VARIABLES)}
+    path = [folder for folder in kept["PATH"].split(os.pathsep) if not folder.startswith(sys.prefix)]
+    # The environment may have been installed from another tree, whose package would be found first.
+    return {**kept, "PATH": os.pathsep.join(path), "HOME": str(home), "PYTHONPATH": str(clone)}
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(seconds(LIMIT_SECONDS))
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_what_a_page_shows_works(clone, environment, block) -> None:
+    if block.not_run:
+        pytest.skip(block.not_run)
+    if block.file:
+        (clone / block.file).write_text(block.text, encoding="utf-8")
+        return
+    shell = ["bash", "-euo", "pipefail", "-c", block.text]
+    done = subprocess.run(shell, cwd=clone, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
+    assert done.returncode == 0, f"{block.place} ended with exit code {done.returncode}:\n{block.text}"
+
+
+PAGE = """
+```sh
+make install
+```
+
+```yaml
+# run.yaml
+lr: 1
+```
+
+```yaml
+lr: 2
+```
+
+<!-- not run: it needs a cluster -->
+```sh
+sbatch x
+```
+
+```console
+$ echo a
+a
+$ echo b
+```
+"""
+
+
+def test_commands_and_files_of_a_page_are_found(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(PAGE)
+    found = list(blocks_of(tmp_path / "page.md", "page.md"))
+    assert [block.text for block in found] == [
+        "make install\n",
+        "# run.yaml\nlr: 1\n",
+        "sbatch x\n",
+        "echo a\necho b\n",
+    ]
+    assert [block.file for block in found] == ["", "run.yaml", "", ""]
+    assert [block.not_run for block in found] == ["", "", "it needs a cluster", ""]
+    assert [block.place for block in found][:2] == ["page.md, line 2", "page.md, line 6"]
+
+
+def test_the_first_screen_has_commands() -> None:
+    first = [block for block in BLOCKS if block.place.startswith("README.md") and not block.file]
+    assert first and not first[0].not_run

@@ -1,0 +1,238 @@
+"""A GPTModel and a loop of the user's own, as docs/your-own-model.md has them, and what is refused there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+
+from megatron_peft import ConfigurationError, ModelAdapters, PeftConfig, add_adapters
+from tests.one_rank import one_rank
+from tests.ranks import run_ranks
+from tests.tiny_gpt import tiny_gpt
+from tests.training import own_loop_runs
+
+LORA = {"method": "lora", "lora_rank": 4, "lora_alpha": 8.0}
+GROUPS = {"boft_block_size": 4, "boft_factors": 2}
+HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_alpha": 8.0, **GROUPS}
+QUICK = {"lora": LORA, "hybrid": HYBRID}
+OTHERS = {
+    "lora-ga": {**LORA, "method": "lora-ga", "lora_ga_init": "paper", "lora_max_norm_ratio": 0.1},
+    "lora+": {**LORA, "lora_plus_ratio": 4.0},
+    "projected": {"method": "boft", **GROUPS, "boft_parametrization": "projection"},
+    "input": {"method": "boft", **GROUPS, "rotation_side": "input"},
+    "riemannian": {"method": "urnn", "urnn_block_size": 8, "urnn_update": "riemannian", "peft_lr_rotation": 0.1},
+    "biased": {**HYBRID, "biased": True},
+    "merging": {**HYBRID, "hybrid_merge_interval": 5},
+}
+
+
+def pages(folder: Path, methods: Mapping[str, Any]) -> list[Any]:
+    """What the page gives on one process and at TP2."""
+    found = []
+    for num_ranks, other in ((1, None), (2, folder / "1")):
+        (folder / str(num_ranks)).mkdir()
+        found.append(run_ranks(num_ranks, own_loop_runs.run_page, (folder / str(num_ranks), other, methods))[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> list[Any]:
+    return pages(tmp_path_factory.mktemp("page"), QUICK)
+
+
+def check(found: Any, name: str) -> None:
+    alone, split = (one[name] for one in found)
+    assert split["losses"] == pytest.approx(alone["losses"], rel=2e-5)
+    assert split["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
+    assert split["loss of the other's"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert split["lambda"] == pytest.approx(alone["lambda"], rel=1e-3)
+    assert alone["losses"][-1] < alone["losses"][1], "of the same batch"
+    for one in (alone, split):
+        assert one["loaded"] == 0 and one["spoilt"] > 0.01 and one["left"] == []
+        assert one["merged"] < 2e-5
+
+
+@pytest.mark.parametrize("name", [*QUICK, "megatron-core"])
+def test_the_page_trains_the_same_on_one_process_and_at_tp2(quick, name):
+    check(quick, name)
+    losses = quick[0][name]["losses"]
+    assert losses[-1] < losses[1] - 0.05
+
+
+def test_the_pages_hybrid_moves_lambda_and_megatrons_optimizer_trains_alike(quick):
+    for one in quick:
+        assert len(one["hybrid"]["lambda"]) == 8 and {*one["hybrid"]["lambda"].values()}.isdisjoint({0.5})
+        assert one["megatron-core"]["losses"] == pytest.approx(one["hybrid"]["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_every_kind_of_step_is_the_same_at_tp2(tmp_path):
+    found = pages(tmp_path, OTHERS)
+    for name in OTHERS:
+        check(found, name)
+
+
+@pytest.fixture(scope="module")
+def world():
+    with one_rank():
+        yield
+
+
+def own_model(**settings: Any) -> GPTModel:
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 24}
+    config = TransformerConfig(**{**sizes, **settings})
+    return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=8)
+
+
+class FusedLinear(ColumnParallelLinear):
+    """Another library's layer."""
+
+
+def fused(model: GPTModel) -> GPTModel:
+    model.decoder.layers[0].mlp.linear_fc1.__class__ = FusedLinear
+    return model
+
+
+def of_expert(model: GPTModel) -> GPTModel:
+    layer: Any = model.decoder.layers[0]
+    layer.mlp.linear_fc2.is_expert = True
+    return model
+
+
+def with_adapters(model: GPTModel) -> GPTModel:
+    add_adapters(model, PeftConfig(lora_rank=2))
+    return model
+
+
+def wrapped(model: GPTModel) -> DistributedDataParallel:
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+
+
+def on_meta(model: GPTModel) -> GPTModel:
+    return model.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (fused, {}, "decoder.layers.0.mlp.linear_fc1 is a FusedLinear: .* get_gpt_layer_local_spec"),
+        (of_expert, {}, "decoder.layers.0.mlp.linear_fc2 is an expert's RowParallelLinear"),
+        (with_adapters, {}, "has adapters already"),
+        (wrapped, {}, "wrapped in DistributedDataParallel: wrap it afterwards"),
+        (on_meta, {}, "the model is on meta, but this rank trains on cpu"),
+        (lambda model: torch.nn.Linear(2, 2), {}, "Linear has no TransformerLayer of megatron-core: pass a GPTModel"),
+        (lambda model: model, {"method": "full"}, "method='full'.* has no adapters"),
+        (
+            lambda model: model,
+            {"target_modules": ("q_proj",)},
+            "q_proj matches no linear layer. There are linear_fc1, ",
+        ),
+        (lambda model: model, {"lora_rank": 17}, "--lora-rank 17 is above 16, the smaller side of"),
+        (lambda model: model, {"method": "boft", "boft_factors": 5}, "--boft-block-size 8"),
+    ],
+)
+def test_a_model_that_takes_no_adapters_is_refused_and_stays_as_it_was(world, change, fields, message):
+    model = change(own_model())
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ConfigurationError, match=message):
+        add_adapters(model, PeftConfig(**{"lora_rank": 2, **fields}))
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    if change not in (with_adapters, wrapped, on_meta, of_expert, fused) and isinstance(model, GPTModel):
+        assert len(add_adapters(model, PeftConfig(lora_rank=2)).names) == 4
+
+
+def test_layers_that_take_no_adapter_may_be_left_out(world):
+    adapters = add_adapters(fused(own_model()), PeftConfig(lora_rank=2, target_modules=("linear_qkv", "linear_proj")))
+    assert [name.rpartition(".")[2] for name in adapters.names] == ["linear_proj", "linear_qkv"]
+
+
+def test_hugging_faces_names_are_those_that_the_model_is_given(world):
+    peft = PeftConfig(lora_rank=2, target_modules=("query",))
+    adapters = add_adapters(own_model(), peft, huggingface_modules={"query": "linear_qkv"})
+    assert adapters.names == ("decoder.layers.0.self_attention.linear_qkv",)
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bias_linear": False, "gated_linear_unit": True}])
+def test_untrained_adapters_change_nothing(world, settings):
+    model, tokens = own_model(hidden_dropout=0.0, attention_dropout=0.0, **settings), torch.arange(8)[None]
+    before = model(tokens, tokens, None)
+    keys = set(model.state_dict())
+    add_adapters(model, PeftConfig(method="hybrid", lora_rank=2, boft_block_size=4, boft_factors=2))
+    torch.testing.assert_close(model(tokens, tokens, None), before, rtol=0, atol=1e-6)
+    assert keys < set(model.state_dict())
+
+
+def test_our_own_models_take_part_too(world):
+    assert len(add_adapters(tiny_gpt(), PeftConfig(lora_rank=2, target_modules=("q_proj", "down_proj"))).names) == 4
+
+
+def stepped(adapters: ModelAdapters, optimizer: Any, **settings: Any) -> float:
+    for parameter in adapters.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return adapters.step(optimizer, **settings)
+
+
+def test_groups_have_the_rates_and_the_decay_of_the_method(world):
+    peft = PeftConfig(method="hybrid", lora_rank=2, lora_plus_ratio=4.0, boft_block_size=4, boft_factors=2)
+    groups = add_adapters(own_model(), peft).param_groups(lr=0.8, weight_decay=0.1)
+    found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in groups}
+    assert found == {(0.8, 0.1): 4, (3.2, 0.1): 4, (0.1, 0.0): 4}
+
+
+def test_clipping_is_by_the_norm_that_is_returned(world):
+    adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    before = [parameter.detach().clone() for parameter in adapters.parameters()]
+    norm = stepped(adapters, optimizer, clip_grad=2.0)
+    assert norm == pytest.approx(sum(parameter.numel() for parameter in before) ** 0.5)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, adapters.parameters(), strict=True)])
+    assert float(moved.norm()) == pytest.approx(2.0, rel=1e-4) and adapters.iteration == 1
+    adapters.begin_step()
+    assert all((parameter.grad == 0).all() for parameter in adapters.parameters())
+
+
+def test_an_optimizer_without_the_methods_groups_is_refused(world):
+    adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
+    with pytest.raises(ConfigurationError, match="make the optimizer of adapters.param_groups"):
+        stepped(adapters, torch.optim.SGD(adapters.parameters()))
+    with pytest.raises(ConfigurationError, match="learning rate is 0"):
+        adapters.param_groups(lr=0)
+    adapters.param_groups(lr=1.0)
+    with pytest.raises(ConfigurationError, match="SimpleNamespace is not an optimizer of torch"):
+        stepped(adapters, SimpleNamespace())
+    with pytest.raises(ConfigurationError, match="--peft-method lora has no such start"):
+        adapters.start_from_gradients(lambda: None)
+
+
+def test_replicas_and_late_gathers_are_refused_where_they_would_not_be_summed(world, monkeypatch):
+    adapters = add_adapters(own_model(), PeftConfig(lora_rank=2))
+    chunk = SimpleNamespace(ddp_config=SimpleNamespace(overlap_param_gather=True))
+    monkeypatch.setattr("megatron_peft.training.own_loop.DistributedDataParallel", SimpleNamespace)
+    with pytest.raises(ConfigurationError, match="set overlap_param_gather=False"):
+        adapters.finalize_model_grads([chunk])  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr("megatron_peft.training.own_loop.parallel_state.get_data_parallel_world_size", lambda: 2)
+    with pytest.raises(ConfigurationError, match="there are data-parallel replicas: wrap the model"):
+        adapters.sum_gradients()
+
+
+def test_a_folder_of_adapters_is_whole_and_new(world, tmp_path):
+    peft = PeftConfig(lora_rank=2)
+    adapters = add_adapters(own_model(), peft)
+    adapters.save(tmp_path / "saved")
+    with pytest.raises(ConfigurationError, match="saved exists already"):
+        adapters.save(tmp_path / "saved")
+    with pytest.raises(ConfigurationError, match=r"is \[2, 16\] in .* but \[3, 16\] in this run"):
+        add_adapters(own_model(), PeftConfig(lora_rank=3)).load(tmp_path / "saved")
+    data = next((tmp_path / "saved").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ConfigurationError, match="is damaged"):
+        adapters.load(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
