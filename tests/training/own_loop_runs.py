@@ -31,7 +31,7 @@ def _trained(start: dict[str, Any], name: str, fields: dict[str, Any]) -> dict[s
     exec(_model(fields), names)
     exec(LOOP.partition("losses = []")[0] + MEGATRON if by_schedule else LOOP, names)
     found = {"losses": names["losses"], "grad_norm": names["grad_norm"], "lambda": names["adapters"].mixtures}
-    model, (save, load, merge) = names["model"], CHECKPOINT.splitlines()
+    model, (save, load, merge) = names["model"], CHECKPOINT.splitlines()[-3:]
     trained = _logits(names)
     exec(save, names)
     with torch.no_grad():
