@@ -12,7 +12,7 @@ norms, biases and the embedding too.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 import torch
@@ -118,10 +118,11 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
     linear = {layer_of(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
     adapted = run.record.adapted_layers or tuple(linear)
     layers: dict[str, list[ModuleLora]] = {}
-    with byte_bar("Approximating", len(adapted), progress) as advance:
+    num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
+    with byte_bar("Approximating", sum(num_bytes.values()), progress) as advance:
         for layer in adapted:
             layers[layer] = source.modules(linear[layer], tolerance, max_rank)
-            advance(1)
+            advance(num_bytes[layer])
     others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_of(rule) not in linear]
     return RunAsLora(layers, source.left_out(others))
 
