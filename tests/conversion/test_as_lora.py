@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def found_in(run: Path, tolerance: float = 0.05, max_rank: int = 256) -> RunAsLo
 
 def base_folder(run: Path) -> Path:
     return Path(str(read_run_record(run).config.model.pretrained_checkpoint))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_blocks() -> Iterator[None]:
+    """Tiny layers are read in blocks like large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_approximation, "BLOCK_ELEMENTS", 3000)
+        yield
 
 
 @pytest.fixture(scope="module")
