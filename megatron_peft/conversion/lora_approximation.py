@@ -111,7 +111,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: the base or the run's weights do not fit, or the method cannot be merged.
+        ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be merged.
     """
     rules, weights = open_weights(base, run.record.shape)
     source = _ChangeSource.of(run, weights)
@@ -198,7 +198,13 @@ class _ModuleChange:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.ranges:
-            yield rows.hf, self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            require(
+                bool(change.isfinite().all()),
+                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
+                f"folder as --input.",
+            )
+            yield rows.hf, change
 
 
 def _read_rows(weights: Weights, rule: Rule, rows: RowRange) -> Tensor:  # -> [n, ...]

@@ -218,6 +218,13 @@ def test_no_tensor_is_as_large_as_a_modules_change(run, moved, tmp_path, monkeyp
     assert 120 * 20 <= made.largest < 40 * 96
 
 
+def test_weights_that_are_not_finite_are_told(moved, tmp_path):
+    run = full_run(moved.base("base"), tmp_path / "run", {}, noise=float("nan"))
+    with pytest.raises(ConfigurationError, match=r"change of decoder.layers.0.*.weight holds NaN or infinities: train"):
+        export_as_lora(run, tmp_path / "adapter", pretrained_checkpoint=moved.base("base"))
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_modules_are_padded_to_one_rank_that_changes_nothing(moved, tmp_path):
     lora = found_in(moved.run("hybrid"), tolerance=0.3, max_rank=12)
     limits = {"tolerance": 0.3, "max_rank": 12, "num_tokens": 0}
