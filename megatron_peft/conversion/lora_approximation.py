@@ -12,7 +12,7 @@ norms, biases and the embedding too.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 import torch
@@ -111,17 +111,18 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: the base or the run's weights do not fit, or the method cannot be merged.
+        ConfigurationError: the base or the run's weights do not fit or are not finite, or the method cannot be merged.
     """
     rules, weights = open_weights(base, run.record.shape)
     source = _ChangeSource.of(run, weights)
     linear = {layer_of(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
     adapted = run.record.adapted_layers or tuple(linear)
     layers: dict[str, list[ModuleLora]] = {}
-    with byte_bar("Approximating", len(adapted), progress) as advance:
+    num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
+    with byte_bar("Approximating", sum(num_bytes.values()), progress) as advance:
         for layer in adapted:
             layers[layer] = source.modules(linear[layer], tolerance, max_rank)
-            advance(1)
+            advance(num_bytes[layer])
     others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_of(rule) not in linear]
     return RunAsLora(layers, source.left_out(others))
 
@@ -197,7 +198,13 @@ class _ModuleChange:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.ranges:
-            yield rows.hf, self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
+            require(
+                bool(change.isfinite().all()),
+                f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
+                f"folder as --input.",
+            )
+            yield rows.hf, change
 
 
 def _read_rows(weights: Weights, rule: Rule, rows: RowRange) -> Tensor:  # -> [n, ...]

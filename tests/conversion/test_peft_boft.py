@@ -96,7 +96,7 @@ def test_peft_computes_what_the_adapted_model_does(run, moved, tmp_path, pure_to
 
 
 def test_several_factors_need_the_extension(moved, tmp_path, no_extension, capsys):
-    export_adapter(moved.run("boft"), tmp_path / "one")
+    export_adapter(moved.run("boft"), tmp_path / "one", license="mit")
     assert capsys.readouterr().out == ""
     export_adapter(moved.run("butterfly"), tmp_path / "three")
     assert "HF PEFT opens this adapter only with its CUDA extension" in capsys.readouterr().out
