@@ -18,6 +18,6 @@ from megatron_peft.config.methods import (
     PeftFormat,
     PeftOptions,
 )
-from megatron_peft.config.model import JSON_SUFFIXES, DataConfig, ModelConfig, ParallelConfig
+from megatron_peft.config.model import JSON_SUFFIXES, SENTENCEPIECE, DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig

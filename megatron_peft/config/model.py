@@ -30,6 +30,10 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
         "auto", "where norms and core attention come from; auto: Transformer Engine if it is installed"
     )
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = option(
+        "auto",
+        "kernel of core attention, where there is a choice; without a GPU, unfused and local materialize the scores",
+    )
 
     def __post_init__(self) -> None:
         run = self.transformer
@@ -74,7 +78,8 @@ class ParallelConfig:
         None, "number of layers in the last pipeline stage, if it differs from the others", check="positive"
     )
     sequence_parallel: bool = option(
-        False, "split the sequence over the tensor-parallel ranks outside the linear layers"
+        False,
+        "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
     distributed_timeout_minutes: float = option(
@@ -125,6 +130,7 @@ class ParallelConfig:
 
 
 JSON_SUFFIXES = (".json", ".jsonl")
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file
 MOST_WORKERS = 1024
 
 
@@ -148,14 +154,25 @@ class DataConfig:
         (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
     )
     split: str | None = option(None, "shares of training, validation and test with --data-path, such as 969,30,1")
+    mock_data: bool = option(False, "train on generated token ids, to try a layout or its speed without data")
     data_cache_path: str | None = option(None, "folder for the index files built from indexed data", metavar="PATH")
+    mmap_bin_files: bool = option(True, "map indexed data into memory instead of reading each sample from its file")
     seq_length: int = option(1024, "longest sample, in tokens", check="positive")
     overlong: Literal["error", "skip", "truncate"] = option(
         "truncate", "what to do with longer samples; truncate cuts the end of the completion, with a warning"
     )
     pack_sequences: bool = option(False, "pack several samples into one sequence, without attention across them")
-    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
-        "HuggingFaceTokenizer", "kind of tokenizer", group="tokenizer"
+    tokenizer_type: Literal[
+        "HuggingFaceTokenizer",
+        "Llama2Tokenizer",
+        "SentencePieceTokenizer",
+        "GPTSentencePieceTokenizer",
+        "NullTokenizer",
+    ] = option(
+        "HuggingFaceTokenizer",
+        "kind of tokenizer; Llama2Tokenizer is a SentencePiece model that puts its BOS token before each text",
+        group="tokenizer",
+        metavar="TYPE",
     )
     tokenizer_model: str | None = option(
         None,
@@ -186,6 +203,11 @@ class DataConfig:
                 "(a source each) are mutually exclusive.",
             )
             require(
+                not (self.mock_data and (separate or self.data_path)),
+                "--mock-data generates its samples: leave out --data-path and --train-data-path/--valid-data-path/"
+                "--test-data-path.",
+            )
+            require(
                 not (self.split and separate),
                 "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
             )
@@ -209,8 +231,8 @@ class DataConfig:
                 "--tokenizer-type NullTokenizer needs --vocab-size.",
             )
             require(
-                self.tokenizer_type != "SentencePieceTokenizer" or bool(self.tokenizer_model),
-                "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE.model.",
+                self.tokenizer_type not in SENTENCEPIECE or bool(self.tokenizer_model),
+                f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model FILE.model.",
             )
 
     @property
@@ -219,8 +241,11 @@ class DataConfig:
 
 
 def _is_split(text: str) -> bool:
-    """Whether `text` is Megatron's "969, 30, 1": one to three shares, not negative and not all zero."""
-    shares = text.split(",")
+    """Whether `text` is Megatron's "969, 30, 1": one to three shares, not negative and not all zero.
+
+    Quotes around it are skipped, as Megatron does: some of its scripts pass them on.
+    """
+    shares = text.strip("'\"").split(",")
     try:
         numbers = [float(share) for share in shares]
     except ValueError:

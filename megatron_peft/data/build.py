@@ -9,7 +9,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import JSON_SUFFIXES, RunConfig, require
 from megatron_peft.data.batches import BatchLayout, GlobalBatches, PackedOrder, SampleOrder, SampleSource
-from megatron_peft.data.indexed import build_indexed
+from megatron_peft.data.indexed import build_indexed, build_mock
 from megatron_peft.data.instruction import Fit, InstructionDataset
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.data.tokenizers import Tokenizer
@@ -47,15 +47,15 @@ def build_data(
     num_ids: rows of the model's embedding, above all token ids (default: as many as the tokenizer needs).
     Raises ConfigurationError, on every rank, for whatever is wrong with it.
     """
+    num_ids = num_ids or tokenizer.largest_id + 1
     layout = BatchLayout(
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
-        pad_id=tokenizer.eos_id,
+        pad_id=min(tokenizer.eos_id, num_ids - 1),  # with --mock-data the tokenizer may be another model's
     )
-    num_ids = num_ids or tokenizer.largest_id + 1
     train = _train(config, tokenizer, layout, consumed_samples, num_ids)
     epochs = config.training.train_epochs
     iterations = (_requested_iterations(config) or 0) if epochs is None else train.iterations_for_epochs(epochs)
@@ -116,6 +116,8 @@ def _sample_order(config: RunConfig, dataset: SampleSource, shuffle: bool) -> Sa
 def _dataset(
     config: RunConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer, num_ids: int
 ) -> SampleSource | None:
+    if config.data.mock_data:
+        return build_mock(config.data, split, num_samples, num_ids)
     paths = _paths(config, split)
     if not paths:
         return None

@@ -19,6 +19,7 @@ from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
+from megatron_peft.training.upkeep import Upkeep
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
     largest_orthogonality_error,
@@ -112,8 +113,10 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
         config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
-    with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
-        return _Run(state, data, saver, writer, progress, signals, saved_iteration=position.iteration).to_the_end()
+    signals, upkeep = ExitSignals(config.training.exit_signal_handler, is_writer), Upkeep(config)
+    with signals, writer, progress, upkeep:
+        run = _Run(state, data, saver, writer, progress, signals, upkeep, saved_iteration=position.iteration)
+        return run.to_the_end()
 
 
 @dataclass
@@ -124,6 +127,7 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
+    upkeep: Upkeep
     saved_iteration: int
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
@@ -148,6 +152,7 @@ class _Run:
     def _one_iteration(self, microbatches: list) -> str:
         """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
         config, position = self.state.config, self.state.position
+        self.upkeep.before_step(position.iteration)
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         report = train_step(self.state, microbatches, stop=self._wants_to_stop())
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
@@ -155,6 +160,7 @@ class _Run:
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
+        self.upkeep.after_step(position.iteration)
         self.interval.add(report)
         if self.is_first_step:
             self._check_gradients(report)
@@ -190,7 +196,8 @@ class _Run:
         record = self._record(report)
         if validates:
             assert self.data.valid is not None
-            record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
+            with self.upkeep.around_validation():
+                record["validation_loss"] = validation_loss(self.state.model_chunks, self.data.valid)
         if validates or is_last:
             record.update(self._orthogonality())
         self.writer.write(record)
