@@ -12,6 +12,7 @@ They are imported when they are first used: `import megatron_peft` needs no torc
 """
 
 import sys
+import warnings
 from importlib import import_module
 from importlib.util import find_spec, spec_from_file_location
 from typing import TYPE_CHECKING, Any
@@ -62,3 +63,7 @@ class _MovedModules:
 
 
 sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]  # after all others: a module that is there comes first
+
+# megatron-core's warnings on every rank about optional packages and its own defaults, in whatever order it is imported.
+for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+    warnings.filterwarnings("ignore", message=message)

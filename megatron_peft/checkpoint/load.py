@@ -77,6 +77,11 @@ def require_something_to_load(settings: CheckpointConfig) -> None:
     """
     if settings.load is None or _candidates(Path(settings.load)):
         return
+    require(
+        not settings.exit_on_missing_checkpoint,
+        f"--load {settings.load} holds no checkpoint, and --exit-on-missing-checkpoint ends the run for that: give the "
+        f"--save folder of a run, or leave the flag out to start from the beginning.",
+    )
     load, save = (Path(name).resolve() if name else None for name in (settings.load, settings.save))
     require(
         load == save and not Path(settings.load).name.startswith("iter_"),

@@ -206,4 +206,6 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     plain = [*value] if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=inf, allow_unicode=True).removesuffix("...\n").strip()
+    readable = str(value).isprintable()  # else it is escaped: a no-break space would be read as nothing
+    text = yaml.safe_dump(plain, default_flow_style=True, width=inf, allow_unicode=readable)
+    return text.removesuffix("...\n").strip()

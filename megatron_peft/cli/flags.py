@@ -59,6 +59,8 @@ RUN_FIELDS = {  # -> help, if megatron-core's own does not do
     "recompute_method": "which layers full recompute takes: uniform groups of layers, or the first ones of a stage",
     "recompute_num_layers": "layers per recomputed group (uniform), or recomputed layers per stage (block)",
     "distribute_saved_activations": "split the inputs saved for full recompute over the tensor-parallel ranks",
+    "cross_entropy_loss_fusion": "fuse the steps of the loss; on a CPU it has no effect",
+    "cross_entropy_fusion_impl": "whose fused loss: megatron-core's own, or Transformer Engine's",
 }
 RUN_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0}  # a pretrained model is tuned without dropout
 
@@ -94,6 +96,10 @@ RUN_SWITCHES: Mapping[str, tuple[str, Any, str]] = {
     "--no-persist-layer-norm": ("persist_layer_norm", False, "do not use the persistent layer norm kernel"),
     "--no-overlap-p2p-communication": ("overlap_p2p_comm", False, "do not overlap sends between pipeline stages"),
 }
+# Spelled-out names that set a field of our configuration: -> (field, value, help).
+CONFIG_SWITCHES: Mapping[str, tuple[str, Any, str]] = {
+    "--use-flash-attn": ("attention_backend", "flash", "same as --attention-backend flash")
+}
 # Flags that ask for what is always so: -> why. They change nothing.
 ACCEPTED = {
     "--use-mcore-models": "models are always built with megatron-core",
@@ -103,8 +109,25 @@ ACCEPTED = {
     "--attention-softmax-in-fp32": "torch and Transformer Engine compute the softmax in float32",
     "--no-initialization": "weights are always loaded, never initialized",
     "--no-one-logger": "NVIDIA's One Logger is not used",
+    "--use-checkpoint-args": "the shape of the model is always read from --pretrained-checkpoint",
+    "--no-use-tokenizer-model-from-checkpoint-args": "no checkpoint's arguments name the tokenizer",
+    "--no-position-embedding": "these models have no learned position embedding",
+    "--apply-layernorm-1p": "says how Megatron-LM stores the weights of norms, not what they compute",
+    "--no-create-attention-mask-in-dataloader": "attention is causal without a mask of the data loader's",
+    "--log-throughput": "tokens per second are always printed and recorded",
 }
-ACCEPTED_VALUES = {"--ckpt-format": ("torch_dist",)}
+# The same with a value: -> (type, why).
+ACCEPTED_WITH_VALUE: Mapping[str, tuple[type, str]] = {
+    "--init-method-std": (float, "weights are always loaded, never initialized"),
+    "--tiktoken-pattern": (str, "only TikTokenizer reads it, which is not served"),
+}
+# Flags of which one value is the case: -> (values, why). `megatron.WAYS_OUT_OF_VALUES` answers the others.
+ACCEPTED_VALUES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "--ckpt-format": (("torch_dist",), "the only format"),
+    "--context-parallel-size": (("1",), "no sample is split over context-parallel ranks"),
+    "--expert-model-parallel-size": (("1",), "these models have no experts"),
+    "--expert-tensor-parallel-size": (("1",), "these models have no experts"),
+}
 
 
 Target = Literal["config", "shape", "transformer", "nothing", "launch", "program"]  # where the value of a flag goes
@@ -225,6 +248,8 @@ def _shape_flags() -> Iterator[Flag]:
 
 
 def _run_flags() -> Iterator[Flag]:
+    for name, (key, value, words) in CONFIG_SWITCHES.items():
+        yield Flag((name,), "config", key, words, "model", constant=value, section="model")
     transformer = megatron_fields("TransformerConfig")
     for name in RUN_FIELDS:
         group = "optimizer and regularization" if name.endswith("_dropout") else RECOMPUTE
@@ -249,8 +274,10 @@ def _transformer_flag(target: Target, field: MegatronField, group: str) -> Flag:
 def _accepted_flags() -> Iterator[Flag]:
     for name, reason in ACCEPTED.items():
         yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, constant=True)
-    for name, choices in ACCEPTED_VALUES.items():
-        yield Flag((name,), "nothing", name, "the only format", ACCEPTED_GROUP, choices=choices)
+    for name, (kind, reason) in ACCEPTED_WITH_VALUE.items():
+        yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, kind)
+    for name, (choices, reason) in ACCEPTED_VALUES.items():
+        yield Flag((name,), "nothing", name, reason, ACCEPTED_GROUP, choices=choices)
 
 
 def known_to_files(flags: Sequence[Flag]) -> dict[str, KnownFlag]:

@@ -107,97 +107,94 @@ FLAGS = {
     "tuning of the data-parallel reduction": """
         ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
         ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
-        delay-param-gather grad-reduce-in-bf16 no-align-grad-reduce no-delay-grad-reduce
-        no-use-layer-wise-param-layout num-distributed-optimizer-instances train-sync-interval""",
+        delay-param-gather no-align-grad-reduce no-delay-grad-reduce no-use-layer-wise-param-layout
+        num-distributed-optimizer-instances train-sync-interval""",
     "BERT, T5, vision and retrieval models": """
         block-data-path classes-fraction data-per-class-fraction decoder-num-layers decoder-seq-length
         embedding-path evidence-data-path head-lr-mult img-h img-w iter-per-epoch mask-factor mask-prob mask-type
         no-data-sharding num-channels num-classes onnx-safe output-bert-embeddings patch-dim query-in-block-prob
         sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids""",
     "model parts that no supported family has": """
-        activation-func-clamp-value apply-layernorm-1p apply-residual-connection-post-layernorm
-        attention-output-gate enable-gpt-oss glu-linear-offset mrope-section no-position-embedding no-rope-freq
-        output-logit-dtype qk-clip qk-l2-norm quick-geglu rope-type rotary-interleaved
-        rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu window-attn-skip-freq
-        window-size""",
+        activation-func-clamp-value apply-residual-connection-post-layernorm attention-output-gate enable-gpt-oss
+        glu-linear-offset mrope-section no-rope-freq output-logit-dtype qk-clip qk-l2-norm quick-geglu
+        rope-type rotary-interleaved rotary-seq-len-interpolation-factor softmax-scale softmax-type spec squared-relu
+        window-attn-skip-freq window-size""",
     "weights come from the pretrained checkpoint": """
-        data-parallel-random-init embedding-init-method-std init-method-std init-method-xavier-uniform
-        no-pad-vocab-size padded-vocab-size""",
+        data-parallel-random-init embedding-init-method-std init-method-xavier-uniform no-pad-vocab-size
+        padded-vocab-size""",
     "the choice of kernels is made by torch or Transformer Engine": """
-        attention-backend cross-entropy-fusion-impl cross-entropy-loss-fusion disable-jit-fuser use-flash-attn
-        use-flashinfer-fused-rope use-te-activation-func""",
+        disable-jit-fuser use-flashinfer-fused-rope use-te-activation-func""",
     "legacy models and old names of Megatron-LM": """
         batch-size checkpoint-activations legacy-tokenizer lr-decay-steps lr-warmup-steps use-legacy-models warmup
         wd-incr-steps wsd-decay-steps yaml-cfg enable-experimental""",
     "batch sizes that change during a run": """
         decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule""",
     "freezing by hand": "freeze-all-layers no-weight-decay-cond-type",
-    "learning rates of single layers": "decoupled-lr decoupled-min-lr",
     "validation in other ways than --eval-iters": """
         eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets skip-train
         start-eval-at-iter test-mode validation-set-names""",
     "data is read in other ways": """
         allow-ambiguous-pad-tokens data-args-path dataloader-defer-npy-index-mmap
-        dataloader-fast-cache-load dataloader-inter-document-masking dataloader-type eod-mask-loss
-        finetune-data-files finetune-data-split finetune-hf-dataset mid-level-dataset-surplus mock-data
-        no-create-attention-mask-in-dataloader no-mmap-bin-files num-dataset-builder-threads
-        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
-        phase-transition-iterations renormalize-blend-weights reset-attention-mask reset-position-ids
-        s3-cache-path sft sft-tokenizer-prompt-format""",
+        dataloader-fast-cache-load dataloader-inter-document-masking dataloader-type eod-mask-loss finetune-data-files
+        finetune-data-split finetune-hf-dataset mid-level-dataset-surplus num-dataset-builder-threads
+        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path phase-transition-iterations
+        renormalize-blend-weights reset-attention-mask reset-position-ids s3-cache-path sft
+        sft-tokenizer-prompt-format""",
     "tokenizers other than Hugging Face's and SentencePiece's": """
-        merge-file metadata-path no-tokenizer-sentencepiece-ignore-extra-whitespaces
-        no-use-tokenizer-model-from-checkpoint-args null-tokenizer-eod-id null-tokenizer-pad-id special-tokens
-        tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast
-        tokenizer-hf-use-fast tokenizer-metadata tokenizer-sentencepiece-legacy tokenizer-special-tokens
-        trust-remote-code use-gigatoken vocab-file""",
+        merge-file metadata-path no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id
+        null-tokenizer-pad-id special-tokens tokenizer-hf-include-special-tokens
+        tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata
+        tokenizer-sentencepiece-legacy tokenizer-special-tokens trust-remote-code use-gigatoken vocab-file""",
     "checkpoints are in a format of our own": """
-        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy
-        auto-detect-ckpt-format ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
+        async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy auto-detect-ckpt-format
+        ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
         ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-fully-parallel-load
         ckpt-fully-parallel-load-exchange-algo ckpt-fully-parallel-load-per-rank-objects
         ckpt-fully-parallel-load-process-group ckpt-fully-parallel-save ckpt-fully-parallel-save-process-group
         ckpt-pg-tensors-cache-create ckpt-pg-tensors-cache-path ckpt-step dist-ckpt-format
         dist-ckpt-optim-fully-reshardable dist-ckpt-save-pre-mcore-014 dist-ckpt-strictness dist-ckpt-workers
-        distrib-optim-fully-reshardable-mem-efficient exit-on-missing-checkpoint fully-parallel-load
-        fully-parallel-save load-main-params-from-ckpt load-model-opt-format most-recent-k
-        no-ckpt-fully-parallel-save no-ckpt-load-validate-sharding-integrity no-save-tokenizer-assets
-        no-stream-ckpt-dequant override-ckpt-iteration persistent-save-interval replication replication-factor
-        replication-jump save-activations-interval save-config-filepath save-dgrads-interval save-params-interval
-        save-retain-interval save-tokens-per-expert-interval save-wgrads-interval use-checkpoint-args
-        use-mp-args-from-checkpoint-args use-persistent-ckpt-worker verify-integrity""",
+        distrib-optim-fully-reshardable-mem-efficient fully-parallel-load fully-parallel-save
+        load-main-params-from-ckpt load-model-opt-format most-recent-k no-ckpt-fully-parallel-save
+        no-ckpt-load-validate-sharding-integrity no-save-tokenizer-assets no-stream-ckpt-dequant
+        override-ckpt-iteration persistent-save-interval replication replication-factor replication-jump
+        save-activations-interval save-config-filepath save-dgrads-interval save-params-interval save-retain-interval
+        save-tokens-per-expert-interval save-wgrads-interval use-mp-args-from-checkpoint-args
+        use-persistent-ckpt-worker verify-integrity""",
     "the log is metrics.jsonl, TensorBoard and Weights & Biases": """
         log-batch-size-to-tensorboard log-device-memory-used log-energy log-l2-norm-grad-to-tensorboard
         log-memory-interval log-memory-to-tensorboard log-params-norm log-progress log-runtime-to-tensorboard
-        log-straggler log-throughput log-throughput-to-tensorboard log-timers-to-tensorboard
-        log-validation-ppl-to-tensorboard log-world-size-to-tensorboard logging-level memory-keys
-        modules-to-filter no-filter-warnings no-log-learnig-rate-to-tensorboard runtime-time-unit
-        set-level-for-all-loggers tensorboard-log-interval tensorboard-queue-size throughput-window-size
-        timing-log-level timing-log-option wandb-entity log-num-zeros-in-grad log-max-attention-logit""",
+        log-straggler log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+        log-world-size-to-tensorboard logging-level memory-keys modules-to-filter no-filter-warnings
+        no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers tensorboard-log-interval
+        tensorboard-queue-size throughput-window-size timing-log-level timing-log-option wandb-entity
+        log-num-zeros-in-grad log-max-attention-logit""",
     "profiling": """
-        memory-snapshot-path no-barrier-with-level-1-timing nvtx-ranges profile record-memory-history record-shapes
-        use-nsys-profiler use-pytorch-profiler""",
+        memory-snapshot-path no-barrier-with-level-1-timing nvtx-ranges record-memory-history record-shapes
+        use-nsys-profiler""",
     "inference server": """
-        decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode max-tokens-to-oom
-        mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank num-speculative-tokens return-log-probs
-        skip-prompt-log-probs use-legacy-static-engine use-same-sampling-seed-across-dp-ranks""",
+        decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode max-batch-size
+        max-tokens-to-oom mlp-chunks-for-prefill no-offset-sampling-seed-by-dp-rank num-speculative-tokens
+        num-tokens-to-generate prompts return-log-probs skip-prompt-log-probs use-legacy-static-engine
+        use-same-sampling-seed-across-dp-ranks""",
     "reinforcement learning": "perform-rl-step refit-method result-rejected-tracker-filename",
     "quantization and distillation": "modelopt-enabled teacher-model-config",
     "watching and repairing a run": """
         calc-ft-timeouts check-for-large-grads check-for-spiky-loss check-weight-hash-across-dp-replicas-interval
-        disable-straggler-on-startup dump-param-to-param-group-map empty-unused-memory-level enable-ft-package
-        error-injection-rate error-injection-type exit-signal exit-signal-handler-for-dataloader
-        exit-signal-handler-for-training gpu-sniff-test-interval iterations-to-skip manual-gc manual-gc-interval
-        no-check-for-nan-in-loss no-manual-gc-eval rerun-mode run-workload-inspector-server""",
+        disable-straggler-on-startup dump-param-to-param-group-map enable-ft-package error-injection-rate
+        error-injection-type exit-signal exit-signal-handler-for-dataloader exit-signal-handler-for-training
+        gpu-sniff-test-interval iterations-to-skip no-check-for-nan-in-loss rerun-mode run-workload-inspector-server""",
     "the multi-storage client": "disable-msc enable-msc",
 }
 
 # Flag -> what to do, where that is not simply to leave it out.
 WAYS_OUT = {
-    "attention-backend": "leave it out",
     "batch-size": "use --micro-batch-size",
     "check-for-nan-in-grad": "gradients are checked unless --no-check-for-nan-in-loss-and-grad is given",
     "checkpoint-activations": "use --recompute-activations",
     "fp16": "use --bf16",
+    "max-batch-size": "answers come from megatron-peft generate, with --batch-size",
+    "num-tokens-to-generate": "answers come from megatron-peft generate, with --max-new-tokens",
+    "prompts": "answers come from megatron-peft generate, with --prompt",
     "freeze-all-layers": "use --peft-method",
     "full-validation": "leave --eval-iters out: the whole validation set is then used",
     "local-rank": "start it with torchrun",
@@ -210,6 +207,27 @@ WAYS_OUT = {
     "persistent-save-interval": "use --save-interval",
     "virtual-pipeline-model-parallel-size": "use --num-layers-per-virtual-pipeline-stage",
     "warmup": "use --lr-warmup-fraction",
+}
+# Reason -> what to do, for all flags of that reason.
+WAYS_OUT_OF_REASONS = {
+    "FP4": "remove it; --bf16 trains in bfloat16",
+    "FP8": "remove it; --bf16 trains in bfloat16",
+    "context parallelism": (
+        "remove it; --sequence-parallel with --tensor-model-parallel-size, and --recompute-granularity, make room for "
+        "long samples"
+    ),
+    "fully sharded data parallelism": (
+        "remove it; --use-distributed-optimizer shards the optimizer's state, --tensor-model-parallel-size the model"
+    ),
+}
+# Flag -> what to do about a value that is not among its choices.
+WAYS_OUT_OF_VALUES = {
+    "--ckpt-format": "a run's checkpoints have one format, and tools/convert.py converts them",
+    "--context-parallel-size": WAYS_OUT_OF_REASONS["context parallelism"],
+    "--expert-model-parallel-size": "remove it; mixtures of experts are not supported",
+    "--expert-tensor-parallel-size": "remove it; mixtures of experts are not supported",
+    "--tokenizer-type": "use HuggingFaceTokenizer with a folder that has the tokenizer.json of the model",
+    "--transformer-impl": "use auto",
 }
 
 
@@ -227,7 +245,7 @@ def reason_of(name: str) -> str | None:
 
 def refusal(flag: str, reason: str) -> str:
     """The error message for an unsupported Megatron flag, given with its dashes."""
-    way_out = WAYS_OUT.get(flag.lstrip("-"), "remove it")
+    way_out = WAYS_OUT.get(flag.lstrip("-")) or WAYS_OUT_OF_REASONS.get(reason, "remove it")
     return f"{flag} is a Megatron flag that megatron_peft does not support ({reason}); {way_out}."
 
 

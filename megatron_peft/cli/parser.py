@@ -12,9 +12,9 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -31,63 +31,14 @@ from megatron_peft.cli.flags import (
     sections,
     served_flags,
 )
-from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
+from megatron_peft.cli.megatron import WAYS_OUT_OF_VALUES
 from megatron_peft.cli.run_file import run_file
+from megatron_peft.cli.unknown import NEAR, nearest, why_not_served
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training, print_failure
 from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
-TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
-FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
-
-
-def known_flags() -> dict[str, str | None]:
-    """Every flag that is known, with its dashes -> None if it is served, else why it is not.
-
-    Besides Megatron-LM's own flags these are all fields of megatron-core's configuration classes, whatever its
-    version: a field is served by a flag of `served_flags`, or it is refused; there is no third state.
-    """
-    of_fields = {
-        name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
-        for name, field_name in _flags_of_fields()
-    }
-    refused = {f"--{name}": reason for name, reason in refused_flags().items()}
-    return of_fields | refused | {name: None for served in served_flags() for name in served.names}
-
-
-def why_not_served(name: str) -> str:
-    """The error message for a Megatron flag that is not supported, or for an unknown flag."""
-    known = known_flags()
-    if reason := known.get(name):
-        return refusal(name, reason)
-    served = [other for other, reason in known.items() if reason is None]
-    bare = name.lstrip("-")
-    family = reason_of(bare) or reason_of(bare.removeprefix("no-"))
-    if family and not _nearest(name, served, TYPO):
-        return refusal(name, family)
-    nearest = _nearest(name, known, TYPO) or _nearest(name, served, NEAR)
-    if not nearest:
-        return f"{name} is not a known flag; --help lists them."
-    not_served = "" if known[nearest] is None else ", a Megatron flag that is not supported"
-    return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
-
-
-def _flags_of_fields() -> Iterator[tuple[str, str]]:
-    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
-    for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
-
-
-def _nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
-    """The flag most like `name`, if it is at least so alike (0 to 1); dashes in front do not count."""
-    found = get_close_matches(name.lstrip("-"), [other.lstrip("-") for other in others], 1, likeness)
-    return f"--{found[0]}" if found else None
-
-
 PROGRAM = "pretrain_peft.py"
 USAGE = f"""
   torchrun --nproc-per-node N {PROGRAM} --pretrained-checkpoint FOLDER
@@ -117,9 +68,13 @@ def parse_arguments(
     `saved` is for programs that ask a model and train nothing: it takes the values that were typed, and gives those of
     the run that `--load` names, which hold where nothing was typed. Then neither data nor a length is needed.
 
-    Raises SystemExit: 0 after `--help`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
+    Raises SystemExit: 0 after `--help` and `--version`, 2 after telling what is wrong on stderr. Only `RANK` 0 prints.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv:
+        if _is_first_rank(environ):
+            print(version())
+        raise SystemExit(0)
     if {"--help", "-h"} & set(argv):
         if _is_first_rank(environ):
             _build_parser(served_flags()).print_help()
@@ -208,7 +163,9 @@ def settings_of(config_class: type, values: Mapping[str, Any]) -> Any:
 def own_parser(description: str | None) -> ArgumentParser:
     """A parser for a program with flags of its own; --help shows the description as it is laid out."""
     layout = argparse.RawDescriptionHelpFormatter
-    return ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
+    parser = ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--version", action=ShowVersion)
+    return parser
 
 
 def parse_own(
@@ -238,7 +195,7 @@ def read_own_flags(
         A function that makes the settings, or raises ConfigurationError; the other words.
 
     Raises:
-        SystemExit: 0 after `--help`; 2 after telling what is wrong with one of its own flags on stderr.
+        SystemExit: 0 after `--help` and `--version`; 2 after telling what is wrong with one of its own flags on stderr.
     """
     parser = own_parser(description)
     add_flags(parser, config_class)
@@ -259,8 +216,8 @@ def _words_of_files(
     known = known_to_files(others) | own
 
     def why_unknown(name: str) -> str:
-        nearest = _nearest(name, known, NEAR)
-        return f"{name} is not a known flag{f'; did you mean {nearest}?' if nearest else '; --help lists them.'}"
+        found = nearest(name, known, NEAR)
+        return f"{name} is not a known flag{f'; did you mean {found}?' if found else '; --help lists them.'}"
 
     try:
         files, typed = split_off_files(argv)
@@ -276,6 +233,31 @@ def _words_of_files(
 
 def _value(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def version() -> str:
+    """`megatron-peft 0.1.0 (megatron-core 0.16.1, torch 2.13.0)`, of what is installed; nothing is imported."""
+    ours, core, torch = map(_installed, ("megatron-peft", "megatron-core", "torch"))
+    return f"megatron-peft {ours} (megatron-core {core}, torch {torch})"
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class ShowVersion(argparse.Action):
+    """`add_argument("--version", action=ShowVersion)`; the version is looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Any, dest: str, **settings: Any) -> None:
+        help = "print the version and exit"
+        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=help)
+
+    def __call__(self, parser: ArgumentParser, *_: Any, **__: Any) -> None:
+        print(version())
+        parser.exit()
 
 
 def exit_with_error(
@@ -346,7 +328,8 @@ class _Typed:
         try:
             namespace = self.parser.parse_args([f"{name}={words[0]}"] if len(words) == 1 else [name, *words])
         except argparse.ArgumentError as error:
-            raise ConfigurationError(f"{name}: {error.message}.") from error
+            way_out = WAYS_OUT_OF_VALUES.get(name)
+            raise ConfigurationError(f"{name}: {error.message}{f'; {way_out}' if way_out else ''}.") from error
         (value,) = vars(namespace).values()
         return _value(value)
 
@@ -369,6 +352,8 @@ def _build_config(
     """The configuration of what was typed; ConfigurationError with everything that is wrong."""
     config = {**(saved(typed.values["config"]) if saved else {}), **typed.values["config"]}
     problems = list(typed.problems)
+    if config.get("tensor_model_parallel_size", 1) == 1:
+        config.pop("sequence_parallel", None)  # as in Megatron, whose scripts give it always: nothing is split
     if not world_size.isdecimal() or int(world_size) < 1:
         raise ConfigurationError(*problems, f"WORLD_SIZE is {world_size!r}, not a number of processes: use torchrun.")
     try:
@@ -450,8 +435,10 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
     shown = " ".join(map(str, served.default or ())) if served.many else served.default
     if shown not in (None, ""):
         settings["help"] += f" (default: {shown})"
+    if served.choices and served.metavar:  # they are too long to stand in front
+        settings["help"] += f" (one of {', '.join(served.choices)})"
     if served.choices:
-        return settings | {"choices": served.choices}
+        return settings | {"choices": served.choices, "metavar": served.metavar}
     metavar = served.metavar or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
     kind = _number if served.kind is float else served.kind
     return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}

@@ -24,7 +24,7 @@ def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -
         if one.key in launch:
             lines["launch"].append(WrittenFlag(one.names[0][2:], launch[one.key], one.help))
     for one in served_flags():
-        if one.section in sections() and not (_is_an_opposite(one) or _has_no_effect(one, config)):
+        if one.section in sections() and not (_is_another_name(one) or _has_no_effect(one, config)):
             lines[one.section] += _setting(one, config, launch)
     return written(title, {name: found for name, found in lines.items() if found})
 
@@ -39,9 +39,9 @@ def _setting(one: Flag, config: RunConfig, launch: Mapping[str, Any]) -> Iterato
     yield WrittenFlag(one.names[0][2:], float(value) if one.kind is float and value is not None else value, one.help)
 
 
-def _is_an_opposite(one: Flag) -> bool:
-    """`--no-bf16` of a switch that is written as true or false."""
-    return one.target == "config" and one.constant is False
+def _is_another_name(one: Flag) -> bool:
+    """`--no-bf16` or `--use-flash-attn`, of a field that is written under its own flag."""
+    return one.target == "config" and one.constant not in (True, TAKES_A_VALUE)
 
 
 def _has_no_effect(one: Flag, config: RunConfig) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_peft.benchmarks import NAMES
 from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import option
 
@@ -34,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = own_parser(__doc__)
     add_arguments(parser)
     settings: BenchSettings = settings_of(BenchSettings, parse_own(parser, argv))
+    unknown = [name for name in settings.names if name not in NAMES]
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(NAMES)}.")
     from megatron_peft.benchmarks.measure import print_table, write_json
     from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 
-    unknown = [name for name in settings.names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}.")
     place, missed = Workplace(settings.output, settings.model, settings.turns), False
     for name in settings.names or BENCHMARKS:
         figures = BENCHMARKS[name].measure(place)

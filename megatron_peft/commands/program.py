@@ -4,9 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 
-from megatron_peft.cli.parser import ArgumentParser, own_parser
+from megatron_peft.cli.parser import ArgumentParser, own_parser, version
 
 # Command -> (module of this room, one line for --help).
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -40,7 +39,7 @@ def run_command(
     argv = sys.argv[1:] if argv is None else argv
     name, *words = argv or ["--help"]
     if name in ("--version", "-V"):
-        print(f"megatron-peft {version('megatron-peft')}")
+        print(version())
         return 0
     if name in commands:
         sys.argv[0] = f"{program} {name}"  # argparse names the program by it
@@ -65,7 +64,6 @@ def _overview(program: str, commands: Mapping[str, tuple[str, str]], description
     parser = own_parser(description)
     parser.prog, parser.usage = program, f"{program} COMMAND [flag ...]"
     parser.epilog = f"{program} COMMAND --help lists the flags of a command."
-    parser.add_argument("--version", action="version", version="", help="print the version and exit")
     listed = parser.add_subparsers(title="commands", metavar="")
     for name, (_, summary) in commands.items():
         listed.add_parser(name, help=summary)

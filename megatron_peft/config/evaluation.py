@@ -39,14 +39,24 @@ class AnswerSettings:
         None, "write prompts and answers as JSON lines (default: print them)", metavar="FILE", check="not_empty"
     )
     overwrite: bool = option(False, "replace an existing --output")
-    max_new_tokens: int = option(128, "tokens per answer, at most", check="positive")
+    max_new_tokens: int = option(
+        128,
+        "tokens per answer, at most (the second is Megatron-LM's name)",
+        check="positive",
+        flags=("--max-new-tokens", "--num-tokens-to-generate"),
+    )
     temperature: float = option(Sampling.temperature, "0 is greedy")
     top_p: float = option(Sampling.top_p, "sample from the smallest set of tokens with probability X")
     top_k: int = option(Sampling.top_k, "sample from the N most likely tokens; 0: from all")
     num_samples: int = option(1, "answers per prompt", check="positive")
     stop: tuple[str, ...] = option((), r"an answer ends before any of these; \n is a newline")
     chat: bool = option(False, "treat the prompt as a user message and apply the tokenizer's chat template")
-    batch_size: int = option(16, "answers generated together", check="positive")
+    batch_size: int = option(
+        16,
+        "answers generated together (the second is Megatron-LM's name)",
+        check="positive",
+        flags=("--batch-size", "--max-batch-size"),
+    )
     sampling_seed: int = option(1234, "seed of sampling")
 
     def __post_init__(self) -> None:

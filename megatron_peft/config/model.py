@@ -33,6 +33,10 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
         "auto", "where norms and core attention come from; auto: Transformer Engine if it is installed"
     )
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = option(
+        "auto",
+        "kernel of core attention, where there is a choice; without a GPU, unfused and local materialize the scores",
+    )
 
     def __post_init__(self) -> None:
         run = self.transformer
@@ -77,7 +81,8 @@ class ParallelConfig:
         None, "number of layers in the last pipeline stage, if it differs from the others", check="positive"
     )
     sequence_parallel: bool = option(
-        False, "split the sequence over the tensor-parallel ranks outside the linear layers"
+        False,
+        "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
     distributed_timeout_minutes: float = option(
@@ -127,6 +132,7 @@ class ParallelConfig:
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file
 MOST_WORKERS = 1024
 
 
@@ -154,9 +160,11 @@ class DataConfig:
         (), "indexed .bin/.idx prefixes, each optionally preceded by its weight, divided by --split", metavar="PATH"
     )
     split: str | None = option(None, "shares of training, validation and test with --data-path, such as 969,30,1")
+    mock_data: bool = option(False, "train on generated token ids, to try a layout or its speed without data")
     data_cache_path: str | None = option(
         None, "folder for the index files built from indexed data, and for the tokens of records", metavar="PATH"
     )
+    mmap_bin_files: bool = option(True, "map indexed data into memory instead of reading each sample from its file")
     prompt_column: str | None = _column("prompt, which the loss does not count")
     response_column: str | None = _column("answer to the prompt")
     messages_column: str | None = _column("conversation: messages with role and content, or with from and value")
@@ -177,8 +185,17 @@ class DataConfig:
         "how --pack-sequences fills sequences: longest samples first, each into the first sequence with room; or in "
         "the order of the epoch",
     )
-    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"] = option(
-        "HuggingFaceTokenizer", "kind of tokenizer", group="tokenizer"
+    tokenizer_type: Literal[
+        "HuggingFaceTokenizer",
+        "Llama2Tokenizer",
+        "SentencePieceTokenizer",
+        "GPTSentencePieceTokenizer",
+        "NullTokenizer",
+    ] = option(
+        "HuggingFaceTokenizer",
+        "kind of tokenizer; Llama2Tokenizer is a SentencePiece model that puts its BOS token before each text",
+        group="tokenizer",
+        metavar="TYPE",
     )
     tokenizer_model: str | None = option(
         None,
@@ -210,6 +227,11 @@ class DataConfig:
                 "(a source each) are mutually exclusive.",
             )
             require(
+                not (self.mock_data and (separate or self.data_path)),
+                "--mock-data generates its samples: leave out --data-path and --train-data-path/--valid-data-path/"
+                "--test-data-path.",
+            )
+            require(
                 not (self.split and separate),
                 "--split cuts the source of --data-path; with --train-data-path each split has a source of its own.",
             )
@@ -234,8 +256,8 @@ class DataConfig:
                 "--tokenizer-type NullTokenizer needs --vocab-size.",
             )
             require(
-                self.tokenizer_type != "SentencePieceTokenizer" or bool(self.tokenizer_model),
-                "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE.model.",
+                self.tokenizer_type not in SENTENCEPIECE or bool(self.tokenizer_model),
+                f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model FILE.model.",
             )
 
     def _check_columns(self, require: Requirements) -> None:
@@ -256,8 +278,11 @@ class DataConfig:
 
 
 def _is_split(text: str) -> bool:
-    """Whether `text` is Megatron's "969, 30, 1": one to three shares, not negative and not all zero."""
-    shares = text.split(",")
+    """Whether `text` is Megatron's "969, 30, 1": one to three shares, not negative and not all zero.
+
+    Quotes around it are skipped, as Megatron does: some of its scripts pass them on.
+    """
+    shares = text.strip("'\"").split(",")
     try:
         numbers = [float(share) for share in shares]
     except ValueError:

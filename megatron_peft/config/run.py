@@ -120,12 +120,16 @@ class RunConfig:
 def missing_for_training(values: Mapping[str, Any]) -> list[str]:
     """Messages for what training requires, and inference and conversion do not, given a run's fields by name."""
     needed = {
-        ("data_path", "train_data_path"): (
+        ("data_path", "train_data_path", "mock_data"): (
             "no training data: give --train-data-path FILE.jsonl, or --data-path PREFIX of an indexed dataset."
         ),
         ("train_iters", "train_samples", "train_epochs"): f"{LENGTH_OF_THE_RUN} (none given).",
     }
-    return [told for names, told in needed.items() if all(values.get(name) in (None, ()) for name in names)]
+    return [told for names, told in needed.items() if not any(_is_given(values.get(name)) for name in names)]
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False and value != ()
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

@@ -46,8 +46,21 @@ class TrainingConfig:
     exit_interval: int | None = option(None, "save and exit at a multiple of this many iterations", check="positive")
     exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", check="positive")
     exit_signal_handler: bool = option(True, "save and exit on SIGINT (Ctrl-C), SIGTERM and SIGUSR1")
+    manual_gc: bool = option(False, "run Python's garbage collector only when told to, on all ranks at the same step")
+    manual_gc_interval: int = option(
+        0,
+        "iterations between garbage collections with --manual-gc; 0: only before and after validation",
+        check="not_negative",
+    )
+    manual_gc_eval: bool = option(True, "with --manual-gc, collect garbage before and after validation")
+    empty_unused_memory_level: int = option(
+        0, "give unused GPU memory back at each step: 1 before the update, 2 also after it", check="not_negative"
+    )
     overlap_grad_reduce: bool = option(
         False, "reduce gradients over the data-parallel ranks while backward is running", group=DISTRIBUTED
+    )
+    grad_reduce_in_bf16: bool = option(
+        False, "with --bf16, accumulate and reduce gradients in bfloat16 instead of float32", group=DISTRIBUTED
     )
 
     def __post_init__(self) -> None:
@@ -97,6 +110,14 @@ class OptimizerSettings:
         "exponential", "shape of the decay in the last phase of WSD"
     )
     weight_decay: float = option(0.01, "decoupled weight decay (AdamW)", check="not_negative")
+    decoupled_lr: float | None = _rate(
+        None,
+        "learning rate of the embedding and the output layer, which only full fine-tuning trains",
+        check="positive",
+    )
+    decoupled_min_lr: float | None = _rate(
+        None, "--min-lr of the embedding and the output layer; needs --decoupled-lr", check="not_negative"
+    )
     start_weight_decay: float | None = option(
         None, "weight decay at the start, if it increases over the run", check="not_negative"
     )
@@ -133,6 +154,11 @@ class OptimizerSettings:
             require.fields()
             require(self.min_lr <= self.lr, f"--min-lr {self.min_lr} is above --lr {self.lr}.")
             require(self.lr_warmup_init <= self.lr, f"--lr-warmup-init {self.lr_warmup_init} is above --lr {self.lr}.")
+            require.needs("decoupled_min_lr", "decoupled_lr")
+            require(
+                None in (self.decoupled_lr, self.decoupled_min_lr) or self.decoupled_min_lr <= self.decoupled_lr,  # type: ignore[operator]
+                f"--decoupled-min-lr {self.decoupled_min_lr} is above --decoupled-lr {self.decoupled_lr}.",
+            )
             require(
                 self.lr_warmup_fraction is None or not (self.lr_warmup_iters or self.lr_warmup_samples),
                 "--lr-warmup-fraction, --lr-warmup-iters and --lr-warmup-samples are mutually exclusive.",
@@ -182,6 +208,9 @@ class CheckpointConfig:
         check="not_empty",
         metavar="PATH",
     )
+    exit_on_missing_checkpoint: bool = option(
+        False, "end with an error if --load holds no checkpoint, also if it is the folder of --save"
+    )
     save_interval: int | None = option(None, "iterations between checkpoints", check="positive")
     async_save: bool = option(
         False, "keep training while a checkpoint is written (needs memory for a copy of what is saved)"
@@ -204,6 +233,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         with Requirements(self) as require:
             require.fields()
+            require.needs("exit_on_missing_checkpoint", "load")
             require.needs("save_interval", "save")
             require.needs("async_save", "save")
             require.needs("keep_last_checkpoints", "save")
@@ -227,8 +257,24 @@ class LoggingConfig:
     wandb_save_dir: str | None = option(
         None, "folder for Weights & Biases' own files", check="not_empty", metavar="PATH"
     )
+    profile: bool = option(
+        False, "profile the steps after --profile-step-start: mark them for Nsight Systems (nsys), which needs a GPU"
+    )
+    profile_step_start: int = option(10, "number of steps before the first one that is profiled", check="not_negative")
+    profile_step_end: int = option(12, "the last step that is profiled", check="positive")
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that are profiled")
+    use_pytorch_profiler: bool = option(
+        False, "with --profile, write a trace by torch's profiler to --tensorboard-dir instead"
+    )
 
     def __post_init__(self) -> None:
         with Requirements(self) as require:
             require.fields()
             require.needs("wandb_project", "wandb_exp_name")
+            require.needs("use_pytorch_profiler", "profile")
+            require.needs("use_pytorch_profiler", "tensorboard_dir")
+            require(
+                not self.profile or self.profile_step_start < self.profile_step_end,
+                f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "
+                f"{self.profile_step_start}: no step would be profiled.",
+            )

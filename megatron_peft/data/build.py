@@ -12,7 +12,7 @@ from megatron_peft.config import Blend, DataConfig, RunConfig, is_indexed, kind_
 from megatron_peft.data.batches import BatchLayout, GlobalBatches
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
-from megatron_peft.data.indexed import build_indexed
+from megatron_peft.data.indexed import build_indexed, build_mock
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, SampleOrder, SampleSource
@@ -52,15 +52,15 @@ def build_data(
     num_ids: rows of the model's embedding, above all token ids (default: as many as the tokenizer needs).
     Raises ConfigurationError, on every rank, for whatever is wrong with it.
     """
+    num_ids = num_ids or tokenizer.largest_id + 1
     layout = BatchLayout(
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
-        pad_id=tokenizer.eos_id,
+        pad_id=min(tokenizer.eos_id, num_ids - 1),  # with --mock-data the tokenizer may be another model's
     )
-    num_ids = num_ids or tokenizer.largest_id + 1
     train = _train(config, tokenizer, layout, consumed_samples, num_ids)
     epochs = config.training.train_epochs
     iterations = (_requested_iterations(config) or 0) if epochs is None else train.iterations_for_epochs(epochs)
@@ -149,6 +149,8 @@ def _blend(config: RunConfig, split: Split) -> Blend:
 def _dataset(
     config: RunConfig, split: Split, num_samples: int | None, tokenizer: Tokenizer, num_ids: int
 ) -> SampleSource | None:
+    if config.data.mock_data:
+        return build_mock(config.data, split, num_samples, num_ids)
     paths = _paths(config, split)
     if not paths:
         return None

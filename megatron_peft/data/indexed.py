@@ -6,15 +6,15 @@ As in Megatron, the order of documents depends on the number of samples: resume 
 import logging
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.utils import Split
 
@@ -156,9 +156,37 @@ def build_indexed(
     return IndexedSamples(_build(core_config, split, num_samples), num_ids, flag, digest)
 
 
-def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Tokenizer) -> GPTDatasetConfig:
+class _MockIds(NamedTuple):
+    """What MockGPTDataset reads of a tokenizer: its samples count through the model's own ids."""
+
+    vocab_size: int
+
+    @property
+    def eod(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def unique_identifiers(self) -> Mapping[str, Any]:
+        return {"class": "mock", "vocab_size": self.vocab_size}
+
+
+def build_mock(config: DataConfig, split: Split, num_samples: int | None, num_ids: int) -> IndexedSamples:
+    """megatron-core's generated samples for --mock-data, a third of them for each split. A collective over all ranks.
+
+    Args:
+        num_samples: at least so many; None: one pass over the documents of the split.
+        num_ids: above all token ids.
+    """
+    core_config = _core_config(config, split, None, _MockIds(num_ids))  # which takes no other --split for them
+    return IndexedSamples(_build(core_config, split, num_samples, MockGPTDataset), num_ids, "--mock-data", "mock")
+
+
+def _core_config(
+    config: DataConfig, split: Split, blend: Blend | None, tokenizer: Tokenizer | _MockIds
+) -> GPTDatasetConfig:
+    """blend: None asks for generated samples."""
     source: dict[str, Any] = {"blend_per_split": [blend if one == split else None for one in Split]}
-    if config.data_path:
+    if config.data_path or blend is None:
         source = {"blend": blend, "split": config.split or DEFAULT_SPLIT}
     core_config = GPTDatasetConfig(
         random_seed=config.seed,
@@ -170,6 +198,7 @@ def _core_config(config: DataConfig, split: Split, blend: Blend, tokenizer: Toke
         eod_mask_loss=False,
         create_attention_mask=False,
         drop_last_partial_validation_sequence=False,
+        mmap_bin_files=config.mmap_bin_files,
         **source,
     )
     if core_config.split_matrix is not None:  # build this split alone: the others have their own sizes
@@ -206,7 +235,7 @@ def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:
     )
 
 
-def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> Any:
+def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, kind: type[GPTDataset] = GPTDataset) -> Any:
     blends = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend is not None]
     blended = any(len(prefixes) > 1 or weights for prefixes, weights in blends)
     require(
@@ -216,7 +245,7 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None) -> A
     )
     sizes = [num_samples if one == split else 0 for one in Split]
     try:
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+        built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()  # type: ignore[arg-type]
     except Exception as error:
         if not isinstance(error.__cause__ or error, OSError):
             raise

@@ -11,7 +11,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_peft.config import ConfigurationError, DataConfig, require
+from megatron_peft.config import SENTENCEPIECE, ConfigurationError, DataConfig, require
 from megatron_peft.config.hub import local_tokenizer
 from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
 from megatron_peft.data.chat_template import read_chat_template
@@ -252,6 +252,16 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._model.id_to_piece(i).replace("\u2581", " ") for i in ids]
 
 
+class Llama2Tokenizer(SentencePieceTokenizer):
+    """A sentencepiece `.model` file whose beginning-of-sequence token is put before a text, as Llama 2 was trained."""
+
+    def __init__(self, model_file: str) -> None:
+        super().__init__(model_file)
+        bos_id = self._model.bos_id()
+        require(bos_id >= 0, f"--tokenizer-model {model_file}: the model has no beginning-of-sequence token.")
+        self.bos_id = bos_id
+
+
 class NullTokenizer(Tokenizer):
     """Text is ids separated by spaces, below `vocab_size`; `vocab_size` itself ends a document."""
 
@@ -286,7 +296,9 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
         return NullTokenizer(config.vocab_size or 0)
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
-    if config.tokenizer_type == "SentencePieceTokenizer":
+    if config.tokenizer_type == "Llama2Tokenizer":
+        return Llama2Tokenizer(source)
+    if config.tokenizer_type in SENTENCEPIECE:
         return SentencePieceTokenizer(source)
     return HuggingFaceTokenizer(source, config.chat_template)
 

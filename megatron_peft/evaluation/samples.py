@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import JSON_SUFFIXES, ConfigurationError, Requirements, RunConfig, require
+from megatron_peft.config import ConfigurationError, Requirements, RunConfig, kind_of_source, require
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.data.jsonl import JsonRecords
 from megatron_peft.evaluation.answers import encode_prompts, request_bar
@@ -55,7 +55,7 @@ class SampleSettings:
         data = read_run_record(self.run).config.data
         paths = data.data_path or data.valid_data_path
         require(
-            bool(paths) and all(path.endswith(JSON_SUFFIXES) for path in paths),
+            bool(paths) and all(kind_of_source(path) == "json" for path in paths),
             f"--samples takes prompts from the run's --valid-data-path, but {self.run} "
             + (f"was validated on indexed data ({paths[0]})." if paths else "was trained without."),
         )

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,7 +27,7 @@ from megatron_peft.adapters.linear import (
     AdaptedRowParallelLinear,
     FrozenColumnParallelLinear,
 )
-from megatron_peft.config import ModelConfig, ParallelConfig
+from megatron_peft.config import ModelConfig, ParallelConfig, require
 from megatron_peft.models.families import family_of
 from megatron_peft.models.layers import (
     AlibiAttention,
@@ -47,10 +47,13 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """TransformerConfig, with the linear layers that own a bias, and Hugging Face's names (`Family.modules`)."""
+    """TransformerConfig, with the linear layers that own a bias, Hugging Face's names (`Family.modules`), and
+    --attention-backend for our core attention.
+    """
 
     linear_biases: frozenset[str] = frozenset()
     huggingface_modules: Mapping[str, str] = field(default_factory=dict)
+    attention_kernel: str = "auto"
 
 
 def transformer_config(
@@ -59,7 +62,9 @@ def transformer_config(
     """megatron-core's configuration of a model of this shape, at this layout."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
-    run: Mapping[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
+    run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
+    if not torch.cuda.is_available():
+        run["cross_entropy_loss_fusion"] = False  # it is compiled, which takes longer here than it saves
     return GPTConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -101,6 +106,9 @@ def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: Parallel
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
     config = transformer_config(shape, model.bf16, model.transformer, parallel)
     modules = _LayerModules.of(shape, model.transformer_impl)
+    config.attention_kernel = model.attention_backend
+    if modules.are_transformer_engines:
+        config.attention_backend = AttnBackend[model.attention_backend]  # GPTModel passes it on in the environment
     vocab_size = shape.padded_vocab_size(model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [
@@ -184,13 +192,15 @@ class _LayerModules:
 
     norm: Any
     core_attention: Any
+    are_transformer_engines: bool
 
     @classmethod
     def of(cls, shape: ModelShape, transformer_impl: str) -> "_LayerModules":
         norm: Any = _NORMS[shape.normalization]
         core_attention: Any = ScaledDotProductAttention
         wanted = transformer_impl == "transformer_engine"
-        if wanted or (transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine()):
+        wanted = wanted or (transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine())
+        if wanted:
             from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
             norm, core_attention = TENorm, TEDotProductAttention
@@ -201,7 +211,19 @@ class _LayerModules:
                 size=parallel_state.get_tensor_model_parallel_world_size(),
             )
             core_attention = ModuleSpec(module=AlibiAttention, params={"bias": bias})
-        return cls(norm, core_attention)
+        return cls(norm, core_attention, wanted)
+
+
+def require_transformer_engine(model: ModelConfig) -> None:
+    """Raises ConfigurationError if --transformer-impl asks for it and it cannot be used here."""
+    if model.transformer_impl == "transformer_engine":
+        named = "--transformer-impl transformer_engine needs"
+        require(torch.cuda.is_available(), f"{named} a GPU, and there is none here: use auto or local.")
+        require(
+            _has_transformer_engine(),
+            f"{named} the package transformer_engine, which cannot be imported: use auto or local, or "
+            f"pip install 'transformer-engine[pytorch]'.",
+        )
 
 
 def _has_transformer_engine() -> bool:

@@ -21,9 +21,20 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_peft.adapters.frozen_linear import run_function
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, fuses_norms
+
+# --attention-backend -> torch's kernels, the preferred first. A kernel that cannot serve a call (a mask, a dtype, the
+# device) is passed over: for that, the one that computes all scores stands last.
+_FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+_KERNELS = {
+    "flash": [*_FUSED, SDPBackend.MATH],
+    "fused": [*_FUSED[1:], _FUSED[0], SDPBackend.MATH],  # Megatron's meaning: cuDNN's
+    "unfused": [SDPBackend.MATH],
+    "local": [SDPBackend.MATH],
+}
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -44,6 +55,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert config.kv_channels is not None
         self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._kernels = _KERNELS.get(getattr(config, "attention_kernel", "auto"))
 
     def forward(
         self,
@@ -88,7 +100,8 @@ class ScaledDotProductAttention(MegatronModule):
         # Heads are split over the tensor-parallel ranks, so each rank draws its own dropout.
         tracker = tensor_parallel.get_cuda_rng_tracker()
         generator = tracker.fork() if dropout and tracker else nullcontext()
-        with generator:
+        kernels = sdpa_kernel(self._kernels, set_priority=True) if self._kernels else nullcontext()
+        with generator, kernels:
             context = F.scaled_dot_product_attention(
                 query,
                 key,

@@ -22,6 +22,7 @@ from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
+from megatron_peft.training.upkeep import Upkeep
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
     largest_orthogonality_error,
@@ -115,8 +116,10 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
         config.checkpoint.save, config.logging, is_writer, position.iteration, config_to_dict(config), saver.hold_folder
     )
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
-    with ExitSignals(config.training.exit_signal_handler, is_writer) as signals, writer, progress:
-        return _Run(state, data, saver, writer, progress, signals, saved_iteration=position.iteration).to_the_end()
+    signals, upkeep = ExitSignals(config.training.exit_signal_handler, is_writer), Upkeep(config)
+    with signals, writer, progress, upkeep:
+        run = _Run(state, data, saver, writer, progress, signals, upkeep, saved_iteration=position.iteration)
+        return run.to_the_end()
 
 
 @dataclass
@@ -127,6 +130,7 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     signals: ExitSignals
+    upkeep: Upkeep
     saved_iteration: int
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
@@ -172,6 +176,7 @@ class _Run:
     def _one_iteration(self, microbatches: list) -> str:
         """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
         config, position = self.state.config, self.state.position
+        self.upkeep.before_step(position.iteration)
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
         report = train_step(self.state, microbatches, stop=self._wants_to_stop())
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
@@ -179,6 +184,7 @@ class _Run:
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
+        self.upkeep.after_step(position.iteration)
         self.interval.add(report)
         self.progress.advance(position.iteration)
         if self.is_first_step:
@@ -228,7 +234,8 @@ class _Run:
         record = self._record(report)
         if validates:
             assert self.data.valid is not None
-            loss = validation_loss(self.state.model_chunks, self.data.valid)
+            with self.upkeep.around_validation():
+                loss = validation_loss(self.state.model_chunks, self.data.valid)
             record["validation_loss"] = loss
             # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
             self.state.best = from_first_rank(lambda: self.state.best.after(loss, iteration))

@@ -20,7 +20,7 @@ from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
-from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -84,6 +84,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
     config = replace(config, checkpoint=from_first_rank(lambda: resolve_resume(config.checkpoint)))
     if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
         raise ConfigurationError(*missing)
+    checked_together(lambda: require_transformer_engine(config.model))
     shape = checked_together(lambda: checked_shape(config))
     base = config.model.pretrained_checkpoint
     _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
@@ -178,6 +179,8 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> Mapping[str, object]:
 
 def _checked_tokenizer(config: RunConfig, shape: ModelShape) -> Tokenizer:
     tokenizer = build_tokenizer(config.data, config.model.pretrained_checkpoint)
+    if config.data.mock_data:  # its ids are the model's own, and no text is read
+        return tokenizer
     require_vocabulary_fits(tokenizer, shape.vocab_size)
     if doubt := doubt_about_vocabulary(tokenizer, shape.vocab_size):
         print_rank_0(doubt)

@@ -85,7 +85,7 @@ def start_state(
 def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
     """Wrap each chunk in megatron-core's DistributedDataParallel, which holds the gradient buffers."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.model.bf16,  # as Megatron does
+        grad_reduce_in_fp32=config.model.bf16 and not config.training.grad_reduce_in_bf16,  # as Megatron does
         overlap_grad_reduce=config.training.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -125,6 +125,8 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         optimizer=settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
+        decoupled_lr=settings.decoupled_lr,
+        decoupled_min_lr=settings.decoupled_min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,

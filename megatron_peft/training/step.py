@@ -77,6 +77,8 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     state.optimizer.zero_grad()
     finish_with(state.model_chunks, finish_gradients)
     losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
+    if state.config.training.empty_unused_memory_level >= 1:
+        torch.cuda.empty_cache()
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
     # Hybrid's lambda is taken before the optimizer clips them. The schedule advances last: to the next step's rate.
     check = state.config.training.check_for_nan_in_loss_and_grad
@@ -89,6 +91,8 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     grad_norm = update(state)
     bound_low_rank_norms(state)
     merge_if_due(state)
+    if state.config.training.empty_unused_memory_level >= 2:
+        torch.cuda.empty_cache()
     state.schedule.step(increment=state.config.global_batch_size)
     return StepReport(
         loss=loss_sum / max(num_tokens, 1),

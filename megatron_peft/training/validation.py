@@ -49,8 +49,9 @@ def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[
 
 @contextmanager
 def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Gather parameters now. With --overlap-param-gather only the next training forward would do so."""
-    overlaps = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
+    """Gather parameters now. With --overlap-param-gather only the next training forward would do so. May be nested."""
+    wanted = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
+    overlaps = [chunk for chunk in wanted if chunk.remove_forward_pre_hook_handles]  # empty inside another `with`
     for chunk in overlaps:
         chunk.disable_forward_pre_hook()
     try:
@@ -96,13 +97,18 @@ def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
     """Mean loss of the run's first microbatches, with the adapters and without them. A collective."""
     # As few microbatches as megatron-core's interleaved schedule takes.
     step = data.train.step_at(0)[: state.config.parallel.pipeline_model_parallel_size]
-    with_adapters = validation_loss(state.model_chunks, [step])
+    # megatron-core takes its hooks off module by module, so no module may be missing when it does.
+    with whole_parameters(state.model_chunks):
+        return validation_loss(state.model_chunks, [step]), _loss_without_adapters(state, step)
+
+
+def _loss_without_adapters(state: TrainingState, step: Step) -> float:
     modules = [layer.module for chunk in state.model_chunks for layer in linear_layers(chunk)]
     adapters = [module.adapter for module in modules]
     for module in modules:
         module.adapter = None
     try:
-        return with_adapters, validation_loss(state.model_chunks, [step])
+        return validation_loss(state.model_chunks, [step])
     finally:
         for module, adapter in zip(modules, adapters, strict=True):
             module.adapter = adapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmarks import layers, registry, steps, subjects
+from megatron_peft.benchmarks import NAMES, layers, registry, steps, subjects
 from megatron_peft.benchmarks.layers import crossover_figures
 from megatron_peft.benchmarks.measure import StepsJob
 from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
@@ -116,6 +116,7 @@ def test_the_way_in_use_stands_first(monkeypatch):
 def test_benchmarks_are_those_of_the_documentation() -> None:
     page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.M) == list(BENCHMARKS)
+    assert list(BENCHMARKS) == [*NAMES]
 
 
 def test_model_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ What is read from megatron-core's source is what its dataclasses say, in whateve
 """
 
 import ast
+import re
 import typing
 import warnings
 from collections import Counter
@@ -15,6 +16,8 @@ from megatron_peft.cli import megatron as module
 from megatron_peft.cli.flags import (
     ACCEPTED,
     ACCEPTED_VALUES,
+    ACCEPTED_WITH_VALUE,
+    CONFIG_SWITCHES,
     GROUPS,
     NO_FLAG,
     RUN_FIELDS,
@@ -30,12 +33,14 @@ from megatron_peft.cli.megatron import (
     FLAGS,
     SOURCES,
     WAYS_OUT,
+    WAYS_OUT_OF_REASONS,
+    WAYS_OUT_OF_VALUES,
     MegatronField,
     megatron_fields,
     reason_of,
     refused_flags,
 )
-from megatron_peft.cli.parser import known_flags, why_not_served
+from megatron_peft.cli.unknown import EQUIVALENTS, equivalent, known_flags, why_not_served
 from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, flag
 from megatron_peft.models.shape import CLAIMS, VALUES
 
@@ -55,12 +60,15 @@ def test_every_field_of_ours_has_one_flag_with_help_and_a_group() -> None:
 
 
 def test_accepted_flags_store_nothing_that_is_read() -> None:
-    assert {name for one in SERVED if one.target == "nothing" for name in one.names} == {*ACCEPTED, *ACCEPTED_VALUES}
+    accepted = {*ACCEPTED, *ACCEPTED_WITH_VALUE, *ACCEPTED_VALUES}
+    assert {name for one in SERVED if one.target == "nothing" for name in one.names} == accepted
 
 
 def test_tables_name_fields_that_exist() -> None:
     assert RUN_FIELDS.keys() <= TRANSFORMER.keys()
     assert {field for field, _, _ in RUN_SWITCHES.values()} <= TRANSFORMER.keys()
+    assert {field for field, _, _ in CONFIG_SWITCHES.values()} <= OURS
+    assert WAYS_OUT_OF_VALUES.keys() <= {name for one in SERVED if one.choices for name in one.names}
 
 
 def test_every_shape_flag_can_be_compared_with_a_checkpoint() -> None:
@@ -88,6 +96,7 @@ def test_every_way_out_belongs_to_a_refused_flag() -> None:
     of_fields = {"check-for-nan-in-grad", "virtual-pipeline-model-parallel-size"}
     of_fields |= {"num-layers-in-first-pipeline-stage", "num-layers-in-last-pipeline-stage"}
     assert WAYS_OUT.keys() - refused_flags().keys() == of_fields
+    assert WAYS_OUT_OF_REASONS.keys() <= {*FAMILIES.values(), *FLAGS}
 
 
 @pytest.mark.parametrize("class_name", SOURCES)
@@ -99,7 +108,7 @@ def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> N
 
 def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     field = MegatronField("quantum_speedup", "bool", "", ())
-    monkeypatch.setattr("megatron_peft.cli.parser.megatron_fields", lambda name: {"quantum_speedup": field})
+    monkeypatch.setattr("megatron_peft.cli.unknown.megatron_fields", lambda name: {"quantum_speedup": field})
     for name in ("--quantum-speedup", "--no-quantum-speedup"):
         assert f"{name} is a Megatron flag" in why_not_served(name)
 
@@ -149,3 +158,22 @@ def test_missing_megatron_core_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="pip install megatron-core"):
         module.megatron_fields.__wrapped__("OptimizerConfig")
+
+
+def test_flags_of_hugging_faces_trainers_stand_beside_ours_and_name_ours() -> None:
+    assert EQUIVALENTS.keys() & {name.lstrip("-") for name in known_flags()} == set()
+    mentioned = {name for told in EQUIVALENTS.values() for name in re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", told)}
+    assert mentioned <= {name for one in SERVED for name in one.names}
+
+
+def test_common_arguments_of_hugging_faces_trainer_are_known() -> None:
+    """Those that people set most; a name that both sides spell alike is served."""
+    common = (
+        "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size weight_decay warmup_ratio "
+    )
+    common += "gradient_accumulation_steps lr_scheduler_type logging_steps save_steps save_total_limit eval_steps "
+    common += "gradient_checkpointing max_grad_norm seed bf16 fp16 optim report_to run_name resume_from_checkpoint "
+    common += "dataloader_num_workers warmup_steps deepspeed fsdp ddp_timeout push_to_hub group_by_length adam_beta1"
+    known = {name.lstrip("-").replace("-", "_") for name in known_flags()}
+    unanswered = [name for name in common.split() if name not in known and not equivalent(f"--{name}")]
+    assert unanswered == ["group_by_length"]  # there is nothing like it here

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--rl-decay-style linear", "did you mean --lr-decay-style?"),
         ("--num-expert 8", "did you mean --num-experts, a Megatron flag that is not supported?"),
         ("--wibble", "--wibble is not a known flag; --help lists them."),
+        ("--load-in-4bit", "is a flag of Hugging Face's libraries; here it is not supported: the base is in float32"),
+        ("--gradient-checkpointing", "here it is --recompute-granularity full --recompute-method uniform"),
+        (
+            "--save_total_limit 3",
+            "--save_total_limit is a flag of Hugging Face's libraries; here it is --keep-last-che",
+        ),
+        ("--learning_rate 1e-4", "here it is --lr."),
+        ("--per-device-train-batch-size 4", "here it is --micro-batch-size."),
+        ("--num_train_epochs 3", "here it is --train-epochs."),
+        ("--output_dir runs/x", "here it is --save; a new run never writes into another run's folder."),
+        ("--lora-r 16", "here it is --lora-rank."),
+        ("--lora_target_modules q_proj", "here it is --peft-target-modules."),
         ("--tensor-model-parallel 1", "is not a known flag; did you mean --tensor-model-parallel-size?"),
         ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not support (mixture of exp"),
         ("--moe-of-tomorrow 8", "does not support (mixture of experts); remove it."),
@@ -211,6 +224,19 @@ def test_help_is_grouped_as_megatrons(capsys: pytest.CaptureFixture[str], monkey
 class OwnSettings:
     prompt_file: str | None = option(None, "the prompts", metavar="FILE")
     top_k: int = option(0, "the likeliest tokens")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_version_names_what_runs(rank: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(["--version", "--wibble"], {"RANK": rank})
+    packages = ("megatron-peft", "megatron-core", "torch")
+    ours, core, torch = (metadata.version(name) for name in packages)
+    told = f"megatron-peft {ours} (megatron-core {core}, torch {torch})\n"
+    assert capsys.readouterr().out == (told if rank == "0" else "")
+    with pytest.raises(SystemExit, match="0"):
+        read_own_flags(OwnSettings, ["--version"], "What it does.")
+    assert capsys.readouterr().out == told
 
 
 def test_flags_of_another_program_stand_beside_ours() -> None:

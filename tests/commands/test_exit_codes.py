@@ -85,6 +85,7 @@ def test_exit_code_says_whether_all_was_reached(tmp_path, monkeypatch, names, co
     good, bad = [Figure("good", 1.0, 2.0)], [Figure("bad", 3.0, 2.0)]
     benchmarks = {"a": registry.Benchmark("A", lambda place: good), "b": registry.Benchmark("B", lambda place: bad)}
     monkeypatch.setattr(registry, "BENCHMARKS", benchmarks)
+    monkeypatch.setattr(bench, "NAMES", tuple(benchmarks))
     assert bench.main([*names, "--output", str(tmp_path)]) == code
     assert {path.name for path in tmp_path.iterdir()} == files
     assert json.loads((tmp_path / "a.json").read_text())[0]["reached"] is True

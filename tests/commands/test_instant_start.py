@@ -30,6 +30,9 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import megatron_peft.commands.evaluate as tool; tool.main(['--help'])", "--num-fewshot N", NONE),
         ("import megatron_peft.commands.evaluate as tool; tool.main('--tasks x --output x'.split())", "", NONE),
         ("import megatron_peft.commands.generate as tool; tool.main(['--help'])", "--num-samples N", NONE),
+        ("import megatron_peft.commands.generate as tool; tool.main([])", "", NONE),
+        ("import megatron_peft.commands.bench as tool; tool.main(['nope'])", "", NONE),
+        ("import megatron_peft.commands.program as tool; tool.main(['bench', '--version'])", "megatron-core", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),
         ("import megatron_peft; print(megatron_peft.PeftConfig.__name__, dir(megatron_peft))", "add_adapters", NONE),
         ("import megatron_peft.data.documents", "", "heavy: numpy"),
@@ -42,3 +45,31 @@ def test_nothing_heavy_is_imported(code: str, shown: str, heavy: str) -> None:
     assert done.returncode == 0, done.stderr
     *answer, found = done.stdout.splitlines()
     assert found == heavy and shown in "\n".join(answer), done.stdout
+
+
+LIBRARY_WARNINGS = [
+    "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.",
+    "Apex is not installed. Falling back to Torch Norm",
+    "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
+]
+
+
+def answered(code: str) -> str:
+    """What a process prints on stderr."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    return done.stderr
+
+
+def test_warnings_of_megatron_core_about_optional_packages_are_silent() -> None:
+    messages = [*LIBRARY_WARNINGS, "another one"]
+    told = answered(f"import megatron_peft, warnings\nfor message in {messages}: warnings.warn(message)")
+    assert "another one" in told and not any(message in told for message in LIBRARY_WARNINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["evaluation.answers", "conversion.verify", "data.preprocess", "benchmarks.registry", "training.run"]
+)
+def test_a_command_starts_without_a_word_of_its_libraries(module: str) -> None:
+    """Each is the first that its command imports."""
+    assert answered(f"import megatron_peft.{module}") == ""

@@ -41,7 +41,7 @@ def test_a_slip_is_told_with_the_nearest_command(capsys) -> None:
 
 def test_version_is_the_packages(capsys) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"megatron-peft {version('megatron-peft')}\n"
+    assert capsys.readouterr().out.startswith(f"megatron-peft {version('megatron-peft')} (megatron-core ")
 
 
 def test_nothing_heavy_is_imported_for_an_overview_or_a_version() -> None:

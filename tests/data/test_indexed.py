@@ -12,7 +12,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.config import ConfigurationError, DataConfig
 from megatron_peft.data import indexed
-from megatron_peft.data.indexed import build_indexed, checked_blend
+from megatron_peft.data.indexed import build_indexed, build_mock, checked_blend
 from megatron_peft.data.tokenizers import NullTokenizer
 from megatron_peft.runtime.launch import start_world
 from tests.ranks import run_ranks
@@ -191,3 +191,22 @@ def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, monkey
     dataset = build_indexed(data, Split.train, (corpus,), None, TOKENIZER, num_ids=90)
     with pytest.raises(ConfigurationError, match="--data-path: sample .* has the token id 9., .* has 90 rows"):
         list(dataset)
+
+
+def test_files_that_are_not_mapped_give_the_same_samples(corpus):
+    mapped, read = (build(Split.train, 12, corpus, split="1", mmap_bin_files=maps) for maps in (True, False))
+    assert mapped is not None and read is not None and len(mapped) == len(read)
+    assert all((mapped[i].tokens == read[i].tokens).all() for i in range(12))
+
+
+def test_generated_samples_count_through_the_models_ids():
+    data = DataConfig(mock_data=True, seq_length=8, split="9,1,0")
+    train = build_mock(data, Split.train, 4, num_ids=50)
+    assert len(train) >= 4 and train.digest == "mock"
+    for sample in (train[i] for i in range(4)):
+        assert len(sample.tokens) == 8 and sample.tokens.max() < 50 and sample.loss_mask.all()
+        assert (sample.labels[:-1] == sample.tokens[1:]).all()
+        steps = np.diff(sample.tokens)
+        assert ((steps == 1) | (sample.tokens[:-1] == 49) | (sample.tokens[1:] == 49)).all()
+    test = build_mock(data, Split.test, 4, num_ids=50)  # whatever --split says, as in Megatron
+    assert len(test) >= 4 and any((test[i].tokens != train[i].tokens).any() for i in range(4))

@@ -56,6 +56,17 @@ def test_a_sentencepiece_model_is_read_from_a_file_or_from_its_folder(sentencepi
         assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (theirs.get_piece_size(), theirs.eos_id(), None)
 
 
+def test_llama_2s_tokenizer_puts_its_first_token_before_a_text(sentencepiece_file):
+    plain, gpt, llama = (
+        build_tokenizer(config(tokenizer_type=kind, tokenizer_model=str(sentencepiece_file)), None)
+        for kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+    )
+    ids = plain.encode("the cat sat")
+    assert gpt.encode_prompt("the cat sat") == plain.encode_prompt("the cat sat") == ids
+    assert llama.encode_prompt("the cat sat") == [llama.prefix_id, *ids] and llama.bos_id == llama.prefix_id != 0
+    assert llama.decode(llama.encode_prompt("the cat sat")) == "the cat sat"
+
+
 def test_null_tokenizer_means_what_it_meant_to_megatron():
     """From 0.18 on megatron-core counts the end of a document in."""
     theirs = MegatronNullTokenizer(99 + ("eod_id" in signature(MegatronNullTokenizer).parameters))

@@ -192,3 +192,15 @@ def test_attention_reads_keys_from_the_cache_itself():
     _logits(model, cache, PIECES[:1])
     held = [keys.data_ptr() for keys, _ in cache.key_value_memory_dict.values()]
     assert [keys.data_ptr() for keys in seen] == held
+
+
+@pytest.mark.parametrize("backend", ["unfused", "local", "flash", "fused", "auto"])
+def test_a_backend_chooses_the_kernel_and_keeps_the_numbers(backend):
+    """A profile names the kernel that ran. This machine has torch's fused kernel for CPUs, and the one in full."""
+    model = tiny_gpt(attention_backend=backend)
+    tokens, positions = torch.arange(20).reshape(2, 10), torch.arange(10).expand(2, 10)
+    with torch.profiler.profile() as profile:
+        logits = model(tokens, positions, None)
+    ran = {event.key for event in profile.key_averages()}
+    assert ("aten::_scaled_dot_product_attention_math" in ran) == (backend in ("unfused", "local"))
+    torch.testing.assert_close(logits, tiny_gpt()(tokens, positions, None), rtol=1e-5, atol=1e-5)

@@ -5,6 +5,8 @@ import torch
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training.state import build_optimizer, build_schedule
+from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import layers_without_gradient
 
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, "boft_block_size": 2, "boft_factors": 2}
 LINEAR = {"lr_decay_style": "linear"}
@@ -88,6 +90,27 @@ def test_gradients_of_a_bfloat16_model_are_summed_in_float32(start):
     state, _ = start(model={"bf16": True})
     trained = [p for p in state.model_chunks[0].parameters() if p.requires_grad]
     assert {(p.dtype, p.main_grad.dtype) for p in trained} == {(torch.bfloat16, torch.float32)}
+
+
+def test_gradients_are_summed_in_bfloat16_where_that_is_asked_for_but_those_of_rotations(start):
+    state, data = start(peft=HYBRID, model={"bf16": True}, training={"grad_reduce_in_bf16": True})
+    trained = dict(state.model_chunks[0].named_parameters())
+    kinds = {name.split(".")[-1]: p.main_grad.dtype for name, p in trained.items() if p.requires_grad}
+    assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "Q": torch.float32}
+    report = train_step(state, next(iter(data.train)))
+    assert report.grad_norm > 0 and layers_without_gradient(state) == []
+
+
+def test_the_embedding_and_the_output_layer_have_rates_of_their_own(start):
+    rates = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": 5e-4, "decoupled_min_lr": 2e-5, **LINEAR}
+    state, _ = start(peft={"method": "full"}, optimizer=rates)
+    of_vocabulary = {name: "word_embeddings" in name or "output_layer" in name for name in _groups(state, "max_lr")}
+    assert sum(of_vocabulary.values()) == 2
+    for key, own, common in (("max_lr", 5e-4, 1e-3), ("min_lr", 2e-5, 1e-5)):
+        expected = {name: own if found else common for name, found in of_vocabulary.items()}
+        assert _groups(state, key) == pytest.approx(expected)
+    state, _ = start(optimizer=rates)
+    assert set(_groups(state, "max_lr").values()) == {1e-3}
 
 
 @pytest.mark.parametrize(
