@@ -69,7 +69,7 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
     rules = [rule for rule in rules_for(shape).values() if is_weight(rule) and ".linear_" in rule.name]
     _check_tensors(adapter, rules, f"--pretrained-checkpoint {pretrained_checkpoint}")
     adopted = adapter.adopt(rules, shape)
-    save_adapters(output, _record(str(pretrained_checkpoint), shape, adopted), adopted.tensors)
+    save_adapters(output, _record(str(Path(pretrained_checkpoint).absolute()), shape, adopted), adopted.tensors)
     print(f"{adopted.notes}Load it with --finetune {adopted.flags}", flush=True)
     return Path(output)
 

@@ -28,7 +28,7 @@ BUDGET = (  # the same for all methods, for a fair comparison
     "train-iters train-samples train-epochs global-batch-size seq-length pack-sequences overlong "
     "train-data-path valid-data-path test-data-path data-path split optimizer bf16 clip-grad micro-batch-size "
     "lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-fraction "
-    "lr-warmup-init min-lr eval-iters eval-interval"
+    "lr-warmup-init min-lr eval-iters eval-interval early-stopping-patience"
 ).split()
 
 

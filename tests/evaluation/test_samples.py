@@ -69,7 +69,7 @@ def test_before_is_the_base_and_after_the_run_for_every_kind_of_method(folder: P
     hybrid = "--peft-method hybrid --lora-rank 8 --lora-ga-batches 1 --boft-block-size 4 --boft-factors 1"
     with one_rank(with_groups=False):
         full = samples(train(folder, "full", "--peft-method full --lr 3e-3"), 4)
-        mixed = samples(train(folder, "hybrid", f"{hybrid} --lr 8e-3 --hybrid-merge-interval 10"), 4)
+        mixed = samples(train(folder, "hybrid", f"{hybrid} --lr 8e-3 --hybrid-merge-interval 8 --train-iters 12"), 4)
     assert [one["prompt"] for one in full] == ["w0 ", "w2 ", "w4 ", "w6 "]
     assert full[1]["reference"] == full[1]["after"] == "w3 w4 w5"
     assert [one["before"] for one in full] == [one["before"] for one in mixed]

@@ -111,7 +111,9 @@ def test_budget_is_what_all_methods_share(tmp_path: Path) -> None:
     assert budget(found, found.models[0], found.tasks[0]) == {"train-iters": 2, "clip-grad": 0.5, **data}
 
 
-@pytest.mark.parametrize("flag", ["train-iters", "eval-iters", "lr-decay-iters", "min-lr", "clip-grad", "split"])
+@pytest.mark.parametrize(
+    "flag", ["train-iters", "eval-iters", "lr-decay-iters", "min-lr", "clip-grad", "split", "early-stopping-patience"]
+)
 def test_schedule_and_budget_are_the_same_for_all_methods(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ConfigurationError, match=f"methods.lora: --{flag} must be the same for all methods"):
         experiment(tmp_path, flags={}, methods={"lora": {"flags": {flag: 5}}})

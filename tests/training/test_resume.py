@@ -185,6 +185,7 @@ def ends_on_each_rank(job):
     return reasons
 
 
+@pytest.mark.slow
 def test_ranks_stop_early_together_though_their_losses_differ(job, tmp_path):
     """Rank 1 alone sees 0.5, 1.5, 2.5; rank 0 decides."""
     settings = {"eval_interval": 2, "early_stopping_patience": 1}
