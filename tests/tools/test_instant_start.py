@@ -23,6 +23,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
 @pytest.mark.parametrize(
     ("code", "shown", "heavy"),
     [
+        ("import tools.preview_data as tool; tool.main(['--help'])", "--sampled-records N", NONE),
         (f"{PARSE}(['--help'])", "--lora-rank N", NONE),
         (f"{PARSE}(['--num-experts', '8', '--wibble'], {{}})", "", NONE),
         (f"{PARSE}('--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1'.split(), {{}})", "", NONE),
