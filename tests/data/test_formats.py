@@ -1,5 +1,7 @@
 """Formats of records: found by the fields of a file's first record, or named by flags; what each becomes."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_peft.config import ConfigurationError
@@ -127,6 +129,14 @@ def test_all_records_of_a_file_have_the_format_of_its_first(write_lines, hf):
     unknown = write_lines([{"q": "1"}], "unknown.jsonl")
     with pytest.raises(ConfigurationError, match="unknown.jsonl, line 1: the record has the fields q, but"):
         InstructionDataset(RecordFiles([unknown], "--d"), Fit(hf, 64))
+
+
+def test_the_alpaca_file_of_the_examples_is_read_as_it_is(hf):
+    path = Path(__file__).parents[2] / "examples" / "data" / "instructions" / "code.json"
+    dataset = InstructionDataset(RecordFiles([str(path)], "--train-data-path"), Fit(hf, 1024))
+    first = dataset[0]
+    answer = hf.decode(first.labels[first.loss_mask > 0])
+    assert len(dataset) == 12 and answer == dataset.record(0)["output"] and dataset.warnings == []
 
 
 def test_files_of_one_run_may_have_different_formats(write_lines, hf):

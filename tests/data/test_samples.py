@@ -94,7 +94,7 @@ def test_packs_come_in_another_order_each_epoch_and_longest_first_in_none():
 
 
 def test_packs_of_an_evaluation_stand_where_their_first_sample_stood():
-    lengths = np.asarray([1, 9, 2, 8, 3, 7])
+    lengths = np.asarray([3, 7, 2, 8, 1, 9])
     order = PackedOrder(SampleOrder(6, 0, False), lengths, 10)
     assert [sorted(order.samples_at(i)) for i in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
