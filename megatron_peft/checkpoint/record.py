@@ -50,6 +50,7 @@ class RunRecord:
     data_digest: str | None = None
 
     def to_json(self) -> str:
+        """The text of the record's file, with its format's version."""
         plain = {
             "config": config_to_dict(self.config),
             "shape": {**dataclasses.asdict(self.shape), "linear_biases": sorted(self.shape.linear_biases)},

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
@@ -31,9 +31,9 @@ from megatron_peft.cli.flags import (
     sections,
     served_flags,
 )
-from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
+from megatron_peft.cli.megatron import flags_of_fields, reason_of, refusal, refused_flags
 from megatron_peft.cli.run_file import run_file
-from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training
+from megatron_peft.config import ConfigurationError, RunConfig, missing_for_training
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
@@ -48,7 +48,7 @@ def known_flags() -> dict[str, str | None]:
     """
     of_fields = {
         name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
-        for name, field_name in _flags_of_fields()
+        for name, field_name in flags_of_fields()
     }
     refused = {f"--{name}": reason for name, reason in refused_flags().items()}
     return of_fields | refused | {name: None for served in served_flags() for name in served.names}
@@ -69,15 +69,6 @@ def why_not_served(name: str) -> str:
         return f"{name} is not a known flag; --help lists them."
     not_served = "" if known[nearest] is None else ", a Megatron flag that is not supported"
     return f"{name} is not a known flag; did you mean {nearest}{not_served}?"
-
-
-def _flags_of_fields() -> Iterator[tuple[str, str]]:
-    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
-    for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
 
 
 def _nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
@@ -430,9 +421,10 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
     shown = " ".join(map(str, served.default or ())) if served.many else served.default
     if shown not in (None, ""):
         settings["help"] += f" (default: {shown})"
-    if served.choices:
+    if served.choices and served.checks_choices:
         return settings | {"choices": served.choices}
-    metavar = served.metavar or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
+    named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar
+    metavar = named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
     kind = _number if served.kind is float else served.kind
     return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
 

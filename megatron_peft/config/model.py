@@ -121,6 +121,7 @@ class ParallelConfig:
 
     @property
     def data_parallel_size(self) -> int:
+        """Replicas of the model: ranks that are neither tensor- nor pipeline-parallel."""
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 
@@ -215,6 +216,7 @@ class DataConfig:
 
     @property
     def reads_json(self) -> bool:
+        """Whether --train-data-path names JSON lines, and not an indexed dataset."""
         return bool(self.train_data_path) and self.train_data_path[0].endswith(JSON_SUFFIXES)
 
 

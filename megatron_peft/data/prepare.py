@@ -69,6 +69,7 @@ class TaskTemplate:
 
     @property
     def task(self) -> str:
+        """Name of the task in the harness."""
         return self.settings["task"]
 
     def prompt(self, fields: Mapping[str, Any]) -> str:
@@ -166,6 +167,7 @@ class TestItems:
         self._fragments: dict[str, list[tuple[str, str]]] = {}  # by their first words: (fragment, place)
 
     def add(self, document: Document) -> None:
+        """Note a test item, so that `TestItems` finds it again among training items."""
         for text in document.texts:
             self._places.setdefault(normalised(text), document.place)
         for text in map(normalised, document.fragments):

@@ -23,6 +23,8 @@ class BoftOptions(RotationOptions):
 
 
 class BoftMethod(RotationMethod):
+    """BOFT: a rotation that is a product of butterfly factors, eq. (3)-(6)."""
+
     name = "boft"
     summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
     options = (BoftOptions,)

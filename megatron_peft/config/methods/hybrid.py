@@ -69,6 +69,8 @@ def rotation_options(peft: HybridOptions) -> HybridOptions:
 
 
 class HybridMethod(Method):
+    """The Hybrid: LoRA-GA's low rank and a rotation, mixed by lambda (Algorithm 2)."""
+
     name = "hybrid"
     summary = "W + lambda s B A + (1 - lambda)(R - I) W, lambda from the gradients"
     options = (HybridOptions,)
@@ -112,8 +114,9 @@ class HybridMethod(Method):
 
     def fields(self, peft: HybridOptions) -> set[str]:
         """The fields that the method reads, without those of the other rotation."""
-        unused = [rotation for name, rotation in ROTATIONS.items() if name != peft.hybrid_rotation]
-        own = ROTATIONS[peft.hybrid_rotation].fields(peft) | LORA_GA.fields(peft)
+        chosen = ROTATIONS.get(peft.hybrid_rotation, BOFT)  # another name is an error of that field
+        unused = [rotation for rotation in ROTATIONS.values() if rotation is not chosen]
+        own = chosen.fields(peft) | LORA_GA.fields(peft)
         read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
         return read - set(self.ignored)
 

@@ -25,6 +25,8 @@ class UrnnOptions(RotationOptions):
 
 
 class UrnnMethod(RotationMethod):
+    """uRNN: a unitary rotation over pairs of features, eq. (10)-(12)."""
+
     name = "urnn"
     summary = "Q W, Q block-diagonal and unitary over pairs of features"
     options = (UrnnOptions,)
