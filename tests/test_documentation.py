@@ -10,7 +10,7 @@ from megatron_peft.cli.parser import ArgumentParser
 from megatron_peft.commands.completion import with_commands
 from megatron_peft.commands.program import COMMANDS, add_commands
 from megatron_peft.experiment.documents import PLACE, filled
-from megatron_peft.experiment.report import build, markdown
+from megatron_peft.experiment.report import build_report, markdown
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference
@@ -138,7 +138,7 @@ def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None
 def test_report_says_what_its_records_say(folder: Path) -> None:
     results = read_results(folder)
     assert all('\n "sha256": ' in path.read_text() for path in (folder / "cells").glob("*.json")), "edits go unseen"
-    found = build(results, reference_method(results, None))
+    found = build_report(results, reference_method(results, None))
     assert markdown(found) == (folder / "report.md").read_text(), f"python tools/report.py {folder}"
     assert {name: (folder / name).read_text() for name in found.files} == found.files
     shown = {f"{name}.svg" for section in found.sections for name in section.figures}

@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(settings: ReportSettings, output: Path) -> list[Path]:
     require_packages("report", "matplotlib", "scipy")
-    from megatron_peft.experiment.report import build, write
+    from megatron_peft.experiment.report import build_report, write
     from megatron_peft.experiment.results import copy_results, read_results
     from megatron_peft.experiment.tables import check_paper_names, reference_method
 
     results = read_results(settings.folder, settings.experiment)
     check_paper_names(results)
-    report = build(results, reference_method(results, settings.against))
+    report = build_report(results, reference_method(results, settings.against))
     if output.resolve() != settings.folder.resolve():
         copy_results(results, output)
     return write(report, output)

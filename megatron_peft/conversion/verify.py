@@ -45,10 +45,12 @@ class Difference:
 
     @property
     def relative(self) -> float:
+        """The largest difference over the largest value of the reference."""
         return self.absolute / self.scale
 
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
+        """Between two tensors of one shape."""
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
 
 
@@ -100,10 +102,10 @@ def verify(
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, shapes[0].vocab_size, (BATCH_SIZE, num_tokens), generator=draw)
-    return compare(*(subject.trace(subject, tokens) for subject in subjects))
+    return compare_traces(*(subject.trace(subject, tokens) for subject in subjects))
 
 
-def compare(trace: Trace, reference: Trace) -> LogitComparison:
+def compare_traces(trace: Trace, reference: Trace) -> LogitComparison:
     """Differences of `trace` from `reference`."""
     same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
     layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]

@@ -49,10 +49,12 @@ class Group:
 
     @property
     def name(self) -> tuple[str, str, str]:
+        """Model, task and method."""
         return self.model.name, self.task.name, self.method.name
 
     @property
     def key(self) -> str:
+        """The same as --group takes it."""
         return ",".join(self.name)
 
 

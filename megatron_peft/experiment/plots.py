@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 
 from megatron_peft.experiment.record import CellRecord
 from megatron_peft.experiment.results import Result, Results
-from megatron_peft.experiment.tables import Table, number
+from megatron_peft.experiment.tables import Table, format_number
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
 
@@ -38,6 +38,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def style(axes: Axes, title: str) -> None:
+    """Title, grid and frame that all plots have."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", color=GUIDE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -45,6 +46,7 @@ def style(axes: Axes, title: str) -> None:
 
 
 def colour(position: int) -> str:
+    """Of the curve or bar at this position."""
     return COLOURS[position % len(COLOURS)]
 
 
@@ -76,10 +78,12 @@ Measure = Callable[[CellRecord], float | None]
 
 
 def epoch_minutes(record: CellRecord) -> float | None:
+    """Minutes that an epoch took; None if it was not recorded."""
     return record.epoch_seconds and record.epoch_seconds / 60
 
 
 def peak_gigabytes(record: CellRecord) -> float | None:
+    """Peak memory of the run in GB (1e9 bytes); None if it was not recorded."""
     return record.peak_memory_bytes and record.peak_memory_bytes / 1e9
 
 
@@ -133,9 +137,9 @@ def cost_table(results: Results) -> Table:
             (
                 *(result.model, result.task, result.method),
                 _trainable(result),
-                number(mean_of(result, lambda record: record.step_seconds)),
-                number(mean_of(result, epoch_minutes)),
-                number(mean_of(result, peak_gigabytes)),
+                format_number(mean_of(result, lambda record: record.step_seconds)),
+                format_number(mean_of(result, epoch_minutes)),
+                format_number(mean_of(result, peak_gigabytes)),
             )
             for result in results.all
             if result.finals

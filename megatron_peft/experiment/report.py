@@ -19,8 +19,8 @@ from megatron_peft.experiment.tables import (
     BEST,
     Row,
     Table,
+    format_number,
     in_the_papers_form,
-    number,
     papers_method,
     rows,
     speed_table,
@@ -81,7 +81,9 @@ def _verdict(place: str, rows: Sequence[Row]) -> Iterator[str]:
     if best is None:
         return
     so_far = "so far, " if any(run is None for row in rows for run in row.runs) else ""
-    first = f"{place}: {so_far}{best.result.method} has the best mean of {len(have)} methods, {number(best.mean)}."
+    first = (
+        f"{place}: {so_far}{best.result.method} has the best mean of {len(have)} methods, {format_number(best.mean)}."
+    )
     yield f"{first} {_hybrid(have)}".rstrip()
 
 
@@ -93,7 +95,7 @@ def _hybrid(rows: Sequence[Row]) -> str:
         return "That is the Hybrid."
     assert hybrid.mean is not None
     ahead = [row.result.method for row in rows if row.mean is not None and _is_ahead(row, hybrid.mean, rows)]
-    return f"The Hybrid ({hybrid.result.method}, {number(hybrid.mean)}) ranks behind {', '.join(ahead)}."
+    return f"The Hybrid ({hybrid.result.method}, {format_number(hybrid.mean)}) ranks behind {', '.join(ahead)}."
 
 
 def _is_ahead(row: Row, mean: float, rows: Sequence[Row]) -> bool:
@@ -113,7 +115,7 @@ def tuning(results: Results) -> Table:
                 *(result.model, result.task, result.method),
                 " ".join(f"{name}={value}" for name, value in cell.settings.items()) or _own_flags(cell.flags),
                 str(cell.seed),
-                number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
+                format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
                 "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
             )
             for result in results.all
@@ -128,7 +130,7 @@ def _own_flags(flags: Sequence[str]) -> str:
     return f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else ""
 
 
-def versions(results: Results) -> str:
+def versions_of_runs(results: Results) -> str:
     """The versions of the final runs."""
     found: dict[str, dict[str, None]] = {}
     for result in results.all:
@@ -158,9 +160,9 @@ def provenance(results: Results) -> Iterator[str]:
 def table1() -> Table:
     """As printed: runs, then the average; averages that are not those of their runs are marked."""
     lines: list[tuple[str, ...]] = []
-    for benchmark, methods in paper.paper()["table"].items():
+    for benchmark, methods in paper.facts()["table"].items():
         for at, method in enumerate(methods):
-            heading = f"{benchmark}, {paper.paper()['units'][benchmark]}" if at == 0 else ""
+            heading = f"{benchmark}, {paper.facts()['units'][benchmark]}" if at == 0 else ""
             lines.append((heading, method, *(_runs(_found(benchmark, method, model)) for model in paper.models())))
             lines.append(("", "Avg", *(_average(_found(benchmark, method, model)) for model in paper.models())))
     return Table(
@@ -186,10 +188,10 @@ def beside_ours(rows: Sequence[Row]) -> list[Table]:
 
 def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Table:
     ours = list(dict.fromkeys(row.result.model for row in rows))
-    means = {(row.result.method, row.result.model): number(row.mean) for row in rows}
+    means = {(row.result.method, row.result.model): format_number(row.mean) for row in rows}
     methods = {row.result.method: papers_method(row.result) for row in rows}
     return Table(
-        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.paper()['units'][benchmark]})",
+        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.facts()['units'][benchmark]})",
         ("method", *(f"ours: {model}" for model in ours), *(f"paper: {model}" for model in paper.models())),
         tuple(
             (
@@ -202,7 +204,7 @@ def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Tabl
     )
 
 
-def wrong_averages() -> Table:
+def wrong_averages_table() -> Table:
     """The printed averages that are not the mean of the printed runs."""
     found = paper.wrong_averages()
     return Table(
@@ -230,7 +232,7 @@ def resources() -> Table:
         ("model", "method", "minutes an epoch", "memory (GB)"),
         tuple(
             (model, method, str(found.get("minutes_per_epoch", "–")), str(found.get("memory_gb", "–")))
-            for model, methods in paper.paper()["resources"].items()
+            for model, methods in paper.facts()["resources"].items()
             for method, found in methods.items()
         ),
         text_columns=2,
@@ -244,7 +246,7 @@ def dynamics() -> Table:
         ("model", "method", "what", "value"),
         tuple(
             (model, method, name.replace("_", " "), _value(value))
-            for model, methods in paper.paper()["dynamics"].items()
+            for model, methods in paper.facts()["dynamics"].items()
             for method, found in methods.items()
             for name, value in found.items()
         ),
@@ -296,7 +298,7 @@ class Report:
     files: Mapping[str, str]
 
 
-def build(results: Results, reference: str) -> Report:
+def build_report(results: Results, reference: str) -> Report:
     """Args: reference: the method that the others are tested against."""
     found = rows(results, reference)
     ours = in_the_papers_form(results, found)
@@ -322,7 +324,7 @@ def _sections(results: Results, found: Sequence[Row], ours: Table, long: Table) 
     lambdas = _lambda_figures(results)
     if lambdas:
         yield Section("Lambda by layer", ["Means over the final runs."], figures=lambdas)
-    yield Section("How it was made", [versions(results), *provenance(results)], [tuning(results)])
+    yield Section("How it was made", [versions_of_runs(results), *provenance(results)], [tuning(results)])
 
 
 def _papers_table1(found: Sequence[Row]) -> Iterator[Section]:
@@ -330,8 +332,8 @@ def _papers_table1(found: Sequence[Row]) -> Iterator[Section]:
     if beside:
         note = "Other models and other data: what can be compared is the order of the methods."
         yield Section("Table I beside the paper's", [note], beside)
-    source = f"Source: {paper.paper()['source']}."
-    yield Section("Table I in the paper", [source], [table1(), wrong_averages()], is_papers=True)
+    source = f"Source: {paper.facts()['source']}."
+    yield Section("Table I in the paper", [source], [table1(), wrong_averages_table()], is_papers=True)
 
 
 def _cost_figures(results: Results) -> dict[str, Figure]:

@@ -15,7 +15,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import report
 from megatron_peft.experiment.documents import filled
 from megatron_peft.experiment.record import cell_file
-from megatron_peft.experiment.report import Report, build, html, markdown, write
+from megatron_peft.experiment.report import Report, build_report, html, markdown, write
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
@@ -46,14 +46,14 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
-    write(build(results(place), "hybrid"), place)
+    write(build_report(results(place), "hybrid"), place)
     return place
 
 
 def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
     """Runs, means, tests, bests, the Hybrid's place, costs, speed, settings that were tried, the paper's tables."""
     expected = Path(__file__).with_name("small_report.md")
-    assert markdown(build(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
+    assert markdown(build_report(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
 
 
 def test_all_files_are_there(folder: Path) -> None:
