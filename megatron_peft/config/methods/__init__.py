@@ -12,7 +12,7 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 `tensors` maps the names of the adapter's parameters and buffers to whole tensors, whatever layout they were trained at.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from inspect import get_annotations
@@ -95,6 +95,10 @@ class Method:
         """Fields of `PeftConfig` that the method reads; the others have no effect."""
         own = {one.name for options in self.options for one in fields(options)} | {"method"}
         return (own | {"target_modules"} if self.adapter else own) - set(self.ignored)
+
+    def variants(self) -> Sequence[Mapping[str, Any]]:
+        """Fields of `PeftConfig` with which it reads different flags, for the tables of the documents."""
+        return ({},)
 
     def num_parameters(self, peft: Any, out_features: int, in_features: int) -> int:
         """Trained parameters of one adapted linear layer, over all ranks."""

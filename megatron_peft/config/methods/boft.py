@@ -29,6 +29,7 @@ class BoftMethod(RotationMethod):
     summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
     options = (BoftOptions,)
     adapter = "megatron_peft.adapters.boft"
+    whole_update_flags = "--boft-parametrization projection"
     cost = "out m (b - 1) / 2; projection: out m b (input side: in)"
 
     def num_parameters(self, peft: BoftOptions, out_features: int, in_features: int) -> int:

@@ -1,5 +1,6 @@
 """The Hybrid, Algorithm 2: flags, checks and cost. The adapter is `adapters/hybrid.py`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,6 +120,9 @@ class HybridMethod(Method):
         own = chosen.fields(peft) | LORA_GA.fields(peft)
         read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
         return read - set(self.ignored)
+
+    def variants(self) -> Sequence[Mapping[str, Any]]:
+        return [{"hybrid_rotation": name} for name in ROTATIONS]
 
     def describe(self, peft: HybridOptions) -> str:
         return f"{super().describe(peft)} with --hybrid-rotation {peft.hybrid_rotation}"
