@@ -124,6 +124,25 @@ KNOW_NO_METHOD = "cli config checkpoint conversion data evaluation models parall
 FILES = [path for room in KNOW_NO_METHOD for path in (ROOT / "megatron_peft" / room).rglob("*.py")]
 
 
+# Modules of a method that others may import: --lora-max-norm-ratio bounds every method's low rank.
+MAY_BE_IMPORTED = {"training/after_step.py": {"adapters.low_rank"}}
+METHODS_OWN = {
+    f"{room}.{one}" for room in ("adapters", "config.methods") for one in "boft hybrid low_rank urnn".split()
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=page_id)
+def test_no_code_but_a_methods_own_imports_its_modules(path: Path) -> None:
+    """So that it has no class of a method to ask for by `isinstance`, and no function of one."""
+    name = str(path.relative_to(ROOT / "megatron_peft"))
+    if "methods" in path.parts or name in MAY_NAME_A_METHOD:
+        return
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    modules = {f"{node.module}.{one.name}" for node in nodes for one in node.names}
+    modules = {one.removeprefix("megatron_peft.") for one in modules | {str(node.module) for node in nodes}}
+    assert modules & METHODS_OWN <= MAY_BE_IMPORTED.get(name, set())
+
+
 @pytest.mark.parametrize("path", FILES, ids=page_id)
 def test_no_code_but_a_methods_own_knows_its_name(path: Path) -> None:
     if "methods" in path.parts or str(path.relative_to(ROOT / "megatron_peft")) in MAY_NAME_A_METHOD:

@@ -76,6 +76,7 @@ class Method:
         cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
         param_groups: in the optimizer.
         starts_from_gradients: whether LoRA-GA's start initializes A and B.
+        mixes: whether adapters have a lambda, `mix` and `num_kept`, that their `update_mixtures` moves after backward.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Method:
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
     starts_from_gradients: bool = False
+    mixes: bool = False
 
     def describe(self, peft: Any) -> str:
         """The flags that select the method, for messages."""
@@ -128,6 +130,10 @@ class Method:
     def replaces_base(self, peft: Any) -> bool:
         """Whether the pretrained weights of the adapted layers are not used at all."""
         return False
+
+    def merge_interval(self, peft: Any) -> int | None:
+        """Iterations after which each adapter's `merge_and_restart` is called; None: never."""
+        return None
 
     def updates_whole_parameters(self, peft: Any) -> bool:
         """Whether a step ends with an update of whole parameters on every rank, after the optimizer's own.

@@ -80,6 +80,7 @@ class HybridMethod(Method):
     cost = "r (out + in), and those of the rotation"
     param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False, is_labelled=True))
     starts_from_gradients = True
+    mixes = True
 
     def num_parameters(self, peft: HybridOptions, out_features: int, in_features: int) -> int:
         parts: tuple[Method, ...] = LORA_GA, ROTATIONS[peft.hybrid_rotation]
@@ -133,6 +134,9 @@ class HybridMethod(Method):
 
     def subtracts_start(self, peft: HybridOptions) -> bool:
         return LORA_GA.subtracts_start(peft)
+
+    def merge_interval(self, peft: HybridOptions) -> int | None:
+        return peft.hybrid_merge_interval
 
     def updates_whole_parameters(self, peft: HybridOptions) -> bool:
         return ROTATIONS[peft.hybrid_rotation].updates_whole_parameters(peft)
