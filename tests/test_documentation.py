@@ -11,7 +11,7 @@ from megatron_peft.commands.completion import with_commands
 from megatron_peft.commands.program import COMMANDS, add_commands
 from megatron_peft.experiment.documents import PLACE, filled
 from megatron_peft.experiment.page import markdown
-from megatron_peft.experiment.report import build
+from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference
@@ -127,6 +127,13 @@ def test_modules_that_are_named_exist(page: Path) -> None:
             assert re.search(rf"\b{name}\b", (ROOT / "megatron_peft" / room[:-1] / f"{module}.py").read_text()), name
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["no_such_page"], 2)])
+def test_the_tool_for_tables_says_how_it_is_called(words: list[str], code: int, capsys) -> None:
+    assert reference.main(words) == code
+    printed = capsys.readouterr()
+    assert "tools/reference.py README.md" in (printed.err if code else printed.out)
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
@@ -144,7 +151,7 @@ def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None
 def test_report_says_what_its_records_say(folder: Path) -> None:
     results = read_results(folder)
     assert all('\n "sha256": ' in path.read_text() for path in (folder / "cells").glob("*.json")), "edits go unseen"
-    found = build(results, reference_method(results, None))
+    found = build_report(results, reference_method(results, None))
     assert markdown(found) == (folder / "report.md").read_text(), f"python tools/report.py {folder}"
     assert {name: (folder / name).read_text() for name in found.files} == found.files
     shown = {f"{name}.svg" for section in found.sections for name in section.figures}

@@ -59,10 +59,42 @@ def test_names_are_the_fields_own(path: Path) -> None:
     assert [name for name in names if odd(name)] == []
 
 
+CONVENTIONS = {"main", "add_arguments"}  # of programs and commands
+ADAPTERS_OWN = {"build", "merge", "rotation"}  # what the module of every adapter has
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def public_things(package: Path) -> list[tuple[Path, Definition]]:
+    """Classes and functions at the top of the package's modules."""
+    trees = ((path, ast.parse(path.read_text()).body) for path in sorted(package.rglob("*.py")))
+    things = ((path, node) for path, tree in trees for node in tree if isinstance(node, Definition))
+    return [(path, node) for path, node in things if not node.name.startswith("_")]
+
+
+def namesakes(package: Path) -> list[str]:
+    """Names of several classes or functions of the package."""
+    named = ((path.parent.name, node.name) for path, node in public_things(package) if node.name not in CONVENTIONS)
+    names = Counter(name for room, name in named if not (room == "adapters" and name in ADAPTERS_OWN))
+    return [name for name, count in names.items() if count > 1]
+
+
 def test_one_name_is_one_thing() -> None:
-    trees = (ast.parse(path.read_text()).body for path in (ROOT / "megatron_peft").rglob("*.py"))
-    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
-    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
+    assert namesakes(ROOT / "megatron_peft") == []
+
+
+def test_public_things_have_a_docstring() -> None:
+    things = public_things(ROOT / "megatron_peft")
+    assert [f"{path.name}: {node.name}" for path, node in things if not ast.get_docstring(node)] == []
+
+
+def test_namesakes_and_what_has_no_docstring_are_found(tmp_path: Path) -> None:
+    for room in ("data", "adapters"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / f"{room}.py").write_text(
+            "def read(): ...\ndef build(): ...\ndef main(): ...\nclass _Own: ...\n"
+        )
+    assert namesakes(tmp_path) == ["read"]
+    assert [node.name for _, node in public_things(tmp_path)] == ["read", "build", "main"] * 2
 
 
 @pytest.mark.parametrize(
@@ -90,6 +122,25 @@ KNOW_NO_METHOD = "cli config checkpoint conversion data evaluation models parall
 
 
 FILES = [path for room in KNOW_NO_METHOD for path in (ROOT / "megatron_peft" / room).rglob("*.py")]
+
+
+# Modules of a method that others may import: --lora-max-norm-ratio bounds every method's low rank.
+MAY_BE_IMPORTED = {"training/after_step.py": {"adapters.low_rank"}}
+METHODS_OWN = {
+    f"{room}.{one}" for room in ("adapters", "config.methods") for one in "boft hybrid low_rank urnn".split()
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=page_id)
+def test_no_code_but_a_methods_own_imports_its_modules(path: Path) -> None:
+    """So that it has no class of a method to ask for by `isinstance`, and no function of one."""
+    name = str(path.relative_to(ROOT / "megatron_peft"))
+    if "methods" in path.parts or name in MAY_NAME_A_METHOD:
+        return
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    modules = {f"{node.module}.{one.name}" for node in nodes for one in node.names}
+    modules = {one.removeprefix("megatron_peft.") for one in modules | {str(node.module) for node in nodes}}
+    assert modules & METHODS_OWN <= MAY_BE_IMPORTED.get(name, set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=page_id)

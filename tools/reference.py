@@ -103,7 +103,7 @@ def _default(one: Flag) -> str:
 def _readers(one: Flag) -> Iterator[str]:
     """For a flag of PeftConfig: the methods that read it."""
     if one.group == "PEFT":
-        configs = [PeftConfig(name) for name in METHODS] + [PeftConfig("hybrid", hybrid_rotation="urnn")]
+        configs = [PeftConfig(name, **fields) for name, method in METHODS.items() for fields in method.variants()]
         names = dict.fromkeys(peft.method for peft in configs if one.key in peft.spec.fields(peft))
         yield "all" if len(names) == len(METHODS) else ", ".join(names)
 
@@ -113,6 +113,10 @@ def _cell(text: str) -> str:
 
 
 def main(files: Sequence[str]) -> int:
+    """Exit code 2, with the usage, where a word is no file."""
+    if not files or not all(Path(name).is_file() for name in files):
+        print(__doc__, file=sys.stdout if {"--help", "-h"} & set(files) else sys.stderr)
+        return 0 if {"--help", "-h"} & set(files) else 2
     for path in map(Path, files):
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

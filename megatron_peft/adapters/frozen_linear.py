@@ -121,6 +121,7 @@ def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:  # [...,
 
 
 def grouped(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g] -> [k, n, g], a view where x is contiguous
+    """x by the groups of features that the blocks [k, g, g] act on, with the n tokens of x flattened."""
     return x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
 
 

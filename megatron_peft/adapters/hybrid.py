@@ -9,7 +9,7 @@ not orthogonal, but it has an inverse, so backward can keep y (`frozen_linear.py
 Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a rank's own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weigh
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank, scaled_product
 from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.config import PeftConfig
-from megatron_peft.config.methods.hybrid import rotation_options
+from megatron_peft.config.methods.hybrid import rotation_lr, rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, mark_split
 
@@ -50,6 +50,7 @@ class Hybrid(nn.Module):
         self.low_rank = LowRank(layout, peft, f"{name}.low_rank", seed, dtype)
         build_rotation, _ = ROTATIONS[peft.hybrid_rotation]
         self.rotation = build_rotation(layout, rotation_options(peft), name, seed, dtype)
+        self.initial_mix = peft.initial_mix
         self.merges = peft.hybrid_merge_interval is not None
         device = torch.cuda.current_device()
         self.register_buffer("mix", torch.tensor(peft.initial_mix, device=device))
@@ -75,6 +76,20 @@ class Hybrid(nn.Module):
         weight.copy_(changed_weight(weight, *self.low_rank.factors(), D, scale))
         self.low_rank.restart()
         self.rotation.restart()
+
+    def trained_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(what to call it, module) of the parts that have a gradient: not one that a fixed lambda switches off."""
+        if self.initial_mix > 0:
+            yield " (its low rank)", self.low_rank
+        if self.initial_mix < 1:
+            yield " (its rotation)", self.rotation
+
+    @staticmethod
+    def update_mixtures(
+        adapters: Sequence["Hybrid"], peft: PeftConfig, own_gradient: "OwnGradient", group: dist.ProcessGroup, lr: float
+    ) -> None:
+        """`update_mixtures` with --lr, of which the rates of rotations follow."""
+        update_mixtures(adapters, peft, own_gradient, group, rotation_lr(peft, lr) / lr)
 
     def _mixture(self) -> tuple[Tensor, Tensor]:
         """(lambda s, (1 - lambda) (R - I) as blocks [k, g, g])."""

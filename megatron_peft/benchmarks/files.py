@@ -123,7 +123,7 @@ class Loaded:
 
 def loading_figures(setting: Setting) -> list[Figure]:
     """The rank that read the most against its slices, and the rank that grew the most against its part of the model."""
-    ranks = run_ranks(setting.world_size, load, setting)
+    ranks = run_ranks(setting.world_size, load_on_ranks, setting)
     bare = peak_of_bare_torch()
     most_read = max(ranks, key=lambda rank: rank.read / rank.shard)
     largest = max(ranks, key=lambda rank: rank.peak - rank.shard)
@@ -137,7 +137,7 @@ def loading_figures(setting: Setting) -> list[Figure]:
     ]
 
 
-def load(setting: Setting) -> Loaded:
+def load_on_ranks(setting: Setting) -> Loaded:
     """Started on ranks."""
     join(setting)
     chunks, report = load_base(setting)

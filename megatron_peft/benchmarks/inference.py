@@ -66,7 +66,7 @@ def generation_figures(setting: Setting, turns: int) -> list[Figure]:
     for layout in LAYOUTS:
         one = dataclasses.replace(questions, setting=dataclasses.replace(setting, **layout))
         found = run_ranks(one.setting.world_size, our_replies, one, timeout=1800)[0]
-        figures += compare(one.setting.layout, found, expected)
+        figures += compare_replies(one.setting.layout, found, expected)
     seconds = run_ranks(1, time_generation, (questions, turns), timeout=1800)[0]
     ratio = median_ratio(seconds["ours"], seconds["transformers"])
     note = f"{NUM_TIMED} prompts, {TIMED_NEW} new tokens each, greedy, one batch"
@@ -81,7 +81,7 @@ def some_prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def compare(layout: str, found: Replies, expected: Replies) -> list[Figure]:
+def compare_replies(layout: str, found: Replies, expected: Replies) -> list[Figure]:
     """Two figures of a layout."""
     differing = sum(ours != theirs for ours, theirs in zip(found.answers, expected.answers, strict=True))
     pairs = zip(found.log_likelihoods, expected.log_likelihoods, strict=True)

@@ -113,9 +113,11 @@ class Alone:
     """The only rank of a group."""
 
     def rank(self) -> int:
+        """Of this process."""
         return 0
 
     def size(self) -> int:
+        """Number of ranks."""
         return 1
 
 

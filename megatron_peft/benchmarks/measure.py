@@ -113,6 +113,7 @@ class Peak:
 
     @property
     def above_start(self) -> int:
+        """Bytes beyond those that were held at the start."""
         return self.peak - self.start
 
 
@@ -246,6 +247,7 @@ class Collective:
 
     @property
     def is_scalar(self) -> bool:
+        """Whether it carries a few numbers only, as norms and counts do."""
         return self.elements <= SCALARS
 
 

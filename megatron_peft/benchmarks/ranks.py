@@ -91,6 +91,7 @@ class Ranks:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def result(self, rank: int) -> Any:
+        """What the function returned on a rank."""
         return pickle.loads(Path(self._folder.name, f"result{rank}").read_bytes())
 
     def wait(self, timeout: float) -> None:

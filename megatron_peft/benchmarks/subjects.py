@@ -83,6 +83,7 @@ class Setting:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.tensor_parallel * self.pipeline_parallel
 
     def peft(self, method: str) -> PeftConfig:
@@ -97,6 +98,7 @@ class Setting:
 
     @property
     def parallel(self) -> ParallelConfig:
+        """The layout as a run's configuration has it."""
         return ParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel,
             pipeline_model_parallel_size=self.pipeline_parallel,

@@ -80,6 +80,7 @@ class RunRecord:
     best: BestValidation = BestValidation()
 
     def to_json(self) -> str:
+        """The text of the record's file, with its format's version."""
         plain = {
             "config": config_to_dict(self.config),
             "shape": {**dataclasses.asdict(self.shape), "linear_biases": sorted(self.shape.linear_biases)},

@@ -64,6 +64,7 @@ class DraftedCheckpoint:
 
     @property
     def iteration(self) -> int:
+        """The iteration whose state it holds."""
         return self.record.position["iteration"]
 
     def complete(self) -> Path:

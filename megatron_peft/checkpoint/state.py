@@ -142,10 +142,12 @@ class OptimizerParam:
 
     @property
     def state(self) -> dict[str, Any]:
+        """What the optimizer keeps of the parameter: its moments, by their names."""
         return self.inner.state[self.master]
 
     @property
     def steps(self) -> int:
+        """Updates so far, which the optimizer counts for the parameter or for its group."""
         return int(self.state.get("step", self.group.get("step", 0)))
 
     def set_steps(self, steps: int) -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, flag
 
 # Prefix -> reason. A flag or field whose name starts so is Megatron's; the longest prefix wins.
 FAMILIES = {
@@ -290,6 +290,15 @@ def megatron_fields(class_name: str) -> dict[str, MegatronField]:
         if isinstance(node, ast.ClassDef) and node.name in classes
         for field in _fields(node)
     }
+
+
+def flags_of_fields() -> Iterator[tuple[str, str]]:
+    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
+    for class_name in SOURCES:
+        for one in megatron_fields(class_name).values():
+            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
+            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
+                yield name, one.name
 
 
 def _megatron_core(file: str) -> Path:

@@ -435,11 +435,12 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
     shown = " ".join(map(str, served.default or ())) if served.many else served.default
     if shown not in (None, ""):
         settings["help"] += f" (default: {shown})"
-    if served.choices and served.metavar:  # they are too long to stand in front
+    if served.choices and served.metavar and served.checks_choices:  # they are too long to stand in front
         settings["help"] += f" (one of {', '.join(served.choices)})"
-    if served.choices:
+    if served.choices and served.checks_choices:
         return settings | {"choices": served.choices, "metavar": served.metavar}
-    metavar = served.metavar or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
+    named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar
+    metavar = named or {int: "N", float: "X", str: "TEXT", Path: "PATH"}[served.kind]
     kind = _number if served.kind is float else served.kind
     return settings | {"type": kind, "metavar": metavar, "nargs": "+" if served.many else None}
 

@@ -2,12 +2,11 @@
 gets what stands for it here, and any other the nearest flag.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from megatron_peft.cli.flags import served_flags
-from megatron_peft.cli.megatron import SOURCES, megatron_fields, reason_of, refusal, refused_flags
-from megatron_peft.config import flag
+from megatron_peft.cli.megatron import flags_of_fields, reason_of, refusal, refused_flags
 
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
@@ -21,7 +20,7 @@ def known_flags() -> dict[str, str | None]:
     """
     of_fields = {
         name: reason_of(name[2:]) or reason_of(field_name.replace("_", "-")) or FIELD_REASON
-        for name, field_name in _flags_of_fields()
+        for name, field_name in flags_of_fields()
     }
     refused = {f"--{name}": reason for name, reason in refused_flags().items()}
     return of_fields | refused | {name: None for served in served_flags() for name in served.names}
@@ -44,15 +43,6 @@ def why_not_served(name: str) -> str:
         return f"{name} is not a known flag; --help lists them."
     not_served = "" if known[like] is None else ", a Megatron flag that is not supported"
     return f"{name} is not a known flag; did you mean {like}{not_served}?"
-
-
-def _flags_of_fields() -> Iterator[tuple[str, str]]:
-    """(flag, field): `--field`, Megatron's own names for it, and for a switch `--no-field` and `--disable-field`."""
-    for class_name in SOURCES:
-        for one in megatron_fields(class_name).values():
-            prefixes = ("", "no_", "disable_") if one.annotation == "bool" else ("",)
-            for name in (*(flag(prefix + one.name) for prefix in prefixes), *one.flags):
-                yield name, one.name
 
 
 def nearest(name: str, others: Iterable[str], likeness: float) -> str | None:

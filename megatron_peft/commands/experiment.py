@@ -70,7 +70,10 @@ def _read(settings: ExperimentSettings) -> tuple[Experiment, Path, list[Group]]:
 
     experiment = read_experiment(settings.experiment)
     found = groups(experiment)
-    check_flags(found)
+    try:
+        check_flags(found)
+    except ConfigurationError as error:
+        raise ConfigurationError(*(f"{settings.experiment}: {problem}" for problem in error.problems)) from error
     chosen = [group_named(found, settings.group)] if settings.group else found
     return experiment, settings.output or default_folder(experiment), chosen
 

@@ -44,7 +44,7 @@ class SplitSettings:
 DOWNLOADS = Path("runs/downloads")
 
 
-def flags_of(task: TaskFile) -> dict[str, dict[str, Any]]:
+def task_flags(task: TaskFile) -> dict[str, dict[str, Any]]:
     """The flags of one task, besides the common ones, as argparse takes them."""
     sources = {task.train, *task.test.values()}
     files = {"nargs": "+", "metavar": "FILE"} if "--input" in sources else {"metavar": "FOLDER", "nargs": 1}
@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser, more: Mapping[str, TaskFile] | None = 
         task = next(iter(members.values()))
         summary = f"{task.help} -> a folder for each of {', '.join(members)}" if task.group else task.help
         one = commands.add_parser(name, help=summary, description=summary)
-        flags = {flag: settings for member in members.values() for flag, settings in flags_of(member).items()}
+        flags = {flag: settings for member in members.values() for flag, settings in task_flags(member).items()}
         if task.group:
             help_ = f"of {name} (all of them)"
             flags["--tasks"] = {"nargs": "+", "choices": [*members], "default": [*members], "help": help_}
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if test_percent and not by_split:
             raise ConfigurationError("--test-percent cannot be given where there are test items of their own.")
         split = HashSplit(settings.valid_percent, test_percent, settings.seed)
-        for prepared in prepare_all(benchmarks(args), args.output, split, settings.overlap):
+        for prepared in prepare_all(benchmark_data(args), args.output, split, settings.overlap):
             print(report(prepared))
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def benchmarks(args: SimpleNamespace) -> Iterator[tuple[Path, BenchmarkData]]:
+def benchmark_data(args: SimpleNamespace) -> Iterator[tuple[Path, BenchmarkData]]:
     """The folder of each task, and what goes into it."""
     for name in getattr(args, "tasks", args.members):
         task: TaskFile = args.members[name]

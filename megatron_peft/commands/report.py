@@ -91,7 +91,7 @@ def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
 
 def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
     from megatron_peft.experiment.page import HTML, write_page
-    from megatron_peft.experiment.run_report import SAMPLES_FILE, build, read_run
+    from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, read_run
 
     folder = settings.folder
     run = read_run(folder)  # before anything is answered
@@ -108,19 +108,19 @@ def _of_a_run(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path
         if os.environ.get("RANK", "0") != "0":
             return []  # one rank writes
         run = read_run(folder)
-    return [write_page(build(run), (settings.output or folder) / HTML)]
+    return [write_page(build_run_report(run), (settings.output or folder) / HTML)]
 
 
 def _of_an_experiment(settings: ReportSettings) -> list[Path]:
     from megatron_peft.experiment.page import write
-    from megatron_peft.experiment.report import build
+    from megatron_peft.experiment.report import build_report
     from megatron_peft.experiment.results import copy_results, read_results
     from megatron_peft.experiment.tables import check_paper_names, reference_method
 
     output = settings.output or settings.folder
     results = read_results(settings.folder, settings.experiment)
     check_paper_names(results)
-    report = build(results, reference_method(results, settings.against))
+    report = build_report(results, reference_method(results, settings.against))
     if output.resolve() != settings.folder.resolve():
         copy_results(results, output)
     return write(report, output)

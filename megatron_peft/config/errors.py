@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import Field, field, fields
+from functools import cache
 from importlib import import_module
+from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 Check = Literal["positive", "not_negative", "fraction", "not_empty"]  # methods of `Requirements`
@@ -88,6 +92,25 @@ def spelled(name: str, value: Any) -> str:
     return name if value is True else f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
+_type_hints = cache(get_type_hints)
+_NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a finite number")}
+
+
+def _what_it_must_be(value: Any, annotation: Any) -> str:
+    """What a field of this type takes, if not this value; else nothing. Texts and collections are not looked at."""
+    if get_origin(annotation) in (UnionType, Union):
+        wanted = [_what_it_must_be(value, one) for one in get_args(annotation) if one is not NoneType]
+        return "" if value is None or not all(wanted) else " or ".join(wanted)
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return "" if value in choices else ", ".join(choices[:-1]) + f" or {choices[-1]}" * bool(choices)
+    if annotation is bool:
+        return "" if isinstance(value, bool) else "True or False"
+    kind, name = _NUMBERS.get(annotation, (object, ""))
+    is_number = not isinstance(value, bool) and isinstance(value, kind)
+    return "" if not name or (is_number and (isinstance(value, Integral) or isfinite(value))) else name
+
+
 class Requirements:
     """Collects failed checks inside a `with` block and raises them together, as one `ConfigurationError`, at its end.
 
@@ -110,28 +133,42 @@ class Requirements:
             self.problems.append(message)
 
     def fields(self, names: Collection[str] | None = None) -> None:
-        """The `check` of every field of the dataclass, or of those that are named."""
-        for one in fields(self.config):  # pyright: ignore[reportArgumentType]
-            check = one.metadata.get("check")
-            if check and (names is None or one.name in names):
+        """Type and `check` of every field of the dataclass, or of those that are named.
+
+        Raises:
+            ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
+        """
+        hints = _type_hints(type(self.config))
+        checked = [one for one in fields(self.config) if names is None or one.name in names]  # pyright: ignore[reportArgumentType]
+        wanted = {one.name: _what_it_must_be(getattr(self.config, one.name), hints[one.name]) for one in checked}
+        for one in checked:
+            if wanted[one.name]:
+                self(False, f"{flag_of(one)} is {getattr(self.config, one.name)!r}; it must be {wanted[one.name]}.")
+            elif check := one.metadata.get("check"):
                 getattr(self, check)(one.name)
+        if any(wanted.values()):
+            raise ConfigurationError(*self.problems)
 
     def positive(self, *names: str) -> None:
+        """Each is above 0."""
         for name in names:
             value = getattr(self.config, name)
             self(value is None or value > 0, f"{flag(name)} is {value}; it must be above 0.")
 
     def not_negative(self, *names: str) -> None:
+        """Each is 0 or more."""
         for name in names:
             value = getattr(self.config, name)
             self(value is None or value >= 0, f"{flag(name)} is {value}; it cannot be negative.")
 
     def fraction(self, *names: str) -> None:
+        """Each is at least 0 and below 1."""
         for name in names:
             value = getattr(self.config, name)
             self(value is None or 0 <= value < 1, f"{flag(name)} is {value}; it is a fraction, at least 0 and below 1.")
 
     def not_empty(self, *names: str) -> None:
+        """No text is empty."""
         for name in names:
             told = "has an empty value (an unset variable of the shell?): give a folder, or leave it out."
             self(getattr(self.config, name) != "", f"{flag(name)} {told}")

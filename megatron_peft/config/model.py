@@ -129,6 +129,7 @@ class ParallelConfig:
 
     @property
     def data_parallel_size(self) -> int:
+        """Replicas of the model: ranks that are neither tensor- nor pipeline-parallel."""
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 

@@ -22,7 +22,7 @@ from megatron_peft.conversion.verify import (
     Difference,
     LogitComparison,
     Trace,
-    compare,
+    compare_traces,
     random_tokens,
     single_process,
     traced,
@@ -60,7 +60,7 @@ def logits_change(run: TrainedAdapters, base: Path, lora: RunAsLora, num_tokens:
         reference = model.trace()
         layers = [model.difference_of_layer(number, reference) for number in range(shape.num_layers)]
         model.become_lora()
-        return LogitsChange(compare(model.trace(), reference), layers)
+        return LogitsChange(compare_traces(model.trace(), reference), layers)
 
 
 def _load_run(chunk: nn.Module, run: TrainedAdapters, base: Path) -> None:

@@ -152,6 +152,7 @@ class MegatronWeights:
         return next((tensor for tensor in found if tensor is not None), None)
 
     def stored_type(self, rule: Rule) -> torch.dtype:
+        """Type of a rule's weight in the files."""
         stored = self.stored(rule)
         assert stored is not None, rule.name  # `check` found it
         return stored.dtype

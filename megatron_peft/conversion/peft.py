@@ -25,14 +25,21 @@ from megatron_peft.config import (
 )
 from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
-from megatron_peft.conversion.peft_config import PREFIX, Adopted, PeftImport, open_import, read_config, shortest_targets
+from megatron_peft.conversion.peft_config import (
+    PREFIX,
+    Adopted,
+    PeftImport,
+    open_import,
+    read_adapter_config,
+    shortest_targets,
+)
 from megatron_peft.conversion.pretrained import open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
     TrainedAdapters,
     base_of,
     is_weight,
     known_fingerprint,
-    layer_of,
+    layer_name,
     modules_of,
     open_adapters,
     rows_of_modules,
@@ -75,7 +82,7 @@ def import_adapter(input: str | Path, output: str | Path, *, pretrained_checkpoi
 
 
 def _open(folder: Path) -> PeftImport:
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise ConfigurationError(f"--input {folder} holds neither {' nor '.join(WEIGHT_FILES)}.")
@@ -200,7 +207,7 @@ def opened_by_others(base: str | None) -> str | None:
 
 def _adapted_weights(record: RunRecord) -> list[Rule]:
     adapted = set(record.adapted_layers)
-    return [rule for rule in rules_for(record.shape).values() if is_weight(rule) and layer_of(rule) in adapted]
+    return [rule for rule in rules_for(record.shape).values() if is_weight(rule) and layer_name(rule) in adapted]
 
 
 def _base(adapters: TrainedAdapters, override: str | Path | None) -> str | None:
@@ -223,7 +230,7 @@ def _write(
     }
     with SafetensorsWriter(draft, specs, max_shard_bytes=sys.maxsize, stem=STEM) as writer:
         for rule in rules:
-            layer, peft = layer_of(rule), adapters.record.config.peft
+            layer, peft = layer_name(rule), adapters.record.config.peft
             tensors = form.tensors(adapters.of(layer), peft, layer, rule.local_shape(1)[0])
             rows = {name: rows_of_modules(rule, tensors[name]) for name in form.rows}
             for module, name in product(modules_of(rule), tensors):

@@ -20,7 +20,7 @@ from megatron_peft.config import ConfigurationError, PeftConfig, require
 from megatron_peft.config.errors import flag_of, spelled
 from megatron_peft.config.untrusted import limited_to, read_json_object
 from megatron_peft.conversion.hf_files import Source, listed
-from megatron_peft.conversion.trained_adapters import LowRankFactors, fuse, layer_of, modules_of
+from megatron_peft.conversion.trained_adapters import LowRankFactors, fuse, layer_name, modules_of
 from megatron_peft.models.rules import Rule
 from megatron_peft.models.shape import ModelShape, number, size, switch
 
@@ -46,6 +46,7 @@ class Adopted:
 
     @property
     def peft(self) -> PeftConfig:
+        """The configuration of a run with these adapters."""
         return PeftConfig(target_modules=tuple(self.target_modules), **self.settings)
 
     @property
@@ -126,7 +127,7 @@ KINDS: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. ConfigurationError: no HF PEFT folder, or not a plain LoRA or BOFT."""
     path = folder / ADAPTER_CONFIG
     require(path.is_file(), f"--input {folder} holds no {path.name}: give the folder of a HF PEFT adapter.")
@@ -232,7 +233,7 @@ class BoftImport(PeftImport):
             ConfigurationError: modules that are fused differ, output features are scaled, or blocks are of several
                 sizes.
         """
-        layers = {layer_of(rule): self._rotation(rule) for rule in rules if self.targeted(rule)}
+        layers = {layer_name(rule): self._rotation(rule) for rule in rules if self.targeted(rule)}
         settings = {
             "method": "boft",
             "boft_block_size": self._block_size(rules),
@@ -268,7 +269,7 @@ class BoftImport(PeftImport):
         found = [boft.from_huggingface(whole_tensor(self.source, f"{PREFIX}{module}.boft_R")) for module in targeted]
         if targeted != modules or not all(torch.equal(Q, found[0]) for Q in found):
             raise ConfigurationError(
-                f"{listed(modules)} share an input in {layer_of(rule)} and therefore need the same rotation; "
+                f"{listed(modules)} share an input in {layer_name(rule)} and therefore need the same rotation; "
                 f"{self.source.folder} has one for {listed(targeted)}, or different ones. {WAY_OUT}"
             )
         return found[0]
@@ -305,7 +306,7 @@ class LoraImport(PeftImport):
 
     def adopt(self, rules: Iterable[Rule], shape: ModelShape) -> Adopted:
         """The run's tensors and settings. ConfigurationError: the rank is above a layer's smaller side."""
-        fused = {layer_of(rule): fuse(rule, found) for rule in rules if (found := self._found(rule))}
+        fused = {layer_name(rule): fuse(rule, found) for rule in rules if (found := self._found(rule))}
         rank = max(factors.rank for factors in fused.values())
         _check_rank(rank, fused, self.rank)
         alpha = low_rank.grown_alpha(self.alpha, rank / self.rank, self.rank_stabilised)

@@ -19,7 +19,7 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, copy_small_files, set_stored_type, write_config
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules, read_model_shape
-from megatron_peft.conversion.trained_adapters import base_of, layer_of, open_adapters
+from megatron_peft.conversion.trained_adapters import base_of, layer_name, open_adapters
 from megatron_peft.conversion.writer import (
     DEFAULT_SHARD_BYTES,
     SafetensorsWriter,
@@ -197,7 +197,7 @@ def merge(
 
     def read(rule: Rule, weights: Weights) -> Mapping[str, Tensor]:
         """Changed in float32 (or float64), and cast when written."""
-        layer, stored = layer_of(rule), weights.stored_type(rule)
+        layer, stored = layer_name(rule), weights.stored_type(rule)
         if layer not in adapters.record.adapted_layers:
             return _tensors(rule, weights)
         whole = torch.empty(rule.local_shape(1), dtype=torch.promote_types(stored, torch.float32))

@@ -60,6 +60,7 @@ class ShardSlice:
 
     @property
     def num_bytes(self) -> int:
+        """Size in the file that is written."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property

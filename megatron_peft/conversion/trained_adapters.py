@@ -48,6 +48,7 @@ class LowRankFactors:
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.A.shape[0]
 
     def padded(self, rank: int) -> "LowRankFactors":
@@ -67,7 +68,7 @@ def is_weight(rule: Rule) -> bool:
     return rule.name.endswith(WEIGHT)
 
 
-def layer_of(rule: Rule) -> str:
+def layer_name(rule: Rule) -> str:
     """Megatron's layer whose weight the rule is for."""
     return rule.name.removesuffix(WEIGHT)
 

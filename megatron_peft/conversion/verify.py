@@ -45,10 +45,12 @@ class Difference:
 
     @property
     def relative(self) -> float:
+        """The largest difference over the largest value of the reference."""
         return self.absolute / self.scale
 
     @classmethod
     def of(cls, tensor: Tensor, reference: Tensor) -> "Difference":
+        """Between two tensors of one shape."""
         return cls((tensor - reference).abs().max().item(), reference.abs().max().item())
 
 
@@ -99,7 +101,7 @@ def verify(
     longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     tokens = random_tokens(shapes[0].vocab_size, num_tokens, seed)
-    return compare(*(subject.trace(subject, tokens) for subject in subjects))
+    return compare_traces(*(subject.trace(subject, tokens) for subject in subjects))
 
 
 def random_tokens(vocab_size: int, num_tokens: int, seed: int = 0) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
@@ -107,7 +109,7 @@ def random_tokens(vocab_size: int, num_tokens: int, seed: int = 0) -> Tensor:  #
     return torch.randint(0, vocab_size, (BATCH_SIZE, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def compare(trace: Trace, reference: Trace) -> LogitComparison:
+def compare_traces(trace: Trace, reference: Trace) -> LogitComparison:
     """Differences of `trace` from `reference`."""
     same = trace.logits.argmax(-1) == reference.logits.argmax(-1)
     layers = [Difference.of(*pair) for pair in zip(trace.layers, reference.layers, strict=True)]

@@ -120,6 +120,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """Size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

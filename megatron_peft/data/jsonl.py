@@ -63,6 +63,7 @@ class Array:
         return self._records[index]
 
     def place(self, index: int) -> str:
+        """FILE, record N of a record, for errors; counted from one."""
         return f"{self.path}, record {index + 1}"
 
 

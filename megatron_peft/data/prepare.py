@@ -14,17 +14,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError, Requirements, require
 from megatron_peft.config.untrusted import parse_yaml, read_text
 
-# The harness's settings; in a sandbox, since a task's file may be anybody's.
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
 TASKS = Path(__file__).parent / "tasks"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
 
@@ -69,6 +68,7 @@ class TaskTemplate:
 
     @property
     def task(self) -> str:
+        """Name of the task in the harness."""
         return self.settings["task"]
 
     def prompt(self, fields: Mapping[str, Any]) -> str:
@@ -93,13 +93,28 @@ class TaskTemplate:
         return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
 
     def _render(self, key: str, fields: Mapping[str, Any]) -> str:
+        from jinja2 import TemplateError
+
         try:
             return _compiled(self.settings[key]).render(**fields)
         except TemplateError as error:
             raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
 
 
-_compiled = cache(_JINJA.from_string)
+@cache
+def _compiled(text: str) -> "Template":
+    return _jinja().from_string(text)
+
+
+@cache
+def _jinja() -> "Environment":
+    """The harness's settings; in a sandbox, since a task's file may be anybody's."""
+    from jinja2 import StrictUndefined  # here, since --help does without
+    from jinja2.sandbox import SandboxedEnvironment
+
+    return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
 WORD = re.compile(r"\w+")
 
 
@@ -166,6 +181,7 @@ class TestItems:
         self._fragments: dict[str, list[tuple[str, str]]] = {}  # by their first words: (fragment, place)
 
     def add(self, document: Document) -> None:
+        """Note a test item, so that `TestItems` finds it again among training items."""
         for text in document.texts:
             self._places.setdefault(normalized(text), document.place)
         for text in map(normalized, document.fragments):

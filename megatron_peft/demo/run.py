@@ -48,6 +48,7 @@ class DemoScore:
 
     @classmethod
     def read(cls, path: Path) -> "DemoScore":
+        """The score of a JSON file that `demo.scoring` wrote."""
         fields = read_json_object(path)
         return cls(**{**fields, "translations": tuple(fields["translations"])})
 

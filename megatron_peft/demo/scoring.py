@@ -57,7 +57,7 @@ def first_line(text: str) -> str:
     return lines[0].strip() if lines else ""
 
 
-def corpus_bleu(translations: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, str]:
+def bleu_of_pairs(translations: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, str]:
     """(sacreBLEU's corpus score with its default settings, 0 to 100; its signature)."""
     from sacrebleu.metrics import BLEU
 
@@ -82,7 +82,7 @@ def score(config: RunConfig, output: Path) -> None:
         translations = translate(chunks, tokenizer, pairs, lambda done: progress.advance(task, done))
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
-        DemoScore(*corpus_bleu(translations, pairs), loss, trainable, translations).write(output)
+        DemoScore(*bleu_of_pairs(translations, pairs), loss, trainable, translations).write(output)
 
 
 def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
@@ -103,6 +103,7 @@ def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
 
 
 def main() -> None:
+    """Score a run: the JSON file to write, then flags of pretrain_peft.py."""
     output, *flags = sys.argv[1:]
     config = parse_arguments(flags)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):

@@ -166,12 +166,14 @@ class AnswerFile:
             self._file = self._draft.open("w", encoding="utf-8")
 
     def add(self, line: str) -> None:
+        """Append a line; the operating system has it when this returns."""
         with self._explained_errors():
             self._file.write(line)
             self._file.flush()
         self._num_written += 1
 
     def publish(self) -> None:
+        """Put the finished file in its place. Until then only its draft exists."""
         with self._explained_errors():
             os.fsync(self._file.fileno())
             self._file.close()
@@ -258,12 +260,14 @@ class Stream:
         self._num_written = 0
 
     def add(self, row: int, token: int) -> None:
+        """Print what a new token adds, as soon as it is whole characters."""
         self._ids.append(token)
         text = self._text()
         if not text.endswith("\ufffd"):  # else the last bytes of a character are still missing
             self._write_up_to(text[: len(text) - self._num_held])
 
     def end(self) -> None:
+        """Print what is left, and end the line."""
         self._write_up_to(self._text())
         self._write("\n")
 

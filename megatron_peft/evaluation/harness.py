@@ -118,10 +118,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Id of the token that ends a text."""
         return self._model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
+        """Id of the token before a text without context."""
         return self._model.tokenizer.prefix_id
 
     @property

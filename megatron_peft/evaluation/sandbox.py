@@ -277,6 +277,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
+        """Whether every test held."""
         return self.verdict == PASSED
 
 

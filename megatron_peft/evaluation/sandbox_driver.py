@@ -156,9 +156,11 @@ class ProgramProcess:
         self.unread = bytearray()
 
     def load(self, job: dict[str, Any]) -> None:
+        """Run the program of a job; its functions can then be called."""
         self._result(job)
 
     def call(self, function: str, *arguments: Any) -> Any:
+        """Call one of its functions. Returns its result; raises what it raised."""
         return self._result([function, [encode(argument) for argument in arguments]])
 
     def _result(self, message: Any) -> Any:
@@ -216,6 +218,7 @@ def judge(program: ProgramProcess, job: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Check the job of standard input, and write the verdict to standard output."""
     (calls, calls_in), (results, results_in) = os.pipe(), os.pipe()
     # Fork before the job is read: the program's process must not hold the check or the pipe of the verdict.
     process = os.fork()

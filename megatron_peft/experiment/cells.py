@@ -1,13 +1,13 @@
 """The cells of an experiment: each is one training run, of a model on a task by a method at one point of its grid."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig, flag
 from megatron_peft.experiment.spec import Choice, Experiment
 from megatron_peft.models.families import read_shape
 
@@ -49,10 +49,12 @@ class Group:
 
     @property
     def name(self) -> tuple[str, str, str]:
+        """Model, task and method."""
         return self.model.name, self.task.name, self.method.name
 
     @property
     def key(self) -> str:
+        """The same as --group takes it."""
         return ",".join(self.name)
 
 
@@ -122,14 +124,23 @@ def check_flags(groups: Iterable[Group]) -> None:
 
 
 def flag_problems(cell: Cell) -> tuple[str, ...]:
-    """The errors that pretrain_peft.py would report for the cell's flags."""
+    """The errors that pretrain_peft.py would report for the cell's flags, and a grid over a flag without effect."""
     # A model that prepare: makes, or that is on a cluster's disk, is checked by its own run.
     read = read_shape if _model_is_here(cell) else None
     try:
-        read_config([*cell.flags, "--save", "the cell's own"], {"WORLD_SIZE": str(cell.processes)}, read)
+        config = read_config([*cell.flags, "--save", "the cell's own"], {"WORLD_SIZE": str(cell.processes)}, read)
     except ConfigurationError as error:
         return error.problems
-    return ()
+    read_by_method = config.peft.spec.fields(config.peft)
+    of_methods = {
+        spelling: one.name for one in fields(PeftConfig) for spelling in one.metadata["flags"] or (flag(one.name),)
+    }
+    return tuple(
+        f"methods.{cell.method}.grid: --{name} has no effect with {config.peft.spec.describe(config.peft)}, so the "
+        f"grid would run equal cells: take it out."
+        for name in cell.settings
+        if of_methods.get(f"--{name}", "method") not in read_by_method
+    )
 
 
 def _model_is_here(cell: Cell) -> bool:

@@ -36,6 +36,7 @@ def markdown_of(record: Path) -> str:
 
 
 def experiment(folder: Path) -> str:
+    """Markdown of an experiment's folder: scores by method, and what they say."""
     results = read_results(folder)
     reference = reference_method(results, None)
     found = rows(results, reference)
@@ -45,6 +46,7 @@ def experiment(folder: Path) -> str:
 
 
 def benchmark(path: Path) -> str:
+    """Markdown of a JSON file that `tools/bench.py` wrote."""
     figures: list[dict[str, Any]] = read_json(path)
     return Table(
         f"`tools/bench.py {path.stem}`",
@@ -63,6 +65,7 @@ def _number(value: float | None) -> str:
 
 
 def main(files: Sequence[str]) -> int:
+    """Fill the marked places of documents. Exit code 2 for records that cannot be read."""
     try:
         for path in map(Path, files):
             path.write_text(filled(read_text(path), RECORDS), encoding="utf-8")

@@ -28,6 +28,7 @@ class Entry:
 
     @property
     def mean_of_runs(self) -> float:
+        """In the benchmark's unit."""
         return sum(self.runs) / len(self.runs)
 
     @property
@@ -37,7 +38,7 @@ class Entry:
 
 
 @cache
-def paper() -> Mapping[str, Any]:
+def facts() -> Mapping[str, Any]:
     """The file: source, units, table, resources, dynamics, settings."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
@@ -49,7 +50,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def _entries() -> Iterator[Entry]:
-    for benchmark, methods in paper()["table"].items():
+    for benchmark, methods in facts()["table"].items():
         for method, models in methods.items():
             for model, found in models.items():
                 yield from _numbers(benchmark, method, model, found) if found else ()
@@ -64,10 +65,12 @@ def _numbers(benchmark: str, method: str, model: str, found: Mapping[str, Any]) 
 
 
 def benchmarks() -> Sequence[str]:
-    return list(paper()["table"])
+    """The benchmarks of Table I."""
+    return list(facts()["table"])
 
 
 def models() -> Sequence[str]:
+    """The models of Table I."""
     return list(dict.fromkeys(entry.model for entry in entries()))
 
 

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from megatron_peft.experiment import paper
-from megatron_peft.experiment.tables import Row, Table, number, papers_method
+from megatron_peft.experiment.tables import Row, Table, format_number, papers_method
 
 
 def table1() -> Table:
     """As printed: runs, then the average; averages that are not those of their runs are marked."""
     lines: list[tuple[str, ...]] = []
-    for benchmark, methods in paper.paper()["table"].items():
+    for benchmark, methods in paper.facts()["table"].items():
         for at, method in enumerate(methods):
-            heading = f"{benchmark}, {paper.paper()['units'][benchmark]}" if at == 0 else ""
+            heading = f"{benchmark}, {paper.facts()['units'][benchmark]}" if at == 0 else ""
             lines.append((heading, method, *(_runs(_found(benchmark, method, model)) for model in paper.models())))
             lines.append(("", "Avg", *(_average(_found(benchmark, method, model)) for model in paper.models())))
     return Table(
@@ -37,10 +37,10 @@ def beside_ours(rows: Sequence[Row]) -> list[Table]:
 
 def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Table:
     ours = list(dict.fromkeys(row.result.model for row in rows))
-    means = {(row.result.method, row.result.model): number(row.mean) for row in rows}
+    means = {(row.result.method, row.result.model): format_number(row.mean) for row in rows}
     methods = {row.result.method: papers_method(row.result) for row in rows}
     return Table(
-        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.paper()['units'][benchmark]})",
+        f"Ours, {task} ({metric}), beside the paper's averages of {benchmark} ({paper.facts()['units'][benchmark]})",
         ("method", *(f"ours: {model}" for model in ours), *(f"paper: {model}" for model in paper.models())),
         tuple(
             (
@@ -53,7 +53,7 @@ def _beside(task: str, metric: str, benchmark: str, rows: Sequence[Row]) -> Tabl
     )
 
 
-def wrong_averages() -> Table:
+def wrong_averages_table() -> Table:
     """The printed averages that are not the mean of the printed runs."""
     found = paper.wrong_averages()
     return Table(
@@ -81,7 +81,7 @@ def resources() -> Table:
         ("model", "method", "minutes an epoch", "memory (GB)"),
         tuple(
             (model, method, str(found.get("minutes_per_epoch", "–")), str(found.get("memory_gb", "–")))
-            for model, methods in paper.paper()["resources"].items()
+            for model, methods in paper.facts()["resources"].items()
             for method, found in methods.items()
         ),
         text_columns=2,
@@ -95,7 +95,7 @@ def dynamics() -> Table:
         ("model", "method", "what", "value"),
         tuple(
             (model, method, name.replace("_", " "), _value(value))
-            for model, methods in paper.paper()["dynamics"].items()
+            for model, methods in paper.facts()["dynamics"].items()
             for method, found in methods.items()
             for name, value in found.items()
         ),

@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 
 from megatron_peft.experiment.record import CellRecord
 from megatron_peft.experiment.results import Result, Results, metrics
-from megatron_peft.experiment.tables import Row, Table, number, shown_metrics
+from megatron_peft.experiment.tables import Row, Table, format_number, shown_metrics
 
 # What the plots have in common: a figure without a display, the look of its axes, and its files.
 
@@ -40,6 +40,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def style(axes: Axes, title: str) -> None:
+    """Title, grid and frame that all plots have."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="y", color=GUIDE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -105,7 +106,7 @@ def _draw_runs(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot([at] * len(runs), runs, "o", color=shade, markersize=6, alpha=0.7, markeredgewidth=0)
         if row.mean is not None:
             axes.hlines(row.mean, at - 0.3, at + 0.3, color=shade, linewidth=2)
-            axes.annotate(number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
+            axes.annotate(format_number(row.mean), (at + 0.33, row.mean), va="center", fontsize=8, color=INK)
     axes.set_xticks(range(len(rows)), [row.result.method for row in rows], rotation=25, ha="right")
     axes.set_xlim(-0.6, len(rows) - 0.1)
     axes.margins(y=0.12)
@@ -117,10 +118,12 @@ Measure = Callable[[CellRecord], float | None]
 
 
 def epoch_minutes(record: CellRecord) -> float | None:
+    """Minutes that an epoch took; None if it was not recorded."""
     return record.epoch_seconds and record.epoch_seconds / 60
 
 
 def peak_gigabytes(record: CellRecord) -> float | None:
+    """Peak memory of the run in GB (1e9 bytes); None if it was not recorded."""
     return record.peak_memory_bytes and record.peak_memory_bytes / 1e9
 
 
@@ -174,9 +177,9 @@ def cost_table(results: Results) -> Table:
             (
                 *(result.model, result.task, result.method),
                 _trainable(result),
-                number(mean_of(result, lambda record: record.step_seconds)),
-                number(mean_of(result, epoch_minutes)),
-                number(mean_of(result, peak_gigabytes)),
+                format_number(mean_of(result, lambda record: record.step_seconds)),
+                format_number(mean_of(result, epoch_minutes)),
+                format_number(mean_of(result, peak_gigabytes)),
             )
             for result in results.all
             if result.finals

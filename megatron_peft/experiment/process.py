@@ -36,24 +36,26 @@ def run_folder(folder: Path, cell: Cell) -> Path:
     return folder / "runs" / cell.key
 
 
-def checkpoints(folder: Path, cell: Cell) -> Path:
+def checkpoints_folder(folder: Path, cell: Cell) -> Path:
+    """--save of the cell's run."""
     return run_folder(folder, cell) / "checkpoints"
 
 
 def lambdas(folder: Path, cell: Cell) -> Mapping[str, Any]:
     """The field `lambdas` of the cell's record, from its lambda.jsonl; empty if there is none."""
-    path = checkpoints(folder, cell) / LAMBDA_FILE
+    path = checkpoints_folder(folder, cell) / LAMBDA_FILE
     records = read_metrics(path) if path.exists() else []
     return from_lambdas(records) if records else {}
 
 
 def has_checkpoint(folder: Path, cell: Cell) -> bool:
-    return (checkpoints(folder, cell) / TRACKER).exists()
+    """Whether the cell's run can be resumed."""
+    return (checkpoints_folder(folder, cell) / TRACKER).exists()
 
 
 def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[str]:
     """The cell's run. One that was stopped continues from its last checkpoint, if that has the optimizer's state."""
-    save = checkpoints(folder, cell)
+    save = checkpoints_folder(folder, cell)
     goes_on = has_checkpoint(folder, cell) and "--no-save-optim" not in cell.flags
     return [
         *launcher(cell.processes),
@@ -68,7 +70,7 @@ def training_command(folder: Path, cell: Cell, program: Sequence[str]) -> list[s
 def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
     """The task's command for this cell, on as many processes as its training."""
     words: list[str] = []
-    places = {"{output}": str(score_file(folder, cell)), "{checkpoints}": str(checkpoints(folder, cell))}
+    places = {"{output}": str(score_file(folder, cell)), "{checkpoints}": str(checkpoints_folder(folder, cell))}
     for word in score.command:
         if word == "{flags}":
             words += cell.flags
@@ -80,6 +82,7 @@ def score_command(folder: Path, cell: Cell, score: ScoreSpec) -> list[str]:
 
 
 def score_file(folder: Path, cell: Cell) -> Path:
+    """Where the score's command writes its JSON file."""
     return run_folder(folder, cell) / "score.json"
 
 
@@ -110,6 +113,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
+        """Since its start."""
         return time.monotonic() - self.started
 
     def stop(self) -> None:

@@ -73,14 +73,17 @@ class CellRecord:
 
     @property
     def is_trained(self) -> bool:
+        """Whether the run came to its end."""
         return self.status == "trained"
 
 
 def cell_file(folder: Path, cell: Cell) -> Path:
+    """The JSON file of the cell's record."""
     return folder / CELLS / f"{cell.key}.json"
 
 
 def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
+    """Write the cell's record, whole or not at all."""
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -91,7 +94,7 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     temporary.replace(path)
 
 
-def read_record(folder: Path, cell: Cell) -> CellRecord | None:
+def read_cell_record(folder: Path, cell: Cell) -> CellRecord | None:
     """The cell's record; None if it does not exist, or has other flags than the cell has now."""
     path = cell_file(folder, cell)
     if not path.exists():
@@ -235,15 +238,16 @@ class CellProgress:
 
     @property
     def is_done(self) -> bool:
+        """Whether all final runs are trained, and scored if the task has a score."""
         trained = bool(self.finals) and all(record is not None and record.is_trained for record in self.finals)
         return trained and (not self.is_scored or self.num_scored == len(self.finals))
 
 
 def progress(folder: Path, group: Group, gave_up: Set[str] = frozenset()) -> CellProgress:
     """Args: gave_up: keys of cells that failed in this runner; a grid is complete without them."""
-    tuning = tuple(read_record(folder, cell) for cell in group.tuning)
+    tuning = tuple(read_cell_record(folder, cell) for cell in group.tuning)
     best = _best(group, tuning, gave_up)
-    finals = () if best is None else tuple(read_record(folder, cell) for cell in group.finals[best])
+    finals = () if best is None else tuple(read_cell_record(folder, cell) for cell in group.finals[best])
     score = group.task.score
     scored = sum(score is not None and record is not None and has_scores(record, score) for record in finals)
     return CellProgress(tuning, best, finals, scored, score is not None)
@@ -265,6 +269,7 @@ def work(
 
 
 def has_scores(record: CellRecord, score: ScoreSpec) -> bool:
+    """Whether the record holds every number of this score."""
     return record.is_trained and score.metrics.keys() <= record.scores.keys()
 
 
@@ -325,10 +330,12 @@ def _source(experiment: str, cell: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def training_digest(cell: Cell) -> str:
+    """Digest of what the cell's training follows from."""
     return digest(json.dumps(_declared(cell), sort_keys=True))
 
 
 def score_digest(cell: Cell, score: ScoreSpec) -> str:
+    """The same of its score."""
     return digest(json.dumps([_declared(cell), asdict(score)], sort_keys=True))
 
 
@@ -337,10 +344,12 @@ def _declared(cell: Cell) -> dict[str, Any]:
 
 
 def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from megatron_peft.experiment import paper, plots
 from megatron_peft.experiment.cells import command_line
 from megatron_peft.experiment.page import Report, Section
-from megatron_peft.experiment.paper_tables import beside_ours, dynamics, resources, table1, wrong_averages
+from megatron_peft.experiment.paper_tables import beside_ours, dynamics, resources, table1, wrong_averages_table
 from megatron_peft.experiment.record import has_provenance
 from megatron_peft.experiment.results import Result, Results
 from megatron_peft.experiment.spec import Experiment, budget, grid_size
@@ -16,8 +16,8 @@ from megatron_peft.experiment.tables import (
     Row,
     Table,
     by_score,
+    format_number,
     in_the_papers_form,
-    number,
     rows,
     speed_table,
     with_spread,
@@ -115,7 +115,7 @@ def tuning(results: Results) -> Table:
                 *(result.model, result.task, result.method),
                 " ".join(f"{name}={value}" for name, value in cell.settings.items()) or _own_flags(cell.flags),
                 str(cell.seed),
-                number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
+                format_number(record.validation_loss) if record and record.is_trained else "failed" if record else "–",
                 "yes" if result.finals and dict(cell.settings) == dict(result.settings) else "",
             )
             for result in results.all
@@ -130,7 +130,7 @@ def _own_flags(flags: Sequence[str]) -> str:
     return f"lr={flags[flags.index('--lr') + 1]}" if "--lr" in flags[:-1] else ""
 
 
-def versions(results: Results) -> str:
+def versions_of_runs(results: Results) -> str:
     """The versions of the final runs."""
     found: dict[str, dict[str, None]] = {}
     for result in results.all:
@@ -154,7 +154,7 @@ def provenance(results: Results) -> Iterator[str]:
         yield f"All {len(records)} cells record their experiment file, commit and data."
 
 
-def build(results: Results, reference: str) -> Report:
+def build_report(results: Results, reference: str) -> Report:
     """Args: reference: the method that the others are tested against."""
     found = rows(results, reference)
     ours = in_the_papers_form(results, found)
@@ -187,15 +187,15 @@ def _sections(results: Results, found: Sequence[Row], reference: str, ours: Tabl
     yield Section("All runs and tests", tables=[long], is_folded=True)
     if asks_for_the_paper(results.experiment):
         yield from _paper_sections(found, ours)
-    made = [versions(results), *provenance(results)]
+    made = [versions_of_runs(results), *provenance(results)]
     yield Section("How it was made", made, [tuning(results), common_flags(results)], is_folded=True)
 
 
 def _paper_sections(found: Sequence[Row], ours: Table) -> Iterator[Section]:
     note = "Other models and other data: what can be compared is the order of the methods."
     yield Section("Table I, in the paper's form", [note], [ours, *beside_ours(found)], is_folded=True)
-    source = f"Source: {paper.paper()['source']}."
-    tables = [table1(), wrong_averages(), resources(), dynamics()]
+    source = f"Source: {paper.facts()['source']}."
+    tables = [table1(), wrong_averages_table(), resources(), dynamics()]
     yield Section("The paper's own numbers", [source], tables, is_papers=True, is_folded=True)
 
 

@@ -15,8 +15,8 @@ from megatron_peft.experiment.record import (
     cell_file,
     misfits,
     progress,
+    read_cell_record,
     read_file,
-    read_record,
     write_record,
 )
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
@@ -45,14 +45,17 @@ class Result:
 
     @property
     def model(self) -> str:
+        """Its name."""
         return self.group.model.name
 
     @property
     def task(self) -> str:
+        """Its name."""
         return self.group.task.name
 
     @property
     def method(self) -> str:
+        """Its name."""
         return self.group.method.name
 
     def values(self, metric: str) -> dict[int, float]:
@@ -168,7 +171,7 @@ def _result(folder: Path, group: Group) -> Result:
     records = {
         key: _with_lambdas(folder, cell, record)
         for key, cell in _cells(group).items()
-        if (record := read_record(folder, cell)) is not None
+        if (record := read_cell_record(folder, cell)) is not None
     }
     tuning = tuple((cell, records.get(cell.key)) for cell in group.tuning)
     if now.best is None:
@@ -231,6 +234,7 @@ def steps_to(runs: Mapping[int, CellRecord], reference: Mapping[int, CellRecord]
 
 
 def validation_curve(record: CellRecord) -> list[tuple[float, float]]:
+    """(iteration, validation loss) in the order of the run."""
     return [(iteration, loss) for iteration, _, loss in record.curves.get("validation_loss", ())]
 
 
@@ -261,7 +265,7 @@ class Comparison:
     num_pairs: int
 
 
-def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
+def compare_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -> Comparison | None:
     """Args: seed -> value. None: fewer than two seeds in common, or differences that are all the same (no spread)."""
     from scipy.stats import ttest_rel  # of the extra `report`: whoever draws no report can do without it
 

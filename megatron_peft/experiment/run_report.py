@@ -21,7 +21,7 @@ from megatron_peft.experiment import plots
 from megatron_peft.experiment.page import Report, Section
 from megatron_peft.experiment.plots import AFTER, BEFORE, new_figure, series, style
 from megatron_peft.experiment.process import LAMBDA_FILE
-from megatron_peft.experiment.tables import Table, number
+from megatron_peft.experiment.tables import Table, format_number
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 SAMPLES_FILE = "samples.jsonl"
@@ -82,7 +82,7 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 SAMPLE_FIELDS = ("prompt", "reference", "before", "after")
 
 
-def build(run: RunFiles) -> Report:
+def build_run_report(run: RunFiles) -> Report:
     """The report of a run."""
     return Report(_title(run), tuple(_sections(run)))
 
@@ -122,12 +122,14 @@ def _result(run: RunFiles) -> Iterator[str]:
     if losses:
         lowest = int(np.argmin(losses))
         yield (
-            f"Validation loss: **{number(losses[-1])}** at iteration {iterations[-1]}, {number(losses[0])} at "
-            f"iteration {iterations[0]}. The lowest is {number(losses[lowest])}, at iteration {iterations[lowest]}."
+            f"Validation loss: **{format_number(losses[-1])}** at iteration {iterations[-1]}, "
+            f"{format_number(losses[0])} at iteration {iterations[0]}. The lowest is {format_number(losses[lowest])}, "
+            f"at iteration {iterations[lowest]}."
         )
     iterations, losses = series(run.metrics, "loss")
     if losses:
-        yield f"Training loss: {number(losses[-1])} at iteration {iterations[-1]}, {number(losses[0])} at first."
+        first, last = format_number(losses[0]), format_number(losses[-1])
+        yield f"Training loss: {last} at iteration {iterations[-1]}, {first} at first."
 
 
 def _length(record: RunRecord | None) -> str:
@@ -149,9 +151,10 @@ def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
     _, peaks = series(metrics, "peak_memory_bytes")
     told = [f"Training took {timedelta(seconds=round(_training_seconds(metrics)))}, without validation and saves"]
     if steps:
-        told.append(f"a step {number(median(steps))} s (median), with {_rounded(median(speeds))} tokens a second")
+        step = format_number(median(steps))
+        told.append(f"a step {step} s (median), with {_rounded(median(speeds))} tokens a second")
     if peaks:
-        told.append(f"memory of the process of rank 0 at most {number(max(peaks) / 1e9)} GB")
+        told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
     return "; ".join(told) + "."
 
 
@@ -174,10 +177,10 @@ def _lambda_sentence(last: Mapping[str, Any]) -> str:
     values = [value for value in last["lambda"].values() if value is not None]
     if not values:
         return ""
+    mean, low, high = map(format_number, (float(np.mean(values)), min(values), max(values)))
     return (
-        f"At iteration {last['iteration']} the share of the low-rank part is {number(float(np.mean(values)))} on "
-        f"average over {len(values)} layers, from {number(min(values))} to {number(max(values))}; the rest is the "
-        f"rotation's."
+        f"At iteration {last['iteration']} the share of the low-rank part is {mean} on average over {len(values)} "
+        f"layers, from {low} to {high}; the rest is the rotation's."
     )
 
 
@@ -236,7 +239,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label="validation")
         lowest = int(np.argmin(losses))
         axes.annotate(
-            number(losses[lowest]),
+            format_number(losses[lowest]),
             (iterations[lowest], losses[lowest]),
             (0, 7),
             textcoords="offset points",

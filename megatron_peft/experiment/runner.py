@@ -35,7 +35,7 @@ from megatron_peft.experiment.record import (
     losses_of_grid,
     of_cell,
     progress,
-    read_record,
+    read_cell_record,
     score_source,
     trainable_parameters,
     training_source,
@@ -143,7 +143,7 @@ class Runner:
         if todo.kind == "train":
             source = training_source(self.experiment, todo.cell)
             return of_cell(todo.cell, "failed", provenance={"training": source})
-        record = read_record(self.folder, todo.cell)
+        record = read_cell_record(self.folder, todo.cell)
         assert record is not None and todo.score is not None
         source = score_source(self.experiment, todo.cell, todo.score)
         return replace(record, provenance={**record.provenance, "score": source})
@@ -168,7 +168,7 @@ class Runner:
         self.report(f"{done} {todo.cell.key} in {running.seconds:.0f} s: {summary}")
 
     def _trained(self, cell: Cell, running: process.Running) -> str:
-        path = process.checkpoints(self.folder, cell) / METRICS_FILE
+        path = process.checkpoints_folder(self.folder, cell) / METRICS_FILE
         records = read_metrics(path) if path.exists() else []
         if not records:
             raise ConfigurationError(f"it ended well, but left no {path}")
@@ -210,7 +210,7 @@ class Runner:
         needed = {one.cell.key for one in todo} | self.running.keys()
         for one in (*group.tuning, *(final for finals in group.finals for final in finals)):
             if one.key not in needed:
-                _remove_all_but_metrics(process.checkpoints(self.folder, one))
+                _remove_all_but_metrics(process.checkpoints_folder(self.folder, one))
 
     def _end_cells(self) -> None:
         for _, running in self.running.values():
@@ -400,6 +400,6 @@ def _running_lines(runner: Runner) -> list[Text]:
 
 
 def _how_far(folder: Path, cell: process.Cell) -> str:
-    path = process.checkpoints(folder, cell) / METRICS_FILE
+    path = process.checkpoints_folder(folder, cell) / METRICS_FILE
     records = read_metrics(path) if path.exists() else []
     return f"iteration {records[-1]['iteration']}," if records else ""

@@ -175,6 +175,7 @@ def budget(experiment: Experiment, model: Choice, task: Choice) -> FlagValues:
 
 
 def default_folder(experiment: Experiment) -> Path:
+    """Where an experiment's cells go unless --output names a folder."""
     return Path("runs/experiments") / experiment.name
 
 

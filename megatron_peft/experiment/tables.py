@@ -15,7 +15,7 @@ from megatron_peft.experiment.results import (
     Result,
     Results,
     StepsTo,
-    compare,
+    compare_seeds,
     metrics,
     peft_method,
     steps_to,
@@ -58,12 +58,14 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), self.title
 
     def markdown(self) -> str:
+        """A table of Markdown with its title above and its note below."""
         rule = ["---" if at < self.text_columns else "---:" for at in range(len(self.columns))]
         body = [[_markdown_cell(cell) for cell in row] for row in self.rows]
         lines = [f"| {' | '.join(row)} |" for row in (list(self.columns), rule, *body)]
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def csv(self) -> str:
+        """Comma-separated values, without marks of the best."""
         output = io.StringIO()
         writer = csv.writer(output, lineterminator="\n")
         writer.writerows([self.columns, *([cell.removeprefix(BEST) for cell in row] for row in self.rows)])
@@ -89,6 +91,7 @@ class Table:
 
 
 def latex_text(text: str) -> str:
+    """The text with LaTeX's special characters escaped."""
     return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found.group()], text)
 
 
@@ -102,7 +105,7 @@ def _latex_cell(cell: str) -> str:
     return f"\\textbf{{{text}}}" if cell.startswith(BEST) else text
 
 
-def number(value: float | None, signed: bool = False) -> str:
+def format_number(value: float | None, signed: bool = False) -> str:
     """Four significant digits or so: losses with three after the point, scores with one or two."""
     if value is None:
         return "–"
@@ -112,8 +115,8 @@ def number(value: float | None, signed: bool = False) -> str:
 def with_spread(mean: float | None, deviation: float | None) -> str:
     """A mean and its standard deviation, to the same digit."""
     if mean is None or deviation is None:
-        return number(mean)
-    return f"{number(mean)} ± {deviation:.{_digits(mean)}f}"
+        return format_number(mean)
+    return f"{format_number(mean)} ± {deviation:.{_digits(mean)}f}"
 
 
 def _digits(value: float) -> int:
@@ -177,7 +180,7 @@ def _rows(results: Results, methods: Sequence[Result], metric: str, higher: bool
             runs,
             means.get(result.method),
             stdev(values.values()) if len(values) > 1 else None,
-            None if result.method == reference else compare(values, against),
+            None if result.method == reference else compare_seeds(values, against),
             len(means) > 1 and means.get(result.method) == best,
         )
 
@@ -248,11 +251,11 @@ def _tested_row(row: Row) -> tuple[str, ...]:
     test = row.against
     return (
         *(row.result.model, row.result.task, row.metric, row.result.method),
-        *(number(run) for run in row.runs),
-        (BEST if row.is_best else "") + number(row.mean),
-        number(row.deviation),
-        number(test.difference, signed=True) if test else "–",
-        f"{number(test.low, signed=True)} to {number(test.high, signed=True)}" if test else "–",
+        *(format_number(run) for run in row.runs),
+        (BEST if row.is_best else "") + format_number(row.mean),
+        format_number(row.deviation),
+        format_number(test.difference, signed=True) if test else "–",
+        f"{format_number(test.low, signed=True)} to {format_number(test.high, signed=True)}" if test else "–",
         f"{test.p:.3f}" if test else "–",
     )
 
@@ -280,7 +283,7 @@ def in_the_papers_form(results: Results, table_rows: Sequence[Row]) -> Table:
 
 
 def _runs_of(row: Row | None) -> str:
-    return " / ".join(number(run) for run in row.runs) if row else "–"
+    return " / ".join(format_number(run) for run in row.runs) if row else "–"
 
 
 def _average_of(row: Row | None) -> str:

@@ -73,6 +73,7 @@ class LeftProduct(_Product):
         self.total = torch.zeros(omega.shape[0], out_features, device=omega.device)
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
+        """Add the product of a microbatch: x [s, b, in], grad [s, b, out]."""
         u = linear(x, self.omega)
         if call.splits_sequence:  # communicate the narrow side
             u = start_gather_sequence_over_tensor_parallel(u, call.group)()
@@ -96,6 +97,7 @@ class RightProduct(_Product):
         self.total = torch.zeros(Q.shape[1], in_features, device=Q.device)
 
     def add(self, grad: Tensor, x: Tensor, call: FrozenLinearCall) -> None:
+        """Add the product of a microbatch: x [s, b, in], grad [s, b, out]."""
         du = linear(grad, self.Q.t())
         if call.splits_sequence:
             du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)()

@@ -34,10 +34,12 @@ class LinearLayout:
 
     @property
     def local_out_features(self) -> int:
+        """This rank's."""
         return self.out_features // self.group.size() if self.split == "column" else self.out_features
 
     @property
     def local_in_features(self) -> int:
+        """This rank's."""
         return self.in_features // self.group.size() if self.split == "row" else self.in_features
 
     def slice_output(self, whole: Tensor) -> Tensor:

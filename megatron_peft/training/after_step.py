@@ -1,6 +1,6 @@
 """What follows backward: the Hybrid's lambda, the update, bounds on norms, changes merged into weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,11 +9,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.hybrid import Hybrid, OwnGradient, update_mixtures
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.config import PeftConfig
-from megatron_peft.config.methods.hybrid import HybridMethod, rotation_lr
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.runtime.launch import gather_over_world
@@ -186,16 +184,16 @@ class Mixtures:
         return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
 
-def hybrid_adapters(state: Trained) -> dict[str, Hybrid]:
-    """This rank's, by the global name of their layer, in the order of the layers."""
+def mixing_adapters(state: Trained) -> dict[str, Any]:
+    """This rank's adapters that have a lambda, by the global name of their layer, in the order of the layers."""
     layers = [layer for chunk in state.model_chunks for layer in linear_layers(chunk)]
-    return {layer.name: layer.module.adapter for layer in layers if isinstance(layer.module.adapter, Hybrid)}
+    return {layer.name: layer.module.adapter for layer in layers if hasattr(layer.module.adapter, "mix")}
 
 
 def mix_from_gradients(state: Trained) -> None:
     """Update every lambda from this step's complete gradients, before they are clipped. One all-reduce."""
     peft, lr = state.peft, state.lr
-    adapters = list(hybrid_adapters(state).values())
+    adapters = list(mixing_adapters(state).values())
     if not adapters or not peft.adapts_mix:
         return
     shards = GradientShards(state.optimizer)
@@ -204,20 +202,20 @@ def mix_from_gradients(state: Trained) -> None:
         if shards.is_sharded
         else parallel_state.get_tensor_model_parallel_group()
     )
-    update_mixtures(adapters, peft, _counted(shards), group, rotation_lr(peft, lr) / lr)
+    adapters[0].update_mixtures(adapters, peft, _counted(shards), group, lr)
 
 
 def mixtures(state: Trained) -> Mixtures | None:
-    """lambda now; None without the Hybrid. A collective."""
-    if not isinstance(state.peft.spec, HybridMethod):
+    """lambda now; None for a method without. A collective."""
+    if not state.peft.spec.mixes:
         return None
-    own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in hybrid_adapters(state).items()}
+    own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in mixing_adapters(state).items()}
     every = {name: values for part in gather_over_world(own) for name, values in part.items()}
     ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
     return Mixtures({name: every[name][0] for name in ordered}, sum(kept for _, kept in every.values()))
 
 
-def _counted(shards: GradientShards) -> OwnGradient:
+def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:
     """Replicated parameters count on the first tensor-parallel rank."""
     counts_replicated = parallel_state.get_tensor_model_parallel_rank() == 0
 
@@ -237,11 +235,10 @@ def _counted(shards: GradientShards) -> OwnGradient:
 
 def merge_if_due(state: Trained) -> None:
     """Merge after every so many iterations; the step of `state.iteration + 1` has just been taken."""
-    peft = state.peft
-    interval = peft.hybrid_merge_interval if isinstance(peft.spec, HybridMethod) else None
+    interval = state.peft.spec.merge_interval(state.peft)
     if interval is None or (state.iteration + 1) % interval:
         return
-    for adapter in hybrid_adapters(state).values():
+    for adapter in mixing_adapters(state).values():
         adapter.merge_and_restart()
     forget_moments(state.optimizer)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,6 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.data.batches import Step
@@ -75,22 +75,16 @@ def layers_without_gradient(state: TrainingState) -> list[str]:
         f"{layer.name}{half}": _largest_gradient(part)
         for layer in layers
         if layer.module.adapter is not None
-        for half, part in _halves(layer.module.adapter, state.config.peft.initial_mix)
+        for half, part in _with_names(layer.module.adapter)
     }
     gathered: list[dict[str, float]] = gather_over_world(own)
     largest = {name: max(part.get(name, 0.0) for part in gathered) for part in gathered for name in part}
     return sorted(name for name, value in largest.items() if value == 0)
 
 
-def _halves(adapter: nn.Module, mix: float) -> Iterator[tuple[str, nn.Module]]:
-    """(suffix, module): the Hybrid's halves, except one that a fixed lambda switches off; other adapters whole."""
-    if not isinstance(adapter, Hybrid):
-        yield "", adapter
-        return
-    if mix > 0:
-        yield " (its low rank)", adapter.low_rank
-    if mix < 1:
-        yield " (its rotation)", adapter.rotation
+def _with_names(adapter: Any) -> Iterable[tuple[str, nn.Module]]:
+    """(suffix, module) of an adapter whose parts can lose their gradients alone; else the whole adapter."""
+    return adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]
 
 
 def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:

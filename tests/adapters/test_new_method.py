@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict
+from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, methods
 from tests.adapters.new_method_runs import LAYOUTS
+from tests.test_plain_english import namesakes
 from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ FILES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTA
 (LINE,) = re.findall(r'^(    "[\w.]+:GAINS",)$', PAGE, re.MULTILINE)
 (ENTRY_POINT,) = re.findall(r"^    (\[project.entry-points.*)\n", PAGE, re.MULTILINE)
 DECLARATION, ADAPTER = FILES
+SOURCE = FILES[DECLARATION]
 
 
 def in_tree(tree: Path, *command: str, **environ: str) -> str:
@@ -45,7 +47,7 @@ def tree(tmp_path_factory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     git = ("git", "-c", "user.name=n", "-c", "user.email=e")
     in_tree(tree, *git, "init", "-q")
-    for name in ("megatron_peft", "pretrain_peft.py"):
+    for name in ("megatron_peft", "pretrain_peft.py", "pyproject.toml"):
         in_tree(tree, "cp", "-r", str(ROOT / name), ".")
     (tree / "tests").symlink_to(ROOT / "tests")
     (tree / ".gitignore").write_text("__pycache__\n")
@@ -73,6 +75,12 @@ def test_it_is_two_new_files_and_one_line(tree):
     assert "new file mode" in in_tree(tree, "git", "diff", "--cached", "--", DECLARATION)
 
 
+def test_it_keeps_the_rules_of_the_repository(tree):
+    for command in (["check"], ["format", "--check"]):
+        in_tree(tree, sys.executable, "-m", "ruff", *command, DECLARATION, ADAPTER)
+    assert namesakes(tree / "megatron_peft") == []
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_trains_alike_at_every_layout(found, layout):
     alone, here = found["curves"]["alone"], found["curves"][layout]
@@ -98,67 +106,144 @@ def test_its_flags_are_in_the_help_and_checked(tree):
     assert "--gains-lr-ratio is 0.0; it must be above 0." in done.stderr
 
 
-def install(folder: Path, declaration: str = FILES[DECLARATION]) -> Path:
-    """A package beside ours, as pip leaves it: modules, and the entry point in its metadata."""
+def install(folder: Path, **declarations: str) -> Path:
+    """A package beside ours, as pip leaves it: modules, and entry points in its metadata, `name = declaration`."""
     package, info = folder / "your_package", folder / "your_package-1.0.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
     (package / "__init__.py").touch()
-    (package / "declaration.py").write_text(declaration.replace("megatron_peft.adapters.gains", "your_package.adapter"))
-    (package / "adapter.py").write_text(FILES[ADAPTER])
+    for name, text in declarations.items():
+        (package / f"{name}.py").write_text(text.replace("megatron_peft.adapters.gains", "your_package.adapter"))
+    (package / "adapter.py").write_text(
+        FILES[ADAPTER].replace("megatron_peft.config.methods.gains", f"your_package.{[*declarations][-1]}")
+    )
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[megatron_peft.methods]\ngains = your_package.declaration:GAINS\n")
+    points = [f"{name} = your_package.{name}:GAINS" for name in declarations]
+    (info / "entry_points.txt").write_text("\n".join(["[megatron_peft.methods]", *points, ""]))
     return folder
 
 
 @pytest.mark.slow
 def test_a_package_of_its_own_announces_it(tmp_path):
     assert ENTRY_POINT == '[project.entry-points."megatron_peft.methods"]'
-    found = train(ROOT, tmp_path, packages=install(tmp_path / "packages"))
+    found = train(ROOT, tmp_path, packages=install(tmp_path / "packages", gains=SOURCE))
     assert found["curves"]["alone"]["losses"][-1] < found["curves"]["alone"]["losses"][0] - 0.02
     assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
 
 
-SOURCE = FILES[DECLARATION]
 PLAIN_FIELD = re.sub(r"(gains_bound: float = )option\(.*\)", r"\g<1>0.9", SOURCE)
 BASES = "from megatron_peft.config.methods.low_rank import LoraGaOptions\n"
 BASES += "from megatron_peft.config.methods.urnn import UrnnOptions\n"
 OTHER_ORDER = BASES + SOURCE.replace("GainsOptions(PeftOptions)", "GainsOptions(LoraGaOptions, UrnnOptions)")
 NO_DATACLASS = SOURCE.replace("@dataclass(frozen=True)\nclass GainsOptions(PeftOptions)", "class GainsOptions")
+
+
+def ratio(declared: str) -> str:
+    """The declaration with another second field."""
+    return re.sub(r"gains_lr_ratio: .*", declared, SOURCE)
+
+
+def bound(**more: Any) -> str:
+    """The declaration with more said of the first field."""
+    said = ", ".join(f"{name}={value!r}" for name, value in more.items())
+    return SOURCE.replace('check="positive")\n', f"{said})\n", 1)
+
+
 BROKEN = {
     "cannot be imported": ("import nowhere", "No module named 'nowhere'"),
     "another object": ("GAINS = 3", "declares 3, which is not a Method"),
     "a name twice": (SOURCE.replace('name = "gains"', 'name = "lora"'), "so has megatron_peft.config.methods.low_rank"),
+    "a name of a number": (SOURCE.replace('name = "gains"', "name = 3"), "its name is 3, not a text"),
+    "no adapter": (re.sub("adapter = .*", "adapter = 3", SOURCE), "its adapter is 3, not a text"),
+    "options": (SOURCE.replace("(GainsOptions,)", "GainsOptions"), "not a tuple of type"),
     "a plain field": (PLAIN_FIELD, "its field gains_bound is not declared with option()"),
-    "another's field": (SOURCE.replace("gains_lr_ratio: float", "lora_rank: int"), "its field lora_rank is one of"),
-    "the run's field": (SOURCE.replace("gains_lr_ratio: float", "seed: int"), "its field seed is one of another"),
+    "another's field": (ratio('lora_rank: int = option(1, "it")'), "its field lora_rank is one of"),
+    "the run's field": (ratio('seed: int = option(1, "it")'), "its field seed is one of another"),
+    "PeftConfig's name": (ratio('spec: int = option(1, "it")'), "its field spec is one of another"),
+    "another's property": (ratio('lora_scale: int = option(1, "it")'), "its field lora_scale is one of another"),
+    "a bogus check": (bound(check="bogus"), "its field gains_bound has the check 'bogus'; there are positive"),
+    "a type": (ratio('gains_x: dict = option(None, "it")'), "its field gains_x is of type"),
+    "a help": (ratio("gains_x: int = option(1, 2)"), "its field gains_x has a help, group or metavar"),
     "no dataclass": (NO_DATACLASS, "is not a dataclass derived from PeftOptions"),
     "another order": (OTHER_ORDER, "its options cannot be combined with those of other methods"),
 }
+# What only the command line knows; in Python such a method can be used.
+UNFIT_FLAGS = {
+    "a flag of the shape": (ratio('hidden_size: int = option(1, "it")'), "its flag --hidden-size is one of pretrain"),
+    "a flag of the run": (bound(flags=("--lr",)), "its flag --lr is one of pretrain_peft.py"),
+    "a switch of the run": (bound(flags=("--no-masked-softmax-fusion",)), "is one of pretrain_peft.py"),
+    "a flag of Megatron's": (ratio('fp8: str = option("", "it")'), "its flag --fp8 is one of Megatron's"),
+    "a word": (bound(flags=("gains",)), "has the flag 'gains': use dashes"),
+    "a title": (bound(group="my group"), "its flag --gains-bound stands under 'my group', which is no title of --help"),
+}
+NAMES = {kind: f"gains{i}" for i, kind in enumerate([*BROKEN, *UNFIT_FLAGS])}
+LAST = "import sys\nassert 'megatron_peft.cli' not in sys.modules\n"
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_package_that_cannot_be_used_is_an_error_only_for_its_method(tmp_path, kind):
-    declaration, reason = BROKEN[kind]
-    packages = install(tmp_path / "packages", declaration)
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, Any]:
+    """What is said of each of these declarations, all of one package, by PeftConfig and by pretrain_peft.py."""
+    texts = {NAMES[kind]: text for kind, (text, _) in (BROKEN | UNFIT_FLAGS).items()}
+    renamed = {
+        name: text.replace("gains", name).replace(f"adapters.{name}", "adapters.gains") for name, text in texts.items()
+    }
+    packages = install(tmp_path_factory.mktemp("broken"), **renamed, usable=SOURCE)
     program = """
+import contextlib, io, json
 from megatron_peft.config import ConfigurationError, PeftConfig
-print(PeftConfig("boft").lora_rank, PeftConfig("boft").method)
-try:
-    PeftConfig(METHOD)
-except ConfigurationError as error:
-    print(error)
-""".replace("METHOD", repr("lora" if kind == "a name twice" else "gains"))
-    told = in_tree(ROOT, sys.executable, "-c", program, PYTHONPATH=os.pathsep.join([str(ROOT), str(packages)]))
-    assert (
-        told.startswith("16 boft\n--peft-method ") and "cannot be used: the installed package your-package has" in told
-    )
-    assert reason in told
+from megatron_peft.cli.parser import parse_arguments, read_config
+from megatron_peft.config.methods import METHODS
+
+def error_of(read, *words):
+    try:
+        read(*words)
+    except ConfigurationError as error:
+        return str(error)
+
+found = {"usable": METHODS.keys() > {"boft", "gains"}, "boft": PeftConfig("boft").lora_rank}
+found["python"] = {name: error_of(PeftConfig, name) for name in NAMES}
+with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+    parse_arguments(["--help"])
+found["help"] = printed.getvalue()
+found["command line"] = {name: error_of(read_config, ["--peft-method", name]) for name in NAMES}
+print(json.dumps(found))
+""".replace("NAMES", repr([*NAMES.values(), "lora", "nothing"]))
+    path = os.pathsep.join([str(ROOT), str(packages)])
+    return json.loads(in_tree(ROOT, sys.executable, "-c", program, PYTHONPATH=path))
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, *UNFIT_FLAGS])
+def test_a_package_that_cannot_be_used_is_an_error_only_for_its_method(told, kind):
+    name = "lora" if kind == "a name twice" else NAMES[kind]
+    reason = (BROKEN | UNFIT_FLAGS)[kind][1].replace("gains", NAMES[kind])
+    errors = [told["command line"][name], *([told["python"][name]] if kind in BROKEN else [])]
+    for error in errors:
+        assert f"--peft-method {name} cannot be used: the installed package your-package has it, but" in error
+        assert reason in error
+
+
+def test_help_and_other_methods_do_without_the_packages_that_cannot_be_used(told):
+    assert told["usable"] and told["boft"] == 16
+    assert "{full,lora,lora-ga,boft,urnn,hybrid,gains}" in told["help"] and "--gains-bound X" in told["help"]
+    assert not any(f"--{name}-" in told["help"] for name in NAMES.values())
+
+
+def test_an_unknown_method_is_told_which_packages_cannot_be_used(told):
+    """Their entry points may have other names than their methods."""
+    for error in (told["python"]["nothing"], told["command line"]["nothing"]):
+        assert "--peft-method nothing is not one of full, lora" in error
+        assert f"{NAMES['cannot be imported']} cannot be used: the installed package your-package has it" in error
+
+
+def test_a_typo_in_a_declaration_of_our_own_is_raised(monkeypatch):
+    monkeypatch.setattr(methods, "BUILT_IN", (*methods.BUILT_IN, "megatron_peft.config.methods.low_rank:LORRA"))
+    with pytest.raises(AttributeError, match="LORRA"):
+        methods._load_methods()
 
 
 def test_a_record_is_read_without_the_package_of_another_method(tmp_path):
     """And that of its own method names what is missing."""
-    packages = install(tmp_path / "packages")
+    packages = install(tmp_path / "packages", gains=SOURCE)
     write = (
         "import json; "
         "from megatron_peft.config import DataConfig as D, ModelConfig as M, ParallelConfig as P, RunConfig, "

@@ -30,8 +30,8 @@ def test_split_logits_are_those_of_transformers_and_one_wrong_one_is_found(tiny:
 def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(tiny: Setting, monkeypatch) -> None:
     monkeypatch.setattr(inference, "LAYOUTS", ({"tensor_parallel": 1},))
     monkeypatch.setattr(inference, "NUM_PROMPTS", 6)
-    compared, compare = [], inference.compare
-    monkeypatch.setattr(inference, "compare", lambda *sides: compared.append(sides) or compare(*sides))
+    compared, compare = [], inference.compare_replies
+    monkeypatch.setattr(inference, "compare_replies", lambda *sides: compared.append(sides) or compare(*sides))
     differing, largest, ratio = inference.generation_figures(tiny, turns=1)
     assert differing.reached and differing.note.startswith("6 prompts")
     assert largest.reached and largest.measured > 0, "two programs never round alike"

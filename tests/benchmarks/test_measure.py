@@ -177,8 +177,8 @@ def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
 
 def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:
     setting = replace(tiny, tensor_parallel=2)
-    ranks = files.run_ranks(2, files.load, setting)
-    (alone,) = files.run_ranks(1, files.load, tiny)
+    ranks = files.run_ranks(2, files.load_on_ranks, setting)
+    (alone,) = files.run_ranks(1, files.load_on_ranks, tiny)
     for rank in ranks:
         assert rank.shard * 0.8 < rank.read <= rank.shard  # less by the padding of the vocabulary
         assert 0.5 <= rank.shard / alone.shard < 0.51  # norms are whole on each

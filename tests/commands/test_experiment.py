@@ -16,7 +16,7 @@ def call(folder: Path, *extra: str, **changes: Any) -> int:
 
 @pytest.fixture
 def fake_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.process, "PROGRAM", Path(FAKE_TRAINING[0]))
+    monkeypatch.setattr(runner.process, "PROGRAM", FAKE_TRAINING)
 
 
 @pytest.mark.parametrize(("rate", "code"), [(0.4, 0), (9, 1)])

@@ -1,9 +1,11 @@
 """Configuration that contradicts itself is refused, each problem once with its flag and numbers; records of it last."""
 
 import json
+import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_peft.config import (
@@ -226,6 +228,46 @@ def test_flags_of_other_methods_are_kept_and_named(method: str, settings: dict[s
     peft = PeftConfig(method, **settings)
     assert {name: getattr(peft, name) for name in settings} == settings
     assert set(peft.unused_flags) == unused
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (
+            "boft",
+            {"boft_parametrization": "bogus"},
+            "--boft-parametrization is 'bogus'; it must be cayley or projection.",
+        ),
+        ("hybrid", {"hybrid_rotation": "x"}, "--hybrid-rotation is 'x'; it must be boft or urnn."),
+        ("lora-ga", {"lora_ga_init": None}, "--lora-ga-init is None; it must be aligned, paper or original."),
+        ("lora", {"lora_rank": "8"}, "--lora-rank is '8'; it must be a whole number."),
+        ("lora", {"lora_rank": 8.0}, "--lora-rank is 8.0; it must be a whole number."),
+        ("lora", {"lora_rank": True}, "--lora-rank is True; it must be a whole number."),
+        ("lora", {"lora_alpha": math.inf}, "--lora-alpha is inf; it must be a finite number."),
+        ("lora", {"lora_max_norm_ratio": math.nan}, "--lora-max-norm-ratio is nan; it must be a finite number."),
+        ("lora", {"lora_rs": 1}, "--lora-rs is 1; it must be True or False."),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_its_flag(method: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PeftConfig(method, **settings, lora_plus_ratio=-1)
+    found = {message, "--lora-plus-ratio is -1; it must be above 0."}
+    assert set(caught.value.problems) == (found if method != "boft" else {message})
+    assert PeftConfig("full", **settings)  # which does not read it
+
+
+def test_values_of_the_right_type() -> None:
+    peft = PeftConfig("lora", lora_rank=np.int64(8), lora_alpha=10**400, lora_dropout=np.float32(0.5), lora_rs=True)
+    assert (peft.lora_rank, peft.lora_max_norm_ratio) == (8, None)
+    with pytest.raises(ConfigurationError, match="--train-iters is '10'; it must be a whole number"):
+        TrainingConfig(train_iters="10")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_field_of_another_method_is_not_checked() -> None:
+    assert PeftConfig("lora", boft_block_size=-1, lora_ga_batches=0).unused_flags == [
+        "--lora-ga-batches 0",
+        "--boft-block-size -1",
+    ]
 
 
 @pytest.fixture

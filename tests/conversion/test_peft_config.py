@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import Source, open_source
-from megatron_peft.conversion.peft_config import PeftImport, open_import, read_config, whole_tensor
+from megatron_peft.conversion.peft_config import PeftImport, open_import, read_adapter_config, whole_tensor
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULES = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -25,7 +25,7 @@ def read(folder: Path, **settings: Any) -> PeftImport:
 
 def opened(folder: Path) -> Any:
     """Without weights."""
-    return open_import(read_config(folder), Source(folder, {}))
+    return open_import(read_adapter_config(folder), Source(folder, {}))
 
 
 def test_what_peft_itself_writes_is_plain(tmp_path):

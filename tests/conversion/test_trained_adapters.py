@@ -9,7 +9,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.trained_adapters import (
     LowRankFactors,
     fuse,
-    layer_of,
+    layer_name,
     modules_of,
     open_adapters,
     rows_of_modules,
@@ -75,7 +75,7 @@ def change(factors: LowRankFactors) -> torch.Tensor:
     return factors.B.double() @ factors.A.double()
 
 
-@pytest.mark.parametrize("rule", LINEAR, ids=layer_of)
+@pytest.mark.parametrize("rule", LINEAR, ids=layer_name)
 def test_split_makes_the_change_that_the_weights_rule_takes_apart_and_fuse_undoes_it(rule):
     fused = draw(*rule.local_shape(1), rank=3, seed=0)
     expected, modules = rule.write([change(fused)]), split(rule, fused)
@@ -86,7 +86,7 @@ def test_split_makes_the_change_that_the_weights_rule_takes_apart_and_fuse_undoe
     assert torch.equal(again.A, fused.A) and torch.equal(again.B, fused.B)
 
 
-@pytest.mark.parametrize("rule", LINEAR, ids=layer_of)
+@pytest.mark.parametrize("rule", LINEAR, ids=layer_name)
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_modules_with_an_A_of_their_own_keep_their_change(rule, left_out):
     modules = list(modules_of(rule).items())

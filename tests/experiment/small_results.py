@@ -8,7 +8,7 @@ from typing import Any
 from megatron_peft.experiment.cells import Cell
 from megatron_peft.experiment.page import markdown
 from megatron_peft.experiment.record import CellRecord, of_cell, score_source, training_source, write_record
-from megatron_peft.experiment.report import build
+from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.runner import EXPERIMENT_FILE
 from tests.experiment.small_experiment import content, experiment
@@ -68,5 +68,5 @@ def as_the_paper(folder: Path, **changes: Any) -> Results:
 
 if __name__ == "__main__":  # writes small_report.md again
     with tempfile.TemporaryDirectory() as folder:
-        text = markdown(build(as_the_paper(Path(folder)), "hybrid"))
+        text = markdown(build_report(as_the_paper(Path(folder)), "hybrid"))
     Path(__file__).with_name("small_report.md").write_text(text)

@@ -122,7 +122,7 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
 
 
 def test_a_stopped_cell_continues_if_it_has_an_optimizers_state(tmp_path: Path) -> None:
-    saved = process.checkpoints(tmp_path, CELL)
+    saved = process.checkpoints_folder(tmp_path, CELL)
     expected = [sys.executable, "train.py", "--lr", "0.1", "--save", str(saved)]
     assert process.training_command(tmp_path, CELL, ["train.py"]) == expected
     saved.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_a_stopped_cell_continues_if_it_has_an_optimizers_state(tmp_path: Path) 
 
 def test_score_gets_the_cells_places_and_flags(tmp_path: Path) -> None:
     score = ScoreSpec(("python", "score.py", "--out={output}", "{checkpoints}", "{flags}", "{flags}x"), {})
-    places = f"--out={process.score_file(tmp_path, CELL)}", str(process.checkpoints(tmp_path, CELL))
+    places = f"--out={process.score_file(tmp_path, CELL)}", str(process.checkpoints_folder(tmp_path, CELL))
     expected = [sys.executable, "score.py", *places, "--lr", "0.1", "{flags}x"]
     assert process.score_command(tmp_path, CELL, score) == expected
 

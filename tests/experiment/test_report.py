@@ -16,7 +16,7 @@ from megatron_peft.experiment import paper_tables, report
 from megatron_peft.experiment.documents import filled
 from megatron_peft.experiment.page import Report, html, markdown, write
 from megatron_peft.experiment.record import cell_file
-from megatron_peft.experiment.report import build
+from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import Results, read_results
 from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
@@ -47,14 +47,14 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
-    write(build(results(place), "hybrid"), place)
+    write(build_report(results(place), "hybrid"), place)
     return place
 
 
 def test_report_of_known_cells_reads_as_the_file_beside(tmp_path: Path) -> None:
     """Runs, means, tests, bests, the Hybrid's place, costs, speed, settings that were tried, the paper's tables."""
     expected = Path(__file__).with_name("small_report.md")
-    assert markdown(build(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
+    assert markdown(build_report(as_the_paper(tmp_path), "hybrid")) == expected.read_text()
 
 
 def test_all_files_are_there(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_place_of_the_reference_method_is_told_unless_it_is_the_best(tmp_pat
 
 def test_an_experiment_of_ones_own_shows_nothing_of_the_papers(found: Results) -> None:
     """The result comes first, as a chart; whatever is long is folded."""
-    report = build(found, "hybrid")
+    report = build_report(found, "hybrid")
     assert "paper" not in markdown(report).lower() and not any(section.is_papers for section in report.sections)
     first = report.sections[0]
     assert [*first.figures] == ["result"] and first.tables[0].columns == ("method", "talk, accuracy")

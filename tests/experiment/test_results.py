@@ -13,8 +13,16 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import process, report, tables
 from megatron_peft.experiment.paper import Entry, entries
 from megatron_peft.experiment.record import CellRecord, cell_file, of_cell, training_source, write_record
-from megatron_peft.experiment.results import Results, StepsTo, compare, copy_results, crossing, read_results, steps_to
-from megatron_peft.experiment.tables import Table, check_paper_names, number, reference_method, rows, with_spread
+from megatron_peft.experiment.results import (
+    Results,
+    StepsTo,
+    compare_seeds,
+    copy_results,
+    crossing,
+    read_results,
+    steps_to,
+)
+from megatron_peft.experiment.tables import Table, check_paper_names, format_number, reference_method, rows, with_spread
 from tests.experiment import small_results
 from tests.experiment.small_experiment import content, experiment
 from tests.experiment.small_results import LAYERS, METHODS, as_the_paper, record_of, results, write_cells
@@ -32,7 +40,7 @@ def test_a_run_that_failed_is_left_out(found: Results, tmp_path: Path) -> None:
 def test_cells_written_without_lambdas_get_them_from_their_run(found: Results, tmp_path: Path) -> None:
     cell = found.all[2].group.finals[1][0]
     write_record(tmp_path, cell, record_of(cell, lambdas={}))
-    path = process.checkpoints(tmp_path, cell) / process.LAMBDA_FILE
+    path = process.checkpoints_folder(tmp_path, cell) / process.LAMBDA_FILE
     path.parent.mkdir(parents=True)
     lines = [{"iteration": at, "lambda": {LAYERS[0]: 0.5, LAYERS[1]: at / 10}} for at in (1, 2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -130,7 +138,7 @@ def test_difference_and_statistic_are_those_of_the_pairs() -> None:
     random.seed(1)
     ours, theirs = ({seed: random.gauss(0, 1) for seed in (1, 2, 3)} for _ in range(2))
     differences = [ours[seed] - theirs[seed] for seed in (1, 2, 3)]
-    found = compare(ours, theirs)
+    found = compare_seeds(ours, theirs)
     assert found is not None and found.num_pairs == 3
     assert found.difference == pytest.approx(mean(differences))
     half = 4.30265 * stdev(differences) / math.sqrt(3)
@@ -140,9 +148,9 @@ def test_difference_and_statistic_are_those_of_the_pairs() -> None:
 
 def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> None:
     """A large spread over seeds that both share does not hide a small difference."""
-    found = compare({1: 10.1, 2: 20.11, 3: 30.09}, {1: 10.0, 2: 20.0, 3: 30.0})
+    found = compare_seeds({1: 10.1, 2: 20.11, 3: 30.09}, {1: 10.0, 2: 20.0, 3: 30.0})
     assert found is not None and found.p < 0.01
-    found = compare({1: 1.0, 2: 3.0, 5: 100.0}, {1: 0.0, 2: 1.0, 3: 7.0})
+    found = compare_seeds({1: 1.0, 2: 3.0, 5: 100.0}, {1: 0.0, 2: 1.0, 3: 7.0})
     assert found is not None and (found.num_pairs, found.difference) == (2, 1.5)
 
 
@@ -152,7 +160,7 @@ def test_pairs_are_of_the_same_seed_and_seeds_of_one_alone_are_left_out() -> Non
     ids=["one pair", "no pair", "no spread"],
 )
 def test_nothing_is_claimed_where_nothing_can_be_said(ours: dict[int, float], theirs: dict[int, float]) -> None:
-    assert compare(ours, theirs) is None
+    assert compare_seeds(ours, theirs) is None
 
 
 CELLS = (("x|y", "*1.5", "2_0"), ("", "±", "–"), ("a\\b {x}", "", "1 ≥ 0"))
@@ -185,8 +193,8 @@ def test_groups_are_parted_by_rules() -> None:
 
 def test_numbers_have_four_digits_or_so() -> None:
     texts = {1.70449: "1.704", 20.13: "20.13", 192.55: "192.6", None: "–", -0.5: "-0.500"}
-    assert {value: number(value) for value in texts} == texts
-    assert number(0.25, signed=True) == "+0.250"
+    assert {value: format_number(value) for value in texts} == texts
+    assert format_number(0.25, signed=True) == "+0.250"
     assert (with_spread(14.53, 1.38), with_spread(1.7, None), with_spread(None, None)) == ("14.53 ± 1.38", "1.700", "–")
 
 

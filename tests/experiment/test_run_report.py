@@ -13,7 +13,7 @@ from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.experiment import page, run_report
 from megatron_peft.experiment.page import html, markdown, write_page
-from megatron_peft.experiment.run_report import SAMPLES_FILE, build, is_run, read_run, running_mean
+from megatron_peft.experiment.run_report import SAMPLES_FILE, build_run_report, is_run, read_run, running_mean
 from tests.checkpoint.records import make_record
 from tests.experiment.small_results import LAYERS
 
@@ -51,7 +51,7 @@ def add_checkpoint(folder: Path) -> None:
 def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 82, "lo')  # being written
-    found = build(read_run(folder))
+    found = build_run_report(read_run(folder))
     assert [section.title for section in found.sections] == [
         "Loss",
         "Learning rate and gradient norm",
@@ -79,7 +79,7 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
     )
     answers = {"reference": "Bonjour", "before": "<script>alert(1)</script>", "after": "x" * 900}
     write_lines(folder / SAMPLES_FILE, [{"prompt": "Hello", **answers}])
-    found = build(read_run(folder))
+    found = build_run_report(read_run(folder))
     titles = [section.title for section in found.sections]
     assert titles[1] == "Answers before and after" and titles[3:] == ["Lambda by layer", "Speed and memory", "Settings"]
     assert found.title == f"{folder.name}: lora on base"
@@ -95,8 +95,10 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
 def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")  # takes seconds
     write_lines(folder / SAMPLES_FILE, [dict.fromkeys(("prompt", "reference", "before", "after"), "<script>alert(1)")])
-    assert "<script>alert(1)" not in html(build(read_run(folder)))
-    assert write_page(build(read_run(folder)), folder / "there" / "report.html").read_text().endswith("</html>")
+    assert "<script>alert(1)" not in html(build_run_report(read_run(folder)))
+    assert (
+        write_page(build_run_report(read_run(folder)), folder / "there" / "report.html").read_text().endswith("</html>")
+    )
     assert [path.name for path in (folder / "there").iterdir()] == ["report.html"]
 
 
@@ -117,7 +119,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, content: str, told: st
 
 def test_losses_that_are_not_finite_leave_gaps(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", [line(1, loss=None, grad_norm=None), line(2, validation_loss=None)])
-    assert "Validation loss" not in markdown(build(read_run(folder)))
+    assert "Validation loss" not in markdown(build_run_report(read_run(folder)))
 
 
 def test_running_mean_keeps_the_length_and_the_level() -> None:

@@ -252,7 +252,7 @@ def test_events_are_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
 def test_terminal_shows_what_runs_and_is_drawn_once_a_second(tmp_path: Path) -> None:
     groups, shown = half_done(tmp_path), io.StringIO()
     cell = groups[1].tuning[1]
-    metrics = process.checkpoints(tmp_path, cell) / "metrics.jsonl"
+    metrics = process.checkpoints_folder(tmp_path, cell) / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"iteration": 7}\n')
     running = SimpleNamespace()

@@ -153,12 +153,16 @@ def test_flags_that_pretrain_peft_takes_pass_in_the_folder_that_the_runner_gives
     check_flags(experiment(tmp_path, flags={"train-iters": 2, "save-interval": 1})[1])
 
 
+UNREAD_GRID = r"methods.lora.grid: --boft-factors has no effect with --peft-method lora, so the grid would run equal"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {"lorra": {}}}, "tiny,talk,lorra,seed=1: --peft-method: .*lorra"),
+        ({"methods": {"lorra": {}}}, "tiny,talk,lorra,seed=1: --peft-method lorra is not one"),
         ({"flags": {"train-iters": 2, "leraning-rate": 1}}, "--leraning-rate is not a known flag"),
         ({"methods": {"boft": {"grid": {"boft-block-size": [5]}}}}, "--boft-block-size is 5; a butterfly mixes"),
+        ({"methods": {"lora": {"grid": {"lora-rank": [4], "boft-factors": [2, 3]}}}}, UNREAD_GRID),
         ({"methods": {"lora": {"grid": {"lr": ["fast"]}}}}, "--lr: .*fast"),
         ({"models": {"big": {"processes": 3, "flags": {"tensor-model-parallel-size": 2}}}}, "3 processes cannot hold"),
     ],

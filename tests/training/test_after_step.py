@@ -10,7 +10,7 @@ from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.after_step import hybrid_adapters, merge_if_due, mix_from_gradients, mixtures
+from megatron_peft.training.after_step import merge_if_due, mix_from_gradients, mixing_adapters, mixtures
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
@@ -119,12 +119,12 @@ def test_merging_keeps_the_function_and_takes_the_change_back_to_zero(start, set
 def test_it_merges_at_the_interval_only(start):
     for num_steps, folded in ((1, False), (2, True), (3, False)):
         state, _, _ = trained(start, num_steps, interval=2)
-        assert all((adapter.low_rank.B == 0).all() == folded for adapter in hybrid_adapters(state).values())
+        assert all((adapter.low_rank.B == 0).all() == folded for adapter in mixing_adapters(state).values())
 
 
 def test_lambda_and_training_go_on(start):
     state, data, steps = trained(start, 2, interval=2)
-    assert {float(adapter.mix) for adapter in hybrid_adapters(state).values()} != {0.5}
+    assert {float(adapter.mix) for adapter in mixing_adapters(state).values()} != {0.5}
     before = validation_loss(state.model_chunks, data.valid)
     take_steps(state, steps, num_steps=2)
     assert validation_loss(state.model_chunks, data.valid) < before
@@ -132,7 +132,7 @@ def test_lambda_and_training_go_on(start):
 
 def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
     state, _ = start(peft=HYBRID)
-    assert all(adapter.folded_weight is None for adapter in hybrid_adapters(state).values())
+    assert all(adapter.folded_weight is None for adapter in mixing_adapters(state).values())
     assert not any("folded" in name for name, _ in state.model_chunks[0].named_buffers())
 
 
@@ -140,7 +140,7 @@ def test_without_the_flag_no_weight_is_in_the_checkpoint(start):
 def test_lambda_is_the_average_of_the_ratio_of_norms_before_mixing(start, sharded):
     state, data = start(peft=HYBRID, optimizer={"use_distributed_optimizer": sharded, "clip_grad": 0.0})
     train_step(state, next(iter(data.train)))
-    adapters = hybrid_adapters(state)
+    adapters = mixing_adapters(state)
     before = {name: float(adapter.mix) for name, adapter in adapters.items()}
     mix_from_gradients(state)  # the gradients of the step are still there
     for name, adapter in adapters.items():
@@ -170,7 +170,7 @@ def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_pat
 
 def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path, capsys):
     state, data = start(peft=HYBRID, checkpoint={"save": str(tmp_path)}, training=UNCHECKED)
-    spoilt, *_ = hybrid_adapters(state).values()
+    spoilt, *_ = mixing_adapters(state).values()
     spoilt.low_rank.B.register_hook(lambda gradient: gradient * float("nan"))
     train(state, data, RecordedSaves())
     assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 4
@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path,
 def test_one_layers_infinite_gradient_keeps_no_other_layers_lambda(start):
     """Gradients are measured before they are clipped: clipping by an infinite norm makes all of them zero."""
     state, data = start(peft=HYBRID, training=UNCHECKED)
-    spoilt, *others = hybrid_adapters(state).values()
+    spoilt, *others = mixing_adapters(state).values()
     spoilt.low_rank.B.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     train_step(state, next(iter(data.train)))
     assert float(spoilt.mix) == 0.5 and int(spoilt.num_kept) == 1

@@ -14,13 +14,14 @@ parameter groups in the optimizer and its cost. The module that `adapter` names 
 `tensors` maps the names of the adapter's parameters and buffers to whole tensors, whatever layout they were trained at.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from inspect import get_annotations
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_peft.config.errors import Requirements, flag_of, option, spelled
+from megatron_peft.config.errors import Check, Requirements, flag_of, option, spelled
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
@@ -77,6 +78,7 @@ class Method:
         cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
         param_groups: in the optimizer.
         starts_from_gradients: whether LoRA-GA's start initializes A and B.
+        mixes: whether adapters have a lambda, `mix` and `num_kept`, that their `update_mixtures` moves after backward.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Method:
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
     starts_from_gradients: bool = False
+    mixes: bool = False
 
     def describe(self, peft: Any) -> str:
         """The flags that select the method, for messages."""
@@ -96,6 +99,10 @@ class Method:
         """Fields of `PeftConfig` that the method reads; the others have no effect."""
         own = {one.name for options in self.options for one in fields(options)} | {"method"}
         return (own | {"target_modules"} if self.adapter else own) - set(self.ignored)
+
+    def variants(self) -> Sequence[Mapping[str, Any]]:
+        """Fields of `PeftConfig` with which it reads different flags, for the tables of the documents."""
+        return ({},)
 
     def num_parameters(self, peft: Any, out_features: int, in_features: int) -> int:
         """Trained parameters of one adapted linear layer, over all ranks."""
@@ -126,6 +133,10 @@ class Method:
         """Whether the pretrained weights of the adapted layers are not used at all."""
         return False
 
+    def merge_interval(self, peft: Any) -> int | None:
+        """Iterations after which each adapter's `merge_and_restart` is called; None: never."""
+        return None
+
     def updates_whole_parameters(self, peft: Any) -> bool:
         """Whether a step ends with an update of whole parameters on every rank, after the optimizer's own.
 
@@ -136,6 +147,8 @@ class Method:
 
 
 class FullMethod(Method):
+    """Full fine-tuning: no adapters."""
+
     name = "full"
     summary = "every parameter of the model; megatron-core's own layers"
     cost = "out in"
@@ -181,82 +194,19 @@ class PeftFormat:
 
 # The registry, and the configuration that is made of the flags of every method.
 
-GROUP = "megatron_peft.methods"  # entry points of other packages
-BUILT_IN = (
-    "megatron_peft.config.methods:FULL",
-    "megatron_peft.config.methods.low_rank:LORA",
-    "megatron_peft.config.methods.low_rank:LORA_GA",
-    "megatron_peft.config.methods.boft:BOFT",
-    "megatron_peft.config.methods.urnn:URNN",
-    "megatron_peft.config.methods.hybrid:HYBRID",
-)
-
-
-def _load_methods() -> tuple[dict[str, Method], dict[str, str]]:
-    """Every method by name, and why others cannot be used; a broken package is no error unless its method is chosen."""
-    found: dict[str, Method] = {}
-    unusable: dict[str, str] = {}
-    for point in (*(EntryPoint(path, path, GROUP) for path in BUILT_IN), *entry_points(group=GROUP)):
-        package = f"the installed package {point.dist.name}" if point.dist else "megatron_peft"
-        try:
-            method = point.load()
-            problem = _problem_of(method, found)
-        except Exception as error:
-            unusable[point.name] = f"{package} has it, but cannot be imported: {error!r}."
-            continue
-        if problem:
-            unusable[getattr(method, "name", point.name)] = f"{package} has it, but {problem}."
-        else:
-            found[method.name] = method
-    return found, unusable
-
-
-def _problem_of(method: Any, others: Mapping[str, Method]) -> str:
-    """Why a declaration cannot stand beside the others; empty if it can."""
-    if not isinstance(method, Method):
-        return f"declares {method!r}, which is not a Method"
-    if method.name in others:
-        return f"so has {type(others[method.name]).__module__}: uninstall that package"
-    known = {kind for other in others.values() for options in other.options for kind in options.__mro__}
-    known |= {*PeftOptions.__mro__, *SECTIONS}
-    taken = {one.name for kind in known if is_dataclass(kind) for one in fields(kind)}
-    for options in method.options:
-        if not (is_dataclass(options) and issubclass(options, PeftOptions)):
-            return f"{options!r} is not a dataclass derived from PeftOptions"
-        own = {name for kind in options.__mro__ if kind not in known for name in get_annotations(kind)}
-        if own & taken:
-            return f"its field {min(own & taken)} is one of another method, or of the run"
-        bare = [one.name for one in fields(options) if "help" not in one.metadata]
-        if bare:
-            return f"its field {bare[0]} is not declared with option()"
-    try:
-        type("_Trial", tuple(_option_classes([*others.values(), method])), {})
-    except TypeError as error:
-        return f"its options cannot be combined with those of other methods: {error}"
-    return ""
-
-
-def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
-    """The dataclasses of all methods' flags, without those that another one inherits, in reverse order.
-
-    dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
-    """
-    every = list(dict.fromkeys(options for method in methods for options in method.options))
-    return [one for one in reversed(every) if not any(issubclass(other, one) for other in every if other is not one)]
-
-
-METHODS, _UNUSABLE = _load_methods()
-
 
 class _Checks(PeftOptions):
     """Validation and derived properties of `PeftConfig`."""
 
     def __post_init__(self) -> None:
-        reason = _UNUSABLE.get(self.method)
+        known = self.method in METHODS
         with Requirements(self) as require:
+            reason = _UNUSABLE.get(self.method)
             require(reason is None, f"--peft-method {self.method} cannot be used: {reason}")
-            known = self.method in METHODS
-            require(known or reason is not None, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.")
+            broken = "".join(f" {name} cannot be used: {why}" for name, why in _UNUSABLE.items())
+            require(
+                known or reason is not None, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.{broken}"
+            )
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
             if known:
                 require.fields(self.spec.fields(self))
@@ -287,6 +237,147 @@ class _Checks(PeftOptions):
         """What a run's record holds, so that it can be read without the packages of other methods."""
         names = self.spec.fields(self) | {one.name for one in self.unused_fields}
         return [one.name for one in fields(self) if one.name in names]
+
+
+GROUP = "megatron_peft.methods"  # entry points of other packages
+BUILT_IN = (
+    "megatron_peft.config.methods:FULL",
+    "megatron_peft.config.methods.low_rank:LORA",
+    "megatron_peft.config.methods.low_rank:LORA_GA",
+    "megatron_peft.config.methods.boft:BOFT",
+    "megatron_peft.config.methods.urnn:URNN",
+    "megatron_peft.config.methods.hybrid:HYBRID",
+)
+
+
+def _load_methods() -> tuple[dict[str, Method], dict[str, str], dict[str, str]]:
+    """Every method by name, the packages of those that are not our own, and why others cannot be used.
+
+    A broken package is no error unless its method is chosen.
+    """
+    found: dict[str, Method] = {method.name: method for method in _built_in_methods()}
+    packages: dict[str, str] = {}
+    unusable: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        package = f"the installed package {point.dist.name}" if point.dist else "an installed package"
+        method: Any = None
+        try:
+            method = point.load()
+            problem = _problem_of(method, found)
+        except Exception as error:
+            problem = f"it cannot be loaded: {error!r}"
+        if not problem:
+            found[method.name], packages[method.name] = method, package
+            continue
+        # By the name that a user types, where it is known: the declaration's, else the entry point's.
+        name = getattr(method, "name", None)
+        if not isinstance(name, str):
+            name = f"{point.name} (an entry point)" if point.name in found else point.name
+        unusable[name] = f"{package} has it, but {problem}."
+    return found, packages, unusable
+
+
+def _built_in_methods() -> Iterator[Method]:
+    """Ours; whatever is wrong with one is raised."""
+    for path in BUILT_IN:
+        yield EntryPoint(path, path, GROUP).load()
+
+
+# Of a declaration, with what messages call their types.
+ATTRIBUTES = {"name": str, "summary": str, "cost": str, "adapter": str}
+TUPLES = {"options": type, "ignored": str, "param_groups": ParamGroup}
+
+
+def _problem_of(method: Any, others: Mapping[str, Method]) -> str:
+    """Why a declaration cannot stand beside the others; empty if it can. `cli.flags` looks at its flags."""
+    if not isinstance(method, Method):
+        return f"it declares {method!r}, which is not a Method"
+    for name, kind in ATTRIBUTES.items():
+        if not isinstance(getattr(method, name, None), kind):
+            return f"its {name} is {getattr(method, name, None)!r}, not a text"
+    for name, kind in TUPLES.items():
+        value = getattr(method, name)
+        if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+            return f"its {name} is {value!r}, not a tuple of {kind.__name__}"
+    if method.name in others:
+        return f"so has {type(others[method.name]).__module__}: uninstall that package"
+    known = {kind for other in others.values() for options in other.options for kind in options.__mro__}
+    known |= {*_Checks.__mro__}
+    problems = (problem for options in method.options if (problem := _problem_of_options(options, known)))
+    if problem := next(problems, ""):
+        return problem
+    try:
+        type("_Trial", tuple(_option_classes([*others.values(), method])), {})
+    except TypeError as error:
+        return f"its options cannot be combined with those of other methods: {error}"
+    return ""
+
+
+def _problem_of_options(options: type, known: Collection[type]) -> str:
+    """The same of one dataclass of flags, beside the `known` classes of which `PeftConfig` is made."""
+    if not (is_dataclass(options) and issubclass(options, PeftOptions)):
+        return f"{options!r} is not a dataclass derived from PeftOptions"
+    own_classes = [kind for kind in options.__mro__ if kind not in known]
+    names = {name for kind in own_classes for name in {*get_annotations(kind), *vars(kind)}}
+    taken = {name for kind in known for name in dir(kind)} | {one.name for kind in SECTIONS for one in fields(kind)}
+    taken |= {one.name for kind in known if is_dataclass(kind) for one in fields(kind)}
+    clashes = {name for name in names & taken if not name.startswith("__")}
+    if clashes:
+        return f"its field {min(clashes)} is one of another method, or of the run"
+    hints = get_type_hints(options)
+    problems = ((one.name, _problem_of_field(one, hints[one.name])) for one in fields(options))
+    return next((f"its field {name} {problem}" for name, problem in problems if problem), "")
+
+
+def _problem_of_field(field: Field[Any], annotation: Any) -> str:
+    """The same of one field."""
+    declared = field.metadata
+    if "help" not in declared or field.default is MISSING:
+        return "is not declared with option()"
+    if declared["check"] not in (None, *get_args(Check)):
+        return f"has the check {declared['check']!r}; there are {', '.join(get_args(Check))}"
+    if not _is_field_type(annotation):
+        return f"is of type {annotation}, for which there is no flag"
+    texts = [declared["help"], *(declared[name] or "" for name in ("group", "metavar"))]
+    if not all(isinstance(one, str) for one in (*texts, *declared["flags"])) or isinstance(declared["flags"], str):
+        return "has a help, group or metavar that is not a text, or flags that are not a tuple of texts"
+    return ""
+
+
+def _is_field_type(annotation: Any) -> bool:
+    """Whether a flag can hold it: a number, a text, a switch, one of several words; None besides; several texts."""
+    if get_origin(annotation) in (UnionType, Union):
+        (annotation, *more) = [one for one in get_args(annotation) if one is not NoneType] or [NoneType]
+        return not more and _is_field_type(annotation)
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[1:] == (...,) and get_args(annotation)[0] in (int, float, str)
+    if get_origin(annotation) is Literal:
+        return all(isinstance(word, str) for word in get_args(annotation))
+    return annotation in (int, float, bool, str)
+
+
+def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
+    """The dataclasses of all methods' flags, without those that another one inherits, in reverse order.
+
+    dataclasses collect fields from the last base to the first, so fields are in the order of the methods.
+    """
+    every = list(dict.fromkeys(options for method in methods for options in method.options))
+    return [one for one in reversed(every) if not any(issubclass(other, one) for other in every if other is not one)]
+
+
+METHODS, PACKAGES, _UNUSABLE = _load_methods()
+
+
+def refuse_method(name: str, problem: str) -> None:
+    """Take the method of a package out of `METHODS`: whoever chooses it is told the problem."""
+    del METHODS[name]
+    _UNUSABLE[name] = f"{PACKAGES.pop(name)} has it, but {problem}."
+
+
+def flagged_fields() -> list[str]:
+    """Names of the fields of `PeftConfig` that belong to a method that can be used, or to all of them."""
+    every = (PeftOptions, *(options for method in METHODS.values() for options in method.options))
+    return list(dict.fromkeys(one.name for options in every for one in fields(options)))
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,13 @@ class BoftOptions(RotationOptions):
 
 
 class BoftMethod(RotationMethod):
+    """BOFT: a rotation that is a product of butterfly factors, eq. (3)-(6)."""
+
     name = "boft"
     summary = "R W, R a product of m butterfly factors with orthogonal b x b blocks"
     options = (BoftOptions,)
     adapter = "megatron_peft.adapters.boft"
+    whole_update_flags = "--boft-parametrization projection"
     cost = "out m (b - 1) / 2; projection: out m b (input side: in)"
 
     def num_parameters(self, peft: BoftOptions, out_features: int, in_features: int) -> int:

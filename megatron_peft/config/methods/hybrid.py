@@ -1,5 +1,6 @@
 """The Hybrid, Algorithm 2: flags, checks and cost. The adapter is `adapters/hybrid.py`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,6 +70,8 @@ def rotation_options(peft: HybridOptions) -> HybridOptions:
 
 
 class HybridMethod(Method):
+    """The Hybrid: LoRA-GA's low rank and a rotation, mixed by lambda (Algorithm 2)."""
+
     name = "hybrid"
     summary = "W + lambda s B A + (1 - lambda)(R - I) W, lambda from the gradients"
     options = (HybridOptions,)
@@ -77,6 +80,7 @@ class HybridMethod(Method):
     cost = "r (out + in), and those of the rotation"
     param_groups = (*LORA_GA.param_groups, ParamGroup(IS_ROTATION, rotation_lr, is_decayed=False, is_labelled=True))
     starts_from_gradients = True
+    mixes = True
 
     def num_parameters(self, peft: HybridOptions, out_features: int, in_features: int) -> int:
         parts: tuple[Method, ...] = LORA_GA, ROTATIONS[peft.hybrid_rotation]
@@ -112,10 +116,14 @@ class HybridMethod(Method):
 
     def fields(self, peft: HybridOptions) -> set[str]:
         """The fields that the method reads, without those of the other rotation."""
-        unused = [rotation for name, rotation in ROTATIONS.items() if name != peft.hybrid_rotation]
-        own = ROTATIONS[peft.hybrid_rotation].fields(peft) | LORA_GA.fields(peft)
+        chosen = ROTATIONS.get(peft.hybrid_rotation, BOFT)  # another name is an error of that field
+        unused = [rotation for rotation in ROTATIONS.values() if rotation is not chosen]
+        own = chosen.fields(peft) | LORA_GA.fields(peft)
         read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
         return read - set(self.ignored)
+
+    def variants(self) -> Sequence[Mapping[str, Any]]:
+        return [{"hybrid_rotation": name} for name in ROTATIONS]
 
     def describe(self, peft: HybridOptions) -> str:
         return f"{super().describe(peft)} with --hybrid-rotation {peft.hybrid_rotation}"
@@ -126,6 +134,9 @@ class HybridMethod(Method):
 
     def subtracts_start(self, peft: HybridOptions) -> bool:
         return LORA_GA.subtracts_start(peft)
+
+    def merge_interval(self, peft: HybridOptions) -> int | None:
+        return peft.hybrid_merge_interval
 
     def updates_whole_parameters(self, peft: HybridOptions) -> bool:
         return ROTATIONS[peft.hybrid_rotation].updates_whole_parameters(peft)

@@ -54,6 +54,8 @@ class LoraGaOptions(LowRankOptions):
 
 
 class LoraMethod(Method):
+    """LoRA: a low-rank change of the weight, eq. (1)-(2)."""
+
     name = "lora"
     summary = "W + s B A; B starts at zero"
     options = (LowRankOptions,)
@@ -81,6 +83,8 @@ class LoraMethod(Method):
 
 
 class LoraGaMethod(LoraMethod):
+    """LoRA-GA: LoRA whose start follows the gradient, eq. (7)-(9)."""
+
     name = "lora-ga"
     summary = "the same, with A and B initialized from the gradient"
     options = (LoraGaOptions,)

@@ -27,6 +27,8 @@ class RotationOptions(PeftOptions):
 class RotationMethod(Method):
     """A method whose adapter is a rotation. Subclasses say how large its blocks are."""
 
+    whole_update_flags: str  # those with which `updates_whole_parameters`, for errors
+
     # Not decayed, since the identity need not be at zero.
     param_groups = (
         ParamGroup(IS_ROTATION, lambda peft, lr: peft.peft_lr_rotation or lr, is_decayed=False, is_labelled=True),
@@ -43,8 +45,8 @@ class RotationMethod(Method):
     def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
         require(
             not (self.updates_whole_parameters(peft) and run.optimizer.overlap_param_gather),
-            "--boft-parametrization projection and --urnn-update riemannian end a step on whole parameters, which "
-            "--overlap-param-gather has not gathered by then: leave it out, or use cayley or structured.",
+            f"{self.whole_update_flags} ends a step on whole parameters, which --overlap-param-gather has not gathered "
+            f"by then: leave out one of them.",
         )
 
     def check_layer(self, peft: Any, layout: Any, name: str) -> None:

@@ -25,10 +25,13 @@ class UrnnOptions(RotationOptions):
 
 
 class UrnnMethod(RotationMethod):
+    """uRNN: a unitary rotation over pairs of features, eq. (10)-(12)."""
+
     name = "urnn"
     summary = "Q W, Q block-diagonal and unitary over pairs of features"
     options = (UrnnOptions,)
     adapter = "megatron_peft.adapters.urnn"
+    whole_update_flags = "--urnn-update riemannian"
     cost = "7 out / 2; riemannian: out n, n = half the block size (input side: in)"
 
     def num_parameters(self, peft: UrnnOptions, out_features: int, in_features: int) -> int:
