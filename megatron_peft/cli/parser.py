@@ -151,7 +151,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
     """Every flag of `served_flags`, for a program that only lists them: `parse_arguments` reads them."""
     for one in served_flags():
         if one.names[0] not in parser._option_string_actions:
-            parser.add_argument(*one.names, **_argparse_settings(one))
+            parser.add_argument(*one.names, **_argparse_settings(one)).choices = one.choices
 
 
 def settings_of(config_class: type, values: Mapping[str, Any]) -> Any:

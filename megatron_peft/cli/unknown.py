@@ -82,7 +82,7 @@ _EQUIVALENTS = {
     "--adam-eps": "adam-epsilon",
     "--optimizer": "optim",
     "--seq-length": "max-seq-length max-seq-len max-length model-max-length cutoff-len block-size",
-    "--pack-sequences": "packing sample-packing",
+    "--pack-sequences": "sample-packing",
     "--num-workers": "dataloader-num-workers preprocessing-num-workers",
     "--bf16": "torch-dtype dtype half-precision mixed-precision",
     "--attention-backend": "attn-implementation use-flash-attention-2 use-flash-attention flash-attn",

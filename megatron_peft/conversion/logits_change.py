@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_peft.config import ModelConfig
 from megatron_peft.conversion.lora_approximation import ModuleLora, RunAsLora
 from megatron_peft.conversion.pretrained import Weights, base_parameters, load_pretrained, open_weights
-from megatron_peft.conversion.trained_adapters import WEIGHT, TrainedAdapters, layer_of
+from megatron_peft.conversion.trained_adapters import WEIGHT, TrainedAdapters, layer_name
 from megatron_peft.conversion.verify import (
     Difference,
     LogitComparison,
@@ -127,7 +127,7 @@ class _LoraModel:
     def _become_lora(self, name: str) -> None:
         rule, parameter = self.rules[name], self.parameters[name]
         self.weights.read(rule, parameter, 0, 1)
-        for module in self.lora.layers.get(layer_of(rule), ()):
+        for module in self.lora.layers.get(layer_name(rule), ()):
             _add(parameter, module)
 
 

@@ -25,7 +25,7 @@ from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rul
 from megatron_peft.conversion.trained_adapters import (
     TrainedAdapters,
     is_weight,
-    layer_of,
+    layer_name,
     modules_of,
     read_stored,
     row_ranges,
@@ -115,7 +115,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
     """
     rules, weights = open_weights(base, run.record.shape)
     source = _ChangeSource.of(run, weights)
-    linear = {layer_of(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
+    linear = {layer_name(rule): rule for rule in rules.values() if is_weight(rule) and LINEAR in rule.name}
     adapted = run.record.adapted_layers or tuple(linear)
     layers: dict[str, list[ModuleLora]] = {}
     num_bytes = {layer: 4 * prod(linear[layer].local_shape(1)) for layer in adapted}
@@ -123,7 +123,7 @@ def approximate(run: TrainedAdapters, base: Path, tolerance: float, max_rank: in
         for layer in adapted:
             layers[layer] = source.modules(linear[layer], tolerance, max_rank)
             advance(num_bytes[layer])
-    others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_of(rule) not in linear]
+    others = [rule for rule in owned_rules(rules, run.record.shape).values() if layer_name(rule) not in linear]
     return RunAsLora(layers, source.left_out(others))
 
 
@@ -159,7 +159,7 @@ class _ChangeSource:
             assert stored is not None, rule.name  # `open_weights` found it
             return DifferenceChange(lambda rows: read_stored(stored, rows))
         peft = self.run.record.config.peft
-        module, tensors = import_module(peft.spec.adapter), self.run.of(layer_of(rule))
+        module, tensors = import_module(peft.spec.adapter), self.run.of(layer_name(rule))
         if hasattr(module, "change"):
             return module.change(tensors, peft)
         require(hasattr(module, "merge"), f"adapters of --peft-method {peft.method} cannot be merged.")

@@ -95,7 +95,7 @@ def _train(
     blend = _blend(config, Split.train)
     require(
         blend.weights is None or iterations is not None,
-        "--train-data-path has weights, and an epoch of a weighted blend means nothing: give --train-iters or "
+        "--train-data-path has weights, and --train-epochs is undefined for a weighted blend: give --train-iters or "
         "--train-samples.",
     )
     order = _sample_order(config, dataset, blend, shuffle=not shuffled)

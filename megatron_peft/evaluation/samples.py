@@ -14,7 +14,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, kind_of_source, require
 from megatron_peft.conversion.pretrained import load_pretrained
-from megatron_peft.data.jsonl import JsonRecords
+from megatron_peft.data.files import RecordFiles
 from megatron_peft.evaluation.answers import encode_prompts, request_bar
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
 from megatron_peft.evaluation.generation import GREEDY
@@ -59,7 +59,7 @@ class SampleSettings:
             f"--samples takes prompts from the run's --valid-data-path, but {self.run} "
             + (f"was validated on indexed data ({paths[0]})." if paths else "was trained without."),
         )
-        records = JsonRecords(paths, "--valid-data-path")
+        records = RecordFiles(paths, "--valid-data-path")
         step = max(len(records) // self.num_samples, 1)
         chosen = [records[index] for index in range(0, len(records), step)][: self.num_samples]
         found = [question for record in chosen if (question := question_of(record)) is not None]

@@ -48,6 +48,7 @@ def style(axes: Axes, title: str) -> None:
 
 
 def color(position: int) -> str:
+    """Color of the curve or bar at this position."""
     return COLOURS[position % len(COLOURS)]
 
 

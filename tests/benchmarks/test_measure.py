@@ -170,9 +170,8 @@ def test_program_that_ends_before_is_an_error_with_its_words() -> None:
 
 def test_command_is_accepted(tmp_path: Path, tiny: Setting) -> None:
     command = files._command(tiny, files._save_samples(tmp_path / "a.jsonl"))
-    config = parse_arguments(command[command.index(str(files.PROGRAM)) + 1 :])
+    config = parse_arguments(command[command.index(files.PROGRAM[-1]) + 1 :])
     assert config.training.train_iters == 2 and config.logging.log_interval == 1
-    assert files.PROGRAM.exists()
 
 
 def test_two_ranks_read_their_halves_and_no_more(tiny: Setting) -> None:

@@ -108,7 +108,7 @@ def test_every_field_of_megatron_core_is_served_or_refused(class_name: str) -> N
 
 def test_a_field_of_a_newer_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     field = MegatronField("quantum_speedup", "bool", "", ())
-    monkeypatch.setattr("megatron_peft.cli.unknown.megatron_fields", lambda name: {"quantum_speedup": field})
+    monkeypatch.setattr("megatron_peft.cli.megatron.megatron_fields", lambda name: {"quantum_speedup": field})
     for name in ("--quantum-speedup", "--no-quantum-speedup"):
         assert f"{name} is a Megatron flag" in why_not_served(name)
 

@@ -38,7 +38,7 @@ OUT = "--input nowhere --output out"
         (evaluate, "--output x.json", "--tasks"),
         (
             evaluate,
-            f"--tasks a --output x.json {BASE} --tensor-model-parallel-sise 2",
+            f"--tasks arc_easy --output x.json {BASE} --tensor-model-parallel-sise 2",
             "(?s)megatron-peft evaluate: error: .*did you mean --tensor-model-parallel-size.*nowhere",
         ),
         (generate, BASE, "megatron-peft generate: error: give exactly one of --prompt TEXT and --prompt-file FILE."),
@@ -47,7 +47,7 @@ OUT = "--input nowhere --output out"
         (generate, "--prompt a", "megatron-peft generate: error: no base model: --pretrained-checkpoint"),
         (
             evaluate,
-            "--tasks a --output x.json",
+            "--tasks arc_easy --output x.json",
             "megatron-peft evaluate: error: no base model: --pretrained-checkpoint",
         ),
         (demo, "--nope --output out", "^demo: error: --nope is not a known flag"),
@@ -76,8 +76,8 @@ def test_an_unknown_task_ends_it_before_the_model_is_loaded(tmp_path: Path, monk
     with Ranks(1, evaluate.main, ["--pretrained-checkpoint", str(base), "--tasks", "tiny_choice", *where]) as ranks:
         ranks.wait(seconds(300))
         assert ranks.exit_codes == [2]
-        told = "megatron-peft evaluate: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices?\n"
-        assert ranks.output(0).endswith(told)
+        told = "megatron-peft evaluate: error: --tasks tiny_choice: no task has this name; did you mean tiny_choices"
+        assert told in ranks.output(0)
 
 
 @pytest.mark.parametrize(("names", "code", "files"), [(["a"], 0, {"a.json"}), ([], 1, {"a.json", "b.json"})])

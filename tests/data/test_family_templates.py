@@ -5,7 +5,7 @@ from itertools import cycle
 import pytest
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.instruction import tokenize_record
+from megatron_peft.data.records import tokenize_record
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
 from tests.data.tiny_tokenizers import save_tokenizer
 
