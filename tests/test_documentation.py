@@ -152,7 +152,7 @@ def test_report_says_what_its_records_say(folder: Path) -> None:
     results = read_results(folder)
     assert all('\n "sha256": ' in path.read_text() for path in (folder / "cells").glob("*.json")), "edits go unseen"
     found = build_report(results, reference_method(results, None))
-    assert markdown(found) == (folder / "report.md").read_text(), f"python tools/report.py {folder}"
+    assert markdown(found) == (folder / "report.md").read_text(), f"megatron-peft report {folder}"
     assert {name: (folder / name).read_text() for name in found.files} == found.files
     shown = {f"{name}.svg" for section in found.sections for name in section.figures}
     assert {path.name for path in folder.glob("*.svg")} == shown

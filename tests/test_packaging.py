@@ -22,7 +22,7 @@ DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where a distr
 OPTIONAL = {"transformer_engine", "apex", "wandb"}  # imported where they are installed, each with another way out
 PATH = "/usr/local/bin:/usr/bin:/bin"
 IGNORES = (".gitignore", ".dockerignore")
-BENCH_PEERS = {"peft"}  # of the dev extra: tools/bench.py compares with them
+BENCH_PEERS = {"peft"}  # of the dev extra: megatron-peft bench compares with them
 
 
 def distribution_name(requirement: str) -> str:
@@ -69,7 +69,7 @@ import megatron_peft
 for module in pkgutil.walk_packages(megatron_peft.__path__, "megatron_peft."):
     if module.name.split(".")[1] not in ("evaluation", "experiment", "demo"):
         importlib.import_module(module.name)
-import megatron_peft.evaluation.answers  # tools/generate.py
+import megatron_peft.evaluation.answers  # megatron-peft generate
 """
 
 

@@ -238,7 +238,7 @@ def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [
 # large enough for that. Their `boft_s` scales the output features, which ours never does.
 
 LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3
-MERGE_INSTEAD = "tools/convert.py merge merges the adapters into their base, which any program opens"
+MERGE_INSTEAD = "megatron-peft convert merge merges the adapters into their base, which any program opens"
 
 
 class BoftFormat(PeftFormat):

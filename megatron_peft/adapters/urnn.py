@@ -85,7 +85,7 @@ def _as_features(x: Tensor, like: Tensor) -> Tensor:  # [s b, k, n] -> [s, b, 2 
     return torch.view_as_real(x).reshape(like.shape).to(like.dtype)
 
 
-DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT: tools/bench.py urnn-crossover measures it
+DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT: megatron-peft bench urnn-crossover measures it
 
 
 class StructuredUrnn(BlockRotation):

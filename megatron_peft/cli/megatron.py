@@ -222,7 +222,7 @@ WAYS_OUT_OF_REASONS = {
 }
 # Flag -> what to do about a value that is not among its choices.
 WAYS_OUT_OF_VALUES = {
-    "--ckpt-format": "a run's checkpoints have one format, and tools/convert.py converts them",
+    "--ckpt-format": "a run's checkpoints have one format, and megatron-peft convert converts them",
     "--context-parallel-size": WAYS_OUT_OF_REASONS["context parallelism"],
     "--expert-model-parallel-size": "remove it; mixtures of experts are not supported",
     "--expert-tensor-parallel-size": "remove it; mixtures of experts are not supported",

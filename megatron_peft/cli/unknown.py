@@ -101,8 +101,8 @@ _EQUIVALENTS = {
     "--peft-target-modules": "lora-target-modules target-modules lora-target",
     "--boft-factors": "boft-n-butterfly-factor",
     "--rotation-side": "coft",
-    "tools/convert.py export-adapter, after the run": "push-to-hub hub-model-id",
-    "tools/convert.py merge, after the run": "merge-lora merge-and-unload merge-weights",
+    "megatron-peft convert export-adapter, after the run": "push-to-hub hub-model-id",
+    "megatron-peft convert merge, after the run": "merge-lora merge-and-unload merge-weights",
     # What has no equivalent, and what serves the same end.
     "not supported: the base is in float32 or, with --bf16, in bfloat16. To save memory, use --recompute-granularity, "
     "--tensor-model-parallel-size or --use-distributed-optimizer": (

@@ -54,7 +54,7 @@ def require_one_kind(paths: Sequence[str], flag: str) -> None:
     require(
         len(set(kinds.values())) < 2,
         f"{flag} mixes JSON files or tables with indexed datasets ({' '.join(paths)}): convert the JSON files with "
-        "tools/preprocess_data.py, or leave out "
+        "megatron-peft data preprocess, or leave out "
         f"{', '.join(path for path, is_indexed in kinds.items() if is_indexed)}.",
     )
 

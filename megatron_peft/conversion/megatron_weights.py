@@ -179,7 +179,7 @@ class MegatronWeights:
         require(
             not adapters,
             f"{self.folder} holds adapters ({listed(adapters[:1])}, ...) and no base model: "
-            f"tools/convert.py merge merges them into their base.",
+            f"megatron-peft convert merge merges them into their base.",
         )
         found = {name: self.stored(rule) for name, rule in rules.items()}
         known = {OUTPUT, *(spelling for name in rules for spelling in spellings(name))}  # a tied output is a copy

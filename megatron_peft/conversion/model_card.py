@@ -220,7 +220,7 @@ def _serving(exported: Exported) -> str:
 
 def _vllm(exported: Exported, base: str, folder: str) -> str:
     """The line that serves an adapter, or why there is none and what to do."""
-    merged = "Merge the run (`tools/convert.py merge`) and serve the merged folder."
+    merged = "Merge the run (`megatron-peft convert merge`) and serve the merged folder."
     family = family_of(exported.record.shape.architecture)
     if not family.vllm_serves_lora:
         return f"vLLM takes no LoRA for {family.architectures[0]}. {merged}"

@@ -156,8 +156,8 @@ def export_adapter(
     if form is None:
         raise ConfigurationError(
             f"--input {input}: HF PEFT has nothing that computes what --peft-method {peft.method} does. "
-            f"--as-lora exports a LoRA close to it; tools/convert.py merge merges the adapters into their base, which "
-            f"any program opens."
+            f"--as-lora exports a LoRA close to it; megatron-peft convert merge merges the adapters into their base, "
+            f"which any program opens."
         )
     rules = _adapted_weights(record)
     modules = (module for rule in rules for module in modules_of(rule))
@@ -200,7 +200,7 @@ def opened_by_others(base: str | None) -> str | None:
         return base
     print(
         f"The base model {base} is in Megatron's form, which HF PEFT does not open, so the adapter names none: "
-        f"tools/convert.py megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
+        f"megatron-peft convert megatron-to-hf makes a Hugging Face folder of it, to put the adapter on."
     )
     return None
 

@@ -222,8 +222,8 @@ def open_adapters(folder: str | Path) -> TrainedAdapters:
     run = open_run(folder)
     require(
         run.record.config.peft.trains_adapters,
-        f"--input {folder} is a run of full fine-tuning and holds no adapters: tools/convert.py megatron-to-hf turns "
-        f"it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to it.",
+        f"--input {folder} is a run of full fine-tuning and holds no adapters: megatron-peft convert megatron-to-hf "
+        f"turns it into a Hugging Face folder, and export-adapter --as-lora into an adapter close to it.",
     )
     return run
 

@@ -15,7 +15,7 @@ _CHUNK = 64  # records sent to a worker at once
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """The flags of tools/preprocess_data.py. `data` has the tokenizer and, as training paths, the input files."""
+    """The flags of megatron-peft data preprocess. `data` has the tokenizer and, as training paths, the input files."""
 
     data: DataConfig
     output_prefix: str

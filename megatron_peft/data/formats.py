@@ -193,7 +193,7 @@ def _request(record: Record) -> Any:
 
 
 def _alpaca(record: Record) -> Record:
-    """With the prompt of Alpaca's authors, as `tools/prepare_data.py instructions` writes it."""
+    """With the prompt of Alpaca's authors, as `megatron-peft data prepare instructions` writes it."""
     extra = [name for name in ("system", "history") if record.get(name)]
     require(
         not extra,

@@ -43,7 +43,7 @@ def _require_whole(prefix: str, flag: str) -> None:
     require(
         not missing,
         f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
-        "tools/preprocess_data.py writes it.",
+        "megatron-peft data preprocess writes it.",
     )
     for path in (index, data):
         require_regular(path, flag)
@@ -76,13 +76,13 @@ def _expected_bytes(index: Path, named: str) -> int:
     require(
         not astray.any(),
         f"{named} is damaged: sequence {astray.argmax() if len(astray) else 0} does not begin where the one before it "
-        "ends, or its length is below 0. Copy it again, or make it again with tools/preprocess_data.py.",
+        "ends, or its length is below 0. Copy it again, or make it again with megatron-peft data preprocess.",
     )
     in_order = num_bounds > 0 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
     require(
         bool(in_order),
         f"{named} is damaged: its documents are not its {num_sequences} sequences in their order. Copy it again, or "
-        "make it again with tools/preprocess_data.py.",
+        "make it again with megatron-peft data preprocess.",
     )
     return int(ends[-1]) if num_sequences else 0
 
@@ -231,7 +231,7 @@ def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:
     require(
         0 <= lowest and highest < num_ids,
         f"{what} has the token id {wrong}, but the embedding of --pretrained-checkpoint has {num_ids} rows: the data "
-        "was made with the tokenizer of another model; make it again with tools/preprocess_data.py.",
+        "was made with the tokenizer of another model; make it again with megatron-peft data preprocess.",
     )
 
 

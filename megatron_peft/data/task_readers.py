@@ -29,7 +29,7 @@ class TaskFile:
 
     Args:
         path: the file, named like its task of the harness.
-        name: the sub-command of tools/prepare_data.py; by default the file's name.
+        name: the sub-command of megatron-peft data prepare; by default the file's name.
         group: a sub-command that prepares several tasks from one input, each in its own folder.
         help: what --input is.
         reader: one of READERS.

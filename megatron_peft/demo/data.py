@@ -352,7 +352,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-# `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as tools/demo.py does, and the film
+# `python -m megatron_peft.demo.data FOLDER` makes FOLDER/model and FOLDER/data as megatron-peft demo does, and the film
 # reviews in data/reviews. It splits data/train.jsonl into data/experiment/train.jsonl and tuning.jsonl, for validation.
 
 TUNING_OF = 72  # one group of messages in so many: about 40 of 3,000

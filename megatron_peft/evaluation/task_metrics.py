@@ -71,7 +71,7 @@ def estimate_pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     require(
         num_samples >= k,
         f"pass@{k} needs at least {k} samples a problem, and there are {num_samples}: sample more (repeats: {k} in "
-        "the task's file, --num-samples of tools/prepare_data.py), or ask for a smaller k.",
+        "the task's file, --num-samples of megatron-peft data prepare), or ask for a smaller k.",
     )
     require(0 <= num_correct <= num_samples, f"{num_correct} correct samples of {num_samples} is impossible.")
     if num_samples - num_correct < k:

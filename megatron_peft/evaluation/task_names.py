@@ -185,14 +185,14 @@ def _strings(value: Any) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    """The message: the nearest names that there are, and those of tasks that tools/prepare_data.py writes."""
+    """The message: the nearest names that there are, and those of tasks that megatron-peft data prepare writes."""
     written = {word for path in TASKS.glob("*.yaml") for word in _written_names(path)}
     if name in written:
-        return f"--tasks {name}: tools/prepare_data.py writes this task: give the folder with --include-path FOLDER."
+        return f"--tasks {name}: megatron-peft data prepare writes this task: give its folder to --include-path."
     nearest = get_close_matches(name, {*known, *written}, NUM_PROPOSALS, LIKENESS)
     if not nearest:
         return f"--tasks {name}: no task has this name; give the folder of its file with --include-path FOLDER."
-    *others, last = [f"{one} (of tools/prepare_data.py)" if one in written else one for one in nearest]
+    *others, last = [f"{one} (of megatron-peft data prepare)" if one in written else one for one in nearest]
     return f"--tasks {name}: no task has this name; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
 
 

@@ -6,7 +6,7 @@ python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/RE
     <!-- end of records -->
 
 from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), or a
-JSON file of tools/bench.py (`bench/collectives.json`: its figures). A test compares the documents with the records.
+JSON file of megatron-peft bench (`bench/collectives.json`: its figures). A test compares the documents with them.
 """
 
 import re
@@ -46,10 +46,10 @@ def experiment(folder: Path) -> str:
 
 
 def benchmark(path: Path) -> str:
-    """Markdown of a JSON file that `tools/bench.py` wrote."""
+    """Markdown of a JSON file that `megatron-peft bench` wrote."""
     figures: list[dict[str, Any]] = read_json(path)
     return Table(
-        f"`tools/bench.py {path.stem}`",
+        f"`megatron-peft bench {path.stem}`",
         ("figure", "behind it", "measured", "target"),
         tuple((_name(one), one["note"], _number(one["measured"]), _number(one["target"])) for one in figures),
         text_columns=2,

@@ -143,7 +143,7 @@ def _refuse_other_data(results: Results) -> None:
             read.setdefault(path, {}).setdefault(digest, []).append(key)
     problems = [
         f"{path} was not the same for all cells: {digest[:12]} for {', '.join(dict.fromkeys(keys))}. Remove those, "
-        "or the other cells, and run tools/experiment.py, which runs them again."
+        "or the other cells, and run megatron-peft experiment, which runs them again."
         for path, keys_of in read.items()
         for digest, keys in list(keys_of.items())[1:]
     ]

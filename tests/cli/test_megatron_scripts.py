@@ -95,7 +95,7 @@ def test_a_refusal_names_the_way_out(flag: str) -> None:
         ("--expert-model-parallel-size 8", "invalid choice: '8' .* mixtures of experts are not supported."),
         ("--use-megatron-fsdp", "(fully sharded data parallelism); remove it; --use-distributed-optimizer shards"),
         ("--tokenizer-type TikTokenizer", "invalid choice: 'TikTokenizer' .* use HuggingFaceTokenizer with a folder"),
-        ("--ckpt-format torch", "invalid choice: 'torch' .* tools/convert.py converts them."),
+        ("--ckpt-format torch", "invalid choice: 'torch' .* megatron-peft convert converts them."),
         ("--transformer-impl inference_optimized", "invalid choice: 'inference_optimized' .* use auto."),
     ],
 )

@@ -1,4 +1,4 @@
-"""tools/experiment.py: exit codes, and what is said on the terminal."""
+"""megatron-peft experiment: exit codes, and what is said on the terminal."""
 
 from pathlib import Path
 from typing import Any

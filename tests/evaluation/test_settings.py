@@ -1,4 +1,4 @@
-"""Settled before tools/generate.py and tools/evaluate.py ask a model: settings, prompts, tasks, the flags of a run.
+"""Settled before `generate` and `evaluate` ask a model: settings, prompts, tasks, the flags of a run.
 
 Also the stream of answers and the world that a program runs in. Answers and whole evaluations are in test_harness.py.
 """

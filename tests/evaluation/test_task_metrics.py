@@ -1,4 +1,4 @@
-"""The benchmarks' task files, as tools/prepare_data.py writes them, in lm-evaluation-harness; and the metrics alone."""
+"""The benchmarks' task files, as `data prepare` writes them, in lm-evaluation-harness; and the metrics alone."""
 
 import json
 from collections import Counter

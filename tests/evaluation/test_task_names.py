@@ -25,8 +25,8 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones():
 
 
 def test_a_task_that_is_to_be_prepared_is_told():
-    assert refusal("glue_paper").startswith("--tasks glue_paper: tools/prepare_data.py writes this task: ")
-    assert "did you mean glue_paper (of tools/prepare_data.py), " in refusal("glue_papr")
+    assert refusal("glue_paper").startswith("--tasks glue_paper: megatron-peft data prepare writes this task: ")
+    assert "did you mean glue_paper (of megatron-peft data prepare), " in refusal("glue_papr")
 
 
 @pytest.mark.parametrize(("name", "few"), [("sst2", 5), ("glue", 50), ("mmlu", 300), ("social_bias", 60)])

@@ -3,8 +3,8 @@
 base/                      a Llama with a tokenizer of whole words; bin/ and sharded/ its weights in other files
 data.jsonl, chat.jsonl     pairs, conversations; tokens_text_document.idx and .bin are indexed texts
 run/, peft/                what training saved, and its adapters for HF PEFT
-prompts.jsonl              for tools/generate.py; tasks/ for tools/evaluate.py
-gsm8k/, pairs.tsv          for tools/prepare_data.py
+prompts.jsonl              for megatron-peft generate; tasks/ for megatron-peft evaluate
+gsm8k/, pairs.tsv          for megatron-peft data prepare
 grid.yaml, cells/          an experiment, and its results
 """
 
