@@ -42,7 +42,7 @@ def values_of(one: Flag) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("one", [one for one in served_flags() if one.section], ids=lambda one: one.names[0])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_served_flag_survives_yaml_and_back(tmp_path: Path, one: Flag, data: st.DataObject) -> None:
     from megatron_peft.cli.config_files import WrittenFlag, written

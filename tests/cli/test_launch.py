@@ -73,9 +73,9 @@ def test_flags_are_checked_for_all_processes_before_any_is_started(monkeypatch) 
 @pytest.mark.parametrize(
     ("end", "code", "told"),
     [
-        ("0", 0, ""),
+        pytest.param("0", 0, "", marks=pytest.mark.slow),
         ("2", 2, ""),
-        ("77", 77, "p: rank 1 ended with exit code 77.\n"),
+        pytest.param("77", 77, "p: rank 1 ended with exit code 77.\n", marks=pytest.mark.slow),
         ("killed", 128 + signal.SIGKILL, "p: rank 1 was ended by SIGKILL.\n"),
     ],
 )

@@ -87,9 +87,7 @@ def test_weights_before_json_files_are_shares_of_the_samples(write_lines):
     assert tokens.count(500) == 10 and sorted(set(tokens)) == [*range(10), 500]
     assert first_tokens(build({"train_data_path": ("1", few, "3", many)}, consumed=20).train, 5) == tokens[20:]
     assert len(first_tokens(build({"train_data_path": (few, many)}, train_epochs=1).train, 2)) == 8
-    with pytest.raises(
-        ConfigurationError, match="--train-data-path has weights, and --train-epochs is undefined"
-    ):
+    with pytest.raises(ConfigurationError, match="--train-data-path has weights, and --train-epochs is undefined"):
         build({"train_data_path": ("0.25", few, "0.75", many)}, train_epochs=1)
 
 

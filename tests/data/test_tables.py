@@ -161,6 +161,7 @@ def cached_on_a_rank(work: tuple[str, str, str]) -> None:
         InstructionDataset(RecordFiles([bad], FLAG), fit, Path(root))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_making_of_a_cache_and_fail_together(write_lines, tmp_path):
     marked = [RECORDS[0] | {"id": 1}, *RECORDS[1:4], RECORDS[4] | {"id": 2}]
     good, bad = write_lines(marked), write_lines([*RECORDS[:4], "{"], "bad.jsonl")

@@ -64,6 +64,7 @@ def samples(run: Path, number: int) -> list[dict[str, str]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_before_is_the_base_and_after_the_run_for_every_kind_of_method(folder: Path) -> None:
     """Full fine-tuning changes the base's own weights, and merging the Hybrid does."""
     hybrid = "--peft-method hybrid --lora-rank 8 --lora-ga-batches 1 --boft-block-size 4 --boft-factors 1"

@@ -135,10 +135,7 @@ def test_running_mean_keeps_the_length_and_the_level() -> None:
         (["--experiment", "e.yaml"], "e.yaml"),
         (["--samples", "0"], "--samples is 0"),
         (["--samples", "2", "--bf16"], "the base model bases/base, which does not exist: give its current folder"),
-        (
-            ["--tensor-model-parallel-size", "2"],
-            "unexpected --tensor-model-parallel-size 2: flags of the model",
-        ),
+        (["--tensor-model-parallel-size", "2"], "unexpected --tensor-model-parallel-size 2: flags of the model"),
     ],
 )
 def test_what_is_wrong_with_flags_is_told_with_exit_code_2(folder: Path, capsys, flags: list[str], told: str) -> None:

@@ -134,6 +134,7 @@ def test_hf_peft_opens_an_exported_adapter_and_computes_the_same(files, outcomes
 
 
 @pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.slow
 def test_a_merged_model_is_what_was_trained(files, outcomes, tmp_path, name):
     merge(Path(files.work, name), tmp_path / "merged", progress=False)
     assert verify(tmp_path / "merged", Path(files.work, name)).logits.absolute < 1e-4

@@ -104,7 +104,7 @@ def train() -> Iterator[object]:
         yield trained
 
 
-@pytest.mark.parametrize("number", [MOCK, REAL], ids=["generated data", "data"])
+@pytest.mark.parametrize("number", [MOCK, pytest.param(REAL, marks=pytest.mark.slow)], ids=["generated data", "data"])
 def test_the_training_script_trains_two_steps(number, files, tmp_path, train, monkeypatch, caplog):
     emptied, collected = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
@@ -150,6 +150,7 @@ def test_flags_of_llama_3_load_a_run_without_its_optimizer(files, tmp_path, trai
     assert opened == ["optimizer", "random"]
 
 
+@pytest.mark.slow
 def test_profiled_steps_are_a_trace_of_torchs_profiler(files, tmp_path, train):
     traces = tmp_path / "traces"
     more = ["--use-pytorch-profiler", "--tensorboard-dir", str(traces), "--eval-iters", "0", "--num-workers", "0"]
