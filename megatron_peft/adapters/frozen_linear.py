@@ -10,16 +10,6 @@ keeps anyway.
     backward, with g = dy:   u = s A x             du = s g B   dB = g^T u   dA = du^T x
                              dz = (I + D)^T g      dx = dz W + du A          dD = g^T z
 
-z itself is never formed again. From y = (I + D) z + B u follows dD = (g^T y - dB B^T) (I + D)^-T, block by block: a
-small system a block, and for a rotation alone, where I + D is orthogonal, a product with it. (I + D of a mixture,
-lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R has an eigenvalue of -1.)
-
-In float32 and float64, where a product has at least as many tokens as W has columns, a rotation goes into W for the
-moment of that product, y = (W + D W + s B A) x and dx = (W + D W + s B A)^T g: the same formula, fewer operations.
-
-Under sequence parallelism (column-parallel layers) A is applied to the rank's own tokens and the r-wide u is gathered;
-du is summed and scattered back, r-wide too. The gathered x is never kept.
-
 Letters: s sequence, b batch, r rank, t tensor-parallel size, k blocks of g features; in and out are a rank's own.
 """
 
@@ -100,7 +90,7 @@ def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] ->
     return out
 
 
-def turn_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
+def rotate_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
     """(I + diag(blocks)) W: a copy of the weight with its rows rotated."""
     return torch.bmm(blocks + identity_like(blocks), weight.view(*blocks.shape[:2], -1)).view_as(weight)
 
@@ -322,7 +312,11 @@ def rotation_gradients(
 
 
 def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: Any) -> Tensor:  # -> [k, g, g]
-    """dD out of y: (g^T y - dB B^T) (I + D)^-T; (g^T y)(I + D) where there is no low rank and I + D is orthogonal."""
+    """dD out of y: (g^T y - dB B^T) (I + D)^-T; (g^T y)(I + D) where there is no low rank and I + D is orthogonal.
+
+    That is g^T z with z = (I + D)^-1 (y - B u), block by block, without forming z. I + D of a mixture,
+    lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R has an eigenvalue of -1.
+    """
     products = blocks_gradient(grad, y, D)
     if dB is None:
         return torch.baddbmm(products, products, D)
@@ -335,7 +329,7 @@ def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: 
 def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
     """Whether the change goes into W for the moment of a product, y = (W + D W + s B A) x.
 
-    At as many tokens as W has columns, or more, turning W costs less than turning z, and the changed weight, formed in
+    At as many tokens as W has columns, or more, rotating W costs less than rotating z. The changed weight, formed in
     forward and again in backward, is no larger than z and never kept. Not in a low precision, where rounding W + dW
     would lose a small change. A low rank alone gains nothing by it.
     """
@@ -344,7 +338,7 @@ def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
 
 def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any) -> Tensor:  # -> [out, in]
     """W + D W + scale B A, this rank's slice."""
-    changed = turn_rows(weight, D)
+    changed = rotate_rows(weight, D)
     return changed if A is None else changed.addmm_(B, A * scale)
 
 

@@ -1,11 +1,11 @@
-"""A frozen linear layer whose weight is turned by a block-diagonal rotation: what BOFT and uRNN share.
+"""A frozen linear layer whose weight is rotated by a block-diagonal rotation: what BOFT and uRNN share.
 
     output side (default):   W' = R W      y = R (W x)         input side:   W' = W R^T      y = W (R^T x)
 
 R = diag(R_1, ..., R_k), contiguous groups of g features, so a rank applies its blocks with no communication at any
-layout. Where the side that turns is split over the ranks (the output of a column-parallel layer, the input of a
+layout. Where the rotated side is split over the ranks (the output of a column-parallel layer, the input of a
 row-parallel one) a rank holds its own blocks; otherwise it holds all of them, and a part of their gradient: that of
-its own tokens. The bias is added after R: R turns the weight. Blocks are built in float32.
+its own tokens. The bias is added after R: R rotates the weight. Blocks are built in float32.
 
 Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
 """
@@ -32,7 +32,7 @@ class BlockRotation(nn.Module):
 
     Args:
         layout: of the base weight.
-        side: which side of W turns.
+        side: which side of W is rotated.
         group_size: g.
     """
 
@@ -79,9 +79,9 @@ class BlockRotation(nn.Module):
             if x.requires_grad:  # megatron-core's sum gives a gradient that is not contiguous back as it was
                 x.register_hook(lambda grad: grad.contiguous())
             call = replace(call, sums_input_gradient=False)
-        return call.reduce(frozen_linear(self.turn_input(x), call))
+        return call.reduce(frozen_linear(self.rotated_by_transpose(x), call))
 
-    def turn_input(self, x: Tensor) -> Tensor:
+    def rotated_by_transpose(self, x: Tensor) -> Tensor:
         """R^T x."""
         return rotate(x, self.changes().transpose(1, 2))
 

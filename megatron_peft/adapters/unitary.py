@@ -6,7 +6,7 @@ F is the unitary Fourier transform of n complex numbers, D = diag(exp(i phi)) ph
 v normalized, Pi a fixed permutation: 7n real numbers, theta = [phi1, phi2, phi3, Re v1, Im v1, Re v2, Im v2].
 
 A reflection is at distance 2 from the identity and Pi mixes everything, so U itself cannot start near the identity.
-What turns a weight is Q(theta) = U(theta) U(theta_0)^H, theta_0 the random start: the identity at theta_0, and unitary.
+A weight is rotated by Q(theta) = U(theta) U(theta_0)^H, theta_0 the random start: the identity at theta_0, unitary.
 
 Real features are complex numbers in pairs, x[2i] + i x[2i+1]; `as_real` is the real matrix that does the same to them.
 

@@ -1,4 +1,4 @@
-"""uRNN: the weight turned by blocks that are unitary over pairs of features (eq. (10)-(12), Algorithm 1).
+"""uRNN: the weight rotated by blocks that are unitary over pairs of features (eq. (10)-(12), Algorithm 1).
 
     W' = Q W (output side) or W Q^H (input side),   Q = diag(Q_1, ..., Q_k)
 
@@ -53,7 +53,7 @@ def rotate_by_fourier(
 class _RotateByFourier(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, theta, start, permutation, tokens, inverse):  # type: ignore[override]
-        y = _as_features(_turned(_as_complex(x, theta), theta, start, permutation, inverse), x)
+        y = _as_features(_rotated(_as_complex(x, theta), theta, start, permutation, inverse), x)
         ctx.save_for_backward(y, theta, start, permutation)
         ctx.tokens, ctx.inverse = tokens, inverse
         return y
@@ -62,16 +62,16 @@ class _RotateByFourier(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         y, theta, start, permutation = ctx.saved_tensors
         upstream = _as_complex(grad, theta)
-        x = _turned(_as_complex(y, theta), theta, start, permutation, not ctx.inverse)
-        dx = _as_features(_turned(upstream, theta, start, permutation, not ctx.inverse), grad)
+        x = _rotated(_as_complex(y, theta), theta, start, permutation, not ctx.inverse)
+        dx = _as_features(_rotated(upstream, theta, start, permutation, not ctx.inverse), grad)
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            again = _turned(x[ctx.tokens].detach(), theta, start, permutation, ctx.inverse)
+            again = _rotated(x[ctx.tokens].detach(), theta, start, permutation, ctx.inverse)
             (dtheta,) = torch.autograd.grad(again, theta, upstream[ctx.tokens])
         return dx, dtheta, None, None, None, None
 
 
-def _turned(x: Tensor, theta: Tensor, start: Tensor, permutation: Tensor, inverse: bool) -> Tensor:
+def _rotated(x: Tensor, theta: Tensor, start: Tensor, permutation: Tensor, inverse: bool) -> Tensor:
     first, second = (theta, start) if inverse else (start, theta)
     return apply_structured(apply_structured_inverse(x, first, permutation), second, permutation)
 
@@ -85,7 +85,7 @@ def _as_features(x: Tensor, like: Tensor) -> Tensor:  # [s b, k, n] -> [s, b, 2 
     return torch.view_as_real(x).reshape(like.shape).to(like.dtype)
 
 
-DENSE_UP_TO = 512  # features of a group; larger ones are turned by FFT: megatron-peft bench urnn-crossover measures it
+DENSE_UP_TO = 512  # features of a group; larger ones are rotated by FFT: megatron-peft bench urnn-crossover measures it
 
 
 class StructuredUrnn(BlockRotation):
@@ -139,14 +139,18 @@ class StructuredUrnn(BlockRotation):
         if self.group_size <= DENSE_UP_TO:
             return super().rotate_output(x, call)
         z = call.reduce(frozen_linear(x, replace(call, bias=None)))
-        y = self._turn(z, call.own_tokens(z.shape[0] * z.shape[1]), inverse=False)
+        y = self._rotate(z, call.own_tokens(z.shape[0] * z.shape[1]), inverse=False)
         return y if call.bias is None else y + call.bias
 
-    def turn_input(self, x: Tensor) -> Tensor:
+    def rotated_by_transpose(self, x: Tensor) -> Tensor:
         """Q^H x."""
-        return super().turn_input(x) if self.group_size <= DENSE_UP_TO else self._turn(x, slice(None), inverse=True)
+        return (
+            super().rotated_by_transpose(x)
+            if self.group_size <= DENSE_UP_TO
+            else self._rotate(x, slice(None), inverse=True)
+        )
 
-    def _turn(self, x: Tensor, tokens: slice, inverse: bool) -> Tensor:
+    def _rotate(self, x: Tensor, tokens: slice, inverse: bool) -> Tensor:
         return rotate_by_fourier(x, self.theta, self.start, self.permutation, tokens, inverse)
 
 

@@ -113,8 +113,8 @@ class _Skewed(torch.autograd.Function):
 @pytest.mark.parametrize("case", [("boft, input side", "fc1"), ("lora", "fc2")], ids=["gradient", "output"])
 def test_what_is_not_contiguous_is_summed(groups, monkeypatch, case):
     """megatron-core's `_reduce` adds up a contiguous copy and gives back what it was given."""
-    turn, plus = BlockRotation.turn_input, low_rank.frozen_linear_plus_low_rank
-    monkeypatch.setattr(BlockRotation, "turn_input", lambda self, x: turn(self, _Skewed.apply(x)))
+    turn, plus = BlockRotation.rotated_by_transpose, low_rank.frozen_linear_plus_low_rank
+    monkeypatch.setattr(BlockRotation, "rotated_by_transpose", lambda self, x: turn(self, _Skewed.apply(x)))
     monkeypatch.setattr(low_rank, "frozen_linear_plus_low_rank", lambda *args: _Skewed.apply(plus(*args)))
     test_many_ranks_equal_one(groups, monkeypatch, *case, 8, sequence_parallel=False)
 

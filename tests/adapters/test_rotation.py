@@ -8,8 +8,8 @@ from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     add_blocks,
     blocks_gradient,
+    rotate_rows,
     rotates_weight,
-    turn_rows,
 )
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
@@ -115,4 +115,4 @@ def test_blocks_gradient_in_bfloat16_is_rounded_once():
 
 def test_turned_rows_are_those_of_the_block_diagonal_product():
     weight, blocks = numbers(12, 5), numbers(3, 4, 4)
-    torch.testing.assert_close(turn_rows(weight, blocks), weight + torch.block_diag(*blocks) @ weight)
+    torch.testing.assert_close(rotate_rows(weight, blocks), weight + torch.block_diag(*blocks) @ weight)
