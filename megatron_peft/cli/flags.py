@@ -215,7 +215,8 @@ def _refuse_methods_with_unfit_flags() -> None:
     added = {name: _fields_of_its_own(name) for name in PACKAGES}
     every = [*_program_flags(), *launch_flags(), *_shape_flags(), *_run_flags(), *_accepted_flags()]
     every += [one for key, flags in by_field.items() if key not in set().union(*added.values()) for one in flags]
-    taken = {name: "of pretrain_peft.py" for one in every for name in one.names}
+    own = ("-h", "--help", "--version")
+    taken = {name: "of pretrain_peft.py" for name in (*own, *(name for one in every for name in one.names))}
     taken |= dict.fromkeys((f"--{name}" for name in refused_flags()), "of Megatron's")
     taken = dict.fromkeys((name for name, _ in flags_of_fields()), "of Megatron's") | taken
     for method, names in added.items():
@@ -234,12 +235,14 @@ def _fields_of_its_own(method: str) -> list[str]:
 
 def _problem_of_flags(flags: Sequence[Flag], taken: Mapping[str, str]) -> str:
     """Why these flags of a method cannot be served; empty if they can."""
+    taken = dict(taken)
     for one in flags:
         for name in one.names:
             if not re.fullmatch(r"--[a-z0-9][a-z0-9-]*", name):
                 return f"its field {one.key} has the flag {name!r}: use dashes, small letters and digits"
             if name in taken:
                 return f"its flag {name} is one {taken[name]}"
+            taken[name] = "of another of its fields"
         if one.group not in GROUPS:
             return f"its flag {one.names[0]} stands under {one.group!r}, which is no title of --help"
     return ""

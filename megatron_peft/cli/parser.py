@@ -436,7 +436,7 @@ def _argparse_settings(served: Flag) -> dict[str, Any]:
     if shown not in (None, ""):
         settings["help"] += f" (default: {shown})"
     if served.choices and served.metavar and served.checks_choices:  # they are too long to stand in front
-        settings["help"] += f" (one of {', '.join(served.choices)})"
+        settings["help"] += f" (one of {', '.join(served.choices)})".replace("%", "%%")
     if served.choices and served.checks_choices:
         return settings | {"choices": served.choices, "metavar": served.metavar}
     named = f"{{{','.join(served.choices)}}}" if served.choices else served.metavar

@@ -97,13 +97,16 @@ _NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a finite number")}
 
 
 def _what_it_must_be(value: Any, annotation: Any) -> str:
-    """What a field of this type takes, if not this value; else nothing. Texts and collections are not looked at."""
+    """What a field of this type takes, if not this value; else nothing."""
     if get_origin(annotation) in (UnionType, Union):
         wanted = [_what_it_must_be(value, one) for one in get_args(annotation) if one is not NoneType]
         return "" if value is None or not all(wanted) else " or ".join(wanted)
     if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        return "" if value in choices else ", ".join(choices[:-1]) + f" or {choices[-1]}" * bool(choices)
+        return "" if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
+    if annotation is str:
+        return "" if isinstance(value, str) else "a text"
+    if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
+        return "" if isinstance(value, tuple) and all(isinstance(one, str) for one in value) else "a tuple of texts"
     if annotation is bool:
         return "" if isinstance(value, bool) else "True or False"
     kind, name = _NUMBERS.get(annotation, (object, ""))

@@ -38,6 +38,7 @@ from megatron_peft.training.after_step import (
 )
 from megatron_peft.training.state import group_overrides
 from megatron_peft.training.step import finish_gradients
+from megatron_peft.training.terminal import print_rank_0, unused_flags_notes
 
 
 def add_adapters(
@@ -70,6 +71,8 @@ def add_adapters(
             settings: Any = chunk.config
             settings.huggingface_modules = dict(huggingface_modules)
     make_adaptable(chunks, config)
+    for note in unused_flags_notes(config):
+        print_rank_0(note)
     return ModelAdapters(chunks, config, seed, attach_adapters(chunks, config, seed))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from megatron_peft.adapters.attach import huggingface_modules
 from megatron_peft.checkpoint.state import TrainingState
-from megatron_peft.config import RunConfig
+from megatron_peft.config import PeftConfig, RunConfig
 
 # (field of the record, label, format); a field that the record lacks is left out
 Fields = tuple[tuple[str, str, Callable[[Any], str]], ...]
@@ -176,6 +176,11 @@ def _counted_here(model_chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
+def unused_flags_notes(peft: PeftConfig) -> list[str]:
+    """A line for each flag that was set and that the method does not read."""
+    return [f"note: {flag} has no effect with {peft.spec.describe(peft)}" for flag in peft.unused_flags]
+
+
 def training_summary(
     config: RunConfig, adapted: Sequence[str], counts: ParameterCounts, model_chunks: Sequence[nn.Module]
 ) -> str:
@@ -192,8 +197,7 @@ def training_summary(
             "WARNING: the pretrained weights of these layers are DISCARDED and replaced by new ones: the model does "
             "not start from the pretrained one."
         )
-    method = config.peft.spec.describe(config.peft)
-    lines += [f"note: {flag} has no effect with {method}" for flag in config.peft.unused_flags]
+    lines += unused_flags_notes(config.peft)
     share = 100 * counts.trainable / max(counts.total, 1)
     lines.append(f"trainable parameters: {counts.trainable:,} of {counts.total:,} ({share:.3f}%)")
     weights, gradients, moments = rank_bytes(config, model_chunks)

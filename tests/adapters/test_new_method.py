@@ -1,6 +1,7 @@
 """A method costs two files and one line: the one of docs/new-method.md trains alike at every layout, merges and
 exports, from inside the package and from one of its own."""
 
+import ast
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, methods
 from tests.adapters.new_method_runs import LAYOUTS
-from tests.test_plain_english import namesakes
+from tests.test_plain_english import namesakes, public_things
 from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,7 @@ def test_it_keeps_the_rules_of_the_repository(tree):
     for command in (["check"], ["format", "--check"]):
         in_tree(tree, sys.executable, "-m", "ruff", *command, DECLARATION, ADAPTER)
     assert namesakes(tree / "megatron_peft") == []
+    assert [node.name for _, node in public_things(tree / "megatron_peft") if not ast.get_docstring(node)] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -306,8 +306,8 @@ def test_a_record_is_read_though_the_defaults_of_its_method_are_refused(config: 
 
 def test_a_record_of_a_method_that_is_not_installed_is_refused_by_its_name(config: RunConfig) -> None:
     record = config_to_dict(config)
-    record["peft"] |= {"method": "gains", "gains_bound": 0.5}
-    with pytest.raises(ConfigurationError, match="--peft-method gains is not one of full, lora"):
+    record["peft"] |= {"method": "not-installed", "its_bound": 0.5}
+    with pytest.raises(ConfigurationError, match="--peft-method not-installed is not one of full, lora"):
         config_from_dict(record)
 
 

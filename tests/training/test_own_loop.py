@@ -160,6 +160,11 @@ def test_hugging_faces_names_are_those_that_the_model_is_given(world):
     assert adapters.names == ("decoder.layers.0.self_attention.linear_qkv",)
 
 
+def test_a_field_that_the_method_does_not_read_is_named(world, capsys):
+    add_adapters(own_model(), PeftConfig("lora", hybrid_merge_interval=3))
+    assert "note: --hybrid-merge-interval 3 has no effect with --peft-method lora\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("settings", [{}, {"add_bias_linear": False, "gated_linear_unit": True}])
 def test_untrained_adapters_change_nothing(world, settings):
     model, tokens = own_model(hidden_dropout=0.0, attention_dropout=0.0, **settings), torch.arange(8)[None]

@@ -21,7 +21,7 @@ from inspect import get_annotations
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_peft.config.errors import Check, Requirements, flag_of, option, spelled
+from megatron_peft.config.errors import Check, ConfigurationError, Requirements, flag_of, option, spelled
 from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
@@ -199,6 +199,8 @@ class _Checks(PeftOptions):
     """Validation and derived properties of `PeftConfig`."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a text.")
         known = self.method in METHODS
         with Requirements(self) as require:
             reason = _UNUSABLE.get(self.method)
@@ -264,7 +266,7 @@ def _load_methods() -> tuple[dict[str, Method], dict[str, str], dict[str, str]]:
         try:
             method = point.load()
             problem = _problem_of(method, found)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = f"it cannot be loaded: {error!r}"
         if not problem:
             found[method.name], packages[method.name] = method, package

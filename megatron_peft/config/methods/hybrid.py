@@ -116,7 +116,8 @@ class HybridMethod(Method):
 
     def fields(self, peft: HybridOptions) -> set[str]:
         """The fields that the method reads, without those of the other rotation."""
-        chosen = ROTATIONS.get(peft.hybrid_rotation, BOFT)  # another name is an error of that field
+        names = [name for name in ROTATIONS if name == peft.hybrid_rotation]  # another is an error of that field
+        chosen = ROTATIONS[names[0]] if names else BOFT
         unused = [rotation for rotation in ROTATIONS.values() if rotation is not chosen]
         own = chosen.fields(peft) | LORA_GA.fields(peft)
         read = super().fields(peft) - set().union(*(rotation.fields(peft) for rotation in unused)) | own
