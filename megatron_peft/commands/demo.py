@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.parser import ArgumentParser, add_flags, read_own_flags
+from megatron_peft.cli.parser import ArgumentParser, add_flags, read_config, read_own_flags
 from megatron_peft.config import METHODS, ConfigurationError, option, require, require_packages
+
+ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 --tensor-model-parallel-size 3".split()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, extra_flags = read_own_flags(DemoSettings, argv, __doc__)
     try:
         made: DemoSettings = settings()
+        read_config([*ANY_RUN, *extra_flags], {"WORLD_SIZE": "3"})  # wrong flags are told before anything is imported
         require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu")
         from megatron_peft.demo.run import print_report, run_demo
 

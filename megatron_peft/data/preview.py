@@ -320,7 +320,8 @@ def _notes(preview: Preview) -> Iterator[str]:
 def _samples(preview: Preview) -> Iterator[Text]:
     count = min(preview.options.show_samples, len(preview.measured.records))
     random = np.random.default_rng(preview.config.seed)
-    chosen = np.sort(random.choice(preview.measured.records, count, replace=False)) if count else []
+    parts = np.array_split(np.sort(preview.measured.records), max(count, 1))  # one sample of each: of every source
+    chosen = [random.choice(part) for part in parts[:count]]
     if count:
         yield Text(f"\nmarks: {_BETWEEN} between tokens, «trained», ‹cut off›", style="dim")
     for number, index in enumerate(map(int, chosen), 1):

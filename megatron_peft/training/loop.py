@@ -189,9 +189,10 @@ class _Run:
         self.progress.advance(position.iteration)
         if self.is_first_step:
             self._check_gradients(report)
-            self._show_first_step(report)
-            self.is_first_step = False
         reason = self._reason_to_end(report)
+        if self.is_first_step and not reason:
+            self._show_first_step(report)
+        self.is_first_step = False
         self._log_and_validate(report, ends=bool(reason))
         reason = reason or self._ends_early()
         self._report_save(self.saver.finish(wait=False))  # a background save that has ended since

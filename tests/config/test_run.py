@@ -236,10 +236,10 @@ def test_flags_of_other_methods_are_kept_and_named(method: str, settings: dict[s
         (
             "boft",
             {"boft_parametrization": "bogus"},
-            "--boft-parametrization is 'bogus'; it must be cayley or projection.",
+            "--boft-parametrization is 'bogus'; it must be one of cayley, projection.",
         ),
-        ("hybrid", {"hybrid_rotation": "x"}, "--hybrid-rotation is 'x'; it must be boft or urnn."),
-        ("lora-ga", {"lora_ga_init": None}, "--lora-ga-init is None; it must be aligned, paper or original."),
+        ("hybrid", {"hybrid_rotation": "x"}, "--hybrid-rotation is 'x'; it must be one of boft, urnn."),
+        ("lora-ga", {"lora_ga_init": None}, "--lora-ga-init is None; it must be one of aligned, paper, original."),
         ("lora", {"lora_rank": "8"}, "--lora-rank is '8'; it must be a whole number."),
         ("lora", {"lora_rank": 8.0}, "--lora-rank is 8.0; it must be a whole number."),
         ("lora", {"lora_rank": True}, "--lora-rank is True; it must be a whole number."),
