@@ -152,8 +152,7 @@ def _write_share(draft: Path, records: RecordFiles, fit: Fit, place: Place) -> C
                 some = share[begin : begin + _BATCH]
                 tokens = [fit.tokenized(records, index) for index in some]
                 writer.write_batch({"ids": [one.ids for one in tokens], "trained": [one.trained for one in tokens]})
-                for index in some:
-                    left_out.update(fit.left_out(records, index))
+                left_out.update(name for index in some for name in fit.left_out(records, index))
             writer.finalize()
     except OSError as error:
         raise ConfigurationError(
