@@ -106,7 +106,9 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
     if annotation is str:
         return "" if isinstance(value, str) else "a text"
     if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
-        return "" if isinstance(value, tuple) and all(isinstance(one, str) for one in value) else "a tuple of texts"
+        return (
+            "" if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value) else "a tuple of texts"
+        )
     if annotation is bool:
         return "" if isinstance(value, bool) else "True or False"
     kind, name = _NUMBERS.get(annotation, (object, ""))
