@@ -179,8 +179,8 @@ def start_gradients_at_the_embedding(chunk: Any) -> RemovableHandle | None:
     """Make the frozen embedding's output require a gradient, which training by itself has no use for.
 
     Activation recompute skips the backward of a checkpointed block whose input needs none: every adapter of the first
-    stage would silently keep gradient zero. A stage without adapters still needs a
-    differentiable output, and LoRA-GA needs a backward through layers without trainable parameters.
+    stage would silently keep gradient zero. A stage without adapters still needs a differentiable output, and LoRA-GA
+    needs a backward through layers without trainable parameters.
 
     Returns:
         What removes it again; None where the chunk has no embedding.

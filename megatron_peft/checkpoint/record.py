@@ -335,12 +335,16 @@ def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
 
 def _load(current: CurrentRun) -> str:
     settings = current.config.checkpoint
-    is_automatic = settings.resume == "auto" and settings.load == settings.save
-    return f"--save {settings.save} (--resume auto)" if is_automatic else f"--load {settings.load}"
+    return f"--save {settings.save} (--resume auto)" if _is_automatic(current) else f"--load {settings.load}"
 
 
 def _another(current: CurrentRun) -> str:
-    return f"another {_load(current)[:6]}"
+    return "another --save" if _is_automatic(current) else "another --load"
+
+
+def _is_automatic(current: CurrentRun) -> bool:
+    settings = current.config.checkpoint
+    return settings.resume == "auto" and settings.load == settings.save
 
 
 # A cheap fingerprint of a base model's folder, so that adapters are never put on another base: config.json, and of each

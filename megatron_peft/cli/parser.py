@@ -1,4 +1,4 @@
-"""Megatron's flags -> typed configuration. The only user of argparse, and nothing heavy is imported.
+"""Megatron's flags -> typed configuration. With own_flags.py the only user of argparse; nothing heavy is imported.
 
 Everything that is wrong (unknown flags, flags of Megatron that are not served, values, contradictions, also with the
 checkpoint's shape and the world size) is gathered and told in one message, by rank 0 alone; every rank exits with 2.
@@ -19,13 +19,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries, split_off_files
+from megatron_peft.cli.config_files import CONFIG_FLAG, file_entries, split_off_files
 from megatron_peft.cli.flags import (
     GROUPS,
     TAKES_A_VALUE,
     Flag,
     Target,
-    flags_of,
     known_to_files,
     launch_flags,
     sections,
@@ -33,7 +32,7 @@ from megatron_peft.cli.flags import (
 )
 from megatron_peft.cli.megatron import WAYS_OUT_OF_VALUES
 from megatron_peft.cli.run_file import run_file
-from megatron_peft.cli.unknown import NEAR, nearest, why_not_served
+from megatron_peft.cli.unknown import why_not_served
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training, print_failure
 from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
@@ -109,6 +108,13 @@ def typed_values(argv: Sequence[str]) -> dict[str, Any]:
         return {}
 
 
+def unknown_flags(argv: Sequence[str]) -> list[str]:
+    """The message for each word that no flag of a run explains; values are looked at later."""
+    known = {name for one in served_flags() for name in one.names}
+    found = [name for name, _ in _split_at_flags(argv) if name and name not in known]
+    return [why_not_served(name) for name in found]
+
+
 def typed_launch(argv: Sequence[str]) -> dict[str, Any]:
     """The values of `LaunchConfig` that were typed or stand in a file; what is wrong elsewhere is told later."""
     of_launch = [CONFIG_FLAG, *(name for one in launch_flags() for name in one.names)]
@@ -133,105 +139,8 @@ def _read_words(argv: Sequence[str]) -> "_Typed":
     return typed
 
 
-def add_flags(parser: ArgumentParser, config_class: type) -> None:
-    """A flag for each field of a program's own settings, and --config. What is not typed is not stored."""
-    words = "YAML files with flags as keys; typed flags override them"
-    parser.add_argument(CONFIG_FLAG, nargs="+", metavar="FILE", help=words, default=SUPPRESS)
-    for one in flags_of(config_class):
-        settings = _argparse_settings(one)
-        if one.names[0].startswith("-"):
-            settings |= {"dest": one.key, "required": one.required}
-        else:  # a word without a flag
-            del settings["dest"]
-            settings["nargs"] = ("+" if one.required else "*") if one.many else None
-        parser.add_argument(*one.names, default=SUPPRESS, **settings)
-
-
-def add_run_flags(parser: ArgumentParser) -> None:
-    """Every flag of `served_flags`, for a program that only lists them: `parse_arguments` reads them."""
-    for one in served_flags():
-        if one.names[0] not in parser._option_string_actions:
-            parser.add_argument(*one.names, **_argparse_settings(one)).choices = one.choices
-
-
-def settings_of(config_class: type, values: Mapping[str, Any]) -> Any:
-    """An instance of those settings with what was typed. ConfigurationError: as the dataclass raises it."""
-    own = {one.name for one in fields(config_class)} & values.keys()
-    return config_class(**{name: _value(values[name]) for name in own})
-
-
-def own_parser(description: str | None) -> ArgumentParser:
-    """A parser for a program with flags of its own; --help shows the description as it is laid out."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--version", action=ShowVersion)
-    return parser
-
-
-def parse_own(
-    parser: ArgumentParser, argv: Sequence[str] | None, commands: Mapping[str, ArgumentParser] | None = None
-) -> dict[str, Any]:
-    """What was typed for a program with flags of its own, or stands in the files of --config.
-
-    Args:
-        commands: sub-commands by name, if the first word is one; a file then sets flags of that one.
-
-    Raises:
-        SystemExit: 0 after `--help`; 2 after telling what is wrong on stderr.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    own = (commands or {}).get(argv[0] if argv else "")
-    start, words = ([argv[0]], argv[1:]) if own else ([], argv)
-    from_files, _, typed = _words_of_files(own or parser, words)
-    return vars(parser.parse_args([*start, *from_files, *typed]))
-
-
-def read_own_flags(
-    config_class: type, argv: Sequence[str] | None, description: str | None
-) -> tuple[Callable[[], Any], list[str]]:
-    """A program's own settings, and what else was typed: flags of pretrain_peft.py, for `parse_arguments`.
-
-    Returns:
-        A function that makes the settings, or raises ConfigurationError; the other words.
-
-    Raises:
-        SystemExit: 0 after `--help` and `--version`; 2 after telling what is wrong with one of its own flags on stderr.
-    """
-    parser = own_parser(description)
-    add_flags(parser, config_class)
-    own, others, typed = _words_of_files(parser, sys.argv[1:] if argv is None else argv, served_flags())
-    values, rest = parser.parse_known_args([*own, *typed])
-    return lambda: settings_of(config_class, vars(values)), [*others, *rest]
-
-
-def _words_of_files(
-    parser: ArgumentParser, argv: Sequence[str], others: Sequence[Flag] = ()
-) -> tuple[list[str], list[str], list[str]]:
-    """(words for `parser` out of the files of --config, those of the `others`, what was typed besides)."""
-    own = {
-        name: KnownFlag(takes_value=action.nargs != 0)
-        for action in parser._actions
-        for name in action.option_strings or [action.dest]
-    }
-    known = known_to_files(others) | own
-
-    def why_unknown(name: str) -> str:
-        found = nearest(name, known, NEAR)
-        return f"{name} is not a known flag{f'; did you mean {found}?' if found else '; --help lists them.'}"
-
-    try:
-        files, typed = split_off_files(argv)
-        entries = file_entries(files, known, why_unknown)
-    except ConfigurationError as error:
-        parser.error("\n  - ".join(error.problems))
-    words: tuple[list[str], list[str]] = [], []
-    for one in entries:
-        written = [f"{one.name}={one.words[0]}"] if len(one.words) == 1 else [one.name, *one.words]
-        words[one.name not in own].extend(written if one.name.startswith("-") else one.words)
-    return *words, typed
-
-
-def _value(value: Any) -> Any:
+def in_a_tuple(value: Any) -> Any:
+    """What argparse gives; several values as a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -246,18 +155,6 @@ def _installed(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-class ShowVersion(argparse.Action):
-    """`add_argument("--version", action=ShowVersion)`; the version is looked up only when it is asked for."""
-
-    def __init__(self, option_strings: Any, dest: str, **settings: Any) -> None:
-        help = "print the version and exit"
-        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=help)
-
-    def __call__(self, parser: ArgumentParser, *_: Any, **__: Any) -> None:
-        print(version())
-        parser.exit()
 
 
 def exit_with_error(
@@ -306,7 +203,10 @@ class _Typed:
         values = self.values[served.target]
         before = self.spellings.setdefault((served.target, served.key), name)
         if before not in served.names and values[served.key] != value:
-            self.problems.append(f"{place}{before} and {name} contradict each other: leave one out.")
+            if value == "auto":
+                return
+            if values[served.key] != "auto":  # which leaves the choice to the other flag
+                self.problems.append(f"{place}{before} and {name} contradict each other: leave one out.")
         values[served.key] = value
 
     def _value(self, name: str, words: list[str]) -> Any:
@@ -331,7 +231,7 @@ class _Typed:
             way_out = WAYS_OUT_OF_VALUES.get(name)
             raise ConfigurationError(f"{name}: {error.message}{f'; {way_out}' if way_out else ''}.") from error
         (value,) = vars(namespace).values()
-        return _value(value)
+        return in_a_tuple(value)
 
 
 def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -423,11 +323,12 @@ def _build_parser(served: Sequence[Flag]) -> ArgumentParser:
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for one in served:
-        groups[one.group].add_argument(*one.names, **_argparse_settings(one))
+        groups[one.group].add_argument(*one.names, **argparse_settings(one))
     return parser
 
 
-def _argparse_settings(served: Flag) -> dict[str, Any]:
+def argparse_settings(served: Flag) -> dict[str, Any]:
+    """Of `add_argument`, without the names."""
     words = served.help.replace("%", "%%")
     settings: dict[str, Any] = {"dest": f"{served.target}.{served.key}", "help": words}
     if served.constant is not TAKES_A_VALUE:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.benchmarks import NAMES
-from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import option
 
 

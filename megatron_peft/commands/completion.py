@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, settings_of
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, settings_of
 from megatron_peft.config import required_option
 
 FILES = ("FILE", "FILE.yaml", "FOLDER", "PATH", "EXPERIMENT.yaml", "PREFIX")

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import ConfigurationError, Requirements, flag, option, require, required_option
+from megatron_peft.config.hub import local_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -40,8 +41,14 @@ class _Conversion(_Folders):
 @dataclass(frozen=True, kw_only=True)
 class _FromBase(_Folders):
     pretrained_checkpoint: str | None = option(
-        None, "base model (default: the one that the input names)", metavar="FOLDER"
+        None, "base model: a folder, or ORG/NAME of the Hub (default: the one that the input names)", metavar="FOLDER"
     )
+
+    @property
+    def base(self) -> str | None:
+        """The base model's folder. ConfigurationError: the Hub and its cache do not have it."""
+        given = self.pretrained_checkpoint
+        return given and local_model(given, "--pretrained-checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,8 @@ class HfToMegatron(_Conversion):
         from megatron_peft.conversion.to_megatron import hf_to_megatron
 
         multiple, dtype = self.make_vocab_size_divisible_by, type_flag(self.dtype)
-        return _wrote(hf_to_megatron(self.input, self.output, dtype=dtype, make_vocab_size_divisible_by=multiple))
+        folder = local_model(self.input, "--input")
+        return _wrote(hf_to_megatron(folder, self.output, dtype=dtype, make_vocab_size_divisible_by=multiple))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +87,7 @@ class _ToHuggingFace(_WithCard):
         from megatron_peft.conversion.writer import parse_bytes
 
         size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
-        card: dict[str, Any] = {"pretrained_checkpoint": self.pretrained_checkpoint, "license": self.license}
+        card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card))
 
 
@@ -128,7 +136,7 @@ class ExportAdapter(_WithCard):
         names = ("tolerance", "max_rank", "num_tokens")
         limits: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         require(self.as_lora or not limits, f"{', '.join(map(flag, limits))}: give --as-lora too, or leave it out.")
-        card: dict[str, Any] = {"pretrained_checkpoint": self.pretrained_checkpoint, "license": self.license}
+        card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
         if self.as_lora:
             from megatron_peft.conversion.as_lora import export_as_lora
 
@@ -146,7 +154,7 @@ class ImportAdapter(_FromBase, _Conversion):
         """Write the run."""
         from megatron_peft.conversion.peft import import_adapter
 
-        return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.pretrained_checkpoint))
+        return _wrote(import_adapter(self.input, self.output, pretrained_checkpoint=self.base))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +172,8 @@ class Verify(_FromBase):
         """Print the differences. Exit code 1 if the logits differ by more than the tolerance."""
         from megatron_peft.conversion.verify import verify
 
-        base = self.pretrained_checkpoint
-        found = verify(self.input, self.reference, pretrained_checkpoint=base, num_tokens=self.num_tokens)
+        folders = local_model(self.input, "--input"), local_model(self.reference, "--reference")
+        found = verify(*folders, pretrained_checkpoint=self.base, num_tokens=self.num_tokens)
         if self.per_layer:
             for number, layer in enumerate(found.layers):
                 print(f"layer {number:3}: largest difference {layer.absolute:.3g}, relative {layer.relative:.3g}")

@@ -8,7 +8,7 @@ Each has its own --help.
 
 from collections.abc import Sequence
 
-from megatron_peft.cli.parser import ArgumentParser
+from megatron_peft.cli.own_flags import ArgumentParser
 from megatron_peft.commands.program import add_commands, run_command
 
 SUMMARY = "prepare, convert and look at data"

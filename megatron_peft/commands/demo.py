@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.cli.parser import ArgumentParser, add_flags, read_config, read_own_flags
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import METHODS, ConfigurationError, option, require, require_packages
 
 ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 --tensor-model-parallel-size 3".split()

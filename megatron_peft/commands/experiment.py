@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.cli.parser import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import ConfigurationError, Requirements, option, required_option
 
 if TYPE_CHECKING:

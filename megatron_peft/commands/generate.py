@@ -9,21 +9,12 @@ docs/evaluation.md.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import (
-    ArgumentParser,
-    add_flags,
-    add_run_flags,
-    exit_with_error,
-    read_own_flags,
-    typed_launch,
-)
-from megatron_peft.config import ConfigurationError
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
+from megatron_peft.commands.on_a_model import ask_a_model
 from megatron_peft.config.evaluation import AnswerSettings
-
-PROGRAM, MODULE = "megatron-peft generate", "megatron_peft.commands.generate"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,21 +25,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for whatever the user can put right: flags, files, checkpoints, prompts that are too long."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    read_settings, flags = read_own_flags(AnswerSettings, argv, __doc__)
-    try:
-        settings: AnswerSettings = read_settings()
-    except ConfigurationError as error:
-        exit_with_error(error, program=PROGRAM)
-    ended = start_processes(MODULE, argv, typed_launch(flags), PROGRAM, lambda environ: None)
-    if ended is not None:
-        return ended
+    return ask_a_model("generate", AnswerSettings, __doc__, argv, lambda settings: None, _load)
 
+
+def _load() -> Callable[[Any, Any], None]:
     from megatron_peft.evaluation.answers import answer
-    from megatron_peft.evaluation.model import run_on_a_model
 
-    run_on_a_model(answer, settings, flags, PROGRAM)
-    return 0
+    return answer
 
 
 if __name__ == "__main__":

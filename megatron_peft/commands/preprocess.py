@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.cli.parser import SUPPRESS, ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.cli.own_flags import SUPPRESS, ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import ConfigurationError, DataConfig, Requirements, flag, option, required_option
 
 NOT_SERVED = ("split-sentences", "keep-newlines", "partitions", "vocab-file", "merge-file", "lang")

@@ -9,15 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_peft.cli.parser import (
-    ArgumentParser,
-    add_flags,
-    add_run_flags,
-    exit_with_error,
-    parse_arguments,
-    read_own_flags,
-    typed_values,
-)
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags, read_own_flags
+from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_values
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.preview import PreviewOptions
 

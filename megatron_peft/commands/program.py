@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from megatron_peft.cli.parser import ArgumentParser, own_parser, version
+from megatron_peft.cli.own_flags import ArgumentParser, own_parser
+from megatron_peft.cli.parser import version
 
 # Command -> (module of this room, one line for --help).
 COMMANDS: Mapping[str, tuple[str, str]] = {

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.cli.launch import start_processes
-from megatron_peft.cli.parser import ArgumentParser, add_flags, read_own_flags, typed_launch
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
+from megatron_peft.cli.parser import typed_launch
 from megatron_peft.config import ConfigurationError, Requirements, option, require, require_packages, required_option
 
 PROGRAM, MODULE = "megatron-peft report", "megatron_peft.commands.report"
@@ -80,11 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
     from megatron_peft.experiment.run_report import is_run
 
-    is_experiment = settings.experiment is not None or (settings.folder / "cells").is_dir()
-    if not is_experiment and is_run(settings.folder):
+    folder = settings.folder
+    require(folder.is_dir(), f"there is no folder {folder}.")
+    is_experiment = settings.experiment is not None or (folder / "cells").is_dir()
+    if not is_experiment and is_run(folder):
         require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")
         return _of_a_run(settings, model_flags)
-    folder = settings.folder
+    require(
+        is_experiment,
+        f"{folder} holds neither a run (metrics.jsonl, checkpoints) nor an experiment (cells): give the --save folder "
+        f"of a run, or the --output folder of megatron-peft experiment.",
+    )
     require(settings.samples is None, f"--samples is of a run, but {folder} is not the --save folder of one.")
     return _of_an_experiment(settings)
 

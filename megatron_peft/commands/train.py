@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_peft.cli.launch import running_processes, start_processes
-from megatron_peft.cli.parser import ArgumentParser, add_run_flags, parse_arguments, typed_launch
+from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
+from megatron_peft.cli.parser import parse_arguments, typed_launch
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape

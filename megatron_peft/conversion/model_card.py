@@ -17,6 +17,7 @@ from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.checkpoint.record import RunRecord
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
+from megatron_peft.config.hub import hub_name
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text
 from megatron_peft.models.families import family_of
 
@@ -103,7 +104,7 @@ def _card(exported: Exported, license: Mapping[str, str]) -> str:
 def _front_matter(exported: Exported, license: Mapping[str, str]) -> str:
     tags = ["megatron-peft", exported.record.config.peft.method, *(["lora"] if exported.is_lora else [])]
     data = ModelCardData(
-        base_model=_hub_name(exported.base),
+        base_model=_named(exported.base),
         library_name="peft" if exported.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(tags)),
@@ -130,15 +131,14 @@ def _license(exported: Exported) -> dict[str, str]:
     return {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
 
 
-def _hub_name(base: str | None) -> str | None:
-    """`org/name` of a folder in the hub's cache; other names stay."""
-    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", base or "")
-    return f"{cached[1]}/{cached[2]}" if cached else base
+def _named(base: str | None) -> str | None:
+    """`org/name` of a folder in the Hub's cache; other names stay."""
+    return hub_name(base or "") or base
 
 
 def _summary(exported: Exported) -> str:
     kind = "A LoRA adapter" if exported.is_lora else "An adapter" if exported.is_adapter else "A model"
-    base = _hub_name(exported.base) or _hub_name(exported.record.config.model.pretrained_checkpoint)
+    base = _named(exported.base) or _named(exported.record.config.model.pretrained_checkpoint)
     return f"{kind} fine-tuned from `{base}` with megatron_peft."
 
 
@@ -208,7 +208,7 @@ def _serving(exported: Exported) -> str:
         return f"vLLM:\n\n{_code(f'vllm serve {shlex.quote(folder)}')}\n\ntransformers:\n\n{_python(_model(folder))}"
     base, folder = exported.base or NO_BASE, str(exported.output.absolute())
     if megatron_files(base) is None and Path(base).is_dir():
-        base = str(Path(base).absolute())
+        base = hub_name(base) or str(Path(base).absolute())
     adapter = f"model.load_adapter({folder!r})"
     wrapped = f"model = PeftModel.from_pretrained(model, {folder!r})"
     return "\n\n".join([

@@ -197,11 +197,11 @@ def _measure(records: RecordFiles, fit: Fit, chosen: np.ndarray) -> Measured:
         ids, trained = fit.tokenized(records, int(index))
         whole = sample_from_ids(ids, trained, len(ids))
         sample = fit.cut(ids, trained)
-        num_learnt = int(sample.loss_mask.sum())
-        row[:] = len(whole), len(sample), num_learnt, int(whole.loss_mask.sum()) - num_learnt
+        num_trained = int(sample.loss_mask.sum())
+        row[:] = len(whole), len(sample), num_trained, int(whole.loss_mask.sum()) - num_trained
         left_out.update(fit.left_out(records, int(index)))
-    whole, kept, learnt, cut = rows.T
-    return Measured(chosen, whole, kept, learnt, cut, left_out)
+    whole, kept, trained, cut = rows.T
+    return Measured(chosen, whole, kept, trained, cut, left_out)
 
 
 def _num_packs(kept: np.ndarray, config: DataConfig, packing: str) -> int:
@@ -254,7 +254,8 @@ def _lengths(preview: Preview) -> Iterator[str]:
     if len(used):
         middle, most, nearly = np.percentile(used, (50, 90, 99))
         yield (
-            f"tokens of a sample: mean {_number(preview.length)}, median {middle:,.0f}, 90% {most:,.0f}, "
+            f"positions of a sample (its tokens but one): mean {_number(preview.length)}, median {middle:,.0f}, "
+            f"90% {most:,.0f}, "
             f"99% {nearly:,.0f}, longest {used.max():,}"
         )
         yield from _histogram(used)
@@ -301,7 +302,7 @@ def _batches(preview: Preview) -> Iterator[str]:
     if size > 1 and not preview.config.pack_sequences:
         yield f"padding in microbatches of {size}: {preview.padding:.1%} of the positions"
     if preview.blend.weights:
-        yield "an epoch of a weighted blend means nothing: its length is that of --train-iters or --train-samples"
+        yield "a weighted blend has no epoch: --train-iters or --train-samples set its length"
         return
     plain, packed = preview.steps(preview.num_samples), preview.steps(preview.packs)
     batch = preview.batches.global_batch_size

@@ -12,9 +12,12 @@ from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.record import read_run_record
-from megatron_peft.config import ConfigurationError, Requirements, RunConfig, kind_of_source, require
+from megatron_peft.config import ConfigurationError, Requirements, RunConfig, is_indexed, parse_blend, require
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.formats import ColumnNames
+from megatron_peft.data.records import Fit
+from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.evaluation.answers import encode_prompts, request_bar
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
 from megatron_peft.evaluation.generation import GREEDY
@@ -52,17 +55,21 @@ class SampleSettings:
 
     def questions(self) -> list["Question"]:
         """Raises ConfigurationError: the run has no validation data with prompts."""
-        data = read_run_record(self.run).config.data
+        config = read_run_record(self.run).config
+        data = config.data
         paths = data.data_path or data.valid_data_path
         require(
-            bool(paths) and all(kind_of_source(path) == "json" for path in paths),
+            bool(paths) and not is_indexed(paths),
             f"--samples takes prompts from the run's --valid-data-path, but {self.run} "
             + (f"was validated on indexed data ({paths[0]})." if paths else "was trained without."),
         )
-        records = RecordFiles(paths, "--valid-data-path")
+        records = RecordFiles(parse_blend(paths, "--valid-data-path").prefixes, "--valid-data-path")
+        tokenizer = build_tokenizer(data, config.model.pretrained_checkpoint)
+        fit = Fit(tokenizer, data.seq_length, columns=ColumnNames.of(data))
         step = max(len(records) // self.num_samples, 1)
-        chosen = [records[index] for index in range(0, len(records), step)][: self.num_samples]
-        found = [question for record in chosen if (question := question_of(record)) is not None]
+        chosen = list(range(0, len(records), step))[: self.num_samples]
+        native = [fit.format_of(records, index).native(records[index]) for index in chosen]
+        found = [question for record in native if (question := question_of(record)) is not None]
         require(bool(found), f"--samples needs prompts, but the records of {' '.join(paths)} are plain texts.")
         return found
 

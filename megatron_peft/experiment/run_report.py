@@ -290,7 +290,7 @@ def _draw_smoothed(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of each point and its neighbours, a twentieth of the curve; fewer at its ends, so that it keeps its length."""
+    """Of each point and its neighbors, a twentieth of the curve; fewer at its ends, so that it keeps its length."""
     half = max(len(values) // 40, 1)
     return [float(np.mean(values[max(at - half, 0) : at + half + 1])) for at in range(len(values))]
 

@@ -110,11 +110,21 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         if checkpoint is None:
             _check_start(state, data)
         _print_start(checkpoint, state, data)
-        if config.checkpoint.save and run_file and dist.get_rank() == 0:
-            write_atomically(Path(config.checkpoint.save) / RUN_FILE, run_file)
+        if config.checkpoint.save and run_file:
+            path = Path(config.checkpoint.save) / RUN_FILE
+            from_first_rank(lambda: _write_run_file(path, run_file))
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver))
+
+
+def _write_run_file(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written ({error.strerror}): free disk space, or use another --save folder."
+        ) from error
 
 
 def _check_validation_data(config: RunConfig, data: Data) -> None:

@@ -111,6 +111,9 @@ def test_values_are_read_as_megatron_reads_them() -> None:
     config = read_config([*base, "--mock-data", "--sequence-parallel", "--split", "'99,1,0'", "--use-flash-attn"], {})
     assert config.parallel.sequence_parallel is False and config.data.split == "'99,1,0'"
     assert config.model.attention_backend == "flash" and config.data.mock_data
+    both = ["--mock-data", "--use-flash-attn", "--attention-backend", "auto"]
+    assert read_config([*base, *both], {}).model.attention_backend == "flash"
+    assert read_config([*base, *both[:1], *both[2:], both[1]], {}).model.attention_backend == "flash"
     two = ["--mock-data", "--sequence-parallel", "--tensor-model-parallel-size", "2", "--no-mmap-bin-files"]
     config = read_config([*base, *two], {"WORLD_SIZE": "2"})
     assert config.parallel.sequence_parallel and not config.data.mmap_bin_files

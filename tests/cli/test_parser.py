@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_peft.cli.parser import ShapeReader, parse_arguments, read_own_flags
+from megatron_peft.cli.own_flags import read_own_flags
+from megatron_peft.cli.parser import ShapeReader, parse_arguments
 from megatron_peft.config import (
     CheckpointConfig,
     ConfigurationError,

@@ -39,9 +39,10 @@ OUT = "--input nowhere --output out"
         (
             evaluate,
             f"--tasks arc_easy --output x.json {BASE} --tensor-model-parallel-sise 2",
-            "(?s)megatron-peft evaluate: error: .*did you mean --tensor-model-parallel-size.*nowhere",
+            "(?s)megatron-peft evaluate: error: .*did you mean --tensor-model-parallel-size(?!.*nowhere)",
         ),
         (generate, BASE, "megatron-peft generate: error: give exactly one of --prompt TEXT and --prompt-file FILE."),
+        (generate, "--nope", "^megatron-peft generate: error: --nope is not a known flag"),
         (generate, f"--prompt a --top-p 2 {BASE}", "megatron-peft generate: error: --top-p is 2.0"),
         (generate, f"--prompt a {BASE}", "nowhere"),
         (generate, "--prompt a", "megatron-peft generate: error: no base model: --pretrained-checkpoint"),
@@ -54,7 +55,8 @@ OUT = "--input nowhere --output out"
         (generate, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
         (prepare, "gsm8k --input . --output out", "^error: --input"),
         (prepare, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),
-        (report, ".", "^report: error: "),
+        (report, ".", r"^report: error: \. holds neither a run \(metrics.jsonl, checkpoints\) nor an experiment"),
+        (report, "nowhere", "^report: error: there is no folder nowhere"),
     ],
 )
 def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, monkeypatch, capsys, tool, line, told):

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 
 from megatron_peft.cli.parser import read_config
+from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError, DataConfig, hub, kind_of_source
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -49,6 +50,15 @@ def test_a_cached_model_is_a_folder_whose_name_can_be_told(cache):
     assert hub.hub_name(folder) == "org/model" and hub.hub_name(cache) is None
     config = DataConfig(tokenizer_model="org/model")
     assert build_tokenizer(config, None).encode("the cat") == build_tokenizer(DataConfig(), folder).encode("the cat")
+
+
+def test_conversions_take_names_of_the_hub(cache, tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("megatron_peft.conversion.to_megatron.hf_to_megatron", lambda *a, **_: given.append(a) or Path(a[1]))
+    assert convert.main(["hf-to-megatron", "--input", "org/model", "--output", "out"]) == 0
+    assert given == [(hub.local_model("org/model", "--input"), "out")]
+    assert convert.main(["verify", "--input", str(tmp_path), "--reference", "org/part"]) == 2
+    assert "--reference org/part" in capsys.readouterr().err
 
 
 def test_a_local_folder_of_the_name_wins(tmp_path):

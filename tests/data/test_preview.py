@@ -112,7 +112,7 @@ def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
     found = preview("3", short, "1", long, options={"sampled_records": 400})
     assert found.length.value == 0.75 * 1 + 0.25 * 3
     text = shown(found)
-    assert 'records, "text", weight 3' in text and "an epoch of a weighted blend means nothing" in text
+    assert 'records, "text", weight 3' in text and "a weighted blend has no epoch" in text
 
 
 @pytest.mark.parametrize(

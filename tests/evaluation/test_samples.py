@@ -90,3 +90,7 @@ def test_a_run_without_prompts_is_an_error(folder: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "read_run_record", lambda _, changed=changed: changed)
         with pytest.raises(ConfigurationError, match=told):
             SampleSettings(str(run), 2).questions()
+    alpaca = {"instruction": "w1 w2", "input": "", "output": "w3"}
+    (folder / "texts.jsonl").write_text(json.dumps(alpaca) + "\n")  # of the last `changed`
+    (question,) = SampleSettings(str(run), 2).questions()
+    assert "w1 w2" in question.prompt and question.reference == "w3"

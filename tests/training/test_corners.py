@@ -1,13 +1,16 @@
 """Ranks that differ: they equal one process, and agree on errors and signals."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime.launch import start_world
+from megatron_peft.training import run as training_run
 from megatron_peft.training.loop import train
 from megatron_peft.training.step import NonFiniteError, train_step
 from tests.one_rank import one_rank
@@ -107,3 +110,8 @@ def test_nan_on_one_rank_stops_all_before_the_update(found, layout):
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
     assert [rank["stopped"] for rank in found[1]] == [("asked to stop at iteration 2", [2])] * 2
+
+
+def test_a_run_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"run.yaml cannot be written \(.*\): .* another --save folder"):
+        training_run._write_run_file(tmp_path / "gone" / "run.yaml", "lr: 1\n")
