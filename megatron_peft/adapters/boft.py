@@ -17,6 +17,7 @@ Letters: k groups, m factors, c = g / b blocks of a factor in a group, b block s
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from math import isqrt
 from typing import Any
 
 import torch
@@ -49,15 +50,6 @@ class Butterfly(BlockRotation):
         self.block_size = size
         self.shape = (self.num_local_groups, num_factors, group_size // size)
 
-    def blocks(self) -> Tensor:
-        """The orthogonal blocks of every factor, [k, m, c, b, b]."""
-        raise NotImplementedError
-
-    def changes(self) -> Tensor:
-        """D = R - I, [k, g, g]."""
-        R = compose(self.blocks())
-        return R - identity_like(R)
-
 
 class Boft(Butterfly):
     """Cayley: Q [k, m, c, b (b - 1) / 2] is trained."""
@@ -68,8 +60,14 @@ class Boft(Butterfly):
         self.Q = nn.Parameter(torch.zeros(*self.shape, count, device=torch.cuda.current_device()))
         self.mark_rotation(self.Q)
 
-    def blocks(self) -> Tensor:
-        return cayley(skew(self.Q, self.block_size))
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.Q
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """R - I of Q [k, m, c, b (b - 1) / 2]."""
+        return change_of(cayley(skew(trained)))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -85,8 +83,14 @@ class ProjectedBoft(Butterfly):
         self.P = nn.Parameter(identity.expand(*self.shape, -1, -1).clone(memory_format=torch.contiguous_format))
         self.mark_rotation(self.P)
 
-    def blocks(self) -> Tensor:
+    @property
+    def trained(self) -> nn.Parameter:
         return self.P
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """R - I of P [k, m, c, b, b]."""
+        return change_of(trained)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -104,11 +108,18 @@ def build(layout: LinearLayout, peft: PeftConfig, name: str, seed: int, dtype: t
     return kinds[peft.boft_parametrization](layout, peft, name, seed, dtype)
 
 
-def skew(upper: Tensor, size: int) -> Tensor:  # [..., b (b - 1) / 2] -> [..., b, b]
+def change_of(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
+    """R - I."""
+    R = compose(factors)
+    return R - identity_like(R)
+
+
+def skew(upper: Tensor) -> Tensor:  # [..., b (b - 1) / 2] -> [..., b, b]
     """The skew-symmetric matrix with these numbers above its diagonal, row by row.
 
     One product with a constant of zeros and ones, exact, since indexing costs several times as much both ways.
     """
+    size = (1 + isqrt(1 + 8 * upper.shape[-1])) // 2
     return (upper @ _skew_basis(size, upper.dtype, upper.device)).unflatten(-1, (size, size))
 
 
@@ -226,7 +237,7 @@ def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [
     """R in float64, of the numbers Q above the diagonals or of the blocks P."""
     if "P" in tensors:
         return compose(tensors["P"].double())
-    return compose(cayley(skew(tensors["Q"].double(), peft.boft_block_size)))
+    return compose(cayley(skew(tensors["Q"].double())))
 
 
 # BOFT as Hugging Face PEFT has it.
@@ -278,7 +289,7 @@ class BoftFormat(PeftFormat):
             f"a block of {layer} has an eigenvalue of -1, which HF PEFT's BOFT cannot express (Cayley's numbers would "
             f"reach {largest:.2g}): {MERGE_INSTEAD}.",
         )
-        return {"boft_R": to_huggingface(Q.float(), peft.boft_block_size), "boft_s": torch.ones(out_features, 1)}
+        return {"boft_R": to_huggingface(Q.float()), "boft_s": torch.ones(out_features, 1)}
 
     def note(self, peft: PeftConfig) -> str:
         if peft.boft_factors == 1:
@@ -292,9 +303,9 @@ class BoftFormat(PeftFormat):
 EXPORT = BoftFormat(rows=("boft_s",))
 
 
-def to_huggingface(Q: Tensor, block_size: int) -> Tensor:  # [k, m, c, b (b - 1) / 2] -> [m, n, b, b]
+def to_huggingface(Q: Tensor) -> Tensor:  # [k, m, c, b (b - 1) / 2] -> [m, n, b, b]
     """`boft_R` of the same rotation."""
-    return -skew(Q, block_size).transpose(0, 1).flatten(1, 2)
+    return -skew(Q).transpose(0, 1).flatten(1, 2)
 
 
 def from_huggingface(D: Tensor) -> Tensor:  # [m, n, b, b] -> [k, m, c, b (b - 1) / 2]

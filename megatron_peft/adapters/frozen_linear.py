@@ -32,7 +32,15 @@ from megatron_peft.parallel.collectives import (
     start_sum_over_tensor_parallel,
     start_sum_scatter_sequence_over_tensor_parallel,
 )
-from megatron_peft.runtime.cpu_kernels import add_linear, flat, linear, linear_plus, outer_sum, outer_sums
+from megatron_peft.runtime.cpu_kernels import (
+    add_linear,
+    add_outer_sums,
+    flat,
+    linear,
+    linear_plus,
+    outer_sum,
+    outer_sums,
+)
 
 # Autograd functions. torch prepares a graph node for each call, even if no gradient is recorded: in a step of
 # generation, with hundreds of calls on a few numbers each, that costs more than the computation.
@@ -75,24 +83,54 @@ def recompute(producer: Any) -> Tensor:
 # Letters: n tokens (any leading axes), k blocks, g features of a block.
 
 
-def add_blocks(x: Tensor, blocks: Tensor) -> Tensor:  # [..., k g], [k, g, g] -> [..., k g]
+@dataclass(frozen=True)
+class HeldBlocks:
+    """The blocks of one layer, built once a step (`step_rotations.py`).
+
+    Args:
+        D: [k, g, g] in float32 at least, what the layer applies beyond the identity: a leaf of autograd's graph.
+        multiplier: `multiplier(D, dtype)` in the dtype of the layer's activations.
+        total: [k, g, g], to which each microbatch's backward adds; None where no backward follows.
+        scale: of the low rank beside it; None without one.
+    """
+
+    D: Tensor
+    multiplier: Tensor
+    total: Tensor | None = None
+    scale: Tensor | None = None
+
+    def accumulate(self, grad: Tensor, kept: Tensor, dB: Tensor | None = None, B: Any = None) -> None:
+        """total += g^T kept - dB B^T, in the precision of `total`."""
+        assert self.total is not None, "the blocks were built for inference"
+        add_outer_sums(self.total, grouped(grad, self.total).transpose(1, 2), grouped(kept, self.total))
+        if dB is not None:
+            self.total.baddbmm_(*_by_block(dB, B, self.total), alpha=-1)
+
+
+def add_blocks(x: Tensor, blocks: Tensor, ready: Tensor | None = None) -> Tensor:  # [..., k g] -> [..., k g]
     """x + diag(blocks) x, one batched product that writes into place; with blocks = R - I this is R x.
 
     In the blocks' own precision x is multiplied by I + blocks, which spares a pass over x and one over the answer. In a
     lower one the identity part must stay exact: x is copied and the product with the blocks is added to it.
+
+    Args:
+        x: [..., k g].
+        blocks: [k, g, g].
+        ready: `multiplier(blocks, x.dtype)`, if it is at hand.
     """
+    if ready is None or ready.dtype != x.dtype:
+        ready = multiplier(blocks, x.dtype)
     if x.dtype == blocks.dtype:
         out, beta = torch.empty_like(x, memory_format=torch.contiguous_format), 0
-        blocks = blocks + identity_like(blocks)
     else:
         out, beta = x.clone(memory_format=torch.contiguous_format), 1
-    grouped(out, blocks).baddbmm_(grouped(x, blocks), blocks.to(x.dtype).transpose(1, 2), beta=beta)
+    grouped(out, blocks).baddbmm_(grouped(x, blocks), ready.transpose(1, 2), beta=beta)
     return out
 
 
-def rotate_rows(weight: Tensor, blocks: Tensor) -> Tensor:  # [k g, in], [k, g, g] -> [k g, in]
-    """(I + diag(blocks)) W: a copy of the weight with its rows rotated."""
-    return torch.bmm(blocks + identity_like(blocks), weight.view(*blocks.shape[:2], -1)).view_as(weight)
+def multiplier(blocks: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g, g] -> [k, g, g]
+    """What activations of this dtype are multiplied by: I + blocks in the blocks' own precision, else the blocks."""
+    return blocks + identity_like(blocks) if dtype == blocks.dtype else blocks.to(dtype)
 
 
 def identity_like(blocks: Tensor) -> Tensor:  # [..., g, g] -> [g, g]
@@ -187,13 +225,20 @@ def frozen_linear_plus_low_rank(
     return run_function(_FrozenLinear, x, A, B, None, scale, call, mask)
 
 
-def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall) -> Tensor:
+def frozen_linear_rotated(x: Tensor, D: Tensor, call: FrozenLinearCall, held: HeldBlocks | None = None) -> Tensor:
     """y = R W x with R = I + diag(D) orthogonal, D [k, g, g]; for outputs that need no reduction."""
-    return run_function(_FrozenLinear, x, None, None, D, 1.0, call)
+    return run_function(_FrozenLinear, x, None, None, D, 1.0, call, None, None, held)
 
 
 def frozen_linear_mixed(
-    x: Tensor, A: Tensor, B: Tensor, D: Tensor, scale: Tensor, call: FrozenLinearCall, mask: Tensor | None = None
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    call: FrozenLinearCall,
+    mask: Tensor | None = None,
+    held: HeldBlocks | None = None,
 ) -> Tensor:
     """y = z + diag(D) z + scale B (A (mask x)), z = W x, reduced where the layer sums its output.
 
@@ -201,18 +246,19 @@ def frozen_linear_mixed(
 
     Args:
         scale: a float32 scalar tensor, a constant.
+        held: of D, where it was built for the whole step.
     """
     producer = producer_of(x) if call.output_sum != "none" and mask is None else None
     if call.needs_no_sum:
-        return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, producer)
+        return run_function(_FrozenLinear, x, A, B, D, scale, call, mask, producer, held)
     z = call.reduce(frozen_linear(x, call))
     u = call.reduce(run_function(_NarrowProduct, x if mask is None else x * mask, A, producer))
-    return _MixReduced.apply(z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]))  # type: ignore[return-value]
+    return run_function(_MixReduced, z, u, B, D, scale, call.own_tokens(z.shape[0] * z.shape[1]), held)
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, D, scale, call, mask=None, producer=None):  # type: ignore[override]
+    def forward(ctx, x, A, B, D, scale, call, mask=None, producer=None, held=None):  # type: ignore[override]
         branch_input, u = None, None
         if A is not None:
             branch_input = x if mask is None else x * mask
@@ -223,12 +269,12 @@ class _FrozenLinear(torch.autograd.Function):
             u = wait_u() if wait_u is not None else None
         ctx.rotates_weight = mask is None and rotates_weight(x, call.weight, D)
         if ctx.rotates_weight:
-            y = kept = linear(x, changed_weight(call.weight, A, B, D, scale))
+            y = kept = linear(x, changed_weight(call.weight, A, B, D, scale, held))
             y = y if call.bias is None else y + call.bias
         else:
-            y, kept = _output(x, u, B, D, call)
+            y, kept = _output(x, u, B, D, call, held)
         ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, call.weight, mask, kept)
-        ctx.scale, ctx.call, ctx.producer = scale, call, producer
+        ctx.scale, ctx.call, ctx.producer, ctx.held = scale, call, producer, held
         return y
 
     @staticmethod
@@ -245,16 +291,15 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
             wait_dx = _start_input_gradient(ctx, saved, grad, du)
         # u carries the scale s already and, with the sequence split, the tokens of all ranks.
-        dB = outer_sum(u, grad).t() if ctx.needs_input_grad[2] else None
+        dB = outer_sum(u, grad, _gradient_dtype(B)).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.producer is not None:
             branch_input = recompute(ctx.producer)
         # Where A is replicated (column-parallel) this is the rank's part of dA, summed once per step with the others.
-        dA = outer_sum(own_du, branch_input) if ctx.needs_input_grad[1] else None
-        # z was not saved: y gives it back through the inverse of I + D.
-        dD = None if D is None else _changes_gradient(grad, kept, D, dB, B)
+        dA = outer_sum(own_du, branch_input, _gradient_dtype(A)) if ctx.needs_input_grad[1] else None
+        dD = None if D is None else _changes_gradient(grad, kept, D, dB, B, ctx.held)
         dx = None if wait_dx is None else wait_dx(own_du)
-        return dx, dA, dB, dD, None, None, None, None
+        return dx, delivered(A, dA), delivered(B, dB), dD, None, None, None, None, None, None
 
 
 class _NarrowProduct(torch.autograd.Function):
@@ -269,61 +314,107 @@ class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
-        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x)
-        return linear(grad, A.t()), dA, None
+        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x, _gradient_dtype(A))
+        return linear(grad, A.t()), delivered(A, dA), None
 
 
 class _MixReduced(torch.autograd.Function):
     """y = z + diag(D) z + scale B u for z and u that are whole; gradients of B and D over this rank's tokens."""
 
     @staticmethod
-    def forward(ctx, z, u, B, D, scale, tokens):  # type: ignore[override]
+    def forward(ctx, z, u, B, D, scale, tokens, held=None):  # type: ignore[override]
         u = u * scale
-        y = add_blocks(z, D)
+        y = add_blocks(z, D, held and held.multiplier)
         flat(y).addmm_(flat(u), B.t())
         ctx.save_for_backward(z, u, B, D)
-        ctx.scale, ctx.tokens = scale, tokens
+        ctx.scale, ctx.tokens, ctx.held = scale, tokens, held
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         z, u, B, D = ctx.saved_tensors
-        dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens)
-        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens]).t()
-        return dz, linear(grad, B.t()).mul_(ctx.scale), dB, dD, None, None
+        dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens, held=ctx.held)
+        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens], _gradient_dtype(B)).t()
+        return dz, linear(grad, B.t()).mul_(ctx.scale), delivered(B, dB), dD, None, None, None
 
 
 def rotation_gradients(
-    grad: Tensor, D: Tensor, kept: Tensor, kept_is_output: bool, tokens: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """(dz, dD) of y = z + diag(D) z.
+    grad: Tensor,
+    D: Tensor,
+    kept: Tensor,
+    kept_is_output: bool,
+    tokens: slice = slice(None),
+    held: HeldBlocks | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, dD) of y = z + diag(D) z; no dD where the step's total takes it.
 
     Args:
         grad: dy, [s, b, k g].
         D: [k, g, g].
         kept: y of an orthogonal R = I + D, for which dD = g^T z = (g^T y) R; or z.
         tokens: rows of the flattened tokens that dD is summed over.
+        held: of D, where it was built for the whole step.
     """
-    grad_z = add_blocks(grad, D.transpose(1, 2))
+    grad_z = _unrotated(grad, D, held)
     own_grad, own_kept = flat(grad)[tokens], flat(kept)[tokens]
-    if kept_is_output:
-        return grad_z, _changes_gradient(own_grad, own_kept, D, None, None)
+    if held is not None or kept_is_output:
+        return grad_z, _changes_gradient(own_grad, own_kept, D, None, None, held)
     return grad_z, blocks_gradient(own_grad, own_kept, D)
 
 
-def _changes_gradient(grad: Tensor, y: Tensor, D: Tensor, dB: Tensor | None, B: Any) -> Tensor:  # -> [k, g, g]
-    """dD out of y: (g^T y - dB B^T) (I + D)^-T; (g^T y)(I + D) where there is no low rank and I + D is orthogonal.
+def _unrotated(grad: Tensor, D: Tensor, held: HeldBlocks | None) -> Tensor:
+    """dz = (I + D)^T g."""
+    return add_blocks(grad, D.transpose(1, 2), None if held is None else held.multiplier.transpose(1, 2))
 
-    That is g^T z with z = (I + D)^-1 (y - B u), block by block, without forming z. I + D of a mixture,
-    lambda I + (1 - lambda) R, has no inverse only where lambda is 1/2 and R has an eigenvalue of -1.
-    """
-    products = blocks_gradient(grad, y, D)
+
+def _changes_gradient(
+    grad: Tensor, kept: Tensor, D: Tensor, dB: Tensor | None, B: Any, held: HeldBlocks | None
+) -> Tensor | None:  # -> [k, g, g]
+    """dD of one microbatch; None where `held` sums it up and the constant factor comes once a step."""
+    if held is not None:
+        return held.accumulate(grad, kept, dB, B)
+    products = blocks_gradient(grad, kept, D)
     if dB is None:
-        return torch.baddbmm(products, products, D)
-    by_block = (*D.shape[:2], -1)
-    products -= (dB.reshape(by_block) @ B.reshape(by_block).transpose(1, 2)).to(D.dtype)
+        return gradient_from_output(products, D)
+    return gradient_from_mixed_output(products.baddbmm_(*_by_block(dB, B, D), alpha=-1), D)
+
+
+def gradient_from_output(products: Tensor, D: Tensor) -> Tensor:  # [k, g, g] twice -> [k, g, g]
+    """dD = g^T z = (g^T y) (I + D) out of g^T y, for an orthogonal I + D: z = (I + D)^T y was not saved."""
+    return torch.baddbmm(products, products, D)
+
+
+def gradient_from_mixed_output(products: Tensor, D: Tensor) -> Tensor:  # [k, g, g] twice -> [k, g, g]
+    """dD = g^T z = (g^T y - dB B^T) (I + D)^-T out of the difference: z = (I + D)^-1 (y - B u) is not formed.
+
+    I + D of a mixture, lambda I + (1 - lambda) R, has an inverse unless lambda is 1/2 and R has an eigenvalue of -1.
+    """
     solved = torch.linalg.solve_ex(D + identity_like(D), products.transpose(1, 2))  # unchecked: no wait for CUDA
     return solved.result.transpose(1, 2)
+
+
+def _by_block(dB: Tensor, B: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  # -> [k, g, r], [k, r, g]
+    """The factors of dB B^T, block by block, in the precision of the blocks."""
+    by_block = (*blocks.shape[:2], -1)
+    return dB.reshape(by_block).to(blocks.dtype), B.reshape(by_block).transpose(1, 2).to(blocks.dtype)
+
+
+def _gradient_dtype(factor: Any) -> torch.dtype:
+    """float32 where the factor's gradient goes into a buffer of megatron-core's; else the factor's own."""
+    return torch.promote_types(factor.dtype, torch.float32) if hasattr(factor, "main_grad") else factor.dtype
+
+
+def delivered(factor: Any, gradient: Tensor | None) -> Tensor | None:
+    """A factor's gradient for autograd, which would round it to the factor's type before it reaches the buffer.
+
+    Where it has more precision than the factor it is added to megatron-core's buffer here, as its fused kernel of
+    gradient accumulation does: autograd gets a tensor without a value, so that the hooks for a parameter run.
+    """
+    if gradient is None or gradient.dtype == factor.dtype:
+        return gradient
+    factor.main_grad.add_(gradient)
+    factor.grad_added_to_main_grad = True
+    return torch.empty_like(factor)
 
 
 def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
@@ -336,18 +427,21 @@ def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:
     return D is not None and D.dtype == weight.dtype in PRECISE and x[..., 0].numel() >= weight.shape[1]
 
 
-def changed_weight(weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any) -> Tensor:  # -> [out, in]
-    """W + D W + scale B A, this rank's slice."""
-    changed = rotate_rows(weight, D)
+def changed_weight(
+    weight: Tensor, A: Any, B: Any, D: Tensor, scale: Any, held: HeldBlocks | None = None
+) -> Tensor:  # -> [out, in]
+    """W + D W + scale B A, this rank's slice: a copy."""
+    R = D + identity_like(D) if held is None else held.multiplier
+    changed = torch.bmm(R, weight.view(*R.shape[:2], -1)).view_as(weight)
     return changed if A is None else changed.addmm_(B, A * scale)
 
 
-def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall):
+def _output(x: Tensor, u: Tensor | None, B: Tensor, D: Tensor | None, call: FrozenLinearCall, held: Any):
     """(y, the tensor saved for the rotation's backward): y = z + D z + B u + bias, z = W x."""
     if D is None:
         y = linear(x, call.weight, call.bias) if u is None else linear_plus(x, call.weight, u, B, call.bias)  # type: ignore[arg-type]
         return y, None
-    y = add_blocks(linear(x, call.weight), D)
+    y = add_blocks(linear(x, call.weight), D, held and held.multiplier)
     if u is not None:
         flat(y).addmm_(flat(u), B.t())  # type: ignore[union-attr]
     return (y if call.bias is None else y + call.bias), y
@@ -357,9 +451,9 @@ def _start_input_gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, du: An
     """Begin dx = dz W + mask (du A). Returns a function of the du of this rank's tokens: waits, and returns dx."""
     (_, _, A, B, D, weight, mask, _), call = saved, ctx.call
     if ctx.rotates_weight:  # the branch is in the weight
-        weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale), None, grad
+        weight, A, grad_z = changed_weight(weight, A, B, D, ctx.scale, ctx.held), None, grad
     else:
-        grad_z = grad if D is None else add_blocks(grad, D.transpose(1, 2))
+        grad_z = grad if D is None else _unrotated(grad, D, ctx.held)
     if call.splits_sequence:
         wait = start_sum_scatter_sequence_over_tensor_parallel(linear(grad_z, weight.t()), call.group)
         return lambda own_du: _add_branch(wait(), own_du, A, mask)

@@ -19,7 +19,7 @@ from megatron_peft.adapters import boft, urnn
 from megatron_peft.adapters.change import MixedChange, RotationChange, StoredTensors
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, frozen_linear_mixed
 from megatron_peft.adapters.low_rank import LowRank, add_low_rank, scaled_product
-from megatron_peft.adapters.rotation import rotate_weight
+from megatron_peft.adapters.rotation import AppliedRotation, rotate_weight
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.hybrid import rotation_lr, rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
@@ -91,15 +91,22 @@ class Hybrid(nn.Module):
         """`update_mixtures` with --lr, of which the rates of rotations follow."""
         update_mixtures(adapters, peft, own_gradient, group, rotation_lr(peft, lr) / lr)
 
+    def applied_rotation(self) -> AppliedRotation:
+        """What `step_rotations.py` has to know of this layer."""
+        whole = self.layout.split == "column" or self.layout.group.size() == 1  # no sum between W x and R
+        kept = "mixed output" if whole else "input"
+        return AppliedRotation(self.rotation, kept, mix=self.mix, scale=self.low_rank.scale)
+
     def _mixture(self) -> tuple[Tensor, Tensor]:
         """(lambda s, (1 - lambda) (R - I) as blocks [k, g, g])."""
         return self.mix * self.low_rank.scale, (1 - self.mix) * self.rotation.changes()
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = z + lambda s B (A x) + (1 - lambda) (R - I) z."""
-        (A, B), mask = self.low_rank.factors(), self.low_rank.dropout_mask(x, call)
-        scale, D = self._mixture()
-        return frozen_linear_mixed(x, A, B, D, scale, call, mask)
+        (A, B), mask, held = self.low_rank.factors(), self.low_rank.dropout_mask(x, call), self.rotation.held
+        scale, D = self._mixture() if held is None else (held.scale, held.D)
+        assert scale is not None
+        return frozen_linear_mixed(x, A, B, D, scale, call, mask, held)
 
 
 build = Hybrid

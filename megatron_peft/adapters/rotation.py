@@ -10,7 +10,8 @@ its own tokens. The bias is added after R: R rotates the weight. Blocks are buil
 Letters: s sequence, b batch, t tensor-parallel size, k blocks a rank, g features of a block.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
+    HeldBlocks,
     add_blocks,
     frozen_linear,
     frozen_linear_rotated,
     rotation_gradients,
+    run_function,
 )
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout, Side
@@ -34,7 +37,12 @@ class BlockRotation(nn.Module):
         layout: of the base weight.
         side: which side of W is rotated.
         group_size: g.
+
+    Attributes:
+        held: the blocks as built for the current step (`step_rotations.py`); None: they are built in each forward.
     """
+
+    held: HeldBlocks | None = None
 
     def __init__(self, layout: LinearLayout, side: Side, group_size: int) -> None:
         super().__init__()
@@ -53,9 +61,38 @@ class BlockRotation(nn.Module):
         parts = self.layout.num_parts if self.side == "output" else 1
         return parts * self.layout.num_local_features(self.side) // self.group_size
 
+    @property
+    def trained(self) -> nn.Parameter:
+        """The one parameter, [k, ...]."""
+        raise NotImplementedError
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """What else the blocks depend on, each [k, ...]."""
+        return ()
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
+        raise NotImplementedError
+
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
-        raise NotImplementedError
+        return self.changes_of(self.trained, *self.constants())
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether R is applied as dense blocks."""
+        return True
+
+    def applied_rotation(self) -> "AppliedRotation":
+        """What `step_rotations.py` has to know of this layer."""
+        return AppliedRotation(self, "output", transposed=self.side == "input")
+
+    def applied(self) -> Tensor:
+        """The blocks that the forward applies: D, or D^T where the input is rotated."""
+        if self.held is not None:
+            return self.held.D
+        return self.changes() if self.side == "output" else self.changes().transpose(1, 2)
 
     def restart(self) -> None:
         """Back to R = I."""
@@ -68,9 +105,9 @@ class BlockRotation(nn.Module):
     def rotate_output(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
         """y = R (W x)."""
         if call.needs_no_sum:
-            return frozen_linear_rotated(x, self.changes(), call)
+            return frozen_linear_rotated(x, self.applied(), call, self.held)
         z = call.reduce(frozen_linear(x, call))
-        return rotate(z, self.changes(), call.own_tokens(z.shape[0] * z.shape[1]))
+        return rotate(z, self.applied(), call.own_tokens(z.shape[0] * z.shape[1]), self.held)
 
     def rotate_input(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
         """y = W (R^T x)."""
@@ -83,7 +120,27 @@ class BlockRotation(nn.Module):
 
     def rotated_by_transpose(self, x: Tensor) -> Tensor:
         """R^T x."""
-        return rotate(x, self.changes().transpose(1, 2))
+        return rotate(x, self.applied(), held=self.held)
+
+
+@dataclass(frozen=True)
+class AppliedRotation:
+    """How one layer applies its rotation, for blocks that are built once a step.
+
+    Args:
+        rotation: owns the parameter.
+        kept: what backward has beside the output's gradient: the output of an orthogonal R, the output of a mixture
+            that has a low rank too, or R's own input. It decides how the gradient of D follows from the sums.
+        transposed: D^T is applied.
+        mix: lambda, a float32 scalar tensor: (1 - lambda) D is applied. None without a mixture.
+        scale: s of the low rank beside it.
+    """
+
+    rotation: BlockRotation
+    kept: Literal["output", "mixed output", "input"]
+    transposed: bool = False
+    mix: Tensor | None = None
+    scale: float = 1.0
 
 
 def rotate_weight(weight: Tensor, R: Tensor, side: Side) -> Tensor:  # [out, in], [k, g, g] -> [out, in]
@@ -94,26 +151,29 @@ def rotate_weight(weight: Tensor, R: Tensor, side: Side) -> Tensor:  # [out, in]
     return torch.einsum("okg,khg->okh", weight.view(-1, *R.shape[:2]), R).reshape(weight.shape)
 
 
-def rotate(z: Tensor, D: Tensor, tokens: slice = slice(None)) -> Tensor:  # -> [s, b, k g]
+def rotate(
+    z: Tensor, D: Tensor, tokens: slice = slice(None), held: HeldBlocks | None = None
+) -> Tensor:  # -> [s, b, k g]
     """y = z + diag(D) z for an orthogonal R = I + D. Keeps y, which gives z back.
 
     Args:
         z: [s, b, k g].
         D: [k, g, g].
         tokens: rows of the flattened tokens over which this rank forms the gradient of D.
+        held: of D, where it was built for the whole step.
     """
-    return _Rotate.apply(z, D, tokens)
+    return run_function(_Rotate, z, D, tokens, held)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, D, tokens):  # type: ignore[override]
-        y = add_blocks(z, D)
+    def forward(ctx, z, D, tokens, held):  # type: ignore[override]
+        y = add_blocks(z, D, held and held.multiplier)
         ctx.save_for_backward(y, D)
-        ctx.tokens = tokens
+        ctx.tokens, ctx.held = tokens, held
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         y, D = ctx.saved_tensors
-        return *rotation_gradients(grad, D, y, kept_is_output=True, tokens=ctx.tokens), None
+        return *rotation_gradients(grad, D, y, kept_is_output=True, tokens=ctx.tokens, held=ctx.held), None, None

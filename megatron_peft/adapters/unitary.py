@@ -28,11 +28,11 @@ def random_theta(num_groups: int, size: int, generator: torch.Generator) -> Tens
     return theta
 
 
-def structured(theta: Tensor, permutation: Tensor) -> Tensor:  # [k, 7, n], [n] -> [k, n, n] complex
+def structured(theta: Tensor, permutation: Tensor) -> Tensor:  # [k, 7, n], [k, n] -> [k, n, n] complex
     """U(theta), eq. (10), read from the right."""
     (phase1, phase2, phase3), (v1, v2) = _phases(theta), _directions(theta)
     U = _reflect_rows(fourier(theta.shape[-1], phase1.dtype, phase1.device) * phase1[:, None], v1)  # R1 F D1
-    U = torch.fft.ifft(phase2[..., None] * U[:, permutation], dim=1, norm="ortho")  # F^-1 D2 Pi ...
+    U = torch.fft.ifft(phase2[..., None] * _permuted_rows(U, permutation), dim=1, norm="ortho")  # F^-1 D2 Pi ...
     return phase3[..., None] * _reflect_rows(U, v2)  # D3 R2 ...
 
 
@@ -103,6 +103,12 @@ def _directions(theta: Tensor) -> tuple[Tensor, ...]:  # -> twice [k, n] complex
     parts = theta[:, 3:].unflatten(1, (2, 2))
     v = torch.complex(parts[:, :, 0], parts[:, :, 1])
     return (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)).unbind(1)
+
+
+def _permuted_rows(U: Tensor, permutation: Tensor) -> Tensor:  # [k, n, n], [k, n] -> [k, n, n]
+    """The rows of every group in its own order: one choice of rows out of those of all groups."""
+    first = torch.arange(0, permutation.numel(), permutation.shape[1], device=permutation.device)
+    return U.flatten(0, 1).index_select(0, (permutation + first[:, None]).flatten()).view_as(U)
 
 
 def _reflect_rows(U: Tensor, v: Tensor) -> Tensor:  # [k, n, n], [k, n] -> [k, n, n]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.change import ReplacementChange, RotationChange, StoredTensors, WeightChange
 from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, identity_like
-from megatron_peft.adapters.rotation import BlockRotation, rotate, rotate_weight
+from megatron_peft.adapters.rotation import AppliedRotation, BlockRotation, rotate, rotate_weight
 from megatron_peft.adapters.unitary import (
     apply_structured,
     apply_structured_inverse,
@@ -118,17 +118,33 @@ class StructuredUrnn(BlockRotation):
         self.register_buffer("permutation", torch.randperm(size, generator=generator).to(device))
         self._start_blocks: tuple[tuple[int, int], Tensor] | None = None
 
-    def changes(self) -> Tensor:
-        """D = Q - I, [k, g, g]."""
-        return as_real(change_from_start(self.theta, self.start_blocks(), self.permutation))
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.theta
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """U(theta_0) [k, n, n] and Pi [k, n]."""
+        return self.start_blocks(), self._permutations()
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """Q - I of theta [k, 7, n], given U(theta_0) and Pi."""
+        return as_real(change_from_start(trained, *constants))
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.group_size <= DENSE_UP_TO
 
     @torch.no_grad()
     def start_blocks(self) -> Tensor:
         """U(theta_0), [k, n, n]; computed again when a checkpoint has been read into theta_0 or Pi."""
         read = self.start._version, self.permutation._version
         if self._start_blocks is None or self._start_blocks[0] != read:
-            self._start_blocks = read, structured(self.start, self.permutation)
+            self._start_blocks = read, structured(self.start, self._permutations())
         return self._start_blocks[1]
+
+    def _permutations(self) -> Tensor:  # -> [k, n]
+        return self.permutation.expand(self.num_local_groups, -1)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -136,7 +152,7 @@ class StructuredUrnn(BlockRotation):
 
     def rotate_output(self, x: Tensor, call: FrozenLinearCall) -> Tensor:
         """y = Q (W x)."""
-        if self.group_size <= DENSE_UP_TO:
+        if self.has_blocks:
             return super().rotate_output(x, call)
         z = call.reduce(frozen_linear(x, replace(call, bias=None)))
         y = self._rotate(z, call.own_tokens(z.shape[0] * z.shape[1]), inverse=False)
@@ -146,7 +162,7 @@ class StructuredUrnn(BlockRotation):
         """Q^H x."""
         return (
             super().rotated_by_transpose(x)
-            if self.group_size <= DENSE_UP_TO
+            if self.has_blocks
             else self._rotate(x, slice(None), inverse=True)
         )
 
@@ -171,9 +187,14 @@ class RiemannianUrnn(BlockRotation):
         self.U = nn.Parameter(torch.view_as_real(blocks).clone(memory_format=torch.contiguous_format))
         self.mark_rotation(self.U)
 
-    def changes(self) -> Tensor:
-        """D = U - I, [k, g, g]."""
-        R = as_real(torch.view_as_complex(self.U))
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.U
+
+    @staticmethod
+    def changes_of(trained: Tensor, *constants: Tensor) -> Tensor:
+        """U - I of U [k, n, n, 2]."""
+        R = as_real(torch.view_as_complex(trained))
         return R - identity_like(R)
 
     @torch.no_grad()
@@ -207,9 +228,14 @@ class UnitaryReplacement(nn.Module):
         self.layout = layout
         self.rotation = urnn_rotation(layout, replace(peft, rotation_side="input"), name, seed, dtype)
 
+    def applied_rotation(self) -> AppliedRotation:
+        """The rotation of the input, as it is: Q x."""
+        return AppliedRotation(self.rotation, "output")
+
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = Q x, in its place among the features of all ranks."""
-        y = rotate(x, self.rotation.changes())
+        held = self.rotation.held
+        y = rotate(x, self.rotation.changes() if held is None else held.D, held=held)
         before = self.layout.group.rank() * self.layout.local_in_features
         after = self.layout.out_features - before - self.layout.local_in_features
         return call.reduce(nn.functional.pad(y, (before, after)))
@@ -249,6 +275,7 @@ def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [
     """Q in float64 as real blocks, of theta or of the unitary blocks U."""
     if "U" in tensors:
         return as_real(torch.view_as_complex(tensors["U"].double()))
-    start, permutation = tensors["start"].double(), tensors["permutation"].long()
+    start = tensors["start"].double()
+    permutation = tensors["permutation"].long().expand(len(start), -1)
     change = as_real(change_from_start(tensors["theta"].double(), structured(start, permutation), permutation))
     return change + identity_like(change)

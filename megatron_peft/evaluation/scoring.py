@@ -15,6 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.config import require
 
 
@@ -155,7 +156,7 @@ def inference(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
     for owner, name in switched:
         setattr(owner, name, False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), inference_rotations(model_chunks):
             yield
     finally:
         for owner, name in switched:

@@ -77,7 +77,7 @@ class LeftProduct(_Product):
         u = linear(x, self.omega)
         if call.splits_sequence:  # communicate the narrow side
             u = start_gather_sequence_over_tensor_parallel(u, call.group)()
-        self.total.add_(outer_sum(u, grad))
+        self.total.add_(outer_sum(u, grad, self.total.dtype))
 
 
 class RightProduct(_Product):
@@ -101,7 +101,7 @@ class RightProduct(_Product):
         du = linear(grad, self.Q.t())
         if call.splits_sequence:
             du = start_sum_scatter_sequence_over_tensor_parallel(du, call.group)()
-        self.total.add_(outer_sum(du, x))
+        self.total.add_(outer_sum(du, x, self.total.dtype))
 
 
 class _AddInBackward(torch.autograd.Function):

@@ -45,11 +45,18 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def outer_sum(grad: Tensor, x: Tensor) -> Tensor:  # [..., out], [..., in] -> [out, in]
-    """grad^T x over all tokens. A quarter faster if out, rather than in, is the narrow side."""
+def outer_sum(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """grad^T x over all tokens, [..., out], [..., in] -> [out, in], in `dtype` (default: that of grad).
+
+    A quarter faster if out, rather than in, is the narrow side.
+    """
     if _is_for_onednn(grad):
         return _ONEDNN(flat(grad).t(), flat(x).t(), None, "none", [], "")
-    return flat(grad).t() @ flat(x)
+    if dtype is None or grad.dtype == dtype:
+        return flat(grad).t() @ flat(x)
+    if grad.device.type == "cpu":  # which has no product that keeps the precision of its sums
+        return flat(grad).t().to(dtype) @ flat(x).to(dtype)
+    return torch.mm(flat(grad).t(), flat(x), out_dtype=dtype)
 
 
 def _is_for_onednn(x: Tensor) -> bool:
@@ -67,14 +74,21 @@ CACHED_TOKENS = 128
 def outer_sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g, n], [k, n, g] -> [k, g, g]
     """sum over tokens of grad x^T by block, in `dtype`.
 
+    """
+    return add_outer_sums(grad.new_zeros(*grad.shape[:2], x.shape[2], dtype=dtype), grad, x)
+
+
+def add_outer_sums(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:  # [k, g, g], [k, g, n], [k, n, g] -> [k, g, g]
+    """total += the sum over tokens of grad x^T by block, in the precision of `total`.
+
     On a CPU in chunks of tokens that stay in its cache: for wide layers (k g of 3,072) a single product is
     1.5 times slower, because the columns of a block are not contiguous.
     """
-    if grad.is_cuda or grad.dtype != dtype:  # one launch; one rounding
-        return torch.bmm(grad, x).to(dtype)
-    total = grad.new_zeros(*grad.shape[:2], x.shape[2])
+    if grad.device.type != "cpu":  # a launch or two
+        same = grad.dtype == total.dtype
+        return total.baddbmm_(grad, x) if same else total.add_(torch.bmm(grad, x, out_dtype=total.dtype))
     for some_grad, some_x in zip(grad.split(CACHED_TOKENS, 2), x.split(CACHED_TOKENS, 1), strict=True):
-        total.baddbmm_(some_grad, some_x)
+        total.baddbmm_(some_grad.to(total.dtype), some_x.to(total.dtype))
     return total
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import attach_adapters, make_adaptable, merge_adapters
+from megatron_peft.adapters.step_rotations import StepRotations
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
 from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters
@@ -121,6 +122,7 @@ class ModelAdapters:
         self.lr = 0.0
         self.clip_grad = 0.0
         self.optimizer: Any = None
+        self.rotations: StepRotations | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained on this rank."""
@@ -181,6 +183,8 @@ class ModelAdapters:
         """Call it before the first microbatch of a step: it sets the gradients of the last one to zero."""
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
+        self.rotations = StepRotations(self.model_chunks)
+        self.rotations.build()
 
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
@@ -194,6 +198,7 @@ class ModelAdapters:
             "sum_gradients sums over tensor-parallel ranks only, and there are data-parallel replicas: wrap the model "
             "in megatron-core's DistributedDataParallel and set finalize_model_grads_func.",
         )
+        self._finish_rotations(self.model_chunks)
         sum_partial_gradients_over_tensor_parallel(self.model_chunks, group)
 
     def finalize_model_grads(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -202,7 +207,14 @@ class ModelAdapters:
             one for one in model if isinstance(one, DistributedDataParallel) and one.ddp_config.overlap_param_gather
         ]
         require(not late, "adapters read parameters before a late gather ends: set overlap_param_gather=False.")
+        self._finish_rotations(model)
         finish_gradients(model, *args, **kwargs)
+
+    def _finish_rotations(self, model: Sequence[nn.Module]) -> None:
+        rotations, self.rotations = self.rotations, None
+        if rotations is not None:
+            rotations.finish(model)
+            rotations.clear()
 
     def step(self, optimizer: Any, clip_grad: float = 0.0) -> float:
         """Take the optimizer's step, and what the method adds to it. A collective.

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
+from megatron_peft.adapters.step_rotations import StepRotations, step_rotations
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import gather_over_world
@@ -52,8 +53,18 @@ class StepReport:
     stop: bool
 
 
-def finish_gradients(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Sum gradients over the ranks. megatron-core calls this after the last backward of a step."""
+def finish_gradients(
+    model: Sequence[nn.Module], *args: Any, rotations: StepRotations | None = None, **kwargs: Any
+) -> None:
+    """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
+
+    Args:
+        model: this rank's chunks.
+        rotations: those built for this step; None where each forward built its own.
+    """
+    # From the sums over microbatches to the parameters of rotations.
+    if rotations is not None:
+        rotations.finish(model)
     # Data parallel, layer norms under sequence parallelism, tied embeddings; then the division by the number of tokens.
     finalize_model_grads(list(model), *args, **kwargs)
     # Ours: partial gradients of replicated adapter parameters, in one all-reduce.
@@ -75,8 +86,9 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     for chunk in state.model_chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    finish_with(state.model_chunks, finish_gradients)
-    losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
+    with step_rotations(state.model_chunks) as rotations:
+        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+        losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
     if state.config.training.empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The

@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data
@@ -24,7 +25,7 @@ def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iter
     """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective."""
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
-    with inference_mode(model_chunks), torch.no_grad():
+    with inference_mode(model_chunks), torch.no_grad(), inference_rotations(model_chunks):
         for microbatches in steps:
             total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
     if parallel_state.get_tensor_model_parallel_rank() != 0:

@@ -8,7 +8,7 @@ from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
     add_blocks,
     blocks_gradient,
-    rotate_rows,
+    changed_weight,
     rotates_weight,
 )
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
@@ -29,7 +29,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 def changes(Q: torch.Tensor) -> torch.Tensor:
-    R = compose(cayley(skew(Q, 2)))
+    R = compose(cayley(skew(Q)))
     return R - torch.eye(SIZE, dtype=R.dtype)
 
 
@@ -44,7 +44,7 @@ Q_SHAPE = (GROUPS, 2, 2, 1)
 @pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["activations turn", "the weight turns"])
 def test_rotated_layer_is_the_formula_and_turns_no_bias(call, num_tokens):
     x, Q = draw(num_tokens // 2, 2, IN), draw(*Q_SHAPE)
-    R = torch.block_diag(*compose(cayley(skew(Q, 2))))
+    R = torch.block_diag(*compose(cayley(skew(Q))))
     torch.testing.assert_close(rotated(x, changes(Q), call), x @ (R @ call.weight).t() + call.bias)
     torch.autograd.gradcheck(lambda x, Q: rotated(x, changes(Q), call), (x, Q))
 
@@ -115,4 +115,5 @@ def test_blocks_gradient_in_bfloat16_is_rounded_once():
 
 def test_turned_rows_are_those_of_the_block_diagonal_product():
     weight, blocks = numbers(12, 5), numbers(3, 4, 4)
-    torch.testing.assert_close(rotate_rows(weight, blocks), weight + torch.block_diag(*blocks) @ weight)
+    expected = weight + torch.block_diag(*blocks) @ weight
+    torch.testing.assert_close(changed_weight(weight, None, None, blocks, 1.0), expected)

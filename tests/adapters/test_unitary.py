@@ -46,19 +46,20 @@ def reflection(v: Tensor) -> Tensor:
 
 
 def test_it_is_equation_10_and_unitary(theta, permutation):
-    U = structured(theta, permutation)
+    U = structured(theta, permutation.expand(GROUPS, -1))
     for group in range(GROUPS):
         torch.testing.assert_close(U[group], eq_10(theta[group], permutation))
     assert orthogonality_error(U) < 1e-14
 
 
 def test_gradients_of_every_parameter(theta, permutation):
-    U0 = structured(theta + 0.1, permutation)
-    torch.autograd.gradcheck(lambda theta: change_from_start(theta, U0, permutation), theta.requires_grad_())
+    U0 = structured(theta + 0.1, permutation.expand(GROUPS, -1))
+    change = lambda theta: change_from_start(theta, U0, permutation.expand(GROUPS, -1))  # noqa: E731
+    torch.autograd.gradcheck(change, theta.requires_grad_())
 
 
 def test_the_real_matrix_does_the_same_to_pairs(theta, permutation):
-    U = structured(theta, permutation)
+    U = structured(theta, permutation.expand(GROUPS, -1))
     x = draw(4, GROUPS, SIZE)
     pairs = torch.view_as_real(x).flatten(1)
     expected = torch.view_as_real(torch.einsum("kij,kj->ki", U, x)).flatten(1)

@@ -1,0 +1,99 @@
+"""Blocks built once a step train as blocks built in every forward do, in every form of a rotation."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_peft.adapters.boft import Boft
+from megatron_peft.adapters.step_rotations import StepRotations, inference_rotations
+from megatron_peft.training import step as step_module
+from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import validation_loss
+from tests.tiny_llama import save_llama
+from tests.training.layout_runs import build
+
+BOFT = {"method": "boft", "boft_block_size": 2, "boft_factors": 2}
+URNN = {"method": "urnn", "urnn_block_size": 4}
+HYBRID = {**BOFT, **URNN, "method": "hybrid", "lora_rank": 4, "lora_ga_batches": 2}
+FORMS = {
+    "boft": BOFT,
+    "boft of the input": {**BOFT, "rotation_side": "input"},
+    "boft projection": {**BOFT, "boft_parametrization": "projection"},
+    "urnn": URNN,
+    "urnn of the input": {**URNN, "rotation_side": "input"},
+    "urnn riemannian": {**URNN, "urnn_update": "riemannian", "peft_lr_rotation": 1e-2},
+    "urnn replace": {**URNN, "urnn_mode": "replace", "target_modules": ("linear_proj",)},
+    "hybrid": HYBRID,
+    "hybrid with urnn": {**HYBRID, "hybrid_rotation": "urnn"},
+    "hybrid that merges": {**HYBRID, "hybrid_merge_interval": 2},
+    "hybrid of a fixed lambda": {**HYBRID, "hybrid_lambda": "fixed:0.3"},
+}
+
+
+@contextmanager
+def built_in_each_forward(model_chunks):
+    yield None
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory) -> str:
+    """A base whose heads fill the hidden size."""
+    return str(save_llama(tmp_path_factory.mktemp("square"), num_hidden_layers=2, hidden_size=120))
+
+
+def _reports(job, square, form, count=3):
+    """(loss, norm of the gradient) of some steps of two microbatches each, and what was trained."""
+    run = job(peft=FORMS[form], training={"micro_batch_size": 2}, optimizer={"lr": 1e-2})
+    state, data = build((replace(run, base=square) if "replace" in form else run).config(1))
+    steps = iter(data.train)
+    reports = [train_step(state, next(steps)) for _ in range(count)]
+    numbers = [number for report in reports for number in (report.loss, report.grad_norm)]
+    trained = [p.detach().clone() for chunk in state.model_chunks for p in chunk.parameters() if p.requires_grad]
+    return numbers, trained
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alone, square, monkeypatch, form):
+    built_once, trained = _reports(job, square, form)
+    monkeypatch.setattr(step_module, "step_rotations", built_in_each_forward)
+    expected, expected_trained = _reports(job, square, form)
+    assert built_once == pytest.approx(expected, rel=2e-5)
+    assert any(abs(one - other) > 0 for one, other in zip(built_once[::2], built_once[2::2], strict=False))
+    for ours, theirs in zip(trained, expected_trained, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
+    state, data = start(peft=BOFT, training={"micro_batch_size": 2})
+    built, changes_of = [], Boft.changes_of
+    monkeypatch.setattr(Boft, "changes_of", staticmethod(lambda trained: built.append(len(trained)) or changes_of(trained)))
+    step = next(iter(data.train))
+    assert len(step) > 1, "one microbatch could not tell once a step from once a microbatch"
+    train_step(state, step)
+    rotations = [module for module in state.model_chunks[0].modules() if isinstance(module, Boft)]
+    assert built == [sum(one.num_local_groups for one in rotations)] and len(rotations) == 8
+    assert all(one.held is None for one in rotations)
+    validation_loss(state.model_chunks, [step, step])
+    assert len(built) == 2
+    built.clear()
+    with pytest.raises(RuntimeError), inference_rotations(state.model_chunks):
+        raise RuntimeError
+    assert all(one.held is None for one in rotations)
+
+
+def test_a_layer_takes_the_blocks_of_its_own_weights(start):
+    state, _ = start(peft=BOFT)
+    for number, rotation in enumerate(one for one in state.model_chunks[0].modules() if isinstance(one, Boft)):
+        torch.nn.init.normal_(rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
+    with inference_rotations(state.model_chunks):
+        for rotation in (one for one in state.model_chunks[0].modules() if isinstance(one, Boft)):
+            torch.testing.assert_close(rotation.held.D, rotation.changes(), atol=1e-6, rtol=0)
+
+
+def test_groups_too_large_for_blocks_have_none(start, monkeypatch):
+    monkeypatch.setattr("megatron_peft.adapters.urnn.DENSE_UP_TO", 2)
+    state, data = start(peft=URNN)
+    assert StepRotations(state.model_chunks).stacks == []
+    assert train_step(state, next(iter(data.train))).grad_norm > 0
