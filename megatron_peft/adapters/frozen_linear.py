@@ -401,7 +401,7 @@ def _by_block(dB: Tensor, B: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:  
 
 def _gradient_dtype(factor: Any) -> torch.dtype:
     """float32 where the factor's gradient goes into a buffer of megatron-core's; else the factor's own."""
-    return torch.promote_types(factor.dtype, torch.float32) if hasattr(factor, "main_grad") else factor.dtype
+    return torch.float32 if hasattr(factor, "main_grad") and factor.dtype not in PRECISE else factor.dtype
 
 
 def delivered(factor: Any, gradient: Tensor | None) -> Tensor | None:
