@@ -53,6 +53,12 @@ class RunConfig:
         )
         interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
         require(
+            not interleaved or pp != 2 or self.model.transformer.get("overlap_p2p_comm", True),
+            "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "
+            "--pipeline-model-parallel-size 2, where the next stage is also the previous one, they would be confused: "
+            "leave it out, or use 3 stages or more.",
+        )
+        require(
             not interleaved or self.num_microbatches % pp == 0,
             f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size {pp} microbatches a step, "
             f"but --global-batch-size {self.global_batch_size} gives {self.num_microbatches}.",

@@ -61,8 +61,9 @@ def transformer_config(
 ) -> GPTConfig:
     """megatron-core's configuration of a model of this shape, at this layout."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
-    run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
+    # With two stages, the next one is also the previous one, and batched messages would be confused.
+    overlaps = parallel.num_layers_per_virtual_pipeline_stage is not None and settings.get("overlap_p2p_comm", True)
+    run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings, "overlap_p2p_comm": overlaps}
     if not torch.cuda.is_available():
         run["cross_entropy_loss_fusion"] = False  # it is compiled, which takes longer here than it saves
     return GPTConfig(
@@ -94,9 +95,7 @@ def transformer_config(
         perform_initialization=False,  # every weight is loaded
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        # With two stages, the next one is also the previous one, and batched messages would be confused.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        batch_p2p_comm=not overlaps,
         moe_token_dispatcher_type="alltoall",  # unused, but megatron-core refuses its default with variable lengths
         **run,
     )

@@ -97,7 +97,7 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_virtual_stages,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]
-        create_gloo_process_groups=torch.cuda.is_available(),
+        create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
     )
     seed_generators(seed)
 

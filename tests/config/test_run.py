@@ -152,6 +152,7 @@ DISTRIBUTED_RECOMPUTE = {"transformer": {**FULL_RECOMPUTE, "distribute_saved_act
     [
         ({"micro_batch_size": 2, "global_batch_size": 7, "world_size": 2}, "size 7 .* 2 x 2 .* = 4: use 4 or 8"),
         ({**INTERLEAVED, "global_batch_size": 3}, "2 microbatches a step, but --global-batch-size 3 gives 3"),
+        ({**INTERLEAVED, "global_batch_size": 2, "transformer": {"overlap_p2p_comm": False}}, "use 3 stages or more"),
         ({**SEQUENCE_PARALLEL, "seq_length": 33}, "--seq-length 33 .* use 32"),
         ({"lr_decay_samples": 5}, "--lr-decay-samples .* use --lr-decay-iters"),
         ({"train_iters": None, "train_samples": 9, "lr_warmup_iters": 1}, "-iters .* use --lr-warmup-samples"),

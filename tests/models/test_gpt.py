@@ -9,8 +9,9 @@ from megatron_peft.adapters import linear
 from megatron_peft.adapters.attach import attach_adapters
 from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.tensors import sharded_parameters
-from megatron_peft.config import PeftConfig
-from megatron_peft.models.shape import RopeScaling
+from megatron_peft.config import ParallelConfig, PeftConfig
+from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.shape import ModelShape, RopeScaling
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
 
@@ -73,6 +74,18 @@ def test_the_frozen_output_layer_is_megatrons_with_our_product(tied, monkeypatch
     (losses, gradients, num_ours), (expected, their_gradients, num_theirs) = found
     torch.testing.assert_close((losses, gradients), (expected, their_gradients))
     assert num_ours == num_theirs + 1
+
+
+@pytest.mark.parametrize(
+    ("interleaved", "settings", "overlaps"), [(1, {}, True), (1, {"overlap_p2p_comm": False}, False), (None, {}, False)]
+)
+def test_messages_between_stages_overlap_or_are_batched(interleaved, settings, overlaps):
+    sizes = ModelShape(**{**SIZES, "num_layers": 6})
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=interleaved, world_size=3
+    )
+    config = transformer_config(sizes, False, settings, parallel)
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
 
 
 @pytest.mark.parametrize("numbers", [(8.0, 1.0, 4.0, 8192), (3.0, 0.5, 6.0, 100)])
