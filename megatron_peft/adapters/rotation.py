@@ -23,6 +23,7 @@ from megatron_peft.adapters.frozen_linear import (
     frozen_linear_rotated,
     rotation_gradients,
 )
+from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout, Side
 
@@ -56,6 +57,11 @@ class BlockRotation(nn.Module):
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
         raise NotImplementedError
+
+    def orthogonality_error(self) -> Tensor:
+        """Largest entry of |R^T R - I|, a scalar."""
+        D = self.changes()
+        return orthogonality_error(D + torch.eye(self.group_size, dtype=D.dtype, device=D.device))
 
     def restart(self) -> None:
         """Back to R = I."""

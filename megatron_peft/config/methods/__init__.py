@@ -77,6 +77,7 @@ class Method:
         adapter: module of `build`, `merge` and `EXPORT`; empty: the base weights themselves are trained.
         cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
         param_groups: in the optimizer.
+        demo_lr: learning rate of `megatron-peft demo`, which trains a Llama of 135M parameters.
         starts_from_gradients: whether LoRA-GA's start initializes A and B.
         mixes: whether adapters have a lambda, `mix` and `num_kept`, that their `update_mixtures` moves after backward.
     """
@@ -88,6 +89,7 @@ class Method:
     adapter: str = ""
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
+    demo_lr: float = 2e-3
     starts_from_gradients: bool = False
     mixes: bool = False
 
@@ -152,6 +154,7 @@ class FullMethod(Method):
     name = "full"
     summary = "every parameter of the model; megatron-core's own layers"
     cost = "out in"
+    demo_lr = 3e-4
 
     def num_parameters(self, peft: PeftOptions, out_features: int, in_features: int) -> int:
         return out_features * in_features
