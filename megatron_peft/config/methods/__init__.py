@@ -389,5 +389,6 @@ def flagged_fields() -> list[str]:
 class PeftConfig(_Checks, *_option_classes(METHODS.values())):
     """Which parameters are trained, and the flags of every method.
 
-    Fields that the chosen method does not read keep their values and have no effect.
+    Fields that the chosen method does not read keep their values and have no effect. Their types are checked, their
+    ranges are not.
     """
