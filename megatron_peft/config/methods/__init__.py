@@ -204,16 +204,10 @@ class _Checks(PeftOptions):
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a text.")
-        known = self.method in METHODS
         with Requirements(self) as require:
-            reason = _UNUSABLE.get(self.method)
-            require(reason is None, f"--peft-method {self.method} cannot be used: {reason}")
-            broken = "".join(f" {name} cannot be used: {why}" for name, why in _UNUSABLE.items())
-            require(
-                known or reason is not None, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.{broken}"
-            )
+            require(self.method in METHODS, _why_not(self.method))
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
-            if known:
+            if self.method in METHODS:
                 require.fields(self.spec.fields(self))
                 self.spec.check(self, require)
 
@@ -371,6 +365,14 @@ def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
 
 
 METHODS, PACKAGES, _UNUSABLE = _load_methods()
+
+
+def _why_not(name: str) -> str:
+    """The message about a method that `METHODS` does not have."""
+    if name in _UNUSABLE:
+        return f"--peft-method {name} cannot be used: {_UNUSABLE[name]}"
+    broken = "".join(f" {other} cannot be used: {why}" for other, why in _UNUSABLE.items())
+    return f"--peft-method {name} is not one of {', '.join(METHODS)}.{broken}"
 
 
 def refuse_method(name: str, problem: str) -> None:
