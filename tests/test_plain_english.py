@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.config import METHODS
 from tests.test_documentation import PAGES, ROOT, page_id
 
 CODE = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_peft.py"]
@@ -114,44 +113,3 @@ def test_which_names_are_odd(name: str, is_odd: bool) -> None:
 
 def test_a_phrase_across_lines_is_seen() -> None:
     assert re.search("exclude one another", in_one_line("# --a and --b exclude\n    # one another."))
-
-
-# Where text may speak of methods by their names: it reads and writes other programs' formats, or is one method's own.
-MAY_NAME_A_METHOD = {"conversion/peft_config.py"}
-KNOW_NO_METHOD = "cli config checkpoint conversion data evaluation models parallel runtime training".split()
-
-
-FILES = [path for room in KNOW_NO_METHOD for path in (ROOT / "megatron_peft" / room).rglob("*.py")]
-
-
-# Modules of a method that others may import: --lora-max-norm-ratio bounds every method's low rank.
-MAY_BE_IMPORTED = {
-    "training/after_step.py": {"adapters.low_rank"},
-    "conversion/as_lora.py": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
-}
-METHODS_OWN = {
-    f"{room}.{one}" for room in ("adapters", "config.methods") for one in "boft hybrid low_rank urnn".split()
-}
-
-
-@pytest.mark.parametrize("path", FILES, ids=page_id)
-def test_no_code_but_a_methods_own_imports_its_modules(path: Path) -> None:
-    """So that it has no class of a method to ask for by `isinstance`, and no function of one."""
-    name = str(path.relative_to(ROOT / "megatron_peft"))
-    if "methods" in path.parts or name in MAY_NAME_A_METHOD:
-        return
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    modules = {f"{node.module}.{one.name}" for node in nodes for one in node.names}
-    modules = {one.removeprefix("megatron_peft.") for one in modules | {str(node.module) for node in nodes}}
-    assert modules & METHODS_OWN <= MAY_BE_IMPORTED.get(name, set())
-
-
-@pytest.mark.parametrize("path", FILES, ids=page_id)
-def test_no_code_but_a_methods_own_knows_its_name(path: Path) -> None:
-    if "methods" in path.parts or str(path.relative_to(ROOT / "megatron_peft")) in MAY_NAME_A_METHOD:
-        return
-    nodes = ast.walk(ast.parse(path.read_text()))
-    compared = (node for node in nodes if isinstance(node, ast.Compare | ast.Dict | ast.Set))
-    constants = (one for node in compared for one in ast.walk(node) if isinstance(one, ast.Constant))
-    names = set(METHODS) - {"full"}  # a word of other things too
-    assert [one.value for one in constants if one.value in names] == []

@@ -26,6 +26,7 @@ from megatron_peft.adapters.frozen_linear import (
     rotation_gradients,
     run_function,
 )
+from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout, Side
 
@@ -93,6 +94,11 @@ class BlockRotation(nn.Module):
         if self.held is not None:
             return self.held.D
         return self.changes() if self.side == "output" else self.changes().transpose(1, 2)
+
+    def orthogonality_error(self) -> Tensor:
+        """Largest entry of |R^T R - I|, a scalar."""
+        D = self.changes()
+        return orthogonality_error(D + torch.eye(self.group_size, dtype=D.dtype, device=D.device))
 
     def restart(self) -> None:
         """Back to R = I."""

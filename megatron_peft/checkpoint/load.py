@@ -247,11 +247,15 @@ def _load_optimizer(state: TrainingState, entries: Sequence[Sharded], record: Ru
     targets = optimizer_targets(state.optimizer, entries, stored_shapes(checkpoint))
     read_tensors(targets, checkpoint)
     set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
+    _load_schedule(state, record.schedule)
+
+
+def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule = state.schedule
     max_lr, min_lr = schedule.max_lr, schedule.min_lr
     own = schedule.state_dict()
     schedule.num_steps = 0  # megatron-core adds the stored steps
-    schedule.load_state_dict({**record.schedule, **{name: own[name] for name in unused_schedule_values(own)}})
+    schedule.load_state_dict({**stored, **{name: own[name] for name in unused_schedule_values(own)}})
     if (schedule.max_lr, schedule.min_lr) != (max_lr, min_lr):
         for group in state.optimizer.param_groups:  # the schedule reads their rates, multiples of its own (LoRA+)
             ratio = group["max_lr"] / max_lr

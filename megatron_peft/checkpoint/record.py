@@ -222,13 +222,19 @@ def changes(record: RunRecord, current: CurrentRun) -> str:
         for name in names
         if getattr(before, name) != getattr(now, name)
     ]
-    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
-    before, now = record.data_digest, current.data_digest
-    if len(paths) == 1 and before and now and before != now:
-        name = "data_path" if current.config.data.data_path else "train_data_path"
-        changed.append(f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before")
+    changed += _changed_contents(record, current)
     listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
     return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""
+
+
+def _changed_contents(record: RunRecord, current: CurrentRun) -> list[str]:
+    """Of training data whose path is the same."""
+    paths = {(config.data.train_data_path, config.data.data_path) for config in (record.config, current.config)}
+    before, now = record.data_digest, current.data_digest
+    if len(paths) > 1 or not before or not now or before == now:
+        return []
+    name = "data_path" if current.config.data.data_path else "train_data_path"
+    return [f"other contents of {flag(name)} {_shown(getattr(current.config.data, name))} than before"]
 
 
 def _shown(value: Any) -> str:

@@ -102,6 +102,14 @@ class _Reader:
 
     def entries(self) -> Iterator[FileFlag]:
         """Each key. ConfigurationError with all problems of the file, at its end."""
+        for key, value in self._table():
+            is_section = isinstance(value, yaml.MappingNode) and key.value in self.sections
+            for inner_key, inner in value.value if is_section else [(key, value)]:
+                yield from self._entry(inner_key, inner, str(key.value) if is_section else "")
+        if self.problems:
+            raise ConfigurationError(*self.problems)
+
+    def _table(self) -> list[tuple[yaml.Node, yaml.Node]]:
         text = read_text(Path(self.file))
         if len(text) > MAX_CHARACTERS:
             raise ConfigurationError(
@@ -109,13 +117,8 @@ class _Reader:
             )
         root = compose_yaml(text, self.file)
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigurationError(f"{self.file} is no table of flags: write `lr: 1e-4`, a line for each flag.")
-        for key, value in root.value if root else ():
-            is_section = isinstance(value, yaml.MappingNode) and key.value in self.sections
-            for inner_key, inner in value.value if is_section else [(key, value)]:
-                yield from self._entry(inner_key, inner, str(key.value) if is_section else "")
-        if self.problems:
-            raise ConfigurationError(*self.problems)
+            raise ConfigurationError(f"{self.file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")
+        return root.value if root else []
 
     def _entry(self, key: yaml.Node, value: yaml.Node, section: str) -> Iterator[FileFlag]:
         place = f"{self.file}, line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"

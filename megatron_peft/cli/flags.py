@@ -33,7 +33,7 @@ GROUPS = (
     "checkpointing",
     "distributed",
     "logging",
-    "accepted for compatibility, without effect",
+    "accepted for compatibility, no effect",
 )
 PROGRAM_GROUP, SHAPE, RECOMPUTE, ACCEPTED_GROUP = GROUPS[0], GROUPS[2], GROUPS[10], GROUPS[15]
 SECTION_GROUPS = {
@@ -62,7 +62,7 @@ RUN_FIELDS = {  # -> help, if megatron-core's own does not do
     "recompute_num_layers": "layers per recomputed group (uniform), or recomputed layers per stage (block)",
     "distribute_saved_activations": "split the inputs saved for full recompute over the tensor-parallel ranks",
     "cross_entropy_loss_fusion": "fuse the steps of the loss; on a CPU it has no effect",
-    "cross_entropy_fusion_impl": "whose fused loss: megatron-core's own, or Transformer Engine's",
+    "cross_entropy_fusion_impl": "implementation of the fused loss: megatron-core's own, or Transformer Engine's",
 }
 RUN_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0}  # a pretrained model is tuned without dropout
 
@@ -121,7 +121,7 @@ ACCEPTED = {
 # The same with a value: -> (type, why).
 ACCEPTED_WITH_VALUE: Mapping[str, tuple[type, str]] = {
     "--init-method-std": (float, "weights are always loaded, never initialized"),
-    "--tiktoken-pattern": (str, "only TikTokenizer reads it, which is not served"),
+    "--tiktoken-pattern": (str, "only TikTokenizer reads it, which is not supported"),
 }
 # Flags of which one value is the case: -> (values, why). `megatron.WAYS_OUT_OF_VALUES` answers the others.
 ACCEPTED_VALUES: Mapping[str, tuple[tuple[str, ...], str]] = {

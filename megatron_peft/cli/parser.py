@@ -43,8 +43,9 @@ USAGE = f"""
   torchrun --nproc-per-node N {PROGRAM} --pretrained-checkpoint FOLDER
     --train-data-path FILE.jsonl --train-iters N [--save FOLDER] [flag ...]"""
 DESCRIPTION = (
-    "Fine-tune a pretrained Llama or Bloom, whole or with adapters, split over tensor- and pipeline-parallel ranks. "
-    "Flags are Megatron's, with Megatron's meanings; they cannot be abbreviated."
+    "Fine-tune a pretrained model, in full or with adapters, over tensor-, pipeline- and data-parallel ranks. Flags "
+    "are Megatron's, with Megatron's meanings; they cannot be abbreviated. `megatron-peft train` takes the same flags, "
+    "and with --nproc-per-node N starts the processes itself."
 )
 PATIENCE_SECONDS = 2.0
 
@@ -198,7 +199,10 @@ class _Typed:
             value = self._value(name, words)
         except ConfigurationError as error:
             self.problems += [place + problem for problem in error.problems]
-            return
+        else:
+            self._set(name, value, place)
+
+    def _set(self, name: str, value: Any, place: str) -> None:
         served = self.served[name]
         values = self.values[served.target]
         before = self.spellings.setdefault((served.target, served.key), name)

@@ -1,4 +1,4 @@
-"""Measure what the project promises: time of steps, memory, collectives, agreement with transformers, loading, startup.
+"""Measure step time, memory, collectives, agreement with transformers, loading and startup.
 
 megatron-peft bench runs every benchmark; megatron-peft bench lora-ratio collectives runs these two. Each prints a table
 and writes OUTPUT/NAME.json. docs/benchmarks.md explains the figures.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import METHODS, ConfigurationError, option, require, require_packages
+from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, option, require, require_packages
 
 ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 --tensor-model-parallel-size 3".split()
 
@@ -20,7 +20,7 @@ ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 -
 class DemoSettings:
     """What the demo trains, and where everything goes."""
 
-    method: str = option("lora", "--peft-method of the run", metavar="|".join(METHODS))
+    method: str = option(PeftConfig.method, "--peft-method of the run", metavar="|".join(METHODS))
     output: Path = option(Path("runs/demo"), "folder for everything", metavar="FOLDER")
 
     def __post_init__(self) -> None:

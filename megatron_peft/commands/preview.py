@@ -1,4 +1,4 @@
-"""Show what training will see of its data: samples token by token, lengths, truncation, packing, steps an epoch.
+"""Show what training will see of its data: samples token by token, lengths, truncation, packing, steps per epoch.
 
 megatron-peft data preview --train-data-path data.jsonl --tokenizer-model FOLDER --seq-length 2048
 

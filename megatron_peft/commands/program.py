@@ -10,22 +10,32 @@ from megatron_peft.cli.parser import version
 
 # Command -> (module of this room, one line for --help).
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "train": ("train", "fine-tune a model with Megatron's arguments"),
-    "data": ("data", "prepare, convert and look at training data"),
+    "train": ("train", "fine-tune a model; takes Megatron's flags"),
+    "data": ("data", "prepare, preprocess and preview training data"),
     "convert": ("convert", "move weights and adapters between Hugging Face, PEFT and Megatron; merge; verify"),
     "generate": ("generate", "answer prompts with a base model or a trained one"),
     "evaluate": ("evaluate", "score a model on tasks of lm-evaluation-harness"),
     "experiment": ("experiment", "run a grid of models, tasks, methods and seeds"),
-    "report": ("report", "tables and plots of an experiment"),
+    "report": ("report", "tables and plots of a run or an experiment"),
     "demo": ("demo", "fine-tune a real 135M Llama on this machine"),
-    "bench": ("bench", "measure what the project promises"),
+    "bench": ("bench", "measure step time, memory, collectives and loading"),
     "completion": ("completion", "print a script that completes commands and flags in a shell"),
+}
+DATA_COMMANDS: Mapping[str, tuple[str, str]] = {  # of `data`
+    "prepare": ("prepare", "training data and evaluation tasks from a benchmark's public files"),
+    "preprocess": ("preprocess", "JSON lines to Megatron's indexed datasets"),
+    "preview": ("preview", "what training will see: samples, lengths, packing, steps per epoch"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command; 2 for an unknown one."""
-    return run_command("megatron-peft", COMMANDS, "Fine-tune models split over ranks with Megatron-Core.", argv)
+    return run_command(
+        "megatron-peft",
+        COMMANDS,
+        "Parameter-efficient fine-tuning on megatron-core, over tensor-, pipeline- and data-parallel ranks.",
+        argv,
+    )
 
 
 def run_command(
@@ -49,9 +59,15 @@ def run_command(
     if name in ("--help", "-h"):
         parser.print_help()
         return 0
+    parser.error(_unknown(name, commands))
+
+
+def _unknown(name: str, commands: Mapping[str, tuple[str, str]]) -> str:
+    if name in DATA_COMMANDS:
+        return f"{name} is not a command; did you mean data {name}?"
     nearest = get_close_matches(name, commands, 1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(commands)}."
-    parser.error(f"{name} is not a command; {hint}")
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(commands)}."
+    return f"{name} is not a command; {hint}"
 
 
 def add_commands(parser: ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:

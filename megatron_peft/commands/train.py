@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained model, whole or with adapters, with Megatron's arguments."""
+"""Fine-tune a pretrained model, in full or with adapters, with Megatron's flags."""
 
 import os
 import signal

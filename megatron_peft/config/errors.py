@@ -138,18 +138,21 @@ class Requirements:
             self.problems.append(message)
 
     def fields(self, names: Collection[str] | None = None) -> None:
-        """Type and `check` of every field of the dataclass, or of those that are named.
+        """The type of every field of the dataclass, and the `check` of all, or of those that are named.
+
+        A field that nothing reads is recorded too, so its type counts.
 
         Raises:
             ConfigurationError: a value is not of its field's type, so that it cannot be compared with anything.
         """
         hints = _type_hints(type(self.config))
-        checked = [one for one in fields(self.config) if names is None or one.name in names]  # pyright: ignore[reportArgumentType]
-        wanted = {one.name: _what_it_must_be(getattr(self.config, one.name), hints[one.name]) for one in checked}
-        for one in checked:
+        every = fields(self.config)  # pyright: ignore[reportArgumentType]
+        wanted = {one.name: _what_it_must_be(getattr(self.config, one.name), hints[one.name]) for one in every}
+        for one in every:
+            check = one.metadata.get("check")
             if wanted[one.name]:
                 self(False, f"{flag_of(one)} is {getattr(self.config, one.name)!r}; it must be {wanted[one.name]}.")
-            elif check := one.metadata.get("check"):
+            elif check and (names is None or one.name in names):
                 getattr(self, check)(one.name)
         if any(wanted.values()):
             raise ConfigurationError(*self.problems)

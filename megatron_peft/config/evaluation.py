@@ -90,7 +90,7 @@ class HarnessSettings:
     limit: float | None = option(
         None, "first N questions of each task; below 1, that share of them", check="positive", metavar="N"
     )
-    batch_size: int = option(16, "requests in a forward of a replica", check="positive")
+    batch_size: int = option(16, "requests per forward pass of a replica", check="positive")
     apply_chat_template: bool = option(False, "format questions with the tokenizer's chat template")
     sampling_seed: int = option(1234, "seed of sampled answers")
     log_samples: bool = option(False, "also write all questions and answers to OUTPUT.samples.jsonl")

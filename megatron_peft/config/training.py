@@ -209,7 +209,7 @@ class CheckpointConfig:
         metavar="PATH",
     )
     exit_on_missing_checkpoint: bool = option(
-        False, "end with an error if --load holds no checkpoint, also if it is the folder of --save"
+        False, "end with an error if --load holds no checkpoint, even if it is the folder of --save"
     )
     save_interval: int | None = option(None, "iterations between checkpoints", check="positive")
     async_save: bool = option(

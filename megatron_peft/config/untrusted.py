@@ -13,7 +13,7 @@ import signal
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -94,11 +94,16 @@ def _parsed(text: str | bytes) -> Any:
         raise ConfigurationError(_TOO_DEEP) from error
     except (ValueError, OverflowError) as error:  # not UTF-8, no finite number, a number of 5,000 digits
         raise ConfigurationError(f"not JSON: {error}.") from error
-    brackets = (b"[", b"{", b"\\ud") if isinstance(text, bytes) else ("[", "{", "\\ud")
-    opened = sum(text.count(bracket) for bracket in brackets[:2])  # type: ignore[arg-type]
-    if opened > MAX_DEPTH or brackets[2] in text.lower():  # type: ignore[operator]
+    if _may_be_deep(text):
         _walk(value)
     return value
+
+
+def _may_be_deep(text: str | bytes) -> bool:
+    """Whether it has enough brackets to be too deep, or half of a surrogate pair."""
+    brackets = (b"[", b"{", b"\\ud") if isinstance(text, bytes) else ("[", "{", "\\ud")
+    opened = sum(text.count(bracket) for bracket in brackets[:2])  # type: ignore[arg-type]
+    return opened > MAX_DEPTH or brackets[2] in text.lower()  # type: ignore[operator]
 
 
 def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
@@ -169,13 +174,18 @@ def _walk(value: Any, most_values: float = inf) -> None:
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
         for one in level:
-            if isinstance(one, str) and _HALF_OF_A_PAIR.search(one):
-                raise ConfigurationError("a text contains an unpaired surrogate.")
-            if isinstance(one, dict | list):
-                following += one if isinstance(one, list) else [*one.keys(), *one.values()]
-                if num_values + len(following) > most_values:
-                    raise ConfigurationError(f"it holds more than {most_values:,} values.")
+            following += _values_in(one)
+            if num_values + len(following) > most_values:
+                raise ConfigurationError(f"it holds more than {most_values:,} values.")
         level, num_values = following, num_values + len(following)
         if not level:
             return
     raise ConfigurationError(_TOO_DEEP)
+
+
+def _values_in(value: Any) -> Sequence[Any]:
+    if isinstance(value, str) and _HALF_OF_A_PAIR.search(value):
+        raise ConfigurationError("a text contains an unpaired surrogate.")
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, list) else ()

@@ -162,7 +162,10 @@ def _check_targets(config: Mapping[str, Any]) -> None:
         )
         if isinstance(value, str):
             _matches(value, "")
-    layers = config.get("layers_to_transform")
+    _check_layers(config.get("layers_to_transform"))
+
+
+def _check_layers(layers: Any) -> None:
     listed = layers if isinstance(layers, list) else [] if layers is None else [layers]
     require(
         all(type(layer) is int for layer in listed),

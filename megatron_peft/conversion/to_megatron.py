@@ -136,18 +136,21 @@ def shard_slices(rule: Rule, padded_vocab_size: int, dtype: torch.dtype) -> Iter
     """The slices in which a parameter is stored; several shards have at least MIN_SHARD_BYTES each."""
     whole = _local_shape(rule, 1, padded_vocab_size)
     assert whole is not None
-    size, local_shape = 1, whole
-    for count in SHARD_COUNTS:
-        shard = _local_shape(rule, count, padded_vocab_size)
-        if shard not in (None, whole) and prod(whole) * dtype.itemsize >= count * MIN_SHARD_BYTES:
-            assert shard is not None
-            size, local_shape = count, shard
-            break
+    size, local_shape = _shards(rule, whole, padded_vocab_size, prod(whole) * dtype.itemsize)
     local = torch.empty(local_shape, device="meta")
     for rank in range(size):
         for number, stored in enumerate(rule.global_slices(local, rank, size)):
             shape = tuple(stored.view.shape)
             yield ShardSlice(rule, rank, size, number, local_shape, whole, stored.offset, shape, dtype)
+
+
+def _shards(rule: Rule, whole: tuple[int, ...], padded_vocab_size: int, size_bytes: int) -> tuple[int, tuple[int, ...]]:
+    """How many shards, and the shape of each."""
+    for count in SHARD_COUNTS:
+        shape = _local_shape(rule, count, padded_vocab_size)
+        if shape is not None and shape != whole and size_bytes >= count * MIN_SHARD_BYTES:
+            return count, shape
+    return 1, whole
 
 
 def _local_shape(rule: Rule, size: int, padded_vocab_size: int) -> tuple[int, ...] | None:

@@ -209,12 +209,17 @@ def open_run(folder: str | Path) -> TrainedAdapters:
     )
     run = TrainedAdapters(checkpoint, read_record(checkpoint), open_distributed(checkpoint))
     if run.record.config.peft.trains_adapters:
-        keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
-        names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
-        expected = [f"{layer}{ADAPTER}{name}" for layer in run.record.adapted_layers for name in names or ["*"]]
-        missing = [key for key in expected if key not in run.stored]
-        require(not missing, _lacks(checkpoint, missing))
+        _require_adapters(run)
     return run
+
+
+def _require_adapters(run: TrainedAdapters) -> None:
+    """Every layer that was adapted has its tensors."""
+    keys = [key for key in run.stored if ADAPTER in key and not key.startswith(NOT_PARAMETERS)]
+    names = sorted({key.partition(ADAPTER)[2] for key in keys})  # every layer has the same
+    expected = [f"{layer}{ADAPTER}{name}" for layer in run.record.adapted_layers for name in names or ["*"]]
+    missing = [key for key in expected if key not in run.stored]
+    require(not missing, _lacks(run.folder, missing))
 
 
 def open_adapters(folder: str | Path) -> TrainedAdapters:

@@ -106,13 +106,18 @@ def _blank_lines(starts: np.ndarray, indented: np.ndarray, size: int, descriptor
     return [int(line) for line, text in zip(lines, texts, strict=True) if text.isspace()]
 
 
-def _parse(raw: bytes, place: Callable[[], str]) -> Any:
+def _decoded(raw: bytes, place: Callable[[], str]) -> str:
     try:
         text = raw.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("it holds NUL bytes, as UTF-16 does")
+        return text
     except ValueError as error:
         raise ConfigurationError(f"{place()}: not text in UTF-8: {error}. Save the file as UTF-8.") from error
+
+
+def _parse(raw: bytes, place: Callable[[], str]) -> Any:
+    text = _decoded(raw, place)
     try:
         return parse_json(text, place)
     except ConfigurationError as error:

@@ -104,4 +104,4 @@ def _with_progress(
     for done, found in enumerate(encoded, 1):
         yield found
         if done % log_interval == 0 or done == total:
-            report(f"{done} of {total} records, {done / (time.monotonic() - begin):.0f} a second")
+            report(f"{done} of {total} records, {done / (time.monotonic() - begin):.0f} per second")

@@ -319,13 +319,11 @@ def _notes(preview: Preview) -> Iterator[str]:
 
 
 def _samples(preview: Preview) -> Iterator[Text]:
-    count = min(preview.options.show_samples, len(preview.measured.records))
-    random = np.random.default_rng(preview.config.seed)
-    parts = np.array_split(np.sort(preview.measured.records), max(count, 1))  # one sample of each: of every source
-    chosen = [random.choice(part) for part in parts[:count]]
+    chosen = _chosen(preview)
+    count = len(chosen)
     if count:
         yield Text(f"\nmarks: {_BETWEEN} between tokens, «trained», ‹cut off›", style="dim")
-    for number, index in enumerate(map(int, chosen), 1):
+    for number, index in enumerate(chosen, 1):
         ids, trained = preview.fit.tokenized(preview.records, index)
         states = _states(ids, trained, preview)
         counts = Counter(states)
@@ -333,6 +331,14 @@ def _samples(preview: Preview) -> Iterator[Text]:
         title = f"\nsample {number} of {count}: {preview.records.place(index)}"
         yield Text(f"{title}; {len(ids):,} tokens, {counts['trained']:,} trained{cut}", style="bold")
         yield _colored(preview.tokenizer.texts(ids), states, preview.options.max_tokens)
+
+
+def _chosen(preview: Preview) -> list[int]:
+    """Records to show, spread over the measured ones, so that each source has some."""
+    count = min(preview.options.show_samples, len(preview.measured.records))
+    random = np.random.default_rng(preview.config.seed)
+    parts = np.array_split(np.sort(preview.measured.records), max(count, 1))
+    return [int(random.choice(part)) for part in parts[:count]]
 
 
 def _states(ids: Sequence[int], trained: Sequence[bool], preview: Preview) -> list[str]:

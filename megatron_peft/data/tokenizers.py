@@ -296,6 +296,10 @@ def build_tokenizer(config: DataConfig, pretrained_checkpoint: str | None) -> To
         return NullTokenizer(config.vocab_size or 0)
     if not source:
         raise ConfigurationError("no tokenizer: give --tokenizer-model, or --pretrained-checkpoint with one in it.")
+    return _read_tokenizer(config, source)
+
+
+def _read_tokenizer(config: DataConfig, source: str) -> Tokenizer:
     if config.tokenizer_type == "Llama2Tokenizer":
         return Llama2Tokenizer(source)
     if config.tokenizer_type in SENTENCEPIECE:

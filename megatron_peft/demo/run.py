@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
 from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs
 from megatron_peft.experiment.plots import Translation, plot_run
@@ -55,9 +55,6 @@ class DemoScore:
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
 ITERATIONS = 160  # of one pack, ten messages on average: half an epoch
-RATES = {"lora": 2e-3, "lora-ga": 2e-3, "boft": 5e-4, "urnn": 3e-3, "hybrid": 2e-3, "full": 3e-4}
-LOW_RANK = ("--lora-rank", "16", "--lora-alpha", "32")
-METHOD_FLAGS = {"lora": LOW_RANK, "lora-ga": LOW_RANK, "hybrid": LOW_RANK}
 NUM_EXAMPLES = 7
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -90,7 +87,7 @@ class DemoReport:
     translations: tuple[Translation, ...]
 
 
-def run_demo(folder: Path, method: str = "lora", extra_flags: Sequence[str] = ()) -> DemoReport:
+def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequence[str] = ()) -> DemoReport:
     """Run what is missing under `folder`; writes report.json and report.png.
 
     Args:
@@ -138,7 +135,7 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "micro-batch-size": 1,
         "global-batch-size": 1,
         "train-iters": ITERATIONS,
-        "lr": RATES.get(method, RATES["lora"]),
+        "lr": PeftConfig(method).spec.demo_lr,
         "lr-decay-style": "linear",
         "clip-grad": 1.0,
         "log-interval": 1,
@@ -146,7 +143,7 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "eval-interval": 80,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [*words, "--pack-sequences", *METHOD_FLAGS.get(method, ())]
+    return [*words, "--pack-sequences"]
 
 
 class _Run:

@@ -99,6 +99,10 @@ def check_output(output: str | None) -> None:
         is_plain and not path.is_symlink(),
         f"--output {path} is {'a link' if path.is_symlink() else 'a pipe or a device'}, not a file: give another path.",
     )
+    _make_folder_of(path)
+
+
+def _make_folder_of(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,18 +141,23 @@ def records_of(settings: AnswerSettings) -> list[Record]:
     """The prompts. ConfigurationError: --prompt-file cannot be read, or --output cannot be written."""
     check_output(settings.output)
     if settings.output is not None:
-        require(
-            settings.overwrite or not Path(settings.output).exists(),
-            f"--output {settings.output} exists already: give another file, or --overwrite.",
-        )
-        require(
-            settings.prompt_file is None or Path(settings.output).resolve() != Path(settings.prompt_file).resolve(),
-            f"--output {settings.output} is the file of --prompt-file: give another file.",
-        )
+        _require_free(settings, Path(settings.output))
     if settings.prompt_file is not None:
         return read_prompts(Path(settings.prompt_file))
     assert settings.prompt is not None
     return [{"prompt": settings.prompt}]
+
+
+def _require_free(settings: AnswerSettings, output: Path) -> None:
+    """Nothing is replaced unasked, and never the prompts."""
+    require(
+        settings.overwrite or not output.exists(),
+        f"--output {output} exists already: give another file, or --overwrite.",
+    )
+    require(
+        settings.prompt_file is None or output.resolve() != Path(settings.prompt_file).resolve(),
+        f"--output {output} is the file of --prompt-file: give another file.",
+    )
 
 
 class AnswerFile:

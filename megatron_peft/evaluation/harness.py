@@ -101,7 +101,7 @@ class HarnessModel(TemplateLM):
     Args:
         dispatcher: of `dispatch.make_dispatcher`.
         finished: known answers; new ones are added portion by portion.
-        batch_size: requests in a forward of a replica.
+        batch_size: requests per forward pass of a replica.
         seed: of sampling.
     """
 

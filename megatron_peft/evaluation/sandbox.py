@@ -393,21 +393,31 @@ def _own_users() -> Iterator[tuple[int, int]]:
     first = random.SystemRandom().randrange(NUM_PAIRS)
     for number in range(NUM_PAIRS):
         user = FIRST_USER + 2 * ((first + number) % NUM_PAIRS)
-        # Only one socket can be bound to a name. The kernel frees the name when the socket is closed, even by a kill;
-        # here that is after the last process of the pair has ended (see `_end`).
-        with socket.socket(socket.AF_UNIX) as claim:
-            try:
-                claim.bind(f"\0megatron-peft-sandbox-{user}")
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                continue
-            yield user, user + 1
+        claim = _claim(user)
+        if claim is not None:
+            with claim:  # until the last process of the pair has ended (see `_end`)
+                yield user, user + 1
             return
     raise ConfigurationError(
         f"{NUM_PAIRS} programs run in sandboxes on this machine and use all users from {FIRST_USER} to "
         f"{FIRST_USER + 2 * NUM_PAIRS - 1}: start fewer evaluations at a time."
     )
+
+
+def _claim(user: int) -> socket.socket | None:
+    """What keeps other sandboxes from a pair of users while it is open; None if another one has it.
+
+    Only one socket can be bound to a name. The kernel frees the name when the socket is closed, even by a kill.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0megatron-peft-sandbox-{user}")
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return claim
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str, str, str]:

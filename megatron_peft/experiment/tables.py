@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, require
 from megatron_peft.experiment import paper
 from megatron_peft.experiment.results import (
     VALIDATION_LOSS,
@@ -145,7 +145,8 @@ class Row:
 
 
 def reference_method(results: Results, chosen: str | None) -> str:
-    """The method that others are tested against: the given one, or the first Hybrid, or the first of all.
+    """The method that others are tested against: the given one, or the first that mixes two (the Hybrid), or the
+    first of all.
 
     Raises ConfigurationError: the experiment has no such method.
     """
@@ -153,8 +154,9 @@ def reference_method(results: Results, chosen: str | None) -> str:
     if chosen is not None:
         require(chosen in names, f"--against {chosen}: the experiment's methods are {', '.join(names)}.")
         return chosen
-    hybrids = [method.name for method in results.experiment.methods if peft_method(method) == "hybrid"]
-    return (hybrids or names)[0]
+    mixing = {name for name, method in METHODS.items() if method.mixes}
+    mixed = [method.name for method in results.experiment.methods if peft_method(method) in mixing]
+    return (mixed or names)[0]
 
 
 def rows(results: Results, reference: str) -> list[Row]:
@@ -293,16 +295,17 @@ def _average_of(row: Row | None) -> str:
 
 
 def speed_table(results: Results, model: str, task: str) -> Table | None:
-    """A line per method, a column per measurement; None without a run of LoRA."""
+    """A line per method, a column per measurement; None without a run of the default method, LoRA."""
     found = results.of(model, task)
-    lora = next((result for result in found if peft_method(result.group.method) == "lora" and result.finals), None)
-    if lora is None:
+    usual = (one for one in found if peft_method(one.group.method) == PeftConfig.method and one.finals)
+    base = next(usual, None)
+    if base is None:
         return None
-    measured = {result.method: steps_to(result.finals, lora.finals) for result in found if result is not lora}
+    measured = {result.method: steps_to(result.finals, base.finals) for result in found if result is not base}
     lines = {method: steps for method, steps in measured.items() if steps}
     steps = sorted({one.steps for line in lines.values() for one in line})
     return Table(
-        f"Times fewer steps than {lora.method} to {lora.method}'s validation loss after N steps ({model}, {task})",
+        f"Times fewer steps than {base.method} to {base.method}'s validation loss after N steps ({model}, {task})",
         ("method", *(f"N = {one}" for one in steps)),
         tuple((method, *_cells(line, steps)) for method, line in lines.items()),
         "N over the mean number of steps that the method's runs need, seed by seed, linear between measurements; above "

@@ -164,16 +164,20 @@ def check_lengths(data: DataConfig, shape: ModelShape) -> list[str]:
     is_default = length == DataConfig.seq_length
     reads_samples = bool(data.train_data_path or data.data_path)
     if window is not None and length > window and (reads_samples or not is_default):
-        full, layers = shape.num_full_attention_layers, shape.num_layers
-        where = f"in {layers - full} of its {layers} layers" if full else "in every layer"
-        return [
-            f"--seq-length {length} is above the sliding window of {window} tokens that the model has {where}, and "
-            f"windows are not supported: use --seq-length {window} or less, where the window changes nothing. "
-            "--overlong says what to do with longer samples."
-        ]
+        return [_above_window(length, window, shape)]
     if shape.position_embedding == "rope" and length > longest and not is_default:
         return [f"--seq-length {length} is above the {longest} positions of the model: use at most {longest}."]
     return []
+
+
+def _above_window(length: int, window: int, shape: ModelShape) -> str:
+    full, layers = shape.num_full_attention_layers, shape.num_layers
+    where = f"in {layers - full} of its {layers} layers" if full else "in every layer"
+    return (
+        f"--seq-length {length} is above the sliding window of {window} tokens that the model has {where}, and windows "
+        f"are not supported: use --seq-length {window} or less, where the window changes nothing. --overlong says what "
+        f"to do with longer samples."
+    )
 
 
 def _contradiction(name: str, typed: Any, shape: ModelShape) -> str | None:

@@ -12,7 +12,6 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.linear import AdaptedLinear
 from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_part, shrink, shrinkage
 from megatron_peft.config import PeftConfig
-from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.runtime.launch import gather_over_world
 from megatron_peft.training.state import GradientShards
@@ -142,7 +141,8 @@ def update(state: Trained) -> float:
 
 def rotation_learning_rate(state: Trained) -> float:
     """Learning rate of rotations in this step; 0 without rotations."""
-    groups = [group for group in state.optimizer.param_groups if group.get(IS_ROTATION)]
+    labels = [one.attribute for one in state.peft.spec.param_groups if one.is_labelled]
+    groups = [group for group in state.optimizer.param_groups if any(map(group.get, labels))]
     return groups[0]["lr"] if groups else 0.0
 
 

@@ -38,15 +38,18 @@ def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], p
         f"{peft.lora_rank}:"
     ]
     for kind in sorted({name.rpartition(".")[2] for name in energy}):
-        values = {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}
-        lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-        lines.append(
-            f"  {kind:<12} {len(values):4d} layers   mean {sum(values.values()) / len(values):.3f}   lowest "
-            f"{values[lowest]:.3f} (layer {lowest})   highest {values[highest]:.3f} (layer {highest})"
-        )
+        lines.append(_row(kind, {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}))
     if path is not None:
         lines.append(f"  each layer: {path}")
     return "\n".join(lines)
+
+
+def _row(kind: str, values: Mapping[int, float]) -> str:
+    lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    return (
+        f"  {kind:<12} {len(values):4d} layers   mean {sum(values.values()) / len(values):.3f}   lowest "
+        f"{values[lowest]:.3f} (layer {lowest})   highest {values[highest]:.3f} (layer {highest})"
+    )
 
 
 def write_start(peft: PeftConfig, seconds: float, energy: Mapping[str, float], save: str | None) -> Path | None:

@@ -212,13 +212,18 @@ def _open_metrics(path: Path, resumed_iteration: int, hold_folder: Callable[[], 
         raise ConfigurationError(f"--save {path.parent} cannot be written: {error}.") from error
 
 
+def _set_aside(path: Path) -> None:
+    """Rename it to the first NAME.1, NAME.2, ... that is free."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    path.rename(next(other for other in numbered if not other.exists()))
+
+
 def _drop_records_after(path: Path, iteration: int) -> None:
     """Replace the file by its records up to `iteration`; a kill leaves the old file or the new one."""
     if not path.exists():
         return
     if iteration == 0:
-        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-        path.rename(next(other for other in numbered if not other.exists()))
+        _set_aside(path)
         return
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:

@@ -25,7 +25,7 @@ from megatron_peft.adapters.step_rotations import StepRotations
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.save import write_new_folder
 from megatron_peft.checkpoint.tensors import ADAPTER, global_slices, load_parameters, sharded_parameters
-from megatron_peft.config import ConfigurationError, PeftConfig, require
+from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, require
 from megatron_peft.lora_ga.initialize import init_from_gradients
 from megatron_peft.parallel.collectives import gradient_of, sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import checked_together
@@ -167,9 +167,10 @@ class ModelAdapters:
         Returns:
             By layer of this rank, the share of the gradient's squared norm in the directions that were taken.
         """
+        able = ", ".join(name for name, method in METHODS.items() if method.starts_from_gradients)
         require(
             self.peft.spec.starts_from_gradients,
-            f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; lora-ga and hybrid have.",
+            f"start_from_gradients: {self.peft.spec.describe(self.peft)} has no such start; use one of {able}.",
         )
         tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
         data_parallel: Any = parallel_state.get_data_parallel_group()

@@ -11,9 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
-from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.adapters.step_rotations import inference_rotations
-from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data
 from megatron_peft.runtime.launch import gather_over_world
@@ -111,9 +109,9 @@ def _loss_without_adapters(state: TrainingState, step: Step) -> float:
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:
     """Largest |R^T R - I| of all rotations of the model; None without rotations. A collective."""
-    modules = (module for chunk in state.model_chunks for module in chunk.modules())
+    modules: Iterator[Any] = (module for chunk in state.model_chunks for module in chunk.modules())
     with torch.no_grad():
-        errors = [_error_of(module) for module in modules if isinstance(module, BlockRotation)]
+        errors = [module.orthogonality_error() for module in modules if hasattr(module, "orthogonality_error")]
     worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return None if worst < 0 else float(worst)
@@ -122,8 +120,3 @@ def largest_orthogonality_error(state: TrainingState) -> float | None:
 def _largest_gradient(adapter: nn.Module) -> float:
     gradients = [parameter.main_grad for parameter in adapter.parameters() if parameter.requires_grad]  # pyright: ignore[reportAttributeAccessIssue]
     return max((float(gradient.abs().max()) for gradient in gradients if gradient.numel()), default=0.0)
-
-
-def _error_of(rotation: BlockRotation) -> torch.Tensor:
-    D = rotation.changes()
-    return orthogonality_error(D + torch.eye(rotation.group_size, dtype=D.dtype, device=D.device))

@@ -26,6 +26,7 @@ from megatron_peft.config import (
     missing_for_training,
 )
 
+NOTHING = object()
 DATA = {"train_data_path": ("a.jsonl",)}
 INDEXED = {"data_path": ("p",)}
 MODEL = {"pretrained_checkpoint": "m"}
@@ -247,6 +248,7 @@ def test_flags_of_other_methods_are_kept_and_named(method: str, settings: dict[s
         ("lora", {"lora_alpha": math.inf}, "--lora-alpha is inf; it must be a finite number."),
         ("lora", {"lora_max_norm_ratio": math.nan}, "--lora-max-norm-ratio is nan; it must be a finite number."),
         ("lora", {"lora_rs": 1}, "--lora-rs is 1; it must be True or False."),
+        ("lora", {"lora_dropout": NOTHING}, f"--lora-dropout is {NOTHING!r}; it must be a finite number."),
     ],
 )
 def test_a_value_of_another_type_is_told_with_its_flag(method: str, settings: dict[str, Any], message: str) -> None:
@@ -254,7 +256,9 @@ def test_a_value_of_another_type_is_told_with_its_flag(method: str, settings: di
         PeftConfig(method, **settings, lora_plus_ratio=-1)
     found = {message, "--lora-plus-ratio is -1; it must be above 0."}
     assert set(caught.value.problems) == (found if method != "boft" else {message})
-    assert PeftConfig("full", **settings)  # which does not read it
+    with pytest.raises(ConfigurationError) as unread:  # a run records what its method does not read, too
+        PeftConfig("full", **settings, lora_plus_ratio=-1)
+    assert unread.value.problems == (message,)
 
 
 def test_values_of_the_right_type() -> None:
@@ -264,7 +268,7 @@ def test_values_of_the_right_type() -> None:
         TrainingConfig(train_iters="10")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_field_of_another_method_is_not_checked() -> None:
+def test_the_range_of_a_field_of_another_method_is_not_checked() -> None:
     assert PeftConfig("lora", boft_block_size=-1, lora_ga_batches=0).unused_flags == [
         "--lora-ga-batches 0",
         "--boft-block-size -1",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.commands import demo
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import METHODS, ConfigurationError
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles
@@ -123,11 +123,11 @@ def test_a_training_that_was_stopped_continues_from_its_checkpoint(tmp_path, lau
     assert launcher.commands[0][-2:] == ("--load", str(checkpoints))
 
 
-@pytest.mark.parametrize("method", module.RATES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
     config = parse_arguments(flags, {"WORLD_SIZE": "3"})
-    assert config.peft.method == method and config.optimizer.lr == module.RATES[method]
+    assert config.peft.method == method and config.optimizer.lr == METHODS[method].demo_lr
     assert config.parallel.data_parallel_size == 1 and config.training.train_iters == module.ITERATIONS
     assert config.data.pack_sequences
 

@@ -77,6 +77,7 @@ class Method:
         adapter: module of `build`, `merge` and `EXPORT`; empty: the base weights themselves are trained.
         cost: trained parameters of one layer, as a formula for docs/methods.md; `num_parameters` computes it.
         param_groups: in the optimizer.
+        demo_lr: learning rate of `megatron-peft demo`, which trains a Llama of 135M parameters.
         starts_from_gradients: whether LoRA-GA's start initializes A and B.
         mixes: whether adapters have a lambda, `mix` and `num_kept`, that their `update_mixtures` moves after backward.
     """
@@ -88,6 +89,7 @@ class Method:
     adapter: str = ""
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
+    demo_lr: float = 2e-3
     starts_from_gradients: bool = False
     mixes: bool = False
 
@@ -152,6 +154,7 @@ class FullMethod(Method):
     name = "full"
     summary = "every parameter of the model; megatron-core's own layers"
     cost = "out in"
+    demo_lr = 3e-4
 
     def num_parameters(self, peft: PeftOptions, out_features: int, in_features: int) -> int:
         return out_features * in_features
@@ -201,16 +204,10 @@ class _Checks(PeftOptions):
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a text.")
-        known = self.method in METHODS
         with Requirements(self) as require:
-            reason = _UNUSABLE.get(self.method)
-            require(reason is None, f"--peft-method {self.method} cannot be used: {reason}")
-            broken = "".join(f" {name} cannot be used: {why}" for name, why in _UNUSABLE.items())
-            require(
-                known or reason is not None, f"--peft-method {self.method} is not one of {', '.join(METHODS)}.{broken}"
-            )
+            require(self.method in METHODS, _why_not(self.method))
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
-            if known:
+            if self.method in METHODS:
                 require.fields(self.spec.fields(self))
                 self.spec.check(self, require)
 
@@ -370,6 +367,14 @@ def _option_classes(methods: Iterable[Method]) -> list[type[PeftOptions]]:
 METHODS, PACKAGES, _UNUSABLE = _load_methods()
 
 
+def _why_not(name: str) -> str:
+    """The message about a method that `METHODS` does not have."""
+    if name in _UNUSABLE:
+        return f"--peft-method {name} cannot be used: {_UNUSABLE[name]}"
+    broken = "".join(f" {other} cannot be used: {why}" for other, why in _UNUSABLE.items())
+    return f"--peft-method {name} is not one of {', '.join(METHODS)}.{broken}"
+
+
 def refuse_method(name: str, problem: str) -> None:
     """Take the method of a package out of `METHODS`: whoever chooses it is told the problem."""
     del METHODS[name]
@@ -386,5 +391,6 @@ def flagged_fields() -> list[str]:
 class PeftConfig(_Checks, *_option_classes(METHODS.values())):
     """Which parameters are trained, and the flags of every method.
 
-    Fields that the chosen method does not read keep their values and have no effect.
+    Fields that the chosen method does not read keep their values and have no effect. Their types are checked, their
+    ranges are not.
     """

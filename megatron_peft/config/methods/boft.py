@@ -31,6 +31,7 @@ class BoftMethod(RotationMethod):
     adapter = "megatron_peft.adapters.boft"
     whole_update_flags = "--boft-parametrization projection"
     cost = "out m (b - 1) / 2; projection: out m b (input side: in)"
+    demo_lr = 5e-4
 
     def num_parameters(self, peft: BoftOptions, out_features: int, in_features: int) -> int:
         features = out_features if peft.rotation_side == "output" else in_features

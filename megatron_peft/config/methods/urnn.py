@@ -33,6 +33,7 @@ class UrnnMethod(RotationMethod):
     adapter = "megatron_peft.adapters.urnn"
     whole_update_flags = "--urnn-update riemannian"
     cost = "7 out / 2; riemannian: out n, n = half the block size (input side: in)"
+    demo_lr = 3e-3
 
     def num_parameters(self, peft: UrnnOptions, out_features: int, in_features: int) -> int:
         features = out_features if peft.rotation_side == "output" and not self.replaces_base(peft) else in_features

@@ -1,0 +1,102 @@
+"""Only its own files know a method: all others ask its declaration. Everything here reads source, runs none."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.config import METHODS
+from tests.test_imports import PACKAGE, imported_names, module_name
+
+ADAPTERS = {spec.adapter for spec in METHODS.values() if spec.adapter}
+SHARED = {"megatron_peft.adapters.rotation", "megatron_peft.config.methods.rotation"}  # of BOFT, uRNN and the Hybrid
+DECLARATIONS = {type(spec).__module__ for spec in METHODS.values()} - {"megatron_peft.config.methods"}
+OWN_MODULES = ADAPTERS | DECLARATIONS | SHARED
+NAMES = set(METHODS) - {"full"}  # a word of other things too
+KNOW_ALL = ("megatron_peft.benchmarks",)  # a figure for each method
+
+# File -> what it knows of methods, and why it has to.
+KNOWS = {
+    "adapters.hybrid": {"adapters.low_rank", "adapters.boft", "adapters.urnn", "boft", "urnn"},  # it is made of them
+    "config.methods.hybrid": {"config.methods.boft", "config.methods.low_rank", "config.methods.urnn", "boft", "urnn"},
+    "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
+    "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
+    "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
+    "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
+    "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
+    "conversion.as_lora": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
+    "conversion.model_card": {"lora"},  # a tag of the Hub
+    "conversion.peft_config": {"adapters.low_rank", "adapters.boft", "lora", "boft"},  # reads Hugging Face PEFT's
+    "cli.unknown": {"lora-ga"},  # what other trainers' flags are here
+    "cli.megatron": {"hybrid"},  # Megatron's word for models with Mamba layers
+    "experiment.paper": NAMES,  # the paper's tables
+}
+
+
+def public_classes() -> set[str]:
+    """Classes of the methods' own modules."""
+    files = (PACKAGE.parent / f"{one.replace('.', '/')}.py" for one in OWN_MODULES)
+    nodes = (node for file in files for node in ast.parse(file.read_text()).body)
+    return {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+CLASSES = public_classes() - {"Hybrid"}  # a word of other things too
+WORDS = re.compile(rf"(?<![\w-])({'|'.join(sorted(NAMES))})(?![\w-])")
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.AST]:
+    """Texts that stand alone as a statement."""
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+
+
+def known_methods(tree: ast.AST) -> set[str]:
+    """Methods' modules that the code imports, and methods' names and classes in its texts."""
+    names = {name for full in imported_names(ast.walk(tree)) for name in (full, full.rpartition(".")[0])}
+    modules = {name.removeprefix("megatron_peft.") for name in names & OWN_MODULES}
+    prose = {id(node) for node in docstrings(tree)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in prose)
+    texts = [str(node.value) for node in constants]
+    return modules | {word for text in texts for word in WORDS.findall(text)} | CLASSES.intersection(texts)
+
+
+def of_its_own(module: str) -> set[str]:
+    """What a method's module may know: the other module, the name and what rotations share."""
+    mine = {spec.name: {spec.adapter, type(spec).__module__} for spec in METHODS.values()}
+    mine = {name: modules for name, modules in mine.items() if module in modules}
+    modules = (one.removeprefix("megatron_peft.") for one in SHARED.union(*mine.values()))
+    return {*modules, *mine} if module in OWN_MODULES else set()
+
+
+def test_no_code_but_a_methods_own_knows_it() -> None:
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    others = {name: path for name, path in modules.items() if not name.startswith(KNOW_ALL)}
+    known = {name: known_methods(ast.parse(path.read_text())) - of_its_own(name) for name, path in others.items()}
+    assert {name.removeprefix("megatron_peft."): found for name, found in known.items() if found} == KNOWS
+
+
+def test_no_script_knows_a_method() -> None:
+    root = PACKAGE.parent
+    scripts: list[Path] = [root / "pretrain_peft.py", *(root / "tools").glob("*.py")]
+    assert {path.name: found for path in scripts if (found := known_methods(ast.parse(path.read_text())))} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import megatron_peft.adapters.boft as b", {"adapters.boft"}),
+        ("def f():\n    from megatron_peft.adapters import urnn", {"adapters.urnn"}),
+        ("from megatron_peft.adapters.rotation import BlockRotation", {"adapters.rotation"}),
+        ("from megatron_peft.config.methods.hybrid import HYBRID", {"config.methods.hybrid"}),
+        ("import_module('megatron_peft.adapters.boft')", {"boft"}),
+        ("rates = [('lora-ga', 2e-3)]", {"lora-ga"}),
+        ("is_one = type(adapter).__name__ == 'BlockRotation'", {"BlockRotation"}),
+        ("message = f'{x} has none; hybrid has.'", {"hybrid"}),
+        ("match method:\n    case 'urnn': pass", {"urnn"}),
+        ("def f(method='lora'): ...", {"lora"}),
+        ("'''What lora does.'''\nflag = '--lora-rank of hybrid-attention, xlora'", set()),
+    ],
+)
+def test_what_code_knows_is_seen(source: str, found: set[str]) -> None:
+    assert known_methods(ast.parse(source)) == found
