@@ -29,6 +29,7 @@ from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
 from megatron_peft.config.methods.boft import BOFT
 from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime.precision import full_precision
 
 NUM_NEWTON_STEPS = 5
 
@@ -97,6 +98,7 @@ class ProjectedBoft(Butterfly):
         self.P.copy_(torch.eye(self.block_size, device=self.P.device))
 
     @torch.no_grad()
+    @full_precision
     def project(self) -> None:
         """P <- the nearest orthogonal blocks, eq. (6)."""
         self.P.copy_(nearest_orthogonal(self.P))
@@ -143,12 +145,14 @@ def cayley(Q: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
 
 class _Cayley(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, Q):  # type: ignore[override]
         C = inverse(identity_like(Q) - Q).mul_(2).sub_(identity_like(Q))
         ctx.save_for_backward(C)
         return C
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         (C,) = ctx.saved_tensors
         twice_N = (C + identity_like(C)).mT
@@ -179,11 +183,13 @@ def compose(factors: Tensor) -> Tensor:  # [k, m, c, b, b] -> [k, g, g]
 
 class _Compose(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, factors):  # type: ignore[override]
         ctx.save_for_backward(factors)
         return _products(_dense_factors(factors))[-1]
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         (factors,) = ctx.saved_tensors
         dense = _dense_factors(factors)

@@ -41,6 +41,7 @@ from megatron_peft.runtime.cpu_kernels import (
     outer_sum,
     outer_sums,
 )
+from megatron_peft.runtime.precision import full_precision
 
 # Autograd functions. torch prepares a graph node for each call, even if no gradient is recorded: in a step of
 # generation, with hundreds of calls on a few numbers each, that costs more than the computation.
@@ -258,6 +259,7 @@ def frozen_linear_mixed(
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, x, A, B, D, scale, call, mask=None, producer=None, held=None):  # type: ignore[override]
         branch_input, u = None, None
         if A is not None:
@@ -278,6 +280,7 @@ class _FrozenLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         saved, call, wait_dx = ctx.saved_tensors, ctx.call, None
         branch_input, u, A, B, D, _, _, kept = saved
@@ -306,12 +309,14 @@ class _NarrowProduct(torch.autograd.Function):
     """u = A x. SwiGLU's output is recomputed from what SwiGLU saved: a layer's widest input takes no memory twice."""
 
     @staticmethod
+    @full_precision
     def forward(ctx, x, A, producer):  # type: ignore[override]
         ctx.save_for_backward(x if producer is None else None, A)
         ctx.producer = producer
         return linear(x, A)
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
         dA = outer_sum(grad, recompute(ctx.producer) if x is None else x, _gradient_dtype(A))
@@ -322,6 +327,7 @@ class _MixReduced(torch.autograd.Function):
     """y = z + diag(D) z + scale B u for z and u that are whole; gradients of B and D over this rank's tokens."""
 
     @staticmethod
+    @full_precision
     def forward(ctx, z, u, B, D, scale, tokens, held=None):  # type: ignore[override]
         u = u * scale
         y = add_blocks(z, D, held and held.multiplier)
@@ -331,6 +337,7 @@ class _MixReduced(torch.autograd.Function):
         return y
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         z, u, B, D = ctx.saved_tensors
         dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens, held=ctx.held)

@@ -24,6 +24,7 @@ from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.hybrid import rotation_lr, rotation_options
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.parallel.layout import LinearLayout, mark_split
+from megatron_peft.runtime.precision import full_precision
 
 ROTATIONS = {"boft": (boft.build, boft.rotation), "urnn": (urnn.urnn_rotation, urnn.rotation)}
 
@@ -68,6 +69,7 @@ class Hybrid(nn.Module):
             mark_split(self.folded_weight, weight.partition_dim, weight.partition_stride)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
+    @full_precision
     def merge_and_restart(self) -> None:
         """W <- W + lambda s (B A) + (1 - lambda) (R - I) W, this rank's slice; the parts start again at no change."""
         assert self.folded_weight is not None

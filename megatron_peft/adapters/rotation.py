@@ -29,6 +29,7 @@ from megatron_peft.adapters.frozen_linear import (
 from megatron_peft.adapters.unitary import orthogonality_error
 from megatron_peft.config.methods.rotation import IS_ROTATION
 from megatron_peft.parallel.layout import LinearLayout, Side
+from megatron_peft.runtime.precision import full_precision
 
 
 class BlockRotation(nn.Module):
@@ -76,6 +77,7 @@ class BlockRotation(nn.Module):
         """D = R - I, [k, g, g], of the groups of one layer or of several, whose tensors are concatenated."""
         raise NotImplementedError
 
+    @full_precision
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
         return self.changes_of(self.trained, *self.constants())
@@ -95,6 +97,7 @@ class BlockRotation(nn.Module):
             return self.held.D
         return self.changes() if self.side == "output" else self.changes().transpose(1, 2)
 
+    @full_precision
     def orthogonality_error(self) -> Tensor:
         """Largest entry of |R^T R - I|, a scalar."""
         D = self.changes()
@@ -173,6 +176,7 @@ def rotate(
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, z, D, tokens, held):  # type: ignore[override]
         y = add_blocks(z, D, held and held.multiplier)
         ctx.save_for_backward(y, D)
@@ -180,6 +184,7 @@ class _Rotate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         y, D = ctx.saved_tensors
         return *rotation_gradients(grad, D, y, kept_is_output=True, tokens=ctx.tokens, held=ctx.held), None, None

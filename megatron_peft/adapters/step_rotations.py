@@ -30,6 +30,7 @@ from megatron_peft.adapters.frozen_linear import (
 )
 from megatron_peft.adapters.rotation import AppliedRotation
 from megatron_peft.parallel.collectives import gradient_of
+from megatron_peft.runtime.precision import full_precision
 
 # A step's gradients come in this order, so that each formula takes one contiguous part of them.
 FORMULAS = {
@@ -54,6 +55,7 @@ class StepRotations:
             kinds.setdefault((type(applied.rotation), applied.transposed, dtype), []).append(applied)
         self.stacks = [_Stack(layers, dtype, is_training) for (_, _, dtype), layers in kinds.items()]
 
+    @full_precision
     def build(self) -> None:
         """Build the blocks of every layer from its parameters as they are now."""
         self._gather_parameters()
@@ -71,6 +73,7 @@ class StepRotations:
                     if module in layers:
                         gather(module)
 
+    @full_precision
     def finish(self, model_chunks: Sequence[nn.Module]) -> None:
         """Add the step's gradients to the parameters' buffers, and report them as ready to the chunks' wrappers."""
         for stack in self.stacks:

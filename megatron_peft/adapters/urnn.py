@@ -33,6 +33,7 @@ from megatron_peft.adapters.unitary import (
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.urnn import URNN
 from megatron_peft.parallel.layout import LinearLayout, generator_for
+from megatron_peft.runtime.precision import full_precision
 
 # For groups too large for dense blocks: y = U(theta) U(theta_0)^H x, or its inverse, by fast Fourier transforms.
 # Backward saves y alone: the inverse gives x back, and the factors in between are recomputed.
@@ -52,6 +53,7 @@ def rotate_by_fourier(
 
 class _RotateByFourier(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, x, theta, start, permutation, tokens, inverse):  # type: ignore[override]
         y = _as_features(_rotated(_as_complex(x, theta), theta, start, permutation, inverse), x)
         ctx.save_for_backward(y, theta, start, permutation)
@@ -59,6 +61,7 @@ class _RotateByFourier(torch.autograd.Function):
         return y
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         y, theta, start, permutation = ctx.saved_tensors
         upstream = _as_complex(grad, theta)
@@ -136,6 +139,7 @@ class StructuredUrnn(BlockRotation):
         return self.group_size <= DENSE_UP_TO
 
     @torch.no_grad()
+    @full_precision
     def start_blocks(self) -> Tensor:
         """U(theta_0), [k, n, n]; computed again when a checkpoint has been read into theta_0 or Pi."""
         read = self.start._version, self.permutation._version
@@ -208,6 +212,7 @@ class RiemannianUrnn(BlockRotation):
         return self.U
 
     @torch.no_grad()
+    @full_precision
     def move(self, before: Tensor, gradient: Tensor, rate: Tensor | float) -> None:
         """U <- exp(-rate S) U from the U and the gradient of before the step, both [k, n, n, 2]; eq. (11)-(12)."""
         U, G = torch.view_as_complex(before), torch.view_as_complex(gradient)

@@ -68,7 +68,8 @@ def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alo
 def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
     state, data = start(peft=BOFT, training={"micro_batch_size": 2})
     built, changes_of = [], Boft.changes_of
-    monkeypatch.setattr(Boft, "changes_of", staticmethod(lambda trained: built.append(len(trained)) or changes_of(trained)))
+    counted = staticmethod(lambda trained: built.append(len(trained)) or changes_of(trained))
+    monkeypatch.setattr(Boft, "changes_of", counted)
     step = next(iter(data.train))
     assert len(step) > 1, "one microbatch could not tell once a step from once a microbatch"
     train_step(state, step)
