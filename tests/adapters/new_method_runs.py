@@ -54,18 +54,17 @@ def main(folder: Path, layouts: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_two_ranks(folder: Path, base: str, data: str, vocab_size: int) -> Path:
-    """A run by pretrain_peft.py itself, with the method's flags."""
-    import subprocess
+    """A run by `megatron-peft train`, with the method's flags."""
+    from megatron_peft.commands import train
+    from tests.ranks import run_ranks
 
-    command = [
-        *(sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --standalone pretrain_peft.py".split()),
+    flags = [
         *("--pretrained-checkpoint", base, "--train-data-path", data, "--save", str(folder / "run")),
         *f"--tokenizer-type NullTokenizer --vocab-size {vocab_size} --seq-length 32 --train-iters 4".split(),
         *"--global-batch-size 4 --peft-method gains --gains-bound 0.5 --gains-lr-ratio 30 --lr 1e-2".split(),
         *("--tensor-model-parallel-size", "2"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_ranks(2, train.main, flags) == [0, 0]
     return folder / "run"
 
 

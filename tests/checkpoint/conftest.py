@@ -26,6 +26,11 @@ def two_ranks(files: Files) -> list[dict[str, Any]]:
     return run_ranks(2, rank_checks.on_two_ranks, files, limit=900)
 
 
+@pytest.fixture(scope="session")
+def two_slow_ranks(files: Files) -> list[dict[str, Any]]:
+    return run_ranks(2, rank_checks.slowly_on_two_ranks, files, limit=900)
+
+
 @pytest.fixture
 def alone():
     with one_rank():

@@ -13,7 +13,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.megatron_files import open_distributed
 from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint import rank_checks
-from tests.checkpoint.rank_checks import RESUMED_ON_FOUR, RESUMED_ON_TWO
+from tests.checkpoint.rank_checks import RESUMED_ON_TWO, SLOWLY_RESUMED
 from tests.checkpoint.runs import configure, differences, merged, start
 from tests.conversion.megatron_folders import flip_a_byte
 from tests.one_rank import one_rank
@@ -25,9 +25,15 @@ def test_resumed_equals_uninterrupted(two_ranks, name):
     assert [facts["resumed"][name] for facts in two_ranks] == [[], []]
 
 
-def test_resumed_equals_uninterrupted_on_four_ranks(files):
-    by_rank = run_ranks(4, rank_checks.on_four_ranks, files, limit=900)
-    assert by_rank == [{name: [] for name in RESUMED_ON_FOUR}] * 4
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOWLY_RESUMED)
+def test_resumed_equals_uninterrupted_elsewhere(two_slow_ranks, name):
+    assert [facts["resumed"][name] for facts in two_slow_ranks] == [[], []]
+
+
+@pytest.mark.parametrize("name", ["full TP2xDP2 distributed", pytest.param("lora TP2xPP2", marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted_on_four_ranks(files, name):
+    assert run_ranks(4, rank_checks.on_four_ranks, (files, name), limit=900) == [[]] * 4
 
 
 def test_load_goes_back_with_a_warning_after_a_flipped_byte(two_ranks):

@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.checkpoint.state import random_targets, random_tensors, restore_random, slices_of_range
-from tests.checkpoint.rank_checks import RESHARDED
+from tests.checkpoint.rank_checks import RESHARDED, SLOWLY_RESHARDED
 
 
 @pytest.mark.parametrize("name", RESHARDED)
 def test_another_layout_makes_the_same_checkpoint(two_ranks, name):
     assert [facts["resharded"][name] for facts in two_ranks] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOWLY_RESHARDED)
+def test_more_layouts_make_the_same_checkpoint(two_slow_ranks, name):
+    assert [facts["resharded"][name] for facts in two_slow_ranks] == [[], []]
 
 
 def test_a_float32_run_takes_the_float32_copies_of_a_bf16_run(two_ranks):

@@ -81,7 +81,9 @@ def tree() -> Iterator[Tree]:
         yield tree
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "the run is exported" else []) for name in CHECKS]
+)
 def test_what_b03219c_wrote_is_read(tree: Tree, tmp_path: Path, name: str) -> None:
     found = CHECKS[name](tree, copied(tmp_path / "files"))
     expected = json.loads((FOLDER / "expected.json").read_text())[name]

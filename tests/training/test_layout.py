@@ -33,7 +33,6 @@ METHODS = {
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
     "lora-packed": {"peft": LORA, "data_settings": {"pack_sequences": True}},
 }
-LONG = ("lora", "full")  # 20 steps instead of 8
 # Two microbatches a step where one process has four: a collective of gloo costs a millisecond whatever it carries, and
 # how samples fall on microbatches must not matter either.
 HALF_AS_MANY = {"training": {"micro_batch_size": 4}}
@@ -58,10 +57,11 @@ ON_FOUR_RANKS = {
 }
 
 LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
-# `make test` runs every layout for LoRA and the Hybrid and two for each other method; `make test-all` runs them all.
+# `make test` runs every layout for LoRA, four for the Hybrid and two for each other method; `make test-all` runs all.
+# `test_layout_small.py` has the Hybrid at TP2 and overlapped.
 QUICK_LAYOUTS = {
     "lora": LAYOUTS,
-    "hybrid": LAYOUTS,
+    "hybrid": ("TP2+SP", "PP2 interleaved", "DP2 distributed optimizer", "TP2xPP2 recompute"),
     "boft": ("TP2+SP", "PP2"),
     "boft-input": ("TP2", "TP2xPP2+SP"),
     "lora-ga": ("TP2+SP", "DP2 distributed optimizer"),
@@ -91,7 +91,7 @@ CASES = [
 
 
 def layout_job(method: str, layout: str, settings: dict, base: str, data: str) -> Job:
-    num_steps = 20 if method in LONG else 8
+    num_steps = 20 if method == "full" else 8
     return Job(f"{method} {layout}", base, data, num_steps=num_steps, **merged(METHODS[method], settings))
 
 

@@ -33,7 +33,7 @@ def world():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(job, world):
     """Fine-tune a job's configuration with changes of its groups."""
 
@@ -52,6 +52,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory) -> Path:
+    """Two --save folders: `elsewhere`, and `run` with a copy of it inside."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in ("run", "elsewhere"):
+        run(checkpoint={"save": str(folder / name)}, num_steps=2)
+    shutil.copytree(folder / "elsewhere", folder / "run" / "inner")
+    return folder
+
+
 TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
 
 
@@ -67,10 +77,8 @@ TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
     ],
     ids=["new", "from another", "finetune", "from one inside", "no such iteration", "no such folder"],
 )
-def test_a_new_run_is_refused_where_another_has_saved(run, tmp_path, load, told):
-    run(checkpoint={"save": str(tmp_path / "run")}, num_steps=2)
-    run(checkpoint={"save": str(tmp_path / "elsewhere")}, num_steps=2)
-    shutil.copytree(tmp_path / "elsewhere", tmp_path / "run" / "inner")
+def test_a_new_run_is_refused_where_another_has_saved(run, saved, tmp_path, load, told):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path / "run")
     settings = load | {"load": str(tmp_path / load["load"])} if load else {}
     with pytest.raises(ConfigurationError, match=told):

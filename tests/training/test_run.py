@@ -64,21 +64,8 @@ def test_contradictions_and_unwritable_folders_are_errors(job, groups, message):
         finetune(job(**groups).config(1))
 
 
-@pytest.fixture(scope="module")
-def launched(files, tmp_path_factory):
-    """Outputs of torchrun with two tensor-parallel ranks: a good run and one with a wrong target."""
-    folder = tmp_path_factory.mktemp("launched")
-    runs = {"good": [], "wrong": ["--peft-target-modules", "lm_head"]}
-    processes = {name: _torchrun(files, folder / name, flags) for name, flags in runs.items()}
-    try:
-        outputs = {name: process.communicate(timeout=seconds(400))[0] for name, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.terminate()
-    return folder, outputs, {name: process.returncode for name, process in processes.items()}
-
-
-def _torchrun(files, save, flags):
+def torchrun(files, save, *flags):
+    """(exit code, what was printed) of two tensor-parallel ranks."""
     base, data = files
     command = [
         *(sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --standalone pretrain_peft.py".split()),
@@ -89,23 +76,26 @@ def _torchrun(files, save, flags):
     ]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, **pipes)
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, **pipes, timeout=seconds(400))
+    return done.returncode, done.stdout
 
 
-def test_the_command_line_trains_and_saves(launched):
-    folder, outputs, exit_codes = launched[0] / "good", *launched[1:]
-    assert exit_codes["good"] == 0, outputs["good"]
-    records = read_metrics(folder / METRICS_FILE)
+def test_the_command_line_trains_and_saves(files, tmp_path):
+    exit_code, output = torchrun(files, tmp_path)
+    assert exit_code == 0, output
+    records = read_metrics(tmp_path / METRICS_FILE)
     assert [record["iteration"] for record in records] == [1, 2, 3]
     assert records[-1]["validation_loss"] < records[0]["loss"]
-    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3\n" and (folder / "iter_0000003").is_dir()
-    assert outputs["good"].count("trainable parameters:") == 1
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert (tmp_path / "iter_0000003").is_dir() and output.count("trainable parameters:") == 1
 
 
-def test_the_command_line_refuses_with_one_message(launched):
-    _, outputs, exit_codes = launched
-    assert exit_codes["wrong"] != 0
+@pytest.mark.slow
+def test_the_command_line_refuses_with_one_message(files, tmp_path):
+    """As `tests/runtime/test_failure.py` sees without torchrun."""
+    exit_code, output = torchrun(files, tmp_path, "--peft-target-modules", "lm_head")
+    assert exit_code != 0
     said = "pretrain_peft.py: error: --peft-target-modules lm_head matches no linear layer."
-    lines = outputs["wrong"].splitlines()  # torchrun's own report ends with it too
-    assert sum(line.startswith(said) for line in lines) == 1, outputs["wrong"]
-    assert "megatron_peft/training" not in outputs["wrong"], "a traceback of ours"
+    lines = output.splitlines()  # torchrun's own report ends with it too
+    assert sum(line.startswith(said) for line in lines) == 1, output
+    assert "megatron_peft/training" not in output, "a traceback of ours"
