@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
+TAKEN = "--save .*run already holds the checkpoints of a run .*iter_0000002"
 
 
 @pytest.mark.parametrize(
