@@ -373,7 +373,7 @@ def _refuse_another_run(folder: Path, load: str | None, finetune: bool) -> None:
     found = newest.name if newest else f"{TRACKER} names one" * (folder / TRACKER).is_file()
     require(
         goes_on or not found,
-        f"--save {folder} holds the checkpoints of a run already (the newest: {found}), which a new run would replace: "
+        f"--save {folder} already holds the checkpoints of a run (the newest: {found}), which a new run would replace: "
         f"give another --save; or, to resume that run, --load {folder}"
         + (" without --finetune." if finetune and load else "."),
     )

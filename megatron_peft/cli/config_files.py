@@ -171,7 +171,7 @@ class _Reader:
 def _text(node: yaml.Node) -> str | None:
     """What stands in the file, so that numbers keep their spelling; None for null."""
     if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_YAML) not in _PLAIN:
-        raise ConfigurationError("a value is a text, a number, true, false, or a list of those.")
+        raise ConfigurationError("a value is a string, a number, true, false, or a list of those.")
     return None if node.tag == f"{_YAML}null" else node.value
 
 

@@ -92,7 +92,7 @@ def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
         f"{folder} holds neither a run (metrics.jsonl, checkpoints) nor an experiment (cells): give the --save folder "
         f"of a run, or the --output folder of megatron-peft experiment.",
     )
-    require(settings.samples is None, f"--samples is of a run, but {folder} is not the --save folder of one.")
+    require(settings.samples is None, f"--samples needs the --save folder of a run; {folder} is not one.")
     return _of_an_experiment(settings)
 
 

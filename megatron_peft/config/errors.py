@@ -104,11 +104,10 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "" if value in get_args(annotation) else f"one of {', '.join(get_args(annotation))}"
     if annotation is str:
-        return "" if isinstance(value, str) else "a text"
+        return "" if isinstance(value, str) else "a string"
     if get_origin(annotation) is tuple and get_args(annotation)[0] is str:
-        return (
-            "" if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value) else "a tuple of texts"
-        )
+        are_strings = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
+        return "" if are_strings else "a tuple of strings"
     if annotation is bool:
         return "" if isinstance(value, bool) else "True or False"
     kind, name = _NUMBERS.get(annotation, (object, ""))

@@ -66,8 +66,8 @@ class AnswerSettings:
             require(len(given) == 1, "give exactly one of --prompt TEXT and --prompt-file FILE.")
             require(
                 self.num_samples == 1 or self.temperature != 0,
-                f"--num-samples {self.num_samples} with --temperature 0 gives one answer {self.num_samples} times: "
-                "use a --temperature above 0.",
+                f"--num-samples {self.num_samples} with --temperature 0 gives the same answer {self.num_samples} "
+                "times: use a --temperature above 0.",
             )
             try:
                 self.sampling()

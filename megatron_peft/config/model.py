@@ -145,14 +145,14 @@ def _column(content: str) -> str | None:
 class DataConfig:
     """Where the samples come from and how a sample becomes tokens.
 
-    Either `train_data_path` (records in JSON or tables, data sets of the Hub, or indexed prefixes) or `data_path`
+    Either `train_data_path` (records in JSON or tables, Hub datasets, or indexed prefixes) or `data_path`
     (Megatron's indexed .bin/.idx prefixes, cut by `split`), never both; neither where nothing is trained.
     """
 
     train_data_path: tuple[str, ...] = option(
         (),
-        "training data: *.json, *.jsonl, *.parquet, *.csv, *.arrow, folders saved by datasets, data sets of the "
-        "Hugging Face Hub (ORG/NAME[:SPLIT]), or indexed prefixes, each optionally preceded by its weight",
+        "training data: *.json, *.jsonl, *.parquet, *.csv, *.arrow, folders saved by datasets, Hugging Face "
+        "Hub datasets (ORG/NAME[:SPLIT]), or indexed prefixes, each optionally preceded by its weight",
         metavar="PATH",
     )
     valid_data_path: tuple[str, ...] = option((), "validation data, like --train-data-path", metavar="PATH")
@@ -220,7 +220,8 @@ class DataConfig:
             require.fields()
             require(
                 self.num_workers <= MOST_WORKERS,
-                f"--num-workers is {self.num_workers}; they are processes of each rank, at most {MOST_WORKERS:,}.",
+                f"--num-workers is {self.num_workers}; it is the number of processes per rank, at most "
+                f"{MOST_WORKERS:,}.",
             )
             require(
                 not (separate and self.data_path),

@@ -1,4 +1,4 @@
-"""What a path of training data names: records in JSON or a table, Megatron's indexed data, or a data set of the Hub."""
+"""What a path of training data names: records in JSON or a table, Megatron's indexed data, or a dataset of the Hub."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:[\w.-]+){{0,2}}")
 
 def kind_of_source(path: str) -> SourceKind:
     """By its ending. Else a path with an .idx or .bin is the prefix of indexed data, a folder (or FOLDER:SPLIT) is a
-    table that was saved by `datasets`, and `org/name[:split]` is a data set of the Hub."""
+    table that was saved by `datasets`, and `org/name[:split]` is a dataset of the Hub."""
     if path.endswith(JSON_SUFFIXES):
         return "json"
     if path.endswith(TABLE_SUFFIXES):

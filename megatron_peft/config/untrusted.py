@@ -23,7 +23,7 @@ import yaml
 
 from megatron_peft.config.errors import ConfigurationError
 
-MAX_BYTES = 1 << 28  # of a file that is read whole; data sets are mapped
+MAX_BYTES = 1 << 28  # of a file that is read whole; datasets are mapped
 MAX_DEPTH = 100
 MAX_YAML_VALUES = 1_000_000  # a value counts each time that an alias names it: ten lines can hold a billion
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
@@ -185,7 +185,7 @@ def _walk(value: Any, most_values: float = inf) -> None:
 
 def _values_in(value: Any) -> Sequence[Any]:
     if isinstance(value, str) and _HALF_OF_A_PAIR.search(value):
-        raise ConfigurationError("a text contains an unpaired surrogate.")
+        raise ConfigurationError("a string contains an unpaired surrogate.")
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, list) else ()

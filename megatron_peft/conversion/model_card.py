@@ -66,7 +66,7 @@ def check_license(license: str | None) -> None:
     """ConfigurationError: --license is no single word, as the hub's identifiers are."""
     require(
         license is None or re.fullmatch(r"[A-Za-z0-9][\w.+-]*", license) is not None,
-        f"--license {license!r} is no license's identifier: give one like apache-2.0, llama3.1, or other.",
+        f"--license {license!r} is not a license identifier: give one like apache-2.0, llama3.1, or other.",
     )
 
 

@@ -155,7 +155,7 @@ def export_adapter(
     form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
     if form is None:
         raise ConfigurationError(
-            f"--input {input}: HF PEFT has nothing that computes what --peft-method {peft.method} does. "
+            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. "
             f"--as-lora exports a LoRA close to it; megatron-peft convert merge merges the adapters into their base, "
             f"which any program opens."
         )

@@ -112,7 +112,7 @@ def hf_to_megatron(
         f"--make-vocab-size-divisible-by {make_vocab_size_divisible_by} must be above 0.",
     )
     is_megatrons = megatron_files(input) is not None
-    require(not is_megatrons, f"--input {input} is in Megatron's form already: give a Hugging Face folder.")
+    require(not is_megatrons, f"--input {input} is already in Megatron's format: give a Hugging Face folder.")
     described = (Path(input) / CONFIG).is_file()
     require(described, f"--input {input} is not a folder with a {CONFIG}: give the Hugging Face folder of a model.")
     shape = read_shape(input)

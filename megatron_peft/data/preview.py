@@ -1,6 +1,6 @@
-"""What training will see of a data set, before it: samples token by token, lengths, truncation, packing, steps.
+"""What training will see of a dataset, before it: samples token by token, lengths, truncation, packing, steps.
 
-Of a large data set the figures are estimated from random records, each as likely as any other, with 95% intervals.
+Of a large dataset the figures are estimated from random records, each as likely as any other, with 95% intervals.
 Imports no torch and no megatron-core.
 """
 
@@ -66,7 +66,7 @@ class Batches:
 
 
 class Preview:
-    """A data set of a run, opened and measured.
+    """A dataset of a run, opened and measured.
 
     Raises ConfigurationError for whatever is wrong with the flags, the files, the tokenizer, or a record that is read.
     """

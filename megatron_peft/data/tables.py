@@ -1,5 +1,5 @@
 """Records in Parquet, CSV and Arrow, in folders that `datasets` saved, and of the Hub: read by `datasets` through its
-memory-mapped cache. Code of a data set is never run."""
+memory-mapped cache. Code of a dataset is never run."""
 
 import zlib
 from collections.abc import Callable, Iterable

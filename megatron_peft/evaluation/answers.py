@@ -107,7 +107,9 @@ def _make_folder_of(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"--output {path} cannot be written ({error.strerror}).") from error
-    require(os.access(path.parent, os.W_OK), f"--output {path} cannot be written: {path.parent} gives no permission.")
+    require(
+        os.access(path.parent, os.W_OK), f"--output {path} cannot be written: no permission to write to {path.parent}."
+    )
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class SampleSettings:
         chosen = list(range(0, len(records), step))[: self.num_samples]
         native = [fit.format_of(records, index).native(records[index]) for index in chosen]
         found = [question for record in native if (question := question_of(record)) is not None]
-        require(bool(found), f"--samples needs prompts, but the records of {' '.join(paths)} are plain texts.")
+        require(bool(found), f"--samples needs prompts, but the records of {' '.join(paths)} are plain text.")
         return found
 
 

@@ -152,7 +152,7 @@ def _cost_sentence(metrics: Sequence[Mapping[str, Any]]) -> str:
     told = [f"Training took {timedelta(seconds=round(_training_seconds(metrics)))}, without validation and saves"]
     if steps:
         step = format_number(median(steps))
-        told.append(f"a step {step} s (median), with {_rounded(median(speeds))} tokens a second")
+        told.append(f"a step {step} s (median), with {_rounded(median(speeds))} tokens per second")
     if peaks:
         told.append(f"memory of the process of rank 0 at most {format_number(max(peaks) / 1e9)} GB")
     return "; ".join(told) + "."
@@ -265,11 +265,11 @@ def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Tokens a second over all ranks, and memory of rank 0."""
+    """Tokens per second over all ranks, and memory of rank 0."""
     figure = new_figure(10, 3.4)
     left, right = figure.subplots(1, 2)
     _draw_smoothed(left, metrics, "tokens_per_second", "")
-    _finish(left, "Tokens a second")
+    _finish(left, "Tokens per second")
     for name, label, line in (("memory_bytes", "now", "-"), ("peak_memory_bytes", "peak", "--")):
         iterations, values = series(metrics, name)
         right.plot(iterations, [value / 1e9 for value in values], line, color=AFTER, linewidth=1.6, label=label)

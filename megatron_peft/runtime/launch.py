@@ -70,11 +70,7 @@ def start_world(
 
     A single process, with or without torchrun, needs no port and no environment variables.
     """
-    cpu.install()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        keep_freed_memory()
+    _prepare_device()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
     dist.init_process_group(
@@ -82,6 +78,14 @@ def start_world(
         timeout=datetime.timedelta(minutes=timeout_minutes),
         **rendezvous,
     )
+
+
+def _prepare_device() -> None:
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        keep_freed_memory()
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> None:

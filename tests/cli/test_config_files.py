@@ -102,7 +102,7 @@ WRONG = {
     "bf16: [true, true]\n": "line 1, column 1: bf16 is a switch",
     "lr: []\n": "line 1, column 1: lr has a list with nothing in it",
     "lr: [1, null]\n": "line 1, column 1: lr has a list with nothing in it, or an empty value in it.",
-    "lr: [[1]]\n": "line 1, column 1: a value is a text",
+    "lr: [[1]]\n": "line 1, column 1: a value is a string",
     "lr: !!python/object/apply:os.system [echo]\n": "line 1, column 1: ",
     "? [a]\n: 1\n": "line 1, column 3: a key is the name of a flag.",
     "- lr\n": "is not a table of flags",

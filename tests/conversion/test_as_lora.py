@@ -265,7 +265,7 @@ def test_base_in_megatrons_form(moved, tmp_path, capsys):
         ({"tolerance": float("nan")}, r"--tolerance is nan"),
         ({"max_rank": 0}, r"--max-rank is 0; it must be above 0"),
         ({"num_tokens": -1}, r"--num-tokens is -1; it cannot be negative"),
-        ({"license": "my own"}, r"--license 'my own' is no license's identifier"),
+        ({"license": "my own"}, r"--license 'my own' is not a license identifier"),
         ({"pretrained_checkpoint": "other"}, r"trained on the base model .*base, but .*other is another one"),
     ],
 )

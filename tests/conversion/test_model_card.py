@@ -162,6 +162,6 @@ def test_base_in_megatrons_form_is_named_by_a_placeholder(moved, tmp_path):
 
 @pytest.mark.parametrize("convert", [export_adapter, merge, megatron_to_hf])
 def test_a_license_that_is_no_identifier_is_refused(convert, moved, tmp_path):
-    with pytest.raises(ConfigurationError, match="--license 'my own' is no license's identifier"):
+    with pytest.raises(ConfigurationError, match="--license 'my own' is not a license identifier"):
         convert(moved.run("tp2"), tmp_path / "out", license="my own")
     assert not list(tmp_path.iterdir())

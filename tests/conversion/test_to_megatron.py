@@ -115,6 +115,6 @@ def test_what_fails_is_named_and_leaves_nothing_behind(original, tmp_path):
 
 def test_folders_that_cannot_be_input_are_named(original, tmp_path):
     converted = hf_to_megatron(original, tmp_path / "megatron", progress=False)
-    for folder, told in ((converted, "in Megatron's form already"), (tmp_path, "not a folder with a config.json")):
+    for folder, told in ((converted, "already in Megatron's format"), (tmp_path, "not a folder with a config.json")):
         with pytest.raises(ConfigurationError, match=f"--input {folder} is {told}"):
             hf_to_megatron(folder, tmp_path / "new", progress=False)

@@ -84,7 +84,7 @@ def test_a_run_without_prompts_is_an_error(folder: Path, monkeypatch: pytest.Mon
 
     record = module.read_run_record(run)
     (folder / "texts.jsonl").write_text('{"text": "w1 w2"}\n')
-    for paths, told in (((), "was trained without"), ((str(folder / "texts.jsonl"),), "are plain texts")):
+    for paths, told in (((), "was trained without"), ((str(folder / "texts.jsonl"),), "are plain text")):
         data = replace(record.config.data, valid_data_path=paths)
         changed = replace(record, config=replace(record.config, data=data))
         monkeypatch.setattr(module, "read_run_record", lambda _, changed=changed: changed)

@@ -62,7 +62,7 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     assert "80 iterations, 2.00 epochs, 640 samples, 72,000 tokens." in text
     assert "**1.875** at iteration 80, 2.500 at iteration 20. The lowest is 1.750, at iteration 40." in text
     assert "Training loss: 2.013 at iteration 80, 2.500 at first." in text
-    told = "Training took 0:00:40, without validation and saves; a step 0.500 s (median), with 1,230 tokens a second"
+    told = "Training took 0:00:40, without validation and saves; a step 0.500 s (median), with 1,230 tokens per second"
     assert f"{told}; memory of the process of rank 0 at most 3.000 GB." in text
     loss = found.sections[0].figures["loss"].axes[0]
     assert [len(one.get_xdata()) for one in loss.lines] == [40, 4]  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, caps
     assert capsys.readouterr().out == f"{folder}/report.html\n"
     (folder / "cells").mkdir()
     assert report.main([str(folder)]) == 2 and "experiment.yaml is not there" in capsys.readouterr().err
-    assert report.main([str(folder), "--samples", "3"]) == 2 and "--samples is of a run" in capsys.readouterr().err
+    assert report.main([str(folder), "--samples", "3"]) == 2 and "--samples needs the --save" in capsys.readouterr().err
 
 
 def test_the_length_of_a_run_by_epochs_is_that_of_its_schedule() -> None:

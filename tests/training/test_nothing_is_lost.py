@@ -62,7 +62,7 @@ def saved(run, tmp_path_factory) -> Path:
     return folder
 
 
-TAKEN = "--save .*run holds the checkpoints of a run already .*iter_0000002"
+TAKEN = "--save .*run already holds the checkpoints of a run .*iter_0000002"
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class _Checks(PeftOptions):
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
-            raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a text.")
+            raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a string.")
         with Requirements(self) as require:
             require(self.method in METHODS, _why_not(self.method))
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
@@ -293,7 +293,7 @@ def _problem_of(method: Any, others: Mapping[str, Method]) -> str:
         return f"it declares {method!r}, which is not a Method"
     for name, kind in ATTRIBUTES.items():
         if not isinstance(getattr(method, name, None), kind):
-            return f"its {name} is {getattr(method, name, None)!r}, not a text"
+            return f"its {name} is {getattr(method, name, None)!r}, not a string"
     for name, kind in TUPLES.items():
         value = getattr(method, name)
         if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
@@ -339,12 +339,12 @@ def _problem_of_field(field: Field[Any], annotation: Any) -> str:
         return f"is of type {annotation}, for which there is no flag"
     texts = [declared["help"], *(declared[name] or "" for name in ("group", "metavar"))]
     if not all(isinstance(one, str) for one in (*texts, *declared["flags"])) or isinstance(declared["flags"], str):
-        return "has a help, group or metavar that is not a text, or flags that are not a tuple of texts"
+        return "has a help, group or metavar that is not a string, or flags that are not a tuple of strings"
     return ""
 
 
 def _is_field_type(annotation: Any) -> bool:
-    """Whether a flag can hold it: a number, a text, a switch, one of several words; None besides; several texts."""
+    """Whether a flag can hold it: a number, a string, a switch, one of several words; None besides; several strings."""
     if get_origin(annotation) in (UnionType, Union):
         (annotation, *more) = [one for one in get_args(annotation) if one is not NoneType] or [NoneType]
         return not more and _is_field_type(annotation)
