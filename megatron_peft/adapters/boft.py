@@ -28,6 +28,7 @@ from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
 from megatron_peft.config.methods.boft import BOFT
 from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime.precision import full_precision
 
 NUM_NEWTON_STEPS = 5
 
@@ -53,6 +54,7 @@ class Butterfly(BlockRotation):
         """The orthogonal blocks of every factor, [k, m, c, b, b]."""
         raise NotImplementedError
 
+    @full_precision
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g]."""
         R = compose(self.blocks())
@@ -144,6 +146,7 @@ class _Cayley(torch.autograd.Function):
         return (twice_N @ grad @ twice_N).div_(2)
 
 
+@full_precision
 def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
     """The orthogonal factor of P's polar decomposition, the projection of eq. (6).
 

@@ -33,6 +33,7 @@ from megatron_peft.adapters.unitary import (
 from megatron_peft.config import PeftConfig
 from megatron_peft.config.methods.urnn import URNN
 from megatron_peft.parallel.layout import LinearLayout, generator_for
+from megatron_peft.runtime.precision import full_precision
 
 # For groups too large for dense blocks: y = U(theta) U(theta_0)^H x, or its inverse, by fast Fourier transforms.
 # Backward saves y alone: the inverse gives x back, and the factors in between are recomputed.
@@ -118,6 +119,7 @@ class StructuredUrnn(BlockRotation):
         self.register_buffer("permutation", torch.randperm(size, generator=generator).to(device))
         self._start_blocks: tuple[tuple[int, int], Tensor] | None = None
 
+    @full_precision
     def changes(self) -> Tensor:
         """D = Q - I, [k, g, g]."""
         return as_real(change_from_start(self.theta, self.start_blocks(), self.permutation))
