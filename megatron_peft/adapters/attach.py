@@ -20,6 +20,7 @@ from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLin
 from megatron_peft.config import LINEAR_MODULES, PeftConfig, require
 from megatron_peft.parallel.collectives import gather_slices
 from megatron_peft.runtime.launch import checked_together, gather_over_world
+from megatron_peft.runtime.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _named_linear_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
+@full_precision
 def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
     """Merge every adapter into its layer's weight, in place, and take it away. A collective.
 

@@ -159,6 +159,7 @@ class _Cayley(torch.autograd.Function):
         return (twice_N @ grad @ twice_N).div_(2)
 
 
+@full_precision
 def nearest_orthogonal(P: Tensor) -> Tensor:  # [..., b, b] -> [..., b, b]
     """The orthogonal factor of P's polar decomposition, the projection of eq. (6).
 

@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_peft.runtime.precision import full_precision
+
 NUM_ROWS = 7  # of theta
 
 
@@ -66,6 +68,7 @@ def as_real(U: Tensor) -> Tensor:  # [k, n, n] complex -> [k, 2n, 2n]
     return torch.view_as_real(rows).reshape(U.shape[0], 2 * U.shape[1], 2 * U.shape[2])
 
 
+@full_precision
 def exponential_step(U: Tensor, gradient: Tensor, rate: Tensor | float) -> Tensor:  # [k, n, n] complex, twice
     """One step of descent on the unitary group, eq. (11)-(12): exp(-rate S) U, S = G U^H - U G^H.
 
@@ -83,6 +86,7 @@ def unitarized(U: Tensor) -> Tensor:  # [..., n, n] -> [..., n, n]
     return U
 
 
+@full_precision
 def orthogonality_error(R: Tensor) -> Tensor:  # [k, g, g] -> scalar
     """The largest entry of |R^H R - I|."""
     return (R.mH @ R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max()

@@ -41,6 +41,7 @@ from megatron_peft.parallel.collectives import (
 from megatron_peft.parallel.layout import generator_for
 from megatron_peft.runtime.cpu_kernels import linear, outer_sum
 from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.precision import full_precision
 
 
 class _Product(nn.Module):
@@ -114,6 +115,7 @@ class _AddInBackward(torch.autograd.Function):
         return z.view_as(z)
 
     @staticmethod
+    @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         if x is None:

@@ -14,6 +14,7 @@ from megatron_peft.adapters.low_rank import LowRank, gram_matrices, low_rank_par
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.collectives import sum_coalesced
 from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.state import GradientShards
 
 
@@ -233,6 +234,7 @@ def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:
 # the moments that the optimizer has of its parameters. lambda, the schedule and A go on.
 
 
+@full_precision
 def merge_if_due(state: Trained) -> None:
     """Merge after every so many iterations; the step of `state.iteration + 1` has just been taken."""
     interval = state.peft.spec.merge_interval(state.peft)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import optimizer as optimizer_module
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training.state import build_optimizer, build_schedule
@@ -99,6 +101,35 @@ def test_gradients_are_summed_in_bfloat16_where_that_is_asked_for_but_those_of_r
     assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "Q": torch.float32}
     report = train_step(state, next(iter(data.train)))
     assert report.grad_norm > 0 and layers_without_gradient(state) == []
+
+
+def recorded(apply, passed):
+    """megatron-core's caller of a fused kernel; what it is given goes to `passed`."""
+
+    def record(kernel, flag, lists, *args):
+        passed.append((kernel, lists))
+        return apply(kernel, flag, lists, *args)
+
+    return record
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_list_of_tensors_for_a_fused_kernel_has_one_type(start, monkeypatch, sharded):
+    """Transformer Engine's kernels read a whole list as the type of its first tensor (Megatron-LM's issue 7338). Here
+    the float32 gradients of rotations stand beside bfloat16 ones of factors; megatron-core copies both to float32."""
+    state, data = start(
+        peft=HYBRID,
+        model={"bf16": True},
+        training={"grad_reduce_in_bf16": True},
+        optimizer={"use_distributed_optimizer": sharded, "clip_grad": 1e-3},
+    )
+    passed = []
+    for module in (clip_grads, optimizer_module):
+        monkeypatch.setattr(module, "multi_tensor_applier", recorded(module.multi_tensor_applier, passed))
+    train_step(state, next(iter(data.train)))
+    assert {clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl} <= {kernel for kernel, _ in passed}
+    assert {p.dtype for group in state.optimizer.param_groups for p in group["params"]} == {torch.float32}
+    assert all(len({tensor.dtype for tensor in tensors}) == 1 for _, lists in passed for tensors in lists)
 
 
 def test_the_embedding_and_the_output_layer_have_rates_of_their_own(start):

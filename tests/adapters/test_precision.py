@@ -1,0 +1,129 @@
+"""What must be exact is exact where the environment switches TF32 on, as container images do; TF32 is emulated."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_peft.adapters import boft, urnn
+from megatron_peft.adapters.boft import Boft, nearest_orthogonal
+from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, orthogonality_error, structured
+from megatron_peft.adapters.urnn import StructuredUrnn
+from megatron_peft.config import PeftConfig
+from megatron_peft.lora_ga.initialize import LeftProduct, RightProduct, _AddInBackward
+from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.runtime import cpu, precision
+from tests.emulated_tf32 import EmulatedTF32
+from tests.one_rank import Place
+
+
+@contextmanager
+def tf32() -> Iterator[EmulatedTF32]:
+    """On a GPU with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, whose whole effect is this setting."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with EmulatedTF32() as mode:
+            yield mode
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def without_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`full_precision` does nothing."""
+    monkeypatch.setattr(precision, "_set_full_precision", lambda: ("highest", [], []))
+
+
+def made(module, method: str, **settings) -> BlockRotation:
+    cpu.install()
+    layout = LinearLayout("column", 256, 32, Place(0, 1))  # type: ignore[arg-type]
+    return module.build(layout, PeftConfig(method, **settings), "decoder.layers.0.linear.adapter", 0, torch.float32)
+
+
+@torch.no_grad()
+def moved_boft() -> Boft:
+    adapter = made(boft, "boft")
+    adapter.Q.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return adapter
+
+
+@torch.no_grad()
+def moved_urnn() -> StructuredUrnn:
+    """theta at a distance of 1e-3 from theta_0."""
+    adapter = made(urnn, "urnn")
+    adapter.theta += 1e-3 * torch.randn(adapter.theta.shape, generator=torch.Generator().manual_seed(0))
+    return adapter
+
+
+def rotation_error(adapter: BlockRotation) -> float:
+    with tf32(), torch.no_grad():
+        D = adapter.changes()
+    return float(orthogonality_error(D + torch.eye(D.shape[-1])))
+
+
+def relative_error(adapter: StructuredUrnn) -> float:
+    """Of D beside float64's."""
+    with tf32(), torch.no_grad():
+        D = adapter.changes()
+    start, permutation = adapter.start.double(), adapter.permutation
+    theta = adapter.theta.detach().double()
+    exact = as_real(change_from_start(theta, structured(start, permutation), permutation))
+    return float((D - exact).norm() / exact.norm())
+
+
+def test_boft_is_orthogonal_and_urnns_small_change_is_right():
+    assert rotation_error(moved_boft()) < 1e-5
+    assert relative_error(moved_urnn()) < 2e-4  # float32's own, of a difference a thousand times smaller than its terms
+    assert rotation_error(moved_urnn()) < 1e-5
+
+
+@pytest.mark.usefixtures("without_precision")
+def test_neither_is_where_nothing_asks_for_full_precision():
+    assert 1e-3 < rotation_error(moved_boft()) < 2e-3
+    assert 0.09 < relative_error(moved_urnn()) < 0.13
+
+
+def near_orthogonal() -> Tensor:
+    return torch.eye(8) + 0.02 * torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def unitary_and_gradient() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    U, G = torch.randn(2, 4, 8, 8, dtype=torch.complex64, generator=draw)
+    return torch.linalg.qr(U)[0], G
+
+
+def test_projection_and_the_unitary_step_end_on_the_group_and_the_error_is_measured_right():
+    with tf32() as mode:
+        projected, stepped = nearest_orthogonal(near_orthogonal()), exponential_step(*unitary_and_gradient(), 0.1)
+        errors = [float(orthogonality_error(found)) for found in (projected, stepped)]
+    assert mode.num_rounded == 0 and max(errors) < 1e-5
+
+
+@pytest.mark.usefixtures("without_precision")
+def test_they_do_not_where_nothing_asks_for_full_precision():
+    with tf32():
+        projected, stepped = nearest_orthogonal(near_orthogonal()), exponential_step(*unitary_and_gradient(), 0.1)
+        measured = orthogonality_error(torch.linalg.qr(near_orthogonal())[0])
+    assert all(orthogonality_error(found) > 1e-4 for found in (projected, stepped)) and measured > 1e-4
+
+
+@pytest.mark.parametrize("kind", [LeftProduct, RightProduct])
+def test_lora_gas_sketches_are_not_rounded(kind):
+    cpu.install()
+    draw = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(5, 2, 12, generator=draw), torch.randn(5, 2, 8, generator=draw)
+    narrow = torch.randn(4, 12, generator=draw) if kind is LeftProduct else torch.randn(8, 4, generator=draw)
+    product, call = kind(narrow, 8 if kind is LeftProduct else 12), SimpleNamespace(splits_sequence=False)
+    z = torch.zeros_like(grad, requires_grad=True)
+    with tf32() as mode:
+        _AddInBackward.apply(z, x, None, product, call).backward(grad)
+    flat = x.flatten(0, 1), grad.flatten(0, 1)
+    G = flat[1].T.double() @ flat[0].double()
+    exact = narrow.double() @ G.T if kind is LeftProduct else narrow.double().T @ G
+    assert mode.num_rounded == 0
+    torch.testing.assert_close(product.total, exact.float(), rtol=1e-5, atol=1e-5)
