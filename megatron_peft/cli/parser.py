@@ -14,7 +14,6 @@ import time
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -152,6 +151,8 @@ def version() -> str:
 
 
 def _installed(name: str) -> str:
+    from importlib import metadata  # which takes a sixth of the time of --help
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

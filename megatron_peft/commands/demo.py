@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report = run_demo(made.output, made.method, extra_flags)
     except ConfigurationError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
+        print(f"megatron-peft demo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(flags, {"WORLD_SIZE": world_size}, program=PROGRAM, saved=without_a_model)
     base = config.model.pretrained_checkpoint
 
-    from megatron_peft.data.preview import Batches, preview_data
-
     try:
+        settings.check(config.data)
+        from megatron_peft.data.preview import Batches, preview_data  # with numpy: a wrong flag is told at once
+
         batches = Batches(config.global_batch_size, config.training.micro_batch_size)
         preview_data(config.data, batches, settings, None if base == NO_MODEL else base)
     except ConfigurationError as error:

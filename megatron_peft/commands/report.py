@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ended
         written = _report(settings, model_flags)
     except ConfigurationError as error:
-        print("report: error: " + "\n  - ".join(error.problems), file=sys.stderr)
+        print(f"{PROGRAM}: error: " + "\n  - ".join(error.problems), file=sys.stderr)
         return 2
     for path in written:
         print(path)

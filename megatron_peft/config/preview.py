@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_peft.config.errors import Requirements, option
+from megatron_peft.config.errors import Requirements, option, require
+from megatron_peft.config.model import DataConfig
+from megatron_peft.config.sources import is_indexed, parse_blend
+
+FLAG = "--train-data-path"
 
 
 @dataclass(frozen=True)
@@ -22,3 +26,17 @@ class PreviewOptions:
         with Requirements(self) as unmet:
             unmet.fields()
             unmet(self.sampled_records > 1, f"--sampled-records is {self.sampled_records}; it must be above 1.")
+
+    def check(self, data: DataConfig) -> None:
+        """Raises ConfigurationError for data that cannot be previewed, or not like this; no file is opened."""
+        paths = data.train_data_path
+        require(bool(paths), f"nothing to preview: give {FLAG} FILE.jsonl.")
+        require(
+            not is_indexed(paths),
+            f"{FLAG} {' '.join(paths)} names indexed data, whose tokens are cut into sequences without regard to "
+            "records: there is nothing to preview. Give the records that it was made from.",
+        )
+        require(
+            not (self.exact and parse_blend(paths, FLAG).weights),
+            f"--exact reads each record once, but {FLAG} has weights: leave out one of them.",
+        )

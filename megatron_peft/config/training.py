@@ -219,7 +219,9 @@ class CheckpointConfig:
         None, "number of newest checkpoints to keep; older ones are removed (default: all are kept)", check="positive"
     )
     keep_best: bool = option(
-        False, "save at each lowest validation loss; the link `best` in --save names that checkpoint, which is kept"
+        False,
+        "save at each lowest validation loss; the link `best` in --save names that checkpoint, which is kept. Earlier "
+        "best ones stay too, unless --keep-last-checkpoints N removes them: then N newest and the best are left",
     )
     resume: Literal["never", "auto"] = option(
         "never", "auto: resume from --save if it holds a checkpoint of this run, else start (from --load, if given)"

@@ -27,6 +27,7 @@ class Lines:
         self._starts, self.digest = _line_starts(path, with_digest)
         self._file = path.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
+        self._counted = 0, 1  # where a line begins, and its number
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -40,10 +41,12 @@ class Lines:
         return _parse(raw, lambda: self.place(index))
 
     def place(self, index: int) -> str:
-        """Counts the lines up to the record: for messages, not for loops."""
+        """Counts the lines up to the record, from the record of the last call if that comes before it."""
         start = int(self._starts[index])
-        steps = range(0, start, _BLOCK_BYTES)
-        line = 1 + sum(os.pread(self._file.fileno(), min(_BLOCK_BYTES, start - at), at).count(b"\n") for at in steps)
+        begin, line = self._counted if self._counted[0] <= start else (0, 1)
+        blocks = ((at, min(_BLOCK_BYTES, start - at)) for at in range(begin, start, _BLOCK_BYTES))
+        line += sum(os.pread(self._file.fileno(), size, at).count(b"\n") for at, size in blocks)
+        self._counted = start, line
         return f"{self.path}, line {line}"
 
 

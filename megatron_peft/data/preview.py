@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_peft.config import Blend, DataConfig, is_indexed, kind_of_source, parse_blend, require
-from megatron_peft.config.preview import PreviewOptions
+from megatron_peft.config import Blend, DataConfig, kind_of_source, parse_blend
+from megatron_peft.config.preview import FLAG, PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.records import Fit
@@ -27,7 +27,6 @@ from megatron_peft.data.samples import PackedOrder, SampleOrder, sample_from_ids
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 
 Z = 1.96  # of a 95% interval
-FLAG = "--train-data-path"
 
 
 class Estimate(NamedTuple):
@@ -68,24 +67,15 @@ class Batches:
 class Preview:
     """A dataset of a run, opened and measured.
 
-    Raises ConfigurationError for whatever is wrong with the flags, the files, the tokenizer, or a record that is read.
+    Raises ConfigurationError for whatever is wrong with the files, the tokenizer, or a record that is read. `options`
+    have checked the flags.
     """
 
     def __init__(
         self, config: DataConfig, batches: Batches, options: PreviewOptions, pretrained_checkpoint: str | None = None
     ) -> None:
-        require(bool(config.train_data_path), f"nothing to preview: give {FLAG} FILE.jsonl.")
-        require(
-            not is_indexed(config.train_data_path),
-            f"{FLAG} {' '.join(config.train_data_path)} names indexed data, whose tokens are cut into sequences "
-            "without regard to records: there is nothing to preview. Give the records that it was made from.",
-        )
         self.config, self.batches, self.options = config, batches, options
         self.blend = parse_blend(config.train_data_path, FLAG)
-        require(
-            not (self.blend.weights and options.exact),
-            f"--exact reads each record once, but {FLAG} has weights: leave out one of them.",
-        )
         self.tokenizer, self.records = self._open(pretrained_checkpoint)
         self.fit = Fit(self.tokenizer, config.seq_length, config.overlong, ColumnNames.of(config))
         self.is_exact = options.exact or (not self.blend.weights and len(self.records) <= options.sampled_records)

@@ -17,7 +17,6 @@ from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text, require_regular
-from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.prepare import TASKS, BenchmarkData, Document, TaskTemplate, Tests, split_task_file
 
 Row = tuple[Mapping[str, Any], str]  # an item as its file has it, and FILE, line N
@@ -213,6 +212,8 @@ def table_rows(task: TaskFile, paths: Sequence[Path], skip_damaged: bool) -> Ite
 
 def json_rows(task: TaskFile, paths: Sequence[Path], _: bool) -> Iterator[Row]:
     """One object a line, or one array in a file named .json."""
+    from megatron_peft.data.files import RecordFiles  # with numpy, which --help does not need
+
     for path in paths:
         records = RecordFiles([str(path)], "--input")
         for index in range(len(records)):

@@ -144,14 +144,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, folder: str, chat_template: str | None = None) -> None:
         """`chat_template` is that of --chat-template, in place of the folder's own."""
-        from transformers import AutoTokenizer
-
         folder = local_tokenizer(folder, "--tokenizer-model")
         require(Path(folder).is_dir(), f"--tokenizer-model {folder}: no such folder.")
         for path in (path for pattern in _READ for path in sorted(Path(folder).glob(pattern))):
             require_regular(path, "--tokenizer-model")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            reader = _class_that_reads(Path(folder))
+            self._tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - the libraries raise whatever their parsers do
             raise ConfigurationError(
                 f"--tokenizer-model {folder} holds no tokenizer that transformers can read: {_fault(folder, error)}"
@@ -325,6 +324,24 @@ def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
         f"WARNING: the tokenizer has ids up to {tokenizer.largest_id}, but the embedding of --pretrained-checkpoint "
         f"has {model_vocab_size} rows: is it the tokenizer of another model? --tokenizer-model names it."
     )
+
+
+# Where AutoTokenizer takes the class that tokenizer_config.json names: other types of models have classes of their own.
+_PLAIN_CLASSES, _PLAIN_TYPES = ("TokenizersBackend", "PreTrainedTokenizerFast"), ("llama", "bloom")
+
+
+def _class_that_reads(folder: Path) -> Any:
+    """AutoTokenizer, or the class that it would choose: it imports torch, which takes half the time of a preview."""
+    config, model = (folder / name for name in ("tokenizer_config.json", "config.json"))
+    if config.is_file() and model.is_file() and (folder / "tokenizer.json").is_file():
+        named, model_type = read_json_object(config), read_json_object(model).get("model_type")
+        if named.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in named and model_type in _PLAIN_TYPES:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _fault(folder: str, error: Exception) -> str:

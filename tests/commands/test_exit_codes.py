@@ -51,12 +51,12 @@ OUT = "--input nowhere --output out"
             "--tasks arc_easy --output x.json",
             "megatron-peft evaluate: error: no base model: --pretrained-checkpoint",
         ),
-        (demo, "--nope --output out", "^demo: error: --nope is not a known flag"),
+        (demo, "--nope --output out", "^megatron-peft demo: error: --nope is not a known flag"),
         (generate, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
         (prepare, "gsm8k --input . --output out", "^error: --input"),
         (prepare, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),
-        (report, ".", r"^report: error: \. holds neither a run \(metrics.jsonl, checkpoints\) nor an experiment"),
-        (report, "nowhere", "^report: error: there is no folder nowhere"),
+        (report, ".", r"^megatron-peft report: error: \. holds neither a run \(metrics.jsonl, checkpoints\) nor"),
+        (report, "nowhere", "^megatron-peft report: error: there is no folder nowhere"),
     ],
 )
 def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, monkeypatch, capsys, tool, line, told):

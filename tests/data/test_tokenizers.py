@@ -1,7 +1,10 @@
 """Tokenizers are transformers' and sentencepiece's own; a chat template's parts tell what the assistant said."""
 
 import json
+import subprocess
+import sys
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -22,6 +25,8 @@ from megatron_peft.data.tokenizers import (
 from tests.data.tiny_tokenizers import save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
+
+ROOT = Path(__file__).parents[2]
 
 
 def config(**settings) -> DataConfig:
@@ -120,6 +125,24 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="holds no tokenizer that transformers can read"):
         HuggingFaceTokenizer(str(tmp_path))
     assert not mark.exists()
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom", "qwen2"])
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_of_the_class_that_auto_tokenizer_chooses(tmp_path, model_type, named):
+    folder = save_tokenizer(tmp_path)
+    declared = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(declared | {"tokenizer_class": named}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = HuggingFaceTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    assert type(ours._tokenizer) is type(theirs) and ours.encode("the cat") == theirs.encode("the cat")
+
+
+def test_a_tokenizer_of_llama_is_read_without_torch(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    read = f"from megatron_peft.data.tokenizers import HuggingFaceTokenizer as H; H({str(folder)!r})"
+    program = f"{read}; import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_an_id_above_the_number_of_tokens_counts(tmp_path):
