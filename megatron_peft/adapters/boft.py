@@ -4,8 +4,8 @@
 
 R is block-diagonal in groups of g = b 2^(m-1) features. Factor i (from 0) views a group as [., 2, 2^i, b/2] and mixes
 the pairs, eq. (4): its blocks act on the b features {pair} x {b/2}, at a stride of 2^i b/2. So m factors of b x b
-blocks reach every feature of the group. They are composed into dense g x g blocks once per forward (weights only), then
-one batched product rotates the activations.
+blocks reach every feature of the group. They are composed into dense g x g blocks once a step (`step_rotations.py`:
+weights only), then one batched product rotates the activations.
 
 `cayley`: a block is (I + Q)(I - Q)^-1 with Q skew-symmetric, given by the b (b - 1) / 2 numbers above its diagonal. The
 paper puts its learning rate inside, Cayley(eta Q), which makes the true step eta^3: we don't. `projection`: the blocks

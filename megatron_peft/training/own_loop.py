@@ -181,7 +181,11 @@ class ModelAdapters:
     # A step.
 
     def begin_step(self) -> None:
-        """Call it before the first microbatch of a step: it sets the gradients of the last one to zero."""
+        """Call it before the first microbatch of a step.
+
+        It sets the gradients of the last one to zero and builds the blocks of rotations, which hold until
+        `sum_gradients` or `finalize_model_grads`.
+        """
         for parameter in self.parameters():
             gradient_of(parameter).zero_()
         self.rotations = StepRotations(self.model_chunks)
@@ -190,7 +194,8 @@ class ModelAdapters:
     def sum_gradients(self) -> None:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
 
-        It completes the gradients of adapter parameters that every tensor-parallel rank holds. Data-parallel replicas
+        It takes the gradients of rotations from their blocks, and completes those of adapter parameters that every
+        tensor-parallel rank holds. Data-parallel replicas
         are summed by megatron-core's DistributedDataParallel, with `finalize_model_grads`.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
