@@ -24,6 +24,7 @@ KNOWS = {
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
+    "adapters.step_rotations": {"adapters.rotation"},  # any method's rotation is built once a step
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
     "conversion.as_lora": {"adapters.low_rank"},  # whatever was trained is written as a LoRA
@@ -58,7 +59,8 @@ def known_methods(tree: ast.AST) -> set[str]:
     prose = {id(node) for node in docstrings(tree)}
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in prose)
     texts = [str(node.value) for node in constants]
-    return modules | {word for text in texts for word in WORDS.findall(text)} | CLASSES.intersection(texts)
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    return modules | {word for text in texts for word in WORDS.findall(text)} | CLASSES.intersection(texts) - defined
 
 
 def of_its_own(module: str) -> set[str]:

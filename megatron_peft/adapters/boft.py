@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.change import RotationChange, StoredTensors
-from megatron_peft.adapters.frozen_linear import identity_like
 from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
 from megatron_peft.config.methods.boft import BOFT

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_peft.adapters.frozen_linear import identity_like
+from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.rotation import rotate_weight
 from megatron_peft.parallel.layout import Side
 

@@ -17,10 +17,9 @@ import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from megatron_peft.adapters.blocks import HeldBlocks, add_blocks
 from megatron_peft.adapters.frozen_linear import (
     FrozenLinearCall,
-    HeldBlocks,
-    add_blocks,
     frozen_linear,
     frozen_linear_rotated,
     rotation_gradients,

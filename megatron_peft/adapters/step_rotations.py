@@ -22,12 +22,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from megatron_peft.adapters.frozen_linear import (
-    HeldBlocks,
-    gradient_from_mixed_output,
-    gradient_from_output,
-    multiplier,
-)
+from megatron_peft.adapters.blocks import HeldBlocks, gradient_from_mixed_output, gradient_from_output, multiplier
 from megatron_peft.adapters.rotation import AppliedRotation
 from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.runtime.precision import full_precision

@@ -18,8 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.change import ReplacementChange, RotationChange, StoredTensors, WeightChange
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear, identity_like
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear
 from megatron_peft.adapters.rotation import AppliedRotation, BlockRotation, rotate, rotate_weight
 from megatron_peft.adapters.unitary import (
     apply_structured,

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
+from megatron_peft.adapters.blocks import add_blocks, blocks_gradient
 from megatron_peft.adapters.boft import cayley, compose, skew
-from megatron_peft.adapters.frozen_linear import (
-    FrozenLinearCall,
-    add_blocks,
-    blocks_gradient,
-    changed_weight,
-    rotates_weight,
-)
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, changed_weight, rotates_weight
 from megatron_peft.adapters.frozen_linear import frozen_linear_rotated as rotated
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.runtime.cpu_kernels import CACHED_TOKENS

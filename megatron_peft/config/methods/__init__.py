@@ -209,7 +209,7 @@ class _Checks(PeftOptions):
         if not isinstance(self.method, str):
             raise ConfigurationError(f"--peft-method is {self.method!r}; it must be a string.")
         with Requirements(self) as require:
-            require(self.method in METHODS, _why_not(self.method))
+            require(self.method in METHODS and self.method not in _UNUSABLE, _why_not(self.method))
             require(bool(self.target_modules), "--peft-target-modules needs at least one name.")
             if self.method in METHODS:
                 require.fields(self.spec.fields(self))
