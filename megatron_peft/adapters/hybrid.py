@@ -10,6 +10,8 @@ Letters: s sequence, b batch, r rank, k blocks of g features; in and out are a r
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -185,16 +187,23 @@ def update_mixtures(
     mix = torch.stack([adapter.mix for adapter in adapters])
     measures = sums if peft.hybrid_lambda == "descent" else sums.sqrt()
     if peft.hybrid_lambda == "rms":
-        counts = [[adapter.layout.num_global(p) for p in pair] for adapter, pair in zip(adapters, parts, strict=True)]
-        measures = measures / torch.tensor(counts, device=sums.device).sqrt()
+        pairs = zip(adapters, parts, strict=True)
+        counts = tuple(tuple(adapter.layout.num_global(part) for part in pair) for adapter, pair in pairs)
+        measures = measures / _on_device(counts, sums.device).sqrt()
     if peft.hybrid_lambda == "descent":
-        measures = measures * torch.tensor([1.0, rotation_rate], device=sums.device)
+        measures = measures * _on_device((1.0, rotation_rate), sums.device)
     if peft.hybrid_lambda != "raw":
         measures = measures / torch.stack([mix, 1 - mix], 1)
     wanted = measures[:, 0] / measures.sum(1)
     for adapter, value, known in zip(adapters, *_averaged(mix, wanted, peft), strict=True):
         adapter.mix.copy_(value)
         adapter.num_kept += ~known
+
+
+@cache
+def _on_device(numbers: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Made once, since a copy from the host would wait for the device at every step."""
+    return torch.tensor(numbers, device=device)
 
 
 def _averaged(mix: Tensor, wanted: Tensor, peft: PeftConfig) -> tuple[Tensor, Tensor]:

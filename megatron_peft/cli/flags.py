@@ -61,7 +61,7 @@ RUN_FIELDS = {  # -> help, if megatron-core's own does not do
     "recompute_method": "which layers full recompute takes: uniform groups of layers, or the first ones of a stage",
     "recompute_num_layers": "layers per recomputed group (uniform), or recomputed layers per stage (block)",
     "distribute_saved_activations": "split the inputs saved for full recompute over the tensor-parallel ranks",
-    "cross_entropy_loss_fusion": "fuse the steps of the loss; on a CPU it has no effect",
+    "cross_entropy_loss_fusion": "fuse the steps of the loss: always so on a GPU, never on a CPU",
     "cross_entropy_fusion_impl": "implementation of the fused loss: megatron-core's own, or Transformer Engine's",
 }
 RUN_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0}  # a pretrained model is tuned without dropout
@@ -87,15 +87,18 @@ SHAPE_CLAIMS = {
     "untie_embeddings_and_output_weights": "the output layer does not share the embedding's weight",
 }
 # Spelled-out names that set a field of TransformerConfig: -> (field, value, help).
+ON_A_GPU = "on a GPU"
+WHERE_NOTHING_IS_RECOMPUTED = "on a GPU, in full fine-tuning and with rotations of outputs"
 RUN_SWITCHES: Mapping[str, tuple[str, Any, str]] = {
     "--recompute-activations": ("recompute_granularity", "selective", "same as --recompute-granularity selective"),
-    "--no-bias-gelu-fusion": ("bias_activation_fusion", False, "do not fuse bias and GELU"),
-    "--no-bias-swiglu-fusion": ("bias_activation_fusion", False, "do not fuse bias and SwiGLU"),
-    "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, "do not fuse bias and dropout"),
-    "--no-rope-fusion": ("apply_rope_fusion", False, "do not fuse the rotary embedding"),
-    "--no-masked-softmax-fusion": ("masked_softmax_fusion", False, "do not fuse scale, mask and softmax"),
-    "--no-gradient-accumulation-fusion": ("gradient_accumulation_fusion", False, "do not accumulate inside the GEMM"),
-    "--no-persist-layer-norm": ("persist_layer_norm", False, "do not use the persistent layer norm kernel"),
+    "--no-bias-swiglu-fusion": ("bias_activation_fusion", False, f"do not fuse SwiGLU ({WHERE_NOTHING_IS_RECOMPUTED})"),
+    "--no-bias-dropout-fusion": ("bias_dropout_fusion", False, f"do not fuse bias, dropout and residual ({ON_A_GPU})"),
+    "--no-rope-fusion": ("apply_rope_fusion", False, "do not fuse the rotary embedding (with Transformer Engine)"),
+    "--no-cross-entropy-loss-fusion": ("cross_entropy_loss_fusion", False, f"do not fuse the loss ({ON_A_GPU})"),
+    "--no-gradient-accumulation-fusion": (
+        *("gradient_accumulation_fusion", False),
+        "do not add gradients inside the GEMM (full fine-tuning on a GPU with Apex's extension)",
+    ),
     "--no-overlap-p2p-communication": ("overlap_p2p_comm", False, "do not overlap sends between pipeline stages"),
 }
 # Spelled-out names that set a field of our configuration: -> (field, value, help).
@@ -109,6 +112,7 @@ ACCEPTED = {
     "--calculate-per-token-loss": "the loss is always the mean over the tokens of the global batch",
     "--accumulate-allreduce-grads-in-fp32": "gradients are always reduced in float32",
     "--attention-softmax-in-fp32": "torch and Transformer Engine compute the softmax in float32",
+    "--no-masked-softmax-fusion": "megatron-core's attention, which it belongs to, is not used",
     "--no-initialization": "weights are always loaded, never initialized",
     "--no-one-logger": "NVIDIA's One Logger is not used",
     "--use-checkpoint-args": "the shape of the model is always read from --pretrained-checkpoint",

@@ -123,7 +123,7 @@ FLAGS = {
         data-parallel-random-init embedding-init-method-std init-method-xavier-uniform no-pad-vocab-size
         padded-vocab-size""",
     "the choice of kernels is made by torch or Transformer Engine": """
-        disable-jit-fuser use-flashinfer-fused-rope use-te-activation-func""",
+        disable-jit-fuser no-bias-gelu-fusion no-persist-layer-norm use-flashinfer-fused-rope use-te-activation-func""",
     "legacy models and old names of Megatron-LM": """
         batch-size checkpoint-activations legacy-tokenizer lr-decay-steps lr-warmup-steps use-legacy-models warmup
         wd-incr-steps wsd-decay-steps yaml-cfg enable-experimental""",

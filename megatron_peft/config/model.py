@@ -177,6 +177,11 @@ class DataConfig:
         metavar="FILE|TEXT",
     )
     seq_length: int = option(1024, "longest sample, in tokens", check="positive")
+    pad_to_seq_length: bool = option(
+        False,
+        "pad every microbatch to --seq-length (packed: each pack), so that pipeline stages exchange messages of a "
+        "known size and never wait for the device",
+    )
     overlong: Literal["error", "skip", "truncate"] = option(
         "truncate", "what to do with longer samples; truncate cuts the end of the completion, with a warning"
     )

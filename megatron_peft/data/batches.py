@@ -20,7 +20,8 @@ class Microbatch:
 
     tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]. Labels are shifted already.
     cu_seqlens (packed only): int32 [n + 1], where each of the n sequences in the one row begins, and the row's end;
-    padding at the end is a sequence of its own. max_seqlen: of the longest. num_samples: without padding.
+    padding at the end is sequences of its own. lengths (packed only): of the sequences, on the host, which need not ask
+    the device for them. num_samples: without padding.
     """
 
     tokens: Tensor
@@ -29,11 +30,14 @@ class Microbatch:
     position_ids: Tensor
     num_samples: int
     cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same on `device`."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        """The same on `device`; the host does not wait for the copies to a GPU."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        if device.type == "cuda":  # only from such memory a copy is asynchronous
+            tensors = {name: x.pin_memory() for name, x in tensors.items()}
+        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return replace(self, **moved)
 
     @property
@@ -42,11 +46,11 @@ class Microbatch:
         return int(self.loss_mask.sum())
 
 
-def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
-    """One sample (or none) per row, padded on the right to the longest one, rounded up to `multiple` positions: with
-    sequence parallelism the tensor-parallel ranks share a sequence evenly."""
+def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least: int = 0) -> Microbatch:
+    """One sample (or none) per row, padded on the right to the longest one, and to `at_least` positions, rounded up to
+    `multiple`: with sequence parallelism the tensor-parallel ranks share a sequence evenly."""
     samples = [row[0] if row else _padding(0, pad_id) for row in rows]
-    width = _round_up(max(len(sample) for sample in samples), multiple)
+    width = _round_up(max(at_least, *(len(sample) for sample in samples)), multiple)
     return Microbatch(
         tokens=_rows([sample.tokens for sample in samples], width, pad_id),
         labels=_rows([sample.labels for sample in samples], width, pad_id),
@@ -56,12 +60,14 @@ def pad(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microba
     )
 
 
-def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microbatch:
-    """All samples of all packs in a single row, Megatron's `thd` format; see `pad`."""
+def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least: int = 0) -> Microbatch:
+    """All samples of all packs in a single row, Megatron's `thd` format; see `pad`, `at_least` counts for each pack."""
     samples = [sample for row in rows for sample in row]
     total = sum(len(sample) for sample in samples)
-    padding = _padding(_round_up(total, multiple) - total, pad_id)
-    parts = [*samples, padding] if len(padding) else samples
+    missing = _round_up(max(total, at_least * len(rows)), multiple) - total
+    # A sequence of padding is no longer than a pack may be.
+    longest = at_least or missing
+    parts = [*samples, *(_padding(min(longest, missing - done), pad_id) for done in range(0, missing, longest or 1))]
     lengths = [len(part) for part in parts]
     return Microbatch(
         tokens=_join([part.tokens for part in parts]),
@@ -70,7 +76,7 @@ def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int) -> Microb
         position_ids=_join([np.arange(length) for length in lengths]),
         num_samples=len(samples),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        max_seqlen=max(lengths),
+        lengths=tuple(lengths),
     )
 
 
@@ -102,7 +108,8 @@ Step = list[Microbatch]
 class BatchLayout:
     """How a global batch is split over data-parallel ranks, in positions (samples, or packs).
 
-    pad_multiple: the sequence is rounded up to a multiple of it; pad_id: the token of padding.
+    pad_multiple: the sequence is rounded up to a multiple of it; pad_to: and is no shorter than this; pad_id: the token
+    of padding.
     """
 
     global_batch_size: int
@@ -110,6 +117,7 @@ class BatchLayout:
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     pad_multiple: int = 1
+    pad_to: int = 0
     pad_id: int = 0
 
     def microbatches(self, first: int) -> list[range]:
@@ -170,7 +178,7 @@ class GlobalBatches:
         """This rank's microbatches of the global batch that begins at position `first`."""
         layout = self.layout
         return [
-            self._collate([self._samples(p) for p in positions], layout.pad_multiple, layout.pad_id)
+            self._collate([self._samples(p) for p in positions], layout.pad_multiple, layout.pad_id, layout.pad_to)
             for positions in layout.microbatches(first)
         ]
 

@@ -59,6 +59,7 @@ def build_data(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         pad_multiple=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+        pad_to=config.data.seq_length if config.data.pad_to_seq_length else 0,
         pad_id=min(tokenizer.eos_id, num_ids - 1),  # with --mock-data the tokenizer may be another model's
     )
     train = _train(config, tokenizer, layout, consumed_samples, num_ids)

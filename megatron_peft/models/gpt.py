@@ -29,6 +29,7 @@ from megatron_peft.adapters.linear import (
 )
 from megatron_peft.config import ModelConfig, ParallelConfig, require
 from megatron_peft.models.families import family_of
+from megatron_peft.models.kernels import ONLY_ANSWERS, Installed, Training, can_import, fusions, messages
 from megatron_peft.models.layers import (
     AlibiAttention,
     AlibiBias,
@@ -57,15 +58,19 @@ class GPTConfig(TransformerConfig):
 
 
 def transformer_config(
-    shape: ModelShape, bf16: bool, settings: Mapping[str, Any], parallel: ParallelConfig
+    shape: ModelShape,
+    bf16: bool,
+    settings: Mapping[str, Any],
+    parallel: ParallelConfig,
+    training: Training = ONLY_ANSWERS,
+    installed: Installed | None = None,
 ) -> GPTConfig:
-    """megatron-core's configuration of a model of this shape, at this layout."""
+    """megatron-core's configuration of a model of this shape, at this layout; `installed` None: on this machine."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    # With two stages, the next one is also the previous one, and batched messages would be confused.
-    overlaps = parallel.num_layers_per_virtual_pipeline_stage is not None and settings.get("overlap_p2p_comm", True)
-    run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings, "overlap_p2p_comm": overlaps}
-    if not torch.cuda.is_available():
-        run["cross_entropy_loss_fusion"] = False  # it is compiled, which takes longer here than it saves
+    fused = fusions(shape, settings, training, installed or Installed.here())
+    run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings, **fused}
+    run |= messages(settings, parallel, training)
+    is_swiglu = shape.gated_linear_unit and shape.activation == "silu"
     return GPTConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -78,7 +83,7 @@ def transformer_config(
         activation_func=_ACTIVATIONS[shape.activation],
         gated_linear_unit=shape.gated_linear_unit,
         # Makes megatron-core build the spec's activation_func, which need not be Transformer Engine's.
-        use_te_activation_func=shape.gated_linear_unit and shape.activation == "silu",
+        use_te_activation_func=is_swiglu and not fused["bias_activation_fusion"],
         add_bias_linear=False,
         linear_biases=shape.linear_biases,
         qk_layernorm=shape.qk_layernorm,  # also makes megatron-core sum the gradients of these norms over the ranks
@@ -94,16 +99,16 @@ def transformer_config(
         bf16=bf16,
         perform_initialization=False,  # every weight is loaded
         calculate_per_token_loss=True,
-        variable_seq_lengths=True,
-        batch_p2p_comm=not overlaps,
         moe_token_dispatcher_type="alltoall",  # unused, but megatron-core refuses its default with variable lengths
         **run,
     )
 
 
-def build_model_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[GPTModel]:
+def build_model_chunks(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, training: Training = ONLY_ANSWERS
+) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
-    config = transformer_config(shape, model.bf16, model.transformer, parallel)
+    config = transformer_config(shape, model.bf16, model.transformer, parallel, training)
     modules = _LayerModules.of(shape, model.transformer_impl)
     config.attention_kernel = model.attention_backend
     if modules.are_transformer_engines:
@@ -197,8 +202,7 @@ class _LayerModules:
     def of(cls, shape: ModelShape, transformer_impl: str) -> "_LayerModules":
         norm: Any = _NORMS[shape.normalization]
         core_attention: Any = ScaledDotProductAttention
-        wanted = transformer_impl == "transformer_engine"
-        wanted = wanted or (transformer_impl == "auto" and torch.cuda.is_available() and _has_transformer_engine())
+        wanted = uses_transformer_engine(transformer_impl, Installed.here())
         if wanted:
             from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
@@ -213,24 +217,22 @@ class _LayerModules:
         return cls(norm, core_attention, wanted)
 
 
+def uses_transformer_engine(transformer_impl: str, installed: Installed) -> bool:
+    """Whether norms and core attention are Transformer Engine's, by --transformer-impl."""
+    here = installed.cuda and installed.transformer_engine
+    return transformer_impl == "transformer_engine" or (transformer_impl == "auto" and here)
+
+
 def require_transformer_engine(model: ModelConfig) -> None:
     """Raises ConfigurationError if --transformer-impl asks for it and it cannot be used here."""
     if model.transformer_impl == "transformer_engine":
         named = "--transformer-impl transformer_engine needs"
         require(torch.cuda.is_available(), f"{named} a GPU, and there is none here: use auto or local.")
         require(
-            _has_transformer_engine(),
+            can_import("transformer_engine"),
             f"{named} the package transformer_engine, which cannot be imported: use auto or local, or "
             f"pip install 'transformer-engine[pytorch]'.",
         )
-
-
-def _has_transformer_engine() -> bool:
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _scale_rope(chunk: GPTModel, shape: ModelShape, scaling: RopeScaling) -> None:

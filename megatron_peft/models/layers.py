@@ -8,6 +8,7 @@ Letters, of one rank: s queries, k keys, b batch, n heads, g key-value heads, d 
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_peft.adapters.frozen_linear import run_function
+from megatron_peft.models.kernels import causal_varlen_attention
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, fuses_norms
 
 # --attention-backend -> torch's kernels, the preferred first. A kernel that cannot serve a call (a mask, a dtype, the
@@ -35,6 +37,26 @@ _KERNELS = {
     "unfused": [SDPBackend.MATH],
     "local": [SDPBackend.MATH],
 }
+
+
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """Several samples in one row, in megatron-core's form, with what our own modules need and must not ask the device.
+
+    Args:
+        lengths: of the samples in tokens, on the host.
+        position_ids: int64 [tokens], of each token in its sample, on the device.
+    """
+
+    lengths: tuple[int, ...] = ()
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, lengths: tuple[int, ...], position_ids: Tensor) -> "PackedSamples":
+        """From the fields of a `Microbatch`."""
+        bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
+        longest = {"max_seqlen_q": max(lengths), "max_seqlen_kv": max(lengths)}
+        return cls("thd", **bounds, **longest, lengths=lengths, position_ids=position_ids.flatten())
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -65,7 +87,7 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSamples | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -114,10 +136,22 @@ class ScaledDotProductAttention(MegatronModule):
             )
         return context.reshape(shape)
 
-    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
-        """One sample at a time, so no score between two samples is computed. [tokens, n, d] -> [tokens, 1, n d]."""
-        lengths = packing.cu_seqlens_q.diff().tolist()
-        samples = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSamples) -> Tensor:
+        """No score between two samples is computed. [tokens, n, d] -> [tokens, 1, n d].
+
+        On a GPU one kernel takes all samples (`kernels.require_packed_attention` has made sure of it), on a CPU one
+        sample follows another.
+        """
+        if query.is_cuda:
+            attend = causal_varlen_attention()
+            assert attend is not None
+            context = attend(
+                *(query, key, value, packing.cu_seqlens_q, packing.cu_seqlens_kv),
+                *(packing.max_seqlen_q, packing.max_seqlen_kv),
+                scale=self.softmax_scale,
+            )
+            return context.flatten(1).unsqueeze(1)
+        samples = zip(*(x.split(packing.lengths) for x in (query, key, value)), strict=True)
         contexts = [
             self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in sample)).squeeze(0).transpose(0, 1)
             for sample in samples
@@ -218,11 +252,31 @@ class AlibiAttention(ScaledDotProductAttention):
 
 
 class CachingSelfAttention(SelfAttention):
-    """megatron-core's self-attention with another key-value cache; the numbers are the same, bit for bit.
+    """megatron-core's self-attention with other rotary embeddings and another key-value cache; the numbers are the
+    same, bit for bit.
+
+    megatron-core computes cosines and sines anew for queries and keys of every layer, and asks the device where packed
+    samples begin. Here they are made once for all layers, from the position of each token in its sample. With
+    `apply_rope_fusion` Transformer Engine's kernels do it.
 
     megatron-core caches keys before the rotary embedding and rotates the whole cache for every token. Here a key is
     rotated once, before it enters the cache.
     """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: PackedSamples | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's. The angles of packed samples are those of each token, not of each position."""
+        if packed_seq_params is not None and rotary_pos_emb is not None and not self.config.apply_rope_fusion:
+            rotary_pos_emb = _angles_at(rotary_pos_emb, packed_seq_params.position_ids)
+        passed_on = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
+        return super().forward(hidden_states, attention_mask, *args, **passed_on, **kwargs)
 
     def _allocate_memory(
         self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype
@@ -249,13 +303,24 @@ class CachingSelfAttention(SelfAttention):
             key, value: [s, b, g, d].
             rotary_pos_emb: angles of queries and of keys, [k, 1, 1, d] each; None without rotary embeddings.
         """
-        if inference_context is not None and rotary_pos_emb is not None:
-            first = inference_context.sequence_len_offset
+        caches = inference_context is not None
+        if rotary_pos_emb is not None and (caches or not self.config.apply_rope_fusion):
+            first = inference_context.sequence_len_offset if caches else 0
             cos_sin = _cos_sin(rotary_pos_emb[0], first, first + len(key), key.dtype)  # the same for queries and keys
-            query, key = _rotate(torch.cat([query, key], dim=2), *cos_sin).split([query.shape[2], key.shape[2]], dim=2)
+            if caches:  # a step of generation is bound by its number of kernels
+                both, sizes = torch.cat([query, key], dim=2), [query.shape[2], key.shape[2]]
+                query, key = _rotate(both, *cos_sin).split(sizes, dim=2)
+            else:
+                query, key = (_rotate(x, *cos_sin) for x in (query, key))
             rotary_pos_emb = None
         adjust: Any = super()._adjust_key_value_for_inference  # its annotations omit the None that it accepts
         return adjust(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def _angles_at(angles: Tensor, position_ids: Tensor) -> Tensor:
+    """Row `position_ids[t]` of the angles for token t, [t, 1, 1, d]; for all layers of a microbatch."""
+    return angles.index_select(0, position_ids)
 
 
 @lru_cache(maxsize=1)

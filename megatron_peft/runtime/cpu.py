@@ -30,6 +30,23 @@ def install() -> None:
     _redirect_generator()
 
 
+def redirect_norm() -> None:
+    """Compute the norm of the gradients as the GPU's kernel does, which leaves it to megatron-core to read one number.
+
+    Without that kernel megatron-core reads the norm of every gradient: the same numbers, bit for bit.
+    """
+    if torch.cuda.is_available():
+        return
+    from megatron.core.optimizer import clip_grads
+
+    clip_grads.l2_norm_impl = _norm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _norm(chunk_size: int, overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
+    norms = [torch.norm(tensor).float() for same_kind in tensors for tensor in same_kind]
+    return torch.norm(torch.stack(norms)).view(1), None
+
+
 def _redirect_devices() -> None:
     """The device of megatron-core's buffers, and `device="cuda"` of its token counters, norms and loss scales."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]

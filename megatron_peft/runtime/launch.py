@@ -22,6 +22,11 @@ from megatron_peft.runtime.cpu_kernels import keep_freed_memory
 Checked = TypeVar("Checked")
 
 
+def read_on_host(numbers: torch.Tensor) -> list[float]:
+    """The numbers of a flat tensor, once the device has computed them: where training waits for it, it is here."""
+    return numbers.tolist()
+
+
 def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """`value` of every rank of `group` (None: the world), in order of rank. A collective.
 

@@ -20,7 +20,8 @@ from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
-from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine
+from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
+from megatron_peft.models.kernels import Installed, Training, require_cross_entropy, require_packed_attention
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -48,7 +49,7 @@ def build_state(
     Raises:
         ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
     """
-    chunks = build_model_chunks(shape, config.model, config.parallel)
+    chunks = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
@@ -86,6 +87,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         raise ConfigurationError(*missing)
     checked_together(lambda: require_transformer_engine(config.model))
     shape = checked_together(lambda: checked_shape(config))
+    checked_together(lambda: _require_kernels(config, shape))
     base = config.model.pretrained_checkpoint
     _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
@@ -110,12 +112,20 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         if checkpoint is None:
             _check_start(state, data)
         _print_start(checkpoint, state, data)
+        _note_unknown_lengths(config)
         if config.checkpoint.save and run_file:
             path = Path(config.checkpoint.save) / RUN_FILE
             from_first_rank(lambda: _write_run_file(path, run_file))
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver))
+
+
+def _require_kernels(config: RunConfig, shape: ModelShape) -> None:
+    installed = Installed.here()
+    require_cross_entropy(config.model, installed)
+    with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
+    require_packed_attention(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:
@@ -142,6 +152,14 @@ def _print_start(checkpoint: Path | None, state: TrainingState, data: Data) -> N
         print_rank_0(resume_summary(checkpoint, state, data.train_iters, epoch))
     elif state.config.checkpoint.resume == "auto":
         print_rank_0(f"--resume auto: --save {state.config.checkpoint.save} holds no checkpoint, so a new run starts")
+
+
+def _note_unknown_lengths(config: RunConfig) -> None:
+    if config.parallel.pipeline_model_parallel_size > 1 and not config.data.pad_to_seq_length:
+        print_rank_0(
+            "without --pad-to-seq-length pipeline stages tell one another the size of every message, and wait for it: "
+            "give it where samples or packs are nearly as long as --seq-length"
+        )
 
 
 def _require_same_configuration(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_peft.checkpoint.state import TrainingState
 from megatron_peft.config import PeftConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import gradient_of, sum_coalesced
+from megatron_peft.runtime.cpu import redirect_norm
 
 
 class GradientShards:
@@ -139,6 +140,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Run
         overlap_param_gather=settings.overlap_param_gather,
     )
     overrides = group_overrides(config.peft, optimizer_config)
+    redirect_norm()
     return get_megatron_optimizer(
         optimizer_config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
     )

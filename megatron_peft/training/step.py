@@ -15,15 +15,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_peft.adapters.step_rotations import StepRotations, step_rotations
 from megatron_peft.data.batches import Microbatch
+from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import gather_over_world, read_on_host
 from megatron_peft.training.after_step import bound_low_rank_norms, merge_if_due, mix_from_gradients, update
 from megatron_peft.training.state import TrainingState
 
@@ -54,22 +54,40 @@ class StepReport:
 
 
 def finish_gradients(
-    model: Sequence[nn.Module], *args: Any, rotations: StepRotations | None = None, **kwargs: Any
+    model: Sequence[nn.Module],
+    num_tokens: Tensor | None = None,
+    *args: Any,
+    rotations: StepRotations | None = None,
+    **kwargs: Any,
 ) -> None:
     """Sum gradients over the ranks. megatron-core calls this after the last backward of a step.
 
     Args:
         model: this rank's chunks.
+        num_tokens: completion tokens of this rank's microbatches, on the last pipeline stage; gradients are divided by
+            their sum over the replicas. None: they are not divided.
+        args, kwargs: of megatron-core's function.
         rotations: those built for this step; None where each forward built its own.
     """
     # From the sums over microbatches to the parameters of rotations.
     if rotations is not None:
         rotations.finish(model)
-    # Data parallel, layer norms under sequence parallelism, tied embeddings; then the division by the number of tokens.
-    finalize_model_grads(list(model), *args, **kwargs)
+    # Data parallel, layer norms under sequence parallelism, tied embeddings.
+    finalize_model_grads(list(model), None, *args, **kwargs)
+    if num_tokens is not None:
+        _divide_by_tokens(model, num_tokens)
     # Ours: partial gradients of replicated adapter parameters, in one all-reduce.
     group: Any = parallel_state.get_tensor_model_parallel_group()
     sum_partial_gradients_over_tensor_parallel(model, group)
+
+
+def _divide_by_tokens(model: Sequence[Any], num_tokens: Tensor) -> None:
+    """What megatron-core does with `num_tokens`, except that it asks the device whether there are any."""
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(num_tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False) -> StepReport:
@@ -179,21 +197,17 @@ def _sum_of_losses(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Ten
     return loss, num_tokens.to(torch.int), torch.stack([loss.detach(), num_tokens, num_positions]).double()
 
 
-def packing(microbatch: Microbatch) -> PackedSeqParams | None:
-    """Sample boundaries of a packed microbatch in megatron-core's form."""
-    if microbatch.cu_seqlens is None or microbatch.max_seqlen is None:
+def packing(microbatch: Microbatch) -> PackedSamples | None:
+    """Sample boundaries of a packed microbatch in megatron-core's form, and in ours."""
+    if microbatch.cu_seqlens is None or microbatch.lengths is None:
         return None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=microbatch.cu_seqlens,
-        cu_seqlens_kv=microbatch.cu_seqlens,
-        max_seqlen_q=microbatch.max_seqlen,
-        max_seqlen_kv=microbatch.max_seqlen,
-    )
+    return PackedSamples.of(microbatch.cu_seqlens, microbatch.lengths, microbatch.position_ids)
 
 
 def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> list[float]:
-    """Everything ranks must agree on, in one all-reduce and one host-device sync.
+    """Everything ranks must agree on, in one all-reduce and one host-device sync: the first of a step's two.
+
+    The other is the norm of the gradients, which megatron-core's optimizer reads to clip them.
 
     Returns:
         Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
@@ -209,7 +223,7 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
             finite = finite & torch.isfinite(buffer.grad_data.sum())
     numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
     dist.all_reduce(numbers)
-    return numbers.tolist()
+    return read_on_host(numbers)
 
 
 def _raise_non_finite(state: TrainingState, losses: Tensor) -> None:

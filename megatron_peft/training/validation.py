@@ -14,7 +14,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data
-from megatron_peft.runtime.launch import gather_over_world
+from megatron_peft.runtime.launch import gather_over_world, read_on_host
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import run_schedule
 
@@ -29,7 +29,7 @@ def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iter
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         total.zero_()  # tensor-parallel ranks compute the same losses: count them once
     dist.all_reduce(total)
-    loss_sum, num_tokens = total.tolist()
+    loss_sum, num_tokens = read_on_host(total)
     return loss_sum / max(num_tokens, 1)
 
 

@@ -156,7 +156,7 @@ def test_rows_are_padded_on_the_right_to_the_longest():
     assert batch.labels.tolist() == [[2, 3, 4], [8, 99, 99]]
     assert batch.loss_mask.tolist() == [[0, 1, 1], [1, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert (batch.num_samples, batch.num_loss_tokens, batch.cu_seqlens, batch.max_seqlen) == (2, 3, None, None)
+    assert (batch.num_samples, batch.num_loss_tokens, batch.cu_seqlens, batch.lengths) == (2, 3, None, None)
     assert [t.dtype for t in (batch.tokens, batch.labels, batch.position_ids)] == [torch.int64] * 3
     assert batch.loss_mask.dtype == torch.float32
 
@@ -176,7 +176,7 @@ def test_packed_samples_stand_in_one_row_with_their_bounds():
     assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 0, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 7] and batch.cu_seqlens.dtype == torch.int32
-    assert (batch.max_seqlen, batch.num_samples) == (3, 3)
+    assert (batch.lengths, batch.num_samples) == ((3, 1, 3), 3)
 
 
 def test_padding_of_a_packed_row_is_a_sequence_of_its_own():
@@ -189,7 +189,24 @@ def test_padding_of_a_packed_row_is_a_sequence_of_its_own():
     assert (nothing.cu_seqlens.tolist(), nothing.num_loss_tokens, nothing.num_samples) == ([0, 2], 0, 0)
 
 
+def test_rows_may_be_padded_to_a_fixed_length():
+    """What the samples are does not show in the shape; a row of padding stays one of its own."""
+    batches = [pad([[LONG], [SHORT]], 2, 99, at_least=5), pad([[SHORT], []], 2, 99, at_least=5)]
+    assert [batch.tokens.shape for batch in batches] == [(2, 6), (2, 6)]
+    assert batches[0].labels.tolist()[1] == [8, 99, 99, 99, 99, 99] and batches[0].num_loss_tokens == 3
+
+
+def test_packs_may_be_padded_to_a_fixed_length():
+    """Each of them; no sequence of padding is longer than a pack."""
+    batches = [pack([[LONG, SHORT], [SHORT]], 1, 99, at_least=6), pack([[], [LONG]], 1, 99, at_least=6)]
+    assert [batch.tokens.shape for batch in batches] == [(1, 12), (1, 12)]
+    assert [batch.lengths for batch in batches] == [(3, 1, 1, 6, 1), (3, 6, 3)]
+    for batch in batches:
+        assert batch.cu_seqlens.diff().tolist() == list(batch.lengths)
+        assert batch.position_ids[0].tolist() == [place for length in batch.lengths for place in range(length)]
+
+
 def test_a_microbatch_moves_whole():
     moved = pack([[LONG]], 1, 99).to(torch.device("meta"))
     tensors = [moved.tokens, moved.labels, moved.loss_mask, moved.position_ids, moved.cu_seqlens]
-    assert all(tensor.is_meta for tensor in tensors) and moved.max_seqlen == 3
+    assert all(tensor.is_meta for tensor in tensors) and moved.lengths == (3,)

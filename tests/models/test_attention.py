@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -18,6 +17,7 @@ from megatron_peft.models.layers import (
     AlibiAttention,
     AlibiBias,
     CachingSelfAttention,
+    PackedSamples,
     ScaledDotProductAttention,
     alibi_slopes,
 )
@@ -101,7 +101,7 @@ def test_hidden_keys_are_not_seen(kind, num_queries):
 def test_packed_samples_attend_to_themselves_only(kind):
     qkv = [x[:, 0] for x in _qkv(groups=KINDS[kind])]
     ends = torch.tensor([0, 1, 4, S], dtype=torch.int32)
-    packing = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=3, max_seqlen_kv=3)
+    packing = PackedSamples.of(ends, (1, 3, S - 4), torch.tensor([0, 0, 1, 2, *range(S - 4)]))
     alone = [_reference(*(x[first:end, None] for x in qkv), kind) for first, end in ((0, 1), (1, 4), (4, S))]
     torch.testing.assert_close(_attention(kind)(*qkv, None, packed_seq_params=packing), torch.cat(alone))
 

@@ -36,6 +36,7 @@ METHODS = {
 # Two microbatches a step where one process has four: a collective of gloo costs a millisecond whatever it carries, and
 # how samples fall on microbatches must not matter either.
 HALF_AS_MANY = {"training": {"micro_batch_size": 4}}
+PADDED = {"data_settings": {"pad_to_seq_length": True}}
 ON_TWO_RANKS = {
     "TP2": {"parallel": TP2, **HALF_AS_MANY},
     "TP2+SP": {"parallel": SP, **HALF_AS_MANY},
@@ -44,6 +45,8 @@ ON_TWO_RANKS = {
     "PP2 uneven, first": {"parallel": {**PP2, "decoder_first_pipeline_num_layers": 1}},
     "PP2 uneven, last": {"parallel": {**PP2, "decoder_last_pipeline_num_layers": 1}},
     "PP2 interleaved": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}},
+    "PP2 padded": {"parallel": PP2, **PADDED},
+    "PP2 interleaved, padded": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}, **PADDED},
     "DP2": {},
     "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True}},
     "DP2 overlapped": {
@@ -57,10 +60,11 @@ ON_FOUR_RANKS = {
 }
 
 LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
-# `make test` runs every layout for LoRA, four for the Hybrid and two for each other method; `make test-all` runs all.
-# `test_layout_small.py` has the Hybrid at TP2 and overlapped.
+WITH_PADDING = ("PP2 padded", "PP2 interleaved, padded")
+# `make test` runs every layout without padding for LoRA, four for the Hybrid and two or three for each other method;
+# `make test-all` runs all. `test_layout_small.py` has the Hybrid at TP2 and overlapped.
 QUICK_LAYOUTS = {
-    "lora": LAYOUTS,
+    "lora": tuple(name for name in LAYOUTS if name not in WITH_PADDING),
     "hybrid": ("TP2+SP", "PP2 interleaved", "DP2 distributed optimizer", "TP2xPP2 recompute"),
     "boft": ("TP2+SP", "PP2"),
     "boft-input": ("TP2", "TP2xPP2+SP"),
@@ -69,8 +73,8 @@ QUICK_LAYOUTS = {
     "riemannian": ("TP2", "DP2 distributed optimizer"),
     "projection": ("TP2+SP", "DP2 distributed optimizer"),
     "hybrid-folded": ("TP2", "DP2 distributed optimizer"),
-    "full": ("TP2xPP2 recompute", "DP2 overlapped"),
-    "lora-packed": ("TP2+SP", "PP2 interleaved"),
+    "full": ("TP2xPP2 recompute", "DP2 overlapped", "PP2 padded"),
+    "lora-packed": ("TP2+SP", "PP2 interleaved", "PP2 padded"),
 }
 REFUSED = [(method, "DP2 overlapped") for method in ("riemannian", "projection", "hybrid-folded")]
 # Bloom's own parts split like everything else: ALiBi, the norm of the embedding, tied embeddings over two stages.

@@ -1,0 +1,175 @@
+"""What a fusion switch decides, by what is installed: tried without a GPU. Packed attention on one takes one kernel."""
+
+from inspect import signature
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_peft.config import ConfigurationError, DataConfig, ModelConfig, ParallelConfig, PeftConfig, RunConfig
+from megatron_peft.config import TrainingConfig as Length
+from megatron_peft.models.gpt import transformer_config, uses_transformer_engine
+from megatron_peft.models.kernels import (
+    Installed,
+    Training,
+    causal_varlen_attention,
+    fusions,
+    messages,
+    require_cross_entropy,
+    require_packed_attention,
+)
+from megatron_peft.models.shape import ModelShape
+from tests.tiny_gpt import SIZES
+
+LLAMA = ModelShape(**SIZES)
+BLOOM = ModelShape(
+    **{
+        **SIZES,
+        "architecture": "bloom",
+        "gated_linear_unit": False,
+        "activation": "gelu_tanh",
+        "position_embedding": "alibi",
+        "linear_biases": frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+    }
+)
+GPU = Installed(cuda=True)
+EVERYTHING = Installed(cuda=True, transformer_engine=True, accumulating_gemm=True, varlen_attention=True)
+FULL = Training(trains_weights=True, recomputes_activation=False)
+SWIGLU, DROPOUT, ROPE = "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"
+LOSS, GEMM = "cross_entropy_loss_fusion", "gradient_accumulation_fusion"
+WITH_DROPOUT = {"hidden_dropout": 0.1}
+
+
+def fused(*arguments: Any) -> set[str]:
+    return {name for name, is_on in fusions(*arguments).items() if is_on}
+
+
+def test_nothing_is_fused_without_a_gpu():
+    assert not fused(LLAMA, {LOSS: True, **WITH_DROPOUT}, FULL, Installed(cuda=False, transformer_engine=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "training", "installed", "expected"),
+    [
+        (LLAMA, {}, FULL, EVERYTHING, {SWIGLU, ROPE, LOSS, GEMM}),
+        (LLAMA, WITH_DROPOUT, FULL, EVERYTHING, {SWIGLU, DROPOUT, ROPE, LOSS, GEMM}),
+        (LLAMA, {}, Training(), EVERYTHING, {ROPE, LOSS}),  # our SwiGLU can be computed again, and no weight is trained
+        (LLAMA, {}, FULL, GPU, {SWIGLU, LOSS}),
+        (BLOOM, {}, FULL, EVERYTHING, {DROPOUT, LOSS, GEMM}),  # no SwiGLU, no rope; biases to add
+    ],
+)
+def test_fusions_are_on_where_their_kernels_exist(shape, settings, training, installed, expected):
+    assert fused(shape, settings, training, installed) == expected
+
+
+@pytest.mark.parametrize("name", [SWIGLU, DROPOUT, ROPE, LOSS, GEMM])
+def test_a_switch_turns_off_its_fusion_alone(name):
+    everything = {SWIGLU, DROPOUT, ROPE, LOSS, GEMM}
+    assert fused(LLAMA, {**WITH_DROPOUT, name: False}, FULL, EVERYTHING) == everything - {name}
+
+
+@pytest.mark.parametrize(("training", "ours"), [(FULL, False), (Training(), True)])
+def test_the_model_has_the_swiglu_that_was_chosen(training, ours):
+    """megatron-core refuses its fused SwiGLU beside an activation module, which is what ours is."""
+    config = transformer_config(LLAMA, True, {}, ParallelConfig(), training, GPU)
+    assert (config.use_te_activation_func, config.bias_activation_fusion) == (ours, not ours)
+
+
+def run_of(
+    peft: dict[str, Any] | None = None, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None
+) -> RunConfig:
+    settings = DataConfig(mock_data=True, **(data or {}))
+    base = ModelConfig("m", **{"bf16": True, **(model or {})})
+    return RunConfig(ParallelConfig(), base, PeftConfig(**(peft or {})), settings, Length(train_iters=1))
+
+
+@pytest.mark.parametrize(
+    ("peft", "expected"),
+    [
+        ({"method": "full"}, FULL),
+        ({"method": "lora"}, Training()),
+        ({"method": "hybrid"}, Training()),
+        ({"method": "boft"}, Training(recomputes_activation=False)),
+        ({"method": "urnn"}, Training(recomputes_activation=False)),
+        ({"method": "boft", "rotation_side": "input"}, Training()),
+    ],
+)
+def test_which_backward_reads_the_activation_depends_on_the_method(peft, expected):
+    assert Training.of(run_of(peft)) == expected
+    assert Training.of(run_of(peft, {"pad_to_seq_length": True})).fixed_lengths
+
+
+def test_messages_of_a_known_size_are_not_announced_or_waited_for():
+    stages = ParallelConfig(pipeline_model_parallel_size=2, world_size=2)
+    waits = {"variable_seq_lengths", "batch_p2p_sync"}
+    fixed, variable = (messages({}, stages, Training(fixed_lengths=length)) for length in (True, False))
+    assert {name for name, value in fixed.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
+    assert {name for name, value in variable.items() if value} == {"batch_p2p_comm"} | waits
+
+
+PACKED: dict[str, Any] = {"pack_sequences": True}
+
+
+@pytest.mark.parametrize(
+    ("shape", "model", "installed", "message"),
+    [
+        (BLOOM, {}, EVERYTHING, "packed samples with ALiBi"),
+        (LLAMA, {}, GPU, "torch.nn.attention.varlen of torch 2.13"),
+        (LLAMA, {"bf16": False}, Installed(True, varlen_attention=True), "for --bf16 only"),
+        (LLAMA, {"transformer": {"attention_dropout": 0.1}}, Installed(True, varlen_attention=True), "-dropout, which"),
+    ],
+)
+def test_packing_on_a_gpu_is_refused_where_no_kernel_takes_it(shape, model, installed, message):
+    with pytest.raises(ConfigurationError, match=message):
+        require_packed_attention(run_of(data=PACKED, model=model), shape, False, installed)
+    require_packed_attention(run_of(data=PACKED, model=model), shape, False, Installed(cuda=False))
+    require_packed_attention(run_of(model=model), shape, False, installed)
+
+
+def test_packing_on_a_gpu_takes_the_kernel_that_is_there():
+    require_packed_attention(run_of(data=PACKED), LLAMA, False, Installed(True, varlen_attention=True))
+    require_packed_attention(run_of(data=PACKED, model={"bf16": False}), LLAMA, True, Installed(True, True))
+
+
+def test_transformer_engines_loss_needs_transformer_engine():
+    model = ModelConfig("m", transformer={"cross_entropy_fusion_impl": "te"})
+    require_cross_entropy(model, EVERYTHING)
+    require_cross_entropy(model, Installed(cuda=False))
+    with pytest.raises(ConfigurationError, match="use native"):
+        require_cross_entropy(model, GPU)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "installed", "expected"),
+    [
+        ("auto", EVERYTHING, True),
+        ("auto", GPU, False),
+        ("auto", Installed(False, True), False),
+        ("local", EVERYTHING, False),
+    ],
+)
+def test_auto_takes_transformer_engine_on_a_gpu(wanted, installed, expected):
+    assert uses_transformer_engine(wanted, installed) == expected
+
+
+def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch):
+    """The kernel itself is for a GPU; its signature is not."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has none")
+    causal_varlen_attention.cache_clear()
+    if causal_varlen_attention() is None:
+        pytest.skip("this torch has an earlier form of it")
+    bound = []
+    plain = signature(varlen.varlen_attn)
+
+    def recorded(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        bound.append(plain.bind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale).arguments)
+        bound[-1] |= {"window_size": window_size, "enable_gqa": enable_gqa}
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", recorded)
+    causal_varlen_attention.cache_clear()
+    attend, x, bounds = causal_varlen_attention(), torch.zeros(5, 2, 8), torch.tensor([0, 2, 5])
+    assert attend is not None
+    attend(x, x, x, bounds, bounds, 3, 3, scale=0.5)
+    causal_varlen_attention.cache_clear()
+    assert bound[0]["window_size"] == (-1, 0) and bound[0]["enable_gqa"] and bound[0]["max_q"] == 3

@@ -1,0 +1,178 @@
+"""The host never waits for the device within forward, backward and gradient sums, and twice in a whole step.
+
+On two gloo ranks a mode sees each read of a number; on meta tensors, which hold none, a read raises.
+"""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from torch import nn
+
+from megatron_peft.adapters import attach
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.kernels import Training
+from megatron_peft.runtime import cpu
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
+from megatron_peft.training import run
+from megatron_peft.training.state import wrap_data_parallel
+from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from tests.ranks import run_ranks
+from tests.training.layout_runs import Job, data_of
+from tests.training.waits import Waits
+
+BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
+URNN: dict[str, Any] = {"urnn_block_size": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "lora_rank": 4},
+    "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_init": "paper"},
+    "boft": {"method": "boft", **BOFT},
+    "urnn": {"method": "urnn", **URNN},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, "hybrid_lambda": "rms", **BOFT},
+    "boft input": {"method": "boft", "rotation_side": "input", **BOFT},
+    "projection": {"method": "boft", "boft_parametrization": "projection", **BOFT},
+    "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
+    "hybrid urnn": {"method": "hybrid", "lora_rank": 4, "hybrid_rotation": "urnn", "hybrid_lambda": "descent", **URNN},
+}
+QUICK = ("lora", "urnn", "hybrid")
+FIXED = {"pad_to_seq_length": True}
+PACKED = {"pack_sequences": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "TP2+SP packed": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "data_settings": PACKED,
+    },
+    "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED},
+    "PP2 packed": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED | PACKED},
+}
+SIZES: dict[str, Any] = {"num_steps": 1, "training": {"micro_batch_size": 2, "global_batch_size": 4}}
+
+
+def jobs(files, methods, layouts=tuple(LAYOUTS)) -> dict[str, Job]:
+    cases = product(methods, layouts)
+    return {
+        f"{method} {layout}": Job(f"{method} {layout}", *files, peft=METHODS[method], **SIZES, **LAYOUTS[layout])
+        for method, layout in cases
+    }
+
+
+def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
+    """Of each job: reads in forward, backward and gradient sums; reads in a whole step."""
+    start_world()
+    found = {}
+    for job in given:
+        config = job.config(dist.get_world_size())
+        start_model_parallel(config.parallel, config.training.seed)
+        data = data_of(config)
+        state = run.build_state(config, read_shape(job.base), data.train_iters)
+        step = data.train.step_at(0)
+        finish_with(state.model_chunks, finish_gradients)
+        with Waits() as in_sums:
+            run_schedule(state.model_chunks, step, forward_only=False)
+        with Waits() as in_step:
+            train_step(state, step)
+        found[job.name] = in_sums.found, in_step.found
+        stop_model_parallel()
+    return found
+
+
+def check_waits(given: dict[str, Job]) -> None:
+    for by_name in run_ranks(2, waits_of, list(given.values())):
+        assert by_name.keys() == given.keys()
+        for name, (in_sums, in_step) in by_name.items():
+            assert not in_sums, f"{name}: {in_sums}"
+            places = [read.rpartition("/")[2].partition(":")[0] for read in in_step]
+            exponentials = ["unitary.py"] * places.count("unitary.py") if "riemannian" in name else []
+            assert places == ["launch.py", "clip_grads.py", *exponentials], f"{name}: {in_step}"
+
+
+def test_a_step_waits_twice_for_the_device_after_the_sums(files):
+    check_waits(jobs(files, QUICK, ("TP2+SP packed", "PP2 packed")))
+
+
+@pytest.mark.slow
+def test_a_step_of_any_method_waits_twice_for_the_device_after_the_sums(files):
+    check_waits(jobs(files, METHODS))
+
+
+def test_the_mode_sees_what_waits():
+    x = torch.arange(4.0)
+    with Waits() as waits:
+        x[1] = 2.0
+        x[x > 2] = 0.0
+        x.sum() + x.max()
+    assert not waits.found
+    reads = [
+        lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x[0] > 1), lambda: x.nonzero(), lambda: x[x > 1],
+        lambda: x.numpy(), lambda: torch.linalg.inv(torch.eye(2)), lambda: float(x[0]),
+    ]  # fmt: skip
+    for read in reads:
+        with Waits() as waits:
+            read()
+        assert waits.found, read
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """What this project and megatron-core would put on a GPU has no numbers."""
+    cpu.install()
+    monkeypatch.setattr(attach, "all_names", sorted)  # a gather of objects, whose sizes it reads
+    # The fake group takes single messages and sums of such tensors, but no batches of them.
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [])
+    monkeypatch.setattr(param_and_grad_buffer, "_coalescing_manager", lambda *args, **kwargs: nullcontext())
+    yield lambda: monkeypatch.setattr(cpu, "_CPU", torch.device("meta"))
+    if dist.is_initialized():
+        stop()
+
+
+def on_meta_cases():
+    for method, layout, rank in product(METHODS, LAYOUTS, (0, 1)):
+        is_quick = method in QUICK and "packed" in layout and rank == 1
+        yield pytest.param(method, layout, rank, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("method", "layout", "rank"), on_meta_cases())
+def test_microbatches_run_on_tensors_without_numbers(files, on_meta, method, layout, rank):
+    """Forward, backward and gradient sums of a rank of two."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    job = jobs(files, [method])[f"{method} {layout}"]
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    config = job.config(2)
+    start_model_parallel(config.parallel, 1)
+    shape = replace(read_shape(job.base), num_layers=2)
+    batches = microbatches(config)
+    on_meta()
+    with torch.device("meta"):
+        chunks: list[Any] = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
+        if config.peft.trains_adapters:
+            attach.attach_adapters(chunks, config.peft, 1)
+        wrapped = wrap_data_parallel(chunks, config)
+    finish_with(wrapped, finish_gradients)
+    run_schedule(wrapped, batches, forward_only=False)
+    assert all(is_on_meta(chunk) for chunk in wrapped)
+
+
+def microbatches(config):
+    """Of the data, read before the device has no numbers."""
+    from megatron_peft.data.batches import pack, pad
+    from megatron_peft.data.samples import Sample
+
+    collate = pack if config.data.pack_sequences else pad
+    at_least = config.data.seq_length if config.data.pad_to_seq_length else 0
+    ids = [torch.arange(length).numpy() for length in (5, 12, 7, 9)]
+    samples = [Sample(one, one, (one % 2).astype("float32")) for one in ids]
+    return [collate([[one], [other]], 2, 0, at_least) for one, other in (samples[:2], samples[2:])]
+
+
+def is_on_meta(chunk: nn.Module) -> bool:
+    trained = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    return bool(trained) and all(parameter.main_grad.is_meta for parameter in trained)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,81 @@
+"""Where the host waits for the device: what reads a number of a tensor, or makes a shape of its values."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Their result's shape is made of values; or a check reads a flag.
+_READS = frozenset(
+    """_local_scalar_dense nonzero nonzero_numpy is_nonzero equal masked_select _unique _unique2 unique_dim
+    unique_consecutive repeat_interleave _linalg_check_errors linalg_matrix_exp""".split()
+)
+# These read a CPU tensor's memory without an operation that a dispatch mode could see.
+_METHODS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "__array__"}
+# These read tensors of the host on any device: Adam's counts of steps, the state of the CPU's generator.
+_ON_THE_HOST = ("/torch/optim/", "/megatron/core/tensor_parallel/random.py")
+_MACHINERY = (__file__, "/torch/_compile.py", "/torch/_ops.py", "/torch/overrides.py", "/torch/_dynamo/eval_frame.py")
+
+
+class Waits:
+    """`with Waits() as waits`: `waits.found` then names each read and the line that asked for it."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._modes = _Operations(self.found), _Methods(self.found)
+
+    def __enter__(self) -> "Waits":
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        name = func.overloadpacket.__name__
+        if name in _READS or _indexes_by_mask(name, args):
+            _note(self.found, name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func in _METHODS:
+            _note(self.found, _METHODS[func])
+        return func(*args, **(kwargs or {}))
+
+
+def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
+    """x[mask], or x[mask] = y unless y is one number: torch then writes it without counting the mask."""
+    if name not in ("index", "index_put", "index_put_"):
+        return False
+    masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
+    return bool(masks) and not (name != "index" and len(masks) == 1 and args[2].numel() == 1)
+
+
+def _note(found: list[str], name: str) -> None:
+    frames = [one for one in _files(sys._getframe(2)) if not one[0].endswith(_MACHINERY)]
+    if not any(place in frames[0][0] for place in _ON_THE_HOST):
+        file, line = next((one for one in frames if "/torch/" not in one[0]), frames[0])
+        found.append(f"{name} at {file.rpartition('site-packages/')[2]}:{line}")
+
+
+def _files(frame: FrameType | None):
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
