@@ -141,7 +141,8 @@ def test_a_tokenizer_of_llama_is_read_without_torch(tmp_path):
     folder = save_tokenizer(tmp_path)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     read = f"from megatron_peft.data.tokenizers import HuggingFaceTokenizer as H; H({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", f"{read}; import sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+    program = f"{read}; import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_an_id_above_the_number_of_tokens_counts(tmp_path):
