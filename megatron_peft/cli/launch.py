@@ -10,6 +10,13 @@ from typing import Any
 
 from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
 
+# Those of the agent have levels of their own.
+TORCHRUN_LOGGERS = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+)
+SECONDS_TO_SAVE = 600  # then ranks are killed; as long as a collective may wait (--distributed-timeout-minutes)
 PROGRAM_FAILED = (1, 2, 128 + signal.SIGINT)  # exit codes after which a rank of ours has said why
 
 
@@ -124,7 +131,10 @@ def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it too, with a warning
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # ranks on a CPU share its cores
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank that fails has said why
+    # After Ctrl-C or SIGTERM ranks finish their step and save, which may take longer than torchrun's 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    for name in TORCHRUN_LOGGERS:  # a rank that fails has said why, and so has one that a signal ends
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run(parse_args([*config.torchrun_words(), "--module", module, *argv]))
     except ChildFailedError as error:

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         return _train(argv, program)
     except KeyboardInterrupt:  # while nothing has begun
-        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 
 

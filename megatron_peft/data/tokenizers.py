@@ -326,12 +326,12 @@ def doubt_about_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> str:
     )
 
 
-# Where AutoTokenizer takes the class that tokenizer_config.json names: other types of models have classes of their own.
+# AutoTokenizer takes a class that tokenizer_config.json names, but for types of models that have classes of their own.
 _PLAIN_CLASSES, _PLAIN_TYPES = ("TokenizersBackend", "PreTrainedTokenizerFast"), ("llama", "bloom")
 
 
 def _class_that_reads(folder: Path) -> Any:
-    """AutoTokenizer, or the class that it would choose: it imports torch, which takes half the time of a preview."""
+    """AutoTokenizer, which imports torch, or the class that it would choose. The import is half of a preview's time."""
     config, model = (folder / name for name in ("tokenizer_config.json", "config.json"))
     if config.is_file() and model.is_file() and (folder / "tokenizer.json").is_file():
         named, model_type = read_json_object(config), read_json_object(model).get("model_type")
