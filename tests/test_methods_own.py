@@ -23,6 +23,7 @@ KNOWS = {
     "config.methods.hybrid": {"config.methods.boft", "config.methods.low_rank", "config.methods.urnn", "boft", "urnn"},
     "config.methods.rotation": {"hybrid"},  # help of --peft-lr-rotation, which it reads otherwise
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
+    "adapters.step_rotations": {"adapters.rotation"},  # builds the blocks of all rotations at once
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
     "adapters.step_rotations": {"adapters.rotation"},  # any method's rotation is built once a step
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
@@ -36,14 +37,13 @@ KNOWS = {
 }
 
 
-def public_classes() -> set[str]:
-    """Classes of the methods' own modules."""
-    files = (PACKAGE.parent / f"{one.replace('.', '/')}.py" for one in OWN_MODULES)
-    nodes = (node for file in files for node in ast.parse(file.read_text()).body)
+def classes_of(module: str) -> set[str]:
+    """Those that a module defines."""
+    nodes = ast.parse((PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text()).body
     return {node.name for node in nodes if isinstance(node, ast.ClassDef)}
 
 
-CLASSES = public_classes() - {"Hybrid"}  # a word of other things too
+CLASSES = set().union(*map(classes_of, OWN_MODULES)) - {"Hybrid"}  # a word of other things too
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(sorted(NAMES))})(?![\w-])")
 
 
@@ -64,11 +64,11 @@ def known_methods(tree: ast.AST) -> set[str]:
 
 
 def of_its_own(module: str) -> set[str]:
-    """What a method's module may know: the other module, the name and what rotations share."""
+    """What a method's module may know: the other module, the name, its own classes and what rotations share."""
     mine = {spec.name: {spec.adapter, type(spec).__module__} for spec in METHODS.values()}
     mine = {name: modules for name, modules in mine.items() if module in modules}
     modules = (one.removeprefix("megatron_peft.") for one in SHARED.union(*mine.values()))
-    return {*modules, *mine} if module in OWN_MODULES else set()
+    return {*modules, *mine, *classes_of(module)} if module in OWN_MODULES else set()
 
 
 def test_no_code_but_a_methods_own_knows_it() -> None:
