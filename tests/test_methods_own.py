@@ -25,7 +25,6 @@ KNOWS = {
     "config.methods": {"lora", "boft", "urnn", "hybrid"},  # the registry
     "adapters.step_rotations": {"adapters.rotation"},  # builds the blocks of all rotations at once
     "adapters.change": {"adapters.rotation"},  # R W without R - I in memory
-    "adapters.step_rotations": {"adapters.rotation"},  # any method's rotation is built once a step
     "lora_ga.initialize": {"adapters.low_rank", "lora"},  # the start of A and B; the method that needs no such start
     "training.after_step": {"adapters.low_rank"},  # --lora-max-norm-ratio bounds every method's low rank
     "conversion.as_lora": {"adapters.low_rank"},  # whatever was trained is written as a LoRA

@@ -33,7 +33,7 @@ class Installed:
     varlen_attention: bool = False
 
     @classmethod
-    def here(cls) -> "Installed":
+    def detected(cls) -> "Installed":
         """On this machine; without a GPU nothing else matters, and nothing is imported."""
         if not torch.cuda.is_available():
             return cls(cuda=False)

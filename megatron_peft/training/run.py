@@ -122,7 +122,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
 
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> None:
-    installed = Installed.here()
+    installed = Installed.detected()
     require_cross_entropy(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
     require_packed_attention(config, shape, with_engine, installed)

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_peft.adapters import boft, urnn
 from megatron_peft.adapters.boft import Boft, nearest_orthogonal
 from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.adapters.step_rotations import StepRotations
 from megatron_peft.adapters.unitary import as_real, change_from_start, exponential_step, orthogonality_error, structured
 from megatron_peft.adapters.urnn import StructuredUrnn
 from megatron_peft.config import PeftConfig
@@ -69,7 +70,7 @@ def relative_error(adapter: StructuredUrnn) -> float:
     """Of D beside float64's."""
     with tf32(), torch.no_grad():
         D = adapter.changes()
-    start, permutation = adapter.start.double(), adapter.permutation
+    start, permutation = adapter.start.double(), adapter.constants()[1]
     theta = adapter.theta.detach().double()
     exact = as_real(change_from_start(theta, structured(start, permutation), permutation))
     return float((D - exact).norm() / exact.norm())
@@ -85,6 +86,26 @@ def test_boft_is_orthogonal_and_urnns_small_change_is_right():
 def test_neither_is_where_nothing_asks_for_full_precision():
     assert 1e-3 < rotation_error(moved_boft()) < 2e-3
     assert 0.09 < relative_error(moved_urnn()) < 0.13
+
+
+class Layer(nn.Module):
+    """What a step's rotations know of an adapted layer."""
+
+    def __init__(self, adapter: BlockRotation) -> None:
+        super().__init__()
+        self.adapter, self.weight = adapter, torch.zeros(256, 32)
+
+
+def test_a_steps_blocks_and_gradients_are_not_rounded():
+    layers = nn.ModuleList([Layer(moved_boft()), Layer(moved_urnn())])
+    with tf32() as mode:
+        rotations = StepRotations([layers])
+        rotations.build()
+        for layer in layers:
+            layer.adapter.held.total.normal_(generator=torch.Generator().manual_seed(0))
+        rotations.finish([])
+    assert mode.num_rounded == 0
+    assert all(layer.adapter.trained.grad.norm() > 0 for layer in layers)
 
 
 def near_orthogonal() -> Tensor:
