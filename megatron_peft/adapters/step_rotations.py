@@ -60,13 +60,14 @@ class StepRotations:
 
     def _gather_parameters(self) -> None:
         """Wait for --overlap-param-gather, which gathers a module's parameters when its forward begins."""
-        layers = {one.rotation for stack in self.stacks for one in stack.layers}
-        for chunk in self.model_chunks:
-            if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles:
-                gather = chunk._make_forward_pre_hook()
-                for module in chunk.modules():
-                    if module in layers:
-                        gather(module)
+        rotations = {one.rotation for stack in self.stacks for one in stack.layers}
+        wrapped = [chunk for chunk in self.model_chunks if isinstance(chunk, DistributedDataParallel)]
+        for chunk in wrapped:
+            if not chunk.remove_forward_pre_hook_handles:  # parameters are whole
+                continue
+            gather = chunk._make_forward_pre_hook()
+            for module in (one for one in chunk.modules() if one in rotations):  # every rank in the same order
+                gather(module)
 
     @full_precision
     def finish(self, model_chunks: Sequence[nn.Module]) -> None:
