@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
     "hybrid urnn": {"method": "hybrid", "lora_rank": 4, "hybrid_rotation": "urnn", "hybrid_lambda": "descent", **URNN},
 }
-QUICK = ("lora", "urnn", "hybrid")
+QUICK = ("lora", "hybrid")
 FIXED = {"pad_to_seq_length": True}
 PACKED = {"pack_sequences": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
