@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries, split_off_files
 from megatron_peft.cli.flags import Flag, flags_of, known_to_files, served_flags
-from megatron_peft.cli.parser import argparse_settings, in_a_tuple, version
+from megatron_peft.cli.parser import argparse_settings, in_a_tuple
 from megatron_peft.cli.unknown import NEAR, nearest
+from megatron_peft.cli.version import version
 from megatron_peft.config import ConfigurationError
 
 

@@ -32,6 +32,7 @@ from megatron_peft.cli.flags import (
 from megatron_peft.cli.megatron import WAYS_OUT_OF_VALUES
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.cli.unknown import why_not_served
+from megatron_peft.cli.version import version
 from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training, print_failure
 from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
@@ -142,21 +143,6 @@ def _read_words(argv: Sequence[str]) -> "_Typed":
 def in_a_tuple(value: Any) -> Any:
     """What argparse gives; several values as a tuple."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def version() -> str:
-    """`megatron-peft 0.1.0 (megatron-core 0.16.1, torch 2.13.0)`, of what is installed; nothing is imported."""
-    ours, core, torch = map(_installed, ("megatron-peft", "megatron-core", "torch"))
-    return f"megatron-peft {ours} (megatron-core {core}, torch {torch})"
-
-
-def _installed(name: str) -> str:
-    from importlib import metadata  # which takes a sixth of the time of --help
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def exit_with_error(

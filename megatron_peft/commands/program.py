@@ -4,9 +4,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from megatron_peft.cli.own_flags import ArgumentParser, own_parser
-from megatron_peft.cli.parser import version
+from megatron_peft.cli.version import version
+
+if TYPE_CHECKING:
+    from megatron_peft.cli.own_flags import ArgumentParser
 
 # Command -> (module of this room, one line for --help).
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -70,14 +73,16 @@ def _unknown(name: str, commands: Mapping[str, tuple[str, str]]) -> str:
     return f"{name} is not a command; {hint}"
 
 
-def add_commands(parser: ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
+def add_commands(parser: "ArgumentParser", commands: Mapping[str, tuple[str, str]]) -> None:
     """All commands with their flags, which imports their modules."""
     listed = parser.add_subparsers()
     for name, (module, summary) in commands.items():
         import_module(f"megatron_peft.commands.{module}").add_arguments(listed.add_parser(name, help=summary))
 
 
-def _overview(program: str, commands: Mapping[str, tuple[str, str]], description: str | None) -> ArgumentParser:
+def _overview(program: str, commands: Mapping[str, tuple[str, str]], description: str | None) -> "ArgumentParser":
+    from megatron_peft.cli.own_flags import own_parser  # with all flags, which a version does not need
+
     parser = own_parser(description)
     parser.prog, parser.usage = program, f"{program} COMMAND [flag ...]"
     parser.epilog = f"{program} COMMAND --help lists the flags of a command."

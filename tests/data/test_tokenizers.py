@@ -126,6 +126,7 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch):
         HuggingFaceTokenizer(str(tmp_path))
     assert not mark.exists()
 
+
 @pytest.mark.parametrize("model_type", ["llama", "bloom", "qwen2"])
 @pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast"])
 def test_a_tokenizer_is_of_the_class_that_auto_tokenizer_chooses(tmp_path, model_type, named):
