@@ -52,10 +52,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
     checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
     for chunk in model_chunks:
-        chunk.requires_grad_(False)
-        for module in chunk.modules():
-            if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):
-                module.is_frozen = True
+        freeze(chunk)
     build = import_module(peft.spec.adapter).build
     for target in adapted:
         module = target.module
@@ -67,6 +64,14 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
         if chunk.config.recompute_granularity is not None or not any(t.module.adapter for t in linear_layers(chunk)):
             start_gradients_at_the_embedding(chunk)
     return [target.name for target in adapted]
+
+
+def freeze(chunk: nn.Module) -> None:
+    """No parameter of a model chunk is trained, and its linear layers multiply as adapted ones do."""
+    chunk.requires_grad_(False)
+    for module in chunk.modules():
+        if isinstance(module, (AdaptedLinear, FrozenColumnParallelLinear)):
+            module.is_frozen = True
 
 
 def linear_layers(chunk: nn.Module) -> Iterator[TargetLayer]:

@@ -1,7 +1,8 @@
 # The benchmarks of `registry`, which imports torch: a wrong name is answered without it.
 NAMES = (
-    "lora-ratio",
-    "hybrid-ratio",
+    "layout-ratios",
+    "microbatch-ratios",
+    "wide-ratios",
     "boft-layer",
     "activations",
     "collectives",
@@ -14,6 +15,7 @@ NAMES = (
     "convert",
     "urnn-crossover",
     "generation",
+    "boft-generation",
     "harness",
     "startup",
 )

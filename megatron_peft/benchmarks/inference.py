@@ -8,7 +8,9 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
 from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
@@ -166,6 +169,35 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]], num_new: int) -> list[
             pad_token_id=0,
         )
     return found[:, longest:].tolist()
+
+
+# Generation with an adapter whose rotations are computed from parameters, beside the base model alone.
+
+
+def boft_generation_figures(setting: Setting, turns: int) -> list[Figure]:
+    """CPU seconds of a token with BOFT, and over a token of the base."""
+    seconds = run_ranks(1, time_boft_generation, (setting, turns), timeout=1800)[0]
+    boft, base = (median(seconds[name]) / TIMED_NEW for name in ("boft", "base"))
+    note = f"one prompt of {PROMPT_LENGTHS[1]} tokens, {TIMED_NEW} new ones, greedy; the base alone {base:.4f} s"
+    over = median_ratio(seconds["boft"], seconds["base"])
+    return [Figure("BOFT: CPU seconds of a token", boft, None, "s", note), Figure("BOFT / the base", over)]
+
+
+def time_boft_generation(job: tuple[Setting, int]) -> dict[str, list[float]]:
+    """CPU seconds of each turn of both. Started on a rank of its own."""
+    setting, turns = job
+    torch.set_num_threads(1)
+    join(setting)
+    base, boft = (load_base(setting)[0] for _ in range(2))
+    freeze(base[0])
+    attach_adapters(boft, setting.peft("boft"), SEED)
+    prompt = [tuple(range(PROMPT_LENGTHS[1]))]
+    settings = GenerationSettings(FOREVER, TIMED_NEW, batch_size=1)
+    chunks: dict[str, Any] = {"boft": boft, "base": base}
+    steps = {name: partial(generate, one, prompt, settings) for name, one in chunks.items()}
+    seconds = take_turns(steps, turns)
+    leave()
+    return seconds
 
 
 # The logits of the split model beside those of transformers.

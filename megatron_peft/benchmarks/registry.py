@@ -6,17 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.benchmarks.files import convert_figures, loading_figures, startup_figures
-from megatron_peft.benchmarks.inference import generation_figures, harness_figures, logits_figures
+from megatron_peft.benchmarks.inference import (
+    boft_generation_figures,
+    generation_figures,
+    harness_figures,
+    logits_figures,
+)
 from megatron_peft.benchmarks.layers import boft_layer_figures, crossover_figures
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.benchmarks.steps import (
+    MANY_MICROBATCHES,
+    WIDE,
     activations_figures,
     collectives_figures,
     hybrid_full_figures,
-    hybrid_ratio_figures,
+    layout_ratio_figures,
     lora_full_figures,
     lora_ga_start_figures,
-    lora_ratio_figures,
+    ratio_figures,
     rotation_figures,
 )
 from megatron_peft.benchmarks.subjects import Setting, save_shape
@@ -41,6 +48,16 @@ class Workplace:
         """8 layers, hidden 512, 4 x 256 tokens."""
         return Setting(str(save_shape(self.output / "llama-8x512")))
 
+    def microbatches_of_512(self) -> Setting:
+        """8 layers, hidden 512, 8 microbatches of 512 tokens."""
+        return dataclasses.replace(self.random_8_layers(), rows=1, positions=512, microbatches=8)
+
+    def random_2_wide_layers(self) -> Setting:
+        """2 layers, hidden 2048, 2 microbatches of 512 tokens."""
+        wide = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
+        checkpoint = save_shape(self.output / "llama-2x2048", **wide)
+        return Setting(str(checkpoint), rows=1, positions=512, microbatches=2)
+
     def pretrained_135m(self) -> Setting:
         """SmolLM2-135M-Instruct, 4 x 256 tokens."""
         return Setting(str(prepare_model(self.model, self.model.parent / "downloads")))
@@ -55,13 +72,17 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "lora-ratio": Benchmark(
-        "CPU seconds of a LoRA step over the frozen base's: 8 layers, hidden 512, rank 16, 4 x 256 tokens",
-        lambda place: lora_ratio_figures(place.random_8_layers(), place.turns),
+    "layout-ratios": Benchmark(
+        "CPU seconds of a step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 4 x 256 tokens",
+        lambda place: layout_ratio_figures(place.random_8_layers(), place.turns),
     ),
-    "hybrid-ratio": Benchmark(
-        "CPU seconds of a Hybrid step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 4 x 256 tokens",
-        lambda place: hybrid_ratio_figures(place.random_8_layers(), place.turns),
+    "microbatch-ratios": Benchmark(
+        "CPU seconds of a step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 8 times 512 tokens",
+        lambda place: ratio_figures(place.microbatches_of_512(), place.turns, MANY_MICROBATCHES),
+    ),
+    "wide-ratios": Benchmark(
+        "CPU seconds of a step over the frozen base's: 2 layers, hidden 2048, rank 16, b 8, m 3, 2 times 512 tokens",
+        lambda place: ratio_figures(place.random_2_wide_layers(), place.turns, WIDE),
     ),
     "boft-layer": Benchmark(
         "A layer of BOFT, b 8, m 3, 2048 x 2048, 1024 tokens, forward and backward",
@@ -110,6 +131,10 @@ BENCHMARKS = {
     "generation": Benchmark(
         "Greedy answers of the 135M model, their scores and their speed beside transformers'",
         lambda place: generation_figures(place.pretrained_135m(), place.turns),
+    ),
+    "boft-generation": Benchmark(
+        "Generation with BOFT, b 8, m 3, beside the base's: 8 layers, hidden 512, one prompt",
+        lambda place: boft_generation_figures(place.random_8_layers(), place.turns),
     ),
     "harness": Benchmark(
         "The shipped tasks on the 135M model: our backend of lm-eval beside its own, item by item",

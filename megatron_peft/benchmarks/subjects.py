@@ -1,9 +1,9 @@
 """What is measured: steps of the frozen base, of the methods, of full fine-tuning, and of HF PEFT's LoRA.
 
-One microbatch of random tokens, all of which count in the loss. A step of ours that trains is the training loop's own
+Microbatches of random tokens, all of which count in the loss. A step of ours that trains is the training loop's own
 `train_step`: forward, backward, gradient sums, the check for NaN, clipping and Adam. The frozen base has nothing to
 update, so its step is forward, backward (the embedding's output requires a gradient, so that it runs through every
-layer) and the gradient sums.
+layer) and the gradient sums. It multiplies as the methods do, on a CPU by oneDNN, or as megatron-core does, by MKL.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_peft.adapters.attach import attach_adapters, start_gradients_at_the_embedding
+from megatron_peft.adapters.attach import attach_adapters, freeze, start_gradients_at_the_embedding
 from megatron_peft.config import (
     DataConfig,
     ModelConfig,
@@ -59,7 +59,8 @@ class Setting:
     Args:
         checkpoint: Hugging Face folder.
         tensor_parallel, pipeline_parallel, sequence_parallel: the layout; one data-parallel replica.
-        rows, positions: of the microbatch.
+        rows, positions: of a microbatch.
+        microbatches: of a step.
         rank: of LoRA, on all four linear layers; alpha is twice that.
         block_size, num_factors: of BOFT.
     """
@@ -70,6 +71,7 @@ class Setting:
     sequence_parallel: bool = False
     rows: int = 4
     positions: int = 256
+    microbatches: int = 1
     rank: int = 16
     block_size: int = 8
     num_factors: int = 3
@@ -107,15 +109,15 @@ class Setting:
         )
 
 
-def save_shape(folder: Path) -> Path:
-    """The model of design section 6 (8 layers, hidden 512) with random weights, as a Hugging Face folder; once."""
+def save_shape(folder: Path, **changes: Any) -> Path:
+    """A model of SHAPE (8 layers, hidden 512) and `changes` with random weights, as a Hugging Face folder; once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(folder)
     return folder
 
 
@@ -142,10 +144,10 @@ def microbatch(setting: Setting, vocab_size: int) -> Microbatch:
 
 
 def training_step(setting: Setting, method: str) -> Step:
-    """`train_step` on the same microbatch again and again, of a `--peft-method`; the Hybrid starts as LoRA does."""
+    """`train_step` on the same microbatches again and again, of a `--peft-method`; the Hybrid starts as LoRA does."""
     shape = read_shape(setting.checkpoint)
     state = build_state(_run_config(setting, method), shape, NUM_ITERS)
-    batch = [microbatch(setting, shape.vocab_size)]
+    batch = [microbatch(setting, shape.vocab_size)] * setting.microbatches
     return lambda: train_step(state, batch)
 
 
@@ -164,14 +166,21 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
     return list(chunks), report
 
 
-def frozen_step(setting: Setting) -> Step:
-    """Forward, backward and gradient sums of the base model, none of which is trained."""
+def frozen_step(setting: Setting, by_mkl: bool = False) -> Step:
+    """Forward, backward and gradient sums of the base model, none of which is trained.
+
+    Args:
+        by_mkl: megatron-core's own linear layers, for which torch multiplies by MKL; else ours, as under an adapter.
+    """
     chunks, _ = load_base(setting)
     for chunk in chunks:
-        chunk.requires_grad_(False)
+        if by_mkl:
+            chunk.requires_grad_(False)
+        else:
+            freeze(chunk)
         start_gradients_at_the_embedding(chunk)
     wrapped = wrap_data_parallel(chunks, _run_config(setting, "lora"))
-    batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)]
+    batch = [microbatch(setting, read_shape(setting.checkpoint).vocab_size)] * setting.microbatches
     finish_with(wrapped, finish_gradients)
     return lambda: run_schedule(wrapped, batch, forward_only=False)
 
@@ -219,6 +228,7 @@ def hf_peft_step(setting: Setting) -> Step:
 
 STEPS: dict[str, Callable[[Setting], Step]] = {
     "frozen": frozen_step,
+    "frozen-mkl": partial(frozen_step, by_mkl=True),
     **{method: partial(training_step, method=method) for method in ("lora", "boft", "urnn", "hybrid", "full")},
     "lora-ga-start": lambda setting: lora_ga_start(setting, num_batches=1),
     "hf-peft-lora": hf_peft_step,
@@ -231,6 +241,8 @@ def _run_config(setting: Setting, method: str) -> RunConfig:
         model=ModelConfig(setting.checkpoint),
         peft=setting.peft(method),
         data=DataConfig(train_data_path=("random.jsonl",), seq_length=setting.positions),  # never opened
-        training=TrainingConfig(micro_batch_size=setting.rows, global_batch_size=setting.rows, train_iters=NUM_ITERS),
+        training=TrainingConfig(
+            micro_batch_size=setting.rows, global_batch_size=setting.rows * setting.microbatches, train_iters=NUM_ITERS
+        ),
         optimizer=OptimizerSettings(lr=LEARNING_RATE),
     )

@@ -1,6 +1,6 @@
 """Measure step time, memory, collectives, agreement with transformers, loading and startup.
 
-megatron-peft bench runs every benchmark; megatron-peft bench lora-ratio collectives runs these two. Each prints a table
+megatron-peft bench runs every benchmark; megatron-peft bench logits collectives runs these two. Each prints a table
 and writes OUTPUT/NAME.json. docs/benchmarks.md explains the figures.
 """
 
@@ -22,7 +22,7 @@ class BenchSettings:
     )
     output: Path = option(Path("runs/bench"), "folder for the results", metavar="FOLDER")
     model: Path = option(Path("runs/demo/model"), "the 135M model, which the demo makes", metavar="FOLDER")
-    turns: int = option(15, "number of measured turns per timed step", check="positive")
+    turns: int = option(9, "number of measured turns per timed step", check="positive")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

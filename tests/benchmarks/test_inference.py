@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_answers_and_scores_are_those_of_transformers_and_wrong_ones_are_found(t
     differing, largest = compare(layout, found, expected)
     assert (differing.measured, differing.reached) == (1, False)
     assert largest.measured == pytest.approx(1e-3, abs=1e-4) and not largest.reached
+
+
+def test_a_token_with_boft_is_timed_beside_one_of_the_base(tiny: Setting, monkeypatch) -> None:
+    monkeypatch.setattr(inference, "TIMED_NEW", 2)
+    seconds, over = inference.boft_generation_figures(tiny, turns=1)
+    base = float(re.findall(r"base alone ([\d.]+) s", seconds.note)[0])
+    assert seconds.measured > 0 and over.measured == pytest.approx(seconds.measured / base, rel=0.1)
 
 
 def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_path: Path) -> None:

@@ -19,7 +19,11 @@ from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
+def some_ratios(setting: Setting, num_turns: int) -> list:
+    return steps.ratio_figures(setting, num_turns, {"boft": 1.1})
+
+
+@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures, some_ratios])
 def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
     for figure in figures(even, 1):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
@@ -27,6 +31,38 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Settin
         if "step" in figure.name:
             above, below = re.findall(r"(\w+) step", figure.name)
             assert [above, below] == re.findall(r"(\w+) [\d.]+ CPU s", figure.note)
+
+
+def test_a_ratio_has_its_spread_and_that_to_the_other_products_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"frozen": [1.0, 2.0, 1.0], "frozen-mkl": [2.0, 2.0, 2.0], "lora": [1.5, 2.4, 1.3]}
+    monkeypatch.setattr(steps, "run_ranks", lambda num_ranks, target, job, timeout: [seconds] * num_ranks)
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3, {"lora": 1.25})
+    assert figure.name == "TP2: lora step / frozen step"
+    assert (figure.measured, figure.target, figure.reached) == (1.3, 1.25, False)
+    assert figure.note.startswith("(against MKL 0.750); 1.200 to 1.500; lora 3.000 CPU s; frozen 2.000 CPU s; 3 turns")
+
+
+def products_of_steps(setting: Setting) -> dict[str, set[str]]:
+    """Started on a rank. Which operators multiply activations with weights in a step."""
+    subjects.join(setting)
+    found = {}
+    for name in ("frozen", "frozen-mkl", "boft"):
+        step = STEPS[name](setting)
+        with torch.profiler.profile() as profile:
+            step()
+        events = {event.name for event in profile.events()}
+        found[name] = {product for product in PRODUCTS if product in events}
+    subjects.leave()
+    return found
+
+
+ONEDNN, PRODUCTS = "mkldnn::_linear_pointwise", ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
+
+
+def test_the_frozen_base_multiplies_as_an_adapted_model_does(even: Setting) -> None:
+    (found,) = run_ranks(1, products_of_steps, even)
+    assert ONEDNN in found["boft"]
+    assert found["frozen"] == {ONEDNN} and ONEDNN not in found["frozen-mkl"]
 
 
 def test_each_storage_counts_once_and_weights_do_not():
@@ -155,7 +191,7 @@ def losses_of_two_steps(setting: Setting) -> dict[str, list[float]]:
 
 
 def test_frozen_base_learns_nothing_and_the_others_do(tiny: Setting) -> None:
-    (losses,) = run_ranks(1, losses_of_two_steps, tiny)
+    (losses,) = run_ranks(1, losses_of_two_steps, replace(tiny, microbatches=2))
     frozen, lora, full = losses["frozen"], losses["lora"], losses["full"]
     assert frozen[0] == frozen[2] == pytest.approx(lora[0], rel=1e-6) == pytest.approx(full[0], rel=1e-6)
     assert lora[2] < lora[0] and full[2] < full[0]
