@@ -120,6 +120,14 @@ def test_the_mode_sees_what_waits():
         assert waits.found, read
 
 
+@pytest.mark.parametrize(("layout", "notes"), [("PP2", 0), ("PP2 packed", 0), ("TP2", 0), ("PP2 unpadded", 1)])
+def test_a_pipeline_of_unknown_lengths_says_so_once(files, capsys, monkeypatch, layout, notes):
+    groups = {**LAYOUTS, "PP2 unpadded": {"parallel": {"pipeline_model_parallel_size": 2}}}[layout]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    run._note_unknown_lengths(Job("note", *files, **SIZES, **groups).config(2))
+    assert capsys.readouterr().out.count("without --pad-to-seq-length pipeline stages tell one another") == notes
+
+
 @pytest.fixture
 def on_meta(monkeypatch):
     """What this project and megatron-core would put on a GPU has no numbers."""
