@@ -32,6 +32,7 @@ URNN: dict[str, Any] = {"urnn_block_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora_rank": 4},
+    "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
     "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_init": "paper"},
     "boft": {"method": "boft", **BOFT},
     "urnn": {"method": "urnn", **URNN},
