@@ -54,9 +54,15 @@ class PackedSamples(PackedSeqParams):
     @classmethod
     def of(cls, cu_seqlens: Tensor, lengths: tuple[int, ...], position_ids: Tensor) -> "PackedSamples":
         """From the fields of a `Microbatch`."""
-        bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
-        longest = {"max_seqlen_q": max(lengths), "max_seqlen_kv": max(lengths)}
-        return cls("thd", **bounds, **longest, lengths=lengths, position_ids=position_ids.flatten())
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            lengths=lengths,
+            position_ids=position_ids.flatten(),
+        )
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -266,7 +272,7 @@ class CachingSelfAttention(SelfAttention):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         *args: Any,
         rotary_pos_emb: Any = None,
         packed_seq_params: PackedSamples | None = None,

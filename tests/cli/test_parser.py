@@ -120,6 +120,8 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--moe-of-tomorrow 8", "does not support (mixture of experts); remove it."),
         ("--fp16", "(float16); use --bf16."),
         ("--softmax-scale 1", "--softmax-scale is a Megatron flag"),
+        ("--no-bias-gelu-fusion", "--no-bias-gelu-fusion is a Megatron flag"),
+        ("--no-persist-layer-norm", "--no-persist-layer-norm is a Megatron flag"),
         ("--no-gradient-reduce-div-fusion", "--no-gradient-reduce-div-fusion is a Megatron flag"),
         ("--disable-mamba-mem-eff-path", "(Mamba)"),
         ("--lr fast", "--lr: invalid number value: 'fast'."),

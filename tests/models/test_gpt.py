@@ -11,6 +11,7 @@ from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.layers import PackedSamples
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from tests.one_rank import one_rank
 from tests.tiny_gpt import SIZES, tiny_gpt
@@ -86,6 +87,22 @@ def test_messages_between_stages_overlap_or_are_batched(interleaved, settings, o
     )
     config = transformer_config(sizes, False, settings, parallel)
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
+
+
+def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone():
+    """Each token turns by its position in its own sample; where samples begin is not asked of the device."""
+    lengths, model = (7, 10, 3), tiny_gpt()
+    samples = [(torch.arange(length) * 5 + length) % VOCAB for length in lengths]
+    places = [torch.arange(length) for length in lengths]
+    bounds = torch.tensor([0, 7, 17, 20], dtype=torch.int32)
+    packing = PackedSamples.of(bounds, lengths, torch.cat(places))
+    tokens, positions = torch.cat(samples)[None], torch.cat(places)[None]
+    packed = model(tokens, positions, None, labels=(tokens * 7 + 3) % VOCAB, packed_seq_params=packing)
+    rows = [(sample[None], place[None]) for sample, place in zip(samples, places, strict=True)]
+    alone = torch.cat([model(row, place, None, labels=(row * 7 + 3) % VOCAB) for row, place in rows], 1)
+    weights = [layer.self_attention.linear_qkv.weight for layer in model.decoder.layers]
+    gradients = [torch.autograd.grad(losses.sum(), weights) for losses in (packed, alone)]
+    torch.testing.assert_close((packed, gradients[0]), (alone, gradients[1]))
 
 
 @pytest.mark.parametrize("numbers", [(8.0, 1.0, 4.0, 8192), (3.0, 0.5, 6.0, 100)])

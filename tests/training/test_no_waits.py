@@ -32,6 +32,7 @@ URNN: dict[str, Any] = {"urnn_block_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora_rank": 4},
+    "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
     "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_init": "paper"},
     "boft": {"method": "boft", **BOFT},
     "urnn": {"method": "urnn", **URNN},
@@ -118,6 +119,14 @@ def test_the_mode_sees_what_waits():
         with Waits() as waits:
             read()
         assert waits.found, read
+
+
+@pytest.mark.parametrize(("layout", "notes"), [("PP2", 0), ("PP2 packed", 0), ("TP2", 0), ("PP2 unpadded", 1)])
+def test_a_pipeline_of_unknown_lengths_says_so_once(files, capsys, monkeypatch, layout, notes):
+    groups = {**LAYOUTS, "PP2 unpadded": {"parallel": {"pipeline_model_parallel_size": 2}}}[layout]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    run._note_unknown_lengths(Job("note", *files, **SIZES, **groups).config(2))
+    assert capsys.readouterr().out.count("without --pad-to-seq-length pipeline stages tell one another") == notes
 
 
 @pytest.fixture
