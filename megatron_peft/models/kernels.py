@@ -107,7 +107,8 @@ def messages(settings: Mapping[str, Any], parallel: ParallelConfig, training: Tr
         "batch_p2p_comm": not overlaps,
         "variable_seq_lengths": not training.fixed_lengths,
         "batch_p2p_sync": not training.fixed_lengths,
-        "deallocate_pipeline_outputs": training.fixed_lengths,
+        # With overlap megatron-core would free an output while it is still being sent.
+        "deallocate_pipeline_outputs": training.fixed_lengths and not overlaps,
     }
 
 
