@@ -97,18 +97,19 @@ def fusions(
 def messages(settings: Mapping[str, Any], parallel: ParallelConfig, training: Training) -> dict[str, bool]:
     """Fields of TransformerConfig for the messages between pipeline stages.
 
-    Of variable lengths, a stage tells the next one each message's shape, and both wait for the device to read it.
+    Of variable lengths, a stage tells the next one each message's shape, and both wait for the device to read it. The
+    interleaved schedule does so always: without that exchange its losses were wrong with two stages.
     """
     interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
     # With two stages, the next one is also the previous one, and batched messages would be confused.
     overlaps = interleaved and settings.get("overlap_p2p_comm", True)
+    fixed = training.fixed_lengths and not interleaved
     return {
         "overlap_p2p_comm": overlaps,
         "batch_p2p_comm": not overlaps,
-        "variable_seq_lengths": not training.fixed_lengths,
-        "batch_p2p_sync": not training.fixed_lengths,
-        # With overlap megatron-core would free an output while it is still being sent.
-        "deallocate_pipeline_outputs": training.fixed_lengths and not overlaps,
+        "variable_seq_lengths": not fixed,
+        "batch_p2p_sync": not fixed,
+        "deallocate_pipeline_outputs": fixed,
     }
 
 
