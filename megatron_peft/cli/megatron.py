@@ -102,7 +102,7 @@ FLAGS = {
     "layouts of ranks": """
         disable-gloo-process-groups distributed-timeout-seconds-after-init fake-process-group lazy-mpu-init
         local-rank local_rank model-parallel-size num-virtual-stages-per-pipeline-rank
-        pipeline-model-parallel-layout pipeline-model-parallel-split-rank standalone-embedding-stage
+        pipeline-model-parallel-split-rank standalone-embedding-stage
         use-gloo-process-groups use-tp-pp-dp-mapping no-scatter-gather-tensors-in-pipeline""",
     "tuning of the data-parallel reduction": """
         ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
@@ -201,6 +201,7 @@ WAYS_OUT = {
     "local_rank": "start it with torchrun",
     "model-parallel-size": "use --tensor-model-parallel-size",
     "most-recent-k": "use --keep-last-checkpoints",
+    "standalone-embedding-stage": "use --account-for-embedding-in-pipeline-split",
     "num-layers-in-first-pipeline-stage": "use --decoder-first-pipeline-num-layers",
     "num-layers-in-last-pipeline-stage": "use --decoder-last-pipeline-num-layers",
     "num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",

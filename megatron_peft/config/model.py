@@ -1,4 +1,4 @@
-"""What is trained: the sections of a run's model, its layout on processes, and its data."""
+"""What is trained: the sections of a run's model and of its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ from megatron_peft.config.errors import Requirements, flag, option
 from megatron_peft.config.sources import is_indexed, kind_of_source, require_one_kind
 
 FULL_RECOMPUTE_FIELDS = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")
+
+RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp")  # those of a layer without experts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class ModelConfig:
         "auto",
         "kernel of core attention, where there is a choice; without a GPU, unfused and local materialize the scores",
     )
+    recompute_modules: tuple[str, ...] = option(
+        (),
+        "what --recompute-granularity selective recomputes: core_attn (the default), layernorm (both norms of a "
+        "layer), mlp",
+        group="activation recompute and fusions",
+    )
 
     def __post_init__(self) -> None:
         run = self.transformer
@@ -59,78 +67,20 @@ class ModelConfig:
                 full or not only_full,
                 f"{', '.join(map(flag, only_full))} belong to --recompute-granularity full, which is not given.",
             )
+            foreign = [name for name in self.recompute_modules if name not in RECOMPUTED_MODULES]
+            require(
+                not foreign,
+                f"--recompute-modules {' '.join(foreign)}: the layers of these models have "
+                f"{', '.join(RECOMPUTED_MODULES)}.",
+            )
+            require(
+                not self.recompute_modules or run.get("recompute_granularity") == "selective",
+                "--recompute-modules belongs to --recompute-granularity selective, which is not given.",
+            )
             require(
                 run.get("recompute_num_layers", 1) > 0,
                 f"--recompute-num-layers is {run.get('recompute_num_layers')}; it must be above 0.",
             )
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model and the batch are split over `world_size` processes."""
-
-    tensor_model_parallel_size: int = option(1, "number of ranks each linear layer is split over", check="positive")
-    pipeline_model_parallel_size: int = option(1, "number of pipeline stages", check="positive")
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "interleaved schedule: number of layers in a virtual stage", check="positive"
-    )
-    decoder_first_pipeline_num_layers: int | None = option(
-        None, "number of layers in the first pipeline stage, if it differs from the others", check="positive"
-    )
-    decoder_last_pipeline_num_layers: int | None = option(
-        None, "number of layers in the last pipeline stage, if it differs from the others", check="positive"
-    )
-    sequence_parallel: bool = option(
-        False,
-        "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
-    )
-    distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
-    distributed_timeout_minutes: float = option(
-        10, "minutes a rank waits for the others before the run fails", check="positive"
-    )
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        uneven = bool(self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers)
-        with Requirements(self) as require:
-            require.fields()
-            require(
-                tp * pp <= 0 or self.world_size % (tp * pp) == 0,
-                f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
-                f"processes (torchrun --nproc-per-node), or lower one of the two.",
-            )
-            require(
-                not self.sequence_parallel or tp > 1,
-                "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
-                "--tensor-model-parallel-size above 1.",
-            )
-            require(
-                self.num_layers_per_virtual_pipeline_stage is None or pp > 1,
-                "--num-layers-per-virtual-pipeline-stage interleaves pipeline stages: it needs "
-                "--pipeline-model-parallel-size above 1.",
-            )
-            require(
-                not uneven or pp > 1,
-                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
-                "--pipeline-model-parallel-size above 1.",
-            )
-            require(
-                not uneven or self.num_layers_per_virtual_pipeline_stage is None,
-                "--num-layers-per-virtual-pipeline-stage needs stages of equal size: leave out "
-                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers.",
-            )
-
-    def num_virtual_stages(self, num_layers: int) -> int | None:
-        """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
-        chunk = self.num_layers_per_virtual_pipeline_stage
-        return None if chunk is None else num_layers // self.pipeline_model_parallel_size // chunk
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Replicas of the model: ranks that are neither tensor- nor pipeline-parallel."""
-        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")  # read a .model file

@@ -10,7 +10,8 @@ from typing import Any, get_origin, get_type_hints
 
 from megatron_peft.config.errors import ConfigurationError, Requirements, flag, spelled
 from megatron_peft.config.methods import METHODS, PeftConfig
-from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
+from megatron_peft.config.model import DataConfig, ModelConfig
+from megatron_peft.config.parallel import ParallelConfig
 from megatron_peft.config.training import (
     LENGTH_OF_THE_RUN,
     CheckpointConfig,
@@ -51,7 +52,7 @@ class RunConfig:
             f"{self.training.micro_batch_size} x {replicas} data-parallel ranks = {step}: "
             f"use {' or '.join(str(batch) for batch in (below, below + step) if batch)}.",
         )
-        interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
+        interleaved = self.parallel.is_interleaved
         require(
             not interleaved or pp != 2 or self.model.transformer.get("overlap_p2p_comm", True),
             "--no-overlap-p2p-communication batches the messages of the interleaved schedule, and at "

@@ -93,6 +93,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages(shape.num_layers),
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -108,7 +111,8 @@ def build_model_chunks(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, training: Training = ONLY_ANSWERS
 ) -> list[GPTModel]:
     """This rank's part of the base model, one chunk for each virtual pipeline stage, weights not yet loaded."""
-    config = transformer_config(shape, model.bf16, model.transformer, parallel, training)
+    settings = {**model.transformer, "recompute_modules": list(model.recompute_modules) or None}
+    config = transformer_config(shape, model.bf16, settings, parallel, training)
     modules = _LayerModules.of(shape, model.transformer_impl)
     config.attention_kernel = model.attention_backend
     if modules.are_transformer_engines:

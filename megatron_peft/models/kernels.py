@@ -100,10 +100,9 @@ def messages(settings: Mapping[str, Any], parallel: ParallelConfig, training: Tr
     Of variable lengths, a stage tells the next one each message's shape, and both wait for the device to read it. The
     interleaved schedule does so always: without that exchange its losses were wrong with two stages.
     """
-    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
     # With two stages, the next one is also the previous one, and batched messages would be confused.
-    overlaps = interleaved and settings.get("overlap_p2p_comm", True)
-    fixed = training.fixed_lengths and not interleaved
+    overlaps = parallel.is_interleaved and settings.get("overlap_p2p_comm", True)
+    fixed = training.fixed_lengths and not parallel.is_interleaved
     return {
         "overlap_p2p_comm": overlaps,
         "batch_p2p_comm": not overlaps,
@@ -145,6 +144,15 @@ def require_cross_entropy(model: ModelConfig, installed: Installed) -> None:
         or installed.transformer_engine
         or model.transformer.get("cross_entropy_fusion_impl") != "te",
         "--cross-entropy-fusion-impl te needs the package transformer_engine, which cannot be imported: use native.",
+    )
+
+
+def require_norm_recompute(model: ModelConfig, installed: Installed) -> None:
+    """Raises ConfigurationError if --recompute-modules names norms, which megatron-core then cannot recompute."""
+    require(
+        not installed.cuda or installed.transformer_engine or "layernorm" not in model.recompute_modules,
+        "--recompute-modules layernorm needs the package transformer_engine, which megatron-core calls there and which "
+        "cannot be imported: leave layernorm out, or pip install 'transformer-engine[pytorch]'.",
     )
 
 

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from megatron_peft.config import DataConfig, ParallelConfig, flag, require
+from megatron_peft.config.parallel import stages_of_layout
 
 MOST = 2**31 - 1  # of any size, so that products of two sizes fit 64 bits
 MOST_LAYERS = 99_999
@@ -219,19 +220,33 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]
     given = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
     if any(given):
         return _uneven_problems(parallel, shape)
-    if layers % pp:
+    if parallel.pipeline_model_parallel_layout is not None:
+        return _layout_problems(parallel.pipeline_model_parallel_layout, shape)
+    divided = parallel.num_divided(layers)
+    counted = f"{layers} layers" + (f" ({divided - layers} more accounted for)" if divided > layers else "")
+    if divided % pp:
         return [
-            f"--pipeline-model-parallel-size {pp} does not divide the model's {layers} layers: use "
-            f"{_listed(_divisors(layers))}, or set --decoder-first-pipeline-num-layers and "
-            f"--decoder-last-pipeline-num-layers."
+            f"--pipeline-model-parallel-size {pp} does not divide the model's {counted}: use "
+            f"{_listed(_divisors(divided))}, or set --decoder-first-pipeline-num-layers and "
+            f"--decoder-last-pipeline-num-layers, or --pipeline-model-parallel-layout."
         ]
     chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if chunk and (layers // pp) % chunk:
+    if chunk and (divided // pp) % chunk:
         return [
-            f"--num-layers-per-virtual-pipeline-stage {chunk} does not divide the {layers // pp} layers of a stage "
-            f"({layers} layers over {pp} stages): use {_listed(_divisors(layers // pp))}."
+            f"--num-layers-per-virtual-pipeline-stage {chunk} does not divide the {divided // pp} layers of a stage "
+            f"({counted}, over {pp} stages): use {_listed(_divisors(divided // pp))}."
         ]
     return []
+
+
+def _layout_problems(layout: str, shape: ModelShape) -> list[str]:
+    held = sum(stage.count("t") for stage in stages_of_layout(layout))
+    if held == shape.num_layers:
+        return []
+    return [
+        f"--pipeline-model-parallel-layout {layout} has {held} layers (t), the model {shape.num_layers}: every layer "
+        f"stands in it once."
+    ]
 
 
 def _uneven_problems(parallel: ParallelConfig, shape: ModelShape) -> list[str]:

@@ -8,6 +8,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def install() -> None:
     _redirect_streams()
     _redirect_tensor_methods()
     _redirect_generator()
+    _redirect_fp8()
 
 
 def redirect_norm() -> None:
@@ -145,3 +147,15 @@ def _redirect_generator() -> None:
     logging.getLogger(tensor_parallel_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _redirect_fp8() -> None:
+    """megatron-core asks Transformer Engine whether FP8 is on when it recomputes a norm, in any precision."""
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    if hasattr(tensor_parallel_random, "FP8GlobalStateManager"):
+        return
+    off = SimpleNamespace(is_fp8_enabled=lambda: False)
+    tensor_parallel_random.FP8GlobalStateManager = off  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("activation_recompute_forward", "fp8_autocast"):
+        setattr(tensor_parallel_random, name, lambda **_: contextlib.nullcontext())

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -83,17 +84,18 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
         f"PeftConfig(method={config.method!r}) trains the model's own weights and has no adapters: train the model as "
         "it is, or use another method.",
     )
+    parts = TransformerLayer, TransformerBlock  # a pipeline stage may have a block without layers
     for chunk in chunks:
-        layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
         wrapped = isinstance(chunk, DistributedDataParallel)
         require(not wrapped, "add_adapters: the model is wrapped in DistributedDataParallel: wrap it afterwards.")
         require(
-            bool(layers) and hasattr(chunk, "config"),
+            any(isinstance(module, parts) for module in chunk.modules()) and hasattr(chunk, "config"),
             f"add_adapters: {type(chunk).__name__} has no TransformerLayer of megatron-core: pass a GPTModel.",
         )
         attached = any(name.endswith(".adapter") for name, _ in chunk.named_modules())
         require(not attached, "add_adapters: the model has adapters already; merge() takes them away.")
-        device, current = next(chunk.parameters()).device, torch.device(torch.cuda.current_device())
+        current = torch.device(torch.cuda.current_device())
+        device = next((one.device for one in chunk.parameters()), current)  # a chunk may hold no layer
         require(
             device == current, f"add_adapters: the model is on {device}, but this rank trains on {current}: move it."
         )

@@ -21,7 +21,13 @@ from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
-from megatron_peft.models.kernels import Installed, Training, require_cross_entropy, require_packed_attention
+from megatron_peft.models.kernels import (
+    Installed,
+    Training,
+    require_cross_entropy,
+    require_norm_recompute,
+    require_packed_attention,
+)
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -124,6 +130,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
 def _require_kernels(config: RunConfig, shape: ModelShape) -> None:
     installed = Installed.detected()
     require_cross_entropy(config.model, installed)
+    require_norm_recompute(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
     require_packed_attention(config, shape, with_engine, installed)
 

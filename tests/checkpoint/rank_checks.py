@@ -30,6 +30,9 @@ TP2: Settings = {"parallel": {"tensor_model_parallel_size": 2}}
 TP2_SP = merged(TP2, {"parallel": {"sequence_parallel": True}})
 PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
 PP2_INTERLEAVED = merged(PP2, {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}})
+ACCOUNTED = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+PP2_ACCOUNTED = merged(PP2_INTERLEAVED, {"parallel": ACCOUNTED})  # on both ranks a chunk without a layer
+PP4: Settings = {"parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"}}
 DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
 
 FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
@@ -60,11 +63,17 @@ RESUMED_ON_TWO = {
 SLOWLY_RESUMED = {
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
     "lora PP2 interleaved": PP2_INTERLEAVED,
+    "lora PP2 accounted": merged(PP2_ACCOUNTED, DISTRIBUTED),
+    "full PP2 accounted bf16": merged(FULL, PP2_ACCOUNTED, BF16),
     "lora TP2 sgd": merged(TP2, {"optimizer": {"optimizer": "sgd"}}),
     "projected PP2": merged(PROJECTED, PP2),
     "full DP2 distributed bf16": merged(FULL, DISTRIBUTED, BF16),
 }
-RESUMED_ON_FOUR = {"lora TP2xPP2": merged(TP2, PP2), "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED)}
+RESUMED_ON_FOUR = {
+    "lora TP2xPP2": merged(TP2, PP2),
+    "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
+    "lora PP4 layout": PP4,
+}
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
     "full TP2 to DP2 distributed, bf16": ("full TP2 bf16", merged(FULL, DISTRIBUTED, BF16)),
@@ -74,12 +83,13 @@ RESHARDED = {  # from, to
     "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
     "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
     "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
-    "lora TP2 to PP2 interleaved": ("lora TP2", PP2_INTERLEAVED),
+    "lora TP2 to PP2 accounted": ("lora TP2", PP2_ACCOUNTED),
     "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
 }
 SLOWLY_RESHARDED = {
     "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
     "lora PP2 interleaved to TP2": ("lora PP2 interleaved", TP2),
+    "lora PP2 accounted to TP2": ("lora PP2 accounted", TP2),
 }
 
 

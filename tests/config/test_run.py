@@ -31,6 +31,8 @@ DATA = {"train_data_path": ("a.jsonl",)}
 INDEXED = {"data_path": ("p",)}
 MODEL = {"pretrained_checkpoint": "m"}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "world_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2, "world_size": 2}
+ACCOUNTED = {**PP2, "account_for_embedding_in_pipeline_split": True}
 SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "world_size": 2}
 
 OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
@@ -41,6 +43,13 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers-per-virtual-pipeline-stage"),
         ({"decoder_first_pipeline_num_layers": 2}, "--decoder-first-pipeline-num-layers"),
         ({**INTERLEAVED, "decoder_last_pipeline_num_layers": 2}, "stages of equal size"),
+        ({"account_for_loss_in_pipeline_split": True}, "--account-for-loss-in-pipeline-split .* above 1"),
+        ({**ACCOUNTED, "decoder_first_pipeline_num_layers": 2}, "mutually exclusive"),
+        ({**ACCOUNTED, "pipeline_model_parallel_layout": "Et|L"}, "leave out --account-for-embedding"),
+        ({**PP2, "pipeline_model_parallel_layout": "Et|t|L"}, "3 stages, which --pipeline-model-parallel-size 2 does"),
+        ({**PP2, "pipeline_model_parallel_layout": "Et|mL"}, "holds 'm': stages hold E"),
+        ({**PP2, "pipeline_model_parallel_layout": "|EtL"}, "must begin with E"),
+        ({**PP2, "pipeline_model_parallel_layout": "E(t*999)*99999|L"}, "too long: .* less than 1,000 times"),
     ],
     ModelConfig: [
         ({}, "no base model: --pretrained-checkpoint"),
@@ -49,6 +58,11 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         (
             {**MODEL, "transformer": {"recompute_method": "block", "recompute_num_layers": 1}},
             "--recompute-method, --recompute-num-layers belong to --recompute-granularity full",
+        ),
+        ({**MODEL, "recompute_modules": ("mlp",)}, "--recompute-modules belongs to --recompute-granularity selective"),
+        (
+            {**MODEL, "recompute_modules": ("moe",), "transformer": {"recompute_granularity": "selective"}},
+            "--recompute-modules moe: the layers of these models have core_attn, layernorm, mlp",
         ),
     ],
     PeftConfig: [

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_peft.adapters import attach
@@ -95,11 +98,39 @@ def test_recipe_fits_its_model_and_its_row_of_the_readme(name):
 def test_recipe_adapts_the_last_stage_of_its_model(name, monkeypatch):
     """Each of its layers: target modules match, and every layer divides over the tensor-parallel ranks."""
     config, shape = parse(name), read_shape(CONFIGURATIONS / name)
-    with last_rank(config, monkeypatch) as (chunk,):
-        targets = list(attach.linear_layers(chunk))
-    stages = config.parallel.pipeline_model_parallel_size
-    here = config.parallel.decoder_last_pipeline_num_layers or shape.num_layers // stages
-    assert len(targets) == 4 * here and all(target.module.adapter is not None for target in targets)
-    assert targets[-1].name == f"decoder.layers.{shape.num_layers - 1}.mlp.linear_fc2"
+    with last_rank(config, monkeypatch) as chunks:
+        targets = [target for chunk in chunks for target in attach.linear_layers(chunk)]
+        stages = layers_by_stage(chunks[0].config)
+    assert sorted(layer for stage in stages for layer in stage) == list(range(shape.num_layers))
+    names = [f"decoder.layers.{layer}.mlp.linear_fc2" for layer in stages[-1]]
+    assert [target.name for target in targets if target.name.endswith("fc2")] == names
+    assert len(targets) == 4 * len(names) and all(target.module.adapter is not None for target in targets)
     tp = config.parallel.tensor_model_parallel_size
     assert targets[-1].module.weight.shape == (shape.hidden_size, shape.ffn_hidden_size // tp)
+
+
+def layers_by_stage(config: TransformerConfig) -> list[list[int]]:
+    """Layers that each pipeline rank holds, over all its chunks."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    return [
+        [
+            get_transformer_layer_offset(config, chunk, rank) + layer
+            for chunk in (range(chunks) if chunks else [None])
+            for layer in range(get_num_layers_to_build(config, chunk, rank))
+        ]
+        for rank in range(config.pipeline_model_parallel_size)
+    ]
+
+
+def test_the_stages_of_the_largest_model_are_even_and_nothing_is_recomputed(monkeypatch):
+    config = parse("llama-3.1-405b")
+    with last_rank(config, monkeypatch) as chunks:
+        held = [len(stage) for stage in layers_by_stage(chunks[0].config)]
+    assert held == [7, *[8] * 14, 7] and len(chunks) == 8
+    assert not config.model.transformer.get("recompute_granularity")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_exchange_messages_of_a_known_size(name):
+    config = parse(name)
+    assert config.parallel.pipeline_model_parallel_size == 1 or config.data.pad_to_seq_length

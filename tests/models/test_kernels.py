@@ -16,6 +16,7 @@ from megatron_peft.models.kernels import (
     fusions,
     messages,
     require_cross_entropy,
+    require_norm_recompute,
     require_packed_attention,
 )
 from megatron_peft.models.shape import ModelShape
@@ -155,6 +156,13 @@ def test_transformer_engines_loss_needs_transformer_engine():
 )
 def test_auto_takes_transformer_engine_on_a_gpu(wanted, installed, expected):
     assert uses_transformer_engine(wanted, installed) == expected
+
+
+def test_norms_are_recomputed_on_a_gpu_with_transformer_engine_only():
+    recomputed = {"transformer": {"recompute_granularity": "selective"}, "recompute_modules": ("mlp", "layernorm")}
+    require_norm_recompute(run_of(model=recomputed).model, EVERYTHING)
+    with pytest.raises(ConfigurationError, match="--recompute-modules layernorm needs the package transformer_engine"):
+        require_norm_recompute(run_of(model=recomputed).model, GPU)
 
 
 def test_torchs_packed_attention_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch):

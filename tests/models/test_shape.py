@@ -10,6 +10,9 @@ from megatron_peft.config import LINEAR_MODULES, ConfigurationError, DataConfig,
 from megatron_peft.models.shape import MOST, ModelShape, RopeScaling, check_layout, check_lengths, compare_shape
 
 LLAMA = ModelShape("llama", 12, 96, 288, 12, 6, 8, 1000, 2048, rope_scaling=RopeScaling(factor=8.0))
+ACCOUNTED: dict[str, Any] = {
+    "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True,
+}  # fmt: skip
 BLOOM = ModelShape(
     "bloom", 12, 96, 288, 12, 12, 8, 1000, 2048, normalization="LayerNorm", activation="gelu_tanh",
     gated_linear_unit=False, linear_biases=frozenset(LINEAR_MODULES), tied_embeddings=True, position_embedding="alibi",
@@ -24,7 +27,7 @@ LLAMA_FLAGS = {
 }  # fmt: skip
 
 
-def layout(tp: int = 1, pp: int = 1, first: int | None = None, last: int | None = None, **more: int) -> ParallelConfig:
+def layout(tp: int = 1, pp: int = 1, first: int | None = None, last: int | None = None, **more: Any) -> ParallelConfig:
     stages = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last, **more}
     return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, world_size=tp * pp, **stages)
 
@@ -67,6 +70,8 @@ def test_layouts_that_fit_say_nothing() -> None:
     uneven = [{"first": 2, "last": 4, "pp": 4}, {"first": 5}, {"first": 5, "last": 7}]
     fitting = [layout(), layout(tp=6), layout(pp=4), layout(tp=2, pp=3, num_layers_per_virtual_pipeline_stage=2)]
     fitting += [layout(**{"pp": 2, **stages}) for stages in uneven]
+    fitting += [layout(pp=2, num_layers_per_virtual_pipeline_stage=7, **ACCOUNTED)]
+    fitting += [layout(pp=2, pipeline_model_parallel_layout="E(t|)*12L")]
     assert [check_layout(one, LLAMA) for one in fitting] == [[]] * len(fitting)
 
 
@@ -77,6 +82,9 @@ def test_layouts_that_fit_say_nothing() -> None:
         (layout(tp=5), "12 attention heads, 6 key-value heads, 96 hidden features, 288 MLP features"),
         (layout(pp=5), "--pipeline-model-parallel-size 5 does not divide the model's 12 layers: use 1, 2, 3, 4, 6 or"),
         (layout(pp=2, num_layers_per_virtual_pipeline_stage=4), "the 6 layers of a stage .* use 1, 2, 3 or 6"),
+        (layout(pp=4, **ACCOUNTED), "4 does not divide the model's 12 layers .2 more accounted for.: use 1, 2, 7"),
+        (layout(pp=2, num_layers_per_virtual_pipeline_stage=2, **ACCOUNTED), "the 7 layers of a stage .*: use 1 or 7"),
+        (layout(pp=2, pipeline_model_parallel_layout="Et*5|t*6L"), "has 11 layers .t., the model 12"),
         (layout(pp=3, first=3), "--decoder-first-.* 3 leave 9 .* other 2 pipeline stages: use 2, 4, 6, 8 or 10 layers"),
         (layout(pp=2, first=5, last=5), "leave 2 .* other 0 pipeline stages: use 12 layers"),
         (layout(pp=2, last=12), "leave 0 of the model's 12 layers"),

@@ -13,6 +13,7 @@ from tests.training.layout_runs import Curve, Job, merged, run_jobs
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
+ACCOUNTED = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 GROUPS_OF_FOUR = {"boft_block_size": 2, "boft_factors": 2}
 LORA = {"method": "lora", "lora_rank": 4}
@@ -40,11 +41,21 @@ PADDED = {"data_settings": {"pad_to_seq_length": True}}
 ON_TWO_RANKS = {
     "TP2": {"parallel": TP2, **HALF_AS_MANY},
     "TP2+SP": {"parallel": SP, **HALF_AS_MANY},
-    "TP2 selective recompute": {"parallel": TP2, "transformer": {"recompute_granularity": "selective"}, **HALF_AS_MANY},
+    "TP2 selective recompute": {
+        "parallel": TP2,
+        "transformer": {"recompute_granularity": "selective"},
+        "model": {"recompute_modules": ("core_attn", "layernorm", "mlp")},
+        **HALF_AS_MANY,
+    },
     "PP2": {"parallel": PP2},
     "PP2 uneven, first": {"parallel": {**PP2, "decoder_first_pipeline_num_layers": 1}},
     "PP2 uneven, last": {"parallel": {**PP2, "decoder_last_pipeline_num_layers": 1}},
     "PP2 interleaved": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}},
+    # 4 layers + 2 = 2 ranks x 3 chunks: the embedding alone, and the loss alone.
+    "PP2 interleaved, accounted": {
+        "parallel": {**PP2, **ACCOUNTED, "num_layers_per_virtual_pipeline_stage": 1},
+        "transformer": RECOMPUTE,
+    },
     "PP2 padded": {"parallel": PP2, **PADDED},
     "PP2 interleaved, padded": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}, **PADDED},
     "DP2": {},
@@ -57,6 +68,8 @@ ON_TWO_RANKS = {
 ON_FOUR_RANKS = {
     "TP2xPP2 recompute": {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE, **HALF_AS_MANY},
     "TP2xPP2+SP": {"parallel": {**SP, **PP2}, **HALF_AS_MANY},
+    # Two chunks a rank; on four of the eight no layer, on two of those nothing at all.
+    "PP4 layout": {"parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"}},
 }
 
 LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
@@ -65,7 +78,7 @@ WITH_PADDING = ("PP2 padded", "PP2 interleaved, padded")
 # `make test-all` runs all. `test_layout_small.py` has the Hybrid at TP2 and overlapped.
 QUICK_LAYOUTS = {
     "lora": tuple(name for name in LAYOUTS if name not in WITH_PADDING),
-    "hybrid": ("TP2+SP", "PP2 interleaved", "DP2 distributed optimizer", "TP2xPP2 recompute"),
+    "hybrid": ("TP2+SP", "PP2 interleaved, accounted", "DP2 distributed optimizer", "TP2xPP2 recompute"),
     "boft": ("TP2+SP", "PP2"),
     "boft-input": ("TP2", "TP2xPP2+SP"),
     "lora-ga": ("TP2+SP", "DP2 distributed optimizer"),

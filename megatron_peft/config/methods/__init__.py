@@ -24,7 +24,8 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_peft.config.errors import Check, ConfigurationError, Requirements, flag_of, option, spelled
-from megatron_peft.config.model import DataConfig, ModelConfig, ParallelConfig
+from megatron_peft.config.model import DataConfig, ModelConfig
+from megatron_peft.config.parallel import ParallelConfig
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 if TYPE_CHECKING:

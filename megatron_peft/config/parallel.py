@@ -1,0 +1,164 @@
+"""How a run is laid out on processes: tensor-parallel ranks, pipeline stages, their layers, and replicas."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_peft.config.errors import Requirements, flag, option
+
+UNEVEN_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+ACCOUNTED_STAGES = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+LAYOUT = "pipeline_model_parallel_layout"
+LONGEST_LAYOUT = 1000
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are split over `world_size` processes."""
+
+    tensor_model_parallel_size: int = option(1, "number of ranks each linear layer is split over", check="positive")
+    pipeline_model_parallel_size: int = option(1, "number of pipeline stages", check="positive")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "interleaved schedule: number of layers in a virtual stage", check="positive"
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "number of layers in the first pipeline stage, if it differs from the others", check="positive"
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "number of layers in the last pipeline stage, if it differs from the others", check="positive"
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "count the embedding as a layer when layers are divided among pipeline stages"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "count the output layer and the loss as a layer when layers are divided among pipeline stages"
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "what each pipeline stage holds, in order: E embedding, t layer, L loss; | between stages, *N repeats, ( ) "
+        "groups, as in 'Ettt|(tttt|)*14tttL'; N times as many stages as --pipeline-model-parallel-size interleave",
+        check="not_empty",
+        metavar="LAYOUT",
+    )
+    sequence_parallel: bool = option(
+        False,
+        "split the sequence over the tensor-parallel ranks outside the linear layers; no effect with one such rank",
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = option(None, "default: nccl with CUDA, gloo without")
+    distributed_timeout_minutes: float = option(
+        10, "minutes a rank waits for the others before the run fails", check="positive"
+    )
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        with Requirements(self) as require:
+            require.fields()
+            require(
+                tp * pp <= 0 or self.world_size % (tp * pp) == 0,
+                f"{self.world_size} processes cannot hold --tensor-model-parallel-size {tp} x "
+                f"--pipeline-model-parallel-size {pp} = {tp * pp} ranks per replica: start a multiple of {tp * pp} "
+                f"processes (torchrun --nproc-per-node), or lower one of the two.",
+            )
+            require(
+                not self.sequence_parallel or tp > 1,
+                "--sequence-parallel splits the sequence over tensor-parallel ranks: it needs "
+                "--tensor-model-parallel-size above 1.",
+            )
+            self._check_pipeline(require)
+
+    def _check_pipeline(self, require: Requirements) -> None:
+        """Flags that fit neither one another nor the number of stages; whether they fit a model, its shape says."""
+        pp, layout = self.pipeline_model_parallel_size, self.pipeline_model_parallel_layout
+        interleaved = self.num_layers_per_virtual_pipeline_stage is not None
+        uneven, accounted = self._given(*UNEVEN_STAGES), self._given(*ACCOUNTED_STAGES)
+        needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)
+        require(
+            pp > 1 or not needs_stages,
+            f"{_listed(needs_stages)} divide layers among pipeline stages: they need --pipeline-model-parallel-size "
+            f"above 1.",
+        )
+        require(
+            not (uneven and interleaved),
+            f"--num-layers-per-virtual-pipeline-stage needs stages of equal size: leave out {_listed(uneven)}.",
+        )
+        require(
+            not (uneven and accounted),
+            f"{_listed(uneven)} and {_listed(accounted)} are mutually exclusive: the first say how many layers an end "
+            f"holds, the second count the embedding or the loss as one of a stage's layers.",
+        )
+        if layout is None:
+            return
+        others = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES)
+        require(not others, f"{flag(LAYOUT)} says what every pipeline stage holds: leave out {_listed(others)}.")
+        self._check_layout(require, layout)
+
+    def _check_layout(self, require: Requirements, layout: str) -> None:
+        pp, named = self.pipeline_model_parallel_size, f"{flag(LAYOUT)} {layout[:80]}"
+        numbers = re.findall(r"\d+", layout)
+        if len(layout) > LONGEST_LAYOUT or any(len(number) > 3 for number in numbers):
+            require(
+                False, f"{named} is too long: use at most {LONGEST_LAYOUT} letters, and repeat less than 1,000 times."
+            )
+            return
+        stages = stages_of_layout(layout)
+        foreign = "".join(sorted({*"".join(stages)} - {*"EtL"}))
+        require(
+            not foreign,
+            f"{named} holds {foreign!r}: stages hold E (embedding), t (layer) and L (loss), as in "
+            f"'Ettt|(tttt|)*14tttL'.",
+        )
+        ends = stages[0][:1], stages[-1][-1:], layout.count("E"), layout.count("L")
+        require(
+            bool(foreign) or ends == ("E", "L", 1, 1),
+            f"{named} must begin with E, the embedding, and end with L, the loss, each once.",
+        )
+        require(
+            pp <= 0 or len(stages) % pp == 0,
+            f"{named} has {len(stages)} stages, which --pipeline-model-parallel-size {pp} does not divide: every rank "
+            f"holds equally many.",
+        )
+
+    def _given(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name)]
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether a pipeline rank holds several chunks of the model."""
+        layout = self.pipeline_model_parallel_layout
+        if layout is not None:
+            return len(stages_of_layout(layout)) > self.pipeline_model_parallel_size
+        return self.num_layers_per_virtual_pipeline_stage is not None
+
+    def num_divided(self, num_layers: int) -> int:
+        """Layers to divide among the stages, with the embedding and the loss where they count as one."""
+        return num_layers + len(self._given(*ACCOUNTED_STAGES))
+
+    def num_virtual_stages(self, num_layers: int) -> int | None:
+        """Model chunks of one pipeline rank under the interleaved schedule; None for the plain one."""
+        if not self.is_interleaved:
+            return None
+        pp, chunk = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
+        if self.pipeline_model_parallel_layout is not None:
+            return len(stages_of_layout(self.pipeline_model_parallel_layout)) // pp
+        return self.num_divided(num_layers) // pp // (chunk or 1)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model: ranks that are neither tensor- nor pipeline-parallel."""
+        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+
+def stages_of_layout(layout: str) -> list[str]:
+    """What each stage of a --pipeline-model-parallel-layout holds: `E|(tt|)*2L` -> ["E", "tt", "tt", "L"].
+
+    As megatron-core reads it, which would have to import torch for that.
+    """
+    unrolled = layout.replace(",", "")
+    for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        unrolled = re.sub(repeated, lambda found: found[1] * int(found[2]), unrolled)
+    return unrolled.split("|")
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(map(flag, names))
