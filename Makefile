@@ -2,7 +2,7 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench
+.PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench check-gpu
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -61,6 +61,9 @@ lint: $(INSTALLED) ## style (ruff) and types (pyright)
 
 bench: $(INSTALLED) ## measure steps, memory and collectives beside other libraries
 	$(PYTHON) tools/bench.py $(ARGS)
+
+check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
+	$(PYTHON) tools/check_gpu.py $(ARGS)
 
 # A half-made environment is removed, so that the next call starts afresh.
 $(INSTALLED): pyproject.toml setup.py

@@ -140,7 +140,7 @@ def plan(*arguments: str, cwd: Path = ROOT) -> str:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, env={"PATH": PATH}).stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "golden", "mutations", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "golden", "mutations", "lint", "bench", "check-gpu"])
 def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) -> None:
     """In a clone without .venv each target starts by making one, then runs that interpreter."""
     for name in ("Makefile", "pyproject.toml", "setup.py"):

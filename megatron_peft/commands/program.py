@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "report": ("report", "tables and plots of a run or an experiment"),
     "demo": ("demo", "fine-tune a real 135M Llama on this machine"),
     "bench": ("bench", "measure step time, memory, collectives and loading"),
+    "check-gpu": ("check_gpu", "try on one GPU, in ten minutes, what was only counted without one"),
     "completion": ("completion", "print a script that completes commands and flags in a shell"),
 }
 DATA_COMMANDS: Mapping[str, tuple[str, str]] = {  # of `data`

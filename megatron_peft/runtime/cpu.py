@@ -32,6 +32,11 @@ def install() -> None:
     _redirect_fp8()
 
 
+def is_installed() -> bool:
+    """Whether CUDA calls are redirected: never on a machine with a GPU."""
+    return _installed
+
+
 def redirect_norm() -> None:
     """Compute the norm of the gradients as the GPU's kernel does, which leaves it to megatron-core to read one number.
 

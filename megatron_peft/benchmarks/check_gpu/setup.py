@@ -1,0 +1,62 @@
+"""What is installed, how float32 products are rounded, and one process with groups of its own."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.distributed as dist
+
+from megatron_peft.benchmarks.check_gpu.subjects import Place
+from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.models.kernels import Installed
+from megatron_peft.runtime import cpu
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "apex", "triton", "nvidia-nccl-cu12")
+FLAGS = {
+    "float32 products on tensor cores (TF32)": lambda: torch.backends.cuda.matmul.allow_tf32,
+    "TF32 in cuDNN": lambda: torch.backends.cudnn.allow_tf32,
+    "bf16 sums of split products": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+}
+
+
+def versions(place: Place) -> list[Figure]:
+    """Of packages, the driver and the device; 1 for what is there, 0 for what is not."""
+    packages = [Figure(name, float(found is not None), note=found or "") for name in PACKAGES for found in [_version(name)]]
+    flags = [Figure(name, float(is_set())) for name, is_set in FLAGS.items()]
+    kernels = [Figure(f"found: {name}", float(there)) for name, there in vars(Installed.detected()).items()]
+    return [Figure("GPUs", float(torch.cuda.is_available()), note=_device()), *packages, *flags, *kernels]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "CPU"
+    properties = torch.cuda.get_device_properties(0)
+    capability = f"sm {properties.major}{properties.minor}"
+    cudnn = torch.backends.cudnn.version()
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return f"{properties.name}, {memory}, {capability}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+
+
+def world(place: Place) -> list[Figure]:
+    """Sums in the world and in a new group, whose store is this process's memory."""
+    backend = dist.get_backend()
+    group = dist.new_group([0])
+    ones = torch.ones(3, device=place.device)
+    dist.all_reduce(ones)
+    dist.all_reduce(ones, group=group)
+    dist.destroy_process_group(group)
+    wrong = float((ones - 1).abs().max())
+    is_expected = backend == ("nccl" if torch.cuda.is_available() else "gloo")
+    # Without a GPU the redirection is there, with one it must not be.
+    patched = cpu.is_installed() == torch.cuda.is_available()
+    return [
+        Figure("a sum over one rank changes it", wrong, 0.0, note=f"backend {backend}"),
+        Figure("another backend than expected", float(not is_expected), 0.0),
+        Figure("CUDA calls redirected on a GPU, or not on a CPU", float(patched), 0.0),
+    ]

@@ -1,0 +1,268 @@
+"""Training of a two-layer Llama on the device beside what the CPU did, and beside itself: kernels, waits, checkpoints.
+
+The ten losses of each method are recorded from a CPU in float32 with padded samples (`losses.json`). Packed samples,
+recomputed activations, fused kernels and Transformer Engine compute the same function, so all are compared with them.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.benchmarks.check_gpu.measure import kernels_of
+from megatron_peft.benchmarks.check_gpu.subjects import (
+    ADAPTERS,
+    FULL_RECOMPUTE,
+    LLAMA,
+    NUM_STEPS,
+    SEED,
+    Place,
+    largest_relative,
+    microbatches,
+    quiet,
+    run_config,
+    samples_of_step,
+    state_of,
+)
+from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import Saver
+from megatron_peft.conversion.pretrained import load_pretrained
+from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.kernels import Installed
+from megatron_peft.runtime.launch import seed_generators
+from megatron_peft.training.state import TrainingState
+from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+
+# Adam turns the rounding of a small gradient into a whole step, so losses differ by more than one result is rounded:
+# within 1,000 units of the last place of float32. Weights in bf16 are rounded before anything is computed with them.
+LOSS_TOLERANCE = {False: 1000 * torch.finfo(torch.float32).eps, True: torch.finfo(torch.bfloat16).eps}
+WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
+
+
+def losses(place: Place) -> list[Figure]:
+    """For each implementation and method: padded, packed and recomputed, in float32 and bf16."""
+    return [
+        _compare_losses(place, method, implementation, *variant)
+        for implementation in _implementations()
+        for method in place.sizes.methods
+        for variant in _variants(implementation)
+    ]
+
+
+def record_losses(place: Place) -> dict[str, list[float]]:
+    """Of the CPU: what other devices are compared with."""
+    return {method: _ten_losses(place, method) for method in ADAPTERS}
+
+
+def _implementations() -> list[str]:
+    installed = Installed.detected()
+    return ["local", *(["transformer_engine"] if installed.cuda and installed.transformer_engine else [])]
+
+
+def _variants(implementation: str) -> list[tuple[bool, bool, bool]]:
+    """(bf16, packed, recomputed). On a GPU torch's kernel for packed samples takes bf16 only."""
+    packed_in_float32 = not (torch.cuda.is_available() and implementation == "local")
+    halves = [(False, False, False), (False, packed_in_float32, True), (True, False, True), (True, True, False)]
+    return [*halves, (True, True, True)] if torch.cuda.is_available() else halves
+
+
+def _compare_losses(
+    place: Place, method: str, implementation: str, bf16: bool, packed: bool, recomputed: bool
+) -> Figure:
+    transformer = FULL_RECOMPUTE if recomputed else {}
+    model = {"bf16": bf16, "transformer_impl": implementation}
+    found = _ten_losses(place, method, packed, model=model, transformer=transformer)
+    words = ["bf16" if bf16 else "float32", "packed" if packed else "padded", *["recomputed"] * recomputed]
+    return _near_recorded(f"{method}, {implementation}: {', '.join(words)}", place, method, found, bf16)
+
+
+def _near_recorded(name: str, place: Place, method: str, found: list[float], bf16: bool = False) -> Figure:
+    expected = place.recorded[method][: len(found)]
+    note = f"losses {found[0]:.6f} to {found[-1]:.6f}, CPU {expected[0]:.6f} to {expected[-1]:.6f}"
+    return Figure(name, largest_relative(found, expected), LOSS_TOLERANCE[bf16], note=note)
+
+
+def _ten_losses(place: Place, method: str, packed: bool = False, **groups: Any) -> list[float]:
+    state = state_of(place, method, **{"model": {"transformer_impl": "local"}, **groups})
+    return _continue(state, range(NUM_STEPS), packed)
+
+
+def _continue(state: TrainingState, steps: range, packed: bool = False) -> list[float]:
+    return [train_step(state, microbatches(step, packed)).loss for step in steps]
+
+
+FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
+
+
+def fusions(place: Place) -> list[Figure]:
+    """What is on without flags, and the losses without each one. Adam is Transformer Engine's or Apex's if installed."""
+    state = state_of(place, "boft")
+    is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
+    adam = type(getattr(state.optimizer, "optimizer", None))
+    figures = [_near_recorded("all that is installed", place, "boft", _continue(state, range(NUM_STEPS)))]
+    for name, on in is_on.items():
+        found = _continue(state_of(place, "boft", transformer={name: False}), range(NUM_STEPS))
+        one = _near_recorded(f"without {name}", place, "boft", found)
+        figures.append(Figure(one.name, one.measured, one.target, note=f"{'on' if on else 'off'} without the flag"))
+    return [*figures, Figure("Adam of torch", float(adam.__module__.startswith("torch.")), note=adam.__module__)]
+
+
+BACKENDS = ("auto", "flash", "fused", "unfused")
+
+
+def attention(place: Place) -> list[Figure]:
+    """The first loss in bf16 with each backend; the note names the kernels of attention that ran."""
+    return [_backend(place, impl, backend) for impl in _implementations() for backend in BACKENDS]
+
+
+def _backend(place: Place, implementation: str, backend: str) -> Figure:
+    model = {"bf16": True, "transformer_impl": implementation, "attention_backend": backend}
+    state, found = state_of(place, "lora", model=model), []
+    kernels = kernels_of(lambda: found.extend(_continue(state, range(1))), place.device)
+    words = ("flash", "fmha", "cudnn", "attention", "softmax", "efficient")
+    named = sorted({one.name[:60] for one in kernels if any(word in one.name.lower() for word in words)})
+    figure = _near_recorded(f"{implementation}, {backend}", place, "lora", found, bf16=True)
+    return Figure(figure.name, figure.measured, figure.target, note="; ".join(named)[:400])
+
+
+def recompute(place: Place) -> list[Figure]:
+    """Three losses with dropout: the recomputed forward must draw the masks of the first one."""
+    dropout = {"peft": {"lora_dropout": 0.2}, "model": {"transformer_impl": "local"}}
+    found = {}
+    for words, recomputed in (("kept", {}), ("recomputed", FULL_RECOMPUTE)):
+        transformer = {"hidden_dropout": 0.1, **recomputed}
+        found[words] = _continue(state_of(place, "lora", transformer=transformer, **dropout), range(3))
+    without = place.recorded["lora"][:3]
+    note = f"{found['recomputed'][-1]:.6f} and {found['kept'][-1]:.6f}; without dropout {without[-1]:.6f}"
+    acts = float(largest_relative(found["kept"], without) < LOSS_TOLERANCE[False])
+    return [
+        Figure("losses, activations recomputed or kept", largest_relative(*found.values()), LOSS_TOLERANCE[False], note=note),
+        Figure("dropout changes nothing", acts, 0.0),
+    ]
+
+
+# Waits. torch raises, or warns, where the host reads from the device. Warm up first: libraries wait while they start.
+
+
+def waits(place: Place) -> list[Figure]:
+    """None in forward, backward and gradient sums of two microbatches, which raise; two in a whole step."""
+    return [_count_waits(place, method, packed) for method in place.sizes.methods for packed in (False, True)]
+
+
+def _count_waits(place: Place, method: str, packed: bool) -> Figure:
+    state = state_of(place, method, model={"bf16": True})
+    _continue(state, range(2), packed)
+    with step_rotations(state.model_chunks) as rotations:
+        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+        with _sync_debug_mode("error"):
+            run_schedule(state.model_chunks, microbatches(2, packed), forward_only=False)
+    with _sync_debug_mode("warn"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _continue(state, range(3, 4), packed)
+    places = [f"{Path(one.filename).name}:{one.lineno}" for one in told if "synchroniz" in str(one.message)]
+    note = ", ".join(places) if torch.cuda.is_available() else "a CPU never waits"
+    name = f"{method}, {'packed' if packed else 'padded'}: waits in a step, none of them in its microbatches"
+    return Figure(name, len(places), WAITS_OF_A_STEP, note=note)
+
+
+@contextlib.contextmanager
+def _sync_debug_mode(mode: str) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Checkpoints.
+
+
+def resume(place: Place) -> list[Figure]:
+    """A run that is stopped after two steps and resumed goes on bit for bit, with either way to save."""
+    with _deterministic():
+        return [_resumed(place, is_async) for is_async in (False, True)]
+
+
+def _resumed(place: Place, is_async: bool) -> Figure:
+    # The kernels of fused attention add up in any order; those that compute all scores do not.
+    model = {"transformer_impl": "local", "attention_backend": "unfused"}
+    settings = {"save": str(place.folder / f"resume {is_async}"), "async_save": is_async}
+    method = place.sizes.methods[-1]
+    state = state_of(place, method, model=model, checkpoint=settings)
+    _continue(state, range(2))
+    state.position.iteration = 2
+    with Saver(state.config.checkpoint) as saver:
+        saver.start(state)
+        undisturbed = _continue(state, range(2, 5))  # an asynchronous save writes meanwhile
+        outcome = saver.finish()
+    assert outcome is not None
+    if outcome.error is not None:
+        raise outcome.error
+    again = state_of(place, method, model=model, checkpoint={**settings, "load": settings["save"]})
+    load_checkpoint(again)
+    resumed = _continue(again, range(2, 5))
+    differing = sum(one != other for one, other in zip(resumed, undisturbed, strict=True))
+    different = _tensors_that_differ(state, again)
+    name = f"{method}, {'--async-save' if is_async else 'saved at once'}: losses and tensors that differ after 3 steps"
+    return Figure(name, differing + different, 0, note=f"last loss {resumed[-1]:.9f} and {undisturbed[-1]:.9f}")
+
+
+def _tensors_that_differ(state: TrainingState, other: TrainingState) -> int:
+    pairs = zip(state.model_chunks[0].parameters(), other.model_chunks[0].parameters(), strict=True)
+    return sum(not torch.equal(one, two) for one, two in pairs)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Kernels that give the same bits twice; cuBLAS needs CUBLAS_WORKSPACE_CONFIG besides, which the command sets."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Answers.
+
+LARGEST_LOGIT_DIFFERENCE = 1e-4
+NUM_NEW = 8
+
+
+def answers(place: Place) -> list[Figure]:
+    """Prompts of several lengths in one batch; transformers reads each prompt with our answer."""
+    from transformers import AutoModelForCausalLM
+
+    config = run_config(str(place.llama), "lora", model={"transformer_impl": "local"})
+    shape = read_shape(str(place.llama))
+    chunks = build_model_chunks(shape, config.model, config.parallel)
+    with quiet():
+        load_pretrained(
+            chunks, str(place.llama), shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False
+        )
+    reference: Any = AutoModelForCausalLM.from_pretrained(place.llama, dtype=torch.float32).to(place.device)
+    prompts = [tuple(int(token) for token in one.tokens) for one in samples_of_step(0)]
+    found = generate(chunks, prompts, GenerationSettings(frozenset(), NUM_NEW, batch_size=len(prompts)))
+    differing, largest = 0, 0.0
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([[*prompt, *answer]], device=place.device)
+        with torch.no_grad():
+            expected = reference(ids).logits[0]
+            positions = torch.arange(ids.shape[1], device=place.device)[None]
+            ours = chunks[0](ids, positions, None)[0, :, : LLAMA["vocab_size"]]
+        largest = max(largest, float((ours - expected).abs().max()))
+        differing += answer != expected[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return [
+        Figure("answers that are not transformers'", differing, 0, note=f"{len(prompts)} prompts, {NUM_NEW} tokens each"),
+        Figure("largest difference of a logit", largest, LARGEST_LOGIT_DIFFERENCE),
+    ]

@@ -1,0 +1,58 @@
+"""Settle on one GPU, in about ten minutes, what was only counted or emulated without one.
+
+megatron-peft check-gpu runs every line; megatron-peft check-gpu versions layers runs these two. It prints a table for
+each, and writes all of it as JSON. docs/untested-on-cuda.md says what each line settles. Without a GPU the same checks
+run on the CPU at small sizes, and prove nothing about CUDA.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_peft.benchmarks.check_gpu import LINES
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
+from megatron_peft.config import option
+
+
+@dataclass(frozen=True)
+class CheckGpuSettings:
+    """Which lines are run, and where the result goes."""
+
+    names: tuple[str, ...] = option(
+        (), "lines of docs/untested-on-cuda.md (default: all)", flags=("names",), metavar="LINE"
+    )
+    output: Path = option(Path("runs/check-gpu.json"), "file for the result", metavar="FILE")
+    tiny: bool = option(False, "the smallest sizes, and two methods only: whether the checks run at all")
+    record_losses: bool = option(
+        False, "write the CPU's losses, with which devices are compared, anew into the package; needs a machine "
+        "without a GPU"
+    )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags."""
+    add_flags(parser, CheckGpuSettings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 when a line fails."""
+    parser = own_parser(__doc__)
+    add_arguments(parser)
+    settings: CheckGpuSettings = settings_of(CheckGpuSettings, parse_own(parser, argv))
+    unknown = [name for name in settings.names if name not in LINES]
+    if unknown:
+        parser.error(f"no line is called {', '.join(unknown)}: there are {', '.join(LINES)}.")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: check-gpu is one process; start it without torchrun.")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
+    import torch
+
+    from megatron_peft.benchmarks.check_gpu.run import check, record
+
+    if settings.record_losses:
+        if torch.cuda.is_available():
+            parser.error("--record-losses writes what the CPU computes, and there is a GPU here: set CUDA_VISIBLE_DEVICES=''.")
+        record()
+        return 0
+    return int(not check(settings.names or tuple(LINES), settings.output, settings.tiny))

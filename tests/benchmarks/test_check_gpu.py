@@ -1,0 +1,141 @@
+"""check-gpu on a CPU: that its checks run, what it does with failures, and that the page and its lines agree."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_peft.benchmarks import check_gpu
+from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, run, setup, speed
+from megatron_peft.benchmarks.check_gpu.measure import Kernel, busy_share
+from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, Place, llama_shape
+from megatron_peft.benchmarks.measure import Figure
+from megatron_peft.commands import check_gpu as command
+
+PAGE = Path(__file__).parents[2] / "docs" / "untested-on-cuda.md"
+NO_ROW = {"versions", "resume"}  # a record of what was there; equality on a CPU is tested, the page has no row for it
+CHEAP = ["versions", "world", "losses", "waits"]
+
+
+def rows_of_the_page() -> dict[str, str]:
+    """First column -> last column, of the table of paths."""
+    table = PAGE.read_text().split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert {len(one) for one in cells} == {5} and all(all(one) for one in cells), "an empty or a torn cell"
+    return {one[0]: one[-1] for one in cells[2:]}
+
+
+def test_rows_of_the_page_and_lines_name_each_other() -> None:
+    rows = rows_of_the_page()
+    by_page = {(row, line) for row, last in rows.items() if not last.startswith(("needs", "not covered")) for line in
+               re.findall(r"`([^`]*)`", last) if line in LINES}
+    by_lines = {(row, name) for name, line in LINES.items() for row in line.settles}
+    assert by_page == by_lines
+    assert {name for name, line in LINES.items() if not line.settles} == NO_ROW
+
+
+def test_a_row_without_a_line_says_why() -> None:
+    settled = {row for line in LINES.values() for row in line.settles}
+    reasons = {row: last for row, last in rows_of_the_page().items() if row not in settled}
+    assert all(re.match("(needs|not covered:) .{10}", last) for last in reasons.values()), reasons
+
+
+def test_the_page_explains_every_line() -> None:
+    below = PAGE.read_text().split("\n## ")[1]
+    assert re.findall(r"^\| `([\w-]+)` \|", below, re.MULTILINE) == [*LINES]
+
+
+def test_every_line_has_its_function() -> None:
+    for name, line in LINES.items():
+        module = __import__(f"{check_gpu.__name__}.{line.module}", fromlist=["_"])
+        assert callable(getattr(module, name.replace("-", "_")))
+
+
+def test_cheap_lines_pass_on_a_cpu_and_say_that_this_proves_nothing(tmp_path, capsys) -> None:
+    assert command.main([*CHEAP, "--tiny", "--output", str(tmp_path / "found.json")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("This proves nothing about CUDA") == 2
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["proves_something_about_cuda"] is False and found["device"] == "cpu"
+    assert [line["name"] for line in found["lines"]] == CHEAP
+    assert all(line["figures"] for line in found["lines"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [["--tiny"], []], ids=["tiny", "cpu"])
+def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
+    assert command.main([*sizes, "--output", str(tmp_path / "found.json")]) == 0
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path, run.TINY)
+
+
+def broken(place: Place) -> list[Figure]:
+    raise ValueError("a [bad] kernel")
+
+
+def test_a_line_that_fails_names_itself_and_the_others_go_on(place, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "world", broken)
+    monkeypatch.setattr(accuracy, "alibi", lambda place: [Figure("off", 2.0, 1.0), Figure("nan", float("nan"), 1.0)])
+    monkeypatch.setattr(setup, "versions", lambda place: [Figure("GPUs", 0.0)])
+    console = Console(record=True, width=200)
+    outcomes = run.run_lines(["world", "alibi", "versions"], place, console)
+    assert [one.verdict for one in outcomes] == ["error", "FAIL", "pass"]
+    console.print(run._summary(outcomes))
+    text = console.export_text()
+    assert "world: ValueError: a [bad] kernel" in text and "off; nan" in text
+
+
+def test_nothing_more_is_run_once_cuda_is_gone(place, monkeypatch) -> None:
+    def gone() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fatal(place: Place) -> list[Figure]:
+        monkeypatch.setattr(torch.cuda, "synchronize", gone)
+        gone()
+        return []
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(setup, "world", fatal)
+    outcomes = run.run_lines(["world", "versions"], place, Console(quiet=True))
+    assert [one.verdict for one in outcomes] == ["error", "not run"]
+
+
+@pytest.mark.parametrize(("words", "told"), [(["c"], "no line is called c: there are versions"), (["--nope"], "--nope")])
+def test_a_wrong_word_is_told(words, told, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(words)
+    assert told in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([])
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+def test_kernels_that_overlap_count_once() -> None:
+    kernels = [Kernel("a", 0, 4), Kernel("b", 2, 5), Kernel("c", 8, 10)]
+    assert busy_share(kernels) == pytest.approx(0.7)
+    assert busy_share([]) == 0
+
+
+def test_flops_and_shapes_are_those_of_the_models() -> None:
+    whole = replace(SHARD_405B, num_attention_heads=128, num_query_groups=8, ffn_hidden_size=53248, num_layers=126)
+    flops = speed.model_flops(replace(whole, vocab_size=128256), 1)
+    assert flops == pytest.approx(4 * (405.85e9 - 128256 * 16384), rel=1e-3)  # embeddings are no product
+    one = llama_shape(8, 16, 2, 1, 4, vocab=10)
+    assert speed.model_flops(one, 3) == 4 * 3 * (8 * (8 + 2 * 4 + 8) + 3 * 8 * 16 + 80) + 12 * 8 * 9 / 2
+
+
+def test_lines_are_declared_without_torch() -> None:
+    assert Line.__module__ == "megatron_peft.benchmarks.check_gpu"
+    source = Path(check_gpu.__file__).read_text()
+    assert "import torch" not in source
