@@ -11,6 +11,7 @@ NAMES = (
     "lora-ga-start",
     "logits",
     "loading",
+    "reading",
     "convert",
     "urnn-crossover",
     "generation",
