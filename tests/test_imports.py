@@ -24,7 +24,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "models": {"config", "runtime", "parallel", "adapters"},
     "cli": {"config", "models"},
     "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
-    "conversion": {"config", "runtime", "adapters", "models", "checkpoint"},
+    "conversion": {"config", "runtime", "parallel", "adapters", "models", "checkpoint"},
     "data": {"config", "runtime", "checkpoint"},
     "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
     "evaluation": {"config", "runtime", "parallel", "adapters", "models", "cli", "checkpoint", "conversion", "data"},

@@ -12,6 +12,7 @@ NAMES = (
     "lora-ga-start",
     "logits",
     "loading",
+    "reading",
     "convert",
     "urnn-crossover",
     "generation",

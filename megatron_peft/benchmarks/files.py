@@ -8,20 +8,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from megatron.core import parallel_state
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
 from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
-from megatron_peft.conversion.pretrained import open_weights, owned_rules, read_model_shape
+from megatron_peft.conversion.hf_files import ReadCounts
+from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.models.rules import HFSlice
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
 #
@@ -143,7 +146,81 @@ def load_on_ranks(setting: Setting) -> Loaded:
     chunks, report = load_base(setting)
     shard = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     leave()
-    return Loaded(report.bytes_read, shard, peak_resident_bytes())
+    return Loaded(report.counts.bytes, shard, peak_resident_bytes())
+
+
+# What ranks read together to load a model, beside what each would read alone. Counts: the same on any machine.
+
+READING_LAYOUTS = ({"data_parallel": 2}, {"tensor_parallel": 2, "pipeline_parallel": 2}, {"tensor_parallel": 4})
+
+
+@dataclass(frozen=True)
+class RankReads:
+    """Of one rank: what it read, and the bytes and contiguous pieces of its slices, which it would read alone."""
+
+    counts: ReadCounts
+    bytes_alone: int
+    pieces_alone: int
+
+
+def reading_figures(setting: Setting) -> list[Figure]:
+    """At every layout: bytes a replica reads, headers that the ranks of a node read, and the mean size of a read."""
+    layouts = [replace(setting, **layout) for layout in READING_LAYOUTS]
+    return [figure for one in layouts for figure in _reading_figures(one)]
+
+
+def _reading_figures(setting: Setting) -> list[Figure]:
+    ranks = run_ranks(setting.world_size, count_reads, setting)
+    num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
+    read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
+    num_reads, num_pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
+    num_opens = sum(rank.counts.opens for rank in ranks)
+    replica, replica_alone = (num_bytes / setting.data_parallel / MIB for num_bytes in (read, alone))
+    mean, mean_alone = read / num_reads / 1024, alone / num_pieces / 1024
+    return [
+        Figure(
+            f"{setting.layout}: bytes a replica reads / bytes of its slices",
+            read / alone,
+            1 / setting.data_parallel,
+            "",
+            f"together {replica:.1f}, alone {replica_alone:.1f} MiB",
+        ),
+        Figure(
+            f"{setting.layout}: headers that a node of {len(ranks)} ranks reads",
+            sum(rank.counts.headers for rank in ranks),
+            num_files,
+            "headers",
+            f"alone {len(ranks) * num_files}; files opened for their weights: {num_opens}",
+        ),
+        Figure(
+            f"{setting.layout}: mean piece of a slice in the file / mean read",
+            mean_alone / mean,
+            1.0,
+            "",
+            f"alone {num_pieces:,} pieces of {mean_alone:.1f} KiB, together {num_reads:,} reads of {mean:.1f} KiB",
+        ),
+    ]
+
+
+def count_reads(setting: Setting) -> RankReads:
+    """Started on ranks."""
+    join(setting)
+    chunks, report = load_base(setting)
+    rules, _ = open_weights(setting.checkpoint, read_model_shape(setting.checkpoint))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    slices = [
+        found
+        for chunk in chunks
+        for name, parameter in base_parameters(chunk)
+        for found in rules[name].hf_slices(parameter.detach(), rank, setting.tensor_parallel)
+    ]
+    leave()
+    return RankReads(report.counts, sum(one.view.nbytes for one in slices), sum(map(_num_pieces, slices)))
+
+
+def _num_pieces(hf_slice: HFSlice) -> int:
+    """Every row of some columns lies by itself in the file."""
+    return 1 if all(other == slice(None) for other in hf_slice.index[1:]) else hf_slice.view.shape[0]
 
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_peft.benchmarks.files import convert_figures, loading_figures, startup_figures
+from megatron_peft.benchmarks.files import convert_figures, loading_figures, reading_figures, startup_figures
 from megatron_peft.benchmarks.inference import (
     boft_generation_figures,
     generation_figures,
@@ -57,6 +57,10 @@ class Workplace:
         wide = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
         checkpoint = save_shape(self.output / "llama-2x2048", **wide)
         return Setting(str(checkpoint), rows=1, positions=512, microbatches=2)
+
+    def random_8_layers_in_files(self) -> Setting:
+        """The same model in files of 20 MB."""
+        return Setting(str(save_shape(self.output / "llama-8x512-files", max_file_size="20MB")))
 
     def pretrained_135m(self) -> Setting:
         """SmolLM2-135M-Instruct, 4 x 256 tokens."""
@@ -119,6 +123,10 @@ BENCHMARKS = {
     "loading": Benchmark(
         "Loading the 135M model",
         lambda place: loading_figures(dataclasses.replace(place.pretrained_135m(), tensor_parallel=3)),
+    ),
+    "reading": Benchmark(
+        "What ranks read to load a model: 8 layers, hidden 512, files of 20 MB",
+        lambda place: reading_figures(place.random_8_layers_in_files()),
     ),
     "convert": Benchmark(
         "Loading and converting the 135M model beside plain safetensors",

@@ -27,6 +27,7 @@ from megatron_peft.config import (
     TrainingConfig,
 )
 from megatron_peft.conversion.pretrained import LoadReport, load_pretrained
+from megatron_peft.conversion.shared_reading import ReadingGroups
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
@@ -58,7 +59,7 @@ class Setting:
 
     Args:
         checkpoint: Hugging Face folder.
-        tensor_parallel, pipeline_parallel, sequence_parallel: the layout; one data-parallel replica.
+        tensor_parallel, pipeline_parallel, sequence_parallel, data_parallel: the layout.
         rows, positions: of a microbatch.
         microbatches: of a step.
         rank: of LoRA, on all four linear layers; alpha is twice that.
@@ -75,18 +76,19 @@ class Setting:
     rank: int = 16
     block_size: int = 8
     num_factors: int = 3
+    data_parallel: int = 1
 
     @property
     def layout(self) -> str:
-        """The layout's usual short name, such as TP2+SP."""
-        if self.pipeline_parallel > 1:
-            return f"PP{self.pipeline_parallel}"
-        return f"TP{self.tensor_parallel}" + "+SP" * self.sequence_parallel
+        """The layout's usual short name, such as TP2+SP or TP2 x PP2."""
+        sizes = {"TP": self.tensor_parallel, "PP": self.pipeline_parallel, "DP": self.data_parallel}
+        named = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+        return (" x ".join(named) or "TP1") + "+SP" * self.sequence_parallel
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     def peft(self, method: str) -> PeftConfig:
         """The numbers of a method."""
@@ -109,7 +111,7 @@ class Setting:
         )
 
 
-def save_shape(folder: Path, **changes: Any) -> Path:
+def save_shape(folder: Path, max_file_size: str = "5GB", **changes: Any) -> Path:
     """A model of SHAPE (8 layers, hidden 512) and `changes` with random weights, as a Hugging Face folder; once."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -117,7 +119,8 @@ def save_shape(folder: Path, **changes: Any) -> Path:
     disable_progress_bar()
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(folder)
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
+        model.save_pretrained(folder, max_shard_size=max_file_size)
     return folder
 
 
@@ -162,6 +165,7 @@ def load_base(setting: Setting) -> tuple[list[nn.Module], LoadReport]:
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=setting.tensor_parallel,
         progress=False,
+        groups=ReadingGroups.of_layout(),
     )
     return list(chunks), report
 

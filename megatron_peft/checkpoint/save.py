@@ -43,7 +43,7 @@ from megatron_peft.checkpoint.tensors import (
 )
 from megatron_peft.config import CheckpointConfig, ConfigurationError, RunConfig, require
 from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together, gather_over_world
+from megatron_peft.runtime.launch import checked_together, device_setter, gather_over_world
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class Saver:
             return
         from_first_rank(lambda: self._take(settings.load, settings.finetune))
         if settings.async_save:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_setter())
             self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)  # type: ignore[assignment]
 
     def start(self, state: TrainingState) -> None:

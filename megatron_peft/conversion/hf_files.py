@@ -1,15 +1,17 @@
 """Read Hugging Face weight files slice by slice, check their tensors, and copy or write the files beside them."""
 
 import json
+import os
 import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,7 @@ from megatron_peft.models.rules import Index, RowRange, Rule
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
 # unmapped.
 MAPPED_BYTES = 64 * 2**20
+MAX_READ_BYTES = 2**30  # of one read; Linux reads at most 2 GiB at once
 MAX_LISTED = 8  # names in one error
 # First bytes of files that only look like weights, and the error for each.
 LOOKALIKES = {
@@ -41,18 +44,40 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class Header:
-    """File, shape and type of a tensor, read without its data. `dtype` is the name that the file format uses."""
+    """File, shape and type of a tensor, read without its data.
+
+    Args:
+        dtype: the name that the file format uses.
+        start: the first byte in the file, if the elements lie there in order; None if only the format's reader knows.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int | None = None
+
+
+@dataclass
+class ReadCounts:
+    """What one rank has read: headers of files, files opened for their weights, reads of weights and their bytes.
+
+    Bytes are in the stored types. The index of a distributed checkpoint counts as a header.
+    """
+
+    headers: int = 0
+    opens: int = 0
+    reads: int = 0
+    bytes: int = 0
+
+
+FoundHeader = tuple[tuple[int, ...], str, int | None]
 
 
 class WeightFile(Protocol):
     """An open weight file."""
 
-    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and type of every tensor, by name."""
+    def headers(self) -> dict[str, FoundHeader]:
+        """Shape, type and first byte of every tensor, by name; see `Header`."""
         ...
 
     def view(self, name: str, index: Index) -> Tensor:
@@ -65,10 +90,21 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt")
+        self._num_bytes = path.stat().st_size
 
-    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def headers(self) -> dict[str, FoundHeader]:
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        starts = self._starts(found)
+        return {name: (*header, starts.get(name)) for name, header in found.items()}
+
+    def _starts(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
+        """First byte of each tensor; none if a type is unknown. safetensors refuses gaps, so sizes tell places."""
+        if any(dtype not in SAFETENSORS_TYPES for _, dtype in found.values()):
+            return {}
+        names = self._file.offset_keys()
+        sizes = [prod(found[name][0]) * stored_type(found[name][1]).itemsize for name in names]
+        return dict(zip(names, accumulate(sizes, initial=self._num_bytes - sum(sizes)), strict=False))
 
     def view(self, name: str, index: Index) -> Tensor:
         return self._file.get_slice(name)[index]
@@ -88,8 +124,8 @@ class TorchFile:
         odd = [name for name, tensor in self._tensors.items() if tensor.layout != torch.strided or tensor.is_meta]
         require(not odd, f"{path} holds tensors that are sparse or empty: {listed(odd)}. Convert it to safetensors.")
 
-    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
+    def headers(self) -> dict[str, FoundHeader]:
+        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch."), None) for name, t in self._tensors.items()}
 
     def view(self, name: str, index: Index) -> Tensor:
         return self._tensors[name][index]
@@ -99,23 +135,59 @@ FORMATS: dict[str, type[SafetensorsFile] | type[TorchFile]] = {".safetensors": S
 
 
 class Source:
-    """The weights of a Hugging Face folder. `bytes_read` counts the bytes of the slices read, in the stored type."""
+    """The weights of a Hugging Face folder. It may be sent to other ranks before anything is read."""
 
     def __init__(self, folder: Path, headers: dict[str, Header]) -> None:
         self.folder = folder
         self.headers = headers
-        self.bytes_read = 0
+        self.counts = ReadCounts()
         self._open: tuple[Path, WeightFile] | None = None
         self._mapped_bytes = 0
+        self._unmapped: BinaryIO | None = None
 
     def slice(self, name: str, index: Index) -> Tensor:
-        """`tensor[index]` as a view of the mapped file: copy it at once and keep no reference."""
+        """`tensor[index]`. It may be a view of the mapped file: copy it at once and keep no reference.
+
+        Whole rows are read with one call, where it is known where they lie: on a parallel file system that is faster
+        than the page faults of a mapped file.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or was cut short after its header was checked.
+        """
         header = self.headers[name]
-        file = self._file_of(header)
-        view = file.view(name, index)
-        self.bytes_read += view.numel() * view.element_size()
+        if header.start is not None and index and all(other == slice(None) for other in index[1:]):
+            return self._rows(header, header.start, index[0])
+        view = self._file_of(header).view(name, index)
+        self.counts.reads += 1
+        self.counts.bytes += view.nbytes
         self._mapped_bytes += prod(header.shape) * view.element_size()
         return view
+
+    def _rows(self, header: Header, start: int, rows: slice) -> Tensor:
+        first, stop, _ = rows.indices(header.shape[0])
+        values = torch.empty((stop - first, *header.shape[1:]), dtype=stored_type(header.dtype))
+        row_bytes = prod(header.shape[1:]) * values.element_size()
+        try:
+            self._read(self._unmapped_file(header.file), start + first * row_bytes, values)
+        except OSError as error:
+            raise ConfigurationError(f"{header.file} cannot be read: {error.strerror}.") from error
+        return values
+
+    def _read(self, file: BinaryIO, start: int, values: Tensor) -> None:
+        memory = memoryview(values.flatten().view(torch.uint8).numpy())
+        while memory:
+            num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
+            require(num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again.")
+            self.counts.reads += 1
+            self.counts.bytes += num_bytes
+            memory, start = memory[num_bytes:], start + num_bytes
+
+    def _unmapped_file(self, path: Path) -> BinaryIO:
+        if self._unmapped is None or self._unmapped.name != path:
+            require_regular(path)
+            self._unmapped = path.open("rb", buffering=0)
+            self.counts.opens += 1
+        return self._unmapped
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
@@ -129,10 +201,20 @@ class Source:
         """Type of a parameter; the wider one if the rule fuses tensors of several types."""
         return reduce(torch.promote_types, (stored_type(self.headers[t.name].dtype) for t in rule.hf_tensors))
 
+    def place(self, rule: Rule) -> tuple[str, int]:
+        """File and first byte of a parameter's first tensor, to read parameters in that order."""
+        header = self.headers[rule.hf_tensors[0].name]
+        return str(header.file), header.start or 0
+
+    def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
+        """Whether rows of a matrix are contiguous in the file, and columns are strided: always."""
+        return True
+
     def _file_of(self, header: Header) -> WeightFile:
         if self._open is None or self._open[0] != header.file or self._mapped_bytes > MAPPED_BYTES:
             self._open = header.file, _open_file(header.file)
             self._mapped_bytes = 0
+            self.counts.opens += 1
         return self._open[1]
 
 
@@ -150,11 +232,14 @@ def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) 
         )
     indexed = _read_index(chosen) if chosen.suffix == ".json" else {}
     headers: dict[str, Header] = {}
-    for path in sorted({folder / file for file in indexed.values()}) or [chosen]:
+    paths = sorted({folder / file for file in indexed.values()}) or [chosen]
+    for path in paths:
         headers |= {name: Header(path, *header) for name, header in _open_file(path).headers().items()}
     missing = [f"{name} in {file}" for name, file in indexed.items() if name not in headers]
     require(not missing, f"{chosen} lists tensors that are missing: {listed(missing)}.")
-    return Source(folder, headers)
+    source = Source(folder, headers)
+    source.counts.headers = len(paths)
+    return source
 
 
 def listed(names: Iterable[str]) -> str:

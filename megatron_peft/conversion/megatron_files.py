@@ -29,11 +29,15 @@ from megatron_peft.conversion.hf_files import listed
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A slice of a global tensor, by first index and shape; `load(index)`, a part of it, may be a lazy view."""
+    """A slice of a global tensor, by first index and shape; `load(index)`, a part of it, may be a lazy view.
+
+    `place` is its file and first byte there, where that is known: slices are read in this order.
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     load: Callable[[Any], Tensor]
+    place: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,17 @@ def layer_of(stack: StoredTensor, layer: int) -> StoredTensor:
 
     def within(stored: StoredSlice) -> StoredSlice:
         number = layer - stored.offset[0]
-        return StoredSlice(stored.offset[1:], stored.shape[1:], lambda index: stored.load((number, *index)))
+        file, start = stored.place
+        return StoredSlice(
+            stored.offset[1:], stored.shape[1:], partial(_load_layer, stored, number), (file, start + number)
+        )
 
     slices = (stored for stored in stack.slices if stored.offset[0] <= layer < stored.offset[0] + stored.shape[0])
     return StoredTensor(stack.shape[1:], stack.dtype, tuple(map(within, slices)))
+
+
+def _load_layer(stack: StoredSlice, number: int, index: tuple[Any, ...]) -> Tensor:
+    return stack.load((number, *index))
 
 
 def without_duplicates(slices: Iterable[StoredSlice]) -> tuple[StoredSlice, ...]:
@@ -203,7 +214,7 @@ def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict)
         if place is not None:
             file, shape = folder / place.relative_path, tuple(chunk.sizes)
             load = partial(_load, file, place.offset, place.length, key, shape)
-            slices.append(StoredSlice(tuple(chunk.offsets), shape, load))
+            slices.append(StoredSlice(tuple(chunk.offsets), shape, load, (str(file), place.offset)))
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(slices))
 
 

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, require
-from megatron_peft.conversion.hf_files import listed, raise_problems
+from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
 from megatron_peft.conversion.megatron_files import (
     StoredSlice,
     StoredTensor,
@@ -136,13 +137,14 @@ Find = Callable[[str, Rule], StoredTensor | None]
 
 
 class MegatronWeights:
-    """The tensors of a checkpoint by megatron-core's names. `bytes_read` counts bytes in the stored types."""
+    """The tensors of a checkpoint by megatron-core's names. `find` and `arguments` are functions without a closure, so
+    that the tensors of a distributed checkpoint may be sent to other ranks before anything is read."""
 
     def __init__(self, folder: Path, names: Sequence[str], find: Find, arguments: Callable[[], Any]) -> None:
         self.folder = folder
         self.names = names
         self.arguments = arguments
-        self.bytes_read = 0
+        self.counts = ReadCounts()
         self._find = find
 
     def stored(self, rule: Rule, dtype: torch.dtype | None = None) -> StoredTensor | None:
@@ -163,7 +165,7 @@ class MegatronWeights:
         stored = self.stored(rule, local.dtype)
         assert stored is not None, rule.name  # `check` found it
         for part in rule.global_slices(local, rank, size):
-            self.bytes_read += stored.fill(part.view, part.offset)
+            self._count(stored.fill(part.view, part.offset))
         rule.clear_padding(local, rank)
 
     @torch.no_grad()
@@ -171,7 +173,24 @@ class MegatronWeights:
         """Fill `target` with some rows of a parameter, in its own dtype and on its own device."""
         stored = self.stored(rule, target.dtype)
         assert stored is not None, rule.name  # `check` found it
-        self.bytes_read += stored.fill(target, (rows.megatron.start, *(0,) * (target.dim() - 1)))
+        self._count(stored.fill(target, (rows.megatron.start, *(0,) * (target.dim() - 1))))
+
+    def _count(self, num_bytes: int) -> None:
+        self.counts.reads += 1
+        self.counts.bytes += num_bytes
+
+    def place(self, rule: Rule) -> tuple[str, int]:
+        """File and first byte of a parameter's first slice, to read parameters in that order."""
+        stored = self.stored(rule)
+        assert stored is not None, rule.name  # `check` found it
+        return stored.slices[0].place
+
+    def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
+        """Whether rows of a matrix are contiguous in the files, and columns strided: not if the files are of ranks
+        that held columns."""
+        stored = self.stored(rule, dtype)
+        assert stored is not None, rule.name  # `check` found it
+        return all(one.shape[-1] == stored.shape[-1] for one in stored.slices)
 
     def check(self, rules: Mapping[str, Rule]) -> None:
         """Raise ConfigurationError that lists missing, extra and misshapen tensors."""
@@ -201,13 +220,17 @@ def open_megatron(files: Path) -> MegatronWeights:
         legacy = open_legacy(files)
         return MegatronWeights(files, list(legacy.tensors), legacy.stored, lambda: legacy.arguments)
     tensors = dict(_unstacked(open_distributed(files)))
-    common = files / "common.pt"
-    return MegatronWeights(
-        files,
-        list(tensors),
-        lambda name, rule: tensors.get(name),
-        lambda: load_inertly(common).get("args") if common.is_file() else None,
-    )
+    weights = MegatronWeights(files, list(tensors), partial(_named, tensors), partial(_arguments, files / "common.pt"))
+    weights.counts.headers = 1
+    return weights
+
+
+def _named(tensors: Mapping[str, StoredTensor], name: str, rule: Rule) -> StoredTensor | None:
+    return tensors.get(name)
+
+
+def _arguments(common: Path) -> Any:
+    return load_inertly(common).get("args") if common.is_file() else None
 
 
 def spellings(name: str) -> Iterator[str]:

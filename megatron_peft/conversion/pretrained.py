@@ -11,16 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.folders import MANIFEST, RECORD, megatron_files
+from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
 from megatron_peft.checkpoint.record import read_record
 from megatron_peft.config import ConfigurationError, RunConfig, require
-from megatron_peft.conversion.hf_files import CONFIG, check_inventory, open_source
+from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, check_inventory, open_source
 from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
+from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups, fill_parameters
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import RowRange, Rule, expected_tensors
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
+from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.runtime.launch import checked_together
 
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -28,10 +31,7 @@ OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 class Weights(Protocol):
     """An open base model."""
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far, in the stored types."""
-        ...
+    counts: ReadCounts
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
@@ -43,6 +43,14 @@ class Weights(Protocol):
 
     def stored_type(self, rule: Rule) -> torch.dtype:
         """Type of a parameter; the wider one if the rule fuses tensors of several types."""
+        ...
+
+    def place(self, rule: Rule) -> tuple[str, int]:
+        """File and first byte of a parameter, or of its first part: parameters are read in this order."""
+        ...
+
+    def holds_whole_rows(self, rule: Rule, dtype: torch.dtype) -> bool:
+        """Whether rows of a matrix, read in `dtype`, are contiguous in the files, and columns are strided."""
         ...
 
 
@@ -98,9 +106,9 @@ LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one rank read: bytes in the stored types, number of parameters, wall seconds."""
+    """What one rank read, the number of its parameters (some may come from other ranks), wall seconds."""
 
-    bytes_read: int
+    counts: ReadCounts
     num_tensors: int
     seconds: float
 
@@ -130,32 +138,47 @@ def load_pretrained(
     tensor_parallel_rank: int,
     tensor_parallel_size: int,
     progress: bool,
+    groups: ReadingGroups = ALONE,
 ) -> LoadReport:
     """Fill the base parameters of each chunk in place, in their own dtype. Adapters keep their values.
 
-    A collective of all ranks if the base is a run with a manifest: each rank then checks some of its files.
+    A collective of all ranks, where there are several. The first one alone reads and checks the headers, and sends
+    them: that is one rank for the whole job, where a leader of each node would be many.
 
     Args:
         model_chunks: bare GPTModels (before Float16Module and DDP).
         folder: a Hugging Face folder or a base model in Megatron's format.
         shape: of the model, from `read_model_shape`.
         progress: show a bar at a terminal.
+        groups: of ranks that read for one another; by default each rank reads its own slices.
 
     Raises:
-        ConfigurationError: before a weight is read, for missing, extra, misshapen or truncated tensors and for a
-            parameter without a rule.
+        ConfigurationError: on every rank. Before a weight is read, for missing, extra, misshapen or truncated tensors
+            and for a parameter without a rule; after that, for a file that cannot be read or is damaged.
     """
     start = time.perf_counter()
     files = megatron_files(folder)
     if files is not None and (files / MANIFEST).is_file():
         require_whole(files)
-    rules, weights = open_weights(folder, shape)
-    to_fill = [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]
+    rules, weights = _open_together(folder, shape)
+    to_fill = checked_together(
+        lambda: [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]
+    )
+    to_fill.sort(key=lambda pair: weights.place(pair[0]))
     with byte_bar("Loading weights", sum(parameter.nbytes for _, parameter in to_fill), progress) as advance:
-        for rule, parameter in to_fill:
-            weights.read(rule, parameter, tensor_parallel_rank, tensor_parallel_size)
-            advance(parameter.nbytes)
-    return LoadReport(weights.bytes_read, len(to_fill), time.perf_counter() - start)
+        fill_parameters(to_fill, weights, tensor_parallel_rank, tensor_parallel_size, groups, advance)
+    return LoadReport(weights.counts, len(to_fill), time.perf_counter() - start)
+
+
+def _open_together(folder: str | Path, shape: ModelShape) -> tuple[dict[str, Rule], Weights]:
+    """`open_weights` on the first rank, on all ranks. Old files of ranks hold mapped tensors: each rank opens them."""
+    files = megatron_files(folder)
+    if files is not None and not (files / INDEX).is_file():
+        return checked_together(lambda: open_weights(folder, shape))
+    rules, weights = from_first_rank(lambda: open_weights(folder, shape))
+    if dist.is_initialized() and dist.get_rank() > 0:
+        weights.counts = ReadCounts()  # it received the first rank's
+    return rules, weights
 
 
 def base_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

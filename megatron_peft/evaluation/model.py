@@ -28,6 +28,7 @@ from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, RunConfig, field_names, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, read_model_shape
+from megatron_peft.conversion.shared_reading import ReadingGroups
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.shape import ModelShape
@@ -83,6 +84,7 @@ def load_model(config: RunConfig) -> InferenceModel:
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
         progress=dist.get_rank() == 0,
+        groups=ReadingGroups.of_layout(),
     )
     record = _load_trained(config, shape, chunks) if is_trained else None
     ends = end_ids(_base(config)) | {tokenizer.eos_id}

@@ -14,6 +14,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, is_indexed, parse_blend, require
 from megatron_peft.conversion.pretrained import load_pretrained
+from megatron_peft.conversion.shared_reading import ReadingGroups
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.records import Fit
@@ -145,6 +146,7 @@ def _restore_base(model: InferenceModel) -> None:
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=model.config.parallel.tensor_model_parallel_size,
         progress=False,
+        groups=ReadingGroups.of_layout(),
     )
 
 

@@ -74,6 +74,34 @@ def gather_slices(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([one for part in by_part for one in part], axis)
 
 
+def start_broadcast_over_data_parallel(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Wait:
+    """Overwrite a contiguous `x` by that of the `source`-th data-parallel rank."""
+    if group is None or group.size() == 1:
+        return lambda: x
+    work = dist.broadcast(x.view(torch.uint8), dist.get_global_rank(group, source), group=group, async_op=True)
+    return lambda: _finished(work, x)
+
+
+def share_of_rows(num_rows: int, rank: int, size: int) -> slice:
+    """The rows of a matrix that `rank` of `size` has in `columns_from_rows_over_tensor_parallel`."""
+    return slice(rank * num_rows // size, (rank + 1) * num_rows // size)
+
+
+def columns_from_rows_over_tensor_parallel(rows: Tensor, columns: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `columns` [out, in / t], contiguous, from each rank's `rows` [out / t, in] (`share_of_rows`)."""
+    size, num_rows = group.size(), len(rows)
+    for_each = columns.new_empty((size, num_rows, columns.shape[1]))
+    for_each.copy_(rows.view(num_rows, size, -1).transpose(0, 1))
+    shares = [share_of_rows(len(columns), rank, size) for rank in range(size)]
+    dist.all_to_all_single(
+        columns.view(torch.uint8),
+        for_each.view(torch.uint8).flatten(0, 1),
+        [share.stop - share.start for share in shares],
+        [num_rows] * size,
+        group=group,
+    )
+
+
 def _finished(work: dist.Work | None, result: Tensor) -> Tensor:
     if work is not None:
         work.wait()
@@ -115,18 +143,23 @@ Found = TypeVar("Found")
 def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
     """The result of `find` on rank 0, on all ranks: for folders that another process may be changing. A collective.
 
+    Without torch.distributed it is the result in this process alone.
+
     Raises:
         ConfigurationError: on all ranks, if `find` raised that or OSError.
     """
 
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+
     def on_first_rank() -> Found | None:
         try:
-            return find() if dist.get_rank() == 0 else None
+            return find() if is_first else None
         except OSError as error:
             raise ConfigurationError(str(error)) from error
 
     found: list[Any] = [checked_together(on_first_rank, group)]
-    dist.broadcast_object_list(found, src=0, group=group)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0, group=group)
     return found[0]
 
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -91,6 +92,16 @@ def _prepare_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         keep_freed_memory()
+
+
+def device_setter() -> Callable[[], None]:
+    """A function that makes this thread's CUDA device that of the thread which calls it; on a CPU it does nothing.
+
+    A new thread is on device 0: there torch would open a second context, and wait for the wrong device.
+    """
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages: int | None = None) -> None:

@@ -16,6 +16,7 @@ from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
 from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
+from megatron_peft.conversion.shared_reading import ReadingGroups
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
@@ -67,8 +68,9 @@ def build_state(
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=config.parallel.tensor_model_parallel_size,
         progress=dist.get_rank() == 0,
+        groups=ReadingGroups.of_layout(),
     )
-    print_rank_0(f"read {report.bytes_read / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
+    print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
     print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
     if start_steps:
         start_lora_ga(chunks, config, start_steps)

@@ -1,6 +1,7 @@
 """A failed save is one message on all ranks and loses nothing, also in the background."""
 
 import errno
+import threading
 from unittest import mock
 
 import pytest
@@ -43,6 +44,16 @@ def test_training_continues_while_the_state_at_the_save_is_written(two_ranks):
     for behind in (facts["behind"] for facts in two_ranks):
         assert (behind["before"], behind["after"]) == ((None, None), (1, "None", "iter_0000001"))
         assert behind["differences"] == [] and behind["nothing pending"] is None  # each save is told once
+
+
+def test_the_thread_of_a_background_save_is_on_the_device_of_its_rank(alone, tmp_path, monkeypatch):
+    """torch starts threads on device 0. `runtime/test_launch.py` has the function that sets it."""
+    where: list[str] = []
+    monkeypatch.setattr(save, "device_setter", lambda: lambda: where.append(threading.current_thread().name))
+    with Saver(CheckpointConfig(save=str(tmp_path), async_save=True)) as saver:
+        assert saver._executor is not None
+        saver._executor.submit(int).result()
+    assert where == ["checkpoint_0"]
 
 
 def test_a_full_disk_in_the_background_is_reported_on_all_ranks(two_ranks):

@@ -37,9 +37,9 @@ def test_slices_equal_those_of_the_model(kind, saved_folders, odd_llama):
     assert {name: header.shape for name, header in source.headers.items()} == {n: t.shape for n, t in state.items()}
     for name, tensor in state.items():
         assert torch.equal(source.slice(name, (slice(1, 5),)), tensor[1:5])
-    before = source.bytes_read
+    before = source.counts.bytes
     assert torch.equal(source.slice(DOWN, (slice(None), slice(8, 16))), state[DOWN][:, 8:16])
-    assert source.bytes_read - before == 96 * 8 * 4
+    assert source.counts.bytes - before == 96 * 8 * 4
 
 
 @pytest.mark.parametrize("kind", ["single", "torch"])
@@ -49,7 +49,7 @@ def test_file_is_mapped_anew_so_that_touched_pages_go(kind, saved_folders, monke
     opened, original = [], source_module._open_file
     monkeypatch.setattr(source_module, "_open_file", lambda path: opened.append(path) or original(path))
     for _ in range(6):
-        source.slice(DOWN, (slice(0, 1),))
+        source.slice(DOWN, (slice(None), slice(0, 1)))
     assert len(opened) == 3
 
 

@@ -154,7 +154,7 @@ def test_a_rank_reads_its_own_shares_only(rank, folders):
     for name in ("embedding.word_embeddings", "output_layer"):
         chunk.get_submodule(name).weight = nn.Parameter(torch.full((64, 10), torch.nan))  # 128 padded rows
     report = load(chunk, folders["odd distributed"], ODD, rank, 2)
-    assert report.bytes_read == sum(p.numel() * p.element_size() for p in chunk.parameters())
+    assert report.counts.bytes == sum(p.numel() * p.element_size() for p in chunk.parameters())
     assert report.num_tensors == len(rules_for(ODD)) and report.seconds > 0
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -10,9 +11,29 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
-from megatron_peft.runtime.launch import checked_together, start_model_parallel, start_world, stop_model_parallel, world
+from megatron_peft.runtime.launch import (
+    checked_together,
+    device_setter,
+    start_model_parallel,
+    start_world,
+    stop_model_parallel,
+    world,
+)
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
+
+
+def test_a_thread_gets_the_device_of_the_thread_that_started_it(monkeypatch):
+    set_by: list[tuple[str, int]] = []
+    device_setter()()  # without CUDA nothing happens
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if threading.current_thread().name == "main" else 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: set_by.append((threading.current_thread().name, at)))
+    monkeypatch.setattr(threading.current_thread(), "name", "main")
+    thread = threading.Thread(target=device_setter(), name="writer")
+    thread.start()
+    thread.join()
+    assert set_by == [("writer", 3)]
 
 
 def checks_of_a_rank(_: None) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""Ranks that read for one another hold the same bits, read each byte once per group of replicas, and fail together."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.conversion import pretrained, to_megatron
+from megatron_peft.conversion.hf_files import ReadCounts
+from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
+from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups
+from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
+from tests.conversion.megatron_folders import ODD, save_random, save_ranks
+from tests.conversion.test_pretrained import stage
+from tests.ranks import run_ranks
+
+# Four ranks can split its heads; its rows (9) cannot be split evenly.
+SHAPE = dataclasses.replace(ODD, hidden_size=9, num_attention_heads=8, num_query_groups=4)
+LAYOUTS = {"DP4": (1, 1), "TP2 x DP2": (2, 1), "PP2 x DP2": (1, 2), "TP2 x PP2": (2, 2), "TP4": (4, 1)}
+NUM_RANKS = 4
+
+
+@dataclass(frozen=True)
+class Read:
+    """Of one rank and one folder: whether the bits are those of reading alone, and the counts of both ways."""
+
+    equal: bool
+    together: ReadCounts
+    alone: ReadCounts
+
+
+def in_shards(source: Path, folder: Path, dtype: torch.dtype, num_files: int = 3) -> Path:
+    """Tensors of `source`, converted, in several files whose order is not that of the model."""
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    files = {name: f"model-{hash_of(name) % num_files}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
+    index = ", ".join(f'"{name}": "{file}"' for name, file in files.items())
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    return folder
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The model as it is, and in each form; Megatron's distributed format in slices of ranks and whole."""
+    work = tmp_path_factory.mktemp("shared")
+    original = save_random(work / "original", SHAPE)
+    pickled = work / "pickle"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((original / "config.json").read_text())
+    torch.save(load_file(original / "model.safetensors"), pickled / "pytorch_model.bin")
+    sliced = hf_to_megatron(original, work / "sliced", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_megatron, "MIN_SHARD_BYTES", 2**30)
+        whole = hf_to_megatron(original, work / "whole", progress=False)
+    return {
+        "original": original,
+        "shards": in_shards(original, work / "shards", torch.bfloat16),
+        "pickle": pickled,
+        "sliced": sliced,
+        "whole": whole,
+        "ranks": save_ranks(original, work / "ranks", tp=2, pp=2),
+    }
+
+
+def model_part(tensor_parallel: int, pipeline_parallel: int) -> nn.Module:
+    """This rank's parameters, full of NaN."""
+    at, of = parallel_state.get_pipeline_model_parallel_rank(), pipeline_parallel
+    layers = range(at * SHAPE.num_layers // of, (at + 1) * SHAPE.num_layers // of)
+    ends = [end for end, there in (("first", 0), ("last", of - 1)) if at == there]
+    return stage(SHAPE, tensor_parallel, layers, ends)
+
+
+def load_here(folder: Path, layout: tuple[int, int], groups: ReadingGroups) -> tuple[nn.Module, ReadCounts]:
+    part = model_part(*layout)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    report = load_pretrained(
+        [part],
+        folder,
+        SHAPE,
+        tensor_parallel_rank=rank,
+        tensor_parallel_size=layout[0],
+        progress=False,
+        groups=groups,
+    )
+    return part, report.counts
+
+
+def at_every_layout(compare: Callable[[tuple[int, int]], object]) -> dict[str, object]:
+    start_world()
+    found = {}
+    for name, layout in LAYOUTS.items():
+        start_model_parallel(ParallelConfig(*layout, world_size=NUM_RANKS), seed=1)
+        found[name] = compare(layout)
+        stop_model_parallel()
+    stop()
+    return found
+
+
+def read_both_ways(folders: dict[str, Path]) -> dict[str, dict[str, Read]]:
+    """Started on ranks: by layout and form."""
+
+    def compare(layout: tuple[int, int]) -> dict[str, Read]:
+        return {form: read(folders[form], layout) for form in FORMS}
+
+    def read(folder: Path, layout: tuple[int, int]) -> Read:
+        together, shared = load_here(folder, layout, ReadingGroups.of_layout())
+        alone, own = load_here(folder, layout, ALONE)
+        pairs = zip(base_parameters(together), base_parameters(alone), strict=True)
+        return Read(all(torch.equal(one, other) for (_, one), (_, other) in pairs), shared, own)
+
+    return at_every_layout(compare)
+
+
+@pytest.fixture(scope="module")
+def by_rank(folders) -> list[dict[str, dict[str, Read]]]:
+    return run_ranks(NUM_RANKS, read_both_ways, folders)
+
+
+@dataclass(frozen=True)
+class Torn:
+    """A folder, the file in it that is cut short once its header has been checked, and the rank that opens it."""
+
+    folder: Path
+    file: str
+
+
+def load_a_file_that_is_cut_short(torn: Torn) -> dict[str, str]:
+    """Started on ranks: what each raised, by layout."""
+    path, open_weights = torn.folder / torn.file, pretrained.open_weights
+    whole = path.read_bytes()
+
+    def cut_after_the_check(*arguments):
+        opened = open_weights(*arguments)
+        os.truncate(path, len(whole) - 60)
+        return opened
+
+    def told(layout: tuple[int, int]) -> str:
+        with pytest.raises(ConfigurationError) as raised:
+            load_here(torn.folder, layout, ReadingGroups.of_layout())
+        if dist.get_rank() == 0:
+            path.write_bytes(whole)
+        return str(raised.value)
+
+    pretrained.open_weights = cut_after_the_check  # only the first rank opens all files
+    try:
+        return at_every_layout(told)
+    finally:
+        pretrained.open_weights = open_weights
+
+
+def test_a_file_that_is_cut_short_after_the_check_ends_all_ranks_with_one_message(folders, tmp_path):
+    """Other ranks are in a broadcast or an all-to-all by then."""
+    folder = in_shards(folders["original"], tmp_path / "torn", torch.float32)
+    by_rank = run_ranks(NUM_RANKS, load_a_file_that_is_cut_short, Torn(folder, "model-1.safetensors"), limit=120)
+    told = {message for rank in by_rank for message in rank.values()}
+    path = folder / "model-1.safetensors"
+    assert told == {f"{path} cannot be read: it was cut short while it was read. Copy it again."}
+
+
+FORMS = ("shards", "pickle", "sliced", "whole", "ranks")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_equal_those_of_reading_alone(layout, form, by_rank):
+    assert all(rank[layout][form].equal for rank in by_rank)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
+    tensor_parallel, pipeline_parallel = LAYOUTS[layout]
+    num_replicas = NUM_RANKS // (tensor_parallel * pipeline_parallel)
+    reads = [rank[layout][form] for rank in by_rank]
+    assert sum(read.together.bytes for read in reads) * num_replicas == sum(read.alone.bytes for read in reads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_headers_are_read_by_the_first_rank_and_no_matrix_in_strided_pieces(layout, by_rank):
+    reads = [rank[layout]["shards"] for rank in by_rank]
+    assert [read.together.headers for read in reads] == [3, 0, 0, 0]
+    assert max(read.together.opens for read in reads) <= 3  # q, k and v, or gate and up, may lie in different files
