@@ -25,8 +25,8 @@ class CheckGpuSettings:
     output: Path = option(Path("runs/check-gpu.json"), "file for the result", metavar="FILE")
     tiny: bool = option(False, "the smallest sizes, and two methods only: whether the checks run at all")
     record_losses: bool = option(
-        False, "write the CPU's losses, with which devices are compared, anew into the package; needs a machine "
-        "without a GPU"
+        False,
+        "write the CPU's losses, with which devices are compared, anew into the package; needs a machine without a GPU",
     )
 
 
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if settings.record_losses:
         if torch.cuda.is_available():
-            parser.error("--record-losses writes what the CPU computes, and there is a GPU here: set CUDA_VISIBLE_DEVICES=''.")
+            parser.error(
+                "--record-losses is for the CPU, and there is a GPU here: set CUDA_VISIBLE_DEVICES='' to hide it."
+            )
         record()
         return 0
     return int(not check(settings.names or tuple(LINES), settings.output, settings.tiny))

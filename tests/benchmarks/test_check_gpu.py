@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 
 from megatron_peft.benchmarks import check_gpu
-from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, run, setup, speed
+from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed
 from megatron_peft.benchmarks.check_gpu.measure import Kernel, busy_share
-from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, Place, llama_shape
+from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 
 PAGE = Path(__file__).parents[2] / "docs" / "untested-on-cuda.md"
 NO_ROW = {"versions", "resume"}  # a record of what was there; equality on a CPU is tested, the page has no row for it
-CHEAP = ["versions", "world", "losses", "waits"]
+CHEAP = ["versions", "world", "losses"]
 
 
 def rows_of_the_page() -> dict[str, str]:
@@ -31,8 +31,13 @@ def rows_of_the_page() -> dict[str, str]:
 
 def test_rows_of_the_page_and_lines_name_each_other() -> None:
     rows = rows_of_the_page()
-    by_page = {(row, line) for row, last in rows.items() if not last.startswith(("needs", "not covered")) for line in
-               re.findall(r"`([^`]*)`", last) if line in LINES}
+    by_page = {
+        (row, line)
+        for row, last in rows.items()
+        if not last.startswith(("needs", "not covered"))
+        for line in re.findall(r"`([^`]*)`", last)
+        if line in LINES
+    }
     by_lines = {(row, name) for name, line in LINES.items() for row in line.settles}
     assert by_page == by_lines
     assert {name for name, line in LINES.items() if not line.settles} == NO_ROW
@@ -52,7 +57,7 @@ def test_the_page_explains_every_line() -> None:
 def test_every_line_has_its_function() -> None:
     for name, line in LINES.items():
         module = __import__(f"{check_gpu.__name__}.{line.module}", fromlist=["_"])
-        assert callable(getattr(module, name.replace("-", "_")))
+        assert callable(getattr(module, function_of(name)))
 
 
 def test_cheap_lines_pass_on_a_cpu_and_say_that_this_proves_nothing(tmp_path, capsys) -> None:
@@ -72,18 +77,20 @@ def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path, run.TINY)
+def place(tmp_path) -> CheckPlace:
+    return CheckPlace(tmp_path, run.TINY)
 
 
-def broken(place: Place) -> list[Figure]:
+def broken(place: CheckPlace) -> list[Figure]:
     raise ValueError("a [bad] kernel")
 
 
 def test_a_line_that_fails_names_itself_and_the_others_go_on(place, monkeypatch) -> None:
-    monkeypatch.setattr(setup, "world", broken)
-    monkeypatch.setattr(accuracy, "alibi", lambda place: [Figure("off", 2.0, 1.0), Figure("nan", float("nan"), 1.0)])
-    monkeypatch.setattr(setup, "versions", lambda place: [Figure("GPUs", 0.0)])
+    monkeypatch.setattr(setup, "check_world", broken)
+    monkeypatch.setattr(
+        accuracy, "check_alibi", lambda place: [Figure("off", 2.0, 1.0), Figure("nan", float("nan"), 1.0)]
+    )
+    monkeypatch.setattr(setup, "check_versions", lambda place: [Figure("GPUs", 0.0)])
     console = Console(record=True, width=200)
     outcomes = run.run_lines(["world", "alibi", "versions"], place, console)
     assert [one.verdict for one in outcomes] == ["error", "FAIL", "pass"]
@@ -96,18 +103,20 @@ def test_nothing_more_is_run_once_cuda_is_gone(place, monkeypatch) -> None:
     def gone() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def fatal(place: Place) -> list[Figure]:
+    def fatal(place: CheckPlace) -> list[Figure]:
         monkeypatch.setattr(torch.cuda, "synchronize", gone)
         gone()
         return []
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(setup, "world", fatal)
+    monkeypatch.setattr(setup, "check_world", fatal)
     outcomes = run.run_lines(["world", "versions"], place, Console(quiet=True))
     assert [one.verdict for one in outcomes] == ["error", "not run"]
 
 
-@pytest.mark.parametrize(("words", "told"), [(["c"], "no line is called c: there are versions"), (["--nope"], "--nope")])
+@pytest.mark.parametrize(
+    ("words", "told"), [(["c"], "no line is called c: there are versions"), (["--nope"], "--nope")]
+)
 def test_a_wrong_word_is_told(words, told, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(words)
@@ -131,7 +140,7 @@ def test_flops_and_shapes_are_those_of_the_models() -> None:
     whole = replace(SHARD_405B, num_attention_heads=128, num_query_groups=8, ffn_hidden_size=53248, num_layers=126)
     flops = speed.model_flops(replace(whole, vocab_size=128256), 1)
     assert flops == pytest.approx(4 * (405.85e9 - 128256 * 16384), rel=1e-3)  # embeddings are no product
-    one = llama_shape(8, 16, 2, 1, 4, vocab=10)
+    one = shape_of_llama(8, 16, 2, 1, 4, vocab=10)
     assert speed.model_flops(one, 3) == 4 * 3 * (8 * (8 + 2 * 4 + 8) + 3 * 8 * 16 + 80) + 12 * 8 * 9 / 2
 
 

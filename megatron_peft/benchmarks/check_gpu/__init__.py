@@ -1,6 +1,6 @@
 """What one GPU settles of docs/untested-on-cuda.md, as lines: cheap ones first, so that a broken set-up shows at once.
 
-The lines are declared here, without torch; a line's function has its name, in the module that it says.
+The lines are declared here, without torch; `function_of` names the function of a line, in the module that it says.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Line:
 
 LINES: Mapping[str, Line] = {
     "versions": Line("setup", "Versions, the device and the flags that round float32 products"),
-    "world": Line("setup", "One process: NCCL with an in-memory store, and nothing patched", ("one process", "no patches")),
+    "world": Line("setup", "One process, an in-memory store, nothing patched", ("one process", "no patches")),
     "precision": Line("accuracy", "Rotations while the program allows TF32", ("IEEE float32",)),
     "layers": Line(
         "accuracy",
@@ -37,11 +37,15 @@ LINES: Mapping[str, Line] = {
         "Ten losses of a two-layer Llama against those of the CPU",
         ("no patches", "Transformer Engine", "packed samples", "fused Adam", "bf16 at full speed"),
     ),
-    "fusions": Line("training", "Ten losses without each fused kernel", ("fused kernels", "fused cross entropy")),
+    "fusions": Line(
+        "training", "Ten losses without each fused kernel", ("fused kernels", "fused cross entropy", "fused Adam")
+    ),
     "attention": Line(
         "training", "The kernels that --attention-backend chooses", ("torch's attention kernels", "attention backend")
     ),
-    "recompute": Line("training", "Dropout while activations are recomputed", ("dropout and recompute",)),
+    "recompute": Line(
+        "training", "Dropout while activations are recomputed", ("dropout and recompute", "recomputed norms")
+    ),
     "waits": Line(
         "training", "Where the host waits for the device", ("a step that does not wait", "lambda without a wait")
     ),
@@ -51,6 +55,11 @@ LINES: Mapping[str, Line] = {
     "layer-time": Line(
         "speed", "One layer of a 405B model as a rank of TP8 holds it", ("few kernels a layer", "bf16 at full speed")
     ),
-    "rotations-time": Line("speed", "Blocks of rotations, and where Fourier transforms become faster", ("small matrices",)),
+    "rotations-time": Line("speed", "Blocks of rotations, and uRNN by Fourier transforms", ("small matrices",)),
     "model-speed": Line("speed", "LoRA on a model of 1B parameters", ("bf16 at full speed",)),
 }
+
+
+def function_of(name: str) -> str:
+    """The function that measures a line: `check_layer_time` for layer-time."""
+    return f"check_{name.replace('-', '_')}"

@@ -18,7 +18,7 @@ from megatron_peft.adapters.attach import TargetLayer, linear_layers
 from megatron_peft.adapters.step_rotations import step_rotations
 from megatron_peft.benchmarks.check_gpu.subjects import (
     SEED,
-    Place,
+    CheckPlace,
     random_chunks,
     random_state,
     relative,
@@ -43,12 +43,12 @@ def tolerance(dtype: torch.dtype) -> float:
     return ULPS[dtype] * torch.finfo(dtype).eps
 
 
-def layers(place: Place) -> list[Figure]:
+def check_layers(place: CheckPlace) -> list[Figure]:
     """Output, input gradient and gradients of every trained tensor, the worst of a layer's four linear ones."""
     return [figure for method in place.sizes.methods for dtype in ULPS for figure in _compare(place, method, dtype)]
 
 
-def _compare(place: Place, method: str, dtype: torch.dtype) -> list[Figure]:
+def _compare(place: CheckPlace, method: str, dtype: torch.dtype) -> list[Figure]:
     # As in a step: blocks of rotations are built for all layers, gradients go to megatron-core's buffers.
     state = random_state(place.sizes.layer, method, model={"bf16": dtype == torch.bfloat16})
     _move(state.model_chunks[0])
@@ -78,7 +78,7 @@ def _move(chunk: nn.Module) -> None:
             parameter.add_(MOVED * drawn.to(parameter))
 
 
-def _in_float64(place: Place, method: str, tested: nn.Module) -> nn.Module:
+def _in_float64(place: CheckPlace, method: str, tested: nn.Module) -> nn.Module:
     (made,) = random_chunks(place.sizes.layer, run_config("random", method), method)
     made.to("cpu", torch.float64)
     given = tested.state_dict()
@@ -89,7 +89,7 @@ def _in_float64(place: Place, method: str, tested: nn.Module) -> nn.Module:
     return made
 
 
-def _run(layer: TargetLayer, place: Place, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _run(layer: TargetLayer, place: CheckPlace, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """(y, dx) of one linear layer; inputs are the same bf16 numbers in every type."""
     module = layer.module
     size = place.sizes.layer_tokens, 1
@@ -120,7 +120,7 @@ def _rounded(name: str, gradients: list[list[Tensor]]) -> Figure:
     return Figure(name, max(shares), MOST_ROUNDED)
 
 
-def precision(place: Place) -> list[Figure]:
+def check_precision(place: CheckPlace) -> list[Figure]:
     """|R^T R - I| of rotations moved from their start, where a program allows TF32."""
     with _tf32_allowed():
         errors = {method: _orthogonality_error(place, method) for method in place.sizes.methods}
@@ -131,7 +131,7 @@ def precision(place: Place) -> list[Figure]:
     ]
 
 
-def _orthogonality_error(place: Place, method: str) -> float | None:
+def _orthogonality_error(place: CheckPlace, method: str) -> float | None:
     state = random_state(place.sizes.layer, method)
     _move(state.model_chunks[0])
     return largest_orthogonality_error(state)
@@ -151,12 +151,12 @@ def _tf32_allowed() -> Iterator[None]:
 LENGTHS = (37, 64)  # one is no multiple of 16
 
 
-def alibi(place: Place) -> list[Figure]:
+def check_alibi(place: CheckPlace) -> list[Figure]:
     """Output and gradient of the queries, at two lengths."""
     return [_alibi(place, length, dtype) for dtype in ULPS for length in LENGTHS]
 
 
-def _alibi(place: Place, length: int, dtype: torch.dtype) -> Figure:
+def _alibi(place: CheckPlace, length: int, dtype: torch.dtype) -> Figure:
     found = _attend(length, dtype, place.device)
     expected = _attend(length, torch.float64, torch.device("cpu"))
     worst = max(relative(*pair) for pair in zip(found, expected, strict=True))
@@ -165,7 +165,9 @@ def _alibi(place: Place, length: int, dtype: torch.dtype) -> Figure:
 
 def _attend(length: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     heads, channels = 4, 32
-    config = TransformerConfig(num_layers=1, hidden_size=heads * channels, num_attention_heads=heads, attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=heads * channels, num_attention_heads=heads, attention_dropout=0.0
+    )
     attention: Any = AlibiAttention(config, 1, AttnMaskType.causal, "self", bias=AlibiBias(heads, 0, 1))
     query, key, value = (_draw(name, length, 2, heads, channels).to(device, dtype) for name in "qkv")
     query.requires_grad_()

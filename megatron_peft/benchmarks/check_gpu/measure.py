@@ -52,9 +52,13 @@ def kernels_of(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
         step()
         torch.cuda.synchronize()
     events: Any = profiled.events()
-    ran = [one for one in events if (one.device_type == DeviceType.CUDA if is_cuda else _is_leaf(one))]
+    ran = [one for one in events if (_is_kernel(one) if is_cuda else _is_leaf(one))]
     kernels = [Kernel(one.name, one.time_range.start, one.time_range.end) for one in ran]
     return sorted((one for one in kernels if not one.name.startswith("Mem")), key=lambda one: one.start)
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def _is_leaf(event: Any) -> bool:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_peft.benchmarks.check_gpu import LINES
-from megatron_peft.benchmarks.check_gpu.subjects import CPU, GPU, TINY, Place, Sizes
+from megatron_peft.benchmarks.check_gpu import LINES, function_of
+from megatron_peft.benchmarks.check_gpu.subjects import CPU, GPU, TINY, CheckPlace, Sizes
 from megatron_peft.benchmarks.check_gpu.training import record_losses
 from megatron_peft.benchmarks.measure import Figure, print_table
 from megatron_peft.config import ParallelConfig
@@ -33,7 +33,7 @@ Verdict = Literal["pass", "FAIL", "error", "not run"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LineOutcome:
     """What came of a line.
 
     Args:
@@ -59,7 +59,7 @@ def check(names: Sequence[str], output: Path, is_tiny: bool = False) -> bool:
     try:
         with tempfile.TemporaryDirectory() as folder:
             recorded: dict[str, Any] = read_json_object(LOSSES)["losses"]
-            outcomes = run_lines(names, Place(Path(folder), _sizes(is_gpu, is_tiny), recorded), console)
+            outcomes = run_lines(names, CheckPlace(Path(folder), _sizes(is_gpu, is_tiny), recorded), console)
     finally:
         stop()
     console.print(_summary(outcomes))
@@ -75,11 +75,11 @@ def _sizes(is_gpu: bool, is_tiny: bool) -> Sizes:
     return GPU if is_gpu else CPU
 
 
-def run_lines(names: Sequence[str], place: Place, console: Console) -> list[Outcome]:
+def run_lines(names: Sequence[str], place: CheckPlace, console: Console) -> list[LineOutcome]:
     """Each line in turn. One that fails or raises does not keep the others from running, unless CUDA is gone."""
-    outcomes: list[Outcome] = []
+    outcomes: list[LineOutcome] = []
     for name in names:
-        outcome = _run_line(name, place) if _device_answers() else Outcome(name, "not run", error="CUDA is gone")
+        outcome = _run_line(name, place) if _device_answers() else LineOutcome(name, "not run", error="CUDA is gone")
         outcomes.append(outcome)
         print_table(f"{name}: {LINES[name].title} ({outcome.seconds:.1f} s)", outcome.figures, console)
         if outcome.error:
@@ -87,15 +87,15 @@ def run_lines(names: Sequence[str], place: Place, console: Console) -> list[Outc
     return outcomes
 
 
-def _run_line(name: str, place: Place) -> Outcome:
+def _run_line(name: str, place: CheckPlace) -> LineOutcome:
     start = time.monotonic()
     module = import_module(f"{__package__}.{LINES[name].module}")
     try:
-        figures = tuple(getattr(module, name.replace("-", "_"))(place))
+        figures = tuple(getattr(module, function_of(name))(place))
     except Exception as error:  # whatever it is, the other lines have their own say
-        return Outcome(name, "error", time.monotonic() - start, error=f"{type(error).__name__}: {error}")
+        return LineOutcome(name, "error", time.monotonic() - start, error=f"{type(error).__name__}: {error}")
     missed = any(one.reached is False for one in figures)
-    return Outcome(name, "FAIL" if missed else "pass", time.monotonic() - start, figures)
+    return LineOutcome(name, "FAIL" if missed else "pass", time.monotonic() - start, figures)
 
 
 def _device_answers() -> bool:
@@ -107,7 +107,7 @@ def _device_answers() -> bool:
     return True
 
 
-def _summary(outcomes: Sequence[Outcome]) -> Table:
+def _summary(outcomes: Sequence[LineOutcome]) -> Table:
     table = Table(title="check-gpu", title_justify="left")
     for header in ("line", "", "seconds", "row of docs/untested-on-cuda.md", "what failed"):
         table.add_column(header, overflow="fold")
@@ -120,7 +120,7 @@ def _summary(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _write(path: Path, outcomes: Sequence[Outcome], is_gpu: bool) -> None:
+def _write(path: Path, outcomes: Sequence[LineOutcome], is_gpu: bool) -> None:
     """One object: the device, and for each line its verdict, figures and rows."""
     device = torch.cuda.get_device_name(0) if is_gpu else "cpu"
     lines = [{**dataclasses.asdict(one), "settles": LINES[one.name].settles} for one in outcomes]
@@ -140,7 +140,7 @@ def record(path: Path = LOSSES) -> None:
     start_world()
     start_model_parallel(ParallelConfig(), seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        losses = record_losses(Place(Path(folder), CPU))
+        losses = record_losses(CheckPlace(Path(folder), CPU))
     stop()
     words = "ten losses of the CPU by method: float32, padded; megatron-peft check-gpu --record-losses writes them"
     rows = ",\n".join(f'    "{method}": {json.dumps(values)}' for method, values in losses.items())

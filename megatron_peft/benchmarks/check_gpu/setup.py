@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.distributed as dist
 
-from megatron_peft.benchmarks.check_gpu.subjects import Place
+from megatron_peft.benchmarks.check_gpu.subjects import CheckPlace
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.models.kernels import Installed
 from megatron_peft.runtime import cpu
@@ -18,9 +18,11 @@ FLAGS = {
 }
 
 
-def versions(place: Place) -> list[Figure]:
+def check_versions(place: CheckPlace) -> list[Figure]:
     """Of packages, the driver and the device; 1 for what is there, 0 for what is not."""
-    packages = [Figure(name, float(found is not None), note=found or "") for name in PACKAGES for found in [_version(name)]]
+    packages = [
+        Figure(name, float(found is not None), note=found or "") for name in PACKAGES for found in [_version(name)]
+    ]
     flags = [Figure(name, float(is_set())) for name, is_set in FLAGS.items()]
     kernels = [Figure(f"found: {name}", float(there)) for name, there in vars(Installed.detected()).items()]
     return [Figure("GPUs", float(torch.cuda.is_available()), note=_device()), *packages, *flags, *kernels]
@@ -43,7 +45,7 @@ def _device() -> str:
     return f"{properties.name}, {memory}, {capability}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
-def world(place: Place) -> list[Figure]:
+def check_world(place: CheckPlace) -> list[Figure]:
     """Sums in the world and in a new group, whose store is this process's memory."""
     backend = dist.get_backend()
     group = dist.new_group([0])

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.step_rotations import StepRotations
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
-from megatron_peft.adapters.rotation import rotate
 from megatron_peft.benchmarks.check_gpu.measure import busy_share, kernels_of, milliseconds
 from megatron_peft.benchmarks.check_gpu.subjects import (
     FULL_RECOMPUTE,
     SEED,
-    Place,
+    CheckPlace,
     microbatches,
     random_microbatch,
     random_state,
@@ -28,31 +28,36 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.state import TrainingState
-from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
+from megatron_peft.training.step import finish_with, run_schedule, train_step
+
+ALLOCATED = 64 * MIB
 
 
-def memory(place: Place) -> list[Figure]:
-    """Metrics beside the allocator's numbers; what stays reserved with --empty-unused-memory-level 2."""
-    reserved = {level: _reserved(place, level) for level in (0, 2)}
+def check_memory(place: CheckPlace) -> list[Figure]:
+    """Metrics before and after a known allocation; what stays reserved with --empty-unused-memory-level 2."""
+    before, _ = memory_bytes()
+    block = torch.ones(ALLOCATED, dtype=torch.uint8, device=place.device)
     current, peak = memory_bytes()
-    if not torch.cuda.is_available():
-        return [Figure("current memory above its peak", float(current > peak), 0.0, note=f"{peak / MIB:,.0f} MiB")]
-    note = f"{reserved[2] / MIB:,.0f} and {reserved[0] / MIB:,.0f} MiB"
-    return [
-        Figure("current memory beside the allocator's", abs(current - torch.cuda.memory_allocated()), 0.0, "bytes"),
-        Figure("peak memory beside the allocator's", abs(peak - torch.cuda.max_memory_allocated()), 0.0, "bytes"),
-        Figure("reserved after a step with level 2 over level 0", reserved[2] / reserved[0], 1.0, note=note),
+    grown = (current - before) / block.nbytes
+    figures = [
+        Figure("growth of memory_bytes over an allocation, less 1", abs(grown - 1), 0.1, note="64 MiB"),
+        Figure("current memory above its peak", float(current > peak), 0.0, note=f"{peak / MIB:,.0f} MiB"),
     ]
+    if not torch.cuda.is_available():
+        return figures
+    reserved = {level: _reserved(place, level) for level in (0, 2)}
+    note = f"{reserved[2] / MIB:,.0f} and {reserved[0] / MIB:,.0f} MiB"
+    return [*figures, Figure("reserved after a step with level 2 / level 0", reserved[2] / reserved[0], 1.0, note=note)]
 
 
-def _reserved(place: Place, level: int) -> int:
+def _reserved(place: CheckPlace, level: int) -> int:
     _release()
     state = state_of(place, "lora", training={"empty_unused_memory_level": level})
-    train_step(state, microbatches(0))
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+    train_step(state, microbatches())
+    return torch.cuda.memory_reserved()
 
 
-def layer_time(place: Place) -> list[Figure]:
+def check_layer_time(place: CheckPlace) -> list[Figure]:
     """Forward and backward of a frozen layer and of each method's, by number of tokens of the microbatch."""
     sizes = place.sizes
     return [
@@ -63,7 +68,7 @@ def layer_time(place: Place) -> list[Figure]:
     ]
 
 
-def _time_of_layer(place: Place, method: str | None, tokens: int) -> list[Figure]:
+def _time_of_layer(place: CheckPlace, method: str | None, tokens: int) -> list[Figure]:
     _release()
     step = microbatch_step(random_state(place.sizes.shard, method), tokens)
     taken = milliseconds(step, place.sizes.turns, place.device)
@@ -84,13 +89,13 @@ def microbatch_step(state: TrainingState, tokens: int) -> Callable[[], Any]:
     return partial(run_schedule, state.model_chunks, [random_microbatch(state.shape, tokens)], forward_only=False)
 
 
-def rotations_time(place: Place) -> list[Figure]:
+def check_rotations_time(place: CheckPlace) -> list[Figure]:
     """Building and differentiating the blocks of one layer's rotations; a uRNN's rotation by blocks and by FFT."""
     built = [figure for method in place.sizes.methods for figure in _time_of_rotations(place, method)]
     return [*built, *(_crossover(place, size) for size in place.sizes.groups)]
 
 
-def _time_of_rotations(place: Place, method: str) -> list[Figure]:
+def _time_of_rotations(place: CheckPlace, method: str) -> list[Figure]:
     _release()
     state = random_state(place.sizes.shard, method)
     rotations = StepRotations(state.model_chunks)
@@ -109,7 +114,7 @@ def _time_of_rotations(place: Place, method: str) -> list[Figure]:
 NUM_FEATURES, NUM_TOKENS = 4096, 1024
 
 
-def _crossover(place: Place, size: int) -> Figure:
+def _crossover(place: CheckPlace, size: int) -> Figure:
     alone: Any = Alone()
     features, tokens = max(NUM_FEATURES // 16 if place.device.type == "cpu" else NUM_FEATURES, size), NUM_TOKENS
     layout = LinearLayout("row", features, 64, alone)
@@ -127,12 +132,12 @@ def _crossover(place: Place, size: int) -> Figure:
     return Figure(f"uRNN, groups of {size}: Fourier / blocks", taken["Fourier"] / taken["blocks"], note=note)
 
 
-def model_speed(place: Place) -> list[Figure]:
-    """A step of LoRA in bf16, activations kept or recomputed: 4 N FLOPs a token with the base frozen, and attention's."""
+def check_model_speed(place: CheckPlace) -> list[Figure]:
+    """A step of LoRA in bf16, activations kept or recomputed; `model_flops` says what is counted."""
     return [figure for recomputed in (False, True) for figure in _speed(place, recomputed)]
 
 
-def _speed(place: Place, recomputed: bool) -> list[Figure]:
+def _speed(place: CheckPlace, recomputed: bool) -> list[Figure]:
     _release()
     shape, tokens = place.sizes.model, place.sizes.model_tokens
     transformer = FULL_RECOMPUTE if recomputed else {}

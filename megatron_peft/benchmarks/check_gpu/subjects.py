@@ -52,7 +52,9 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def llama_shape(hidden: int, ffn: int, heads: int, groups: int, channels: int, layers: int = 1, vocab: int = 256) -> Any:
+def shape_of_llama(
+    hidden: int, ffn: int, heads: int, groups: int, channels: int, layers: int = 1, vocab: int = 256
+) -> ModelShape:
     """A Llama's shape by its sizes."""
     return ModelShape(
         architecture="llama",
@@ -78,6 +80,8 @@ class Sizes:
         model: the model whose speed is measured, on `model_tokens` tokens a microbatch.
         groups: features of a uRNN's group, for the crossover to Fourier transforms.
         turns: of what is timed.
+        loss_steps: how many losses are compared.
+        num_variants: of packing, recompute and precision, of those that the place allows.
     """
 
     methods: tuple[str, ...]
@@ -89,20 +93,24 @@ class Sizes:
     model_tokens: int
     groups: tuple[int, ...]
     turns: int
+    loss_steps: int = NUM_STEPS
+    num_variants: int = 5
 
 
 # A rank of Llama-3.1-405B at TP8: 128 heads, 8 groups of keys and 53,248 features of the MLP, divided by 8.
-SHARD_405B = llama_shape(16384, 53248 // 8, 128 // 8, 1, 128)
-LLAMA_1B = replace(llama_shape(2048, 8192, 32, 8, 64, layers=16, vocab=128256), tied_embeddings=True)
-GPU = Sizes(ADAPTERS, llama_shape(1024, 2048, 8, 2, 128), 512, SHARD_405B, (4096, 512), LLAMA_1B, 8192, (256, 1024, 4096), 10)
-_SMALL = llama_shape(256, 512, 4, 2, 64)
+SHARD_405B = shape_of_llama(16384, 53248 // 8, 128 // 8, 1, 128)
+LLAMA_1B = replace(shape_of_llama(2048, 8192, 32, 8, 64, layers=16, vocab=128256), tied_embeddings=True)
+GPU = Sizes(
+    ADAPTERS, shape_of_llama(1024, 2048, 8, 2, 128), 512, SHARD_405B, (4096, 512), LLAMA_1B, 4096, (256, 1024, 4096), 10
+)
+_SMALL = shape_of_llama(256, 512, 4, 2, 64)
 CPU = Sizes(ADAPTERS, _SMALL, 64, _SMALL, (64, 16), replace(_SMALL, num_layers=2), 128, (256, 1024), 3)
-_TINY = llama_shape(64, 64, 2, 1, 32)
-TINY = Sizes(("lora", "hybrid"), _TINY, 16, _TINY, (8,), _TINY, 16, (64,), 1)
+_TINY = shape_of_llama(64, 64, 2, 1, 32)
+TINY = Sizes(("lora", "hybrid"), _TINY, 16, _TINY, (8,), _TINY, 16, (64,), 1, loss_steps=3, num_variants=1)
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckPlace:
     """Where a line runs.
 
     Args:
@@ -166,9 +174,9 @@ def run_config(checkpoint: str, method: str, **groups: Any) -> RunConfig:
     )
 
 
-def samples_of_step(step: int) -> list[Sample]:
+def random_samples() -> list[Sample]:
     """Four samples of unequal lengths; a prompt of five tokens does not count in the loss."""
-    draw = np.random.default_rng((SEED, step))
+    draw = np.random.default_rng(SEED)
     found = []
     for length in draw.integers(17, 60, 4):
         ids = draw.integers(0, LLAMA["vocab_size"], length + 1)
@@ -176,17 +184,20 @@ def samples_of_step(step: int) -> list[Sample]:
     return found
 
 
-def microbatches(step: int, packed: bool = False) -> list[Microbatch]:
-    """The two microbatches of a step. Packed or padded, the samples and so the losses are the same."""
-    samples, collate = samples_of_step(step), pack if packed else pad
+def microbatches(packed: bool = False) -> list[Microbatch]:
+    """The two microbatches of a step, of every step: so losses fall, and a step without effect shows.
+
+    Packed or padded, the samples and so the losses are the same.
+    """
+    samples, collate = random_samples(), pack if packed else pad
     return [collate([[first], [second]], 1, 0) for first, second in (samples[:2], samples[2:])]
 
 
-def state_of(place: Place, method: str, **groups: Any) -> TrainingState:
+def state_of(place: CheckPlace, method: str, **groups: Any) -> TrainingState:
     """A run of the two-layer Llama at its start, as pretrain_peft.py makes it; see `run_config` for `groups`."""
     config = run_config(str(place.llama), method, **groups)
     seed_generators(SEED)
-    start = [microbatches(0)] if config.peft.spec.starts_from_gradients else []
+    start = [microbatches()] if config.peft.spec.starts_from_gradients else []
     with quiet():
         return build_state(config, read_shape(str(place.llama)), NUM_STEPS, start)
 

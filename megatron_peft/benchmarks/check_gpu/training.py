@@ -2,9 +2,11 @@
 
 The ten losses of each method are recorded from a CPU in float32 with padded samples (`losses.json`). Packed samples,
 recomputed activations, fused kernels and Transformer Engine compute the same function, so all are compared with them.
+Products of the frozen base are in full float32 here, whatever the environment allows.
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -19,14 +21,12 @@ from megatron_peft.benchmarks.check_gpu.subjects import (
     ADAPTERS,
     FULL_RECOMPUTE,
     LLAMA,
-    NUM_STEPS,
-    SEED,
-    Place,
+    CheckPlace,
     largest_relative,
     microbatches,
     quiet,
+    random_samples,
     run_config,
-    samples_of_step,
     state_of,
 )
 from megatron_peft.benchmarks.measure import Figure
@@ -37,7 +37,7 @@ from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.kernels import Installed
-from megatron_peft.runtime.launch import seed_generators
+from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
 
@@ -47,19 +47,19 @@ LOSS_TOLERANCE = {False: 1000 * torch.finfo(torch.float32).eps, True: torch.finf
 WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 
 
-def losses(place: Place) -> list[Figure]:
+def check_losses(place: CheckPlace) -> list[Figure]:
     """For each implementation and method: padded, packed and recomputed, in float32 and bf16."""
     return [
         _compare_losses(place, method, implementation, *variant)
         for implementation in _implementations()
         for method in place.sizes.methods
-        for variant in _variants(implementation)
+        for variant in _variants(implementation)[: place.sizes.num_variants]
     ]
 
 
-def record_losses(place: Place) -> dict[str, list[float]]:
+def record_losses(place: CheckPlace) -> dict[str, list[float]]:
     """Of the CPU: what other devices are compared with."""
-    return {method: _ten_losses(place, method) for method in ADAPTERS}
+    return {method: _losses_of(place, method) for method in ADAPTERS}
 
 
 def _implementations() -> list[str]:
@@ -70,106 +70,129 @@ def _implementations() -> list[str]:
 def _variants(implementation: str) -> list[tuple[bool, bool, bool]]:
     """(bf16, packed, recomputed). On a GPU torch's kernel for packed samples takes bf16 only."""
     packed_in_float32 = not (torch.cuda.is_available() and implementation == "local")
-    halves = [(False, False, False), (False, packed_in_float32, True), (True, False, True), (True, True, False)]
+    halves = [(False, packed_in_float32, True), (False, False, False), (True, False, True), (True, True, False)]
     return [*halves, (True, True, True)] if torch.cuda.is_available() else halves
 
 
 def _compare_losses(
-    place: Place, method: str, implementation: str, bf16: bool, packed: bool, recomputed: bool
+    place: CheckPlace, method: str, implementation: str, bf16: bool, packed: bool, recomputed: bool
 ) -> Figure:
     transformer = FULL_RECOMPUTE if recomputed else {}
     model = {"bf16": bf16, "transformer_impl": implementation}
-    found = _ten_losses(place, method, packed, model=model, transformer=transformer)
+    found = _losses_of(place, method, packed, model=model, transformer=transformer)
     words = ["bf16" if bf16 else "float32", "packed" if packed else "padded", *["recomputed"] * recomputed]
     return _near_recorded(f"{method}, {implementation}: {', '.join(words)}", place, method, found, bf16)
 
 
-def _near_recorded(name: str, place: Place, method: str, found: list[float], bf16: bool = False) -> Figure:
+def _near_recorded(name: str, place: CheckPlace, method: str, found: list[float], bf16: bool = False) -> Figure:
     expected = place.recorded[method][: len(found)]
     note = f"losses {found[0]:.6f} to {found[-1]:.6f}, CPU {expected[0]:.6f} to {expected[-1]:.6f}"
     return Figure(name, largest_relative(found, expected), LOSS_TOLERANCE[bf16], note=note)
 
 
-def _ten_losses(place: Place, method: str, packed: bool = False, **groups: Any) -> list[float]:
+@full_precision
+def _losses_of(place: CheckPlace, method: str, packed: bool = False, **groups: Any) -> list[float]:
     state = state_of(place, method, **{"model": {"transformer_impl": "local"}, **groups})
-    return _continue(state, range(NUM_STEPS), packed)
+    return _train(state, place.sizes.loss_steps, packed)
 
 
-def _continue(state: TrainingState, steps: range, packed: bool = False) -> list[float]:
-    return [train_step(state, microbatches(step, packed)).loss for step in steps]
+def _train(state: TrainingState, num_steps: int, packed: bool = False) -> list[float]:
+    return [train_step(state, microbatches(packed)).loss for _ in range(num_steps)]
 
 
 FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
 
 
-def fusions(place: Place) -> list[Figure]:
-    """What is on without flags, and the losses without each one. Adam is Transformer Engine's or Apex's if installed."""
+@full_precision
+def check_fusions(place: CheckPlace) -> list[Figure]:
+    """What is on without flags, and the losses without each one; whose Adam it is."""
     state = state_of(place, "boft")
     is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
-    adam = type(getattr(state.optimizer, "optimizer", None))
-    figures = [_near_recorded("all that is installed", place, "boft", _continue(state, range(NUM_STEPS)))]
+    (optimizer, *_) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    adam = type(optimizer.optimizer).__module__
+    figures = [_near_recorded("all that is installed", place, "boft", _train(state, place.sizes.loss_steps))]
     for name, on in is_on.items():
-        found = _continue(state_of(place, "boft", transformer={name: False}), range(NUM_STEPS))
+        found = _train(state_of(place, "boft", transformer={name: False}), place.sizes.loss_steps)
         one = _near_recorded(f"without {name}", place, "boft", found)
         figures.append(Figure(one.name, one.measured, one.target, note=f"{'on' if on else 'off'} without the flag"))
-    return [*figures, Figure("Adam of torch", float(adam.__module__.startswith("torch.")), note=adam.__module__)]
+    return [*figures, Figure("Adam of torch", float(adam.startswith("torch.")), note=adam)]
 
 
 BACKENDS = ("auto", "flash", "fused", "unfused")
 
 
-def attention(place: Place) -> list[Figure]:
+def check_attention(place: CheckPlace) -> list[Figure]:
     """The first loss in bf16 with each backend; the note names the kernels of attention that ran."""
-    return [_backend(place, impl, backend) for impl in _implementations() for backend in BACKENDS]
+    local, *engines = _implementations()
+    # Transformer Engine chooses once in a process.
+    chosen = [*((local, backend) for backend in BACKENDS), *((engine, "auto") for engine in engines)]
+    return [_backend(place, *one) for one in chosen]
 
 
-def _backend(place: Place, implementation: str, backend: str) -> Figure:
+def _backend(place: CheckPlace, implementation: str, backend: str) -> Figure:
     model = {"bf16": True, "transformer_impl": implementation, "attention_backend": backend}
     state, found = state_of(place, "lora", model=model), []
-    kernels = kernels_of(lambda: found.extend(_continue(state, range(1))), place.device)
+    kernels = kernels_of(lambda: found.extend(_train(state, 1)), place.device)
     words = ("flash", "fmha", "cudnn", "attention", "softmax", "efficient")
     named = sorted({one.name[:60] for one in kernels if any(word in one.name.lower() for word in words)})
     figure = _near_recorded(f"{implementation}, {backend}", place, "lora", found, bf16=True)
     return Figure(figure.name, figure.measured, figure.target, note="; ".join(named)[:400])
 
 
-def recompute(place: Place) -> list[Figure]:
-    """Three losses with dropout: the recomputed forward must draw the masks of the first one."""
+@full_precision
+def check_recompute(place: CheckPlace) -> list[Figure]:
+    """Three losses with dropout: the recomputed forward must draw the masks of the first one. Ten of each module."""
     dropout = {"peft": {"lora_dropout": 0.2}, "model": {"transformer_impl": "local"}}
-    found = {}
-    for words, recomputed in (("kept", {}), ("recomputed", FULL_RECOMPUTE)):
-        transformer = {"hidden_dropout": 0.1, **recomputed}
-        found[words] = _continue(state_of(place, "lora", transformer=transformer, **dropout), range(3))
+    kept, recomputed = (
+        _train(state_of(place, "lora", transformer={"hidden_dropout": 0.1, **more}, **dropout), 3)
+        for more in ({}, FULL_RECOMPUTE)
+    )
     without = place.recorded["lora"][:3]
-    note = f"{found['recomputed'][-1]:.6f} and {found['kept'][-1]:.6f}; without dropout {without[-1]:.6f}"
-    acts = float(largest_relative(found["kept"], without) < LOSS_TOLERANCE[False])
+    note = f"{recomputed[-1]:.6f} and {kept[-1]:.6f}; without dropout {without[-1]:.6f}"
+    acts = largest_relative(kept, without) > LOSS_TOLERANCE[False]
     return [
-        Figure("losses, activations recomputed or kept", largest_relative(*found.values()), LOSS_TOLERANCE[False], note=note),
-        Figure("dropout changes nothing", acts, 0.0),
+        Figure("recomputed or kept", largest_relative(recomputed, kept), LOSS_TOLERANCE[False], note=note),
+        Figure("dropout changes nothing", float(not acts), 0.0),
+        *(_module_recomputed(place, module) for module in _recomputable()),
     ]
+
+
+def _recomputable() -> list[str]:
+    """megatron-core recomputes norms on a GPU with Transformer Engine only."""
+    installed = Installed.detected()
+    norms = ["layernorm"] if installed.transformer_engine or not installed.cuda else []
+    return ["core_attn", *norms, "mlp"]
+
+
+def _module_recomputed(place: CheckPlace, module: str) -> Figure:
+    selective = {"recompute_granularity": "selective"}
+    found = _losses_of(place, "lora", transformer=selective, model={"recompute_modules": (module,)})
+    return _near_recorded(f"--recompute-modules {module}", place, "lora", found)
 
 
 # Waits. torch raises, or warns, where the host reads from the device. Warm up first: libraries wait while they start.
 
 
-def waits(place: Place) -> list[Figure]:
+def check_waits(place: CheckPlace) -> list[Figure]:
     """None in forward, backward and gradient sums of two microbatches, which raise; two in a whole step."""
     return [_count_waits(place, method, packed) for method in place.sizes.methods for packed in (False, True)]
 
 
-def _count_waits(place: Place, method: str, packed: bool) -> Figure:
+def _count_waits(place: CheckPlace, method: str, packed: bool) -> Figure:
+    name = f"{method}, {'packed' if packed else 'padded'}: waits in a step, none of them in its microbatches"
     state = state_of(place, method, model={"bf16": True})
-    _continue(state, range(2), packed)
-    with step_rotations(state.model_chunks) as rotations:
-        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
-        with _sync_debug_mode("error"):
-            run_schedule(state.model_chunks, microbatches(2, packed), forward_only=False)
+    _train(state, 2, packed)
+    try:
+        with _sync_debug_mode("error"), step_rotations(state.model_chunks) as rotations:
+            finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+            run_schedule(state.model_chunks, microbatches(packed), forward_only=False)
+    except RuntimeError as error:
+        return Figure(name, math.inf, WAITS_OF_A_STEP, note=str(error)[:400])
     with _sync_debug_mode("warn"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        _continue(state, range(3, 4), packed)
+        _train(state, 1, packed)
     places = [f"{Path(one.filename).name}:{one.lineno}" for one in told if "synchroniz" in str(one.message)]
     note = ", ".join(places) if torch.cuda.is_available() else "a CPU never waits"
-    name = f"{method}, {'packed' if packed else 'padded'}: waits in a step, none of them in its microbatches"
     return Figure(name, len(places), WAITS_OF_A_STEP, note=note)
 
 
@@ -188,30 +211,30 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 # Checkpoints.
 
 
-def resume(place: Place) -> list[Figure]:
+def check_resume(place: CheckPlace) -> list[Figure]:
     """A run that is stopped after two steps and resumed goes on bit for bit, with either way to save."""
     with _deterministic():
         return [_resumed(place, is_async) for is_async in (False, True)]
 
 
-def _resumed(place: Place, is_async: bool) -> Figure:
+def _resumed(place: CheckPlace, is_async: bool) -> Figure:
     # The kernels of fused attention add up in any order; those that compute all scores do not.
     model = {"transformer_impl": "local", "attention_backend": "unfused"}
     settings = {"save": str(place.folder / f"resume {is_async}"), "async_save": is_async}
     method = place.sizes.methods[-1]
     state = state_of(place, method, model=model, checkpoint=settings)
-    _continue(state, range(2))
+    _train(state, 2)
     state.position.iteration = 2
     with Saver(state.config.checkpoint) as saver:
         saver.start(state)
-        undisturbed = _continue(state, range(2, 5))  # an asynchronous save writes meanwhile
+        undisturbed = _train(state, 3)  # an asynchronous save writes meanwhile
         outcome = saver.finish()
     assert outcome is not None
     if outcome.error is not None:
         raise outcome.error
     again = state_of(place, method, model=model, checkpoint={**settings, "load": settings["save"]})
     load_checkpoint(again)
-    resumed = _continue(again, range(2, 5))
+    resumed = _train(again, 3)
     differing = sum(one != other for one, other in zip(resumed, undisturbed, strict=True))
     different = _tensors_that_differ(state, again)
     name = f"{method}, {'--async-save' if is_async else 'saved at once'}: losses and tensors that differ after 3 steps"
@@ -239,7 +262,8 @@ LARGEST_LOGIT_DIFFERENCE = 1e-4
 NUM_NEW = 8
 
 
-def answers(place: Place) -> list[Figure]:
+@full_precision
+def check_answers(place: CheckPlace) -> list[Figure]:
     """Prompts of several lengths in one batch; transformers reads each prompt with our answer."""
     from transformers import AutoModelForCausalLM
 
@@ -247,11 +271,9 @@ def answers(place: Place) -> list[Figure]:
     shape = read_shape(str(place.llama))
     chunks = build_model_chunks(shape, config.model, config.parallel)
     with quiet():
-        load_pretrained(
-            chunks, str(place.llama), shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False
-        )
+        load_pretrained(chunks, str(place.llama), shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
     reference: Any = AutoModelForCausalLM.from_pretrained(place.llama, dtype=torch.float32).to(place.device)
-    prompts = [tuple(int(token) for token in one.tokens) for one in samples_of_step(0)]
+    prompts = [tuple(int(token) for token in one.tokens) for one in random_samples()]
     found = generate(chunks, prompts, GenerationSettings(frozenset(), NUM_NEW, batch_size=len(prompts)))
     differing, largest = 0, 0.0
     for prompt, answer in zip(prompts, found, strict=True):
@@ -263,6 +285,8 @@ def answers(place: Place) -> list[Figure]:
         largest = max(largest, float((ours - expected).abs().max()))
         differing += answer != expected[len(prompt) - 1 : -1].argmax(-1).tolist()
     return [
-        Figure("answers that are not transformers'", differing, 0, note=f"{len(prompts)} prompts, {NUM_NEW} tokens each"),
+        Figure(
+            "answers that are not transformers'", differing, 0, note=f"{len(prompts)} prompts, {NUM_NEW} tokens each"
+        ),
         Figure("largest difference of a logit", largest, LARGEST_LOGIT_DIFFERENCE),
     ]
