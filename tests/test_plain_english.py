@@ -26,6 +26,11 @@ PHRASES = {
     r"\bexclude each the other": "are mutually exclusive",
     r"\bthe crew\b|\ba stretch of\b|is a stretch\b|\bthe stretch\b": "dispatcher; shard",
     r"slip of the pen": "typo",
+    r"\btakes? (it|them) away\b": "removes",
+    r"\bis no section\b": "is not a section",
+    r"\bwhat will be trained\b": "what a run trains on",
+    r"\bends a step on\b": "updates ... at the end of a step",
+    r"\bmakes texts\b|` a text\b": "string",
 }
 WORDS = set(
     "askedmodel crew dismiss slot slots stretch stretches companion companions piece pieces region regions".split()

@@ -119,7 +119,7 @@ def _named_linear_layers(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 @torch.no_grad()
 @full_precision
 def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
-    """Merge every adapter into its layer's weight, in place, and take it away. A collective.
+    """Merge every adapter into its layer's weight, in place, and remove it. A collective.
 
     A layer at a time is put together, in float32 at least, and every rank keeps its slice.
 

@@ -138,7 +138,8 @@ class _Reader:
         name = next((one for one in (f"--{key.value}", f"--{dashed}", key.value) if one in self.known), None)
         if name is None:
             if isinstance(value, yaml.MappingNode):
-                raise ConfigurationError(f"{key.value} is no section; there are {', '.join(sorted(self.sections))}.")
+                sections = ", ".join(sorted(self.sections))
+                raise ConfigurationError(f"{key.value} is not a section; the sections are {sections}.")
             raise ConfigurationError(self.why_unknown(f"--{key.value}"))
         own = self.known[name].section
         if section and own != section:

@@ -93,7 +93,7 @@ def _check_model(chunks: Sequence[nn.Module], config: PeftConfig) -> None:
             f"add_adapters: {type(chunk).__name__} has no TransformerLayer of megatron-core: pass a GPTModel.",
         )
         attached = any(name.endswith(".adapter") for name, _ in chunk.named_modules())
-        require(not attached, "add_adapters: the model has adapters already; merge() takes them away.")
+        require(not attached, "add_adapters: the model has adapters already; merge() removes them.")
         current = torch.device(torch.cuda.current_device())
         device = next((one.device for one in chunk.parameters()), current)  # a chunk may hold no layer
         require(
@@ -296,7 +296,7 @@ class ModelAdapters:
         return found[0] if len(found) == 1 else {f"model{index}": one for index, one in enumerate(found)}
 
     def merge(self) -> None:
-        """Merge the adapters into the model's weights, in place, and take them away. A collective."""
+        """Merge the adapters into the model's weights, in place, and remove them. A collective."""
         merge_adapters(self.model_chunks, self.peft)
         self.names = ()
 

@@ -109,7 +109,7 @@ def _loss_without_adapters(state: TrainingState, step: Step) -> float:
 
 def largest_orthogonality_error(state: TrainingState) -> float | None:
     """Largest |R^T R - I| of all rotations of the model; None without rotations. A collective."""
-    modules: Iterator[Any] = (module for chunk in state.model_chunks for module in chunk.modules())
+    modules: Iterable[Any] = [module for chunk in state.model_chunks for module in chunk.modules()]
     with torch.no_grad():
         errors = [module.orthogonality_error() for module in modules if hasattr(module, "orthogonality_error")]
     worst = torch.stack(errors).max() if errors else torch.tensor(-1.0, device=torch.cuda.current_device())

@@ -96,7 +96,7 @@ WRONG = {
     "lr: 1\nlrr: 2\n": "line 2, column 1: --lrr ?",
     "model:\n  lr: 1\n": "line 2, column 3: lr does not belong to model: write it under optimizer.",
     "optimizer:\n  names: [a]\n": "line 2, column 3: names does not belong to optimizer: write it at the top.",
-    "wat: {lr: 1}\n": "line 1, column 1: wat is no section; there are model, optimizer.",
+    "wat: {lr: 1}\n": "line 1, column 1: wat is not a section; the sections are model, optimizer.",
     "lr: 1\noptimizer:\n  lr: 2\n": "line 3, column 3: lr stands here and in line 1, column 1: leave one out.",
     "bf16: maybe\n": "line 1, column 1: bf16 is a switch: true or false, not maybe.",
     "bf16: [true, true]\n": "line 1, column 1: bf16 is a switch",

@@ -45,8 +45,8 @@ class RotationMethod(Method):
     def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
         require(
             not (self.updates_whole_parameters(peft) and run.optimizer.overlap_param_gather),
-            f"{self.whole_update_flags} ends a step on whole parameters, which --overlap-param-gather has not gathered "
-            f"by then: leave out one of them.",
+            f"{self.whole_update_flags} updates whole parameters at the end of a step, before "
+            f"--overlap-param-gather has gathered them: leave out one of them.",
         )
 
     def check_layer(self, peft: Any, layout: Any, name: str) -> None:
