@@ -65,7 +65,7 @@ def load_inertly(path: Path) -> Any:
     """Content of a torch.save file, with memory-mapped tensors and objects of known libraries as `Inert`.
 
     Raises:
-        ConfigurationError: it names anything else, or it is torn. Nothing in it was run.
+        ConfigurationError: it names anything else, or it is truncated. Nothing in it was run.
     """
     try:
         require_harmless(path)
@@ -80,7 +80,7 @@ def load_inertly(path: Path) -> Any:
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = plain_reason(error)
         raise ConfigurationError(
-            f"{path} cannot be read: it is torn, or not a file of torch.save ({reason})."
+            f"{path} cannot be read: it is truncated, or not a file of torch.save ({reason})."
         ) from error
 
 
@@ -88,7 +88,7 @@ def require_harmless(path: Path) -> None:
     """Unpickle a torch.save file without its tensors, to find out whether torch would crash. Takes milliseconds.
 
     Raises:
-        pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is torn.
+        pickle.UnpicklingError, RuntimeError and the like: torch would crash, or the file is truncated.
     """
     with torch.serialization._open_zipfile_reader(str(path)) as archive:
         if archive.has_record("data.pkl"):
@@ -109,7 +109,7 @@ def read_metadata(folder: Path) -> Metadata:
     Entries of other objects are dropped, so that no reader unpickles them.
 
     Raises:
-        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is torn. Nothing in
+        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is truncated. Nothing in
             it was run.
     """
     path = folder / ".metadata"

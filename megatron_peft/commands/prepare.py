@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings: SplitSettings = settings_of(SplitSettings, vars(args))
         test_percent = settings.test_percent if settings.test_percent is not None else 5.0 * by_split
         if test_percent and not by_split:
-            raise ConfigurationError("--test-percent cannot be given where there are test items of their own.")
+            raise ConfigurationError("--test-percent is for data without a test split, and this has one: leave it out.")
         split = HashSplit(settings.valid_percent, test_percent, settings.seed)
         for prepared in prepare_all(benchmark_data(args), args.output, split, settings.overlap):
             print(report(prepared))

@@ -182,7 +182,7 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by key. Only the index is read.
 
     Raises:
-        ConfigurationError: the index is torn or refused, a file is missing or too short, or a tensor is incomplete.
+        ConfigurationError: the index is truncated or refused, a file is missing or too short, or a tensor is incomplete.
     """
     index = read_metadata(folder)
     _check_files(folder, index.storage_data)
@@ -204,7 +204,7 @@ def _check_files(folder: Path, storage: dict) -> None:
     missing = sorted(name for name in ends if not (folder / name).is_file())
     require(not missing, f"{folder} lacks {listed(missing)}, which its index lists: copy the checkpoint again.")
     short = sorted(name for name, end in ends.items() if (folder / name).stat().st_size < end)
-    require(not short, f"{folder} is torn: {listed(short)} are shorter than written. Copy the checkpoint again.")
+    require(not short, f"{folder} is truncated: {listed(short)} are shorter than written. Copy the checkpoint again.")
 
 
 def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict) -> StoredTensor:

@@ -119,7 +119,7 @@ def megatron_to_hf(
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: before anything is written, if `input` is torn, refused, holds only adapters or does not
+        ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does not
             fit its shape, or if `output` exists.
     """
     check_new(output)

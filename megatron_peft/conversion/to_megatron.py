@@ -103,7 +103,7 @@ def hf_to_megatron(
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: before anything is written, if `input` is not a model, is torn or does not fit its
+        ConfigurationError: before anything is written, if `input` is not a model, is truncated or does not fit its
             config.json, or if `output` exists.
     """
     check_new(output)

@@ -51,12 +51,12 @@ def _require_whole(prefix: str, flag: str) -> None:
     actual = data.stat().st_size
     require(
         actual == expected,
-        f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is torn.",
+        f"{flag} {prefix}: {data} has {actual} bytes where its index expects {expected}; it is truncated.",
     )
 
 
 def _expected_bytes(index: Path, named: str) -> int:
-    """Size of the data file that an index describes. Raises ConfigurationError for an index that is torn, or whose
+    """Size of the data file that an index describes. Raises ConfigurationError for an index that is truncated, or whose
     sequences or documents do not follow one another."""
     # megatron-core's reader does not check the sizes and follows any pointer.
     with index.open("rb") as file:
@@ -66,7 +66,7 @@ def _expected_bytes(index: Path, named: str) -> int:
         known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in {dtype.value for dtype in DType}
         require(
             known and num_bytes == _HEADER.size + num_sequences * (4 + 8) + num_bounds * 8,
-            f"{named} is not an index of Megatron's, or it is torn ({num_bytes} bytes).",
+            f"{named} is not an index of Megatron's, or it is truncated ({num_bytes} bytes).",
         )
         lengths = np.fromfile(file, np.int32, num_sequences)
         pointers = np.fromfile(file, np.int64, num_sequences)

@@ -54,7 +54,7 @@ OUT = "--input nowhere --output out"
         (demo, "--nope --output out", "^megatron-peft demo: error: --nope is not a known flag"),
         (generate, "--prompt a --load nowhere", "nowhere holds no checkpoint"),
         (prepare, "gsm8k --input . --output out", "^error: --input"),
-        (prepare, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "test items of their own"),
+        (prepare, f"gsm8k --input {SAMPLES}/gsm8k --output out --test-percent 5", "for data without a test split"),
         (report, ".", r"^megatron-peft report: error: \. holds neither a run \(metrics.jsonl, checkpoints\) nor "),
         (report, "nowhere", "^megatron-peft report: error: there is no folder nowhere"),
     ],

@@ -87,7 +87,7 @@ def swap(places):
     ("file", "index", "is_seen_at_once", "told"),
     [
         (Path.unlink, None, True, "megatron lacks __0_0.distcp, which its index lists"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is torn: __0_0.distcp"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), None, True, "is truncated: __0_0.distcp"),
         (None, lambda places: places.pop(PART), True, "slices are missing from a.weight"),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), None, False, "is damaged where it holds a.weight"),
         (None, swap, False, r"does not hold a.weight \[3, 4\] where its index says so"),
@@ -109,7 +109,7 @@ def test_damage_is_named_at_once_or_when_the_tensor_is_read(file, index, is_seen
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_is_named_or_harmless(folder, seed):
-    """Bytes within the archive of a tensor are overwritten: only numbers may change, or an error says what is torn."""
+    """Bytes within the archive of a tensor are overwritten: only numbers may change, or an error says what is truncated."""
     place = pickle.loads((folder / ".metadata").read_bytes()).storage_data[PART]
     path, draw = folder / place.relative_path, random.Random(seed)
     for _ in range(50):

@@ -163,9 +163,9 @@ def test_tokens_in_what_is_no_file_are_named_by_its_kind(two, make, kind):
     ("suffix", "damage", "message"),
     [
         (".bin", None, "--data-path .*a: .*a.bin not found. A prefix is a path with"),
-        (".bin", lambda whole: whole[:-2], "a.bin has 198 bytes where its index expects 200; it is torn"),
-        (".idx", lambda whole: b"", "a.idx is not an index of Megatron's, or it is torn"),
-        (".idx", lambda whole: whole[:60], "a.idx is not an index of Megatron's, or it is torn"),
+        (".bin", lambda whole: whole[:-2], "a.bin has 198 bytes where its index expects 200; it is truncated"),
+        (".idx", lambda whole: b"", "a.idx is not an index of Megatron's, or it is truncated"),
+        (".idx", lambda whole: whole[:60], "a.idx is not an index of Megatron's, or it is truncated"),
     ],
 )
 def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
