@@ -3,6 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench check-gpu
+.PHONY: image test-image cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -28,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 install: $(INSTALLED) ## make the environment, .venv, and nothing else
 
 help: ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 	@echo "  METHOD=lora|full|lora-ga|boft|urnn|hybrid chooses the demo's method; ARGS='...' is passed on to what a target runs."
 
 demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
@@ -64,6 +65,19 @@ bench: $(INSTALLED) ## measure steps, memory and collectives beside other librar
 
 check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
 	$(PYTHON) tools/check_gpu.py $(ARGS)
+
+# The next four stand outside test-all: they need root, or the package index.
+image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
+	tools/image.sh build
+
+test-image: ## start that image: its version, its user and a tiny training
+	tools/image.sh test
+
+cuda-pins: $(INSTALLED) ## compare the CUDA image's versions with the package index
+	$(PYTHON) -m tools.cuda.pins
+
+cuda-signatures: $(INSTALLED) ## bind our calls into Transformer Engine to the signatures of its releases (ARGS=--write)
+	$(PYTHON) -m tools.cuda.signatures $(ARGS)
 
 # A half-made environment is removed, so that the next call starts afresh.
 $(INSTALLED): pyproject.toml setup.py

@@ -109,8 +109,8 @@ def read_metadata(folder: Path) -> Metadata:
     Entries of other objects are dropped, so that no reader unpickles them.
 
     Raises:
-        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is truncated. Nothing in
-            it was run.
+        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is truncated. Nothing
+            in it was run.
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)

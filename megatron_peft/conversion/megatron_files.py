@@ -182,7 +182,7 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by key. Only the index is read.
 
     Raises:
-        ConfigurationError: the index is truncated or refused, a file is missing or too short, or a tensor is incomplete.
+        ConfigurationError: the index is truncated or refused, a file is missing or short, or a tensor is incomplete.
     """
     index = read_metadata(folder)
     _check_files(folder, index.storage_data)

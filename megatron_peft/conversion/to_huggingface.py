@@ -119,8 +119,8 @@ def megatron_to_hf(
         progress: show a bar at a terminal.
 
     Raises:
-        ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does not
-            fit its shape, or if `output` exists.
+        ConfigurationError: before anything is written, if `input` is truncated, refused, holds only adapters or does
+            not fit its shape, or if `output` exists.
     """
     check_new(output)
     check_license(license)

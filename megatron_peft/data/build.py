@@ -137,8 +137,8 @@ def _require_samples(blend: Blend, dataset: InstructionDataset) -> None:
     empty = [path for path, length in zip(blend.prefixes, dataset.lengths_of_files(), strict=True) if not length]
     require(
         not empty,
-        f"all samples of {' and '.join(empty)} were skipped, so the blend's weights cannot be reached: raise --seq-length, or leave "
-        "the path out.",
+        f"all samples of {' and '.join(empty)} were skipped, so the blend's weights cannot be reached: raise "
+        "--seq-length, or leave the path out.",
     )
 
 

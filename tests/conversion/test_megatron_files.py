@@ -109,7 +109,7 @@ def test_damage_is_named_at_once_or_when_the_tensor_is_read(file, index, is_seen
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_is_named_or_harmless(folder, seed):
-    """Bytes within the archive of a tensor are overwritten: only numbers may change, or an error says what is truncated."""
+    """Bytes within the archive of a tensor are overwritten: only numbers may change, or an error says what is torn."""
     place = pickle.loads((folder / ".metadata").read_bytes()).storage_data[PART]
     path, draw = folder / place.relative_path, random.Random(seed)
     for _ in range(50):
