@@ -120,7 +120,6 @@ ACCEPTED = {
     "--no-position-embedding": "these models have no learned position embedding",
     "--apply-layernorm-1p": "says how Megatron-LM stores the weights of norms, not what they compute",
     "--no-create-attention-mask-in-dataloader": "attention is causal without a mask of the data loader's",
-    "--log-throughput": "tokens per second are always printed and recorded",
 }
 # The same with a value: -> (type, why).
 ACCEPTED_WITH_VALUE: Mapping[str, tuple[type, str]] = {

@@ -161,15 +161,15 @@ FLAGS = {
         save-tokens-per-expert-interval save-wgrads-interval use-mp-args-from-checkpoint-args
         use-persistent-ckpt-worker verify-integrity""",
     "the log is metrics.jsonl, TensorBoard and Weights & Biases": """
-        log-batch-size-to-tensorboard log-device-memory-used log-energy log-l2-norm-grad-to-tensorboard
+        log-batch-size-to-tensorboard log-device-memory-used log-l2-norm-grad-to-tensorboard
         log-memory-interval log-memory-to-tensorboard log-params-norm log-progress log-runtime-to-tensorboard
         log-straggler log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
         log-world-size-to-tensorboard logging-level memory-keys modules-to-filter no-filter-warnings
         no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers tensorboard-log-interval
-        tensorboard-queue-size throughput-window-size timing-log-level timing-log-option wandb-entity
+        tensorboard-queue-size throughput-window-size timing-log-option wandb-entity
         log-num-zeros-in-grad log-max-attention-logit""",
     "profiling": """
-        memory-snapshot-path no-barrier-with-level-1-timing nvtx-ranges record-memory-history record-shapes
+        no-barrier-with-level-1-timing nvtx-ranges record-shapes
         use-nsys-profiler""",
     "inference server": """
         decode-only-cuda-graphs disable-chunked-prefill enable-chunked-prefill flash-decode max-batch-size

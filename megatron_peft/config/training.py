@@ -259,6 +259,36 @@ class LoggingConfig:
     wandb_save_dir: str | None = option(
         None, "folder for Weights & Biases' own files", check="not_empty", metavar="PATH"
     )
+    log_throughput: bool = option(
+        False,
+        "also print and record tokens per second and TFLOP/s of a GPU: per token 4 operations for each weight of a "
+        "frozen model's products, 6 in full fine-tuning, and those of attention; recompute does not count",
+    )
+    peak_tflops: float | None = option(
+        None,
+        "TFLOP/s that a GPU has at most in the run's precision (H100: 989 in bfloat16), of which MFU is a part; needs "
+        "--log-throughput",
+        check="positive",
+    )
+    log_grad_norm_by_layer: bool = option(
+        False, "also record the gradient norm of each transformer layer, before clipping, at log intervals"
+    )
+    log_energy: bool = option(False, "also record joules per step over all GPUs; needs the package nvidia-ml-py")
+    timing_log_level: Literal["0", "1", "2"] = option(
+        "0",
+        "also print and record seconds of the phases of a step: 1 for those that it has once, 2 also for those of each "
+        "microbatch; the host then waits for the device at each",
+    )
+    record_memory_history: bool = option(
+        False,
+        "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory",
+    )
+    memory_snapshot_path: str = option(
+        "snapshot.pickle",
+        "file of --record-memory-history, for docs.pytorch.org/memory_viz; the rank is added to its name",
+        check="not_empty",
+        metavar="PATH",
+    )
     profile: bool = option(
         False, "profile the steps after --profile-step-start: mark them for Nsight Systems (nsys), which needs a GPU"
     )
@@ -275,6 +305,7 @@ class LoggingConfig:
             require.needs("wandb_project", "wandb_exp_name")
             require.needs("use_pytorch_profiler", "profile")
             require.needs("use_pytorch_profiler", "tensorboard_dir")
+            require.needs("peak_tflops", "log_throughput")
             require(
                 not self.profile or self.profile_step_start < self.profile_step_end,
                 f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "

@@ -41,6 +41,13 @@ class Microbatch:
         return replace(self, **moved)
 
     @property
+    def num_pairs(self) -> int:
+        """Pairs of a position and one that it attends to (itself and those before it in its sequence), with padding."""
+        num_rows, num_positions = self.tokens.shape
+        lengths = self.lengths or [num_positions] * num_rows
+        return sum(length * (length + 1) // 2 for length in lengths)
+
+    @property
     def num_loss_tokens(self) -> int:
         """Tokens that the loss counts."""
         return int(self.loss_mask.sum())

@@ -100,6 +100,8 @@ def _sections(run: RunFiles) -> Iterator[Section]:
     if run.samples:
         yield Section("Answers before and after", [_on_samples(run)], [samples_table(run.samples)])
     figures = {"optimizer": draw_optimizer(run.metrics)}
+    if norms := [one for one in run.metrics if one.get("grad_norm_by_layer")]:
+        figures["depth"] = draw_depth(norms)
     yield Section("Learning rate and gradient norm", figures=figures)
     if run.lambdas:
         iterations, by_layer = plots.read_lines(run.lambdas)
@@ -261,6 +263,23 @@ def draw_optimizer(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _draw_smoothed(right, metrics, "grad_norm", "")
     _finish(right, "Gradient norm (before clipping)")
+    return figure
+
+
+def draw_depth(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Gradient norm by layer, of the first, the middle and the last of these records."""
+    figure = new_figure(10, 3.4)
+    axes = figure.subplots()
+    some = metrics[0], metrics[len(metrics) // 2], metrics[-1]
+    chosen = {one["iteration"]: one["grad_norm_by_layer"] for one in some}
+    for at, (iteration, norms) in enumerate(chosen.items(), start=1):
+        layers = [int(layer) for layer in norms]
+        values = [np.nan if norm is None else norm for norm in norms.values()]
+        axes.plot(layers, values, color=AFTER, alpha=at / len(chosen), linewidth=1.6, label=f"iteration {iteration}")
+    style(axes, "Gradient norm by layer (before clipping)")
+    axes.set_xlabel("layer")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
     return figure
 
 

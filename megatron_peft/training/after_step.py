@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import linear_layers
@@ -222,10 +223,34 @@ def _counted(shards: GradientShards) -> Callable[[nn.Parameter], Tensor]:
 
     def own(parameter: nn.Parameter) -> Tensor:
         gradient = shards.own(parameter)
-        counts = counts_replicated or parameter.tensor_model_parallel  # pyright: ignore[reportAttributeAccessIssue]
+        counts = counts_replicated or getattr(parameter, "tensor_model_parallel", False)  # a norm's has no such mark
         return gradient if counts else gradient[:0]
 
     return own
+
+
+# --log-grad-norm-by-layer
+
+
+@torch.no_grad()
+def layer_gradient_squares(state: Trained, num_layers: int) -> Tensor:
+    """Squared norms of what this rank counts of each transformer layer's complete gradients, on the device.
+
+    Returns:
+        float64 [layers of the whole model]; the sum over all ranks is the model's.
+    """
+    shards = GradientShards(state.optimizer)
+    found = [torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())] * num_layers
+    if not shards.is_sharded and parallel_state.get_data_parallel_rank() > 0:
+        return torch.stack(found)  # every replica has the same gradients: the first one counts
+    own = _counted(shards)
+    modules = [module for chunk in state.model_chunks for module in chunk.modules()]
+    for layer in [module for module in modules if isinstance(module, TransformerLayer)]:
+        gradients = [own(parameter) for parameter in layer.parameters() if parameter.requires_grad]
+        if gradients:
+            norms = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients])
+            found[layer.layer_number - 1] = norms.double().square().sum()
+    return torch.stack(found)
 
 
 # --hybrid-merge-interval: the Hybrid's change goes into the weights, and the adapters start again.

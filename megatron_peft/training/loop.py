@@ -19,6 +19,7 @@ from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
+from megatron_peft.training.speed import Speed
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import StepReport, train_step
 from megatron_peft.training.terminal import Progress
@@ -72,11 +73,13 @@ class _Interval:
     started_at: float = field(default_factory=time.perf_counter)
     num_steps: int = 0
     num_positions: int = 0
+    num_pairs: int = 0
     sum_of_losses: float = 0.0
 
     def add(self, report: StepReport) -> None:
         self.num_steps += 1
         self.num_positions += report.num_positions
+        self.num_pairs += report.num_pairs
         self.sum_of_losses += report.loss
 
     @contextmanager
@@ -118,7 +121,7 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     signals, upkeep = ExitSignals(config.training.exit_signal_handler, is_writer), Upkeep(config)
     with signals, writer, progress, upkeep:
-        run = _Run(state, data, saver, writer, progress, signals, upkeep, saved_iteration=position.iteration)
+        run = _Run(state, data, saver, writer, progress, signals, upkeep, Speed(state), position.iteration)
         return run.to_the_end()
 
 
@@ -131,6 +134,7 @@ class _Run:
     progress: Progress
     signals: ExitSignals
     upkeep: Upkeep
+    speed: Speed
     saved_iteration: int
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
@@ -177,8 +181,9 @@ class _Run:
         """Train one step and do what is due after it. Returns why the run should end now, or an empty string."""
         config, position = self.state.config, self.state.position
         self.upkeep.before_step(position.iteration)
+        by_layer = config.logging.log_grad_norm_by_layer and self._is_recorded(position.iteration + 1)
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
-        report = train_step(self.state, microbatches, stop=self._wants_to_stop())
+        report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; `whole_parameters` waits for parameters that are still being gathered.
         position.iteration += 1
@@ -225,17 +230,25 @@ class _Run:
         minutes = (time.monotonic() - self.started_at) / 60
         return self.signals.received or (limit is not None and minutes > limit)
 
+    def _validates(self, iteration: int) -> bool:
+        is_due = _due(iteration, self.state.config.training.eval_interval)
+        return self.data.valid is not None and (is_due or iteration == self.data.train_iters)
+
+    def _is_recorded(self, iteration: int) -> bool:
+        """Whether the iteration has a log line, even if the run does not end early."""
+        is_due = _due(iteration, self.state.config.logging.log_interval)
+        return is_due or iteration == self.data.train_iters or self._validates(iteration)
+
     def _log_and_validate(self, report: StepReport, ends: bool) -> None:
-        config, iteration = self.state.config, self.state.position.iteration
-        is_last = iteration == self.data.train_iters
-        validates = self.data.valid is not None and (_due(iteration, config.training.eval_interval) or is_last)
+        iteration = self.state.position.iteration
+        is_last, validates = iteration == self.data.train_iters, self._validates(iteration)
         # A run that stops early (`ends`) logs, but validates only if that is due: it may be killed before it has saved.
-        if not (_due(iteration, config.logging.log_interval) or validates or is_last or ends):
+        if not (self._is_recorded(iteration) or ends):
             return
         record = self._record(report)
         if validates:
             assert self.data.valid is not None
-            with self.upkeep.around_validation():
+            with self.upkeep.around_validation(), self.speed.paused():
                 loss = validation_loss(self.state.model_chunks, self.data.valid)
             record["validation_loss"] = loss
             # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
@@ -281,7 +294,12 @@ class _Run:
                     f"WARNING: a lambda has kept its last value {mixture.num_kept} times: the gradients of its layer "
                     f"were zero or not finite."
                 )
-        return self._numbers(report) | ({"lambda": mixture.summary()} if mixture else {})
+        numbers, interval = self._numbers(report), self.interval
+        seconds = numbers["step_seconds"] * interval.num_steps
+        numbers |= self.speed.record(interval.num_steps, interval.num_positions, interval.num_pairs, seconds)
+        if report.layer_grad_norms:
+            numbers["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
+        return numbers | ({"lambda": mixture.summary()} if mixture else {})
 
     def _numbers(self, report: StepReport) -> Record:
         position, (memory, peak) = self.state.position, memory_bytes()
@@ -299,7 +317,7 @@ class _Run:
 
     def _save(self) -> None:
         """Start a checkpoint; its time does not count as time of a step."""
-        with self.interval.paused():
+        with self.interval.paused(), self.speed.paused():
             self._report_save(self.saver.finish())  # one save at a time: wait for the one before
             self._start_saving()
             self._report_save(self.saver.finish(wait=False))

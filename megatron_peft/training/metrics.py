@@ -247,6 +247,11 @@ def require_loggers(logging: LoggingConfig) -> None:
         logging.wandb_project is None or _is_installed("wandb"),
         "--wandb-project needs the package wandb, which is not installed: pip install wandb, or drop the flag.",
     )
+    require(
+        not logging.log_energy or _is_installed("pynvml"),
+        "--log-energy needs the package nvidia-ml-py, which is not installed: pip install nvidia-ml-py, or drop the "
+        "flag.",
+    )
 
 
 def _is_installed(package: str) -> bool:

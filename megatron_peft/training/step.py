@@ -8,6 +8,7 @@ ranks.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
-from megatron_peft.training.after_step import bound_low_rank_norms, merge_if_due, mix_from_gradients, update
+from megatron_peft.training.after_step import (
+    bound_low_rank_norms,
+    layer_gradient_squares,
+    merge_if_due,
+    mix_from_gradients,
+    update,
+)
 from megatron_peft.training.state import TrainingState
 
 
@@ -40,17 +47,21 @@ class StepReport:
         loss: mean over the completion tokens of the global batch.
         num_tokens: completion tokens of the global batch.
         num_positions: all tokens that went through the model, including prompts and padding.
+        num_pairs: pairs of positions that attention computed in each layer (`Microbatch.num_pairs`).
         grad_norm: of the whole gradient, before clipping.
         learning_rate: of this step.
         stop: a rank was asked to stop.
+        layer_grad_norms: of each transformer layer, before clipping, if asked for.
     """
 
     loss: float
     num_tokens: int
     num_positions: int
+    num_pairs: int
     grad_norm: float
     learning_rate: float
     stop: bool
+    layer_grad_norms: tuple[float, ...] = ()
 
 
 def finish_gradients(
@@ -90,13 +101,16 @@ def _divide_by_tokens(model: Sequence[Any], num_tokens: Tensor) -> None:
         chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
-def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False) -> StepReport:
+def train_step(
+    state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False, by_layer: bool = False
+) -> StepReport:
     """Forward, backward and update on this rank's microbatches of one global batch.
 
     Args:
         state: updated in place, except for its position.
         microbatches: of this data-parallel rank.
         stop: this rank wants the run to end; the report has it on all ranks.
+        by_layer: the report has the gradient norm of each layer; the same on all ranks.
 
     Raises:
         NonFiniteError: on every rank, before parameters and optimizer have changed.
@@ -112,8 +126,10 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
     # Hybrid's lambda is taken before the optimizer clips them. The schedule advances last: to the next step's rate.
     check = state.config.training.check_for_nan_in_loss_and_grad
-    totals = _sum_over_world(losses, state.model_chunks if check else (), stop)
-    loss_sum, num_tokens, num_positions, num_non_finite, num_stopping = totals
+    num_pairs = sum(microbatch.num_pairs for microbatch in microbatches)
+    squares = layer_gradient_squares(state, state.shape.num_layers) if by_layer else None
+    totals = _sum_over_world(losses, state.model_chunks if check else (), stop, num_pairs, squares)
+    loss_sum, num_tokens, num_positions, num_non_finite, num_stopping, num_pairs, *squared = totals
     if check and num_non_finite:
         _raise_non_finite(state, losses)
     mix_from_gradients(state)
@@ -128,9 +144,11 @@ def train_step(state: TrainingState, microbatches: Sequence[Microbatch], stop: b
         loss=loss_sum / max(num_tokens, 1),
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
+        num_pairs=int(num_pairs),
         grad_norm=float(grad_norm or 0.0),
         learning_rate=learning_rate,
         stop=num_stopping > 0,
+        layer_grad_norms=tuple(map(sqrt, squared)),
     )
 
 
@@ -204,14 +222,16 @@ def packing(microbatch: Microbatch) -> PackedSamples | None:
     return PackedSamples.of(microbatch.cu_seqlens, microbatch.lengths, microbatch.position_ids)
 
 
-def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool) -> list[float]:
+def _sum_over_world(
+    losses: Tensor, model_chunks: Sequence[DistributedDataParallel], stop: bool, num_pairs: int, squares: Tensor | None
+) -> list[float]:
     """Everything ranks must agree on, in one all-reduce and one host-device sync: the first of a step's two.
 
     The other is the norm of the gradients, which megatron-core's optimizer reads to clip them.
 
     Returns:
         Sum of losses, numbers of completion tokens and of positions; how many ranks have found a loss or gradient that
-        is not finite, and how many were asked to stop.
+        is not finite, and how many were asked to stop; numbers of attended pairs; `squares`, float64, of the layers.
     """
     # Tensor-parallel ranks compute the same losses: count them once.
     counts = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -221,7 +241,9 @@ def _sum_over_world(losses: Tensor, model_chunks: Sequence[DistributedDataParall
         buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
         for buffer in buffers:
             finite = finite & torch.isfinite(buffer.grad_data.sum())
-    numbers = torch.cat([total, torch.stack([~finite, torch.tensor(stop, device=total.device)]).double()])
+    here = [stop, num_pairs if counts and len(losses) else 0]  # every stage has the microbatches: the last one counts
+    of_the_host = torch.tensor(here, dtype=total.dtype, device=total.device)
+    numbers = torch.cat([total, (~finite).double().view(1), of_the_host, *([] if squares is None else [squares])])
     dist.all_reduce(numbers)
     return read_on_host(numbers)
 

@@ -30,6 +30,10 @@ LINE_FIELDS: Fields = (
     ("loss", "loss", lambda x: f"{x:.6E}"),
     ("grad_norm", "grad norm", lambda x: f"{x:.3f}"),
     ("tokens_per_second", "tokens per second", lambda x: f"{x:.1f}"),
+    ("tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)", lambda x: f"{x:.1f}"),  # Megatron's words
+    ("mfu", "MFU", lambda x: f"{x:.1%}"),
+    ("joules_per_step", "energy per iteration (J)", lambda x: f"{x:.1f}"),
+    ("timer_seconds", "slowest rank (ms)", lambda times: ", ".join(f"{k} {1000 * s:.1f}" for k, s in times.items())),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
 SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
@@ -39,6 +43,8 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("learning_rate", "lr", lambda x: f"{x:.2e}"),
     ("tokens_per_second", "tok/s", lambda x: f"{x:.0f}"),
     ("step_seconds", "s/step", lambda x: f"{x:.2f}"),
+    ("tflops_per_gpu", "TFLOP/s/GPU", lambda x: f"{x:.1f}"),
+    ("mfu", "MFU", lambda x: f"{x:.1%}"),
 )
 
 

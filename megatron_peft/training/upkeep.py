@@ -1,4 +1,4 @@
-"""What a loop does between steps beside training: garbage collection at agreed steps, and profiling of some steps.
+"""What a loop does beside training: garbage collection at agreed steps, profiling of some steps, memory's history.
 
 Flags and meanings are Megatron's: step numbers count finished steps, so --profile-step-start 4 --profile-step-end 6
 profiles the fifth and the sixth step.
@@ -8,6 +8,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from megatron_peft.config import LoggingConfig, RunConfig
 
 logger = logging.getLogger(__name__)
+
+MOST_ALLOCATIONS = 100_000  # Megatron's number
 
 
 class Upkeep:
@@ -28,8 +31,10 @@ class Upkeep:
     def __init__(self, config: RunConfig) -> None:
         self._training = config.training
         self._profile = ProfiledSteps(config.logging)
+        self._memory = MemoryHistory(config.logging)
 
     def __enter__(self) -> "Upkeep":
+        self._memory.start()
         if self._training.manual_gc:
             gc.disable()
             gc.collect()
@@ -37,6 +42,7 @@ class Upkeep:
 
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
+        self._memory.write()
         if self._training.manual_gc:
             gc.enable()
 
@@ -107,3 +113,31 @@ def _nsight_range() -> Iterator[None]:
     with torch.autograd.profiler.emit_nvtx(record_shapes=True):
         yield
     torch.cuda.check_error(runtime.cudaProfilerStop())
+
+
+class MemoryHistory:
+    """--record-memory-history on the ranks of --profile-ranks, written when the run ends, by an error too."""
+
+    def __init__(self, settings: LoggingConfig) -> None:
+        path = Path(settings.memory_snapshot_path)
+        self._path = path.with_name(f"{path.stem}.rank{dist.get_rank()}{path.suffix}")
+        self._is_on = settings.record_memory_history and dist.get_rank() in settings.profile_ranks
+        if self._is_on and not torch.cuda.is_available():
+            self._is_on = False
+            logger.warning("--record-memory-history needs a GPU, whose allocator it records: nothing is recorded.")
+
+    def start(self) -> None:
+        """Record allocations from here on, the newest of them."""
+        if self._is_on:
+            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+
+    def write(self) -> None:
+        """Write the file; without one, a warning is all, for the run matters more."""
+        if not self._is_on:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self._path))
+        except OSError as error:
+            logger.warning("--memory-snapshot-path %s cannot be written: %s", self._path, error.strerror)
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -113,6 +113,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
     CheckpointConfig: [({"save_interval": 5}, "--save-interval 5 needs --save")],
     LoggingConfig: [
         ({"wandb_project": "p"}, "--wandb-project p needs --wandb-exp-name"),
+        ({"peak_tflops": 989.0}, "--peak-tflops 989.0 needs --log-throughput"),
         ({"log_interval": 0}, "--log-interval is 0"),
     ],
 }
@@ -167,6 +168,7 @@ DISTRIBUTED_RECOMPUTE = {"transformer": {**FULL_RECOMPUTE, "distribute_saved_act
     [
         ({"micro_batch_size": 2, "global_batch_size": 7, "world_size": 2}, "size 7 .* 2 x 2 .* = 4: use 4 or 8"),
         ({**INTERLEAVED, "global_batch_size": 3}, "2 microbatches a step, but --global-batch-size 3 gives 3"),
+        ({**PP2, "pipeline_model_parallel_layout": "Et|t|t|L", "global_batch_size": 3}, "but --global-batch-size 3 "),
         ({**INTERLEAVED, "global_batch_size": 2, "transformer": {"overlap_p2p_comm": False}}, "use 3 stages or more"),
         ({**SEQUENCE_PARALLEL, "seq_length": 33}, "--seq-length 33 .* use 32"),
         ({"lr_decay_samples": 5}, "--lr-decay-samples .* use --lr-decay-iters"),

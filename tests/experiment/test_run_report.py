@@ -71,6 +71,14 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     assert [one.get_ydata()[0] for one in memory.lines] == [2.0, 3.0]  # type: ignore[index]
 
 
+def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path) -> None:
+    norms = [{"0": 1.0, "1": 2.0}, {"0": None, "1": 3.0}]
+    write_lines(folder / "metrics.jsonl", [line(2)] + [line(at, grad_norm_by_layer=norms[at - 3]) for at in (3, 4)])
+    (axes,) = build_run_report(read_run(folder)).sections[1].figures["depth"].axes
+    drawn = {str(one.get_label()): np.asarray(one.get_xydata()).tolist() for one in axes.lines}
+    assert drawn["iteration 3"] == [[0, 1], [1, 2]] and drawn["iteration 4"][1] == [1, 3]
+
+
 def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> None:
     add_checkpoint(folder)
     values = [{LAYERS[0]: 0.5, LAYERS[1]: 0.5}, {LAYERS[0]: 0.25, LAYERS[1]: 0.75}]

@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses, gradient norms, rates and completion tokens by step; the validation loss and lambda by layer at the end.
+    """Losses, gradient norms (whole and by layer), rates and completion tokens by step; validation loss and lambdas.
 
     `replicas_agree`: after the last step, before anything else, all data-parallel ranks hold the same parameters where
     a checkpoint would be written. `stopped`: after which steps the ranks were to stop; the last rank alone asks for it
@@ -85,6 +85,7 @@ class Curve:
 
     losses: list[float]
     grad_norms: list[float]
+    layer_grad_norms: list[tuple[float, ...]]
     validation_loss: float
     learning_rates: list[float]
     num_tokens: list[int]
@@ -97,6 +98,7 @@ class Curve:
         """Whether it is that of one process; else AssertionError says where it is not."""
         np.testing.assert_allclose(self.losses, alone.losses, rtol=1e-5)
         np.testing.assert_allclose(self.grad_norms, alone.grad_norms, rtol=1e-4)
+        np.testing.assert_allclose(self.layer_grad_norms, alone.layer_grad_norms, rtol=1e-4)
         np.testing.assert_allclose(self.validation_loss, alone.validation_loss, rtol=1e-5)
         np.testing.assert_allclose(self.learning_rates, alone.learning_rates)
         assert self.lambdas == pytest.approx(alone.lambdas, rel=1e-4)
@@ -136,11 +138,12 @@ def _curve(state: TrainingState, data: Data) -> Curve:
     started = {name: part.A.detach().clone() for name, part in low_rank.items() if part is not None}
     is_last = dist.get_rank() == dist.get_world_size() - 1
     stops = (is_last and number == 1 for number in range(data.train_iters))
-    reports = [train_step(state, step, stop) for stop, step in zip(stops, data.train, strict=False)]
+    reports = [train_step(state, step, stop, by_layer=True) for stop, step in zip(stops, data.train, strict=False)]
     agree, mixed = replicas_agree(state), mixtures(state)
     return Curve(
         losses=[report.loss for report in reports],
         grad_norms=[report.grad_norm for report in reports],
+        layer_grad_norms=[report.layer_grad_norms for report in reports],
         validation_loss=validation_loss(state.model_chunks, data.valid),
         learning_rates=[report.learning_rate for report in reports],
         num_tokens=[report.num_tokens for report in reports],

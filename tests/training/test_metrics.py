@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError, LoggingConfig, untrusted
-from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics
+from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics, require_loggers
 from tests.training.recorded_saves import small_files_only
 
 SILENT = LoggingConfig()
@@ -101,6 +101,12 @@ def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match="--wandb-project needs the package wandb"):
         MetricsWriter(None, LoggingConfig(wandb_project="p", wandb_exp_name="e"), is_writer=True)
+
+
+def test_energy_needs_nvidias_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ConfigurationError, match="--log-energy needs the package nvidia-ml-py"):
+        require_loggers(LoggingConfig(log_energy=True))
 
 
 def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):

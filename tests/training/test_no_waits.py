@@ -79,7 +79,7 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
         with Waits() as in_sums:
             run_schedule(state.model_chunks, step, forward_only=False)
         with Waits() as in_step:
-            train_step(state, step)
+            train_step(state, step, by_layer=True)
         found[job.name] = in_sums.found, in_step.found
         stop_model_parallel()
     return found

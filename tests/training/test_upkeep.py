@@ -68,3 +68,22 @@ def test_nsight_sees_the_steps_between_start_and_end_on_the_ranks_that_are_named
     logging = {"profile": True, "profile_step_start": 2, "profile_step_end": 4, "profile_ranks": (1, 3)}
     happened = run(monkeypatch, rank, {}, logging, num_steps)
     assert happened == [True, *expected]
+
+
+def test_memorys_history_is_written_on_the_ranks_that_are_named_also_after_an_error(tmp_path, monkeypatch, caplog):
+    logging = {"record_memory_history": True, "memory_snapshot_path": str(tmp_path / "new" / "s.pickle")}
+    run(monkeypatch, 3, {}, {**logging, "profile_ranks": (1, 3)}, num_steps=1)
+    assert "--record-memory-history needs a GPU" in caplog.text
+    happened = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **told: happened.append(told))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: happened.append(path))
+    run(monkeypatch, 0, {}, {**logging, "profile_ranks": (1, 3)}, num_steps=1)
+    assert happened == []
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    config = SimpleNamespace(training=TrainingConfig(), logging=LoggingConfig(**logging, profile_ranks=(1, 3)))
+    with pytest.raises(MemoryError), Upkeep(config):  # pyright: ignore[reportArgumentType]
+        raise MemoryError
+    expected = str(tmp_path / "new" / "s.rank3.pickle")
+    assert happened == [{"max_entries": upkeep.MOST_ALLOCATIONS}, expected, {"enabled": None}]
+    assert (tmp_path / "new").is_dir()

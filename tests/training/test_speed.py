@@ -1,0 +1,114 @@
+"""What a log line says of speed: the model's FLOPs by their formula, MFU, timers; in every log alike."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_peft.config import LoggingConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.training.loop import train
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from megatron_peft.training.speed import Energy, ModelFlops, Throughput
+from megatron_peft.training.step import finish_gradients, finish_with, run_schedule
+from tests.tiny_gpt import SIZES
+from tests.training.recorded_saves import RecordedSaves
+
+SHAPE = ModelShape(**SIZES)
+
+
+def test_flops_of_llama_70b_are_four_or_six_times_its_weights():
+    """70.55 billion parameters, of which the embedding and the norms multiply nothing."""
+    sizes = dict(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8)
+    shape = ModelShape("llama", **sizes, kv_channels=128, vocab_size=128256, max_position_embeddings=131072)
+    multiplied = 70_553_706_496 - 128256 * 8192 - 161 * 8192
+    assert ModelFlops.of(shape, is_frozen=True).per_token == 4 * multiplied
+    assert ModelFlops.of(shape, is_frozen=False).per_token == 6 * multiplied
+    assert ModelFlops.of(shape, is_frozen=True).per_pair == 12 * 80 * 8192
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "selective"}])
+def test_flops_are_those_that_torch_counts(start, recompute):
+    """In full fine-tuning, where no adapter adds its own; torch counts the masked half of the scores too."""
+    state, data = start(
+        peft={"method": "full"}, model={"attention_backend": "unfused", "make_vocab_size_divisible_by": 7},
+        data_settings={"pad_to_seq_length": True}, transformer=recompute,
+    )  # fmt: skip
+    step = data.train.step_at(0)
+    finish_with(state.model_chunks, finish_gradients)
+    with FlopCounterMode(display=False) as counter:
+        run_schedule(state.model_chunks, step, forward_only=False)
+    by_operation = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    batched = by_operation.pop("aten.bmm", 0)
+    flops = ModelFlops.of(state.shape, is_frozen=False)
+    assert sum(by_operation.values()) == flops.count(sum(one.tokens.numel() for one in step), 0)
+    length = state.config.data.seq_length
+    scores = flops.count(0, sum(one.num_pairs for one in step)) * 2 * length / (length + 1)
+    assert batched == pytest.approx(scores * (4 / 3 if recompute else 1))  # the model's own are the same
+
+
+def test_throughput_is_of_a_gpu_and_mfu_a_part_of_its_peak():
+    config = SimpleNamespace(
+        logging=LoggingConfig(log_throughput=True, peak_tflops=2.0),
+        parallel=SimpleNamespace(world_size=4),
+        peft=SimpleNamespace(trains_adapters=True),
+    )
+    flops = ModelFlops.of(SHAPE, is_frozen=True)
+    numbers = Throughput(config, SHAPE).numbers(10**9, 10**9, seconds=5.0)  # pyright: ignore[reportArgumentType]
+    tflops = 1e9 * (flops.per_token + flops.per_pair) / 5 / 4 / 1e12
+    expected = {"tokens_per_second_per_gpu": 5e7, "tflops_per_gpu": tflops, "mfu": tflops / 2}
+    assert numbers == pytest.approx(expected)
+    config.logging = LoggingConfig()
+    assert Throughput(config, SHAPE).numbers(10**9, 10**9, seconds=5.0) == {}  # pyright: ignore[reportArgumentType]
+
+
+def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path, monkeypatch, capsys):
+    sent = []
+    run = SimpleNamespace(log=lambda scalars, step: sent.append(scalars), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    flags = {"log_throughput": True, "peak_tflops": 1.0, "log_grad_norm_by_layer": True, "timing_log_level": "2"}
+    loggers = {"tensorboard_dir": str(tmp_path / "tb"), "wandb_project": "p", "wandb_exp_name": "e"}
+    state, data = start(
+        num_steps=2, checkpoint={"save": str(tmp_path)}, logging={"log_interval": 2, **flags, **loggers}
+    )
+    train(state, data, RecordedSaves())
+    (record,) = read_metrics(tmp_path / METRICS_FILE)
+    norms, timers = record["grad_norm_by_layer"], record["timer_seconds"]
+    assert [*norms] == ["0", "1"] and sum(n**2 for n in norms.values()) == pytest.approx(record["grad_norm"] ** 2)
+    assert 0 < timers["forward-compute"] < timers["forward-backward"] < record["step_seconds"]
+    assert "optimizer-inner-step" in timers
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    names = {
+        "tflops_per_gpu",
+        "mfu",
+        "tokens_per_second_per_gpu",
+        "grad_norm_by_layer/1",
+        "timer_seconds/forward-backward",
+    }
+    assert names <= {*board.Tags()["scalars"]} and names <= {*sent[0]}
+    printed = capsys.readouterr().out
+    assert "throughput per GPU (TFLOP/s/GPU): " in printed and "forward-backward " in printed
+    assert json.loads((tmp_path / METRICS_FILE).read_text())["mfu"] == record["tflops_per_gpu"]
+
+
+def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypatch, caplog):
+    Energy(LoggingConfig(log_energy=True))
+    assert "there is no GPU" in caplog.text
+    from megatron.core import energy_monitor
+
+    meter = iter([1_000, 5_000, 50_000, 53_000, 54_000])  # millijoules: start, pause, resume, line, line
+    fakes = {"has_nvml": True, "nvmlInit": lambda: None, "nvmlDeviceGetHandleByIndex": lambda device: device}
+    fakes |= {"nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(meter), "NVMLError": OSError}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(energy_monitor, name, fake, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.mul_(2))  # two GPUs
+    energy = Energy(LoggingConfig(log_energy=True))
+    with energy.paused():
+        pass
+    assert energy.joules(num_steps=2) == {"joules_per_step": 7.0}
+    assert energy.joules(num_steps=1) == {"joules_per_step": 2.0}
