@@ -211,7 +211,7 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 # Checkpoints.
 
 
-def check_resume(place: CheckPlace) -> list[Figure]:
+def check_checkpoints(place: CheckPlace) -> list[Figure]:
     """A run that is stopped after two steps and resumed goes on bit for bit, with either way to save."""
     with _deterministic():
         return [_resumed(place, is_async) for is_async in (False, True)]
