@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,19 @@ import torch
 from rich.console import Console
 
 from megatron_peft.benchmarks import check_gpu
-from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed
+from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed, training
 from megatron_peft.benchmarks.check_gpu.measure import Kernel, busy_share
 from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
+from tests.emulated_tf32 import EmulatedTF32
+from tests.one_rank import one_rank
 
 PAGE = Path(__file__).parents[2] / "docs" / "untested-on-cuda.md"
-NO_ROW = {"versions", "resume"}  # a record of what was there; equality on a CPU is tested, the page has no row for it
+NO_ROW = {
+    "versions",
+    "checkpoints",
+}  # a record of what was there; equality on a CPU is tested, the page has no row for it
 CHEAP = ["versions", "world", "losses"]
 
 
@@ -79,6 +85,23 @@ def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
 @pytest.fixture
 def place(tmp_path) -> CheckPlace:
     return CheckPlace(tmp_path, run.TINY)
+
+
+def test_a_product_in_tf32_fails_the_layers(place, monkeypatch) -> None:
+    """What a GPU would do to the frozen base's products, were they not asked for in full."""
+    monkeypatch.setattr(accuracy, "full_precision", nullcontext())
+    lora_only = replace(place, sizes=replace(run.TINY, methods=("lora",)))
+    with one_rank(), accuracy._tf32_allowed(), EmulatedTF32() as rounding:
+        figures = accuracy.check_layers(lora_only)
+    assert rounding.num_rounded > 0
+    assert not any(one.reached for one in figures if "float32: " in one.name)
+    assert all(one.reached for one in figures if "bf16: " in one.name)
+
+
+@pytest.mark.parametrize(("found", "passes"), [(2.0001, True), (2.001, False), (float("nan"), False)])
+def test_losses_that_are_not_the_recorded_ones_fail(place, found, passes) -> None:
+    recorded = replace(place, recorded={"lora": [1.0, 2.0, 3.0]})
+    assert training._near_recorded("x", recorded, "lora", [1.0, found]).reached is passes
 
 
 def broken(place: CheckPlace) -> list[Figure]:

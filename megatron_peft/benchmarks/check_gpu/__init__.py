@@ -49,7 +49,7 @@ LINES: Mapping[str, Line] = {
     "waits": Line(
         "training", "Where the host waits for the device", ("a step that does not wait", "lambda without a wait")
     ),
-    "resume": Line("training", "Checkpoints, written before and while training goes on"),
+    "checkpoints": Line("training", "Checkpoints, written before and while training goes on"),
     "answers": Line("training", "Greedy answers and logits against transformers'", ("generation and scoring",)),
     "memory": Line("speed", "Memory as the allocator counts it", ("memory metrics", "unused memory")),
     "layer-time": Line(

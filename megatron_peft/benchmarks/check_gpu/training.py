@@ -110,12 +110,17 @@ def check_fusions(place: CheckPlace) -> list[Figure]:
     is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
     (optimizer, *_) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
     adam = type(optimizer.optimizer).__module__
-    figures = [_near_recorded("all that is installed", place, "boft", _train(state, place.sizes.loss_steps))]
-    for name, on in is_on.items():
-        found = _train(state_of(place, "boft", transformer={name: False}), place.sizes.loss_steps)
-        one = _near_recorded(f"without {name}", place, "boft", found)
-        figures.append(Figure(one.name, one.measured, one.target, note=f"{'on' if on else 'off'} without the flag"))
-    return [*figures, Figure("Adam of torch", float(adam.startswith("torch.")), note=adam)]
+    return [
+        Figure("Adam of torch", float(adam.startswith("torch.")), note=adam),
+        *(Figure(f"{name} is on", float(on)) for name, on in is_on.items()),
+        _near_recorded("all that is on", place, "boft", _train(state, place.sizes.loss_steps)),
+        *(_without(place, name) for name, on in is_on.items() if on),
+    ]
+
+
+def _without(place: CheckPlace, fusion: str) -> Figure:
+    found = _losses_of(place, "boft", transformer={fusion: False}, model={})
+    return _near_recorded(f"without {fusion}", place, "boft", found)
 
 
 BACKENDS = ("auto", "flash", "fused", "unfused")
@@ -211,7 +216,7 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 # Checkpoints.
 
 
-def check_resume(place: CheckPlace) -> list[Figure]:
+def check_checkpoints(place: CheckPlace) -> list[Figure]:
     """A run that is stopped after two steps and resumed goes on bit for bit, with either way to save."""
     with _deterministic():
         return [_resumed(place, is_async) for is_async in (False, True)]
