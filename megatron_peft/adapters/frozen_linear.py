@@ -201,6 +201,7 @@ class _FrozenLinear(torch.autograd.Function):
             y, kept = _output(x, u, B, D, call, held)
         ctx.save_for_backward(branch_input if producer is None else None, u, A, B, D, call.weight, mask, kept)
         ctx.scale, ctx.call, ctx.producer, ctx.held = scale, call, producer, held
+        ctx.trained = trained_factor(A), trained_factor(B)
         return y
 
     @staticmethod
@@ -208,6 +209,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         saved, call, wait_dx = ctx.saved_tensors, ctx.call, None
         branch_input, u, A, B, D, _, _, kept = saved
+        trained_A, trained_B = ctx.trained
         # du = s g B is a sum over the ranks' output features. With the sequence split, each rank needs that sum for its
         # own tokens only: the r-wide reduce-scatter runs while dx is computed.
         du: Any = None if A is None else linear(grad, B.t()).mul_(ctx.scale)
@@ -218,15 +220,15 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # not in the first layer: its input is the frozen embedding's output
             wait_dx = _start_input_gradient(ctx, saved, grad, du)
         # u carries the scale s already and, with the sequence split, the tokens of all ranks.
-        dB = outer_sum(u, grad, _gradient_dtype(B)).t() if ctx.needs_input_grad[2] else None
+        dB = outer_sum(u, grad, _gradient_dtype(trained_B)).t() if ctx.needs_input_grad[2] else None
         own_du = wait_du()
         if ctx.producer is not None:
             branch_input = recompute(ctx.producer)
         # Where A is replicated (column-parallel) this is the rank's part of dA, summed once per step with the others.
-        dA = outer_sum(own_du, branch_input, _gradient_dtype(A)) if ctx.needs_input_grad[1] else None
+        dA = outer_sum(own_du, branch_input, _gradient_dtype(trained_A)) if ctx.needs_input_grad[1] else None
         dD = None if D is None else _changes_gradient(grad, kept, D, dB, B, ctx.held)
         dx = None if wait_dx is None else wait_dx(own_du)
-        return dx, delivered(A, dA), delivered(B, dB), dD, None, None, None, None, None, None
+        return dx, delivered(trained_A, dA), delivered(trained_B, dB), dD, None, None, None, None, None, None
 
 
 class _NarrowProduct(torch.autograd.Function):
@@ -236,15 +238,15 @@ class _NarrowProduct(torch.autograd.Function):
     @full_precision
     def forward(ctx, x, A, producer):  # type: ignore[override]
         ctx.save_for_backward(x if producer is None else None, A)
-        ctx.producer = producer
+        ctx.producer, ctx.trained = producer, trained_factor(A)
         return linear(x, A)
 
     @staticmethod
     @full_precision
     def backward(ctx, grad):  # type: ignore[override]
         x, A = ctx.saved_tensors
-        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x, _gradient_dtype(A))
-        return linear(grad, A.t()), delivered(A, dA), None
+        dA = outer_sum(grad, recompute(ctx.producer) if x is None else x, _gradient_dtype(ctx.trained))
+        return linear(grad, A.t()), delivered(ctx.trained, dA), None
 
 
 class _MixReduced(torch.autograd.Function):
@@ -257,7 +259,7 @@ class _MixReduced(torch.autograd.Function):
         y = add_blocks(z, D, held and held.multiplier)
         flat(y).addmm_(flat(u), B.t())
         ctx.save_for_backward(z, u, B, D)
-        ctx.scale, ctx.tokens, ctx.held = scale, tokens, held
+        ctx.scale, ctx.tokens, ctx.held, ctx.trained = scale, tokens, held, trained_factor(B)
         return y
 
     @staticmethod
@@ -265,8 +267,8 @@ class _MixReduced(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         z, u, B, D = ctx.saved_tensors
         dz, dD = rotation_gradients(grad, D, z, kept_is_output=False, tokens=ctx.tokens, held=ctx.held)
-        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens], _gradient_dtype(B)).t()
-        return dz, linear(grad, B.t()).mul_(ctx.scale), delivered(B, dB), dD, None, None, None
+        dB = outer_sum(flat(u)[ctx.tokens], flat(grad)[ctx.tokens], _gradient_dtype(ctx.trained)).t()
+        return dz, linear(grad, B.t()).mul_(ctx.scale), delivered(ctx.trained, dB), dD, None, None, None
 
 
 def rotation_gradients(
@@ -310,6 +312,18 @@ def _changes_gradient(
     return gradient_from_mixed_output(products.baddbmm_(*by_block(dB, B, D), alpha=-1), D)
 
 
+def trained_factor(factor: Any) -> Any:
+    """The parameter whose gradient a factor's is, or begins with where a start is joined to it (`join_start`)."""
+    return getattr(factor, "trained", factor)
+
+
+def join_start(parameter: Tensor, start: Tensor, dim: int) -> Tensor:
+    """The parameter and then its start, as one factor that knows whose gradient it has."""
+    joined: Any = torch.cat([parameter, start], dim)
+    joined.trained = parameter
+    return joined
+
+
 def _gradient_dtype(factor: Any) -> torch.dtype:
     """float32 where the factor's gradient goes into a buffer of megatron-core's; else the factor's own."""
     return torch.float32 if hasattr(factor, "main_grad") and factor.dtype not in PRECISE else factor.dtype
@@ -323,9 +337,9 @@ def delivered(factor: Any, gradient: Tensor | None) -> Tensor | None:
     """
     if gradient is None or gradient.dtype == factor.dtype:
         return gradient
-    factor.main_grad.add_(gradient)
+    factor.main_grad.add_(gradient[: factor.shape[0], : factor.shape[1]])  # a joined start has none
     factor.grad_added_to_main_grad = True
-    return torch.empty_like(factor)
+    return factor.new_empty(gradient.shape)
 
 
 def rotates_weight(x: Tensor, weight: Tensor, D: Tensor | None) -> bool:

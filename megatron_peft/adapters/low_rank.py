@@ -21,7 +21,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_peft.adapters.change import LowRankChange, StoredTensors
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_plus_low_rank, join_start
 from megatron_peft.config import PeftConfig, PeftFormat
 from megatron_peft.config.methods.low_rank import IS_LORA_B, IS_NOT_DECAYED
 from megatron_peft.parallel.layout import LinearLayout, generator_for
@@ -89,7 +89,7 @@ class LowRank(nn.Module):
         """(A, B) of the whole change: [A; A0] and [B, -B0] where a start is subtracted. [w, in], [out, w]."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1)
+        return join_start(self.A, self.A0, 0), join_start(self.B, -self.B0, 1)
 
     def forward(self, x: Tensor, call: FrozenLinearCall) -> Tensor:  # [s, b, in] -> [s, b, out]
         """y = W x + s B (A x), W frozen. Row-parallel: both terms are reduced in the base's own sum."""

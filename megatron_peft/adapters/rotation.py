@@ -79,6 +79,8 @@ class BlockRotation(nn.Module):
     @full_precision
     def changes(self) -> Tensor:
         """D = R - I, [k, g, g] in float32, differentiable in the parameters."""
+        if torch.is_grad_enabled() and self.trained.requires_grad:
+            return _Changes.apply(self.trained, self.changes_of, *self.constants())  # pyright: ignore[reportReturnType]
         return self.changes_of(self.trained, *self.constants())
 
     @property
@@ -129,6 +131,24 @@ class BlockRotation(nn.Module):
     def rotated_by_transpose(self, x: Tensor) -> Tensor:
         """R^T x."""
         return rotate(x, self.applied(), held=self.held)
+
+
+class _Changes(torch.autograd.Function):
+    """D of one layer, whose backward too runs in full precision: autograd would run it under the program's settings."""
+
+    @staticmethod
+    def forward(ctx, trained, changes_of, *constants):  # type: ignore[override]
+        with torch.enable_grad():
+            ctx.trained = trained.detach().requires_grad_()
+            ctx.built = changes_of(ctx.trained, *constants)
+        ctx.num_constants = len(constants)
+        return ctx.built.detach()
+
+    @staticmethod
+    @full_precision
+    def backward(ctx, grad):  # type: ignore[override]
+        (gradient,) = torch.autograd.grad(ctx.built, ctx.trained, grad, retain_graph=True)
+        return gradient, None, *(None,) * ctx.num_constants
 
 
 @dataclass(frozen=True)

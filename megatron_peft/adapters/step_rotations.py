@@ -85,9 +85,10 @@ class StepRotations:
                 chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
     def clear(self) -> None:
-        """Forget the blocks: they are of weights that will change."""
+        """Forget the blocks: they are of weights that will change. No memory of theirs is left."""
         for stack in self.stacks:
             stack.clear()
+        self.stacks = []
 
 
 @contextmanager

@@ -246,6 +246,11 @@ class ModelAdapters:
             "adapters.step: make the optimizer of adapters.param_groups(lr) or with adapters.config_overrides(config): "
             "the method has learning rates of its own.",
         )
+        require(
+            self.rotations is None or not self.rotations.stacks,
+            "adapters.step: the gradients of rotations are not complete: call adapters.sum_gradients() after the last "
+            "backward, or set config.finalize_model_grads_func = adapters.finalize_model_grads.",
+        )
         if isinstance(optimizer, MegatronOptimizer):
             require(not clip_grad, "adapters.step: megatron-core's optimizer clips by OptimizerConfig(clip_grad=...).")
             self.optimizer, self.clip_grad = optimizer, optimizer.config.clip_grad

@@ -108,6 +108,14 @@ def test_a_steps_blocks_and_gradients_are_not_rounded():
     assert all(layer.adapter.trained.grad.norm() > 0 for layer in layers)
 
 
+@pytest.mark.parametrize("make", [moved_boft, moved_urnn])
+def test_nor_are_those_of_blocks_that_are_built_in_each_forward(make):
+    adapter = make()
+    with tf32() as mode:
+        adapter.changes().sum().backward()
+    assert mode.num_rounded == 0 and adapter.trained.grad.norm() > 0
+
+
 def near_orthogonal() -> Tensor:
     return torch.eye(8) + 0.02 * torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 
 from megatron_peft import ConfigurationError, ModelAdapters, PeftConfig, add_adapters
+from megatron_peft.adapters.rotation import BlockRotation
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.tiny_gpt import tiny_gpt
@@ -202,6 +203,18 @@ def test_clipping_is_by_the_norm_that_is_returned(world):
     assert float(moved.norm()) == pytest.approx(2.0, rel=1e-4) and adapters.iteration == 1
     adapters.begin_step()
     assert all((parameter.grad == 0).all() for parameter in adapters.parameters())
+
+
+def test_a_step_builds_blocks_once_and_is_refused_without_their_gradients(world):
+    adapters = add_adapters(own_model(), PeftConfig(method="boft", boft_block_size=4, boft_factors=2))
+    optimizer = torch.optim.SGD(adapters.param_groups(lr=1.0))
+    rotations = [one for one in adapters.model_chunks[0].modules() if isinstance(one, BlockRotation)]
+    adapters.begin_step()
+    assert len(rotations) == 4 and all(one.held is not None for one in rotations)
+    with pytest.raises(ConfigurationError, match=r"are not complete: call adapters.sum_gradients\(\) after the last"):
+        adapters.step(optimizer)
+    adapters.sum_gradients()
+    assert all(one.held is None for one in rotations) and adapters.step(optimizer) == 0
 
 
 def test_an_optimizer_without_the_methods_groups_is_refused(world):

@@ -2,12 +2,14 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
 
 from megatron_peft.adapters.boft import Boft
 from megatron_peft.adapters.step_rotations import StepRotations, inference_rotations
+from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.training import step as step_module
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import validation_loss
@@ -65,23 +67,43 @@ def test_losses_and_gradients_are_those_of_blocks_built_in_each_forward(job, alo
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def counted(monkeypatch) -> tuple[list[int], list[ref]]:
+    """Of each computation of blocks: the number of groups, and the blocks if they still exist."""
+    built, results, changes_of = [], [], Boft.changes_of
+
+    def count(trained):
+        blocks = changes_of(trained)
+        built.append(len(trained))
+        results.append(ref(blocks))
+        return blocks
+
+    monkeypatch.setattr(Boft, "changes_of", staticmethod(count))
+    return built, results
+
+
 def test_blocks_are_built_once_a_step_and_forgotten(start, monkeypatch):
     state, data = start(peft=BOFT, training={"micro_batch_size": 2})
-    built, changes_of = [], Boft.changes_of
-    counted = staticmethod(lambda trained: built.append(len(trained)) or changes_of(trained))
-    monkeypatch.setattr(Boft, "changes_of", counted)
+    built, results = counted(monkeypatch)
     step = next(iter(data.train))
     assert len(step) > 1, "one microbatch could not tell once a step from once a microbatch"
     train_step(state, step)
     rotations = [module for module in state.model_chunks[0].modules() if isinstance(module, Boft)]
     assert built == [sum(one.num_local_groups for one in rotations)] and len(rotations) == 8
     assert all(one.held is None for one in rotations)
+    assert results[0]() is None, "their memory is kept until the next step"
     validation_loss(state.model_chunks, [step, step])
     assert len(built) == 2
     built.clear()
     with pytest.raises(RuntimeError), inference_rotations(state.model_chunks):
         raise RuntimeError
     assert all(one.held is None for one in rotations)
+
+
+def test_blocks_are_built_once_for_all_tokens_of_answers(start, monkeypatch):
+    state, _ = start(peft=BOFT)
+    built, _ = counted(monkeypatch)
+    generate([chunk.module for chunk in state.model_chunks], [[1, 2, 3]], GenerationSettings(frozenset(), 4))  # pyright: ignore[reportArgumentType]
+    assert len(built) == 1
 
 
 def test_a_layer_takes_the_blocks_of_its_own_weights(start):
