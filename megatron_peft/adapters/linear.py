@@ -124,7 +124,8 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         """
         records = torch.is_grad_enabled() or self.sequence_parallel
         if self.adapter is None and not self.is_frozen and records:
-            return super().forward(input_)
+            y, left = super().forward(input_)
+            return y, _alias(left)
         assert self.input_is_parallel, "as SelfAttention and MLP build it"
         call = FrozenLinearCall(
             weight=self.weight,
@@ -139,8 +140,17 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         else:
             y = call.reduce(frozen_linear(input_, call) if records else _alone(input_, self.weight))
         if self.skip_bias_add or self.bias is None:
-            return y, self.bias
+            return y, _alias(self.bias)
         return y + self.bias, None
+
+
+def _alias(bias: Tensor | None) -> Tensor | None:
+    """Another tensor of the same memory.
+
+    If megatron-core recomputes the MLP alone, the bias is an output of its checkpointed function. torch would make that
+    function the origin of the parameter itself, and its backward would call itself for ever.
+    """
+    return None if bias is None else bias.view_as(bias)
 
 
 def adopt(layer: nn.Module, name: str, config: Any) -> str:
