@@ -24,6 +24,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import compose_yaml, read_text
 
 CONFIG_FLAG = "--config"
+TYPED_ONLY = (CONFIG_FLAG, "--print-config", "--help", "--version")
 MAX_CHARACTERS = 1 << 20
 _YAML, _ON, _OFF = "tag:yaml.org,2002:", ("true", "yes", "on"), ("false", "no", "off")
 _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
@@ -135,6 +136,8 @@ class _Reader:
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigurationError("a key is the name of a flag.")
         dashed = key.value.replace("_", "-")
+        if f"--{dashed}" in TYPED_ONLY:
+            raise ConfigurationError(f"{key.value} is for the command line only: a file cannot hold it.")
         name = next((one for one in (f"--{key.value}", f"--{dashed}", key.value) if one in self.known), None)
         if name is None:
             if isinstance(value, yaml.MappingNode):

@@ -94,6 +94,8 @@ def test_later_files_override_and_typed_flags_override_all(tmp_path: Path) -> No
 
 WRONG = {
     "lr: 1\nlrr: 2\n": "line 2, column 1: --lrr ?",
+    "config: b.yaml\n": "line 1, column 1: config is for the command line only: a file cannot hold it.",
+    "print_config: true\n": "line 1, column 1: print_config is for the command line only",
     "model:\n  lr: 1\n": "line 2, column 3: lr does not belong to model: write it under optimizer.",
     "optimizer:\n  names: [a]\n": "line 2, column 3: names does not belong to optimizer: write it at the top.",
     "wat: {lr: 1}\n": "line 1, column 1: wat is not a section; the sections are model, optimizer.",
