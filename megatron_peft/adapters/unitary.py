@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_peft.runtime.precision import full_precision
 
 NUM_ROWS = 7  # of theta
+TAYLOR_ORDER, SQUARINGS = 6, 8  # of the exponential
 
 
 def random_theta(num_groups: int, size: int, generator: torch.Generator) -> Tensor:  # -> [k, 7, n]
@@ -72,11 +73,25 @@ def as_real(U: Tensor) -> Tensor:  # [k, n, n] complex -> [k, 2n, 2n]
 def exponential_step(U: Tensor, gradient: Tensor, rate: Tensor | float) -> Tensor:  # [k, n, n] complex, twice
     """One step of descent on the unitary group, eq. (11)-(12): exp(-rate S) U, S = G U^H - U G^H.
 
-    The paper prints exp(+rate S), which ascends. torch's exponential scales and squares. `gradient` is
-    dL/dRe U + i dL/dIm U.
+    The paper prints exp(+rate S), which ascends. `gradient` is dL/dRe U + i dL/dIm U. Nothing is read from the device.
     """
     M = gradient @ U.mH
-    return unitarized(torch.linalg.matrix_exp(-rate * (M - M.mH)) @ U)
+    return unitarized(torch.baddbmm(U, exponential_change(-rate * (M - M.mH)), U))
+
+
+def exponential_change(X: Tensor) -> Tensor:  # [k, n, n] -> [k, n, n]
+    """exp(X) - I: Taylor's series of X / 256, squared 8 times. torch's matrix_exp reads norms from the device.
+
+    Relative to |X| it is exact to float32's rounding up to a 2-norm of 16, where a long step has 1; for skew-Hermitian
+    X the error is 1e-4 at 100, and above 200 the result is of no use.
+    """
+    X = X / 2**SQUARINGS
+    E = X / TAYLOR_ORDER
+    for j in range(TAYLOR_ORDER - 1, 0, -1):
+        E = torch.baddbmm(X, X, E, beta=1 / j, alpha=1 / j)  # (X + X E) / j
+    for _ in range(SQUARINGS):
+        E = torch.baddbmm(E, E, E, beta=2)  # (I + E)^2 - I
+    return E
 
 
 def unitarized(U: Tensor) -> Tensor:  # [..., n, n] -> [..., n, n]

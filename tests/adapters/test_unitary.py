@@ -7,12 +7,14 @@ from torch import Tensor
 from megatron_peft.adapters.unitary import (
     as_real,
     change_from_start,
+    exponential_change,
     exponential_step,
     orthogonality_error,
     random_theta,
     structured,
     unitarized,
 )
+from tests.training.waits import Waits
 
 GROUPS, SIZE = 3, 8
 
@@ -82,6 +84,21 @@ def test_a_step_descends_and_stays_unitary():
     moved = exponential_step(U, C, rate)
     torch.testing.assert_close((C.conj() * (moved - U)).real.sum(), predicted, rtol=1e-3, atol=0)
     assert orthogonality_error(moved) < 1e-12
+
+
+@pytest.mark.parametrize("norm", [1e-6, 1e-3, 0.1, 1.0, 8.0, 16.0])
+def test_the_exponential_is_exact_to_float32s_rounding(norm):
+    X = skew_hermitian(norm).to(torch.complex64)
+    exact = torch.linalg.matrix_exp(X.to(torch.complex128)) - torch.eye(SIZE)
+    error = torch.linalg.matrix_norm(exponential_change(X) - exact, 2)
+    assert error.max() < 1e-6 * min(norm, 2)  # torch's own has 1e-7 times the identity at any norm
+
+
+def test_a_step_reads_nothing_from_the_device():
+    U, C = torch.linalg.matrix_exp(skew_hermitian(2.0)), draw(6, GROUPS, SIZE, SIZE)
+    with Waits() as waits:
+        exponential_step(U, C, torch.tensor(0.1))
+    assert not waits.found
 
 
 def test_drift_is_mended():

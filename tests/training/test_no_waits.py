@@ -91,8 +91,7 @@ def check_waits(given: dict[str, Job]) -> None:
         for name, (in_sums, in_step) in by_name.items():
             assert not in_sums, f"{name}: {in_sums}"
             places = [read.rpartition("/")[2].partition(":")[0] for read in in_step]
-            exponentials = ["unitary.py"] * places.count("unitary.py") if "riemannian" in name else []
-            assert places == ["launch.py", "clip_grads.py", *exponentials], f"{name}: {in_step}"
+            assert places == ["launch.py", "clip_grads.py"], f"{name}: {in_step}"
 
 
 def test_a_step_waits_twice_for_the_device_after_the_sums(files):
