@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no line is called {', '.join(unknown)}: there are {', '.join(LINES)}.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: check-gpu is one process; start it without torchrun.")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: the same bits at each call
     import torch
 

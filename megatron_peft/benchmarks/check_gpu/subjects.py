@@ -155,17 +155,17 @@ def peft_of(method: str, **changes: Any) -> PeftConfig:
     return PeftConfig(method=method, urnn_block_size=32, lora_ga_batches=1, **changes)
 
 
-def run_config(checkpoint: str, method: str, **groups: Any) -> RunConfig:
+def run_config(base: str, method: str, **groups: Any) -> RunConfig:
     """A run of ten steps of two microbatches of two samples, on one rank.
 
     Args:
-        checkpoint: the base model's folder.
+        base: the model's folder.
         groups: fields that differ, by group: peft, model, transformer, training, checkpoint.
     """
     sizes: dict[str, Any] = {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": NUM_STEPS}
     return RunConfig(
         parallel=ParallelConfig(),
-        model=ModelConfig(checkpoint, transformer=groups.get("transformer", {}), **groups.get("model", {})),
+        model=ModelConfig(base, transformer=groups.get("transformer", {}), **groups.get("model", {})),
         peft=peft_of(method, **groups.get("peft", {})),
         data=DataConfig(train_data_path=("random.jsonl",), seq_length=256),  # never opened
         training=TrainingConfig(**{**sizes, **groups.get("training", {})}),
