@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
 from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
-from megatron_peft.conversion.hf_files import ReadCounts
+from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
@@ -206,7 +206,8 @@ def count_reads(setting: Setting) -> RankReads:
     """Started on ranks."""
     join(setting)
     chunks, report = load_base(setting)
-    rules, _ = open_weights(setting.checkpoint, read_model_shape(setting.checkpoint))
+    rules, source = open_weights(setting.checkpoint, read_model_shape(setting.checkpoint))
+    assert isinstance(source, Source)
     rank = parallel_state.get_tensor_model_parallel_rank()
     slices = [
         found
@@ -215,12 +216,13 @@ def count_reads(setting: Setting) -> RankReads:
         for found in rules[name].hf_slices(parameter.detach(), rank, setting.tensor_parallel)
     ]
     leave()
-    return RankReads(report.counts, sum(one.view.nbytes for one in slices), sum(map(_num_pieces, slices)))
+    num_pieces = sum(_num_pieces(one, source.headers[one.name].shape) for one in slices)
+    return RankReads(report.counts, sum(one.view.nbytes for one in slices), num_pieces)
 
 
-def _num_pieces(hf_slice: HFSlice) -> int:
+def _num_pieces(hf_slice: HFSlice, shape: Sequence[int]) -> int:
     """Every row of some columns lies by itself in the file."""
-    return 1 if all(other == slice(None) for other in hf_slice.index[1:]) else hf_slice.view.shape[0]
+    return 1 if is_whole_rows(hf_slice.index, shape) else hf_slice.view.shape[0]
 
 
 # Wall seconds from starting `megatron-peft train` to the end of its first step.

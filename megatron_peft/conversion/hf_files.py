@@ -143,7 +143,7 @@ class Source:
         self.counts = ReadCounts()
         self._open: tuple[Path, WeightFile] | None = None
         self._mapped_bytes = 0
-        self._unmapped: BinaryIO | None = None
+        self._unmapped: dict[Path, BinaryIO] = {}
 
     def slice(self, name: str, index: Index) -> Tensor:
         """`tensor[index]`. It may be a view of the mapped file: copy it at once and keep no reference.
@@ -155,7 +155,7 @@ class Source:
             ConfigurationError: the file cannot be read, or was cut short after its header was checked.
         """
         header = self.headers[name]
-        if header.start is not None and index and all(other == slice(None) for other in index[1:]):
+        if header.start is not None and is_whole_rows(index, header.shape):
             return self._rows(header, header.start, index[0])
         view = self._file_of(header).view(name, index)
         self.counts.reads += 1
@@ -183,11 +183,11 @@ class Source:
             memory, start = memory[num_bytes:], start + num_bytes
 
     def _unmapped_file(self, path: Path) -> BinaryIO:
-        if self._unmapped is None or self._unmapped.name != path:
+        if path not in self._unmapped:
             require_regular(path)
-            self._unmapped = path.open("rb", buffering=0)
+            self._unmapped[path] = path.open("rb", buffering=0)
             self.counts.opens += 1
-        return self._unmapped
+        return self._unmapped[path]
 
     def read(self, rule: Rule, local: Tensor, rank: int, size: int) -> None:
         """Fill a tensor-parallel rank's local tensor in place, in its own dtype and on its own device."""
@@ -216,6 +216,12 @@ class Source:
             self._mapped_bytes = 0
             self.counts.opens += 1
         return self._open[1]
+
+
+def is_whole_rows(index: Index, shape: Sequence[int]) -> bool:
+    """Whether `tensor[index]` of a tensor of this shape is some of its rows, which are contiguous in a file."""
+    others = zip(index[1:], shape[1:], strict=False)
+    return len(index) > 0 and all(range(length)[cut] == range(length) for cut, length in others)
 
 
 def open_source(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Source:

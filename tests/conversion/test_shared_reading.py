@@ -135,7 +135,7 @@ def by_rank(folders) -> list[dict[str, dict[str, Read]]]:
 
 @dataclass(frozen=True)
 class Torn:
-    """A folder, the file in it that is cut short once its header has been checked, and the rank that opens it."""
+    """A folder, the file in it that is cut short once its header has been checked."""
 
     folder: Path
     file: str
@@ -168,7 +168,7 @@ def load_a_file_that_is_cut_short(torn: Torn) -> dict[str, str]:
 def test_a_file_that_is_cut_short_after_the_check_ends_all_ranks_with_one_message(folders, tmp_path):
     """Other ranks are in a broadcast or an all-to-all by then."""
     folder = in_shards(folders["original"], tmp_path / "torn", torch.float32)
-    by_rank = run_ranks(NUM_RANKS, load_a_file_that_is_cut_short, Torn(folder, "model-1.safetensors"), limit=120)
+    by_rank = run_ranks(NUM_RANKS, load_a_file_that_is_cut_short, Torn(folder, "model-1.safetensors"))
     told = {message for rank in by_rank for message in rank.values()}
     path = folder / "model-1.safetensors"
     assert told == {f"{path} cannot be read: it was cut short while it was read. Copy it again."}
@@ -193,7 +193,7 @@ def test_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_headers_are_read_by_the_first_rank_and_no_matrix_in_strided_pieces(layout, by_rank):
+def test_headers_are_read_by_the_first_rank_and_each_rank_opens_a_file_once(layout, by_rank):
     reads = [rank[layout]["shards"] for rank in by_rank]
     assert [read.together.headers for read in reads] == [3, 0, 0, 0]
-    assert max(read.together.opens for read in reads) <= 3  # q, k and v, or gate and up, may lie in different files
+    assert all(1 <= read.together.opens <= 3 for read in reads)
