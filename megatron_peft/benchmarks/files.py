@@ -173,10 +173,10 @@ def _reading_figures(setting: Setting) -> list[Figure]:
     ranks = run_ranks(setting.world_size, count_reads, setting)
     num_files = len(list(Path(setting.checkpoint).glob("*.safetensors")))
     read, alone = sum(rank.counts.bytes for rank in ranks), sum(rank.bytes_alone for rank in ranks)
-    num_reads, num_pieces = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
+    num_reads, num_runs = sum(rank.counts.reads for rank in ranks), sum(rank.pieces_alone for rank in ranks)
     num_opens = sum(rank.counts.opens for rank in ranks)
     replica, replica_alone = (num_bytes / setting.data_parallel / MIB for num_bytes in (read, alone))
-    mean, mean_alone = read / num_reads / 1024, alone / num_pieces / 1024
+    mean, mean_alone = read / num_reads / 1024, alone / num_runs / 1024
     return [
         Figure(
             f"{setting.layout}: bytes a replica reads / bytes of its slices",
@@ -197,7 +197,7 @@ def _reading_figures(setting: Setting) -> list[Figure]:
             mean_alone / mean,
             1.0,
             "",
-            f"alone {num_pieces:,} pieces of {mean_alone:.1f} KiB, together {num_reads:,} reads of {mean:.1f} KiB",
+            f"alone {num_runs:,} pieces of {mean_alone:.1f} KiB, together {num_reads:,} reads of {mean:.1f} KiB",
         ),
     ]
 
@@ -216,11 +216,11 @@ def count_reads(setting: Setting) -> RankReads:
         for found in rules[name].hf_slices(parameter.detach(), rank, setting.tensor_parallel)
     ]
     leave()
-    num_pieces = sum(_num_pieces(one, source.headers[one.name].shape) for one in slices)
-    return RankReads(report.counts, sum(one.view.nbytes for one in slices), num_pieces)
+    num_runs = sum(_count_runs(one, source.headers[one.name].shape) for one in slices)
+    return RankReads(report.counts, sum(one.view.nbytes for one in slices), num_runs)
 
 
-def _num_pieces(hf_slice: HFSlice, shape: Sequence[int]) -> int:
+def _count_runs(hf_slice: HFSlice, shape: Sequence[int]) -> int:
     """Every row of some columns lies by itself in the file."""
     return 1 if is_whole_rows(hf_slice.index, shape) else hf_slice.view.shape[0]
 

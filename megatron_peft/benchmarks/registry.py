@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_peft.benchmarks.files import convert_figures, loading_figures, reading_figures, startup_figures
 from megatron_peft.benchmarks.inference import (
@@ -54,7 +55,7 @@ class Workplace:
 
     def random_2_wide_layers(self) -> Setting:
         """2 layers, hidden 2048, 2 microbatches of 512 tokens."""
-        wide = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
+        wide: Any = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2}
         checkpoint = save_shape(self.output / "llama-2x2048", **wide)
         return Setting(str(checkpoint), rows=1, positions=512, microbatches=2)
 

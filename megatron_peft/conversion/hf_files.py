@@ -95,10 +95,10 @@ class SafetensorsFile:
     def headers(self) -> dict[str, FoundHeader]:
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        starts = self._starts(found)
+        starts = self._first_bytes(found)
         return {name: (*header, starts.get(name)) for name, header in found.items()}
 
-    def _starts(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
+    def _first_bytes(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
         """First byte of each tensor; none if a type is unknown. safetensors refuses gaps, so sizes tell places."""
         if any(dtype not in SAFETENSORS_TYPES for _, dtype in found.values()):
             return {}
@@ -163,7 +163,7 @@ class Source:
         self._mapped_bytes += prod(header.shape) * view.element_size()
         return view
 
-    def _rows(self, header: Header, start: int, rows: slice) -> Tensor:
+    def _rows(self, header: Header, start: int, rows: Any) -> Tensor:
         first, stop, _ = rows.indices(header.shape[0])
         values = torch.empty((stop - first, *header.shape[1:]), dtype=stored_type(header.dtype))
         row_bytes = prod(header.shape[1:]) * values.element_size()
@@ -174,7 +174,8 @@ class Source:
         return values
 
     def _read(self, file: BinaryIO, start: int, values: Tensor) -> None:
-        memory = memoryview(values.flatten().view(torch.uint8).numpy())
+        array: Any = values.flatten().view(torch.uint8).numpy()
+        memory = memoryview(array)
         while memory:
             num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
             require(num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again.")

@@ -123,7 +123,7 @@ def project_misfits(pins: Pins, project: Mapping[str, Any]) -> list[str]:
     """Pins outside the ranges of pyproject.toml."""
     extras = project["optional-dependencies"]
     needs = [*project["dependencies"], *extras["cuda"], *extras["flash-attn"]]
-    wanted = {canonicalize_name(need.name): need.specifier for need in map(Requirement, needs)}
+    wanted: dict[str, Any] = {canonicalize_name(need.name): need.specifier for need in map(Requirement, needs)}
     return [
         f"pyproject.toml wants {name}{wanted[name]}, the pin is {version}"
         for name, version in pins.packages.items()

@@ -222,7 +222,8 @@ class Declarations:
                 rest = next((p.name for p in signature.parameters.values() if p.kind is Parameter.VAR_KEYWORD), "")
                 self._bind_rest(module, node, method, bound.arguments.get(rest, {}))
             else:
-                self._bind_base(module, node, lambda *base: self._bind(*base, method, num_positional, keywords))
+                bind = lambda module, node: self._bind(module, node, method, num_positional, keywords)  # noqa: E731
+                self._bind_base(module, node, bind)
 
     def _bind_rest(self, module: str, node: ast.ClassDef, method: str, keywords: dict[str, None]) -> None:
         """What **kwargs took must be taken by the same method of the base class, which is given the rest by name."""

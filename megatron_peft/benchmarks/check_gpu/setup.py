@@ -1,6 +1,7 @@
 """What is installed, how float32 products are rounded, and one process with groups of its own."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def _device() -> str:
 def check_world(place: CheckPlace) -> list[Figure]:
     """Sums in the world and in a new group, whose store is this process's memory."""
     backend = dist.get_backend()
-    group = dist.new_group([0])
+    group: Any = dist.new_group([0])
     ones = torch.ones(3, device=place.device)
     dist.all_reduce(ones)
     dist.all_reduce(ones, group=group)

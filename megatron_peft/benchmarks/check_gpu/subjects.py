@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -238,8 +239,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
     """The largest of the numbers' relative differences; a NaN is infinite."""
-    worst = max(abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True))
-    return worst if worst == worst else float("inf")
+    differences = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)]
+    return float("inf") if any(map(math.isnan, differences)) else max(differences)
 
 
 @contextlib.contextmanager

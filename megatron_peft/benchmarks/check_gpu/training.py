@@ -277,7 +277,8 @@ def check_answers(place: CheckPlace) -> list[Figure]:
     chunks = build_model_chunks(shape, config.model, config.parallel)
     with quiet():
         load_pretrained(chunks, str(place.llama), shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
-    reference: Any = AutoModelForCausalLM.from_pretrained(place.llama, dtype=torch.float32).to(place.device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place.llama, dtype=torch.float32)
+    reference = loaded.to(place.device)
     prompts = [tuple(int(token) for token in one.tokens) for one in random_samples()]
     found = generate(chunks, prompts, GenerationSettings(frozenset(), NUM_NEW, batch_size=len(prompts)))
     differing, largest = 0, 0.0
