@@ -1,6 +1,6 @@
 """megatron-core without a GPU: its unconditional CUDA calls are redirected to the CPU, and it runs on gloo.
 
-No other file replaces an attribute of torch or megatron-core.
+No other file replaces an attribute of torch or megatron-core. `redirect_norm` alone also acts on a GPU.
 """
 
 import contextlib
@@ -38,15 +38,16 @@ def is_installed() -> bool:
 
 
 def redirect_norm() -> None:
-    """Compute the norm of the gradients as the GPU's kernel does, which leaves it to megatron-core to read one number.
+    """Let megatron-core read one number for the norm of the gradients where neither Transformer Engine nor Apex is.
 
-    Without that kernel megatron-core reads the norm of every gradient: the same numbers, bit for bit.
+    Its own substitute for their kernel reads the norm of every gradient, on a GPU too: this is the one replacement
+    that one may need. On a CPU the numbers are the same, bit for bit.
     """
-    if torch.cuda.is_available():
-        return
     from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
 
-    clip_grads.l2_norm_impl = _norm  # pyright: ignore[reportAttributeAccessIssue]
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _norm(chunk_size: int, overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:

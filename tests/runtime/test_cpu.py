@@ -3,8 +3,11 @@
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from megatron_peft.runtime import cpu
+from tests.training.waits import Waits
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is redirected")
 
@@ -34,6 +37,20 @@ def test_other_devices_and_arguments_are_passed_on():
     assert torch.zeros(2, 3, device="meta").device.type == "meta"
     made = torch.ones((2,), dtype=torch.float64, requires_grad=True)
     assert made.dtype == torch.float64 and made.requires_grad
+
+
+def test_the_norm_is_replaced_where_megatron_core_would_read_each_gradients_also_on_a_gpu(monkeypatch):
+    kernel, gradients = object(), [torch.randn(3, 4), torch.randn(5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = []
+    for there in (kernel, local_multi_tensor_l2_norm):
+        monkeypatch.setattr(clip_grads, "l2_norm_impl", there)
+        cpu.redirect_norm()
+        found.append(clip_grads.l2_norm_impl)
+    with Waits() as waits:
+        norm, _ = found[1](0, None, [gradients], False)
+    assert found[0] is kernel and not waits.found
+    assert torch.equal(norm, local_multi_tensor_l2_norm(0, None, [gradients], False)[0])
 
 
 def test_cuda_calls_do_nothing():
