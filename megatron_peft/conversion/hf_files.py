@@ -156,15 +156,15 @@ class Source:
         """
         header = self.headers[name]
         if header.start is not None and is_whole_rows(index, header.shape):
-            return self._rows(header, header.start, index[0])
+            return self._rows(header, header.start, index)
         view = self._file_of(header).view(name, index)
         self.counts.reads += 1
         self.counts.bytes += view.nbytes
         self._mapped_bytes += prod(header.shape) * view.element_size()
         return view
 
-    def _rows(self, header: Header, start: int, rows: Any) -> Tensor:
-        first, stop, _ = rows.indices(header.shape[0])
+    def _rows(self, header: Header, start: int, index: Index) -> Tensor:
+        first, stop, _ = index[0].indices(header.shape[0])
         values = torch.empty((stop - first, *header.shape[1:]), dtype=stored_type(header.dtype))
         row_bytes = prod(header.shape[1:]) * values.element_size()
         try:
@@ -174,9 +174,8 @@ class Source:
         return values
 
     def _read(self, file: BinaryIO, start: int, values: Tensor) -> None:
-        array: Any = values.flatten().view(torch.uint8).numpy()
-        memory = memoryview(array)
-        while memory:
+        memory: Any = values.flatten().view(torch.uint8).numpy()
+        while len(memory):
             num_bytes = os.preadv(file.fileno(), [memory[:MAX_READ_BYTES]], start)
             require(num_bytes > 0, f"{file.name} cannot be read: it was cut short while it was read. Copy it again.")
             self.counts.reads += 1
