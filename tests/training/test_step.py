@@ -163,3 +163,18 @@ def test_a_parameter_on_another_rank_has_an_empty_shard(start):
     elsewhere.main_grad = torch.ones(3)
     assert shards.own(elsewhere).numel() == 0
     assert torch.equal(shards.whole([elsewhere])[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputed_modules_change_nothing(start, method):
+    """Of a model whose linear_fc2 has a bias, which is then an output of megatron-core's checkpointed function."""
+    found = []
+    for modules in ((), ("core_attn", "layernorm", "mlp")):
+        recompute = {"recompute_granularity": "selective"} if modules else {}
+        model = {"recompute_modules": modules}
+        state, data = start(peft={"method": method}, transformer=recompute, model=model)
+        layer = state.model_chunks[0].module.decoder.layers[0]
+        assert (layer.recompute_mlp, layer.recompute_input_layernorm) == (bool(modules),) * 2
+        report = train_step(state, next(iter(data.train)), by_layer=True)
+        found.append((report.loss, report.grad_norm, report.layer_grad_norms))
+    assert found[0] == found[1]
