@@ -21,7 +21,13 @@ from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
 from megatron_peft.models.gpt import build_model_chunks, require_transformer_engine, uses_transformer_engine
-from megatron_peft.models.kernels import Installed, Training, require_cross_entropy, require_packed_attention
+from megatron_peft.models.kernels import (
+    Installed,
+    Training,
+    attention_summary,
+    require_cross_entropy,
+    require_packed_attention,
+)
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
@@ -87,7 +93,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         raise ConfigurationError(*missing)
     checked_together(lambda: require_transformer_engine(config.model))
     shape = checked_together(lambda: checked_shape(config))
-    checked_together(lambda: _require_kernels(config, shape))
+    attention = checked_together(lambda: _require_kernels(config, shape))
     base = config.model.pretrained_checkpoint
     _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
@@ -106,6 +112,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         )
         _check_validation_data(config, data)
         check_resume(config, shape, schedule_values(config, data.train_iters))
+        print_rank_0(attention)
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load_checkpoint(state)
@@ -121,11 +128,13 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         print_rank_0(train(state, data, saver))
 
 
-def _require_kernels(config: RunConfig, shape: ModelShape) -> None:
+def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
+    """The line that names core attention; raises ConfigurationError if a kernel that the run needs is not there."""
     installed = Installed.detected()
     require_cross_entropy(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
     require_packed_attention(config, shape, with_engine, installed)
+    return attention_summary(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:
