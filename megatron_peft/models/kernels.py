@@ -15,6 +15,8 @@ import torch
 from megatron_peft.config import ModelConfig, ParallelConfig, RunConfig, require
 from megatron_peft.models.shape import ModelShape
 
+CUDNN_THAT_PACKS = 90600
+
 
 @dataclass(frozen=True)
 class Installed:
@@ -25,12 +27,18 @@ class Installed:
         transformer_engine: the package, which has the fused rotary embedding.
         accumulating_gemm: Apex's extension that adds a weight's gradient to its buffer within the product.
         varlen_attention: torch's attention over packed samples (`causal_varlen_attention`).
+        flash_attn: the package, in a version that Transformer Engine takes.
+        compute_capability: of the GPU: (8, 0) is an A100's, (9, 0) an H100's.
+        cudnn: its version as torch gives it, 91002 for 9.10.2.
     """
 
     cuda: bool
     transformer_engine: bool = False
     accumulating_gemm: bool = False
     varlen_attention: bool = False
+    flash_attn: bool = False
+    compute_capability: tuple[int, int] = (0, 0)
+    cudnn: int = 0
 
     @classmethod
     def detected(cls) -> "Installed":
@@ -42,6 +50,9 @@ class Installed:
             transformer_engine=can_import("transformer_engine"),
             accumulating_gemm=can_import("fused_weight_gradient_mlp_cuda"),
             varlen_attention=causal_varlen_attention() is not None,
+            flash_attn=_engine_takes_flash_attn(),
+            compute_capability=torch.cuda.get_device_capability(),
+            cudnn=torch.backends.cudnn.version() or 0,
         )
 
 
@@ -124,6 +135,7 @@ def require_packed_attention(
         "leave it out.",
     )
     if uses_transformer_engine:
+        _require_engine_packs(config, installed)
         return
     needs = "--pack-sequences on a GPU without Transformer Engine"
     way_out = "leave it out, or pip install 'transformer-engine[pytorch]'"
@@ -135,6 +147,78 @@ def require_packed_attention(
     require(config.model.bf16, f"{needs} uses a kernel for --bf16 only: give it, or {way_out}.")
     dropout = config.model.transformer.get("attention_dropout", 0)
     require(dropout == 0, f"{needs} has no --attention-dropout, which is {dropout}: use 0, or {way_out}.")
+
+
+def _require_engine_packs(config: RunConfig, installed: Installed) -> None:
+    """Raises ConfigurationError if Transformer Engine would attend to packed samples by all pairs of tokens, or not at
+    all (before its release 2.11)."""
+    needs = "--pack-sequences with Transformer Engine"
+    require(config.model.bf16, f"{needs} uses kernels for --bf16 only: give it, or leave packing out.")
+    wanted = config.model.attention_backend
+    require(
+        wanted in ("auto", "flash", "fused"),
+        f"{needs} and --attention-backend {wanted} would compute the scores of all pairs of tokens: use auto.",
+    )
+    capability = ".".join(map(str, installed.compute_capability))
+    require(
+        engine_kernel(config, installed) != UNFUSED,
+        f"{needs} and --attention-backend {wanted} finds no kernel here: flash-attn is "
+        f"{'installed' if installed.flash_attn else 'not installed in a version that it takes'}, and cuDNN's needs "
+        f"compute capability 9.0 and cuDNN 9.6, where this GPU has {capability} and cuDNN is "
+        f"{_cudnn_name(installed.cudnn)}. It would compute the scores of all pairs of tokens: use --attention-backend "
+        f"auto and pip install flash-attn (docs/install.md), or --transformer-impl local, or leave packing out.",
+    )
+
+
+FUSED, FLASH, UNFUSED = "cuDNN's kernel", "flash-attn", "unfused, the scores of all pairs of tokens"
+
+
+def engine_kernel(config: RunConfig, installed: Installed) -> str:
+    """Which kernel Transformer Engine (2.4 to 2.20) chooses for core attention: FUSED, FLASH or UNFUSED.
+
+    Its own rules, for a causal mask without bias. cuDNN takes packed samples from compute capability 9.0 on, and with
+    it version 9.6 where query heads share a key head; there it is preferred to flash-attn, before 9.0 flash-attn is.
+    """
+    wanted = config.model.attention_backend
+    if not config.model.bf16 or installed.compute_capability < (8, 0):
+        return UNFUSED
+    is_hopper = installed.compute_capability >= (9, 0)
+    fused = wanted in ("auto", "fused")
+    if config.data.pack_sequences:
+        fused = fused and is_hopper and installed.cudnn >= CUDNN_THAT_PACKS
+    flash = wanted in ("auto", "flash") and installed.flash_attn
+    if fused and (is_hopper or not flash):
+        return FUSED
+    return FLASH if flash else UNFUSED
+
+
+def attention_summary(config: RunConfig, shape: ModelShape, uses_transformer_engine: bool, installed: Installed) -> str:
+    """Which core attention a run has, in a line for its start."""
+    chosen = f"--attention-backend {config.model.attention_backend}"
+    if shape.position_embedding == "alibi":
+        return f"core attention: torch's scaled_dot_product_attention with ALiBi's bias ({chosen})"
+    if uses_transformer_engine:
+        gpu = f"compute capability {'.'.join(map(str, installed.compute_capability))}"
+        cudnn = f"cuDNN {_cudnn_name(installed.cudnn)}"
+        return f"core attention: Transformer Engine's, {engine_kernel(config, installed)} ({chosen}, {gpu}, {cudnn})"
+    if installed.cuda and config.data.pack_sequences:
+        return "core attention: torch's kernel for packed samples (torch.nn.attention.varlen)"
+    return f"core attention: torch's scaled_dot_product_attention ({chosen})"
+
+
+def _cudnn_name(version: int) -> str:
+    """91002 -> 9.10.2."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "not there"
+
+
+def _engine_takes_flash_attn() -> bool:
+    """Whether Transformer Engine found flash-attn in a version that it supports: it knows its own limits."""
+    try:
+        import_module("transformer_engine.pytorch")
+        utils: Any = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    except ImportError:
+        return False
+    return bool(utils.FlashAttentionUtils.is_installed)
 
 
 def require_cross_entropy(model: ModelConfig, installed: Installed) -> None:

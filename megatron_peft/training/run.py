@@ -25,6 +25,7 @@ from megatron_peft.models.gpt import build_model_chunks, require_transformer_eng
 from megatron_peft.models.kernels import (
     Installed,
     Training,
+    attention_summary,
     require_cross_entropy,
     require_norm_recompute,
     require_packed_attention,
@@ -95,7 +96,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         raise ConfigurationError(*missing)
     checked_together(lambda: require_transformer_engine(config.model))
     shape = checked_together(lambda: checked_shape(config))
-    checked_together(lambda: _require_kernels(config, shape))
+    attention = checked_together(lambda: _require_kernels(config, shape))
     base = config.model.pretrained_checkpoint
     _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
@@ -114,6 +115,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         )
         _check_validation_data(config, data)
         check_resume(config, shape, schedule_values(config, data.train_iters))
+        print_rank_0(attention)
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load_checkpoint(state)
@@ -129,12 +131,14 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
         print_rank_0(train(state, data, saver))
 
 
-def _require_kernels(config: RunConfig, shape: ModelShape) -> None:
+def _require_kernels(config: RunConfig, shape: ModelShape) -> str:
+    """The line that names core attention; raises ConfigurationError if a kernel that the run needs is not there."""
     installed = Installed.detected()
     require_cross_entropy(config.model, installed)
     require_norm_recompute(config.model, installed)
     with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
     require_packed_attention(config, shape, with_engine, installed)
+    return attention_summary(config, shape, with_engine, installed)
 
 
 def _write_run_file(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """What a fusion switch decides, by what is installed: tried without a GPU. Packed attention on one takes one kernel."""
 
+import sys
+from dataclasses import replace
 from inspect import signature
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +13,15 @@ from megatron_peft.config import ConfigurationError, DataConfig, ModelConfig, Pa
 from megatron_peft.config import TrainingConfig as Length
 from megatron_peft.models.gpt import transformer_config, uses_transformer_engine
 from megatron_peft.models.kernels import (
+    FLASH,
+    FUSED,
+    UNFUSED,
     Installed,
     Training,
+    _engine_takes_flash_attn,
+    attention_summary,
     causal_varlen_attention,
+    engine_kernel,
     fusions,
     messages,
     require_cross_entropy,
@@ -134,7 +143,75 @@ def test_packing_on_a_gpu_is_refused_where_no_kernel_takes_it(shape, model, inst
 
 def test_packing_on_a_gpu_takes_the_kernel_that_is_there():
     require_packed_attention(run_of(data=PACKED), LLAMA, False, Installed(True, varlen_attention=True))
-    require_packed_attention(run_of(data=PACKED, model={"bf16": False}), LLAMA, True, Installed(True, True))
+
+
+A100 = Installed(cuda=True, transformer_engine=True, compute_capability=(8, 0), cudnn=92000)
+H100 = replace(A100, compute_capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("installed", "backend", "padded", "packed"),
+    [
+        (H100, "auto", FUSED, FUSED),
+        (replace(H100, flash_attn=True), "auto", FUSED, FUSED),  # Transformer Engine prefers cuDNN's from Hopper on
+        (replace(H100, flash_attn=True), "flash", FLASH, FLASH),
+        (replace(H100, cudnn=90501), "auto", FUSED, UNFUSED),
+        (replace(H100, cudnn=90501, flash_attn=True), "auto", FUSED, FLASH),
+        (H100, "flash", UNFUSED, UNFUSED),
+        (H100, "unfused", UNFUSED, UNFUSED),
+        (A100, "auto", FUSED, UNFUSED),
+        (replace(A100, flash_attn=True), "auto", FLASH, FLASH),
+        (replace(A100, flash_attn=True), "fused", FUSED, UNFUSED),
+        (replace(A100, flash_attn=True, compute_capability=(7, 5)), "auto", UNFUSED, UNFUSED),
+    ],
+)
+def test_packed_samples_are_refused_where_transformer_engine_takes_all_pairs(installed, backend, padded, packed):
+    model = {"attention_backend": backend}
+    assert engine_kernel(run_of(model=model), installed) == padded
+    run = run_of(data=PACKED, model=model)
+    assert engine_kernel(run, installed) == packed
+    require_packed_attention(run_of(model=model), LLAMA, True, installed)
+    if packed == UNFUSED:
+        with pytest.raises(ConfigurationError, match="compute the scores of all pairs of tokens"):
+            require_packed_attention(run, LLAMA, True, installed)
+    else:
+        require_packed_attention(run, LLAMA, True, installed)
+
+
+def test_the_refusal_of_packed_samples_names_what_is_there_and_the_ways_out():
+    with pytest.raises(ConfigurationError) as refused:
+        require_packed_attention(run_of(data=PACKED), LLAMA, True, A100)
+    assert "this GPU has 8.0 and cuDNN is 9.20.0" in str(refused.value)
+    assert "pip install flash-attn" in str(refused.value) and "--transformer-impl local" in str(refused.value)
+    float32 = run_of(data=PACKED, model={"bf16": False})
+    with pytest.raises(ConfigurationError, match="for --bf16 only"):
+        require_packed_attention(float32, LLAMA, True, H100)
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "with_engine", "installed", "line"),
+    [
+        (LLAMA, {}, True, H100, "cuDNN's kernel (--attention-backend auto, compute capability 9.0, cuDNN 9.20.0)"),
+        (LLAMA, PACKED, True, replace(A100, flash_attn=True), "Transformer Engine's, flash-attn (--attention-backend"),
+        (LLAMA, PACKED, False, EVERYTHING, "torch's kernel for packed samples"),
+        (LLAMA, PACKED, False, Installed(cuda=False), "scaled_dot_product_attention (--attention-backend auto)"),
+        (BLOOM, {}, True, H100, "scaled_dot_product_attention with ALiBi's bias"),
+    ],
+)
+def test_the_start_of_a_run_names_its_core_attention(shape, data, with_engine, installed, line):
+    assert line in attention_summary(run_of(data=data), shape, with_engine, installed)
+
+
+def test_transformer_engine_itself_says_whether_it_takes_flash_attn(monkeypatch: pytest.MonkeyPatch):
+    """The class stood there, with this field, in the 21 releases from 2.4.0 to 2.20.2."""
+    utils = "transformer_engine.pytorch.attention.dot_product_attention.utils"
+    assert not _engine_takes_flash_attn()  # not installed
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("pytorch"))
+    for known in (True, False):
+        module = ModuleType("utils")
+        module.FlashAttentionUtils = SimpleNamespace(is_installed=known)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, utils, module)
+        assert _engine_takes_flash_attn() == known
 
 
 def test_transformer_engines_loss_needs_transformer_engine():

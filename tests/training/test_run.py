@@ -88,6 +88,7 @@ def test_the_command_line_trains_and_saves(files, tmp_path):
     assert records[-1]["validation_loss"] < records[0]["loss"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     assert (tmp_path / "iter_0000003").is_dir() and output.count("trainable parameters:") == 1
+    assert "core attention: torch's scaled_dot_product_attention (--attention-backend auto)\n" in output
 
 
 @pytest.mark.slow
