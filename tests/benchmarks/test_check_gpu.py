@@ -2,13 +2,14 @@
 
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.benchmarks import check_gpu
 from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed, training
@@ -16,7 +17,7 @@ from megatron_peft.benchmarks.check_gpu.measure import Kernel, busy_share
 from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
-from tests.emulated_tf32 import EmulatedTF32
+from tests.emulated_tf32 import FACTORS, as_tf32
 from tests.one_rank import one_rank
 
 PAGE = Path(__file__).parents[2] / "docs" / "untested-on-cuda.md"
@@ -87,13 +88,19 @@ def place(tmp_path) -> CheckPlace:
     return CheckPlace(tmp_path, run.TINY)
 
 
-def test_a_product_in_tf32_fails_the_layers(place, monkeypatch) -> None:
-    """What a GPU would do to the frozen base's products, were they not asked for in full."""
-    monkeypatch.setattr(accuracy, "full_precision", nullcontext())
+class RoundedFactors(TorchDispatchMode):
+    """Every float32 product as a GPU's TF32 would compute it, whatever torch's settings say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factors = FACTORS.get(func.overloadpacket, slice(0, 0))
+        rounded = [as_tf32(arg) for arg in args[factors]]
+        return func(*args[: factors.start], *rounded, *args[factors.stop :], **(kwargs or {}))
+
+
+def test_products_in_tf32_fail_the_layers(place) -> None:
     lora_only = replace(place, sizes=replace(run.TINY, methods=("lora",)))
-    with one_rank(), accuracy._tf32_allowed(), EmulatedTF32() as rounding:
+    with one_rank(), RoundedFactors():
         figures = accuracy.check_layers(lora_only)
-    assert rounding.num_rounded > 0
     assert not any(one.reached for one in figures if "float32: " in one.name)
     assert all(one.reached for one in figures if "bf16: " in one.name)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,15 +232,19 @@ def random_microbatch(shape: ModelShape, num_tokens: int) -> Microbatch:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected, in float64 on the CPU."""
+    """Norm of the difference over the norm of what is expected, in float64 on the CPU; a NaN is infinite."""
     found, expected = (one.detach().to("cpu", torch.float64) for one in (found, expected))
-    return float((found - expected).norm() / expected.norm())
+    return _number(float((found - expected).norm() / expected.norm()))
 
 
 def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
     """The largest of the numbers' relative differences; a NaN is infinite."""
-    worst = max(abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True))
-    return worst if worst == worst else float("inf")
+    return max(_number(abs(one - other) / abs(other)) for one, other in zip(found, expected, strict=True))
+
+
+def _number(difference: float) -> float:
+    """max() would pass over a NaN that is not its first argument."""
+    return math.inf if math.isnan(difference) else difference
 
 
 @contextlib.contextmanager
