@@ -232,9 +232,9 @@ def random_microbatch(shape: ModelShape, num_tokens: int) -> Microbatch:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected, in float64 on the CPU."""
+    """Norm of the difference over the norm of what is expected, in float64 on the CPU; a NaN is infinite."""
     found, expected = (one.detach().to("cpu", torch.float64) for one in (found, expected))
-    return float((found - expected).norm() / expected.norm())
+    return _number(float((found - expected).norm() / expected.norm()))
 
 
 def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
