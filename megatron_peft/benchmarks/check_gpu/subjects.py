@@ -239,8 +239,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
     """The largest of the numbers' relative differences; a NaN is infinite."""
-    differences = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)]
-    return float("inf") if any(map(math.isnan, differences)) else max(differences)
+    return max(_number(abs(one - other) / abs(other)) for one, other in zip(found, expected, strict=True))
+
+
+def _number(difference: float) -> float:
+    """max() would pass over a NaN that is not its first argument."""
+    return math.inf if math.isnan(difference) else difference
 
 
 @contextlib.contextmanager
