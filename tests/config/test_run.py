@@ -26,6 +26,7 @@ from megatron_peft.config import (
     missing_for_training,
 )
 
+
 class Nothing:
     """Of a type that no field has; its name is the same in every process."""
 
