@@ -108,18 +108,18 @@ def fusions(
 def messages(settings: Mapping[str, Any], parallel: ParallelConfig, training: Training) -> dict[str, bool]:
     """Fields of TransformerConfig for the messages between pipeline stages.
 
-    Of variable lengths, a stage tells the next one each message's shape, and both wait for the device to read it. The
-    interleaved schedule does so always: without that exchange its losses were wrong with two stages.
+    Of variable lengths, a stage tells the next one each message's shape, and both wait for the device to read it.
     """
     # With two stages, the next one is also the previous one, and batched messages would be confused.
     overlaps = parallel.is_interleaved and settings.get("overlap_p2p_comm", True)
-    fixed = training.fixed_lengths and not parallel.is_interleaved
+    fixed = training.fixed_lengths
     return {
         "overlap_p2p_comm": overlaps,
         "batch_p2p_comm": not overlaps,
         "variable_seq_lengths": not fixed,
         "batch_p2p_sync": not fixed,
-        "deallocate_pipeline_outputs": fixed,
+        # With overlap megatron-core 0.16 frees an output while it is being sent (Megatron-LM 4047): losses are wrong.
+        "deallocate_pipeline_outputs": fixed and not overlaps,
     }
 
 

@@ -168,8 +168,7 @@ def _print_start(checkpoint: Path | None, state: TrainingState, data: Data) -> N
 
 
 def _note_unknown_lengths(config: RunConfig) -> None:
-    interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
-    if config.parallel.pipeline_model_parallel_size > 1 and not (config.data.pad_to_seq_length or interleaved):
+    if config.parallel.pipeline_model_parallel_size > 1 and not config.data.pad_to_seq_length:
         print_rank_0(
             "without --pad-to-seq-length pipeline stages tell one another the size of every message, and wait for it: "
             "give it where samples or packs are nearly as long as --seq-length"

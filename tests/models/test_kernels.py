@@ -117,9 +117,13 @@ def test_messages_of_a_known_size_are_not_announced_or_waited_for():
     assert {name for name, value in variable.items() if value} == {"batch_p2p_comm"} | waits
 
 
-def test_the_interleaved_schedule_announces_every_message():
+def test_an_output_is_not_freed_while_it_is_being_sent():
     stages = ParallelConfig(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=1, world_size=3)
-    assert messages({}, stages, Training(fixed_lengths=True)) == messages({}, stages, Training())
+    overlapped, batched = (
+        messages({"overlap_p2p_comm": overlaps}, stages, Training(fixed_lengths=True)) for overlaps in (True, False)
+    )
+    assert {name for name, value in overlapped.items() if value} == {"overlap_p2p_comm"}
+    assert {name for name, value in batched.items() if value} == {"batch_p2p_comm", "deallocate_pipeline_outputs"}
 
 
 PACKED: dict[str, Any] = {"pack_sequences": True}
