@@ -100,7 +100,7 @@ def test_weights_of_validation_hold_as_far_as_eval_iters_reach_and_one_pass_has_
 
 def test_a_source_with_a_weight_and_no_sample_left_is_an_error(write_lines):
     long, good = write_lines([{"prompt": "1 " * 20, "completion": "2"}], "long.jsonl"), write_lines(RECORDS)
-    with pytest.raises(ConfigurationError, match="all samples of .*long.jsonl were skipped, so a weight"):
+    with pytest.raises(ConfigurationError, match="all samples of .*long.jsonl were skipped, so the blend's weights"):
         build({"train_data_path": ("1", good, "1", long)})
 
 

@@ -67,8 +67,8 @@ BOUNDED = {"lora_max_norm_ratio": 0.1}
 @pytest.mark.parametrize(
     ("peft", "groups", "message"),
     [
-        (RIEMANNIAN, LATE, "whole parameters, which --overlap-param-gather has not"),
-        (PROJECTED, LATE, "whole parameters, which --overlap-param-gather has not"),
+        (RIEMANNIAN, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
+        (PROJECTED, LATE, "whole parameters at the end of a step, before --overlap-param-gather has"),
         (MERGED, LATE, "--hybrid-merge-interval merges parameters as a step ends"),
         (BOUNDED, LATE, "--lora-max-norm-ratio .* --overlap-param-gather"),
         (MERGED, {"model": {"bf16": True}}, "merges changes into weights .* --bf16 does not"),

@@ -25,7 +25,8 @@ def check_versions(place: CheckPlace) -> list[Figure]:
         Figure(name, float(found is not None), note=found or "") for name in PACKAGES for found in [_version(name)]
     ]
     flags = [Figure(name, float(is_set())) for name, is_set in FLAGS.items()]
-    kernels = [Figure(f"found: {name}", float(there)) for name, there in vars(Installed.detected()).items()]
+    found = vars(Installed.detected()).items()
+    kernels = [Figure(f"found: {name}", float(one not in (False, 0, (0, 0))), note=str(one)) for name, one in found]
     return [Figure("GPUs", float(torch.cuda.is_available()), note=_device()), *packages, *flags, *kernels]
 
 
