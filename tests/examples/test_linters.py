@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHELL_FILES = [*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.sbatch"), ROOT / ".ci" / "run"]
+SHELL_FILES += [ROOT / "tools" / "image.sh"]
 SHELL_FILES += [Path(__file__).parent / "stand_ins" / name for name in ("scancel", "scontrol", "srun")]
 
 

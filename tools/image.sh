@@ -1,0 +1,105 @@
+#!/bin/bash
+# The CPU image without docker and without a registry of images:
+#
+#     tools/image.sh build    a Debian made by debootstrap, then the Dockerfile, by buildah
+#     tools/image.sh test     runs the image: its version, its user, and a training of a small Llama on two ranks
+#
+# IMAGE names it, IMAGE_FOLDER holds the base system and the images (default ~/.cache/megatron-peft/image), DEBIAN_MIRROR
+# is where Debian comes from. pip's own settings hold within the build; files and folders that they name are mounted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+IMAGE=${IMAGE:-megatron-peft:cpu}
+FOLDER=${IMAGE_FOLDER:-$HOME/.cache/megatron-peft/image}
+MIRROR=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+RELEASE=bookworm # its Python is 3.11
+BASE=localhost/megatron-peft-base:$RELEASE
+# Ours: to raise them to buildah's own would need a right that root of a container lacks.
+LIMITS=(--ulimit "nofile=$(ulimit -Sn):$(ulimit -Hn)" --ulimit "nproc=$(ulimit -Su):$(ulimit -Hu)")
+export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+
+fail() {
+    echo "$*" >&2
+    exit 1
+}
+
+need() {
+    [ "$(id -u)" = 0 ] || fail "make $1 changes the owners of files: run it as root, or use docker build ($2)."
+    for program in buildah debootstrap; do
+        command -v "$program" >/dev/null ||
+            fail "make $1 needs $program: apt-get install buildah debootstrap netavark, or use docker build ($2)."
+    done
+    mkdir -p "$FOLDER"
+}
+
+store() {
+    buildah --root "$FOLDER/images" --runroot "$FOLDER/run" "$@"
+}
+
+# pip's settings as a pip.conf, and a --volume for each file or folder that they name.
+pip_settings() {
+    local key value
+    echo "[global]" >"$FOLDER/pip.conf"
+    volumes=(--volume "$FOLDER/pip.conf:/etc/pip.conf:ro")
+    declare -A settings=()
+    while IFS='=' read -r key value; do
+        value=${value#\'}
+        # pip lists the environment first, which wins over its files.
+        [ -v "settings[${key##*.}]" ] || settings[${key##*.}]=${value%\'}
+    done < <(python3 -m pip config list)
+    for key in "${!settings[@]}"; do
+        echo "$key = ${settings[$key]}" >>"$FOLDER/pip.conf"
+        case ${settings[$key]} in
+        /*) [ ! -e "${settings[$key]}" ] || volumes+=(--volume "${settings[$key]}:${settings[$key]}:ro") ;;
+        esac
+    done
+}
+
+build() {
+    need image docs/install.md
+    if ! store inspect --type image "$BASE" >/dev/null 2>&1; then
+        local system=$FOLDER/system
+        # debootstrap leaves /proc mounted if it is stopped, and deleting through that would reach the machine's own.
+        ! grep -q " $system/" /proc/mounts || fail "$system holds mounts of an earlier try: umount them first."
+        rm -rf --one-file-system "$system"
+        debootstrap --variant=minbase --include=ca-certificates "$RELEASE" "$system" "$MIRROR" ||
+            fail "debootstrap got no Debian $RELEASE from $MIRROR: DEBIAN_MIRROR names another mirror."
+        local container
+        container=$(store from scratch)
+        store add --quiet "$container" "$system" / >/dev/null
+        store commit --quiet --rm "$container" "$BASE" >/dev/null
+        rm -rf --one-file-system "$system"
+    fi
+    pip_settings
+    store build --pull=never "${LIMITS[@]}" --build-arg CPU_BASE="$BASE" "${volumes[@]}" --tag "$IMAGE" .
+    echo "$IMAGE: $(store images --format '{{.Size}}' "$IMAGE")"
+}
+
+test_image() {
+    need test-image docs/install.md
+    store inspect --type image "$IMAGE" >/dev/null 2>&1 || fail "There is no image $IMAGE yet: make image."
+    local container
+    container=$(store from --pull=never "${LIMITS[@]}" "$IMAGE")
+    # shellcheck disable=SC2064
+    trap "store rm '$container' >/dev/null" EXIT
+    # shellcheck disable=SC2016 # these are for the shell within
+    store run "$container" -- bash -euc '
+        [ "$(id -u)" = 10001 ] || { echo "runs as uid $(id -u)"; exit 1; }
+        megatron-peft --version
+        python -c "
+from pathlib import Path
+from tests.tiny_llama import save_llama
+save_llama(Path(\"/tmp/llama\"))"
+        torchrun --nproc-per-node 2 pretrain_peft.py --tensor-model-parallel-size 2 \
+            --pretrained-checkpoint /tmp/llama --mock-data --seq-length 32 \
+            --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3 --log-interval 1 --save /tmp/run
+        cat /tmp/run/latest_checkpointed_iteration.txt
+    '
+    echo "$IMAGE: trained; $(store images --format '{{.Size}}' "$IMAGE")"
+}
+
+case ${1:-} in
+build) build ;;
+test) test_image ;;
+*) fail "usage: tools/image.sh build|test" ;;
+esac
