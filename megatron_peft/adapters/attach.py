@@ -1,13 +1,7 @@
-"""Which linear layers are adapted, and the adapters put in place.
-
-Target names: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`: the fused layer that holds it
-is adapted as a whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
-(`decoder.layers.1?.*`, `*_proj`). Layer numbers are those of the whole model, from 0.
-"""
+"""Adapters put in place of a model's linear layers, or merged into them; `config.targets` says which layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_peft.adapters.linear import AdaptedLinear, FrozenColumnParallelLinear, adopt
-from megatron_peft.config import LINEAR_MODULES, PeftConfig, require
+from megatron_peft.config import LINEAR_MODULES, PeftConfig, is_targeted, require, require_matches
 from megatron_peft.parallel.collectives import gather_slices
 from megatron_peft.runtime.launch import checked_together, gather_over_world
 from megatron_peft.runtime.precision import full_precision
@@ -50,7 +44,7 @@ def attach_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig, seed: i
     modules = huggingface_modules(model_chunks)
     require_matches(peft.target_modules, all_names([target.name for target in targets]), modules)
     adapted = [target for target in targets if is_targeted(target.name, peft.target_modules, modules)]
-    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout, one.name) for one in adapted])
+    checked_together(lambda: [peft.spec.check_layer(peft, one.module.layout.sizes, one.name) for one in adapted])
     for chunk in model_chunks:
         freeze(chunk)
     build = import_module(peft.spec.adapter).build
@@ -151,35 +145,6 @@ def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:
     A model of another program has none.
     """
     return getattr(model_chunks[0].config, "huggingface_modules", {})
-
-
-def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
-    """Whether a layer's global name is meant by any pattern; `modules` as `huggingface_modules` gives them."""
-    return any(_matches(name, pattern, modules) for pattern in patterns)
-
-
-def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
-    """Every pattern must match a layer.
-
-    Raises:
-        ConfigurationError: naming the patterns that do not, and what exists.
-    """
-    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
-    lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
-    endings = sorted({name.rpartition(".")[2] for name in names})
-    require(
-        not lost,
-        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are "
-        f"{', '.join(endings)}{foreign}, with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
-        if names
-        else "the model has no linear layer to adapt.",
-    )
-
-
-def _matches(name: str, pattern: str, modules: Mapping[str, str]) -> bool:
-    module = name.rpartition(".")[2]
-    parts = [part for part, layer in modules.items() if layer == module]
-    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts))
 
 
 def start_gradients_at_the_embedding(chunk: Any) -> RemovableHandle | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.rotation import rotate_weight
-from megatron_peft.parallel.layout import Side
+from megatron_peft.config import Side
 
 
 class StoredTensors(Mapping[str, Tensor], ABC):

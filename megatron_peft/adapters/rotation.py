@@ -26,8 +26,9 @@ from megatron_peft.adapters.frozen_linear import (
     run_function,
 )
 from megatron_peft.adapters.unitary import orthogonality_error
+from megatron_peft.config import Side
 from megatron_peft.config.methods.rotation import IS_ROTATION
-from megatron_peft.parallel.layout import LinearLayout, Side
+from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
 
 

@@ -294,9 +294,12 @@ def _shape_problems(
         shape = read_shape(folder)
     except ConfigurationError as error:
         return list(error.problems)
+    from megatron_peft.models.families import check_adapters
+
     return [
         *compare_shape(shape_flags, shape),
         *(check_layout(parts["parallel"], shape) if parts["parallel"] else []),
+        *(check_adapters(parts["peft"], parts["parallel"], shape) if parts["peft"] and parts["parallel"] else []),
         *(check_lengths(parts["data"], shape) if parts["data"] else []),
     ]
 

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             not model_flags or settings.samples is not None,
             f"unexpected {' '.join(model_flags)}: flags of the model are for --samples.",
         )
+        require(settings.folder.is_dir(), f"there is no folder {settings.folder}.")
         require_packages("report", "matplotlib", "scipy")
         ended = start_processes(MODULE, argv, typed_launch(model_flags), PROGRAM, lambda environ: None)
         if ended is not None:
@@ -82,7 +83,6 @@ def _report(settings: ReportSettings, model_flags: Sequence[str]) -> list[Path]:
     from megatron_peft.experiment.run_report import is_run
 
     folder = settings.folder
-    require(folder.is_dir(), f"there is no folder {folder}.")
     is_experiment = settings.experiment is not None or (folder / "cells").is_dir()
     if not is_experiment and is_run(folder):
         require(settings.against is None, "--against is of an experiment, but this is the folder of a run.")

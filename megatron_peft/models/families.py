@@ -11,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, is_targeted, require, require_matches
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.rules import Columns, FusedRows, HFTensor, Replicated, Rule, vocabulary_rules
-from megatron_peft.models.shape import Config, ModelShape
+from megatron_peft.models.shape import Config, ModelShape, check_layout
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,22 @@ def _refuse_unsupported(path: Path, config: Config) -> None:
     if unknown:
         # transformers' own class does not define them either.
         logger.warning("%s: unknown keys are ignored: %s", path, ", ".join(unknown))
+
+
+def check_adapters(peft: PeftConfig, parallel: ParallelConfig, shape: ModelShape) -> list[str]:
+    """Messages of what --peft-target-modules and the method's numbers do not fit; `attach_adapters` checks the same."""
+    if not peft.trains_adapters or check_layout(parallel, shape):
+        return []  # sizes that do not divide have messages of their own
+    kinds, modules = shape.linear_layers(parallel.tensor_model_parallel_size), family_of(shape.architecture).modules
+    layers = [(f"decoder.layers.{layer}.{name}", kinds[name]) for layer in range(shape.num_layers) for name in kinds]
+    try:
+        require_matches(peft.target_modules, [name for name, _ in layers], modules)
+        for name, sizes in layers:
+            if is_targeted(name, peft.target_modules, modules):
+                peft.spec.check_layer(peft, sizes, name)
+    except ConfigurationError as error:
+        return list(error.problems)
+    return []
 
 
 def config_of_shape(shape: ModelShape) -> dict[str, Any]:

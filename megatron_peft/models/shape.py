@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from megatron_peft.config import DataConfig, ParallelConfig, flag, require
+from megatron_peft.config import DataConfig, LinearSizes, ParallelConfig, flag, require
 from megatron_peft.config.parallel import stages_of_layout
 
 MOST = 2**31 - 1  # of any size, so that products of two sizes fit 64 bits
@@ -98,6 +98,18 @@ class ModelShape:
         """
         unit = multiple * tensor_parallel_size
         return -(-self.vocab_size // unit) * unit
+
+    def linear_layers(self, tensor_parallel_size: int) -> dict[str, LinearSizes]:
+        """The linear layers of each transformer layer, by the end of their names."""
+        hidden, ffn, parts = self.hidden_size, self.ffn_hidden_size, 2 if self.gated_linear_unit else 1
+        query, head = self.num_attention_heads * self.kv_channels, self.kv_channels
+        query_key_value, tp = query + 2 * self.num_query_groups * head, tensor_parallel_size
+        return {
+            "self_attention.linear_qkv": LinearSizes("column", query_key_value, hidden, tp, head_features=head),
+            "self_attention.linear_proj": LinearSizes("row", hidden, query, tp),
+            "mlp.linear_fc1": LinearSizes("column", parts * ffn, hidden, tp, num_parts=parts),
+            "mlp.linear_fc2": LinearSizes("row", hidden, ffn, tp),
+        }
 
 
 # Flags are compared with the checkpoint's model before any weight is read. Each check returns a list of messages.

@@ -2,13 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Side = Literal["output", "input"]  # of y = W x
+from megatron_peft.config.targets import LinearSizes, Side
 
 PARTIAL_OVER_TENSOR_PARALLEL = "partial_over_tensor_parallel"
 
@@ -32,15 +33,21 @@ class LinearLayout:
     num_parts: int = 1
     head_features: int | None = None
 
+    @cached_property
+    def sizes(self) -> LinearSizes:
+        """Without the group: for checks, which need no processes."""
+        sizes = self.out_features, self.in_features, self.group.size()
+        return LinearSizes(self.split, *sizes, self.num_parts, self.head_features)
+
     @property
     def local_out_features(self) -> int:
         """This rank's."""
-        return self.out_features // self.group.size() if self.split == "column" else self.out_features
+        return self.sizes.local_out_features
 
     @property
     def local_in_features(self) -> int:
         """This rank's."""
-        return self.in_features // self.group.size() if self.split == "row" else self.in_features
+        return self.sizes.local_in_features
 
     def slice_output(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor over the output features: [out, ...] -> [local out, ...]."""
@@ -55,13 +62,9 @@ class LinearLayout:
             return whole
         return whole.unflatten(-1, (self.group.size(), -1))[..., self.group.rank(), :]
 
-    def num_features(self, side: Side) -> int:
-        """Number of features of the whole matrix."""
-        return self.out_features if side == "output" else self.in_features
-
     def num_local_features(self, side: Side) -> int:
         """Number of features of one stacked matrix on this rank; groups of features must divide it."""
-        return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
+        return self.sizes.num_local_features(side)
 
     def num_global(self, module: nn.Module) -> int:
         """Size of a module's parameters over all ranks; replicated ones count once."""

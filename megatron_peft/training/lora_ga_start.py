@@ -34,8 +34,9 @@ def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], p
         path: the file with each layer's number, if it was written.
     """
     lines = [
-        f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; part of the gradient's squared norm in rank "
-        f"{peft.lora_rank}:"
+        f"LoRA-GA start ({peft.lora_ga_init}) took {seconds:.1f} s; the gradient's squared norm in rank "
+        f"{peft.lora_rank}:",
+        f"  {'':<12} layers   mean   lowest (layer)   highest (layer)",
     ]
     for kind in sorted({name.rpartition(".")[2] for name in energy}):
         lines.append(_row(kind, {_layer(name): value for name, value in energy.items() if name.endswith(f".{kind}")}))
@@ -47,8 +48,8 @@ def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], p
 def _row(kind: str, values: Mapping[int, float]) -> str:
     lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     return (
-        f"  {kind:<12} {len(values):4d} layers   mean {sum(values.values()) / len(values):.3f}   lowest "
-        f"{values[lowest]:.3f} (layer {lowest})   highest {values[highest]:.3f} (layer {highest})"
+        f"  {kind:<12} {len(values):6d}  {sum(values.values()) / len(values):.3f}   {values[lowest]:.3f} "
+        f"{f'({lowest})':<8}   {values[highest]:.3f} {f'({highest})':<9}".rstrip()
     )
 
 

@@ -197,8 +197,8 @@ class ModelAdapters:
         """Call it after the last backward of a step where no schedule of megatron-core does. A collective.
 
         It takes the gradients of rotations from their blocks, and completes those of adapter parameters that every
-        tensor-parallel rank holds. Data-parallel replicas
-        are summed by megatron-core's DistributedDataParallel, with `finalize_model_grads`.
+        tensor-parallel rank holds. Data-parallel replicas are summed by megatron-core's DistributedDataParallel, with
+        `finalize_model_grads`.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
         require(

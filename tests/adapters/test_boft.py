@@ -18,7 +18,7 @@ def made(split: str = "column", size: int = 1, heads: int | None = None, **setti
     cpu.install()
     layout = LinearLayout(split, 48, 32, Place(0, size), head_features=heads)  # type: ignore[arg-type]
     peft = PeftConfig("boft", **{"boft_block_size": 4, "boft_factors": 2, **settings})
-    peft.spec.check_layer(peft, layout, "decoder.layers.0.linear")
+    peft.spec.check_layer(peft, layout.sizes, "decoder.layers.0.linear")
     return build(layout, peft, "decoder.layers.0.linear.adapter", 0, torch.bfloat16)
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.adapters import boft, hybrid, low_rank, urnn
-from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.step_rotations import StepRotations, step_rotations
-from megatron_peft.config import PeftConfig
+from megatron_peft.config import ParallelConfig, PeftConfig
+from megatron_peft.runtime import cpu
+from megatron_peft.runtime.launch import start_model_parallel, stop
 from tests.adapters.layer_runs import layer_config
 from tests.one_rank import one_rank
 
@@ -25,6 +28,24 @@ ADAPTERS: dict[str, Any] = {"lora": low_rank, "boft": boft, "urnn": urnn, "hybri
 
 # Beyond the frozen layer, a microbatch: forward, backward, autograd's additions to the parameters' gradients.
 A_MICROBATCH = {"lora": (3, 7, 0), "boft": (2, 4, 0), "urnn": (2, 4, 0), "hybrid": (5, 13, 0)}
+# The same of one of two ranks, collectives counted too. A row layer of one rank has what a column layer has.
+BLOCKS = {"boft": (2, 4, 0), "urnn": (2, 4, 0)}
+TWO_RANKS: dict[tuple[str, bool], dict[str, tuple[int, int, int]]] = {  # by split and --sequence-parallel
+    ("column", False): {"lora": (3, 7, 0), **BLOCKS, "hybrid": (5, 13, 0)},
+    ("column", True): {"lora": (4, 8, 0), **BLOCKS, "hybrid": (6, 14, 0)},  # A x is gathered, its gradient scattered
+    ("row", False): {"lora": (3, 7, 0), **BLOCKS, "hybrid": (6, 12, 0)},
+    ("row", True): {"lora": (3, 7, 0), **BLOCKS, "hybrid": (6, 13, 0)},
+}
+INPUT = {"rotation_side": "input"}
+PROJECTION, RIEMANNIAN = {"boft_parametrization": "projection"}, {"urnn_update": "riemannian", "peft_lr_rotation": 0.1}
+# By name: method and numbers, a microbatch, a step.
+VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int], int]] = {
+    "boft input": ("boft", INPUT, (2, 4, 0), 41),
+    "urnn input": ("urnn", INPUT, (2, 4, 0), 110),
+    "projection": ("boft", PROJECTION, (2, 4, 0), 30),
+    "riemannian": ("urnn", RIEMANNIAN, (2, 4, 0), 15),
+    "hybrid urnn": ("hybrid", {"hybrid_rotation": "urnn"}, (5, 13, 0), 115),
+}
 # All layers of a stage together, however many there are.
 A_STEP = {"boft": 40, "urnn": 108, "hybrid": 47}
 
@@ -50,24 +71,48 @@ class Kernels(TorchDispatchMode):
         return self.names.total()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def world() -> Iterator[None]:
     with one_rank():
         yield
 
 
-def layers(method: str | None, count: int = 1) -> nn.ModuleList:
-    """Column-parallel layers in bfloat16 on meta tensors, each parameter with megatron-core's buffer."""
-    config = layer_config(HIDDEN, 4, 1, False)
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rank 1 of two tensor-parallel ranks that do not communicate."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    start_model_parallel(ParallelConfig(tensor_model_parallel_size=2, world_size=2), 1)
+    monkeypatch.setattr(cpu, "_CPU", torch.device("meta"))  # megatron-core allocates what it gathers there
+    yield
+    monkeypatch.undo()
+    stop()
+
+
+def layers(
+    method: str | None, count: int = 1, split: str = "column", splits_sequence: bool = False, **numbers: Any
+) -> nn.ModuleList:
+    """Parallel linear layers in bfloat16 on meta tensors, each parameter with megatron-core's buffer.
+
+    Args:
+        method: of their adapters, with `numbers`; None: frozen alone.
+    """
+    config = layer_config(HIDDEN, 4, dist.get_world_size(), splits_sequence)
     config.params_dtype, config.linear_biases = torch.bfloat16, set()
+    common: dict[str, Any] = {"config": config, "init_method": lambda weight: None, "bias": False}
     made = nn.ModuleList()
     for number in range(count):
-        layer: Any = AdaptedColumnParallelLinear(
-            HIDDEN, HIDDEN, config=config, init_method=lambda weight: None, bias=False, tp_comm_buffer_name="fc1"
-        )
+        layer: Any
+        if split == "column":
+            layer = AdaptedColumnParallelLinear(HIDDEN, HIDDEN, tp_comm_buffer_name="fc1", **common)
+        else:
+            kept = {"input_is_parallel": True, "skip_bias_add": True, "tp_comm_buffer_name": "fc2"}
+            layer = AdaptedRowParallelLinear(HIDDEN, HIDDEN, **kept, **common)
         layer.requires_grad_(False).is_frozen = True
         if method is not None:
-            peft = PeftConfig(method=method, lora_rank=4, boft_block_size=4, boft_factors=3, urnn_block_size=16)
+            sizes = {"lora_rank": 4, "boft_block_size": 4, "boft_factors": 3, "urnn_block_size": 16}
+            peft = PeftConfig(method=method, **{**sizes, **numbers})
             layer.adapter = ADAPTERS[method].build(layer.layout, peft, f"layer {number}", 0, torch.bfloat16)
         made.append(layer)
     made.to("meta")
@@ -77,10 +122,12 @@ def layers(method: str | None, count: int = 1) -> nn.ModuleList:
     return made
 
 
-def a_microbatch(method: str | None) -> tuple[Counter[str], Counter[str], int]:
-    """Kernels of (forward, backward, additions to gradients)."""
-    stage = layers(method)
-    x = torch.zeros(TOKENS, 1, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+def a_microbatch(method: str | None, **settings: Any) -> tuple[Counter[str], Counter[str], int]:
+    """Kernels of (forward, backward, additions to gradients); `settings` of `layers`."""
+    stage = layers(method, **settings)
+    layer: Any = stage[0]
+    tokens = TOKENS // 2 if layer.layout.split == "column" and layer.sequence_parallel else TOKENS
+    x = torch.zeros(tokens, 1, layer.weight.shape[1], dtype=torch.bfloat16, device="meta", requires_grad=True)
     with step_rotations([stage]):
         with Kernels() as forward:
             y, _ = stage[0](x)
@@ -91,23 +138,54 @@ def a_microbatch(method: str | None) -> tuple[Counter[str], Counter[str], int]:
     return forward.names, +backward.names, len(added)
 
 
+def beyond_frozen(method: str, numbers: dict[str, Any] | None = None, **settings: Any) -> tuple[int, int, int]:
+    """What the adapter adds: kernels of forward and of backward, additions to gradients."""
+    frozen, adapted = a_microbatch(None, **settings), a_microbatch(method, **settings, **(numbers or {}))
+    forward, backward = (ours.total() - theirs.total() for ours, theirs in zip(adapted[:2], frozen[:2], strict=True))
+    return forward, backward, adapted[2]
+
+
+def a_step(method: str, count: int, **settings: Any) -> Counter[str]:
+    """Kernels of what is done once a step for so many layers."""
+    rotations = StepRotations([layers(method, count, **settings)])
+    rotations.build()  # U(theta_0) is made once a run
+    with Kernels() as kernels:
+        rotations.build()
+        rotations.finish([])
+    return kernels.names
+
+
+@pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("method", A_MICROBATCH)
 def test_an_adapter_adds_few_kernels_to_a_microbatch(method):
-    frozen, adapted = a_microbatch(None), a_microbatch(method)
-    found = tuple((ours - theirs) for ours, theirs in zip(adapted[:2], frozen[:2], strict=True))
-    assert (*(one.total() for one in found), adapted[2]) == A_MICROBATCH[method], found
+    assert beyond_frozen(method) == A_MICROBATCH[method]
+    assert beyond_frozen(method, split="row") == A_MICROBATCH[method]
 
 
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("method", A_MICROBATCH)
+@pytest.mark.parametrize(("split", "splits_sequence"), TWO_RANKS)
+def test_an_adapter_of_two_ranks_adds_few_kernels(method, split, splits_sequence):
+    settings = {"split": split, "splits_sequence": splits_sequence}
+    assert beyond_frozen(method, **settings) == TWO_RANKS[split, splits_sequence][method]
+    if method in A_STEP:
+        # A row layer of the Hybrid keeps what its rotation has before the sum.
+        fewer = 2 * (method == "hybrid" and split == "row")
+        assert a_step(method, 2, **settings).total() == A_STEP[method] - fewer
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_a_method_adds_as_few_kernels(variant):
+    method, numbers, microbatch, step = VARIANTS[variant]
+    assert beyond_frozen(method, numbers) == microbatch
+    few, many = a_step(method, 2, **numbers), a_step(method, LAYERS, **numbers)
+    assert few == many and many.total() == step, many
+
+
+@pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("method", A_STEP)
 def test_rotations_of_all_layers_are_one_computation(method):
-    def a_step(count: int) -> Counter[str]:
-        rotations = StepRotations([layers(method, count)])
-        rotations.build()  # U(theta_0) is made once a run
-        with Kernels() as kernels:
-            rotations.build()
-            rotations.finish([])
-        return kernels.names
-
-    few, many = a_step(2), a_step(LAYERS)
+    few, many = a_step(method, 2), a_step(method, LAYERS)
     assert many == few
     assert many.total() == A_STEP[method], many

@@ -172,6 +172,25 @@ def test_checkpoint_is_asked_for_the_folder_that_was_typed(capsys: pytest.Captur
     assert parse("--num-layers", "4", read_shape=lambda folder: SHAPE).model.shape_flags == {"num_layers": 4}
 
 
+def test_adapters_that_do_not_fit_the_model_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*flags: str, world_size: int = 1) -> str:
+        return complaint(capsys, *flags, world_size=world_size, read_shape=lambda folder: SHAPE)
+
+    boft = "--peft-method", "boft", "--boft-block-size"
+    assert "but the heads of decoder.layers.0.self_attention.linear_qkv have 16" in told(*boft, "8")
+    assert "--lora-rank 65 is above 64, the smaller side of decoder.layers.2.mlp.linear_fc1 (256 x 64)" in told(
+        "--lora-rank", "65", "--peft-target-modules", "decoder.layers.2.mlp.linear_fc1"
+    )
+    assert "k_porj matches no linear layer. There are linear_fc1, linear_fc2, linear_proj, linear_qkv" in told(
+        "--peft-target-modules", "k_porj"
+    )
+    whole = (*boft, "8", "--boft-factors", "5", "--peft-target-modules", "linear_fc1")
+    parse(*whole, read_shape=lambda folder: SHAPE)  # 128 features
+    assert "groups of 128 fit at --tensor-model-parallel-size 1." in told(
+        *whole, "--tensor-model-parallel-size", "2", world_size=2
+    )
+
+
 def test_too_long_samples_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     told = complaint(capsys, "--seq-length", "4096", read_shape=lambda folder: SHAPE)
     assert "--seq-length 4096 is above the 2048 positions" in told

@@ -54,13 +54,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED},
     "PP2 packed": {"parallel": {"pipeline_model_parallel_size": 2}, "data_settings": FIXED | PACKED},
 }
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+# Further ones on ranks.
+WITH_FLAGS: dict[str, dict[str, Any]] = {
+    "TP2 bf16 recomputed": {**LAYOUTS["TP2"], "model": {"bf16": True}, "transformer": RECOMPUTED},
+    "PP2 interleaved": {
+        "parallel": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|t|t|L"},
+        "data_settings": FIXED,
+    },
+    "DP2 distributed bf16": {"model": {"bf16": True}, "optimizer": {"use_distributed_optimizer": True}},
+    "DP2 distributed overlapped": {
+        "optimizer": {"use_distributed_optimizer": True},
+        "training": {"micro_batch_size": 1, "global_batch_size": 4, "overlap_grad_reduce": True},
+    },
+}
 SIZES: dict[str, Any] = {"num_steps": 1, "training": {"micro_batch_size": 2, "global_batch_size": 4}}
 
 
 def jobs(files, methods, layouts=tuple(LAYOUTS)) -> dict[str, Job]:
     cases = product(methods, layouts)
     return {
-        f"{method} {layout}": Job(f"{method} {layout}", *files, peft=METHODS[method], **SIZES, **LAYOUTS[layout])
+        f"{method} {layout}": Job(
+            f"{method} {layout}", *files, peft=METHODS[method], **{**SIZES, **(LAYOUTS | WITH_FLAGS)[layout]}
+        )
         for method, layout in cases
     }
 
@@ -71,7 +87,8 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
     found = {}
     for job in given:
         config = job.config(dist.get_world_size())
-        start_model_parallel(config.parallel, config.training.seed)
+        num_stages = config.parallel.num_virtual_stages(read_shape(job.base).num_layers)
+        start_model_parallel(config.parallel, config.training.seed, num_stages)
         data = data_of(config)
         state = run.build_state(config, read_shape(job.base), data.train_iters)
         step = data.train.step_at(0)
@@ -100,7 +117,7 @@ def test_a_step_waits_twice_for_the_device_after_the_sums(files):
 
 @pytest.mark.slow
 def test_a_step_of_any_method_waits_twice_for_the_device_after_the_sums(files):
-    check_waits(jobs(files, METHODS))
+    check_waits(jobs(files, METHODS) | jobs(files, METHODS, tuple(WITH_FLAGS)))
 
 
 def test_the_mode_sees_what_waits():

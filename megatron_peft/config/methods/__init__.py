@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from megatron_peft.config.errors import Check, ConfigurationError, Requirements, flag_of, option, spelled
 from megatron_peft.config.model import DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
+from megatron_peft.config.targets import LinearSizes
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig
 
 if TYPE_CHECKING:
@@ -121,11 +122,11 @@ class Method:
     def check_run(self, peft: Any, run: "RunConfig", require: Requirements) -> None:
         """What the method requires of the rest of the run: layout, precision, overlap."""
 
-    def check_layer(self, peft: Any, layout: Any, name: str) -> None:
+    def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
         """What the method requires of a layer.
 
         Args:
-            layout: `parallel.layout.LinearLayout` of the layer.
+            sizes: of the layer.
             name: global name of the layer, for errors.
 
         Raises:

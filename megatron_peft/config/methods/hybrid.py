@@ -10,6 +10,7 @@ from megatron_peft.config.methods.boft import BOFT, BoftOptions
 from megatron_peft.config.methods.low_rank import LORA_GA, LoraGaOptions
 from megatron_peft.config.methods.rotation import IS_ROTATION, RotationMethod
 from megatron_peft.config.methods.urnn import URNN, UrnnOptions
+from megatron_peft.config.targets import LinearSizes
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
@@ -129,9 +130,9 @@ class HybridMethod(Method):
     def describe(self, peft: HybridOptions) -> str:
         return f"{super().describe(peft)} with --hybrid-rotation {peft.hybrid_rotation}"
 
-    def check_layer(self, peft: HybridOptions, layout: Any, name: str) -> None:
-        LORA_GA.check_layer(peft, layout, name)
-        ROTATIONS[peft.hybrid_rotation].check_layer(rotation_options(peft), layout, name)
+    def check_layer(self, peft: HybridOptions, sizes: LinearSizes, name: str) -> None:
+        LORA_GA.check_layer(peft, sizes, name)
+        ROTATIONS[peft.hybrid_rotation].check_layer(rotation_options(peft), sizes, name)
 
     def subtracts_start(self, peft: HybridOptions) -> bool:
         return LORA_GA.subtracts_start(peft)

@@ -1,10 +1,11 @@
 """LoRA and LoRA-GA, eq. (1)-(2) and (7)-(9): flags, checks and cost. The adapter is `adapters/low_rank.py`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_peft.config.errors import Requirements, option, require
 from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
+from megatron_peft.config.targets import LinearSizes
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
@@ -76,9 +77,9 @@ class LoraMethod(Method):
             "by then: leave out one of them.",
         )
 
-    def check_layer(self, peft: LowRankOptions, layout: Any, name: str) -> None:
-        rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
-        side = f"{smaller}, the smaller side of {name} ({layout.out_features} x {layout.in_features})"
+    def check_layer(self, peft: LowRankOptions, sizes: LinearSizes, name: str) -> None:
+        rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
+        side = f"{smaller}, the smaller side of {name} ({sizes.out_features} x {sizes.in_features})"
         require(rank <= smaller, f"--lora-rank {rank} is above {side}: use at most {smaller}.")
 
 
@@ -93,13 +94,13 @@ class LoraGaMethod(LoraMethod):
     def subtracts_start(self, peft: LoraGaOptions) -> bool:
         return peft.lora_ga_init != "aligned"
 
-    def check_layer(self, peft: LoraGaOptions, layout: Any, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().check_layer(peft, layout, name)
-        rank, smaller = peft.lora_rank, min(layout.out_features, layout.in_features)
+    def check_layer(self, peft: LoraGaOptions, sizes: LinearSizes, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().check_layer(peft, sizes, name)
+        rank, smaller = peft.lora_rank, min(sizes.out_features, sizes.in_features)
         require(
             peft.lora_ga_init != "original" or 2 * rank <= smaller,
             f"--lora-ga-init original takes 2 x --lora-rank {rank} = {2 * rank} singular vectors, more than {smaller}, "
-            f"the smaller side of {name} ({layout.out_features} x {layout.in_features}): use a rank of at most "
+            f"the smaller side of {name} ({sizes.out_features} x {sizes.in_features}): use a rank of at most "
             f"{smaller // 2}, or --lora-ga-init aligned or paper.",
         )
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_peft.config.errors import Requirements, option, require
 from megatron_peft.config.methods import Method, ParamGroup, PeftOptions
+from megatron_peft.config.targets import LinearSizes, Side
 
 if TYPE_CHECKING:
     from megatron_peft.config.run import RunConfig
@@ -49,15 +50,15 @@ class RotationMethod(Method):
             f"--overlap-param-gather has gathered them: leave out one of them.",
         )
 
-    def check_layer(self, peft: Any, layout: Any, name: str) -> None:
-        check_groups(layout, peft.rotation_side, self.group_size(peft), name, self.group_flags(peft))
+    def check_layer(self, peft: Any, sizes: LinearSizes, name: str) -> None:
+        check_groups(sizes, peft.rotation_side, self.group_size(peft), name, self.group_flags(peft))
 
 
-def check_groups(layout: Any, side: Literal["output", "input"], group_size: int, name: str, flags: str) -> None:
+def check_groups(sizes: LinearSizes, side: Side, group_size: int, name: str, flags: str) -> None:
     """Groups of features must divide what a rank holds of a layer, and the features of an attention head.
 
     Args:
-        layout: `parallel.layout.LinearLayout` of the layer.
+        sizes: of the layer.
         side: of the weight that is rotated.
         group_size: g.
         name: of the layer, and `flags` that set g, for errors.
@@ -65,16 +66,16 @@ def check_groups(layout: Any, side: Literal["output", "input"], group_size: int,
     Raises:
         ConfigurationError: with the sizes that fit.
     """
-    held = layout.num_local_features(side)
-    heads = layout.head_features if side == "output" else None
-    whole = heads or layout.num_features(side) // (layout.num_parts if side == "output" else 1)
+    held = sizes.num_local_features(side)
+    heads = sizes.head_features if side == "output" else None
+    whole = heads or sizes.num_features(side) // (sizes.num_parts if side == "output" else 1)
     fitting = ", ".join(str(size) for size in even_divisors(heads or held))
-    sizes = [str(size) for size in range(1, layout.group.size() + 1) if whole % (size * group_size) == 0]
-    elsewhere = f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(sizes)}" if sizes else ""
+    ranks = [str(size) for size in range(1, sizes.tensor_parallel_size + 1) if whole % (size * group_size) == 0]
+    elsewhere = f"; groups of {group_size} fit at --tensor-model-parallel-size {', '.join(ranks)}" if ranks else ""
     require(
         held % group_size == 0,
         f"{flags} gives groups of {group_size} features, but {name} holds {held} per rank at "
-        f"--tensor-model-parallel-size {layout.group.size()} on its {side} side: groups must divide {held}. "
+        f"--tensor-model-parallel-size {sizes.tensor_parallel_size} on its {side} side: groups must divide {held}. "
         f"Groups that do: {fitting}{elsewhere}.",
     )
     require(

@@ -1,10 +1,11 @@
 """uRNN, eq. (10)-(12) and Algorithm 1: flags, checks and cost. The adapter is `adapters/urnn.py`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_peft.config.errors import Requirements, option, require
 from megatron_peft.config.methods.rotation import RotationMethod, RotationOptions, check_groups
+from megatron_peft.config.targets import LinearSizes
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class UrnnMethod(RotationMethod):
             f"--urnn-block-size is {peft.urnn_block_size}; two real features make a complex one: use an even size.",
         )
 
-    def check_layer(self, peft: UrnnOptions, layout: Any, name: str) -> None:
+    def check_layer(self, peft: UrnnOptions, sizes: LinearSizes, name: str) -> None:
         if not self.replaces_base(peft):
-            super().check_layer(peft, layout, name)
+            super().check_layer(peft, sizes, name)
             return
         require(
-            layout.split == "row" and layout.out_features == layout.in_features,
-            f"--urnn-mode replace needs square layers, but {name} is {layout.out_features} x {layout.in_features}: "
+            sizes.split == "row" and sizes.out_features == sizes.in_features,
+            f"--urnn-mode replace needs square layers, but {name} is {sizes.out_features} x {sizes.in_features}: "
             f"give --peft-target-modules linear_proj, which is square where the heads fill the hidden size, or use "
             f"--urnn-mode multiply.",
         )
-        check_groups(layout, "input", self.group_size(peft), name, self.group_flags(peft))
+        check_groups(sizes, "input", self.group_size(peft), name, self.group_flags(peft))
 
     def group_size(self, peft: UrnnOptions) -> int:
         return peft.urnn_block_size

@@ -1,0 +1,88 @@
+"""Which linear layers are adapted, by name, and how large they are.
+
+Target names: Megatron's (`linear_qkv`), Hugging Face's for the model's family (`q_proj`: the fused layer that holds it
+is adapted as a whole), full names (`decoder.layers.3.mlp.linear_fc1`) and shell wildcards over all three
+(`decoder.layers.1?.*`, `*_proj`). Layer numbers are those of the whole model, from 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from megatron_peft.config.errors import require
+
+Side = Literal["output", "input"]  # of y = W x
+
+
+@dataclass(frozen=True)
+class LinearSizes:
+    """Of y = W x, W [out_features, in_features], split over tensor-parallel ranks.
+
+    Args:
+        split: "column" splits the rows of W (the output), "row" its columns (the input).
+        out_features, in_features: of the whole matrix.
+        tensor_parallel_size: number of ranks.
+        num_parts: matrices stacked along the output; a rank holds its slice of each. 2 for a gated fc1, [gate; up].
+        head_features: of an attention head, if the output consists of heads.
+    """
+
+    split: Literal["column", "row"]
+    out_features: int
+    in_features: int
+    tensor_parallel_size: int
+    num_parts: int = 1
+    head_features: int | None = None
+
+    @property
+    def local_out_features(self) -> int:
+        """A rank's."""
+        return self.out_features // self.tensor_parallel_size if self.split == "column" else self.out_features
+
+    @property
+    def local_in_features(self) -> int:
+        """A rank's."""
+        return self.in_features // self.tensor_parallel_size if self.split == "row" else self.in_features
+
+    def num_features(self, side: Side) -> int:
+        """Number of features of the whole matrix."""
+        return self.out_features if side == "output" else self.in_features
+
+    def num_local_features(self, side: Side) -> int:
+        """Number of features of one stacked matrix on a rank; groups of features must divide it."""
+        return self.local_out_features // self.num_parts if side == "output" else self.local_in_features
+
+
+def is_targeted(name: str, patterns: Sequence[str], modules: Mapping[str, str]) -> bool:
+    """Whether a layer's global name is meant by any pattern.
+
+    Args:
+        name: `decoder.layers.3.mlp.linear_fc1`.
+        patterns: --peft-target-modules.
+        modules: Hugging Face's names of linear layers -> the last part of Megatron's.
+    """
+    return any(_matches(name, pattern, modules) for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str], modules: Mapping[str, str]) -> None:
+    """Every pattern must match a layer of the whole model.
+
+    Raises:
+        ConfigurationError: naming the patterns that do not, and what exists.
+    """
+    foreign = f" (Hugging Face: {', '.join(modules)})" if modules else ""
+    lost = [pattern for pattern in patterns if not any(_matches(name, pattern, modules) for name in names)]
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    require(
+        not lost,
+        f"--peft-target-modules {' '.join(lost)} matches no linear layer. There are "
+        f"{', '.join(endings)}{foreign}, with full names {names[0]} ... {names[-1]}; wildcards * ? [] work."
+        if names
+        else "the model has no linear layer to adapt.",
+    )
+
+
+def _matches(name: str, pattern: str, modules: Mapping[str, str]) -> bool:
+    module = name.rpartition(".")[2]
+    parts = [part for part, layer in modules.items() if layer == module]
+    return any(fnmatchcase(meant, pattern) for meant in (name, module, *parts))
