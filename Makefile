@@ -25,6 +25,8 @@ BASE ?=
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
+# Ranks and programs import what the first of them has compiled, wherever the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 
 install: $(INSTALLED) ## make the environment, .venv, and nothing else
 

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # torch multiplies float32 matrices on a CPU with MKL. On an AMD EPYC with AVX-512, oneDNN takes 5 to 10% less time for
-# a layer's product, and 30 to 40% less for the narrow products of a low rank and for a few tokens.
+# a layer's product, and 30 to 40% less for the narrow products of a low rank and for a few tokens. It takes 15
+# microseconds more a call, and a millisecond for the first of a shape: MKL is faster below a million multiplications.
 #
 # Only for use without autograd: inside autograd functions, and in generation.
 
 
 # torch.compile's operator for a linear layer; None: torch's own product is used.
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_FEWEST_FOR_ONEDNN = 2**20  # multiplications
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [..., in], [out, in] -> [..., out]
     """x W^T + bias; W may be a transposed view."""
-    if _is_for_onednn(x):
+    if _is_for_onednn(x, len(weight)):
         # Not a view: an autograd function's caller could not write to a view that it returns.
         y = _ONEDNN(flat(x).contiguous(), weight, bias, "none", [], "")
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -29,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
 
 def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + u N^T + bias, one of the two products added to the other in place."""
-    if _is_for_onednn(x):
+    if _is_for_onednn(x, len(weight)):
         y = linear(x, weight, bias)
         flat(y).addmm_(flat(u), narrow.t())
         return y
@@ -39,7 +41,7 @@ def linear_plus(x: Tensor, weight: Tensor, u: Tensor, narrow: Tensor, bias: Tens
 
 def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x W^T, in the memory of y."""
-    if _is_for_onednn(x):
+    if _is_for_onednn(x, len(weight)):
         return y.add_(linear(x, weight))
     flat(y).addmm_(flat(x), weight.t())
     return y
@@ -50,7 +52,7 @@ def outer_sum(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 
     A quarter faster if out, rather than in, is the narrow side.
     """
-    if _is_for_onednn(grad):
+    if _is_for_onednn(grad, x.shape[-1]):
         return _ONEDNN(flat(grad).t(), flat(x).t(), None, "none", [], "")
     if dtype is None or grad.dtype == dtype:
         return flat(grad).t() @ flat(x)
@@ -59,8 +61,10 @@ def outer_sum(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tens
     return torch.mm(flat(grad).t(), flat(x), out_dtype=dtype)
 
 
-def _is_for_onednn(x: Tensor) -> bool:
-    return _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+def _is_for_onednn(x: Tensor, width: int) -> bool:
+    """Whether it is worth while for a product of `x` with a matrix of so many other features."""
+    usable = _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+    return usable and x.numel() * width >= _FEWEST_FOR_ONEDNN
 
 
 def flat(x: Tensor) -> Tensor:  # [..., n] -> [tokens, n]
