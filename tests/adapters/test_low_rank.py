@@ -86,7 +86,7 @@ def _started(init="paper", **settings):
 
 def test_only_what_is_trained_beyond_the_start_changes_the_layer():
     adapter, x = _started(), torch.randn(3, 2, IN)
-    assert _forward(adapter, x).abs().max() < 1e-5
+    assert _forward(adapter, x).abs().max() < 3e-5  # of two products of up to 170
     assert {name for name, _ in adapter.named_parameters()} == {"A", "B"}
     A0, B0 = adapter.A0.clone(), adapter.B0.clone()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_only_what_is_trained_beyond_the_start_changes_the_layer():
     torch.testing.assert_close(_forward(adapter, x), x @ change.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(adapter.delta_weight(), change, atol=1e-5, rtol=1e-4)
     adapter.restart()
-    assert _forward(adapter, x).abs().max() < 1e-5
+    assert _forward(adapter, x).abs().max() < 3e-5  # of two products of up to 170
 
 
 @pytest.mark.parametrize(

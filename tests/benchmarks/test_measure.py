@@ -22,6 +22,7 @@ from megatron_peft.benchmarks.measure import CollectiveLog, Figure, print_table,
 from megatron_peft.benchmarks.subjects import Setting, Step
 from megatron_peft.cli.parser import parse_arguments
 from tests.conversion.megatron_folders import save_random
+from tests.ranks import run_ranks
 
 MIB = 2**20
 
@@ -52,12 +53,19 @@ def test_ranks_are_added_up_turn_by_turn_and_a_ratio_is_the_median_of_the_turns(
     assert measure.median_ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
-def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
+def memory_taken_and_given_back(_: Any) -> tuple[int, int, int]:
+    """Peak before; peak and memory after."""
     before = measure.peak_resident_bytes()
     taken = bytearray(before - measure.resident_bytes() + 64 * MIB)
     del taken
-    assert measure.peak_resident_bytes() >= before + 48 * MIB
-    assert measure.resident_bytes() < measure.peak_resident_bytes() - 32 * MIB
+    return before, measure.peak_resident_bytes(), measure.resident_bytes()
+
+
+def test_peak_remembers_what_was_given_back_and_is_above_that_of_bare_torch() -> None:
+    # In a process of its own: of a large one the system may take pages back at the same time.
+    ((before, peak, after),) = run_ranks(1, memory_taken_and_given_back)
+    assert peak >= before + 48 * MIB
+    assert after < peak - 32 * MIB
     assert 50 * MIB < measure.peak_of_bare_torch() < measure.peak_resident_bytes()
 
 

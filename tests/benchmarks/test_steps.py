@@ -14,6 +14,7 @@ from megatron_peft.benchmarks.layers import crossover_figures
 from megatron_peft.benchmarks.measure import StepsJob
 from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmarks.subjects import STEPS, Setting
+from megatron_peft.runtime import cpu_kernels
 from megatron_peft.training import lora_ga_start as start_module
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -45,6 +46,7 @@ def test_a_ratio_has_its_spread_and_that_to_the_other_products_behind_it(monkeyp
 def products_of_steps(setting: Setting) -> dict[str, set[str]]:
     """Started on a rank. Which operators multiply activations with weights in a step."""
     subjects.join(setting)
+    cpu_kernels._FEWEST_FOR_ONEDNN = 0  # the model is a small one
     found = {}
     for name in ("frozen", "frozen-mkl", "boft"):
         step = STEPS[name](setting)

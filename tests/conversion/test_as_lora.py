@@ -75,7 +75,7 @@ def merged(moved, tmp_path_factory):
 @pytest.mark.parametrize("run", PRODUCTS)
 def test_a_change_that_is_a_product_is_exported_exactly(run, moved, merged, tmp_path, capsys):
     adapter = export_as_lora(moved.run(run), tmp_path / "adapter", num_tokens=0)
-    assert verify(adapter, merged(run)).logits.relative < 1e-5
+    assert verify(adapter, merged(run)).logits.relative < 2e-5  # 0.1 to 1.1e-5, by processor
     assert verify(adapter, base_folder(moved.run(run))).logits.relative > 0.01
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (PRODUCTS[run], PRODUCTS[run], False)

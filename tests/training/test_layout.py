@@ -74,21 +74,23 @@ ON_FOUR_RANKS = {
 }
 
 LAYOUTS = {**ON_TWO_RANKS, **ON_FOUR_RANKS}
-WITH_PADDING = ("PP2 padded", "PP2 interleaved, padded")
-# `make test` runs every layout without padding for LoRA, four for the Hybrid and two or three for each other method;
-# `make test-all` runs all. `test_layout_small.py` has the Hybrid at TP2 and overlapped.
+# `make test` runs half of the layouts for LoRA and one to four for each other method; `make test-all` runs all.
+# `test_layout_small.py` and `test_corners.py` have others.
 QUICK_LAYOUTS = {
-    "lora": tuple(name for name in LAYOUTS if name not in WITH_PADDING),
-    "hybrid": ("TP2+SP", "PP2 interleaved, accounted", "DP2 distributed optimizer", "TP2xPP2 recompute"),
+    "lora": (
+        *("TP2+SP", "TP2 selective recompute", "PP2 uneven, first", "PP2 interleaved, accounted", "DP2 overlapped"),
+        *("TP2xPP2 recompute", "PP4 layout"),
+    ),
+    "hybrid": ("TP2+SP", "PP2 interleaved, accounted", "DP2 distributed optimizer", "TP2xPP2+SP"),
     "boft": ("TP2+SP", "PP2"),
-    "boft-input": ("TP2", "TP2xPP2+SP"),
-    "lora-ga": ("TP2+SP", "DP2 distributed optimizer"),
+    "boft-input": ("TP2xPP2+SP",),
+    "lora-ga": ("TP2+SP", "PP2"),
     "urnn": ("TP2+SP", "DP2 distributed optimizer"),
-    "riemannian": ("TP2", "DP2 distributed optimizer"),
+    "riemannian": ("TP2",),
     "projection": ("TP2+SP", "DP2 distributed optimizer"),
     "hybrid-folded": ("TP2", "DP2 distributed optimizer"),
     "full": ("TP2xPP2 recompute", "DP2 overlapped", "PP2 padded"),
-    "lora-packed": ("TP2+SP", "PP2 interleaved", "PP2 padded"),
+    "lora-packed": ("TP2+SP", "PP2 interleaved"),
 }
 REFUSED = [(method, "DP2 overlapped") for method in ("riemannian", "projection", "hybrid-folded")]
 # Bloom's own parts split like everything else: ALiBi, the norm of the embedding, tied embeddings over two stages.
