@@ -32,7 +32,10 @@ PP2: Settings = {"parallel": {"pipeline_model_parallel_size": 2}}
 PP2_INTERLEAVED = merged(PP2, {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}})
 ACCOUNTED = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 PP2_ACCOUNTED = merged(PP2_INTERLEAVED, {"parallel": ACCOUNTED})  # on both ranks a chunk without a layer
-PP4: Settings = {"parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"}}
+PP4: Settings = {
+    "parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"},
+    "training": {"micro_batch_size": 1},
+}
 DISTRIBUTED: Settings = {"optimizer": {"use_distributed_optimizer": True}}
 
 FULL: Settings = {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}}
@@ -73,6 +76,12 @@ RESUMED_ON_FOUR = {
     "lora TP2xPP2": merged(TP2, PP2),
     "full TP2xDP2 distributed": merged(FULL, TP2, DISTRIBUTED),
     "lora PP4 layout": PP4,
+}
+# Of each of the above, a layout on four ranks that its checkpoint is opened at.
+RESHARDED_ON_FOUR = {
+    "lora TP2xPP2": PP4,
+    "full TP2xDP2 distributed": merged(FULL, TP2, PP2),
+    "lora PP4 layout": merged(TP2_SP, PP2, DISTRIBUTED),
 }
 RESHARDED = {  # from, to
     "full TP2 to PP2, fewer padded rows": ("full TP2+SP", merged(FULL, PP2, ODD_ROWS)),
@@ -115,7 +124,8 @@ def slowly_on_two_ranks(files: Files) -> dict[str, Any]:
 def on_four_ranks(argument: tuple[Files, str]) -> list[str]:
     files, name = argument
     start_world()
-    return _resumed(files, name, RESUMED_ON_FOUR[name])
+    resumed = _resumed(files, name, RESUMED_ON_FOUR[name])
+    return resumed + _resharded(files, f"{name} elsewhere", (name, RESHARDED_ON_FOUR[name]))
 
 
 def _each(files: Files, table: dict[str, Any], check: Callable[[Files, str, Any], Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tests.conversion.megatron_folders import flip_a_byte
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
+ON_FOUR_RANKS = ("TP2xPP2", "PP4 layout")
+
 
 @pytest.mark.parametrize("name", RESUMED_ON_TWO)
 def test_resumed_equals_uninterrupted(two_ranks, name):
@@ -31,8 +33,10 @@ def test_resumed_equals_uninterrupted_elsewhere(two_slow_ranks, name):
     assert [facts["resumed"][name] for facts in two_slow_ranks] == [[], []]
 
 
-@pytest.mark.parametrize("name", ["full TP2xDP2 distributed", pytest.param("lora TP2xPP2", marks=pytest.mark.slow)])
-def test_resumed_equals_uninterrupted_on_four_ranks(files, name):
+@pytest.mark.parametrize(
+    "name", ["full TP2xDP2 distributed", *(pytest.param(f"lora {at}", marks=pytest.mark.slow) for at in ON_FOUR_RANKS)]
+)
+def test_resumed_and_resharded_on_four_ranks(files, name):
     assert run_ranks(4, rank_checks.on_four_ranks, (files, name), limit=900) == [[]] * 4
 
 
