@@ -6,6 +6,7 @@
 #
 # IMAGE names it, IMAGE_FOLDER holds the base system and the images (default ~/.cache/megatron-peft/image), DEBIAN_MIRROR
 # is where Debian comes from. pip's own settings hold within the build; files and folders that they name are mounted.
+# Where these give a torch that was built on a newer Debian, LIBC_RELEASE=trixie takes the C library from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +15,7 @@ FOLDER=${IMAGE_FOLDER:-$HOME/.cache/megatron-peft/image}
 MIRROR=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 RELEASE=bookworm # its Python is 3.11
 BASE=localhost/megatron-peft-base:$RELEASE
+WITH_LIBC=$BASE${LIBC_RELEASE:+-libc-$LIBC_RELEASE}
 # Ours: to raise them to buildah's own would need a right that root of a container lacks.
 LIMITS=(--ulimit "nofile=$(ulimit -Sn):$(ulimit -Hn)" --ulimit "nproc=$(ulimit -Su):$(ulimit -Hu)")
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
@@ -70,8 +72,19 @@ build() {
         store commit --quiet --rm "$container" "$BASE" >/dev/null
         rm -rf --one-file-system "$system"
     fi
+    if ! store inspect --type image "$WITH_LIBC" >/dev/null 2>&1; then
+        local newer
+        newer=$(store from --pull=never "${LIMITS[@]}" "$BASE")
+        store run "$newer" -- sh -euc "
+            echo 'deb $MIRROR $LIBC_RELEASE main' >/etc/apt/sources.list.d/libc.list
+            printf 'Package: *\nPin: release n=$LIBC_RELEASE\nPin-Priority: 100\n' >/etc/apt/preferences.d/libc
+            apt-get update -qq
+            DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --target-release $LIBC_RELEASE libc6 libstdc++6 libgomp1
+            rm -rf /var/lib/apt/lists/*"
+        store commit --quiet --rm "$newer" "$WITH_LIBC" >/dev/null
+    fi
     pip_settings
-    store build --pull=never "${LIMITS[@]}" --build-arg CPU_BASE="$BASE" "${volumes[@]}" --tag "$IMAGE" .
+    store build --pull=never "${LIMITS[@]}" --build-arg CPU_BASE="$WITH_LIBC" "${volumes[@]}" --tag "$IMAGE" .
     echo "$IMAGE: $(store images --format '{{.Size}}' "$IMAGE")"
 }
 
