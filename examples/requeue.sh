@@ -12,7 +12,7 @@
 # - after a step that failed, most often because a node was lost; if it is the node of this script, SLURM itself queues
 #   the job again (--requeue).
 #
-# It does not after exit code 2 (a wrong flag or file is wrong next time too), nor when the job was cancelled, nor when
+# It does not after exit code 2 (a wrong flag or file is wrong next time too), nor when the job was cancelled, nor where
 # MAX_REQUEUES (default 3) starts in a row got no further. These are counted at the start, in a small file in FOLDER, so
 # that those count which SLURM itself has caused.
 
@@ -21,10 +21,9 @@ ASK_AGAIN_SECONDS=${ASK_AGAIN_SECONDS:-20} # a rank that is only just starting m
 
 # Before anything else: without a trap the signal ends this script, and with it the job.
 signalled=false
-cancelled=false
 step=
 trap 'signalled=true; ask_again_and_again' USR1
-trap 'cancelled=true' TERM
+trap : TERM # of a job that SLURM ends: the step gets it too, and then `end_or_requeue` asks why
 
 run_and_requeue() {
     local folder=$1 code=0
@@ -62,7 +61,8 @@ count_start() {
 
 # The step may not exist yet for SLURM, and a rank that is starting ignores the signal: ask until the step has ended.
 ask_again_and_again() {
-    if [[ -z $step || -n ${asking:-} ]]; then return; fi
+    # Not a bare return, which would end the script: in a trap it takes the status of the interrupted `wait`.
+    if [[ -z $step || -n ${asking:-} ]]; then return 0; fi
     echo "USR1 (time is nearly up, or the job is preempted): asking the step to save and end"
     while kill -0 "$step" 2>/dev/null; do
         ask_to_stop "$step"
@@ -74,19 +74,22 @@ ask_again_and_again() {
 end_or_requeue() {
     local code=$1 job=$SLURM_JOB_ID
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    if "$cancelled" || [[ $(squeue --noheader --jobs "$job" --states all --format %T 2>/dev/null) == CANCELLED ]]; then
-        echo "the job was cancelled: it is not queued again"
-        exit "$code"
-    fi
+    local state
+    state=$(squeue --noheader --jobs "$job" --states all --format %T 2>/dev/null || true)
+    case $state in
+        RUNNING | TIMEOUT | '') ;;
+        *)
+            echo "SLURM has ended this start ($state): whether the job comes back is up to SLURM"
+            exit "$code"
+            ;;
+    esac
     if ((code == 2)); then
         echo "exit code 2, something that the next start would not find otherwise: the job is not queued again"
         exit "$code"
     fi
     if ((without_progress >= MAX_REQUEUES)) && [[ $(progress) == "$begun_at" ]]; then give_up "$code"; fi
     echo "the step ended with exit code $code: the job is queued again, from $(progress)"
-    # SLURM ends this script when it has queued the job; one that ends by itself just then may end the job as well.
-    trap - TERM
-    if scontrol requeue "$job"; then sleep "${REQUEUE_SECONDS:-60}"; fi
+    scontrol requeue "$job"
     exit "$code"
 }
 

@@ -26,7 +26,7 @@ from megatron_peft.runtime.stacks import Stacks, place_in
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
+TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
 STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
 LEAVE_TIMEOUT_SECONDS = 10.0  # a killed rank never reports that it leaves
 PLACES_TIMEOUT_SECONDS = 5.0  # in which each rank says where it is
@@ -148,7 +148,7 @@ class _FailureBoard:
         if not self._store.check(["asks_where"]):
             return
         if Stacks.current is not None:
-            Stacks.current.write("the ranks do not wait for one another any longer")
+            Stacks.current.write("the ranks do not wait for one another any longer", stack)
         main = sys._current_frames()[threading.main_thread().ident or 0]
         place = place_in(stack or traceback.extract_stack(main))
         self._store.set(f"place/{dist.get_rank()}", f"{os.uname().nodename}\t{place}")
@@ -208,6 +208,8 @@ def _exit_with(message: str, exit_code: int) -> NoReturn:
 
 
 def _exit(exit_code: int) -> NoReturn:
+    if Stacks.current is not None:
+        Stacks.current.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -15,12 +15,16 @@ from pathlib import Path
 from traceback import FrameSummary, StackSummary
 from typing import TextIO
 
+import torch
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.config.untrusted import parse_json
+
 FOLDER = "stacks"  # in the folder of --save
 PACKAGE = str(Path(__file__).parents[1])
-# Where torch keeps each rank's last collectives, and writes them if one times out; the second is its older name.
-RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-RECORDER_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-NUM_COLLECTIVES = 2000
+NUM_COLLECTIVES = 16  # of the last ones, in the file
+OLD_FILE = "NCCL_DEBUG_INFO_TEMP_FILE"
+NUM_RECORDED = 2000  # by torch's flight recorder
 
 
 class Stacks:
@@ -58,7 +62,12 @@ class Stacks:
         Stacks.current = self
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, Exception) or issubclass(kind, ConfigurationError):
+            self.close()  # else the ranks may have lost one another, and the file is still needed
+
+    def close(self) -> None:
+        """Leave no empty file behind."""
         Stacks.current = None
         faulthandler.disable()
         if self._was_enabled:
@@ -71,13 +80,16 @@ class Stacks:
                     self._path.unlink()
                 self._path.parent.rmdir()  # if it is empty
 
-    def write(self, why: str) -> None:
-        """Write them now."""
+    def write(self, why: str, stack: StackSummary | None = None) -> None:
+        """Write them now, and `stack`, which the main thread has left already."""
         with suppress(ValueError, OSError):
             now, host = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
             self.file.write(f"{now}, {host}, process {os.getpid()}: {why}\n")
+            self.file.writelines(stack.format() if stack else ())
             self.file.flush()
             faulthandler.dump_traceback(self.file)
+            self.file.write(_last_collectives())
+            self.file.flush()
 
 
 @contextmanager
@@ -107,13 +119,26 @@ def _line(frame: FrameSummary) -> str:
 
 
 def record_collectives(folder: str | Path | None) -> None:
-    """Have NCCL's ranks write their last collectives when one of them times out. Before the world is made.
+    """Have torch keep each rank's last collectives, and NCCL write them when one times out. Before the world is made.
 
     Args:
         folder: of --save, where they go beside the stacks; None: where torch writes them, in /tmp.
     """
-    for name in RECORDER_SIZE:
-        os.environ.setdefault(name, str(NUM_COLLECTIVES))
+    is_renamed = hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
+    size, file = ("FR_BUFFER_SIZE", "FR_DUMP_TEMP_FILE") if is_renamed else ("NCCL_TRACE_BUFFER_SIZE", OLD_FILE)
+    os.environ.setdefault(f"TORCH_{size}", str(NUM_RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    for name in RECORDER_FILE if folder is not None else ():
-        os.environ.setdefault(name, f"{folder}/{FOLDER}/collectives_rank_")
+    if folder is not None:
+        os.environ.setdefault(f"TORCH_{file}", f"{folder}/{FOLDER}/collectives_rank_")
+
+
+def _last_collectives() -> str:
+    """A line each: group, number, name, sizes, state; an empty string where torch cannot say."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return ""
+    lines = []
+    for entry in parse_json(dump(), "torch's flight recorder")["entries"][-NUM_COLLECTIVES:]:
+        group, number = entry["process_group"][-1], entry["collective_seq_id" if not entry["is_p2p"] else "p2p_seq_id"]
+        lines.append(f"  {group} {number} {entry['profiling_name']} {entry['input_sizes']} {entry['state']}\n")
+    return f"the last {len(lines)} collectives (group, number, name, sizes, state):\n{''.join(lines)}"

@@ -1,12 +1,13 @@
-"""A SLURM of two nodes on this machine: own configuration, ports and keys in a temporary folder, and none of /etc/slurm.
+"""A SLURM of two nodes on this machine: its configuration, ports and keys are its own, and nothing is in /etc/slurm.
 
     with Cluster(folder) as cluster:
         job = cluster.sbatch("job.sh", SAVE="runs/a")
 
-Debian's slurm-wlm has all that it takes; it wants root. Nodes are two slurmd that answer to different names on different
-ports; their steps are processes of this machine, told apart by SLURMD_NODENAME.
+Debian's slurm-wlm has all that it takes; it wants root. Nodes are two slurmd that answer to different names on
+different ports; their steps are processes of this machine, told apart by SLURMD_NODENAME.
 """
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -20,6 +21,8 @@ from typing import Any
 
 from tests.time_limits import seconds, wait_until
 
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+SECONDS_BETWEEN_STARTS = 2.5
 NODES = ("n1", "n2")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 CONFIGURATION = """
@@ -77,11 +80,17 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def _end_with_parent() -> None:
+    """In the child: have the kernel kill it when the tests are killed."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+
+
 class Cluster:
     """One controller and two nodes, which end with it; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._pending_since: dict[str, float] = {}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +127,12 @@ class Cluster:
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def start_node(self, node: str) -> None:
@@ -183,15 +197,20 @@ class Cluster:
         return int(self.job(job).get("Restarts", 0))
 
     def start_now(self, job: int | str) -> None:
-        """A job that is queued again waits two minutes by itself."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        """A job that is queued again waits two minutes by itself.
+
+        Its nodes refuse it in the second in which its last start has ended, and SLURM then gives it up.
+        """
+        if self.state(job) != "PENDING":
+            self._pending_since.pop(str(job), None)
+        elif time.monotonic() - self._pending_since.setdefault(str(job), time.monotonic()) > SECONDS_BETWEEN_STARTS:
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def wait_for_state(self, job: int | str, states: Sequence[str], limit: float = 120) -> str:
         """Wait until the job is in one of the states, without the two minutes after a requeue."""
         end = time.monotonic() + seconds(limit)
         while (state := self.state(job)) not in states:
-            if state == "PENDING":
-                self.start_now(job)
+            self.start_now(job)
             assert time.monotonic() < end, f"job {job} is {state}, not {' or '.join(states)}: {self.job(job)}"
             time.sleep(0.3)
         return state
