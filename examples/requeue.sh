@@ -5,7 +5,7 @@
 #   progress         prints a word that changes when the job gets on, for instance the newest checkpoint's iteration
 #   ask_to_stop PID  asks the step to save and end; PID is its process here. It may be called again and again
 #
-# and calls `run_and_requeue FOLDER COMMAND [ARG ...]`, which runs the command as the job's step and queues the job again
+# and calls `run_and_requeue FOLDER COMMAND [ARG ...]`. The command is the job's step; the job is queued again
 #
 # - after USR1: SLURM sends it before the time limit (--signal=B:USR1@300) and, with PreemptParameters=send_user_signal,
 #   to a job that is preempted;
@@ -52,8 +52,8 @@ count_start() {
     starts=$1/.starts.$SLURM_JOB_ID
     begun_at=$(progress || true)
     without_progress=0
-    if ((${SLURM_RESTART_COUNT:-0} > 0)) && read -r count where 2>/dev/null <"$starts" && [[ $where == "$begun_at" ]]; then
-        without_progress=$((count + 1))
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && read -r count where 2>/dev/null <"$starts"; then
+        if [[ $where == "$begun_at" ]]; then without_progress=$((count + 1)); fi
     fi
     echo "$without_progress $begun_at" >"$starts"
     if ((without_progress > MAX_REQUEUES)); then give_up 1; fi
