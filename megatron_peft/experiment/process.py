@@ -196,7 +196,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 # compute and communication are issued in o
 
 # Which cells have a record or a score, and how far their runs have got.
 progress() {{
-    local of_group=${{group//[\/ ]/_}},
+    local of_group=${{group//[\\/ ]/_}},
     {{
         find {folder}/cells {folder}/runs -path "*/$of_group*" '(' -path '*/cells/*.json' -o -name score.json ')' | sort
         cat {folder}/runs/"$of_group"*/checkpoints/latest_checkpointed_iteration.txt

@@ -15,7 +15,7 @@ from pathlib import Path
 from traceback import FrameSummary, StackSummary
 from typing import TextIO
 
-import torch
+from torch._C import _distributed_c10d
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json
@@ -107,7 +107,7 @@ def written_after(seconds: float) -> Iterator[None]:
 
 
 def place_in(stack: StackSummary) -> str:
-    """The innermost frame, and the innermost one of ours: `all_reduce (distributed_c10d.py:2970), of step.py:230`."""
+    """The innermost frame and, if it is not ours, the innermost one of ours, each with file and line."""
     last = stack[-1]
     ours = next((frame for frame in reversed(stack) if frame.filename.startswith(PACKAGE)), last)
     caller = "" if ours is last else f", called by {ours.name} ({_line(ours)})"
@@ -124,7 +124,7 @@ def record_collectives(folder: str | Path | None) -> None:
     Args:
         folder: of --save, where they go beside the stacks; None: where torch writes them, in /tmp.
     """
-    is_renamed = hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
+    is_renamed = hasattr(_distributed_c10d, "_dump_fr_trace_json")  # torch warns of its older names
     size, file = ("FR_BUFFER_SIZE", "FR_DUMP_TEMP_FILE") if is_renamed else ("NCCL_TRACE_BUFFER_SIZE", OLD_FILE)
     os.environ.setdefault(f"TORCH_{size}", str(NUM_RECORDED))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -134,7 +134,7 @@ def record_collectives(folder: str | Path | None) -> None:
 
 def _last_collectives() -> str:
     """A line each: group, number, name, sizes, state; an empty string where torch cannot say."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
     if dump is None:
         return ""
     lines = []

@@ -117,7 +117,7 @@ def test_without_a_hang_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("has_new_names", "name"), [(True, "FR_DUMP_TEMP_FILE"), (False, "NCCL_DEBUG_INFO_TEMP_FILE")])
 def test_nccl_is_told_where_to_write_its_last_collectives(monkeypatch, has_new_names: bool, name: str) -> None:
     c10d = type("c10d", (), {"_dump_fr_trace_json": None} if has_new_names else {})
-    monkeypatch.setattr(stacks.torch._C, "_distributed_c10d", c10d)
+    monkeypatch.setattr(stacks, "_distributed_c10d", c10d)
     environment: dict[str, str] = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     monkeypatch.setattr(stacks.os, "environ", environment)
     stacks.record_collectives("runs/a")
