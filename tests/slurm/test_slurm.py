@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,12 +86,17 @@ def _contents(folders: list[Path]) -> dict[str, tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Iterator[Site]:
+def site() -> Iterator[Site]:
     if missing := missing_programs():
         pytest.fail(f"SLURM is not installed ({', '.join(missing)} missing): make test-slurm installs it, as root")
     if os.getuid() != 0:
         pytest.fail("nodes start steps for their users, which takes root: run make test-slurm as root")
-    folder = tmp_path_factory.mktemp("slurm")
+    # Not pytest's own folder: it keeps the last three, and other tests on this machine would remove this one.
+    with tempfile.TemporaryDirectory(prefix="megatron-peft-slurm-", ignore_cleanup_errors=True) as folder:
+        yield from _site(Path(folder))
+
+
+def _site(folder: Path) -> Iterator[Site]:
     before = _contents(SYSTEM_FOLDERS)
     save_worded_llama(folder / "model")
     save_llama(folder / "model", num_hidden_layers=2)  # with the other's tokenizer
@@ -187,7 +193,7 @@ def test_losses_after_twenty_preemptions_and_five_lost_nodes_are_those_of_an_und
     assert site.until_end(alone, 600) == "COMPLETED", cluster.output(alone)
     assert [record["iteration"] for record in disturbed] == [*range(1, len(disturbed) + 1)]
     assert without_last_validation(disturbed) == without_last_validation(records_of(quiet))
-    assert not (save / "stacks").exists() and not list(quiet.glob(".starts.*"))
+    assert not (quiet / "stacks").exists() and not list(quiet.glob(".starts.*")), "nothing is left of a run that ended"
 
 
 def without_last_validation(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
