@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench check-gpu
-.PHONY: image test-image cuda-pins cuda-signatures
+.PHONY: image test-image test-slurm cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -41,7 +41,7 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU r
 PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
 test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
-	$(PYTEST) -m 'not slow and not docs' $(ARGS)
+	$(PYTEST) -m 'not slow and not docs and not slurm' $(ARGS)
 
 test-slow: $(INSTALLED) ## run what `make test` leaves out
 	$(PYTEST) -m slow $(ARGS)
@@ -68,12 +68,19 @@ bench: $(INSTALLED) ## measure steps, memory and collectives beside other librar
 check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
 	$(PYTHON) tools/check_gpu.py $(ARGS)
 
-# The next four stand outside test-all: they need root, or the package index.
+# The next five stand outside test-all: they need root, or the package index.
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
 	tools/image.sh build
 
 test-image: ## start that image: its version, its user and a tiny training
 	tools/image.sh test
+
+test-slurm: $(INSTALLED) ## preempt runs and lose nodes on a real SLURM of two nodes on this machine (root; slurm-wlm)
+	@command -v slurmctld slurmd >/dev/null || test "$$(id -u)" = 0 || \
+		{ echo "make test-slurm needs SLURM: apt-get install slurm-wlm, or run it as root, which installs it." >&2; exit 1; }
+	@command -v slurmctld slurmd >/dev/null || { apt-get update && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm; }
+	$(PYTHON) -m pytest -m slurm -s tests/slurm $(ARGS)
 
 cuda-pins: $(INSTALLED) ## compare the CUDA image's versions with the package index
 	$(PYTHON) -m tools.cuda.pins

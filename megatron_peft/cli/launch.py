@@ -6,7 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
 
@@ -17,7 +18,9 @@ TORCHRUN_LOGGERS = (
     "torch.distributed.elastic.agent.server.local_elastic_agent",
 )
 SECONDS_TO_SAVE = 600  # then ranks are killed; as long as a collective may wait (--distributed-timeout-minutes)
-PROGRAM_FAILED = (1, 2, 128 + signal.SIGINT)  # exit codes after which a rank of ours has said why
+FT_LAUNCHER = "nvidia_resiliency_ext.fault_tolerance.launcher"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PROGRAM_FAILED = (1, 2, *(128 + number for number in SIGNALS))  # exit codes after which a rank of ours has said why
 
 
 def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) -> Any:
@@ -30,6 +33,11 @@ def _torchrun(name: str, default: Any, help: str, metavar: str | None = None) ->
 class LaunchConfig:
     """The processes to start. Names and meanings are torchrun's."""
 
+    launcher: Literal["torchrun", "ft_launcher"] = _torchrun(
+        "launcher",
+        "torchrun",
+        "what starts the processes: torchrun, or ft_launcher of the package nvidia-resiliency-ext",
+    )
     nproc_per_node: str | None = _torchrun(
         "nproc_per_node", None, "start this many processes on this node, or one for each GPU (gpu)", "N|gpu"
     )
@@ -44,6 +52,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         with Requirements(self) as unmet:
+            unmet.fields()
             unmet.positive("nnodes")
             unmet.not_negative("node_rank", "master_port", "max_restarts")
             number = self.nproc_per_node or "1"
@@ -55,10 +64,18 @@ class LaunchConfig:
                 self.nnodes == 1 or bool(self.master_addr or self.rdzv_endpoint),
                 f"--nnodes {self.nnodes} needs --master-addr and --node-rank, or --rdzv-endpoint.",
             )
+            unmet(
+                self.launcher == "torchrun" or find_spec(FT_LAUNCHER.partition(".")[0]) is not None,
+                f"--launcher {self.launcher} needs the package nvidia-resiliency-ext, which is not installed: pip "
+                f"install nvidia-resiliency-ext, or leave the flag out.",
+            )
 
     def torchrun_words(self) -> list[str]:
-        """The flags for torchrun. A single node finds a free port by itself, so that two runs can share it."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        """The flags for torchrun, which ft_launcher has too.
+
+        A single node finds a free port by itself, so that two runs can share it.
+        """
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "launcher"}
         alone = self.nnodes == 1 and not (self.master_addr or self.master_port or self.rdzv_endpoint)
         words = [word for name, value in given.items() if value is not None for word in (flag(name), str(value))]
         return [*(["--standalone"] if alone else []), *words]
@@ -125,8 +142,16 @@ def _world_size(config: LaunchConfig) -> int:
 
 
 def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -> int:
+    words = [*config.torchrun_words(), "--module", module, *argv]
+    if config.launcher == "ft_launcher":
+        os.execv(sys.executable, [sys.executable, "-m", FT_LAUNCHER, *words])  # signals then reach it
+    return _run_by_torchrun(words, program)
+
+
+def _run_by_torchrun(words: Sequence[str], program: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it too, with a warning
@@ -136,12 +161,16 @@ def _run(config: LaunchConfig, module: str, argv: Sequence[str], program: str) -
     for name in TORCHRUN_LOGGERS:  # a rank that fails has said why, and so has one that a signal ends
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        run(parse_args([*config.torchrun_words(), "--module", module, *argv]))
+        run(parse_args([*words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _told(failure.exitcode, rank, program)
     except SignalException as error:
         return 128 + error.sigval
+    except RendezvousError as error:
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        print(f"{program}: the nodes have not found one another: {cause}", file=sys.stderr)
+        return 1
     return 0
 
 

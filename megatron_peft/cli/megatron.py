@@ -100,7 +100,7 @@ FLAGS = {
     "NCCL tuning": """
         high-priority-stream-groups sharp-enabled-group use-nccl-ub use-sharp""",
     "layouts of ranks": """
-        disable-gloo-process-groups distributed-timeout-seconds-after-init fake-process-group lazy-mpu-init
+        disable-gloo-process-groups fake-process-group lazy-mpu-init
         local-rank local_rank model-parallel-size num-virtual-stages-per-pipeline-rank
         pipeline-model-parallel-split-rank standalone-embedding-stage
         use-gloo-process-groups use-tp-pp-dp-mapping no-scatter-gather-tensors-in-pipeline""",
@@ -163,7 +163,7 @@ FLAGS = {
     "the log is metrics.jsonl, TensorBoard and Weights & Biases": """
         log-batch-size-to-tensorboard log-device-memory-used log-l2-norm-grad-to-tensorboard
         log-memory-interval log-memory-to-tensorboard log-params-norm log-progress log-runtime-to-tensorboard
-        log-straggler log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+        log-throughput-to-tensorboard log-timers-to-tensorboard log-validation-ppl-to-tensorboard
         log-world-size-to-tensorboard logging-level memory-keys modules-to-filter no-filter-warnings
         no-log-learnig-rate-to-tensorboard runtime-time-unit set-level-for-all-loggers tensorboard-log-interval
         tensorboard-queue-size throughput-window-size timing-log-option wandb-entity

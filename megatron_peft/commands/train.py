@@ -10,8 +10,10 @@ from megatron_peft.cli.launch import running_processes, start_processes
 from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
 from megatron_peft.cli.parser import parse_arguments, typed_launch
 from megatron_peft.cli.run_file import run_file
+from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
 
 PROGRAM, MODULE = "megatron-peft train", "megatron_peft.commands.train"
 
@@ -26,10 +28,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return _train(argv, program)
-    except KeyboardInterrupt:  # while nothing has begun
+    except KeyboardInterrupt as interrupt:  # while nothing has begun
+        by_signal = interrupt if isinstance(interrupt, EndedBySignal) else None
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)
+            print(f"{program}: {by_signal or 'interrupted'}", file=sys.stderr, flush=True)
+        os._exit(by_signal.exit_code if by_signal else 128 + signal.SIGINT)
 
 
 def _train(argv: Sequence[str], program: str) -> int:
@@ -41,16 +44,21 @@ def _train(argv: Sequence[str], program: str) -> int:
     if ended is not None:
         return ended
     config = parse_arguments(argv, read_shape=shape_of, program=program)
+    with ends_before_training(config.training.exit_signal_handler):
+        _run(config, run_file(config, running_processes(os.environ) | launch), program)
+    return 0
 
+
+def _run(config: RunConfig, text: str, program: str) -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
+    from megatron_peft.runtime.stacks import record_collectives
     from megatron_peft.training.run import finetune
 
-    text = run_file(config, running_processes(os.environ) | launch)
+    record_collectives(config.checkpoint.save)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(lambda: finetune(config, text), program=program)
-    return 0
 
 
 def shape_of(folder: str) -> ModelShape:

@@ -48,7 +48,18 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10, "minutes a rank waits for the others before the run fails", check="positive"
     )
+    distributed_timeout_seconds_after_init: int | None = option(
+        None,
+        "seconds a rank waits for the others after the first iteration, more than a save takes (default: as long as "
+        "--distributed-timeout-minutes)",
+        check="positive",
+    )
     world_size: int = 1
+
+    @property
+    def seconds_to_wait(self) -> float:
+        """How long a rank waits for the others in training."""
+        return self.distributed_timeout_seconds_after_init or 60 * self.distributed_timeout_minutes
 
     def __post_init__(self) -> None:
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size

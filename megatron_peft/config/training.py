@@ -279,9 +279,13 @@ class LoggingConfig:
         "also print and record seconds of the phases of a step: 1 for those that it has once, 2 also for those of each "
         "microbatch; the host then waits for the device at each",
     )
-    record_memory_history: bool = option(
+    log_straggler: bool = option(
         False,
-        "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory",
+        "also name the rank that took longest for its own work in a step (batches and forward passes), and record its "
+        "seconds and the median's",
+    )
+    record_memory_history: bool = option(
+        False, "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory"
     )
     memory_snapshot_path: str = option(
         "snapshot.pickle",

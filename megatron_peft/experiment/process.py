@@ -95,10 +95,12 @@ def launcher(processes: int, environment: Mapping[str, str] = os.environ) -> lis
     if nodes == 1:
         return [*torchrun, "--standalone", "--nproc-per-node", str(processes)]
     job = int(environment["SLURM_JOB_ID"])
-    endpoint = f"{environment['MASTER_ADDR']}:{FIRST_PORT + job % NUM_PORTS}"
-    meeting = ["--rdzv-id", str(job), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    start = int(environment.get("SLURM_RESTART_COUNT", 0))
+    endpoint = f"{environment['MASTER_ADDR']}:{FIRST_PORT + (job + 7 * start) % NUM_PORTS}"
+    meeting = ["--rdzv-id", f"{job}-{start}", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     layout = ["--nnodes", str(nodes), "--nproc-per-node", str(processes // nodes)]
-    return ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *torchrun, *layout, *meeting]
+    # When one node's torchrun has ended, the others have a minute to end by themselves, with their ranks' exit code.
+    return ["srun", "--kill-on-bad-exit=0", "--wait=60", "--ntasks-per-node=1", *torchrun, *layout, *meeting]
 
 
 @dataclass
@@ -183,27 +185,30 @@ sbatch {options} <<'JOB'
 #!/bin/bash
 set -euo pipefail
 cd "${{REPOSITORY:-$SLURM_SUBMIT_DIR}}"
+source examples/requeue.sh
 groups=(
 {groups}
 )
+group=${{groups[$SLURM_ARRAY_TASK_ID]}}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${{nodes[0]}}
+export MASTER_ADDR=${{MASTER_ADDR:-${{nodes[0]}}}}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # compute and communication are issued in order, so that they overlap
-"$PYTHON" -m megatron_peft experiment {experiment} --output {folder} --group "${{groups[$SLURM_ARRAY_TASK_ID]}}" &
-runner=$!
-signalled=false
-# Time is nearly up: the runner ends its cell, which goes on from its last checkpoint when the job is queued again.
-trap 'signalled=true; kill -TERM "$runner" || true' USR1
-while kill -0 "$runner" 2>/dev/null; do
-    wait "$runner" || true
-done
-code=0
-wait "$runner" || code=$?
-if "$signalled" && ((code == 130)); then
-    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-    code=0
-fi
-exit "$code"
+
+# Which cells have a record or a score, and how far their runs have got.
+progress() {{
+    local of_group=${{group//[\\/ ]/_}},
+    {{
+        find {folder}/cells {folder}/runs -path "*/$of_group*" '(' -path '*/cells/*.json' -o -name score.json ')' | sort
+        cat {folder}/runs/"$of_group"*/checkpoints/latest_checkpointed_iteration.txt
+    }} 2>/dev/null | cksum
+}}
+
+# The runner ends its cell, which goes on from its last checkpoint when the job is queued again.
+ask_to_stop() {{
+    kill -TERM "$1" 2>/dev/null || true
+}}
+
+run_and_requeue {folder}/slurm "$PYTHON" -m megatron_peft experiment {experiment} --output {folder} --group "$group"
 JOB
 """
 

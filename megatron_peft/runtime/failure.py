@@ -1,11 +1,13 @@
 """When one rank fails, all ranks end at once, with one message.
 
 Otherwise the other ranks would wait in a collective until the distributed timeout. The first rank to fail prints its
-message and writes to the rendezvous store, which a thread on every other rank polls twice a second.
+message and writes to the rendezvous store, which a thread on every other rank polls twice a second. If that timeout is
+what failed, each rank writes its Python stacks and says where it was, and the message names the ranks that are missing.
 """
 
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,12 +20,16 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError, print_failure
+from megatron_peft.runtime.exit_signals import EndedBySignal
+from megatron_peft.runtime.stacks import Stacks, place_in
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+TIMED_OUT = ("Timed out waiting", "collective operation timeout")  # of gloo and of NCCL
 STORE_TIMEOUT = datetime.timedelta(seconds=60)  # its host may have ended; torch's default is five minutes
 LEAVE_TIMEOUT_SECONDS = 10.0  # a killed rank never reports that it leaves
+PLACES_TIMEOUT_SECONDS = 5.0  # in which each rank says where it is
 _POLL_SECONDS = 0.5
 
 
@@ -31,8 +37,9 @@ def run_together(main: Callable[[], None], program: str) -> None:
     """Run `main` in a started world. When it raises on one rank, all processes end with the same exit code, without
     clean-up (a process group that waits in a collective cannot be destroyed).
 
-    The exit code is 2 for a ConfigurationError, 130 for Ctrl-C and 1 for anything else. Only the latter prints a
-    traceback, unless it is a FloatingPointError (a loss that is not finite).
+    The exit code is 2 for a ConfigurationError, 130 for Ctrl-C, 128 + the signal for another one that ends a run before
+    its training, and 1 for anything else. Only the latter prints a traceback, unless it is a FloatingPointError (a loss
+    that is not finite) or the ranks have lost one another.
 
     Args:
         main: the program.
@@ -44,6 +51,8 @@ def run_together(main: Callable[[], None], program: str) -> None:
         board.close()
     except ConfigurationError as error:
         board.fail(CONFIGURATION_ERROR_EXIT_CODE, f"{program}: error: {error}")
+    except EndedBySignal as ended:
+        board.fail(ended.exit_code, f"{program}: {ended}")
     except KeyboardInterrupt:
         board.fail(INTERRUPTED_EXIT_CODE, f"{program}: interrupted")
     except FloatingPointError as error:  # the message of a training step is enough
@@ -51,12 +60,30 @@ def run_together(main: Callable[[], None], program: str) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         # torch's own message for a lost connection is ninety lines of C++ frames, on each rank that waits.
         rank = dist.get_rank()
+        if waited := _waited(error):
+            board.fail(
+                1,
+                f"{program}: rank {rank} waited {waited} for another rank, as long as it may (--distributed-timeout-"
+                f"minutes; after the first step --distributed-timeout-seconds-after-init).",
+                traceback.extract_tb(error.__traceback__),
+            )
         if isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in LOST_CONNECTION):
             board.fail(
                 1,
                 f"{program}: rank {rank} lost its connection to another rank: that one was killed, or its node failed.",
+                traceback.extract_tb(error.__traceback__),
+                is_effect=True,
             )
         board.fail(1, f"{program}: rank {rank} failed:\n{traceback.format_exc()}")
+
+
+def _waited(error: Exception) -> str:
+    """How long the rank has waited for the others, if that is what went wrong; else an empty string."""
+    text = str(error)
+    if not any(words in text for words in TIMED_OUT):
+        return ""
+    found = re.search(r"(\d+) ?ms", text)
+    return f"{int(found[1]) / 1000:g} s" if found else "too long"
 
 
 class _FailureBoard:
@@ -80,20 +107,70 @@ class _FailureBoard:
         dist.barrier()
         self._closed.set()
 
-    def fail(self, exit_code: int, message: str) -> NoReturn:
-        """End this process with all others; print `message` unless another rank failed first."""
+    def fail(
+        self, exit_code: int, message: str, stack: traceback.StackSummary | None = None, is_effect: bool = False
+    ) -> NoReturn:
+        """End this process with all others; print `message` unless another rank failed first.
+
+        Args:
+            stack: of a rank that has waited for others in vain: the message goes on with where each rank was, and all
+                ranks write their stacks.
+            is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
+        """
         self._closed.set()
         if self._world_size == 1:
             _exit_with(message, exit_code)
         try:
+            if is_effect:
+                self._let_the_cause_speak()
             if self._store.add("failures", 1) > 1:
-                self._leave(int(self._store.get("exit_code")))
+                exit_code = int(self._store.get("exit_code"))
+                self._write_if_asked(stack)
+                self._leave(exit_code)
+            if stack is not None and not is_effect:
+                self._store.set("asks_where", "1")
+                self._write_if_asked(stack)
         except dist.DistError:  # the rank that hosted the store has ended
             _exit_with(message, exit_code)
-        print_failure(message)
         with suppress(dist.DistError):
             self._store.set("exit_code", str(exit_code))
+            message += self._places() if stack is not None and not is_effect else ""
+        print_failure(message)
         self._leave(exit_code)
+
+    def _let_the_cause_speak(self) -> None:
+        give_up = time.monotonic() + 2 * _POLL_SECONDS
+        while time.monotonic() < give_up and not self._store.check(["exit_code"]):
+            time.sleep(_POLL_SECONDS / 5)
+
+    def _write_if_asked(self, stack: traceback.StackSummary | None = None) -> None:
+        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already."""
+        if not self._store.check(["asks_where"]):
+            return
+        if Stacks.current is not None:
+            Stacks.current.write("the ranks do not wait for one another any longer", stack)
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        place = place_in(stack or traceback.extract_stack(main))
+        self._store.set(f"place/{dist.get_rank()}", f"{os.uname().nodename}\t{place}")
+
+    def _places(self) -> str:
+        """Lines that say which ranks were where, those with the fewest ranks first: the others wait for them."""
+        give_up = time.monotonic() + PLACES_TIMEOUT_SECONDS
+        ranks = {rank: f"place/{rank}" for rank in range(self._world_size)}
+        while not self._store.check([*ranks.values()]) and time.monotonic() < give_up:
+            time.sleep(_POLL_SECONDS / 5)
+        by_place: dict[str, list[str]] = {}
+        for rank, key in ranks.items():
+            host, place = "", "no answer: it hangs outside of Python, or its node is lost"
+            if self._store.check([key]):
+                host, place = self._store.get(key).decode().split("\t")
+            by_place.setdefault(place, []).append(f"{rank} ({host})" if host else str(rank))
+        lines = [
+            f"  rank {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}: {place}"
+            for place, found in sorted(by_place.items(), key=lambda item: len(item[1]))
+        ]
+        written = f"The stacks of all ranks are {Stacks.current.place}." if Stacks.current else ""
+        return "\n".join([" Where the ranks were:", *lines, *([written] if written else [])])
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -104,6 +181,8 @@ class _FailureBoard:
                     _exit_with(f"rank {dist.get_rank()}: rank 0 is gone: it was killed, or its node failed.", 1)
                 return
             if failed and not self._closed.is_set():
+                with suppress(dist.DistError):
+                    self._write_if_asked()
                 self._leave(int(self._store.get("exit_code")))
 
     def _leave(self, exit_code: int) -> NoReturn:
@@ -129,6 +208,8 @@ def _exit_with(message: str, exit_code: int) -> NoReturn:
 
 
 def _exit(exit_code: int) -> NoReturn:
+    if Stacks.current is not None:
+        Stacks.current.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

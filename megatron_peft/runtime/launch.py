@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch.distributed import distributed_c10d
 
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.runtime import cpu
@@ -120,6 +121,16 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, num_virtual_stages
         create_gloo_process_groups=False,  # nothing uses a second, slower copy of each group
     )
     seed_generators(seed)
+
+
+def shorten_timeout(seconds: float) -> None:
+    """From now on collectives of the world and of megatron-core's groups wait at most so long. A collective.
+
+    The group of an asynchronous save keeps its own: nobody else waits for that.
+    """
+    dist.barrier()  # what is under way has the old one
+    for group in parallel_state._global_process_group_list or [None]:  # None is the world
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def seed_generators(seed: int) -> None:

@@ -1,13 +1,10 @@
 """The training loop: steps, log lines, validation, checkpoints, and the ways to stop."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +14,9 @@ from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
+from megatron_peft.runtime.exit_signals import ExitSignals
+from megatron_peft.runtime.launch import shorten_timeout
+from megatron_peft.runtime.stacks import written_after
 from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.metrics import MetricsWriter, memory_bytes
 from megatron_peft.training.speed import Speed
@@ -31,37 +31,6 @@ from megatron_peft.training.validation import (
     validation_loss,
     whole_parameters,
 )
-
-SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class ExitSignals:
-    """Records whether one of the signals arrived; a context manager that restores the old handlers.
-
-    Args:
-        enabled: --exit-signal-handler. Without it signals act as usual.
-        prints: whether this process confirms a signal at the terminal.
-    """
-
-    def __init__(self, enabled: bool, prints: bool = False) -> None:
-        self.received = False
-        self._prints = prints
-        self._signals = SAVE_AND_EXIT if enabled else ()
-
-    def __enter__(self) -> "ExitSignals":
-        self._before = {number: signal.signal(number, self._remember) for number in self._signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._prints and not self.received:
-            # Not `print`: the signal may have interrupted a write to the same stream.
-            os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
-        self.received = True
-
 
 Record = dict[str, Any]
 
@@ -145,7 +114,9 @@ class _Run:
         steps = iter(self.data.train)
         first, reason = position.iteration, self._nothing_to_do()
         while not reason and position.iteration < self.data.train_iters:
-            reason = self._one_iteration(next(steps))
+            with self.speed.own_work.of_host():
+                microbatches = next(steps)
+            reason = self._one_iteration(microbatches)
         steps.close()  # type: ignore[attr-defined]
         # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
@@ -183,7 +154,9 @@ class _Run:
         self.upkeep.before_step(position.iteration)
         by_layer = config.logging.log_grad_norm_by_layer and self._is_recorded(position.iteration + 1)
         # A signal or the clock may stop one rank only. The step's own all-reduce makes it a decision of all.
-        report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer)
+        with written_after(config.parallel.seconds_to_wait):
+            own_work = self.speed.own_work.of_device
+            report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer, own_work)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
         # all ranks; `whole_parameters` waits for parameters that are still being gathered.
         position.iteration += 1
@@ -194,6 +167,8 @@ class _Run:
         self.progress.advance(position.iteration)
         if self.is_first_step:
             self._check_gradients(report)
+            if (seconds := config.parallel.distributed_timeout_seconds_after_init) is not None:
+                shorten_timeout(seconds)  # the first step alone may compile kernels and open connections
         reason = self._reason_to_end(report)
         if self.is_first_step and not reason:
             self._show_first_step(report)

@@ -69,7 +69,7 @@ class MetricsWriter(AbstractContextManager):
             self._wandb = _open_wandb(logging, save_dir, run_settings)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record: `iteration`, and numbers or mappings of numbers."""
+        """Write a record: `iteration`, and numbers or mappings of numbers; names (of a host) go to the file only."""
         if self._file is not None:
             self._file.append(json.dumps(finite(record)))
         scalars = dict(_scalars(record))
@@ -276,7 +276,7 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{name}/")
-        elif value is not None:
+        elif value is not None and not isinstance(value, str):
             yield prefix + name, value
 
 

@@ -33,6 +33,7 @@ from megatron_peft.models.kernels import (
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
+from megatron_peft.runtime.stacks import Stacks
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
 from megatron_peft.training.metrics import require_loggers
@@ -105,7 +106,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
     _require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
-    with Saver(config.checkpoint) as saver:
+    with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
         data = build_data(
             config,
             tokenizer,

@@ -1,9 +1,13 @@
-"""What a log line says of speed: model FLOPs, the timers of megatron-core's schedules and optimizer, energy."""
+"""What a log line says of speed: model FLOPs, the timers of megatron-core's schedules and optimizer, the slowest
+rank, energy."""
 
 import logging
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -136,10 +140,59 @@ class Energy:
         return {} if self._monitor is None else {"joules_per_step": self._monitor.lap() / num_steps}
 
 
+class OwnWork:
+    """--log-straggler: seconds of a rank's own work, which ends before it waits for other replicas or stages.
+
+    Megatron-LM measures the same: the time in which a batch is made, and forward passes. On a GPU these are read from
+    events when the log line is due, so that no step waits for them. A tensor-parallel group works in step: one slow
+    rank makes its whole group slow.
+    """
+
+    def __init__(self, settings: LoggingConfig) -> None:
+        self._enabled, self._on_gpu = settings.log_straggler, torch.cuda.is_available()
+        self._host_seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def of_host(self) -> Iterator[None]:
+        """What happens inside is this rank's own work, done by its host."""
+        began_at = time.perf_counter()
+        yield
+        self._host_seconds += time.perf_counter() - began_at
+
+    @contextmanager
+    def of_device(self) -> Iterator[None]:
+        """The same, done by its device."""
+        if not self._enabled:
+            yield
+        elif not self._on_gpu:
+            with self.of_host():
+                yield
+        else:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+
+    def slowest(self, num_steps: int) -> Record:
+        """The slowest rank and its seconds in a step since the last call, beside the median's. A collective."""
+        if not self._enabled:
+            return {}
+        milliseconds = sum(start.elapsed_time(end) for start, end in self._events)
+        own = (self._host_seconds + milliseconds / 1000) / num_steps
+        self._host_seconds, self._events = 0.0, []
+        found = gather_over_world((own, os.uname().nodename))
+        seconds, rank = max((seconds, rank) for rank, (seconds, _) in enumerate(found))
+        typical = median(seconds for seconds, _ in found)
+        return {"rank": rank, "host": found[rank][1], "seconds": seconds, "median_seconds": typical}
+
+
 class Speed:
     """All of it, for a run's log."""
 
     def __init__(self, state: TrainingState) -> None:
+        self.own_work = OwnWork(state.config.logging)
         self._throughput = Throughput(state.config, state.shape)
         self._timers = StepTimers(state)
         self._energy = Energy(state.config.logging)
@@ -152,9 +205,10 @@ class Speed:
 
     def record(self, num_steps: int, num_positions: int, num_pairs: int, seconds: float) -> Record:
         """Fields of the record of an interval, as the flags ask for them. A collective."""
-        timers = self._timers.seconds(num_steps)
+        timers, slowest = self._timers.seconds(num_steps), self.own_work.slowest(num_steps)
         return {
             **self._throughput.numbers(num_positions, num_pairs, seconds),
             **self._energy.joules(num_steps),
             **({"timer_seconds": timers} if timers else {}),
+            **({"slowest_rank": slowest} if slowest else {}),
         }

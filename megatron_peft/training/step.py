@@ -6,6 +6,7 @@ ranks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -102,7 +103,11 @@ def _divide_by_tokens(model: Sequence[Any], num_tokens: Tensor) -> None:
 
 
 def train_step(
-    state: TrainingState, microbatches: Sequence[Microbatch], stop: bool = False, by_layer: bool = False
+    state: TrainingState,
+    microbatches: Sequence[Microbatch],
+    stop: bool = False,
+    by_layer: bool = False,
+    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepReport:
     """Forward, backward and update on this rank's microbatches of one global batch.
 
@@ -111,6 +116,7 @@ def train_step(
         microbatches: of this data-parallel rank.
         stop: this rank wants the run to end; the report has it on all ranks.
         by_layer: the report has the gradient norm of each layer; the same on all ranks.
+        around_forward: entered for each forward pass, for instance to measure it.
 
     Raises:
         NonFiniteError: on every rank, before parameters and optimizer have changed.
@@ -120,7 +126,7 @@ def train_step(
     state.optimizer.zero_grad()
     with step_rotations(state.model_chunks) as rotations:
         finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
-        losses = run_schedule(state.model_chunks, microbatches, forward_only=False)
+        losses = run_schedule(state.model_chunks, microbatches, forward_only=False, around_forward=around_forward)
     if state.config.training.empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()
     # Gradients are complete. They are checked before anything uses them, so that a NaN leaves the state as it was. The
@@ -165,7 +171,12 @@ def finish_with(model_chunks: Sequence[nn.Module], finish: Callable[..., None] |
     config.no_sync_func = no_sync if len(no_sync) > 1 else next(iter(no_sync), None)
 
 
-def run_schedule(model_chunks: Sequence[nn.Module], microbatches: Sequence[Microbatch], forward_only: bool) -> Tensor:
+def run_schedule(
+    model_chunks: Sequence[nn.Module],
+    microbatches: Sequence[Microbatch],
+    forward_only: bool,
+    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
     """Run megatron-core's schedule (plain, 1F1B or interleaved) over the microbatches.
 
     Returns:
@@ -179,7 +190,7 @@ def run_schedule(model_chunks: Sequence[nn.Module], microbatches: Sequence[Micro
     # All ranks run the same number of microbatches, or sends and sums would not match. Lengths may differ: the stages
     # exchange shapes (`variable_seq_lengths`), and the sizes below are only those of the first microbatch.
     reports = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=partial(_forward, around=around_forward),
         data_iterator=iterators if len(model_chunks) > 1 else iterators[0],
         model=list(model_chunks),
         num_microbatches=len(moved),
@@ -190,15 +201,18 @@ def run_schedule(model_chunks: Sequence[nn.Module], microbatches: Sequence[Micro
     return torch.stack(reports) if reports else torch.zeros(0, 3, dtype=torch.float64, device=device)
 
 
-def _forward(microbatches: Iterable[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
+def _forward(
+    microbatches: Iterable[Microbatch], model: nn.Module, around: Callable[[], AbstractContextManager[None]]
+) -> tuple[Tensor, Any]:
     microbatch = next(iter(microbatches))
-    token_losses = model(
-        input_ids=microbatch.tokens,
-        position_ids=microbatch.position_ids,
-        attention_mask=None,  # causal; padding is on the right, so no real token attends to it
-        labels=microbatch.labels,
-        packed_seq_params=packing(microbatch),
-    )
+    with around():
+        token_losses = model(
+            input_ids=microbatch.tokens,
+            position_ids=microbatch.position_ids,
+            attention_mask=None,  # causal; padding is on the right, so no real token attends to it
+            labels=microbatch.labels,
+            packed_seq_params=packing(microbatch),
+        )
     # Only the last stage returns token losses, and only there does the schedule call the loss function. The others
     # return activations, which the schedule sends to the next stage.
     return token_losses, partial(_sum_of_losses, microbatch.loss_mask)

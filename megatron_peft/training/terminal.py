@@ -34,6 +34,7 @@ LINE_FIELDS: Fields = (
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
     ("joules_per_step", "energy per iteration (J)", lambda x: f"{x:.1f}"),
     ("timer_seconds", "slowest rank (ms)", lambda times: ", ".join(f"{k} {1000 * s:.1f}" for k, s in times.items())),
+    ("slowest_rank", "slowest rank", lambda found: _rank_and_times(found)),
     ("validation_loss", "validation loss", lambda x: f"{x:.6E}"),
 )
 SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
@@ -145,6 +146,11 @@ def _make_bar(console: Console) -> Bar:
 
 def _formatted(record: Mapping[str, Any], fields: Fields, separator: str) -> list[str]:
     return [f"{label}{separator}{show(record[name])}" for name, label, show in fields if record.get(name) is not None]
+
+
+def _rank_and_times(found: Mapping[str, Any]) -> str:
+    own, median = (f"{1000 * found[name]:.1f} ms" for name in ("seconds", "median_seconds"))
+    return f"{found['rank']} ({found['host']}) {own}, median {median}"
 
 
 _MIB = 2**20

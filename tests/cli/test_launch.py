@@ -38,11 +38,25 @@ def test_one_node_finds_a_port_by_itself_and_several_are_told_where() -> None:
         ({"nproc_per_node": "0"}, "--nproc-per-node is 0"),
         ({"nnodes": 2}, "--nnodes 2 needs --master-addr and --node-rank, or --rdzv-endpoint."),
         ({"max_restarts": -1}, "--max-restarts is -1"),
+        ({"launcher": "ft_launcher"}, "needs the package nvidia-resiliency-ext, which is not installed"),
     ],
 )
 def test_what_cannot_be_started_is_refused(values: dict, told: str) -> None:
     with pytest.raises(ConfigurationError, match=told):
         LaunchConfig(**values)
+
+
+def test_ft_launcher_takes_the_place_of_torchrun(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "find_spec", lambda name: name == "nvidia_resiliency_ext")
+    monkeypatch.setattr(launch.os, "execv", lambda *words: started.append(words))
+    started: list[tuple[str, list[str]]] = []
+    values = {"launcher": "ft_launcher", "nproc_per_node": "2", "max_restarts": 3}
+    monkeypatch.setattr(launch, "_run_by_torchrun", lambda *_: 0)
+    start_processes("m", ["--lr", "1"], values, "p", lambda environ: None)
+    program, words = started[0]
+    assert program == sys.executable and words[1:3] == ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher"]
+    expected = "--standalone --nproc-per-node 2 --nnodes 1 --max-restarts 3 --module m --lr 1"
+    assert " ".join(words[3:]) == expected and "ft_launcher" not in words
 
 
 def test_nothing_is_started_where_processes_run_already(monkeypatch, capsys) -> None:

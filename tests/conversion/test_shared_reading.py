@@ -91,13 +91,7 @@ def load_here(folder: Path, layout: tuple[int, int], groups: ReadingGroups) -> t
     part = model_part(*layout)
     rank = parallel_state.get_tensor_model_parallel_rank()
     report = load_pretrained(
-        [part],
-        folder,
-        SHAPE,
-        tensor_parallel_rank=rank,
-        tensor_parallel_size=layout[0],
-        progress=False,
-        groups=groups,
+        [part], folder, SHAPE, tensor_parallel_rank=rank, tensor_parallel_size=layout[0], progress=False, groups=groups
     )
     return part, report.counts
 

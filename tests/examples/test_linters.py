@@ -22,7 +22,9 @@ def program(name: str) -> str:
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
 def test_shellcheck_is_clean(path: Path) -> None:
-    result = subprocess.run([program("shellcheck"), str(path)], capture_output=True, text=True)
+    result = subprocess.run(
+        [program("shellcheck"), "--external-sources", str(path)], capture_output=True, text=True, cwd=ROOT
+    )
     assert result.returncode == 0, result.stdout
 
 

@@ -1,4 +1,4 @@
-"""examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and for torchrun."""
+"""examples/finetune.sbatch, run by bash with stand-ins for SLURM's commands and python; tests/slurm has a real one."""
 
 import contextlib
 import os
@@ -24,16 +24,17 @@ def record(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(record: Path, *flags: str, step_code: int | None = None) -> subprocess.Popen[str]:
+def start(record: Path, *flags: str, step_code: int | None = None, **others: str) -> subprocess.Popen[str]:
     environment = {
         "PATH": f"{STAND_INS}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "RECORD": str(record),
         "CHECKPOINT": "/models/llama",
         "TRAIN_DATA": "train.jsonl",
         "SAVE": str(record / "save"),
-        "SLURM_SUBMIT_DIR": str(record),
+        "REPOSITORY": str(ROOT),
         **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "4242", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "4"},
         **({} if step_code is None else {"STEP_CODE": str(step_code)}),
+        **others,
     }
     command = ["bash", str(SCRIPT), "recipe.yaml", *flags]
     return subprocess.Popen(command, cwd=record, env=environment, stdout=subprocess.PIPE, text=True)
@@ -54,7 +55,7 @@ def running(record: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def finished(record: Path, *flags: str, step_code: int = 0) -> list[str]:
-    """What a job whose step ends with `step_code` gave to torchrun. It must not be queued again."""
+    """What a job whose step ends with `step_code` was called with. It must not be queued again."""
     assert start(record, *flags, step_code=step_code).wait(timeout=seconds(60)) == step_code
     assert not (record / "scontrol").exists()
     return (record / "arguments").read_text().split("\n")
@@ -63,20 +64,39 @@ def finished(record: Path, *flags: str, step_code: int = 0) -> list[str]:
 def test_recipe_and_flags_reach_the_run(record: Path) -> None:
     arguments = finished(record, "--lr", "1e-3")
     program = arguments[arguments.index("pretrain_peft.py") :]
-    assert program[1:3] == ["--config", "recipe.yaml"] and program[-2:] == ["--lr", "1e-3"]
+    assert program[program.index("--config") + 1] == "recipe.yaml" and program[-2:] == ["--lr", "1e-3"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1].startswith("n1:")
-    assert "--load" not in program
+    assert program[program.index("--resume") + 1] == "auto"
 
 
-def test_a_checkpoint_is_resumed(record: Path) -> None:
+def test_wrong_flags_fail_the_job_at_once(record: Path) -> None:
+    finished(record, step_code=2)
+
+
+def requeues(record: Path, restarts: int, **others: str) -> int:
+    """How often a job whose step fails, at the start after so many, was queued again in all."""
+    process = start(record, step_code=3, SLURM_RESTART_COUNT=str(restarts), **others)
+    assert process.wait(timeout=seconds(60)) == 3
+    found = (record / "scontrol").read_text().splitlines() if (record / "scontrol").exists() else []
+    assert set(found) <= {"requeue 4242"}
+    return len(found)
+
+
+def test_a_failed_step_is_tried_again_as_long_as_there_are_newer_checkpoints(record: Path) -> None:
+    assert [requeues(record, number, MAX_REQUEUES="2") for number in range(3)] == [1, 2, 2]
+    tracker = record / "save" / "latest_checkpointed_iteration.txt"
+    for iteration in range(4):  # a start that got further
+        tracker.write_text(str(iteration))
+        assert requeues(record, 3 + iteration, MAX_REQUEUES="2") == 3 + iteration
+    assert [requeues(record, number, MAX_REQUEUES="2") for number in (7, 8)] == [7, 7]
+
+
+def test_starts_that_slurm_itself_has_caused_count(record: Path) -> None:
+    """It queues a job again that has lost the node of its script, which then has no last word."""
     (record / "save").mkdir()
-    (record / "save" / "latest_checkpointed_iteration.txt").write_text("50")
-    arguments = finished(record)
-    assert arguments[arguments.index("--load") + 1] == str(record / "save")
-
-
-def test_a_failed_step_fails_the_job(record: Path) -> None:
-    finished(record, step_code=3)
+    (record / "save" / ".starts.4242").write_text("2 the start\n")
+    process = start(record, step_code=0, SLURM_RESTART_COUNT="5", MAX_REQUEUES="2")
+    assert process.wait(timeout=seconds(60)) == 1 and not (record / "arguments").exists()
 
 
 def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.Popen[str]) -> None:
@@ -87,4 +107,5 @@ def test_usr1_saves_then_queues_the_job_again(record: Path, running: subprocess.
     assert (record / "saved").exists(), "the script did not wait for the step to save"
     assert (record / "scancel").read_text().split() == ["--signal=USR1", "4242.0"]
     assert (record / "scontrol").read_text().split() == ["requeue", "4242"]
-    assert (record / "ignored").read_text() == "True", "USR1 is off in the agent itself"
+    assert (record / "save" / ".starts.4242").read_text() == "0 the start\n"
+    assert (record / "ignored").read_text() == "True", "USR1 is off in the launcher itself"

@@ -52,8 +52,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
     for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "fake-python": PYTHON}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_JOB_ID": "7"}
-    paths = {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": "fake-python", "RECORD": str(tmp_path)}
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7"}
+    paths = {
+        "REPOSITORY": str(Path(__file__).parents[2]),
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHON": "fake-python",
+        "RECORD": str(tmp_path),
+    }
     return {**{name: os.environ[name] for name in os.environ if not name.startswith("MASTER_")}, **slurm, **paths}
 
 
@@ -85,7 +90,7 @@ def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Pat
     with subprocess.Popen(["bash", str(tmp_path / "job")], env=environment, cwd=tmp_path) as job:
         wait_until((tmp_path / "started").exists, "the start of the step")
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(seconds(60)) == 0
+        assert job.wait(seconds(60)) == 130
     assert (tmp_path / "requeued").read_text() == "7_1\n"
 
 
@@ -115,7 +120,7 @@ def test_launcher_uses_the_machine_or_spreads_a_cell_over_the_nodes_of_its_job()
     assert process.launcher(1, allocation) == [sys.executable]
     assert process.launcher(3, {}) == process.launcher(3, {"SLURM_JOB_NUM_NODES": "1"}) == torchrun
     words = process.launcher(16, allocation)
-    assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1"] and "--standalone" not in words
+    assert words[:3] == ["srun", "--kill-on-bad-exit=0", "--wait=60"] and "--standalone" not in words
     given = dict(zip(words, words[1:], strict=False))
     assert given["--nnodes"] == "2" and given["--nproc-per-node"] == "8"
     assert given["--rdzv-endpoint"] == "n1:25678", "a port of the job's own"

@@ -117,7 +117,8 @@ def parse_arguments(*_, **__):
     from megatron_peft.training import run
     run.finetune = killed
     world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
-    return types.SimpleNamespace(parallel=types.SimpleNamespace(**world))
+    of = types.SimpleNamespace
+    return of(parallel=of(**world), training=of(exit_signal_handler=True), checkpoint=of(save=None))
 
 train.parse_arguments = parse_arguments
 train.run_file = lambda *_: ""

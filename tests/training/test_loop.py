@@ -226,6 +226,16 @@ def own_handler():
         signal.signal(number, handler)
 
 
+def test_the_timeout_is_shortened_once_after_the_first_step(run, monkeypatch):
+    at = []
+    monkeypatch.setattr(loop, "shorten_timeout", lambda seconds: at.append((seconds, len(steps))))
+    steps = []
+    original = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *words: (steps.append(1), original(*words))[1])
+    run(parallel={"distributed_timeout_seconds_after_init": 7}, logging={**EACH, "log_straggler": True})
+    assert at == [(7, 1)]
+
+
 @pytest.mark.parametrize("number", THREE)
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_signal_is_recorded_or_acts_as_usual_and_handlers_are_restored(own_handler, number, enabled):

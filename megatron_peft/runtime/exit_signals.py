@@ -1,0 +1,78 @@
+"""SIGINT, SIGTERM and SIGUSR1: during training they are remembered until the step is done, before it they end the run.
+
+A scheduler sends them when time is up or the job is preempted, and that may be while weights are loaded. Without torch:
+the handlers must be there before it is imported.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 came where nothing had to be saved. The exit code is a shell's: 128 + the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return (
+            f"{signal.Signals(self.exit_code - 128).name} while no step was running: the run ends, and nothing is lost"
+        )
+
+
+@contextmanager
+def ends_before_training(enabled: bool) -> Iterator[None]:
+    """Inside, except within `ExitSignals`, SIGTERM and SIGUSR1 raise EndedBySignal, as SIGINT raises KeyboardInterrupt.
+
+    Args:
+        enabled: --exit-signal-handler. Without it signals act as usual.
+    """
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that was forked meanwhile, which SIGTERM is to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise EndedBySignal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1) if enabled else ()
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ExitSignals:
+    """Records whether one of the signals arrived; a context manager that restores the old handlers.
+
+    Args:
+        enabled: --exit-signal-handler. Without it signals act as usual.
+        prints: whether this process confirms a signal at the terminal.
+    """
+
+    def __init__(self, enabled: bool, prints: bool = False) -> None:
+        self.received = False
+        self._prints = prints
+        self._signals = SAVE_AND_EXIT if enabled else ()
+
+    def __enter__(self) -> "ExitSignals":
+        self._before = {number: signal.signal(number, self._remember) for number in self._signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._prints and not self.received:
+            # Not `print`: the signal may have interrupted a write to the same stream.
+            os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
+        self.received = True

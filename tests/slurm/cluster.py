@@ -1,0 +1,221 @@
+"""A SLURM of two nodes on this machine: its configuration, ports and keys are its own, and nothing is in /etc/slurm.
+
+    with Cluster(folder) as cluster:
+        job = cluster.sbatch("job.sh", SAVE="runs/a")
+
+Debian's slurm-wlm has all that it takes; it wants root. Nodes are two slurmd that answer to different names on
+different ports; their steps are processes of this machine, told apart by SLURMD_NODENAME.
+"""
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.time_limits import seconds, wait_until
+
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+SECONDS_BETWEEN_STARTS = 2.5
+NODES = ("n1", "n2")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/slurm
+CredType=cred/slurm
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+StateSaveLocation={folder}/state
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdSpoolDir={folder}/spool.%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+MpiDefault=none
+JobCompType=jobcomp/none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PreemptParameters=send_user_signal
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=20
+MinJobAge=3600
+InactiveLimit=0
+SchedulerParameters=batch_sched_delay=1,sched_interval=5,bf_interval=5,requeue_delay=1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=1000
+PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60 OverSubscribe=NO
+PartitionName=high Nodes=n1,n2 Default=NO MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF OverSubscribe=NO
+"""
+
+
+def missing_programs() -> list[str]:
+    """Of SLURM's, those that are not installed."""
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+def free_ports(number: int) -> list[int]:
+    """TCP ports that are free now."""
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _end_with_parent() -> None:
+    """In the child: have the kernel kill it when the tests are killed."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+
+
+class Cluster:
+    """One controller and two nodes, which end with it; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending_since: dict[str, float] = {}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state").mkdir()
+        configuration = folder / "slurm.conf"
+        configuration.write_text(CONFIGURATION.format(folder=folder, host=host, cpus=cpus, ports=free_ports(3)))
+        (folder / "slurm.key").write_bytes(secrets.token_bytes(1024))
+        (folder / "slurm.key").chmod(0o600)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self.environment = {**os.environ, "SLURM_CONF": str(configuration)}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._start("slurmctld", "slurmctld", "-D", "-c")
+            for node in NODES:
+                self.start_node(node)
+            wait_until(lambda: all(self.node_state(node) == "IDLE" for node in NODES), "idle nodes", 60)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End every daemon and every process of a job."""
+        for node in NODES:
+            self.kill_node(node)
+        for process in self.daemons.values():
+            process.kill()
+            process.wait()
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self.daemons[name] = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def start_node(self, node: str) -> None:
+        """As when it has booted."""
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Everything that runs on the node is gone at once, as when its power fails."""
+        daemon = self.daemons.get(node)
+        if daemon is not None:
+            daemon.kill()
+            daemon.wait()
+        for number in self._processes(node):
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _processes(self, node: str) -> list[int]:
+        """What steps have started there, which its environment tells, and the shepherds of these steps."""
+        ours = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={node}".encode()}
+        found: set[int] = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = {*(folder / "environ").read_bytes().split(b"\0")}
+                parent = Path("/proc", (folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if ours <= environment:
+                    found.add(int(folder.name))
+                    if (parent / "cmdline").read_bytes().startswith(b"slurmstepd"):
+                        found.add(int(parent.name))
+            except OSError:  # it has ended meanwhile
+                continue
+        return sorted(found)
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+        """What one of SLURM's programs printed."""
+        done = subprocess.run(
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=seconds(60)
+        )
+        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def sbatch(self, *words: str | Path, **environment: str) -> int:
+        """Submit; the job's number."""
+        return int(self.run("sbatch", "--parsable", *map(str, words), **environment).split(";")[0])
+
+    def node_state(self, node: str) -> str:
+        """IDLE, ALLOCATED, DOWN, ... with SLURM's own suffixes."""
+        return self.run("sinfo", "--noheader", "--nodes", node, "--format", "%T", check=False).upper().split("\n")[0]
+
+    def job(self, job: int | str) -> dict[str, str]:
+        """What `scontrol show job` says, by SLURM's names."""
+        text = self.run("scontrol", "--oneliner", "show", "job", str(job), check=False)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def state(self, job: int | str) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.job(job).get("JobState", "UNKNOWN")
+
+    def restarts(self, job: int | str) -> int:
+        """How often it was queued again."""
+        return int(self.job(job).get("Restarts", 0))
+
+    def start_now(self, job: int | str) -> None:
+        """A job that is queued again waits two minutes by itself.
+
+        Its nodes refuse it in the second in which its last start has ended, and SLURM then gives it up.
+        """
+        if self.state(job) != "PENDING":
+            self._pending_since.pop(str(job), None)
+        elif time.monotonic() - self._pending_since.setdefault(str(job), time.monotonic()) > SECONDS_BETWEEN_STARTS:
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+    def wait_for_state(self, job: int | str, states: Sequence[str], limit: float = 120) -> str:
+        """Wait until the job is in one of the states, without the two minutes after a requeue."""
+        end = time.monotonic() + seconds(limit)
+        while (state := self.state(job)) not in states:
+            self.start_now(job)
+            assert time.monotonic() < end, f"job {job} is {state}, not {' or '.join(states)}: {self.job(job)}"
+            time.sleep(0.3)
+        return state
+
+    def output(self, job: dict[str, Any] | int | str) -> str:
+        """Of the job's batch script, all starts."""
+        path = Path(self.job(job)["StdOut"]) if not isinstance(job, dict) else Path(job["StdOut"])
+        return path.read_text(errors="replace") if path.exists() else ""
