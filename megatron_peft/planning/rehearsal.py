@@ -40,7 +40,9 @@ class Lengths:
             return cls(rows, positions)
         num_samples = SAMPLES_IN_A_PACK * rows
         total = rows * positions
-        return cls(1, total, tuple(total * (i + 1) // num_samples - total * i // num_samples for i in range(num_samples)))
+        return cls(
+            1, total, tuple(total * (i + 1) // num_samples - total * i // num_samples for i in range(num_samples))
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
     if not config.parallel.is_interleaved:
         # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
         return min(num_microbatches, max(pp - stage + 1, 3))
-    return min(num_microbatches, 3 * pp)
+    return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
 
 
 def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:

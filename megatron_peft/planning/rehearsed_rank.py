@@ -15,13 +15,7 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
-from megatron_peft.runtime.fake_ranks import (
-    fake_rank,
-    replaced,
-    watched_batches,
-    watched_schedule,
-    watched_storages,
-)
+from megatron_peft.runtime.fake_ranks import fake_rank, replaced, watched_batches, watched_schedule, watched_storages
 from megatron_peft.runtime.launch import start_model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.lora_ga_start import start_lora_ga
@@ -87,9 +81,7 @@ def names_of_all_layers(names: list[Any], num_layers: int) -> list[Any]:
     return [f"decoder.layers.{n}.{end}" for n in range(num_layers) for end in dict.fromkeys(ends)] or names
 
 
-def watch_run(
-    watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False
-) -> RankRecord:
+def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:
     """Build, start and train a rank's part of the model, on fake ranks or on real ones.
 
     Args:
@@ -122,7 +114,7 @@ def watch_run(
     watch.memory.phase = None
     if "validation" in of.phases:
         with watch.phase("validation"):
-            validation_loss(state.model_chunks, [list(microbatches)])
+            validation_loss(state.model_chunks, [list(shortest)])
     if "saving" in of.phases:
         with watch.phase("saving"):
             only_adapters = config.peft.trains_adapters

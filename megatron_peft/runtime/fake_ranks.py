@@ -23,25 +23,40 @@ from megatron_peft.runtime.launch import reads_are
 
 
 @contextmanager
-def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = lambda value: value) -> Iterator[None]:
-    """This process is rank `rank` of a world of `world_size`; tensors have no numbers and take no memory.
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process is rank `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written.
 
-    Args:
-        of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
+    A later one may follow in the same process.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        with ExitStack() as stack:
-            for replacement in (reads_are(_zeros), _gathered(of_all_ranks), _one_generator(), _shapes_as_asked()):
-                stack.enter_context(replacement)
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-            stack.enter_context(_Answers())
-            yield
+        yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = lambda value: value) -> Iterator[None]:
+    """A rank of `fake_world` whose tensors have no numbers and take no memory.
+
+    Args:
+        of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
+    """
+    with ExitStack() as stack:
+        for part in (
+            fake_world(rank, world_size),
+            reads_are(_zeros),
+            _gathered(of_all_ranks),
+            _one_generator(),
+            shapes_as_asked(),
+            FakeTensorMode(allow_non_fake_inputs=False),
+            _Answers(),
+        ):
+            stack.enter_context(part)
+        yield
 
 
 def _gathered(of_all_ranks: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
@@ -91,7 +106,7 @@ def _one_generator() -> contextlib.AbstractContextManager[None]:
 
 
 @contextmanager
-def _shapes_as_asked() -> Iterator[None]:
+def shapes_as_asked() -> Iterator[None]:
     """A message that tells a shape has no numbers either: the next message has the shape that the schedule expects."""
     communicate, exchange = P2PCommunicator._communicate, P2PCommunicator._communicate_shapes
 
@@ -160,6 +175,20 @@ def watched_schedule(mark: Callable[..., None]) -> Iterator[None]:
         gradients = backward(input_tensor, output_tensor, *args, **kwargs)
         mark("schedule")
         return gradients
+
+    with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
+        yield
+
+
+@contextmanager
+def idle_steps() -> Iterator[None]:
+    """A forward or backward of megatron-core's schedule computes nothing, and gives a tensor of one number."""
+
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
+        return torch.zeros(1, 1, 1), 0
+
+    def backward_step(*args: Any) -> Any:
+        return torch.zeros(1, 1, 1)
 
     with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
         yield
