@@ -1,6 +1,6 @@
 """What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any

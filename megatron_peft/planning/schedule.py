@@ -7,7 +7,6 @@ the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_peft.config import ParallelConfig
 from megatron_peft.planning.record import Call, Entry, Mark, RankRecord, Wait
@@ -112,9 +111,8 @@ def program_of_stage(
             assert entry.peer is not None
             peer = grid.rank(tensor, data, entry.peer)
             tells_shape = entry.dtype == "int64"
-            program.add_message(
-                replace(entry, peer=peer) if tells_shape else replace(message, **_what(entry), peer=peer)
-            )
+            tensor_sent = {} if tells_shape else {"shapes": message.shapes, "dtype": message.dtype}
+            program.add_message(replace(entry, peer=peer, **tensor_sent))
         elif isinstance(entry, Wait):
             program.wait_for_message(entry.call)
         elif isinstance(entry, Mark):
@@ -129,11 +127,6 @@ def program_of_stage(
     return StageProgram(
         grid, own_rank, tuple(StageProgram(grid, record.rank, tuple(program.entries)).of_rank(own_rank))
     )
-
-
-def _what(call: Call) -> dict[str, Any]:
-    """All but the tensor."""
-    return {name: value for name, value in vars(call).items() if name not in ("shapes", "dtype")}
 
 
 @dataclass
