@@ -153,6 +153,8 @@ class _Recorded:
                     part = self.parts.get(entry.phase, [])  # messages of the schedule are made anew
                 continue
             is_call = isinstance(entry, Call)
+            if part is self.parts["begin"] and isinstance(entry, Call) and entry.operation in ("send", "recv"):
+                part = []  # the schedule has begun
             part.append(_Numbered(entry, num_calls if is_call else None))
             num_calls += is_call
 
