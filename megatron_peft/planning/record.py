@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-Phase = Literal["forward", "backward", "finish", "update"]
+Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update"]
 PHASES = ("loading", "start", "step", "validation", "saving")  # of memory; "start" is LoRA-GA's
 PARTS = ("weights", "gradients", "optimizer", "buffers", "temporary")  # and "activations of KIND" of each kind of layer
 
@@ -122,8 +122,11 @@ class Wait:
 class Mark:
     """What follows belongs to this phase of a step.
 
+    "begin" is what comes before the first microbatch, "forward" and "backward" are of a microbatch, "schedule" is what
+    megatron-core's schedule does between them (messages), "finish" sums gradients, "update" is all that follows.
+
     Args:
-        microbatch: number within the step; None after the last backward.
+        microbatch: number within the step; None outside forward and backward.
         chunk: of the interleaved schedule.
     """
 

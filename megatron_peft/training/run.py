@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
@@ -45,7 +46,7 @@ MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin") 
 
 
 def build_state(
-    config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
+    config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = (), loads: bool = True
 ) -> TrainingState:
     """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
 
@@ -53,6 +54,7 @@ def build_state(
         shape: of the base model.
         train_iters: iterations of the whole run, for the schedule.
         start_steps: global batches for LoRA-GA's start; empty if it does not run.
+        loads: False leaves the base's weights as they were allocated.
 
     Raises:
         ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
@@ -61,6 +63,15 @@ def build_state(
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
+    if loads:
+        _load(chunks, config, shape)
+        print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
+    if start_steps:
+        start_lora_ga(chunks, config, start_steps)
+    return start_state(chunks, config, shape, train_iters)
+
+
+def _load(chunks: Sequence[GPTModel], config: RunConfig, shape: ModelShape) -> None:
     assert config.model.pretrained_checkpoint is not None
     report = load_pretrained(
         chunks,
@@ -72,10 +83,6 @@ def build_state(
         groups=ReadingGroups.of_layout(),
     )
     print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
-    print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
-    if start_steps:
-        start_lora_ga(chunks, config, start_steps)
-    return start_state(chunks, config, shape, train_iters)
 
 
 def finetune(config: RunConfig, run_file: str = "") -> None:
