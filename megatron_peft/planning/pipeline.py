@@ -192,7 +192,7 @@ class _Program:
         """Gradients set to zero, blocks of rotations built, parameters gathered."""
         whole = self.whole
         trained = whole.trained + whole.trained_float32
-        yield Mark("update")
+        yield Mark("begin")
         blocks = whole.rotated * self.step.g  # float32, in 41 to 104 operations of all layers at once
         yield Work(num_bytes=4 * trained + 30 * 4 * blocks, num_kernels=10 + 60 * bool(blocks))
         if self.gathers_early:
