@@ -220,8 +220,10 @@ class StepEstimate:
         self._row_forward(tape, self.linears["linear_fc2"], targets, group)
         tape.touch(3 * self.own * self.h, 1)
 
-    def backward_layer(self, tape: _Tape, targets: frozenset[str], group: tuple[int, ...]) -> None:
-        """Its backward, after what is recomputed."""
+    def backward_layer(
+        self, tape: _Tape, targets: frozenset[str], group: tuple[int, ...], is_last: bool = False
+    ) -> None:
+        """Its backward, after what is recomputed; of the last one no gradient of its input is asked for."""
         if self.recompute == "full":
             self.forward_layer(tape, targets, group)
         elif "mlp" in self.recomputed:
@@ -229,7 +231,7 @@ class StepEstimate:
         tape.touch(3 * self.own * self.h, 1)
         self._row_backward(tape, self.linears["linear_fc2"], targets, group)
         passes = 11 if self.gates == 2 else 3
-        again = self.kind(self.linears["linear_fc2"], targets) in ("low rank", "mixture")  # its input, from SwiGLU's
+        again = self.gates == 2 and self.kind(self.linears["linear_fc2"], targets) == "mixture"  # its input is recomputed
         tape.touch((passes + 3 * again) * self.s * self.f, 2 * self.gates + again)
         self._column_backward(tape, self.linears["linear_fc1"], targets, group)
         tape.touch(4 * self.own * self.h, 2)
@@ -243,8 +245,8 @@ class StepEstimate:
         if self.shape.position_embedding == "rope":
             tape.touch(9 * self.s * (self.q + self.kv), 8)
         tape.touch(2 * self.s * (self.q + 2 * self.kv), 2)
-        self._column_backward(tape, self.linears["linear_qkv"], targets, group)
-        tape.touch(4 * self.own * self.h, 2)
+        self._column_backward(tape, self.linears["linear_qkv"], targets, group, is_last)
+        tape.touch(0 if is_last else 4 * self.own * self.h, 2)
 
     def _column_forward(self, tape: _Tape, linear: _Linear, targets: frozenset[str], group: tuple[int, ...]) -> None:
         kind = self.kind(linear, targets)
@@ -286,7 +288,9 @@ class StepEstimate:
         if kind == "mixture":
             tape.product(self.own, linear.out, self.r)
 
-    def _column_backward(self, tape: _Tape, linear: _Linear, targets: frozenset[str], group: tuple[int, ...]) -> None:
+    def _column_backward(
+        self, tape: _Tape, linear: _Linear, targets: frozenset[str], group: tuple[int, ...], is_last: bool = False
+    ) -> None:
         kind, narrow, wide = self.kind(linear, targets), -1, -1
         has_low_rank = kind in ("low rank", "mixture")
         if has_low_rank:
@@ -299,14 +303,15 @@ class StepEstimate:
         regathered = -1
         if kind == "full" and self.splits:
             regathered = tape.call("all_gather", "tensor", group, self.own, linear.into, start=True)
-        tape.product(self.s, linear.into, linear.out)
-        tape.wait(regathered)
-        operation = "reduce_scatter" if self.splits else "all_reduce"
-        wide = tape.call(operation, "tensor", group, self.s, linear.into, start=True)
+        if not is_last:
+            tape.product(self.s, linear.into, linear.out)
+            tape.wait(regathered)
+            operation = "reduce_scatter" if self.splits else "all_reduce"
+            wide = tape.call(operation, "tensor", group, self.s, linear.into, start=True)
         self._weight_gradients(tape, linear, kind, self.s, self.own)
         tape.wait(narrow)
         tape.wait(wide)
-        if has_low_rank and self.splits:
+        if has_low_rank and not is_last:
             tape.product(self.own, linear.into, self.r)
 
     def _row_backward(self, tape: _Tape, linear: _Linear, targets: frozenset[str], group: tuple[int, ...]) -> None:
@@ -372,6 +377,7 @@ class StepEstimate:
         operation = "reduce_scatter" if self.splits else "all_reduce"
         wide = tape.call(operation, "tensor", group, self.s, self.h, start=True)
         if self.is_full:
+            tape.wait(tape.call("all_gather", "tensor", group, self.own, self.h, start=True) if self.splits else -1)
             tape.product(self.vocabulary, self.h, self.s)
             tape.touch(3 * self.vocabulary * self.h, 1, FLOAT)
         tape.wait(wide)
@@ -393,13 +399,23 @@ class StepEstimate:
         tape, group = _Tape(self.dtype), self.tensor_group(stage)
         if chunk.head:
             self.head_backward(tape, group)
-        for layer in reversed(chunk.layers):
-            self.backward_layer(tape, self.targets(layer), group)
+        first = self._first_with_gradient(chunk)
+        for layer in reversed([layer for layer in chunk.layers if layer >= first]):
+            is_last = layer == first and "linear_qkv" in self.targets(layer) and self._stops(chunk)
+            self.backward_layer(tape, self.targets(layer), group, is_last)
         if chunk.embedding and self.is_full:
             if self.splits:
                 tape.call("all_gather", "tensor", group, self.own, self.h)
             tape.touch(2 * self.s * self.h, 2)
         return tape.done()
+
+    def _stops(self, chunk: Chunk) -> bool:
+        """Whether backward stops at the first adapter: the embedding's output needs no gradient then."""
+        is_adapted = any(self.targets(layer) for layer in chunk.layers)
+        return chunk.embedding and is_adapted and not self.is_full and self.recompute is None
+
+    def _first_with_gradient(self, chunk: Chunk) -> int:
+        return next((layer for layer in chunk.layers if self.targets(layer) or not self._stops(chunk)), 0)
 
     @cached_property
     def _targeted(self) -> Mapping[int, frozenset[str]]:

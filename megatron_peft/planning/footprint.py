@@ -2,12 +2,13 @@
 
 Activations are what autograd saves of a microbatch from its forward to its backward, as our modules save it:
 
-    norms       their inputs, the residual stream            2 own h
-    LoRA        the inputs of its column-parallel layers     2 own h; that of linear_proj, s q; that of linear_fc2 is
-                                                             computed again from what SwiGLU saved
-    rotation    the outputs of its layers, which the next operation keeps anyway but for two: s (q + 2 kv), 2 own h
-    attention   queries, keys, values, the result            s (2 q + 2 kv)
+    residual    the inputs of both norms                     2 own h
+    attention   the fused rows, rotated queries and keys,
+                the result                                   s (q + 2 kv), s (q + kv), s q
     SwiGLU      its input                                    2 s f
+    LoRA        the inputs of its column-parallel layers     2 own h; that of linear_proj is attention's result; that of
+                                                             linear_fc2, s f, the Hybrid recomputes from SwiGLU's input
+    rotation    the outputs of its row-parallel layers       2 own h; those of the others are kept anyway
 
 Letters as in `estimate.py`.
 """
@@ -70,12 +71,9 @@ def _has_own_head(step: StepEstimate) -> bool:
 
 def saved_bytes(step: StepEstimate, chunk: Chunk) -> int:
     """What one microbatch's forward through a chunk keeps until its backward."""
-    elements = 2 * step.own * step.h  # the chunk's input and output, with the stages' messages
+    elements = (1 + chunk.head) * step.own * step.h  # the chunk's input, the last norm's output
     elements += sum(_saved_of_layer(step, layer) for layer in chunk.layers)
-    num_bytes = elements * step.item
-    if chunk.head:  # logits, in float32 too, and the softmax
-        num_bytes += step.s * step.vocabulary * (step.item + ITEM_BYTES["float32"])
-    return num_bytes
+    return elements * step.item + chunk.head * step.s * step.vocabulary * ITEM_BYTES["float32"]  # and the softmax
 
 
 def _saved_of_layer(step: StepEstimate, layer: int) -> int:
@@ -84,18 +82,17 @@ def _saved_of_layer(step: StepEstimate, layer: int) -> int:
     targets, s, own, h, q, kv, f = step.targets(layer), step.s, step.own, step.h, step.q, step.kv, step.f
     kinds = {name: step.kind(linear, targets) for name, linear in step.linears.items()}
     keeps_input = {name: kind in ("full", "low rank", "mixture") for name, kind in kinds.items()}
-    turns = {name: kind in ("rotation", "mixture") for name, kind in kinds.items()}
-    mixed = {name: kind == "mixture" for name, kind in kinds.items()}
-    elements = 2 * own * h + s * (2 * q + 2 * kv)
-    elements += own * h * keeps_input["linear_qkv"] + s * q * keeps_input["linear_proj"]
-    elements += s * (q + 2 * kv) * turns["linear_qkv"] + own * h * turns["linear_proj"]
+    keeps_output = {name: kind in ("rotation", "mixture") for name, kind in kinds.items()}
+    elements = 2 * own * h + s * (q + 2 * kv) + s * q
+    elements += s * (q + kv) if step.shape.position_embedding == "rope" else s * (2 * q + 2 * kv)
+    elements += own * h * keeps_input["linear_qkv"] + own * h * keeps_output["linear_proj"]
+    if step.rows > 1:  # [s, b, h] of attention's result is a copy
+        elements += s * q * keeps_input["linear_proj"]
     if "mlp" in step.recomputed:
         return elements
-    elements += own * h * keeps_input["linear_fc1"] + own * h * turns["linear_fc2"]
-    elements += step.gates * s * f * (1 + mixed["linear_fc1"])
-    if keeps_input["linear_fc2"] and (kinds["linear_fc2"] == "full" or step.gates == 1):
-        elements += s * f * (2 if step.gates == 2 else 1)
-    return elements
+    elements += own * h * keeps_input["linear_fc1"] + own * h * keeps_output["linear_fc2"] + step.gates * s * f
+    recomputes = step.gates == 2 and kinds["linear_fc2"] == "mixture"
+    return elements + s * f * (keeps_input["linear_fc2"] and not recomputes)
 
 
 def working_bytes(step: StepEstimate, chunks: Sequence[Chunk]) -> int:
@@ -105,9 +102,7 @@ def working_bytes(step: StepEstimate, chunks: Sequence[Chunk]) -> int:
     layer = (gathered + (step.gates + 2) * s * f) * step.item
     if step.recompute == "full" or "mlp" in step.recomputed:
         layer += _saved_when_recomputed(step) * step.item
-    head = 0
-    if any(chunk.head for chunk in chunks):
-        head = s * step.vocabulary * (step.item + ITEM_BYTES["float32"]) + (gathered + s * h) * step.item
+    head = s * step.vocabulary * step.item if any(chunk.head for chunk in chunks) else 0
     return max(layer, head)
 
 

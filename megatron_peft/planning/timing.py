@@ -285,10 +285,8 @@ class _Replay:
             transfer.waiting.append(rank.number)
             return False
         if transfer.end > rank.device:
-            gap = transfer.end - rank.device
-            exposed = min(gap, transfer.seconds)
-            rank.spend(BUBBLE, gap - exposed)
-            rank.spend(EXPOSED + transfer.axis.split()[0], exposed)
+            rank.spend(BUBBLE, max(transfer.ready - rank.device, 0.0))  # until the last rank has joined
+            rank.spend(EXPOSED + transfer.axis.split()[0], transfer.end - rank.device)
         if transfer.axis == READ_BY_THE_HOST:
             rank.host = max(rank.host, rank.device)
         return True
