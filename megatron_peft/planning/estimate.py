@@ -8,7 +8,7 @@ Letters: s tokens of a microbatch and `own` those of a rank outside the linear l
 r rank of the low rank, g features of a rotation's block; q, kv, f a rank's own query, key and feed-forward features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -87,7 +87,13 @@ class _Tape:
         self._kernels += kernels
 
     def call(
-        self, operation: str, axis: str, group: tuple[int, ...], *shape: int, dtype: str | None = None, start: bool = False
+        self,
+        operation: str,
+        axis: str,
+        group: tuple[int, ...],
+        *shape: int,
+        dtype: str | None = None,
+        start: bool = False,
     ) -> int:
         """A collective; nothing in a group of one. With `start` the number to `wait` for."""
         if len(group) == 1:
@@ -231,7 +237,9 @@ class StepEstimate:
         tape.touch(3 * self.own * self.h, 1)
         self._row_backward(tape, self.linears["linear_fc2"], targets, group)
         passes = 11 if self.gates == 2 else 3
-        again = self.gates == 2 and self.kind(self.linears["linear_fc2"], targets) == "mixture"  # its input is recomputed
+        again = (
+            self.gates == 2 and self.kind(self.linears["linear_fc2"], targets) == "mixture"
+        )  # its input is recomputed
         tape.touch((passes + 3 * again) * self.s * self.f, 2 * self.gates + again)
         self._column_backward(tape, self.linears["linear_fc1"], targets, group)
         tape.touch(4 * self.own * self.h, 2)
@@ -426,7 +434,9 @@ class StepEstimate:
         places = {name: "self_attention" if name in ("linear_qkv", "linear_proj") else "mlp" for name in LINEAR_MODULES}
         return {
             layer: frozenset(
-                name for name in places if is_targeted(f"decoder.layers.{layer}.{places[name]}.{name}", patterns, modules)
+                name
+                for name in places
+                if is_targeted(f"decoder.layers.{layer}.{places[name]}.{name}", patterns, modules)
             )
             for layer in range(self.shape.num_layers)
         }

@@ -9,7 +9,6 @@ recompute and, with several replicas, the distributed optimizer. All else is the
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,15 +248,15 @@ class _LayerTimes:
         chunks, microbatches = step.chunks, run.num_microbatches
         stages = []
         for held in chunks:
-            ends = sum(c.embedding for c in held) * embedding + sum(c.head for c in held) * (head_forward + head_backward)
+            ends = sum(c.embedding for c in held) * embedding + sum(c.head for c in held) * (
+                head_forward + head_backward
+            )
             stages.append(sum(len(c.layers) for c in held) * (forward + backward) + ends)
         bottleneck = max(stages)
         fill = sum(stages) - bottleneck if step.pp > 1 else 0.0
         seconds = microbatches * bottleneck + fill / len(chunks[0]) + self._once(step)
         if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
-            message = self.cluster.call_seconds(
-                "send", step.own * step.h * step.item, (step.rank(0), step.rank(1))
-            )
+            message = self.cluster.call_seconds("send", step.own * step.h * step.item, (step.rank(0), step.rank(1)))
             seconds += 2 * microbatches * message * (1.0 if len(chunks[0]) == 1 else 0.1 * len(chunks[0]))
         peak = max(total(memory(step, stage, self._in_flight(step, stage))) for stage in {0, 1 % step.pp, step.pp - 1})
         return _Candidate(run, recompute, seconds, peak)
@@ -307,6 +306,11 @@ def fit_table(layouts: Sequence[FittedLayout], title: str) -> Table:
             *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
             *(str(one.run.training.micro_batch_size), one.recompute, f"{total(one.memory) / 2**30:.1f}"),
             *(f"{time.seconds:.2f}", f"{one.pace.tokens_per_second:,.0f}", f"{one.pace.tflops_per_gpu:.0f}"),
-            *(f"{one.pace.mfu:.1%}", f"{time.bubble:.1%}", f"{time.exposed_communication:.1%}", f"{time.launch_bound:.1%}"),
+            *(
+                f"{one.pace.mfu:.1%}",
+                f"{time.bubble:.1%}",
+                f"{time.exposed_communication:.1%}",
+                f"{time.launch_bound:.1%}",
+            ),
         )
     return table

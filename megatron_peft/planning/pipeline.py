@@ -1,5 +1,5 @@
-"""All that the ranks of a run do in a step, from estimates of its chunks: microbatches in the schedule's order, messages,
-sums of gradients, the update. One rank stands for its tensor- and data-parallel peers, which do the same.
+"""All that the ranks of a run do in a step, from estimates of its chunks: microbatches in the schedule's order, their
+messages, sums of gradients, the update. One rank stands for its tensor- and data-parallel peers, which do the same.
 
 `schedule.py` asks megatron-core's own schedules for the same order; this is for --fit, which looks at hundreds of them.
 """
@@ -170,7 +170,9 @@ class _Program:
 
     # What a step has once.
 
-    def collective(self, operation: str, axis: str, group: Sequence[int], size: int, dtype: str, is_async: bool = False):
+    def collective(
+        self, operation: str, axis: str, group: Sequence[int], size: int, dtype: str, is_async: bool = False
+    ):
         if size > 0 and len(group) > 1:
             self.num_calls += 1
             yield Call(operation, axis, tuple(group), ((size,),), dtype, is_async=is_async)

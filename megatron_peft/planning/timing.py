@@ -115,7 +115,9 @@ def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTim
     return WorkTime(tuple((kind, seconds) for kind, seconds in device.items() if seconds), host * 1e-6)
 
 
-def step_time(scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False) -> StepTime:
+def step_time(
+    scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False
+) -> StepTime:
     """The time of a step.
 
     Args:
@@ -154,7 +156,19 @@ class _Kind:
 class _Rank:
     """Clocks of one rank, and where it stands in its program."""
 
-    __slots__ = ("at", "calls", "device", "host", "mark", "marked_at", "number", "pending", "program", "spans", "totals")
+    __slots__ = (
+        "at",
+        "calls",
+        "device",
+        "host",
+        "mark",
+        "marked_at",
+        "number",
+        "pending",
+        "program",
+        "spans",
+        "totals",
+    )
 
     def __init__(self, number: int, program: Sequence[Entry | WorkTime]) -> None:
         self.number, self.program, self.at = number, program, 0
