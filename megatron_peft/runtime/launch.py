@@ -23,37 +23,23 @@ from megatron_peft.runtime.cpu_kernels import keep_freed_memory
 Checked = TypeVar("Checked")
 
 
-class Host:
-    """How a process learns numbers of its device, and objects of other processes. A rehearsal has another one."""
-
-    def read(self, numbers: torch.Tensor) -> list[float]:
-        """As `read_on_host`."""
-        return numbers.tolist()
-
-    def gather(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-        """As `gather_over_world`, in a world."""
-        values: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(values, value, group=group)
-        return values
-
-
-_host = Host()
+_read: Callable[[torch.Tensor], list[float]] = torch.Tensor.tolist
 
 
 @contextmanager
-def host_is(host: Host) -> Iterator[None]:
-    """Use `host` meanwhile."""
-    global _host
-    usual, _host = _host, host
+def reads_are(read: Callable[[torch.Tensor], list[float]]) -> Iterator[None]:
+    """`read_on_host` gives what `read` gives meanwhile: a rehearsal's tensors have no numbers."""
+    global _read
+    usual, _read = _read, read
     try:
         yield
     finally:
-        _host = usual
+        _read = usual
 
 
 def read_on_host(numbers: torch.Tensor) -> list[float]:
     """The numbers of a flat tensor, once the device has computed them: where training waits for it, it is here."""
-    return _host.read(numbers)
+    return _read(numbers)
 
 
 def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -63,7 +49,9 @@ def gather_over_world(value: Any, group: dist.ProcessGroup | None = None) -> lis
     """
     if not dist.is_initialized():
         return [value]
-    return _host.gather(value, group)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | None = None) -> Checked:

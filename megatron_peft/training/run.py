@@ -46,7 +46,7 @@ MODEL_FILES = ("config.json", "adapter_model.safetensors", "adapter_model.bin") 
 
 
 def build_state(
-    config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = (), loads: bool = True
+    config: RunConfig, shape: ModelShape, train_iters: int, start_steps: Sequence[Step] = ()
 ) -> TrainingState:
     """Build the model, attach adapters, load pretrained weights, and make optimizer and schedule.
 
@@ -54,10 +54,25 @@ def build_state(
         shape: of the base model.
         train_iters: iterations of the whole run, for the schedule.
         start_steps: global batches for LoRA-GA's start; empty if it does not run.
-        loads: False leaves the base's weights as they were allocated.
 
     Raises:
         ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
+    """
+    chunks = build_chunks(config, shape)
+    if start_steps:
+        start_lora_ga(chunks, config, start_steps)
+    return start_state(chunks, config, shape, train_iters)
+
+
+def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
+    """This rank's part of the model, with adapters and pretrained weights.
+
+    Args:
+        shape: of the base model.
+        loads: False leaves the base's weights as they were allocated.
+
+    Raises:
+        ConfigurationError: as for `build_state`.
     """
     chunks = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
     adapted: list[str] = []
@@ -66,9 +81,7 @@ def build_state(
     if loads:
         _load(chunks, config, shape)
         print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
-    if start_steps:
-        start_lora_ga(chunks, config, start_steps)
-    return start_state(chunks, config, shape, train_iters)
+    return chunks
 
 
 def _load(chunks: Sequence[GPTModel], config: RunConfig, shape: ModelShape) -> None:

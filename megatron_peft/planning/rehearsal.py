@@ -1,0 +1,192 @@
+"""A rank's loading, start, training step and validation, run by the training code itself on tensors without numbers.
+
+Each rank runs in a process of its own, on torch's fake process group (`runtime/fake_ranks.py`). What it computes,
+sends and holds is in its `RankRecord`. It reads the model's shape, no weights and no data: every microbatch is as long
+as --seq-length allows.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+from megatron_peft.config import RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning.record import Call, Entry, RankRecord
+from megatron_peft.planning.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks
+
+if TYPE_CHECKING:
+    from megatron_peft.planning.stage_schedule import StageOutline
+
+SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of a microbatch.
+
+    Args:
+        rows: samples, or 1 if they are packed.
+        positions: of each row.
+        packed: lengths of the samples in the one row; empty: not packed.
+    """
+
+    rows: int
+    positions: int
+    packed: tuple[int, ...] = ()
+
+    @classmethod
+    def longest(cls, config: RunConfig) -> "Lengths":
+        """As long as the flags allow."""
+        rows, positions = config.training.micro_batch_size, config.data.seq_length
+        if not config.data.pack_sequences:
+            return cls(rows, positions)
+        num_samples = SAMPLES_IN_A_PACK * rows
+        total = rows * positions
+        return cls(
+            1, total, tuple(total * (i + 1) // num_samples - total * i // num_samples for i in range(num_samples))
+        )
+
+
+@dataclass(frozen=True)
+class RankToRehearse:
+    """What a process needs to run one rank.
+
+    Args:
+        config: of the run; its world need not exist.
+        shape: of the base model.
+        rank: global.
+        num_microbatches: of the recorded step.
+        lengths: of each of its microbatches, or of all.
+        phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    rank: int
+    num_microbatches: int
+    lengths: tuple[Lengths, ...]
+    phases: tuple[str, ...] = ("start", "validation", "saving")
+
+    @property
+    def stage(self) -> int:
+        """Pipeline rank: as megatron-core orders ranks, the slowest index."""
+        return self.rank // (self.config.parallel.world_size // self.config.parallel.pipeline_model_parallel_size)
+
+
+def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
+    """Of a step in which the stage holds as many microbatches at once as in one of `num_microbatches`."""
+    pp = config.parallel.pipeline_model_parallel_size
+    if not config.parallel.is_interleaved:
+        # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
+        return min(num_microbatches, max(pp - stage + 1, 3))
+    return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
+
+
+def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
+    """The record of each rank.
+
+    Args:
+        num_processes: at a time; default: the cores of this machine, at most four.
+    """
+    with _processes(num_processes, len(ranks)) as pool:
+        return list(pool.map(_rehearse_here, ranks))
+
+
+@dataclass(frozen=True)
+class RehearsedRun:
+    """A run of which some ranks were rehearsed.
+
+    Args:
+        config, shape: of the run.
+        records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
+            flight; the first, second, middle and last stage; and a second tensor-parallel rank.
+        stages: the program of every stage, with all of the run's microbatches.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    records: tuple[RankRecord, ...]
+    stages: tuple[StageProgram, ...]
+
+    @property
+    def grid(self) -> RankGrid:
+        """The places of its ranks."""
+        return RankGrid.of(self.config.parallel)
+
+    def programs(self) -> dict[int, list[Entry]]:
+        """The entries of every rank; of more than two replicas, of two, which stand for all."""
+        grid = replace(self.grid, data=min(self.grid.data, 2))
+        stages = [replace(stage, grid=grid, rank=grid.rank(0, 0, number)) for number, stage in enumerate(self.stages)]
+        return programs_of_ranks(stages, range(grid.size))
+
+
+def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:
+    """Rehearse the distinct ranks of a run's world, which need not exist."""
+    grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
+    with _processes(num_processes, 4) as pool:
+        outlines: list[StageOutline] = pool.submit(_outline_here, config, shape).result()
+        contents = [outline.contents for outline in outlines]
+        alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
+        stages = sorted({*alike.values(), 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1})
+        places = [grid.rank(0, 0, stage) for stage in stages]
+        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
+        lengths = (Lengths.longest(config),)
+        asked = [
+            RankToRehearse(
+                config, shape, rank, enough_microbatches(config, grid.place(rank)[2], num_microbatches), lengths
+            )
+            for rank in places
+        ]
+        records = dict(zip(places, pool.map(_rehearse_here, asked), strict=True))
+    message = activation_message(config, shape, lengths[0])
+    programs = [
+        program_of_stage(
+            records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches, message
+        )
+        for stage, outline in enumerate(outlines)
+    ]
+    return RehearsedRun(config, shape, tuple(records.values()), tuple(programs))
+
+
+def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:
+    """The tensor that a stage sends to the next one."""
+    shared = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    size = lengths.positions // shared, lengths.rows, shape.hidden_size
+    return Call("send", "pipeline", (), (size,), "bfloat16" if config.model.bf16 else "float32")
+
+
+@contextmanager
+def _processes(num_processes: int | None, most: int) -> Iterator[ProcessPoolExecutor]:
+    """Each rank needs a process of its own; they are forks of one that has torch."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_peft.planning.rehearsed_rank"])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
+    with ProcessPoolExecutor(number, mp_context=context, max_tasks_per_child=1) as pool:
+        yield pool
+
+
+def _rehearse_here(rank: RankToRehearse) -> RankRecord:
+    _prepare_process()
+    from megatron_peft.planning.rehearsed_rank import rehearse_rank
+
+    return rehearse_rank(rank)
+
+
+def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
+    _prepare_process()
+    from megatron_peft.planning.stage_schedule import outline_stages
+
+    return outline_stages(config, shape)
+
+
+def _prepare_process() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
+    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
+    warnings.simplefilter("ignore")
