@@ -29,7 +29,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
     "evaluation": {"config", "runtime", "parallel", "adapters", "models", "cli", "checkpoint", "conversion", "data"},
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
-    "planning": {"config", "runtime", "adapters", "models", "checkpoint", "data", "training"},
+    "planning": {"config", "runtime", "parallel", "adapters", "models", "checkpoint", "data", "training"},
     "demo": {"config", "runtime", "models", "cli", "checkpoint", "data", "training", "evaluation", "experiment"},
 }
 ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
