@@ -6,8 +6,8 @@ python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/RE
     <!-- end of records -->
 
 from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
-file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table (`planning/published.json`).
-A test compares the documents with them.
+file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table
+(`planning/published.json`). A test compares the documents with them.
 """
 
 import re
@@ -36,10 +36,10 @@ def markdown_of(record: Path) -> str:
     if record.suffix != ".json":
         return experiment(record)
     found = read_json(record)
-    return table(found) if isinstance(found, dict) else benchmark(record)
+    return table_of(found) if isinstance(found, dict) else benchmark(record)
 
 
-def table(found: dict[str, Any]) -> str:
+def table_of(found: dict[str, Any]) -> str:
     """Markdown of a JSON file with `title`, `columns`, `rows` of text, and the number of `text_columns`."""
     rows = tuple(map(tuple, found["rows"]))
     return Table(found["title"], tuple(found["columns"]), rows, text_columns=found["text_columns"]).markdown()
