@@ -3,19 +3,21 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_peft.cli.launch import running_processes, start_processes
+from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes
 from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
-from megatron_peft.cli.parser import parse_arguments, typed_launch
+from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_launch, typed_program
 from megatron_peft.cli.run_file import run_file
-from megatron_peft.config import RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
 
 PROGRAM, MODULE = "megatron-peft train", "megatron_peft.commands.train"
+CLUSTER = "8xh100"  # of --dry-run's times; `megatron-peft plan` has others
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,7 +39,9 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _train(argv: Sequence[str], program: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
-    launch = typed_launch(argv)
+    launch, asked = typed_launch(argv), typed_program(argv)
+    if asked.get("dry_run"):
+        return _dry_run(argv, launch, program)
     ended = start_processes(
         MODULE, argv, launch, program, lambda environ: parse_arguments(argv, environ, shape_of, program)
     )
@@ -45,20 +49,58 @@ def _train(argv: Sequence[str], program: str) -> int:
         return ended
     config = parse_arguments(argv, read_shape=shape_of, program=program)
     with ends_before_training(config.training.exit_signal_handler):
-        _run(config, run_file(config, running_processes(os.environ) | launch), program)
+        _run(config, run_file(config, running_processes(os.environ) | launch), program, not asked.get("no_plan"))
     return 0
 
 
-def _run(config: RunConfig, text: str, program: str) -> None:
+def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
     from megatron_peft.runtime.stacks import record_collectives
     from megatron_peft.training.run import finetune
 
+    planned = _planned_peak(config) if shows_plan else None
     record_collectives(config.checkpoint.save)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: finetune(config, text), program=program)
+        run_together(lambda: finetune(config, text, planned), program=program)
+
+
+def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str) -> int:
+    """Check in this process alone what a run would check, show its plan, and write nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    try:
+        size = planned_world_size(launch, os.environ)
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
+    config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
+    os.environ["WORLD_SIZE"] = "1"
+
+    from megatron_peft.planning.cluster import read_cluster
+    from megatron_peft.planning.plan import make_plan, print_plan
+    from megatron_peft.runtime.launch import world
+    from megatron_peft.training.run import check_run
+
+    try:
+        with world("gloo"):
+            shape = check_run(config)
+        plan = make_plan(config, shape, read_cluster(CLUSTER))
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
+    print_plan(plan)
+    return 0 if plan.problem is None else 1
+
+
+def _planned_peak(config: RunConfig) -> Callable[[], int | None] | None:
+    """On a GPU, a function that gives the planned peak of rank 0 in bytes, or None while its rehearsal runs."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
+        return None
+    from megatron_peft.planning.rehearsal import start_planned_peak
+
+    return start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
 
 
 def shape_of(folder: str) -> ModelShape:
