@@ -137,7 +137,7 @@ def origins_table(found: Sequence[Compared]) -> dict[str, Any]:
     return {"title": "Llama-3.1-405B, where the time goes", "columns": columns, "text_columns": 1, "rows": rows}
 
 
-def memory_table(found: Sequence[Compared], shape: ModelShape) -> dict[str, Any]:
+def parts_table(found: Sequence[Compared], shape: ModelShape) -> dict[str, Any]:
     """What the fullest GPU holds at the layout of full fine-tuning."""
     full = found[0].best
     rows = []
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     found = {
         "methods": methods_table(compared),
         "origins": origins_table(largest),
-        "memory": memory_table(largest, LLAMA_405B),
+        "memory": parts_table(largest, LLAMA_405B),
     }
     write_tables(found, Path(arguments[0]))
     return 0
