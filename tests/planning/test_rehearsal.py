@@ -8,7 +8,7 @@ import pytest
 
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.rehearsal import enough_microbatches, rehearse
-from tests.planning.watched_runs import METHODS, Watched, real_records, watched
+from tests.planning.watched_runs import METHODS, Watched, profiled_peaks, real_records, watched
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
@@ -90,3 +90,12 @@ def test_more_microbatches_hold_no_more_memory(files):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, world_size):
     check_equal(watched(files, world_size, METHODS))
+
+
+@pytest.mark.slow
+def test_live_storages_are_what_the_profiler_sees_allocated(files):
+    runs = watched(files, 1, ["full", "lora", "hybrid", "urnn"]) + watched(files, 1, ["boft"], ["alone"])
+    [peaks] = run_ranks(1, profiled_peaks, runs)
+    assert len(peaks) > 10
+    for name, (ours, profilers) in peaks.items():
+        assert ours == pytest.approx(profilers, rel=1e-3), name

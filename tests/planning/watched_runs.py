@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_peft.models.families import read_shape
@@ -96,3 +97,18 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
             records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
         stop_model_parallel()
     return records
+
+
+def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
+    """Of each run on one rank: our peak of live storages, and that of torch.profiler's allocations, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    peaks = {}
+    for run in runs:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            [record] = real_records([run]).values()
+            dist.destroy_process_group()
+        events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
+        live = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
+        peaks[run.job.name] = max(record.peak(phase) for phase in record.peaks), int(live.max())
+    return peaks
