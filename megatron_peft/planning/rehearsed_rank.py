@@ -156,7 +156,7 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
 
 def numbers_of_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
     """On this rank; and of its stage, where a split parameter counts on every tensor-parallel rank, others once."""
-    numbers = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
+    numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
     size = parallel_state.get_tensor_model_parallel_world_size()
     for parameter in _parameters(chunks):
         kind = "trained" if parameter.requires_grad else "frozen"

@@ -78,7 +78,8 @@ def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any 
             tp_pp.get("tensor_model_parallel_size", 1) * tp_pp.get("pipeline_model_parallel_size", 1)
         )
         batch = {"training": {"micro_batch_size": 2, "global_batch_size": 2 * replicas * NUM_MICROBATCHES}}
-        job = Job(f"{method} {layout}", *files, peft=METHODS[method], **merged(batch, settings))
+        groups: Any = merged(batch, settings)
+        job = Job(f"{method} {layout}", *files, peft=METHODS[method], **groups)
         found.append(Watched(job, world_size))
     return found
 
