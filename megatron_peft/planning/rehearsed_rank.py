@@ -104,10 +104,10 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
             start_lora_ga(chunks, config, [list(microbatches)])
     state = start_state(chunks, config, of.shape, train_iters=1000)
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
-    memory.assign("gradients", _gradients(state))
-    memory.assign("optimizer", _optimizer_tensors(state))
+    memory.assign("gradients", gradients(state))
+    memory.assign("optimizer", optimizer_tensors(state))
     train_step(state, shortest)
-    memory.assign("optimizer", _optimizer_tensors(state))
+    memory.assign("optimizer", optimizer_tensors(state))
     watch.recorder.clear()
     watch.mark("begin")
     with watch.phase("step"), _marked_finish(watch):
@@ -171,13 +171,14 @@ def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for chunk in chunks for parameter in chunk.parameters())
 
 
-def _gradients(state: TrainingState) -> Iterator[Tensor]:
+def gradients(state: TrainingState) -> Iterator[Tensor]:
+    """The buffers of gradients."""
     for chunk in state.model_chunks:
         buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
         yield from (buffer.grad_data for buffer in buffers)
 
 
-def _optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
+def optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
     """Moments, and the float32 copies of parameters."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         if getattr(part, "is_stub_optimizer", False):

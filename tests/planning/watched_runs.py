@@ -5,14 +5,18 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_peft.models.families import read_shape
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.recording import Recorder, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
-from megatron_peft.planning.rehearsed_rank import Watch, microbatch_of, watch_run
+from megatron_peft.planning.rehearsed_rank import Watch, gradients, microbatch_of, optimizer_tensors, watch_run
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
+from megatron_peft.training.run import build_chunks
+from megatron_peft.training.state import start_state
+from megatron_peft.training.step import train_step
 from tests.training.layout_runs import Job, merged
 
 BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
@@ -101,15 +105,27 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
 
 
 def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
-    """Of each run on one rank: our peak of live storages, and that of torch.profiler's allocations, in bytes."""
+    """What a second step of each run adds at most to the memory in use, in bytes: live storages, and torch.profiler's
+    allocations."""
     from torch.profiler import ProfilerActivity, profile
 
+    start_world()
     peaks = {}
     for run in runs:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            [record] = real_records([run]).values()
-            dist.destroy_process_group()
+        of = run.of_rank(0)
+        start_model_parallel(of.config.parallel, of.config.training.seed)
+        state = start_state(build_chunks(of.config, of.shape), of.config, of.shape, 10)
+        step = [microbatch_of(of.lengths[0]) for _ in range(of.num_microbatches)]
+        train_step(state, step)
+        watch = Watch(Recorder(group_names()))
+        of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
+        parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
+        watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *optimizer_tensors(state)])
+        before = watch.memory.total
+        with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            train_step(state, step)
         events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
-        live = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
-        peaks[run.job.name] = max(record.peak(phase) for phase in record.peaks), int(live.max())
+        in_use = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
+        peaks[run.job.name] = sum(watch.memory.peak().values()) - before, int(in_use.max())
+        stop_model_parallel()
     return peaks
