@@ -74,7 +74,10 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
         watch = Watch(Recorder(group_names()))
         steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
-            return watch_run(watch, of, [microbatch_of(one) for one in steps])
+            waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
+            record = watch_run(watch, of, [microbatch_of(one) for one in steps])
+            del waiting  # which the device held until here
+            return record
 
 
 def names_of_all_layers(names: list[Any], num_layers: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
 import pytest
 
@@ -82,7 +83,8 @@ def test_more_microbatches_hold_no_more_memory(files):
         of = run.of_rank(rank)
         enough = enough_microbatches(of.config, of.stage, 100)
         assert enough < 8
-        few, many = rehearse([replace(of, num_microbatches=enough), replace(of, num_microbatches=8)])
+        less = replace(of, num_microbatches=enough, num_waiting=8 - enough)
+        few, many = rehearse([less, replace(of, num_microbatches=8)])
         assert few.peaks["step"] == many.peaks["step"]
 
 
@@ -94,8 +96,11 @@ def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, worl
 
 @pytest.mark.slow
 def test_live_storages_are_what_the_profiler_sees_allocated(files):
-    runs = watched(files, 1, ["full", "lora", "hybrid", "urnn"]) + watched(files, 1, ["boft"], ["alone"])
+    folder = Path(files[1]).parent / "larger"  # oneDNN's own memory is a smaller part of it
+    larger = {"hidden_size": 384, "intermediate_size": 1024, "num_key_value_heads": 6, "head_dim": 64}
+    base = str(save_llama(folder, **larger))
+    runs = watched((base, files[1]), 1, ["full", "lora", "hybrid"]) + watched((base, files[1]), 1, ["boft"], ["alone"])
     [peaks] = run_ranks(1, profiled_peaks, runs)
-    assert len(peaks) > 10
+    assert len(peaks) == 10
     for name, (ours, profilers) in peaks.items():
         assert ours == pytest.approx(profilers, rel=1e-3), name
