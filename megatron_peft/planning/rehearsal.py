@@ -66,6 +66,7 @@ class RankToRehearse:
         num_microbatches: of the recorded step.
         lengths: of each of its microbatches, or of all.
         phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
+        num_waiting: microbatches that the run's step has beside these; the device holds their data too.
     """
 
     config: RunConfig
@@ -74,6 +75,14 @@ class RankToRehearse:
     num_microbatches: int
     lengths: tuple[Lengths, ...]
     phases: tuple[str, ...] = ("start", "validation", "saving")
+    num_waiting: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, shape: ModelShape, rank: int) -> "RankToRehearse":
+        """A rank of a run, with as many microbatches as it needs for its peak."""
+        asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
+        enough = enough_microbatches(config, asked.stage, config.num_microbatches)
+        return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
     @property
     def stage(self) -> int:
@@ -133,9 +142,7 @@ class RehearsedRun:
 
     def programs(self) -> dict[int, list[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
-        grid = replace(self.grid, data=min(self.grid.data, 2))
-        stages = [replace(stage, grid=grid, rank=grid.rank(0, 0, number)) for number, stage in enumerate(self.stages)]
-        return programs_of_ranks(stages, range(grid.size))
+        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
 def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:
@@ -148,17 +155,11 @@ def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None
         stages = sorted({*alike.values(), 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1})
         places = [grid.rank(0, 0, stage) for stage in stages]
         places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
-        lengths = (Lengths.longest(config),)
-        asked = [
-            RankToRehearse(
-                config, shape, rank, enough_microbatches(config, grid.place(rank)[2], num_microbatches), lengths
-            )
-            for rank in places
-        ]
+        asked = [RankToRehearse.of(config, shape, rank) for rank in places]
         records = dict(
             zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
         )
-    message = activation_message(config, shape, lengths[0])
+    message = activation_message(config, shape, Lengths.longest(config))
     programs = [
         program_of_stage(
             records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches, message
@@ -173,9 +174,7 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
 
     A rehearsal that fails gives none: the run does not depend on it.
     """
-    asked = RankToRehearse(
-        config, shape, 0, enough_microbatches(config, 0, config.num_microbatches), (Lengths.longest(config),)
-    )
+    asked = RankToRehearse.of(config, shape, 0)
     found: list[int] = []
 
     def rehearse_it() -> None:

@@ -74,7 +74,10 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
         watch = Watch(Recorder(group_names()))
         steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
-            return watch_run(watch, of, [microbatch_of(one) for one in steps])
+            waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
+            record = watch_run(watch, of, [microbatch_of(one) for one in steps])
+            del waiting  # which the device held until here
+            return record
 
 
 def names_of_all_layers(names: list[Any], num_layers: int) -> list[Any]:
@@ -104,10 +107,10 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
             start_lora_ga(chunks, config, [list(microbatches)])
     state = start_state(chunks, config, of.shape, train_iters=1000)
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
-    memory.assign("gradients", _gradients(state))
-    memory.assign("optimizer", _optimizer_tensors(state))
+    memory.assign("gradients", gradients(state))
+    memory.assign("optimizer", optimizer_tensors(state))
     train_step(state, shortest)
-    memory.assign("optimizer", _optimizer_tensors(state))
+    memory.assign("optimizer", optimizer_tensors(state))
     watch.recorder.clear()
     watch.mark("begin")
     with watch.phase("step"), _marked_finish(watch):
@@ -156,7 +159,7 @@ def microbatch_of(lengths: Lengths) -> Microbatch:
 
 def numbers_of_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
     """On this rank; and of its stage, where a split parameter counts on every tensor-parallel rank, others once."""
-    numbers = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
+    numbers: dict[str, int] = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
     size = parallel_state.get_tensor_model_parallel_world_size()
     for parameter in _parameters(chunks):
         kind = "trained" if parameter.requires_grad else "frozen"
@@ -171,13 +174,14 @@ def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for chunk in chunks for parameter in chunk.parameters())
 
 
-def _gradients(state: TrainingState) -> Iterator[Tensor]:
+def gradients(state: TrainingState) -> Iterator[Tensor]:
+    """The buffers of gradients."""
     for chunk in state.model_chunks:
         buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
         yield from (buffer.grad_data for buffer in buffers)
 
 
-def _optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
+def optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
     """Moments, and the float32 copies of parameters."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         if getattr(part, "is_stub_optimizer", False):

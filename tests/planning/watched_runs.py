@@ -4,14 +4,19 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_peft.models.families import read_shape
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.recording import Recorder, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
-from megatron_peft.planning.rehearsed_rank import Watch, microbatch_of, watch_run
+from megatron_peft.planning.rehearsed_rank import Watch, gradients, microbatch_of, optimizer_tensors, watch_run
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
+from megatron_peft.training.run import build_chunks
+from megatron_peft.training.state import start_state
+from megatron_peft.training.step import train_step
 from tests.training.layout_runs import Job, merged
 
 BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
@@ -77,7 +82,8 @@ def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any 
             tp_pp.get("tensor_model_parallel_size", 1) * tp_pp.get("pipeline_model_parallel_size", 1)
         )
         batch = {"training": {"micro_batch_size": 2, "global_batch_size": 2 * replicas * NUM_MICROBATCHES}}
-        job = Job(f"{method} {layout}", *files, peft=METHODS[method], **merged(batch, settings))
+        groups: Any = merged(batch, settings)
+        job = Job(f"{method} {layout}", *files, peft=METHODS[method], **groups)
         found.append(Watched(job, world_size))
     return found
 
@@ -96,3 +102,35 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
             records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
         stop_model_parallel()
     return records
+
+
+def longer(lengths: Lengths) -> Lengths:
+    """Eight times as long."""
+    return Lengths(lengths.rows, 8 * lengths.positions, tuple(8 * length for length in lengths.packed))
+
+
+def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
+    """What a second step of each run adds at most to the memory in use, in bytes: live storages, and torch.profiler's
+    allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    start_world()
+    peaks = {}
+    for run in runs:
+        of = run.of_rank(0)
+        start_model_parallel(of.config.parallel, of.config.training.seed)
+        state = start_state(build_chunks(of.config, of.shape), of.config, of.shape, 10)
+        step = [microbatch_of(longer(of.lengths[0])) for _ in range(2)]
+        train_step(state, step)
+        watch = Watch(Recorder(group_names()))
+        of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
+        parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
+        watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *optimizer_tensors(state)])
+        before = watch.memory.total
+        with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            train_step(state, step)
+        events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
+        in_use = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
+        peaks[run.job.name] = sum(watch.memory.peak().values()) - before, int(in_use.max())
+        stop_model_parallel()
+    return peaks
