@@ -7,15 +7,16 @@ as --seq-length allows.
 
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config import RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.record import Call, Entry, RankRecord
 from megatron_peft.planning.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks
@@ -94,8 +95,9 @@ def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) 
     Args:
         num_processes: at a time; default: the cores of this machine, at most four.
     """
-    with _processes(num_processes, len(ranks)) as pool:
-        return list(pool.map(_rehearse_here, ranks))
+    with _processes(num_processes, len(ranks)) as run:
+        asked = [run(_rehearse_here, rank) for rank in ranks]
+        return [one.result() for one in asked]
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,26 @@ class RehearsedRun:
         records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
             flight; the first, second, middle and last stage; and a second tensor-parallel rank.
         stages: the program of every stage, with all of the run's microbatches.
+        alike: of every stage, the rehearsed one that holds the same.
     """
 
     config: RunConfig
     shape: ModelShape
     records: tuple[RankRecord, ...]
     stages: tuple[StageProgram, ...]
+    alike: tuple[int, ...]
 
     @property
     def grid(self) -> RankGrid:
         """The places of its ranks."""
         return RankGrid.of(self.config.parallel)
+
+    def parameters(self) -> dict[str, int]:
+        """Of the whole model, "trained" and "frozen"; each global parameter counts once."""
+        of_stage = {record.stage: record.parameters for record in self.records}
+        return {
+            kind: sum(of_stage[stage][f"{kind} of stage"] for stage in self.alike) for kind in ("trained", "frozen")
+        }
 
     def programs(self) -> dict[int, list[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
@@ -129,8 +140,8 @@ class RehearsedRun:
 def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist."""
     grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
-    with _processes(num_processes, 4) as pool:
-        outlines: list[StageOutline] = pool.submit(_outline_here, config, shape).result()
+    with _processes(num_processes, 4) as run:
+        outlines: list[StageOutline] = run(_outline_here, config, shape).result()
         contents = [outline.contents for outline in outlines]
         alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
         stages = sorted({*alike.values(), 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1})
@@ -143,7 +154,9 @@ def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None
             )
             for rank in places
         ]
-        records = dict(zip(places, pool.map(_rehearse_here, asked), strict=True))
+        records = dict(
+            zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
+        )
     message = activation_message(config, shape, lengths[0])
     programs = [
         program_of_stage(
@@ -151,7 +164,7 @@ def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None
         )
         for stage, outline in enumerate(outlines)
     ]
-    return RehearsedRun(config, shape, tuple(records.values()), tuple(programs))
+    return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
 
 
 def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:
@@ -162,31 +175,54 @@ def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -
 
 
 @contextmanager
-def _processes(num_processes: int | None, most: int) -> Iterator[ProcessPoolExecutor]:
-    """Each rank needs a process of its own; they are forks of one that has torch."""
+def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "Future[Any]"]]:
+    """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["megatron_peft.planning.rehearsed_rank"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
-    with ProcessPoolExecutor(number, mp_context=context, max_tasks_per_child=1) as pool:
-        yield pool
+    with ThreadPoolExecutor(number) as threads:  # each waits for a process
+        yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
+
+
+def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of a rehearsed rank ended with exit code {process.exitcode}") from None
+    process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
+    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
+    warnings.simplefilter("ignore")
+    try:
+        answer = function(*arguments), None
+    except ConfigurationError as error:
+        answer = None, ConfigurationError(*error.problems)
+    except BaseException:
+        answer = None, RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
+    sender.send(answer)
+    sender.close()
+    os._exit(0)  # torch has nothing to put away
 
 
 def _rehearse_here(rank: RankToRehearse) -> RankRecord:
-    _prepare_process()
     from megatron_peft.planning.rehearsed_rank import rehearse_rank
 
     return rehearse_rank(rank)
 
 
 def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
-    _prepare_process()
     from megatron_peft.planning.stage_schedule import outline_stages
 
     return outline_stages(config, shape)
-
-
-def _prepare_process() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
-    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
-    warnings.simplefilter("ignore")
