@@ -54,7 +54,8 @@ def recipe(name: str) -> RunConfig:
     file = RECIPES / f"{name}.yaml"
     ranks = re.search(r"^(?:# ranks|nproc-per-node): (\d+)$", file.read_text(), re.MULTILINE)
     assert ranks, f"{file} does not say how many ranks it is for"
-    words = [f"--config={file}", f"--pretrained-checkpoint={MODELS / name}", "--train-data-path=train.jsonl"]
+    words = [f"--config={file}", f"--pretrained-checkpoint={MODELS / name}"]
+    words += ["--train-data-path=train.jsonl", "--save=runs/x"]  # which the batch script adds
     return read_config(words, {"WORLD_SIZE": ranks[1]}, read_shape)
 
 
