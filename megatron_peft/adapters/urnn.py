@@ -165,11 +165,7 @@ class StructuredUrnn(BlockRotation):
 
     def rotated_by_transpose(self, x: Tensor) -> Tensor:
         """Q^H x."""
-        return (
-            super().rotated_by_transpose(x)
-            if self.has_blocks
-            else self._rotate(x, slice(None), inverse=True)
-        )
+        return super().rotated_by_transpose(x) if self.has_blocks else self._rotate(x, slice(None), inverse=True)
 
     def _rotate(self, x: Tensor, tokens: slice, inverse: bool) -> Tensor:
         return rotate_by_fourier(x, self.theta, self.start, self.permutation, tokens, inverse)

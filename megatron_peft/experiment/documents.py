@@ -5,8 +5,9 @@ python -m megatron_peft.experiment.documents README.md docs/*.md docs/results/RE
     <!-- records: paper_small -->
     <!-- end of records -->
 
-from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), or a
-JSON file of megatron-peft bench (`bench/collectives.json`: its figures). A test compares the documents with them.
+from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
+file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table (`planning/published.json`).
+A test compares the documents with them.
 """
 
 import re
@@ -32,7 +33,16 @@ def filled(text: str, records: Path) -> str:
 
 def markdown_of(record: Path) -> str:
     """Raises ConfigurationError: there is no such record."""
-    return benchmark(record) if record.suffix == ".json" else experiment(record)
+    if record.suffix != ".json":
+        return experiment(record)
+    found = read_json(record)
+    return table(found) if isinstance(found, dict) else benchmark(record)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown of a JSON file with `title`, `columns`, `rows` of text, and the number of `text_columns`."""
+    rows = tuple(map(tuple, found["rows"]))
+    return Table(found["title"], tuple(found["columns"]), rows, text_columns=found["text_columns"]).markdown()
 
 
 def experiment(folder: Path) -> str:

@@ -8,9 +8,10 @@ Letters: s tokens of a microbatch and `own` those of a rank outside the linear l
 r rank of the low rank, g features of a rotation's block; q, kv, f a rank's own query, key and feed-forward features.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any, Literal
 
 from megatron_peft.config import LINEAR_MODULES, ParallelConfig, RunConfig
@@ -159,6 +160,7 @@ class StepEstimate:
             "linear_fc2": _Linear("linear_fc2", self.h, self.f, "row"),
         }
         self.chunks = chunks_of_stages(parallel, shape.num_layers)
+        self._targeted = _targeted_layers(shape.architecture, tuple(run.peft.target_modules), shape.num_layers)
         spec = run.peft.spec
         self.is_full = not run.peft.trains_adapters
         fields = spec.fields(run.peft)
@@ -425,22 +427,22 @@ class StepEstimate:
     def _first_with_gradient(self, chunk: Chunk) -> int:
         return next((layer for layer in chunk.layers if self.targets(layer) or not self._stops(chunk)), 0)
 
-    @cached_property
-    def _targeted(self) -> Mapping[int, frozenset[str]]:
-        from megatron_peft.adapters.attach import is_targeted
-        from megatron_peft.models.families import family_of
-
-        modules, patterns = family_of(self.shape.architecture).modules, self.run.peft.target_modules
-        places = {name: "self_attention" if name in ("linear_qkv", "linear_proj") else "mlp" for name in LINEAR_MODULES}
-        return {
-            layer: frozenset(
-                name
-                for name in places
-                if is_targeted(f"decoder.layers.{layer}.{places[name]}.{name}", patterns, modules)
-            )
-            for layer in range(self.shape.num_layers)
-        }
-
     def targets(self, layer: int) -> frozenset[str]:
         """The linear layers of a transformer layer that carry an adapter."""
         return frozenset(LINEAR_MODULES) if self.is_full else self._targeted[layer]
+
+    def layers_by_targets(self, chunk: Chunk) -> Mapping[frozenset[str], int]:
+        """How many layers of a chunk carry adapters on the same linear layers."""
+        return Counter(map(self.targets, chunk.layers))
+
+
+@cache
+def _targeted_layers(architecture: str, patterns: tuple[str, ...], num_layers: int) -> tuple[frozenset[str], ...]:
+    """The linear layers of each transformer layer that --peft-target-modules means."""
+    from megatron_peft.adapters.attach import is_targeted
+    from megatron_peft.models.families import family_of
+
+    modules = family_of(architecture).modules
+    places = {name: "self_attention" if name in ("linear_qkv", "linear_proj") else "mlp" for name in LINEAR_MODULES}
+    names = [{name: f"decoder.layers.{layer}.{places[name]}.{name}" for name in places} for layer in range(num_layers)]
+    return tuple(frozenset(name for name in one if is_targeted(one[name], patterns, modules)) for one in names)

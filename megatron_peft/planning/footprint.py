@@ -44,20 +44,19 @@ def parameters(step: StepEstimate, chunks: Sequence[Chunk]) -> Parameters:
     frozen = trained = in_float32 = partial = rotated = 0
     norms = 2 if step.shape.normalization == "LayerNorm" else 1
     for chunk in chunks:
-        for layer in chunk.layers:
-            frozen += 2 * norms * step.h + 2 * step.shape.qk_layernorm * norms * step.d
-            targets = step.targets(layer)
+        for targets, count in step.layers_by_targets(chunk).items():
+            frozen += count * (2 * norms * step.h + 2 * step.shape.qk_layernorm * norms * step.d)
             for linear in step.linears.values():
-                frozen += linear.out * linear.into + (linear.name in step.shape.linear_biases) * linear.out
+                frozen += count * (linear.out * linear.into + (linear.name in step.shape.linear_biases) * linear.out)
                 kind = step.kind(linear, targets)
                 if kind in ("low rank", "mixture"):
-                    trained += step.r * (linear.out + linear.into)
-                    partial += step.r * (linear.into if linear.split == "column" else linear.out)
+                    trained += count * step.r * (linear.out + linear.into)
+                    partial += count * step.r * (linear.into if linear.split == "column" else linear.out)
                 if kind in ("rotation", "mixture"):
-                    count = step.rotation.num_parameters(step.run.peft, linear.out, linear.into)
-                    in_float32 += count
-                    rotated += linear.out
-                    partial += count if linear.split == "row" else 0
+                    numbers = count * step.rotation.num_parameters(step.run.peft, linear.out, linear.into)
+                    in_float32 += numbers
+                    rotated += count * linear.out
+                    partial += numbers if linear.split == "row" else 0
         frozen += (chunk.embedding + (chunk.head and _has_own_head(step))) * step.vocabulary * step.h
         frozen += (chunk.embedding * step.shape.embedding_layernorm + chunk.head) * norms * step.h
     if step.is_full:
@@ -72,14 +71,15 @@ def _has_own_head(step: StepEstimate) -> bool:
 def saved_bytes(step: StepEstimate, chunk: Chunk) -> int:
     """What one microbatch's forward through a chunk keeps until its backward."""
     elements = (1 + chunk.head) * step.own * step.h  # the chunk's input, the last norm's output
-    elements += sum(_saved_of_layer(step, layer) for layer in chunk.layers)
+    layers = step.layers_by_targets(chunk)
+    elements += sum(count * _saved_of_layer(step, targets) for targets, count in layers.items())
     return elements * step.item + chunk.head * step.s * step.vocabulary * ITEM_BYTES["float32"]  # and the softmax
 
 
-def _saved_of_layer(step: StepEstimate, layer: int) -> int:
+def _saved_of_layer(step: StepEstimate, targets: frozenset[str]) -> int:
     if step.recompute == "full":
         return step.own * step.h
-    targets, s, own, h, q, kv, f = step.targets(layer), step.s, step.own, step.h, step.q, step.kv, step.f
+    s, own, h, q, kv, f = step.s, step.own, step.h, step.q, step.kv, step.f
     kinds = {name: step.kind(linear, targets) for name, linear in step.linears.items()}
     keeps_input = {name: kind in ("full", "low rank", "mixture") for name, kind in kinds.items()}
     keeps_output = {name: kind in ("rotation", "mixture") for name, kind in kinds.items()}

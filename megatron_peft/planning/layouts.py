@@ -30,7 +30,7 @@ RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> 
     "modules": ({"recompute_granularity": "selective"}, ("mlp",)),
     "full": ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, ()),
 }
-NUM_REPLAYED = 24
+NUM_REPLAYED = 12
 PARALLEL_FLAGS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
@@ -145,25 +145,32 @@ def _replayed(candidate: _Candidate, shape: ModelShape, cluster: Cluster) -> Fit
 
 
 def _candidates(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[_Candidate]:
-    sizes = _LayerTimes(cluster, shape)
+    times = _LayerTimes(cluster, shape)
+    own = {key: value for key, value in run.model.transformer.items() if key not in RECOMPUTE_FIELDS}
+    own.pop("distribute_saved_activations", None)
+    models = {
+        name: replace(run.model, transformer={**own, **fields}, recompute_modules=modules)
+        for name, (fields, modules) in RECOMPUTES.items()
+    }
+    trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
+    # Sharding is never slower here, and smaller.
+    optimizers = [replace(run.optimizer, use_distributed_optimizer=sharded) for sharded in _may_shard(run)]
     for parallel in _parallel_layouts(run, shape, world_size, cluster):
-        for micro_batch in MICRO_BATCHES:
-            for name, (fields, modules) in RECOMPUTES.items():
-                own = {key: value for key, value in run.model.transformer.items() if key not in RECOMPUTE_FIELDS}
-                own.pop("distribute_saved_activations", None)
-                sharded = parallel.data_parallel_size > 1 and run.optimizer.optimizer == "adam"
-                try:
-                    laid_out = replace(
-                        run,
-                        parallel=parallel,
-                        model=replace(run.model, transformer={**own, **fields}, recompute_modules=modules),
-                        training=replace(run.training, micro_batch_size=micro_batch),
-                        # Never slower here, and smaller.
-                        optimizer=replace(run.optimizer, use_distributed_optimizer=sharded),
-                    )
-                except ConfigurationError:
-                    continue  # it doesn't divide the batch
-                yield sizes.candidate(laid_out, name)
+        optimizer = optimizers[-1 if parallel.data_parallel_size > 1 else 0]
+        for training in trainings:
+            try:
+                laid_out = replace(run, parallel=parallel, training=training, optimizer=optimizer)
+            except ConfigurationError:
+                continue  # it doesn't divide the batch
+            yield from (times.candidate(replace(laid_out, model=model), name) for name, model in models.items())
+
+
+def _may_shard(run: RunConfig) -> tuple[bool, ...]:
+    return (
+        (False, True)
+        if run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
+        else (run.optimizer.use_distributed_optimizer,)
+    )
 
 
 def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:

@@ -11,9 +11,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from megatron_peft.config import ConfigurationError, RunConfig
@@ -165,6 +166,25 @@ def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None
         for stage, outline in enumerate(outlines)
     ]
     return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
+
+
+def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | None]:
+    """Rehearse rank 0 beside a run. What is returned gives its peak of all phases in bytes; None until it is known.
+
+    A rehearsal that fails gives none: the run does not depend on it.
+    """
+    asked = RankToRehearse(
+        config, shape, 0, enough_microbatches(config, 0, config.num_microbatches), (Lengths.longest(config),)
+    )
+    found: list[int] = []
+
+    def rehearse_it() -> None:
+        with suppress(Exception):
+            [record] = rehearse([asked])
+            found.append(max(record.peak(phase) for phase in record.peaks))
+
+    Thread(target=rehearse_it, daemon=True).start()
+    return lambda: found[0] if found else None
 
 
 def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:

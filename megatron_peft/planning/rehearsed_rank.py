@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,9 @@ class Watch:
 
 def rehearse_rank(of: RankToRehearse) -> RankRecord:
     """Run one rank. Its process cannot be used for anything else afterwards."""
-    config = of.config
+    # Transformer Engine needs a GPU.
+    config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
+    of = replace(of, config=config)
 
     def of_another_rank(value: Any) -> Any:
         """The layers of the other stages have the names of ours, with other numbers."""

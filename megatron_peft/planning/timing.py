@@ -21,7 +21,8 @@ from megatron_peft.planning.record import Call, Entry, Mark, Product, Wait, Work
 
 COMPUTED = ("products", "attention", "other operations")
 LAUNCHES, BUBBLE, EXPOSED = "launches", "bubble", "communication: "  # and the first word of the group's axis
-READ_BY_THE_HOST = "world"  # the sums over the world at the end of a step are: until then the host launches ahead
+# Groups whose sums the host reads, at the end of a step; until then it launches ahead.
+READ_BY_THE_HOST = ("world", "model", "optimizer instance")
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,10 @@ class _Replay:
         self.cluster, self.keep_spans = cluster, keep_spans
         self.launch, self.call_host = cluster.launch_us * 1e-6, cluster.call_us * 1e-6
         self.ranks = {number: _Rank(number, entries) for number, entries in scheduled.items()}
-        # The schedule repeats the same objects: each is looked at once.
+        # The schedule repeats the same objects, or equal ones: each is looked at once.
         self.works: dict[int, tuple[Work, WorkTime]] = {}
         self.kinds: dict[int, _Kind] = {}
+        self.kinds_by_value: dict[tuple[int, Call], _Kind] = {}
         self.joined: dict[Any, _Transfer] = {}  # (key, number of the call) -> not yet joined by all
         self.num_posted: dict[Any, int] = {}  # (key, rank) -> so far
         self.free: dict[Any, float] = {}  # key -> when its last call ended
@@ -281,17 +283,19 @@ class _Replay:
         self.runnable.extend(transfer.waiting)
 
     def _look_at(self, rank: _Rank, call: Call) -> _Kind:
+        kind = self.kinds_by_value.get((rank.number, call)) or self._new_kind(rank, call)
+        self.kinds[id(call)] = self.kinds_by_value[rank.number, call] = kind
+        return kind
+
+    def _new_kind(self, rank: _Rank, call: Call) -> _Kind:
         if call.operation in ("send", "recv"):
             assert call.peer is not None
             ends = (rank.number, call.peer) if call.operation == "send" else (call.peer, rank.number)
             seconds = self.cluster.call_seconds(call.operation, call.num_bytes, ends)
-            kind = _Kind(call, seconds, (call.axis, ends), 2)
-        else:
-            seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
-            present = tuple(member for member in call.group if member in self.ranks)
-            kind = _Kind(call, seconds, (call.axis, present), len(present))
-        self.kinds[id(call)] = kind
-        return kind
+            return _Kind(call, seconds, (call.axis, ends), 2)
+        seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
+        present = tuple(member for member in call.group if member in self.ranks)
+        return _Kind(call, seconds, (call.axis, present), len(present))
 
     def wait(self, rank: _Rank, transfer: _Transfer) -> bool:
         """Let the device wait; False if it is not known for how long."""
@@ -301,7 +305,7 @@ class _Replay:
         if transfer.end > rank.device:
             rank.spend(BUBBLE, max(transfer.ready - rank.device, 0.0))  # until the last rank has joined
             rank.spend(EXPOSED + transfer.axis.split()[0], transfer.end - rank.device)
-        if transfer.axis == READ_BY_THE_HOST:
+        if transfer.axis in READ_BY_THE_HOST:
             rank.host = max(rank.host, rank.device)
         return True
 

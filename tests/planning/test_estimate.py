@@ -1,0 +1,90 @@
+"""The formulas of --fit against rehearsals: products, calls and parameters exactly, the peak nearly."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from megatron_peft.config import RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning.estimate import StepEstimate
+from megatron_peft.planning.footprint import memory, parameters, total
+from megatron_peft.planning.pipeline import in_flight
+from megatron_peft.planning.published import FULL_RECOMPUTE, made_up_run
+from megatron_peft.planning.record import Call, Entry, Mark, RankRecord, Work
+from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse
+
+SHAPE = ModelShape("llama", 3, 1024, 3072, 16, 8, 64, 4096, 4096)
+MLP = {"recompute_granularity": "selective"}
+CASES = {
+    "lora TP2+SP": ("lora", True, {}),
+    "lora TP2": ("lora", False, {}),
+    "lora TP2+SP, every layer recomputed": ("lora", True, FULL_RECOMPUTE),
+    "lora TP2+SP, MLPs recomputed": ("lora", True, MLP),
+    "boft TP2+SP": ("boft", True, {}),
+    "hybrid TP2": ("hybrid", False, {}),
+    "full TP2+SP": ("full", True, {}),
+}
+
+
+def run_of(case: str) -> RunConfig:
+    method, sequence_parallel, recompute = CASES[case]
+    run = made_up_run(
+        method,
+        1024,
+        2,
+        recompute=recompute,
+        world_size=2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+    )
+    return replace(run, model=replace(run.model, recompute_modules=("mlp",))) if recompute is MLP else run
+
+
+@cache
+def rehearsed() -> dict[str, RankRecord]:
+    """All cases, in processes that are started once."""
+    asked = [RankToRehearse(run, SHAPE, 0, 2, (Lengths.longest(run),), ()) for run in map(run_of, CASES)]
+    return dict(zip(CASES, rehearse(asked), strict=True))
+
+
+def part(entries: Iterable[Entry], phase: str) -> list[Entry]:
+    """The first microbatch's."""
+    found, is_inside = [], False
+    for entry in entries:
+        if isinstance(entry, Mark):
+            is_inside = (entry.phase, entry.microbatch) == (phase, 0)
+        elif is_inside:
+            found.append(entry)
+    return found
+
+
+def flops(entries: Sequence[Entry]) -> dict[str, int]:
+    """By kind of product."""
+    counted: Counter[str] = Counter()
+    for entry in entries:
+        if isinstance(entry, Work):
+            for product, count in entry.products.items():
+                counted[product.kind] += product.flops * count
+    return counted
+
+
+def calls(entries: Sequence[Entry]) -> Counter[tuple[str, str, int]]:
+    """Operation, group and bytes of each."""
+    return Counter((entry.operation, entry.axis, entry.num_bytes) for entry in entries if isinstance(entry, Call))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_estimate_is_what_a_rehearsal_finds(case):
+    record, step = rehearsed()[case], StepEstimate(run_of(case), SHAPE)
+    (chunk,) = step.chunks[0]
+    for phase, estimated in (("forward", step.forward_chunk(chunk, 0)), ("backward", step.backward_chunk(chunk, 0))):
+        real = part(record.entries, phase)
+        assert calls(estimated) == calls(real)
+        assert flops(estimated) == pytest.approx(flops(real), rel=2e-3)
+    counts = parameters(step, step.chunks[0])
+    assert counts.frozen == record.parameters["frozen"]
+    assert counts.trained + counts.trained_float32 == record.parameters["trained"]
+    assert total(memory(step, 0, in_flight(step, 0))) == pytest.approx(record.peak("step"), rel=0.05)
