@@ -95,11 +95,16 @@ def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
 
 
 def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
-    """Of the flags, in a world of --world-size; neither data nor a length is needed. --fit begins with any layout."""
+    """Of the flags, in a world of --world-size; neither data nor a length nor --save is needed.
+
+    --fit begins with any layout.
+    """
     typed = typed_values(flags)
     replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
     size = replica if settings.fit or settings.world_size is None else settings.world_size
-    return read_config(flags, {"WORLD_SIZE": str(max(size, 1))}, shape_of, saved=lambda values: {})
+    return read_config(
+        flags, {"WORLD_SIZE": str(max(size, 1))}, shape_of, saved=lambda values: {"save": "never written"}
+    )
 
 
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:

@@ -72,12 +72,15 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str) -> in
 
     from megatron_peft.planning.cluster import read_cluster
     from megatron_peft.planning.plan import make_plan, print_plan
-    from megatron_peft.runtime.launch import world
+    from megatron_peft.runtime.launch import start_world, stop
     from megatron_peft.training.run import check_run
 
     try:
-        with world("gloo"):
+        start_world("gloo")
+        try:
             shape = check_run(config)
+        finally:
+            stop()
         plan = make_plan(config, shape, read_cluster(CLUSTER))
     except ConfigurationError as error:
         exit_with_error(error, program=program)

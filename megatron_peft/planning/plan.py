@@ -13,7 +13,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.order import Problem, check_order
 from megatron_peft.planning.pace import Pace, time_table
-from megatron_peft.planning.record import Call, Memory, RankRecord
+from megatron_peft.planning.record import PHASES, Call, Memory, RankRecord
 from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run
 from megatron_peft.planning.timing import step_time
 
@@ -120,20 +120,18 @@ def summary(plan: Plan) -> list[str]:
 
 
 def memory_table(plan: Plan) -> Table:
-    """The peak of each rehearsed rank, by part; and of its other phases."""
-    table = Table(title="Memory of the rehearsed ranks, GiB")
-    parts = ("weights", "gradients", "optimizer", "activations", "buffers", "temporary")
-    phases = [phase for phase in ("loading", "start", "validation", "saving") if phase in plan.fullest.peaks]
-    for name in ("rank", "stage", *parts, "peak of a step", *phases):
-        table.add_column(name, justify="right")
+    """The peak of each rehearsed rank's step, by part; and of its other phases."""
+    table = Table(title="Memory, GiB")
+    table.add_column("")
     for record in plan.run.records:
-        memory = joined_activations(record.peaks["step"])
-        table.add_row(
-            *(str(record.rank), str(record.stage)),
-            *(f"{memory.get(part, 0) / _GIB:.2f}" for part in parts),
-            f"{record.peak('step') / _GIB:.2f}",
-            *(f"{record.peak(phase) / _GIB:.2f}" for phase in phases),
-        )
+        table.add_column(f"rank {record.rank}\nstage {record.stage}", justify="right")
+    peaks = [joined_activations(record.peaks["step"]) for record in plan.run.records]
+    for part in ("weights", "gradients", "optimizer", "activations", "buffers", "temporary"):
+        table.add_row(part, *(f"{peak.get(part, 0) / _GIB:.2f}" for peak in peaks))
+    table.add_section()
+    for phase in PHASES:
+        if phase in plan.fullest.peaks:
+            table.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in plan.run.records))
     return table
 
 

@@ -133,9 +133,7 @@ class RehearsedRun:
 
     def programs(self) -> dict[int, list[Entry]]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
-        grid = replace(self.grid, data=min(self.grid.data, 2))
-        stages = [replace(stage, grid=grid, rank=grid.rank(0, 0, number)) for number, stage in enumerate(self.stages)]
-        return programs_of_ranks(stages, range(grid.size))
+        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
 def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:

@@ -79,19 +79,19 @@ class StageProgram:
     rank: int
     entries: tuple[Entry, ...]
 
-    def of_rank(self, rank: int) -> Iterator[Entry]:
-        """The entries of another rank of the stage."""
+    def of_rank(self, rank: int, grid: RankGrid | None = None) -> Iterator[Entry]:
+        """The entries of another rank of the stage, of `grid` if it is given: one with another number of replicas."""
         for entry in self.entries:
-            yield self._moved(entry, rank) if isinstance(entry, Call) else entry
+            yield self._moved(entry, rank, grid or self.grid) if isinstance(entry, Call) else entry
 
-    def _moved(self, call: Call, rank: int) -> Call:
-        group = self.grid.group(call.axis, rank)
+    def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
+        group = grid.group(call.axis, rank)
         if call.peer is None:
             return replace(call, group=group)
         if call.operation not in ("send", "recv"):
             return replace(call, group=group, peer=group[call.group.index(call.peer)])
-        tensor, data, _ = self.grid.place(rank)
-        return replace(call, group=group, peer=self.grid.rank(tensor, data, self.grid.place(call.peer)[2]))
+        tensor, data, _ = grid.place(rank)
+        return replace(call, group=group, peer=grid.rank(tensor, data, self.grid.place(call.peer)[2]))
 
 
 def program_of_stage(
@@ -197,7 +197,6 @@ class _Program:
         self.add(Wait(self._messages[number]))
 
 
-def programs_of_ranks(stages: Sequence[StageProgram], ranks: Iterable[int]) -> dict[int, list[Entry]]:
-    """The entries of each of these ranks, given the program of each stage."""
-    grid = stages[0].grid
-    return {rank: list(stages[grid.place(rank)[2]].of_rank(rank)) for rank in ranks}
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, list[Entry]]:
+    """The entries of every rank of `grid`, which may have another number of replicas than the programs' own."""
+    return {rank: list(stages[grid.place(rank)[2]].of_rank(rank, grid)) for rank in range(grid.size)}

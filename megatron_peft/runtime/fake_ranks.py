@@ -184,11 +184,14 @@ def watched_schedule(mark: Callable[..., None]) -> Iterator[None]:
 def idle_steps() -> Iterator[None]:
     """A forward or backward of megatron-core's schedule computes nothing, and gives a tensor of one number."""
 
-    def forward_step(*args: Any, **kwargs: Any) -> Any:
-        return torch.zeros(1, 1, 1), 0
+    def like(tensors: Any) -> Any:  # the schedule without interleaving hands lists on
+        return [torch.zeros(1, 1, 1)] if isinstance(tensors, list) else torch.zeros(1, 1, 1)
 
-    def backward_step(*args: Any) -> Any:
-        return torch.zeros(1, 1, 1)
+    def forward_step(step: Any, iterator: Any, model: Any, number: Any, input_tensor: Any, *_: Any, **__: Any) -> Any:
+        return like(input_tensor), 0
+
+    def backward_step(input_tensor: Any, *_: Any) -> Any:
+        return like(input_tensor)
 
     with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
         yield

@@ -8,6 +8,7 @@ import pytest
 from megatron_peft.planning.order import Problem, check_order
 from megatron_peft.planning.record import Call, Entry, Mark, Wait, Work
 from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run
+from megatron_peft.planning.schedule import RankGrid, StageProgram, programs_of_ranks
 from tests.planning.watched_runs import watched
 from tests.tiny_llama import save_llama, save_pairs
 
@@ -83,6 +84,17 @@ def test_groups_in_another_order_wait_in_a_cycle():
     groups = ("tensor", (0, 1)), ("data", (0, 1))
     found = check_order({0: sums(*groups), 1: sums(*reversed(groups))})
     assert found is not None and found.kind == "wait"
+
+
+def test_programs_of_four_replicas_become_those_of_two():
+    grid, fewer = RankGrid(tensor=1, data=4, pipeline=2), RankGrid(tensor=1, data=2, pipeline=2)
+    gradients = [Call("all_reduce", "data", grid.group("data", rank), ((8,),), "float32") for rank in (0, 4)]
+    sends = StageProgram(grid, 0, (Call("send", "pipeline", (0, 4), ((4,),), "float32", 4), gradients[0]))
+    receives = StageProgram(grid, 4, (Call("recv", "pipeline", (0, 4), ((4,),), "float32", 0), gradients[1]))
+    programs = programs_of_ranks([sends, receives], fewer)
+    assert [(call.peer, call.group) for call in programs[1] if isinstance(call, Call)] == [(3, (1, 3)), (None, (0, 1))]
+    assert [(call.peer, call.group) for call in programs[2] if isinstance(call, Call)] == [(0, (0, 2)), (None, (2, 3))]
+    assert check_order(programs) is None and check_order(programs_of_ranks([sends, receives], grid)) is None
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch
     words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
     assert train.main([*words, "--lr", "1e-3", "--micro-batch-size", "2"]) == 0
     told = capsys.readouterr().out
-    assert "40 training samples, 2 iterations" in told and "Memory of the rehearsed ranks" in told
+    assert "40 training samples, 2 iterations" in told and "peak, validation" in told
     assert not save.exists()
     with pytest.raises(SystemExit) as ended:
         train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")])
