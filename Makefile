@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench check-gpu
-.PHONY: image test-image test-slurm cuda-pins cuda-signatures
+.PHONY: recipe-plans image test-image test-slurm cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
@@ -67,6 +67,9 @@ bench: $(INSTALLED) ## measure steps, memory and collectives beside other librar
 
 check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
 	$(PYTHON) tools/check_gpu.py $(ARGS)
+
+recipe-plans: $(INSTALLED) ## plan the recipes and write the figures into their heads (ARGS=NAME)
+	$(PYTHON) -m tools.recipe_plans $(ARGS)
 
 # The next five stand outside test-all: they need root, or the package index.
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)

@@ -21,8 +21,10 @@ from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.rules import expected_tensors
+from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
+from tools import recipe_plans
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
 CONFIGURATIONS = Path(__file__).parent / "models"
@@ -107,6 +109,19 @@ def test_recipe_adapts_the_last_stage_of_its_model(name, monkeypatch):
     assert len(targets) == 4 * len(names) and all(target.module.adapter is not None for target in targets)
     tp = config.parallel.tensor_model_parallel_size
     assert targets[-1].module.weight.shape == (shape.hidden_size, shape.ffn_hidden_size // tp)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_in_a_recipes_head_is_of_its_flags_and_of_its_model(name):
+    found = recipe_plans.stated(name)
+    assert found is not None and found[1] == recipe_plans.digest(name), "make recipe-plans writes it anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_that_is_planned_again_has_the_figures_in_its_head(name):
+    found = recipe_plans.stated(name)
+    assert found is not None and found[0] == recipe_plans.figures(name, read_cluster(recipe_plans.CLUSTER))
 
 
 def layers_by_stage(config: TransformerConfig) -> list[list[int]]:
