@@ -17,7 +17,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.time_limits import seconds, wait_until
 
@@ -215,7 +214,7 @@ class Cluster:
             time.sleep(0.3)
         return state
 
-    def output(self, job: dict[str, Any] | int | str) -> str:
-        """Of the job's batch script, all starts."""
-        path = Path(self.job(job)["StdOut"]) if not isinstance(job, dict) else Path(job["StdOut"])
+    def output(self, job: int | str) -> str:
+        """What the job's batch script has printed, in all its starts."""
+        path = Path(self.job(job).get("StdOut", "/dev/null"))
         return path.read_text(errors="replace") if path.exists() else ""
