@@ -43,10 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # Imported after the arguments were read: --help and a wrong flag answer at once.
-    from megatron_peft.planning.certify import certify, print_certificate, require_new, write_certificate
+    from megatron_peft.planning.certify import certify, print_certificate, write_certificate
 
     try:
-        require_new(settings.output)
         certificate = certify(config, shape_of(str(config.model.pretrained_checkpoint)))
         print_certificate(certificate)
         if settings.output is not None:

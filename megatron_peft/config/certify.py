@@ -1,6 +1,7 @@
 """What `megatron-peft certify` takes besides the flags of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_peft.config.errors import Requirements, option
 
@@ -19,3 +20,11 @@ class CertifySettings:
     def __post_init__(self) -> None:
         with Requirements(self) as require:
             require.fields()
+            if not self.output:
+                return
+            path = Path(self.output)
+            require(not path.exists(), f"--output {path} exists already: give a file that does not.")
+            require(
+                path.parent.is_dir(),
+                f"--output {path}: there is no folder {path.parent}: make it, or give another file.",
+            )

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from megatron_peft.benchmarks.ranks import RanksFailed, preload, run_ranks
 from megatron_peft.checkpoint.folders import write_atomically
-from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, is_targeted, require
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, is_targeted
 from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
@@ -90,9 +90,10 @@ class Certificate:
         """Whether every comparison has."""
         return all(one.passed for one in self.comparisons)
 
-    def to_json(self) -> str:
-        """All of it, and a digest of all of it."""
-        content = {
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it, by name."""
+        return {
             "passed": self.passed,
             "run": self.layouts[0],
             "started": self.layouts[1],
@@ -104,14 +105,17 @@ class Certificate:
             "small_flags": self.small_flags,
             "small_model": self.small_model,
         }
-        plain = json.loads(json.dumps(content, default=sorted))
-        return json.dumps({**plain, "digest": digest_of(plain)}, indent=2) + "\n"
+
+    def to_json(self) -> str:
+        """All of it, and a digest of all of it."""
+        content = {**self.content, "digest": digest_of(self.content)}
+        return json.dumps(content, indent=2, default=sorted) + "\n"
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
     """SHA-256 of a certificate, the digest itself left out."""
     rest = {name: value for name, value in content.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, default=sorted).encode()).hexdigest()
 
 
 def certify(config: RunConfig, shape: ModelShape, plant: Callable[[], None] | None = None) -> Certificate:
@@ -280,8 +284,7 @@ def print_certificate(certificate: Certificate, console: Console | None = None) 
         soft_wrap=True,
     )
     versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
-    digest = json.loads(certificate.to_json())["digest"]
-    console.print(f"{versions}\ndigest {digest}", highlight=False, soft_wrap=True)
+    console.print(f"{versions}\ndigest {digest_of(certificate.content)}", highlight=False, soft_wrap=True)
 
 
 def _limits(one: Comparison) -> tuple[str, str]:
@@ -295,15 +298,6 @@ def _verdict(one: Comparison) -> str:
     if one.problems:
         return "DIFFERS"
     return "ok" if one.num_compared else "not compared"
-
-
-def require_new(output: str | None) -> None:
-    """ConfigurationError if the file of --output cannot be written, before minutes are spent."""
-    if output is None:
-        return
-    path = Path(output)
-    require(not path.exists(), f"--output {output} exists already: give a file that does not.")
-    require(path.parent.is_dir(), f"--output {output}: there is no folder {path.parent}: make it, or give another.")
 
 
 def write_certificate(certificate: Certificate, output: str) -> None:

@@ -40,7 +40,7 @@ def is_installed() -> bool:
 @contextlib.contextmanager
 def rank_of_groups(rank: Any) -> Iterator[None]:
     """Every process group answers this rank: an integer of one value for each rank, where all run in one process."""
-    own = torch.distributed.ProcessGroup.rank
+    own = torch.distributed.ProcessGroup.__dict__["rank"]  # as an attribute it would lose its binding
     torch.distributed.ProcessGroup.rank = lambda group: rank  # type: ignore[method-assign]
     try:
         yield
