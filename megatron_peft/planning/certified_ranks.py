@@ -107,14 +107,17 @@ class Resharded:
     losses: list[float]
 
 
-def train_alone(jobs: tuple[Job, Job]) -> tuple[Trained, Resharded]:
-    """Train in one process; then resume, in one process, what the layout saved. `jobs`: (in one process, of the layout)
+def train_alone(jobs: tuple[Job, Job | None]) -> tuple[Trained, Resharded | None]:
+    """Train in one process; then resume, in one process, what the layout saved. Called on one rank.
 
-    Called on one rank.
+    Args:
+        jobs: the run in one process, and that in its layout, if that is to be resumed.
     """
     alone, split = jobs
     with _world(alone):
         found = _train(alone)
+        if split is None:
+            return found, None
         run = _Run.started(alone, load=iteration_folder(Path(str(split.config.checkpoint.save)), SAVED_AT))
         losses = [run.step().loss for _ in range(run.data.train_iters - SAVED_AT)]
         run.write(RESHARDED)

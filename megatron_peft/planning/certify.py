@@ -195,6 +195,7 @@ def _comparisons(
     ((reference, resharded),) = run_ranks(1, train_alone, (alone, replace(split, plant=None)), _left(end))
     yield from compare_runs((split, ranks), (alone, reference))
     yield compare_resumed(ranks)
+    assert resharded is not None
     yield from _resharded(split, alone, ranks, resharded.losses)
     logits = next(run.logits for run in ranks if run.logits is not None)
     (converted,) = run_ranks(1, compare_converted, (replace(split, plant=None), logits), _left(end))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
@@ -45,9 +46,8 @@ def wrong_seed() -> None:
 
 def tied_head_forgotten() -> None:
     """The first and the last stage keep their own gradients of the one matrix that is embedding and output layer."""
-    from megatron.core.distributed import finalize_model_grads
-
-    finalize_model_grads._allreduce_word_embedding_grads = lambda *args, **kwargs: None
+    module: Any = import_module("megatron.core.distributed.finalize_model_grads")  # the name is its function's, too
+    module._allreduce_word_embedding_grads = lambda *args, **kwargs: None
 
 
 def one_ranks_data() -> None:

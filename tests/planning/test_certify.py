@@ -10,6 +10,7 @@ import pytest
 
 from megatron_peft.commands.certify import main
 from megatron_peft.config import (
+    CheckpointConfig,
     ConfigurationError,
     DataConfig,
     ModelConfig,
@@ -25,7 +26,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning import small_run as small
 from megatron_peft.planning.certified_ranks import Job, Trained, train_alone, train_split
 from megatron_peft.planning.certify import certify, digest_of
-from megatron_peft.planning.comparison import Comparison, compare_runs
+from megatron_peft.planning.comparison import compare_runs
 from tests.planning import faults
 from tests.ranks import run_ranks
 
@@ -117,27 +118,31 @@ def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
 
 
 class Runs:
-    """Small runs in a layout, faulty ones too, and each one's run in one process, which all its layouts share."""
+    """Small runs in a layout, with a fault, beside their run in one process, which all faults share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.compared = cache(self._compared)
+        self._alone = cache(self._alone)
 
-    def _compared(self, fault: str, method: str, layout: str) -> tuple[Comparison, ...]:
+    def _alone(self, method: str, layout: str) -> tuple[Job, Job, Trained]:
+        """The runs in a layout and in one process, and what the second finds."""
         parallel, world_size = LAYOUTS[layout]
-        folder = self._folder / f"{method} {layout} {fault}"
+        folder = self._folder / f"{method} {layout}"
         folder.mkdir()
         found = small.small_run(run_of(METHODS[method], parallel, world_size), LLAMA, folder)
         tokens = random_tokens(found.shape.vocab_size, small.SEQ_LENGTH)
-        plant = getattr(faults, fault) if fault else None
-        split, alone = Job(found.split, found.shape, tokens, plant), Job(found.alone, found.shape, tokens)
-        ranks: list[Trained] = run_ranks(found.split.parallel.world_size, train_split, split, 600)
-        ((reference, _),) = run_ranks(1, train_alone, (alone, replace(split, plant=None)), 600)
-        return tuple(compare_runs((split, ranks), (alone, reference)))
+        split, alone = (Job(config, found.shape, tokens) for config in (found.split, found.alone))
+        ((reference, _),) = run_ranks(1, train_alone, (alone, None), 600)
+        return split, alone, reference
 
     def problems(self, fault: str, method: str, layout: str) -> dict[str, tuple[str, ...]]:
         """By what was compared."""
-        return {one.name: one.problems for one in self.compared(fault, method, layout) if not one.passed}
+        sound, alone, reference = self._alone(method, layout)
+        save = CheckpointConfig(save=f"{sound.config.checkpoint.save}-{fault}")
+        job = replace(sound, config=replace(sound.config, checkpoint=save), plant=getattr(faults, fault))
+        ranks: list[Trained] = run_ranks(job.config.parallel.world_size, train_split, job, 600)
+        found = compare_runs((job, ranks), (alone, reference))
+        return {one.name: one.problems for one in found if not one.passed}
 
 
 LAYOUTS = {"TP2": (TP2, 2), "PP2": (PP2, 2), "DP2": ({}, 2)}
