@@ -133,7 +133,7 @@ def draft_checkpoint(
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: start_draft(folder, iteration))
     with _as_not_saved(folder, iteration, draft):
-        files = PlannedFiles(_tensors(state, entries), draft, snapshot)
+        files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
 
 
@@ -151,7 +151,12 @@ def _as_not_saved(folder: Path, iteration: int, draft: Path | None = None) -> It
         ) from error
 
 
-def _tensors(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
+def tensors_to_save(state: TrainingState, entries: Sequence[Sharded]) -> list[ShardedTensor]:
+    """This rank's tensors of a checkpoint: parameters, optimizer and generators, as far as they are saved.
+
+    Args:
+        entries: of the parameters that are saved (`sharded_parameters`).
+    """
     settings = state.config.checkpoint
     tensors = [tensor for entry in entries for tensor in global_slices(entry)]
     if not settings.no_save_optim:

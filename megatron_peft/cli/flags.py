@@ -188,6 +188,10 @@ def _program_flags() -> Iterator[Flag]:
     yield Flag(("--config",), "program", "config", words, PROGRAM_GROUP, many=True, metavar="FILE")
     words = "print what would run as a configuration file, and exit"
     yield Flag(("--print-config",), "program", "print_config", words, PROGRAM_GROUP, constant=True)
+    words = "check flags, data, tokenizer and checkpoint in this process, show the plan of this layout, and exit"
+    yield Flag(("--dry-run",), "program", "dry_run", words, PROGRAM_GROUP, constant=True)
+    words = "on a GPU, do not rehearse rank 0 to print its planned peak of memory beside the measured one"
+    yield Flag(("--no-plan",), "program", "no_plan", words, PROGRAM_GROUP, constant=True)
 
 
 def launch_flags() -> Iterator[Flag]:

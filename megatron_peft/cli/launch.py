@@ -95,6 +95,12 @@ def start_processes(
     return _run(config, module, argv, program)
 
 
+def planned_world_size(launch: Mapping[str, Any], environ: Mapping[str, str]) -> int:
+    """The number of processes that are to be started, or that run. ConfigurationError: the flags contradict."""
+    config = _processes_to_start(launch, environ)
+    return int(environ.get("WORLD_SIZE", "1")) if config is None else _world_size(config)
+
+
 def _processes_to_start(launch: Mapping[str, Any], environ: Mapping[str, str]) -> LaunchConfig | None:
     config = LaunchConfig(**launch)
     if "WORLD_SIZE" not in environ:

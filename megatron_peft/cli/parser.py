@@ -127,6 +127,14 @@ def typed_launch(argv: Sequence[str]) -> dict[str, Any]:
         return {}
 
 
+def typed_program(argv: Sequence[str]) -> dict[str, Any]:
+    """What the program itself was asked for, as `dry_run`; what is wrong elsewhere is told later."""
+    try:
+        return _read_words(argv).values["program"]
+    except ConfigurationError:
+        return {}
+
+
 def _read_words(argv: Sequence[str]) -> "_Typed":
     """Configuration files first, so that typed flags override them. ConfigurationError: a file cannot be read."""
     served = served_flags()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Command -> (module of this room, one line for --help).
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("train", "fine-tune a model; takes Megatron's flags"),
+    "plan": ("plan", "what a run will hold, send and cost, before it starts, at any size"),
     "data": ("data", "prepare, preprocess and preview training data"),
     "convert": ("convert", "move weights and adapters between Hugging Face, PEFT and Megatron; merge; verify"),
     "generate": ("generate", "answer prompts with a base model or a trained one"),

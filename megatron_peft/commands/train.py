@@ -3,17 +3,20 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_peft.cli.launch import running_processes, start_processes
+from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes
 from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
-from megatron_peft.cli.parser import parse_arguments, typed_launch
+from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_launch, typed_program
 from megatron_peft.cli.run_file import run_file
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 
 PROGRAM, MODULE = "megatron-peft train", "megatron_peft.commands.train"
+CLUSTER = "8xh100"  # of --dry-run's times; `megatron-peft plan` has others
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,7 +37,9 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _train(argv: Sequence[str], program: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
-    launch = typed_launch(argv)
+    launch, asked = typed_launch(argv), typed_program(argv)
+    if asked.get("dry_run"):
+        return _dry_run(argv, launch, program)
     ended = start_processes(
         MODULE, argv, launch, program, lambda environ: parse_arguments(argv, environ, shape_of, program)
     )
@@ -48,9 +53,47 @@ def _train(argv: Sequence[str], program: str) -> int:
     from megatron_peft.training.run import finetune
 
     text = run_file(config, running_processes(os.environ) | launch)
+    planned = None if asked.get("no_plan") else _planned_peak(config)
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
-        run_together(lambda: finetune(config, text), program=program)
+        run_together(lambda: finetune(config, text, planned), program=program)
     return 0
+
+
+def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str) -> int:
+    """Check in this process alone what a run would check, show its plan, and write nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    try:
+        size = planned_world_size(launch, os.environ)
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
+    config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
+    os.environ["WORLD_SIZE"] = "1"
+
+    from megatron_peft.planning.cluster import read_cluster
+    from megatron_peft.planning.plan import make_plan, print_plan
+    from megatron_peft.runtime.launch import world
+    from megatron_peft.training.run import check_run
+
+    try:
+        with world("gloo"):
+            shape = check_run(config)
+        plan = make_plan(config, shape, read_cluster(CLUSTER))
+    except ConfigurationError as error:
+        exit_with_error(error, program=program)
+    print_plan(plan)
+    return 0 if plan.problem is None else 1
+
+
+def _planned_peak(config: RunConfig) -> Callable[[], int | None] | None:
+    """On a GPU, a function that gives the planned peak of rank 0 in bytes, or None while its rehearsal runs."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
+        return None
+    from megatron_peft.planning.rehearsal import start_planned_peak
+
+    return start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
 
 
 def shape_of(folder: str) -> ModelShape:

@@ -280,8 +280,7 @@ class LoggingConfig:
         "microbatch; the host then waits for the device at each",
     )
     record_memory_history: bool = option(
-        False,
-        "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory",
+        False, "record CUDA allocations on --profile-ranks, and write them at the end, also after running out of memory"
     )
     memory_snapshot_path: str = option(
         "snapshot.pickle",

@@ -1,6 +1,7 @@
 """megatron-core without a GPU: its unconditional CUDA calls are redirected to the CPU, and it runs on gloo.
 
-No other file replaces an attribute of torch or megatron-core. `redirect_norm` alone also acts on a GPU.
+Beside `fake_ranks.py`, no other file replaces an attribute of torch or megatron-core. `redirect_norm` alone also acts
+on a GPU.
 """
 
 import contextlib

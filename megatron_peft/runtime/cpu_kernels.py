@@ -76,9 +76,7 @@ CACHED_TOKENS = 128
 
 
 def outer_sums(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:  # [k, g, n], [k, n, g] -> [k, g, g]
-    """sum over tokens of grad x^T by block, in `dtype`.
-
-    """
+    """sum over tokens of grad x^T by block, in `dtype`."""
     return add_outer_sums(grad.new_zeros(*grad.shape[:2], x.shape[2], dtype=dtype), grad, x)
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,13 +98,14 @@ class _Interval:
         }
 
 
-def train(state: TrainingState, data: Data, saver: Saver) -> str:
+def train(state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | None] | None = None) -> str:
     """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
     Args:
         state: updated in place.
         data: training steps (set to the state's position) and validation steps.
         saver: writes a checkpoint every --save-interval and at the end, if --save is given.
+        planned_peak: bytes of this rank's planned peak, once it is known; it is then printed beside the measured one.
 
     Returns:
         Why it ended, a sentence for the terminal.
@@ -121,7 +122,9 @@ def train(state: TrainingState, data: Data, saver: Saver) -> str:
     progress = Progress(data.train_iters, position.iteration, enabled=is_writer)
     signals, upkeep = ExitSignals(config.training.exit_signal_handler, is_writer), Upkeep(config)
     with signals, writer, progress, upkeep:
-        run = _Run(state, data, saver, writer, progress, signals, upkeep, Speed(state), position.iteration)
+        run = _Run(
+            state, data, saver, writer, progress, signals, upkeep, Speed(state), position.iteration, planned_peak
+        )
         return run.to_the_end()
 
 
@@ -136,6 +139,8 @@ class _Run:
     upkeep: Upkeep
     speed: Speed
     saved_iteration: int
+    planned_peak: Callable[[], int | None] | None = None
+    measured_peak: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
     interval: _Interval = field(default_factory=_Interval)
@@ -197,6 +202,8 @@ class _Run:
         reason = self._reason_to_end(report)
         if self.is_first_step and not reason:
             self._show_first_step(report)
+        elif self.planned_peak is not None:
+            self._compare_peaks()
         self.is_first_step = False
         self._log_and_validate(report, ends=bool(reason))
         reason = reason or self._ends_early()
@@ -279,6 +286,18 @@ class _Run:
                 f"WARNING: {len(lost)} adapted layers have no gradient after the first step ({', '.join(lost[:4])}"
                 f"{', ...' if lost[4:] else ''}): they will not be trained."
             )
+
+    def _compare_peaks(self) -> None:
+        """The peak after the second step, the first one with the optimizer's moments; told once the plan is known."""
+        self.measured_peak = self.measured_peak or memory_bytes()[1]
+        planned = self.planned_peak() if self.planned_peak else None
+        if planned is None:
+            return
+        self.planned_peak = None
+        self.progress.message(
+            f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned "
+            f"({self.measured_peak / planned - 1:+.1%}; --no-plan leaves this out)"
+        )
 
     def _show_first_step(self, report: StepReport) -> None:
         """At once, unless the log interval shows it."""

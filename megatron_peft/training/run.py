@@ -1,7 +1,7 @@
 """Run a fine-tuning configuration: check everything, build the model, load weights, train."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from megatron_peft.adapters.attach import all_names, attach_adapters
 from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
-from megatron_peft.conversion.pretrained import checked_shape, load_pretrained
+from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, open_weights
 from megatron_peft.conversion.shared_reading import ReadingGroups
 from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
@@ -57,10 +58,33 @@ def build_state(
     Raises:
         ConfigurationError: the targets match nothing, the rank is too large, or the weights do not fit the shape.
     """
+    chunks = build_chunks(config, shape)
+    if start_steps:
+        start_lora_ga(chunks, config, start_steps)
+    return start_state(chunks, config, shape, train_iters)
+
+
+def build_chunks(config: RunConfig, shape: ModelShape, loads: bool = True) -> list[GPTModel]:
+    """This rank's part of the model, with adapters and pretrained weights.
+
+    Args:
+        shape: of the base model.
+        loads: False leaves the base's weights as they were allocated.
+
+    Raises:
+        ConfigurationError: as for `build_state`.
+    """
     chunks = build_model_chunks(shape, config.model, config.parallel, Training.of(config))
     adapted: list[str] = []
     if config.peft.trains_adapters:
         adapted = attach_adapters(chunks, config.peft, config.training.seed)
+    if loads:
+        _load(chunks, config, shape)
+        print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
+    return chunks
+
+
+def _load(chunks: Sequence[GPTModel], config: RunConfig, shape: ModelShape) -> None:
     assert config.model.pretrained_checkpoint is not None
     report = load_pretrained(
         chunks,
@@ -72,17 +96,42 @@ def build_state(
         groups=ReadingGroups.of_layout(),
     )
     print_rank_0(f"read {report.counts.bytes / 2**20:,.1f} MiB of weights on this rank in {report.seconds:.1f} s")
-    print_rank_0(training_summary(config, all_names(adapted), count_parameters(chunks), chunks))
-    if start_steps:
-        start_lora_ga(chunks, config, start_steps)
-    return start_state(chunks, config, shape, train_iters)
 
 
-def finetune(config: RunConfig, run_file: str = "") -> None:
+def check_run(config: RunConfig) -> ModelShape:
+    """What `finetune` checks before it builds the model, in this process alone, whatever the world of `config`.
+
+    Nothing is written. Returns the shape of the base model.
+
+    Raises:
+        ConfigurationError: something is wrong with the model, its files, the tokenizer, the data or a checkpoint.
+    """
+    if missing := missing_for_training({**vars(config.data), **vars(config.training)}):
+        raise ConfigurationError(*missing)
+    require_loggers(config.logging)
+    config = replace(config, checkpoint=resolve_resume(config.checkpoint))
+    assert config.model.pretrained_checkpoint is not None
+    shape = checked_shape(config)
+    open_weights(config.model.pretrained_checkpoint, shape)
+    tokenizer = _checked_tokenizer(config, shape)
+    require_something_to_load(config.checkpoint)
+    size = config.parallel.data_parallel_size
+    data = build_data(config, tokenizer, data_parallel_rank=0, data_parallel_size=size, num_ids=shape.vocab_size)
+    _check_validation_data(config, data)
+    check_resume(config, shape, schedule_values(config, data.train_iters))
+    print_rank_0(
+        f"flags, model, tokenizer and data can be used: {data.train.samples_per_epoch:,} training samples, "
+        f"{data.train_iters:,} iterations"
+    )
+    return shape
+
+
+def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | None] | None = None) -> None:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     Args:
         run_file: written to run.yaml in the folder of --save, so that the run can be repeated from it.
+        planned_peak: of this rank's memory in bytes, once it is known; printed beside the measured one.
 
     Raises:
         ConfigurationError: on every rank, before anything large is loaded or anything is written, if something is
@@ -128,7 +177,7 @@ def finetune(config: RunConfig, run_file: str = "") -> None:
             from_first_rank(lambda: _write_run_file(path, run_file))
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
-        print_rank_0(train(state, data, saver))
+        print_rank_0(train(state, data, saver, planned_peak))
 
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> str:

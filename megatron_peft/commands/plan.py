@@ -1,0 +1,156 @@
+"""Plan a run that need not fit this machine: what each rank holds and sends, whether any would wait for ever, its time.
+
+megatron-peft plan takes all flags of `megatron-peft train`, and --world-size. Data is not read, and of the model only
+its config.json: --pretrained-checkpoint may be that file. The training code itself runs on ranks that exist one at a
+time, without numbers (docs/planning.md). With --fit it ranks the layouts that fit.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
+from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
+from megatron_peft.cli.run_file import run_file
+from megatron_peft.commands.train import shape_of
+from megatron_peft.config import ConfigurationError, Requirements, RunConfig, flag, option, require
+from megatron_peft.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from megatron_peft.planning.cluster import Cluster
+
+PROGRAM = "megatron-peft plan"
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The world, and what is written of the plan."""
+
+    world_size: int | None = option(
+        None, "GPUs of the run (default: one replica, tensor- times pipeline-parallel size)", check="positive"
+    )
+    cluster: str = option(
+        "8xh100", "nodes and links: 8xa100, 8xh100, or a file with the same fields", metavar="NAME|FILE.yaml"
+    )
+    fit: bool = option(False, "rank the layouts of --world-size GPUs that fit, and rehearse the best three")
+    rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
+    tokens: float = option(1e8, "tokens of the run, for hours", check="positive")
+    json: Path | None = option(None, "also write the plan as JSON", metavar="FILE")
+    plot: Path | None = option(None, "also draw memory and the pipeline's timeline", metavar="FILE")
+    save_config: Path | None = option(
+        None, "with --fit: write the flags of the best layout for --config", metavar="FILE.yaml"
+    )
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as unmet:
+            unmet.fields()
+            unmet.needs("save_config", "fit")
+            for name in ("json", "plot", "save_config"):
+                path = getattr(self, name)
+                unmet(
+                    path is None or path.parent.is_dir(),
+                    f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
+                )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Its own flags; those of a run are `megatron-peft train`'s."""
+    add_flags(parser, PlanSettings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for whatever the user can put right, 1 if the run does not fit or would wait for ever."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    read_settings, flags = read_own_flags(PlanSettings, argv, __doc__)
+    try:
+        if unknown := unknown_flags(flags):
+            raise ConfigurationError(*unknown)
+        return _plan(read_settings(), [_folder_of(word) for word in flags])
+    except ConfigurationError as error:
+        exit_with_error(error, program=PROGRAM)
+
+
+def _folder_of(word: str) -> str:
+    """A config.json stands for its folder."""
+    name, equals, value = word.rpartition("=")
+    path = Path(value)
+    return f"{name}{equals}{path.parent}" if path.name == "config.json" and path.is_file() else word
+
+
+def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
+    from megatron_peft.planning.cluster import read_cluster
+
+    cluster = read_cluster(settings.cluster)
+    config = _config(settings, flags)
+    require(
+        config.model.pretrained_checkpoint is not None, "give --pretrained-checkpoint: a folder, or its config.json."
+    )
+    shape = shape_of(str(config.model.pretrained_checkpoint))
+    if settings.fit:
+        return _fit(settings, config, shape, cluster)
+    return _report(settings, config, shape, cluster)
+
+
+def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
+    """Of the flags, in a world of --world-size; neither data nor a length is needed. --fit begins with any layout."""
+    typed = typed_values(flags)
+    replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
+    size = replica if settings.fit or settings.world_size is None else settings.world_size
+    return read_config(flags, {"WORLD_SIZE": str(max(size, 1))}, shape_of, saved=lambda values: {})
+
+
+def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
+    from megatron_peft.planning.plan import make_plan, print_plan
+
+    plan = make_plan(config, shape, cluster)
+    print_plan(plan, settings.tokens)
+    if settings.json:
+        write_file(settings.json, json.dumps(plan.as_dict(), indent=1) + "\n")
+    if settings.plot:
+        from megatron_peft.planning.picture import draw
+
+        draw(plan, settings.plot)
+    return 0 if plan.fits and plan.problem is None else 1
+
+
+def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
+    from rich.console import Console
+
+    from megatron_peft.planning.layouts import fit, fit_table
+    from megatron_peft.planning.plan import make_plan, summary
+
+    require(settings.world_size is not None, "--fit looks for layouts of --world-size GPUs: give it.")
+    assert settings.world_size is not None
+    layouts = fit(config, shape, settings.world_size, cluster)
+    console = Console()
+    console.print(fit_table(layouts, f"Layouts of {settings.world_size} GPUs that fit, {cluster.name}"))
+    plans = []
+    for number, layout in enumerate(layouts[: settings.rehearsed], 1):
+        plans.append(make_plan(layout.run, shape, cluster))
+        print(f"layout {number}, rehearsed:")
+        for line in summary(plans[-1]):
+            print(f"  {line}")
+    best = next((n for n, plan in enumerate(plans) if plan.fits and plan.problem is None), 0)
+    print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
+    if settings.json:
+        found = {"layouts": [one.as_dict() for one in layouts], "rehearsed": [plan.as_dict() for plan in plans]}
+        write_file(settings.json, json.dumps(found, indent=1) + "\n")
+    if settings.save_config:
+        title = f"The layout that megatron-peft plan --fit ranks first on {settings.world_size} GPUs of {cluster.name}"
+        write_file(settings.save_config, run_file(layouts[best].run, {}, title))
+    return 0 if not plans or any(plan.fits and plan.problem is None for plan in plans) else 1
+
+
+def write_file(path: Path, text: str) -> None:
+    """Raises ConfigurationError if it cannot be written."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written ({error.strerror}): give another file.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Whether any rank of a run would wait for ever: calls matched group by group, and replayed in strict program order.
+
+A collective waits where it is issued until every rank of its group has issued it, also if it is asynchronous. Messages
+posted as one batch wait for all their partners; others are matched first in, first out, between two ranks of a process
+group, and wait where the program waits for them. Whoever is slower than this in a real run only waits later.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_peft.planning.record import Call, Entry, Wait
+
+MESSAGES = ("send", "recv")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two ranks that do not fit together, in a sentence that names both and their calls.
+
+    Args:
+        kind: "mismatch", or "wait" for one that does not end.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    text: str
+
+
+def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
+    """The first problem of these programs, which must be those of all ranks of every group in them; None: all end.
+
+    Args:
+        programs: by global rank; what is computed does not matter.
+    """
+    return _Replay({rank: _Rank(rank, list(_nodes(entries))) for rank, entries in programs.items()}).run()
+
+
+@dataclass
+class _Place:
+    """A call of a rank, and its number among the rank's calls."""
+
+    rank: int
+    number: int
+    call: Call
+    partner: "_Place | None" = None
+
+    def __str__(self) -> str:
+        call = self.call
+        shapes = " and ".join(str(list(shape)) for shape in call.shapes[:2]) + (" ..." if len(call.shapes) > 2 else "")
+        peer = "" if call.peer is None else f" {'from' if call.operation == 'recv' else 'to'} rank {call.peer}"
+        if call.operation not in MESSAGES and call.peer is not None:
+            peer = f" from rank {call.peer}"
+        of = f" of {call.dtype} {shapes}" if call.shapes else ""
+        return f"call {self.number} of rank {self.rank}, {call.operation}{of}{peer} in group {call.axis}"
+
+
+@dataclass
+class _Post:
+    """Calls that are issued together."""
+
+    places: list[_Place]
+    blocks: bool
+
+
+@dataclass
+class _WaitFor:
+    """A message that must have its partner."""
+
+    place: _Place
+
+
+@dataclass
+class _Rank:
+    """A program, and how far it has come."""
+
+    rank: int
+    nodes: list[Any]
+    next: int = 0
+    waits_for: list[_Place] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return self.next >= len(self.nodes)
+
+
+def _nodes(entries: Iterable[Entry]) -> Iterable[Any]:
+    """Posts and waits. Of collectives the wait is where they are issued."""
+    rank = -1
+    places: list[_Place] = []
+    batch: list[_Place] = []
+    for entry in entries:
+        if isinstance(entry, Call):
+            place = _Place(rank, len(places), entry)
+            places.append(place)
+            if batch and entry.batch != batch[0].call.batch:
+                yield _Post(batch, blocks=True)
+                batch = []
+            if entry.batch is not None:
+                batch.append(place)
+                continue
+            yield _Post([place], blocks=entry.operation not in MESSAGES or not entry.is_async)
+        elif isinstance(entry, Wait):
+            if batch:
+                yield _Post(batch, blocks=True)
+                batch = []
+            place = places[entry.call]
+            if place.call.operation in MESSAGES and place.call.batch is None:
+                yield _WaitFor(place)
+    if batch:
+        yield _Post(batch, blocks=True)
+
+
+class _Replay:
+    """Runs every rank as far as it comes, until all have ended or none moves."""
+
+    def __init__(self, ranks: Mapping[int, _Rank]) -> None:
+        self.ranks = ranks
+        # Of each group, its collectives in order: who has come.
+        self.collectives: dict[Any, list[dict[int, _Place]]] = defaultdict(list)
+        self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
+        # Of each process group, sender and receiver: messages without a partner, of one of the two.
+        self.messages: dict[Any, deque[_Place]] = defaultdict(deque)
+        self.waiting: dict[int, list[_Rank]] = defaultdict(list)  # by id of the place
+
+    def run(self) -> Problem | None:
+        for rank in self.ranks.values():
+            for node in rank.nodes:
+                for place in node.places if isinstance(node, _Post) else ():
+                    place.rank = rank.rank
+        ready = deque(self.ranks.values())
+        while ready:
+            rank = ready.popleft()
+            while not rank.is_done:
+                problem, blocked = self._step(rank, rank.nodes[rank.next], ready)
+                if problem:
+                    return problem
+                rank.next += 1
+                if blocked:
+                    break
+        stuck = [rank for rank in self.ranks.values() if rank.waits_for]
+        return self._why(stuck) if stuck else self._left_over()
+
+    def _step(self, rank: _Rank, node: Any, ready: deque[_Rank]) -> tuple[Problem | None, bool]:
+        if isinstance(node, _WaitFor):
+            rank.waits_for = [node.place] if node.place.partner is None else []
+        else:
+            for place in node.places:
+                problem = self._issue(place, ready)
+                if problem:
+                    return problem, True
+            rank.waits_for = [place for place in node.places if place.partner is None] if node.blocks else []
+        for place in rank.waits_for:
+            self.waiting[id(place)].append(rank)
+        return None, bool(rank.waits_for)
+
+    def _issue(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
+        call = place.call
+        if call.operation in MESSAGES:
+            return self._message(place, ready)
+        group = (call.axis, call.group)
+        number = self.counts[group, place.rank]
+        self.counts[group, place.rank] += 1
+        issued = self.collectives[group]
+        if number == len(issued):
+            issued.append({})
+        others = issued[number]
+        if others:
+            other = next(iter(others.values()))
+            if _differ(call, other.call):
+                return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+        others[place.rank] = place
+        if len(others) == len(call.group):
+            for one in others.values():
+                self._complete(one, place, ready)
+        return None
+
+    def _message(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
+        call = place.call
+        sends = call.operation == "send"
+        channel = (call.axis, call.group, *((place.rank, call.peer) if sends else (call.peer, place.rank)))
+        queue = self.messages[channel]
+        if not queue or queue[0].call.operation == call.operation:
+            queue.append(place)
+            return None
+        other = queue.popleft()
+        if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
+            return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
+        self._complete(place, other, ready)
+        self._complete(other, place, ready)
+        return None
+
+    def _complete(self, place: _Place, partner: _Place, ready: deque[_Rank]) -> None:
+        place.partner = partner
+        for rank in self.waiting.pop(id(place), ()):
+            rank.waits_for = [one for one in rank.waits_for if one is not place]
+            if not rank.waits_for:
+                ready.append(rank)
+
+    def _why(self, stuck: list[_Rank]) -> Problem:
+        """A cycle of ranks, or one that waits for a rank that has ended."""
+        rank, seen = stuck[0], []
+        while rank not in seen:
+            seen.append(rank)
+            place = rank.waits_for[0]
+            missing = self._missing(place)
+            ended = [other for other in missing if other not in self.ranks or not self.ranks[other].waits_for]
+            if ended:
+                ranks = (rank.rank, ended[0])
+                return Problem("wait", ranks, f"{place} waits for rank {ended[0]}, which ends without such a call.")
+            rank = self.ranks[missing[0]]
+        cycle = seen[seen.index(rank) :]
+        told = "; ".join(f"{one.waits_for[0]} waits for rank {self._missing(one.waits_for[0])[0]}" for one in cycle)
+        return Problem("wait", tuple(one.rank for one in cycle), f"ranks wait for one another: {told}.")
+
+    def _missing(self, place: _Place) -> list[int]:
+        call = place.call
+        if call.operation in MESSAGES:
+            return [call.peer if call.peer is not None else -1]
+        for others in self.collectives[call.axis, call.group]:
+            if others.get(place.rank) is place:
+                return [rank for rank in call.group if rank not in others]
+        return []
+
+    def _left_over(self) -> Problem | None:
+        """Messages that nobody takes."""
+        for queue in self.messages.values():
+            for place in queue:
+                peer = place.call.peer if place.call.peer is not None else -1
+                return Problem("wait", (place.rank, peer), f"{place} has no partner on rank {peer}.")
+        return None
+
+
+def _differ(one: Call, other: Call) -> bool:
+    """Whether two calls cannot be one collective."""
+    return (one.operation, one.shapes, one.dtype, one.peer) != (other.operation, other.shapes, other.dtype, other.peer)

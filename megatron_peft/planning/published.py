@@ -1,0 +1,303 @@
+"""Published runs, and what the plan's constants say of them: two calibrate them, the others test them.
+
+python -m megatron_peft.planning.published docs/results/planning writes the table of docs/planning.md.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_peft.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning.cluster import Cluster, read_cluster
+from megatron_peft.planning.estimate import StepEstimate
+from megatron_peft.planning.pace import Pace
+from megatron_peft.planning.pipeline import estimated_time
+
+_llama = partial(ModelShape, "llama", max_position_embeddings=131072, vocab_size=128256, num_query_groups=8)
+LLAMA_8B = _llama(32, 4096, 14336, 32, kv_channels=128)
+LLAMA_70B = _llama(80, 8192, 28672, 64, kv_channels=128)
+LLAMA_405B = _llama(126, 16384, 53248, 128, kv_channels=128)
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def gpt(num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:
+    """GPT-3's shape; its learned positions cost next to nothing, and neither does ALiBi."""
+    return ModelShape(
+        "bloom",
+        num_layers,
+        hidden_size,
+        4 * hidden_size,
+        num_heads,
+        num_heads,
+        hidden_size // num_heads,
+        vocab_size=51200,
+        max_position_embeddings=2048,
+        normalization="LayerNorm",
+        activation="gelu",
+        gated_linear_unit=False,
+        tied_embeddings=True,
+        position_embedding="alibi",
+    )
+
+
+def made_up_run(
+    method: str, length: int, batch: int, micro_batch: int = 1, recompute: dict[str, Any] | None = None, **parallel: Any
+) -> RunConfig:
+    """A run in bf16 on full sequences of one length; `parallel` has fields of `ParallelConfig`."""
+    several = parallel.get("world_size", 1) > parallel.get("tensor_model_parallel_size", 1) * parallel.get(
+        "pipeline_model_parallel_size", 1
+    )
+    return RunConfig(
+        parallel=ParallelConfig(**parallel),
+        model=ModelConfig(pretrained_checkpoint="(none)", bf16=True, transformer=recompute or {}),
+        peft=PeftConfig(method=method),
+        data=DataConfig(mock_data=True, seq_length=length, pad_to_seq_length=True),
+        training=TrainingConfig(
+            micro_batch_size=micro_batch, global_batch_size=batch, train_iters=1, overlap_grad_reduce=several
+        ),
+        optimizer=OptimizerSettings(use_distributed_optimizer=several, overlap_param_gather=several),
+    )
+
+
+def seconds_of(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float:
+    """The estimated time of a step."""
+    return estimated_time(StepEstimate(run, shape), cluster).seconds
+
+
+def llama_3(num_gpus: int) -> RunConfig:
+    """Llama 3 405B, 16 million tokens a step in sequences of 8,192 (arXiv 2407.21783, section 3.3.2 and table 4).
+
+    The first and the last of 16 stages have a chunk without a layer, so chunks have one layer.
+    """
+    return made_up_run(
+        "full",
+        8192,
+        2048,
+        world_size=num_gpus,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=16,
+        num_layers_per_virtual_pipeline_stage=1,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+        sequence_parallel=True,
+    )
+
+
+def automodel_70b(
+    batch: int = 32, recompute: dict[str, Any] | None = None, sequence_parallel: bool = False
+) -> RunConfig:
+    """NeMo AutoModel's LoRA of Llama 3 70B on 8 H100: TP2, PP4, ten chunks of two layers."""
+    return made_up_run(
+        "lora",
+        4096,
+        batch,
+        recompute=recompute,
+        world_size=8,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        num_layers_per_virtual_pipeline_stage=2,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def gpt_run(num_gpus: int, pp: int, chunk: int | None, micro_batch: int, batch: int) -> RunConfig:
+    """Korthikanti et al.'s runs: TP8, sequence parallelism, sequences of 2,048 (arXiv 2205.05198, table 3)."""
+    return made_up_run(
+        "full",
+        2048,
+        batch,
+        micro_batch,
+        recompute={"recompute_granularity": "selective"},
+        world_size=num_gpus,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=chunk,
+        sequence_parallel=True,
+    )
+
+
+def scores_seconds(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float:
+    """What writing the scores of attention adds to a step: those runs had no fused kernel.
+
+    18 passes over the scores of a layer: product, softmax and dropout in forward and again in backward, and theirs.
+    """
+    parallel, rows, length = run.parallel, run.training.micro_batch_size, run.data.seq_length
+    scores = rows * shape.num_attention_heads // parallel.tensor_model_parallel_size * length**2
+    layers = shape.num_layers // parallel.pipeline_model_parallel_size
+    return (
+        run.num_microbatches
+        * layers
+        * 18
+        * 2
+        * scores
+        / (cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9)
+    )
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published run.
+
+    Args:
+        name: what it is.
+        role: "calibrates" or "tests".
+        seconds: published, of a step.
+        planned: the plan's, given the run's cluster.
+        cluster: of `cluster.SHIPPED`.
+        source: where it is published.
+    """
+
+    name: str
+    role: str
+    seconds: float
+    planned: Callable[[Cluster], float]
+    cluster: str
+    source: str
+
+
+def _llama_seconds(num_gpus: int, tflops: float) -> float:
+    """Table 4 has TFLOP/s a GPU: a step has as many operations as --log-throughput counts."""
+    cluster, run = read_cluster("8xh100"), llama_3(num_gpus)
+    nothing: Any = None
+    return Pace.of(run, LLAMA_405B, cluster, nothing).flops / num_gpus / tflops / 1e12
+
+
+def _with_scores(run: RunConfig, shape: ModelShape) -> Callable[[Cluster], float]:
+    return lambda cluster: seconds_of(run, shape, cluster) + scores_seconds(run, shape, cluster)
+
+
+def published_runs() -> list[Published]:
+    """All of them."""
+    automodel, korthikanti = "NeMo AutoModel's performance summary, October 2025", "arXiv 2205.05198, table 5"
+    lora_8b = made_up_run("lora", 4096, 32, micro_batch=2)
+    gpts = [
+        ("GPT-3 175B", "calibrates", 13.75, gpt_run(64, 8, 4, 1, 64), gpt(96, 12288, 96)),
+        ("GPT-3 22B", "tests", 1.10, gpt_run(8, 1, None, 4, 4), gpt(48, 6144, 64)),
+        ("GPT-3 530B", "tests", 37.83, gpt_run(280, 35, 1, 1, 280), gpt(105, 20480, 128)),
+        ("GPT-3 1T", "tests", 71.49, gpt_run(512, 64, None, 1, 512), gpt(128, 25600, 160)),
+    ]
+    return [
+        *(
+            Published(
+                f"Llama 3 405B pretraining, {num_gpus:,} H100",
+                role,
+                _llama_seconds(num_gpus, tflops),
+                partial(seconds_of, llama_3(num_gpus), LLAMA_405B),
+                "8xh100",
+                "arXiv 2407.21783, table 4",
+            )
+            for num_gpus, role, tflops in ((8192, "calibrates", 430), (16384, "tests", 400))
+        ),
+        Published(
+            "LoRA of Llama 3 8B, 1 H100", "tests", 10.51, partial(seconds_of, lora_8b, LLAMA_8B), "8xh100", automodel
+        ),
+        Published(
+            "LoRA of Llama 3 70B, 8 H100: our step at that layout",
+            "tests",
+            26.92,
+            partial(seconds_of, automodel_70b(), LLAMA_70B),
+            "8xh100",
+            automodel,
+        ),
+        *(
+            Published(
+                f"{name} pretraining, {run.parallel.world_size} A100",
+                role,
+                seconds,
+                _with_scores(run, shape),
+                "8xa100",
+                korthikanti,
+            )
+            for name, role, seconds, run, shape in gpts
+        ),
+    ]
+
+
+def lost_at_16384(cluster: Cluster) -> float:
+    """The part of a GPU's throughput that Llama 3 loses from 8,192 to 16,384 GPUs; published: 7%."""
+    few, many = (seconds_of(llama_3(num_gpus), LLAMA_405B, cluster) for num_gpus in (8192, 16384))
+    return 1 - few / 2 / many
+
+
+def automodel_items(cluster: Cluster) -> list[tuple[str, float]]:
+    """Seconds of AutoModel's 26.92 that follow from what its recipe does, one after the other, and the rest.
+
+    The recipe (llama3_3_70b_instruct_peft_benchmark.yaml): no sequence parallelism, activation checkpointing, and a
+    global batch in eight passes of the pipeline with four microbatches each.
+    """
+    steps = {
+        "our step at that layout, with sequence parallelism": seconds_of(
+            automodel_70b(sequence_parallel=True), LLAMA_70B, cluster
+        ),
+        "no sequence parallelism": seconds_of(automodel_70b(), LLAMA_70B, cluster),
+        "every layer recomputed": seconds_of(automodel_70b(recompute=FULL_RECOMPUTE), LLAMA_70B, cluster),
+        "eight passes of the pipeline": 8 * seconds_of(automodel_70b(4, FULL_RECOMPUTE), LLAMA_70B, cluster),
+        "not explained": 26.92,
+    }
+    items, before = [], 0.0
+    for name, seconds in steps.items():
+        items.append((name, seconds - before))
+        before = seconds
+    return items
+
+
+def tables() -> dict[str, dict[str, Any]]:
+    """Tables by the names of their files."""
+    clusters = {name: read_cluster(name) for name in ("8xh100", "8xa100")}
+    rows = []
+    for one in published_runs():
+        planned = one.planned(clusters[one.cluster])
+        off = f"{planned / one.seconds - 1:+.1%}"
+        rows.append([one.name, one.role, one.source, f"{one.seconds:.2f}", f"{planned:.2f}", off])
+    items = [[name, f"{seconds:.2f}"] for name, seconds in automodel_items(clusters["8xh100"])]
+    lost = lost_at_16384(clusters["8xh100"])
+    return {
+        "published": {
+            "title": "Published runs and the plan",
+            "columns": ["run", "it", "source", "published (s a step)", "planned (s a step)", "off by"],
+            "text_columns": 3,
+            "rows": rows,
+        },
+        "scaling": {
+            "title": "Llama 3 405B from 8,192 to 16,384 GPUs",
+            "columns": ["throughput of a GPU that is lost", "part"],
+            "text_columns": 1,
+            "rows": [["published (430 to 400 TFLOP/s)", f"{1 - 400 / 430:.1%}"], ["planned", f"{lost:.1%}"]],
+        },
+        "automodel": {
+            "title": "AutoModel's LoRA step of 26.92 s",
+            "columns": ["what", "seconds"],
+            "text_columns": 1,
+            "rows": [*items, ["published", "26.92"]],
+        },
+    }
+
+
+def write_tables(found: dict[str, dict[str, Any]], folder: Path) -> None:
+    """One JSON file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in found.items():
+        (folder / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the tables into the folder that is named."""
+    write_tables(tables(), Path(arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

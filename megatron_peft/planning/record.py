@@ -1,0 +1,208 @@
+"""What a rehearsal finds of one rank: its computation and its calls in program order, its parameters, its peak memory.
+
+Plain data without torch, written to JSON and read back.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update"]
+PHASES = ("loading", "start", "step", "validation", "saving")  # of memory; "start" is LoRA-GA's
+PARTS = ("weights", "gradients", "optimizer", "buffers", "temporary")  # and "activations of KIND" of each kind of layer
+
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """`batch` products [m, k] [k, n]; or attention of `batch` heads, m queries by n keys, with heads of k features.
+
+    Attention counts whole squares, both products: a causal mask halves what is computed of it.
+    """
+
+    kind: Literal["mm", "attention", "attention backward"]
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed)."""
+        num_products = {"mm": 1, "attention": 2, "attention backward": 5}[self.kind]
+        return 2 * num_products * self.batch * self.m * self.n * self.k
+
+    @property
+    def num_bytes(self) -> int:
+        """Both factors and the result, once each; of attention queries, keys, values and the result."""
+        if self.kind == "mm":
+            return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n) * ITEM_BYTES[self.dtype]
+        times = 1 if self.kind == "attention" else 2
+        return times * self.batch * 2 * (self.m + self.n) * self.k * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes between two calls.
+
+    Args:
+        products: how often each was computed.
+        num_bytes: read and written by all other operations.
+        num_kernels: operations launched, products among them.
+    """
+
+    products: Mapping[Product, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    num_kernels: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Of the products."""
+        return sum(product.flops * count for product, count in self.products.items())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective or a message.
+
+    Args:
+        operation: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "recv".
+        axis: name of the process group, as "tensor", "data", "pipeline", "world": two groups may have the same ranks.
+        group: its global ranks, in the group's order.
+        shapes: of the tensors that this rank puts in (of a "recv": that it gets); several if they are coalesced. Of
+            "all_gather" the own shard, of "reduce_scatter" all shards.
+        dtype: of these tensors.
+        peer: global rank of the other side of a message, or the source of a broadcast.
+        batch: messages with the same number are posted together, and waited for together.
+        is_async: `Wait` says where it is waited for. Otherwise it is waited for at once.
+    """
+
+    operation: str
+    axis: str
+    group: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    peer: int | None = None
+    batch: int | None = None
+    is_async: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors in `shapes`."""
+        return sum(prod(shape) for shape in self.shapes) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Where an asynchronous call is waited for.
+
+    Args:
+        call: the call's index among the rank's calls.
+    """
+
+    call: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What follows belongs to this phase of a step.
+
+    "begin" is what comes before the first microbatch, "forward" and "backward" are of a microbatch, "schedule" is what
+    megatron-core's schedule does between them (messages), "finish" sums gradients, "update" is all that follows.
+
+    Args:
+        microbatch: number within the step; None outside forward and backward.
+        chunk: of the interleaved schedule.
+    """
+
+    phase: Phase
+    microbatch: int | None = None
+    chunk: int = 0
+
+
+Entry = Work | Call | Wait | Mark
+Memory = dict[str, int]  # bytes of each part at the moment of the peak; their sum is the peak
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank's step in program order, and its peaks.
+
+    Args:
+        rank: global.
+        stage: pipeline rank.
+        num_microbatches: of the step in `entries`; the run may have more.
+        entries: of one training step.
+        parameters: number of elements on this rank, "trained" and "frozen".
+        peaks: memory by phase (`PHASES`) and part (`PARTS`).
+    """
+
+    rank: int
+    stage: int
+    num_microbatches: int
+    entries: tuple[Entry, ...]
+    parameters: Mapping[str, int]
+    peaks: Mapping[str, Memory]
+
+    @property
+    def calls(self) -> Iterator[Call]:
+        """In program order."""
+        return (entry for entry in self.entries if isinstance(entry, Call))
+
+    @property
+    def products(self) -> dict[Product, int]:
+        """Of the whole step."""
+        total: dict[Product, int] = {}
+        for entry in self.entries:
+            if isinstance(entry, Work):
+                for product, count in entry.products.items():
+                    total[product] = total.get(product, 0) + count
+        return total
+
+    def peak(self, phase: str) -> int:
+        """Bytes."""
+        return sum(self.peaks[phase].values())
+
+
+def to_json(record: RankRecord) -> str:
+    """One line; `from_json` reads it back."""
+    return json.dumps({**vars(record), "entries": [_as_list(entry) for entry in record.entries]})
+
+
+def from_json(text: str) -> RankRecord:
+    """The inverse of `to_json`."""
+    values = json.loads(text)
+    return RankRecord(**{**values, "entries": tuple(_from_list(entry) for entry in values["entries"])})
+
+
+def _as_list(entry: Entry) -> list[Any]:
+    if isinstance(entry, Work):
+        products = [[*vars(product).values(), count] for product, count in entry.products.items()]
+        return ["work", products, entry.num_bytes, entry.num_kernels]
+    return [type(entry).__name__.lower(), *vars(entry).values()]
+
+
+def _from_list(values: Sequence[Any]) -> Entry:
+    kind, *fields = values
+    if kind == "work":
+        products, num_bytes, num_kernels = fields
+        return Work({Product(*product): count for *product, count in products}, num_bytes, num_kernels)
+    if kind == "call":
+        operation, axis, group, shapes, *rest = fields
+        return Call(operation, axis, tuple(group), tuple(tuple(shape) for shape in shapes), *rest)
+    return Wait(*fields) if kind == "wait" else Mark(*fields)

@@ -1,0 +1,246 @@
+"""A rank's loading, start, training step and validation, run by the training code itself on tensors without numbers.
+
+Each rank runs in a process of its own, on torch's fake process group (`runtime/fake_ranks.py`). What it computes,
+sends and holds is in its `RankRecord`. It reads the model's shape, no weights and no data: every microbatch is as long
+as --seq-length allows.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning.record import Call, Entry, RankRecord
+from megatron_peft.planning.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks
+
+if TYPE_CHECKING:
+    from megatron_peft.planning.stage_schedule import StageOutline
+
+SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of a microbatch.
+
+    Args:
+        rows: samples, or 1 if they are packed.
+        positions: of each row.
+        packed: lengths of the samples in the one row; empty: not packed.
+    """
+
+    rows: int
+    positions: int
+    packed: tuple[int, ...] = ()
+
+    @classmethod
+    def longest(cls, config: RunConfig) -> "Lengths":
+        """As long as the flags allow."""
+        rows, positions = config.training.micro_batch_size, config.data.seq_length
+        if not config.data.pack_sequences:
+            return cls(rows, positions)
+        num_samples = SAMPLES_IN_A_PACK * rows
+        total = rows * positions
+        return cls(
+            1, total, tuple(total * (i + 1) // num_samples - total * i // num_samples for i in range(num_samples))
+        )
+
+
+@dataclass(frozen=True)
+class RankToRehearse:
+    """What a process needs to run one rank.
+
+    Args:
+        config: of the run; its world need not exist.
+        shape: of the base model.
+        rank: global.
+        num_microbatches: of the recorded step.
+        lengths: of each of its microbatches, or of all.
+        phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    rank: int
+    num_microbatches: int
+    lengths: tuple[Lengths, ...]
+    phases: tuple[str, ...] = ("start", "validation", "saving")
+
+    @property
+    def stage(self) -> int:
+        """Pipeline rank: as megatron-core orders ranks, the slowest index."""
+        return self.rank // (self.config.parallel.world_size // self.config.parallel.pipeline_model_parallel_size)
+
+
+def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
+    """Of a step in which the stage holds as many microbatches at once as in one of `num_microbatches`."""
+    pp = config.parallel.pipeline_model_parallel_size
+    if not config.parallel.is_interleaved:
+        # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
+        return min(num_microbatches, max(pp - stage + 1, 3))
+    return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
+
+
+def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
+    """The record of each rank.
+
+    Args:
+        num_processes: at a time; default: the cores of this machine, at most four.
+    """
+    with _processes(num_processes, len(ranks)) as run:
+        asked = [run(_rehearse_here, rank) for rank in ranks]
+        return [one.result() for one in asked]
+
+
+@dataclass(frozen=True)
+class RehearsedRun:
+    """A run of which some ranks were rehearsed.
+
+    Args:
+        config, shape: of the run.
+        records: of the rehearsed ranks. Of every stage that holds something else, the one with most microbatches in
+            flight; the first, second, middle and last stage; and a second tensor-parallel rank.
+        stages: the program of every stage, with all of the run's microbatches.
+        alike: of every stage, the rehearsed one that holds the same.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    records: tuple[RankRecord, ...]
+    stages: tuple[StageProgram, ...]
+    alike: tuple[int, ...]
+
+    @property
+    def grid(self) -> RankGrid:
+        """The places of its ranks."""
+        return RankGrid.of(self.config.parallel)
+
+    def parameters(self) -> dict[str, int]:
+        """Of the whole model, "trained" and "frozen"; each global parameter counts once."""
+        of_stage = {record.stage: record.parameters for record in self.records}
+        return {
+            kind: sum(of_stage[stage][f"{kind} of stage"] for stage in self.alike) for kind in ("trained", "frozen")
+        }
+
+    def programs(self) -> dict[int, list[Entry]]:
+        """The entries of every rank; of more than two replicas, of two, which stand for all."""
+        return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
+
+
+def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:
+    """Rehearse the distinct ranks of a run's world, which need not exist."""
+    grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
+    with _processes(num_processes, 4) as run:
+        outlines: list[StageOutline] = run(_outline_here, config, shape).result()
+        contents = [outline.contents for outline in outlines]
+        alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
+        stages = sorted({*alike.values(), 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1})
+        places = [grid.rank(0, 0, stage) for stage in stages]
+        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
+        lengths = (Lengths.longest(config),)
+        asked = [
+            RankToRehearse(
+                config, shape, rank, enough_microbatches(config, grid.place(rank)[2], num_microbatches), lengths
+            )
+            for rank in places
+        ]
+        records = dict(
+            zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
+        )
+    message = activation_message(config, shape, lengths[0])
+    programs = [
+        program_of_stage(
+            records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches, message
+        )
+        for stage, outline in enumerate(outlines)
+    ]
+    return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
+
+
+def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | None]:
+    """Rehearse rank 0 beside a run. What is returned gives its peak of all phases in bytes; None until it is known.
+
+    A rehearsal that fails gives none: the run does not depend on it.
+    """
+    asked = RankToRehearse(
+        config, shape, 0, enough_microbatches(config, 0, config.num_microbatches), (Lengths.longest(config),)
+    )
+    found: list[int] = []
+
+    def rehearse_it() -> None:
+        with suppress(Exception):
+            [record] = rehearse([asked])
+            found.append(max(record.peak(phase) for phase in record.peaks))
+
+    Thread(target=rehearse_it, daemon=True).start()
+    return lambda: found[0] if found else None
+
+
+def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:
+    """The tensor that a stage sends to the next one."""
+    shared = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    size = lengths.positions // shared, lengths.rows, shape.hidden_size
+    return Call("send", "pipeline", (), (size,), "bfloat16" if config.model.bf16 else "float32")
+
+
+@contextmanager
+def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "Future[Any]"]]:
+    """A function that runs a function of this file in a process of its own, forked from one that has torch."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_peft.planning.rehearsed_rank"])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
+    with ThreadPoolExecutor(number) as threads:  # each waits for a process
+        yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
+
+
+def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of a rehearsed rank ended with exit code {process.exitcode}") from None
+    process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
+    sys.stdout = open(os.devnull, "w")  # what a run tells at its start
+    warnings.simplefilter("ignore")
+    try:
+        answer = function(*arguments), None
+    except ConfigurationError as error:
+        answer = None, ConfigurationError(*error.problems)
+    except BaseException:
+        answer = None, RuntimeError(f"a rehearsed rank failed:\n{traceback.format_exc()}")
+    sender.send(answer)
+    sender.close()
+    os._exit(0)  # torch has nothing to put away
+
+
+def _rehearse_here(rank: RankToRehearse) -> RankRecord:
+    from megatron_peft.planning.rehearsed_rank import rehearse_rank
+
+    return rehearse_rank(rank)
+
+
+def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
+    from megatron_peft.planning.stage_schedule import outline_stages
+
+    return outline_stages(config, shape)

@@ -1,0 +1,189 @@
+"""What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_peft.checkpoint.save import tensors_to_save
+from megatron_peft.checkpoint.tensors import sharded_parameters
+from megatron_peft.data.batches import Microbatch
+from megatron_peft.planning.record import Memory, RankRecord
+from megatron_peft.planning.recording import LiveMemory, Recorder, group_names
+from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
+from megatron_peft.runtime.fake_ranks import fake_rank, replaced, watched_batches, watched_schedule, watched_storages
+from megatron_peft.runtime.launch import start_model_parallel
+from megatron_peft.training import step
+from megatron_peft.training.lora_ga_start import start_lora_ga
+from megatron_peft.training.run import build_chunks
+from megatron_peft.training.state import TrainingState, start_state
+from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import validation_loss
+
+
+@dataclass
+class Watch:
+    """What is seen of a rank: `recorder`'s entries, and `memory` with the peaks of the phases that have ended."""
+
+    recorder: Recorder
+    memory: LiveMemory = field(default_factory=LiveMemory)
+    peaks: dict[str, Memory] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self) -> Iterator["Watch"]:
+        """Watch what this process does meanwhile."""
+        with ExitStack() as stack:
+            stack.enter_context(self.memory.watch_modules())
+            stack.enter_context(watched_storages(self.memory.resized))
+            stack.enter_context(watched_schedule(self.mark))
+            stack.enter_context(watched_batches(self.recorder.batch))
+            stack.enter_context(self.memory)
+            stack.enter_context(self.recorder)
+            yield self
+
+    def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
+        """Of a step."""
+        self.memory.phase = phase
+        self.recorder.mark(phase, microbatch, chunk)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Look for the peak of this phase."""
+        self.memory.start_peak()
+        yield
+        self.peaks[name] = self.memory.peak()
+
+
+def rehearse_rank(of: RankToRehearse) -> RankRecord:
+    """Run one rank. Its process cannot be used for anything else afterwards."""
+    # Transformer Engine needs a GPU.
+    config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
+    of = replace(of, config=config)
+
+    def of_another_rank(value: Any) -> Any:
+        """The layers of the other stages have the names of ours, with other numbers."""
+        return names_of_all_layers(value, of.shape.num_layers) if isinstance(value, list) else value
+
+    with fake_rank(of.rank, config.parallel.world_size, of_another_rank):
+        num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
+        start_model_parallel(config.parallel, config.training.seed, num_stages)
+        watch = Watch(Recorder(group_names()))
+        steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
+        with watch():
+            return watch_run(watch, of, [microbatch_of(one) for one in steps])
+
+
+def names_of_all_layers(names: list[Any], num_layers: int) -> list[Any]:
+    """`decoder.layers.N.…` for every N."""
+    ends = [name.split(".", 3)[3] for name in names if str(name).startswith("decoder.layers.")]
+    return [f"decoder.layers.{n}.{end}" for n in range(num_layers) for end in dict.fromkeys(ends)] or names
+
+
+def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:
+    """Build, start and train a rank's part of the model, on fake ranks or on real ones.
+
+    Args:
+        loads: read the base's weights, which needs numbers.
+        microbatches: of the recorded step. One step, on as few of them as the schedule takes, comes before it:
+            the optimizer makes its moments in the first.
+    """
+    config, memory = of.config, watch.memory
+    shortest = microbatches[: config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1]
+    memory.start_peak()
+    chunks = build_chunks(config, of.shape, loads)
+    memory.name_modules(chunks)
+    memory.assign("weights", _parameters(chunks))
+    memory.assign("buffers", (buffer for chunk in chunks for buffer in chunk.buffers()))
+    watch.peaks["loading"] = memory.peak(assigned_since=True)
+    if config.peft.spec.starts_from_gradients and "start" in of.phases:
+        with watch.phase("start"):
+            start_lora_ga(chunks, config, [list(microbatches)])
+    state = start_state(chunks, config, of.shape, train_iters=1000)
+    memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
+    memory.assign("gradients", _gradients(state))
+    memory.assign("optimizer", _optimizer_tensors(state))
+    train_step(state, shortest)
+    memory.assign("optimizer", _optimizer_tensors(state))
+    watch.recorder.clear()
+    watch.mark("begin")
+    with watch.phase("step"), _marked_finish(watch):
+        train_step(state, list(microbatches))
+    entries = watch.recorder.entries()
+    watch.memory.phase = None
+    if "validation" in of.phases:
+        with watch.phase("validation"):
+            validation_loss(state.model_chunks, [list(shortest)])
+    if "saving" in of.phases:
+        with watch.phase("saving"):
+            only_adapters = config.peft.trains_adapters
+            tensors_to_save(state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters))
+    return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
+
+
+@contextmanager
+def _marked_finish(watch: Watch) -> Iterator[None]:
+    """Mark where the sums of gradients begin and end."""
+    usual = step.finish_gradients
+
+    def marked(*args: Any, **kwargs: Any) -> None:
+        watch.mark("finish")
+        usual(*args, **kwargs)
+        watch.mark("update")
+
+    with replaced(step, "finish_gradients", marked):
+        yield
+
+
+def microbatch_of(lengths: Lengths) -> Microbatch:
+    """Of these sizes, without numbers."""
+    size = lengths.rows, lengths.positions
+    ids = torch.zeros(size, dtype=torch.int64)
+    packed = lengths.packed
+    return Microbatch(
+        tokens=ids,
+        labels=torch.zeros_like(ids),
+        loss_mask=torch.ones(size),
+        position_ids=torch.zeros_like(ids),
+        num_samples=lengths.rows,
+        cu_seqlens=torch.zeros(len(packed) + 1, dtype=torch.int32) if packed else None,
+        lengths=packed or None,
+    )
+
+
+def numbers_of_parameters(chunks: Sequence[nn.Module]) -> dict[str, int]:
+    """On this rank; and of its stage, where a split parameter counts on every tensor-parallel rank, others once."""
+    numbers = dict.fromkeys(("trained", "frozen", "trained of stage", "frozen of stage"), 0)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for parameter in _parameters(chunks):
+        kind = "trained" if parameter.requires_grad else "frozen"
+        numbers[kind] += parameter.numel()
+        if not getattr(parameter, "shared", False):  # a tied output layer on the last stage
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            numbers[f"{kind} of stage"] += parameter.numel() * (size if is_split else 1)
+    return numbers
+
+
+def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    return (parameter for chunk in chunks for parameter in chunk.parameters())
+
+
+def _gradients(state: TrainingState) -> Iterator[Tensor]:
+    for chunk in state.model_chunks:
+        buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
+        yield from (buffer.grad_data for buffer in buffers)
+
+
+def _optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
+    """Moments, and the float32 copies of parameters."""
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        optimizer: Any = part.optimizer
+        weights = {parameter for chunk in state.model_chunks for parameter in chunk.parameters()}
+        copies = (one for group in optimizer.param_groups for one in group["params"] if one not in weights)
+        moments = (one for moments in optimizer.state.values() for one in moments.values() if isinstance(one, Tensor))
+        yield from (*copies, *moments)

@@ -1,0 +1,201 @@
+"""One rank of a world that does not exist: torch's fake process group, tensors without numbers, answers to reads.
+
+All that must be replaced in torch and megatron-core for it stands here; `cpu.py` has what a real run without a GPU
+needs. Use it in a process of its own: caches of torch and megatron-core would keep tensors without numbers.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissingImports]
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_peft.runtime import cpu
+from megatron_peft.runtime.launch import reads_are
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process is rank `rank` of a world of `world_size`: it sends to nobody, and what it receives is not written.
+
+    A later one may follow in the same process.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu.install()
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = lambda value: value) -> Iterator[None]:
+    """A rank of `fake_world` whose tensors have no numbers and take no memory.
+
+    Args:
+        of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
+    """
+    with ExitStack() as stack:
+        for part in (
+            fake_world(rank, world_size),
+            reads_are(_zeros),
+            _gathered(of_all_ranks),
+            _one_generator(),
+            shapes_as_asked(),
+            FakeTensorMode(allow_non_fake_inputs=False),
+            _Answers(),
+        ):
+            stack.enter_context(part)
+        yield
+
+
+def _gathered(of_all_ranks: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
+    """torch would send objects as tensors, and so does megatron-core's optimizer."""
+
+    def gather(values: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+        values[:] = [of_all_ranks(value)] * len(values)
+        values[dist.get_rank(group)] = value
+
+    return replaced(dist, "all_gather_object", gather)
+
+
+def _zeros(numbers: torch.Tensor) -> list[float]:
+    """Losses, and counts of ranks that have found or want something."""
+    return [0.0] * numbers.numel()
+
+
+_ONE = {torch.bool: True}
+
+
+class _Answers(TorchDispatchMode):
+    """Collectives are done at once; a number that megatron-core or torch reads of a tensor is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            work = FakeWork().boxed()
+            return work if len(func._schema.returns) == 1 else (args[0], work)
+        if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
+            return _ONE.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+    """An attribute of torch or megatron-core is another one meanwhile."""
+    usual = getattr(owner, name)
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
+
+
+def _one_generator() -> contextlib.AbstractContextManager[None]:
+    """Nothing is drawn: megatron-core's switch of generators would copy their real states."""
+    return replaced(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
+
+
+@contextmanager
+def shapes_as_asked() -> Iterator[None]:
+    """A message that tells a shape has no numbers either: the next message has the shape that the schedule expects."""
+    communicate, exchange = P2PCommunicator._communicate, P2PCommunicator._communicate_shapes
+
+    def remembering(self: Any, *, tensor_shape: Any, **kwargs: Any) -> Any:
+        self.expected_shape = tensor_shape
+        return communicate(self, tensor_shape=tensor_shape, **kwargs)
+
+    def exchanging(self: Any, *args: Any, **kwargs: Any) -> Any:
+        exchange(self, *args, **kwargs)
+        return self.expected_shape, self.expected_shape
+
+    with (
+        replaced(P2PCommunicator, "_communicate", remembering),
+        replaced(P2PCommunicator, "_communicate_shapes", exchanging),
+    ):
+        yield
+
+
+# What a recorder must be told, in a rehearsal and in a real run alike.
+
+
+@contextmanager
+def watched_batches(batch: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """`batch()` is entered around the messages of each torch.distributed.batch_isend_irecv."""
+
+    def post(operations: list[Any]) -> list[Any]:
+        with batch():
+            return [one.op(one.tensor, one.peer, one.group, one.tag) for one in operations]
+
+    with replaced(dist, "batch_isend_irecv", post):
+        yield
+
+
+@contextmanager
+def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """`resized` is called after a storage has another size."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_tell(self: torch.UntypedStorage, *args: Any) -> Any:
+        result = resize(self, *args)
+        resized(self)
+        return result
+
+    with replaced(torch.UntypedStorage, "resize_", resize_and_tell):
+        yield
+
+
+@contextmanager
+def watched_schedule(mark: Callable[..., None]) -> Iterator[None]:
+    """`mark(phase, microbatch, chunk)` is called where megatron-core's schedule begins and ends a forward or backward.
+
+    Between them, in phase "schedule", it exchanges messages.
+    """
+    forward, backward = schedules.forward_step, schedules.backward_step
+
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
+        place = int(kwargs.get("current_microbatch") or 0), int(kwargs.get("vp_stage") or 0)
+        mark("forward", *place)
+        outputs = forward(*args, **kwargs)
+        mark("schedule")
+        _first(outputs[0]).place_in_step = place
+        return outputs
+
+    def backward_step(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        mark("backward", *_first(output_tensor).place_in_step)
+        gradients = backward(input_tensor, output_tensor, *args, **kwargs)
+        mark("schedule")
+        return gradients
+
+    with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
+        yield
+
+
+@contextmanager
+def idle_steps() -> Iterator[None]:
+    """A forward or backward of megatron-core's schedule computes nothing, and gives a tensor of one number."""
+
+    def like(tensors: Any) -> Any:  # the schedule without interleaving hands lists on
+        return [torch.zeros(1, 1, 1)] if isinstance(tensors, list) else torch.zeros(1, 1, 1)
+
+    def forward_step(step: Any, iterator: Any, model: Any, number: Any, input_tensor: Any, *_: Any, **__: Any) -> Any:
+        return like(input_tensor), 0
+
+    def backward_step(input_tensor: Any, *_: Any) -> Any:
+        return like(input_tensor)
+
+    with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
+        yield
+
+
+def _first(tensors: Any) -> Any:
+    return tensors[0] if isinstance(tensors, list) else tensors

@@ -1,0 +1,127 @@
+"""`megatron-peft plan` and `--dry-run`: figures of known models, and errors that name what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.cli.parser import read_config
+from megatron_peft.commands import train
+from megatron_peft.commands.plan import main
+from megatron_peft.models.families import read_shape
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+
+MODELS = Path(__file__).parents[1] / "examples" / "models"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("plan") / "llama")
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_world_that_does_not_divide_is_named(base, capsys):
+    words = ["--pretrained-checkpoint", str(base), "--world-size", "3", "--tensor-model-parallel-size", "2"]
+    told = refused(words, capsys)
+    assert "3 processes cannot hold --tensor-model-parallel-size 2" in told
+
+
+def test_a_model_of_another_family_is_named(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    assert "mamba" in refused(["--pretrained-checkpoint", str(config)], capsys).lower()
+
+
+def test_a_cluster_with_an_absurd_field_is_named_and_nothing_is_written(base, tmp_path, capsys):
+    cluster, found = tmp_path / "own.yaml", tmp_path / "plan.json"
+    cluster.write_text("name: own\ngpus_per_node: 0\n")
+    words = ["--pretrained-checkpoint", str(base), "--cluster", str(cluster), "--json", str(found)]
+    told = refused(words, capsys)
+    assert "gpus_per_node" in told and "memory_gib" in told and not found.exists()
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_runs(base, tmp_path, capsys):
+    words = ["--pretrained-checkpoint", str(base), "--json", str(tmp_path / "no" / "plan.json")]
+    assert "--json" in refused(words, capsys)
+
+
+def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text((base / "config.json").read_text())
+    words = ["--pretrained-checkpoint", str(config), "--peft-method", "lora", "--lora-rank", "4", "--seq-length", "32"]
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--micro-batch-size", "2"]
+    found, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    assert main([*words, *layout, "--json", str(found), "--plot", str(picture)]) == 0
+    plan = json.loads(found.read_text())
+    assert plan["fits"] and plan["world_size"] == 2 and picture.stat().st_size > 10_000
+    assert [rank["rank"] for rank in plan["ranks"]] == [0, 1]
+    assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
+    told = capsys.readouterr().out
+    assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
+
+
+def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
+    save = tmp_path / "save"
+    pairs = str(save_pairs(tmp_path / "pairs.jsonl"))
+    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--save", str(save)]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
+    assert train.main([*words, "--lr", "1e-3", "--micro-batch-size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "40 training samples, 2 iterations" in told and "peak, validation" in told
+    assert not save.exists()
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")])
+    assert ended.value.code == 2 and "none.jsonl" in capsys.readouterr().err
+
+
+# Parameters of the published checkpoints, as the Hugging Face Hub counts them.
+BLOOM_176B = {"model_type": "bloom", "hidden_size": 14336, "n_layer": 70, "n_head": 112, "vocab_size": 250880}
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.3-70b": 70_553_706_496,  # the shape of Llama-3.1-70B
+    "llama-3.1-405b": 405_853_388_800,
+    "bloomz-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+}
+
+
+def counted(folders: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Parameters of each model at TP 8, with LoRA of rank 16 on all linear layers, and rows of padding."""
+    from megatron_peft.planning.rehearsed_rank import numbers_of_parameters
+    from megatron_peft.runtime.fake_ranks import fake_rank
+    from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+    from megatron_peft.training.run import build_chunks
+
+    found = {}
+    for name, folder in folders.items():
+        words = ["--pretrained-checkpoint", folder, "--tensor-model-parallel-size", "8", "--peft-method", "lora"]
+        config = read_config(
+            [*words, "--lora-rank", "16", "--bf16"], {"WORLD_SIZE": "8"}, read_shape, saved=lambda values: {}
+        )
+        shape = read_shape(folder)
+        with fake_rank(0, 8):
+            start_model_parallel(config.parallel, 1)
+            numbers = numbers_of_parameters(build_chunks(config, shape, loads=False))
+            stop_model_parallel()
+        rows = shape.padded_vocab_size(config.model.make_vocab_size_divisible_by, 8) - shape.vocab_size
+        padding = rows * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+        found[name] = {"frozen": numbers["frozen of stage"] - padding, "trained": numbers["trained of stage"]}
+    return found
+
+
+def test_parameters_of_published_models_are_exact(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BLOOM_176B))
+    folders = {name: str(MODELS / name) for name in PUBLISHED} | {"bloom-176b": str(tmp_path)}
+    [found] = run_ranks(1, counted, folders)
+    assert {name: numbers["frozen"] for name, numbers in found.items()} == PUBLISHED
+    # r (in + out) of qkv, proj, fc1 and fc2
+    assert found["llama-3.1-8b"]["trained"] == 32 * 16 * (4096 * 2 + 6144 + 4096 + 4096 + 28672 + 14336 + 4096)

@@ -1,0 +1,92 @@
+"""A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+import pytest
+
+from megatron_peft.planning.record import RankRecord
+from megatron_peft.planning.rehearsal import enough_microbatches, rehearse
+from tests.planning.watched_runs import METHODS, Watched, real_records, watched
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return str(save_llama(folder / "llama")), str(save_pairs(folder / "pairs.jsonl"))
+
+
+def check_equal(runs: Sequence[Watched]) -> None:
+    """The record of every rank of every run, rehearsed and real."""
+    size = runs[0].world_size
+    real = run_ranks(size, real_records, list(runs))
+    places = [(run, rank) for run in runs for rank in range(size)]
+    rehearsed = rehearse([run.of_rank(rank) for run, rank in places])
+    problems = [
+        f"{run.job.name}, rank {rank}: {problem}"
+        for (run, rank), found in zip(places, rehearsed, strict=True)
+        if (problem := difference(found, real[rank][run.job.name]))
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def difference(rehearsed: RankRecord, real: RankRecord) -> str:
+    for number, (ours, theirs) in enumerate(zip_longest(rehearsed.calls, real.calls)):
+        if ours != theirs:
+            return f"call {number}: {ours} rehearsed, {theirs} real"
+    if rehearsed.products != real.products or not real.products:
+        return f"products: {rehearsed.products.items() ^ real.products.items()}"
+    if rehearsed.peaks["step"] != real.peaks["step"]:
+        return f"peak: {rehearsed.peaks['step'].items() ^ real.peaks['step'].items()}"
+    return "" if rehearsed.parameters == real.parameters else "parameters"
+
+
+def test_rehearsed_ranks_are_those_of_two_processes(files):
+    check_equal(watched(files, 2, ["lora"]) + watched(files, 2, ["hybrid"], ["TP2+SP"]))
+
+
+def test_products_are_those_of_the_closed_form(files):
+    """6 operations a token for each trained weight, 4 for each frozen one and 6 for each of an adapter."""
+    full, lora = watched(files, 1, ["full"], ["alone"]) + watched(files, 1, ["lora"], ["alone"])
+    found = rehearse([full.of_rank(0), lora.of_rank(0)])
+    of = full.of_rank(0)
+    shape, rows, length = of.shape, of.lengths[0].rows, of.lengths[0].positions
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
+    q, kv = shape.num_attention_heads * d, shape.num_query_groups * d
+    linears = {"qkv": (h, q + 2 * kv), "proj": (q, h), "fc1": (h, 2 * f), "fc2": (f, h)}
+    weights = sum(into * out for into, out in linears.values())
+    head = h * shape.padded_vocab_size(128, 1)
+    adapters = sum(4 * (into + out) for into, out in linears.values())  # of rank 4
+    tokens, layers = rows * length * of.num_microbatches, shape.num_layers
+    # Nothing needs the gradient of the first layer's input.
+    unneeded = h * (q + 2 * kv) + 4 * h
+    assert flops(found[0], "mm") == 6 * tokens * (layers * weights + head)
+    assert flops(found[1], "mm") == tokens * (4 * (layers * weights + head) + 6 * layers * adapters - 2 * unneeded)
+    square = 2 * rows * shape.num_attention_heads * length**2 * d * layers * of.num_microbatches
+    for record in found:
+        assert flops(record, "attention") == 2 * square
+        assert flops(record, "attention backward") == 5 * square
+
+
+def flops(record: RankRecord, kind: str) -> int:
+    return sum(product.flops * count for product, count in record.products.items() if product.kind == kind)
+
+
+def test_more_microbatches_hold_no_more_memory(files):
+    """As many as `enough_microbatches` says are enough: the peak of twice as many is the same."""
+    for layout, rank in (("PP2", 0), ("PP2 interleaved", 0)):
+        [run] = watched(files, 2, ["lora"], [layout])
+        of = run.of_rank(rank)
+        enough = enough_microbatches(of.config, of.stage, 100)
+        assert enough < 8
+        few, many = rehearse([replace(of, num_microbatches=enough), replace(of, num_microbatches=8)])
+        assert few.peaks["step"] == many.peaks["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, world_size):
+    check_equal(watched(files, world_size, METHODS))

@@ -1,0 +1,98 @@
+"""The same recorder on real gloo ranks as in a rehearsal, for several runs in one world."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_peft.models.families import read_shape
+from megatron_peft.planning.record import RankRecord
+from megatron_peft.planning.recording import Recorder, group_names
+from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
+from megatron_peft.planning.rehearsed_rank import Watch, microbatch_of, watch_run
+from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
+from tests.training.layout_runs import Job, merged
+
+BOFT: dict[str, Any] = {"boft_block_size": 2, "boft_factors": 2}
+URNN: dict[str, Any] = {"urnn_block_size": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "lora_rank": 4},
+    "lora-ga": {"method": "lora-ga", "lora_rank": 4},
+    "boft": {"method": "boft", **BOFT},
+    "urnn": {"method": "urnn", **URNN},
+    "hybrid": {"method": "hybrid", "lora_rank": 4, "hybrid_lambda": "rms", **BOFT},
+    "lora bounded": {"method": "lora", "lora_rank": 4, "lora_max_norm_ratio": 1e-3},
+    "projection": {"method": "boft", "boft_parametrization": "projection", **BOFT},
+    "riemannian": {"method": "urnn", "urnn_update": "riemannian", "peft_lr_rotation": 0.1, **URNN},
+}
+TP_SP: dict[str, Any] = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
+PP: dict[str, Any] = {"parallel": {"pipeline_model_parallel_size": 2}}
+SHARDED: dict[str, Any] = {"optimizer": {"use_distributed_optimizer": True}}
+INTERLEAVED: dict[str, Any] = {"parallel": {"num_layers_per_virtual_pipeline_stage": 1}}
+FIXED: dict[str, Any] = {"data_settings": {"pad_to_seq_length": True}}
+OVERLAP = merged(SHARDED, {"training": {"overlap_grad_reduce": True}, "optimizer": {"overlap_param_gather": True}})
+RECOMPUTE: dict[str, Any] = {
+    "transformer": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+}
+# World size -> layouts.
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"alone": {}, "recompute": RECOMPUTE, "packed": {"data_settings": {"pack_sequences": True}}},
+    2: {
+        "TP2+SP": TP_SP,
+        "PP2": PP,
+        "DP2 sharded": SHARDED,
+        "DP2 overlap bf16": merged(OVERLAP, {"model": {"bf16": True}}),
+        "PP2 interleaved": merged(PP, INTERLEAVED, FIXED),
+    },
+    4: {
+        "TP2xPP2": merged(PP, {"parallel": {"tensor_model_parallel_size": 2}}),
+        "TP2+SPxPP2 interleaved": merged(TP_SP, PP, INTERLEAVED, FIXED),
+    },
+    8: {"TP2+SPxPP2xDP2 bf16": merged(TP_SP, PP, SHARDED, {"model": {"bf16": True}})},
+}
+NUM_MICROBATCHES = 4
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run and the world that it needs."""
+
+    job: Job
+    world_size: int
+
+    def of_rank(self, rank: int) -> RankToRehearse:
+        config = self.job.config(self.world_size)
+        lengths = Lengths.longest(config)
+        return RankToRehearse(config, read_shape(self.job.base), rank, config.num_microbatches, (lengths,), ("start",))
+
+
+def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any = None) -> list[Watched]:
+    found = []
+    for method, layout in product(methods, layouts or LAYOUTS[world_size]):
+        settings = LAYOUTS[world_size][layout]
+        tp_pp = settings.get("parallel", {})
+        replicas = world_size // (
+            tp_pp.get("tensor_model_parallel_size", 1) * tp_pp.get("pipeline_model_parallel_size", 1)
+        )
+        batch = {"training": {"micro_batch_size": 2, "global_batch_size": 2 * replicas * NUM_MICROBATCHES}}
+        job = Job(f"{method} {layout}", *files, peft=METHODS[method], **merged(batch, settings))
+        found.append(Watched(job, world_size))
+    return found
+
+
+def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
+    """Of this rank, by name of the job."""
+    start_world()
+    records = {}
+    for run in runs:
+        of = run.of_rank(dist.get_rank())
+        num_stages = of.config.parallel.num_virtual_stages(of.shape.num_layers)
+        start_model_parallel(of.config.parallel, of.config.training.seed, num_stages)
+        watch = Watch(Recorder(group_names()))
+        with watch():
+            microbatches = [microbatch_of(of.lengths[0]) for _ in range(of.num_microbatches)]
+            records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
+        stop_model_parallel()
+    return records
