@@ -11,17 +11,37 @@ conversions are compared. Takes minutes. Exit code 1: something differs, and is 
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags, read_own_flags
-from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_values
+from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
 from megatron_peft.commands.preview import ranks_of_a_replica
-from megatron_peft.config import ConfigurationError
-from megatron_peft.config.certify import CertifySettings
+from megatron_peft.config import ConfigurationError, Requirements, option
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 
 PROGRAM = "megatron-peft certify"
+
+
+@dataclass(frozen=True)
+class CertifySettings:
+    """The run's processes, and where the certificate goes."""
+
+    world_size: int | None = option(
+        None, "processes of the run (default: those of torchrun, else one replica)", check="positive"
+    )
+    output: Path | None = option(None, "file for the certificate, as JSON; it must not exist", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        with Requirements(self) as unmet:
+            unmet.fields()
+            path = self.output
+            unmet(path is None or not path.exists(), f"--output {path} exists already: give a file that does not.")
+            unmet(
+                path is None or path.parent.is_dir(),
+                f"--output {path}: there is no folder {path and path.parent}; make it first.",
+            )
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 for a certificate, 1 for a run that is refused, 2 for whatever the user can put right."""
     read_settings, flags = read_own_flags(CertifySettings, argv, __doc__)
     try:
+        if unknown := unknown_flags(flags):
+            raise ConfigurationError(*unknown)
         settings: CertifySettings = read_settings()
+        typed = typed_values(flags)
+        size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed)
+        # Neither data nor a length is needed.
+        config = read_config(flags, {"WORLD_SIZE": str(size)}, shape_of, saved=lambda values: {})
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
-    world_size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed_values(flags))
-    config = parse_arguments(flags, {"WORLD_SIZE": str(world_size)}, shape_of, PROGRAM)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
         return 0
 

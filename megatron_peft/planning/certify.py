@@ -301,9 +301,9 @@ def _verdict(one: Comparison) -> str:
     return "ok" if one.num_compared else "not compared"
 
 
-def write_certificate(certificate: Certificate, output: str) -> None:
+def write_certificate(certificate: Certificate, output: Path) -> None:
     """ConfigurationError if it cannot be written."""
     try:
-        write_atomically(Path(output), certificate.to_json())
+        write_atomically(output, certificate.to_json())
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written ({error.strerror}).") from error

@@ -311,9 +311,9 @@ def _draw(name: str, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def _data(data: DataConfig, shape: ModelShape, folder: Path) -> DataConfig:
-    """Records where the run reads records, else generated sequences; packed and padded as the run's."""
+    """Generated sequences for indexed data, else records; packed and padded as the run's."""
     made: Mapping[str, Any] = {"mock_data": True}
-    if data.reads_records:
+    if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
         path = (str(save_records(folder / "data.jsonl", shape.vocab_size)),)
         made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
     return DataConfig(
