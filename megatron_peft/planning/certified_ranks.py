@@ -324,7 +324,7 @@ def _samples(microbatch: Microbatch) -> Iterator[str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(torch.atleast_1d(tensor.detach()).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -253,7 +253,8 @@ def put(module: nn.Module, name: str, tensor: Tensor, size: int) -> None:
     old = getattr(module, name)
     new = spread(tensor, split_of(old), size)
     new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    new.__dict__.update(vars(old))
+    for attribute, value in vars(old).items():
+        setattr(new, attribute, value)
     setattr(module, name, new)
 
 

@@ -204,7 +204,8 @@ def test_every_method_is_certified_at_all_splits_at_once(tmp_path, method):
     parallel = {**TP2, **PP2, "sequence_parallel": True}
     config = run_of(METHODS[method], parallel, 8, {"pack_sequences": True}, use_distributed_optimizer=True)
     certificate = certify(config, LLAMA)
-    assert certificate.passed, [one.problems for one in certificate.comparisons]
+    problems = {one.name: one.problems for one in certificate.comparisons if not one.passed}
+    assert problems == {}
 
 
 @pytest.mark.slow
