@@ -324,7 +324,8 @@ def _samples(microbatch: Microbatch) -> Iterator[str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(torch.atleast_1d(tensor.detach()).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    flat = tensor.detach().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @contextmanager

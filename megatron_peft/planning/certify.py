@@ -220,7 +220,9 @@ def _resharded(split: Job, alone: Job, ranks: list[Trained], losses: list[float]
     found, end, start = (
         Tensors(folder) for folder in (alone.folder / RESHARDED, split.folder / END, split.folder / START)
     )
-    yield compare_tensors("trained tensors after resharding", found, end, tolerances.changes, ranks, since=start)
+    yield compare_tensors(
+        "trained tensors after resharding", found, end, tolerances.changes, ranks, since=(start, start)
+    )
 
 
 def _layers(config: RunConfig, shape: ModelShape) -> Iterator[Comparison]:

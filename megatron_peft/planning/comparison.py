@@ -110,7 +110,7 @@ def compare_runs(split: tuple[Job, Sequence[Trained]], alone: tuple[Job, Trained
     yield same_copies(ranks, END)
     ends = Tensors(job.folder / END), Tensors(reference_job.folder / END)
     yield compare_tensors(
-        "trained tensors", *ends, tolerances.changes, ranks, since=starts[1], weights=_sizes_of_gradients(reference_job)
+        "trained tensors", *ends, tolerances.changes, ranks, since=starts, weights=_sizes_of_gradients(reference_job)
     )
     yield numbers("validation loss", [first.validation_loss], [reference.validation_loss], tolerances.losses)
     yield compare_logits("logits after training", ranks, reference, 1, tolerances.logits)
@@ -230,7 +230,7 @@ def compare_tensors(
     reference: Mapping[str, Tensor],
     tolerance: float,
     ranks: Sequence[Trained],
-    since: Mapping[str, Tensor] | None = None,
+    since: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Comparison:
     """The norm of the difference over the norm of the reference, tensor by tensor.
@@ -238,7 +238,7 @@ def compare_tensors(
     Args:
         found, reference: whole tensors by key.
         ranks: say which slices they hold.
-        since: what the reference was before; differences are then relative to the change since.
+        since: what both were before: their changes since are compared instead.
         weights: of each tensor's elements.
     """
     parts = {key: _Part.of(key, found, reference, since, weights or {}) for key in reference}
@@ -268,14 +268,16 @@ class _Part:
         key: str,
         found: Mapping[str, Tensor],
         reference: Mapping[str, Tensor],
-        since: Mapping[str, Tensor] | None,
+        since: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
         weights: Mapping[str, Tensor],
     ) -> "_Part":
         whole = reference[key]
         other = found[key] if key in found and found[key].shape == whole.shape else torch.full_like(whole, math.nan)
         weight = weights.get(key, torch.ones(()).double())
-        change = whole - since[key] if since is not None else whole
-        return cls(weight * (other - whole), weight * change)
+        if since is not None:
+            before, whole_before = (start.get(key, torch.zeros_like(whole)) for start in since)
+            other, whole = other - before, whole - whole_before
+        return cls(weight * (other - whole), weight * whole)
 
     @property
     def norm(self) -> float:
