@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.planning.many_ranks import Place
+from megatron_peft.planning.many_ranks import TensorParallelPlace as Place
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
 

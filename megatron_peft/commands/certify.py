@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed = typed_values(flags)
         size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed)
         # Neither data nor a length is needed.
-        config = read_config(flags, {"WORLD_SIZE": str(size)}, shape_of, saved=lambda values: {})
+        config = read_config(flags, {"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: {})
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_peft.planning.certify import certify, print_certificate, write_certificate
 
     try:
-        certificate = certify(config, shape_of(str(config.model.pretrained_checkpoint)))
+        certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)))
         print_certificate(certificate)
         if settings.output is not None:
             write_certificate(certificate, settings.output)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if certificate.passed else 1
 
 
-def shape_of(model: str) -> ModelShape:
+def shape_of_model(model: str) -> ModelShape:
     """Of a model's folder, or of its config.json."""
     path = Path(model)
     return read_shape(path.parent if path.name == "config.json" else path)

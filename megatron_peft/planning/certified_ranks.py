@@ -67,7 +67,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Trained:
+class RankReport:
     """What one rank has to say of a run.
 
     Args:
@@ -93,7 +93,7 @@ class Trained:
     not_resumed: list[str] | None = None
 
 
-def train_split(job: Job) -> Trained:
+def train_split(job: Job) -> RankReport:
     """Train in the layout of the configuration, then resume from the middle. Called on every rank."""
     with _world(job):
         found = _train(job)
@@ -107,7 +107,7 @@ class Resharded:
     losses: list[float]
 
 
-def train_alone(jobs: tuple[Job, Job | None]) -> tuple[Trained, Resharded | None]:
+def train_alone(jobs: tuple[Job, Job | None]) -> tuple[RankReport, Resharded | None]:
     """Train in one process; then resume, in one process, what the layout saved. Called on one rank.
 
     Args:
@@ -137,7 +137,7 @@ def _world(job: Job) -> Iterator[None]:
         stop()
 
 
-def _train(job: Job) -> Trained:
+def _train(job: Job) -> RankReport:
     run = _Run.started(job)
     slices, before = {START: run.slices()}, run.logits()
     run.write(START)
@@ -151,7 +151,7 @@ def _train(job: Job) -> Trained:
     run.write(END)
     slices[END], after, mixed = run.slices(), run.logits(), mixtures(run.state)
     valid = run.data.valid
-    return Trained(
+    return RankReport(
         place=run.place,
         samples=run.samples,
         losses=[report.loss for report in reports],

@@ -31,13 +31,13 @@ from megatron_peft.planning.certified_ranks import (
     SAVED_AT,
     START,
     Job,
-    Trained,
+    RankReport,
     train_alone,
     train_split,
 )
 from megatron_peft.planning.comparison import (
     TOLERANCES,
-    Comparison,
+    CertificateLine,
     Tensors,
     compare_resumed,
     compare_runs,
@@ -82,7 +82,7 @@ class Certificate:
     small_model: Mapping[str, Any]
     small_flags: Mapping[str, Any]
     layouts: tuple[str, str]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[CertificateLine, ...]
     versions: Mapping[str, str]
 
     @property
@@ -181,24 +181,31 @@ def _version(name: str) -> str:
 
 def _comparisons(
     config: RunConfig, shape: ModelShape, small: SmallRun, plant: Callable[[], None] | None
-) -> Iterator[Comparison]:
+) -> Iterator[CertificateLine]:
     """All that can be made: after a failure of the ranks themselves there is nothing more to compare."""
     end = time.monotonic() + TIMEOUT_SECONDS
     tokens = random_tokens(small.shape.vocab_size, SEQ_LENGTH)
     split, alone = Job(small.split, small.shape, tokens, plant), Job(small.alone, small.shape, tokens)
     yield from _layers(config, shape)
     try:
-        ranks: list[Trained] = run_ranks(split.config.parallel.world_size, train_split, split, _left(end))
+        ranks: list[RankReport] = run_ranks(split.config.parallel.world_size, train_split, split, _left(end))
     except RanksFailed as error:
-        yield Comparison("the run itself", 0, None, 0.0, (_last_words(str(error)),))
+        yield CertificateLine("the run itself", 0, None, 0.0, (_last_words(str(error)),))
         return
-    ((reference, resharded),) = run_ranks(1, train_alone, (alone, replace(split, plant=None)), _left(end))
+    try:
+        ((reference, resharded),) = run_ranks(1, train_alone, (alone, replace(split, plant=None)), _left(end))
+    except RanksFailed as error:
+        yield CertificateLine("the run in one process", 0, None, 0.0, (_last_words(str(error)),))
+        return
     yield from compare_runs((split, ranks), (alone, reference))
     yield compare_resumed(ranks)
     assert resharded is not None
     yield from _resharded(split, alone, ranks, resharded.losses)
     logits = next(run.logits for run in ranks if run.logits is not None)
-    (converted,) = run_ranks(1, compare_converted, (replace(split, plant=None), logits), _left(end))
+    try:
+        (converted,) = run_ranks(1, compare_converted, (replace(split, plant=None), logits), _left(end))
+    except RanksFailed as error:
+        converted = [CertificateLine("merge and export", 0, None, 0.0, (_last_words(str(error)),))]
     yield from converted
 
 
@@ -213,7 +220,7 @@ def _last_words(text: str) -> str:
     return (errors or lines or ["the ranks did not end in time"])[0][:500]
 
 
-def _resharded(split: Job, alone: Job, ranks: list[Trained], losses: list[float]) -> Iterator[Comparison]:
+def _resharded(split: Job, alone: Job, ranks: list[RankReport], losses: list[float]) -> Iterator[CertificateLine]:
     """One process that was resumed from the layout's checkpoint, with the layout."""
     tolerances = TOLERANCES[split.config.model.bf16]
     yield numbers("losses after resharding to one process", losses, ranks[0].losses[SAVED_AT:], tolerances.losses)
@@ -225,7 +232,7 @@ def _resharded(split: Job, alone: Job, ranks: list[Trained], losses: list[float]
     )
 
 
-def _layers(config: RunConfig, shape: ModelShape) -> Iterator[Comparison]:
+def _layers(config: RunConfig, shape: ModelShape) -> Iterator[CertificateLine]:
     """The adapted layers at the run's own number of tensor-parallel ranks."""
     tp, peft = config.parallel.tensor_model_parallel_size, config.peft
     name = f"adapted layers at TP{tp}{'+SP' if config.parallel.sequence_parallel else ''}, in one process"
@@ -250,13 +257,13 @@ def _layers(config: RunConfig, shape: ModelShape) -> Iterator[Comparison]:
     except RanksFailed as error:
         words = _last_words(str(error))
         if words.startswith(("ImportError", "ModuleNotFoundError")):
-            yield Comparison(name, 0, None, 0.0, note="not compared: this torch has no LocalTensorMode")
+            yield CertificateLine(name, 0, None, 0.0, note="not compared: this torch has no LocalTensorMode")
         else:
-            yield Comparison(name, 0, None, 0.0, (words,))
+            yield CertificateLine(name, 0, None, 0.0, (words,))
         return
     wrong = [f"{tensor}: {error:.1e}" for tensor, error in found.items() if not error <= many_ranks.TOLERANCE]
     note = "float64, of a tensor's largest number"
-    yield Comparison(name, len(found), max(found.values()), many_ranks.TOLERANCE, shortened(wrong), note)
+    yield CertificateLine(name, len(found), max(found.values()), many_ranks.TOLERANCE, shortened(wrong), note)
 
 
 # What is printed and written.
@@ -290,14 +297,14 @@ def print_certificate(certificate: Certificate, console: Console | None = None) 
     console.print(f"{versions}\ndigest {digest_of(certificate.content)}", highlight=False, soft_wrap=True)
 
 
-def _limits(one: Comparison) -> tuple[str, str]:
+def _limits(one: CertificateLine) -> tuple[str, str]:
     if not one.num_compared:
         return "", ""
     largest = "" if one.largest is None else f"{one.largest:.1e}"
     return largest, f"{one.tolerance:.0e}" if one.tolerance else "equal"
 
 
-def _verdict(one: Comparison) -> str:
+def _verdict(one: CertificateLine) -> str:
     if one.problems:
         return "DIFFERS"
     return "ok" if one.num_compared else "not compared"

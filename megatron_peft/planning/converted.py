@@ -10,12 +10,12 @@ from megatron_peft.conversion.peft import export_adapter
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.verify import logits_of
 from megatron_peft.planning.certified_ranks import Job
-from megatron_peft.planning.comparison import TOLERANCES, Comparison, difference_of_logits
+from megatron_peft.planning.comparison import TOLERANCES, CertificateLine, difference_of_logits
 
 MERGED, EXPORTED = "merged model in transformers", "exported adapter in Hugging Face PEFT"
 
 
-def compare_converted(trained: tuple[Job, tuple[Tensor, Tensor]]) -> list[Comparison]:
+def compare_converted(trained: tuple[Job, tuple[Tensor, Tensor]]) -> list[CertificateLine]:
     """Logits of what is converted with those of the trained model. Called on one rank, without a world.
 
     Args:
@@ -24,7 +24,7 @@ def compare_converted(trained: tuple[Job, tuple[Tensor, Tensor]]) -> list[Compar
     return list(_comparisons(*trained))
 
 
-def _comparisons(job: Job, logits: tuple[Tensor, Tensor]) -> Iterator[Comparison]:
+def _comparisons(job: Job, logits: tuple[Tensor, Tensor]) -> Iterator[CertificateLine]:
     run = Path(str(job.config.checkpoint.save))
     has_adapters = job.config.peft.trains_adapters
     merged, exported = run.with_name("merged"), run.with_name("exported")
@@ -35,9 +35,11 @@ def _comparisons(job: Job, logits: tuple[Tensor, Tensor]) -> Iterator[Comparison
             yield _compare(EXPORTED, lambda: export_adapter(run, exported), job, logits)
         except ConfigurationError as error:
             reason = str(error).split(". ")[0].split(": ", 1)[-1]
-            yield Comparison(EXPORTED, 0, None, 0.0, note=f"not compared ({reason}): the merged model stands for it")
+            yield CertificateLine(
+                EXPORTED, 0, None, 0.0, note=f"not compared ({reason}): the merged model stands for it"
+            )
 
 
-def _compare(name: str, convert: Callable[[], Path], job: Job, logits: tuple[Tensor, Tensor]) -> Comparison:
+def _compare(name: str, convert: Callable[[], Path], job: Job, logits: tuple[Tensor, Tensor]) -> CertificateLine:
     found = logits_of(convert(), job.tokens)
     return difference_of_logits(name, found, logits[1], logits, TOLERANCES[job.config.model.bf16].logits)

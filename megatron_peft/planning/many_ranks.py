@@ -90,8 +90,8 @@ def run_built(layer: Any, kind: Kind, length: int, size: int, sequence_parallel:
     cls, out_features, in_features, batch, parts = kind
     tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
     of_x, of_y = (tokens, features) if issubclass(cls, AdaptedColumnParallelLinear) else (features, tokens)
-    x = spread(draw("x", length, batch, in_features), of_x, size).requires_grad_()
-    dy = spread(draw("dy", length, batch, out_features), of_y, size)
+    x = spread(drawn("x", length, batch, in_features), of_x, size).requires_grad_()
+    dy = spread(drawn("dy", length, batch, out_features), of_y, size)
     with all_ranks_at_once(size):
         y = layer(x)[0]
         y.backward(dy)
@@ -149,7 +149,7 @@ def build_layer(name: str, kind: Kind, config: Any, group: dist.ProcessGroup) ->
     layer.is_frozen = True
     layer.requires_grad_(False)
     for tensor, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
-        put(layer, tensor, draw(f"{name}.{tensor}", *shape), group.size())
+        put(layer, tensor, drawn(f"{name}.{tensor}", *shape), group.size())
     return layer
 
 
@@ -164,9 +164,12 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
         build = import_module(peft.spec.adapter).build
         return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
 
-    alone, slices = made(Place(0, 1)), [dict(made(Place(at, size)).named_parameters()) for at in range(size)]
+    alone, slices = (
+        made(TensorParallelPlace(0, 1)),
+        [dict(made(TensorParallelPlace(at, size)).named_parameters()) for at in range(size)],
+    )
     for name, parameter in alone.named_parameters():
-        start = join([own[name].detach() for own in slices], split_of(slices[0][name]))
+        start = joined([own[name].detach() for own in slices], split_of(slices[0][name]))
         assert torch.equal(start, parameter), f"{name} does not start as on one rank"
     move(alone.double())
     layer.adapter = made(layer.layout.group)
@@ -180,12 +183,12 @@ def move(adapter: nn.Module) -> None:
     """Every parameter away from its start; rotations stay rotations."""
     for module in adapter.modules():
         if isinstance(module, low_rank.LowRank) and module.A0 is not None:
-            module.start_at(draw("A0", *module.A.shape), draw("B0", *module.B.shape))
+            module.start_at(drawn("A0", *module.A.shape), drawn("B0", *module.B.shape))
         if isinstance(module, urnn.RiemannianUrnn):
-            module.move(module.U.clone(), draw("G", *module.U.shape), 0.2)
+            module.move(module.U.clone(), drawn("G", *module.U.shape), 0.2)
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            parameter += 0.3 * draw(name, *parameter.shape)
+            parameter += 0.3 * drawn(name, *parameter.shape)
         if isinstance(module, ProjectedBoft):
             module.project()
 
@@ -222,7 +225,7 @@ def _mode() -> type:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorParallelPlace:
     """Answers like the process group of rank `at` of `of`, for code that only slices."""
 
     at: int
@@ -237,7 +240,7 @@ class Place:
         return self.of
 
 
-def draw(name: str, *shape: int) -> Tensor:
+def drawn(name: str, *shape: int) -> Tensor:
     """Random numbers in float64, the same for a name."""
     return torch.randn(*shape, dtype=torch.float64, generator=generator_for(0, name))
 
@@ -271,10 +274,10 @@ def spread(whole: Tensor, split: Split, size: int) -> Any:
 
 def whole(tensor: Any, split: Split) -> Tensor:
     """`spread` undone."""
-    return join(list(tensor._local_tensors.values()) if hasattr(tensor, "_local_tensors") else [tensor], split)
+    return joined(list(tensor._local_tensors.values()) if hasattr(tensor, "_local_tensors") else [tensor], split)
 
 
-def join(slices: Sequence[Tensor], split: Split) -> Tensor:
+def joined(slices: Sequence[Tensor], split: Split) -> Tensor:
     """The whole of the ranks' slices; copies must be equal.
 
     Raises:

@@ -24,7 +24,7 @@ from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning import small_run as small
-from megatron_peft.planning.certified_ranks import Job, Trained, train_alone, train_split
+from megatron_peft.planning.certified_ranks import Job, RankReport, train_alone, train_split
 from megatron_peft.planning.certify import certify, digest_of
 from megatron_peft.planning.comparison import compare_runs
 from tests.planning import faults
@@ -124,7 +124,7 @@ class Runs:
         self._folder = folder
         self._alone = cache(self._alone)
 
-    def _alone(self, method: str, layout: str) -> tuple[Job, Job, Trained]:
+    def _alone(self, method: str, layout: str) -> tuple[Job, Job, RankReport]:
         """The runs in a layout and in one process, and what the second finds."""
         parallel, world_size = LAYOUTS[layout]
         folder = self._folder / f"{method} {layout}"
@@ -140,7 +140,7 @@ class Runs:
         sound, alone, reference = self._alone(method, layout)
         save = CheckpointConfig(save=f"{sound.config.checkpoint.save}-{fault}")
         job = replace(sound, config=replace(sound.config, checkpoint=save), plant=getattr(faults, fault))
-        ranks: list[Trained] = run_ranks(job.config.parallel.world_size, train_split, job, 600)
+        ranks: list[RankReport] = run_ranks(job.config.parallel.world_size, train_split, job, 600)
         found = compare_runs((job, ranks), (alone, reference))
         return {one.name: one.problems for one in found if not one.passed}
 
