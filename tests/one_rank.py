@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from megatron_peft.config import ParallelConfig
+from megatron_peft.planning.many_ranks import TensorParallelPlace as Place
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop
 
 
@@ -22,20 +22,6 @@ def one_rank(seed: int = 1234, with_groups: bool = True) -> Iterator[None]:
         yield
     finally:
         stop()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Answers like the process group of rank `at` of `of`, for code that only slices."""
-
-    at: int
-    of: int
-
-    def rank(self) -> int:
-        return self.at
-
-    def size(self) -> int:
-        return self.of
 
 
 def places(size: int) -> list[Place]:

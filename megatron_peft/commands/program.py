@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("convert", "move weights and adapters between Hugging Face, PEFT and Megatron; merge; verify"),
     "generate": ("generate", "answer prompts with a base model or a trained one"),
     "evaluate": ("evaluate", "score a model on tasks of lm-evaluation-harness"),
+    "certify": ("certify", "prove here that a run of many processes trains the model that one would"),
     "experiment": ("experiment", "run a grid of models, tasks, methods and seeds"),
     "report": ("report", "tables and plots of a run or an experiment"),
     "demo": ("demo", "fine-tune a real 135M Llama on this machine"),

@@ -104,6 +104,16 @@ def verify(
     return compare_traces(*(subject.trace(subject, tokens) for subject in subjects))
 
 
+def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
+    """Those of the model in a folder of any format above; adapters are put on the base that they name.
+
+    Raises:
+        ConfigurationError: the folder is not a model, or its library cannot open it.
+    """
+    subject = _subject("--input", Path(folder), None)
+    return subject.trace(subject, tokens).logits
+
+
 def random_tokens(vocab_size: int, num_tokens: int, seed: int = 0) -> Tensor:  # -> [BATCH_SIZE, num_tokens]
     """The tokens on which models are compared."""
     return torch.randint(0, vocab_size, (BATCH_SIZE, num_tokens), generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
@@ -18,32 +17,14 @@ from megatron_peft.adapters.low_rank import LowRank
 from megatron_peft.benchmarks.measure import CollectiveLog
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.parallel.layout import generator_for
+from megatron_peft.planning.many_ranks import drawn as draw
+from megatron_peft.planning.many_ranks import joined as join
+from megatron_peft.planning.many_ranks import layer_config, split_of
 from megatron_peft.runtime.launch import start_model_parallel, start_world
 from tests.kept import kept_for_backward
 
 S, BATCH, H, F, RANK = 8, 3, 12, 10, 2
 PEFT = PeftConfig(lora_rank=RANK, lora_alpha=3.0)
-Split = tuple[int, int] | None  # (dim that the ranks split, parts along it that each is split); None: each has all
-
-
-def draw(name: str, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=generator_for(0, name))
-
-
-def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) -> Any:
-    """megatron-core's configuration of layers in float64 that all have a bias."""
-    config: Any = TransformerConfig(
-        num_layers=1,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        tensor_model_parallel_size=size,
-        sequence_parallel=sequence_parallel,
-        params_dtype=torch.float64,
-        perform_initialization=False,
-    )
-    config.linear_biases = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
-    return config
 
 
 class GatedPair(nn.Module):
@@ -121,22 +102,6 @@ def _kept(layer: nn.Module, x: Tensor) -> list[Any]:
     if x.untyped_storage().data_ptr() in sizes:
         sizes[x.untyped_storage().data_ptr()] = "x"
     return sorted((size for storage, size in sizes.items() if storage not in parameters), key=str)
-
-
-def split_of(parameter: Any) -> Split:
-    """How a parameter or buffer says that it lies on the ranks."""
-    is_split = getattr(parameter, "tensor_model_parallel", False)
-    return (parameter.partition_dim, parameter.partition_stride) if is_split else None
-
-
-def join(slices: list[Tensor], split: Split) -> Tensor:
-    """The whole of the ranks' slices; copies must be equal."""
-    if split is None:
-        assert all(torch.equal(one, slices[0]) for one in slices), "copies differ between ranks"
-        return slices[0]
-    dim, parts = split
-    stacked = zip(*(one.chunk(parts, dim) for one in slices), strict=True)
-    return torch.cat([torch.cat(same_part, dim) for same_part in stacked], dim)
 
 
 def _from_all(tensor: Tensor, group: Any) -> list[Tensor]:

@@ -1,32 +1,24 @@
 """Adapted layers on 8 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process.
 
-torch's LocalTensorMode runs every rank's program at once: a LocalTensor holds each rank's slice, an operation is done
-on all slices, and a collective is the sum or the concatenation that it stands for. The process groups are fake.
+`megatron_peft/planning/many_ranks.py` runs them, as it does for a certificate.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_peft.adapters import low_rank, urnn
-from megatron_peft.adapters.boft import ProjectedBoft
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.rotation import BlockRotation
 from megatron_peft.config import PeftConfig
-from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
-from megatron_peft.runtime import cpu
-from tests.adapters.layer_runs import Split, draw, join, layer_config, split_of
-from tests.one_rank import places
+from megatron_peft.planning.many_ranks import attach, build_layer, fake_groups, layer_config, run_built
 
-local = pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
+pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 
 H, MOST_RANKS = 64, 16  # a rank has at least 4 features, one group of the rotations below
 
@@ -75,12 +67,8 @@ def cases() -> Iterator[Any]:
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> Iterator[dict[int, dist.ProcessGroup]]:
     """Of 1, 8 and 16 ranks, by size; this process is the first of each."""
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
-
-    cpu.install()
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=MOST_RANKS)
-    yield {size: dist.new_group(list(range(size)), backend="fake") for size in (1, 8, MOST_RANKS)}
-    dist.destroy_process_group()
+    with fake_groups(8, MOST_RANKS) as found:
+        yield found
     on_one_rank.cache_clear()
 
 
@@ -127,120 +115,8 @@ def on_one_rank(method: str, kind: str, group: dist.ProcessGroup, length: int) -
 
 def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_parallel: bool) -> dict[str, Tensor]:
     """One forward, backward and sum of partial gradients; whole tensors by name."""
-    (cls, out_features, in_features, batch, parts), size = KINDS[kind], group.size()
-    layer = build(kind, group, sequence_parallel)
+    config = layer_config(H, MOST_RANKS, group.size(), sequence_parallel)
+    layer = build_layer(kind, KINDS[kind], config, group)
     if METHODS[method]:
-        attach(layer, PeftConfig(**METHODS[method]), size)
-    tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
-    of_x, of_y = (tokens, features) if cls is COLUMN else (features, tokens)
-    x = spread(draw("x", length, batch, in_features), of_x, size).requires_grad_()
-    dy = spread(draw("dy", length, batch, out_features), of_y, size)
-    with all_ranks_at_once(size):
-        y = layer(x)[0]
-        y.backward(dy)
-        for parameter in layer.parameters():
-            parameter.main_grad = parameter.grad
-        sum_partial_gradients_over_tensor_parallel([layer], group)
-    trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
-    gradients = {name: whole(parameter.main_grad, split_of(parameter)) for name, parameter in trained.items()}
-    return {"y": whole(y.detach(), of_y), "dx": whole(x.grad, of_x), **gradients}
-
-
-def build(kind: str, group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
-    """A frozen layer with all ranks' slices of its weight and bias."""
-    cls, out_features, in_features, _, parts = KINDS[kind]
-    special = {"stride": parts} if cls is COLUMN else {"input_is_parallel": True}
-    layer = cls(
-        in_features,
-        out_features,
-        config=layer_config(H, MOST_RANKS, group.size(), sequence_parallel),
-        init_method=None,
-        skip_bias_add=False,
-        tp_comm_buffer_name=kind,
-        tp_group=group,
-        **special,
-    )
-    layer.is_frozen = True
-    layer.requires_grad_(False)
-    for name, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
-        put(layer, name, draw(f"{kind}.{name}", *shape), group.size())
-    return layer
-
-
-def attach(layer: Any, peft: PeftConfig, size: int) -> None:
-    """Give the layer its adapter, in float64 and moved away from the start; the ranks' starts are slices of one."""
-
-    def made(group: Any) -> nn.Module:
-        build = import_module(peft.spec.adapter).build
-        return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
-
-    alone, slices = made(places(1)[0]), [dict(made(place).named_parameters()) for place in places(size)]
-    for name, parameter in alone.named_parameters():
-        start = join([own[name].detach() for own in slices], split_of(slices[0][name]))
-        assert torch.equal(start, parameter), f"{name} does not start as on one rank"
-    move(alone.double())
-    layer.adapter = made(layer.layout.group)
-    for name, tensor in [*alone.named_parameters(), *alone.named_buffers()]:
-        module, _, last = name.rpartition(".")
-        put(layer.adapter.get_submodule(module), last, tensor.detach(), size)
-
-
-@torch.no_grad()
-def move(adapter: nn.Module) -> None:
-    """Every parameter away from its start; rotations stay rotations."""
-    for module in adapter.modules():
-        if isinstance(module, low_rank.LowRank) and module.A0 is not None:
-            module.start_at(draw("A0", *module.A.shape), draw("B0", *module.B.shape))
-        if isinstance(module, urnn.RiemannianUrnn):
-            module.move(module.U.clone(), draw("G", *module.U.shape), 0.2)
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter += 0.3 * draw(name, *parameter.shape)
-        if isinstance(module, ProjectedBoft):
-            module.project()
-
-
-class Mode(local.LocalTensorMode):
-    """torch's takes the conjugate of a number, which backward asks for, for a new tensor on each rank."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._conj.default and isinstance(args[0], complex):
-            return func(*args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-@contextmanager
-def all_ranks_at_once(size: int) -> Iterator[None]:
-    """Ranks ask their group which they are: it answers an integer of several values (by itself always 0)."""
-    if size == 1:
-        yield
-        return
-    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
-    with pytest.MonkeyPatch.context() as patch, Mode(size):
-        patch.setattr(dist.ProcessGroup, "rank", lambda group: rank)
-        yield
-
-
-def put(module: nn.Module, name: str, tensor: Tensor, size: int) -> None:
-    """All ranks' slices of a whole tensor in the place of a parameter or buffer, which says how it is split."""
-    old = getattr(module, name)
-    new = spread(tensor, split_of(old), size)
-    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    new.__dict__.update(vars(old))
-    setattr(module, name, new)
-
-
-def spread(whole: Tensor, split: Split, size: int) -> Tensor:
-    """A whole tensor as all ranks hold it; as it is on one rank."""
-    if size == 1:
-        return whole
-    if split is None:
-        return local.LocalTensor({rank: whole.clone() for rank in range(size)})
-    dim, parts = split
-    pieces = whole.chunk(parts * size, dim)
-    return local.LocalTensor({rank: torch.cat(pieces[rank::size], dim) for rank in range(size)})
-
-
-def whole(tensor: Any, split: Split) -> Tensor:
-    """`spread` undone."""
-    return join(list(tensor._local_tensors.values()) if isinstance(tensor, local.LocalTensor) else [tensor], split)
+        attach(layer, PeftConfig(**METHODS[method]), group.size())
+    return run_built(layer, KINDS[kind], length, group.size(), sequence_parallel)

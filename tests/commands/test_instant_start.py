@@ -33,6 +33,7 @@ print("\\nheavy:", *sorted({heavy} & sys.modules.keys()))
         ("import megatron_peft.commands.generate as tool; tool.main([])", "", NONE),
         ("import megatron_peft.commands.bench as tool; tool.main(['nope'])", "", NONE),
         ("import megatron_peft.commands.check_gpu as tool; tool.main(['nope'])", "", NONE),
+        ("import megatron_peft.commands.certify as tool; tool.main(['--help'])", "--world-size N", NONE),
         ("import megatron_peft.commands.demo as tool; tool.main(['--nope'])", "", NONE),
         ("import megatron_peft.commands.program as tool; tool.main(['bench', '--version'])", "megatron-core", NONE),
         ("from megatron_peft.models.families import FAMILIES, family_of; [*map(family_of, FAMILIES)]", "", NONE),

@@ -12,7 +12,7 @@ from megatron_peft.commands.program import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"convert": "convert", "evaluate": "evaluate", "experiment": "experiment", "generate": "generate"}
-SCRIPTS |= {"report": "report", "demo": "demo", "bench": "bench", "check_gpu": "check_gpu"}
+SCRIPTS |= {"report": "report", "demo": "demo", "bench": "bench", "check_gpu": "check_gpu", "certify": "certify"}
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "data"])

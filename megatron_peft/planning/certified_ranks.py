@@ -1,0 +1,333 @@
+"""What the ranks of a certificate's small runs do: train, save, resume, and report all that can be compared.
+
+Whole tensors are gathered through checkpoints: parameters at the start and at the end, and gradients of the first two
+steps, written under the keys of the parameters.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_peft.adapters.step_rotations import inference_rotations
+from megatron_peft.checkpoint.folders import iteration_folder
+from megatron_peft.checkpoint.load import load_checkpoint
+from megatron_peft.checkpoint.save import Saver, write_new_folder
+from megatron_peft.checkpoint.state import MOMENTS, optimizer_params
+from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters
+from megatron_peft.config import CheckpointConfig, RunConfig
+from megatron_peft.conversion.verify import BATCH_SIZE
+from megatron_peft.data.batches import Microbatch
+from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.tokenizers import build_tokenizer
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.runtime.launch import gather_over_world, start_model_parallel, start_world, stop
+from megatron_peft.training.after_step import mixtures
+from megatron_peft.training.lora_ga_start import first_steps
+from megatron_peft.training.run import build_state
+from megatron_peft.training.state import GradientShards, TrainingState
+from megatron_peft.training.step import train_step
+from megatron_peft.training.validation import inference_mode, validation_loss, whole_parameters
+
+SAVED_AT = 2  # the step after which a run is resumed and resharded
+START, END, GRADIENTS, RESHARDED = "start", "end", "gradients{}", "resharded"
+STEPS_WITH_GRADIENTS = (1, 2)  # a LoRA's A has none before its B has moved
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]  # first index and sides of a slice of a global tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """A small run.
+
+    Args:
+        config: its flags; checkpoints and tensors are written to the folder of --save.
+        shape: of its model.
+        tokens: [2, s], on which the trained model is asked for logits.
+        plant: called first on every rank; tests put faults into the product with it.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    tokens: Tensor
+    plant: Callable[[], None] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where tensors stand, beside the checkpoints."""
+        return Path(f"{self.config.checkpoint.save}.tensors")
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank has to say of a run.
+
+    Args:
+        place: tensor-parallel rank, stage and replica.
+        samples: digests of the samples that this rank read, step by step.
+        losses, grad_norms, layer_grad_norms, num_tokens: of the steps.
+        lambdas: of the Hybrid's layers, after the last step.
+        slices: digests of what this rank holds of trained tensors, by key and place, at the start and at the end.
+        logits: [2, s, vocabulary] before and after training, on a rank that has them.
+        not_resumed: names of what differs after resuming from step SAVED_AT; None: it was not tried.
+    """
+
+    place: tuple[int, int, int]
+    samples: list[list[str]]
+    losses: list[float]
+    grad_norms: list[float]
+    layer_grad_norms: list[tuple[float, ...]]
+    num_tokens: list[int]
+    validation_loss: float
+    lambdas: Mapping[str, float]
+    slices: Mapping[str, Mapping[tuple[str, Place], str]]
+    logits: tuple[Tensor, Tensor] | None
+    not_resumed: list[str] | None = None
+
+
+def train_split(job: Job) -> RankReport:
+    """Train in the layout of the configuration, then resume from the middle. Called on every rank."""
+    with _world(job):
+        found = _train(job)
+        return replace(found, not_resumed=_resume(job))
+
+
+@dataclass(frozen=True)
+class Resharded:
+    """Losses of the last steps, of a run that one process resumed from the layout's checkpoint."""
+
+    losses: list[float]
+
+
+def train_alone(jobs: tuple[Job, Job | None]) -> tuple[RankReport, Resharded | None]:
+    """Train in one process; then resume, in one process, what the layout saved. Called on one rank.
+
+    Args:
+        jobs: the run in one process, and that in its layout, if that is to be resumed.
+    """
+    alone, split = jobs
+    with _world(alone):
+        found = _train(alone)
+        if split is None:
+            return found, None
+        run = _Run.started(alone, load=iteration_folder(Path(str(split.config.checkpoint.save)), SAVED_AT))
+        losses = [run.step().loss for _ in range(run.data.train_iters - SAVED_AT)]
+        run.write(RESHARDED)
+        return found, Resharded(losses)
+
+
+@contextmanager
+def _world(job: Job) -> Iterator[None]:
+    if job.plant is not None:
+        job.plant()
+    parallel = job.config.parallel
+    start_world("gloo", parallel.distributed_timeout_minutes)
+    try:
+        start_model_parallel(parallel, job.config.training.seed, parallel.num_virtual_stages(job.shape.num_layers))
+        yield
+    finally:
+        stop()
+
+
+def _train(job: Job) -> RankReport:
+    run = _Run.started(job)
+    slices, before = {START: run.slices()}, run.logits()
+    run.write(START)
+    reports = []
+    with Saver(job.config.checkpoint) as saver:
+        for number in range(1, run.data.train_iters + 1):
+            reports.append(run.step(keeps_gradients=number in STEPS_WITH_GRADIENTS))
+            if number in (SAVED_AT, run.data.train_iters):
+                saver.start(run.state)
+                saver.finish()
+    run.write(END)
+    slices[END], after, mixed = run.slices(), run.logits(), mixtures(run.state)
+    valid = run.data.valid
+    return RankReport(
+        place=run.place,
+        samples=run.samples,
+        losses=[report.loss for report in reports],
+        grad_norms=[report.grad_norm for report in reports],
+        layer_grad_norms=[report.layer_grad_norms for report in reports],
+        num_tokens=[report.num_tokens for report in reports],
+        validation_loss=validation_loss(run.state.model_chunks, valid) if valid else 0.0,
+        lambdas=mixed.by_layer if mixed else {},
+        slices=slices,
+        logits=None if before is None or after is None else (before, after),
+    )
+
+
+def _resume(job: Job) -> list[str]:
+    """Names of what is not bit for bit that of the run which was not interrupted."""
+    folder = Path(str(job.config.checkpoint.save))
+    whole = _Run.started(job, load=iteration_folder(folder, job.config.training.train_iters or 0)).snapshot()
+    run = _Run.started(job, load=iteration_folder(folder, SAVED_AT))
+    while run.state.position.iteration < run.data.train_iters:
+        run.step()
+    again = run.snapshot()
+    differing = [name for name in whole if name not in again or not torch.equal(whole[name], again[name])]
+    return sorted({name for names in gather_over_world(differing) for name in names})
+
+
+@dataclass
+class _Run:
+    """A run on this rank."""
+
+    job: Job
+    state: TrainingState
+    data: Data
+    samples: list[list[str]]
+
+    @classmethod
+    def started(cls, job: Job, load: Path | None = None) -> "_Run":
+        """A fresh run, as new processes build it; or resumed from a checkpoint."""
+        config = job.config
+        if load is not None:
+            config = replace(config, checkpoint=CheckpointConfig(load=str(load)))
+        data = build_data(
+            config,
+            build_tokenizer(config.data, None),
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_ids=job.shape.vocab_size,
+        )
+        state = build_state(config, job.shape, data.train_iters, first_steps(config, data.train))
+        state.data_digest = data.digest
+        load_checkpoint(state)
+        data.train.consumed_samples = state.position.consumed_samples
+        return cls(job, state, data, [])
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        mpu = parallel_state
+        stage = mpu.get_pipeline_model_parallel_rank()
+        return mpu.get_tensor_model_parallel_rank(), stage, mpu.get_data_parallel_rank()
+
+    @property
+    def entries(self) -> list[Sharded]:
+        chunks = [chunk.module for chunk in self.state.model_chunks]
+        return sharded_parameters(chunks, only_adapters=self.state.config.peft.trains_adapters)
+
+    def step(self, keeps_gradients: bool = False) -> Any:
+        """The next step's report."""
+        position, size = self.state.position, self.state.config.global_batch_size
+        microbatches = self.data.train.step_at(position.consumed_samples)
+        self.samples.append([digest for microbatch in microbatches for digest in _samples(microbatch)])
+        with self._kept_gradients(position.iteration + 1) if keeps_gradients else _nothing():
+            report = train_step(self.state, microbatches, by_layer=True)
+        position.iteration += 1
+        position.consumed_samples += size
+        position.consumed_tokens += report.num_positions
+        return report
+
+    @contextmanager
+    def _kept_gradients(self, number: int) -> Iterator[None]:
+        """Write the gradients of the step as they reach the optimizer: summed, and not clipped."""
+        optimizer: Any = self.state.optimizer
+        update = optimizer.step
+
+        def write_and_update(*args: Any, **kwargs: Any) -> Any:
+            trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
+            gradients = dict(zip(map(id, trained), GradientShards(optimizer).whole(trained), strict=True))
+            of_trained = [entry for entry in self.entries if id(entry.data) in gradients]
+            self._write(
+                GRADIENTS.format(number), [replace(entry, data=gradients[id(entry.data)]) for entry in of_trained]
+            )
+            return update(*args, **kwargs)
+
+        optimizer.step = write_and_update
+        try:
+            yield
+        finally:
+            optimizer.step = update
+
+    def write(self, name: str) -> None:
+        """What is trained, whole, into a folder beside the checkpoints."""
+        with whole_parameters(self.state.model_chunks):
+            self._write(name, self.entries)
+
+    def _write(self, name: str, entries: Sequence[Sharded]) -> None:
+        write_new_folder([part for entry in entries for part in global_slices(entry)], self.job.folder / name)
+
+    def slices(self) -> dict[tuple[str, Place], str]:
+        """Digests of this rank's slices."""
+        with whole_parameters(self.state.model_chunks):
+            return {
+                (part.key, (tuple(part.global_offset), tuple(part.local_shape))): _digest(data_of(part))
+                for entry in self.entries
+                for part in global_slices(entry)
+            }
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of everything that training changes on this rank."""
+        entries = self.entries
+        with whole_parameters(self.state.model_chunks):
+            found = {entry.key: data_of(entry).detach().clone() for entry in entries}
+        for param, entry in optimizer_params(self.state.optimizer, entries):
+            found[f"master {entry.key}"] = param.master.detach().clone()
+            found |= {f"{name} {entry.key}": param.state[name].clone() for name in MOMENTS if name in param.state}
+        found["torch's generator"] = torch.get_rng_state()
+        return found
+
+    @torch.no_grad()
+    def logits(self) -> Tensor | None:
+        """[2, s, vocabulary] on the first tensor-parallel rank of the last stage of the first replica, else None."""
+        chunks, tokens = self.state.model_chunks, self.job.tokens
+        num_microbatches = self.state.config.parallel.pipeline_model_parallel_size
+        with inference_mode(chunks), inference_rotations(chunks):
+            found = get_forward_backward_func()(
+                forward_step_func=_ask,
+                data_iterator=[iter([tokens] * num_microbatches) for _ in chunks]
+                if len(chunks) > 1
+                else iter([tokens] * num_microbatches),
+                model=list(chunks),
+                num_microbatches=num_microbatches,
+                seq_length=tokens.shape[1],
+                micro_batch_size=BATCH_SIZE,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        if not found:
+            return None
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        parts = [torch.empty_like(found[0]) for _ in range(group.size())]
+        dist.all_gather(parts, found[0].contiguous(), group=group)
+        whole = torch.cat(parts, -1)[..., : self.job.shape.vocab_size].float()
+        return whole if self.place[0] == self.place[2] == 0 else None
+
+
+def _ask(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Any]:
+    tokens = next(batches)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    logits = model(input_ids=tokens, position_ids=positions, attention_mask=None)
+    return logits, lambda output, non_loss_data=True: output
+
+
+def _samples(microbatch: Microbatch) -> Iterator[str]:
+    """Digests of the samples of a microbatch, without padding."""
+    rows = zip(microbatch.tokens, microbatch.labels, microbatch.loss_mask, strict=True)
+    for tokens, labels, mask in rows:
+        lengths = list(microbatch.lengths or [len(tokens)])
+        for one in zip(tokens.split(lengths), labels.split(lengths), mask.split(lengths), strict=True):
+            counted = one[2].nonzero()
+            if len(counted):
+                end = int(counted[-1]) + 1
+                yield _digest(torch.stack([one[0][:end], one[1][:end]]))
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,291 @@
+"""Adapted layers on any number of tensor-parallel ranks in one process, compared with the same layers on one rank.
+
+torch's LocalTensorMode runs every rank's program at once: a LocalTensor holds each rank's slice, an operation is done
+on all slices, and a collective is the sum or the concatenation that it stands for. The process groups are fake, the
+numbers float64. torch's mode is private; without it nothing can be compared here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_peft.adapters import low_rank, urnn
+from megatron_peft.adapters.boft import ProjectedBoft
+from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
+from megatron_peft.config import LINEAR_MODULES, LinearSizes, PeftConfig
+from megatron_peft.parallel.collectives import sum_partial_gradients_over_tensor_parallel
+from megatron_peft.parallel.layout import generator_for
+from megatron_peft.runtime import cpu
+
+TOLERANCE = 1e-11  # of the largest number of a tensor, in float64
+BATCH = 3
+Split = tuple[int, int] | None  # (dim that the ranks split, parts along it that each is split); None: each has all
+Kind = tuple[Any, int, int, int, int]  # layer, output features, input features, batch, matrices stacked in its output
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is compared: the adapted layers of a model.
+
+    Args:
+        sizes: of each linear layer of the model that has an adapter, by the last part of its name.
+        peft: the method and its numbers.
+        num_heads, head_features: of the model.
+        sequence_parallel: whether tokens are split between the layers.
+    """
+
+    sizes: Mapping[str, LinearSizes]
+    peft: PeftConfig
+    num_heads: int
+    head_features: int
+    sequence_parallel: bool
+
+
+def compare_many_ranks(layers: Layers) -> dict[str, float]:
+    """Largest difference from one rank, relative to a tensor's largest number, by layer and tensor.
+
+    Called in a process without a world, in which nothing else is done afterwards.
+
+    Raises:
+        ImportError: this torch has no LocalTensorMode.
+    """
+    found: dict[str, float] = {}
+    for name, sizes in layers.sizes.items():
+        size = sizes.tensor_parallel_size
+        with fake_groups(size) as groups:
+            one, many = (
+                run_layer(layers, name, groups[number], splits)
+                for number, splits in ((1, False), (size, layers.sequence_parallel))
+            )
+        for tensor, whole_one in one.items():
+            largest = float(whole_one.abs().max()) or 1.0
+            found[f"{name} {tensor}"] = float((many[tensor] - whole_one).abs().max()) / largest
+    return found
+
+
+def run_layer(layers: Layers, name: str, group: dist.ProcessGroup, sequence_parallel: bool) -> dict[str, Tensor]:
+    """One forward, backward and sum of partial gradients; whole tensors by name."""
+    sizes = layers.sizes[name]
+    size, length = group.size(), 2 * sizes.tensor_parallel_size
+    is_column = sizes.split == "column"
+    kind = (
+        AdaptedColumnParallelLinear if is_column else AdaptedRowParallelLinear,
+        *(sizes.out_features, sizes.in_features, BATCH, sizes.num_parts),
+    )
+    config = layer_config(layers.num_heads * layers.head_features, layers.num_heads, size, sequence_parallel)
+    layer = build_layer(name.removeprefix("linear_"), kind, config, group)
+    attach(layer, layers.peft, size)
+    return run_built(layer, kind, length, size, sequence_parallel)
+
+
+def run_built(layer: Any, kind: Kind, length: int, size: int, sequence_parallel: bool) -> dict[str, Tensor]:
+    """Output, the input's gradient and, after the sum over the ranks, the gradient of every parameter, whole."""
+    cls, out_features, in_features, batch, parts = kind
+    tokens, features = (0, 1) if sequence_parallel else None, (2, parts)
+    of_x, of_y = (tokens, features) if issubclass(cls, AdaptedColumnParallelLinear) else (features, tokens)
+    x = spread(drawn("x", length, batch, in_features), of_x, size).requires_grad_()
+    dy = spread(drawn("dy", length, batch, out_features), of_y, size)
+    with all_ranks_at_once(size):
+        y = layer(x)[0]
+        y.backward(dy)
+        for parameter in layer.parameters():
+            parameter.main_grad = parameter.grad
+        sum_partial_gradients_over_tensor_parallel([layer], layer.layout.group)
+    trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    gradients = {name: whole(parameter.main_grad, split_of(parameter)) for name, parameter in trained.items()}
+    return {"y": whole(y.detach(), of_y), "dx": whole(x.grad, of_x), **gradients}
+
+
+@contextmanager
+def fake_groups(*sizes: int) -> Iterator[dict[int, dist.ProcessGroup]]:
+    """Groups of one rank and of each of the sizes, by size; this process is the first of each."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
+
+    cpu.install()
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=max(sizes))
+    try:
+        yield {size: dist.new_group(list(range(size)), backend="fake") for size in {1, *sizes}}  # type: ignore[misc]
+    finally:
+        dist.destroy_process_group()
+
+
+def layer_config(hidden: int, heads: int, size: int, sequence_parallel: bool) -> Any:
+    """megatron-core's configuration of layers in float64 that all have a bias."""
+    config: Any = TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=torch.float64,
+        perform_initialization=False,
+    )
+    config.linear_biases = {*LINEAR_MODULES}
+    return config
+
+
+def build_layer(name: str, kind: Kind, config: Any, group: dist.ProcessGroup) -> Any:
+    """A frozen layer with all ranks' slices of its weight and bias."""
+    cls, out_features, in_features, _, parts = kind
+    is_column = issubclass(cls, AdaptedColumnParallelLinear)
+    special: dict[str, Any] = {"stride": parts} if is_column else {"input_is_parallel": True}
+    layer = cls(
+        in_features,
+        out_features,
+        config=config,
+        init_method=None,
+        skip_bias_add=False,
+        tp_comm_buffer_name=name,
+        tp_group=group,
+        **special,
+    )
+    layer.is_frozen = True
+    layer.requires_grad_(False)
+    for tensor, shape in {"weight": (out_features, in_features), "bias": (out_features,)}.items():
+        put(layer, tensor, drawn(f"{name}.{tensor}", *shape), group.size())
+    return layer
+
+
+def attach(layer: Any, peft: PeftConfig, size: int) -> None:
+    """Give the layer its adapter, in float64 and moved away from the start; the ranks' starts are slices of one.
+
+    Raises:
+        AssertionError: they are not.
+    """
+
+    def made(group: Any) -> nn.Module:
+        build = import_module(peft.spec.adapter).build
+        return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
+
+    alone, slices = (
+        made(TensorParallelPlace(0, 1)),
+        [dict(made(TensorParallelPlace(at, size)).named_parameters()) for at in range(size)],
+    )
+    for name, parameter in alone.named_parameters():
+        start = joined([own[name].detach() for own in slices], split_of(slices[0][name]))
+        assert torch.equal(start, parameter), f"{name} does not start as on one rank"
+    move(alone.double())
+    layer.adapter = made(layer.layout.group)
+    for name, tensor in [*alone.named_parameters(), *alone.named_buffers()]:
+        module, _, last = name.rpartition(".")
+        put(layer.adapter.get_submodule(module), last, tensor.detach(), size)
+
+
+@torch.no_grad()
+def move(adapter: nn.Module) -> None:
+    """Every parameter away from its start; rotations stay rotations."""
+    for module in adapter.modules():
+        if isinstance(module, low_rank.LowRank) and module.A0 is not None:
+            module.start_at(drawn("A0", *module.A.shape), drawn("B0", *module.B.shape))
+        if isinstance(module, urnn.RiemannianUrnn):
+            module.move(module.U.clone(), drawn("G", *module.U.shape), 0.2)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter += 0.3 * drawn(name, *parameter.shape)
+        if isinstance(module, ProjectedBoft):
+            module.project()
+
+
+@contextmanager
+def all_ranks_at_once(size: int) -> Iterator[None]:
+    """Ranks ask their group which they are: it answers an integer of several values (by itself always 0)."""
+    if size == 1:
+        yield
+        return
+    local = _local()
+    rank = torch.SymInt(local.LocalIntNode({rank: rank for rank in range(size)}))
+    with cpu.rank_of_groups(rank), _mode()(size):
+        yield
+
+
+def _local() -> Any:
+    return import_module("torch.distributed._local_tensor")
+
+
+def _mode() -> type:
+    class Mode(_local().LocalTensorMode):
+        """torch's takes the conjugate of a number, which backward asks for, for a new tensor on each rank."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.ops.aten._conj.default and isinstance(args[0], complex):
+                return func(*args)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return Mode
+
+
+# Tensors as all ranks hold them.
+
+
+@dataclass(frozen=True)
+class TensorParallelPlace:
+    """Answers like the process group of rank `at` of `of`, for code that only slices."""
+
+    at: int
+    of: int
+
+    def rank(self) -> int:
+        """Of this place."""
+        return self.at
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.of
+
+
+def drawn(name: str, *shape: int) -> Tensor:
+    """Random numbers in float64, the same for a name."""
+    return torch.randn(*shape, dtype=torch.float64, generator=generator_for(0, name))
+
+
+def split_of(parameter: Any) -> Split:
+    """How a parameter or buffer says that it lies on the ranks."""
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return (parameter.partition_dim, parameter.partition_stride) if is_split else None
+
+
+def put(module: nn.Module, name: str, tensor: Tensor, size: int) -> None:
+    """All ranks' slices of a whole tensor in the place of a parameter or buffer, which says how it is split."""
+    old = getattr(module, name)
+    new = spread(tensor, split_of(old), size)
+    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for attribute, value in vars(old).items():
+        setattr(new, attribute, value)
+    setattr(module, name, new)
+
+
+def spread(whole: Tensor, split: Split, size: int) -> Any:
+    """A whole tensor as all ranks hold it; as it is on one rank."""
+    if size == 1:
+        return whole
+    if split is None:
+        return _local().LocalTensor({rank: whole.clone() for rank in range(size)})
+    dim, parts = split
+    pieces = whole.chunk(parts * size, dim)
+    return _local().LocalTensor({rank: torch.cat(pieces[rank::size], dim) for rank in range(size)})
+
+
+def whole(tensor: Any, split: Split) -> Tensor:
+    """`spread` undone."""
+    return joined(list(tensor._local_tensors.values()) if hasattr(tensor, "_local_tensors") else [tensor], split)
+
+
+def joined(slices: Sequence[Tensor], split: Split) -> Tensor:
+    """The whole of the ranks' slices; copies must be equal.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    if split is None:
+        assert all(torch.equal(one, slices[0]) for one in slices), "copies differ between ranks"
+        return slices[0]
+    dim, parts = split
+    stacked = zip(*(one.chunk(parts, dim) for one in slices), strict=True)
+    return torch.cat([torch.cat(same_part, dim) for same_part in stacked], dim)

@@ -1,0 +1,340 @@
+"""A small run of a large run's own shape: the model, layout, data and steps that a certificate starts for real.
+
+Kept: the flags of the method and their numbers; gating, tied heads, biases, norms of queries and keys, position
+embeddings; queries per key-value head; whether the vocabulary is padded; which pipeline stages hold fewer layers, more
+or none; sequence parallelism, interleaving, packing and padding, recompute, precision, optimizer, the distributed
+optimizer and overlap. Cut:
+
+    tensor-parallel ranks, pipeline stages      at most 4 of each
+    replicas                                    2, if there are several
+    key-value heads of a rank                   at most 4
+    head, hidden and MLP features               the smallest that the method's ranks and blocks fit
+    vocabulary                                  one unit of --make-vocab-size-divisible-by (less 3, if padded)
+    layers                                      one a virtual stage (two virtual stages a rank if interleaved)
+    samples                                     microbatches of at most 2, at most 4 a step or twice the stages
+    --seq-length                                48 tokens
+    learning rates                              all times one number, without warmup and decay; --lr becomes 5e-3
+    dropouts                                    0: layouts draw them differently
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_peft.config import (
+    CheckpointConfig,
+    ConfigurationError,
+    DataConfig,
+    LoggingConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+    is_targeted,
+)
+from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.models.families import check_adapters, config_of_shape, family_of, rules_for
+from megatron_peft.models.rules import expected_tensors
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.parallel.layout import generator_for
+
+MOST_RANKS, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
+NUM_STEPS = 4
+SEQ_LENGTH = 48  # what 2, 3 and 4 ranks divide
+LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
+NUM_SAMPLES = 160
+WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
+RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "distribute_saved_activations")
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A small run in the layout that is certified, and the same run in one process; both write under `folder`."""
+
+    split: RunConfig
+    alone: RunConfig
+    shape: ModelShape
+
+
+def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
+    """The small run of a run, with its model and data, which are written.
+
+    Args:
+        config: of the run.
+        shape: of its base model.
+        folder: empty.
+
+    Raises:
+        ConfigurationError: no small model fits the method's numbers.
+    """
+    parallel, num_layers = small_layout(config.parallel, shape.num_layers)
+    peft = _peft(config, shape, num_layers)
+    small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
+    save_model(small, folder / "model")
+    data = _data(config.data, small, folder)
+    replicas, interleaved = parallel.data_parallel_size, parallel.is_interleaved
+    stages = parallel.pipeline_model_parallel_size
+    microbatches = min(config.num_microbatches, max(4, 2 * stages)) // (stages if interleaved else 1)
+    microbatches *= stages if interleaved else 1
+    micro_batch_size = min(config.training.micro_batch_size, 2)
+    training = TrainingConfig(
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size * microbatches * replicas,
+        train_iters=NUM_STEPS,
+        seed=config.training.seed,
+        overlap_grad_reduce=config.training.overlap_grad_reduce,
+        grad_reduce_in_bf16=config.training.grad_reduce_in_bf16,
+    )
+    transformer = {name: value for name, value in config.model.transformer.items() if "dropout" not in name}
+    if "recompute_num_layers" in transformer:
+        transformer["recompute_num_layers"] = 1
+    model = replace(
+        config.model,
+        pretrained_checkpoint=str(folder / "model"),
+        shape_flags={},
+        transformer=transformer | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+        transformer_impl="local",
+        attention_backend="auto",
+    )
+    split = RunConfig(
+        parallel=parallel,
+        model=model,
+        peft=peft,
+        data=data,
+        training=training,
+        optimizer=_optimizer(config),
+        checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
+        logging=LoggingConfig(),
+    )
+    return SmallRun(split, _alone(split, folder), small)
+
+
+def _alone(split: RunConfig, folder: Path) -> RunConfig:
+    """The same run in one process, with nothing that is sharded, recomputed or overlapped."""
+    transformer = {name: value for name, value in split.model.transformer.items() if name not in RECOMPUTE}
+    return replace(
+        split,
+        parallel=ParallelConfig(),
+        model=replace(split.model, transformer=transformer, recompute_modules=()),
+        training=replace(split.training, overlap_grad_reduce=False),
+        optimizer=replace(split.optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
+        checkpoint=CheckpointConfig(save=str(folder / "alone")),
+    )
+
+
+def _peft(config: RunConfig, shape: ModelShape, num_layers: int) -> PeftConfig:
+    """`num_layers`: of the small model."""
+    peft, scale = config.peft, _rate_scale(config)
+    changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(peft.lora_ga_batches, 2)}
+    changes["target_modules"] = _targets(peft, shape, num_layers)
+    if peft.hybrid_merge_interval:
+        changes["hybrid_merge_interval"] = min(peft.hybrid_merge_interval, 2)
+    if peft.peft_lr_rotation and peft.urnn_update != "riemannian":  # whose rate is not a multiple of --lr
+        changes["peft_lr_rotation"] = peft.peft_lr_rotation * scale
+    return replace(peft, **changes)
+
+
+def _targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple[str, ...]:
+    """The run's; of a pattern for layers that the small model has not, the kinds of layers that it means."""
+    modules, kinds = family_of(shape.architecture).modules, shape.linear_layers(1)
+
+    def meant(pattern: str, layers: int) -> list[str]:
+        names = [f"decoder.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds]
+        return [name for name in names if is_targeted(name, (pattern,), modules)]
+
+    found: dict[str, None] = {}
+    for pattern in peft.target_modules:
+        own = (
+            [pattern]
+            if meant(pattern, num_layers)
+            else [name.split(".")[-1] for name in meant(pattern, shape.num_layers)]
+        )
+        found |= dict.fromkeys(own)
+    return tuple(found)
+
+
+def _rate_scale(config: RunConfig) -> float:
+    wanted = LEARNING_RATE if config.peft.trains_adapters else FULL_LEARNING_RATE
+    return wanted / config.optimizer.lr
+
+
+def _optimizer(config: RunConfig) -> OptimizerSettings:
+    own, scale = config.optimizer, _rate_scale(config)
+    return OptimizerSettings(
+        optimizer=own.optimizer,
+        lr=own.lr * scale,
+        lr_decay_style="constant",
+        weight_decay=own.weight_decay,
+        decoupled_lr=own.decoupled_lr and own.decoupled_lr * scale,
+        adam_beta1=own.adam_beta1,
+        adam_beta2=own.adam_beta2,
+        adam_eps=own.adam_eps,
+        sgd_momentum=own.sgd_momentum,
+        clip_grad=own.clip_grad,
+        use_distributed_optimizer=own.use_distributed_optimizer,
+        overlap_param_gather=own.overlap_param_gather,
+    )
+
+
+# The layout.
+
+
+def small_layout(parallel: ParallelConfig, num_layers: int) -> tuple[ParallelConfig, int]:
+    """The layout with at most MOST_RANKS on an axis, and the number of layers of the model for it.
+
+    Args:
+        num_layers: of the run's model.
+    """
+    tp, pp = (
+        min(size, MOST_RANKS) for size in (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    )
+    layout, layers = _layers(parallel, num_layers, pp)
+    small = replace(
+        parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        world_size=tp * pp * min(parallel.data_parallel_size, MOST_REPLICAS),
+        distributed_backend="gloo",
+        distributed_timeout_minutes=5,
+        **layout,
+    )
+    return small, layers
+
+
+def _layers(parallel: ParallelConfig, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
+    """Changed fields of the layout, and the number of layers."""
+    text = parallel.pipeline_model_parallel_layout
+    if text is not None:
+        stages = _short_stages(stages_of_layout(text), parallel.pipeline_model_parallel_size, pp)
+        return {"pipeline_model_parallel_layout": "|".join(stages)}, sum(stage.count("t") for stage in stages)
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first or last:
+        return _uneven(first, last, parallel.pipeline_model_parallel_size, num_layers, pp)
+    virtual = parallel.num_virtual_stages(num_layers)
+    accounted = parallel.num_divided(num_layers) - num_layers
+    divided = pp * (min(virtual, 2) if virtual else 1)
+    while divided - accounted < max(2, pp):
+        divided += pp
+    return ({"num_layers_per_virtual_pipeline_stage": 1} if virtual else {}), divided - accounted
+
+
+def _short_stages(stages: list[str], of: int, pp: int) -> list[str]:
+    """The first and the last chunk of the first and last two ranks, with at most one layer each."""
+    ranks = list(range(of)) if of <= pp else [*range(pp - pp // 2), *range(of - pp // 2, of)]
+    chunks = sorted({0, len(stages) // of - 1})
+    return [stages[chunk * of + rank].replace("tt", "t").replace("tt", "t") for chunk in chunks for rank in ranks]
+
+
+def _uneven(first: int | None, last: int | None, stages: int, num_layers: int, pp: int) -> tuple[dict[str, Any], int]:
+    """Stages in the middle have 2 layers; an end has 1, 2 or 3, as it has fewer, as many or more."""
+    given = [size for size in (first, last) if size]
+    others, rest = stages - len(given), num_layers - sum(given)
+    middle = rest // others if others else min(given)
+    ends = {
+        f"decoder_{name}_pipeline_num_layers": 2 + (size > middle) - (size < middle)
+        for name, size in (("first", first), ("last", last))
+        if size
+    }
+    return ends, sum(ends.values()) + 2 * (pp - len(ends))
+
+
+# The model.
+
+
+def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_layers: int) -> ModelShape:
+    """The narrowest model of the shape that the method's numbers fit at `tensor_parallel` ranks.
+
+    Raises:
+        ConfigurationError: none up to WIDTHS fits.
+    """
+    run_tp = config.parallel.tensor_model_parallel_size
+    multiple = config.model.make_vocab_size_divisible_by
+    unit = max(multiple * tensor_parallel, 256)
+    is_padded = shape.padded_vocab_size(multiple, run_tp) > shape.vocab_size
+    groups = min(shape.num_query_groups // run_tp or 1, MOST_KEY_HEADS) * tensor_parallel
+    heads = groups * (shape.num_attention_heads // shape.num_query_groups)
+    small = replace(
+        shape,
+        num_layers=num_layers,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        vocab_size=unit - 3 * is_padded,
+        num_full_attention_layers=min(shape.num_full_attention_layers, num_layers),
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, world_size=tensor_parallel)
+    problems: list[str] = []
+    for candidate in _widths(small, tensor_parallel):
+        problems = check_adapters(config.peft, parallel, candidate)
+        if not problems:
+            return candidate
+    raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
+
+
+def _widths(shape: ModelShape, tensor_parallel: int) -> Iterator[ModelShape]:
+    """From narrow to wide. Where heads fill the hidden size in the family, or may have to, they do."""
+    bound = shape.architecture == "bloom"  # hidden is heads x features, and the MLP four times that
+    sizes = product(WIDTHS, (None,) if bound else (None, *WIDTHS))
+    for head, width in sorted(sizes, key=lambda pair: (pair[0], pair[1] or max(WIDTHS))):
+        hidden = width * tensor_parallel if width else head * shape.num_attention_heads
+        if hidden >= 32:
+            ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
+            yield replace(shape, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
+
+
+def save_model(shape: ModelShape, folder: Path) -> None:
+    """Random weights of a shape, biases and norms too, as a Hugging Face folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_of_shape(shape), indent=2) + "\n")
+    tensors = {name: _draw(name, size) for name, size in expected_tensors(rules_for(shape)).items()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _draw(name: str, size: tuple[int, ...]) -> torch.Tensor:
+    generator = generator_for(0, name)
+    if len(size) > 1:
+        return torch.randn(*size, generator=generator) * (0.8 / sqrt(size[1]))
+    if name.endswith("bias"):
+        return 0.1 * torch.randn(*size, generator=generator)
+    return 0.5 + torch.rand(*size, generator=generator)
+
+
+# The data.
+
+
+def _data(data: DataConfig, shape: ModelShape, folder: Path) -> DataConfig:
+    """Generated sequences for indexed data, else records; packed and padded as the run's."""
+    made: Mapping[str, Any] = {"mock_data": True}
+    if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
+        path = (str(save_records(folder / "data.jsonl", shape.vocab_size)),)
+        made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
+    return DataConfig(
+        **made,
+        packing=data.packing,
+        pad_to_seq_length=data.pad_to_seq_length,
+        seq_length=SEQ_LENGTH,
+        tokenizer_type="NullTokenizer",
+        vocab_size=shape.vocab_size - 1,
+        num_workers=0,
+        seed=data.seed,
+    )
+
+
+def save_records(path: Path, vocab_size: int) -> Path:
+    """Prompts and completions of random ids, of many lengths."""
+    draw = random.Random(0)
+
+    def words(shortest: int, longest: int) -> str:
+        return " ".join(str(draw.randrange(vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
+
+    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(NUM_SAMPLES)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
