@@ -207,7 +207,7 @@ class _Replay:
         stuck = [rank.number for rank in ranks if rank.at < len(rank.program) or rank.pending]
         if stuck:
             raise ValueError(f"ranks {', '.join(map(str, stuck[:8]))} wait for ever.")
-        by_kind = dict.fromkeys((*COMPUTED, LAUNCHES, BUBBLE), 0.0)
+        by_kind: dict[str, float] = dict.fromkeys((*COMPUTED, LAUNCHES, BUBBLE), 0.0)
         seconds = max(max(rank.device, rank.host) for rank in ranks)
         for rank in ranks:
             rank.spend(LAUNCHES, max(rank.host - rank.device, 0.0))
