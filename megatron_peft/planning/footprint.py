@@ -102,8 +102,11 @@ def working_bytes(step: StepEstimate, chunks: Sequence[Chunk]) -> int:
     layer = (gathered + (step.gates + 2) * s * f) * step.item
     if step.recompute == "full" or "mlp" in step.recomputed:
         layer += _saved_when_recomputed(step) * step.item
-    head = s * step.vocabulary * step.item if any(chunk.head for chunk in chunks) else 0
-    return max(layer, head)
+    if not any(chunk.head for chunk in chunks):
+        return layer
+    # The softmax is gone when the layers' backward begins.
+    softmax = s * step.vocabulary * ITEM_BYTES["float32"]
+    return max(layer - softmax, s * step.vocabulary * step.item)
 
 
 def _saved_when_recomputed(step: StepEstimate) -> int:
