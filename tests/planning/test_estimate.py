@@ -1,4 +1,4 @@
-"""The formulas of --fit against rehearsals: products, calls and parameters exactly, the peak nearly."""
+"""The formulas of --fit against rehearsals: products, calls and parameters exactly, the peak or a little more."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -87,4 +87,5 @@ def test_an_estimate_is_what_a_rehearsal_finds(case):
     counts = parameters(step, step.chunks[0])
     assert counts.frozen == record.parameters["frozen"]
     assert counts.trained + counts.trained_float32 == record.parameters["trained"]
-    assert total(memory(step, 0, in_flight(step, 0))) == pytest.approx(record.peak("step"), rel=0.05)
+    off = total(memory(step, 0, in_flight(step, 0))) / record.peak("step") - 1
+    assert -0.01 <= off <= 0.1, "what --fit calls fitting must fit"

@@ -121,14 +121,16 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         start_model_parallel(of.config.parallel, of.config.training.seed)
         state = start_state(build_chunks(of.config, of.shape), of.config, of.shape, 10)
         step = [microbatch_of(longer(of.lengths[0])) for _ in range(2)]
-        train_step(state, step)
         watch = Watch(Recorder(group_names()))
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
         watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *optimizer_tensors(state)])
-        before = watch.memory.total
-        with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train_step(state, step)
+        with watch():
+            train_step(state, step)  # makes moments, and the caches of angles
+            before = watch.memory.total
+            watch.memory.start_peak()
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                train_step(state, step)
         events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
         in_use = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
         peaks[run.job.name] = sum(watch.memory.peak().values()) - before, int(in_use.max())
