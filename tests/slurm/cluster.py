@@ -94,6 +94,7 @@ class Cluster:
         host, cpus = socket.gethostname().split(".")[0], os.cpu_count() or 1
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").mkdir()
+        (folder / "run").mkdir()
         configuration = folder / "slurm.conf"
         configuration.write_text(CONFIGURATION.format(folder=folder, host=host, cpus=cpus, ports=free_ports(3)))
         (folder / "slurm.key").write_bytes(secrets.token_bytes(1024))
@@ -104,6 +105,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         try:
             self._start("slurmctld", "slurmctld", "-D", "-c")
+            wait_until(lambda: any((self.folder / "run").iterdir()), "the controller's socket")
             for node in NODES:
                 self.start_node(node)
             wait_until(lambda: all(self.node_state(node) == "IDLE" for node in NODES), "idle nodes", 60)
@@ -124,15 +126,23 @@ class Cluster:
             process.wait()
 
     def _start(self, name: str, *command: str) -> None:
+        # SLURM's sockets in /run have fixed names, which a cluster of this machine's own, or another test's, may have.
+        of_its_own = ["unshare", "--mount", "sh", "-c", f'mount --bind {self.folder}/run /run && exec "$@"', "sh"]
+        if name != "slurmctld":
+            of_its_own = self._inside()
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command,
+                [*of_its_own, *command],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
+
+    def _inside(self) -> list[str]:
+        """What starts a command where /run is the cluster's own."""
+        return ["nsenter", f"--mount=/proc/{self.daemons['slurmctld'].pid}/ns/mnt"]
 
     def start_node(self, node: str) -> None:
         """As when it has booted."""
@@ -169,7 +179,11 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """What one of SLURM's programs printed."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=seconds(60)
+            [*self._inside(), *command],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=seconds(60),
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()

@@ -24,7 +24,7 @@ from tests.tiny_llama import save_llama
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(seconds(1500))]
 ROOT = Path(__file__).parents[2]
-SYSTEM_FOLDERS = [Path("/etc/slurm"), Path("/etc/slurm-llnl"), Path("/etc/munge")]
+SYSTEM_FOLDERS = [*map(Path, ("/etc/slurm", "/etc/munge", "/run/slurm", "/run/slurmctld", "/var/spool/slurmctld"))]
 NUM_PREEMPTIONS, NUM_LOST_NODES = 20, 5
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 STEPS_OF_A_LIFE = 4  # at least, before it is disturbed
