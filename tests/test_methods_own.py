@@ -33,6 +33,10 @@ KNOWS = {
     "cli.unknown": {"lora-ga"},  # what other trainers' flags are here
     "cli.megatron": {"hybrid"},  # Megatron's word for models with Mamba layers
     "experiment.paper": NAMES,  # the paper's tables
+    "planning.estimate": {"config.methods.hybrid"},  # the size of the rotation in a mixture
+    "planning.headlines": NAMES,  # the paper's methods side by side
+    "planning.published": {"lora"},  # what a published run trained
+    "planning.many_ranks": {"adapters.boft", "adapters.low_rank", "adapters.urnn"},  # moves them
 }
 
 

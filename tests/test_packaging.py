@@ -153,7 +153,7 @@ def test_an_interpreter_that_is_named_has_an_environment_of_its_own() -> None:
     folder = f".venv-{sys.version_info.major}.{sys.version_info.minor}"
     planned = plan("test", f"HOST_PYTHON={sys.executable}")
     assert planned.splitlines()[-1].startswith(f"{folder}/bin/python -m pytest")
-    assert {".venv*/", ".venv*"} <= {line for name in IGNORES for line in (ROOT / name).read_text().splitlines()}
+    assert all(".venv*" in (ROOT / name).read_text().splitlines() for name in IGNORES)
 
 
 def test_make_demo_passes_the_method_on() -> None:

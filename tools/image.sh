@@ -106,7 +106,7 @@ save_llama(Path(\"/tmp/llama\"))"
         torchrun --nproc-per-node 2 pretrain_peft.py --tensor-model-parallel-size 2 \
             --pretrained-checkpoint /tmp/llama --mock-data --seq-length 32 \
             --tokenizer-type NullTokenizer --vocab-size "$(python -c "from tests.tiny_llama import *; print(VOCAB_SIZE - 1)")" \
-            --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-3 --log-interval 1 --save /tmp/run
+            --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --eval-iters 1 --lr 1e-3 --log-interval 1 --save /tmp/run
         cat /tmp/run/latest_checkpointed_iteration.txt
     '
     echo "$IMAGE: trained; $(store images --format '{{.Size}}' "$IMAGE")"

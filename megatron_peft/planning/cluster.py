@@ -166,7 +166,9 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
         )
     if problems:
         raise ConfigurationError(*(f"{place}: {problem}" for problem in problems))
-    links: dict[str, Any] = {name: Link(**{key: float(number) for key, number in values[name].items()}) for name in LINKS}
+    links: dict[str, Any] = {}
+    for name in LINKS:
+        links[name] = Link(**{key: float(number) for key, number in values[name].items()})
     plain = {name: values[name] for name in LIMITS if "." not in name}
     return Cluster(name=str(values.get("name", place)), product_efficiency=curve, **plain, **links)
 

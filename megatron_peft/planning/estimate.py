@@ -18,7 +18,7 @@ from megatron_peft.config import LINEAR_MODULES, ParallelConfig, RunConfig
 from megatron_peft.config.methods.hybrid import ROTATIONS
 from megatron_peft.config.parallel import stages_of_layout
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.record import ITEM_BYTES, Call, Entry, Product, Wait, Work
+from megatron_peft.planning.record import ITEM_BYTES, Call, Computation, Entry, Product, Wait
 
 FLOAT = "float32"
 Kind = Literal["frozen", "full", "low rank", "rotation", "mixture"]
@@ -111,7 +111,7 @@ class _Tape:
 
     def _flush(self) -> None:
         if self._kernels or self._bytes:
-            self.entries.append(Work(self._products, self._bytes, self._kernels))
+            self.entries.append(Computation(self._products, self._bytes, self._kernels))
         self._products, self._bytes, self._kernels = {}, 0, 0
 
     def done(self) -> tuple[Entry, ...]:

@@ -9,12 +9,12 @@ recompute and, with several replicas, the distributed optimizer. All else is the
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 from rich.table import Table
 
-from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.estimate import Chunk, StepEstimate
@@ -218,25 +218,7 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def _layers_take(run: RunConfig, shape: ModelShape, tp: int) -> bool:
     """Whether the method's adapters fit the linear layers at this tensor-parallel size."""
-    from megatron_peft.parallel.layout import LinearLayout
-
-    if not run.peft.trains_adapters or shape.num_query_groups % tp or shape.ffn_hidden_size % tp:
-        return not run.peft.trains_adapters
-    heads, groups = (count * shape.kv_channels for count in (shape.num_attention_heads, shape.num_query_groups))
-    h, f, gates = shape.hidden_size, shape.ffn_hidden_size, 2 if shape.gated_linear_unit else 1
-    group: Any = SimpleNamespace(size=lambda: tp, rank=lambda: 0)
-    layouts = {
-        "linear_qkv": LinearLayout("column", heads + 2 * groups, h, group, 1, shape.kv_channels),
-        "linear_proj": LinearLayout("row", h, heads, group),
-        "linear_fc1": LinearLayout("column", gates * f, h, group, gates),
-        "linear_fc2": LinearLayout("row", h, f, group),
-    }
-    try:
-        for name in LINEAR_MODULES:
-            run.peft.spec.check_layer(run.peft, layouts[name], name)
-    except ConfigurationError:
-        return False
-    return True
+    return not check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape)
 
 
 class _LayerTimes:

@@ -11,7 +11,7 @@ from typing import Literal
 from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.estimate import StepEstimate
 from megatron_peft.planning.footprint import Parameters, parameters, saved_bytes
-from megatron_peft.planning.record import Call, Entry, Mark, Wait, Work
+from megatron_peft.planning.record import Call, Computation, Entry, Mark, Wait
 from megatron_peft.planning.timing import StepTime, WorkTime, step_time, time_alone
 
 Pass = Literal["forward", "backward"]
@@ -196,7 +196,7 @@ class _Program:
         trained = whole.trained + whole.trained_float32
         yield Mark("begin")
         blocks = whole.rotated * self.step.g  # float32, in 41 to 104 operations of all layers at once
-        yield Work(num_bytes=4 * trained + 30 * 4 * blocks, num_kernels=10 + 60 * bool(blocks))
+        yield Computation(num_bytes=4 * trained + 30 * 4 * blocks, num_kernels=10 + 60 * bool(blocks))
         if self.gathers_early:
             for counts in self.counts:
                 self.gathers.append(self.num_calls)
@@ -208,7 +208,7 @@ class _Program:
         trained = whole.trained + whole.trained_float32
         yield Mark("finish")
         if whole.rotated:
-            yield Work(num_bytes=30 * 4 * whole.rotated * step.g, num_kernels=60)
+            yield Computation(num_bytes=30 * 4 * whole.rotated * step.g, num_kernels=60)
         if self.reduces_early:
             yield from (Wait(number) for number in self.sums)
         else:
@@ -219,16 +219,16 @@ class _Program:
             yield from self.collective("all_reduce", "embedding", ends, step.vocabulary * step.h, "float32")
         yield from self.collective("broadcast", "pipeline", step.pipeline_group, 1, "int32")
         yield from self.collective("all_reduce", "data", group, 1, "int32")
-        yield Work(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
+        yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
-        yield Work(num_bytes=8 * whole.partial + 4 * trained, num_kernels=10 + 6 * len(self.chunks))
+        yield Computation(num_bytes=8 * whole.partial + 4 * trained, num_kernels=10 + 6 * len(self.chunks))
         world = range(step.t * step.pp * step.dp)
         yield from self.collective("all_reduce", "world", world, 8, "float64")
         yield Mark("update")
         shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
-        yield Work(num_bytes=4 * trained // shards, num_kernels=20)  # the norm
+        yield Computation(num_bytes=4 * trained // shards, num_kernels=20)  # the norm
         yield from self.collective("all_reduce", "world", world, 1, "float32")
-        yield Work(num_bytes=34 * trained // shards, num_kernels=60)  # gradient, master, moments: read, written
+        yield Computation(num_bytes=34 * trained // shards, num_kernels=60)  # gradient, master, moments: read, written
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
             for counts in self.counts:
                 yield from self._gather_of_parameters(counts, is_async=False)

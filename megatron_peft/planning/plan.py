@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import Cluster
-from megatron_peft.planning.order import Problem, check_order
+from megatron_peft.planning.deadlock import Problem, check_order
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.record import PHASES, Call, Memory, RankRecord
 from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run

@@ -57,7 +57,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Work:
+class Computation:
     """What a rank computes between two calls.
 
     Args:
@@ -135,7 +135,7 @@ class Mark:
     chunk: int = 0
 
 
-Entry = Work | Call | Wait | Mark
+Entry = Computation | Call | Wait | Mark
 Memory = dict[str, int]  # bytes of each part at the moment of the peak; their sum is the peak
 
 
@@ -169,7 +169,7 @@ class RankRecord:
         """Of the whole step."""
         total: dict[Product, int] = {}
         for entry in self.entries:
-            if isinstance(entry, Work):
+            if isinstance(entry, Computation):
                 for product, count in entry.products.items():
                     total[product] = total.get(product, 0) + count
         return total
@@ -191,7 +191,7 @@ def from_json(text: str) -> RankRecord:
 
 
 def _as_list(entry: Entry) -> list[Any]:
-    if isinstance(entry, Work):
+    if isinstance(entry, Computation):
         products = [[*vars(product).values(), count] for product, count in entry.products.items()]
         return ["work", products, entry.num_bytes, entry.num_kernels]
     return [type(entry).__name__.lower(), *vars(entry).values()]
@@ -201,7 +201,7 @@ def _from_list(values: Sequence[Any]) -> Entry:
     kind, *fields = values
     if kind == "work":
         products, num_bytes, num_kernels = fields
-        return Work({Product(*product): count for *product, count in products}, num_bytes, num_kernels)
+        return Computation({Product(*product): count for *product, count in products}, num_bytes, num_kernels)
     if kind == "call":
         operation, axis, group, shapes, *rest = fields
         return Call(operation, axis, tuple(group), tuple(tuple(shape) for shape in shapes), *rest)

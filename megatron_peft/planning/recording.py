@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.planning.record import Call, Entry, Mark, Memory, Phase, Product, Wait, Work
+from megatron_peft.planning.record import Call, Computation, Entry, Mark, Memory, Phase, Product, Wait
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
 _GROUPS = {
@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     def _flush_work(self) -> None:
         if self.keeps_work and self._num_kernels:
-            self._entries.append(Work(dict(self._products), self._num_bytes, self._num_kernels))
+            self._entries.append(Computation(dict(self._products), self._num_bytes, self._num_kernels))
         self._start_work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -108,9 +108,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     state = start_state(chunks, config, of.shape, train_iters=1000)
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state))
-    memory.assign("optimizer", optimizer_tensors(state))
+    memory.assign("optimizer", moments_of(state))
     train_step(state, shortest)
-    memory.assign("optimizer", optimizer_tensors(state))
+    memory.assign("optimizer", moments_of(state))
     watch.recorder.clear()
     watch.mark("begin")
     with watch.phase("step"), _marked_finish(watch):
@@ -181,7 +181,7 @@ def gradients(state: TrainingState) -> Iterator[Tensor]:
         yield from (buffer.grad_data for buffer in buffers)
 
 
-def optimizer_tensors(state: TrainingState) -> Iterator[Tensor]:
+def moments_of(state: TrainingState) -> Iterator[Tensor]:
     """Moments, and the float32 copies of parameters."""
     for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         if getattr(part, "is_stub_optimizer", False):

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_peft.planning.cluster import Cluster
-from megatron_peft.planning.record import Call, Entry, Mark, Product, Wait, Work
+from megatron_peft.planning.record import Call, Computation, Entry, Mark, Product, Wait
 
 COMPUTED = ("products", "attention", "other operations")
 LAUNCHES, BUBBLE, EXPOSED = "launches", "bubble", "communication: "  # and the first word of the group's axis
@@ -95,7 +95,7 @@ class WorkTime:
     host: float
 
 
-def work_time(work: Work, cluster: Cluster) -> WorkTime:
+def work_time(work: Computation, cluster: Cluster) -> WorkTime:
     """What `work` takes on a device by itself."""
     times = dict.fromkeys(COMPUTED, 0.0)
     for product, count in work.products.items():
@@ -110,7 +110,7 @@ def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTim
     They do the same at the same time. A part that a schedule repeats need be replayed only once.
     """
     device = step_time({rank: entries}, replace(cluster, launch_us=0.0, call_us=0.0)).by_kind
-    num_kernels = sum(entry.num_kernels for entry in entries if isinstance(entry, Work))
+    num_kernels = sum(entry.num_kernels for entry in entries if isinstance(entry, Computation))
     num_calls = sum(isinstance(entry, Call) for entry in entries)
     host = num_kernels * cluster.launch_us + num_calls * cluster.call_us
     return WorkTime(tuple((kind, seconds) for kind, seconds in device.items() if seconds), host * 1e-6)
@@ -128,7 +128,7 @@ def step_time(
         keep_spans: for a picture of the pipeline.
 
     Raises:
-        ValueError: ranks wait for one another for ever. `order.py` says who waits for whom.
+        ValueError: ranks wait for one another for ever. `deadlock.py` says who waits for whom.
     """
     return _Replay(scheduled, cluster, keep_spans).run()
 
@@ -192,7 +192,7 @@ class _Replay:
         self.launch, self.call_host = cluster.launch_us * 1e-6, cluster.call_us * 1e-6
         self.ranks = {number: _Rank(number, entries) for number, entries in scheduled.items()}
         # The schedule repeats the same objects, or equal ones: each is looked at once.
-        self.works: dict[int, tuple[Work, WorkTime]] = {}
+        self.works: dict[int, tuple[Computation, WorkTime]] = {}
         self.kinds: dict[int, _Kind] = {}
         self.kinds_by_value: dict[tuple[int, Call], _Kind] = {}
         self.joined: dict[Any, _Transfer] = {}  # (key, number of the call) -> not yet joined by all
@@ -231,7 +231,7 @@ class _Replay:
             rank.at += 1
             if isinstance(following, WorkTime):
                 self.compute(rank, following)
-            elif isinstance(following, Work):
+            elif isinstance(following, Computation):
                 self.compute(rank, self._time_of(following))
             elif isinstance(following, Call):
                 self.post(rank, following)
@@ -246,7 +246,7 @@ class _Replay:
         last = rank.program[rank.at - 1]
         return isinstance(last, Call) and last.batch == entry.batch
 
-    def _time_of(self, work: Work) -> WorkTime:
+    def _time_of(self, work: Computation) -> WorkTime:
         found = self.works.get(id(work))
         if found is None:
             found = self.works[id(work)] = (work, work_time(work, self.cluster))

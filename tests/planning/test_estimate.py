@@ -13,7 +13,7 @@ from megatron_peft.planning.estimate import StepEstimate
 from megatron_peft.planning.footprint import memory, parameters, total
 from megatron_peft.planning.pipeline import in_flight
 from megatron_peft.planning.published import FULL_RECOMPUTE, made_up_run
-from megatron_peft.planning.record import Call, Entry, Mark, RankRecord, Work
+from megatron_peft.planning.record import Call, Computation, Entry, Mark, RankRecord
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse
 
 SHAPE = ModelShape("llama", 3, 1024, 3072, 16, 8, 64, 4096, 4096)
@@ -65,7 +65,7 @@ def flops(entries: Sequence[Entry]) -> dict[str, int]:
     """By kind of product."""
     counted: Counter[str] = Counter()
     for entry in entries:
-        if isinstance(entry, Work):
+        if isinstance(entry, Computation):
             for product, count in entry.products.items():
                 counted[product.kind] += product.flops * count
     return counted

@@ -11,7 +11,7 @@ from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import read_cluster
-from megatron_peft.planning.order import check_order
+from megatron_peft.planning.deadlock import check_order
 from megatron_peft.planning.plan import make_plan
 from megatron_peft.planning.rehearsal import rehearse_run
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_peft.planning.cluster import Link, read_cluster
-from megatron_peft.planning.record import Call, Mark, Product, Wait, Work
+from megatron_peft.planning.record import Call, Computation, Mark, Product, Wait
 from megatron_peft.planning.timing import EXPOSED, WorkTime, product_seconds, step_time, time_alone
 
 # A second for 1 GB within a node, two between nodes; nothing for a launch.
@@ -46,7 +46,7 @@ def test_a_product_takes_its_operations_or_its_bytes(product, seconds):
 
 
 def test_other_operations_take_their_bytes():
-    assert step_time({0: [Work({}, 2 * GB, 1)]}, CLUSTER).seconds == pytest.approx(2 / (3350 * 0.8))
+    assert step_time({0: [Computation({}, 2 * GB, 1)]}, CLUSTER).seconds == pytest.approx(2 / (3350 * 0.8))
 
 
 def test_a_receiver_waits_for_the_sender_and_for_the_message():
@@ -95,20 +95,20 @@ def test_messages_of_a_batch_are_posted_together():
 
 def test_a_device_waits_for_its_host():
     slow = replace(CLUSTER, launch_us=1000.0)
-    found = step_time({0: [Work({}, 0, 100), work(1)]}, slow)
+    found = step_time({0: [Computation({}, 0, 100), work(1)]}, slow)
     assert found.seconds == pytest.approx(1.1) and found.by_kind["launches"] == pytest.approx(0.1)
     # Launched ahead, the operations wait for the device instead.
-    assert step_time({0: [work(1), Work({}, 0, 100)]}, slow).seconds == pytest.approx(1.0)
+    assert step_time({0: [work(1), Computation({}, 0, 100)]}, slow).seconds == pytest.approx(1.0)
 
 
 def test_the_host_waits_for_the_sum_over_the_world():
     slow = replace(CLUSTER, launch_us=1000.0)
     call = Call("all_reduce", "world", (0, 1), ((1,),), "int8")
-    assert step_time({0: [work(1), call, Work({}, 0, 100)]}, slow).seconds == pytest.approx(1.1)
+    assert step_time({0: [work(1), call, Computation({}, 0, 100)]}, slow).seconds == pytest.approx(1.1)
 
 
 def test_a_part_that_is_timed_once_takes_what_it_takes_in_the_program():
-    part = [Work({}, 5 * GB, 7), summed((0, 1), is_async=True), Work({}, GB, 1), Wait(0)]
+    part = [Computation({}, 5 * GB, 7), summed((0, 1), is_async=True), Computation({}, GB, 1), Wait(0)]
     times = time_alone(part, 0, CLUSTER)
     assert step_time({0: [times, times]}, CLUSTER).seconds == pytest.approx(step_time({0: part}, CLUSTER).seconds * 2)
 

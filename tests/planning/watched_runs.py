@@ -12,7 +12,7 @@ from megatron_peft.models.families import read_shape
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.recording import Recorder, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
-from megatron_peft.planning.rehearsed_rank import Watch, gradients, microbatch_of, optimizer_tensors, watch_run
+from megatron_peft.planning.rehearsed_rank import Watch, gradients, microbatch_of, moments_of, watch_run
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import start_state
@@ -124,7 +124,7 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         watch = Watch(Recorder(group_names()))
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
-        watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *optimizer_tensors(state)])
+        watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *moments_of(state)])
         with watch():
             train_step(state, step)  # makes moments, and the caches of angles
             before = watch.memory.total

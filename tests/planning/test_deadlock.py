@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_peft.planning.order import Problem, check_order
-from megatron_peft.planning.record import Call, Entry, Mark, Wait, Work
+from megatron_peft.planning.deadlock import Problem, check_order
+from megatron_peft.planning.record import Call, Computation, Entry, Mark, Wait
 from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run
 from megatron_peft.planning.schedule import RankGrid, StageProgram, programs_of_ranks
 from tests.planning.watched_runs import watched
@@ -24,7 +24,7 @@ def message(operation: str, peer: int, batch: int | None = None, is_async: bool 
 
 
 def test_programs_that_fit_end():
-    both = [Work(), *sums(("tensor", (0, 1))), Mark("update"), *sums(("world", (0, 1)))]
+    both = [Computation(), *sums(("tensor", (0, 1))), Mark("update"), *sums(("world", (0, 1)))]
     assert check_order({0: both, 1: both}) is None
     assert check_order({0: [message("send", 1)], 1: [message("recv", 0)]}) is None
 
