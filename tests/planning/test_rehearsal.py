@@ -40,8 +40,13 @@ def difference(rehearsed: RankRecord, real: RankRecord) -> str:
             return f"call {number}: {ours} rehearsed, {theirs} real"
     if rehearsed.products != real.products or not real.products:
         return f"products: {rehearsed.products.items() ^ real.products.items()}"
-    if rehearsed.peaks["step"] != real.peaks["step"]:
-        return f"peak: {rehearsed.peaks['step'].items() ^ real.peaks['step'].items()}"
+    ours, theirs = rehearsed.peaks["step"], real.peaks["step"]
+    # A real peak moves by some hundred bytes with the moment at which gloo's threads let go of what they have sent: of
+    # two moments that hold almost as much, it may then be the other, with other parts.
+    if any(ours.get(part) != theirs.get(part) for part in ("weights", "gradients", "optimizer")):
+        return f"peak: {ours.items() ^ theirs.items()}"
+    if sum(ours.values()) != pytest.approx(sum(theirs.values()), rel=1e-3):
+        return f"peak: {sum(ours.values())} rehearsed, {sum(theirs.values())} real"
     return "" if rehearsed.parameters == real.parameters else "parameters"
 
 
