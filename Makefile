@@ -2,7 +2,7 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-docs test-all golden mutations lint bench check-gpu
+.PHONY: help install demo test test-slow test-rehearsals test-docs test-all golden mutations lint bench check-gpu
 .PHONY: recipe-plans image test-image test-slurm cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
@@ -44,12 +44,15 @@ test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
 	$(PYTEST) -m 'not slow and not docs and not slurm' $(ARGS)
 
 test-slow: $(INSTALLED) ## run what `make test` leaves out
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m 'slow and not rehearsal' $(ARGS)
+
+test-rehearsals: $(INSTALLED) ## rehearse every recipe and method, certify every method and fault: the better part of an hour
+	$(PYTEST) -m rehearsal $(ARGS)
 
 test-docs: $(INSTALLED) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
 	$(PYTHON) -m pytest -m docs tests/docs $(ARGS)
 
-test-all: test test-slow ## run every test but those of test-docs: every method at every layout included
+test-all: test test-slow ## run every test but those of test-docs and test-rehearsals: every method at every layout included
 
 # BASE: HEAD where the working tree differs from it, else the commit before.
 golden: $(INSTALLED) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')
