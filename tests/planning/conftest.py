@@ -1,4 +1,4 @@
-"""Slow tests of this folder have a target of their own, `make test-rehearsals`: they take the better part of an hour."""
+"""Slow tests of this folder have a target of their own, `make test-rehearsals`: they take most of an hour."""
 
 import pytest
 
