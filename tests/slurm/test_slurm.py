@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_a_signal_before_training_ends_the_start_at_once_and_loses_nothing(site:
 def test_a_time_limit_saves_and_requeues_and_a_cancelled_job_stays_so(site: Site) -> None:
     """SLURM's limits are whole minutes, and its signals up to half a minute early."""
     save = site.folder / "limited"
-    job = site.finetune(save, *LONG, options=["--time=2", "--signal=B:USR1@30"])
+    job = site.finetune(save, *LONG, options=[f"--time={ceil(seconds(120) / 60)}", "--signal=B:USR1@30"])
     wait_for_restart(site, job, 1, 240)
     saved = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert saved == iteration_of(save) > 0, "it was asked to save, and lost no step"
@@ -271,7 +272,7 @@ def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: 
             }
         },
         "tasks": {"pairs": {"flags": {"train-data-path": pairs, "valid-data-path": pairs}}},
-        "methods": {"lora": {"grid": {"lr": [1e-3, 2e-3]}}, "boft": {"grid": {"lr": [1e-3]}}},
+        "methods": {"lora": {"grid": {"lr": [1e-3, 2e-3]}}, "boft": {"grid": {"lr": [1e-3, 2e-3]}}},
         "seeds": [1],
         "tuning_seed": 1,
     }
@@ -297,7 +298,7 @@ def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: 
     for task in (first, second):
         assert site.until_end(task, 400) == "COMPLETED", cluster.job(task)
     records = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
-    assert len(records) == 3 and {record["status"] for record in records} == {"trained"}
+    assert len(records) == 4 and {record["status"] for record in records} == {"trained"}
 
 
 def test_an_evaluation_goes_on_where_it_was_preempted(site: Site) -> None:
