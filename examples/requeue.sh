@@ -8,7 +8,7 @@
 # and calls `run_and_requeue FOLDER COMMAND [ARG ...]`. The command is the job's step; the job is queued again
 #
 # - after USR1: SLURM sends it before the time limit (--signal=B:USR1@300) and, with PreemptParameters=send_user_signal,
-#   to a job that is preempted;
+#   to a job that is preempted; also if the time is up before the step has ended;
 # - after a step that failed, most often because a node was lost; if it is the node of this script, SLURM itself queues
 #   the job again (--requeue).
 #
@@ -23,7 +23,11 @@ ASK_AGAIN_SECONDS=${ASK_AGAIN_SECONDS:-20} # a rank that is only just starting m
 signalled=false
 step=
 trap 'signalled=true; ask_again_and_again' USR1
-trap : TERM # of a job that SLURM ends: the step gets it too, and then `end_or_requeue` asks why
+# SLURM ends the job, and the step too: when time is up before the step has ended, there are seconds left to come back.
+trap 'case $(state_of_job) in *TimeLimit) end_or_requeue 143 ;; esac' TERM
+
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
 run_and_requeue() {
     local folder=$1 code=0
@@ -71,13 +75,16 @@ ask_again_and_again() {
     asking=$!
 }
 
+# State and reason. A job that is cancelled is COMPLETING without a reason.
+state_of_job() {
+    squeue --noheader --jobs "$job" --states all --format '%T %r' 2>/dev/null || true
+}
+
 end_or_requeue() {
-    local code=$1 job=$SLURM_JOB_ID
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    local state
-    state=$(squeue --noheader --jobs "$job" --states all --format %T 2>/dev/null || true)
+    local code=$1 state
+    state=$(state_of_job)
     case $state in
-        RUNNING | TIMEOUT | '') ;;
+        RUNNING* | *TimeLimit | '') ;;
         *)
             echo "SLURM has ended this start ($state): whether the job comes back is up to SLURM"
             exit "$code"

@@ -231,12 +231,27 @@ def test_a_time_limit_saves_and_requeues_and_a_cancelled_job_stays_so(site: Site
     assert (site.cluster.state(job), site.cluster.restarts(job)) == ("CANCELLED", 1), site.cluster.output(job)
 
 
+def test_a_run_that_hangs_at_its_time_limit_is_queued_again(site: Site, tmp_path: Path) -> None:
+    job = site.finetune(
+        site.folder / "hung",
+        options=["--time=1", "--signal=B:USR1@10"],
+        PYTHON=program(tmp_path, "trap '' USR1 TERM; while true; do sleep 1; done"),
+    )
+    wait_for_requeue(site, job, 1, 180)
+    site.cluster.run("scancel", str(job))
+    assert "DUE TO TIME LIMIT" in site.cluster.output(job), site.cluster.output(job)
+
+
+def program(folder: Path, text: str) -> str:
+    """A script in python's place."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_requeues_without_progress_are_counted_and_a_wrong_flag_causes_none(site: Site, tmp_path: Path) -> None:
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/bash\necho started\nexit 1\n")
-    broken.chmod(0o755)
-    save = site.folder / "stuck"
-    stuck = site.finetune(save, PYTHON=str(broken), MAX_REQUEUES="2")
+    stuck = site.finetune(site.folder / "stuck", PYTHON=program(tmp_path, "echo started; exit 1"), MAX_REQUEUES="2")
     assert site.until_end(stuck) == "FAILED"
     told = site.cluster.output(stuck)
     assert site.cluster.restarts(stuck) == 2 and told.count("started") == 2 * 3, told
