@@ -52,6 +52,7 @@ def test_a_token_with_boft_is_timed_beside_one_of_the_base(tiny: Setting, monkey
     assert seconds.measured > 0 and over.measured == pytest.approx(seconds.measured / base, rel=0.1)
 
 
+@pytest.mark.slow
 def test_both_backends_give_the_same_and_every_kind_of_difference_is_found(tmp_path: Path) -> None:
     model, names = save_worded_llama(tmp_path / "model"), ("tiny_choices", "tiny_answers")
     tasks = write_tasks(tmp_path / "tasks", WORDS[:50], num_questions=9, stop=" w", longest=280)

@@ -133,6 +133,7 @@ def test_asynchronous_calls_and_those_of_a_backward_pass_count_once_and_those_of
     assert len(log.calls) == 2
 
 
+@pytest.mark.slow
 def test_every_way_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "NUM_TURNS", 1)
     figures = convert_figures(save_random(tmp_path / "hf"), tmp_path / "work")

@@ -53,17 +53,17 @@ FOLDED = merged(URNN, FOLDS)  # just before the save
 
 RESUMED_ON_TWO = {
     "lora TP2": TP2,
-    "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
     "lora+ DP2 distributed bf16": merged(DISTRIBUTED, BF16, LORA_PLUS),
     "hybrid TP2+SP bf16": merged(HYBRID, TP2_SP, BF16),
-    "hybrid folded TP2": merged(FOLDED, TP2),
-    "riemannian DP2 distributed bf16": merged(RIEMANNIAN, DISTRIBUTED, BF16),
     "full TP2 bf16": merged(FULL, TP2, BF16),
     "full TP2+SP": merged(FULL, TP2_SP, ODD_ROWS),
     "full PP2 tied": merged(FULL, PP2, TIED),
 }
 # `make test-all` adds these, in a world of their own.
 SLOWLY_RESUMED = {
+    "lora PP2 bf16, last layer": merged(PP2, BF16, LAST_LAYER),
+    "hybrid folded TP2": merged(FOLDED, TP2),
+    "riemannian DP2 distributed bf16": merged(RIEMANNIAN, DISTRIBUTED, BF16),
     "lora TP2+SP bf16": merged(TP2_SP, BF16),
     "lora PP2 interleaved": PP2_INTERLEAVED,
     "lora PP2 accounted": merged(PP2_ACCOUNTED, DISTRIBUTED),
@@ -89,13 +89,13 @@ RESHARDED = {  # from, to
     "full PP2 to TP2, tied": ("full PP2 tied", merged(FULL, TP2, TIED)),
     "lora+ DP2 distributed to PP2, bf16": ("lora+ DP2 distributed bf16", merged(PP2, BF16, LORA_PLUS)),
     "hybrid TP2+SP to DP2 distributed, bf16": ("hybrid TP2+SP bf16", merged(HYBRID, DISTRIBUTED, BF16)),
-    "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
-    "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
-    "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
     "lora TP2 to PP2 accounted": ("lora TP2", PP2_ACCOUNTED),
     "lora TP2 to DP2 distributed": ("lora TP2", DISTRIBUTED),
 }
 SLOWLY_RESHARDED = {
+    "hybrid folded TP2 to PP2": ("hybrid folded TP2", merged(FOLDED, PP2)),
+    "riemannian DP2 distributed to TP2, bf16": ("riemannian DP2 distributed bf16", merged(RIEMANNIAN, TP2, BF16)),
+    "lora PP2 to TP2, last layer, bf16": ("lora PP2 bf16, last layer", merged(TP2, BF16, LAST_LAYER)),
     "full DP2 distributed to TP2, bf16": ("full DP2 distributed bf16", merged(FULL, TP2, BF16)),
     "lora PP2 interleaved to TP2": ("lora PP2 interleaved", TP2),
     "lora PP2 accounted to TP2": ("lora PP2 accounted", TP2),

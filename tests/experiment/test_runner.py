@@ -149,6 +149,7 @@ def test_second_runner_is_refused(tmp_path: Path) -> None:
     FolderLock(tmp_path / "out").release()
 
 
+@pytest.mark.slow
 def test_runner_killed_ten_times_at_work_ends_with_the_cells_of_an_unkilled_run(finished: Path, tmp_path: Path) -> None:
     """Each kill comes up to 0.4 s after something new was seen: the start of a cell, or the file of one, in turns."""
     seed = random.randrange(1 << 32)

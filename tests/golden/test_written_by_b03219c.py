@@ -73,6 +73,7 @@ CHECKS: dict[str, Callable[[Tree, Path], Found]] = {
     "the prepared task is evaluated": evaluated,
     "the experiment is done": listed,
 }
+QUICK = ("the run goes on", "the run is merged")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def tree() -> Iterator[Tree]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "the run is exported" else []) for name in CHECKS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CHECKS]
 )
 def test_what_b03219c_wrote_is_read(tree: Tree, tmp_path: Path, name: str) -> None:
     found = CHECKS[name](tree, copied(tmp_path / "files"))

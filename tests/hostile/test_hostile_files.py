@@ -339,7 +339,14 @@ def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return dict(zip(numbers, told, strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
+# `make test` takes every third one: neighbours differ by the file or by the fault.
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id=str(case), marks=[] if number % 3 == 0 else [pytest.mark.slow])
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_a_hostile_file_ends_the_program_with_2_and_is_named(number: int, answered: dict[int, Answer]) -> None:
     case, (code, told) = CASES[number], answered[number]
     assert code == 2, f"{code}: {told[-2000:]}"

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
@@ -27,6 +26,7 @@ CASES = {
     "hybrid TP2": ("hybrid", False, {}),
     "full TP2+SP": ("full", True, {}),
 }
+QUICK = ("lora TP2", "boft TP2+SP")
 
 
 def run_of(case: str) -> RunConfig:
@@ -43,11 +43,12 @@ def run_of(case: str) -> RunConfig:
     return replace(run, model=replace(run.model, recompute_modules=("mlp",))) if recompute is MLP else run
 
 
-@cache
-def rehearsed() -> dict[str, RankRecord]:
-    """All cases, in processes that are started once."""
-    asked = [RankToRehearse(run, SHAPE, 0, 2, (Lengths.longest(run),), ()) for run in map(run_of, CASES)]
-    return dict(zip(CASES, rehearse(asked), strict=True))
+@pytest.fixture(scope="module")
+def rehearsed(request) -> dict[str, RankRecord]:
+    """All cases that were chosen, in processes that are started once."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
+    asked = [RankToRehearse(run, SHAPE, 0, 2, (Lengths.longest(run),), ()) for run in map(run_of, chosen)]
+    return dict(zip(chosen, rehearse(asked), strict=True))
 
 
 def part(entries: Iterable[Entry], phase: str) -> list[Entry]:
@@ -76,9 +77,11 @@ def calls(entries: Sequence[Entry]) -> Counter[tuple[str, str, int]]:
     return Counter((entry.operation, entry.axis, entry.num_bytes) for entry in entries if isinstance(entry, Call))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_estimate_is_what_a_rehearsal_finds(case):
-    record, step = rehearsed()[case], StepEstimate(run_of(case), SHAPE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
+)
+def test_an_estimate_is_what_a_rehearsal_finds(rehearsed, case):
+    record, step = rehearsed[case], StepEstimate(run_of(case), SHAPE)
     (chunk,) = step.chunks[0]
     for phase, estimated in (("forward", step.forward_chunk(chunk, 0)), ("backward", step.backward_chunk(chunk, 0))):
         real = part(record.entries, phase)

@@ -118,6 +118,7 @@ def counted(folders: dict[str, str]) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_parameters_of_published_models_are_exact(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BLOOM_176B))
     folders = {name: str(MODELS / name) for name in PUBLISHED} | {"bloom-176b": str(tmp_path)}

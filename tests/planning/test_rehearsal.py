@@ -51,7 +51,7 @@ def difference(rehearsed: RankRecord, real: RankRecord) -> str:
 
 
 def test_rehearsed_ranks_are_those_of_two_processes(files):
-    check_equal(watched(files, 2, ["lora"]) + watched(files, 2, ["hybrid"], ["TP2+SP"]))
+    check_equal(watched(files, 2, ["hybrid"], ["TP2+SP"]))
 
 
 def test_products_are_those_of_the_closed_form(files):

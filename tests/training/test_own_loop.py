@@ -26,7 +26,7 @@ HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_alpha": 8.0, **GROUPS}
 QUICK = {"lora": LORA, "hybrid": HYBRID}
 OTHERS = {
     "lora-ga": {**LORA, "method": "lora-ga", "lora_ga_init": "paper", "lora_max_norm_ratio": 0.1},
-    "lora+": {**LORA, "lora_plus_ratio": 4.0},
+    "lora+": {**LORA, "lora_plus_ratio": 2.0},
     "projected": {"method": "boft", **GROUPS, "boft_parametrization": "projection"},
     "input": {"method": "boft", **GROUPS, "rotation_side": "input"},
     "riemannian": {"method": "urnn", "urnn_block_size": 8, "urnn_update": "riemannian", "peft_lr_rotation": 0.1},

@@ -51,7 +51,11 @@ LINES: Mapping[str, Line] = {
     ),
     "checkpoints": Line("training", "Checkpoints, written before and while training goes on"),
     "answers": Line("training", "Greedy answers and logits against transformers'", ("generation and scoring",)),
-    "memory": Line("speed", "Memory as the allocator counts it", ("memory metrics", "unused memory")),
+    "memory": Line(
+        "speed",
+        "Memory as the allocator counts it and as it is planned",
+        ("memory metrics", "unused memory", "planned memory"),
+    ),
     "layer-time": Line(
         "speed", "One layer of a 405B model as a rank of TP8 holds it", ("few kernels a layer", "bf16 at full speed")
     ),

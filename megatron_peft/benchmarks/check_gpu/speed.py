@@ -26,15 +26,18 @@ from megatron_peft.benchmarks.measure import MIB, Figure
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import LinearLayout
+from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse
 from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_with, run_schedule, train_step
 
 ALLOCATED = 64 * MIB
+PLAN_MAY_MISS = 0.05  # workspaces of products and attention are not in it
 
 
 def check_memory(place: CheckPlace) -> list[Figure]:
-    """Metrics before and after a known allocation; what stays reserved with --empty-unused-memory-level 2."""
+    """Metrics before and after a known allocation; planned peaks beside measured ones; what stays reserved with
+    --empty-unused-memory-level 2."""
     before, _ = memory_bytes()
     block = torch.ones(ALLOCATED, dtype=torch.uint8, device=place.device)
     current, peak = memory_bytes()
@@ -43,11 +46,33 @@ def check_memory(place: CheckPlace) -> list[Figure]:
         Figure("growth of memory_bytes over an allocation, less 1", abs(grown - 1), 0.1, note="64 MiB"),
         Figure("current memory above its peak", float(current > peak), 0.0, note=f"{peak / MIB:,.0f} MiB"),
     ]
+    del block
+    figures += [_peak_beside_the_plan(place, method) for method in place.sizes.methods]
     if not torch.cuda.is_available():
         return figures
     reserved = {level: _reserved(place, level) for level in (0, 2)}
     note = f"{reserved[2] / MIB:,.0f} and {reserved[0] / MIB:,.0f} MiB"
     return [*figures, Figure("reserved after a step with level 2 / level 0", reserved[2] / reserved[0], 1.0, note=note)]
+
+
+def _peak_beside_the_plan(place: CheckPlace, method: str) -> Figure:
+    """How far the allocator's peak over a second step is from the rehearsed one; without a GPU, the rehearsed one."""
+    _release()
+    before, tokens = torch.cuda.memory_allocated(), place.sizes.model_tokens
+    one_row = {"micro_batch_size": 1, "global_batch_size": 1}
+    local = {"bf16": True, "transformer_impl": "local"}  # as a rehearsal builds it
+    state = random_state(place.sizes.model, method, model=local, training=one_row)
+    batch = [random_microbatch(state.shape, tokens)]
+    [record] = rehearse([RankToRehearse(state.config, state.shape, 0, 1, (Lengths(1, tokens),), ())])
+    planned = record.peak("step")
+    train_step(state, batch)
+    if not torch.cuda.is_available():
+        return Figure(f"{method}: planned peak", planned / MIB, unit="MiB")
+    torch.cuda.reset_peak_memory_stats()
+    train_step(state, batch)
+    measured = torch.cuda.max_memory_allocated() - before
+    note = f"{measured / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned"
+    return Figure(f"{method}: measured / planned peak, less 1", abs(measured / planned - 1), PLAN_MAY_MISS, note=note)
 
 
 def _reserved(place: CheckPlace, level: int) -> int:
