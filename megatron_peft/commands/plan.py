@@ -110,6 +110,7 @@ def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from megatron_peft.planning.plan import make_plan, print_plan
 
+    _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
     plan = make_plan(config, shape, cluster)
     print_plan(plan, settings.tokens)
     if settings.json:
@@ -132,8 +133,9 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     layouts = fit(config, shape, settings.world_size, cluster)
     console = Console()
     console.print(fit_table(layouts, f"Layouts of {settings.world_size} GPUs that fit, {cluster.name}"))
-    plans = []
-    for number, layout in enumerate(layouts[: settings.rehearsed], 1):
+    plans, chosen = [], layouts[: settings.rehearsed]
+    for number, layout in enumerate(chosen, 1):
+        _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
         plans.append(make_plan(layout.run, shape, cluster))
         print(f"layout {number}, rehearsed:")
         for line in summary(plans[-1]):
@@ -147,6 +149,10 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
         title = f"The layout that megatron-peft plan --fit ranks first on {settings.world_size} GPUs of {cluster.name}"
         write_file(settings.save_config, run_file(layouts[best].run, {}, title))
     return 0 if not plans or any(plan.fits and plan.problem is None for plan in plans) else 1
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def write_file(path: Path, text: str) -> None:

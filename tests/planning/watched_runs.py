@@ -109,10 +109,14 @@ def longer(lengths: Lengths) -> Lengths:
     return Lengths(lengths.rows, 8 * lengths.positions, tuple(8 * length for length in lengths.packed))
 
 
+SECOND_STEP = "the second step"
+STATE_OF_A_GENERATOR = torch.get_rng_state().numel()  # bytes
+
+
 def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
     """What a second step of each run adds at most to the memory in use, in bytes: live storages, and torch.profiler's
     allocations."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     start_world()
     peaks = {}
@@ -125,14 +129,20 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
         watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *moments_of(state)])
-        with watch():
-            train_step(state, step)  # makes moments, and the caches of angles
+        # The profiler sees no end of what was there before it: it watches the first step too, which makes moments.
+        with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            train_step(state, step)
             before = watch.memory.total
             watch.memory.start_peak()
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with record_function(SECOND_STEP):
                 train_step(state, step)
-        events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
-        in_use = np.cumsum([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())])
-        peaks[run.job.name] = sum(watch.memory.peak().values()) - before, int(in_use.max())
+        events = sorted(profiler.profiler.kineto_results.events(), key=lambda one: one.start_ns())  # type: ignore[union-attr]
+        began = next(one.start_ns() for one in events if one.name() == SECOND_STEP)
+        # States of generators, which recompute keeps, lie in the host's memory and are made by no operation.
+        changes = [one for one in events if one.name() == "[memory]" and abs(one.nbytes()) != STATE_OF_A_GENERATOR]
+        in_use = np.cumsum([one.nbytes() for one in changes])
+        first = sum(one.start_ns() < began for one in changes)
+        profilers = int(in_use[first:].max() - in_use[first - 1])
+        peaks[run.job.name] = sum(watch.memory.peak().values()) - before, profilers
         stop_model_parallel()
     return peaks

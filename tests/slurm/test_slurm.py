@@ -275,7 +275,7 @@ def num_answers(output: Path) -> int:
 def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: Site) -> None:
     cluster, folder = site.cluster, site.folder / "experiment"
     flags = {name: value for name, value in RECIPE.items() if name not in ("lr", "peft-method", "lora-rank")}
-    pairs = str(site.folder / "pairs.jsonl")
+    pairs, rates = str(site.folder / "pairs.jsonl"), {"lr": [1e-3, 2e-3]}
     content = {
         "title": "Two methods",
         "flags": {**flags, "train-iters": 150},
@@ -287,7 +287,10 @@ def test_an_array_of_an_experiment_goes_on_after_a_signal_and_a_lost_node(site: 
             }
         },
         "tasks": {"pairs": {"flags": {"train-data-path": pairs, "valid-data-path": pairs}}},
-        "methods": {"lora": {"grid": {"lr": [1e-3, 2e-3]}}, "boft": {"grid": {"lr": [1e-3, 2e-3]}}},
+        "methods": {
+            "lora": {"grid": rates},
+            "boft": {"flags": {"boft-block-size": 2, "boft-factors": 2}, "grid": rates},
+        },
         "seeds": [1],
         "tuning_seed": 1,
     }
