@@ -33,12 +33,11 @@ from megatron_peft.conversion.peft_config import (
     read_adapter_config,
     shortest_targets,
 )
-from megatron_peft.conversion.pretrained import open_weights, read_model_shape
+from megatron_peft.conversion.pretrained import known_fingerprint, open_weights, read_model_shape
 from megatron_peft.conversion.trained_adapters import (
     TrainedAdapters,
     base_of,
     is_weight,
-    known_fingerprint,
     layer_name,
     modules_of,
     open_adapters,

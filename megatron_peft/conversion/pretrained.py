@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_peft.checkpoint.folders import INDEX, MANIFEST, RECORD, megatron_files
 from megatron_peft.checkpoint.load import require_whole
-from megatron_peft.checkpoint.record import read_record
+from megatron_peft.checkpoint.record import fingerprint, read_record
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.conversion.hf_files import CONFIG, ReadCounts, check_inventory, open_source
 from megatron_peft.conversion.megatron_weights import open_megatron, shape_of_arguments
@@ -22,8 +22,8 @@ from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.rules import RowRange, Rule, expected_tensors
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
-from megatron_peft.parallel.collectives import from_first_rank
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.parallel.collectives import from_first_rank, require_same
+from megatron_peft.runtime.launch import checked_together, place_on_node
 
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -130,6 +130,23 @@ def checked_shape(config: RunConfig) -> ModelShape:
     return shape
 
 
+def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
+    """Fingerprint of a base model's folder; None if it has no files to take it from (checkpoints of ranks)."""
+    try:
+        return fingerprint(str(base))
+    except OSError:
+        return None
+
+
+def require_same_model(folder: str | Path) -> None:
+    """Raise ConfigurationError on every rank if a node has another model in `folder` than the first one.
+
+    A collective. One rank of each node opens its files.
+    """
+    own = known_fingerprint(folder) or {} if place_on_node().rank == 0 else None
+    require_same(own, f"--pretrained-checkpoint {folder}", "another model")
+
+
 def load_pretrained(
     model_chunks: Sequence[nn.Module],
     folder: str | Path,
@@ -143,7 +160,7 @@ def load_pretrained(
     """Fill the base parameters of each chunk in place, in their own dtype. Adapters keep their values.
 
     A collective of all ranks, where there are several. The first one alone reads and checks the headers, and sends
-    them: that is one rank for the whole job, where a leader of each node would be many.
+    them. One rank of each other node looks whether its files are the same.
 
     Args:
         model_chunks: bare GPTModels (before Float16Module and DDP).
@@ -160,6 +177,7 @@ def load_pretrained(
     files = megatron_files(folder)
     if files is not None and (files / MANIFEST).is_file():
         require_whole(files)
+    require_same_model(folder)
     rules, weights = _open_together(folder, shape)
     to_fill = checked_together(
         lambda: [pair for chunk in model_chunks for pair in _with_rules(chunk, rules, tensor_parallel_size)]

@@ -14,19 +14,12 @@ from torch import Tensor
 
 from megatron_peft.adapters.change import StoredTensors
 from megatron_peft.checkpoint.folders import RECORD, damage, publish, start_draft
-from megatron_peft.checkpoint.record import (
-    ADAPTER_CONFIG,
-    RunRecord,
-    differing_base,
-    find_checkpoint,
-    fingerprint,
-    read_record,
-)
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, differing_base, find_checkpoint, read_record
 from megatron_peft.checkpoint.tensors import ADAPTER, NOT_PARAMETERS, master_key
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import listed
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
-from megatron_peft.conversion.pretrained import read_model_shape
+from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 from megatron_peft.conversion.to_megatron import FORMAT
 from megatron_peft.conversion.writer import new_folder
 from megatron_peft.models.rules import HFTensor, Index, RowRange, Rule
@@ -261,14 +254,6 @@ def base_of(adapters: TrainedAdapters, override: str | Path | None) -> Path:
         f"({', '.join(differing)}): give the base that they were trained on with --pretrained-checkpoint.",
     )
     return folder
-
-
-def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
-    """Fingerprint of a base model's folder; None if it has no files to take it from (checkpoints of ranks)."""
-    try:
-        return fingerprint(str(base))
-    except OSError:
-        return None
 
 
 def _lacks(checkpoint: Path, keys: list[str]) -> str:

@@ -19,8 +19,7 @@ from megatron_peft.checkpoint.record import differing_base, find_checkpoint, rea
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.hf_files import CONFIG
-from megatron_peft.conversion.pretrained import read_model_shape
-from megatron_peft.conversion.trained_adapters import known_fingerprint
+from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 
 logger = logging.getLogger(__name__)
 

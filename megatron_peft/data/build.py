@@ -16,9 +16,8 @@ from megatron_peft.data.indexed import build_indexed, build_mock
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import BlendedOrder, PackedOrder, SampleOrder, SampleSource
-from megatron_peft.data.token_cache import place_of_process
 from megatron_peft.data.tokenizers import Tokenizer
-from megatron_peft.runtime.launch import checked_together, gather_over_world
+from megatron_peft.runtime.launch import checked_together, gather_over_world, place_on_node
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def _records(config: RunConfig, split: Split, tokenizer: Tokenizer) -> Instructi
     data, flag = config.data, f"--{split.name}-data-path"
     paths = _blend(config, split).prefixes
     if any(kind_of_source(path) != "json" for path in paths):  # `datasets` makes its cache, in one process of a node
-        checked_together(lambda: RecordFiles(paths, flag) if place_of_process().rank == 0 else None)
+        checked_together(lambda: RecordFiles(paths, flag) if place_on_node().rank == 0 else None)
     records = checked_together(lambda: RecordFiles(paths, flag))
     _require_one_digest(split, paths, records.digest)
     fit = Fit(tokenizer, data.seq_length, data.overlong, ColumnNames.of(data))

@@ -6,45 +6,25 @@ making.
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit, TokenizedRecord
-from megatron_peft.runtime.launch import checked_together, gather_over_world
+from megatron_peft.runtime.launch import PlaceOnNode, checked_together, gather_over_world, place_on_node
 
 FORMAT = 1  # of the files, and of how a record becomes tokens
 MANIFEST = "manifest.json"
 _BATCH = 500  # records written at once
-
-
-class Place(NamedTuple):
-    """Of this process on its node, and of its node."""
-
-    rank: int
-    size: int
-    node: str
-
-
-def place_of_process() -> Place:
-    """As torchrun tells it; without torchrun all ranks are on one node."""
-    if not dist.is_initialized():
-        return Place(0, 1, "0")
-    if os.environ.get("LOCAL_WORLD_SIZE"):
-        environ = os.environ
-        return Place(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
-    return Place(dist.get_rank(), dist.get_world_size(), "0")
 
 
 class TokenCache:
@@ -119,7 +99,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
 
     Raises ConfigurationError, on every rank, for the first bad record, and if `root` cannot be written.
     """
-    folder, place = cache_folder(root, records, fit), place_of_process()
+    folder, place = cache_folder(root, records, fit), place_on_node()
     # All ranks look before any of them writes; a node is done if all of its ranks have seen the cache.
     seen = gather_over_world((place.node, (folder / MANIFEST).is_file(), secrets.token_hex(4)))
     token = seen[0][2]
@@ -137,7 +117,7 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
     return checked_together(lambda: TokenCache(folder))
 
 
-def _write_share(draft: Path, records: RecordFiles, fit: Fit, place: Place) -> Counter[str]:
+def _write_share(draft: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode) -> Counter[str]:
     """Tokenize this rank's share into a file. Returns the unused fields."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -166,7 +146,7 @@ def _shard(rank: int) -> str:
     return f"tokens-{rank:05d}.arrow"
 
 
-def _publish(draft: Path, folder: Path, counts: Sequence[Counter[str]], place: Place, num_records: int) -> None:
+def _publish(draft: Path, folder: Path, counts: Sequence[Counter[str]], place: PlaceOnNode, num_records: int) -> None:
     """Give the draft its name, unless another node or run was faster."""
     shards = [_shard(rank) for rank in range(place.size)]
     described = {"records": num_records, "shards": shards, "left_out": sum(counts, Counter())}

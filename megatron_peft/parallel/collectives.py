@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, require
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.runtime.launch import checked_together
 
@@ -163,7 +163,22 @@ def from_first_rank(find: Callable[[], Found], group: dist.ProcessGroup | None =
     return found[0]
 
 
-def names_that_differ(own: Mapping[str, object]) -> list[str]:
-    """The names whose values differ between this rank and rank 0. A collective."""
-    first = from_first_rank(lambda: dict(own))
-    return sorted(name for name in first.keys() | own.keys() if own.get(name) != first.get(name))
+def require_same(own: Mapping[str, object] | None, what: str, is_another: str) -> None:
+    """Raise ConfigurationError on every rank if a rank reads other files than rank 0: each node may have its own.
+
+    A collective.
+
+    Args:
+        own: what this rank has read, by the name that an error gives it. None: another rank of its node has read it.
+        what, is_another: words of the error.
+    """
+    first = from_first_rank(lambda: dict(own or {}))
+    mine = first if own is None else own
+    differing = sorted(name for name in first.keys() | mine.keys() if mine.get(name) != first.get(name))
+    checked_together(
+        lambda: require(
+            not differing,
+            f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
+            f"again to where that rank reads it.",
+        )
+    )

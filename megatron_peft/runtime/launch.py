@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +72,24 @@ def checked_together(check: Callable[[], Checked], group: dist.ProcessGroup | No
     if found:
         raise ConfigurationError("\n".join(found))
     return result  # type: ignore[return-value]
+
+
+class PlaceOnNode(NamedTuple):
+    """Of this process on its node, and of its node."""
+
+    rank: int
+    size: int
+    node: str
+
+
+def place_on_node() -> PlaceOnNode:
+    """As torchrun tells it; without torchrun all ranks are on one node."""
+    if not dist.is_initialized():
+        return PlaceOnNode(0, 1, "0")
+    if os.environ.get("LOCAL_WORLD_SIZE"):
+        environ = os.environ
+        return PlaceOnNode(int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]), environ.get("GROUP_RANK", "0"))
+    return PlaceOnNode(dist.get_rank(), dist.get_world_size(), "0")
 
 
 @contextmanager

@@ -16,9 +16,8 @@ from megatron_peft.checkpoint.folders import newest_checkpoint, write_atomically
 from megatron_peft.checkpoint.load import check_resume, load_checkpoint, require_something_to_load, resolve_resume
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, flag, missing_for_training, require
-from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, open_weights
+from megatron_peft.conversion.pretrained import checked_shape, load_pretrained, open_weights, require_same_model
 from megatron_peft.conversion.shared_reading import ReadingGroups
-from megatron_peft.conversion.trained_adapters import known_fingerprint
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer, doubt_about_vocabulary, require_vocabulary_fits
@@ -32,7 +31,7 @@ from megatron_peft.models.kernels import (
     require_packed_attention,
 )
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.parallel.collectives import from_first_rank, names_that_differ
+from megatron_peft.parallel.collectives import from_first_rank, require_same
 from megatron_peft.runtime.launch import checked_together, start_model_parallel
 from megatron_peft.runtime.stacks import Stacks
 from megatron_peft.training.loop import train
@@ -148,11 +147,11 @@ def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], i
     shape = checked_together(lambda: checked_shape(config))
     attention = checked_together(lambda: _require_kernels(config, shape))
     base = config.model.pretrained_checkpoint
-    _require_same(known_fingerprint(str(base)) or {}, f"--pretrained-checkpoint {base}", "another model")
+    require_same_model(str(base))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
     tokenizer = checked_together(lambda: _checked_tokenizer(config, shape))
     folder = config.data.tokenizer_model or base
-    _require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
+    require_same(_tokenizer_facts(tokenizer), f"the tokenizer in --tokenizer-model {folder}", "another one")
     from_first_rank(lambda: require_something_to_load(config.checkpoint))
     checked_together(lambda: _check_save_folder(config))
     with Stacks(config.checkpoint.save, dist.get_rank()), Saver(config.checkpoint) as saver:
@@ -237,23 +236,6 @@ def _require_same_configuration(config: RunConfig) -> None:
         lambda: require(
             not differing,
             f"rank {dist.get_rank()} was started with {', '.join(differing)}: start all ranks with the same command.",
-        )
-    )
-
-
-def _require_same(own: Mapping[str, object], what: str, is_another: str) -> None:
-    """Raises ConfigurationError on every rank if a rank reads other files than rank 0 (each node may have its own).
-
-    Args:
-        own: what this rank has read, by the name that an error gives it.
-        what, is_another: words of the error.
-    """
-    differing = names_that_differ(own)
-    checked_together(
-        lambda: require(
-            not differing,
-            f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
-            f"again to where that rank reads it.",
         )
     )
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 from megatron_peft.config import ConfigurationError, ParallelConfig
 from megatron_peft.conversion import pretrained, to_megatron
 from megatron_peft.conversion.hf_files import ReadCounts
-from megatron_peft.conversion.pretrained import base_parameters, load_pretrained
+from megatron_peft.conversion.pretrained import base_parameters, load_pretrained, require_same_model
 from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
@@ -191,3 +193,52 @@ def test_headers_are_read_by_the_first_rank_and_each_rank_opens_a_file_once(layo
     reads = [rank[layout]["shards"] for rank in by_rank]
     assert [read.together.headers for read in reads] == [3, 0, 0, 0]
     assert all(1 <= read.together.opens <= 3 for read in reads)
+
+
+# Nodes with files of their own.
+
+
+def on_nodes_of(size: int) -> int:
+    """Begin a world in which so many ranks share a node; the rank."""
+    start_world()
+    rank = dist.get_rank()
+    os.environ |= {"LOCAL_RANK": str(rank % size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": str(rank // size)}
+    return rank
+
+
+def weight_files_opened(argument: tuple[Path, int]) -> list[str]:
+    folder, ranks_on_a_node = argument
+    on_nodes_of(ranks_on_a_node)
+    opened: list[str] = []
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith(".safetensors"):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(note)
+    require_same_model(folder)
+    return sorted(opened)
+
+
+@pytest.mark.parametrize(("ranks_on_a_node", "leaders"), [(2, [True, False]), (1, [True, True])])
+def test_one_rank_of_each_node_opens_the_files_before_they_are_read(folders, ranks_on_a_node, leaders):
+    files = sorted(path.name for path in folders["shards"].glob("*.safetensors"))
+    opened = run_ranks(2, weight_files_opened, (folders["shards"], ranks_on_a_node))
+    assert len(files) == 3 and opened == [files if leads else [] for leads in leaders]
+
+
+def told_of_a_copy(folder: Path) -> str:
+    os.chdir(folder / str(on_nodes_of(1)))
+    with pytest.raises(ConfigurationError) as error:
+        load_pretrained([], "base", SHAPE, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
+    return str(error.value)
+
+
+def test_a_nodes_copy_with_its_tensors_at_other_places_is_refused(folders, tmp_path):
+    """The first rank's headers would give this node other bytes."""
+    for node in ("0", "1"):
+        shutil.copytree(folders["original"], tmp_path / node / "base")
+    file = tmp_path / "1" / "base" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "note": "of another length"})
+    messages = run_ranks(2, told_of_a_copy, tmp_path)
+    assert messages[0] == messages[1] and "another model on rank 1 than on rank 0 (model.safetensors)" in messages[0]

@@ -13,7 +13,7 @@ from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
-from megatron_peft.runtime.launch import start_world
+from megatron_peft.runtime.launch import place_on_node, start_world
 from tests.data.test_build import build
 from tests.data.test_instruction import RECORDS
 from tests.data.tiny_tokenizers import save_tokenizer
@@ -177,7 +177,7 @@ def test_ranks_share_the_making_of_a_cache_and_fail_together(write_lines, tmp_pa
 def test_a_process_alone_makes_a_cache_alone(monkeypatch, environ, expected):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert token_cache.place_of_process() == expected
+    assert place_on_node() == expected
 
 
 def test_the_last_trained_token_of_each_record_before_its_stop_is_found():

@@ -312,7 +312,9 @@ def test_ranks_that_read_other_files_do_not_train(job, tmp_path, differing, expe
 def told_in_its_folder(argument: tuple[Job, Path]) -> str:
     job, folder = argument
     start_world()
-    os.chdir(folder / str(torch.distributed.get_rank()))
+    rank = torch.distributed.get_rank()
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+    os.chdir(folder / str(rank))
     return told(lambda: finetune(job.config(2)))
 
 
