@@ -46,13 +46,13 @@ test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
 test-slow: $(INSTALLED) ## run what `make test` leaves out
 	$(PYTEST) -m 'slow and not rehearsal' $(ARGS)
 
-test-rehearsals: $(INSTALLED) ## rehearse every recipe and method, certify every method and fault: the better part of an hour
+test-rehearsals: $(INSTALLED) ## rehearse every method in every recipe's layout, of which test-all takes one a recipe
 	$(PYTEST) -m rehearsal $(ARGS)
 
 test-docs: $(INSTALLED) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
 	$(PYTHON) -m pytest -m docs tests/docs $(ARGS)
 
-test-all: test test-slow ## run every test but those of test-docs and test-rehearsals: every method at every layout included
+test-all: test test-slow ## run every test but those of test-docs, test-slurm and test-rehearsals
 
 # BASE: HEAD where the working tree differs from it, else the commit before.
 golden: $(INSTALLED) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')
@@ -78,7 +78,7 @@ recipe-plans: $(INSTALLED) ## plan the recipes and write the figures into their 
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
 	tools/image.sh build
 
-test-image: ## start that image: its version, its user and a tiny training
+test-image: ## start that image: its version, its user and its demo
 	tools/image.sh test
 
 test-slurm: $(INSTALLED) ## preempt runs and lose nodes on a real SLURM of two nodes on this machine (root; slurm-wlm)

@@ -154,8 +154,8 @@ class Recorder(TorchDispatchMode):
         waits = lambda: self._add(Wait(index))  # noqa: E731
         if isinstance(result, tuple):
             *outputs, work = result
-            return (*outputs, _watched(work, waits))
-        return _watched(result, waits)
+            return (*outputs, _watched(operation, work, waits))
+        return _watched(operation, result, waits)
 
     def _count(self, func: Any, args: Any, result: Any) -> None:
         kind = _kind(func)
@@ -186,9 +186,9 @@ def _joined(entries: Sequence[Entry]) -> Iterator[Entry]:
 class _Watched(dist.Work):
     """A handle that tells when it is waited for."""
 
-    def __init__(self, work: dist.Work, waits: Callable[[], None]) -> None:
+    def __init__(self, operation: str, work: dist.Work, waits: Callable[[], None]) -> None:
         super().__init__()
-        self._work, self._waits = work, waits
+        self.operation, self._work, self._waits = operation, work, waits
         _HANDLES.add(self)
 
     def wait(self, timeout: Any = None) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -204,8 +204,13 @@ class _Watched(dist.Work):
 _HANDLES: set[Any] = set()  # C++ holds no reference to the Python half of a handle
 
 
-def _watched(work: Any, waits: Callable[[], None]) -> Any:
-    return _Watched(dist.Work.unbox(work), waits).boxed()  # pyright: ignore[reportAttributeAccessIssue]
+def forget_sends() -> None:
+    """Drop the handles of messages that a schedule has sent and not waited for, and with them what was sent."""
+    _HANDLES.difference_update([one for one in _HANDLES if one.operation == "send"])
+
+
+def _watched(operation: str, work: Any, waits: Callable[[], None]) -> Any:
+    return _Watched(operation, dist.Work.unbox(work), waits).boxed()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

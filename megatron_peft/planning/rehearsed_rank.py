@@ -13,7 +13,7 @@ from megatron_peft.checkpoint.save import tensors_to_save
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.planning.record import Memory, RankRecord
-from megatron_peft.planning.recording import LiveMemory, Recorder, group_names
+from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
 from megatron_peft.runtime.fake_ranks import fake_rank, replaced, watched_batches, watched_schedule, watched_storages
 from megatron_peft.runtime.launch import start_model_parallel
@@ -56,6 +56,7 @@ class Watch:
         self.memory.start_peak()
         yield
         self.peaks[name] = self.memory.peak()
+        forget_sends()
 
 
 def rehearse_rank(of: RankToRehearse) -> RankRecord:
@@ -111,6 +112,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.assign("optimizer", moments_of(state))
     train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
+    forget_sends()
     watch.recorder.clear()
     watch.mark("begin")
     with watch.phase("step"), _marked_finish(watch):

@@ -117,7 +117,6 @@ def test_the_plan_in_a_recipes_head_is_of_its_flags_and_of_its_model(name):
     assert found is not None and found[1] == recipe_plans.digest(name), "make recipe-plans writes it anew"
 
 
-@pytest.mark.rehearsal
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_that_is_planned_again_has_the_figures_in_its_head(name):
