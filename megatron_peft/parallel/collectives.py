@@ -175,10 +175,11 @@ def require_same(own: Mapping[str, object] | None, what: str, is_another: str) -
     first = from_first_rank(lambda: dict(own or {}))
     mine = first if own is None else own
     differing = sorted(name for name in first.keys() | mine.keys() if mine.get(name) != first.get(name))
+    rank = dist.get_rank() if dist.is_initialized() else 0
     checked_together(
         lambda: require(
             not differing,
-            f"{what} is {is_another} on rank {dist.get_rank()} than on rank 0 ({', '.join(differing[:8])}): copy it "
-            f"again to where that rank reads it.",
+            f"{what} is {is_another} on rank {rank} than on rank 0 ({', '.join(differing[:8])}): copy it again to "
+            f"where that rank reads it.",
         )
     )

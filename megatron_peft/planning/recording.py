@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_peft.planning.record import Call, Computation, Entry, Mark, Memory, Phase, Product, Wait
 
@@ -195,7 +195,8 @@ class _Watched(dist.Work):
         if self in _HANDLES:
             _HANDLES.remove(self)
             self._waits()
-        return self._work.wait()
+        with _disable_current_modes():  # gloo's sums over ranks end with copies of its own here
+            return self._work.wait()
 
     def is_completed(self) -> bool:
         return self._work.is_completed()

@@ -24,6 +24,7 @@ from megatron_peft.models.rules import expected_tensors
 from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
+from tests.time_limits import seconds
 from tools import recipe_plans
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
@@ -118,6 +119,7 @@ def test_the_plan_in_a_recipes_head_is_of_its_flags_and_of_its_model(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(seconds(1800))
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_that_is_planned_again_has_the_figures_in_its_head(name):
     found = recipe_plans.stated(name)

@@ -40,10 +40,7 @@ SAMPLE = [*zip(WORLDS, METHODS, strict=True)]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.rehearsal])
-        for case in product(WORLDS, METHODS)
-    ],
+    [pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.rehearsal]) for case in product(WORLDS, METHODS)],
 )
 def test_no_rank_waits_for_ever_with_any_method(name, method):
     """Few layers and microbatches, in the recipe's own layout: a stage has at least one layer."""

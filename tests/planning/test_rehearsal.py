@@ -9,9 +9,11 @@ import pytest
 
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.rehearsal import enough_microbatches, rehearse
-from tests.planning.watched_runs import METHODS, Watched, profiled_peaks, real_records, watched
+from tests.planning.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
+
+NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end needs whole parameters: refused
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +99,8 @@ def test_more_microbatches_hold_no_more_memory(files):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, world_size, method):
-    check_equal(watched(files, world_size, [method]))
+    layouts = [name for name in LAYOUTS[world_size] if name != "DP2 overlap bf16" or method not in NOT_OVERLAPPED]
+    check_equal(watched(files, world_size, [method], layouts))
 
 
 @pytest.mark.slow
