@@ -8,7 +8,7 @@ time, without numbers (docs/planning.md). With --fit it ranks the layouts that f
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,13 @@ from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from megatron_peft.planning.cluster import Cluster
+    from megatron_peft.planning.layouts import FittedLayout
+    from megatron_peft.planning.plan import Plan
 
 PROGRAM = "megatron-peft plan"
+PICTURES = (".png", ".pdf", ".svg")
+ASSUMED_BATCH = 128  # samples; of --fit without --global-batch-size
+NODES_TRIED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,11 @@ class PlanSettings:
     cluster: str = option(
         "8xh100", "nodes and links: 8xa100, 8xh100, or a file with the same fields", metavar="NAME|FILE.yaml"
     )
-    fit: bool = option(False, "rank the layouts of --world-size GPUs that fit, and rehearse the best three")
+    fit: bool = option(
+        False, "rank the layouts of --world-size GPUs, or of the fewest nodes, that fit, and rehearse the best three"
+    )
     rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
-    tokens: float = option(1e8, "tokens of the run, for hours", check="positive")
+    tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
     json: Path | None = option(None, "also write the plan as JSON", metavar="FILE")
     plot: Path | None = option(None, "also draw memory and the pipeline's timeline", metavar="FILE")
     save_config: Path | None = option(
@@ -48,12 +55,21 @@ class PlanSettings:
         with Requirements(self) as unmet:
             unmet.fields()
             unmet.needs("save_config", "fit")
+            unmet(
+                not (self.plot and self.fit), "--plot draws one run: leave out --fit, or plan the layout that it finds."
+            )
+            endings = ", ".join(PICTURES)
+            unmet(
+                self.plot is None or self.plot.suffix in PICTURES,
+                f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
+            )
             for name in ("json", "plot", "save_config"):
                 path = getattr(self, name)
                 unmet(
                     path is None or path.parent.is_dir(),
                     f"{flag(name)} {path}: there is no folder {path and path.parent}; make it first.",
                 )
+                unmet(path is None or not path.is_dir(), f"{flag(name)} {path} is a folder: name a file in it.")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -114,7 +130,7 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
     plan = make_plan(config, shape, cluster)
     print_plan(plan, settings.tokens)
     if settings.json:
-        write_file(settings.json, json.dumps(plan.as_dict(), indent=1) + "\n")
+        write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
     if settings.plot:
         from megatron_peft.planning.picture import draw
 
@@ -125,30 +141,79 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
-    from megatron_peft.planning.layouts import fit, fit_table
+    from megatron_peft.planning.layouts import fit_tables
     from megatron_peft.planning.plan import make_plan, summary
 
-    require(settings.world_size is not None, "--fit looks for layouts of --world-size GPUs: give it.")
-    assert settings.world_size is not None
-    layouts = fit(config, shape, settings.world_size, cluster)
+    if config.training.global_batch_size is None:
+        print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
+        config = replace(config, training=replace(config.training, global_batch_size=ASSUMED_BATCH))
+    size, layouts = _fitting(settings.world_size, config, shape, cluster)
     console = Console()
-    console.print(fit_table(layouts, f"Layouts of {settings.world_size} GPUs that fit, {cluster.name}"))
+    title = f"Layouts that fit {_nodes(size, cluster)}; hours for {settings.tokens / 1e6:,.0f} million tokens"
+    for table in fit_tables(layouts, title, settings.tokens):
+        console.print(table)
     plans, chosen = [], layouts[: settings.rehearsed]
     for number, layout in enumerate(chosen, 1):
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
         plans.append(make_plan(layout.run, shape, cluster))
         print(f"layout {number}, rehearsed:")
-        for line in summary(plans[-1]):
+        for line in [*summary(plans[-1]), *_pace(plans[-1], settings.tokens)]:
             print(f"  {line}")
-    best = next((n for n, plan in enumerate(plans) if plan.fits and plan.problem is None), 0)
-    print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if settings.json:
-        found = {"layouts": [one.as_dict() for one in layouts], "rehearsed": [plan.as_dict() for plan in plans]}
+        found = {
+            "layouts": [one.as_dict(settings.tokens) for one in layouts],
+            "rehearsed": [plan.as_dict(settings.tokens) for plan in plans],
+        }
         write_file(settings.json, json.dumps(found, indent=1) + "\n")
+    paces = {number: plan.pace for number, plan in enumerate(plans) if plan.fits and plan.pace is not None}
+    if plans and not paces:
+        print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
+        return 1
+    # The rehearsed time decides: formulas leave out some of what a step computes.
+    best = min(paces, key=lambda number: paces[number].time.seconds) if paces else 0
+    print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if settings.save_config:
-        title = f"The layout that megatron-peft plan --fit ranks first on {settings.world_size} GPUs of {cluster.name}"
-        write_file(settings.save_config, run_file(layouts[best].run, {}, title))
-    return 0 if not plans or any(plan.fits and plan.problem is None for plan in plans) else 1
+        title = f"The layout that megatron-peft plan --fit ranks first on {_nodes(size, cluster)}"
+        run = layouts[best].run
+        unsaved = replace(run, checkpoint=replace(run.checkpoint, save=None))
+        write_file(settings.save_config, run_file(unsaved, {}, title))
+    return 0
+
+
+def _fitting(
+    world_size: int | None, config: RunConfig, shape: ModelShape, cluster: "Cluster"
+) -> "tuple[int, list[FittedLayout]]":
+    """GPUs and the layouts that fit them: of `world_size`, or of the fewest nodes that hold the run."""
+    from megatron_peft.planning.layouts import fit
+
+    if world_size is not None:
+        return world_size, fit(config, shape, world_size, cluster)
+    for num_nodes in NODES_TRIED:
+        size = num_nodes * cluster.gpus_per_node
+        try:
+            found = fit(config, shape, size, cluster)
+        except ConfigurationError as error:
+            _tell(f"{_nodes(size, cluster)}: {str(error).removeprefix('--fit: ')}")
+            continue
+        print(f"{_nodes(size, cluster)} can hold the run; --world-size N plans for more GPUs.")
+        return size, found
+    raise ConfigurationError(f"--fit: nothing fits up to {NODES_TRIED[-1]} nodes: use a method that trains less.")
+
+
+def _nodes(size: int, cluster: "Cluster") -> str:
+    number, rest = divmod(size, cluster.gpus_per_node)
+    nodes = "" if rest or not number else f" ({number} node{'s' * (number > 1)})"
+    return f"{size} GPUs{nodes} of {cluster.name}"
+
+
+def _pace(plan: "Plan", num_tokens: float) -> list[str]:
+    if plan.pace is None:
+        return []
+    pace = plan.pace
+    return [
+        f"time: {pace.time.seconds:.2f} s a step, {pace.tokens_per_second:,.0f} tokens/s, "
+        f"{pace.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens"
+    ]
 
 
 def _tell(text: str) -> None:

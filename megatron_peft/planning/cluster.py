@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from math import log, log2
+from math import isfinite, log, log2
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_yaml, read_text
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "clusters").glob("*.yaml"))}
-DEFAULT = "8xa100"
 
 # Field -> (unit, least, most): beyond them it is a slip of units.
 LIMITS: Mapping[str, tuple[str, float, float]] = {
@@ -158,6 +157,8 @@ def read_cluster(name: str) -> Cluster:
 def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
     """The cluster that these fields describe. ConfigurationError with everything that is wrong, named after `place`."""
     problems = [*_unknown(values), *_missing_or_absurd(values)]
+    if not isinstance(values.get("name", ""), str):
+        problems.append(f"name is {str(values['name'])[:40]}; it must be a text.")
     curve, wrong = _curve(values.get(EFFICIENCIES))
     problems += wrong
     if not problems and values["reserved_gib"] >= values["memory_gib"]:
@@ -212,7 +213,7 @@ def _curve(value: Any) -> tuple[tuple[tuple[float, float], ...], list[str]]:
     if not isinstance(value, dict) or not value:
         return (), [f"{EFFICIENCIES} is {str(value)[:40]}; {needs}."]
     numbers = [*value, *value.values()]
-    if not all(type(number) in (int, float) for number in numbers):
+    if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
         return (), [f"{EFFICIENCIES} is {str(value)[:80]}; {needs}."]
     curve = tuple(sorted((float(size), float(part)) for size, part in value.items()))
     if curve[0][0] <= 0 or not all(0.01 <= part <= 1 for _, part in curve):

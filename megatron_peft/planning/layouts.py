@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
@@ -70,8 +71,8 @@ class FittedLayout:
                 words += [flag(name)] if value is True else [flag(name), str(value)]
         return [*words, *(["--recompute-modules", *run.model.recompute_modules] if run.model.recompute_modules else [])]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
+        """For JSON, with the hours of a run of so many tokens."""
         parallel = self.run.parallel
         return {
             "flags": self.flags,
@@ -79,7 +80,7 @@ class FittedLayout:
             "memory_bytes": dict(self.memory),
             "peak_bytes": total(self.memory),
             "stage": self.stage,
-            **self.pace.as_dict(),
+            **self.pace.as_dict(num_tokens),
         }
 
 
@@ -280,13 +281,14 @@ def _seconds(time: WorkTime) -> float:
     return max(sum(seconds for _, seconds in time.device), time.host)
 
 
-def fit_table(layouts: Sequence[FittedLayout], title: str) -> Table:
-    """The layouts as a table for the terminal."""
-    table = Table(title=title)
-    for name in ("", "TP", "PP", "VPP", "DP", "SP", "micro-batch", "recompute", "GiB a GPU", "s a step", "tokens/s"):
-        table.add_column(name, justify="right")
-    for name in ("TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"):
-        table.add_column(name, justify="right")
+def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:
+    """The layouts as tables of 80 columns: what they are and take, hours for `num_tokens`; and where the time goes."""
+    table = narrow_table(
+        title, "", "TP", "PP", "VPP", "DP", "SP", "rows", "recompute", "GiB", "s/step", "tokens/s", "hours"
+    )
+    shares = narrow_table(
+        "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
+    )
     for number, one in enumerate(layouts, 1):
         parallel, time = one.run.parallel, one.pace.time
         stages = parallel.num_virtual_stages(one.pace.num_layers)
@@ -294,12 +296,16 @@ def fit_table(layouts: Sequence[FittedLayout], title: str) -> Table:
             *(str(number), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size)),
             *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
             *(str(one.run.training.micro_batch_size), one.recompute, f"{total(one.memory) / 2**30:.1f}"),
-            *(f"{time.seconds:.2f}", f"{one.pace.tokens_per_second:,.0f}", f"{one.pace.tflops_per_gpu:.0f}"),
-            *(
-                f"{one.pace.mfu:.1%}",
-                f"{time.bubble:.1%}",
-                f"{time.exposed_communication:.1%}",
-                f"{time.launch_bound:.1%}",
-            ),
+            *(f"{time.seconds:.2f}", f"{one.pace.tokens_per_second:,.0f}", f"{one.pace.hours(num_tokens):,.1f}"),
         )
+        parts = (one.pace.mfu, time.bubble, time.exposed_communication, time.launch_bound)
+        shares.add_row(str(number), f"{one.pace.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
+    return [table, shares]
+
+
+def narrow_table(title: str, *columns: str) -> Table:
+    """One whose cells are numbers, and stand close together."""
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -60,15 +60,16 @@ class Pace:
         """Of training on so many tokens, without validation and saves."""
         return num_tokens / self.tokens_per_second / 3600
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
+        """For JSON, with the hours of a run of so many tokens."""
         return {
             "time": self.time.as_dict(),
             "tokens_per_step": self.tokens,
             "tokens_per_second": self.tokens_per_second,
             "tflops_per_gpu": self.tflops_per_gpu,
             "mfu": self.mfu,
-            "hours_for_100m_tokens": self.hours(1e8),
+            "tokens_of_the_run": num_tokens,
+            "hours": self.hours(num_tokens),
         }
 
 

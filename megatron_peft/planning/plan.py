@@ -47,8 +47,8 @@ class Plan:
         """Whether every rank's peak leaves free what the cluster's file reserves for what no rehearsal sees."""
         return peak_of(self.fullest) <= self.cluster.usable_bytes
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
+        """For JSON, with the hours of a run of so many tokens."""
         parallel = self.run.config.parallel
         return {
             "cluster": self.cluster.name,
@@ -72,7 +72,7 @@ class Plan:
                 for (axis, operation), (number, num_bytes) in calls_by_group(program.entries).items()
             ],
             "order": self.problem.text if self.problem else "every rank's calls fit together",
-            **({} if self.pace is None else self.pace.as_dict()),
+            **({} if self.pace is None else self.pace.as_dict(num_tokens)),
         }
 
 

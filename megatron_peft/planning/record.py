@@ -24,6 +24,8 @@ ITEM_BYTES = {
     "int8": 1,
     "uint8": 1,
     "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
 }
 
 
@@ -43,9 +45,13 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed)."""
+        """2 for each multiply and add; attention has two products, and five in backward (scores are recomputed).
+
+        A complex product is four real ones.
+        """
         num_products = {"mm": 1, "attention": 2, "attention backward": 5}[self.kind]
-        return 2 * num_products * self.batch * self.m * self.n * self.k
+        num_real = 4 if self.dtype.startswith("complex") else 1
+        return 2 * num_products * num_real * self.batch * self.m * self.n * self.k
 
     @property
     def num_bytes(self) -> int:

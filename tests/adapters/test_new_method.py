@@ -64,10 +64,8 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tree, tmp_path_factory, request) -> dict[str, Any]:
-    items = [item for item in request.session.items if item.path == request.path]
-    layouts = [item.callspec.params["layout"] for item in items if item.originalname == AT_EVERY_LAYOUT]
-    return train(tree, tmp_path_factory.mktemp("runs"), *layouts)
+def found(tree, tmp_path_factory) -> dict[str, Any]:
+    return train(tree, tmp_path_factory.mktemp("runs"), *LAYOUTS)
 
 
 def test_it_is_two_new_files_and_one_line(tree):
@@ -85,9 +83,8 @@ def test_it_keeps_the_rules_of_the_repository(tree):
     assert [node.name for _, node in public_things(tree / "megatron_peft") if not ast.get_docstring(node)] == []
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[] if name == "TP2+SP" else [pytest.mark.slow]) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_trains_alike_at_every_layout(found, layout):
     alone, here = found["curves"]["alone"], found["curves"][layout]
     assert alone["losses"][-1] < alone["losses"][0] - 0.02
@@ -95,9 +92,7 @@ def test_it_trains_alike_at_every_layout(found, layout):
     np.testing.assert_allclose(here["grad_norms"], alone["grad_norms"], rtol=1e-4)
 
 
-AT_EVERY_LAYOUT = test_it_trains_alike_at_every_layout.__name__
-
-
+@pytest.mark.slow
 def test_it_merges_and_exports(found):
     assert found["merged"] < 1e-4 and found["exported"] < 1e-4 < found["moved"]
     assert found["as lora"] < 1e-4

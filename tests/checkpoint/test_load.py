@@ -33,9 +33,8 @@ def test_resumed_equals_uninterrupted_elsewhere(two_slow_ranks, name):
     assert [facts["resumed"][name] for facts in two_slow_ranks] == [[], []]
 
 
-@pytest.mark.parametrize(
-    "name", ["full TP2xDP2 distributed", *(pytest.param(f"lora {at}", marks=pytest.mark.slow) for at in ON_FOUR_RANKS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full TP2xDP2 distributed", *(f"lora {at}" for at in ON_FOUR_RANKS)])
 def test_resumed_and_resharded_on_four_ranks(files, name):
     assert run_ranks(4, rank_checks.on_four_ranks, (files, name), limit=900) == [[]] * 4
 

@@ -39,6 +39,7 @@ COMPARED = {
     "PP2 interleaved": ("hybrid", "drawn, bloom with LoRA"),
     "TP2xPP2+SP": ("drawn, bloom with LoRA",),
 }
+QUICK_LAYOUTS = ("TP2+SP", "PP2 interleaved")
 
 
 def greedy_by_transformers(base, prompts, end_id=None):
@@ -166,18 +167,25 @@ def test_draws_follow_the_seed_and_the_name(alone):
 
 
 @pytest.fixture(scope="module")
-def split(jobs):
-    """Outcomes of every rank, by (layout, name)."""
+def split(jobs, request):
+    """Outcomes of every rank, by (layout, name), at the layouts that were chosen."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    chosen = {spec.params["layout"] for spec in specs if spec and "layout" in spec.params}
     outcomes = {}
     for num_ranks in (2, 4):
-        keys = [(at, name) for at, names in COMPARED.items() if (4 if "x" in at else 2) == num_ranks for name in names]
+        layouts = [at for at in COMPARED if at in chosen and (4 if "x" in at else 2) == num_ranks]
+        keys = [(at, name) for at in layouts for name in COMPARED[at]]
+        if not keys:
+            continue
         split = [replace(jobs[name], parallel=LAYOUTS[at]) for at, name in keys]
         by_rank = run_ranks(num_ranks, generation_runs.run_jobs, split)
         outcomes |= {key: [of_rank[i] for of_rank in by_rank] for i, key in enumerate(keys)}
     return outcomes
 
 
-@pytest.mark.parametrize("layout", COMPARED)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(one, marks=[] if one in QUICK_LAYOUTS else [pytest.mark.slow]) for one in COMPARED]
+)
 def test_every_layout_answers_and_scores_as_one_process(split, alone, layout):
     """Sequence parallelism too: left on, megatron-core refuses a cache, or answers differ."""
     for name in COMPARED[layout]:

@@ -101,6 +101,7 @@ def test_results_say_what_was_asked(place, alone, split):
     assert alone["base"]["config"]["checkpoint_fingerprint"] != config["checkpoint_fingerprint"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_numbers(place, alone):
     """What was answered is not asked again, and the rest, drawn answers too, is what it would have been."""
     seed = random.randrange(1 << 32)

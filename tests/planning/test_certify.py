@@ -155,7 +155,6 @@ FAULTS = [
     ("tied_head_forgotten", "full", "PP2", "gradients of step 1", "embedding.word_embeddings.weight"),
     ("one_ranks_data", "lora", "DP2", "samples of each step", "replica 1"),
 ]
-QUICK = ("sum_left_out",)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +162,8 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("certify"))
 
 
-@pytest.mark.parametrize(
-    ("fault", "method", "layout", "compared", "named"),
-    [pytest.param(*case, marks=[] if case[0] in QUICK else [pytest.mark.slow]) for case in FAULTS],
-    ids=[case[0] for case in FAULTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "method", "layout", "compared", "named"), FAULTS, ids=[case[0] for case in FAULTS])
 def test_a_fault_is_refused_by_name(runs, fault, method, layout, compared, named):
     problems = runs.problems(fault, method, layout)
     assert compared in problems, problems

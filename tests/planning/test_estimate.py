@@ -26,7 +26,7 @@ CASES = {
     "hybrid TP2": ("hybrid", False, {}),
     "full TP2+SP": ("full", True, {}),
 }
-QUICK = ("lora TP2", "boft TP2+SP")
+QUICK = ("boft TP2+SP",)
 
 
 def run_of(case: str) -> RunConfig:

@@ -12,7 +12,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages
 from megatron_peft.planning.footprint import memory, parameters, saved_bytes, total
-from megatron_peft.planning.layouts import fit, fit_table
+from megatron_peft.planning.layouts import fit, fit_tables
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.pipeline import Turn, estimated_time, in_flight, turns
 from megatron_peft.planning.published import LLAMA_8B, LLAMA_70B, LLAMA_405B, llama_3, made_up_run
@@ -92,9 +92,10 @@ def test_layouts_fit_and_are_ranked(method):
     for one in found:
         kinds = one.pace.time.by_kind
         assert sum(kinds.values()) == pytest.approx(one.pace.time.seconds)
-    console = Console(width=240, record=True)
-    console.print(fit_table(found, "layouts"), time_table(found[0].pace))
-    assert f"{seconds[0]:.2f}" in console.export_text()
+    console = Console(width=80, record=True)
+    console.print(*fit_tables(found, "layouts", 1e9), time_table(found[0].pace))
+    told = console.export_text()
+    assert "…" not in told and f"{found[9].pace.hours(1e9):,.1f}" in told and f"{found[9].pace.mfu:.1%}" in told
 
 
 def test_the_flags_of_a_layout_give_that_layout():

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import train
 from megatron_peft.commands.plan import main
 from megatron_peft.models.families import read_shape
+from megatron_peft.planning.cluster import SHIPPED
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
@@ -65,6 +67,49 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
     assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
     told = capsys.readouterr().out
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
+
+
+SMALL = ["--lora-rank", "4", "--seq-length", "32", "--rehearsed", "1"]
+
+
+@pytest.mark.parametrize("flags", [["urnn"], ["hybrid", "--hybrid-rotation", "urnn"]], ids=" ".join)
+def test_complex_products_take_time_too(base, tmp_path, flags):
+    found = tmp_path / "plan.json"
+    words = ["--pretrained-checkpoint", str(base), *SMALL[:4], "--urnn-block-size", "4", "--peft-method", *flags]
+    assert main([*words, "--tokens", "2e9", "--json", str(found)]) == 0
+    plan = json.loads(found.read_text())
+    assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
+
+
+def test_fit_finds_the_fewest_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
+    """A cluster of one small GPU a node: one of them cannot hold the whole run."""
+    cluster, found, saved = tmp_path / "own.yaml", tmp_path / "fit.json", tmp_path / "run.yaml"
+    fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
+    cluster.write_text(yaml.safe_dump({**fields, "name": "own", "gpus_per_node": 1, "reserved_gib": 1 - 2.0**-9 * 3}))
+    cluster.write_text(cluster.read_text().replace(f"memory_gib: {fields['memory_gib']}", "memory_gib: 1"))
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit"]
+    assert main([*words, "--json", str(found), "--save-config", str(saved)]) == 0
+    told = capsys.readouterr()
+    assert "--global-batch-size 128 is assumed" in told.out and "1 GPUs (1 node) of own: nothing fits" in told.err
+    assert "2 GPUs (2 nodes) of own can hold the run" in told.out and " hours for 100 million tokens" in told.out
+    found = json.loads(found.read_text())
+    assert found["rehearsed"][0]["fits"] and found["rehearsed"][0]["hours"] > 0
+    data = ["--pretrained-checkpoint", str(base), "--train-data-path", "x.jsonl", "--train-iters", "1"]
+    config = read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
+    assert config.checkpoint.save is None and config.parallel.world_size == 2 and config.global_batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--plot", "x.notanimage"], "--plot x.notanimage is no picture: its name must end in one of .png, .pdf, .svg"),
+        (["--plot", "x.png", "--fit"], "--plot draws one run: leave out --fit"),
+        (["--json", "."], "--json . is a folder: name a file in it"),
+    ],
+    ids=["no picture", "of a fit", "a folder"],
+)
+def test_files_that_cannot_be_written_are_named_before_anything_runs(base, capsys, words, expected):
+    assert expected in refused(["--pretrained-checkpoint", str(base), *words], capsys)
 
 
 def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch):

@@ -26,9 +26,8 @@ def test_items_of_automodels_step_add_up_to_it():
     assert sum(items.values()) == pytest.approx(26.92) and all(seconds > 0 for seconds in items.values())
 
 
-@pytest.mark.parametrize(
-    "name", ["published", *(pytest.param(n, marks=pytest.mark.slow) for n in ("scaling", "automodel"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["published", "scaling", "automodel"])
 def test_records_are_those_of_the_constants(name):
     """python -m megatron_peft.planning.published docs/results/planning"""
     assert json.loads((RECORDS / f"{name}.json").read_text()) == tables()[name]

@@ -80,6 +80,7 @@ def torchrun(files, save, *flags):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_saves(files, tmp_path):
     exit_code, output = torchrun(files, tmp_path)
     assert exit_code == 0, output
