@@ -21,6 +21,7 @@ from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, 
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
 from megatron_peft.models.kernels import Installed
+from megatron_peft.runtime import cpu
 from tests.adapters.test_operation_counts import A_MICROBATCH
 from tests.emulated_tf32 import FACTORS, as_tf32
 from tests.one_rank import one_rank
@@ -90,6 +91,7 @@ def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
 
 @pytest.fixture
 def place(tmp_path) -> CheckPlace:
+    cpu.install()  # as a world does: calls to CUDA go to the CPU
     return CheckPlace(tmp_path, run.TINY)
 
 
