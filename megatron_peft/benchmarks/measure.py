@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,7 +208,7 @@ def print_table(title: str, figures: Sequence[Figure], console: Console | None =
     for figure in figures:
         target = "" if figure.target is None else f"<= {_number(figure.target)} {figure.unit}"
         measured = f"{_number(figure.measured)} {figure.unit}"
-        table.add_row(figure.name, measured, target, VERDICTS[figure.reached], figure.note)
+        table.add_row(escape(figure.name), measured, target, VERDICTS[figure.reached], escape(figure.note))
     (console or Console()).print(table)
 
 

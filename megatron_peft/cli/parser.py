@@ -33,7 +33,14 @@ from megatron_peft.cli.megatron import WAYS_OUT_OF_VALUES
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.cli.unknown import why_not_served
 from megatron_peft.cli.version import version
-from megatron_peft.config import ConfigurationError, RunConfig, flag, missing_for_training, print_failure
+from megatron_peft.config import (
+    ConfigurationError,
+    RunConfig,
+    flag,
+    missing_for_training,
+    missing_to_profile,
+    print_failure,
+)
 from megatron_peft.config.hub import local_model, local_tokenizer
 from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, compare_shape
 
@@ -271,6 +278,7 @@ def _build_config(
     parts = {name: _build(config_class, given, problems) for name, config_class in sections().items()}
     problems += [] if saved else missing_for_training(given)
     whole = None if None in parts.values() else _build(RunConfig, parts, problems)
+    problems += [] if saved or whole is None else missing_to_profile(whole)
     if read_shape and config.get("pretrained_checkpoint"):
         problems += _shape_problems(config["pretrained_checkpoint"], shape_flags, parts, read_shape)
     if problems or whole is None:

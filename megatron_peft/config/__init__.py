@@ -21,7 +21,14 @@ from megatron_peft.config.methods import (
 )
 from megatron_peft.config.model import SENTENCEPIECE, DataConfig, ModelConfig
 from megatron_peft.config.parallel import ParallelConfig
-from megatron_peft.config.run import RunConfig, config_from_dict, config_to_dict, field_names, missing_for_training
+from megatron_peft.config.run import (
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    field_names,
+    missing_for_training,
+    missing_to_profile,
+)
 from megatron_peft.config.sources import Blend, is_indexed, kind_of_source, parse_blend
 from megatron_peft.config.targets import LinearSizes, Side, is_targeted, require_matches
 from megatron_peft.config.training import CheckpointConfig, LoggingConfig, OptimizerSettings, TrainingConfig

@@ -187,10 +187,15 @@ class Requirements:
         except ConfigurationError as error:
             self.problems += error.problems
 
-    def needs(self, name: str, other: str) -> None:
-        """A field that is set needs `other` to be set too."""
-        value = getattr(self.config, name)
-        self(not value or bool(getattr(self.config, other)), f"{spelled(flag(name), value)} needs {flag(other)}.")
+    def needs(self, name: str, *others: str) -> None:
+        """A field that has another value than its default needs one of `others` to be set, or it has no effect."""
+        value, default = getattr(self.config, name), getattr(type(self.config), name)
+        is_set = value != default and value not in (None, "")
+        ways_out = " or ".join(map(flag, others))
+        self(
+            not is_set or any(getattr(self.config, other) for other in others),
+            f"{spelled(flag(name), value)} needs {ways_out}.",
+        )
 
 
 def print_failure(message: str, environ: Mapping[str, str] = os.environ) -> None:

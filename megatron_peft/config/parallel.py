@@ -86,8 +86,8 @@ class ParallelConfig:
         needs_stages = self._given("num_layers_per_virtual_pipeline_stage", *UNEVEN_STAGES, *ACCOUNTED_STAGES, LAYOUT)
         require(
             pp > 1 or not needs_stages,
-            f"{_listed(needs_stages)} divide layers among pipeline stages: they need --pipeline-model-parallel-size "
-            f"above 1.",
+            f"{_listed(needs_stages)} {'need' if len(needs_stages) > 1 else 'needs'} --pipeline-model-parallel-size "
+            f"above 1: one pipeline stage holds all layers.",
         )
         require(
             not (uneven and interleaved),
@@ -95,8 +95,8 @@ class ParallelConfig:
         )
         require(
             not (uneven and accounted),
-            f"{_listed(uneven)} and {_listed(accounted)} are mutually exclusive: the first say how many layers an end "
-            f"holds, the second count the embedding or the loss as one of a stage's layers.",
+            f"{_listed(uneven)} and {_listed(accounted)} are mutually exclusive: an end either holds a given number of "
+            f"layers, or counts the embedding or the loss as one of its layers.",
         )
         if layout is None:
             return

@@ -135,6 +135,29 @@ def missing_for_training(values: Mapping[str, Any]) -> list[str]:
     return [told for names, told in needed.items() if not any(_is_given(values.get(name)) for name in names)]
 
 
+def missing_to_profile(config: RunConfig) -> list[str]:
+    """Messages for what is to be profiled and is no part of the run: ranks, and the first of the steps.
+
+    Not a check of `RunConfig`: a run may be planned or certified with fewer ranks and steps than it trains with.
+    """
+    logging, training, world_size = config.logging, config.training, config.parallel.world_size
+    outside = [rank for rank in logging.profile_ranks if not 0 <= rank < world_size]
+    samples = training.train_samples
+    length = training.train_iters if samples is None else samples // config.global_batch_size
+    problems = []
+    if (logging.profile or logging.record_memory_history) and outside:
+        problems.append(
+            f"{spelled(flag('profile_ranks'), logging.profile_ranks)} needs ranks of this run, which has 0 to "
+            f"{world_size - 1}: leave out {' '.join(map(str, outside))}."
+        )
+    if logging.profile and length is not None and length <= logging.profile_step_start:
+        problems.append(
+            f"--profile needs --profile-step-start below the run's {length} iterations, but it is "
+            f"{logging.profile_step_start}: no step would be profiled."
+        )
+    return problems
+
+
 def _is_given(value: Any) -> bool:
     return value is not None and value is not False and value != ()
 

@@ -67,6 +67,7 @@ class TrainingConfig:
         lengths = [n for n in ("train_iters", "train_samples", "train_epochs") if getattr(self, n) is not None]
         with Requirements(self) as require:
             require.fields()
+            require.needs("manual_gc_interval", "manual_gc")
             for name in ("micro_batch_size", "global_batch_size"):
                 size = getattr(self, name)
                 require(
@@ -310,6 +311,10 @@ class LoggingConfig:
             require.needs("use_pytorch_profiler", "profile")
             require.needs("use_pytorch_profiler", "tensorboard_dir")
             require.needs("peak_tflops", "log_throughput")
+            require.needs("memory_snapshot_path", "record_memory_history")
+            require.needs("profile_step_start", "profile")
+            require.needs("profile_step_end", "profile")
+            require.needs("profile_ranks", "profile", "record_memory_history")
             require(
                 not self.profile or self.profile_step_start < self.profile_step_end,
                 f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "

@@ -2,8 +2,11 @@
 
 import json
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_peft.benchmarks import check_gpu
 from megatron_peft.benchmarks.check_gpu import LINES, Line, accuracy, function_of, run, setup, speed, training
-from megatron_peft.benchmarks.check_gpu.measure import Kernel, busy_share
+from megatron_peft.benchmarks.check_gpu.measure import Kernel, attempt, busy_share
 from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
+from megatron_peft.models.kernels import Installed
+from megatron_peft.runtime import cpu
+from tests.adapters.test_operation_counts import A_MICROBATCH
 from tests.emulated_tf32 import FACTORS, as_tf32
 from tests.one_rank import one_rank
 
@@ -85,6 +91,7 @@ def test_every_line_passes_on_a_cpu(tmp_path, sizes) -> None:
 
 @pytest.fixture
 def place(tmp_path) -> CheckPlace:
+    cpu.install()  # as a world does: calls to CUDA go to the CPU
     return CheckPlace(tmp_path, run.TINY)
 
 
@@ -129,19 +136,117 @@ def test_a_line_that_fails_names_itself_and_the_others_go_on(place, monkeypatch)
     assert "world: ValueError: a [bad] kernel" in text and "off; nan" in text
 
 
+def test_a_measurement_that_raises_is_a_figure_that_failed_and_the_line_goes_on(place, monkeypatch, tmp_path) -> None:
+    """The losses of one variant of one method; all others are measured."""
+
+    def losses(place: CheckPlace, method: str, *_: Any, **groups: Any) -> list[float]:
+        if method == "hybrid" and groups["model"]["bf16"]:
+            raise ValueError("a [bad] kernel")
+        return [1.0, 2.0]
+
+    monkeypatch.setattr(training, "_losses_of", losses)
+    several = replace(place.sizes, num_variants=4)
+    recorded = CheckPlace(tmp_path, several, {"lora": [1.0, 2.0], "hybrid": [1.0, 2.0]})
+    console = Console(record=True, width=200)
+    [outcome] = run.run_lines(["losses"], recorded, console)
+    failed = [one for one in outcome.figures if not one.reached]
+    assert outcome.verdict == "FAIL" and len(outcome.figures) == 8 and len(failed) == 2
+    assert (
+        failed[0].name == "hybrid, local: bf16, padded, recomputed" and failed[0].note == "ValueError: a [bad] kernel"
+    )
+    assert "ValueError: a [bad] kernel" in console.export_text()
+    run._write(tmp_path / "found.json", [outcome], is_gpu=False)
+    written = json.loads((tmp_path / "found.json").read_text())["lines"][0]["figures"]
+    assert [one["measured"] is None for one in written] == [not one.reached for one in outcome.figures]
+
+
+def test_a_line_that_raises_keeps_what_it_has_measured(place, monkeypatch) -> None:
+    def half(place: CheckPlace) -> Iterator[Figure]:
+        yield Figure("first", 1.0)
+        raise ValueError("no second one")
+
+    monkeypatch.setattr(setup, "check_world", half)
+    [outcome] = run.run_lines(["world"], place, Console(quiet=True))
+    assert (outcome.verdict, outcome.error) == ("error", "ValueError: no second one")
+    assert [one.name for one in outcome.figures] == ["first"]
+
+
 def test_nothing_more_is_run_once_cuda_is_gone(place, monkeypatch) -> None:
     def gone() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def fatal(place: CheckPlace) -> list[Figure]:
+    def fatal(name: str) -> Figure:
         monkeypatch.setattr(torch.cuda, "synchronize", gone)
         gone()
-        return []
+        return Figure(name, 0.0)
+
+    def line(place: CheckPlace) -> Iterator[Figure]:
+        yield Figure("before", 0.0)
+        yield from attempt("fatal", fatal)
+        yield from attempt("after", lambda name: Figure(name, 0.0))
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(setup, "check_world", fatal)
+    monkeypatch.setattr(setup, "check_world", line)
     outcomes = run.run_lines(["world", "versions"], place, Console(quiet=True))
     assert [one.verdict for one in outcomes] == ["error", "not run"]
+    assert [one.name for one in outcomes[0].figures] == ["before"]
+
+
+H100 = Installed(True, transformer_engine=True, varlen_attention=True, compute_capability=(9, 0), cudnn=92000)
+A100 = replace(H100, compute_capability=(8, 0))  # without flash-attn, which alone packs there
+
+
+@pytest.mark.parametrize(
+    ("installed", "implementation", "packed"),
+    [
+        (Installed(cuda=False), "local", {False, True}),
+        (H100, "local", {True}),
+        (H100, "transformer_engine", {True}),
+        (A100, "local", {True}),
+        (A100, "transformer_engine", set()),
+        (replace(A100, varlen_attention=False), "local", set()),
+    ],
+)
+def test_samples_are_packed_only_where_a_run_would_not_refuse_it(
+    place, monkeypatch, installed, implementation, packed
+) -> None:
+    """`packed` holds whether bf16, of the variants that pack."""
+    monkeypatch.setattr(Installed, "detected", lambda: installed)
+    variants = training._variants(place, implementation)
+    assert {bf16 for bf16, packs, _ in variants if packs} == packed
+    assert len(set(variants)) == len(variants) and {bf16 for bf16, _, _ in variants} == {False, True}
+    monkeypatch.setattr(training, "_count_waits", lambda name, *_: Figure(name, 0.0))
+    kinds = {figure.name.split(": ")[0] for figure in training.check_waits(place)}
+    by_default = installed == H100 or not installed.cuda  # with Transformer Engine, as it is installed
+    assert ("lora, packed" in kinds) is by_default
+
+
+def driver() -> str:
+    return setup._driver("driver").note
+
+
+def tell_version(reference: Any) -> None:
+    """As libcuda's, of a driver for CUDA 13.1."""
+    reference._obj.value = 13010
+
+
+def test_versions_name_the_driver_and_every_nccl(monkeypatch) -> None:
+    assert setup._driver("driver") == Figure("driver", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=tell_version))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert driver().startswith("takes CUDA 13.1;")
+    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetDriverVersion=lambda: "580.65.06")
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert driver() == "580.65.06"
+    monkeypatch.setattr(nvml, "nvmlInit", lambda: 1 // 0)  # the package without the library
+    assert driver().startswith("takes CUDA 13.1;")
+    monkeypatch.setattr(setup.nccl, "version", lambda: (2, 29, 7))
+    installed = [SimpleNamespace(name=name, version="2.29.7") for name in ("nvidia-nccl-cu13", "nvidia-cudnn-cu13")]
+    monkeypatch.setattr(setup, "distributions", lambda: installed)
+    assert setup._nccl("NCCL") == Figure("NCCL", 1.0, note="torch's 2.29.7, nvidia-nccl-cu13 2.29.7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert setup._nccl("NCCL").note == "nvidia-nccl-cu13 2.29.7"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +269,32 @@ def test_kernels_that_overlap_count_once() -> None:
     kernels = [Kernel("a", 0, 4), Kernel("b", 2, 5), Kernel("c", 8, 10)]
     assert busy_share(kernels) == pytest.approx(0.7)
     assert busy_share([]) == 0
+
+
+def test_kernels_of_an_adapter_are_compared_with_the_operations_that_are_counted() -> None:
+    """Those of tests/adapters/test_operation_counts.py, which the page names too."""
+    counted = {method: forward + backward for method, (forward, backward, _) in A_MICROBATCH.items()}
+    assert speed.ADDED_OPERATIONS == {**counted, "lora-ga": counted["lora"]}
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith("| few kernels a layer |"))
+    assert all(f"{forward} + {backward}" in row for forward, backward, _ in A_MICROBATCH.values())
+    gpu = torch.device("cuda", 0)
+    found = {number: speed.added_kernels("x", "boft", number, gpu) for number in (48, 49)}
+    assert found[48].reached and found[49].reached is False and "6 operations in each of 4" in found[48].note
+    assert speed.added_kernels("x", "boft", 480, torch.device("cpu")).reached is None
+    assert speed.added_kernels("x", "of another package", 480, gpu).reached is None
+
+
+def test_a_layers_kernels_are_compared_with_the_frozen_ones(place, monkeypatch) -> None:
+    counts = iter([100, 140, 190])
+    monkeypatch.setattr(speed, "random_state", lambda *_: None)
+    monkeypatch.setattr(speed, "microbatch_step", lambda *_: lambda: None)
+    monkeypatch.setattr(speed, "kernels_of", lambda *_: [Kernel("a", 0, 1)] * next(counts))
+    figures = {one.name: one.measured for one in speed.check_layer_time(place)}
+    beyond = {name: number for name, number in figures.items() if "beyond" in name}
+    assert beyond == {
+        "lora, 8 tokens: kernels beyond the frozen layer's": 40,
+        "hybrid, 8 tokens: kernels beyond the frozen layer's": 90,
+    }
 
 
 def test_flops_and_shapes_are_those_of_the_models() -> None:

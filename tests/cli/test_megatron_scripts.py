@@ -131,6 +131,8 @@ def test_values_are_read_as_megatron_reads_them() -> None:
         ("--profile --profile-step-start 5 --profile-step-end 5", "no step would be profiled"),
         ("--use-pytorch-profiler --tensorboard-dir t", "--use-pytorch-profiler needs --profile"),
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler needs --tensorboard-dir"),
+        ("--profile --profile-step-start 20 --profile-step-end 21", "--profile needs --profile-step-start below"),
+        ("--profile --profile-step-start 1 --profile-ranks 0 8", "--profile-ranks 0 8 needs ranks of this run"),
         ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type Llama2Tokenizer needs --tokenizer-model FILE.model"),
     ],
 )

@@ -24,6 +24,7 @@ from megatron_peft.config import (
     config_from_dict,
     config_to_dict,
     missing_for_training,
+    missing_to_profile,
 )
 
 
@@ -50,7 +51,11 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers-per-virtual-pipeline-stage"),
         ({"decoder_first_pipeline_num_layers": 2}, "--decoder-first-pipeline-num-layers"),
         ({**INTERLEAVED, "decoder_last_pipeline_num_layers": 2}, "stages of equal size"),
-        ({"account_for_loss_in_pipeline_split": True}, "--account-for-loss-in-pipeline-split .* above 1"),
+        ({"account_for_loss_in_pipeline_split": True}, "^--account-for-loss-in-pipeline-split needs --pipe.* above 1"),
+        (
+            {"decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 2},
+            "^--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need --pipe",
+        ),
         ({**ACCOUNTED, "decoder_first_pipeline_num_layers": 2}, "mutually exclusive"),
         ({**ACCOUNTED, "pipeline_model_parallel_layout": "Et|L"}, "leave out --account-for-embedding"),
         ({**PP2, "pipeline_model_parallel_layout": "Et|t|L"}, "3 stages, which --pipeline-model-parallel-size 2 does"),
@@ -103,7 +108,10 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({**DATA, "tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({**DATA, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
     ],
-    TrainingConfig: [({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs")],
+    TrainingConfig: [
+        ({"train_iters": 1, "train_epochs": 1}, "given: --train-iters, --train-epochs"),
+        ({"manual_gc_interval": 5}, "--manual-gc-interval 5 needs --manual-gc"),
+    ],
     OptimizerSettings: [
         ({"lr": 1e-4, "min_lr": 1e-3}, "--min-lr 0.001 is above --lr 0.0001"),
         ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0 is above"),
@@ -122,6 +130,10 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({"wandb_project": "p"}, "--wandb-project p needs --wandb-exp-name"),
         ({"peak_tflops": 989.0}, "--peak-tflops 989.0 needs --log-throughput"),
         ({"log_interval": 0}, "--log-interval is 0"),
+        ({"memory_snapshot_path": "s.pickle"}, "--memory-snapshot-path s.pickle needs --record-memory-history"),
+        ({"profile_step_start": 0}, "--profile-step-start 0 needs --profile"),
+        ({"profile_step_end": 20}, "--profile-step-end 20 needs --profile"),
+        ({"profile_ranks": (0, 1)}, "--profile-ranks 0 1 needs --profile or --record-memory-history"),
     ],
 }
 
@@ -148,6 +160,29 @@ def test_a_run_that_trains_needs_data_and_a_length() -> None:
     data, length = missing_for_training({**vars(asked.data), **vars(asked.training)})
     assert data.startswith("no training data") and length.endswith("(none given).")
     assert not missing_for_training({**DATA, "train_epochs": 2})
+
+
+PROFILE = {"profile": True, "profile_step_start": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"record_memory_history": True, "profile_ranks": (1, 2, -1), "world_size": 2},
+            "--profile-ranks 1 2 -1 needs ranks of this run, which has 0 to 1: leave out 2 -1",
+        ),
+        ({**PROFILE, "profile_ranks": (1,)}, "--profile-ranks 1 needs ranks of this run"),
+        ({**PROFILE, "train_iters": 4}, "--profile-step-start below the run's 4 iterations, but it is 4"),
+        ({**PROFILE, "train_iters": None, "train_samples": 9, "global_batch_size": 2}, "below the run's 4 iterations"),
+        ({**PROFILE, "train_iters": 5}, ""),  # the fifth step is profiled, whatever --profile-step-end says
+        ({**PROFILE, "train_iters": None, "train_epochs": 0.1}, ""),  # nobody knows yet how many steps that is
+        ({"train_iters": 1}, ""),
+    ],
+)
+def test_ranks_and_steps_to_profile_are_the_runs(values: dict[str, Any], message: str) -> None:
+    problems = missing_to_profile(run_config(**values))
+    assert len(problems) == bool(message) and message in "".join(problems)
 
 
 def test_another_error_is_not_replaced_by_the_requirements() -> None:

@@ -1,6 +1,7 @@
 """Ranks that read for one another hold the same bits, read each byte once per group of replicas, and fail together."""
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from megatron_peft.conversion.hf_files import ReadCounts
 from megatron_peft.conversion.pretrained import base_parameters, load_pretrained, require_same_model
 from megatron_peft.conversion.shared_reading import ALONE, ReadingGroups
 from megatron_peft.conversion.to_megatron import hf_to_megatron
+from megatron_peft.models.families import rules_for
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop, stop_model_parallel
 from tests.conversion.megatron_folders import ODD, save_random, save_ranks
 from tests.conversion.test_pretrained import stage
@@ -168,6 +170,37 @@ def test_a_file_that_is_cut_short_after_the_check_ends_all_ranks_with_one_messag
     told = {message for rank in by_rank for message in rank.values()}
     path = folder / "model-1.safetensors"
     assert told == {f"{path} cannot be read: it was cut short while it was read. Copy it again."}
+
+
+def first_bytes(folder: Path) -> dict[str, tuple[str, int]]:
+    """File and first byte of every tensor, from the headers of a folder's safetensors files."""
+    places = {}
+    for file in folder.glob("*.safetensors"):
+        written = file.read_bytes()
+        start = 8 + int.from_bytes(written[:8], "little")
+        header = json.loads(written[8:start])
+        places |= {name: (str(file), start + one["data_offsets"][0]) for name, one in header.items() if "dtype" in one}
+    return places
+
+
+def test_parameters_are_read_in_the_order_of_their_files_and_not_of_the_model(folders, monkeypatch):
+    """Of a parameter that several tensors make, the first one counts: queries, keys and values lie in three files."""
+    reads: list[tuple[str, int]] = []
+    preadv = os.preadv
+
+    def recorded(file: int, buffers, offset: int) -> int:
+        reads.append((os.readlink(f"/proc/self/fd/{file}"), offset))
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", recorded)
+    whole = stage(SHAPE, 1, range(SHAPE.num_layers), ["first", "last"])
+    settings = {"tensor_parallel_rank": 0, "tensor_parallel_size": 1, "progress": False}
+    load_pretrained([whole], folders["shards"], SHAPE, **settings)
+    places = first_bytes(folders["shards"])
+    by_model = [places[rule.hf_tensors[0].name] for rule in rules_for(SHAPE).values()]
+    by_file = sorted(by_model)
+    assert len({file for file, _ in by_file}) == 3 and by_model != by_file
+    assert [read for read in reads if read in by_model] == by_file
 
 
 FORMS = ("shards", "pickle", "sliced", "whole", "ranks")

@@ -1,5 +1,7 @@
 """The pinned versions of the CUDA image: what is found wrong with them, and that the Dockerfile installs these."""
 
+import re
+import subprocess
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tools.cuda.index import File
+from tools.cuda.pins import PINS as TABLE
 from tools.cuda.pins import PROJECT, Pins, flash_attn_misfit, misfits, project_misfits
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +103,11 @@ def test_the_dockerfile_starts_from_the_pinned_image_and_has_the_libraries_of_in
     assert "COPY tools/cuda/pins.toml /opt/pins.toml" in stage and "PIP_CONSTRAINT=" in stage
     assert all(name in stage.split() for name in ("libibverbs1", "ibverbs-providers", "rdma-core"))
     assert text.rstrip().rpartition("\nUSER ")[2].startswith("10001\n")
+
+
+def test_the_dockerfile_takes_apex_at_the_pinned_tag():
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (command,) = re.findall(r'--branch "\$\((.*)\)"', text)
+    command = command.replace("/opt/pins.toml", str(TABLE))
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    assert found.split() == [tomllib.loads(TABLE.read_text(encoding="utf-8"))["apex"]["tag"]]

@@ -69,6 +69,14 @@ def test_recipe_and_flags_reach_the_run(record: Path) -> None:
     assert program[program.index("--resume") + 1] == "auto"
 
 
+@pytest.mark.parametrize("given", [None, "backend:native"])
+def test_ranks_allocate_in_segments_that_grow_unless_told_otherwise(record: Path, given: str | None) -> None:
+    others = {} if given is None else {"PYTORCH_CUDA_ALLOC_CONF": given}
+    assert start(record, step_code=0, **others).wait(timeout=seconds(60)) == 0
+    environment = (record / "environment").read_text().splitlines()
+    assert f"PYTORCH_CUDA_ALLOC_CONF={given or 'expandable_segments:True'}" in environment
+
+
 def test_wrong_flags_fail_the_job_at_once(record: Path) -> None:
     finished(record, step_code=2)
 

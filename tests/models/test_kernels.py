@@ -159,7 +159,8 @@ H100 = replace(A100, compute_capability=(9, 0))
         (H100, "auto", FUSED, FUSED),
         (replace(H100, flash_attn=True), "auto", FUSED, FUSED),  # Transformer Engine prefers cuDNN's from Hopper on
         (replace(H100, flash_attn=True), "flash", FLASH, FLASH),
-        (replace(H100, cudnn=90501), "auto", FUSED, UNFUSED),
+        (replace(H100, cudnn=90600), "auto", FUSED, FUSED),
+        (replace(H100, cudnn=90599), "auto", FUSED, UNFUSED),
         (replace(H100, cudnn=90501, flash_attn=True), "auto", FUSED, FLASH),
         (H100, "flash", UNFUSED, UNFUSED),
         (H100, "unfused", UNFUSED, UNFUSED),

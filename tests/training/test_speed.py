@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_peft.config import LoggingConfig
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.training import speed as speed_of_training
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.speed import Energy, ModelFlops, Throughput
+from megatron_peft.training.speed import Energy, ModelFlops, Speed, Throughput
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule
 from tests.tiny_gpt import SIZES
 from tests.training.recorded_saves import RecordedSaves
@@ -93,6 +94,31 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
     printed = capsys.readouterr().out
     assert "throughput per GPU (TFLOP/s/GPU): " in printed and "forward-backward " in printed
     assert json.loads((tmp_path / METRICS_FILE).read_text())["mfu"] == record["tflops_per_gpu"]
+
+
+def test_timers_are_those_of_the_slowest_rank(start, monkeypatch):
+    """The other rank is a stage whose forward passes take longer, and which has a phase that this one lacks."""
+    state, _ = start(logging={"timing_log_level": "2"})
+    speed = Speed(state)
+    monkeypatch.setattr(
+        speed_of_training,
+        "gather_over_world",
+        lambda own: [own, {"forward-compute": own["forward-compute"] + 6.0, "forward-recv": 4.0}],
+    )
+    timers = speed._timers._timers
+    timers("forward-compute", log_level=2).set_elapsed(2.0)
+    timers("optimizer", log_level=1).set_elapsed(1.0)
+    assert speed._timers.seconds(num_steps=2) == {"forward-compute": 4.0, "forward-recv": 2.0, "optimizer": 0.5}
+
+
+def test_what_happens_in_a_pause_is_not_timed(start):
+    state, data = start(logging={"timing_log_level": "2"})
+    speed = Speed(state)
+    with speed.paused():
+        run_schedule(state.model_chunks, data.train.step_at(0), forward_only=True)
+    assert "timer_seconds" not in speed.record(1, 1, 1, 1.0)
+    run_schedule(state.model_chunks, data.train.step_at(0), forward_only=True)
+    assert speed.record(1, 1, 1, 1.0)["timer_seconds"]["forward-compute"] > 0
 
 
 def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypatch, caplog):

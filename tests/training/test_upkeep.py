@@ -41,7 +41,6 @@ def run(monkeypatch: pytest.MonkeyPatch, rank: int, training: dict, logging: dic
     ("training", "expected"),
     [
         ({}, [True, 1, 2, 3, "validation"]),
-        ({"manual_gc_interval": 1}, [True, 1, 2, 3, "validation"]),
         ({"manual_gc": True}, ["collect 2", False, 1, 2, 3, "collect 2", "validation", "collect 0"]),
         (
             {"manual_gc": True, "manual_gc_interval": 2, "manual_gc_eval": False},

@@ -2,7 +2,8 @@
 
     python -m tools.cuda.pins
 
-Nothing is installed. The program names what does not fit and exits with code 1.
+Nothing is installed. The program names what does not fit and exits with code 1. Apex is not in the index: its tag,
+which the Dockerfile reads, is not compared.
 """
 
 import re
@@ -36,14 +37,13 @@ class Pins:
     cuda: str
     python: str
     packages: Mapping[str, Version]
-    apex_tag: str
 
     @classmethod
     def read(cls, path: Path = PINS) -> "Pins":
         """From the file."""
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         packages = {name: Version(version) for name, version in table["packages"].items()}
-        return cls(**table["image"], packages=packages, apex_tag=table["apex"]["tag"])
+        return cls(**table["image"], packages=packages)
 
     @property
     def tags(self) -> frozenset[str]:

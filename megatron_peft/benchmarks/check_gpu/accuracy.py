@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_peft.adapters.attach import TargetLayer, linear_layers
 from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.benchmarks.check_gpu.measure import attempt
 from megatron_peft.benchmarks.check_gpu.subjects import (
     SEED,
     CheckPlace,
@@ -43,12 +44,14 @@ def tolerance(dtype: torch.dtype) -> float:
     return ULPS[dtype] * torch.finfo(dtype).eps
 
 
-def check_layers(place: CheckPlace) -> list[Figure]:
+def check_layers(place: CheckPlace) -> Iterator[Figure]:
     """Output, input gradient and gradients of every trained tensor, the worst of a layer's four linear ones."""
-    return [figure for method in place.sizes.methods for dtype in ULPS for figure in _compare(place, method, dtype)]
+    for method in place.sizes.methods:
+        for dtype in ULPS:
+            yield from attempt(f"{method}, {NAMES[dtype]}", _compare, place, method, dtype)
 
 
-def _compare(place: CheckPlace, method: str, dtype: torch.dtype) -> list[Figure]:
+def _compare(name: str, place: CheckPlace, method: str, dtype: torch.dtype) -> list[Figure]:
     # As in a step: blocks of rotations are built for all layers, gradients go to megatron-core's buffers.
     state = random_state(place.sizes.layer, method, model={"bf16": dtype == torch.bfloat16})
     _move(state.model_chunks[0])
@@ -60,7 +63,6 @@ def _compare(place: CheckPlace, method: str, dtype: torch.dtype) -> list[Figure]
         rotations.finish(state.model_chunks)
     gradients = [_gradients(one) for one in tested]
     expected = [_run(one, place, torch.float64, torch.device("cpu")) for one in reference]
-    name = f"{method}, {NAMES[dtype]}"
     figures = [
         _worst(f"{name}: output and input gradient", dtype, found, expected),
         _worst(f"{name}: gradients of parameters", dtype, gradients, [_gradients(one) for one in reference]),
@@ -120,21 +122,19 @@ def _rounded(name: str, gradients: list[list[Tensor]]) -> Figure:
     return Figure(name, max(shares), MOST_ROUNDED)
 
 
-def check_precision(place: CheckPlace) -> list[Figure]:
+def check_precision(place: CheckPlace) -> Iterator[Figure]:
     """|R^T R - I| of rotations moved from their start, where a program allows TF32."""
+    for method in place.sizes.methods:
+        yield from attempt(f"{method}: orthogonality error while TF32 is allowed", _orthogonality_error, place, method)
+
+
+def _orthogonality_error(name: str, place: CheckPlace, method: str) -> list[Figure]:
+    """No figure for a method without rotations."""
     with _tf32_allowed():
-        errors = {method: _orthogonality_error(place, method) for method in place.sizes.methods}
-    return [
-        Figure(f"{method}: orthogonality error while TF32 is allowed", error, LARGEST_ORTHOGONALITY_ERROR)
-        for method, error in errors.items()
-        if error is not None
-    ]
-
-
-def _orthogonality_error(place: CheckPlace, method: str) -> float | None:
-    state = random_state(place.sizes.layer, method)
-    _move(state.model_chunks[0])
-    return largest_orthogonality_error(state)
+        state = random_state(place.sizes.layer, method)
+        _move(state.model_chunks[0])
+        error = largest_orthogonality_error(state)
+    return [] if error is None else [Figure(name, error, LARGEST_ORTHOGONALITY_ERROR)]
 
 
 @contextmanager
@@ -151,16 +151,18 @@ def _tf32_allowed() -> Iterator[None]:
 LENGTHS = (37, 64)  # one is no multiple of 16
 
 
-def check_alibi(place: CheckPlace) -> list[Figure]:
+def check_alibi(place: CheckPlace) -> Iterator[Figure]:
     """Output and gradient of the queries, at two lengths."""
-    return [_alibi(place, length, dtype) for dtype in ULPS for length in LENGTHS]
+    for dtype in ULPS:
+        for length in LENGTHS:
+            yield from attempt(f"{length} positions, {NAMES[dtype]}", _alibi, place, length, dtype)
 
 
-def _alibi(place: CheckPlace, length: int, dtype: torch.dtype) -> Figure:
+def _alibi(name: str, place: CheckPlace, length: int, dtype: torch.dtype) -> Figure:
     found = _attend(length, dtype, place.device)
     expected = _attend(length, torch.float64, torch.device("cpu"))
     worst = max(relative(*pair) for pair in zip(found, expected, strict=True))
-    return Figure(f"{length} positions, {NAMES[dtype]}", worst, 2 * tolerance(dtype))
+    return Figure(name, worst, 2 * tolerance(dtype))
 
 
 def _attend(length: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""Milliseconds and kernels of a step on the device."""
+"""Figures one after another, of which some may fail; milliseconds and kernels of a step on the device."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,7 +11,32 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_peft.benchmarks.measure import Figure
+
 NUM_WARMUPS = 2
+
+
+def attempt(name: str, measure: Callable[..., Figure | Iterable[Figure]], *arguments: Any) -> Iterator[Figure]:
+    """The figures of `measure(name, *arguments)`; if it raises, one that has failed and says why: the line goes on.
+
+    Once the device no longer answers, nothing else can be measured, and the exception ends the line.
+    """
+    try:
+        found = measure(name, *arguments)
+        yield from [found] if isinstance(found, Figure) else found
+    except Exception as error:  # whatever it is, the other figures can be measured
+        if not device_answers():
+            raise
+        yield Figure(name, math.inf, 0.0, note=f"{type(error).__name__}: {error}"[:400])
+
+
+def device_answers() -> bool:
+    """After an illegal access every call to CUDA fails, in this process for good."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

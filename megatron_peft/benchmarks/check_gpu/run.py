@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_peft.benchmarks.check_gpu import LINES, function_of
+from megatron_peft.benchmarks.check_gpu.measure import device_answers
 from megatron_peft.benchmarks.check_gpu.subjects import CPU, GPU, TINY, CheckPlace, Sizes
 from megatron_peft.benchmarks.check_gpu.training import record_losses
 from megatron_peft.benchmarks.measure import Figure, print_table
@@ -39,6 +40,7 @@ class LineOutcome:
     Args:
         verdict: error: it raised, and `error` says what; not run: CUDA was gone by then.
         seconds: of wall time.
+        figures: all that were measured, also by a line that raised.
     """
 
     name: str
@@ -79,7 +81,7 @@ def run_lines(names: Sequence[str], place: CheckPlace, console: Console) -> list
     """Each line in turn. One that fails or raises does not keep the others from running, unless CUDA is gone."""
     outcomes: list[LineOutcome] = []
     for name in names:
-        outcome = _run_line(name, place) if _device_answers() else LineOutcome(name, "not run", error="CUDA is gone")
+        outcome = _run_line(name, place) if device_answers() else LineOutcome(name, "not run", error="CUDA is gone")
         outcomes.append(outcome)
         print_table(f"{name}: {LINES[name].title} ({outcome.seconds:.1f} s)", outcome.figures, console)
         if outcome.error:
@@ -88,23 +90,16 @@ def run_lines(names: Sequence[str], place: CheckPlace, console: Console) -> list
 
 
 def _run_line(name: str, place: CheckPlace) -> LineOutcome:
-    start = time.monotonic()
+    start, figures, error = time.monotonic(), [], ""
     module = import_module(f"{__package__}.{LINES[name].module}")
     try:
-        figures = tuple(getattr(module, function_of(name))(place))
-    except Exception as error:  # whatever it is, the other lines have their own say
-        return LineOutcome(name, "error", time.monotonic() - start, error=f"{type(error).__name__}: {error}")
+        for figure in getattr(module, function_of(name))(place):
+            figures.append(figure)
+    except Exception as raised:  # whatever it is, the other lines have their own say
+        error = f"{type(raised).__name__}: {raised}"
     missed = any(one.reached is False for one in figures)
-    return LineOutcome(name, "FAIL" if missed else "pass", time.monotonic() - start, figures)
-
-
-def _device_answers() -> bool:
-    """After an illegal access every call to CUDA fails, in this process for good."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+    verdict: Verdict = "error" if error else "FAIL" if missed else "pass"
+    return LineOutcome(name, verdict, time.monotonic() - start, tuple(figures), error)
 
 
 def _summary(outcomes: Sequence[LineOutcome]) -> Table:
@@ -114,7 +109,7 @@ def _summary(outcomes: Sequence[LineOutcome]) -> Table:
     for one in outcomes:
         color = "green" if one.verdict == "pass" else "red"
         missed = [figure.name for figure in one.figures if figure.reached is False]
-        failed = escape("; ".join(missed) or one.error)
+        failed = escape("; ".join([*missed, *[one.error] * bool(one.error)]))
         rows = "; ".join(LINES[one.name].settles)
         table.add_row(one.name, f"[{color}]{one.verdict}[/{color}]", f"{one.seconds:.1f}", rows, failed)
     return table

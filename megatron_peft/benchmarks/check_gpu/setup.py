@@ -1,17 +1,23 @@
 """What is installed, how float32 products are rounded, and one process with groups of its own."""
 
-from importlib.metadata import PackageNotFoundError, version
+import ctypes
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
+from megatron_peft.benchmarks.check_gpu.measure import attempt
 from megatron_peft.benchmarks.check_gpu.subjects import CheckPlace
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.models.kernels import Installed
 from megatron_peft.runtime import cpu
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "apex", "triton", "nvidia-nccl-cu12")
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "apex", "triton")
+NCCL = "nvidia-nccl-cu"  # torch's wheel brings one for its CUDA: nvidia-nccl-cu13
 FLAGS = {
     "float32 products on tensor cores (TF32)": lambda: torch.backends.cuda.matmul.allow_tf32,
     "TF32 in cuDNN": lambda: torch.backends.cudnn.allow_tf32,
@@ -19,15 +25,40 @@ FLAGS = {
 }
 
 
-def check_versions(place: CheckPlace) -> list[Figure]:
+def check_versions(place: CheckPlace) -> Iterator[Figure]:
     """Of packages, the driver and the device; 1 for what is there, 0 for what is not."""
-    packages = [
-        Figure(name, float(found is not None), note=found or "") for name in PACKAGES for found in [_version(name)]
-    ]
-    flags = [Figure(name, float(is_set())) for name, is_set in FLAGS.items()]
-    found = vars(Installed.detected()).items()
-    kernels = [Figure(f"found: {name}", float(one not in (False, 0, (0, 0))), note=str(one)) for name, one in found]
-    return [Figure("GPUs", float(torch.cuda.is_available()), note=_device()), *packages, *flags, *kernels]
+    yield Figure("GPUs", float(torch.cuda.is_available()), note=_device())
+    yield from attempt("driver", _driver)
+    yield from attempt("NCCL", _nccl)
+    for name in PACKAGES:
+        found = _version(name)
+        yield Figure(name, float(found is not None), note=found or "")
+    for name, is_set in FLAGS.items():
+        yield Figure(name, float(is_set()))
+    for name, one in vars(Installed.detected()).items():
+        yield Figure(f"found: {name}", float(one not in (False, 0, (0, 0))), note=str(one))
+
+
+def _driver(name: str) -> Figure:
+    """Its release by NVML, where nvidia-ml-py is installed, and else the newest CUDA that it takes."""
+    if not torch.cuda.is_available():
+        return Figure(name, 0.0)
+    try:
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+        return Figure(name, 1.0, note=str(nvml.nvmlSystemGetDriverVersion()))
+    except Exception:  # the package is missing, or NVML's library (the package's own NVMLError)
+        number = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+        newest = f"CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+        return Figure(name, 1.0, note=f"takes {newest}; nvidia-ml-py would tell its release")
+
+
+def _nccl(name: str) -> Figure:
+    """The one that torch loads, and packages that bring one."""
+    packages = [f"{one.name} {one.version}" for one in distributions() if one.name.startswith(NCCL)]
+    loaded = [f"torch's {'.'.join(map(str, nccl.version()))}"] if torch.cuda.is_available() else []
+    return Figure(name, float(bool(loaded or packages)), note=", ".join([*loaded, *packages]))
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,8 @@
-"""Time and memory: one layer at the sizes of a rank, blocks of rotations, a whole model. Nothing here has a target but
-what the allocator says; the numbers are for the pages that hold estimates now."""
+"""Time and memory: one layer at the sizes of a rank, blocks of rotations, a whole model. Targets are for what the
+allocator says and for numbers of kernels; times are for the pages that hold estimates now."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.step_rotations import StepRotations
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
-from megatron_peft.benchmarks.check_gpu.measure import busy_share, kernels_of, milliseconds
+from megatron_peft.benchmarks.check_gpu.measure import attempt, busy_share, kernels_of, milliseconds
 from megatron_peft.benchmarks.check_gpu.subjects import (
     FULL_RECOMPUTE,
     SEED,
@@ -35,27 +35,28 @@ ALLOCATED = 64 * MIB
 PLAN_MAY_MISS = 0.05  # workspaces of products and attention are not in it
 
 
-def check_memory(place: CheckPlace) -> list[Figure]:
+def check_memory(place: CheckPlace) -> Iterator[Figure]:
     """Metrics before and after a known allocation; planned peaks beside measured ones; what stays reserved with
     --empty-unused-memory-level 2."""
+    yield from attempt("metrics of memory", _known_allocation, place)
+    for method in place.sizes.methods:
+        yield from attempt(f"{method}: planned peak", _peak_beside_the_plan, place, method)
+    if torch.cuda.is_available():
+        yield from attempt("reserved after a step with level 2 / level 0", _reserved_by_level, place)
+
+
+def _known_allocation(name: str, place: CheckPlace) -> list[Figure]:
     before, _ = memory_bytes()
     block = torch.ones(ALLOCATED, dtype=torch.uint8, device=place.device)
     current, peak = memory_bytes()
     grown = (current - before) / block.nbytes
-    figures = [
-        Figure("growth of memory_bytes over an allocation, less 1", abs(grown - 1), 0.1, note="64 MiB"),
-        Figure("current memory above its peak", float(current > peak), 0.0, note=f"{peak / MIB:,.0f} MiB"),
+    return [
+        Figure(f"{name}: growth over an allocation, less 1", abs(grown - 1), 0.1, note="64 MiB"),
+        Figure(f"{name}: current above the peak", float(current > peak), 0.0, note=f"{peak / MIB:,.0f} MiB"),
     ]
-    del block
-    figures += [_peak_beside_the_plan(place, method) for method in place.sizes.methods]
-    if not torch.cuda.is_available():
-        return figures
-    reserved = {level: _reserved(place, level) for level in (0, 2)}
-    note = f"{reserved[2] / MIB:,.0f} and {reserved[0] / MIB:,.0f} MiB"
-    return [*figures, Figure("reserved after a step with level 2 / level 0", reserved[2] / reserved[0], 1.0, note=note)]
 
 
-def _peak_beside_the_plan(place: CheckPlace, method: str) -> Figure:
+def _peak_beside_the_plan(name: str, place: CheckPlace, method: str) -> Figure:
     """How far the allocator's peak over a second step is from the rehearsed one; without a GPU, the rehearsed one."""
     _release()
     before, tokens = torch.cuda.memory_allocated(), place.sizes.model_tokens
@@ -67,12 +68,18 @@ def _peak_beside_the_plan(place: CheckPlace, method: str) -> Figure:
     planned = record.peak("step")
     train_step(state, batch)
     if not torch.cuda.is_available():
-        return Figure(f"{method}: planned peak", planned / MIB, unit="MiB")
+        return Figure(name, planned / MIB, unit="MiB")
     torch.cuda.reset_peak_memory_stats()
     train_step(state, batch)
     measured = torch.cuda.max_memory_allocated() - before
     note = f"{measured / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned"
     return Figure(f"{method}: measured / planned peak, less 1", abs(measured / planned - 1), PLAN_MAY_MISS, note=note)
+
+
+def _reserved_by_level(name: str, place: CheckPlace) -> Figure:
+    reserved = {level: _reserved(place, level) for level in (0, 2)}
+    note = f"{reserved[2] / MIB:,.0f} and {reserved[0] / MIB:,.0f} MiB"
+    return Figure(name, reserved[2] / reserved[0], 1.0, note=note)
 
 
 def _reserved(place: CheckPlace, level: int) -> int:
@@ -82,28 +89,49 @@ def _reserved(place: CheckPlace, level: int) -> int:
     return torch.cuda.memory_reserved()
 
 
-def check_layer_time(place: CheckPlace) -> list[Figure]:
+# Operations that an adapter adds to a frozen linear layer in a microbatch, forward and backward, as
+# tests/adapters/test_operation_counts.py counts them.
+ADDED_OPERATIONS = {"lora": 3 + 7, "lora-ga": 3 + 7, "boft": 2 + 4, "urnn": 2 + 4, "hybrid": 5 + 13}
+LINEAR_LAYERS = 4  # of a transformer layer
+# A kernel is no operation: a product that is split along its inner side sums the parts in a second kernel, and where an
+# adapter reads the input of linear_fc2, SwiGLU is computed again. So twice the operations, which is an estimate.
+KERNELS_AN_OPERATION = 2
+
+
+def check_layer_time(place: CheckPlace) -> Iterator[Figure]:
     """Forward and backward of a frozen layer and of each method's, by number of tokens of the microbatch."""
-    sizes = place.sizes
-    return [
-        figure
-        for tokens in sizes.shard_tokens
-        for method in (None, *sizes.methods)
-        for figure in _time_of_layer(place, method, tokens)
-    ]
+    for tokens in place.sizes.shard_tokens:
+        counted: dict[str | None, int] = {}
+        for method in (None, *place.sizes.methods):
+            name = f"{method or 'frozen'}, {tokens:,} tokens"
+            yield from attempt(name, _time_of_layer, place, method, tokens, counted)
 
 
-def _time_of_layer(place: CheckPlace, method: str | None, tokens: int) -> list[Figure]:
+def _time_of_layer(
+    name: str, place: CheckPlace, method: str | None, tokens: int, counted: dict[str | None, int]
+) -> Iterator[Figure]:
+    """`counted`: kernels by method, of those before; None is the frozen layer."""
     _release()
     step = microbatch_step(random_state(place.sizes.shard, method), tokens)
-    taken = milliseconds(step, place.sizes.turns, place.device)
+    yield Figure(f"{name}: forward and backward", milliseconds(step, place.sizes.turns, place.device), unit="ms")
     kernels = kernels_of(step, place.device)
-    name = f"{method or 'frozen'}, {tokens:,} tokens"
-    return [
-        Figure(f"{name}: forward and backward", taken, unit="ms"),
-        Figure(f"{name}: kernels", len(kernels)),
-        Figure(f"{name}: share of the time in which the device is busy", busy_share(kernels)),
-    ]
+    counted[method] = len(kernels)
+    yield Figure(f"{name}: kernels", len(kernels))
+    yield Figure(f"{name}: share of the time in which the device is busy", busy_share(kernels))
+    if method is not None and None in counted:
+        yield added_kernels(name, method, len(kernels) - counted[None], place.device)
+
+
+def added_kernels(name: str, method: str, number: int, device: torch.device) -> Figure:
+    """Kernels beyond those of the frozen layer.
+
+    Without a target on a CPU, where views of tensors count too, and for methods of other packages.
+    """
+    name, operations = f"{name}: kernels beyond the frozen layer's", ADDED_OPERATIONS.get(method)
+    if operations is None or device.type != "cuda":
+        return Figure(name, number)
+    note = f"{operations} operations in each of {LINEAR_LAYERS} linear layers"
+    return Figure(name, number, KERNELS_AN_OPERATION * LINEAR_LAYERS * operations, note=note)
 
 
 def microbatch_step(state: TrainingState, tokens: int) -> Callable[[], Any]:
@@ -114,13 +142,15 @@ def microbatch_step(state: TrainingState, tokens: int) -> Callable[[], Any]:
     return partial(run_schedule, state.model_chunks, [random_microbatch(state.shape, tokens)], forward_only=False)
 
 
-def check_rotations_time(place: CheckPlace) -> list[Figure]:
+def check_rotations_time(place: CheckPlace) -> Iterator[Figure]:
     """Building and differentiating the blocks of one layer's rotations; a uRNN's rotation by blocks and by FFT."""
-    built = [figure for method in place.sizes.methods for figure in _time_of_rotations(place, method)]
-    return [*built, *(_crossover(place, size) for size in place.sizes.groups)]
+    for method in place.sizes.methods:
+        yield from attempt(f"{method}: blocks of a layer and their gradients", _time_of_rotations, place, method)
+    for size in place.sizes.groups:
+        yield from attempt(f"uRNN, groups of {size}: Fourier / blocks", _crossover, place, size)
 
 
-def _time_of_rotations(place: CheckPlace, method: str) -> list[Figure]:
+def _time_of_rotations(name: str, place: CheckPlace, method: str) -> list[Figure]:
     _release()
     state = random_state(place.sizes.shard, method)
     rotations = StepRotations(state.model_chunks)
@@ -133,13 +163,13 @@ def _time_of_rotations(place: CheckPlace, method: str) -> list[Figure]:
 
     taken = milliseconds(step, place.sizes.turns, place.device)
     note = f"{len(kernels_of(step, place.device))} kernels, once a step"
-    return [Figure(f"{method}: blocks of a layer and their gradients", taken, unit="ms", note=note)]
+    return [Figure(name, taken, unit="ms", note=note)]
 
 
 NUM_FEATURES, NUM_TOKENS = 4096, 1024
 
 
-def _crossover(place: CheckPlace, size: int) -> Figure:
+def _crossover(name: str, place: CheckPlace, size: int) -> Figure:
     alone: Any = Alone()
     features, tokens = max(NUM_FEATURES // 16 if place.device.type == "cpu" else NUM_FEATURES, size), NUM_TOKENS
     layout = LinearLayout("row", features, 64, alone)
@@ -154,26 +184,25 @@ def _crossover(place: CheckPlace, size: int) -> Figure:
     taken = {name: milliseconds(way, place.sizes.turns, place.device) for name, way in ways.items()}
     note = "; ".join(f"{name} {value:.3f} ms" for name, value in taken.items())
     note += f"; blocks are used up to {DENSE_UP_TO}"
-    return Figure(f"uRNN, groups of {size}: Fourier / blocks", taken["Fourier"] / taken["blocks"], note=note)
+    return Figure(name, taken["Fourier"] / taken["blocks"], note=note)
 
 
-def check_model_speed(place: CheckPlace) -> list[Figure]:
+def check_model_speed(place: CheckPlace) -> Iterator[Figure]:
     """A step of LoRA in bf16, activations kept or recomputed; `model_flops` says what is counted."""
-    return [figure for recomputed in (False, True) for figure in _speed(place, recomputed)]
+    for way, transformer in (("kept", {}), ("recomputed", FULL_RECOMPUTE)):
+        yield from attempt(f"LoRA, {way} activations", _speed, place, transformer)
 
 
-def _speed(place: CheckPlace, recomputed: bool) -> list[Figure]:
+def _speed(name: str, place: CheckPlace, transformer: dict[str, Any]) -> Figure:
     _release()
     shape, tokens = place.sizes.model, place.sizes.model_tokens
-    transformer = FULL_RECOMPUTE if recomputed else {}
     step_of = {"micro_batch_size": 1, "global_batch_size": 1}
     state = random_state(shape, "lora", transformer=transformer, training=step_of)
     batch = [random_microbatch(shape, tokens)]
     taken = milliseconds(lambda: train_step(state, batch), place.sizes.turns, place.device)
     flops = model_flops(shape, tokens)
-    name = f"LoRA, {'recomputed' if recomputed else 'kept'} activations"
     note = f"{taken:.1f} ms a step, {1000 * tokens / taken:,.0f} tokens/s, peak {memory_bytes()[1] / 2**30:.1f} GiB"
-    return [Figure(name, flops / taken / 1e9, unit="TFLOP/s", note=note)]
+    return Figure(name, flops / taken / 1e9, unit="TFLOP/s", note=note)
 
 
 def model_flops(shape: ModelShape, tokens: int) -> float:

@@ -161,14 +161,14 @@ def run_config(base: str, method: str, **groups: Any) -> RunConfig:
 
     Args:
         base: the model's folder.
-        groups: fields that differ, by group: peft, model, transformer, training, checkpoint.
+        groups: fields that differ, by group: peft, model, transformer, data, training, checkpoint.
     """
     sizes: dict[str, Any] = {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": NUM_STEPS}
     return RunConfig(
         parallel=ParallelConfig(),
         model=ModelConfig(base, transformer=groups.get("transformer", {}), **groups.get("model", {})),
         peft=peft_of(method, **groups.get("peft", {})),
-        data=DataConfig(train_data_path=("random.jsonl",), seq_length=256),  # never opened
+        data=DataConfig(("random.jsonl",), seq_length=256, **groups.get("data", {})),  # never opened
         training=TrainingConfig(**{**sizes, **groups.get("training", {})}),
         optimizer=OptimizerSettings(lr=5e-3, lr_decay_style="constant"),
         checkpoint=CheckpointConfig(**groups.get("checkpoint", {})),

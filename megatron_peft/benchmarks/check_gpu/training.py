@@ -9,6 +9,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_peft.adapters.step_rotations import step_rotations
-from megatron_peft.benchmarks.check_gpu.measure import kernels_of
+from megatron_peft.benchmarks.check_gpu.measure import attempt, kernels_of
 from megatron_peft.benchmarks.check_gpu.subjects import (
     ADAPTERS,
     FULL_RECOMPUTE,
@@ -32,11 +33,12 @@ from megatron_peft.benchmarks.check_gpu.subjects import (
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver
+from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.pretrained import load_pretrained
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
-from megatron_peft.models.gpt import build_model_chunks
-from megatron_peft.models.kernels import Installed
+from megatron_peft.models.gpt import build_model_chunks, uses_transformer_engine
+from megatron_peft.models.kernels import Installed, require_packed_attention
 from megatron_peft.runtime.precision import full_precision
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule, train_step
@@ -47,14 +49,14 @@ LOSS_TOLERANCE = {False: 1000 * torch.finfo(torch.float32).eps, True: torch.finf
 WAITS_OF_A_STEP = 2  # for losses and what is finite, and for the norm of the gradients
 
 
-def check_losses(place: CheckPlace) -> list[Figure]:
+def check_losses(place: CheckPlace) -> Iterator[Figure]:
     """For each implementation and method: padded, packed and recomputed, in float32 and bf16."""
-    return [
-        _compare_losses(place, method, implementation, *variant)
-        for implementation in _implementations()
-        for method in place.sizes.methods
-        for variant in _variants(implementation)[: place.sizes.num_variants]
-    ]
+    for implementation in _implementations():
+        for method in place.sizes.methods:
+            for bf16, packed, recomputed in _variants(place, implementation)[: place.sizes.num_variants]:
+                words = ["bf16" if bf16 else "float32", "packed" if packed else "padded", *["recomputed"] * recomputed]
+                name = f"{method}, {implementation}: {', '.join(words)}"
+                yield from attempt(name, _compare_losses, place, method, implementation, bf16, packed, recomputed)
 
 
 def record_losses(place: CheckPlace) -> dict[str, list[float]]:
@@ -67,21 +69,33 @@ def _implementations() -> list[str]:
     return ["local", *(["transformer_engine"] if installed.cuda and installed.transformer_engine else [])]
 
 
-def _variants(implementation: str) -> list[tuple[bool, bool, bool]]:
-    """(bf16, packed, recomputed). On a GPU torch's kernel for packed samples takes bf16 only."""
-    packed_in_float32 = not (torch.cuda.is_available() and implementation == "local")
-    halves = [(False, packed_in_float32, True), (False, False, False), (True, False, True), (True, True, False)]
-    return [*halves, (True, True, True)] if torch.cuda.is_available() else halves
+def _variants(place: CheckPlace, implementation: str) -> list[tuple[bool, bool, bool]]:
+    """(bf16, packed, recomputed), padded where a run would refuse to pack: on a GPU kernels take bf16 only."""
+    wanted = [(False, True, True), (False, False, False), (True, False, True), (True, True, False)]
+    wanted += [(True, True, True)] * Installed.detected().cuda
+    packs = {bf16: _packs(place, bf16=bf16, transformer_impl=implementation) for bf16 in (False, True)}
+    return list(dict.fromkeys((bf16, packed and packs[bf16], recomputed) for bf16, packed, recomputed in wanted))
+
+
+def _packs(place: CheckPlace, **model: Any) -> bool:
+    """Whether a run with these settings of the model takes --pack-sequences here."""
+    config = run_config("random", "lora", model=model, data={"pack_sequences": True})
+    installed = Installed.detected()
+    with_engine = uses_transformer_engine(config.model.transformer_impl, installed)
+    try:
+        require_packed_attention(config, place.sizes.layer, with_engine, installed)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def _compare_losses(
-    place: CheckPlace, method: str, implementation: str, bf16: bool, packed: bool, recomputed: bool
+    name: str, place: CheckPlace, method: str, implementation: str, bf16: bool, packed: bool, recomputed: bool
 ) -> Figure:
     transformer = FULL_RECOMPUTE if recomputed else {}
     model = {"bf16": bf16, "transformer_impl": implementation}
     found = _losses_of(place, method, packed, model=model, transformer=transformer)
-    words = ["bf16" if bf16 else "float32", "packed" if packed else "padded", *["recomputed"] * recomputed]
-    return _near_recorded(f"{method}, {implementation}: {', '.join(words)}", place, method, found, bf16)
+    return _near_recorded(name, place, method, found, bf16)
 
 
 def _near_recorded(name: str, place: CheckPlace, method: str, found: list[float], bf16: bool = False) -> Figure:
@@ -103,50 +117,54 @@ def _train(state: TrainingState, num_steps: int, packed: bool = False) -> list[f
 FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion")
 
 
-@full_precision
-def check_fusions(place: CheckPlace) -> list[Figure]:
+def check_fusions(place: CheckPlace) -> Iterator[Figure]:
     """What is on without flags, and the losses without each one; whose Adam it is."""
     state = state_of(place, "boft")
     is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
     (optimizer, *_) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
     adam = type(optimizer.optimizer).__module__
-    return [
-        Figure("Adam of torch", float(adam.startswith("torch.")), note=adam),
-        *(Figure(f"{name} is on", float(on)) for name, on in is_on.items()),
-        _near_recorded("all that is on", place, "boft", _train(state, place.sizes.loss_steps)),
-        *(_without(place, name) for name, on in is_on.items() if on),
-    ]
+    yield Figure("Adam of torch", float(adam.startswith("torch.")), note=adam)
+    yield from (Figure(f"{name} is on", float(on)) for name, on in is_on.items())
+    yield from attempt("all that is on", _fused, place, {})
+    for fusion in (name for name, on in is_on.items() if on):
+        yield from attempt(f"without {fusion}", _fused, place, {fusion: False})
 
 
-def _without(place: CheckPlace, fusion: str) -> Figure:
-    found = _losses_of(place, "boft", transformer={fusion: False}, model={})
-    return _near_recorded(f"without {fusion}", place, "boft", found)
+def _fused(name: str, place: CheckPlace, transformer: dict[str, Any]) -> Figure:
+    return _near_recorded(name, place, "boft", _losses_of(place, "boft", transformer=transformer, model={}))
 
 
 BACKENDS = ("auto", "flash", "fused", "unfused")
 
 
-def check_attention(place: CheckPlace) -> list[Figure]:
+def check_attention(place: CheckPlace) -> Iterator[Figure]:
     """The first loss in bf16 with each backend; the note names the kernels of attention that ran."""
     local, *engines = _implementations()
     # Transformer Engine chooses once in a process.
     chosen = [*((local, backend) for backend in BACKENDS), *((engine, "auto") for engine in engines)]
-    return [_backend(place, *one) for one in chosen]
+    for implementation, backend in chosen:
+        yield from attempt(f"{implementation}, {backend}", _backend, place, implementation, backend)
 
 
-def _backend(place: CheckPlace, implementation: str, backend: str) -> Figure:
+def _backend(name: str, place: CheckPlace, implementation: str, backend: str) -> Figure:
     model = {"bf16": True, "transformer_impl": implementation, "attention_backend": backend}
     state, found = state_of(place, "lora", model=model), []
     kernels = kernels_of(lambda: found.extend(_train(state, 1)), place.device)
     words = ("flash", "fmha", "cudnn", "attention", "softmax", "efficient")
     named = sorted({one.name[:60] for one in kernels if any(word in one.name.lower() for word in words)})
-    figure = _near_recorded(f"{implementation}, {backend}", place, "lora", found, bf16=True)
-    return Figure(figure.name, figure.measured, figure.target, note="; ".join(named)[:400])
+    figure = _near_recorded(name, place, "lora", found, bf16=True)
+    return replace(figure, note="; ".join(named)[:400])
+
+
+def check_recompute(place: CheckPlace) -> Iterator[Figure]:
+    """Three losses with dropout: the recomputed forward must draw the masks of the first one. Ten of each module."""
+    yield from attempt("recomputed or kept", _dropout_recomputed, place)
+    for module in _recomputable():
+        yield from attempt(f"--recompute-modules {module}", _module_recomputed, place, module)
 
 
 @full_precision
-def check_recompute(place: CheckPlace) -> list[Figure]:
-    """Three losses with dropout: the recomputed forward must draw the masks of the first one. Ten of each module."""
+def _dropout_recomputed(name: str, place: CheckPlace) -> list[Figure]:
     dropout = {"peft": {"lora_dropout": 0.2}, "model": {"transformer_impl": "local"}}
     kept, recomputed = (
         _train(state_of(place, "lora", transformer={"hidden_dropout": 0.1, **more}, **dropout), 3)
@@ -156,9 +174,8 @@ def check_recompute(place: CheckPlace) -> list[Figure]:
     note = f"{recomputed[-1]:.6f} and {kept[-1]:.6f}; without dropout {without[-1]:.6f}"
     acts = largest_relative(kept, without) > LOSS_TOLERANCE[False]
     return [
-        Figure("recomputed or kept", largest_relative(recomputed, kept), LOSS_TOLERANCE[False], note=note),
+        Figure(name, largest_relative(recomputed, kept), LOSS_TOLERANCE[False], note=note),
         Figure("dropout changes nothing", float(not acts), 0.0),
-        *(_module_recomputed(place, module) for module in _recomputable()),
     ]
 
 
@@ -169,30 +186,30 @@ def _recomputable() -> list[str]:
     return ["core_attn", *norms, "mlp"]
 
 
-def _module_recomputed(place: CheckPlace, module: str) -> Figure:
+def _module_recomputed(name: str, place: CheckPlace, module: str) -> Figure:
     selective = {"recompute_granularity": "selective"}
     found = _losses_of(place, "lora", transformer=selective, model={"recompute_modules": (module,)})
-    return _near_recorded(f"--recompute-modules {module}", place, "lora", found)
+    return _near_recorded(name, place, "lora", found)
 
 
 # Waits. torch raises, or warns, where the host reads from the device. Warm up first: libraries wait while they start.
 
 
-def check_waits(place: CheckPlace) -> list[Figure]:
+def check_waits(place: CheckPlace) -> Iterator[Figure]:
     """None in forward, backward and gradient sums of two microbatches, which raise; two in a whole step."""
-    return [_count_waits(place, method, packed) for method in place.sizes.methods for packed in (False, True)]
+    kinds = {"padded": False, "packed": True} if _packs(place, bf16=True) else {"padded": False}
+    for method in place.sizes.methods:
+        for kind, packed in kinds.items():
+            name = f"{method}, {kind}: waits in a step, none of them in its microbatches"
+            yield from attempt(name, _count_waits, place, method, packed)
 
 
-def _count_waits(place: CheckPlace, method: str, packed: bool) -> Figure:
-    name = f"{method}, {'packed' if packed else 'padded'}: waits in a step, none of them in its microbatches"
+def _count_waits(name: str, place: CheckPlace, method: str, packed: bool) -> Figure:
     state = state_of(place, method, model={"bf16": True})
     _train(state, 2, packed)
-    try:
-        with _sync_debug_mode("error"), step_rotations(state.model_chunks) as rotations:
-            finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
-            run_schedule(state.model_chunks, microbatches(packed), forward_only=False)
-    except RuntimeError as error:
-        return Figure(name, math.inf, WAITS_OF_A_STEP, note=str(error)[:400])
+    with _sync_debug_mode("error"), step_rotations(state.model_chunks) as rotations:
+        finish_with(state.model_chunks, partial(finish_gradients, rotations=rotations))
+        run_schedule(state.model_chunks, microbatches(packed), forward_only=False)
     with _sync_debug_mode("warn"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         _train(state, 1, packed)
@@ -216,17 +233,29 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 # Checkpoints.
 
 
-def check_checkpoints(place: CheckPlace) -> list[Figure]:
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Kernels that give the same bits twice; cuBLAS needs CUBLAS_WORKSPACE_CONFIG besides, which the command sets."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_checkpoints(place: CheckPlace) -> Iterator[Figure]:
     """A run that is stopped after two steps and resumed goes on bit for bit, with either way to save."""
-    with _deterministic():
-        return [_resumed(place, is_async) for is_async in (False, True)]
+    method = place.sizes.methods[-1]
+    for way, is_async in (("saved at once", False), ("--async-save", True)):
+        name = f"{method}, {way}: losses and tensors that differ after 3 steps"
+        yield from attempt(name, _resumed, place, method, is_async)
 
 
-def _resumed(place: CheckPlace, is_async: bool) -> Figure:
+@_deterministic()
+def _resumed(name: str, place: CheckPlace, method: str, is_async: bool) -> Figure:
     # The kernels of fused attention add up in any order; those that compute all scores do not.
     model = {"transformer_impl": "local", "attention_backend": "unfused"}
     settings = {"save": str(place.folder / f"resume {is_async}"), "async_save": is_async}
-    method = place.sizes.methods[-1]
     state = state_of(place, method, model=model, checkpoint=settings)
     _train(state, 2)
     state.position.iteration = 2
@@ -242,23 +271,12 @@ def _resumed(place: CheckPlace, is_async: bool) -> Figure:
     resumed = _train(again, 3)
     differing = sum(one != other for one, other in zip(resumed, undisturbed, strict=True))
     different = _tensors_that_differ(state, again)
-    name = f"{method}, {'--async-save' if is_async else 'saved at once'}: losses and tensors that differ after 3 steps"
     return Figure(name, differing + different, 0, note=f"last loss {resumed[-1]:.9f} and {undisturbed[-1]:.9f}")
 
 
 def _tensors_that_differ(state: TrainingState, other: TrainingState) -> int:
     pairs = zip(state.model_chunks[0].parameters(), other.model_chunks[0].parameters(), strict=True)
     return sum(not torch.equal(one, two) for one, two in pairs)
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Kernels that give the same bits twice; cuBLAS needs CUBLAS_WORKSPACE_CONFIG besides, which the command sets."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # Answers.
