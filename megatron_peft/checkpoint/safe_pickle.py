@@ -35,7 +35,8 @@ INERT_NAMES = re.compile(
     r"|numpy\.dtypes\.\w+|numpy\.random\.\w+"
     r"|(megatron|transformer_engine)(\.\w+)+"
 )
-METADATA_CLASSES = {*torch_metadata.__all__, "_MEM_FORMAT_ENCODING"}
+MEMORY_FORMAT = "_MEM_FORMAT_ENCODING"
+METADATA_CLASSES = {*torch_metadata.__all__, MEMORY_FORMAT}
 METADATA_NAMES = re.compile(
     r"torch\.(Size|float64|float32|float16|bfloat16|u?int\d+|bool|strided|layout|dtype)"
     r"|torch\.serialization\._get_layout|torch\.distributed\.checkpoint\.filesystem\.(_StorageInfo|_StoragePrefix)"
@@ -216,12 +217,20 @@ class _IndexUnpickler(BoundedUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         whole = f"{module}.{name}"
+        if whole == "builtins.getattr":
+            return self._classes.setdefault(name, type(name, (_Plain,), {"__init__": self._check_member}))
         known = module == torch_metadata.__name__ and name in METADATA_CLASSES
         if not known and not METADATA_NAMES.fullmatch(whole):
             _refuse(self._path, [whole])
         if isinstance(found := getattr(torch, name, None), torch.dtype) and module == "torch":
             return found
         return self._classes.setdefault(name, type(name, (_Plain,), {}))
+
+    def _check_member(self, *arguments: Any) -> None:
+        """Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(enumeration, name)."""
+        is_member = len(arguments) == 2 and type(arguments[1]) is str
+        if not is_member or arguments[0] is not self._classes.get(MEMORY_FORMAT):
+            _refuse(self._path, ["builtins.getattr"])
 
     def index(self) -> Metadata:
         root = self.load()

@@ -10,6 +10,7 @@ import resource
 import signal
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,29 @@ def test_a_part_that_is_no_tensor_is_never_unpickled(tmp_path):
     with one_rank(), pytest.raises(ConfigurationError, match="is damaged: .*a from model not in state dict"):
         read_one_tensor(folder)
     assert not mark.exists()
+
+
+def as_python_3_11_0_does(member: Any, protocol: int) -> Any:
+    return getattr, (type(member), member.name)
+
+
+def test_an_index_that_python_3_11_0_wrote_is_read(tmp_path, monkeypatch):
+    """Debian 12 has 3.11.2."""
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", as_python_3_11_0_does)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert b"getattr" in (folder / ".metadata").read_bytes() and [*read_metadata(folder).state_dict_metadata] == ["a"]
+
+
+def test_an_index_reaches_no_attribute_but_a_member_of_that_enumeration(tmp_path, monkeypatch):
+    folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    other = lambda member, protocol: (getattr, (torch_metadata.Metadata, "__init__"))  # noqa: E731
+    monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", other)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ConfigurationError, match="is refused: .*builtins.getattr"):
+        read_metadata(folder)
 
 
 @pytest.mark.parametrize("name", ["Metadata", "BytesStorageMetadata", "MetadataIndex"])

@@ -85,7 +85,7 @@ def test_fit_finds_the_fewest_nodes_and_a_layout_that_can_be_trained(base, tmp_p
     """A cluster of one small GPU a node: one of them cannot hold the whole run."""
     cluster, found, saved = tmp_path / "own.yaml", tmp_path / "fit.json", tmp_path / "run.yaml"
     fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
-    cluster.write_text(yaml.safe_dump({**fields, "name": "own", "gpus_per_node": 1, "reserved_gib": 1 - 2.0**-9 * 3}))
+    cluster.write_text(yaml.safe_dump({**fields, "name": "own", "gpus_per_node": 1, "reserved_gib": 1 - 2.4 / 1024}))
     cluster.write_text(cluster.read_text().replace(f"memory_gib: {fields['memory_gib']}", "memory_gib: 1"))
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit"]
     assert main([*words, "--json", str(found), "--save-config", str(saved)]) == 0
