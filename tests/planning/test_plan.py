@@ -69,13 +69,13 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
 
 
-SMALL = ["--lora-rank", "4", "--seq-length", "32", "--rehearsed", "1"]
+SMALL = ["--lora-rank", "4", "--seq-length", "32"]
 
 
 @pytest.mark.parametrize("flags", [["urnn"], ["hybrid", "--hybrid-rotation", "urnn"]], ids=" ".join)
 def test_complex_products_take_time_too(base, tmp_path, flags):
     found = tmp_path / "plan.json"
-    words = ["--pretrained-checkpoint", str(base), *SMALL[:4], "--urnn-block-size", "4", "--peft-method", *flags]
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--urnn-block-size", "4", "--peft-method", *flags]
     assert main([*words, "--tokens", "2e9", "--json", str(found)]) == 0
     plan = json.loads(found.read_text())
     assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
@@ -83,20 +83,29 @@ def test_complex_products_take_time_too(base, tmp_path, flags):
 
 def test_fit_finds_the_fewest_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
     """A cluster of one small GPU a node: one of them cannot hold the whole run."""
-    cluster, found, saved = tmp_path / "own.yaml", tmp_path / "fit.json", tmp_path / "run.yaml"
+    cluster, saved = tmp_path / "own.yaml", tmp_path / "run.yaml"
     fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
-    cluster.write_text(yaml.safe_dump({**fields, "name": "own", "gpus_per_node": 1, "reserved_gib": 1 - 2.4 / 1024}))
-    cluster.write_text(cluster.read_text().replace(f"memory_gib: {fields['memory_gib']}", "memory_gib: 1"))
-    words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit"]
-    assert main([*words, "--json", str(found), "--save-config", str(saved)]) == 0
+    one_small_gpu = {"name": "own", "gpus_per_node": 1, "memory_gib": 1, "reserved_gib": 1 - 2.4 / 1024}
+    cluster.write_text(yaml.safe_dump({**fields, **one_small_gpu}))
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit", "--rehearsed", "0"]
+    assert main([*words, "--save-config", str(saved)]) == 0
     told = capsys.readouterr()
-    assert "--global-batch-size 128 is assumed" in told.out and "1 GPUs (1 node) of own: nothing fits" in told.err
-    assert "2 GPUs (2 nodes) of own can hold the run" in told.out and " hours for 100 million tokens" in told.out
-    found = json.loads(found.read_text())
-    assert found["rehearsed"][0]["fits"] and found["rehearsed"][0]["hours"] > 0
+    assert "--global-batch-size 128 is assumed" in told.out and "2 GPUs (2 nodes) of own can hold the run" in told.out
+    assert "1 GPUs (1 node) of own: nothing fits" in told.err
     data = ["--pretrained-checkpoint", str(base), "--train-data-path", "x.jsonl", "--train-iters", "1"]
     config = read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
-    assert config.checkpoint.save is None and config.parallel.world_size == 2 and config.global_batch_size == 128
+    assert config.checkpoint.save is None and config.global_batch_size == 128
+    assert config.parallel.pipeline_model_parallel_size == 2
+
+
+def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys):
+    found = tmp_path / "fit.json"
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--world-size", "2", "--rehearsed", "2"]
+    assert main([*words, "--global-batch-size", "8", "--tokens", "1e6", "--json", str(found)]) == 0
+    plans, told = json.loads(found.read_text())["rehearsed"], capsys.readouterr().out
+    best = min((0, 1), key=lambda number: plans[number]["time"]["seconds"])
+    assert f"flags of layout {best + 1}: " in told
+    assert f"{plans[0]['hours']:,.1f} hours for 1 million tokens" in told
 
 
 @pytest.mark.parametrize(
