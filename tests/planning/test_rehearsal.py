@@ -13,6 +13,7 @@ from tests.planning.watched_runs import LAYOUTS, METHODS, Watched, profiled_peak
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
+MESSAGES_UNDER_WAY = 4
 NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end needs whole parameters: refused
 
 
@@ -43,11 +44,14 @@ def difference(rehearsed: RankRecord, real: RankRecord) -> str:
     if rehearsed.products != real.products or not real.products:
         return f"products: {rehearsed.products.items() ^ real.products.items()}"
     ours, theirs = rehearsed.peaks["step"], real.peaks["step"]
-    # A real peak moves by some hundred bytes with the moment at which gloo's threads let go of what they have sent: of
-    # two moments that hold almost as much, it may then be the other, with other parts.
+    # A real peak moves with the moment at which gloo's threads let go of what they have sent: of two moments that hold
+    # almost as much, it may then be the other, with other parts. On a busy machine several messages are under way.
     if any(ours.get(part) != theirs.get(part) for part in ("weights", "gradients", "optimizer")):
         return f"peak: {ours.items() ^ theirs.items()}"
-    if sum(ours.values()) != pytest.approx(sum(theirs.values()), rel=1e-3):
+    sent = [call.num_bytes for call in rehearsed.calls if call.operation == "send"]
+    under_way = MESSAGES_UNDER_WAY * max(sent, default=0)
+    excess = sum(theirs.values()) - sum(ours.values())
+    if not -1e-3 <= excess / sum(ours.values()) <= 1e-3 + under_way / sum(ours.values()):
         return f"peak: {sum(ours.values())} rehearsed, {sum(theirs.values())} real"
     return "" if rehearsed.parameters == real.parameters else "parameters"
 
