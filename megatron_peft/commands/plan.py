@@ -41,7 +41,9 @@ class PlanSettings:
         "8xh100", "nodes and links: 8xa100, 8xh100, or a file with the same fields", metavar="NAME|FILE.yaml"
     )
     fit: bool = option(
-        False, "rank the layouts of --world-size GPUs, or of the fewest nodes, that fit, and rehearse the best three"
+        False,
+        "rank the layouts of --world-size GPUs, or of the first of 1, 2, 4, 8, ... nodes, that fit, and rehearse the "
+        "best three",
     )
     rehearsed: int = option(3, "with --fit: number of best layouts that are rehearsed", check="not_negative")
     tokens: float = option(1e8, "tokens of the run, for hours", check="positive", metavar="N")
@@ -60,7 +62,7 @@ class PlanSettings:
             )
             endings = ", ".join(PICTURES)
             unmet(
-                self.plot is None or self.plot.suffix in PICTURES,
+                self.plot is None or self.plot.suffix.lower() in PICTURES,
                 f"--plot {self.plot} is no picture: its name must end in one of {endings}.",
             )
             for name in ("json", "plot", "save_config"):
@@ -183,21 +185,23 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
 def _fitting(
     world_size: int | None, config: RunConfig, shape: ModelShape, cluster: "Cluster"
 ) -> "tuple[int, list[FittedLayout]]":
-    """GPUs and the layouts that fit them: of `world_size`, or of the fewest nodes that hold the run."""
+    """GPUs and the layouts that fit them: of `world_size`, or of the fewest of `NODES_TRIED` that hold the run."""
     from megatron_peft.planning.layouts import fit
 
     if world_size is not None:
         return world_size, fit(config, shape, world_size, cluster)
+    told = ""
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
             found = fit(config, shape, size, cluster)
         except ConfigurationError as error:
-            _tell(f"{_nodes(size, cluster)}: {str(error).removeprefix('--fit: ')}")
+            told = str(error).removeprefix("--fit: ")
+            _tell(f"{_nodes(size, cluster)}: {told}")
             continue
         print(f"{_nodes(size, cluster)} can hold the run; --world-size N plans for more GPUs.")
         return size, found
-    raise ConfigurationError(f"--fit: nothing fits up to {NODES_TRIED[-1]} nodes: use a method that trains less.")
+    raise ConfigurationError(f"--fit: no number of nodes up to {NODES_TRIED[-1]} will do. Of the last: {told}")
 
 
 def _nodes(size: int, cluster: "Cluster") -> str:

@@ -1,5 +1,6 @@
 """Open and load --pretrained-checkpoint: a Hugging Face folder or a base model in Megatron's format."""
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,9 +142,10 @@ def known_fingerprint(base: str | Path) -> Mapping[str, str] | None:
 def require_same_model(folder: str | Path) -> None:
     """Raise ConfigurationError on every rank if a node has another model in `folder` than the first one.
 
-    A collective. One rank of each node opens its files.
+    A collective. One rank of each node opens its files; every rank does where the launcher does not tell nodes apart.
     """
-    own = known_fingerprint(folder) or {} if place_on_node().rank == 0 else None
+    looks = "LOCAL_WORLD_SIZE" not in os.environ or place_on_node().rank == 0
+    own = known_fingerprint(folder) or {} if looks else None
     require_same(own, f"--pretrained-checkpoint {folder}", "another model")
 
 

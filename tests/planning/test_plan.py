@@ -98,6 +98,13 @@ def test_fit_finds_the_fewest_nodes_and_a_layout_that_can_be_trained(base, tmp_p
     assert config.parallel.pipeline_model_parallel_size == 2
 
 
+def test_what_is_wrong_at_every_number_of_nodes_is_the_last_word(base, capsys):
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--global-batch-size", "0"]
+    assert "--global-batch-size" in refused(words, capsys)
+    words = ["--pretrained-checkpoint", str(base), *SMALL[2:], "--lora-rank", "5000", "--fit"]
+    assert "--lora-rank 5000" in refused(words, capsys)
+
+
 def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys):
     found = tmp_path / "fit.json"
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--world-size", "2", "--rehearsed", "2"]
