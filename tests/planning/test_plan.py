@@ -11,6 +11,7 @@ from megatron_peft.commands import train
 from megatron_peft.commands.plan import main
 from megatron_peft.models.families import read_shape
 from megatron_peft.planning.cluster import SHIPPED
+from megatron_peft.planning.record import Product
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
 
@@ -81,7 +82,12 @@ def test_complex_products_take_time_too(base, tmp_path, flags):
     assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
 
 
-def test_fit_finds_the_fewest_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
+def test_a_complex_product_is_four_real_ones_of_numbers_twice_as_long():
+    whole, real = (Product("mm", 1, 2, 3, 4, dtype) for dtype in ("complex64", "float32"))
+    assert (whole.flops, whole.num_bytes) == (4 * real.flops, 2 * real.num_bytes)
+
+
+def test_fit_finds_a_number_of_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
     """A cluster of one small GPU a node: one of them cannot hold the whole run."""
     cluster, saved = tmp_path / "own.yaml", tmp_path / "run.yaml"
     fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
