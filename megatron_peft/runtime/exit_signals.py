@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -33,21 +34,30 @@ def ends_before_training(enabled: bool) -> Iterator[None]:
     Args:
         enabled: --exit-signal-handler. Without it signals act as usual.
     """
-    owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a worker that was forked meanwhile, which SIGTERM is to end
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         raise EndedBySignal(number)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1) if enabled else ()
-    before = {number: signal.signal(number, end) for number in numbers}
+    _before.update({number: signal.signal(number, end) for number in numbers})
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore()
+
+
+# A worker that is forked meanwhile gets the former handlers back, so that SIGTERM ends it: a handler in Python would
+# look which process it is in, but does not run before a worker wakes that the signal reaches as it falls asleep.
+
+_before: dict[int, Any] = {}  # number -> handler
+
+
+def _restore() -> None:
+    while _before:
+        signal.signal(*_before.popitem())
+
+
+os.register_at_fork(after_in_child=_restore)
 
 
 class ExitSignals:
