@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(*cases, *([WRITTEN] * loads), sep="\n")
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as for Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it cleans up as for Ctrl-C
     try:
         if not cases and not loads:
             raise NothingToCompare(f"--only {args.only} chooses none; --list shows them all.")
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("golden: interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Golden's own parts: a changed bit is told, and so are other names; a tree gets the flags that it knows."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -50,4 +51,6 @@ def test_tree_gets_the_flags_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_method_stands_at_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 16 * 5 + 1
+    before = signal.getsignal(signal.SIGTERM)
     assert main(["--only", "no such case"]) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
