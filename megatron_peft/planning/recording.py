@@ -102,6 +102,24 @@ class Recorder(TorchDispatchMode):
         finally:
             self._batch = None
 
+    def one_kernel(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run what is one kernel on a GPU (`runtime/cpu_kernels.one_kernel_on_gpu`).
+
+        It reads what it is given and writes what it returns; or it is a product in the type of its factors.
+        """
+        before = self._products, self._num_bytes, self._num_kernels
+        self._start_work()
+        result = function(*args)
+        inside = self._products
+        self._products, self._num_bytes, self._num_kernels = before
+        self._num_kernels += 1
+        if inside:
+            *_, factor = _tensors(args)
+            self._products[_over_all_tokens(inside, _dtype_name(factor.dtype))] += 1
+        else:
+            self._num_bytes += _bytes_of_storages(args) + _bytes_of_storages(result)
+        return result
+
     def entries(self) -> tuple[Entry, ...]:
         """In program order. A call that is waited for at once is not asynchronous."""
         self._flush_work()
@@ -166,7 +184,19 @@ class Recorder(TorchDispatchMode):
         if kind.product is not None:
             self._products[kind.product(args)] += 1
         else:
-            self._num_bytes += sum(map(_num_bytes, (*_tensors(args), *outputs)))
+            read = args if kind.reads is None else kind.reads(args, outputs)
+            self._num_bytes += sum(map(_num_bytes, (*_tensors(read), *outputs)))
+
+
+def _over_all_tokens(products: Mapping[Product, int], dtype: str) -> Product:
+    """The sum of products of chunks of tokens."""
+    [(batch, m, n)] = {(one.batch, one.m, one.n) for one in products}
+    return Product("mm", batch, m, n, sum(one.k * count for one, count in products.items()), dtype)
+
+
+def _bytes_of_storages(values: Any) -> int:
+    """Of tensors, some of which may share their memory."""
+    return sum({tensor.untyped_storage()._cdata: _num_bytes(tensor) for tensor in _tensors(values)}.values())
 
 
 def _joined(entries: Sequence[Entry]) -> Iterator[Entry]:
@@ -230,8 +260,14 @@ def _dtype_name(dtype: torch.dtype) -> str:
 # What kind of operation it is, found once for each.
 
 _LAUNCH_NOTHING = set(
-    "empty empty_like empty_strided new_empty new_empty_strided _local_scalar_dense lift_fresh resize_ set_".split()
+    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view "
+    "_local_scalar_dense lift_fresh resize_ set_".split()
 )
+
+_READS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]]] = {
+    **dict.fromkeys(("copy_", "fill_", "zero_"), lambda args, _: args[1:]),  # the first is only written
+    "embedding": lambda args, outputs: (args[1], *outputs),  # rows of the table
+}
 
 
 @dataclass(frozen=True)
@@ -240,11 +276,13 @@ class _Kind:
     product: from an operation's arguments to the product that it computes.
     returns_new: which of its results are new tensors, or those changed in place; views are not.
     changes: which of its arguments it changes, where it returns nothing.
+    reads: from its arguments and results to tensors of the size of what it reads, where that is not its arguments.
     """
 
     product: Callable[[Sequence[Any]], Product] | None
     returns_new: tuple[bool, ...]
     changes: tuple[int, ...]
+    reads: Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]] | None
 
 
 @cache
@@ -253,7 +291,7 @@ def _kind(func: Any) -> _Kind:
     aliases = [returned.alias_info for returned in schema.returns]
     new = tuple(name not in _LAUNCH_NOTHING and (alias is None or alias.is_write) for alias in aliases)
     changed = [i for i, one in enumerate(schema.arguments) if one.alias_info is not None and one.alias_info.is_write]
-    return _Kind(_PRODUCTS.get(name), new, () if aliases else tuple(changed))
+    return _Kind(_PRODUCTS.get(name), new, () if aliases else tuple(changed), _READS.get(name))
 
 
 def _written(kind: _Kind, args: Sequence[Any], result: Any) -> Iterator[Tensor]:

@@ -15,7 +15,14 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
-from megatron_peft.runtime.fake_ranks import fake_rank, replaced, watched_batches, watched_schedule, watched_storages
+from megatron_peft.runtime.fake_ranks import (
+    fake_rank,
+    replaced,
+    watched_batches,
+    watched_kernels,
+    watched_schedule,
+    watched_storages,
+)
 from megatron_peft.runtime.launch import start_model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.lora_ga_start import start_lora_ga
@@ -41,6 +48,7 @@ class Watch:
             stack.enter_context(watched_storages(self.memory.resized))
             stack.enter_context(watched_schedule(self.mark))
             stack.enter_context(watched_batches(self.recorder.batch))
+            stack.enter_context(watched_kernels(self.recorder.one_kernel))
             stack.enter_context(self.memory)
             stack.enter_context(self.recorder)
             yield self

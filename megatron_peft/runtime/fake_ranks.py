@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissingImports]
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_peft.runtime import cpu
+from megatron_peft.runtime import cpu, cpu_kernels
 from megatron_peft.runtime.launch import reads_are
 
 
@@ -137,6 +139,30 @@ def watched_batches(batch: Callable[[], contextlib.AbstractContextManager[None]]
             return [one.op(one.tensor, one.peer, one.group, one.tag) for one in operations]
 
     with replaced(dist, "batch_isend_irecv", post):
+        yield
+
+
+@contextmanager
+def watched_kernels(one_kernel: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[None]:
+    """`one_kernel(function, args)` is called in place of each function that is one kernel on a GPU, and runs it.
+
+    Ours, the parts of megatron-core's cross entropy between its sums over ranks, and Adam of a list of parameters.
+    """
+    usual = adam.adam
+
+    def update(params: Any, gradients: Any, means: Any, variances: Any, *args: Any, **kwargs: Any) -> None:
+        def run(*tensors: Any) -> Any:
+            usual(*tensors, *args, **kwargs)
+            return params, means, variances
+
+        one_kernel(run, (params, gradients, means, variances))
+
+    with ExitStack() as stack:
+        for name in ("logits_max", "predicted_logits", "cross_entropy_loss", "gradients"):
+            part = cpu_kernels.one_kernel_on_gpu(getattr(VocabParallelCrossEntropy, f"calculate_{name}"))
+            stack.enter_context(replaced(VocabParallelCrossEntropy, f"calculate_{name}", staticmethod(part)))
+        stack.enter_context(replaced(adam, "adam", update))
+        stack.enter_context(replaced(cpu_kernels, "listener", one_kernel))
         yield
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_peft.adapters import linear as adapted
+from megatron_peft.planning.record import Computation, Product
+from megatron_peft.planning.recording import Recorder
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.runtime.cpu_kernels import add_linear, linear, linear_plus, outer_sum
 
@@ -57,6 +59,15 @@ def test_linear(dtype, kind):
     for weight in (draw(OUT, IN).to(dtype), draw(IN, OUT).to(dtype).t()):
         close(linear(x, weight), x.double() @ weight.double().t())
         close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
+
+
+def test_tokens_in_the_order_of_samples_are_one_product():
+    """What an embedding gives: [s, 1, h] with the strides of [1, s, h]."""
+    x, weight = draw(1, S, IN).bfloat16().transpose(0, 1), draw(OUT, IN).bfloat16()
+    with Recorder({}) as recorder:
+        linear(x, weight)
+    [work] = recorder.entries()
+    assert work == Computation({Product("mm", 1, S, OUT, IN, "bfloat16"): 1}, num_kernels=1)
 
 
 def test_two_products_are_added_up(dtype):
