@@ -149,7 +149,7 @@ class StepEstimate:
         self.s = self.length * self.rows
         self.own = self.s // self.t if self.splits else self.s
         heads, groups = shape.num_attention_heads // self.t, shape.num_query_groups // self.t
-        self.heads, self.d = heads, shape.kv_channels
+        self.heads, self.groups, self.d = heads, groups, shape.kv_channels
         self.h, self.q, self.kv = shape.hidden_size, heads * shape.kv_channels, groups * shape.kv_channels
         self.f, self.gates = shape.ffn_hidden_size // self.t, 2 if shape.gated_linear_unit else 1
         self.vocabulary = shape.padded_vocab_size(run.model.make_vocab_size_divisible_by, self.t) // self.t
@@ -210,7 +210,8 @@ class StepEstimate:
     def _attention_forward(self, tape: _Tape, targets: frozenset[str], group: tuple[int, ...]) -> None:
         tape.touch(2 * self.own * self.h, 1)  # norm
         self._column_forward(tape, self.linears["linear_qkv"], targets, group)
-        tape.touch(2 * self.s * self.q, 1)  # queries out of the fused rows
+        if 1 < self.groups < self.heads:
+            tape.touch(2 * self.s * self.q, 1)  # queries out of the fused rows, where they lie apart
         if self.shape.position_embedding == "rope":
             tape.touch(9 * self.s * (self.q + self.kv), 8)
         self._core_attention(tape)
@@ -219,7 +220,8 @@ class StepEstimate:
 
     def _core_attention(self, tape: _Tape) -> None:
         tape.attention(self.rows * self.heads, self.length, self.d)
-        tape.touch(2 * self.s * self.q, 1)  # back to [s, b, h]
+        if self.rows > 1:
+            tape.touch(2 * self.s * self.q, 1)  # back to [s, b, h]
 
     def _mlp_forward(self, tape: _Tape, targets: frozenset[str], group: tuple[int, ...]) -> None:
         tape.touch(2 * self.own * self.h, 1)
@@ -236,7 +238,6 @@ class StepEstimate:
             self.forward_layer(tape, targets, group)
         elif "mlp" in self.recomputed:
             self._mlp_forward(tape, targets, group)
-        tape.touch(3 * self.own * self.h, 1)
         self._row_backward(tape, self.linears["linear_fc2"], targets, group)
         passes = 11 if self.gates == 2 else 3
         again = (
@@ -244,19 +245,23 @@ class StepEstimate:
         )  # its input is recomputed
         tape.touch((passes + 3 * again) * self.s * self.f, 2 * self.gates + again)
         self._column_backward(tape, self.linears["linear_fc1"], targets, group)
-        tape.touch(4 * self.own * self.h, 2)
-        tape.touch(3 * self.own * self.h, 1)
+        self._norm_backward(tape)
         self._row_backward(tape, self.linears["linear_proj"], targets, group)
         if "core_attn" in self.recomputed:
             self._core_attention(tape)
-        tape.touch(2 * self.s * self.q, 1)
+        if self.rows > 1:
+            tape.touch(2 * self.s * self.q, 1)
         tape.attention(self.rows * self.heads, self.length, self.d, backward=True)
-        tape.touch(0, 2)
         if self.shape.position_embedding == "rope":
             tape.touch(9 * self.s * (self.q + self.kv), 8)
-        tape.touch(2 * self.s * (self.q + 2 * self.kv), 2)
+        tape.touch(2 * self.s * (self.q + 2 * self.kv), 1)
         self._column_backward(tape, self.linears["linear_qkv"], targets, group, is_last)
-        tape.touch(0 if is_last else 4 * self.own * self.h, 2)
+        if not is_last:
+            self._norm_backward(tape)
+
+    def _norm_backward(self, tape: _Tape) -> None:
+        """With the sum of its gradient and the residual's."""
+        tape.touch(6 * self.own * self.h, 2 + self.is_full)
 
     def _column_forward(self, tape: _Tape, linear: _Linear, targets: frozenset[str], group: tuple[int, ...]) -> None:
         kind = self.kind(linear, targets)
@@ -273,7 +278,6 @@ class StepEstimate:
             self._rotate(tape, self.s, linear.out)
         if has_low_rank:
             tape.product(self.s, linear.out, self.r)
-            tape.touch(2 * self.s * linear.out if kind == "mixture" else 0, 0)
 
     def _rotate(self, tape: _Tape, tokens: int, features: int) -> None:
         tape.touch(2 * tokens * features, 1)  # a copy, to which the product is added
@@ -308,7 +312,7 @@ class StepEstimate:
             tape.touch(2 * self.s * self.r, 1)
             if self.splits:
                 narrow = tape.call("reduce_scatter", "tensor", group, self.s, self.r, start=True)
-        if kind in ("rotation", "mixture"):
+        if kind in ("rotation", "mixture") and not is_last:
             self._rotate(tape, self.s, linear.out)
         regathered = -1
         if kind == "full" and self.splits:
@@ -321,6 +325,8 @@ class StepEstimate:
         self._weight_gradients(tape, linear, kind, self.s, self.own)
         tape.wait(narrow)
         tape.wait(wide)
+        if kind == "full":
+            self._added_gradient(tape, linear.out * linear.into)
         if has_low_rank and not is_last:
             tape.product(self.own, linear.into, self.r)
 
@@ -345,28 +351,37 @@ class StepEstimate:
         if kind in ("low rank", "mixture"):
             tape.product(self.s, linear.into, self.r)
             tape.product(self.r, linear.into, self.s)
-            tape.touch(3 * self.r * linear.into, 2, FLOAT)
+            tape.touch(3 * self.r * (linear.into + linear.out), 2, FLOAT)
         if kind == "low rank":
             tape.product(self.r, linear.out, self.s)
-            tape.touch(3 * self.r * linear.out, 2, FLOAT)
+        if kind == "mixture":
+            tape.touch(3 * self.s * linear.into, 1)  # the sum of both branches' gradients
         if kind == "full":
             tape.product(linear.out, linear.into, self.s)
-            tape.touch(3 * linear.out * linear.into, 1, FLOAT)
+            self._added_gradient(tape, linear.out * linear.into)
+
+    def _added_gradient(self, tape: _Tape, num_elements: int) -> None:
+        """To the sum over microbatches, in float32."""
+        tape.touch(2 * num_elements, 1, FLOAT)
+        tape.touch(num_elements, 0)
 
     def _weight_gradients(self, tape: _Tape, linear: _Linear, kind: Kind, tokens: int, own: int) -> None:
         if kind in ("low rank", "mixture"):
             tape.product(self.r, linear.out, tokens)
             tape.product(self.r, linear.into, own)
-            tape.touch(3 * self.r * (linear.out + linear.into), 4, FLOAT)
+            tape.touch(3 * self.r * (linear.out + linear.into), 2, FLOAT)
+        groups = max(linear.out // self.g, 1) if self.g else 0
         if kind in ("rotation", "mixture"):
-            tape.product(self.g, self.g, tokens, batch=max(linear.out // self.g, 1))
+            tape.product(self.g, self.g, tokens, batch=groups)
+        if kind == "mixture":
+            tape.touch(3 * self.r * linear.out, 1)  # B in float32
+            tape.product(self.g, self.g, self.r, batch=groups, dtype=FLOAT)
         if kind == "full":
             tape.product(linear.out, linear.into, tokens)
-            tape.touch(3 * linear.out * linear.into, 1, FLOAT)
 
     def embed(self, tape: _Tape, group: tuple[int, ...]) -> None:
         """The embedding's forward; frozen, it has no backward."""
-        tape.touch(4 * self.s * self.h, 4)
+        tape.touch((2 if self.t == 1 else 4) * self.s * self.h, 1 if self.t == 1 else 9)  # rows of other ranks are zero
         tape.call("reduce_scatter" if self.splits else "all_reduce", "tensor", group, self.s, self.h)
 
     def head_forward(self, tape: _Tape, group: tuple[int, ...]) -> None:
@@ -374,24 +389,31 @@ class StepEstimate:
         tape.touch(2 * self.own * self.h, 1)
         if self.splits:
             tape.call("all_gather", "tensor", group, self.own, self.h)
+        logits = self.s * self.vocabulary
         tape.product(self.s, self.vocabulary, self.h)
-        tape.touch(self.s * self.vocabulary * 2, 2)
-        tape.touch(self.s * self.vocabulary * 6, 20, FLOAT)
-        for _ in range(3):
+        tape.touch(1.5 * logits, 1, FLOAT)  # in float32, and their maximum
+        tape.call("all_reduce", "tensor", group, self.s, dtype=FLOAT)
+        tape.touch(2 * logits, 1, FLOAT)  # exponentials and their sum
+        for _ in range(2):
             tape.call("all_reduce", "tensor", group, self.s, dtype=FLOAT)
+        tape.touch(2 * logits, 8, FLOAT)  # the softmax; the loss
 
     def head_backward(self, tape: _Tape, group: tuple[int, ...]) -> None:
         """Their backward."""
-        tape.touch(self.s * self.vocabulary * 4, 6, FLOAT)
+        logits = self.s * self.vocabulary
+        tape.touch(3.5 * logits, 8, FLOAT)
+        regathers = self.is_full and self.splits
+        regathered = tape.call("all_gather", "tensor", group, self.own, self.h, start=True) if regathers else -1
         tape.product(self.s, self.h, self.vocabulary)
+        tape.wait(regathered)
         operation = "reduce_scatter" if self.splits else "all_reduce"
         wide = tape.call(operation, "tensor", group, self.s, self.h, start=True)
         if self.is_full:
-            tape.wait(tape.call("all_gather", "tensor", group, self.own, self.h, start=True) if self.splits else -1)
             tape.product(self.vocabulary, self.h, self.s)
-            tape.touch(3 * self.vocabulary * self.h, 1, FLOAT)
         tape.wait(wide)
-        tape.touch(4 * self.own * self.h, 2)
+        if self.is_full:
+            self._added_gradient(tape, self.vocabulary * self.h)
+        tape.touch(3 * self.own * self.h, 1 + self.is_full)
 
     def forward_chunk(self, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
         """The forward of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
@@ -416,7 +438,8 @@ class StepEstimate:
         if chunk.embedding and self.is_full:
             if self.splits:
                 tape.call("all_gather", "tensor", group, self.own, self.h)
-            tape.touch(2 * self.s * self.h, 2)
+            tape.touch(2 * self.s * self.h + self.vocabulary * self.h, 3)
+            self._added_gradient(tape, self.vocabulary * self.h)
         return tape.done()
 
     def _stops(self, chunk: Chunk) -> bool:

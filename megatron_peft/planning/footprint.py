@@ -30,6 +30,8 @@ class Parameters:
         trained_float32: rotations, their own masters.
         partial: of the trained ones, those whose gradients are summed over the tensor-parallel ranks.
         rotated: features of all rotations.
+        tensors: how many trained tensors there are.
+        mixed: how many layers mix a low rank with a rotation.
     """
 
     frozen: int
@@ -37,11 +39,13 @@ class Parameters:
     trained_float32: int
     partial: int
     rotated: int
+    tensors: int
+    mixed: int
 
 
 def parameters(step: StepEstimate, chunks: Sequence[Chunk]) -> Parameters:
     """Those of the chunks of one rank."""
-    frozen = trained = in_float32 = partial = rotated = 0
+    frozen = trained = in_float32 = partial = rotated = tensors = mixed = 0
     norms = 2 if step.shape.normalization == "LayerNorm" else 1
     for chunk in chunks:
         for targets, count in step.layers_by_targets(chunk).items():
@@ -49,6 +53,8 @@ def parameters(step: StepEstimate, chunks: Sequence[Chunk]) -> Parameters:
             for linear in step.linears.values():
                 frozen += count * (linear.out * linear.into + (linear.name in step.shape.linear_biases) * linear.out)
                 kind = step.kind(linear, targets)
+                tensors += count * {"frozen": 0, "full": 1, "low rank": 2, "rotation": 1, "mixture": 3}[kind]
+                mixed += count * (kind == "mixture")
                 if kind in ("low rank", "mixture"):
                     trained += count * step.r * (linear.out + linear.into)
                     partial += count * step.r * (linear.into if linear.split == "column" else linear.out)
@@ -61,7 +67,7 @@ def parameters(step: StepEstimate, chunks: Sequence[Chunk]) -> Parameters:
         frozen += (chunk.embedding * step.shape.embedding_layernorm + chunk.head) * norms * step.h
     if step.is_full:
         frozen, trained = 0, frozen
-    return Parameters(frozen, trained, in_float32, partial if step.t > 1 else 0, rotated)
+    return Parameters(frozen, trained, in_float32, partial if step.t > 1 else 0, rotated, tensors, mixed)
 
 
 def _has_own_head(step: StepEstimate) -> bool:

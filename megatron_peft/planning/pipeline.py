@@ -6,13 +6,14 @@ messages, sums of gradients, the update. One rank stands for its tensor- and dat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.estimate import StepEstimate
-from megatron_peft.planning.footprint import Parameters, parameters, saved_bytes
+from megatron_peft.planning.footprint import parameters, saved_bytes
 from megatron_peft.planning.record import Call, Computation, Entry, Mark, Wait
-from megatron_peft.planning.timing import StepTime, WorkTime, step_time, time_alone
+from megatron_peft.planning.timing import StepTime, WorkTime, part_of, step_time, time_alone
 
 Pass = Literal["forward", "backward"]
 
@@ -75,6 +76,20 @@ def _program(step: StepEstimate, stage: int, cluster: Cluster) -> Iterator[Entry
     yield from writer.finish()
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose gradients are summed in one call: numbers of elements, and their part of a chunk's work."""
+
+    trained: int
+    trained_float32: int
+    part: float
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.trained + self.trained_float32
+
+
 class _Program:
     """Writes the program of one rank."""
 
@@ -91,6 +106,7 @@ class _Program:
         run = step.run
         self.gathers_early = run.optimizer.overlap_param_gather and step.dp > 1
         self.reduces_early = run.training.overlap_grad_reduce and step.dp > 1
+        self.buckets = [self._buckets(chunk) for chunk in range(len(self.chunks))]
         self.gathers: list[int] = []
         self.sums: list[int] = []
         self.messages: dict[tuple[str, str, int], Call] = {}
@@ -121,12 +137,37 @@ class _Program:
 
     def compute(self, turn: Turn) -> Iterator[Entry | WorkTime]:
         yield Mark(turn.phase, turn.microbatch, turn.chunk)
+        block, buckets = self.blocks[turn.phase, turn.chunk], self.buckets[turn.chunk]
+        last = self.step.run.num_microbatches - 1
         if turn.phase == "forward" and turn.microbatch == 0 and self.gathers:
-            yield Wait(self.gathers[turn.chunk])
-        yield self.blocks[turn.phase, turn.chunk]
-        is_last = turn.phase == "backward" and turn.microbatch == self.step.run.num_microbatches - 1
-        if is_last and self.reduces_early:
-            yield from self._sum_of_gradients(self.counts[turn.chunk], is_async=True)
+            # Where the layers of a bucket begin, their parameters are waited for, and those of the next one asked for.
+            waits_for = self.gathers[turn.chunk]
+            for bucket, following in zip_longest(buckets, buckets[1:]):
+                if bucket.size:
+                    yield Wait(waits_for)
+                waits_for = self.num_calls
+                if following is not None:
+                    yield from self._gather_of_parameters(following, is_async=True)
+                yield part_of(block, bucket.part)
+        elif turn.phase == "backward" and turn.microbatch == last and self.reduces_early:
+            for bucket in reversed(buckets):
+                yield part_of(block, bucket.part)
+                yield from self._sum_of_gradients(bucket, is_async=True)
+        else:
+            yield block
+
+    def _buckets(self, chunk: int) -> list[Bucket]:
+        """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
+        counts, step = self.counts[chunk], self.step
+        whole = Bucket(counts.trained, counts.trained_float32, 1.0)
+        if chunk or not self.reduces_early:
+            return [whole]
+        embedding = step.vocabulary * step.h * (step.is_full and self.chunks[chunk].embedding)
+        layers = counts.trained - embedding
+        number = max(layers // max(40_000_000, 1_000_000 * step.dp), 1)
+        cut = Bucket(layers // number, counts.trained_float32 // number, 1 / number)
+        cuts = [cut] * number if cut.size else []
+        return [*([Bucket(embedding, 0, 0.0 if cuts else 1.0)] if embedding else []), *cuts] or [whole]
 
     def plain(self) -> Iterator[Entry | WorkTime]:
         """One forward, one backward: a message out is waited for together with the one that comes in."""
@@ -177,17 +218,17 @@ class _Program:
             self.num_calls += 1
             yield Call(operation, axis, tuple(group), ((size,),), dtype, is_async=is_async)
 
-    def _sum_of_gradients(self, counts: Parameters, is_async: bool) -> Iterator[Call]:
-        step, size = self.step, counts.trained + counts.trained_float32
+    def _sum_of_gradients(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
+        step, size = self.step, bucket.size
         operation = "reduce_scatter" if step.run.optimizer.use_distributed_optimizer else "all_reduce"
         in_bf16 = step.run.training.grad_reduce_in_bf16 and step.item == 2
         self.sums += [self.num_calls] * bool(size and step.dp > 1)
         group = step.data_group(self.stage)
         yield from self.collective(operation, "data", group, size, "bfloat16" if in_bf16 else "float32", is_async)
 
-    def _gather_of_parameters(self, counts: Parameters, is_async: bool) -> Iterator[Call]:
+    def _gather_of_parameters(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
         step, group = self.step, self.step.data_group(self.stage)
-        shard = -(-counts.trained // step.dp) + -(-counts.trained_float32 // step.dp) * 4 // step.item
+        shard = -(-bucket.trained // step.dp) + -(-bucket.trained_float32 // step.dp) * 4 // step.item
         yield from self.collective("all_gather", "data", group, shard, step.dtype, is_async)
 
     def start(self) -> Iterator[Entry | WorkTime]:
@@ -195,12 +236,12 @@ class _Program:
         whole = self.whole
         trained = whole.trained + whole.trained_float32
         yield Mark("begin")
-        blocks = whole.rotated * self.step.g  # float32, in 41 to 104 operations of all layers at once
-        yield Computation(num_bytes=4 * trained + 30 * 4 * blocks, num_kernels=10 + 60 * bool(blocks))
+        blocks = whole.rotated * self.step.g  # float32, in a few operations of all layers at once
+        yield Computation(num_bytes=4 * trained + 21 * 4 * blocks, num_kernels=2 + 20 * bool(blocks))
         if self.gathers_early:
-            for counts in self.counts:
+            for buckets in self.buckets:
                 self.gathers.append(self.num_calls)
-                yield from self._gather_of_parameters(counts, is_async=True)
+                yield from self._gather_of_parameters(buckets[0], is_async=True)
 
     def finish(self) -> Iterator[Entry | WorkTime]:
         """Sums of gradients, the check, the update."""
@@ -208,12 +249,12 @@ class _Program:
         trained = whole.trained + whole.trained_float32
         yield Mark("finish")
         if whole.rotated:
-            yield Computation(num_bytes=30 * 4 * whole.rotated * step.g, num_kernels=60)
+            yield Computation(num_bytes=25 * 4 * whole.rotated * step.g, num_kernels=40)
         if self.reduces_early:
             yield from (Wait(number) for number in self.sums)
         else:
-            for counts in self.counts:
-                yield from self._sum_of_gradients(counts, is_async=False)
+            for [bucket] in self.buckets:
+                yield from self._sum_of_gradients(bucket, is_async=False)
         if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
             ends = (step.rank(0), step.rank(step.pp - 1))
             yield from self.collective("all_reduce", "embedding", ends, step.vocabulary * step.h, "float32")
@@ -221,14 +262,17 @@ class _Program:
         yield from self.collective("all_reduce", "data", group, 1, "int32")
         yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
-        yield Computation(num_bytes=8 * whole.partial + 4 * trained, num_kernels=10 + 6 * len(self.chunks))
+        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.tensors // 2)
         world = range(step.t * step.pp * step.dp)
         yield from self.collective("all_reduce", "world", world, 8, "float64")
         yield Mark("update")
         shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
-        yield Computation(num_bytes=4 * trained // shards, num_kernels=20)  # the norm
+        # The check, norms by layer, the norm; then clipping, and Adam's gradient, master and moments: read and written.
+        by_layer = 5 * whole.tensors + 14 * whole.mixed
+        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=10 + by_layer)
         yield from self.collective("all_reduce", "world", world, 1, "float32")
-        yield Computation(num_bytes=34 * trained // shards, num_kernels=60)  # gradient, master, moments: read, written
+        yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
         if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
-            for counts in self.counts:
-                yield from self._gather_of_parameters(counts, is_async=False)
+            for buckets in self.buckets:
+                for bucket in buckets:
+                    yield from self._gather_of_parameters(bucket, is_async=False)

@@ -1,13 +1,14 @@
 """Published runs, and what the plan's constants say of them: two calibrate them, the others test them.
 
-python -m megatron_peft.planning.published docs/results/planning writes the table of docs/planning.md.
+Each is rehearsed, and its recorded schedule timed. `python -m megatron_peft.planning.published docs/results/planning`
+writes the tables of docs/planning.md; it takes a quarter of an hour.
 """
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from megatron_peft.planning.cluster import Cluster, read_cluster
 from megatron_peft.planning.estimate import StepEstimate
 from megatron_peft.planning.pace import Pace
 from megatron_peft.planning.pipeline import estimated_time
+from megatron_peft.planning.record import Entry
+from megatron_peft.planning.rehearsal import rehearse_run
+from megatron_peft.planning.timing import step_time
 
 _llama = partial(ModelShape, "llama", max_position_embeddings=131072, vocab_size=128256, num_query_groups=8)
 LLAMA_8B = _llama(32, 4096, 14336, 32, kv_channels=128)
@@ -72,9 +76,32 @@ def made_up_run(
     )
 
 
-def seconds_of(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float:
-    """The estimated time of a step."""
-    return estimated_time(StepEstimate(run, shape), cluster).seconds
+class Step:
+    """A step of a run that is not to be started here.
+
+    Args:
+        run: with its world size.
+        shape: of the model.
+        scores: whether its attention writes its scores (`scores_seconds`).
+    """
+
+    def __init__(self, run: RunConfig, shape: ModelShape, scores: bool = False) -> None:
+        self.run, self.shape, self.scores = run, shape, scores
+
+    @cached_property
+    def _programs(self) -> dict[int, Sequence[Entry]]:
+        return {stage.rank: stage.entries for stage in rehearse_run(self.run, self.shape, peaks=False).stages}
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Of its recorded schedule. The first call rehearses it, which may take minutes."""
+        return step_time(self._programs, cluster).seconds + self._scores_seconds(cluster)
+
+    def estimate(self, cluster: Cluster) -> float:
+        """By the formulas of --fit."""
+        return estimated_time(StepEstimate(self.run, self.shape), cluster).seconds + self._scores_seconds(cluster)
+
+    def _scores_seconds(self, cluster: Cluster) -> float:
+        return scores_seconds(self.run, self.shape, cluster) if self.scores else 0.0
 
 
 def llama_3(num_gpus: int) -> RunConfig:
@@ -155,7 +182,7 @@ class Published:
         name: what it is.
         role: "calibrates" or "tests".
         seconds: published, of a step.
-        planned: the plan's, given the run's cluster.
+        step: ours.
         cluster: of `cluster.SHIPPED`.
         source: where it is published.
     """
@@ -163,9 +190,13 @@ class Published:
     name: str
     role: str
     seconds: float
-    planned: Callable[[Cluster], float]
+    step: Step
     cluster: str
     source: str
+
+
+def _llama_name(num_gpus: int) -> str:
+    return f"Llama 3 405B pretraining, {num_gpus:,} H100"
 
 
 def _llama_seconds(num_gpus: int, tflops: float) -> float:
@@ -175,14 +206,9 @@ def _llama_seconds(num_gpus: int, tflops: float) -> float:
     return Pace.of(run, LLAMA_405B, cluster, nothing).flops / num_gpus / tflops / 1e12
 
 
-def _with_scores(run: RunConfig, shape: ModelShape) -> Callable[[Cluster], float]:
-    return lambda cluster: seconds_of(run, shape, cluster) + scores_seconds(run, shape, cluster)
-
-
 def published_runs() -> list[Published]:
     """All of them."""
     automodel, korthikanti = "NeMo AutoModel's performance summary, October 2025", "arXiv 2205.05198, table 5"
-    lora_8b = made_up_run("lora", 4096, 32, micro_batch=2)
     gpts = [
         ("GPT-3 175B", "calibrates", 13.75, gpt_run(64, 8, 4, 1, 64), gpt(96, 12288, 96)),
         ("GPT-3 22B", "tests", 1.10, gpt_run(8, 1, None, 4, 4), gpt(48, 6144, 64)),
@@ -192,23 +218,28 @@ def published_runs() -> list[Published]:
     return [
         *(
             Published(
-                f"Llama 3 405B pretraining, {num_gpus:,} H100",
+                _llama_name(num_gpus),
                 role,
                 _llama_seconds(num_gpus, tflops),
-                partial(seconds_of, llama_3(num_gpus), LLAMA_405B),
+                Step(llama_3(num_gpus), LLAMA_405B),
                 "8xh100",
                 "arXiv 2407.21783, table 4",
             )
             for num_gpus, role, tflops in ((8192, "calibrates", 430), (16384, "tests", 400))
         ),
         Published(
-            "LoRA of Llama 3 8B, 1 H100", "tests", 10.51, partial(seconds_of, lora_8b, LLAMA_8B), "8xh100", automodel
+            "LoRA of Llama 3 8B, 1 H100",
+            "tests",
+            10.51,
+            Step(made_up_run("lora", 4096, 32, micro_batch=2), LLAMA_8B),
+            "8xh100",
+            automodel,
         ),
         Published(
             "LoRA of Llama 3 70B, 8 H100: our step at that layout",
             "tests",
             26.92,
-            partial(seconds_of, automodel_70b(), LLAMA_70B),
+            Step(automodel_70b(), LLAMA_70B),
             "8xh100",
             automodel,
         ),
@@ -217,7 +248,7 @@ def published_runs() -> list[Published]:
                 f"{name} pretraining, {run.parallel.world_size} A100",
                 role,
                 seconds,
-                _with_scores(run, shape),
+                Step(run, shape, scores=True),
                 "8xa100",
                 korthikanti,
             )
@@ -226,44 +257,47 @@ def published_runs() -> list[Published]:
     ]
 
 
-def lost_at_16384(cluster: Cluster) -> float:
-    """The part of a GPU's throughput that Llama 3 loses from 8,192 to 16,384 GPUs; published: 7%."""
-    few, many = (seconds_of(llama_3(num_gpus), LLAMA_405B, cluster) for num_gpus in (8192, 16384))
+def lost_at_16384(seconds: Mapping[str, float]) -> float:
+    """The part of a GPU's throughput that Llama 3 loses from 8,192 to 16,384 GPUs, by seconds of a step."""
+    few, many = (seconds[_llama_name(num_gpus)] for num_gpus in (8192, 16384))
     return 1 - few / 2 / many
 
 
-def automodel_items(cluster: Cluster) -> list[tuple[str, float]]:
-    """Seconds of AutoModel's 26.92 that follow from what its recipe does, one after the other, and the rest.
+def automodel_steps() -> dict[str, tuple[int, Step]]:
+    """What makes AutoModel's step of 26.92 s, one after the other, from our step on: how often each step is taken.
 
     The recipe (llama3_3_70b_instruct_peft_benchmark.yaml): no sequence parallelism, activation checkpointing, and a
     global batch in eight passes of the pipeline with four microbatches each.
     """
-    steps = {
-        "our step at that layout, with sequence parallelism": seconds_of(
-            automodel_70b(sequence_parallel=True), LLAMA_70B, cluster
-        ),
-        "no sequence parallelism": seconds_of(automodel_70b(), LLAMA_70B, cluster),
-        "every layer recomputed": seconds_of(automodel_70b(recompute=FULL_RECOMPUTE), LLAMA_70B, cluster),
-        "eight passes of the pipeline": 8 * seconds_of(automodel_70b(4, FULL_RECOMPUTE), LLAMA_70B, cluster),
-        "not explained": 26.92,
+    runs = {
+        "our step at that layout, with sequence parallelism": (1, automodel_70b(sequence_parallel=True)),
+        "no sequence parallelism": (1, automodel_70b()),
+        "every layer recomputed": (1, automodel_70b(recompute=FULL_RECOMPUTE)),
+        "eight passes of the pipeline": (8, automodel_70b(4, FULL_RECOMPUTE)),
     }
-    items, before = [], 0.0
-    for name, seconds in steps.items():
-        items.append((name, seconds - before))
+    return {name: (times, Step(run, LLAMA_70B)) for name, (times, run) in runs.items()}
+
+
+def items(totals: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Totals that hold what came before them, as what each adds; and the rest of AutoModel's 26.92 s."""
+    found, before = [], 0.0
+    for name, seconds in {**totals, "not explained": 26.92}.items():
+        found.append((name, seconds - before))
         before = seconds
-    return items
+    return found
 
 
 def tables() -> dict[str, dict[str, Any]]:
     """Tables by the names of their files."""
     clusters = {name: read_cluster(name) for name in ("8xh100", "8xa100")}
-    rows = []
+    rows, planned = [], {}
     for one in published_runs():
-        planned = one.planned(clusters[one.cluster])
-        off = f"{planned / one.seconds - 1:+.1%}"
-        rows.append([one.name, one.role, one.source, f"{one.seconds:.2f}", f"{planned:.2f}", off])
-    items = [[name, f"{seconds:.2f}"] for name, seconds in automodel_items(clusters["8xh100"])]
-    lost = lost_at_16384(clusters["8xh100"])
+        seconds = planned[one.name] = one.step.seconds(clusters[one.cluster])
+        off = f"{seconds / one.seconds - 1:+.1%}"
+        rows.append([one.name, one.role, one.source, f"{one.seconds:.2f}", f"{seconds:.2f}", off])
+    totals = {name: times * step.seconds(clusters["8xh100"]) for name, (times, step) in automodel_steps().items()}
+    parts = [[name, f"{seconds:.2f}"] for name, seconds in items(totals)]
+    lost = lost_at_16384(planned)
     return {
         "published": {
             "title": "Published runs and the plan",
@@ -281,7 +315,7 @@ def tables() -> dict[str, dict[str, Any]]:
             "title": "AutoModel's LoRA step of 26.92 s",
             "columns": ["what", "seconds"],
             "text_columns": 1,
-            "rows": [*items, ["published", "26.92"]],
+            "rows": [*parts, ["published", "26.92"]],
         },
     }
 

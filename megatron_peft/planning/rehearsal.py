@@ -78,9 +78,12 @@ class RankToRehearse:
     num_waiting: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig, shape: ModelShape, rank: int) -> "RankToRehearse":
-        """A rank of a run, with as many microbatches as it needs for its peak."""
+    def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
+        """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
         asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
+        if not peaks:
+            fewest = fewest_microbatches(config, config.num_microbatches)
+            return replace(asked, num_microbatches=fewest, phases=())
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
 
@@ -97,6 +100,12 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
         # 1F1B holds pp - stage; and the first, the last and one between them are different from one another.
         return min(num_microbatches, max(pp - stage + 1, 3))
     return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
+
+
+def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
+    """Of a step that has a first, a last and one between, where the run has them: all others are like that one."""
+    pp = config.parallel.pipeline_model_parallel_size
+    return min(num_microbatches, -(-3 // pp) * pp if config.parallel.is_interleaved else 3)
 
 
 def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
@@ -145,17 +154,25 @@ class RehearsedRun:
         return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 
 
-def rehearse_run(config: RunConfig, shape: ModelShape, num_processes: int | None = None) -> RehearsedRun:
-    """Rehearse the distinct ranks of a run's world, which need not exist."""
+def rehearse_run(
+    config: RunConfig, shape: ModelShape, num_processes: int | None = None, peaks: bool = True
+) -> RehearsedRun:
+    """Rehearse the distinct ranks of a run's world, which need not exist.
+
+    Args:
+        peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
+    """
     grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
     with _processes(num_processes, 4) as run:
         outlines: list[StageOutline] = run(_outline_here, config, shape).result()
         contents = [outline.contents for outline in outlines]
         alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
-        stages = sorted({*alike.values(), 0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1})
-        places = [grid.rank(0, 0, stage) for stage in stages]
-        places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
-        asked = [RankToRehearse.of(config, shape, rank) for rank in places]
+        places = [grid.rank(0, 0, stage) for stage in sorted(set(alike.values()))]
+        if peaks:
+            fullest = (0, min(1, grid.pipeline - 1), grid.pipeline // 2, grid.pipeline - 1)
+            places = sorted({*places, *(grid.rank(0, 0, stage) for stage in fullest)})
+            places += [grid.rank(1, 0, grid.pipeline - 1)] if grid.tensor > 1 else []
+        asked = [RankToRehearse.of(config, shape, rank, peaks) for rank in places]
         records = dict(
             zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
         )

@@ -104,6 +104,11 @@ def work_time(work: Computation, cluster: Cluster) -> WorkTime:
     return WorkTime(tuple(times.items()), work.num_kernels * cluster.launch_us * 1e-6)
 
 
+def part_of(time: WorkTime, part: float) -> WorkTime:
+    """That of a part of some work, from 0 to 1."""
+    return WorkTime(tuple((kind, seconds * part) for kind, seconds in time.device), time.host * part)
+
+
 def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTime:
     """The time of a part of a rank's program in which it waits for none but its tensor-parallel peers.
 

@@ -90,6 +90,7 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
         overlap_grad_reduce=config.training.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        align_param_gather=_gathers_ahead(config, len(model_chunks)),
     )
     wrapped = [
         DistributedDataParallel(get_model_config(chunk), settings, chunk, disable_bucketing=index > 0)
@@ -98,7 +99,18 @@ def wrap_data_parallel(model_chunks: Sequence[nn.Module], config: RunConfig) -> 
     if settings.overlap_param_gather:
         for chunk in wrapped:
             _wait_for_adapter_submodules(chunk)
+    if settings.align_param_gather:
+        get_model_config(model_chunks[0]).param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def _gathers_ahead(config: RunConfig, num_chunks: int) -> bool:
+    """Whether a chunk's parameters are gathered before its first input comes, as Megatron's --align-param-gather does.
+
+    Otherwise the first microbatch waits for a gather in every chunk of every stage, one after the other. Of adapters a
+    gather is small, and rotations ask for theirs before the first microbatch.
+    """
+    return config.optimizer.overlap_param_gather and num_chunks > 1 and not config.peft.trains_adapters
 
 
 def _wait_for_adapter_submodules(chunk: DistributedDataParallel) -> None:

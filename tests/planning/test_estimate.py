@@ -1,4 +1,5 @@
-"""The formulas of --fit against rehearsals: products, calls and parameters exactly, the peak or a little more."""
+"""The formulas of --fit against rehearsals: products, calls and parameters exactly, the peak or a little more, and the
+seconds of a step."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -6,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_peft.config import RunConfig
+from megatron_peft.config import PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate
 from megatron_peft.planning.footprint import memory, parameters, total
-from megatron_peft.planning.pipeline import in_flight
-from megatron_peft.planning.published import FULL_RECOMPUTE, made_up_run
+from megatron_peft.planning.headlines import MODELS
+from megatron_peft.planning.pipeline import estimated_time, in_flight
+from megatron_peft.planning.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run
 from megatron_peft.planning.record import Call, Computation, Entry, Mark, RankRecord
-from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse
+from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse, rehearse_run
+from megatron_peft.planning.timing import step_time
 
 SHAPE = ModelShape("llama", 3, 1024, 3072, 16, 8, 64, 4096, 4096)
 MLP = {"recompute_granularity": "selective"}
@@ -92,3 +96,40 @@ def test_an_estimate_is_what_a_rehearsal_finds(rehearsed, case):
     assert counts.trained + counts.trained_float32 == record.parameters["trained"]
     off = total(memory(step, 0, in_flight(step, 0))) / record.peak("step") - 1
     assert -0.01 <= off <= 0.1, "what --fit calls fitting must fit"
+
+
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+TP8_PP4 = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "sequence_parallel": True}
+INTERLEAVED = {**TP8_PP4, "num_layers_per_virtual_pipeline_stage": 1}
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+MODEL_OF_TIMES = {"8B": LLAMA_8B, "405B": LLAMA_405B, "Bloom": MODELS["BloomZ-7B1"]}
+PEFT = {"boft": {"boft_block_size": 8, "boft_factors": 2}, "urnn": {"urnn_block_size": 32}}
+PEFT["hybrid"] = PEFT["boft"]
+# Model, its layers, method, world, micro-batch, layout, recompute.
+TIMES = [
+    ("8B", 4, "lora", 1, 2, {}, {}),
+    ("8B", 4, "full", 2, 1, {}, {}),
+    ("8B", 4, "hybrid", 4, 1, {"tensor_model_parallel_size": 2}, {}),
+    ("8B", 4, "lora", 2, 1, TP2_SP, FULL_RECOMPUTE),
+    ("8B", 4, "urnn", 2, 2, TP2_SP, {}),
+    ("Bloom", 4, "boft", 4, 1, TP2_PP2, {}),
+    ("Bloom", 4, "full", 4, 1, TP2_PP2, {}),
+    *(("405B", 8, method, 32, 1, TP8_PP4, {}) for method in ("full", "lora", "boft", "urnn", "hybrid")),
+    ("405B", 8, "lora", 64, 1, INTERLEAVED, {}),
+]
+
+
+@pytest.mark.parametrize(
+    "timed",
+    [pytest.param(one, marks=[] if one[:3] == ("Bloom", 4, "boft") else [pytest.mark.slow]) for one in TIMES],
+    ids=lambda one: f"{one[2]} of {one[0]} on {one[3]}",
+)
+def test_the_time_of_an_estimate_is_that_of_the_recorded_schedule(timed):
+    model, num_layers, method, world_size, rows, layout, recompute = timed
+    shape = replace(MODEL_OF_TIMES[model], num_layers=num_layers)
+    run = made_up_run(method, 2048, 4 * world_size, rows, recompute, world_size=world_size, **layout)
+    run = replace(run, peft=PeftConfig(method=method, **PEFT.get(method, {})))
+    cluster = read_cluster("8xa100")
+    stages = rehearse_run(run, shape, peaks=False).stages
+    recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster)
+    assert estimated_time(StepEstimate(run, shape), cluster).seconds == pytest.approx(recorded.seconds, rel=0.02)

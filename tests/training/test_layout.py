@@ -39,6 +39,10 @@ METHODS = {
 # carries, and how samples fall on microbatches must not matter either.
 HALF_AS_MANY = {"training": {"micro_batch_size": 4}}
 ONE = {"training": {"micro_batch_size": 8}}
+OVERLAPPED = {
+    "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
+    "training": {"overlap_grad_reduce": True},
+}
 PADDED = {"data_settings": {"pad_to_seq_length": True}}
 ON_TWO_RANKS = {
     "TP2": {"parallel": TP2, **HALF_AS_MANY},
@@ -62,14 +66,15 @@ ON_TWO_RANKS = {
     "PP2 interleaved, padded": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}, **PADDED},
     "DP2": {},
     "DP2 distributed optimizer": {"optimizer": {"use_distributed_optimizer": True}},
-    "DP2 overlapped": {
-        "optimizer": {"use_distributed_optimizer": True, "overlap_param_gather": True},
-        "training": {"overlap_grad_reduce": True},
-    },
+    "DP2 overlapped": OVERLAPPED,
 }
 ON_FOUR_RANKS = {
     "TP2xPP2 recompute": {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE, **HALF_AS_MANY},
     "TP2xPP2+SP": {"parallel": {**SP, **PP2}, **HALF_AS_MANY},
+    "PP2 interleaved x DP2 overlapped": {
+        "parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1},
+        **OVERLAPPED,
+    },
     # Two chunks a rank; on four of the eight no layer, on two of those nothing at all.
     "PP4 layout": {"parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"}},
 }
@@ -84,10 +89,15 @@ QUICK_LAYOUTS = {
     "boft": ("TP2+SP", "PP2"),
     "lora-ga": ("TP2+SP", "PP2"),
     "urnn": ("TP2+SP", "DP2 distributed optimizer"),
-    "full": ("DP2 overlapped", "PP2 padded"),
+    "full": ("PP2 interleaved x DP2 overlapped", "PP2 padded"),
     "lora-packed": ("TP2+SP", "PP2 interleaved"),
 }
-REFUSED = [(method, "DP2 overlapped") for method in ("riemannian", "projection", "hybrid-folded")]
+REFUSED = [
+    (method, layout)
+    for method in ("riemannian", "projection", "hybrid-folded")
+    for layout in LAYOUTS
+    if "DP2 overlapped" in layout
+]
 # Bloom's own parts split like everything else: ALiBi, the norm of the embedding, tied embeddings over two stages.
 BLOOM_METHODS = ("full", "hybrid", "urnn", "lora-packed")
 BLOOM_LAYOUTS = {
