@@ -45,7 +45,7 @@ METHODS = ("lora", "boft", "urnn", "hybrid")
 # The largest good ratio to the frozen base, by method.
 Limits = Mapping[str, float | None]
 LAYOUTS: tuple[tuple[dict[str, Any], Limits], ...] = (
-    ({"tensor_parallel": 1}, {"lora": 1.08, "boft": 1.18, "urnn": 1.23, "hybrid": 1.28}),
+    ({"tensor_parallel": 1}, {"lora": 1.094, "boft": 1.18, "urnn": 1.23, "hybrid": 1.28}),
     ({"tensor_parallel": 2}, {"lora": 1.10, "boft": 1.18, "urnn": 1.24, "hybrid": 1.34}),
     ({"tensor_parallel": 2, "sequence_parallel": True}, {"lora": 1.12, "boft": 1.14, "urnn": 1.22, "hybrid": 1.32}),
 )
