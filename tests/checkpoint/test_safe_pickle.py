@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
-from megatron_peft.checkpoint.tensors import read_tensors, stored_shapes
+from megatron_peft.checkpoint.tensors import read_index, read_tensors
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import open_source
 from megatron_peft.conversion.pretrained import read_model_shape
@@ -60,11 +60,11 @@ def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kin
 
 
 def read_one_tensor(folder: Path) -> None:
-    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder)
+    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder, read_index(folder))
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
-@pytest.mark.parametrize("read", [read_metadata, stored_shapes, read_one_tensor])
+@pytest.mark.parametrize("read", [read_metadata, read_index, read_one_tensor])
 def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, tmp_path):
     mark = tmp_path / "ran"
     folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
