@@ -41,7 +41,7 @@ def run_alone(folder: Path) -> dict[str, Any]:
     found["finished"] = len((folder / "run.requests.jsonl").read_text().splitlines())
     found["hf"] = _by_the_harness(folder)
     found["streamed"] = _printed(lambda: _answer(folder, prompt="w1 w2", max_new_tokens=5))
-    _answer(folder, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / "alone.jsonl"))
+    _answer(folder, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / "alone.jsonl"), max_new_tokens=16)
     found["complaints"] = [
         _complaint([*run_flags(folder), "--lora-rank", "4"], "w1"),
         _complaint([*run_flags(folder), "--pretrained-checkpoint", str(folder / "other")], "w1"),
@@ -77,7 +77,7 @@ def run_split(folder: Path) -> dict[str, Any]:
     """The trained run at each layout: results, and a file of answers that are drawn."""
     start_world()
     found: dict[str, Any] = {}
-    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
+    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3, "max_new_tokens": 16}
     for layout, flags in LAYOUTS.items():
         found[layout] = _evaluate(folder, layout, [*run_flags(folder), *flags])
         _answer(folder, flags, prompt_file=str(folder / "prompts.jsonl"), output=str(folder / layout), **drawn)
