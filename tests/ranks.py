@@ -12,8 +12,12 @@ from tests.time_limits import seconds
 ranks.preload(
     [
         "pytest",  # which multiprocessing imports in every child, since it is the main program
+        "hypothesis",
+        "rich.progress",
+        "tabulate",
         "torch",
         "torch.distributed.checkpoint",
+        "megatron.core.datasets.gpt_dataset",
         "megatron.core.dist_checkpointing",
         "megatron.core.distributed",
         "megatron.core.models.gpt",

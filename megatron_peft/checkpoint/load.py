@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_peft.checkpoint.folders import TRACKER, checkpoints, damage, newest_checkpoint, tracker_text
 from megatron_peft.checkpoint.record import (
@@ -199,16 +200,16 @@ def load_checkpoint(state: TrainingState) -> Path | None:
     if not settings.finetune and (warning := changes(record, current)):
         _warn("%s", warning)
     entries = sharded_parameters(chunks, only_adapters=state.config.peft.trains_adapters)
-    load_parameters(entries, checkpoint)
+    index = load_parameters(entries, checkpoint)
     state.optimizer.reload_model_params()  # copies them into the float32 masters
     if resumes_optimizer:
-        _load_optimizer(state, entries, record, checkpoint)
+        _load_optimizer(state, entries, record, checkpoint, index)
     if not settings.finetune:
         for name, value in record.position.items():
             setattr(state.position, name, value)
         state.best = record.best
     if not (settings.finetune or settings.no_load_rng):
-        _load_random(checkpoint)
+        _load_random(checkpoint, index)
     return checkpoint
 
 
@@ -242,10 +243,12 @@ def _refuse(record: RunRecord, current: CurrentRun, resumes_optimizer: bool) -> 
             raise ConfigurationError(*problems)
 
 
-def _load_optimizer(state: TrainingState, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path) -> None:
+def _load_optimizer(
+    state: TrainingState, entries: Sequence[Sharded], record: RunRecord, checkpoint: Path, index: Metadata
+) -> None:
     assert record.optimizer_steps is not None and record.schedule is not None
-    targets = optimizer_targets(state.optimizer, entries, stored_shapes(checkpoint))
-    read_tensors(targets, checkpoint)
+    targets = optimizer_targets(state.optimizer, entries, stored_shapes(index))
+    read_tensors(targets, checkpoint, index)
     set_optimizer_steps(state.optimizer, entries, record.optimizer_steps)
     _load_schedule(state, record.schedule)
 
@@ -263,11 +266,11 @@ def _load_schedule(state: TrainingState, stored: Mapping[str, Any]) -> None:
     schedule.step(0)
 
 
-def _load_random(checkpoint: Path) -> None:
-    targets = random_targets(stored_shapes(checkpoint))
+def _load_random(checkpoint: Path, index: Metadata) -> None:
+    targets = random_targets(stored_shapes(index))
     if not targets:
         _warn("%s holds no random generators for this layout: they start from --seed", checkpoint)
-    read_tensors(targets, checkpoint)  # a collective: without targets too
+    read_tensors(targets, checkpoint, index)  # a collective: without targets too
     if targets:
         restore_random(targets)
 

@@ -275,18 +275,17 @@ class _IndexUnpickler(BoundedUnpickler):
         return torch.Size(map(self._count, self._typed(numbers, tuple)))
 
     def _count(self, value: Any) -> int:
-        require(
-            0 <= self._typed(value, int) < 2**63, f"{self._path} is not an index of a distributed checkpoint: {value}."
-        )
+        if not 0 <= self._typed(value, int) < 2**63:
+            raise ConfigurationError(f"{self._path} is not an index of a distributed checkpoint: {value}.")
         return value
 
     def _typed(self, value: Any, kind: type[Kind]) -> Kind:
         """`value`, if it has exactly this class: a subclass could be anything."""
-        require(
-            type(value) is kind,
-            f"{self._path} is not an index of a distributed checkpoint: it holds {type(value).__name__} instead of "
-            f"{kind.__name__}.",
-        )
+        if type(value) is not kind:  # no `require`: the message of a million values would take seconds
+            raise ConfigurationError(
+                f"{self._path} is not an index of a distributed checkpoint: it holds {type(value).__name__} instead of "
+                f"{kind.__name__}."
+            )
         return value
 
 

@@ -145,13 +145,26 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
         return self._index
 
 
-def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
-    """Fill every rank's tensors in place. A collective.
+def read_index(folder: Path) -> Metadata:
+    """Which tensors a checkpoint holds and where they lie, on every rank. A collective.
+
+    A large model's index takes seconds to read: who reads tensors several times hands it on.
 
     Raises:
-        ConfigurationError: on every rank, when a file is missing or damaged, or the index would run code.
+        ConfigurationError: on every rank, when it is missing or damaged, or would run code.
     """
-    index = checked_together(lambda: read_metadata(folder))
+    return checked_together(lambda: read_metadata(folder))
+
+
+def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata) -> None:
+    """Fill every rank's tensors in place. A collective.
+
+    Args:
+        index: that of `folder`, by `read_index`.
+
+    Raises:
+        ConfigurationError: on every rank, when a file is missing or damaged.
+    """
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
     planner = MCoreLoadPlanner(
         shapes_validation_sharded_tensors=[tensor for tensor in wanted if not tensor.allow_shape_mismatch],
@@ -165,9 +178,9 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path) -> None:
         )
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Global shape of every tensor in a checkpoint, by key. Raises ConfigurationError if they cannot be read."""
-    stored = read_metadata(folder).state_dict_metadata
+def stored_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in a checkpoint, by key."""
+    stored = index.state_dict_metadata
     return {key: tuple(tensor.size) for key, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
@@ -229,22 +242,27 @@ def adapted_layers(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
     return tuple(all_names([target.name for target in targets if target.module.adapter is not None]))
 
 
-def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> None:
+def load_parameters(entries: Sequence[Sharded], checkpoint: Path) -> Metadata:
     """Fill the parameters in place. A collective.
 
     Args:
         entries: from `sharded_parameters`.
         checkpoint: an iteration's folder.
 
+    Returns:
+        The checkpoint's index, for what else is read of it.
+
     Raises:
         ConfigurationError: on every rank, if the checkpoint holds other parameters or shapes (nothing is changed
             then), or is damaged.
     """
-    stored = checked_together(lambda: stored_shapes(checkpoint))
+    index = read_index(checkpoint)
+    stored = stored_shapes(index)
     keys = all_names([entry.key for entry in entries])
     checked_together(lambda: _check_parameters(entries, keys, stored, checkpoint))
     sources = (_stored_source(entry, stored) for entry in entries)
-    read_tensors([tensor for source in sources for tensor in global_slices(source)], checkpoint)
+    read_tensors([tensor for source in sources for tensor in global_slices(source)], checkpoint, index)
+    return index
 
 
 def _stored_source(entry: Sharded, stored: Mapping[str, Any]) -> Sharded:

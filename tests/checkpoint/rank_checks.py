@@ -185,7 +185,7 @@ def _resharded(files: Files, name: str, value: tuple[str, Settings]) -> list[str
     draft_checkpoint(_loaded(files, *value, save=copy).state).complete()
     before, after = read_run_record(source), read_run_record(copy)
     same = before.optimizer_steps == after.optimizer_steps and before.schedule == after.schedule
-    tensors, copies = stored_tensors(source), stored_tensors(copy)
+    tensors, copies = stored_tensors(source, shared=True), stored_tensors(copy, shared=True)
     rows = {key: min(len(tensors[key]), len(copies[key])) for key in tensors.keys() & copies.keys()}  # but the padding
     cut = ({key: values[key][: rows.get(key)] for key in values} for values in (tensors, copies))
     return differences(*cut) + ["record"] * (not same)
@@ -274,7 +274,7 @@ def _behind(run: Run, at_once: Path, folder: Path) -> dict[str, Any]:
     return {
         "before": before,
         "after": (ended.iteration, str(ended.error), newest_checkpoint(folder).name),
-        "differences": differences(stored_tensors(at_once), stored_tensors(folder)),
+        "differences": differences(stored_tensors(at_once, shared=True), stored_tensors(folder, shared=True)),
         "nothing pending": saver.finish(),
     }
 

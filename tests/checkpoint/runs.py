@@ -111,10 +111,12 @@ def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     return [name for name in names if not (name in left and name in right and torch.equal(left[name], right[name]))]
 
 
-def stored_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """All whole tensors of a --save folder's only checkpoint, generators aside."""
+def stored_tensors(folder: str | Path, shared: bool = False) -> dict[str, torch.Tensor]:
+    """All whole tensors of a --save folder's only checkpoint, generators aside; `shared`: this rank's share of them."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     stored = open_distributed(next(Path(folder).glob("iter_*")))
-    tensors = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in stored.items() if key[:4] != "rng."}
+    own = {key: one for key, one in stored.items() if key[:4] != "rng." and sum(key.encode()) % size == rank}
+    tensors = {key: torch.empty(one.shape, dtype=one.dtype) for key, one in own.items()}
     for key, tensor in tensors.items():
         stored[key].fill(tensor, (0,) * tensor.dim())
     return {key: torch.atleast_1d(tensor) for key, tensor in tensors.items()}

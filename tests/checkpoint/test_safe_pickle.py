@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
-from megatron_peft.checkpoint.tensors import read_tensors, stored_shapes
+from megatron_peft.checkpoint.tensors import read_index, read_tensors
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion.hf_files import open_source
 from megatron_peft.conversion.pretrained import read_model_shape
@@ -60,11 +61,11 @@ def test_a_malicious_checkpoint_of_ranks_is_refused_by_name_and_runs_nothing(kin
 
 
 def read_one_tensor(folder: Path) -> None:
-    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder)
+    read_tensors([ShardedTensor.from_rank_offsets("a", torch.zeros(2))], folder, read_index(folder))
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "getattr"])
-@pytest.mark.parametrize("read", [read_metadata, stored_shapes, read_one_tensor])
+@pytest.mark.parametrize("read", [read_metadata, read_index, read_one_tensor])
 def test_a_malicious_index_is_refused_by_name_and_runs_nothing(read, kind, tmp_path):
     mark = tmp_path / "ran"
     folder = save_distributed(tmp_path / "megatron", {"a": torch.zeros(2)})
@@ -206,34 +207,40 @@ CRASHES = {
 }
 
 
-def _read_crashing(argument: tuple[Path, str, str]) -> str:
-    """On a rank of its own, which may die of it, with less memory than the memo's."""
-    folder, reader, kind = argument
+def _read_crashing(argument: tuple[Path, str]) -> dict[str, str]:
+    """What each reader says. On a rank of its own, which may die of it, with less memory than the memo's."""
+    folder, kind = argument
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
     path = folder / "pytorch_model.bin"
     (folder / ".metadata").write_bytes(CRASHES[kind])
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in {"data.pkl": b"\x80\x02" + CRASHES[kind], "version": b"3", "byteorder": b"little"}.items():
             archive.writestr(f"archive/{name}", content)
+    readers = {
+        "index": lambda: read_metadata(folder),
+        "weights": lambda: open_source(folder).headers,
+        "ranks": lambda: load_inertly(path),
+    }
+    return {reader: _told(read) for reader, read in readers.items()}
+
+
+def _told(read: Callable[[], object]) -> str:
     try:
-        if reader == "index":
-            return f"read: {read_metadata(folder)}"
-        return f"read: {open_source(folder).headers if reader == 'weights' else load_inertly(path)}"
+        return f"read: {read()}"
     except ConfigurationError as error:
         return str(error)
 
 
 @pytest.mark.parametrize("kind", CRASHES)
-@pytest.mark.parametrize("reader", ["index", "weights", "ranks"])
-def test_no_pickle_crashes_its_reader_or_takes_its_memory(reader, kind, tmp_path):
-    (told,) = run_ranks(1, _read_crashing, (tmp_path, reader, kind), limit=60)
-    file = ".metadata" if reader == "index" else "pytorch_model.bin"
-    if kind == "a large memo" and reader != "index":
-        assert told in ("read: {}", "")  # torch's memo is a dict
-    else:
-        assert re.match(rf".*{re.escape(file)} (cannot be read|is not an index)", told) and "MemoryError" not in told, (
-            told
-        )
+def test_no_pickle_crashes_its_reader_or_takes_its_memory(kind, tmp_path):
+    (by_reader,) = run_ranks(1, _read_crashing, (tmp_path, kind), limit=60)
+    for reader, told in by_reader.items():
+        file = ".metadata" if reader == "index" else "pytorch_model.bin"
+        if kind == "a large memo" and reader != "index":
+            assert told in ("read: {}", ""), reader  # torch's memo is a dict
+        else:
+            assert re.match(rf".*{re.escape(file)} (cannot be read|is not an index)", told), (reader, told)
+            assert "MemoryError" not in told, (reader, told)
 
 
 def test_no_message_advises_to_unpickle_without_a_check(tmp_path):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from tests.ranks import run_ranks
 # Four ranks can split its heads; its rows (9) cannot be split evenly.
 SHAPE = dataclasses.replace(ODD, hidden_size=9, num_attention_heads=8, num_query_groups=4)
 LAYOUTS = {"DP4": (1, 1), "TP2 x DP2": (2, 1), "PP2 x DP2": (1, 2), "TP2 x PP2": (2, 2), "TP4": (4, 1)}
+# The others are these without replicas, which share nothing but the order of reading.
+QUICK_LAYOUTS = ("DP4", "TP2 x DP2", "PP2 x DP2")
 NUM_RANKS = 4
 
 
@@ -100,10 +102,10 @@ def load_here(folder: Path, layout: tuple[int, int], groups: ReadingGroups) -> t
     return part, report.counts
 
 
-def at_every_layout(compare: Callable[[tuple[int, int]], object]) -> dict[str, object]:
+def at_each(layouts: Iterable[str], compare: Callable[[tuple[int, int]], object]) -> dict[str, object]:
     start_world()
     found = {}
-    for name, layout in LAYOUTS.items():
+    for name, layout in ((name, LAYOUTS[name]) for name in layouts):
         start_model_parallel(ParallelConfig(*layout, world_size=NUM_RANKS), seed=1)
         found[name] = compare(layout)
         stop_model_parallel()
@@ -111,8 +113,9 @@ def at_every_layout(compare: Callable[[tuple[int, int]], object]) -> dict[str, o
     return found
 
 
-def read_both_ways(folders: dict[str, Path]) -> dict[str, dict[str, Read]]:
+def read_both_ways(asked: tuple[dict[str, Path], list[str]]) -> dict[str, dict[str, Read]]:
     """Started on ranks: by layout and form."""
+    folders, layouts = asked
 
     def compare(layout: tuple[int, int]) -> dict[str, Read]:
         return {form: read(folders[form], layout) for form in FORMS}
@@ -123,12 +126,15 @@ def read_both_ways(folders: dict[str, Path]) -> dict[str, dict[str, Read]]:
         pairs = zip(base_parameters(together), base_parameters(alone), strict=True)
         return Read(all(torch.equal(one, other) for (_, one), (_, other) in pairs), shared, own)
 
-    return at_every_layout(compare)
+    return at_each(layouts, compare)
 
 
 @pytest.fixture(scope="module")
-def by_rank(folders) -> list[dict[str, dict[str, Read]]]:
-    return run_ranks(NUM_RANKS, read_both_ways, folders)
+def by_rank(folders, request) -> list[dict[str, dict[str, Read]]]:
+    """At the layouts that were chosen."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    chosen = {spec.params["layout"] for spec in specs if spec and "layout" in spec.params}
+    return run_ranks(NUM_RANKS, read_both_ways, (folders, [layout for layout in LAYOUTS if layout in chosen]))
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def load_a_file_that_is_cut_short(torn: Torn) -> dict[str, str]:
 
     pretrained.open_weights = cut_after_the_check  # only the first rank opens all files
     try:
-        return at_every_layout(told)
+        return at_each(QUICK_LAYOUTS, told)
     finally:
         pretrained.open_weights = open_weights
 
@@ -204,16 +210,17 @@ def test_parameters_are_read_in_the_order_of_their_files_and_not_of_the_model(fo
 
 
 FORMS = ("shards", "pickle", "sliced", "whole", "ranks")
+LAYOUT_CASES = [pytest.param(layout, marks=[] if layout in QUICK_LAYOUTS else [pytest.mark.slow]) for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
 def test_bits_equal_those_of_reading_alone(layout, form, by_rank):
     assert all(rank[layout][form].equal for rank in by_rank)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
 def test_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
     tensor_parallel, pipeline_parallel = LAYOUTS[layout]
     num_replicas = NUM_RANKS // (tensor_parallel * pipeline_parallel)
@@ -221,7 +228,7 @@ def test_replicas_read_each_byte_of_their_slices_once(layout, form, by_rank):
     assert sum(read.together.bytes for read in reads) * num_replicas == sum(read.alone.bytes for read in reads)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
 def test_headers_are_read_by_the_first_rank_and_each_rank_opens_a_file_once(layout, by_rank):
     reads = [rank[layout]["shards"] for rank in by_rank]
     assert [read.together.headers for read in reads] == [3, 0, 0, 0]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_peft.checkpoint.tensors import load_parameters, sharded_parameters, stored_shapes
+from megatron_peft.checkpoint.tensors import load_parameters, read_index, sharded_parameters, stored_shapes
 from megatron_peft.config import ConfigurationError
 from megatron_peft.conversion import to_megatron
 from megatron_peft.conversion.hf_files import Source
@@ -34,7 +34,7 @@ def test_megatron_core_reads_its_own_keys_and_shapes(changes, tmp_path):
     with one_rank():
         loaded, expected = tiny_gpt(changes), tiny_gpt(changes)
         entries = sharded_parameters([loaded], only_adapters=False)
-        assert {entry.key for entry in entries} == stored_shapes(folder).keys()
+        assert {entry.key for entry in entries} == stored_shapes(read_index(folder)).keys()
         load_parameters(entries, folder)
         load_pretrained([expected], original, shape, tensor_parallel_rank=0, tensor_parallel_size=1, progress=False)
         for (name, parameter), other in zip(loaded.named_parameters(), expected.parameters(), strict=True):

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -76,6 +76,14 @@ def _right(request: Instance) -> str:
 
 def languages(target: str) -> dict[str, str]:
     return {"source_language": "English", "target_language": target}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pip() -> Iterator[None]:
+    """The harness asks pip for every package and writes its list beside each result: two seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pip_packages", lambda *_: ("pip3", ""))
+        yield
 
 
 @pytest.fixture(scope="module")

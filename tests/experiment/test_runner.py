@@ -20,12 +20,21 @@ from rich.console import Console
 
 from megatron_peft.checkpoint.folders import FolderLock
 from megatron_peft.config import ConfigurationError
-from megatron_peft.experiment import process
+from megatron_peft.experiment import process, runner
 from megatron_peft.experiment.record import Work, file_digest, of_cell, progress, source_version, write_record
 from megatron_peft.experiment.runner import Board, Runner, read_scores, run_experiment, table
 from megatron_peft.experiment.spec import Metric, ScoreSpec
 from tests.experiment.small_experiment import FAKE_TRAINING, content, experiment
 from tests.time_limits import wait_until
+
+
+@pytest.fixture(scope="module", autouse=True)
+def looking_often() -> Iterator[None]:
+    """The stand-ins for training end at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "POLL_SECONDS", 0.02)
+        yield
+
 
 VARYING = ("started_at", "seconds", "score_seconds", "versions", "sha256")
 

@@ -17,6 +17,7 @@ FAMILIES = ("mistral", "qwen2", "qwen3")
 NUM_STEPS = 5
 SIX = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
 LOGIT_LAYOUTS = ("TP1", "TP2", "TP2+SP", "PP2")
+QUICK_LOGIT_LAYOUTS = ("TP1", "TP2", "PP2")
 LAYOUTS = {"TP2": TP2, "TP2+SP": SP}
 # `make test` compares these; `make test-all` compares every method of every family at both layouts.
 QUICK = [
@@ -45,9 +46,10 @@ def curve_job(files: Files, family: str, method: str, layout: str) -> Job:
     )
 
 
-def run_families(files: Files) -> Outcomes:
-    """Called on each of two ranks."""
-    answers = run_all({name: str(Path(files.bases, name)) for name in MODELS}, LOGIT_LAYOUTS)
+def run_families(asked: tuple[Files, list[str]]) -> Outcomes:
+    """Called on each of two ranks, with the layouts of logits and answers."""
+    files, layouts = asked
+    answers = run_all({name: str(Path(files.bases, name)) for name in MODELS}, layouts)
     curves = run_each([curve_job(files, *case) for case in QUICK])
     for name, method in SAVED.items():
         _save(files, name, method)

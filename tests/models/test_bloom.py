@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,31 @@ PROMPTS = [[DRAW.randrange(VOCAB_SIZE) for _ in range(length)] for length in (5,
 GENERATING = ("TP1", "TP2", "TP2+SP")  # generation runs on one pipeline stage
 
 
+def quickly(layouts: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    """Parameters of a test: `make test` takes the quick ones."""
+    return [pytest.param(one, marks=[] if one in quick else [pytest.mark.slow]) for one in layouts]
+
+
+def asked_layouts(request: pytest.FixtureRequest) -> list[str]:
+    """Those of LAYOUTS that chosen tests of the file name."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    asked = {spec.params["layout"] for spec in specs if spec and "layout" in spec.params}
+    return [layout for layout in LAYOUTS if layout in asked]
+
+
+QUICK = ("TP1", "TP2+SP", "PP2 interleaved")  # the others do less of the same
+
+
 def run_all(
     bases: dict[str, str], layouts: Iterable[str] = LAYOUTS
 ) -> dict[tuple[str, str], tuple[list[Tensor], list[list[int]]]]:
     """By model and layout: the logits [b, s, vocabulary] of the last pipeline stage, and the answers."""
     start_world()
     return {(name, layout): _run(base, layout) for name, base in bases.items() for layout in layouts}
+
+
+def run_asked(asked: tuple[dict[str, str], list[str]]) -> Any:
+    return run_all(*asked)
 
 
 def _run(base: str, layout: str) -> tuple[list[Tensor], list[list[int]]]:
@@ -84,14 +104,14 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def outcomes(models, tmp_path_factory):
+def outcomes(models, request, tmp_path_factory):
     folders = {name: str(tmp_path_factory.mktemp("bloom")) for name in models}
     for name, folder in folders.items():
         models[name].save_pretrained(folder)
-    return run_ranks(2, run_all, folders)[-1]
+    return run_ranks(2, run_asked, (folders, asked_layouts(request)))[-1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quickly(LAYOUTS, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
     logits, _ = outcomes[name, layout]
@@ -102,7 +122,7 @@ def test_logits_are_those_of_transformers(outcomes, models, name, layout):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layout", GENERATING)
+@pytest.mark.parametrize("layout", quickly(GENERATING, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_with_a_cache_are_those_of_the_whole_forward(outcomes, models, name, layout):
     """Prompts of unequal length in one batch, so some are padded; transformers sees each alone and whole."""

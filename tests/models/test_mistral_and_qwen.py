@@ -22,13 +22,14 @@ from tests.models.family_runs import (
     LAYOUTS,
     LOGIT_LAYOUTS,
     QUICK,
+    QUICK_LOGIT_LAYOUTS,
     SAVED,
     SIX,
     Outcomes,
     run_families,
     run_methods,
 )
-from tests.models.test_bloom import GENERATING, NUM_NEW, PROMPTS, TOKENS
+from tests.models.test_bloom import GENERATING, NUM_NEW, PROMPTS, TOKENS, asked_layouts, quickly
 from tests.ranks import run_ranks
 from tests.tiny_families import MODELS, random_model
 from tests.tiny_llama import save_pairs
@@ -50,8 +51,8 @@ def files(models, tmp_path_factory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def outcomes(files) -> Outcomes:
-    return run_ranks(2, run_families, files)[-1]
+def outcomes(files, request) -> Outcomes:
+    return run_ranks(2, run_families, (files, asked_layouts(request)))[-1]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def alone(files):
     return run_ranks(1, run_methods, (files, [(family, method, "") for family, method, _ in QUICK]))[0]
 
 
-@pytest.mark.parametrize("layout", LOGIT_LAYOUTS)
+@pytest.mark.parametrize("layout", quickly(LOGIT_LAYOUTS, QUICK_LOGIT_LAYOUTS))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
     logits, _ = outcomes.answers[name, layout]
@@ -71,7 +72,7 @@ def test_logits_are_those_of_transformers(outcomes, models, name, layout):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layout", GENERATING)
+@pytest.mark.parametrize("layout", quickly(GENERATING, QUICK_LOGIT_LAYOUTS))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_transformers(outcomes, models, name, layout):
     _, answers = outcomes.answers[name, layout]

@@ -18,7 +18,17 @@ from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models import families
 from megatron_peft.models.families import FAMILIES, config_of_shape, read_shape
 from tests.conversion.megatron_folders import equal, tensors_of
-from tests.models.test_bloom import GENERATING, LAYOUTS, NUM_NEW, PROMPTS, TOKENS, run_all
+from tests.models.test_bloom import (
+    GENERATING,
+    LAYOUTS,
+    NUM_NEW,
+    PROMPTS,
+    QUICK,
+    TOKENS,
+    asked_layouts,
+    quickly,
+    run_all,
+)
 from tests.ranks import run_ranks
 from tests.tiny_llama import VOCAB_SIZE, draw_parameters, save_pairs
 from tests.training.layout_runs import Curve, Job, run_each, run_jobs
@@ -52,11 +62,11 @@ def add_the_family() -> None:
     FAMILIES.update([LINE])
 
 
-def run_with_the_new_family(asked: tuple[dict[str, str], Job]):
+def run_with_the_new_family(asked: tuple[dict[str, str], list[str], Job]):
     """On two ranks: logits and answers by model and layout, and the curve of a training run."""
-    bases, job = asked
+    bases, layouts, job = asked
     add_the_family()
-    return run_all(bases), run_each([job])[job.name]
+    return run_all(bases, layouts), run_each([job])[job.name]
 
 
 def train_with_the_new_family(job: Job) -> Curve:
@@ -90,16 +100,16 @@ def models(folders):
 
 
 @pytest.fixture(scope="module")
-def outcomes(folders, tmp_path_factory):
+def outcomes(folders, request, tmp_path_factory):
     """Logits and answers by model and layout, and a short run at TP1 and at TP2."""
     bases = {name: str(folder) for name, folder in folders.items()}
     data = str(save_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl"))
     alone, split = (Job("run", bases["untied"], data, **TARGETS, **layout, num_steps=8) for layout in ({}, TP2))
-    found, curve = run_ranks(2, run_with_the_new_family, (bases, split))[-1]
+    found, curve = run_ranks(2, run_with_the_new_family, (bases, asked_layouts(request), split))[-1]
     return found, run_ranks(1, train_with_the_new_family, alone)[0], curve
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quickly(LAYOUTS, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(outcomes, models, name, layout):
     logits, _ = outcomes[0][name, layout]
@@ -110,7 +120,7 @@ def test_logits_are_those_of_transformers(outcomes, models, name, layout):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layout", GENERATING)
+@pytest.mark.parametrize("layout", quickly(GENERATING, QUICK))
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_transformers(outcomes, models, name, layout):
     _, answers = outcomes[0][name, layout]

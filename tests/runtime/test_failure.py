@@ -102,20 +102,18 @@ def test_without_a_failure_nothing_is_printed(outcomes):
 
 
 # `megatron-peft train`, up to its first collective. torch reads the variable as it is imported: not before main.
-FIRST_IS_KILLED = """
-import os, signal, types
+LEFT_BEHIND = """
+import types
 from megatron_peft.commands import train
 
-def killed(*_):
+def step(*_):
     import torch.distributed as dist, torch
     dist.barrier()  # both have opened the store
-    if dist.get_rank() == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.zeros(1))
 
 def parse_arguments(*_, **__):
     from megatron_peft.training import run
-    run.finetune = killed
+    run.finetune = step
     world = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1}
     of = types.SimpleNamespace
     return of(parallel=of(**world), training=of(exit_signal_handler=True), checkpoint=of(save=None))
@@ -123,6 +121,14 @@ def parse_arguments(*_, **__):
 train.parse_arguments = parse_arguments
 train.run_file = lambda *_: ""
 train.main(program="pretrain_peft.py")
+"""
+# The one that is killed needs no more of it than its place in the world.
+KILLED = """
+import os, signal
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -138,9 +144,9 @@ def test_a_rank_that_is_killed_is_one_line_on_the_others() -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", FIRST_IS_KILLED], env={**plain, **meeting, "RANK": rank, "LOCAL_RANK": rank}, **pipes
+            [sys.executable, "-c", program], env={**plain, **meeting, "RANK": rank, "LOCAL_RANK": rank}, **pipes
         )
-        for rank in "01"
+        for rank, program in (("0", KILLED), ("1", LEFT_BEHIND))
     ]
     lines = [rank.communicate(timeout=seconds(120))[0] for rank in ranks][1].splitlines()
     told = [line for line in lines if "No CUDA runtime is found" not in line]  # of torch's CUDA build without a GPU

@@ -60,7 +60,8 @@ class Job:
         path = (self.data,)
         data = {"train_data_path": path, "valid_data_path": path, "tokenizer_type": "NullTokenizer", "num_workers": 0}
         data |= {"seq_length": 32, "vocab_size": VOCAB_SIZE - 1, **self.data_settings}
-        training = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps, **self.training}
+        training = {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": self.num_steps}
+        training |= {"eval_iters": 2, **self.training}  # five of them would be a third of a short run
         optimizer = {"lr": 5e-3, "clip_grad": 0.5, "lr_decay_style": "cosine", **self.optimizer}
         return RunConfig(
             parallel=ParallelConfig(**self.parallel, world_size=world_size),

@@ -82,7 +82,8 @@ def found(tmp_path_factory):
     data = str(save_pairs(folder / "pairs.jsonl"))
 
     def job(name, run, groups):
-        return Job(name, bases[run.startswith("tied")], data, num_steps=4, **{**RUNS[run], **groups})
+        settings = {"training": {"micro_batch_size": 4}, **RUNS[run], **groups}
+        return Job(name, bases[run.startswith("tied")], data, num_steps=4, **settings)
 
     with one_rank(with_groups=False):
         alone = run_each([job(run, run, {}) for run in RUNS])

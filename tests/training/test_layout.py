@@ -35,8 +35,8 @@ METHODS = {
     "full": {"peft": {"method": "full"}, "optimizer": {"lr": 1e-3}},
     "lora-packed": {"peft": LORA, "data_settings": {"pack_sequences": True}},
 }
-# Two microbatches a step, or one, where one process has four: a collective of gloo costs a millisecond whatever it
-# carries, and how samples fall on microbatches must not matter either.
+# Two microbatches a step, or one, as one process has, where four would do: a collective of gloo costs a millisecond
+# whatever it carries, and how samples fall on microbatches must not matter either.
 HALF_AS_MANY = {"training": {"micro_batch_size": 4}}
 ONE = {"training": {"micro_batch_size": 8}}
 OVERLAPPED = {
@@ -139,7 +139,7 @@ def curve(tmp_path_factory, request):
     chosen = [item.callspec.params for item in request.session.items if item.originalname == EQUALS_ONE_PROCESS]
 
     def run_world(num_ranks: int, method: str, layouts: Sequence[str], base: str) -> dict[str, Curve]:
-        settings = {"alone": {}, **LAYOUTS, **BLOOM_LAYOUTS}
+        settings = {"alone": ONE, **LAYOUTS, **BLOOM_LAYOUTS}
         jobs = {layout: layout_job(method, layout, settings[layout], bases[base], data) for layout in layouts}
         first, *others = run_ranks(num_ranks, run_jobs, list(jobs.values()))
         assert all(other == first for other in others), "ranks report different numbers"

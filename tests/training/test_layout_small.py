@@ -10,7 +10,7 @@ import torch
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 from tests.training.layout_runs import Job, run_each, run_jobs
-from tests.training.test_layout import LAYOUTS
+from tests.training.test_layout import LAYOUTS, ONE
 
 BOFT = {"boft_block_size": 2, "boft_factors": 2}
 PEFT = {
@@ -38,7 +38,7 @@ def found(files):
         return Job(case, *files, num_steps=3, peft=PEFT[case.rpartition(" ")[0]], **groups)
 
     with one_rank(with_groups=False):
-        alone = run_each([job(case, {}) for case in CASES])
+        alone = run_each([job(case, ONE) for case in CASES])
     by_rank = run_ranks(2, run_jobs, [job(case, groups) for case, groups in CASES.items()])
     return {case: (alone[case], [rank[case] for rank in by_rank]) for case in CASES}
 

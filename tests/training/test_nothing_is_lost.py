@@ -39,7 +39,8 @@ def run(job, world):
 
     def fine_tuned(**groups):
         try:
-            changed = dataclasses.replace(job(**{"logging": {"log_interval": 1}}), **groups)
+            plain = job(logging={"log_interval": 1}, training={"micro_batch_size": 8})
+            changed = dataclasses.replace(plain, **groups)
             finetune(changed.config(1))
         finally:
             stop_model_parallel()

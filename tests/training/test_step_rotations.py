@@ -47,7 +47,7 @@ def square(tmp_path_factory) -> str:
 
 def _reports(job, square, form, count=3):
     """(loss, norm of the gradient) of some steps of two microbatches each, and what was trained."""
-    run = job(peft=FORMS[form], training={"micro_batch_size": 2}, optimizer={"lr": 1e-2})
+    run = job(peft=FORMS[form], training={"micro_batch_size": 4}, optimizer={"lr": 1e-2})
     state, data = build((replace(run, base=square) if "replace" in form else run).config(1))
     steps = iter(data.train)
     reports = [train_step(state, next(steps)) for _ in range(count)]

@@ -82,7 +82,8 @@ def _by_hand(state, data):
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_validation_loss_is_the_mean_over_the_tokens_of_all_samples(start, micro_batch_size):
     """40 samples in steps of 9: the last step is filled up with padding."""
-    state, data = start(training={"micro_batch_size": micro_batch_size, "global_batch_size": 9})
+    training = {"micro_batch_size": micro_batch_size, "global_batch_size": 9, "eval_iters": None}
+    state, data = start(training=training)
     assert validation_loss(state.model_chunks, data.valid) == pytest.approx(_by_hand(state, data), rel=1e-6)
 
 
