@@ -136,7 +136,7 @@ def merge_adapters(model_chunks: Sequence[nn.Module], peft: PeftConfig) -> None:
 
 def all_names(names: Sequence[str]) -> list[str]:
     """The union of every rank's names: a pattern may match on another pipeline stage only. A collective."""
-    return sorted({name for found in gather_over_world(list(names)) for name in found})
+    return sorted({name for found in gather_over_world({*names}) for name in found})
 
 
 def huggingface_modules(model_chunks: Sequence[Any]) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags
 from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
 from megatron_peft.commands.preview import ranks_of_a_replica
 from megatron_peft.config import ConfigurationError, Requirements, option
-from megatron_peft.models.families import read_shape
+from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
 PROGRAM = "megatron-peft certify"
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shape_of_model(model: str) -> ModelShape:
-    """Of a model's folder, or of its config.json."""
+    """Of a model's folder, or of its config.json under any name."""
     path = Path(model)
-    return read_shape(path.parent if path.name == "config.json" else path)
+    return read_shape_of_file(path) if path.is_file() else read_shape(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Plan a run that need not fit this machine: what each rank holds and sends, whether any would wait for ever, its time.
 
 megatron-peft plan takes all flags of `megatron-peft train`, and --world-size. Data is not read, and of the model only
-its config.json: --pretrained-checkpoint may be that file. The training code itself runs on ranks that exist one at a
-time, without numbers (docs/planning.md). With --fit it ranks the layouts that fit.
+its config.json: --pretrained-checkpoint may be that file, under any name. The training code itself runs on ranks that
+exist one at a time, without numbers (docs/planning.md). With --fit it ranks the layouts that fit.
 """
 
 import json
@@ -17,6 +17,7 @@ from megatron_peft.cli.parser import exit_with_error, read_config, typed_values,
 from megatron_peft.cli.run_file import run_file
 from megatron_peft.commands.train import shape_of
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, flag, option, require
+from megatron_peft.models.families import read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -92,10 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folder_of(word: str) -> str:
-    """A config.json stands for its folder."""
+    """A config.json stands for its folder, which --save-config then names."""
     name, equals, value = word.rpartition("=")
     path = Path(value)
     return f"{name}{equals}{path.parent}" if path.name == "config.json" and path.is_file() else word
+
+
+def _shape_of(model: str) -> ModelShape:
+    """Of --pretrained-checkpoint: a model's folder, or a file that describes one."""
+    return read_shape_of_file(Path(model)) if Path(model).is_file() else shape_of(model)
 
 
 def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
@@ -106,7 +112,7 @@ def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
     require(
         config.model.pretrained_checkpoint is not None, "give --pretrained-checkpoint: a folder, or its config.json."
     )
-    shape = shape_of(str(config.model.pretrained_checkpoint))
+    shape = _shape_of(str(config.model.pretrained_checkpoint))
     if settings.fit:
         return _fit(settings, config, shape, cluster)
     return _report(settings, config, shape, cluster)
@@ -121,7 +127,7 @@ def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
     replica = typed.get("tensor_model_parallel_size", 1) * typed.get("pipeline_model_parallel_size", 1)
     size = replica if settings.fit or settings.world_size is None else settings.world_size
     return read_config(
-        flags, {"WORLD_SIZE": str(max(size, 1))}, shape_of, saved=lambda values: {"save": "never written"}
+        flags, {"WORLD_SIZE": str(max(size, 1))}, _shape_of, saved=lambda values: {"save": "never written"}
     )
 
 

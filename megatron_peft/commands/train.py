@@ -17,7 +17,6 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.exit_signals import EndedBySignal, ends_before_training
 
 PROGRAM, MODULE = "megatron-peft train", "megatron_peft.commands.train"
-CLUSTER = "8xh100"  # of --dry-run's times; `megatron-peft plan` has others
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,7 +40,7 @@ def _train(argv: Sequence[str], program: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line of ours, not ninety of C++ frames
     launch, asked = typed_launch(argv), typed_program(argv)
     if asked.get("dry_run"):
-        return _dry_run(argv, launch, program)
+        return _dry_run(argv, launch, program, asked.get("cluster"))
     ended = start_processes(
         MODULE, argv, launch, program, lambda environ: parse_arguments(argv, environ, shape_of, program)
     )
@@ -66,8 +65,11 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
         run_together(lambda: finetune(config, text, planned), program=program)
 
 
-def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str) -> int:
-    """Check in this process alone what a run would check, show its plan, and write nothing."""
+def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, cluster: str | None) -> int:
+    """Check in this process alone what a run would check, show its plan for --cluster, and write nothing.
+
+    A plan that does not fit is no error: another machine than the cluster may be meant.
+    """
     if os.environ.get("RANK", "0") != "0":
         return 0
     try:
@@ -77,21 +79,24 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str) -> in
     config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
     os.environ["WORLD_SIZE"] = "1"
 
-    from megatron_peft.planning.cluster import read_cluster
-    from megatron_peft.planning.plan import make_plan, print_plan
+    from megatron_peft.planning.cluster import cluster_of_this_machine, read_cluster
+    from megatron_peft.planning.plan import make_plan, print_plan, why_not_to_start
     from megatron_peft.runtime.launch import start_world, stop
     from megatron_peft.training.run import check_run
 
     try:
+        planned_for = read_cluster(cluster) if cluster else cluster_of_this_machine()
         start_world("gloo")
         try:
             shape = check_run(config)
         finally:
             stop()
-        plan = make_plan(config, shape, read_cluster(CLUSTER))
+        plan = make_plan(config, shape, planned_for)
     except ConfigurationError as error:
         exit_with_error(error, program=program)
     print_plan(plan)
+    if warning := why_not_to_start(plan):
+        print(f"{program}: WARNING: {warning}", file=sys.stderr, flush=True)
     return 0 if plan.problem is None else 1
 
 

@@ -127,26 +127,24 @@ def family_of(model_type: str) -> Family:
 
 def read_shape(folder: str | Path) -> ModelShape:
     """Shape of the model in `folder`. ConfigurationError names the file and the key at fault."""
-    path = Path(folder) / "config.json"
-    config = _read_json(path)
+    path = Path(folder)
+    require(path.is_dir(), f"--pretrained-checkpoint {path} is not a folder: give the folder of a downloaded model.")
+    require(
+        (path / "config.json").is_file(),
+        f"--pretrained-checkpoint {path} holds no config.json: it is not a Hugging Face model folder.",
+    )
+    return read_shape_of_file(path / "config.json")
+
+
+def read_shape_of_file(path: Path) -> ModelShape:
+    """Shape of the model that a config.json describes, whatever the file is called. Raises as `read_shape` does."""
+    config = read_json_object(path)
     _require_supported_architecture(path, config)
     _refuse_unsupported(path, config)
     try:
         return family_of(config["model_type"]).shape(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    require(
-        path.parent.is_dir(),
-        f"--pretrained-checkpoint {path.parent} is not a folder: give the folder of a downloaded model.",
-    )
-    require(
-        path.is_file(),
-        f"--pretrained-checkpoint {path.parent} holds no config.json: it is not a Hugging Face model folder.",
-    )
-    return read_json_object(path)
 
 
 def _require_supported_architecture(path: Path, config: Config) -> None:

@@ -6,17 +6,20 @@ efficiency says how much of that is reached.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from math import isfinite, log, log2
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import parse_yaml, read_text
+from megatron_peft.config.untrusted import compose_yaml, parse_yaml, read_text
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "clusters").glob("*.yaml"))}
+DEFAULT = "8xh100"
 
 # Field -> (unit, least, most): beyond them it is a slip of units.
 LIMITS: Mapping[str, tuple[str, float, float]] = {
@@ -141,7 +144,7 @@ def read_cluster(name: str) -> Cluster:
     """The cluster of --cluster: the name of a shipped one, or the path of a file.
 
     Raises:
-        ConfigurationError: there is no such file, or a field is missing, unknown or absurd; all of them are named.
+        ConfigurationError: there is no such file, or a field is missing, doubled, unknown or absurd; all are named.
     """
     path = SHIPPED.get(name.lower(), Path(name))
     if name.lower() not in SHIPPED and not path.exists():
@@ -149,9 +152,36 @@ def read_cluster(name: str) -> Cluster:
         hint = f"; did you mean {near[0]}?" if near else f". Shipped: {', '.join(SHIPPED)}."
         raise ConfigurationError(f"--cluster {name} is neither a file nor the name of a shipped cluster{hint}")
     place = f"--cluster {name}"
-    values = parse_yaml(read_text(path), place)
+    text = read_text(path)
+    values = parse_yaml(text, place)
+    if doubled := [*_doubled(compose_yaml(text, place))]:
+        raise ConfigurationError(*(f"{place}, {problem}" for problem in doubled))
     require(isinstance(values, dict), f"{place} is not a table of fields: write `gpus_per_node: 8`, a line for each.")
     return cluster_of(values, place)
+
+
+def cluster_of_this_machine() -> Cluster:
+    """With a GPU the shipped cluster of its kind, with the memory that it has; else `DEFAULT`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return read_cluster(DEFAULT)
+    gpu = torch.cuda.get_device_properties(0)
+    cluster = read_cluster("8xa100" if "A100" in gpu.name else DEFAULT)
+    return replace(cluster, name=f"{gpu.name}, links of {cluster.name}", memory_gib=round(gpu.total_memory / 2**30, 1))
+
+
+def _doubled(table: yaml.Node | None) -> Iterator[str]:
+    """Of which YAML would take the last."""
+    if not isinstance(table, yaml.MappingNode):
+        return
+    places: dict[str, str] = {}
+    for key, value in table.value:
+        yield from _doubled(value)
+        place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+        if key.value in places:
+            yield f"{place}: {key.value} stands here and in {places[key.value]}: leave one out."
+        places[key.value] = place
 
 
 def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:

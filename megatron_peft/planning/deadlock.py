@@ -1,8 +1,10 @@
 """Whether any rank of a run would wait for ever: calls matched group by group, and replayed in strict program order.
 
 A collective waits where it is issued until every rank of its group has issued it, also if it is asynchronous. Messages
-posted as one batch wait for all their partners; others are matched first in, first out, between two ranks of a process
-group, and wait where the program waits for them. Whoever is slower than this in a real run only waits later.
+posted as one batch wait for all their partners, who must post theirs in batches too: with NCCL they take the group's
+communicator. Any other message takes one of its two ranks alone, whose stream holds what either posts, in order and in
+both directions: a send meets a receive there, or neither ends. It waits where the program waits for it. Whoever is
+slower than this in a real run only waits later.
 """
 
 from collections import defaultdict, deque
@@ -120,7 +122,8 @@ class _Replay:
         # Of each group, its collectives in order: who has come.
         self.collectives: dict[Any, list[dict[int, _Place]]] = defaultdict(list)
         self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
-        # Of each process group, sender and receiver: messages without a partner, of one of the two.
+        # Messages without a partner, all of one rank: of a group's batches from one rank to another; of others between
+        # two ranks of a group.
         self.messages: dict[Any, deque[_Place]] = defaultdict(deque)
         self.waiting: dict[int, list[_Rank]] = defaultdict(list)  # by id of the place
 
@@ -178,13 +181,17 @@ class _Replay:
 
     def _message(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
         call = place.call
-        sends = call.operation == "send"
-        channel = (call.axis, call.group, *((place.rank, call.peer) if sends else (call.peer, place.rank)))
-        queue = self.messages[channel]
-        if not queue or queue[0].call.operation == call.operation:
+        ends: Any = frozenset((place.rank, call.peer))
+        if call.batch is not None:
+            ends = (place.rank, call.peer) if call.operation == "send" else (call.peer, place.rank)
+        queue = self.messages[call.axis, call.group, ends]
+        if not queue or queue[0].rank == place.rank:
             queue.append(place)
             return None
         other = queue.popleft()
+        if call.operation == other.call.operation:
+            told = f"{other} waits for rank {place.rank}; {place} waits for rank {other.rank}."
+            return Problem("wait", (other.rank, place.rank), f"ranks wait for one another: {told}")
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
             return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
         self._complete(place, other, ready)

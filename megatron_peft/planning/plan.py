@@ -119,6 +119,19 @@ def summary(plan: Plan) -> list[str]:
     return [*lines, f"order of communication: ranks would wait for ever. {plan.problem.text}"]
 
 
+def why_not_to_start(plan: Plan) -> str | None:
+    """One sentence; None: nothing speaks against it."""
+    if plan.problem is not None:
+        return f"ranks would wait for ever. {plan.problem.text}"
+    if plan.fits:
+        return None
+    peak, usable = peak_of(plan.fullest) / _GIB, plan.cluster.usable_bytes / _GIB
+    return (
+        f"the run does not fit GPUs of {plan.cluster.name}: rank {plan.fullest.rank} holds {peak:.2f} GiB at its peak, "
+        f"and {usable:.2f} can be used. `megatron-peft plan --fit` finds layouts that fit; --cluster plans for others."
+    )
+
+
 def memory_table(plan: Plan) -> Table:
     """The peak of each rehearsed rank's step, by part; and of its other phases."""
     table = Table(title="Memory, GiB")
@@ -178,5 +191,6 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
         console.print(table)
     if plan.pace is not None:
         console.print(time_table(plan.pace, num_tokens))
+    print(f"cluster: {plan.cluster.name}")
     for line in summary(plan):
         print(line)

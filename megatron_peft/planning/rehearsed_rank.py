@@ -15,6 +15,7 @@ from megatron_peft.data.batches import Microbatch
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
+from megatron_peft.planning.stage_schedule import LINEAR_LAYERS
 from megatron_peft.runtime.fake_ranks import (
     fake_rank,
     replaced,
@@ -46,7 +47,7 @@ class Watch:
         with ExitStack() as stack:
             stack.enter_context(self.memory.watch_modules())
             stack.enter_context(watched_storages(self.memory.resized))
-            stack.enter_context(watched_schedule(self.mark))
+            stack.enter_context(watched_schedule(self.mark, ended=forget_sends))
             stack.enter_context(watched_batches(self.recorder.batch))
             stack.enter_context(watched_kernels(self.recorder.one_kernel))
             stack.enter_context(self.memory)
@@ -73,11 +74,7 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
     of = replace(of, config=config)
 
-    def of_another_rank(value: Any) -> Any:
-        """The layers of the other stages have the names of ours, with other numbers."""
-        return names_of_all_layers(value, of.shape.num_layers) if isinstance(value, list) else value
-
-    with fake_rank(of.rank, config.parallel.world_size, of_another_rank):
+    with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape.num_layers)):
         num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(config.parallel, config.training.seed, num_stages)
         watch = Watch(Recorder(group_names()))
@@ -89,10 +86,17 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
             return record
 
 
-def names_of_all_layers(names: list[Any], num_layers: int) -> list[Any]:
-    """`decoder.layers.N.…` for every N."""
-    ends = [name.split(".", 3)[3] for name in names if str(name).startswith("decoder.layers.")]
-    return [f"decoder.layers.{n}.{end}" for n in range(num_layers) for end in dict.fromkeys(ends)] or names
+def of_all_stages(value: Any, num_layers: int) -> Any:
+    """What the ranks of all stages give, from what this one gives to a gather.
+
+    Layers of the other stages have the names of ours, with other numbers: `attach.all_names` gathers a set of them. A
+    stage without trained parameters gives megatron-core's optimizer an empty list of groups, the others give at least
+    the usual one.
+    """
+    if isinstance(value, set):
+        ends = {name.split(".", 3)[3] for name in value} or {*LINEAR_LAYERS}
+        return {f"decoder.layers.{number}.{end}" for number in range(num_layers) for end in ends}
+    return value if value != [] else [(None, False)]
 
 
 def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatch], loads: bool = False) -> RankRecord:

@@ -4,7 +4,7 @@ What is left are the marks of forwards and backwards, and the messages between t
 each stage, and the messages are of one number: their true shapes are put in by `schedule.py`.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +50,32 @@ class _IdleChunk(nn.Module):
 
 def outline_stages(config: RunConfig, shape: ModelShape) -> list[StageOutline]:
     """What each pipeline stage holds, and its schedule."""
-    num_stages, num_chunks = (
-        config.parallel.pipeline_model_parallel_size,
-        config.parallel.num_virtual_stages(shape.num_layers),
-    )
-    core = transformer_config(shape, config.model.bf16, config.model.transformer, config.parallel, Training.of(config))
-    chunks = range(num_chunks) if num_chunks else [None]
-    return [
-        StageOutline(tuple(_contents(config, core, stage, chunk) for chunk in chunks), _schedule(config, shape, stage))
-        for stage in range(num_stages)
-    ]
+    return [_outline(config, shape, stage) for stage in range(config.parallel.pipeline_model_parallel_size)]
+
+
+def _outline(config: RunConfig, shape: ModelShape, stage: int) -> StageOutline:
+    parallel = config.parallel
+    num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(shape.num_layers)
+    core = transformer_config(shape, config.model.bf16, config.model.transformer, parallel, Training.of(config))
+    indices: list[int | None] = [*range(num_chunks)] if num_chunks else [None]
+    with fake_world(stage, num_stages):
+        start_model_parallel(ParallelConfig(1, num_stages, world_size=num_stages), config.training.seed, num_chunks)
+        contents = tuple(_contents(config, core, stage, index) for index in indices)
+        schedule = _schedule(config, core, indices)
+        stop_model_parallel()
+    return StageOutline(contents, schedule)
 
 
 def _contents(config: RunConfig, core: Any, stage: int, chunk: int | None) -> Hashable:
-    """What makes a chunk's program: whether it has the embedding or the loss, and which layers have adapters."""
+    """What makes a chunk's program: whether it has the embedding or the loss, and which layers have adapters.
+
+    Of --pipeline-model-parallel-layout megatron-core finds the layers of the stage that this process is.
+    """
     first = get_transformer_layer_offset(core, chunk, stage)
     layers = range(first, first + get_num_layers_to_build(core, chunk, stage))
     patterns, modules = config.peft.target_modules, core.huggingface_modules
     adapted = tuple(
-        tuple(name for name in _LINEAR if is_targeted(f"decoder.layers.{layer}.{name}", patterns, modules))
+        tuple(name for name in LINEAR_LAYERS if is_targeted(f"decoder.layers.{layer}.{name}", patterns, modules))
         for layer in layers
     )
     has_embedding = stage == 0 and not chunk
@@ -77,34 +84,23 @@ def _contents(config: RunConfig, core: Any, stage: int, chunk: int | None) -> Ha
     return has_embedding, has_loss, adapted if config.peft.trains_adapters else len(layers)
 
 
-_LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def _schedule(config: RunConfig, shape: ModelShape, stage: int) -> tuple[Entry, ...]:
-    parallel = config.parallel
-    num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(shape.num_layers)
-    core = transformer_config(shape, config.model.bf16, config.model.transformer, parallel, Training.of(config))
+def _schedule(config: RunConfig, core: Any, indices: Sequence[int | None]) -> tuple[Entry, ...]:
+    """Of the stage that this process is, with chunks of these indices."""
     core.hidden_size, core.sequence_parallel = 1, False
-    with fake_world(stage, num_stages):
-        start_model_parallel(ParallelConfig(1, num_stages, world_size=num_stages), config.training.seed, num_chunks)
-        recorder = Recorder(group_names(), keeps_work=False)
-        core.finalize_model_grads_func = lambda *args, **kwargs: recorder.mark("finish")
-        chunks: list[Any] = [_IdleChunk(core, index if num_chunks else None) for index in range(num_chunks or 1)]
-        iterators: list[Any] = [iter(()) for _ in chunks]
-        with (
-            shapes_as_asked(),
-            idle_steps(),
-            watched_schedule(recorder.mark),
-            watched_batches(recorder.batch),
-            recorder,
-        ):
-            get_forward_backward_func()(
-                forward_step_func=None,
-                data_iterator=iterators if num_chunks else iterators[0],
-                model=chunks,
-                num_microbatches=config.num_microbatches,
-                seq_length=1,
-                micro_batch_size=1,
-            )
-        stop_model_parallel()
+    recorder = Recorder(group_names(), keeps_work=False)
+    core.finalize_model_grads_func = lambda *args, **kwargs: recorder.mark("finish")
+    chunks: list[Any] = [_IdleChunk(core, index) for index in indices]
+    iterators: list[Any] = [iter(()) for _ in chunks]
+    with shapes_as_asked(), idle_steps(), watched_schedule(recorder.mark), watched_batches(recorder.batch), recorder:
+        get_forward_backward_func()(
+            forward_step_func=None,
+            data_iterator=iterators if config.parallel.is_interleaved else iterators[0],
+            model=chunks,
+            num_microbatches=config.num_microbatches,
+            seq_length=1,
+            micro_batch_size=1,
+        )
     return recorder.entries()

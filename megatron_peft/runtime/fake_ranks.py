@@ -181,12 +181,13 @@ def watched_storages(resized: Callable[[torch.UntypedStorage], None]) -> Iterato
 
 
 @contextmanager
-def watched_schedule(mark: Callable[..., None]) -> Iterator[None]:
+def watched_schedule(mark: Callable[..., None], ended: Callable[[], None] = lambda: None) -> Iterator[None]:
     """`mark(phase, microbatch, chunk)` is called where megatron-core's schedule begins and ends a forward or backward.
 
-    Between them, in phase "schedule", it exchanges messages.
+    Between them, in phase "schedule", it exchanges messages. `ended()` is called after an interleaved schedule.
     """
     forward, backward = schedules.forward_step, schedules.backward_step
+    interleaved = schedules.forward_backward_pipelining_with_interleaving
 
     def forward_step(*args: Any, **kwargs: Any) -> Any:
         place = int(kwargs.get("current_microbatch") or 0), int(kwargs.get("vp_stage") or 0)
@@ -202,7 +203,16 @@ def watched_schedule(mark: Callable[..., None]) -> Iterator[None]:
         mark("schedule")
         return gradients
 
-    with replaced(schedules, "forward_step", forward_step), replaced(schedules, "backward_step", backward_step):
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        losses = interleaved(*args, **kwargs)
+        ended()
+        return losses
+
+    with (
+        replaced(schedules, "forward_step", forward_step),
+        replaced(schedules, "backward_step", backward_step),
+        replaced(schedules, interleaved.__name__, schedule),
+    ):
         yield
 
 

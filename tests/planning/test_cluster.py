@@ -80,6 +80,17 @@ def test_a_file_that_is_no_cluster_is_refused(text, told, tmp_path: Path):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("again", ["launch_us: 5\n", "{node_link: {latency_us: 1, gb_per_second: 9, latency_us: 2}}"])
+def test_a_field_that_stands_twice_is_named_with_both_places(again, tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text(again if again.startswith("{") else SHIPPED["8xh100"].read_text() + again)
+    with pytest.raises(ConfigurationError) as caught:
+        read_cluster(str(path))
+    name = "latency_us" if again.startswith("{") else "launch_us"
+    [told] = caught.value.problems
+    assert "own.yaml, line" in told and f": {name} stands here and in line" in told
+
+
 def test_efficiency_rises_between_the_sizes_that_are_given():
     cluster = cluster_of(changed("product_efficiency", {1: 0.2, 100: 0.6}), "x")
     assert [cluster.efficiency(size * 1e9) for size in (0.1, 1, 100, 1e6)] == [0.2, 0.2, 0.6, 0.6]

@@ -56,7 +56,7 @@ def test_a_folder_that_is_not_there_is_named_before_anything_runs(base, tmp_path
 
 
 def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
-    config = tmp_path / "config.json"
+    config = tmp_path / "llama-8b.json"
     config.write_text((base / "config.json").read_text())
     words = ["--pretrained-checkpoint", str(config), "--peft-method", "lora", "--lora-rank", "4", "--seq-length", "32"]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--micro-batch-size", "2"]
@@ -148,6 +148,22 @@ def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit) as ended:
         train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")])
     assert ended.value.code == 2 and "none.jsonl" in capsys.readouterr().err
+
+
+def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cluster, pairs = tmp_path / "own.yaml", str(save_pairs(tmp_path / "pairs.jsonl"))
+    fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
+    cluster.write_text(yaml.safe_dump({**fields, "name": "tiny", "memory_gib": 1, "reserved_gib": 1 - 1 / 1024}))
+    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--cluster", str(cluster)]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
+    assert train.main(words) == 0
+    told = capsys.readouterr()
+    assert "cluster: tiny" in told.out and "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words[:-8], "--cluster", "8xh10", *words[-8:]])
+    assert ended.value.code == 2 and "--cluster 8xh10 is neither a file" in capsys.readouterr().err
 
 
 # Parameters of the published checkpoints, as the Hugging Face Hub counts them.

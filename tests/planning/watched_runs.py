@@ -54,6 +54,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "TP2xPP2": merged(PP, {"parallel": {"tensor_model_parallel_size": 2}}),
         "TP2+SPxPP2 interleaved": merged(TP_SP, PP, INTERLEAVED, FIXED),
+        "PP4, ends without layers": {
+            "parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|tt|tt|L"}
+        },
     },
     8: {"TP2+SPxPP2xDP2 bf16": merged(TP_SP, PP, SHARDED, {"model": {"bf16": True}})},
 }
@@ -70,7 +73,7 @@ class Watched:
     def of_rank(self, rank: int) -> RankToRehearse:
         config = self.job.config(self.world_size)
         lengths = Lengths.longest(config)
-        return RankToRehearse(config, read_shape(self.job.base), rank, config.num_microbatches, (lengths,), ("start",))
+        return RankToRehearse(config, read_shape(self.job.base), rank, config.num_microbatches, (lengths,))
 
 
 def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any = None) -> list[Watched]:
