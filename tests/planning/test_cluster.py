@@ -80,7 +80,11 @@ def test_a_file_that_is_no_cluster_is_refused(text, told, tmp_path: Path):
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("again", ["launch_us: 5\n", "{node_link: {latency_us: 1, gb_per_second: 9, latency_us: 2}}"])
+@pytest.mark.parametrize(
+    "again",
+    ["launch_us: 5\n", "{node_link: {latency_us: 1, gb_per_second: 9, latency_us: 2}}"],
+    ids=["at the top", "inside a field"],
+)
 def test_a_field_that_stands_twice_is_named_with_both_places(again, tmp_path: Path):
     path = tmp_path / "own.yaml"
     path.write_text(again if again.startswith("{") else SHIPPED["8xh100"].read_text() + again)

@@ -71,9 +71,7 @@ ENDS = LAYOUTS["ends count as layers"]
 OF_ONE_LENGTH = Layout(8, 4, 4, tp_pp(2, 2) + "--sequence-parallel --pad-to-seq-length" + INTERLEAVED)
 # Of four stages the next is not the previous one: messages to both take one group, posted alone or in batches.
 FOUR_STAGES = Layout(4, 6, 8, tp_pp(1, 4) + "--pipeline-model-parallel-layout E|t|t|t|t|t|t|L")
-BATCHED = Layout(
-    4, 8, 8, tp_pp(1, 4) + "--no-overlap-p2p-communication --pack-sequences --pad-to-seq-length" + INTERLEAVED
-)
+BATCHED = replace(FOUR_STAGES, flags=FOUR_STAGES.flags + " --no-overlap-p2p-communication --pad-to-seq-length")
 LAST_STAGE_LONGER = Layout(4, 3, 3, tp_pp(2, 2) + "--decoder-last-pipeline-num-layers 2 --sequence-parallel")
 
 
