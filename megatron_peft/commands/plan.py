@@ -180,6 +180,8 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     # The rehearsed time decides: formulas leave out some of what a step computes.
     best = min(paces, key=lambda number: paces[number].time.seconds) if paces else 0
     print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
+    if left_out := layouts[best].flags_to_leave_out(config):
+        print(f"leave out of the run's own: {' '.join(left_out)}")
     if settings.save_config:
         title = f"The layout that megatron-peft plan --fit ranks first on {_nodes(size, cluster)}"
         run = layouts[best].run

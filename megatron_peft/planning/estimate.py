@@ -2,7 +2,7 @@
 
 A rehearsal runs the real step and finds the same (`record.py`); these formulas are for --fit, which looks at hundreds
 of layouts, and are held against rehearsals in the tests. They follow our own modules: `adapters/frozen_linear.py`,
-`models/layers.py`. What is left out of them: biases, masks of dropout, LoRA-GA's start.
+`models/layers.py`. What is left out of them: biases, the time of dropout, LoRA-GA's start.
 
 Letters: s tokens of a microbatch and `own` those of a rank outside the linear layers; h hidden, t tensor-parallel size,
 r rank of the low rank, g features of a rotation's block; q, kv, f a rank's own query, key and feed-forward features.
@@ -165,6 +165,7 @@ class StepEstimate:
         self.is_full = not run.peft.trains_adapters
         fields = spec.fields(run.peft)
         self.r: int = run.peft.lora_rank if "lora_rank" in fields else 0  # pyright: ignore[reportAttributeAccessIssue]
+        self.dropout = self.r > 0 and run.peft.lora_dropout > 0  # pyright: ignore[reportAttributeAccessIssue]
         self.rotates = "rotation_side" in spec.fields(run.peft) or spec.mixes
         rotation: Any = ROTATIONS[run.peft.hybrid_rotation] if spec.mixes else spec  # pyright: ignore[reportAttributeAccessIssue]
         self.g: int = rotation.group_size(run.peft) if self.rotates else 0

@@ -94,10 +94,14 @@ def _saved_of_layer(step: StepEstimate, targets: frozenset[str]) -> int:
     elements += own * h * keeps_input["linear_qkv"] + own * h * keeps_output["linear_proj"]
     if step.rows > 1:  # [s, b, h] of attention's result is a copy
         elements += s * q * keeps_input["linear_proj"]
+    # Of dropout the mask is kept, and the masked input even where the input is kept anyway.
+    is_masked = {name: step.dropout and kind in ("low rank", "mixture") for name, kind in kinds.items()}
+    elements += own * h * is_masked["linear_qkv"] + (2 if step.rows == 1 else 1) * s * q * is_masked["linear_proj"]
     if "mlp" in step.recomputed:
         return elements
+    elements += own * h * is_masked["linear_fc1"] + s * f * is_masked["linear_fc2"]
     elements += own * h * keeps_input["linear_fc1"] + own * h * keeps_output["linear_fc2"] + step.gates * s * f
-    recomputes = step.gates == 2 and kinds["linear_fc2"] == "mixture"
+    recomputes = step.gates == 2 and kinds["linear_fc2"] == "mixture" and not step.dropout
     return elements + s * f * (keeps_input["linear_fc2"] and not recomputes)
 
 

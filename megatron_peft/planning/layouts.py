@@ -36,7 +36,22 @@ PARALLEL_FLAGS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
 )
+UNEVEN_FLAGS = tuple(
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
+)
 RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+
+
+def _layout_values(run: RunConfig) -> dict[str, Any]:
+    """What `fit` varies or sets back; 0, None, False and () are without a flag."""
+    transformer = run.model.transformer
+    return {
+        **{name: getattr(run.parallel, name) for name in (*PARALLEL_FLAGS, *UNEVEN_FLAGS)},
+        "micro_batch_size": run.training.micro_batch_size,
+        "use_distributed_optimizer": run.optimizer.use_distributed_optimizer,
+        **{name: transformer.get(name) for name in (*RECOMPUTE_FIELDS, "distribute_saved_activations")},
+        "recompute_modules": run.model.recompute_modules,
+    }
 
 
 @dataclass(frozen=True)
@@ -60,16 +75,17 @@ class FittedLayout:
     @property
     def flags(self) -> list[str]:
         """Words of a command line that set the layout, beside the run's own."""
-        run, parallel = self.run, self.run.parallel
-        values = {name: getattr(parallel, name) for name in PARALLEL_FLAGS}
-        values |= {"micro_batch_size": run.training.micro_batch_size}
-        values |= {"use_distributed_optimizer": run.optimizer.use_distributed_optimizer}
-        values |= {name: run.model.transformer.get(name) for name in RECOMPUTE_FIELDS}
         words = []
-        for name, value in values.items():
-            if value is not None and value is not False:
-                words += [flag(name)] if value is True else [flag(name), str(value)]
-        return [*words, *(["--recompute-modules", *run.model.recompute_modules] if run.model.recompute_modules else [])]
+        for name, value in _layout_values(self.run).items():
+            if value:
+                told = () if value is True else value if isinstance(value, tuple) else (value,)
+                words += [flag(name), *map(str, told)]
+        return words
+
+    def flags_to_leave_out(self, asked: RunConfig) -> list[str]:
+        """Flags of `asked`, the run that a layout was looked for, which `flags` cannot take back."""
+        own = _layout_values(self.run)
+        return [flag(name) for name, value in _layout_values(asked).items() if value and not own[name]]
 
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """For JSON, with the hours of a run of so many tokens."""

@@ -24,6 +24,8 @@ MLP = {"recompute_granularity": "selective"}
 CASES = {
     "lora TP2+SP": ("lora", True, {}),
     "lora TP2": ("lora", False, {}),
+    "lora TP2, dropout": ("lora", False, {}),
+    "hybrid TP2+SP, dropout": ("hybrid", True, {}),
     "lora TP2+SP, every layer recomputed": ("lora", True, FULL_RECOMPUTE),
     "lora TP2+SP, MLPs recomputed": ("lora", True, MLP),
     "boft TP2+SP": ("boft", True, {}),
@@ -44,6 +46,8 @@ def run_of(case: str) -> RunConfig:
         tensor_model_parallel_size=2,
         sequence_parallel=sequence_parallel,
     )
+    if case.endswith("dropout"):
+        run = replace(run, peft=PeftConfig(method=method, lora_dropout=0.1))
     return replace(run, model=replace(run.model, recompute_modules=("mlp",))) if recompute is MLP else run
 
 

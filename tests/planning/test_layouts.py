@@ -15,7 +15,7 @@ from megatron_peft.planning.footprint import memory, parameters, saved_bytes, to
 from megatron_peft.planning.layouts import fit, fit_tables
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.pipeline import Turn, estimated_time, in_flight, turns
-from megatron_peft.planning.published import LLAMA_8B, LLAMA_70B, LLAMA_405B, llama_3, made_up_run
+from megatron_peft.planning.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, llama_3, made_up_run
 
 SMALL = ModelShape("llama", 8, 1024, 4096, 16, 8, 64, 32000, 8192)
 A100 = read_cluster("8xa100")
@@ -108,6 +108,20 @@ def test_the_flags_of_a_layout_give_that_layout():
         assert typed.training.micro_batch_size == one.run.training.micro_batch_size
         assert typed.optimizer.use_distributed_optimizer == one.run.optimizer.use_distributed_optimizer
         assert one.as_dict()["peak_bytes"] == total(one.memory)
+
+
+def test_flags_of_the_run_that_a_layout_does_without_are_named():
+    """Pasted behind them, its own flags would leave them in force."""
+    run = made_up_run(
+        *("lora", 2048, 32, 1, FULL_RECOMPUTE),
+        world_size=2,
+        pipeline_model_parallel_size=2,
+        decoder_first_pipeline_num_layers=3,
+    )
+    best = fit_small(run, world_size=1, num_layouts=1)[0]
+    recompute = ["--recompute-granularity", "--recompute-method", "--recompute-num-layers"]
+    assert best.flags_to_leave_out(run) == ["--decoder-first-pipeline-num-layers", *recompute]
+    assert best.flags_to_leave_out(best.run) == []
 
 
 def test_less_memory_asks_for_more_recompute_or_more_stages():
