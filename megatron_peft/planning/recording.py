@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_peft.planning.record import Call, Computation, Entry, Mark, Memory, Phase, Product, Wait
+from megatron_peft.runtime.fake_ranks import Mode
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
 _GROUPS = {
@@ -61,10 +63,11 @@ _OPERATIONS = {
     "send": ("send", "tensors"),
     "recv_": ("recv", "tensors"),
 }
+_DEVICE = torch.ops.prim.device.default
 _PEERS = {"send": "dst", "recv_": "src", "broadcast_": "root_rank", "reduce_": "root_rank"}
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Mode):
     """The entries of a rank, while it is entered.
 
     Args:
@@ -135,6 +138,8 @@ class Recorder(TorchDispatchMode):
         self._start_work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two calls of three are this one, and other modes would pass it on
         if func.namespace == "c10d":
             return self._call(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
@@ -366,7 +371,7 @@ class _Storage:
         self.num_bytes, self.part, self.ended = num_bytes, part, None
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(Mode):
     """Bytes of all live storages, and of each part at the moment of their peak, while it is entered.
 
     A storage is "temporary" until the call of the module that made it ends; then it is one of the activations of that
