@@ -112,11 +112,14 @@ def working_bytes(step: StepEstimate, chunks: Sequence[Chunk]) -> int:
     layer = (gathered + (step.gates + 2) * s * f) * step.item
     if step.recompute == "full" or "mlp" in step.recomputed:
         layer += _saved_when_recomputed(step) * step.item
+    table = step.is_full * step.vocabulary * h * step.item  # a gradient before it is added to the sum
+    if any(chunk.embedding for chunk in chunks):
+        layer = max(layer, table)
     if not any(chunk.head for chunk in chunks):
         return layer
     # The softmax is gone when the layers' backward begins.
     softmax = s * step.vocabulary * ITEM_BYTES["float32"]
-    return max(layer - softmax, s * step.vocabulary * step.item)
+    return max(layer - softmax, s * step.vocabulary * step.item + table)
 
 
 def _saved_when_recomputed(step: StepEstimate) -> int:
@@ -139,13 +142,16 @@ def memory(step: StepEstimate, stage: int, in_flight: int) -> Memory:
     moments = {"adam": 8, "sgd": 4 if optimizer.sgd_momentum else 0}[optimizer.optimizer]
     masters = 0 if step.item == ITEM_BYTES["float32"] else 4 * counts.trained
     gradient = 2 if step.run.training.grad_reduce_in_bf16 and step.item == 2 else 4
+    temporary = working_bytes(step, step.chunks[stage])
+    if gradient == 2:  # the update copies gradients to float32, when no activations are held
+        temporary = max(temporary, 4 * trained // shards - in_flight)
     return {
         "weights": (counts.frozen + counts.trained) * step.item + 4 * counts.trained_float32,
         "gradients": gradient * trained,
         "optimizer": (masters + moments * trained) // shards,
         "activations": in_flight,
         "buffers": 4 * 4 * counts.rotated * step.g,  # D, its sums, its multiplier and what it was built from
-        "temporary": working_bytes(step, step.chunks[stage]),
+        "temporary": temporary,
     }
 
 

@@ -1,5 +1,8 @@
 """A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -7,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.planning.published import LLAMA_405B, made_up_run
 from megatron_peft.planning.record import RankRecord
-from megatron_peft.planning.rehearsal import enough_microbatches, rehearse
+from megatron_peft.planning.rehearsal import RankToRehearse, enough_microbatches, rehearse
 from tests.planning.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
 from tests.ranks import run_ranks
+from tests.time_limits import seconds
 from tests.tiny_llama import save_llama, save_pairs
 
 MESSAGES_UNDER_WAY = 4
@@ -135,3 +140,31 @@ def test_live_storages_are_what_the_profiler_sees_allocated(files):
     assert len(peaks) == 10
     for name, (ours, profilers) in peaks.items():
         assert ours == pytest.approx(profilers, rel=1e-3), name
+
+
+def of_largest(rank: int) -> RankToRehearse:
+    """Of a run on 128 GPUs without virtual stages, which multiply what a rank must be rehearsed for."""
+    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    layout = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 16, "sequence_parallel": True, **ends}
+    return RankToRehearse.of(made_up_run("lora", 4096, 128, world_size=128, **layout), LLAMA_405B, rank)
+
+
+MEASURED = """
+import json, resource
+from megatron_peft.planning.rehearsed_rank import rehearse_rank
+from tests.planning.test_rehearsal import of_largest
+rehearse_rank(of_largest({rank}))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20]))
+"""
+
+
+@pytest.mark.slow
+def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte():
+    found = []
+    for rank in (0, 64, 120):  # the first, a middle and the last stage
+        words = [sys.executable, "-W", "ignore", "-c", MEASURED.format(rank=rank)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert sum(cpu for cpu, _ in found) <= seconds(90)
+    assert max(gibibytes for _, gibibytes in found) <= 1
