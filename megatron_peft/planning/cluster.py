@@ -171,17 +171,26 @@ def cluster_of_this_machine() -> Cluster:
     return replace(cluster, name=f"{gpu.name}, links of {cluster.name}", memory_gib=round(gpu.total_memory / 2**30, 1))
 
 
+def _number_or_text(text: str) -> float | str:
+    """A size of a product, of which 0.1 is 0.10; or a field's name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _doubled(table: yaml.Node | None) -> Iterator[str]:
     """Of which YAML would take the last."""
     if not isinstance(table, yaml.MappingNode):
         return
-    places: dict[str, str] = {}
+    places: dict[Any, str] = {}
     for key, value in table.value:
         yield from _doubled(value)
         place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
-        if key.value in places:
-            yield f"{place}: {key.value} stands here and in {places[key.value]}: leave one out."
-        places[key.value] = place
+        name = _number_or_text(key.value)
+        if name in places:
+            yield f"{place}: {key.value} stands here and in {places[name]}: leave one out."
+        places[name] = place
 
 
 def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:

@@ -95,6 +95,12 @@ def test_a_field_that_stands_twice_is_named_with_both_places(again, tmp_path: Pa
     assert "own.yaml, line" in told and f": {name} stands here and in line" in told
 
 
+def test_a_size_that_stands_twice_is_named_however_it_is_written(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("product_efficiency: {0.1: 0.3, 1: 0.5, 0.10: 0.4}\n")
+    with pytest.raises(ConfigurationError, match="0.10 stands here and in line 1"):
+        read_cluster(str(tmp_path / "own.yaml"))
+
+
 def test_efficiency_rises_between_the_sizes_that_are_given():
     cluster = cluster_of(changed("product_efficiency", {1: 0.2, 100: 0.6}), "x")
     assert [cluster.efficiency(size * 1e9) for size in (0.1, 1, 100, 1e6)] == [0.2, 0.2, 0.6, 0.6]
