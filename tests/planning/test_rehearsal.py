@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.published import LLAMA_405B, made_up_run
-from megatron_peft.planning.record import RankRecord
+from megatron_peft.planning.record import Call, Mark, RankRecord
 from megatron_peft.planning.rehearsal import RankToRehearse, enough_microbatches, rehearse
 from tests.planning.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
 from tests.ranks import run_ranks
@@ -140,6 +141,17 @@ def test_live_storages_are_what_the_profiler_sees_allocated(files):
     assert len(peaks) == 10
     for name, (ours, profilers) in peaks.items():
         assert ours == pytest.approx(profilers, rel=1e-3), name
+
+
+def test_full_fine_tuning_gathers_the_first_chunks_before_its_first_input_comes():
+    """Else the first microbatch would wait for a gather in every chunk of every stage."""
+    run = made_up_run(
+        "full", 64, 8, world_size=4, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    )
+    [record] = rehearse([RankToRehearse.of(run, ModelShape("llama", 4, 32, 64, 4, 4, 8, 128, 64), 2, peaks=False)])
+    first = next(number for number, entry in enumerate(record.entries) if entry == Mark("forward", 0))
+    before = [entry.operation for entry in record.entries[:first] if isinstance(entry, Call)]
+    assert before.count("all_gather") >= 2 and before.index("all_gather") < before.index("recv")
 
 
 def of_largest(rank: int) -> RankToRehearse:
