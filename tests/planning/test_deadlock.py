@@ -32,6 +32,17 @@ def test_a_batch_waits_for_its_messages_together_and_messages_one_by_one_would_n
     assert "call 0 of rank 0" in found.text and "call 0 of rank 1" in found.text
 
 
+def test_a_batch_waits_before_the_next_one_and_before_what_follows():
+    """Posted together, the two batches of each rank would end."""
+    found = check_order({rank: [message("send", 1 - rank, 0), message("recv", 1 - rank, 1)] for rank in (0, 1)})
+    assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
+    alone = replace(message("send", 1), axis="world"), replace(message("recv", 0), axis="world")
+    first, second = [message("recv", 1, 0), Wait(0), alone[0]], [alone[1], message("send", 0, 0), Wait(1)]
+    found = check_order({0: first, 1: second})
+    assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
+    assert check_order({0: first, 1: [*second[1:2], Wait(0), alone[1]]}) is None
+
+
 def test_an_asynchronous_message_waits_where_the_program_does():
     first = [replace(message("recv", 1, is_async=True), axis="world"), message("send", 1), Wait(0)]
     second = [message("recv", 0), replace(message("send", 0), axis="world")]
@@ -64,8 +75,20 @@ def test_another_operation_shape_type_or_source_does_not_match():
     for other in others:
         found = check_order({0: [one], 1: [other]})
         assert found is not None and found.kind == "mismatch" and set(found.ranks) == {0, 1}
-    found = check_order({0: [message("send", 1)], 1: [message("recv", 0, size=5)]})
-    assert found is not None and found.kind == "mismatch"
+    for received in (message("recv", 0, size=5), replace(message("recv", 0), dtype="float32")):
+        found = check_order({0: [message("send", 1)], 1: [received]})
+        assert found is not None and found.kind == "mismatch"
+    assert "call 0 of rank 0, send of bfloat16 [4] to rank 1 in group pipeline meets call 0 of rank 1" in found.text
+    assert "recv of float32 [4] from rank 0" in found.text
+
+
+def test_a_call_of_several_tensors_and_its_source_are_told():
+    one = Call("broadcast", "data", (0, 1), ((4,), (2, 3), (1,)), "float32", peer=1)
+    found = check_order({0: [one], 1: [replace(one, shapes=((4,),))]})
+    assert found is not None and found.text == (
+        "call 0 of rank 0, broadcast of float32 [4] and [2, 3] ... from rank 1 in group data meets "
+        "call 0 of rank 1, broadcast of float32 [4] from rank 1 in group data."
+    )
 
 
 def test_a_rank_that_ends_before_its_partner_has_all_it_needs_is_named():
@@ -97,9 +120,11 @@ def test_groups_in_another_order_wait_in_a_cycle():
 def test_programs_of_four_replicas_become_those_of_two():
     grid, fewer = RankGrid(tensor=1, data=4, pipeline=2), RankGrid(tensor=1, data=2, pipeline=2)
     gradients = [Call("all_reduce", "data", grid.group("data", rank), ((8,),), "float32") for rank in (0, 4)]
-    sends = StageProgram(grid, 0, (Call("send", "pipeline", (0, 4), ((4,),), "float32", 4), gradients[0]))
-    receives = StageProgram(grid, 4, (Call("recv", "pipeline", (0, 4), ((4,),), "float32", 0), gradients[1]))
+    told = [replace(call, operation="broadcast", peer=call.group[0]) for call in gradients]
+    sends = StageProgram(grid, 0, (Call("send", "pipeline", (0, 4), ((4,),), "float32", 4), gradients[0], told[0]))
+    receives = StageProgram(grid, 4, (Call("recv", "pipeline", (0, 4), ((4,),), "float32", 0), gradients[1], told[1]))
     programs = programs_of_ranks([sends, receives], fewer)
-    assert [(call.peer, call.group) for call in programs[1] if isinstance(call, Call)] == [(3, (1, 3)), (None, (0, 1))]
-    assert [(call.peer, call.group) for call in programs[2] if isinstance(call, Call)] == [(0, (0, 2)), (None, (2, 3))]
+    calls = {rank: [(call.peer, call.group) for call in programs[rank] if isinstance(call, Call)] for rank in programs}
+    assert calls[1] == [(3, (1, 3)), (None, (0, 1)), (0, (0, 1))]
+    assert calls[2] == [(0, (0, 2)), (None, (2, 3)), (2, (2, 3))]
     assert check_order(programs) is None and check_order(programs_of_ranks([sends, receives], grid)) is None

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_peft.planning.cluster import Link, read_cluster
 from megatron_peft.planning.record import Call, Computation, Mark, Product, Wait
-from megatron_peft.planning.timing import EXPOSED, WorkTime, product_seconds, step_time, time_alone
+from megatron_peft.planning.timing import EXPOSED, WorkTime, part_of, product_seconds, step_time, time_alone, work_time
 
 # A second for 1 GB within a node, two between nodes; nothing for a launch.
 CLUSTER = replace(
@@ -47,6 +47,17 @@ def test_a_product_takes_its_operations_or_its_bytes(product, seconds):
 
 def test_other_operations_take_their_bytes():
     assert step_time({0: [Computation({}, 2 * GB, 1)]}, CLUSTER).seconds == pytest.approx(2 / (3350 * 0.8))
+
+
+def test_work_takes_the_sum_of_what_is_in_it():
+    product, attention = Product("mm", 1, 512, 512, 512, "bfloat16"), Product("attention", 8, 64, 64, 32, "bfloat16")
+    cluster = replace(CLUSTER, launch_us=4.0)
+    found = work_time(Computation({product: 3, attention: 2}, GB, 5), cluster)
+    seconds = {"products": 3 * product_seconds(product, cluster), "attention": 2 * product_seconds(attention, cluster)}
+    assert dict(found.device) == pytest.approx({**seconds, "other operations": 1 / (3350 * 0.8)})
+    assert found.host == pytest.approx(20e-6)
+    part = part_of(found, 0.25)
+    assert part.host == found.host / 4 and part.device[0] == ("products", seconds["products"] / 4)
 
 
 def test_a_receiver_waits_for_the_sender_and_for_the_message():
@@ -93,12 +104,39 @@ def test_messages_of_a_batch_are_posted_together():
         step_time(ranks(), CLUSTER)
 
 
+def test_a_batch_waits_for_the_batch_before_it():
+    def sent(*batches: int) -> list[Call]:
+        return [message("send", peer, batch=batch) for peer, batch in zip((1, 2), batches, strict=True)]
+
+    receivers = {peer: [message("recv", 0, batch=0)] for peer in (1, 2)}
+    assert step_time({0: sent(0, 0), **receivers}, CLUSTER).seconds == 1
+    assert step_time({0: sent(0, 1), **receivers}, CLUSTER).seconds == 2
+
+
+def test_a_rank_that_ends_with_a_message_under_way_is_named():
+    with pytest.raises(ValueError, match="ranks 0 wait for ever"):
+        step_time({0: [message("recv", 1)], 1: []}, CLUSTER)
+
+
 def test_a_device_waits_for_its_host():
     slow = replace(CLUSTER, launch_us=1000.0)
     found = step_time({0: [Computation({}, 0, 100), work(1)]}, slow)
     assert found.seconds == pytest.approx(1.1) and found.by_kind["launches"] == pytest.approx(0.1)
     # Launched ahead, the operations wait for the device instead.
     assert step_time({0: [work(1), Computation({}, 0, 100)]}, slow).seconds == pytest.approx(1.0)
+
+
+def test_an_operation_begins_when_it_is_launched():
+    slow = replace(CLUSTER, launch_us=1000.0)
+    found = step_time({0: [Computation({}, 2 * GB, 1)]}, slow)
+    assert found.seconds == pytest.approx(0.001 + 2 / (3350 * 0.8))
+    assert found.launch_bound == pytest.approx(0.001 / found.seconds)
+
+
+def test_a_call_takes_its_host_time_too():
+    call = Call("all_reduce", "tensor", (0, 1), ((1,),), "int8", is_async=True)
+    found = step_time({0: [*[call] * 100, work(1)]}, replace(CLUSTER, call_us=1000.0))
+    assert found.seconds == pytest.approx(1.1)
 
 
 def test_the_host_waits_for_the_sum_over_the_world():
@@ -111,6 +149,8 @@ def test_a_part_that_is_timed_once_takes_what_it_takes_in_the_program():
     part = [Computation({}, 5 * GB, 7), summed((0, 1), is_async=True), Computation({}, GB, 1), Wait(0)]
     times = time_alone(part, 0, CLUSTER)
     assert step_time({0: [times, times]}, CLUSTER).seconds == pytest.approx(step_time({0: part}, CLUSTER).seconds * 2)
+    slow = time_alone(part, 0, replace(CLUSTER, launch_us=3.0, call_us=5.0))
+    assert slow.host == pytest.approx((8 * 3 + 5) * 1e-6) and slow.device == times.device
 
 
 def test_spans_say_what_a_device_did_when():
