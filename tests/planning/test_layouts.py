@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError, ParallelConfig
+from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning import layouts
 from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages
 from megatron_peft.planning.footprint import memory, parameters, saved_bytes, total
@@ -122,6 +123,68 @@ def test_flags_of_the_run_that_a_layout_does_without_are_named():
     recompute = ["--recompute-granularity", "--recompute-method", "--recompute-num-layers"]
     assert best.flags_to_leave_out(run) == ["--decoder-first-pipeline-num-layers", *recompute]
     assert best.flags_to_leave_out(best.run) == []
+
+
+@pytest.fixture
+def replay_all(monkeypatch):
+    """Every layout that fits is replayed, not only the first in closed form."""
+    monkeypatch.setattr(layouts, "NUM_REPLAYED", 10**6)
+
+
+def test_every_layout_that_divides_is_looked_at(replay_all):
+    """SMALL's 8 layers, and 10 with both ends, on 4 GPUs with 8 samples a step."""
+    chunks = {4: (None, 1, 2), 5: (None, 1), 2: (None, 1)}  # layers of a stage -> of a virtual stage
+    ends = {1: ((8, False),), 2: ((4, False), (5, True)), 4: ((2, False),)}
+    layouts_that_divide = {
+        (tp, pp, has_ends, chunk, sequence, rows, recompute, dp > 1)
+        for tp, pp, dp in ((1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1))
+        for num_layers, has_ends in ends[pp]
+        for chunk in (chunks[num_layers] if pp > 1 else (None,))
+        for sequence in ((False, True) if tp > 1 else (False,))
+        for rows in (1, 2, 4, 8)
+        if 8 % (rows * dp) == 0 and (chunk is None or 8 // (rows * dp) % pp == 0)
+        for recompute in ("none", "modules", "full")
+    }
+    found = fit_small(made_up_run("lora", 512, 8), world_size=4, num_layouts=10**6)
+    told = []
+    for one in found:
+        parallel = one.run.parallel
+        assert parallel.account_for_embedding_in_pipeline_split == parallel.account_for_loss_in_pipeline_split
+        sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        pipeline = parallel.account_for_loss_in_pipeline_split, parallel.num_layers_per_virtual_pipeline_stage
+        step = one.run.training.micro_batch_size, one.recompute, one.run.optimizer.use_distributed_optimizer
+        told.append((*sizes, *pipeline, parallel.sequence_parallel, *step))
+    assert len(told) == len(set(told)) == len(layouts_that_divide) and {*told} == layouts_that_divide
+
+
+@pytest.mark.parametrize(("method", "length", "world_size"), [("lora", 512, 4), ("hybrid", 2048, 8), ("full", 2048, 8)])
+def test_the_fastest_layout_is_among_those_that_are_replayed(method, length, world_size, request):
+    run = made_up_run(method, length, 8)
+    some = fit_small(run, world_size=world_size)
+    request.getfixturevalue("replay_all")
+    assert fit_small(run, world_size=world_size)[0].run == some[0].run
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reduced_in_bf16", "gradients", "kept"),
+    [
+        ({}, False, 4, 12),  # masters and two moments
+        ({"use_distributed_optimizer": True}, True, 2, 3),  # a quarter of them
+        ({"optimizer": "sgd", "sgd_momentum": 0.0}, False, 4, 4),
+        ({"optimizer": "sgd", "sgd_momentum": 0.9}, False, 4, 8),
+    ],
+)
+def test_bytes_of_a_trained_parameter(optimizer, reduced_in_bf16, gradients, kept):
+    run = made_up_run("full", 512, 8, world_size=4)
+    run = replace(
+        run,
+        training=replace(run.training, grad_reduce_in_bf16=reduced_in_bf16),
+        optimizer=OptimizerSettings(**optimizer),
+    )
+    step = StepEstimate(run, SMALL)
+    count = parameters(step, step.chunks[0]).trained
+    found = memory(step, 0, 0)
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, gradients * count, kept * count)
 
 
 def test_less_memory_asks_for_more_recompute_or_more_stages():
