@@ -8,7 +8,7 @@ slower than this in a real run only waits later.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,17 +36,21 @@ def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     Args:
         programs: by global rank; what is computed does not matter.
     """
-    return _Replay({rank: _Rank(rank, list(_nodes(entries))) for rank, entries in programs.items()}).run()
+    return _Replay(programs).run()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Place:
-    """A call of a rank, and its number among the rank's calls."""
+    """A call of a rank, and its number among the rank's calls.
+
+    Args:
+        is_met: by all that it waits for.
+    """
 
     rank: int
     number: int
     call: Call
-    partner: "_Place | None" = None
+    is_met: bool = False
 
     def __str__(self) -> str:
         call = self.call
@@ -58,7 +62,7 @@ class _Place:
         return f"call {self.number} of rank {self.rank}, {call.operation}{of}{peer} in group {call.axis}"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Post:
     """Calls that are issued together."""
 
@@ -66,7 +70,7 @@ class _Post:
     blocks: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class _WaitFor:
     """A message that must have its partner."""
 
@@ -75,41 +79,39 @@ class _WaitFor:
 
 @dataclass
 class _Rank:
-    """A program, and how far it has come."""
+    """What is left of a program, and what it waits for."""
 
-    rank: int
-    nodes: list[Any]
-    next: int = 0
+    number: int
+    nodes: Iterator[_Post | _WaitFor]
     waits_for: list[_Place] = field(default_factory=list)
 
-    @property
-    def is_done(self) -> bool:
-        return self.next >= len(self.nodes)
 
-
-def _nodes(entries: Iterable[Entry]) -> Iterable[Any]:
+def _nodes(rank: int, entries: Iterable[Entry]) -> Iterator[_Post | _WaitFor]:
     """Posts and waits. Of collectives the wait is where they are issued."""
-    rank = -1
-    places: list[_Place] = []
+    num_calls = 0
+    messages: dict[int, _Place] = {}  # by number: those that the program still waits for
     batch: list[_Place] = []
     for entry in entries:
         if isinstance(entry, Call):
-            place = _Place(rank, len(places), entry)
-            places.append(place)
+            place = _Place(rank, num_calls, entry)
+            num_calls += 1
             if batch and entry.batch != batch[0].call.batch:
                 yield _Post(batch, blocks=True)
                 batch = []
             if entry.batch is not None:
                 batch.append(place)
                 continue
-            yield _Post([place], blocks=entry.operation not in MESSAGES or not entry.is_async)
+            is_async_message = entry.operation in MESSAGES and entry.is_async
+            if is_async_message:
+                messages[place.number] = place
+            yield _Post([place], blocks=not is_async_message)
         elif isinstance(entry, Wait):
             if batch:
                 yield _Post(batch, blocks=True)
                 batch = []
-            place = places[entry.call]
-            if place.call.operation in MESSAGES and place.call.batch is None:
-                yield _WaitFor(place)
+            waited_for = messages.pop(entry.call, None)
+            if waited_for is not None:
+                yield _WaitFor(waited_for)
     if batch:
         yield _Post(batch, blocks=True)
 
@@ -117,10 +119,10 @@ def _nodes(entries: Iterable[Entry]) -> Iterable[Any]:
 class _Replay:
     """Runs every rank as far as it comes, until all have ended or none moves."""
 
-    def __init__(self, ranks: Mapping[int, _Rank]) -> None:
-        self.ranks = ranks
-        # Of each group, its collectives in order: who has come.
-        self.collectives: dict[Any, list[dict[int, _Place]]] = defaultdict(list)
+    def __init__(self, programs: Mapping[int, Iterable[Entry]]) -> None:
+        self.ranks = {rank: _Rank(rank, _nodes(rank, entries)) for rank, entries in programs.items()}
+        # Of each group, its collectives by number that not all have joined: who has come.
+        self.collectives: dict[Any, dict[int, dict[int, _Place]]] = defaultdict(dict)
         self.counts: dict[Any, int] = defaultdict(int)  # of each group and rank: collectives issued
         # Messages without a partner, all of one rank: of a group's batches from one rank to another; of others between
         # two ranks of a group.
@@ -128,32 +130,27 @@ class _Replay:
         self.waiting: dict[int, list[_Rank]] = defaultdict(list)  # by id of the place
 
     def run(self) -> Problem | None:
-        for rank in self.ranks.values():
-            for node in rank.nodes:
-                for place in node.places if isinstance(node, _Post) else ():
-                    place.rank = rank.rank
         ready = deque(self.ranks.values())
         while ready:
             rank = ready.popleft()
-            while not rank.is_done:
-                problem, blocked = self._step(rank, rank.nodes[rank.next], ready)
+            for node in rank.nodes:  # goes on where it stopped
+                problem, blocked = self._step(rank, node, ready)
                 if problem:
                     return problem
-                rank.next += 1
                 if blocked:
                     break
         stuck = [rank for rank in self.ranks.values() if rank.waits_for]
         return self._why(stuck) if stuck else self._left_over()
 
-    def _step(self, rank: _Rank, node: Any, ready: deque[_Rank]) -> tuple[Problem | None, bool]:
+    def _step(self, rank: _Rank, node: _Post | _WaitFor, ready: deque[_Rank]) -> tuple[Problem | None, bool]:
         if isinstance(node, _WaitFor):
-            rank.waits_for = [node.place] if node.place.partner is None else []
+            rank.waits_for = [] if node.place.is_met else [node.place]
         else:
             for place in node.places:
                 problem = self._issue(place, ready)
                 if problem:
                     return problem, True
-            rank.waits_for = [place for place in node.places if place.partner is None] if node.blocks else []
+            rank.waits_for = [place for place in node.places if not place.is_met] if node.blocks else []
         for place in rank.waits_for:
             self.waiting[id(place)].append(rank)
         return None, bool(rank.waits_for)
@@ -165,18 +162,15 @@ class _Replay:
         group = (call.axis, call.group)
         number = self.counts[group, place.rank]
         self.counts[group, place.rank] += 1
-        issued = self.collectives[group]
-        if number == len(issued):
-            issued.append({})
-        others = issued[number]
+        others = self.collectives[group].setdefault(number, {})
         if others:
             other = next(iter(others.values()))
             if _differ(call, other.call):
                 return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
         others[place.rank] = place
         if len(others) == len(call.group):
-            for one in others.values():
-                self._complete(one, place, ready)
+            for one in self.collectives[group].pop(number).values():
+                self._complete(one, ready)
         return None
 
     def _message(self, place: _Place, ready: deque[_Rank]) -> Problem | None:
@@ -194,12 +188,12 @@ class _Replay:
             return Problem("wait", (other.rank, place.rank), f"ranks wait for one another: {told}")
         if (call.shapes, call.dtype) != (other.call.shapes, other.call.dtype):
             return Problem("mismatch", (other.rank, place.rank), f"{other} meets {place}.")
-        self._complete(place, other, ready)
-        self._complete(other, place, ready)
+        self._complete(place, ready)
+        self._complete(other, ready)
         return None
 
-    def _complete(self, place: _Place, partner: _Place, ready: deque[_Rank]) -> None:
-        place.partner = partner
+    def _complete(self, place: _Place, ready: deque[_Rank]) -> None:
+        place.is_met = True
         for rank in self.waiting.pop(id(place), ()):
             rank.waits_for = [one for one in rank.waits_for if one is not place]
             if not rank.waits_for:
@@ -214,18 +208,18 @@ class _Replay:
             missing = self._missing(place)
             ended = [other for other in missing if other not in self.ranks or not self.ranks[other].waits_for]
             if ended:
-                ranks = (rank.rank, ended[0])
+                ranks = (rank.number, ended[0])
                 return Problem("wait", ranks, f"{place} waits for rank {ended[0]}, which ends without such a call.")
             rank = self.ranks[missing[0]]
         cycle = seen[seen.index(rank) :]
         told = "; ".join(f"{one.waits_for[0]} waits for rank {self._missing(one.waits_for[0])[0]}" for one in cycle)
-        return Problem("wait", tuple(one.rank for one in cycle), f"ranks wait for one another: {told}.")
+        return Problem("wait", tuple(one.number for one in cycle), f"ranks wait for one another: {told}.")
 
     def _missing(self, place: _Place) -> list[int]:
         call = place.call
         if call.operation in MESSAGES:
             return [call.peer if call.peer is not None else -1]
-        for others in self.collectives[call.axis, call.group]:
+        for others in self.collectives[call.axis, call.group].values():
             if others.get(place.rank) is place:
                 return [rank for rank in call.group if rank not in others]
         return []

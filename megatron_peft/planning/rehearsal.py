@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.record import Call, Entry, RankRecord
-from megatron_peft.planning.schedule import RankGrid, StageProgram, program_of_stage, programs_of_ranks
+from megatron_peft.planning.record import Call, RankRecord
+from megatron_peft.planning.schedule import RankGrid, RankProgram, StageProgram, program_of_stage, programs_of_ranks
 
 if TYPE_CHECKING:
     from megatron_peft.planning.stage_schedule import StageOutline
@@ -149,7 +149,7 @@ class RehearsedRun:
             kind: sum(of_stage[stage][f"{kind} of stage"] for stage in self.alike) for kind in ("trained", "frozen")
         }
 
-    def programs(self) -> dict[int, list[Entry]]:
+    def programs(self) -> dict[int, RankProgram]:
         """The entries of every rank; of more than two replicas, of two, which stand for all."""
         return programs_of_ranks(self.stages, replace(self.grid, data=min(self.grid.data, 2)))
 

@@ -81,8 +81,14 @@ class StageProgram:
 
     def of_rank(self, rank: int, grid: RankGrid | None = None) -> Iterator[Entry]:
         """The entries of another rank of the stage, of `grid` if it is given: one with another number of replicas."""
+        moved: dict[int, Call] = {}  # by id: the schedule repeats the same calls
         for entry in self.entries:
-            yield self._moved(entry, rank, grid or self.grid) if isinstance(entry, Call) else entry
+            if isinstance(entry, Call):
+                if id(entry) not in moved:
+                    moved[id(entry)] = self._moved(entry, rank, grid or self.grid)
+                yield moved[id(entry)]
+            else:
+                yield entry
 
     def _moved(self, call: Call, rank: int, grid: RankGrid) -> Call:
         group = grid.group(call.axis, rank)
@@ -197,6 +203,23 @@ class _Program:
         self.add(Wait(self._messages[number]))
 
 
-def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, list[Entry]]:
+@dataclass(frozen=True)
+class RankProgram:
+    """The entries of a rank, made each time that they are gone through: those of all ranks at once fill gigabytes.
+
+    Args:
+        stage: the program of its stage.
+        rank, grid: it, and the world that it is of, which may have another number of replicas than the stage's own.
+    """
+
+    stage: StageProgram
+    rank: int
+    grid: RankGrid
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.stage.of_rank(self.rank, self.grid)
+
+
+def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, RankProgram]:
     """The entries of every rank of `grid`, which may have another number of replicas than the programs' own."""
-    return {rank: list(stages[grid.place(rank)[2]].of_rank(rank, grid)) for rank in range(grid.size)}
+    return {rank: RankProgram(stages[grid.place(rank)[2]], rank, grid) for rank in range(grid.size)}

@@ -7,6 +7,7 @@ needs. Use it in a process of its own: caches of torch and megatron-core would k
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -117,8 +118,17 @@ def _one_generator() -> contextlib.AbstractContextManager[None]:
 
 @contextmanager
 def shapes_as_asked() -> Iterator[None]:
-    """A message that tells a shape has no numbers either: the next message has the shape that the schedule expects."""
+    """A message that tells a shape has no numbers either: the next message has the shape that the schedule expects.
+
+    From 0.17 on megatron-core's schedule expects none where shapes vary; it is that of samples of one length.
+    """
     communicate, exchange = P2PCommunicator._communicate, P2PCommunicator._communicate_shapes
+    shapes = schedules.get_tensor_shapes
+
+    def of_one_length(*, config: Any, **kwargs: Any) -> Any:
+        config = copy(config)
+        config.variable_seq_lengths = False
+        return shapes(config=config, **kwargs)
 
     def remembering(self: Any, *, tensor_shape: Any, **kwargs: Any) -> Any:
         self.expected_shape = tensor_shape
@@ -131,6 +141,7 @@ def shapes_as_asked() -> Iterator[None]:
     with (
         replaced(P2PCommunicator, "_communicate", remembering),
         replaced(P2PCommunicator, "_communicate_shapes", exchanging),
+        replaced(schedules, "get_tensor_shapes", of_one_length),
     ):
         yield
 

@@ -71,10 +71,7 @@ ON_TWO_RANKS = {
 ON_FOUR_RANKS = {
     "TP2xPP2 recompute": {"parallel": {**TP2, **PP2}, "transformer": RECOMPUTE, **HALF_AS_MANY},
     "TP2xPP2+SP": {"parallel": {**SP, **PP2}, **HALF_AS_MANY},
-    "PP2 interleaved x DP2 overlapped": {
-        "parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1},
-        **OVERLAPPED,
-    },
+    "PP2 interleaved x DP2 overlapped": {"parallel": {**PP2, "num_layers_per_virtual_pipeline_stage": 1}, **OVERLAPPED},
     # Two chunks a rank; on four of the eight no layer, on two of those nothing at all.
     "PP4 layout": {"parallel": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t|t||t|t||L"}},
 }
