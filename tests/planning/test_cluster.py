@@ -61,6 +61,18 @@ def test_what_is_wrong_is_said(name, value, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_its_limits_are_allowed(name):
+    for limit in LIMITS[name][1:]:
+        other = {"memory_gib": {"reserved_gib": 0}, "reserved_gib": {"memory_gib": 4096}}.get(name, {})
+        cluster_of({**changed(name, limit), **other}, "x.yaml")
+
+
+def test_what_is_reserved_is_not_for_the_plan():
+    cluster = cluster_of({**FIELDS, "memory_gib": 80, "reserved_gib": 7.5}, "x.yaml")
+    assert cluster.usable_bytes == 72.5 * 2**30
+
+
 def test_everything_that_is_wrong_is_said_at_once():
     with pytest.raises(ConfigurationError) as caught:
         cluster_of({**changed("launch_us", None), "memory_gib": 0}, "x.yaml")
@@ -112,6 +124,7 @@ def test_efficiency_rises_between_the_sizes_that_are_given():
     [
         ("all_reduce", range(8), 3 * 6e-6 + 2 * 7 / 8 * 1e9 / 360e9),
         ("reduce_scatter", range(8), 3 * 6e-6 + 7 / 8 * 1e9 / 360e9),
+        ("all_to_all", range(8), 3 * 6e-6 + 7 / 8 * 1e9 / 360e9),
         ("all_gather", range(8), 3 * 6e-6 + 7 * 1e9 / 360e9),  # bytes are those of a shard
         ("send", (0, 1), 6e-6 + 1e9 / 360e9),
         ("send", (0, 8), 12e-6 + 1e9 / 45e9),
