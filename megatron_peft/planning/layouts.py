@@ -9,6 +9,7 @@ recompute and, with several replicas, the distributed optimizer. All else is the
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from rich import box
@@ -205,28 +206,32 @@ def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluste
         pipeline_model_parallel_layout=None,
         sequence_parallel=False,
     )
-    for tp in _divisors(world_size, cluster.gpus_per_node):
-        if not _layers_take(run, shape, tp):
+    sizes = (
+        (tp, pp)
+        for tp in _divisors(world_size, cluster.gpus_per_node)
+        if _layers_take(run, shape, tp)
+        for pp in _divisors(world_size // tp, shape.num_layers + 2)
+    )
+    for tp, pp in sizes:
+        for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):
+            parallel = replace(plain, tensor_model_parallel_size=tp, sequence_parallel=sequence, **pipeline)
+            if not check_layout(parallel, shape):
+                yield parallel
+
+
+def _pipelines(num_layers: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Fields of `ParallelConfig` of every even pipeline, whose embedding and loss count as layers or do not."""
+    for ends in (False, True) if pp > 1 else (False,):
+        stage_layers, rest = divmod(num_layers + 2 * ends, pp)
+        if rest or stage_layers < 1 + ends:
             continue
-        for pp in _divisors(world_size // tp, shape.num_layers + 2):
-            for ends in (False, True) if pp > 1 else (False,):
-                stage_layers, rest = divmod(shape.num_layers + 2 * ends, pp)
-                if rest or stage_layers < 1 + ends:
-                    continue
-                virtual = [None, *_divisors(stage_layers, stage_layers - 1)] if pp > 1 else [None]
-                for chunk in virtual:
-                    for sequence in (False, True) if tp > 1 else (False,):
-                        parallel = replace(
-                            plain,
-                            tensor_model_parallel_size=tp,
-                            pipeline_model_parallel_size=pp,
-                            num_layers_per_virtual_pipeline_stage=chunk,
-                            account_for_embedding_in_pipeline_split=ends,
-                            account_for_loss_in_pipeline_split=ends,
-                            sequence_parallel=sequence,
-                        )
-                        if not check_layout(parallel, shape):
-                            yield parallel
+        for chunk in [None, *_divisors(stage_layers, stage_layers - 1)] if pp > 1 else [None]:
+            yield {
+                "pipeline_model_parallel_size": pp,
+                "num_layers_per_virtual_pipeline_stage": chunk,
+                "account_for_embedding_in_pipeline_split": ends,
+                "account_for_loss_in_pipeline_split": ends,
+            }
 
 
 def _divisors(number: int, most: int) -> list[int]:
