@@ -11,6 +11,7 @@ For models and training loops of one's own (docs/your-own-model.md):
 They are imported when they are first used: `import megatron_peft` needs no torch.
 """
 
+import logging
 import sys
 import warnings
 from importlib import import_module
@@ -67,3 +68,6 @@ sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]  # after all other
 # megatron-core's warnings on every rank about optional packages and its own defaults, in whatever order it is imported.
 for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
     warnings.filterwarnings("ignore", message=message)
+
+# torch's on a node without GPUs where nvcc is installed, which megatron-core 0.19 makes it say: a cluster's login node.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())

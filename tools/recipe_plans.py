@@ -74,7 +74,8 @@ def figures(name: str, cluster: Cluster) -> str:
     pace = plan.pace
     return (
         f"{peak} of {cluster.usable_bytes / 2**30:.1f} that an A100-80GB has to give; "
-        f"{pace.time.seconds:.1f} s a step, {pace.tokens_per_second:,.0f} tokens/s, {pace.mfu:.0%} MFU (estimated)."
+        f"{pace.time.seconds:.1f} s a step, {float(f'{pace.tokens_per_second:.3g}'):,.0f} tokens/s, "
+        f"{pace.mfu:.0%} MFU (estimated)."
     )
 
 

@@ -69,6 +69,12 @@ def test_warnings_of_megatron_core_about_optional_packages_are_silent() -> None:
     assert "another one" in told and not any(message in told for message in LIBRARY_WARNINGS)
 
 
+def test_torch_is_silent_on_a_node_without_gpus() -> None:
+    logged = "logger.warning('No CUDA runtime is found'); logger.warning('another one')"
+    told = answered(f"import logging, megatron_peft; logger = logging.getLogger('torch.utils.cpp_extension'); {logged}")
+    assert "another one" in told and "CUDA" not in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["evaluation.answers", "conversion.verify", "data.preprocess", "benchmarks.registry", "training.run"]
