@@ -65,8 +65,12 @@ class _MovedModules:
 
 sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]  # after all others: a module that is there comes first
 
-# megatron-core's warnings on every rank about optional packages and its own defaults, in whatever order it is imported.
-for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+# On every rank, in whatever order it is imported: what megatron-core warns of its own defaults and of packages that may
+# be missing, and torch 2.13 of collectives that megatron-core calls.
+for message in (
+    *("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"),
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+):
     warnings.filterwarnings("ignore", message=message)
 
 # torch's on a node without GPUs where nvcc is installed, which megatron-core 0.19 makes it say: a cluster's login node.

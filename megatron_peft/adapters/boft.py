@@ -266,7 +266,7 @@ class BoftFormat(PeftFormat):
         require(
             peft.rotation_side == "input",
             f"the run rotated the output side of its weights (--rotation-side output), HF PEFT's BOFT rotates the "
-            f"input: {MERGE_INSTEAD}.",
+            f"input: --as-lora exports a LoRA close to it; {MERGE_INSTEAD}.",
         )
         return {
             "peft_type": "BOFT",

@@ -7,7 +7,7 @@ from megatron_peft.cli.config_files import WrittenFlag, written
 from megatron_peft.cli.flags import TAKES_A_VALUE, Flag, launch_flags, sections, served_flags
 from megatron_peft.config import PeftConfig, RunConfig
 
-TITLE = "Repeat this run with another --save: megatron-peft train --config run.yaml --save FOLDER"
+TITLE = "Repeat this run, in the folder where it was started: megatron-peft train --config FOLDER/run.yaml --save OTHER"
 
 
 def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -> str:

@@ -9,6 +9,7 @@ from megatron_peft.cli.flags import served_flags
 from megatron_peft.cli.megatron import flags_of_fields, reason_of, refusal, refused_flags
 
 TYPO, NEAR = 0.85, 0.6  # likeness to a flag: a slip of the finger; worth asking about
+MIN_BEGINNING = 6  # letters of a flag's beginning that are not there by chance
 FIELD_REASON = "a field of megatron-core that fine-tuning has no use for"
 
 
@@ -46,8 +47,13 @@ def why_not_served(name: str) -> str:
 
 
 def nearest(name: str, others: Iterable[str], likeness: float) -> str | None:
-    """The flag most like `name`, if it is at least so alike (0 to 1); dashes in front do not count."""
-    found = get_close_matches(name.lstrip("-"), [other.lstrip("-") for other in others], 1, likeness)
+    """The only flag that begins with `name`, or else the one most like it, if it is at least so alike (0 to 1).
+
+    Dashes in front do not count.
+    """
+    bare, flags = name.lstrip("-"), [other.lstrip("-") for other in others]
+    longer = [flag for flag in flags if len(bare) >= MIN_BEGINNING and flag.startswith(f"{bare}-")]
+    found = longer if len(longer) == 1 else get_close_matches(bare, flags, 1, likeness)
     return f"--{found[0]}" if found else None
 
 

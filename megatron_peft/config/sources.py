@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_peft.config.errors import require
+from megatron_peft.config.errors import ConfigurationError, require
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".parquet", ".csv", ".arrow")
@@ -50,12 +50,15 @@ def parse_blend(paths: Sequence[str], flag: str) -> Blend:
 def require_one_kind(paths: Sequence[str], flag: str) -> None:
     """Raises ConfigurationError for a malformed blend, and for records and indexed data in one blend."""
     prefixes, _ = parse_blend(paths, flag)
-    kinds = {path: kind_of_source(path) == "indexed" for path in prefixes}
-    require(
-        len(set(kinds.values())) < 2,
+    indexed = [path for path in prefixes if kind_of_source(path) == "indexed"]
+    if len(indexed) in (0, len(prefixes)):
+        return
+    missing = [path for path in indexed if not Path(f"{path}.idx").exists()]
+    endings = ", ".join((*JSON_SUFFIXES, *TABLE_SUFFIXES))
+    note = f" ({' and '.join(missing)} has no .idx; the names of files of records end in {endings})" if missing else ""
+    raise ConfigurationError(
         f"{flag} mixes JSON files or tables with indexed datasets ({' '.join(paths)}): convert the JSON files with "
-        "megatron-peft data preprocess, or leave out "
-        f"{', '.join(path for path, is_indexed in kinds.items() if is_indexed)}.",
+        f"megatron-peft data preprocess, or leave out {', '.join(indexed)}{note}."
     )
 
 

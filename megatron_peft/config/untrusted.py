@@ -127,6 +127,11 @@ def compose_yaml(text: str, place: str) -> yaml.Node | None:
 def _yaml_errors(place: str) -> Iterator[None]:
     try:
         yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        told = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigurationError(f"{place} is not YAML: {where}{told}.") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{place} is not YAML: {error}") from error
     except RecursionError as error:

@@ -144,7 +144,7 @@ def _told_left_out(lora: RunAsLora) -> list[str]:
         return []
     ordered = sorted(lora.left_out, key=lambda one: -one.squared_change)
     return [
-        f"Left out, since a LoRA of linear layers cannot hold them: the changes of {len(ordered)} parameters, "
+        f"Left out, since this LoRA is of the layers' linear weights: the changes of {len(ordered)} others, "
         f"{lora.share_left_out:.2%} of the Frobenius norm of all changes. The largest are "
         f"{', '.join(map(_told, ordered[:MOST_NAMED]))}."
     ]

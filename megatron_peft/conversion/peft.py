@@ -23,6 +23,7 @@ from megatron_peft.config import (
     TrainingConfig,
     require,
 )
+from megatron_peft.config.hub import hub_name
 from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.peft_config import (
@@ -178,13 +179,13 @@ def write_adapter_config(
     """The adapter_config.json of HF PEFT.
 
     Args:
-        base: name of the base that it opens.
+        base: name or folder of the base that it opens; of a folder in the Hub's cache `org/name` is written.
         target_modules: names, or ends of names, of the modules.
         own_config: fields of its kind of adapter.
     """
     config = {
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": hub_name(base or "") or base,
         "inference_mode": True,
         "target_modules": list(target_modules),
         "modules_to_save": None,

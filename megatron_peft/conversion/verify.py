@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
+from megatron_peft.config.hub import local_model
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.conversion.hf_files import CONFIG
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
@@ -133,7 +134,7 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
         is_model = megatron_files(folder) is not None or (folder / CONFIG).is_file()
         require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
         return Subject(folder, folder, trace)
-    base = Path(pretrained_checkpoint or trained_on)
+    base = Path(pretrained_checkpoint or local_model(trained_on, f"the base model of {flag} {folder},"))
     require(
         bool(pretrained_checkpoint or trained_on) and base.is_dir(),
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",

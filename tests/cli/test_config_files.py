@@ -108,7 +108,7 @@ WRONG = {
     "lr: !!python/object/apply:os.system [echo]\n": "line 1, column 1: ",
     "? [a]\n: 1\n": "line 1, column 3: a key is the name of a flag.",
     "- lr\n": "is not a table of flags",
-    "lr: [1\n": "is not YAML: while parsing",
+    "lr: [1\n": "is not YAML: line 2, column 1: while parsing a flow sequence, expected",
     "[" * 5000: "nested deeper than",
     "# " + "x" * (1 << 20): "a configuration has at most 1,048,576",
 }

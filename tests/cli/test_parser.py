@@ -116,6 +116,7 @@ def test_a_later_value_replaces_an_earlier_one() -> None:
         ("--lora-r 16", "here it is --lora-rank."),
         ("--lora_target_modules q_proj", "here it is --peft-target-modules."),
         ("--tensor-model-parallel 1", "is not a known flag; did you mean --tensor-model-parallel-size?"),
+        ("--keep-last 2", "did you mean --keep-last-checkpoints?"),  # --keep-best is nearer by its letters
         ("--num-experts 8", "--num-experts is a Megatron flag that megatron_peft does not support (mixture of exp"),
         ("--moe-of-tomorrow 8", "does not support (mixture of experts); remove it."),
         ("--fp16", "(float16); use --bf16."),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_peft.checkpoint.record import RunRecord, read_run_record
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, ModelConfig, PeftConfig
+from megatron_peft.conversion.as_lora import export_as_lora
 from megatron_peft.conversion.peft import export_adapter, import_adapter
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.trained_adapters import open_adapters
@@ -81,6 +83,22 @@ def test_base_may_be_elsewhere(moved, tmp_path):
     assert config_of(tmp_path / "without")["base_model_name_or_path"] == "far/away"
     with pytest.raises(ConfigurationError, match=r"trained on the base model far/away, but .*other is another one"):
         export_adapter(run, tmp_path / "with", pretrained_checkpoint=moved.base("other"))
+
+
+def test_a_base_of_the_hub_has_its_name_there_in_plain_and_approximate_adapters(moved, tmp_path, monkeypatch):
+    """The folder of this machine's cache means nothing elsewhere."""
+    snapshot = tmp_path / "hub" / "models--org--base" / "snapshots" / "0e9e39f249a16976918f6564b8830bc894c89659"
+    shutil.copytree(moved.base("base"), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    run = trained_on(moved.run("tp2"), tmp_path / "run", snapshot)
+    export_adapter(run, tmp_path / "plain")
+    export_as_lora(run, tmp_path / "approximate", progress=False)
+    for folder in ("plain", "approximate"):
+        assert config_of(tmp_path / folder)["base_model_name_or_path"] == "org/base"
+        assert verify(tmp_path / folder, run).logits.absolute < 1e-4  # which finds it there
 
 
 def test_base_in_megatrons_form_is_not_named_and_that_is_said(moved, tmp_path, capsys):

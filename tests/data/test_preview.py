@@ -103,6 +103,15 @@ def test_estimates_cover_the_truth_as_often_as_they_say(write_lines):
     assert (hits >= 12).all(), hits
 
 
+def test_an_interval_is_as_wide_as_one_of_95_percent(write_lines):
+    """2 x 1.96 standard deviations over the root of n, for the mean of n independent draws."""
+    lengths = np.random.RandomState(0).randint(1, 30, 4000)
+    path = write_lines([{"text": " 1" * int(length)} for length in lengths])
+    found = preview(path, seq_length=64, options={"sampled_records": 400})
+    width = 2 * 1.96 * np.std(found.measured.whole, ddof=1) / 400**0.5
+    assert found.length.high - found.length.low == pytest.approx(width, rel=0.15)
+
+
 def _trained(found: Preview):
     return found.ratio(found.measured.trained, found.measured.kept)
 

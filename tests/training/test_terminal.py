@@ -117,6 +117,19 @@ def test_a_terminal_gets_a_line_per_interval_above_a_bar_that_fits_its_width():
     assert re.search(r"^\S+ +123457/1000000 1 day, 12:06:\d\d ETA 56 days, \d+:\d\d:\d\d loss 2.500$", bar.strip()), bar
 
 
+def test_a_line_takes_all_that_fits_a_terminal_and_no_more():
+    parts = ["loss 2.500", "valid 1.750", "norm 1.25", "lr 2.00e-03", "tok/s 512", "s/step 0.50"]
+    for width in range(20, 90):
+        fits = "20/60"
+        for part in parts:
+            fits = f"{fits}  {part}" if len(f"{fits}  {part}") <= width else fits
+        console, text = _shown(force_terminal=True, width=width, color_system=None)
+        with Progress(60, console=console) as progress:
+            progress.update({**RECORD, "validation_loss": 1.75})
+        rows = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d]*[a-zA-Z]", "", text()))
+        assert fits in [row.strip() for row in rows], width
+
+
 def test_the_first_step_is_a_line_in_a_file_and_is_in_the_bar_of_a_terminal():
     for settings, expected in (({}, "iteration       20/      60 |"), ({"force_terminal": True}, "loss 2.500")):
         console, text = _shown(**settings)
