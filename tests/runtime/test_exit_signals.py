@@ -22,7 +22,7 @@ def seen():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_before_training_raises_and_in_training_is_remembered(seen: list[int], number: signal.Signals) -> None:
     with pytest.raises(EndedBySignal, match=f"{number.name} while no step was running") as error:
         with ends_before_training(True):
