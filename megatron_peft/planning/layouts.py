@@ -2,14 +2,15 @@
 
     every layout that divides the model and the batch      memory and time of its bottleneck stage, in closed form
     the fastest of those that fit                           memory and time by a replay of all stages
+    of those with the same TP, PP, ...                      the fastest: they differ in how a pipeline is divided alone
 
 What is varied: TP, PP, virtual stages, DP (the rest of the world), sequence parallelism, the micro-batch, activation
 recompute and, with several replicas, the distributed optimizer. All else is the run's own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from rich import box
@@ -32,7 +33,8 @@ RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> 
     "modules": ({"recompute_granularity": "selective"}, ("mlp",)),
     "full": ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, ()),
 }
-NUM_REPLAYED = 12
+NUM_REPLAYED = 12  # layouts
+NUM_DIVISIONS_REPLAYED = 8  # of each: other virtual stages, or ends that count as layers
 PARALLEL_FLAGS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
@@ -104,7 +106,7 @@ class FittedLayout:
 def fit(
     run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster, num_layouts: int = 10
 ) -> list[FittedLayout]:
-    """The layouts that fit, the fastest first.
+    """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
     Args:
         run: flags of a run of any layout, with --global-batch-size.
@@ -137,10 +139,19 @@ def fit(
             f"{nearest.recompute} comes nearest and takes {nearest.peak_bytes / 2**30:.1f} GiB: use more GPUs, a "
             f"shorter --seq-length, or a method that trains less."
         )
-    best = sorted(fitting, key=lambda one: one.seconds)[:NUM_REPLAYED]
-    replayed = [_replayed(one, shape, cluster) for one in best]
-    still = [one for one in replayed if total(one.memory) <= cluster.usable_bytes]
-    return sorted(still, key=lambda one: (one.pace.time.seconds, total(one.memory)))[:num_layouts]
+    divisions: dict[Hashable, list[_Candidate]] = {}
+    for one in sorted(fitting, key=lambda one: one.seconds):
+        divisions.setdefault(_but_for_division(one), []).append(one)
+    best = []
+    for alike in [*divisions.values()][:NUM_REPLAYED]:
+        replayed = (_replayed(one, shape, cluster) for one in alike)
+        still = (one for one in replayed if total(one.memory) <= cluster.usable_bytes)
+        best += sorted(islice(still, NUM_DIVISIONS_REPLAYED), key=_rank)[:1]
+    return sorted(best, key=_rank)[:num_layouts]
+
+
+def _rank(one: FittedLayout) -> tuple[float, int]:
+    return one.pace.time.seconds, total(one.memory)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,17 @@ class _Candidate:
     recompute: str
     seconds: float
     peak_bytes: float
+
+
+def _but_for_division(one: _Candidate) -> Hashable:
+    """Equal for layouts that divide the layers of a pipeline in other ways alone."""
+    parallel = replace(
+        one.run.parallel,
+        num_layers_per_virtual_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+    )
+    return parallel, one.run.training.micro_batch_size, one.recompute
 
 
 def _replayed(candidate: _Candidate, shape: ModelShape, cluster: Cluster) -> FittedLayout:

@@ -99,6 +99,29 @@ def test_layouts_fit_and_are_ranked(method):
     assert "…" not in told and f"{found[9].pace.hours(1e9):,.1f}" in told and f"{found[9].pace.mfu:.1%}" in told
 
 
+def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_given():
+    found = fit(made_up_run("lora", 4096, 64), LLAMA_70B, 32, A100)
+    shown = [
+        (one.run.parallel.tensor_model_parallel_size, one.run.parallel.pipeline_model_parallel_size)
+        + (one.run.parallel.sequence_parallel, one.run.training.micro_batch_size, one.recompute)
+        for one in found
+    ]
+    assert len(shown) == len(set(shown)) == 10
+    interleaved = next(one for one in found if one.run.parallel.is_interleaved)
+    for chunk in (None, 1, 2, 5):
+        run = replace(
+            interleaved.run,
+            parallel=replace(
+                interleaved.run.parallel,
+                num_layers_per_virtual_pipeline_stage=chunk,
+                account_for_embedding_in_pipeline_split=False,
+                account_for_loss_in_pipeline_split=False,
+            ),
+        )
+        if interleaved.pace.num_layers // run.parallel.pipeline_model_parallel_size % (chunk or 1) == 0:
+            assert estimated_time(StepEstimate(run, LLAMA_70B), A100).seconds >= interleaved.pace.time.seconds * 0.999
+
+
 def test_the_flags_of_a_layout_give_that_layout():
     run = made_up_run("lora", 2048, 32)
     for one in fit(run, LLAMA_8B, 16, A100, 40):
@@ -127,8 +150,9 @@ def test_flags_of_the_run_that_a_layout_does_without_are_named():
 
 @pytest.fixture
 def replay_all(monkeypatch):
-    """Every layout that fits is replayed, not only the first in closed form."""
+    """Every layout that fits is replayed and given, not only the first in closed form and one of each division."""
     monkeypatch.setattr(layouts, "NUM_REPLAYED", 10**6)
+    monkeypatch.setattr(layouts, "_but_for_division", id)
 
 
 def test_every_layout_that_divides_is_looked_at(replay_all):
