@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as optimizer_module
 
+from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import ConfigurationError
 from megatron_peft.training.state import build_optimizer, build_schedule
 from megatron_peft.training.step import train_step
@@ -62,6 +64,22 @@ def test_the_hybrids_parts_have_rates_of_their_own(start):
     state, _ = start(peft={**HYBRID, "lora_plus_ratio": 8.0, "peft_lr_rotation": 3e-4}, optimizer={"lr": 1e-3})
     found = {name.split(".adapter.")[1]: rate for name, rate in _groups(state, "max_lr").items()}
     assert found == pytest.approx({"low_rank.A": 1e-3, "low_rank.B": 8e-3, "rotation.Q": 3e-4})
+
+
+def test_a_mixture_waits_for_the_parameters_of_its_parts(start, monkeypatch):
+    """megatron-core waits before the forward of the module that owns them, which a mixture does not call."""
+    hook, waited_for = DistributedDataParallel._make_forward_pre_hook, []
+
+    def watched_hook(chunk):
+        wait = hook(chunk)
+        return lambda module, *inputs: (waited_for.append(module), wait(module, *inputs))[1]
+
+    monkeypatch.setattr(DistributedDataParallel, "_make_forward_pre_hook", watched_hook)
+    late = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+    state, data = start(peft=HYBRID, optimizer=late, training={"overlap_grad_reduce": True})
+    train_step(state, next(iter(data.train)))
+    mixtures = [module for module in state.model_chunks[0].modules() if isinstance(module, Hybrid)]
+    assert len(mixtures) == 8 and all(any(one.low_rank is module for module in waited_for) for one in mixtures)
 
 
 def test_two_clipped_steps_are_adamw_by_hand(start):
