@@ -134,9 +134,12 @@ def _subject(flag: str, folder: Path, pretrained_checkpoint: str | Path | None) 
         is_model = megatron_files(folder) is not None or (folder / CONFIG).is_file()
         require(is_model, f"{flag} {folder} holds no model: neither a {CONFIG} nor a checkpoint.")
         return Subject(folder, folder, trace)
-    base = Path(pretrained_checkpoint or local_model(trained_on, f"the base model of {flag} {folder},"))
+    named = pretrained_checkpoint or trained_on
+    if trace is _trace_peft and not pretrained_checkpoint:
+        named = local_model(trained_on, f"the base model of {flag} {folder} (or give --pretrained-checkpoint):")
+    base = Path(named)
     require(
-        bool(pretrained_checkpoint or trained_on) and base.is_dir(),
+        bool(named) and base.is_dir(),
         f"the base model {base} of {flag} {folder} is not there: give its folder with --pretrained-checkpoint.",
     )
     if trace is _trace_ours:

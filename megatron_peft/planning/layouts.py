@@ -146,11 +146,11 @@ def fit(
     for alike in [*divisions.values()][:NUM_REPLAYED]:
         replayed = (_replayed(one, shape, cluster) for one in alike)
         still = (one for one in replayed if total(one.memory) <= cluster.usable_bytes)
-        best += sorted(islice(still, NUM_DIVISIONS_REPLAYED), key=_rank)[:1]
-    return sorted(best, key=_rank)[:num_layouts]
+        best += sorted(islice(still, NUM_DIVISIONS_REPLAYED), key=_slowness)[:1]
+    return sorted(best, key=_slowness)[:num_layouts]
 
 
-def _rank(one: FittedLayout) -> tuple[float, int]:
+def _slowness(one: FittedLayout) -> tuple[float, int]:
     return one.pace.time.seconds, total(one.memory)
 
 
