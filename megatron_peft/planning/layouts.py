@@ -34,7 +34,7 @@ RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> 
     "full": ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, ()),
 }
 NUM_REPLAYED = 12  # layouts
-NUM_DIVISIONS_REPLAYED = 4  # of each: other virtual stages, or ends that count as layers
+NUM_DIVISIONS_REPLAYED = 2  # of each: other virtual stages, or ends that count as layers
 PARALLEL_FLAGS = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
