@@ -27,6 +27,7 @@ from megatron_peft.adapters.blocks import identity_like
 from megatron_peft.adapters.change import RotationChange, StoredTensors
 from megatron_peft.adapters.rotation import BlockRotation, rotate_weight
 from megatron_peft.config import PeftConfig, PeftFormat, require
+from megatron_peft.config.methods import OTHER_EXPORTS
 from megatron_peft.config.methods.boft import BOFT
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime.precision import full_precision
@@ -256,7 +257,6 @@ def rotation(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Tensor:  # -> [
 # large enough for that. Their `boft_s` scales the output features, which ours never does.
 
 LARGEST_NUMBER = 1e4  # of a Cayley block: beyond it float32 holds no rotation to 1e-3
-MERGE_INSTEAD = "megatron-peft convert merge merges the adapters into their base, which any program opens"
 
 
 class BoftFormat(PeftFormat):
@@ -266,7 +266,7 @@ class BoftFormat(PeftFormat):
         require(
             peft.rotation_side == "input",
             f"the run rotated the output side of its weights (--rotation-side output), HF PEFT's BOFT rotates the "
-            f"input: --as-lora exports a LoRA close to it; {MERGE_INSTEAD}.",
+            f"input: {OTHER_EXPORTS}.",
         )
         return {
             "peft_type": "BOFT",
@@ -294,7 +294,7 @@ class BoftFormat(PeftFormat):
         require(
             largest < LARGEST_NUMBER,
             f"a block of {layer} has an eigenvalue of -1, which HF PEFT's BOFT cannot express (Cayley's numbers would "
-            f"reach {largest:.2g}): {MERGE_INSTEAD}.",
+            f"reach {largest:.2g}): {OTHER_EXPORTS}.",
         )
         return {"boft_R": to_huggingface(Q.float()), "boft_s": torch.ones(out_features, 1)}
 

@@ -55,7 +55,7 @@ def require_one_kind(paths: Sequence[str], flag: str) -> None:
         return
     missing = [path for path in indexed if not Path(f"{path}.idx").exists()]
     endings = ", ".join((*JSON_SUFFIXES, *TABLE_SUFFIXES))
-    note = f" ({' and '.join(missing)} has no .idx; the names of files of records end in {endings})" if missing else ""
+    note = f" (no .idx: {', '.join(missing)}; the names of files of records end in {endings})" if missing else ""
     raise ConfigurationError(
         f"{flag} mixes JSON files or tables with indexed datasets ({' '.join(paths)}): convert the JSON files with "
         f"megatron-peft data preprocess, or leave out {', '.join(indexed)}{note}."

@@ -24,6 +24,7 @@ from megatron_peft.config import (
     require,
 )
 from megatron_peft.config.hub import hub_name
+from megatron_peft.config.methods import OTHER_EXPORTS
 from megatron_peft.conversion.hf_files import open_source, raise_problems, tensor_problems
 from megatron_peft.conversion.model_card import Exported, check_license, write_card
 from megatron_peft.conversion.peft_config import (
@@ -155,9 +156,7 @@ def export_adapter(
     form: PeftFormat | None = getattr(import_module(peft.spec.adapter), "EXPORT", None)
     if form is None:
         raise ConfigurationError(
-            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. "
-            f"--as-lora exports a LoRA close to it; megatron-peft convert merge merges the adapters into their base, "
-            f"which any program opens."
+            f"--input {input}: HF PEFT has no equivalent of --peft-method {peft.method}. {OTHER_EXPORTS}."
         )
     rules = _adapted_weights(record)
     modules = (module for rule in rules for module in modules_of(rule))

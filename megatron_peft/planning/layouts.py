@@ -129,25 +129,28 @@ def fit(
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} key-value heads) and --global-batch-size "
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
-    fitting = [one for one in candidates if one.peak_bytes <= cluster.usable_bytes]
-    if not fitting:
+    divisions: dict[Hashable, list[_Candidate]] = {}
+    for one in sorted(candidates, key=lambda one: one.seconds):
+        if one.peak_bytes <= cluster.usable_bytes:
+            divisions.setdefault(_but_for_division(one), []).append(one)
+    of_each = (_replayed_that_fit(alike, shape, cluster) for alike in divisions.values())
+    best = [*islice((min(found, key=_slowness) for found in of_each if found), NUM_REPLAYED)]
+    if not best:
         nearest = min(candidates, key=lambda one: one.peak_bytes)
         parallel = nearest.run.parallel
+        peak = max(nearest.peak_bytes, total(_replayed(nearest, shape, cluster).memory))
         raise ConfigurationError(
             f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
             f"{parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size} with recompute "
-            f"{nearest.recompute} comes nearest and takes {nearest.peak_bytes / 2**30:.1f} GiB: use more GPUs, a "
-            f"shorter --seq-length, or a method that trains less."
+            f"{nearest.recompute} comes nearest and takes {peak / 2**30:.1f} GiB: use more GPUs, a shorter "
+            f"--seq-length, or a method that trains less."
         )
-    divisions: dict[Hashable, list[_Candidate]] = {}
-    for one in sorted(fitting, key=lambda one: one.seconds):
-        divisions.setdefault(_but_for_division(one), []).append(one)
-    best = []
-    for alike in [*divisions.values()][:NUM_REPLAYED]:
-        replayed = (_replayed(one, shape, cluster) for one in alike)
-        still = (one for one in replayed if total(one.memory) <= cluster.usable_bytes)
-        best += sorted(islice(still, NUM_DIVISIONS_REPLAYED), key=_slowness)[:1]
     return sorted(best, key=_slowness)[:num_layouts]
+
+
+def _replayed_that_fit(alike: Sequence["_Candidate"], shape: ModelShape, cluster: Cluster) -> list[FittedLayout]:
+    replayed = (_replayed(one, shape, cluster) for one in alike)
+    return [*islice((one for one in replayed if total(one.memory) <= cluster.usable_bytes), NUM_DIVISIONS_REPLAYED)]
 
 
 def _slowness(one: FittedLayout) -> tuple[float, int]:

@@ -98,7 +98,7 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
         ({**INDEXED, "split": "9;1"}, "--split 9;1"),
         ({**INDEXED, "split": "0,0,0"}, "--split 0,0,0"),
         ({**INDEXED, "split": "1,1,1,1"}, "--split 1,1,1,1"),
-        ({"train_data_path": ("a.jsonl", "b")}, "--train-data-path mixes .*a.jsonl b.*or leave out b .b has no .idx; "),
+        ({"train_data_path": ("a.jsonl", "b")}, "--train-data-path mixes .*a.jsonl b.*or leave out b .no .idx: b; "),
         ({"train_data_path": ("1", "a.parquet", "2", "b")}, "--train-data-path mixes JSON files or tables"),
         ({"valid_data_path": ("0.5", "a.jsonl", "b.jsonl")}, "--valid-data-path .*a weight before each path"),
         ({"data_path": ("a.jsonl",)}, "--data-path a.jsonl: it takes prefixes of indexed data"),

@@ -13,7 +13,7 @@ from megatron_peft.planning import layouts
 from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages
 from megatron_peft.planning.footprint import memory, parameters, saved_bytes, total
-from megatron_peft.planning.layouts import fit, fit_tables
+from megatron_peft.planning.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.pipeline import Turn, estimated_time, in_flight, turns
 from megatron_peft.planning.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, llama_3, made_up_run
@@ -233,6 +233,19 @@ def test_why_nothing_fits_is_said(run, world_size, shape, told):
     with pytest.raises(ConfigurationError) as caught:
         fit(run, shape, world_size, A100)
     assert told in str(caught.value)
+
+
+def test_layouts_that_fit_in_closed_form_alone_are_none(monkeypatch):
+    """Its peak looks at the outer stages; the replay's at one between them too."""
+    run = made_up_run("lora", 2048, 8)
+    monkeypatch.setattr(layouts, "memory", lambda step, stage, held: {"weights": 2**37 if stage == 2 else 2**30})
+    found = fit_small(run, world_size=8, num_layouts=100)
+    assert {one.run.parallel.pipeline_model_parallel_size for one in found} == {1, 2}
+    monkeypatch.setattr(
+        layouts, "_replayed", lambda one, *_: FittedLayout(run, "none", found[0].pace, {"all": 2**40}, 0)
+    )
+    with pytest.raises(ConfigurationError, match="nothing fits 8 GPUs .* comes nearest and takes 1024.0 GiB"):
+        fit_small(run, world_size=8)
 
 
 def test_an_adapter_that_a_layout_would_cut_is_not_proposed():

@@ -81,8 +81,8 @@ def jobs(files, methods, layouts=tuple(LAYOUTS)) -> dict[str, Job]:
     }
 
 
-def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
-    """Of each job: reads in forward, backward and gradient sums; reads in a whole step after the first."""
+def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str], list[str]]]:
+    """Of each job: reads in forward, backward and gradient sums; reads in the first whole step, and in the second."""
     start_world()
     found = {}
     for job in given:
@@ -95,10 +95,11 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
         finish_with(state.model_chunks, finish_gradients)
         with Waits() as in_sums:
             run_schedule(state.model_chunks, step, forward_only=False)
-        train_step(state, step, by_layer=True)  # in the first, megatron-core 0.19 asks once what it then remembers
-        with Waits() as in_step:
+        with Waits() as in_first:
             train_step(state, step, by_layer=True)
-        found[job.name] = in_sums.found, in_step.found
+        with Waits() as in_second:
+            train_step(state, step, by_layer=True)
+        found[job.name] = in_sums.found, in_first.found, in_second.found
         stop_model_parallel()
     return found
 
@@ -106,10 +107,12 @@ def waits_of(given: list[Job]) -> dict[str, tuple[list[str], list[str]]]:
 def check_waits(given: dict[str, Job]) -> None:
     for by_name in run_ranks(2, waits_of, list(given.values())):
         assert by_name.keys() == given.keys()
-        for name, (in_sums, in_step) in by_name.items():
+        for name, (in_sums, in_first, in_second) in by_name.items():
             assert not in_sums, f"{name}: {in_sums}"
-            places = [read.rpartition("/")[2].partition(":")[0] for read in in_step]
-            assert places == ["launch.py", "clip_grads.py"], f"{name}: {in_step}"
+            # In the first, megatron-core 0.19 asks once for what its optimizer then remembers.
+            for reads in ([read for read in in_first if "core/optimizer/optimizer.py" not in read], in_second):
+                places = [read.rpartition("/")[2].partition(":")[0] for read in reads]
+                assert places == ["launch.py", "clip_grads.py"], f"{name}: {reads}"
 
 
 def test_a_step_waits_twice_for_the_device_after_the_sums(files):

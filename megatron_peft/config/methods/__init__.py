@@ -169,6 +169,13 @@ class FullMethod(Method):
 FULL = FullMethod()
 
 
+# What to do with an adapter that Hugging Face PEFT has no form for.
+OTHER_EXPORTS = (
+    "--as-lora exports a LoRA close to it; megatron-peft convert merge merges the adapters into their base, which any "
+    "program opens"
+)
+
+
 class PeftFormat:
     """How Hugging Face PEFT stores a method's adapters. Names of tensors leave out the module, as `lora_A.weight`.
 
