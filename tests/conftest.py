@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+import megatron_peft.runtime.no_gpu  # noqa: F401  # the suite computes on the CPU, and so does what it starts
 from tests.time_limits import seconds
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from typing import Any
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _SECONDS_FOR_LAST_WORDS = 1.0
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([])  # by default the server imports the main program
+NO_GPU = "megatron_peft.runtime.no_gpu"  # first of all that the server imports: ranks compute on the CPU by design
+_server.set_forkserver_preload([NO_GPU])  # by default the server imports the main program
 
 
 class RanksFailed(RuntimeError):
@@ -34,7 +35,7 @@ def preload(modules: Sequence[str]) -> None:
     Only modules that start no threads and touch no device on import: ranks inherit them.
     """
     os.environ.update(ONE_THREAD)  # torch reads them once, on import
-    _server.set_forkserver_preload(list(modules))
+    _server.set_forkserver_preload([NO_GPU, *modules])
 
 
 def run_ranks(num_ranks: int, function: Callable[[Any], Any], argument: Any = None, timeout: float = 300) -> list[Any]:
@@ -112,7 +113,7 @@ class Ranks:
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", **here, **meeting}
+    return {**os.environ, **ONE_THREAD, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **here, **meeting}
 
 
 def _rank(environment: dict[str, str], call: bytes, folder: str) -> None:

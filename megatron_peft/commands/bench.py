@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in settings.names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark is called {', '.join(unknown)}: there are {', '.join(NAMES)}.")
+    import megatron_peft.runtime.no_gpu  # noqa: F401  # before torch
     from megatron_peft.benchmarks.measure import print_table, write_json
     from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
         return 0
 
-    # Imported after the arguments were read: --help and a wrong flag answer at once.
+    # Imported after the arguments were read: --help and a wrong flag answer at once. GPUs are hidden before torch asks.
+    import megatron_peft.runtime.no_gpu  # noqa: F401
     from megatron_peft.planning.certify import certify, print_certificate, write_certificate
 
     try:

@@ -100,8 +100,8 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
     return 0 if plan.problem is None else 1
 
 
-def _planned_peak(config: RunConfig) -> Callable[[], int | None] | None:
-    """On a GPU, a function that gives the planned peak of rank 0 in bytes, or None while its rehearsal runs."""
+def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
+    """On a GPU, a function that gives the planned peak of rank 0: bytes, None while it is rehearsed, or an error."""
     import torch
 
     if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":

@@ -11,12 +11,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing import get_context
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from megatron_peft.benchmarks.ranks import NO_GPU, preload
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.record import Call, RankRecord
@@ -186,18 +188,20 @@ def rehearse_run(
     return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
 
 
-def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | None]:
+def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int | str | None]:
     """Rehearse rank 0 beside a run. What is returned gives its peak of all phases in bytes; None until it is known.
 
-    A rehearsal that fails gives none: the run does not depend on it.
+    A rehearsal that fails gives its error's last line: the run does not depend on it.
     """
     asked = RankToRehearse.of(config, shape, 0)
-    found: list[int] = []
+    found: list[int | str] = []
 
     def rehearse_it() -> None:
-        with suppress(Exception):
+        try:
             [record] = rehearse([asked])
             found.append(max(record.peak(phase) for phase in record.peaks))
+        except Exception as error:
+            found.append((str(error).strip() or repr(error)).splitlines()[-1])
 
     Thread(target=rehearse_it, daemon=True).start()
     return lambda: found[0] if found else None
@@ -214,8 +218,7 @@ def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -
 def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "Future[Any]"]]:
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["megatron_peft.planning.rehearsed_rank"])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    preload(["megatron_peft.planning.rehearsed_rank"])
     number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
         yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
@@ -238,7 +241,7 @@ def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[A
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
+    import_module(NO_GPU)  # where the server could not
     sys.stdout = open(os.devnull, "w")  # what a run tells at its start
     warnings.simplefilter("ignore")
     try:

@@ -67,7 +67,9 @@ class _Interval:
         }
 
 
-def train(state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | None] | None = None) -> str:
+def train(
+    state: TrainingState, data: Data, saver: Saver, planned_peak: Callable[[], int | str | None] | None = None
+) -> str:
     """Train from `state.position` to the end of the run, or until a signal or limit stops it.
 
     Args:
@@ -75,6 +77,7 @@ def train(state: TrainingState, data: Data, saver: Saver, planned_peak: Callable
         data: training steps (set to the state's position) and validation steps.
         saver: writes a checkpoint every --save-interval and at the end, if --save is given.
         planned_peak: bytes of this rank's planned peak, once it is known; it is then printed beside the measured one.
+            Text: why it cannot be known.
 
     Returns:
         Why it ended, a sentence for the terminal.
@@ -108,7 +111,7 @@ class _Run:
     upkeep: Upkeep
     speed: Speed
     saved_iteration: int
-    planned_peak: Callable[[], int | None] | None = None
+    planned_peak: Callable[[], int | str | None] | None = None
     measured_peak: int | None = None
     started_at: float = field(default_factory=time.monotonic)
     is_first_step: bool = True
@@ -269,6 +272,12 @@ class _Run:
         if planned is None:
             return
         self.planned_peak = None
+        if isinstance(planned, str):
+            self.progress.message(
+                f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, not planned: the rehearsal "
+                f"failed ({planned}; --no-plan leaves this out)"
+            )
+            return
         self.progress.message(
             f"peak memory of rank 0: {self.measured_peak / 2**30:.2f} GiB measured, {planned / 2**30:.2f} GiB planned "
             f"({self.measured_peak / planned - 1:+.1%}; --no-plan leaves this out)"

@@ -126,7 +126,7 @@ def check_run(config: RunConfig) -> ModelShape:
     return shape
 
 
-def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | None] | None = None) -> None:
+def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | str | None] | None = None) -> None:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     Args:

@@ -10,9 +10,11 @@ import pytest
 
 from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
+from megatron_peft.planning import rehearsal
 from megatron_peft.training import loop
 from megatron_peft.training.loop import ExitSignals, train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
+from tests.time_limits import seconds
 from tests.training.recorded_saves import RecordedSaves, signal_at
 
 EACH = {"log_interval": 1}
@@ -22,6 +24,8 @@ THREE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Run:
     """A run in the test's process: why it ended, iterations at which it saved, its records by iteration."""
 
+    planned_peak = None
+
     def __init__(self, start, folder, resume_at=0, save_interval=None, num_steps=6, saver=None, **groups):
         checkpoint = {"save": str(folder), "save_interval": save_interval}
         self.state, self.data = start(**{"num_steps": num_steps, "checkpoint": checkpoint, **groups})
@@ -30,7 +34,7 @@ class Run:
         self.saved, self.folder = self.saver.saved, folder
 
     def to_the_end(self):
-        self.reason = train(self.state, self.data, self.saver)
+        self.reason = train(self.state, self.data, self.saver, self.planned_peak)
         path = self.folder / METRICS_FILE
         self.records = {record["iteration"]: record for record in read_metrics(path)} if path.exists() else {}
         return self
@@ -151,6 +155,21 @@ def test_a_failed_save_is_reported_and_the_run_continues(run, capsys):
 def test_a_run_whose_last_save_fails_fails(run):
     with pytest.raises(CheckpointNotSaved, match="No space left"):
         run(**TWO, saver={"failing": {2, 3}})
+
+
+def test_a_planned_peak_that_cannot_be_known_is_told_once_with_the_reason(start, tmp_path, capsys, monkeypatch):
+    def fails(ranks):
+        raise RuntimeError("a rehearsed rank failed:\nTraceback\nRuntimeError: no such kernel")
+
+    monkeypatch.setattr(rehearsal, "rehearse", fails)
+    run = Run(start, tmp_path)
+    run.planned_peak = rehearsal.start_planned_peak(run.state.config, run.state.shape)
+    end = time.monotonic() + seconds(10)
+    while run.planned_peak() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    run.to_the_end()
+    told = [line for line in capsys.readouterr().out.splitlines() if "measured, not planned" in line]
+    assert len(told) == 1 and "(RuntimeError: no such kernel; --no-plan leaves this out)" in told[0]
 
 
 def test_log_and_validation_intervals(run):

@@ -1,0 +1,43 @@
+"""On a machine with GPUs, what computes on the CPU by design sees none of them. They are simulated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.time_limits import seconds
+from tests.tiny_llama import save_llama
+
+SIMULATED = Path(__file__).parents[1] / "simulated_gpus"
+
+
+def with_gpus() -> dict[str, str]:
+    """The environment of a process that finds eight of them."""
+    environment = {**os.environ, "PYTHONPATH": f"{SIMULATED}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)  # which the tests set
+    return environment
+
+
+def test_rehearsals_and_ranks_of_certificates_and_benchmarks_do_not_see_the_gpus():
+    words = [sys.executable, str(SIMULATED / "program.py")]
+    done = subprocess.run(words, env=with_gpus(), capture_output=True, text=True, timeout=seconds(120))
+    assert done.returncode == 0, done.stderr
+    rehearsed, (is_simulated, is_available, has_engine, backend) = json.loads(done.stdout.splitlines()[-1])
+    assert rehearsed and is_simulated and not is_available and not has_engine and backend == "gloo"
+
+
+@pytest.mark.slow
+def test_a_run_is_certified_on_a_machine_with_gpus(tmp_path):
+    model = save_llama(tmp_path / "llama")
+    flags = ["--pretrained-checkpoint", str(model), "--world-size", "2", "--tensor-model-parallel-size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_peft", "certify", *flags, "--global-batch-size", "8", "--mock-data"],
+        env=with_gpus(),
+        capture_output=True,
+        text=True,
+        timeout=seconds(600),
+    )
+    assert done.returncode == 0 and "CERTIFIED" in done.stdout, done.stdout + done.stderr
