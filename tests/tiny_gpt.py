@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_peft.config import ModelConfig, ParallelConfig
 from megatron_peft.models.gpt import build_model_chunks
+from megatron_peft.models.kernels import ONLY_ANSWERS, Training
 from megatron_peft.models.shape import ModelShape
 
 SIZES: dict[str, Any] = {
@@ -22,10 +23,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_gpt(shape: dict[str, Any] | None = None, **model: Any) -> GPTModel:
+def tiny_gpt(shape: dict[str, Any] | None = None, training: Training = ONLY_ANSWERS, **model: Any) -> GPTModel:
     """SIZES with changes; `model` are fields of ModelConfig. The padding of the vocabulary changes no weight."""
     sizes = ModelShape(**{**SIZES, **(shape or {})})
-    (chunk,) = build_model_chunks(sizes, ModelConfig("none", **model), ParallelConfig())
+    (chunk,) = build_model_chunks(sizes, ModelConfig("none", **model), ParallelConfig(), training)
     for name, parameter in chunk.named_parameters():
         draw = torch.Generator().manual_seed(sum(name.encode()))
         columns = parameter.shape[1:] if parameter.ndim > 1 else ()

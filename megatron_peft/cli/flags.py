@@ -61,7 +61,7 @@ RUN_FIELDS = {  # -> help, if megatron-core's own does not do
     "recompute_method": "which layers full recompute takes: uniform groups of layers, or the first ones of a stage",
     "recompute_num_layers": "layers per recomputed group (uniform), or recomputed layers per stage (block)",
     "distribute_saved_activations": "split the inputs saved for full recompute over the tensor-parallel ranks",
-    "cross_entropy_loss_fusion": "fuse the steps of the loss: always so on a GPU, never on a CPU",
+    "cross_entropy_loss_fusion": "fuse the steps of the loss: always so on a GPU with --bf16, never on a CPU",
     "cross_entropy_fusion_impl": "implementation of the fused loss: megatron-core's own, or Transformer Engine's",
 }
 RUN_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0}  # a pretrained model is tuned without dropout

@@ -67,7 +67,7 @@ def transformer_config(
 ) -> GPTConfig:
     """megatron-core's configuration of a model of this shape, at this layout; `installed` None: on this machine."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    fused = fusions(shape, settings, training, installed or Installed.detected())
+    fused = fusions(shape, bf16, settings, training, installed or Installed.detected())
     run: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings, **fused}
     run |= messages(settings, parallel, training)
     is_swiglu = shape.gated_linear_unit and shape.activation == "silu"

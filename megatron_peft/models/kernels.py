@@ -3,8 +3,9 @@
 What a flag decides is a function of the flag and of what is installed, so that it can be tried without a GPU.
 """
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from inspect import signature
@@ -30,6 +31,7 @@ class Installed:
         flash_attn: the package, in a version that Transformer Engine takes.
         compute_capability: of the GPU: (8, 0) is an A100's, (9, 0) an H100's.
         cudnn: its version as torch gives it, 91002 for 9.10.2.
+        compile_problem: why Triton, and with it torch.compile, makes no kernels here; empty where it does.
     """
 
     cuda: bool
@@ -39,6 +41,7 @@ class Installed:
     flash_attn: bool = False
     compute_capability: tuple[int, int] = (0, 0)
     cudnn: int = 0
+    compile_problem: str = ""
 
     @classmethod
     def detected(cls) -> "Installed":
@@ -53,6 +56,7 @@ class Installed:
             flash_attn=_engine_takes_flash_attn(),
             compute_capability=torch.cuda.get_device_capability(),
             cudnn=torch.backends.cudnn.version() or 0,
+            compile_problem=_compile_problem(),
         )
 
 
@@ -83,12 +87,17 @@ class Training:
 
 
 ONLY_ANSWERS = Training()
+COMPILED = ("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion")  # all by Triton
 
 
 def fusions(
-    shape: ModelShape, settings: Mapping[str, Any], training: Training, installed: Installed
+    shape: ModelShape, bf16: bool, settings: Mapping[str, Any], training: Training, installed: Installed
 ) -> dict[str, bool]:
-    """Fields of TransformerConfig that fuse something: on where the kernel exists, unless a flag says no.
+    """Fields of TransformerConfig that fuse something: on where the kernel exists and rounds no more than the run does,
+    unless a flag says no.
+
+    In float32 two round: megatron-core's loss ends with a gradient in bf16, and Apex's product lets cuBLAS take its
+    factors in half precision (CUBLAS_GEMM_DEFAULT_TENSOR_OP). The other kernels compute in float32 and keep it.
 
     Args:
         settings: `ModelConfig.transformer`, where a --no-*-fusion has left its field at False.
@@ -99,9 +108,11 @@ def fusions(
         "bias_activation_fusion": is_swiglu and not training.recomputes_activation,
         "bias_dropout_fusion": adds_something,
         "apply_rope_fusion": shape.position_embedding == "rope" and installed.transformer_engine,
-        "cross_entropy_loss_fusion": True,
-        "gradient_accumulation_fusion": training.trains_weights and installed.accumulating_gemm,
+        "cross_entropy_loss_fusion": bf16 or settings.get("cross_entropy_fusion_impl") == "te",
+        "gradient_accumulation_fusion": bf16 and training.trains_weights and installed.accumulating_gemm,
     }
+    if installed.compile_problem:
+        exists |= dict.fromkeys(COMPILED, False)
     return {name: installed.cuda and there and settings.get(name, True) for name, there in exists.items()}
 
 
@@ -222,13 +233,50 @@ def _engine_takes_flash_attn() -> bool:
 
 
 def require_cross_entropy(model: ModelConfig, installed: Installed) -> None:
-    """Raises ConfigurationError if --cross-entropy-fusion-impl names a kernel that is not installed."""
+    """Raises ConfigurationError if a flag asks for a fused loss that is not there, or that would round gradients."""
+    engines = model.transformer.get("cross_entropy_fusion_impl") == "te"
+    asked = "--cross-entropy-fusion-impl te" if engines else "--cross-entropy-loss-fusion"
+    if not installed.cuda or not (engines or model.transformer.get("cross_entropy_loss_fusion")):
+        return
     require(
-        not installed.cuda
-        or installed.transformer_engine
-        or model.transformer.get("cross_entropy_fusion_impl") != "te",
-        "--cross-entropy-fusion-impl te needs the package transformer_engine, which cannot be imported: use native.",
+        installed.transformer_engine or not engines,
+        f"{asked} needs the package transformer_engine, which cannot be imported: use native.",
     )
+    require(
+        model.bf16 or engines,
+        f"{asked} without --bf16 would round the gradients of a float32 run to bf16: leave it out, or give --bf16.",
+    )
+    require(
+        not installed.compile_problem,
+        f"{asked} needs Triton, which cannot compile here ({installed.compile_problem}): install a C compiler and "
+        f"Python's headers (docs/install.md), or leave it out.",
+    )
+
+
+def without_compiled(config: RunConfig, shape: ModelShape, problem: str) -> tuple[RunConfig, str]:
+    """The configuration for a world in which some node has this `compile_problem`, and what its start says of it.
+
+    No rank fuses what is compiled: the fused loss makes other calls than the unfused one.
+    """
+    here = Installed(cuda=True, transformer_engine=True)
+    is_on = fusions(shape, config.model.bf16, config.model.transformer, Training.of(config), here)
+    if not problem or not any(is_on[name] for name in COMPILED):
+        return config, ""
+    transformer = {**config.model.transformer, **dict.fromkeys(COMPILED, False)}
+    return replace(config, model=replace(config.model, transformer=transformer)), (
+        f"WARNING: Triton cannot compile ({problem}): SwiGLU, dropout and the loss are not fused, which takes more "
+        f"time and memory. Install a C compiler and Python's headers (docs/install.md)."
+    )
+
+
+@cache
+def _compile_problem() -> str:
+    """Have Triton load its driver, which it compiles in C at the first use on a node."""
+    try:
+        import_module("triton.runtime").driver.active.get_current_device()
+    except Exception as error:  # no package, no compiler (RuntimeError), no Python.h (CalledProcessError)
+        return f"{os.uname().nodename}: {type(error).__name__}: {(str(error).splitlines() or [''])[-1][:200]}"
+    return ""
 
 
 def require_norm_recompute(model: ModelConfig, installed: Installed) -> None:

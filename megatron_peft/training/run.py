@@ -29,10 +29,11 @@ from megatron_peft.models.kernels import (
     require_cross_entropy,
     require_norm_recompute,
     require_packed_attention,
+    without_compiled,
 )
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.collectives import from_first_rank, require_same
-from megatron_peft.runtime.launch import checked_together, start_model_parallel
+from megatron_peft.runtime.launch import checked_together, gather_over_world, start_model_parallel
 from megatron_peft.runtime.stacks import Stacks
 from megatron_peft.training.loop import train
 from megatron_peft.training.lora_ga_start import first_steps, start_lora_ga
@@ -146,6 +147,8 @@ def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], i
     checked_together(lambda: require_transformer_engine(config.model))
     shape = checked_together(lambda: checked_shape(config))
     attention = checked_together(lambda: _require_kernels(config, shape))
+    problem = next(filter(None, gather_over_world(Installed.detected().compile_problem)), "")
+    config, warning = without_compiled(config, shape, problem)
     base = config.model.pretrained_checkpoint
     require_same_model(str(base))
     start_model_parallel(config.parallel, config.training.seed, config.parallel.num_virtual_stages(shape.num_layers))
@@ -164,7 +167,7 @@ def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], i
         )
         _check_validation_data(config, data)
         check_resume(config, shape, schedule_values(config, data.train_iters))
-        print_rank_0(attention)
+        print_rank_0("\n".join(filter(None, [attention, warning])))
         state = build_state(config, shape, data.train_iters, first_steps(config, data.train))
         state.data_digest = data.digest
         checkpoint = load_checkpoint(state)

@@ -11,6 +11,7 @@ from megatron_peft.adapters.frozen_linear import frozen_linear
 from megatron_peft.checkpoint.tensors import sharded_parameters
 from megatron_peft.config import ParallelConfig, PeftConfig
 from megatron_peft.models.gpt import transformer_config
+from megatron_peft.models.kernels import Installed, Training
 from megatron_peft.models.layers import PackedSamples
 from megatron_peft.models.shape import ModelShape, RopeScaling
 from tests.one_rank import one_rank
@@ -87,6 +88,20 @@ def test_messages_between_stages_overlap_or_are_batched(interleaved, settings, o
     )
     config = transformer_config(sizes, False, settings, parallel)
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlaps, not overlaps)
+
+
+def test_what_a_gpu_fuses_in_float32_keeps_the_gradients_of_the_unfused_model(monkeypatch: pytest.MonkeyPatch):
+    """megatron-core's fused functions, run eagerly. Transformer Engine's rotary embedding needs a GPU."""
+    training, found = Training(trains_weights=True, recomputes_activation=False), []
+    for installed in (Installed(cuda=True), Installed(cuda=False)):
+        monkeypatch.setattr(Installed, "detected", lambda installed=installed: installed)
+        biased = {"linear_biases": frozenset({"linear_proj", "linear_fc2"})}
+        model = tiny_gpt(biased, training, transformer_impl="local")
+        assert model.config.bias_activation_fusion == model.config.bias_dropout_fusion == installed.cuda
+        with torch.compiler.set_stance("force_eager"):
+            _losses(model).sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[1].norm()
 
 
 def test_packed_samples_have_the_losses_and_gradients_that_they_have_alone():

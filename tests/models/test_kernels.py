@@ -18,6 +18,7 @@ from megatron_peft.models.kernels import (
     UNFUSED,
     Installed,
     Training,
+    _compile_problem,
     _engine_takes_flash_attn,
     attention_summary,
     causal_varlen_attention,
@@ -27,6 +28,7 @@ from megatron_peft.models.kernels import (
     require_cross_entropy,
     require_norm_recompute,
     require_packed_attention,
+    without_compiled,
 )
 from megatron_peft.models.shape import ModelShape
 from tests.tiny_gpt import SIZES
@@ -44,14 +46,17 @@ BLOOM = ModelShape(
 )
 GPU = Installed(cuda=True)
 EVERYTHING = Installed(cuda=True, transformer_engine=True, accumulating_gemm=True, varlen_attention=True)
+NO_COMPILER = replace(EVERYTHING, compile_problem="node7: no C compiler")
 FULL = Training(trains_weights=True, recomputes_activation=False)
 SWIGLU, DROPOUT, ROPE = "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"
 LOSS, GEMM = "cross_entropy_loss_fusion", "gradient_accumulation_fusion"
 WITH_DROPOUT = {"hidden_dropout": 0.1}
 
 
-def fused(*arguments: Any) -> set[str]:
-    return {name for name, is_on in fusions(*arguments).items() if is_on}
+def fused(
+    shape: ModelShape, settings: dict[str, Any], training: Training, installed: Installed, bf16: bool = True
+) -> set[str]:
+    return {name for name, is_on in fusions(shape, bf16, settings, training, installed).items() if is_on}
 
 
 def test_nothing_is_fused_without_a_gpu():
@@ -70,6 +75,25 @@ def test_nothing_is_fused_without_a_gpu():
 )
 def test_fusions_are_on_where_their_kernels_exist(shape, settings, training, installed, expected):
     assert fused(shape, settings, training, installed) == expected
+
+
+def test_in_float32_nothing_is_fused_that_rounds_to_fewer_bits():
+    """megatron-core's loss gives its gradient in bf16, and cuBLAS may take the factors of Apex's product in float16."""
+    assert fused(LLAMA, WITH_DROPOUT, FULL, EVERYTHING, bf16=False) == {SWIGLU, DROPOUT, ROPE}
+    engines = {"cross_entropy_fusion_impl": "te"}  # Transformer Engine's keeps float32
+    assert fused(LLAMA, engines, FULL, EVERYTHING, bf16=False) == {SWIGLU, ROPE, LOSS}
+
+
+def test_without_a_compiler_nothing_is_fused_that_is_compiled():
+    assert fused(LLAMA, WITH_DROPOUT, FULL, NO_COMPILER) == {ROPE, GEMM}
+    run, warning = without_compiled(run_of(), LLAMA, NO_COMPILER.compile_problem)
+    assert not fused(LLAMA, dict(run.model.transformer), FULL, EVERYTHING) & {SWIGLU, DROPOUT, LOSS}
+    assert "node7: no C compiler" in warning and "docs/install.md" in warning
+
+
+def test_a_missing_compiler_is_no_news_where_nothing_is_compiled():
+    for run, problem in ((run_of(model={"bf16": False}), NO_COMPILER.compile_problem), (run_of(), "")):
+        assert without_compiled(run, LLAMA, problem) == (run, "")
 
 
 @pytest.mark.parametrize("name", [SWIGLU, DROPOUT, ROPE, LOSS, GEMM])
@@ -219,12 +243,40 @@ def test_transformer_engine_itself_says_whether_it_takes_flash_attn(monkeypatch:
         assert _engine_takes_flash_attn() == known
 
 
-def test_transformer_engines_loss_needs_transformer_engine():
-    model = ModelConfig("m", transformer={"cross_entropy_fusion_impl": "te"})
-    require_cross_entropy(model, EVERYTHING)
-    require_cross_entropy(model, Installed(cuda=False))
-    with pytest.raises(ConfigurationError, match="use native"):
-        require_cross_entropy(model, GPU)
+@pytest.mark.parametrize(
+    ("setting", "bf16", "installed", "message"),
+    [
+        ({"cross_entropy_fusion_impl": "te"}, False, GPU, "use native"),
+        ({LOSS: True}, False, EVERYTHING, "without --bf16 would round the gradients"),
+        ({LOSS: True}, True, NO_COMPILER, "Triton, which cannot compile here .node7: no C compiler"),
+        ({"cross_entropy_fusion_impl": "te"}, False, NO_COMPILER, "fusion-impl te needs Triton, which cannot compile"),
+    ],
+)
+def test_a_fused_loss_that_was_asked_for_is_there_and_keeps_the_precision(setting, bf16, installed, message):
+    with pytest.raises(ConfigurationError, match=message):
+        require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), installed)
+    require_cross_entropy(ModelConfig("m", bf16=True, transformer=setting), EVERYTHING)
+    require_cross_entropy(ModelConfig("m", bf16=bf16, transformer=setting), Installed(cuda=False))
+    require_cross_entropy(ModelConfig("m", bf16=bf16), installed)
+
+
+@pytest.mark.parametrize("error", [None, ModuleNotFoundError("No module named 'triton'"), RuntimeError("no compiler")])
+def test_triton_itself_says_whether_it_compiles(monkeypatch: pytest.MonkeyPatch, error: Exception | None):
+    """Its driver is made, in C, at the first question: so in release 3.9, without compiler and without Python.h."""
+
+    def current_device() -> int:
+        if error is not None:
+            raise error
+        return 0
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=current_device))
+    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=driver))
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    _compile_problem.cache_clear()
+    found = _compile_problem()
+    _compile_problem.cache_clear()
+    assert found.endswith(f"{type(error).__name__}: {error}" if error else "")
+    assert bool(found) == (error is not None)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.models.kernels import COMPILED
 from megatron_peft.runtime.launch import stop_model_parallel
+from megatron_peft.training import run as module
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
 from tests.one_rank import one_rank
@@ -62,6 +64,16 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(run, tmp_path, caps
 def test_contradictions_and_unwritable_folders_are_errors(job, groups, message):
     with pytest.raises(ConfigurationError, match=message):
         finetune(job(**groups).config(1))
+
+
+def test_if_one_node_cannot_compile_no_rank_fuses_what_is_compiled(job, monkeypatch, capsys):
+    """The fused loss makes two collectives, the unfused one three: ranks that differ would wait for one another."""
+    states = []
+    monkeypatch.setattr(module, "gather_over_world", lambda value: [value, "node7: no C compiler"])
+    monkeypatch.setattr(module, "train", lambda state, *_: states.append(state) or "")
+    finetune(job(model={"bf16": True}).config(1))
+    assert not any(states[0].config.model.transformer[name] for name in COMPILED)
+    assert capsys.readouterr().out.count("WARNING: Triton cannot compile (node7: no C compiler)") == 1
 
 
 def torchrun(files, save, *flags):
