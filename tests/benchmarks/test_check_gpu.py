@@ -20,6 +20,7 @@ from megatron_peft.benchmarks.check_gpu.measure import Kernel, attempt, busy_sha
 from megatron_peft.benchmarks.check_gpu.subjects import SHARD_405B, CheckPlace, shape_of_llama
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.commands import check_gpu as command
+from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.models.kernels import Installed
 from megatron_peft.runtime import cpu
 from tests.adapters.test_operation_counts import A_MICROBATCH
@@ -219,6 +220,19 @@ def test_samples_are_packed_only_where_a_run_would_not_refuse_it(
     kinds = {figure.name.split(": ")[0] for figure in training.check_waits(place)}
     by_default = installed == H100 or not installed.cuda  # with Transformer Engine, as it is installed
     assert ("lora, packed" in kinds) is by_default
+
+
+@pytest.mark.slow
+def test_what_a_gpu_fuses_passes_the_lines_of_losses(tmp_path, monkeypatch) -> None:
+    """megatron-core's fused functions, run eagerly. In float32 its fused loss would miss `losses` and `recompute`."""
+    monkeypatch.setattr(Installed, "detected", lambda: Installed(cuda=True))
+    sizes = replace(run.CPU, methods=("lora", "lora-ga", "boft"), num_variants=3)
+    place = CheckPlace(tmp_path, sizes, read_json_object(run.LOSSES)["losses"])
+    with one_rank(), torch.compiler.set_stance("force_eager"):
+        lines = [training.check_losses, training.check_recompute, training.check_fusions]
+        figures = [figure for line in lines for figure in line(place)]
+    assert not [figure for figure in figures if figure.reached is False]
+    assert "bf16: without cross_entropy_loss_fusion" in {figure.name for figure in figures}
 
 
 def driver() -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_peft.models.families import config_of_shape
+from megatron_peft.models.shape import ModelShape
 from tests.time_limits import seconds
-from tests.tiny_llama import save_llama
 
+LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072)
 SIMULATED = Path(__file__).parents[1] / "simulated_gpus"
 
 
@@ -31,10 +33,10 @@ def test_rehearsals_and_ranks_of_certificates_and_benchmarks_do_not_see_the_gpus
 
 @pytest.mark.slow
 def test_a_run_is_certified_on_a_machine_with_gpus(tmp_path):
-    model = save_llama(tmp_path / "llama")
-    flags = ["--pretrained-checkpoint", str(model), "--world-size", "2", "--tensor-model-parallel-size", "2"]
+    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(LLAMA)))
+    flags = f"--world-size 2 --tensor-model-parallel-size 2 --pretrained-checkpoint {tmp_path} --train-iters 10"
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_peft", "certify", *flags, "--global-batch-size", "8", "--mock-data"],
+        [sys.executable, "-m", "megatron_peft", "certify", *flags.split(), "--train-data-path", "not-read.jsonl"],
         env=with_gpus(),
         capture_output=True,
         text=True,

@@ -118,20 +118,22 @@ FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
 
 
 def check_fusions(place: CheckPlace) -> Iterator[Figure]:
-    """What is on without flags, and the losses without each one; whose Adam it is."""
-    state = state_of(place, "boft")
-    is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
+    """What is on without flags, in float32 and bf16, and the losses without each one; whose Adam it is."""
+    for words, bf16 in (("float32", False), ("bf16", True)):  # the loss is fused in bf16 alone
+        state = state_of(place, "boft", model={"bf16": bf16})
+        is_on = {name: bool(getattr(state.model_chunks[0].config, name)) for name in FUSIONS}
+        yield from (Figure(f"{words}: {name} is on", float(on)) for name, on in is_on.items())
+        yield from attempt(f"{words}: all that is on", _fused, place, bf16, {})
+        for fusion in (name for name, on in is_on.items() if on):
+            yield from attempt(f"{words}: without {fusion}", _fused, place, bf16, {fusion: False})
     (optimizer, *_) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
     adam = type(optimizer.optimizer).__module__
     yield Figure("Adam of torch", float(adam.startswith("torch.")), note=adam)
-    yield from (Figure(f"{name} is on", float(on)) for name, on in is_on.items())
-    yield from attempt("all that is on", _fused, place, {})
-    for fusion in (name for name, on in is_on.items() if on):
-        yield from attempt(f"without {fusion}", _fused, place, {fusion: False})
 
 
-def _fused(name: str, place: CheckPlace, transformer: dict[str, Any]) -> Figure:
-    return _near_recorded(name, place, "boft", _losses_of(place, "boft", transformer=transformer, model={}))
+def _fused(name: str, place: CheckPlace, bf16: bool, transformer: dict[str, Any]) -> Figure:
+    found = _losses_of(place, "boft", transformer=transformer, model={"bf16": bf16})
+    return _near_recorded(name, place, "boft", found, bf16)
 
 
 BACKENDS = ("auto", "flash", "fused", "unfused")
