@@ -132,7 +132,7 @@ class _FailureBoard:
                 self._write_if_asked(stack)
         except dist.DistError:  # the rank that hosted the store has ended
             _exit_with(message, exit_code)
-        with suppress(dist.DistError):
+        with suppress(Exception):
             self._store.set("exit_code", str(exit_code))
             message += self._places() if stack is not None and not is_effect else ""
         print_failure(message)
@@ -144,14 +144,18 @@ class _FailureBoard:
             time.sleep(_POLL_SECONDS / 5)
 
     def _write_if_asked(self, stack: traceback.StackSummary | None = None) -> None:
-        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already."""
-        if not self._store.check(["asks_where"]):
-            return
-        if Stacks.current is not None:
-            Stacks.current.write("the ranks do not wait for one another any longer", stack)
-        main = sys._current_frames()[threading.main_thread().ident or 0]
-        place = place_in(stack or traceback.extract_stack(main))
-        self._store.set(f"place/{dist.get_rank()}", f"{os.uname().nodename}\t{place}")
+        """This rank's stacks, and for the message where its main thread is; `stack` if that has left it already.
+
+        Whatever goes wrong in it, the rank ends with its message all the same.
+        """
+        with suppress(Exception):
+            if not self._store.check(["asks_where"]):
+                return
+            if Stacks.current is not None:
+                Stacks.current.write("the ranks do not wait for one another any longer", stack)
+            main = sys._current_frames()[threading.main_thread().ident or 0]
+            place = place_in(stack or traceback.extract_stack(main))
+            self._store.set(f"place/{dist.get_rank()}", f"{os.uname().nodename}\t{place}")
 
     def _places(self) -> str:
         """Lines that say which ranks were where, those with the fewest ranks first: the others wait for them."""
@@ -181,8 +185,7 @@ class _FailureBoard:
                     _exit_with(f"rank {dist.get_rank()}: rank 0 is gone: it was killed, or its node failed.", 1)
                 return
             if failed and not self._closed.is_set():
-                with suppress(dist.DistError):
-                    self._write_if_asked()
+                self._write_if_asked()
                 self._leave(int(self._store.get("exit_code")))
 
     def _leave(self, exit_code: int) -> NoReturn:

@@ -23,6 +23,7 @@ from megatron_peft.config.untrusted import parse_json
 FOLDER = "stacks"  # in the folder of --save
 PACKAGE = str(Path(__file__).parents[1])
 NUM_COLLECTIVES = 16  # of the last ones, in the file
+RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # NCCL's; gloo's, which a torch built for CUDA has too
 OLD_FILE = "NCCL_DEBUG_INFO_TEMP_FILE"
 NUM_RECORDED = 2000  # by torch's flight recorder
 
@@ -81,8 +82,8 @@ class Stacks:
                 self._path.parent.rmdir()  # if it is empty
 
     def write(self, why: str, stack: StackSummary | None = None) -> None:
-        """Write them now, and `stack`, which the main thread has left already."""
-        with suppress(ValueError, OSError):
+        """Write them now, and `stack`, which the main thread has left already. What fails in it is left out."""
+        with suppress(Exception):
             now, host = time.strftime("%Y-%m-%d %H:%M:%S"), os.uname().nodename
             self.file.write(f"{now}, {host}, process {os.getpid()}: {why}\n")
             self.file.writelines(stack.format() if stack else ())
@@ -134,11 +135,12 @@ def record_collectives(folder: str | Path | None) -> None:
 
 def _last_collectives() -> str:
     """A line each: group, number, name, sizes, state; an empty string where torch cannot say."""
-    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:
+    dumps = [getattr(_distributed_c10d, name) for name in RECORDERS if hasattr(_distributed_c10d, name)]
+    if not dumps:
         return ""
+    recorded = (parse_json(dump(), "torch's flight recorder").get("entries", []) for dump in dumps)
     lines = []
-    for entry in parse_json(dump(), "torch's flight recorder")["entries"][-NUM_COLLECTIVES:]:
+    for entry in next(filter(None, recorded), [])[-NUM_COLLECTIVES:]:
         group, number = entry["process_group"][-1], entry["collective_seq_id" if not entry["is_p2p"] else "p2p_seq_id"]
         lines.append(f"  {group} {number} {entry['profiling_name']} {entry['input_sizes']} {entry['state']}\n")
     return f"the last {len(lines)} collectives (group, number, name, sizes, state):\n{''.join(lines)}"

@@ -16,6 +16,7 @@ from tools.cuda.pins import PROJECT, Pins, flash_attn_misfit, misfits, project_m
 
 ROOT = Path(__file__).parents[2]
 PINS = Pins.read()
+PROJECT_TABLE = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
 # What the index said of the pinned versions on the day that they were chosen.
 NEEDS = {
     "torch": ['cuda-toolkit[cudart]==13.0.3; platform_system == "Linux"', "nvidia-cudnn-cu13==9.20.0.48"],
@@ -89,11 +90,16 @@ def test_transformer_engine_ignores_a_flash_attn_beyond_its_limit():
     assert not flash_attn_misfit(Version("2.8.3"), INCLUDED)
 
 
+def test_a_torch_without_the_products_of_bf16_adapters_is_not_installed():
+    """`out_dtype` of mm and bmm came with 2.8; on a GPU every adapter in bf16 calls them."""
+    [torch] = [need for need in map(Requirement, PROJECT_TABLE["dependencies"]) if need.name == "torch"]
+    assert [release for release in ("2.6.0", "2.7.1", "2.8.0") if release in torch.specifier] == ["2.8.0"]
+
+
 def test_pins_lie_within_the_ranges_of_the_project():
-    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    assert not project_misfits(PINS, project)
+    assert not project_misfits(PINS, PROJECT_TABLE)
     older = replace(PINS, packages={**PINS.packages, "transformer-engine": Version("2.3")})
-    assert project_misfits(older, project) == ["pyproject.toml wants transformer-engine>=2.4, the pin is 2.3"]
+    assert project_misfits(older, PROJECT_TABLE) == ["pyproject.toml wants transformer-engine>=2.4, the pin is 2.3"]
 
 
 def test_the_dockerfile_starts_from_the_pinned_image_and_has_the_libraries_of_infiniband():

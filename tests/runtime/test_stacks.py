@@ -2,8 +2,10 @@
 
 import ctypes
 import datetime
+import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from tests.ranks import Ranks
 from tests.time_limits import seconds
 
 TIMEOUT_SECONDS = 3
-HANGING, SIZE = 1, 3
+HANGING, WITHOUT_RECORDER, SIZE = 1, 2, 3
 
 
 def hangs_here() -> None:
@@ -44,6 +46,8 @@ def _program(hang: str, folder: str) -> None:
     found = work.slowest(num_steps=1)
     print(f"slowest: {found['rank']} {found['seconds'] > 0.2 > found['median_seconds']}", flush=True)
     print(f"began at {time.time()}", flush=True)
+    if dist.get_rank() == WITHOUT_RECORDER:
+        stacks._last_collectives = lambda: {}["entries"]
     with Stacks(folder, dist.get_rank()), written_after(TIMEOUT_SECONDS):
         if hang and dist.get_rank() == HANGING:
             HANGS[hang]()
@@ -92,7 +96,33 @@ def test_all_ranks_end_with_one_message_that_says_who_is_missing_and_where(hung:
 def test_every_rank_writes_its_stacks_and_last_collectives(hung: Outcome) -> None:
     assert "in hangs_here" in hung.stacks[HANGING] and all("in _program" in text for text in hung.stacks)
     if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
-        assert all("gloo:all_reduce" in hung.stacks[rank] for rank in (0, 2)), hung.stacks
+        assert "gloo:all_reduce" in hung.stacks[0], hung.stacks
+
+
+NCCL, CPU = "_dump_nccl_trace_json", "_dump_fr_trace_json"  # torch built for CUDA has both
+ENTRY = {"collective_seq_id": 7, "is_p2p": False, "input_sizes": [[4]], "state": "started"}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "found"),
+    [
+        ({NCCL: ["nccl:all_gather"], CPU: ["gloo:barrier"]}, "nccl:all_gather"),
+        ({NCCL: None, CPU: ["gloo:barrier"]}, "gloo:barrier"),
+        ({NCCL: None, CPU: None}, "the last 0 collectives"),
+    ],
+)
+def test_the_last_collectives_are_nccls_where_it_has_recorded_any(tmp_path, monkeypatch, recorded, found) -> None:
+    """Without any, torch's JSON has no list of them."""
+
+    def dump(names: list[str] | None) -> bytes:
+        entries = [{**ENTRY, "process_group": ["0", "tensor"], "profiling_name": name} for name in names or ()]
+        return json.dumps({"version": "2.10"} | ({"entries": entries} if names else {})).encode()
+
+    recorder = type("c10d", (), {name: staticmethod(partial(dump, names)) for name, names in recorded.items()})
+    monkeypatch.setattr(stacks, "_distributed_c10d", recorder)
+    with Stacks(tmp_path, 0) as written:
+        written.write("asked")
+    assert found in (tmp_path / FOLDER / "rank_0.txt").read_text()
 
 
 @pytest.mark.slow

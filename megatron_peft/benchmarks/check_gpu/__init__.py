@@ -38,7 +38,9 @@ LINES: Mapping[str, Line] = {
         ("no patches", "Transformer Engine", "packed samples", "fused Adam", "bf16 at full speed"),
     ),
     "fusions": Line(
-        "training", "Ten losses without each fused kernel", ("fused kernels", "fused cross entropy", "fused Adam")
+        "training",
+        "Ten losses without each fused kernel",
+        ("fused kernels", "fused cross entropy", "compiled kernels", "fused Adam"),
     ),
     "attention": Line(
         "training", "The kernels that --attention-backend chooses", ("torch's attention kernels", "attention backend")
