@@ -27,6 +27,8 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 # Ranks and programs import what the first of them has compiled, wherever the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
+# These compute on the CPU on a machine with GPUs too.
+test test-slow test-rehearsals test-docs golden mutations bench: export CUDA_VISIBLE_DEVICES :=
 
 install: $(INSTALLED) ## make the environment, .venv, and nothing else
 

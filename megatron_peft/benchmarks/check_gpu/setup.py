@@ -36,7 +36,7 @@ def check_versions(place: CheckPlace) -> Iterator[Figure]:
     for name, is_set in FLAGS.items():
         yield Figure(name, float(is_set()))
     for name, one in vars(Installed.detected()).items():
-        yield Figure(f"found: {name}", float(one not in (False, 0, (0, 0))), note=str(one))
+        yield Figure(f"found: {name}", float(one not in (False, 0, (0, 0), "")), note=str(one))
 
 
 def _driver(name: str) -> Figure:
