@@ -8,11 +8,14 @@ one server, which may have the slow imports (torch, megatron-core: seconds a pro
 import multiprocessing
 import os
 import pickle
+import secrets
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,6 @@ class Ranks:
     """
 
     def __init__(self, num_ranks: int, function: Callable[[Any], Any], argument: Any = None) -> None:
-        from megatron_peft.runtime.launch import free_port  # here: a rank imports what its function needs, no more
-
         self._folder = tempfile.TemporaryDirectory()
         # The function stays pickled until the environment is set: to load it imports torch.
         call, port = pickle.dumps((function, argument)), free_port()
@@ -108,6 +109,15 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def free_port() -> int:
+    """A TCP port that is free now, below the range of ephemeral ports."""
+    while True:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

@@ -3,10 +3,8 @@
 import datetime
 import os
 import random
-import secrets
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -193,12 +191,3 @@ def stop() -> None:
     stop_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that is free now, below the range of ephemeral ports."""
-    while True:
-        port = secrets.choice(range(10_000, 32_000))
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("localhost", port))
-            return port
