@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
@@ -26,6 +27,8 @@ from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.runtime.launch import gather_over_world
 
 _HEADER = struct.Struct("<9sQBQQ")  # of an index: magic, version, type of a token, sequences, document bounds
+_CODES = {kind.value for kind in DType if "int" in kind.name}  # the others are of fractions
+_NPY = b"\x93NUMPY"
 
 
 def checked_blend(paths: Sequence[str], flag: str) -> Blend:
@@ -63,7 +66,7 @@ def _expected_bytes(index: Path, named: str) -> int:
         num_bytes, header = index.stat().st_size, file.read(_HEADER.size)
         fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
         magic, version, dtype_code, num_sequences, num_bounds = fields
-        known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in {dtype.value for dtype in DType}
+        known = magic == b"MMIDIDX\0\0" and version == 1 and dtype_code in _CODES
         require(
             known and num_bytes == _HEADER.size + num_sequences * (4 + 8) + num_bounds * 8,
             f"{named} is not an index of Megatron's, or it is truncated ({num_bytes} bytes).",
@@ -112,8 +115,19 @@ class IndexedSamples:
         row = self._dataset[index]
         tokens, labels = row["tokens"].numpy(), row["labels"].numpy()
         for ids in (tokens, labels):
-            _require_below(int(ids.min()), int(ids.max()), self._num_ids, f"{self._flag}: sample {index}")
+            if ids.min() < 0 or ids.max() >= self._num_ids:
+                raise ConfigurationError(self._wrong_id(index))
         return Sample(tokens, labels, row["loss_mask"].float().numpy())
+
+    def _wrong_id(self, index: int) -> str:
+        """What is wrong with the ids of a sample: of the texts that it is cut from, one has such an id."""
+        dataset = self._dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
+        bounds = dataset.sample_index[dataset.shuffle_index[index] :][:2, 0]
+        texts = dataset.document_index[bounds[0] : bounds[1] + 1]
+        told = (_told(self._flag, dataset.dataset, int(text), self._num_ids) for text in texts)
+        return next(filter(None, told))
 
 
 def build_indexed(
@@ -211,28 +225,41 @@ def _core_config(
 def _require_ids_fit(prefix: str, most: int, num_ids: int, flag: str) -> None:
     """Each rank checks up to `most` ids, spread over its share. Raises ConfigurationError on every rank."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for lowest, highest in gather_over_world(_extremes(prefix, rank, world_size, most)):
-        _require_below(lowest, highest, num_ids, f"{flag} {prefix}")
+    wrong = [
+        position
+        for (lowest, at_lowest), (highest, at_highest) in gather_over_world(_extremes(prefix, rank, world_size, most))
+        for position in [at_lowest] * (lowest < 0) + [at_highest] * (highest >= num_ids)
+    ]
+    if wrong:
+        dataset = IndexedDataset(prefix)
+        text = int(np.searchsorted(np.cumsum(dataset.sequence_lengths, dtype=np.int64), wrong[0], side="right"))
+        raise ConfigurationError(_told(flag, dataset, text, num_ids))
+
+
+def _told(flag: str, dataset: IndexedDataset, text: int, num_ids: int) -> str:
+    """That a text has an id without a row in the embedding; empty if it has none."""
+    ids = np.asarray(dataset.get(text))
+    wrong = ids[(ids < 0) | (ids >= num_ids)]
+    if not len(wrong):
+        return ""
+    document = int(np.searchsorted(dataset.document_indices, text, side="right"))
+    return (
+        f"{flag} {get_bin_path(dataset.path_prefix)}, document {document} has the token id {wrong[0]}, but the "
+        f"embedding of --pretrained-checkpoint has {num_ids} rows: the data was made with the tokenizer of another "
+        "model; make it again with megatron-peft data preprocess."
+    )
 
 
 @lru_cache(maxsize=1024)  # the splits of a run read the same files
-def _extremes(prefix: str, rank: int, world_size: int, most: int) -> tuple[int, int]:
-    """The least and the largest id of a rank's share; (0, 0) if that is empty."""
+def _extremes(prefix: str, rank: int, world_size: int, most: int) -> list[tuple[int, int]]:
+    """The least and the largest id of a rank's share, each with its position in the file; (0, 0) if that is empty."""
     tokens = np.memmap(get_bin_path(prefix), IndexedDataset(prefix).index.dtype, mode="r")
     bounds = np.linspace(0, len(tokens), world_size + 1).astype(np.int64)
-    share = tokens[bounds[rank] : bounds[rank + 1]]
-    blocks = np.array_split(share, max(1, math.ceil(len(share) / 2**16)))
-    seen = blocks[:: math.ceil(len(share) / most) or 1] if len(share) else []
-    return min((int(block.min()) for block in seen), default=0), max((int(block.max()) for block in seen), default=0)
-
-
-def _require_below(lowest: int, highest: int, num_ids: int, what: str) -> None:
-    wrong = highest if lowest >= 0 else lowest
-    require(
-        0 <= lowest and highest < num_ids,
-        f"{what} has the token id {wrong}, but the embedding of --pretrained-checkpoint has {num_ids} rows: the data "
-        "was made with the tokenizer of another model; make it again with megatron-peft data preprocess.",
-    )
+    begins = range(bounds[rank], bounds[rank + 1], 2**16)
+    stride = math.ceil((bounds[rank + 1] - bounds[rank]) / most) or 1
+    seen = [(begin, tokens[begin : min(begin + 2**16, bounds[rank + 1])]) for begin in begins[::stride]]
+    least = min(((int(block.min()), begin + int(block.argmin())) for begin, block in seen), default=(0, 0))
+    return [least, max(((int(block.max()), begin + int(block.argmax())) for begin, block in seen), default=(0, 0))]
 
 
 def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, kind: type[GPTDataset] = GPTDataset) -> Any:
@@ -243,6 +270,12 @@ def _build(config: GPTDatasetConfig, split: Split, num_samples: int | None, kind
         "--data-cache-path with a blend: megatron-core writes its cache under torch.distributed only; start with "
         "torchrun, or leave --data-cache-path out.",
     )
+    for prefixes, _ in blends:  # megatron-core's np.load unpickles what is no array, and so runs its code
+        for folder in (config.path_to_cache, *(f"{prefix}/cache" for prefix in prefixes)):
+            for path in Path(folder).rglob("*.npy") if folder else ():
+                require_regular(path)
+                with path.open("rb") as file:
+                    require(file.read(len(_NPY)) == _NPY, f"{path} is not an array of numpy's: remove it.")
     sizes = [num_samples if one == split else 0 for one in Split]
     try:
         built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()  # type: ignore[arg-type]

@@ -12,13 +12,11 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import Sample
-from megatron_peft.data.token_cache import TokenCache, open_cache
+from megatron_peft.data.token_cache import PROGRESS_FROM, TokenCache, open_cache
 from megatron_peft.runtime.launch import gather_over_world
 
 # One pass over the data before training checks every record and measures its length, so a bad record ends the run at
 # its start. Each rank surveys an equal share of the records. What is kept: 5 bytes a record.
-
-_PROGRESS_FROM = 20_000  # records; fewer take a moment only
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _survey_share(records: RecordFiles, fit: Fit, share: range) -> tuple[np.ndar
     positions = np.zeros(len(share), dtype=np.int32)
     overlong = np.zeros(len(share), dtype=bool)
     left_out: Counter[str] = Counter()
-    quiet = share.start > 0 or len(share) < _PROGRESS_FROM
+    quiet = share.start > 0 or len(share) < PROGRESS_FROM
     try:
         for i, index in enumerate(track(share, "reading samples", disable=quiet, transient=True)):
             sample, whole = fit.sample(records, index)

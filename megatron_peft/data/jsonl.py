@@ -12,6 +12,7 @@ import numpy as np
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import parse_json, read_bytes
 
+MAX_LINE_BYTES = 1 << 25  # once parsed, a line takes up to 25 times as much memory
 _BLOCK_BYTES = 1 << 17  # read at once
 _BREAK = ord("\n")
 _IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
@@ -28,6 +29,12 @@ class Lines:
         self._file = path.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
         self._counted = 0, 1  # where a line begins, and its number
+        sizes = np.diff(self._starts, append=self._size)
+        if len(sizes) and sizes.max() > MAX_LINE_BYTES:
+            raise ConfigurationError(
+                f"{self.place(int(sizes.argmax()))} has {sizes.max() / 2**20:.1f} MiB, and the limit of a line is "
+                f"{MAX_LINE_BYTES / 2**20:.0f} MiB: split the record."
+            )
 
     def __len__(self) -> int:
         return len(self._starts)

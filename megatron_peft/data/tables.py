@@ -10,9 +10,14 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, kind_of_source, require
 from megatron_peft.config.hub import DATA_FILES, local_folder
 from megatron_peft.config.untrusted import require_regular
+from megatron_peft.data.jsonl import MAX_LINE_BYTES
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _BLOCK_BYTES = 1 << 20
+MAX_COLUMNS = 4096  # `datasets` takes a minute for 100,000
+# In a Parquet file one cell may stand for a billion: what it unpacks to is counted, unless it is large anyway.
+MAX_RATIO, ALWAYS_BYTES, COUNTED_BYTES = 1000, 1 << 26, 1 << 26
+_ROWS = 256  # unpacked at once
 
 
 class DataTable:
@@ -42,7 +47,11 @@ def open_table(path: str, flag: str) -> DataTable:
         return _open_file(Path(path), flag)
     name, *choice = path.split(":")
     if kind_of_source(path) == "table":
-        folder, digest = Path(name), _digest(sorted(one for one in Path(name).rglob("*") if one.is_file()))
+        files = sorted(one for one in Path(name).rglob("*") if not one.is_dir())
+        for one in files:
+            require_regular(one, flag)
+            _require_limits(one, flag)
+        folder, digest = Path(name), _digest(files)
     else:
         folder = Path(local_folder(name, flag, DATA_FILES, "dataset"))
         digest = zlib.crc32(f"{folder.name} {path}".encode())  # the folder is named by its commit
@@ -54,6 +63,7 @@ def _open_file(path: Path, flag: str) -> DataTable:
     import datasets
 
     require_regular(path, flag)
+    _require_limits(path, flag)
     named, kind = f"{flag} {path}", path.suffix[1:]
     if kind == "arrow":
         try:
@@ -62,6 +72,39 @@ def _open_file(path: Path, flag: str) -> DataTable:
             pass
     load = partial(datasets.load_dataset, kind, data_files=str(path), split="train")
     return DataTable(str(path), _read(named, load), _digest([path]))
+
+
+def _require_limits(path: Path, flag: str) -> None:
+    """Raises ConfigurationError for too many columns or too much in little. What cannot be read `datasets` says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_columns, unpacked_bytes, size = 0, 0, path.stat().st_size
+    most_bytes = max(ALWAYS_BYTES, MAX_RATIO * size)
+    try:
+        if path.suffix == ".parquet":
+            num_columns = pq.read_metadata(path).num_columns
+            is_counted = size <= COUNTED_BYTES and num_columns <= MAX_COLUMNS
+            for batch in pq.ParquetFile(path).iter_batches(_ROWS) if is_counted else ():
+                unpacked_bytes += batch.nbytes
+                if unpacked_bytes > most_bytes:
+                    break
+        elif path.suffix == ".arrow":
+            num_columns = len(pa.ipc.open_stream(pa.memory_map(str(path))).schema)
+        elif path.suffix == ".csv":
+            with path.open("rb") as file:
+                num_columns = file.readline(MAX_LINE_BYTES).count(b",") + 1
+    except (pa.ArrowException, OSError):
+        pass
+    require(
+        num_columns <= MAX_COLUMNS,
+        f"{flag} {path} has {num_columns:,} columns, and the limit is {MAX_COLUMNS:,}: leave out what nothing reads.",
+    )
+    require(
+        unpacked_bytes <= most_bytes,
+        f"{flag} {path} has {size:,} bytes and unpacks to more than {most_bytes:,}, the limit of its size: it repeats "
+        "the same values over and over.",
+    )
 
 
 def _open_folder(folder: Path, choice: list[str], named: str) -> Any:

@@ -1,52 +1,61 @@
 """Tokens of records in Arrow files that are mapped into memory: tokenized once, not at each start of a run.
 
 A cache is a folder, named by all that decides its tokens. It appears when it is whole; the ranks of a node share its
-making.
+making. Like a checkpoint it has a manifest with size and CRC-32 of each file, compared whenever it is opened.
 """
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
+from megatron_peft.checkpoint.folders import MANIFEST, FileSum, damage, measure, read_manifest, sync, write_manifest
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit, TokenizedRecord
 from megatron_peft.runtime.launch import PlaceOnNode, checked_together, gather_over_world, place_on_node
 
-FORMAT = 1  # of the files, and of how a record becomes tokens
-MANIFEST = "manifest.json"
-_BATCH = 500  # records written at once
+FORMAT = 2  # of the files, and of how a record becomes tokens
+COUNTS = "counts.json"  # beside the shards: {"records": how many, "left_out": {field: records}}
+_BATCH, _BATCH_TOKENS = 500, 1 << 20  # records written at once, fewer if they have more tokens
+PROGRESS_FROM = 20_000  # records; fewer take a moment only
 
 
 class TokenCache:
     """The tokens of all records, by number; left_out: number of records by unused field."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ConfigurationError if the folder is damaged."""
-        import datasets
+    def __init__(self, folder: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode) -> None:
+        """Raises ConfigurationError unless the folder holds lists of ids and flags for so many records.
 
-        described = read_json_object(folder / MANIFEST)
-        self.left_out: Counter[str] = Counter(described["left_out"])
-        shards = [folder / name for name in described["shards"]]
-        try:
-            tables = [datasets.Dataset.from_file(str(path)).data for path in shards]
-        except Exception as error:  # noqa: BLE001 - of datasets and pyarrow
-            raise ConfigurationError(f"the cache {folder} is damaged ({error}): remove it.") from error
-        self._columns = [(table.column("ids"), table.column("trained")) for table in tables]
-        self._ends = np.cumsum([len(table) for table in tables])
+        place: this rank's share of the shards is searched for ids that the tokenizer does not have.
+        """
+        counts = read_json_object(folder / COUNTS)
+        left_out = counts.get("left_out")
+        if not isinstance(left_out, dict) or any(type(count) is not int for count in left_out.values()):
+            raise ConfigurationError(_damaged(folder, f"{COUNTS} does not count fields"))
+        self.left_out: Counter[str] = Counter(left_out)
+        shards = [folder / name for name in sorted(read_manifest(folder)) if name != COUNTS]
+        self._columns = [_columns_of(path) for path in shards]
+        self._ends = np.cumsum([len(ids) for ids, _ in self._columns], dtype=np.int64)
+        found = int(self._ends[-1]) if shards else 0
         require(
-            int(self._ends[-1]) == described["records"],
-            f"the cache {folder} is damaged: it has {self._ends[-1]} of {described['records']} records; remove it.",
+            found == counts.get("records") == len(records),
+            _damaged(folder, f"it has {found} records, and should have {len(records)}"),
         )
+        for which in range(place.rank, len(shards), place.size):
+            first = int(self._ends[which]) - len(self._columns[which][0])
+            _require_ids_fit(shards[which], self._columns[which], fit.tokenizer.largest_id, records, first)
 
     def tokenized(self, index: int) -> TokenizedRecord:
         which = int(np.searchsorted(self._ends, index, side="right"))
@@ -101,58 +110,109 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
     """
     folder, place = cache_folder(root, records, fit), place_on_node()
     # All ranks look before any of them writes; a node is done if all of its ranks have seen the cache.
-    seen = gather_over_world((place.node, (folder / MANIFEST).is_file(), secrets.token_hex(4)))
+    seen = gather_over_world((place.node, os.path.lexists(folder), secrets.token_hex(4)))
     token = seen[0][2]
     mine = [is_there for node, is_there, _ in seen if node == place.node]
     if not all(is_there for _, is_there, _ in seen):
         draft = folder.with_name(f".{folder.name}.{token}.{place.node}")
         try:
             found = checked_together(lambda: None if all(mine) else _write_share(draft, records, fit, place))
-            counts = [left_out for node, left_out in gather_over_world((place.node, found)) if node == place.node]
+            written = [one for node, one in gather_over_world((place.node, found)) if node == place.node]
             is_first = place.rank == 0 and not all(mine)
-            checked_together(lambda: _publish(draft, folder, counts, place, len(records)) if is_first else None)
+            checked_together(lambda: _publish(draft, folder, written, len(records)) if is_first else None)
         finally:
             if place.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
-    return checked_together(lambda: TokenCache(folder))
+    # Arrow sees none of it before all of it is known to be what was written.
+    checked_together(partial(_require_whole, folder, place))
+    return checked_together(lambda: TokenCache(folder, records, fit, place))
 
 
-def _write_share(draft: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode) -> Counter[str]:
-    """Tokenize this rank's share into a file. Returns the unused fields."""
+def _require_whole(folder: Path, place: PlaceOnNode) -> None:
+    """Raises ConfigurationError unless this rank's share of the files has the sizes and checksums of the manifest."""
+    found = damage(folder, place.rank, place.size)
+    require(not found, _damaged(folder, "; ".join(found)))
+
+
+def _damaged(folder: Path, why: str) -> str:
+    return f"the token cache {folder} is damaged ({why}): remove this folder, and the next start makes it again."
+
+
+def _columns_of(shard: Path) -> tuple[Any, Any]:
+    """The lists of ids and of flags that a shard maps. Raises ConfigurationError if it holds anything else."""
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(shard))).read_all()
+        ids, trained = columns = table.column("ids"), table.column("trained")
+        if (ids.type, trained.type) != (pa.list_(pa.int32()), pa.list_(pa.bool_())):
+            raise pa.ArrowInvalid(f"its columns are {ids.type} and {trained.type}")
+        table.validate(full=True)
+        missing = any(one.null_count or one.values.null_count for one in (*ids.chunks, *trained.chunks))
+        if missing or any(a.offsets != b.offsets for a, b in zip(ids.chunks, trained.chunks, strict=True)):
+            raise pa.ArrowInvalid("a record has not a flag for each id")
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ConfigurationError(_damaged(shard.parent, f"{shard.name}: {error}")) from error
+    return columns
+
+
+def _require_ids_fit(shard: Path, columns: tuple[Any, Any], largest: int, records: RecordFiles, first: int) -> None:
+    """Raises ConfigurationError for an id above `largest` or below 0. first: of the records of the shard."""
+    for lists in columns[0].chunks:
+        ids = lists.values.to_numpy()
+        if len(ids) and (ids.min() < 0 or ids.max() > largest):
+            at = int(((ids < 0) | (ids > largest)).argmax())
+            record = first + int(np.searchsorted(lists.offsets.to_numpy(), at, side="right")) - 1
+            what = f"{shard.name} has the id {ids[at]} for {records.place(record)}; those of the tokenizer are below"
+            raise ConfigurationError(_damaged(shard.parent, f"{what} {largest + 1}"))
+        first += len(lists)
+
+
+def _write_share(
+    draft: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode
+) -> tuple[Counter[str], dict[str, FileSum]]:
+    """Tokenize this rank's share into a file. Returns the unused fields, and the file's sum by its name."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     bounds = np.linspace(0, len(records), place.size + 1).astype(np.int64)
     share = range(bounds[place.rank], bounds[place.rank + 1])
     features, left_out = Features({"ids": List(Value("int32")), "trained": List(Value("bool"))}), Counter[str]()
+    shard = draft / f"tokens-{place.rank:05d}.arrow"
+    quiet = place.rank > 0 or len(share) < PROGRESS_FROM
     try:
         draft.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(features=features, path=str(draft / _shard(place.rank))) as writer:
-            for begin in range(0, len(share), _BATCH):
-                some = share[begin : begin + _BATCH]
-                tokens = [fit.tokenized(records, index) for index in some]
-                writer.write_batch({"ids": [one.ids for one in tokens], "trained": [one.trained for one in tokens]})
-                left_out.update(name for index in some for name in fit.left_out(records, index))
+        with ArrowWriter(features=features, path=str(shard)) as writer:
+            batch, num_tokens = list[TokenizedRecord](), 0
+            for index in track(share, "tokenizing records", disable=quiet, transient=True):
+                batch.append(fit.tokenized(records, index))
+                left_out.update(fit.left_out(records, index))
+                num_tokens += len(batch[-1].ids)
+                if len(batch) == _BATCH or num_tokens > _BATCH_TOKENS or index == share[-1]:
+                    writer.write_batch({"ids": [one.ids for one in batch], "trained": [one.trained for one in batch]})
+                    batch, num_tokens = [], 0
             writer.finalize()
+        sync(shard)
+        return left_out, {shard.name: measure(shard)}
     except OSError as error:
         raise ConfigurationError(
             f"the tokens of the data cannot be kept in {draft.parent} ({error.strerror or error}): give "
             "--data-cache-path a folder that can be written."
         ) from error
-    return left_out
 
 
-def _shard(rank: int) -> str:
-    return f"tokens-{rank:05d}.arrow"
-
-
-def _publish(draft: Path, folder: Path, counts: Sequence[Counter[str]], place: PlaceOnNode, num_records: int) -> None:
+def _publish(
+    draft: Path, folder: Path, written: Sequence[tuple[Counter[str], dict[str, FileSum]]], num_records: int
+) -> None:
     """Give the draft its name, unless another node or run was faster."""
-    shards = [_shard(rank) for rank in range(place.size)]
-    described = {"records": num_records, "shards": shards, "left_out": sum(counts, Counter())}
+    left_out = sum((fields for fields, _ in written), Counter[str]())
     try:
-        (draft / MANIFEST).write_text(json.dumps(described))
+        (draft / COUNTS).write_text(json.dumps({"records": num_records, "left_out": left_out}))
+        write_manifest(draft, {name: found for _, files in written for name, found in files.items()})
+        for path in (draft / COUNTS, draft / MANIFEST, draft):
+            sync(path)
         draft.rename(folder)
+        sync(folder.parent)
     except OSError as error:
-        if not (folder / MANIFEST).is_file():
+        if not folder.is_dir():
             raise ConfigurationError(f"{folder} cannot be written: {error.strerror}.") from error

@@ -68,6 +68,7 @@ Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, each a JSON schema
 _CONTEXT = 8  # ids before one that decide how it is written
 _INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
+MAX_TEXT = 1 << 22  # characters: tokenizers take up to 400 bytes of memory for each, and two seconds a million
 RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -139,6 +140,13 @@ class Tokenizer:
         return split_chat(partial(self.render_chat, tools=tools), messages)
 
 
+def _require_short(text: str) -> None:
+    require(
+        len(text) <= MAX_TEXT,
+        f"the text has {len(text):,} characters, and the limit of a record is {MAX_TEXT:,}: split it.",
+    )
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a local Hugging Face folder, read by transformers. Nothing is fetched."""
 
@@ -177,6 +185,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.bos_id = self._tokenizer.bos_token_id
 
     def encode(self, text: str) -> list[int]:
+        _require_short(text)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -238,6 +247,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.prefix_id = self._model.bos_id()
 
     def encode(self, text: str) -> list[int]:
+        _require_short(text)
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

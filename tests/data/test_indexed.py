@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +102,24 @@ def test_indices_are_cached_in_the_folder_of_the_flag(corpus, tmp_path):
     assert not Path(corpus).exists()  # megatron-core's default: a folder named after the prefix
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("has_flag", [False, True])
+def test_a_pickle_among_the_cached_indices_is_never_read(corpus, tmp_path, monkeypatch, has_flag):
+    monkeypatch.chdir(tmp_path)
+    choice = {"data_cache_path": str(tmp_path / "cache")} if has_flag else {}
+    build(Split.train, 10, corpus, **choice)
+    for path in tmp_path.rglob("*shuffle_index.npy"):
+        path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ConfigurationError, match="shuffle_index.npy is not an array of numpy's: remove it"):
+        dataset = build(Split.train, 10, corpus, **choice)
+        assert dataset is not None and dataset[0]
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_split_without_text_is_no_data_for_evaluation_and_an_error_for_training(tmp_path, caplog):
     prefix = write_indexed(tmp_path / "small", numbered_documents(4))
     with caplog.at_level(logging.WARNING):
@@ -178,18 +197,26 @@ def test_files_that_are_missing_or_torn_are_named(two, suffix, damage, message):
         checked_blend(two, "--data-path")
 
 
-@pytest.mark.parametrize(("documents", "wrong"), [([[1, 2, 3] * 20, [5, 1000] * 9], 1000), ([[70_000] * 60], 70_000)])
-def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, wrong, tmp_path):
+@pytest.mark.parametrize(
+    ("documents", "number", "wrong"),
+    [([[1, 2, 3] * 20, [5, 1000] * 9], 2, 1000), ([[70_000] * 60], 1, 70_000), ([[4] * 9, [4] * 9, [7, -3, 8]], 3, -3)],
+)
+def test_token_ids_that_the_model_has_no_row_for_are_refused(documents, number, wrong, tmp_path):
     prefix = write_indexed(tmp_path / "other", documents, dtype=np.int32)
-    with pytest.raises(ConfigurationError, match=f"other has the token id {wrong}, but .* has 1000 rows"):
+    with pytest.raises(
+        ConfigurationError, match=f"other.bin, document {number} has the token id {wrong}, but .* has 1000 rows"
+    ):
         build(Split.train, None, prefix, split="1")
 
 
-def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, monkeypatch):
+@pytest.mark.parametrize("is_blend", [False, True])
+def test_an_id_beyond_what_was_scanned_is_refused_when_it_is_read(corpus, two, monkeypatch, is_blend):
     monkeypatch.setattr(indexed, "_require_ids_fit", lambda *_: None)
-    data = DataConfig(data_path=(corpus,), seq_length=8, split="1")
-    dataset = build_indexed(data, Split.train, (corpus,), None, TOKENIZER, num_ids=90)
-    with pytest.raises(ConfigurationError, match="--data-path: sample .* has the token id 9., .* has 90 rows"):
+    paths = ("1", two[0], "1", corpus) if is_blend else (corpus,)
+    data = DataConfig(data_path=paths, seq_length=8, split="1")
+    dataset = build_indexed(data, Split.train, paths, 200 if is_blend else None, TOKENIZER, num_ids=99)
+    told = "--data-path .*corpus.bin, document 100 has the token id 99, .* has 99 rows"
+    with pytest.raises(ConfigurationError, match=told):
         list(dataset)
 
 

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.data import tokenizers
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.instruction import InstructionDataset, survey
 from megatron_peft.data.records import Fit, encode_segments, tokenize_record
@@ -34,6 +35,18 @@ def test_loss_is_on_the_completion_or_on_all_of_a_text_and_its_end(hf):
     assert trained == [False] * len(prompt) + [True] * (len(completion) + 1)
     ids, trained = tokenize_record({"text": "the cat"}, hf)
     assert (ids, trained) == ([*hf.encode("the cat"), hf.eos_id], [True] * len(ids))
+
+
+def test_a_text_above_the_limit_is_named_by_its_record(write_lines, hf, sentencepiece_file, monkeypatch):
+    records = RecordFiles([write_lines([{"prompt": "the cat", "completion": " " + "x" * 20}])], FLAG)
+    for tokenizer in (hf, SentencePieceTokenizer(str(sentencepiece_file))):
+        monkeypatch.setattr(tokenizers, "MAX_TEXT", 28)
+        assert len(InstructionDataset(records, Fit(tokenizer, 64))) == 1
+        monkeypatch.setattr(tokenizers, "MAX_TEXT", 27)
+        with pytest.raises(
+            ConfigurationError, match="data.jsonl, line 1: the text has 28 characters, .* is 27: split it"
+        ):
+            InstructionDataset(records, Fit(tokenizer, 64))
 
 
 def test_loss_is_on_every_answer_of_a_conversation_up_to_its_end_token(hf):

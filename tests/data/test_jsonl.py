@@ -61,6 +61,15 @@ def test_a_file_that_is_shortened_while_it_is_read_is_named(write_lines):
         records[2]
 
 
+def test_a_line_above_the_limit_is_named_before_it_is_read(write_lines, monkeypatch):
+    path = write_lines([{"n": 0}, {"text": "x" * 40}, {"n": 2}])
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 53)
+    assert len(RecordFiles([path], FLAG)) == 3
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 52)
+    with pytest.raises(ConfigurationError, match="data.jsonl, line 2 has 0.0 MiB, and the limit of a line .*: split"):
+        RecordFiles([path], FLAG)
+
+
 def test_last_line_without_a_line_break_and_windows_line_ends(tmp_path):
     records = read(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"n": 0}\r\n\r\n{"n": 1}')
     assert [records[i]["n"] for i in range(len(records))] == [0, 1]

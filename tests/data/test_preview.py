@@ -49,6 +49,14 @@ def test_figures_of_a_small_file_are_those_of_the_data_set_that_training_builds(
     assert found.measured.trained.sum() == trained
 
 
+def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_lines):
+    records = [{"text": "1"}, {"text": "1 2 3"}, {"text": "1 2"}] * 2  # 1, 3 and 2 positions
+    found = preview(write_lines(records), batch=Batches(2, 3))
+    used = np.random.default_rng(found.config.seed).permutation([1, 3, 2] * 2)
+    widest = used[:3].max() + used[3:].max()
+    assert found.padding == pytest.approx(1 - 12 / (3 * widest))
+
+
 def test_text_names_what_is_cut_and_skipped_and_where(write_lines):
     text = shown(preview(write_lines(RECORDS)))
     assert "cut at --seq-length 4: 20.0% of the samples, 18.2% of the tokens to train" in text

@@ -1,15 +1,22 @@
 """Tables are read like JSON, and the tokens of records are made once, whatever the number of ranks."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data import tables as tables_of_data
 from megatron_peft.data import token_cache
 from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.formats import ColumnNames
 from megatron_peft.data.instruction import InstructionDataset
 from megatron_peft.data.records import Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer, NullTokenizer
@@ -79,6 +86,41 @@ def test_a_table_that_cannot_be_read_is_named(tables, tmp_path, name, content, t
         RecordFiles([str(tmp_path / name)], FLAG)
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow", "folder"])
+def test_a_table_of_too_many_columns_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tables_of_data, "MAX_COLUMNS", 2)
+    rows, path = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "c": "d"}]), tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_text("prompt,completion,c\na,b,c\n")
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.save_to_disk(tmp_path / "a.folder")
+        path = next(path.parent.rglob("*.arrow")) if kind == "arrow" else path
+    with pytest.raises(ConfigurationError, match=f"{FLAG} .* has 3 columns, and the limit is 2: leave out"):
+        RecordFiles([str(path)], FLAG)
+
+
+def test_a_small_file_that_unpacks_to_thousands_of_its_size_is_refused(tmp_path):
+    path, rows = tmp_path / "a.parquet", 3000
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["w1 " * 10_000]))
+    pq.write_table(pa.table({"text": cells}), path, store_schema=False)
+    with pytest.raises(
+        ConfigurationError, match=f"{FLAG} .*a.parquet has .* bytes and unpacks to more than 67,108,864"
+    ):
+        RecordFiles([str(path)], FLAG)
+    pq.write_table(pa.table({"text": cells[:1000]}), path, store_schema=False)
+    assert len(RecordFiles([str(path)], FLAG)) == 1000
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_folder_with_a_pipe_or_a_device_is_refused(tmp_path, make):
+    (tmp_path / "rows").mkdir()
+    make(tmp_path / "rows" / "a.parquet")
+    with pytest.raises(ConfigurationError, match="a.parquet is a pipe or a device"):
+        RecordFiles([str(tmp_path / "rows")], FLAG)
+
+
 def samples_of(dataset: InstructionDataset) -> list[tuple[list, list, list]]:
     rows = (dataset[i] for i in range(len(dataset)))
     return [(row.tokens.tolist(), row.labels.tolist(), row.loss_mask.tolist()) for row in rows]
@@ -114,7 +156,9 @@ def test_other_files_tokenizers_templates_and_columns_have_caches_of_their_own(w
             tmp_path, RecordFiles([write_lines(CHATS[1:], "b.jsonl")], FLAG), Fit(tokenizers[0], 4)
         )
     )
-    assert len(names) == 5
+    for columns in (ColumnNames(prompt="a", response="b"), ColumnNames(prompt="c", response="b")):
+        names.add(token_cache.cache_folder(tmp_path, records, Fit(tokenizers[0], 4, columns=columns)))
+    assert len(names) == 7
 
 
 def test_overlong_error_holds_for_cached_tokens_too(write_lines, tmp_path):
@@ -136,16 +180,124 @@ def test_tables_are_cached_by_default_and_json_where_a_flag_says_so(tables, writ
     assert len(list((cache_of_datasets / "megatron_peft").iterdir())) == 1
 
 
-def test_a_damaged_cache_and_a_folder_that_cannot_be_written_are_said(write_lines, tmp_path):
+def test_a_folder_that_cannot_be_written_is_said(write_lines, tmp_path):
     records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be kept in .*give --data-cache-path a folder"):
         InstructionDataset(records, fit, tmp_path / "file")
+
+
+SHARD = "tokens-00000.arrow"
+
+
+def other_id(path: Path, wrong: int) -> None:
+    """Another id in place of the completion's 4 in the second record."""
+    before, after = (np.asarray([3, 99, 1, 2, 3, number], "<i4").tobytes() for number in (4, wrong))
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+
+
+def signed_anew(folder: Path) -> None:
+    """A manifest as somebody would write it who means harm."""
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {})
+
+
+def shard_of(columns: dict[str, object]) -> Callable[[Path], None]:
+    def plant(path: Path) -> None:
+        table = pa.table(columns)
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+
+    return plant
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def plant(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return plant
+
+
+IDS, FLAGS = [[1, 2]] * 5, [[False, True]] * 5
+INTS, BOOLS = pa.list_(pa.int32()), pa.list_(pa.bool_())
+DAMAGE: list[
+    tuple[str, Callable[[Path], object], bool, str]
+] = [  # of which file, what, with a manifest made anew, told
+    (SHARD, partial(other_id, wrong=7), False, f"{SHARD} does not match its checksum"),
+    (
+        SHARD,
+        partial(other_id, wrong=10**6),
+        True,
+        "the id 1000000 for .*data.jsonl, line 2; those of the tokenizer are below 100",
+    ),
+    (SHARD, partial(other_id, wrong=-1), True, "the id -1 for .*data.jsonl, line 2"),
+    (SHARD, lambda path: os.truncate(path, 40), False, f"{SHARD} has 40 bytes instead of"),
+    (SHARD, lambda path: os.truncate(path, 40), True, SHARD),
+    (SHARD, Path.unlink, False, f"{SHARD} is missing"),
+    (SHARD, replaced(os.mkfifo), False, f"{SHARD} is a pipe"),
+    (SHARD, replaced(os.mkdir), False, f"{SHARD} is a folder"),
+    (SHARD, replaced(lambda path: path.symlink_to("/dev/zero")), False, "a pipe or a device"),
+    (SHARD, replaced(lambda path: path.symlink_to("/etc/passwd")), False, "bytes instead of"),
+    (SHARD, shard_of({"ids": pa.array(IDS, INTS)}), True, "trained"),
+    (SHARD, shard_of({"ids": pa.array(IDS), "trained": pa.array(FLAGS, BOOLS)}), True, "list<.*int64>"),
+    (
+        SHARD,
+        shard_of({"ids": pa.array(IDS, INTS), "trained": pa.array(FLAGS[:4] + [[True]], BOOLS)}),
+        True,
+        "a flag for",
+    ),
+    (SHARD, shard_of({"ids": pa.array([[None, 1]] * 5, INTS), "trained": pa.array(FLAGS, BOOLS)}), True, "a flag for"),
+    (SHARD, shard_of({"ids": pa.array(IDS[:4], INTS), "trained": pa.array(FLAGS[:4], BOOLS)}), True, "4 records, .* 5"),
+    *(
+        ("counts.json", partial(Path.write_text, data=text), True, "counts")
+        for text in ("{}", "[]", "5", '{"left_out": [1]}')
+    ),
+    (
+        "counts.json",
+        partial(Path.write_text, data='{"records": 6, "left_out": {}}'),
+        True,
+        "5 records, and should have 5",
+    ),
+    *(
+        ("manifest.json", partial(Path.write_text, data=text), False, "manifest.json cannot be read")
+        for text in (
+            "{}",
+            "[]",
+            "5",
+            "[null]",
+            '["../.."]',
+            '{"files": ["../.."]}',
+            '{"files": {"../..": {"size": 1, "crc32": "0"}}}',
+        )
+    ),
+    ("manifest.json", Path.unlink, False, "manifest.json cannot be read"),
+    ("manifest.json", replaced(os.mkfifo), False, "manifest.json is a pipe"),
+]
+
+
+@pytest.mark.parametrize(("name", "plant", "is_signed", "told"), DAMAGE)
+def test_a_damaged_cache_is_said_with_the_folder_to_remove(write_lines, tmp_path, name, plant, is_signed, told):
+    records, fit = RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4)
     InstructionDataset(records, fit, tmp_path / "c")
-    (shard,) = (tmp_path / "c").glob("tokens-*/*.arrow")
-    os.truncate(shard, 40)
-    with pytest.raises(ConfigurationError, match="the cache .* is damaged .*remove it"):
+    (folder,) = (tmp_path / "c").iterdir()
+    plant(folder / name)
+    if is_signed:
+        signed_anew(folder)
+    with pytest.raises(ConfigurationError, match=told) as caught:
         InstructionDataset(records, fit, tmp_path / "c")
+    assert str(folder) in str(caught.value)
+
+
+def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(token_cache, "sync", lambda path: synced.append(path.name) if path.exists() else pytest.fail())
+    records = RecordFiles([write_lines(RECORDS)], FLAG)
+    InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
+    *files, draft, root = synced
+    assert files == [SHARD, "counts.json", "manifest.json"] and draft.startswith(".tokens-") and root == "c"
 
 
 def cached_on_a_rank(work: tuple[str, str, str]) -> None:

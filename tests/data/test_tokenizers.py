@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_peft.config import ConfigurationError, DataConfig
+from megatron_peft.data.chat_template import template_inputs
 from megatron_peft.data.tokenizers import (
     ChatSegment,
     HuggingFaceTokenizer,
@@ -41,6 +42,12 @@ def test_the_default_tokenizer_is_that_of_the_base_model(tokenizer_folder):
     assert ours.decode([*ids, ours.eos_id]) == "hello world"
     assert (ours.vocab_size, ours.eos_id, ours.eod, ours.bos_id) == (len(theirs), 2, 2, None)
     assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False)
+
+
+@pytest.mark.parametrize(("left", "right"), [("", ""), ("-", ""), ("", "-"), ("-", "-")])
+def test_marks_of_what_is_generated_are_no_part_of_a_template(left, right):
+    marked = f"{{%{left} generation {right}%}}{{{{ messages[0].name }}}}{{%{left} endgeneration {right}%}}"
+    assert template_inputs(marked).fields == {"name"}
 
 
 def test_a_truncation_saved_with_the_tokenizer_does_not_cut(tmp_path):
