@@ -70,6 +70,7 @@ NO_RESULTS = {
     "0.72 0.80 0.60 1.30 2.3 100 MiB 1.05 300 MiB 1.43 70% 400 MiB 20 s 5.7% 64 KiB",
     "docs/checkpoints.md": "256 KiB 64 KiB 4 KiB 200 times 30 seconds",
     "docs/data.md": "0.17 95% 32 MiB 64 MiB 256 MiB 1,000 times",
+    "docs/evaluation.md": "512 MiB 10 seconds",
     "docs/experiments.md": "95% 0.1",
     "docs/install.md": "3.11 2.13 5.24 3.12 2.15 0.19 0.17 2.4 2.8 2.10 2.18 2.19 9.6 2.36",
     "docs/methods.md": "0.5 0.02 0.98",

@@ -104,8 +104,10 @@ class RunRecord:
             raise ValueError(f"its position is {position}")
         if not (steps is None or _are_counts(steps)):
             raise ValueError("its optimizer_steps must be non-negative integers")
-        if not isinstance(fields["schedule"], dict | None):
-            raise ValueError(f"its schedule is {fields['schedule']}")
+        _require_schedule(fields["schedule"])
+        digests = [fields.get("data_digest"), *(fields["base_fingerprint"] or {}).values()]
+        if not all(isinstance(one, str | None) for one in digests):
+            raise ValueError("its data_digest and base_fingerprint must be texts")
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise ValueError("its adapted_layers are not names")
         data = fields["config"].get("data", {})
@@ -151,16 +153,28 @@ def read_record(checkpoint: Path) -> RunRecord:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
 
+def _require_schedule(schedule: Any) -> None:
+    if schedule is None:
+        return
+    for name in (*SCHEDULE_FLAGS, "num_steps"):
+        value = schedule[name]
+        wanted = str if name.endswith("_style") else int if name.endswith("_steps") else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool) or (not isinstance(value, str) and value < 0):
+            raise ValueError(f"its schedule has {name} {value!r}")
+
+
 def _are_counts(numbers: Mapping[str, Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers.values())
 
 
 def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
-    scaling = fields["rope_scaling"]
+    scaling, biases = fields["rope_scaling"], fields["linear_biases"]
+    if not isinstance(biases, list) or not all(isinstance(one, str) for one in biases):
+        raise ValueError(f"its linear_biases are {biases}")
     return ModelShape(
         **{
             **fields,
-            "linear_biases": frozenset(fields["linear_biases"]),
+            "linear_biases": frozenset(biases),
             "rope_scaling": None if scaling is None else RopeScaling(**scaling),
         }
     )

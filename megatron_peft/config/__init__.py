@@ -4,6 +4,7 @@ from megatron_peft.config.errors import (
     ConfigurationError,
     Requirements,
     flag,
+    mistyped,
     option,
     print_failure,
     require,

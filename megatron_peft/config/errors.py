@@ -115,6 +115,12 @@ def _what_it_must_be(value: Any, annotation: Any) -> str:
     return "" if not name or (is_number and (isinstance(value, Integral) or isfinite(value))) else name
 
 
+def mistyped(config: object) -> list[str]:
+    """The fields of a dataclass whose values are not of their types."""
+    hints = _type_hints(type(config))
+    return [one.name for one in fields(config) if _what_it_must_be(getattr(config, one.name), hints[one.name])]  # pyright: ignore
+
+
 class Requirements:
     """Collects failed checks inside a `with` block and raises them together, as one `ConfigurationError`, at its end.
 

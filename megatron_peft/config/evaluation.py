@@ -94,7 +94,7 @@ class HarnessSettings:
     apply_chat_template: bool = option(False, "format questions with the tokenizer's chat template")
     sampling_seed: int = option(1234, "seed of sampled answers")
     log_samples: bool = option(False, "also write all questions and answers to OUTPUT.samples.jsonl")
-    confirm_run_unsafe_code: bool = option(False, "allow tasks that run code written by a model")
+    confirm_run_unsafe_code: bool = option(False, "allow tasks that run code: a model's, or functions of lm_eval.tasks")
     unsafe_execution: bool = option(False, "run such code without a sandbox")
     overwrite: bool = option(False, "replace an existing --output of another evaluation")
 

@@ -264,8 +264,8 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = {str(name): str(file) for name, file in read_json_object(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is not an index of weights ({error!r}): copy the file again.") from error
-    outside = [file for file in weight_map.values() if file != Path(file).name or file in ("", "..")]
-    require(not outside, f"{path} is refused: it names {outside[:1]}, which is not a file name in that folder.")
+    outside = [one for one in weight_map.values() if one != Path(one).name or one in ("", "..") or len(one) > 255]
+    require(not outside, f"{path} is refused: it names {str(outside[:1])[:80]}, which is not the name of a file in it.")
     return weight_map
 
 

@@ -1,17 +1,15 @@
 """Chat templates: programs of Jinja that write a conversation as text. They are looked at before they are used."""
 
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import TemplateError, meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.template_process import sandboxed_jinja
+from megatron_peft.config.templates import require_short
 from megatron_peft.config.untrusted import read_text, require_regular
-
-_TEMPLATES = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 
 
 def read_chat_template(given: str) -> str:
@@ -39,10 +37,10 @@ class TemplateInputs(NamedTuple):
 def template_inputs(template: str) -> TemplateInputs:
     """Raises ConfigurationError for a template that is not valid."""
     try:
-        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers' own
-        tree = _TEMPLATES.parse(plain)
+        require_short(template)
+        tree = sandboxed_jinja("chat").parse(template)
         texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
         fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
         return TemplateInputs(frozenset(meta.find_undeclared_variables(tree)), frozenset(fields))
-    except (TemplateError, RecursionError) as error:
+    except (ConfigurationError, TemplateError, RecursionError) as error:
         raise ConfigurationError(f"the chat template cannot be read: {error}.") from error

@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import yaml
 
 from megatron_peft.config import ConfigurationError, Requirements, require
+from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import parse_yaml, read_text
-
-if TYPE_CHECKING:
-    from jinja2 import Environment, Template
 
 TASKS = Path(__file__).parent / "tasks"
 DEFAULT_DELIMITER = " "  # the harness's, between prompt and target
@@ -93,26 +91,10 @@ class TaskTemplate:
         return "\n".join([self.text.rstrip(), "dataset_path: json", "dataset_kwargs:", "  data_files:", *lines, ""])
 
     def _render(self, key: str, fields: Mapping[str, Any]) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return _compiled(self.settings[key]).render(**fields)
-        except TemplateError as error:
-            raise ConfigurationError(f"the template {self.name}: {key} fails: {error}.") from error
-
-
-@cache
-def _compiled(text: str) -> "Template":
-    return _jinja().from_string(text)
-
-
-@cache
-def _jinja() -> "Environment":
-    """The harness's settings; in a sandbox, since a task's file may be anybody's."""
-    from jinja2 import StrictUndefined  # here, since --help does without
-    from jinja2.sandbox import SandboxedEnvironment
-
-    return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+            return render("task", self.settings[key], fields)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"the template {self.name}: {key} fails: {error}") from error
 
 
 WORD = re.compile(r"\w+")

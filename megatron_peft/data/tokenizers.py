@@ -4,7 +4,8 @@ megatron-core's datasets read `eod`, `unique_identifiers` and `vocab_size`; with
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from os.path import commonprefix
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 from megatron_peft.config import SENTENCEPIECE, ConfigurationError, DataConfig, require
 from megatron_peft.config.hub import local_tokenizer
-from megatron_peft.config.untrusted import limited_to, read_json_object, require_regular
+from megatron_peft.config.templates import render
+from megatron_peft.config.untrusted import read_json_object, require_regular
 from megatron_peft.data.chat_template import read_chat_template
 
 
@@ -69,7 +71,6 @@ Tools = Sequence[Mapping[str, Any]]  # functions that the assistant may call, ea
 _CONTEXT = 8  # ids before one that decide how it is written
 _INCOMPLETE = "\ufffd"  # what stands for bytes that are no character yet
 MAX_TEXT = 1 << 22  # characters: tokenizers take up to 400 bytes of memory for each, and two seconds a million
-RENDER_SECONDS = 20.0  # no conversation takes a second; a template may hold loops within loops
 # Files of a Hugging Face folder: those that transformers may open, and those that must hold a JSON object.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
@@ -178,15 +179,31 @@ class HuggingFaceTokenizer(Tokenizer):
         self._template_of = "--chat-template" if chat_template else f"the chat template in {folder}"
         if chat_template:
             self._tokenizer.chat_template = read_chat_template(chat_template)
-        template = self._tokenizer.chat_template or ""
-        self.chat_template = template if isinstance(template, str) else "\n".join(template.values())
-        with_specials = self._tokenizer.encode("a")
+        given: Any = self._tokenizer.chat_template or ""
+        named = [*given.values()] if isinstance(given, dict) else [given]
+        are_texts = all(isinstance(one, str) for one in named)
+        require(are_texts, f"--tokenizer-model {folder}: its chat_template is not a text, or names of texts.")
+        self.chat_template = "\n".join(named)
+        with self._faults_told("a"):
+            with_specials = self._tokenizer.encode("a")
         if with_specials[:1] == [self._tokenizer.bos_token_id]:
             self.bos_id = self._tokenizer.bos_token_id
 
     def encode(self, text: str) -> list[int]:
         _require_short(text)
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with self._faults_told(text):
+            return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @contextmanager
+    def _faults_told(self, text: str) -> Iterator[None]:
+        """As ConfigurationErrors: words without a token where none is for unknown ones, numbers that are texts, ..."""
+        try:
+            yield
+        except BaseException as error:  # a panic of tokenizers is not an Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            told = f"--tokenizer-model {self.folder} cannot encode {text[:40]!r}: {_first_line(error)}"
+            raise ConfigurationError(told) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -214,16 +231,27 @@ class HuggingFaceTokenizer(Tokenizer):
             f"the tokenizer in {self.folder} has no chat template, which records with messages need: give "
             "--chat-template FILE, --tokenizer-model a folder that has one, or records with prompt and completion.",
         )
+        # As transformers' `apply_chat_template` does, but rendered within limits.
+        values = {
+            **self._tokenizer.special_tokens_map,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            with limited_to(RENDER_SECONDS):
-                return self._tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) if tools else None,  # type: ignore[arg-type]  # a list of schemas is one of them
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-        except Exception as error:  # noqa: BLE001 - a template is a program
+            template = self._tokenizer.get_chat_template(tools=values["tools"])
+            return render("chat", template, values)
+        except (ConfigurationError, ValueError) as error:  # ValueError: several templates, and none of them is default
             raise ConfigurationError(f"{self._template_of} refuses the messages: {_first_line(error)}") from error
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """Without fields that are null, and with its reasoning under each of the names that templates read."""
+    given = {name: value for name, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((given[name] for name in names if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -365,5 +393,5 @@ def _fault(folder: str, error: Exception) -> str:
     return f"{type(error).__name__}: {_first_line(error)} (read: {', '.join(path.name for path in files) or 'no file'})"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

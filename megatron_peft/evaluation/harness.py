@@ -4,9 +4,11 @@ Tokens, truncation and end tokens follow the harness's own `hf` backend, so both
 too long loses its beginning, and an empty context becomes the beginning-of-sequence token.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_peft.checkpoint.folders import GRACE_SECONDS
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.evaluation import Sampling
-from megatron_peft.config.untrusted import parse_json
+from megatron_peft.config.untrusted import parse_json, require_regular
 from megatron_peft.evaluation.answers import request_bar
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, RankDispatcher
 from megatron_peft.evaluation.generation import GREEDY, StopTexts
@@ -34,21 +37,27 @@ class FinishedRequests:
         {"key": "5f1c...", "answer": [-12.25, true]}
 
     Args:
-        path: of the file; created with the first answer.
+        path: of the file, which is locked as long as this object lives.
         model: fingerprint of the model, part of every key.
 
     Raises:
-        ConfigurationError: a line of the file is not an answered request.
+        ConfigurationError: a line of the file is not an answered request; another evaluation writes to it.
     """
 
     def __init__(self, path: Path, model: str) -> None:
         self._path = path
-        self._model = model
+        self.model = model
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            require_regular(path)
+        # Opened once: a lock of `fcntl`, which works on network file systems, ends with the first close of its file.
+        self._file = open(path, "a+b")  # noqa: SIM115
+        self._lock()
         self._answers = dict(self._read())
 
     def key(self, kind: str, *what: Any) -> str:
         """A digest of the model, the kind of the request, and `what`, all else that its answer depends on (JSON)."""
-        return hashlib.sha256(json.dumps([self._model, kind, *what]).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([self.model, kind, *what]).encode()).hexdigest()[:32]
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -60,22 +69,33 @@ class FinishedRequests:
         """Keep answers, in the file too."""
         self._answers |= answers
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+
+    def _lock(self) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS
+        while True:
+            try:
+                return fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() >= deadline:
+                    raise ConfigurationError(
+                        f"{self._path} is in use by another evaluation: wait for its end, or give another --output."
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return
 
     def _read(self) -> Iterator[tuple[str, Any]]:
-        if not self._path.exists():
-            return
-        text = self._path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a kill cut the last line: drop it
-            self._path.write_text(whole, encoding="utf-8")
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))  # without the line that a kill cut
         for number, line in enumerate(whole.splitlines(), 1):
             place = f"{self._path}:{number}"
             try:
                 entry = parse_json(line, place)
-                yield entry["key"], entry["answer"]
+                yield entry["key"] + "", entry["answer"]
             except (ConfigurationError, KeyError, TypeError) as error:
                 raise ConfigurationError(
                     f"{place} is not an answered request ({error!r}): remove the line to repeat the request."

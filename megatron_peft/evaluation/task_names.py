@@ -88,7 +88,7 @@ def own_files(include_paths: Iterable[str]) -> Iterator[DeclaredTask]:
     """The files of the user's folders, which are few and may be written in any way: read as YAML."""
     for folder in include_paths:
         for path in sorted(Path(folder).rglob("*.yaml")):
-            values = _parsed(path)
+            values = _parsed(path.resolve(), {})
             name, is_group = _name_of(values)
             if isinstance(name, str):
                 yield DeclaredTask(str(path), name, () if is_group else tuple(_strings(values.get("tag"))), is_group)
@@ -169,15 +169,18 @@ def _members(file: DeclaredTask) -> set[str]:
     return {_bare(one) for word in words for one in (word, *word.strip("[]{} ").split(","))}
 
 
-def _parsed(path: Path, depth: int = 0) -> dict[str, Any]:
+def _parsed(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """With what it includes; `known` has files that were read before, and nothing yet for those that are being read."""
+    known[path] = {}
     values = parse_yaml(read_text(path), str(path), TaskLoader)
     if not isinstance(values, dict):
         return {}
     included: dict[str, Any] = {}
-    for name in _strings(values.get("include")) if depth < 8 else ():
-        if (path.parent / name).is_file():
-            included |= _parsed(path.parent / name, depth + 1)
-    return included | values
+    for inner in ((path.parent / name).resolve() for name in _strings(values.get("include"))):
+        if inner.is_file():
+            included |= known[inner] if inner in known else _parsed(inner, known)
+    known[path] = included | values
+    return known[path]
 
 
 def _strings(value: Any) -> list[str]:

@@ -128,8 +128,10 @@ def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
     """The record that a line holds; None for the last line of a file if its write was cut short."""
     try:
         record = parse_json(line, place)
-        record["iteration"]
-    except (ConfigurationError, TypeError, KeyError) as error:
+        numbers = [one for value in record.values() for one in (value.values() if isinstance(value, dict) else [value])]
+        if type(record["iteration"]) is not int or not all(isinstance(one, int | float | None) for one in numbers):
+            raise TypeError
+    except (ConfigurationError, AttributeError, TypeError, KeyError) as error:
         if not line.endswith(b"\n") and len(line) < MAX_BYTES:
             return None
         raise ConfigurationError(f"{place}: not a record of metrics: {line[:80]!r}.") from error

@@ -75,5 +75,5 @@ def test_solved_examples_are_training_items(tmp_path: Path) -> None:
     sentences = [json.loads(line)["sentence"] for line in shown]
     assert sum(sentence in prompt for sentence in sentences) == 3
     assert prompt.count(task.eval_docs[0]["sentence"]) == 1
-    with pytest.raises(ConfigurationError, match=f"--num-fewshot 99: --tasks glue_sst2 has {len(shown)} solved items"):
+    with pytest.raises(ConfigurationError, match=f"--num-fewshot 99: it has {len(shown)} solved items"):
         find_tasks(["glue_sst2"], [str(folder)], num_fewshot=99)

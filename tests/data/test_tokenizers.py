@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -105,6 +106,67 @@ def test_sources_that_hold_no_tokenizer_are_named(tmp_path):
     ):
         with pytest.raises(ConfigurationError, match=message):
             build_tokenizer(config(tokenizer_type=kind, tokenizer_model=source and str(source)), None)
+
+
+def _without_unknown(folder):
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["model"] = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "<unk>"}
+    saved["added_tokens"] = [{**saved["added_tokens"][0], "id": 1, "content": "</s>"}]
+    saved["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def _template_without_its_token(folder):
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    first, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    saved["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [text],
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def _with_setting(folder, **setting):
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**saved, **setting}))
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (_without_unknown, "cannot encode 'zebra': WordLevel error: Missing .UNK. token"),
+        (_template_without_its_token, "cannot encode 'a': no entry found for key"),
+        (partial(_with_setting, model_max_length="x"), "cannot encode 'a': '>' not supported"),
+        (partial(_with_setting, chat_template=5), "its chat_template is not a text"),
+        (partial(_with_setting, chat_template={"default": 5}), "its chat_template is not a text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_is_told(tmp_path, plant, told):
+    folder = save_tokenizer(tmp_path, chat_template=None)
+    plant(folder)
+    with pytest.raises(ConfigurationError, match=f"--tokenizer-model {folder}.*{told}"):
+        HuggingFaceTokenizer(str(folder)).encode("zebra")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages|tojson }}{% generation %}{{ tools|tojson(indent=2) }}{% endgeneration %}{{ bos_token }}",
+        "{% for m in messages %}\n  {% if loop.index > 9 %}{% break %}{% endif %}\n{{ m.thinking }}{% endfor %}\n",
+        "{% set n = namespace(a=dict(b=1)) %}{{ n.a }}{{ strftime_now('%Y') }}{{ documents }} {{ other }}",
+    ],
+)
+def test_a_chat_template_has_all_that_transformers_gives_it(tmp_path, template):
+    folder = save_tokenizer(tmp_path, chat_template=template)
+    asked = [{**MESSAGES[0], "name": None}, {**MESSAGES[1], "thinking": "é"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": [1.5, None]}}}]
+    ours, theirs = HuggingFaceTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    for given in (tools, None):
+        expected = theirs.apply_chat_template(asked, tools=given, tokenize=False, add_generation_prompt=True)
+        assert ours.render_chat(asked, True, given) == expected != ""
 
 
 def test_messages_need_a_chat_template(tmp_path):

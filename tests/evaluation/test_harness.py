@@ -1,14 +1,17 @@
 """Scores of the harness: those of its own backend to the last item, at any layout; finished requests survive a kill."""
 
 import json
+import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.evaluation import harness
 from megatron_peft.evaluation.harness import FinishedRequests
 from tests.evaluation import model_runs
 from tests.evaluation.local_tasks import TASKS, write_tasks
@@ -142,6 +145,23 @@ def test_what_cannot_be_asked_is_told(place, alone):
     assert "prompt 1 has 300 tokens, but the model has 256 positions" in too_long
 
 
+def test_a_second_evaluation_with_the_same_output_is_refused_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "GRACE_SECONDS", 0.1)
+    path = tmp_path / "scores.requests.jsonl"
+    first = FinishedRequests(path, "model")
+    first.add({"a": 1})
+    child = os.fork()
+    if child == 0:  # locks are a process's own
+        with suppress(BaseException):
+            FinishedRequests(path, "model")
+            os._exit(0)
+        os._exit(1 + (path.read_text().count("\n") != 1))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    first.add({"b": 2})
+    del first
+    assert {*FinishedRequests(path, "model")._answers} == {"a", "b"}, "when it has ended, the next one goes on"
+
+
 def test_answers_come_back_to_their_model_and_kind(tmp_path):
     path = tmp_path / "deep" / "scores.requests.jsonl"
     first = FinishedRequests(path, "model")
@@ -167,8 +187,10 @@ def test_a_file_that_was_cut_anywhere_loses_no_more_than_its_last_line(tmp_path)
         assert again["d"] == 4 and sum(key in again for key in "abc") == whole[:length].count(b"\n")
 
 
-@pytest.mark.parametrize("line", ["{torn}", "[]", '{"key": "a"}'])
+@pytest.mark.parametrize(
+    "line", [b"{torn}", b"[]", b'{"key": "a"}', b'{"key": "\xff", "answer": 1}', b'{"key": [], "answer": 1}']
+)
 def test_a_whole_line_that_is_no_answer_is_named(tmp_path, line):
-    (tmp_path / "file").write_text(f'{{"key": "a", "answer": 1}}\n{line}\n')
+    (tmp_path / "file").write_bytes(b'{"key": "a", "answer": 1}\n' + line + b"\n")
     with pytest.raises(ConfigurationError, match="file:2 is not an answered request .*remove the line"):
         FinishedRequests(tmp_path / "file", "model")

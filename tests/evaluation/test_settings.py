@@ -168,7 +168,7 @@ def test_other_results_are_not_replaced_unless_asked(tmp_path, monkeypatch, foun
         found["evaluation"] = settings.result_settings() | found["evaluation"]
     (tmp_path / "scores.json").write_text(json.dumps({"config": found}) if found else "mine")
     if told is None:
-        assert harness_run._checked_tasks(_config(), settings) == "found"
+        assert harness_run._checked_tasks(_config(), settings)[0] == "found"
     else:
         with pytest.raises(ConfigurationError, match=f"scores.json exists already.*{told}"):
             harness_run._checked_tasks(_config(), settings)
@@ -294,10 +294,13 @@ QUESTION = {"question": "a", "choices": ["a", "b", "c", "d"], "label": 0}
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([{"query": "a", "answer": "b"}], "tiny_choices cannot be loaded: its data lacks a column .*'question'"),
+        (
+            [{"query": "a", "answer": "b"}],
+            "the template .* fails on an item with query, answer: 'question' is undefined",
+        ),
         (None, "--tasks tiny_choices cannot be loaded: .*questions.jsonl"),
         ([QUESTION, {**QUESTION, "label": 7}], "label of item 1 is 7; choices are numbered from 0 to"),
-        ([{**QUESTION, "label": 7}, QUESTION], "cannot be loaded: the first item's label is not one of its choices"),
+        ([{**QUESTION, "label": 7}, QUESTION], "tiny_choices: the first item's label is not one of its choices"),
     ],
     ids=["other columns", "no data", "label of a later item", "label of the first"],
 )
@@ -310,7 +313,7 @@ def test_data_that_does_not_fit_its_task_is_told(folder, items, message):
 
 
 def test_a_task_of_scored_items_only_shows_none_of_them(folder):
-    message = "--num-fewshot 1: --tasks tiny_choices has only items that are scored"
+    message = "--tasks tiny_choices: --num-fewshot 1: it has only items that are scored"
     _refused(message, "tiny_choices", folders=[folder], num_fewshot=1)
     find_tasks(["tiny_choices"], [str(folder)], num_fewshot=0)
 

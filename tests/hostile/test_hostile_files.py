@@ -229,8 +229,9 @@ def cases_of_models() -> Iterator[Case]:
         yield Case(f"header of {length} bytes", CONVERT, "base/model.safetensors", plant)
     header = struct.pack("<Q", len(DEEP)) + DEEP
     yield Case("header 100,000 deep", CONVERT, "base/model.safetensors", partial(holds, content=header))
-    for file in ("../all.safetensors", "/etc/passwd", "..", "config.json"):
-        yield Case(f"names {file}", SHARDED, INDEX, value("weight_map", json.dumps({"a": file})), re.escape(file))
+    for file in ("../all.safetensors", "/etc/passwd", "..", "config.json", "long" * 80):
+        plant = value("weight_map", json.dumps({"a": file}))
+        yield Case(f"names {file[:20]}", SHARDED, INDEX, plant, re.escape(file[:20]))
     for written in ('"x"', "[[2]]", "[1.5]"):
         yield Case(f"ends {written}", GENERATE, "base/generation_config.json", value("eos_token_id", written))
 
@@ -261,10 +262,25 @@ def cases_of_adapters_and_runs() -> Iterator[Case]:
         ("adapted_layers", "5"),
         ("schedule", "[]"),
         ("optimizer_steps", "[]"),
+        ("schedule.max_lr", '"x"'),
+        ("schedule.num_steps", "1.5"),
+        ("shape.architecture", "[]"),
+        ("shape.gated_linear_unit", '"x"'),
+        ("shape.linear_biases", "{}"),
+        ("base_fingerprint", '{"config.json": 5}'),
+        ("data_digest", "5"),
     ):
         yield Case(f"{key} {written}", RESUME, RECORD, partial(recorded, key=key, written=written))
     for size in ("x", -1):
         yield Case(f"a size of {size}", RESUME, f"{CHECKPOINT}/manifest.json", partial(listed_with_size, size=size))
+
+
+def cases_of_metrics() -> Iterator[Case]:
+    for written in ('"iteration": "x"', '"loss": "x"', '"learning_rate": []', '"grad_norm_by_layer": {"a": "x"}'):
+        line = f'{{"iteration": 1, "loss": 2.0, {written}}}\n'.encode()
+        yield Case(
+            written, "tools.report run", "run/metrics.jsonl", partial(holds, content=line), "metrics.jsonl, line 1: "
+        )
 
 
 def cases_of_data() -> Iterator[Case]:
@@ -308,6 +324,23 @@ def cases_of_data() -> Iterator[Case]:
             yield Case(name, EVALUATE, "tasks/tiny_choices.yaml", plant)
 
 
+def cases_of_tasks() -> Iterator[Case]:
+    told = "--tasks tiny_choices: "
+    for key, written in (
+        ("doc_to_text", "\"{{ cycler.__init__.__globals__.os.system('id') }}\""),
+        ("doc_to_text", "\"{{ 'x' * 10**9 }}\""),
+        ("doc_to_text", '"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"'),
+        ("repeats", "1000000000"),
+        ("metric_list", '[{"metric": "acc", "aggregation": "nope"}]'),
+        ("num_fewshot", "5"),
+    ):
+        yield Case(f"{key} {written[:20]}", EVALUATE, "tasks/tiny_choices.yaml", value(key, written), told)
+    answered = b'{"key": "\xff", "answer": 1}\n'
+    yield Case(
+        "no_utf8", EVALUATE, "out.requests.jsonl", partial(holds, content=answered), "out.requests.jsonl:1 is not"
+    )
+
+
 def cases_of_flags() -> Iterator[Case]:
     """Numbers and names that no file holds."""
     for words in (
@@ -323,7 +356,7 @@ CASES = [
     case
     for cases in (
         *(cases_of_json, cases_of_no_files, cases_of_models, cases_of_adapters_and_runs, cases_of_data),
-        cases_of_flags,
+        *(cases_of_metrics, cases_of_tasks, cases_of_flags),
     )
     for case in cases()
 ]

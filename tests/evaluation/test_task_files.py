@@ -1,0 +1,209 @@
+"""Every place of a task's file at which the harness would evaluate, load or call what stands there."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from lm_eval import utils
+
+from megatron_peft.config import ConfigurationError, templates
+from megatron_peft.evaluation import harness_run
+from megatron_peft.evaluation.harness_run import find_tasks
+from megatron_peft.evaluation.task_files import check_task_files
+from tests.evaluation.local_tasks import TASKS, write_tasks
+
+RUNS = "{{ cycler.__init__.__globals__.os.system('touch RAN') }}{{ question }}"
+UNSAFE = "the template .* fails on an item with question, choices, label: access to attribute '__init__'"
+CHOICES, ANSWERS, TEXTS = TASKS["tiny_choices"], TASKS["tiny_answers"], TASKS["tiny_texts"]
+SOLVED = {"num_fewshot": 1, "fewshot_split": "test"}
+HF_MODEL = {"pretrained": "evil", "trust_remote_code": True}
+PROMPTS = "prompts:\n  evil: {doc_to_text: !!python/object/apply:os.system ['touch RAN'], doc_to_target: a}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of tasks, which is the current one: RAN is written there by whatever runs."""
+    monkeypatch.chdir(write_tasks(tmp_path / "tasks", ["a", "b"], num_questions=2))
+    return tmp_path / "tasks"
+
+
+def refusal(folder: Path, name: str = "mine", **settings: Any) -> str:
+    with pytest.raises(ConfigurationError) as refused:
+        find_tasks([name], [str(folder)], **settings)
+    assert not (folder / "RAN").exists()
+    return str(refused.value)
+
+
+def write(folder: Path, task: dict[str, Any], name: str = "mine", functions: str = "") -> None:
+    """A task on the data of the others. `functions` is YAML."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
+    text = json.dumps({"task": name, **data, "test_split": "test", **task})
+    (folder / f"{name}.yaml").write_text(text[:-1] + f"{functions and ', '}{functions}}}")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        *({**CHOICES, key: RUNS} for key in ("doc_to_text", "doc_to_target", "doc_to_choice")),
+        *({**ANSWERS, key: RUNS} for key in ("doc_to_text", "doc_to_target", "description", "gen_prefix")),
+        {**TEXTS, "doc_to_target": RUNS},
+        *(
+            {**ANSWERS, **SOLVED, "fewshot_config": {key: RUNS}}
+            for key in ("doc_to_text", "doc_to_target", "gen_prefix")
+        ),
+        {**CHOICES, **SOLVED, "fewshot_config": {"doc_to_choice": RUNS}},
+    ],
+    ids=lambda task: (
+        f"{task['output_type']} {[key for key in task if task[key] == RUNS] or task.get('fewshot_config')}"
+    ),
+)
+def test_no_template_runs_code(folder: Path, task: dict[str, Any]) -> None:
+    write(folder, task)
+    assert re.search(UNSAFE, refusal(folder))
+
+
+def test_a_template_has_limits_at_every_item(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, {**ANSWERS, "doc_to_text": "{{ 'x' * 10**9 if question == 'late' else question }}"})
+    manager = find_tasks(["mine"], [str(folder)])
+    (task,) = manager.load(["mine"])["tasks"].values()
+    with pytest.raises(ConfigurationError, match="it needs more than 512 MiB of memory, the limit of a text"):
+        task.doc_to_text({"question": "late", "choices": ["a"], "label": 0})
+    monkeypatch.setattr(templates, "MOST_TEMPLATE_CHARACTERS", 100)
+    write(folder, {**ANSWERS, "doc_to_text": "x" * 101})
+    assert "above the limit of a template" in refusal(folder)
+
+
+def test_the_harness_renders_nowhere_else() -> None:
+    assert utils.apply_template is harness_run._apply_template
+    own = Path(lm_eval.__file__).parent
+    files = [*own.glob("*.py"), *(own / "api").glob("*.py"), *(own / "prompts").glob("*.py")]
+    users = {path.name for path in files if re.search(r"jinja2|\benv\.from_string", path.read_text())}
+    assert users == {"utils.py"}
+
+
+OF_HARNESS = "lm_eval.tasks.cruxeval.utils.pass_at_1"
+REFUSED = {
+    "a model with code of its own": (
+        "custom_dataset: !function lm_eval.models.huggingface.HFLM",
+        "!function lm_eval.models",
+    ),
+    "a function that ours imports": (
+        "process_docs: !function megatron_peft.evaluation.task_metrics.open_sandbox",
+        "!function megatron_peft.evaluation.task_metrics.open_sandbox is not a function of",
+    ),
+    "another module of ours": (
+        "custom_dataset: !function megatron_peft.evaluation.harness_run.write_atomically",
+        "write_atomically is not a function of",
+    ),
+    "a class": ("class: !function lm_eval.api.metrics.mean", "refused: class could run code"),
+    "a loader": ("custom_dataset: !function lm_eval.api.metrics.mean", "refused: custom_dataset could run code"),
+    "a library of prompts": ("use_prompt: prompts.yaml:evil", "refused: use_prompt could run code"),
+    "a sampler": ("fewshot_config: {sampler: !function os.system}", "!function os.system is not a function of"),
+    "a filter": (
+        "filter_list: [{name: a, filter: [{function: custom, filter_fn: !function os.system}]}]",
+        "!function os.system is not a function of",
+    ),
+    "a function of the harness that runs code": (f"process_docs: !function {OF_HARNESS}", "--confirm-run-unsafe-code"),
+    "unsafe, and said not to be": ("unsafe_code: false", "refused: unsafe_code: false could run code"),
+    "pickles": ("dataset_path: pandas", "refused: dataset_path pandas may run code: give arrow, csv"),
+    "a cache of pickles": ("dataset_kwargs: {storage_options: {cache_storage: evil}}", "not {'storage_options'}"),
+    "chained files": ("dataset_kwargs: {data_files: 'filecache::file:///x'}", "filecache::file:///x is no file"),
+    "a server": ("dataset_kwargs: {data_files: {test: ['http://evil/x']}}", "http://evil/x is no file"),
+    "a pipe": ("dataset_kwargs: {data_files: {test: pipe}}", "dataset_kwargs: pipe is a pipe or a device"),
+    "a script as metric": ("metric_list: [{metric: ./evil}]", "the metric ./evil is a script"),
+    "one of datasets' and evaluate's": (
+        "metric_list: [{metric: acc, hf_evaluate: true}, {metric: evil}]",
+        "metric evil is",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["task", "member", "included"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_run_code_is_refused_before_it_is_read_by_the_harness(folder: Path, what: str, place: str) -> None:
+    written, told = REFUSED[what]
+    (folder / "evil").mkdir()
+    (folder / "evil" / "evil.py").write_text("open('RAN', 'w')")
+    os.mkfifo(folder / "pipe")
+    task = f"{{task: mine, {written}}}"
+    member = f"{{group: mine, task: [{{group: inner, task: [{task}]}}]}}"
+    text = {"task": task, "member": member, "included": "{task: mine, include: base}"}[place]
+    (folder / "mine.yaml").write_text(text)
+    (folder / "base").write_text(task)
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        check_task_files([str(folder)])
+
+
+def test_a_task_of_the_harness_with_functions_does_not_judge_other_data_unasked(folder: Path) -> None:
+    own = Path(lm_eval.__file__).parent / "tasks" / "humaneval" / "humaneval.yaml"
+    other = "dataset_path: json, dataset_kwargs: {data_files: evil.jsonl}"
+    for text in (
+        f"{{task: mine, include: {own}, {other}}}",
+        f"{{group: mine, task: [{{task: humaneval, {other}}}]}}",
+        f"{{group: mine, {other}, task: [humaneval]}}",
+    ):
+        (folder / "mine.yaml").write_text(text)
+        with pytest.raises(
+            ConfigurationError, match=r"mine.yaml is refused: .* builds on humaneval.yaml of the harness"
+        ):
+            check_task_files([str(folder)])
+        check_task_files([str(folder)], may_run_code=True)
+    for text in (f"{{task: mine, include: {own}}}", "{group: mine, task: [humaneval]}"):
+        (folder / "mine.yaml").write_text(text)
+        check_task_files([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (
+            {"repeats": 10**9},
+            "it asks more than 1,000,000 times (1,000,000,000 for each item and choice), which is the",
+        ),
+        ({"repeats": "2"}, "repeats is '2'; it must be a number above 0"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"metric_list": [{"metric": "exact_match", "aggregation": "nope"}]}, "no aggregation nope; there are "),
+        ({"metric_list": [{"metric": "nope", "aggregation": "mean"}]}, "no metric nope; there are "),
+        (
+            {"filter_list": [{"name": "a", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            "missing ), unterm",
+        ),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "nope"}]}]}, "cannot be loaded: KeyError"),
+        ({"num_fewshot": 5}, "num_fewshot: 5: it has 2 solved items besides the one that is asked"),
+        ({**SOLVED, "num_fewshot": 2}, "num_fewshot: 2: it has 1 solved items besides the one that is asked"),
+        ({"num_fewshot": "x"}, "cannot be loaded: TypeError"),
+        ({"generation_kwargs": 5}, "cannot be loaded: TypeError"),
+        ({"doc_to_text": "label"}, "Context is not a string"),
+        ({"fewshot_config": {"sampler": "nope"}, **SOLVED}, "cannot be loaded: KeyError"),
+        ({**CHOICES, "doc_to_choice": "['a', {{ question }}"}, "cannot be loaded: SyntaxError"),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(folder: Path, task: dict[str, Any], told: str) -> None:
+    write(folder, {**ANSWERS, **task})
+    assert told in refusal(folder)
+
+
+def test_the_limit_of_questions_counts_for_that_of_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, {**ANSWERS, "repeats": 700_000})
+    assert "it asks more than" in refusal(folder)
+    find_tasks(["mine"], [str(folder)], limit=1)
+    monkeypatch.setattr(harness_run, "MOST_REQUESTS", 7)
+    write(folder, CHOICES)
+    assert "it asks more than 7 times (1 for each item and choice)" in refusal(folder), "2 questions of 4 choices"
+
+
+def test_files_that_include_one_another_ten_times_over_are_read_once(folder: Path) -> None:
+    (folder / "mine.yaml").write_text(json.dumps({"task": "mine", "include": ["mine.yaml"] * 10}))
+    assert "cannot be loaded" in refusal(folder) or "no task has this name" in refusal(folder)
+
+
+def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness_run, "JUDGING_SECONDS", 0.05)
+    judge = harness_run._in_time(lambda answer: re.findall("(a|aa)+$", answer))
+    assert judge("a") == ["a"]
+    with pytest.raises(ConfigurationError, match=r"it has not come to an end in 0.05 s; simplify their patterns"):
+        judge("a" * 60 + "b")
