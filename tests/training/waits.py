@@ -85,7 +85,7 @@ def _copies_from_the_host(name: str, args: tuple[Any, ...], kwargs: dict[str, An
         of_the_device = name == "new_tensor" and not hasattr(args[0], "is_of_the_host")
         return of_the_device or kwargs.get("device") not in (None, "cpu")
     source = args[1] if name == "copy_" else args[0] if name in _COPIES else None
-    return hasattr(source, "is_of_the_host") and not (kwargs.get("non_blocking") or True in args)
+    return hasattr(source, "is_of_the_host") and not (kwargs.get("non_blocking") or any(one is True for one in args))
 
 
 def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
