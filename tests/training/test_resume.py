@@ -112,7 +112,8 @@ def test_a_validation_that_a_signal_ends_is_made_up_for_when_the_run_resumes(run
         by_iteration = {line["iteration"]: {} for line in lines}
         for line in lines:
             by_iteration[line["iteration"]] |= line
-        figures = [{key: line.get(key) for key in ("loss", "validation_loss", "epoch")} for line in by_iteration.values()]
+        names = ("loss", "validation_loss", "epoch")
+        figures = [{name: line.get(name) for name in names} for line in by_iteration.values()]
         return figures, read_run_record(tmp_path / name).best, (tmp_path / name / BEST).readlink()
 
     assert kept("interrupted") == kept("undisturbed")
