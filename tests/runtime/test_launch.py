@@ -41,10 +41,11 @@ def test_nccl_alone_is_bound_to_the_device_of_this_rank(monkeypatch, backend):
     joined: list[dict[str, Any]] = []
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda at: monkeypatch.setattr(torch.cuda, "current_device", lambda: at))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: joined.append({"device": at}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: joined[0]["device"])
     monkeypatch.setattr(dist, "init_process_group", lambda **words: joined.append(words))
     start_world(backend)
-    assert joined[0]["device_id"] == (None if backend else torch.device("cuda", 3))
+    assert joined[1]["device_id"] == (None if backend else torch.device("cuda", 3))
 
 
 def checks_of_a_rank(_: None) -> dict[str, Any]:
