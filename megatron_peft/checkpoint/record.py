@@ -31,24 +31,27 @@ class BestValidation:
     """The lowest validation loss of a run so far, and how many validations there were since.
 
     loss: None as long as no validation gave a number.
+    was_interrupted: the run was asked to stop during a validation, with which the run that resumes begins.
     """
 
     loss: float | None = None
     iteration: int = 0
     num_since: int = 0
+    was_interrupted: bool = False
 
     def after(self, loss: float, iteration: int) -> "BestValidation":
         """This, after another validation. A loss that is not a finite number is never the lowest."""
         if isfinite(loss) and (self.loss is None or loss < self.loss):
             return BestValidation(loss, iteration)
-        return dataclasses.replace(self, num_since=self.num_since + 1)
+        return BestValidation(self.loss, self.iteration, self.num_since + 1)
 
 
 def _best_from_dict(fields: Any) -> BestValidation:
     """Raises ValueError or TypeError."""
     best = BestValidation(**(fields or {}))
     is_loss = best.loss is None or type(best.loss) in (int, float)
-    if not is_loss or not _are_counts({"iteration": best.iteration, "num_since": best.num_since}):
+    counts = {"iteration": best.iteration, "num_since": best.num_since}
+    if not is_loss or not _are_counts(counts) or type(best.was_interrupted) is not bool:
         raise ValueError(f"its best validation is {fields}")
     return best
 

@@ -99,6 +99,9 @@ def start_processes(
     Raises:
         SystemExit: 2, after telling what is wrong with the flags.
     """
+    # CUDA reads it once. Compute and communication are issued in order, so that they overlap; in the ranks too, which
+    # another launcher may have started.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         config = _processes_to_start(launch, os.environ)
         if config is None:

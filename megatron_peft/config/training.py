@@ -32,7 +32,7 @@ class TrainingConfig:
     eval_interval: int | None = option(1000, "iterations between validations", check="positive", group=VALIDATION)
     eval_iters: int | None = option(
         None,
-        "global batches per validation (default: the whole validation set, once)",
+        "global batches per validation (default: the whole validation set, once; with --mock-data 10)",
         check="not_negative",
         group=VALIDATION,
     )

@@ -26,7 +26,7 @@ from megatron_peft.parallel.collectives import (
     share_of_rows,
     start_broadcast_over_data_parallel,
 )
-from megatron_peft.runtime.launch import checked_together
+from megatron_peft.runtime.launch import checked_together, wait_for_device
 
 MAX_IN_FLIGHT = 4  # broadcasts that have started and not ended
 
@@ -94,6 +94,7 @@ def fill_parameters(
         in_flight.append(start_broadcast_over_data_parallel(parameter.detach(), source, replicas))
         if len(in_flight) > MAX_IN_FLIGHT:
             in_flight.popleft()()
+            wait_for_device()
         advance(parameter.nbytes)
     for wait in in_flight:
         wait()

@@ -21,6 +21,8 @@ from megatron_peft.runtime.launch import checked_together, gather_over_world, pl
 
 logger = logging.getLogger(__name__)
 
+MOCK_EVAL_ITERS = 10  # one pass over megatron-core's generated documents is some 70 million tokens, which mean nothing
+
 
 @dataclass(frozen=True)
 class Data:
@@ -107,6 +109,8 @@ def _evaluation(
 ) -> GlobalBatches | None:
     """One pass in the order of the file, ended by --eval-iters: the same samples at each evaluation."""
     eval_iters = config.training.eval_iters
+    if eval_iters is None and config.data.mock_data:
+        eval_iters = MOCK_EVAL_ITERS
     requested = None if eval_iters is None else eval_iters * config.global_batch_size
     dataset = _dataset(config, split, requested, tokenizer, num_ids)
     if dataset is None:

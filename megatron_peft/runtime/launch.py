@@ -110,9 +110,12 @@ def start_world(
     _prepare_device()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(
-        backend=backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+        backend=backend,
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        # NCCL connects at once, so that a fault of the network shows here, and later groups are split off the world's.
+        device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
         **rendezvous,
     )
 
@@ -123,6 +126,12 @@ def _prepare_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         keep_freed_memory()
+
+
+def wait_for_device() -> None:
+    """The host waits for what it has asked of its GPU so far; a collective's `wait` lets only the GPU wait."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def device_setter() -> Callable[[], None]:

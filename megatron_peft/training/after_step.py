@@ -211,7 +211,9 @@ def mixtures(state: Trained) -> Mixtures | None:
     """lambda now; None for a method without. A collective."""
     if not state.peft.spec.mixes:
         return None
-    own = {name: (float(adapter.mix), int(adapter.num_kept)) for name, adapter in mixing_adapters(state).items()}
+    adapters = mixing_adapters(state)
+    rows = [torch.stack([one.mix.double(), one.num_kept.double()]) for one in adapters.values()]
+    own = dict(zip(adapters, torch.stack(rows).tolist() if rows else [], strict=True))  # one read for all layers
     every = {name: values for part in gather_over_world(own) for name, values in part.items()}
     ordered = sorted(every, key=lambda name: int(name.split(".")[2]))
     return Mixtures({name: every[name][0] for name in ordered}, sum(kept for _, kept in every.values()))

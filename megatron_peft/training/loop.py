@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_peft.checkpoint.folders import BEST
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
 from megatron_peft.config import config_to_dict
+from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.data.build import Data
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.runtime.exit_signals import ExitSignals
@@ -26,6 +27,7 @@ from megatron_peft.training.terminal import Progress
 from megatron_peft.training.upkeep import Upkeep
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
+    ValidationInterrupted,
     largest_orthogonality_error,
     layers_without_gradient,
     validation_loss,
@@ -120,7 +122,7 @@ class _Run:
     def to_the_end(self) -> str:
         position = self.state.position
         steps = iter(self.data.train)
-        first, reason = position.iteration, self._nothing_to_do()
+        first, reason = position.iteration, self._interrupted_validation() or self._nothing_to_do()
         while not reason and position.iteration < self.data.train_iters:
             with self.speed.own_work.of_host():
                 microbatches = next(steps)
@@ -129,9 +131,23 @@ class _Run:
         # Save before the test loss, so that a failure there loses nothing.
         self._save_the_end()
         if self.data.test is not None and position.iteration >= self.data.train_iters:
-            loss = validation_loss(self.state.model_chunks, self.data.test)
-            self.progress.message(f"test loss at iteration {position.iteration}: {loss:.6E}")
+            try:
+                loss = f"{self._loss_on(self.data.test, 'test'):.6E}"
+            except ValidationInterrupted:
+                loss = "not measured, since the run was asked to stop"
+            self.progress.message(f"test loss at iteration {position.iteration}: {loss}")
         return self._with_best(reason or self._trained(first))
+
+    def _interrupted_validation(self) -> str:
+        """The one that the resumed run did not end. Returns why this run ends too, or an empty string."""
+        if not self.state.best.was_interrupted or self.data.valid is None:
+            return ""
+        found = self._validation()
+        if not found:
+            return self._asked_to_stop()
+        self._write(self._place() | found)
+        self.saved_iteration = -1  # its checkpoint does not know of this validation
+        return ""
 
     def _nothing_to_do(self) -> str:
         """Why a resumed run has nothing left, or an empty string."""
@@ -183,8 +199,7 @@ class _Run:
         elif self.planned_peak is not None:
             self._compare_peaks()
         self.is_first_step = False
-        self._log_and_validate(report, ends=bool(reason))
-        reason = reason or self._ends_early()
+        reason = self._log_and_validate(report, reason) or self._ends_early()
         self._report_save(self.saver.finish(wait=False))  # a background save that has ended since
         is_best = config.checkpoint.keep_best and self.state.best.iteration == position.iteration
         if is_best or _due(position.iteration, config.checkpoint.save_interval):
@@ -194,10 +209,13 @@ class _Run:
     def _reason_to_end(self, report: StepReport) -> str:
         iteration = self.state.position.iteration
         if report.stop:
-            return f"asked to stop at iteration {iteration}"
+            return self._asked_to_stop()
         if _due(iteration, self.state.config.training.exit_interval):
             return f"--exit-interval reached at iteration {iteration}"
         return ""
+
+    def _asked_to_stop(self) -> str:
+        return f"asked to stop at iteration {self.state.position.iteration}"
 
     def _ends_early(self) -> str:
         """That --early-stopping-patience has run out, or an empty string."""
@@ -224,22 +242,41 @@ class _Run:
         is_due = _due(iteration, self.state.config.logging.log_interval)
         return is_due or iteration == self.data.train_iters or self._validates(iteration)
 
-    def _log_and_validate(self, report: StepReport, ends: bool) -> None:
+    def _log_and_validate(self, report: StepReport, reason: str) -> str:
+        """Returns why the run should end now: the reason that there is already, or that validation was interrupted."""
         iteration = self.state.position.iteration
         is_last, validates = iteration == self.data.train_iters, self._validates(iteration)
-        # A run that stops early (`ends`) logs, but validates only if that is due: it may be killed before it has saved.
-        if not (self._is_recorded(iteration) or ends):
-            return
+        # A run that stops early logs, but validates only if that is due.
+        if not (self._is_recorded(iteration) or reason):
+            return ""
         record = self._record(report)
         if validates:
-            assert self.data.valid is not None
-            with self.upkeep.around_validation(), self.speed.paused():
-                loss = validation_loss(self.state.model_chunks, self.data.valid)
-            record["validation_loss"] = loss
-            # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
-            self.state.best = from_first_rank(lambda: self.state.best.after(loss, iteration))
+            found = self._validation()
+            record |= found
+            reason = reason or ("" if found else self._asked_to_stop())
         if validates or is_last:
             record.update(self._orthogonality())
+        self._write(record)
+        return reason
+
+    def _validation(self) -> Record:
+        """The validation loss; nothing if the run was asked to stop meanwhile, since it may be killed if it is slow."""
+        assert self.data.valid is not None
+        try:
+            with self.upkeep.around_validation(), self.speed.paused():
+                loss = self._loss_on(self.data.valid, "validation")
+        except ValidationInterrupted:
+            self.state.best = replace(self.state.best, was_interrupted=True)
+            return {}
+        # Rank 0 decides for all: a loss that differs in its last bit would end one rank only.
+        self.state.best = from_first_rank(lambda: self.state.best.after(loss, self.state.position.iteration))
+        return {"validation_loss": loss}
+
+    def _loss_on(self, batches: GlobalBatches, what: str) -> float:
+        tracked = self.progress.track(batches, what, batches.num_steps)
+        return validation_loss(self.state.model_chunks, tracked, self._wants_to_stop)
+
+    def _write(self, record: Record) -> None:
         self.writer.write(record)
         self.progress.update(record)
         self.interval = _Interval()  # a new one, so that validation does not count as time of a step
@@ -304,13 +341,18 @@ class _Run:
             numbers["grad_norm_by_layer"] = {str(layer): norm for layer, norm in enumerate(report.layer_grad_norms)}
         return numbers | ({"lambda": mixture.summary()} if mixture else {})
 
-    def _numbers(self, report: StepReport) -> Record:
-        position, (memory, peak) = self.state.position, memory_bytes()
+    def _place(self) -> Record:
+        position = self.state.position
         return {
             "iteration": position.iteration,
             "epoch": self.data.train.epochs_at(position.consumed_samples),
             "consumed_samples": position.consumed_samples,
             "consumed_tokens": position.consumed_tokens,
+        }
+
+    def _numbers(self, report: StepReport) -> Record:
+        memory, peak = memory_bytes()
+        return self._place() | {
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             **self.interval.averages(),

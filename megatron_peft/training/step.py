@@ -256,8 +256,8 @@ def _sum_over_world(
         for buffer in buffers:
             finite = finite & torch.isfinite(buffer.grad_data.sum())
     here = [stop, num_pairs if counts and len(losses) else 0]  # every stage has the microbatches: the last one counts
-    of_the_host = torch.tensor(here, dtype=total.dtype, device=total.device)
-    numbers = torch.cat([total, (~finite).double().view(1), of_the_host, *([] if squares is None else [squares])])
+    of_the_host = [total.new_full((1,), float(number)) for number in here]  # a tensor of a list is copied: a wait
+    numbers = torch.cat([total, (~finite).double().view(1), *of_the_host, *([] if squares is None else [squares])])
     dist.all_reduce(numbers)
     return read_on_host(numbers)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +47,9 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
     ("tflops_per_gpu", "TFLOP/s/GPU", lambda x: f"{x:.1f}"),
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
 )
+
+
+SECONDS_WITHOUT_A_LINE = 10
 
 
 class Progress:
@@ -98,6 +101,22 @@ class Progress:
         else:
             self.update(record)
 
+    def track(self, batches: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
+        """The batches; meanwhile a second bar shows how many are done, or in a file a line every ten seconds."""
+        task = self._bar.add_task(what, total=total, eta=what, loss="") if self._bar else None
+        told_at = time.monotonic()
+        try:
+            for done, batch in enumerate(batches):
+                if self._bar and task is not None:
+                    self._bar.update(task, completed=done)
+                elif time.monotonic() - told_at >= SECONDS_WITHOUT_A_LINE:
+                    told_at = time.monotonic()
+                    self.message(f"{what}: {done} of {total} batches")
+                yield batch
+        finally:
+            if self._bar and task is not None:
+                self._bar.remove_task(task)
+
     def message(self, text: str) -> None:
         """Print a line (above the bar)."""
         if self._enabled:
@@ -115,7 +134,8 @@ class Progress:
 
     def _show_loss(self, record: Mapping[str, Any]) -> None:
         assert self._bar is not None
-        self._bar.update(self._task, loss=f"loss {record['loss']:.3f}")
+        if "loss" in record:
+            self._bar.update(self._task, loss=f"loss {record['loss']:.3f}")
 
     def _short_line(self, record: Mapping[str, Any]) -> str:
         width = len(str(self._total))

@@ -1,6 +1,6 @@
 """Validation loss, and checks of training: layers without gradients, orthogonality, the loss at the start."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,26 @@ from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import run_schedule
 
 
-def validation_loss(model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step]) -> float:
-    """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective."""
+class ValidationInterrupted(Exception):
+    """A rank was asked to stop; every rank raises it, before the same step."""
+
+
+def validation_loss(
+    model_chunks: Sequence[DistributedDataParallel], steps: Iterable[Step], stops: Callable[[], bool] = lambda: False
+) -> float:
+    """Mean token loss over all steps and ranks; the same number on every rank, at any layout. A collective.
+
+    Args:
+        stops: asked before each step, whether this rank wants to end it. Then all do, with ValidationInterrupted.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     # `forward_only` skips backward, but megatron-core's schedules would still record the graph.
     with inference_mode(model_chunks), torch.no_grad(), inference_rotations(model_chunks):
         for microbatches in steps:
+            stopping = total.new_full((1,), float(stops()))
+            dist.all_reduce(stopping)
+            if any(read_on_host(stopping)):
+                raise ValidationInterrupted
             total += run_schedule(model_chunks, microbatches, forward_only=True)[:, :2].sum(0)
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         total.zero_()  # tensor-parallel ranks compute the same losses: count them once

@@ -59,6 +59,13 @@ def test_ft_launcher_takes_the_place_of_torchrun(monkeypatch) -> None:
     assert " ".join(words[3:]) == expected and "ft_launcher" not in words
 
 
+@pytest.mark.parametrize("chosen", [None, "8"])
+def test_compute_and_communication_are_issued_in_order_unless_the_user_says_otherwise(monkeypatch, chosen) -> None:
+    monkeypatch.setattr(launch.os, "environ", {} if chosen is None else {"CUDA_DEVICE_MAX_CONNECTIONS": chosen})
+    start_processes("m", [], {}, "p", print)
+    assert launch.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == (chosen or "1")
+
+
 def test_nothing_is_started_where_processes_run_already(monkeypatch, capsys) -> None:
     assert start_processes("m", [], {}, "p", print) is None
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -19,7 +19,7 @@ RECORDS = [{"prompt": str(i), "completion": f"{i} {i}"} for i in range(10)]  # 3
 def build(data: dict[str, Any], consumed: int = 0, **training) -> Data:
     """`data` and `training` are fields of the configuration; without a length the run has 5 iterations."""
     length = {} if {"train_iters", "train_samples", "train_epochs"} & training.keys() else {"train_iters": 5}
-    settings = DataConfig(**data, num_workers=0, seq_length=8)
+    settings = DataConfig(**{"num_workers": 0, "seq_length": 8, **data})
     steps = TrainingConfig(**{"global_batch_size": 4, **length, **training})
     config = replace(make_config(), parallel=ParallelConfig(), data=settings, training=steps)
     return build_data(config, NullTokenizer(999), consumed_samples=consumed, data_parallel_rank=0, data_parallel_size=1)
@@ -52,6 +52,12 @@ def test_validation_is_one_pass_in_file_order_that_eval_iters_end_and_none_mean_
     data = build({**both, "test_data_path": both["valid_data_path"]}, eval_iters=1)
     assert data.valid and data.test and first_tokens(data.valid) == first_tokens(data.test) == [0, 1, 2, 3]
     assert build(both, eval_iters=0).valid is build(both, eval_interval=None).valid is None
+
+
+def test_generated_data_are_validated_with_ten_batches_unless_eval_iters_says_otherwise():
+    for asked, steps in (({}, 10), ({"eval_iters": 12}, 12)):
+        data = build({"mock_data": True, "seq_length": 4096}, **asked)
+        assert data.valid and data.test and data.valid.num_steps == data.test.num_steps == steps
 
 
 @pytest.mark.parametrize(

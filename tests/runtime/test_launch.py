@@ -36,6 +36,18 @@ def test_a_thread_gets_the_device_of_the_thread_that_started_it(monkeypatch):
     assert set_by == [("writer", 3)]
 
 
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_nccl_alone_is_bound_to_the_device_of_this_rank(monkeypatch, backend):
+    joined: list[dict[str, Any]] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: joined.append({"device": at}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: joined[0]["device"])
+    monkeypatch.setattr(dist, "init_process_group", lambda **words: joined.append(words))
+    start_world(backend)
+    assert joined[1]["device_id"] == (None if backend else torch.device("cuda", 3))
+
+
 def checks_of_a_rank(_: None) -> dict[str, Any]:
     start_world()
     found = {

@@ -37,16 +37,16 @@ class RecordedSaves:
         """Nobody moves it."""
 
 
-def signal_at(data: Any, first_sample: int, number: int) -> None:
-    """This process gets the signal in the step that begins with this sample."""
-    step_at = data.train.step_at
+def signal_at(batches: Any, first_sample: int, number: int) -> None:
+    """This process gets the signal as the step that begins with this sample of training or validation data is built."""
+    step_at = batches.step_at
 
     def killing_step_at(first: int) -> Any:
         if first == first_sample:
             os.kill(os.getpid(), number)
         return step_at(first)
 
-    data.train.step_at = killing_step_at
+    batches.step_at = killing_step_at
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
 from megatron_peft.config import ConfigurationError
+from megatron_peft.training import after_step
 from megatron_peft.training.after_step import merge_if_due, mix_from_gradients, mixing_adapters, mixtures
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import validation_loss
 from tests.training.recorded_saves import RecordedSaves
+from tests.training.waits import Waits
 
 RATE = 0.05
 UNCHECKED = {"check_for_nan_in_loss_and_grad": False}
@@ -166,6 +168,24 @@ def test_records_hold_a_summary_and_a_file_of_its_own_every_layer(start, tmp_pat
     assert records[-1]["lambda"] == pytest.approx({"mean": sum(values) / 8, "min": min(values), "max": max(values)})
     assert "decoder.layers.1.mlp.linear_fc2" in lines[-1]["lambda"]
     assert any((tmp_path / "tb").iterdir())
+
+
+def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
+    state, _ = start(peft={"method": "hybrid", "lora_ga_batches": 1, **GROUPS_OF_FOUR})
+    adapter = next(iter(mixing_adapters(state).values()))
+    names = [f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (10, 2)]
+    monkeypatch.setattr(after_step, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
+    assert [*mixtures(state).by_layer] == names[::-1]
+
+
+def test_one_log_line_reads_the_lambdas_of_all_layers_at_once(start):
+    state, data = start(peft={"method": "hybrid", "lora_ga_batches": 1, **GROUPS_OF_FOUR})
+    train_step(state, data.train.step_at(0))
+    with Waits() as waits:
+        found = mixtures(state)
+    assert len([one for one in waits.found if "after_step.py" in one]) == 1, waits.found
+    assert found.by_layer == {name: float(one.mix) for name, one in mixing_adapters(state).items()}
+    assert len(found.by_layer) > 1 and found.num_kept == 0
 
 
 def test_a_gradient_that_is_not_finite_keeps_lambda_and_is_said(start, tmp_path, capsys):

@@ -48,7 +48,8 @@ def found_by_a_rank(asked: tuple[list[Job], list[Job], Job]) -> dict[str, Any]:
     start_world()
     compared, poisoned, signalled = asked
     errors = {job.name: _poisoned(job) for job in poisoned}
-    return {"curves": run_each(compared), "errors": errors, "stopped": _signalled(signalled)}
+    stopped = [_signalled(signalled, "train"), _signalled(signalled, "valid")]
+    return {"curves": run_each(compared), "errors": errors, "stopped": stopped}
 
 
 def _poisoned(job: Job) -> str:
@@ -67,12 +68,12 @@ def _poisoned(job: Job) -> str:
     return "no error"
 
 
-def _signalled(job: Job) -> tuple[str, list[int]]:
+def _signalled(job: Job, split: str) -> tuple[str, list[int], bool]:
     saver = RecordedSaves()
     with built(job) as (state, data):
         if dist.get_rank() == BAD_RANK:
-            signal_at(data, state.config.global_batch_size, signal.SIGUSR1)
-        return train(state, data, saver), saver.saved
+            signal_at(getattr(data, split), state.config.global_batch_size, signal.SIGUSR1)
+        return train(state, data, saver), saver.saved, state.best.was_interrupted
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def found(tmp_path_factory):
         alone = run_each([job(run, run, {}) for run in RUNS])
     compared = [job(f"{run} {layout}", run, LAYOUTS[run][layout]) for run, layout in CASES]
     poisoned = [job(name, "tied lora", groups) for name, groups in POISONED.items()]
-    signalled = job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}})
+    validates = {"training": {"micro_batch_size": 4, "eval_interval": 3}}
+    signalled = job("", "tied lora", {"checkpoint": {"save": str(folder / "save")}, **validates})
     return alone, run_ranks(2, found_by_a_rank, (compared, poisoned, signalled))
 
 
@@ -110,7 +112,11 @@ def test_nan_on_one_rank_stops_all_before_the_update(found, layout):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
-    assert [rank["stopped"] for rank in found[1]] == [("asked to stop at iteration 2", [2])] * 2
+    assert [rank["stopped"][0] for rank in found[1]] == [("asked to stop at iteration 2", [2], False)] * 2
+
+
+def test_a_signal_to_one_rank_ends_the_validation_of_all(found):
+    assert [rank["stopped"][1] for rank in found[1]] == [("asked to stop at iteration 3", [3], True)] * 2
 
 
 def test_a_run_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:

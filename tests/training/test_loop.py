@@ -210,7 +210,7 @@ def test_exit_duration(run, monkeypatch, limit, stops):
 @pytest.mark.parametrize("number", THREE)
 def test_a_signal_saves_and_stops_after_the_step(start, tmp_path, number):
     run = Run(start, tmp_path)
-    signal_at(run.data, 16, number)
+    signal_at(run.data.train, 16, number)
     run.to_the_end()
     assert run.reason == "asked to stop at iteration 3" and run.saved == [3]
     assert sorted(run.records) == [3] and "validation_loss" not in run.records[3]  # recorded, though nothing is due

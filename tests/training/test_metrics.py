@@ -97,6 +97,18 @@ def test_tensorboard_gets_every_number_at_its_iteration(tmp_path):
     assert {tag: (one.step, one.value) for tag, one in found.items()} == {"loss": (7, 1.5), "lambda/min": (7, 0.25)}
 
 
+def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, iterations in ((0, (1, 2, 3)), (2, (3, 4))):
+        logging = LoggingConfig(tensorboard_dir=str(tmp_path))
+        with MetricsWriter(None, logging, is_writer=True, resumed_iteration=resumed_at) as writer:
+            for iteration in iterations:
+                writer.write({"iteration": iteration, "loss": float(resumed_at)})
+    points = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(one.step, one.value) for one in points] == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
+
+
 def test_wandb_that_is_not_installed_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match="--wandb-project needs the package wandb"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from torch.distributed import get_rank
 from megatron_peft.checkpoint.folders import BEST
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import CheckpointConfig, ConfigurationError
+from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.runtime.launch import start_world, stop_model_parallel
 from megatron_peft.training import loop
 from megatron_peft.training import run as finetune_module
+from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.run import finetune
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
@@ -77,6 +80,43 @@ def finished(job, world, tmp_path_factory):
     finetune(job(num_steps=4, checkpoint={"save": folder}).config(1))
     stop_model_parallel()
     return folder
+
+
+def test_a_validation_that_a_signal_ends_is_made_up_for_when_the_run_resumes(run, files, tmp_path, monkeypatch):
+    """A run that is told to stop in every fourth batch of validation, until it is done, equals one that never is."""
+    groups = {"data_settings": {"test_data_path": (files[1],)}, "logging": {"log_interval": 1}}
+    groups["training"] = {"eval_interval": 2, "eval_iters": None, "early_stopping_patience": 3}
+
+    def save(name):
+        return {"save": str(tmp_path / name), "resume": "auto", "keep_best": True}
+
+    told = run(checkpoint=save("undisturbed"), **groups)
+    assert "test loss at iteration 4: " in told
+    step_at, built = GlobalBatches.step_at, []
+
+    def signals(self, first):
+        if self.end is not None and built.append(first) is None and len(built) % 8 == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_at(self, first)
+
+    monkeypatch.setattr(GlobalBatches, "step_at", signals)
+    found = [run(checkpoint=save("interrupted"), **groups) for _ in range(4)]
+    ends = ["asked to stop at iteration 2", "asked to stop at iteration 4", "nothing to do", "nothing to do"]
+    assert all(end in one for end, one in zip(ends, found, strict=True)), found
+    assert "test loss at iteration 4: not measured, since the run was asked to stop" in found[2]
+    for line in (-3, -1):  # the test loss, and the lowest validation loss
+        assert found[3].splitlines()[line].replace("interrupted", "undisturbed") == told.splitlines()[line]
+
+    def kept(name):
+        lines = read_metrics(tmp_path / name / METRICS_FILE)
+        by_iteration = {line["iteration"]: {} for line in lines}
+        for line in lines:
+            by_iteration[line["iteration"]] |= line
+        names = ("loss", "validation_loss", "epoch")
+        figures = [{name: line.get(name) for name in names} for line in by_iteration.values()]
+        return figures, read_run_record(tmp_path / name).best, (tmp_path / name / BEST).readlink()
+
+    assert kept("interrupted") == kept("undisturbed")
 
 
 def test_a_damaged_record_is_left_to_the_load_which_goes_back(run, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.training import step
 from megatron_peft.training.state import GradientShards
 from megatron_peft.training.step import NonFiniteError, run_schedule, train_step
 
@@ -19,6 +20,13 @@ def _steps(start, count=3, **groups):
     state, data = start(**groups)
     steps = iter(data.train)
     return [train_step(state, next(steps)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("num_losses", "counted"), [(0, 0), (2, 7)], ids=["another stage", "the last stage"])
+def test_pairs_are_counted_where_the_losses_are(alone, num_losses, counted):
+    """Every stage has the microbatches, and the sum is over all."""
+    losses = torch.ones(num_losses, 3, dtype=torch.float64)
+    assert step._sum_over_world(losses, [], False, 7, None)[5] == counted
 
 
 def test_the_pretrained_weights_are_in_place_and_frozen(start):

@@ -117,6 +117,22 @@ def test_a_terminal_gets_a_line_per_interval_above_a_bar_that_fits_its_width():
     assert re.search(r"^\S+ +123457/1000000 1 day, 12:06:\d\d ETA 56 days, \d+:\d\d:\d\d loss 2.500$", bar.strip()), bar
 
 
+def test_progress_of_a_validation_is_a_line_every_ten_seconds_in_a_file_and_a_bar_at_a_terminal(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    console, text = _shown()
+    with Progress(60, console=console) as progress:
+        for _ in progress.track(range(8), "validation", 8):
+            clock[0] += 4
+    assert text() == "validation: 3 of 8 batches\nvalidation: 6 of 8 batches\n"
+    console, text = _shown(force_terminal=True, width=80, color_system=None)
+    with Progress(60, console=console) as progress:
+        for _ in progress.track(range(8), "validation", 8):
+            progress._bar.refresh()
+        assert len(progress._bar.tasks) == 1
+    assert re.search(r" 5/8 +0:00:\d\d validation", text())
+
+
 def test_a_line_takes_all_that_fits_a_terminal_and_no_more():
     parts = ["loss 2.500", "valid 1.750", "norm 1.25", "lr 2.00e-03", "tok/s 512", "s/step 0.50"]
     for width in range(20, 90):

@@ -1,5 +1,7 @@
 """Validation loss is a mean over tokens; adapters without gradient and drifting rotations are detected."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import (
     ORTHOGONALITY_LIMIT,
+    inference_mode,
     largest_orthogonality_error,
     layers_without_gradient,
     validation_loss,
@@ -93,6 +96,15 @@ def test_dropout_is_off_in_validation_and_its_samples_are_the_same_each_time(sta
     loss = validation_loss(state.model_chunks, data.valid)
     assert loss == validation_loss(plain.model_chunks, data.valid) == validation_loss(state.model_chunks, data.valid)
     assert all(chunk.training for chunk in state.model_chunks)
+
+
+def test_all_chunks_train_on_after_a_validation():
+    chunks: list = [torch.nn.Dropout(), torch.nn.Dropout()]
+    for chunk in chunks:
+        chunk.ddp_config = SimpleNamespace(overlap_param_gather=False)
+    with inference_mode(chunks):
+        assert not any(chunk.training for chunk in chunks)
+    assert all(chunk.training for chunk in chunks)
 
 
 def test_nothing_is_kept_for_a_backward_and_without_samples_it_is_zero(start):

@@ -1,4 +1,8 @@
-"""Where the host waits for the device: what reads a number of a tensor, or makes a shape of its values."""
+"""Where the host waits for the device: reads of a number or of a shape made of values, and copies from the host.
+
+torch copies from memory that is not pinned, and from a list, before it returns. On a CPU a tensor stands for one of the
+device if it was made with a device, and for one of the host if it was made of values without one.
+"""
 
 import sys
 from types import FrameType
@@ -15,9 +19,14 @@ _READS = frozenset(
 )
 # These read a CPU tensor's memory without an operation that a dispatch mode could see.
 _METHODS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "__array__"}
+_OF_VALUES = frozenset("tensor as_tensor asarray new_tensor from_numpy".split())
+_COPIES = frozenset("to cuda copy_".split())
 # These read tensors of the host on any device: Adam's counts of steps, the state of the CPU's generator.
 _ON_THE_HOST = ("/torch/optim/", "/megatron/core/tensor_parallel/random.py")
-_MACHINERY = (__file__, "/torch/_compile.py", "/torch/_ops.py", "/torch/overrides.py", "/torch/_dynamo/eval_frame.py")
+_MACHINERY = (
+    *(__file__, "/megatron_peft/runtime/cpu.py", "/torch/_compile.py", "/torch/_ops.py", "/torch/overrides.py"),
+    "/torch/_dynamo/eval_frame.py",
+)
 
 
 class Waits:
@@ -46,7 +55,12 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _READS or _indexes_by_mask(name, args):
             _note(self.found, name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        source = args[-1] if name == "copy_" else args[0] if name == "_to_copy" else result
+        if isinstance(result, torch.Tensor) and (source.device.type, result.device.type) == ("cpu", "meta"):
+            if not (kwargs or {}).get("non_blocking"):
+                _note(self.found, f"{name} from the host")
+        return result
 
 
 class _Methods(TorchFunctionMode):
@@ -55,9 +69,23 @@ class _Methods(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func in _METHODS:
             _note(self.found, _METHODS[func])
-        return func(*args, **(kwargs or {}))
+        if _copies_from_the_host(name, args, kwargs):
+            _note(self.found, f"{name} from the host")
+        result = func(*args, **kwargs)
+        if name in _OF_VALUES and kwargs.get("device") in (None, "cpu"):
+            result.is_of_the_host = True
+        return result
+
+
+def _copies_from_the_host(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in _OF_VALUES:
+        of_the_device = name == "new_tensor" and not hasattr(args[0], "is_of_the_host")
+        return of_the_device or kwargs.get("device") not in (None, "cpu")
+    source = args[1] if name == "copy_" else args[0] if name in _COPIES else None
+    return hasattr(source, "is_of_the_host") and not (kwargs.get("non_blocking") or any(one is True for one in args))
 
 
 def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
