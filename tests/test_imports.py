@@ -41,13 +41,13 @@ ALLOWED = {**ALLOWED, "__main__": {"commands"}}
 
 # Calls that open or parse what others have written, and the modules that may make them. All else asks `untrusted`.
 OPENERS = {
-    *("json.load", "json.loads", "yaml.load", "yaml.safe_load", "gzip.open", "gzip.decompress"),
+    *("json.load", "json.loads", "json.JSONDecoder", "yaml.load", "yaml.safe_load", "gzip.open", "gzip.decompress"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "numpy.load", "np.load"),
     *("pickle._Unpickler", "BoundedUnpickler"),
     *("safe_open", "load_file", "safetensors.torch.load_file", "safetensors.safe_open"),
 }
 MAY_OPEN: Mapping[str, set[str]] = {
-    "config.untrusted": {"json.loads", "yaml.load", "gzip.open"},
+    "config.untrusted": {"json.JSONDecoder", "yaml.load", "gzip.open"},
     "conversion.hf_files": {"safe_open", "torch.load"},  # weights, their pickles with weights_only
     "checkpoint.safe_pickle": {
         "torch.load",

@@ -12,6 +12,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,23 +266,25 @@ def keep_last(folder: Path, iteration: int, num_kept: int, best: int | None = No
             logger.warning("%s cannot be removed: %s", path, error)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path`; a crash leaves the old file or the new one."""
-    os.replace(write_beside(path, text), path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write text or bytes to `path`; a crash leaves the old file or the new one."""
+    os.replace(write_beside(path, content), path)
     sync(path.parent)
 
 
-def write_beside(path: Path, text: str) -> Path:
-    """Write and sync a temporary file with `text`, ready to replace `path`. No file is left if that fails."""
+def write_beside(path: Path, content: str | bytes) -> Path:
+    """Write and sync a temporary file, ready to replace `path`. No file is left if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is told without a name
     return temporary
 
 
@@ -319,7 +322,7 @@ class FolderLock:
     def __init__(self, folder: Path, grace_seconds: float = GRACE_SECONDS) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._opened_folder = os.open(folder, os.O_RDONLY)  # while it is open, its inode is not reused
         try:
             require(
@@ -370,8 +373,11 @@ class FolderLock:
 
     def _write_holder(self) -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder / LOCK)) from error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

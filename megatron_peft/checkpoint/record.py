@@ -17,7 +17,15 @@ from megatron_peft.checkpoint.folders import (
     megatron_files,
     newest_checkpoint,
 )
-from megatron_peft.config import ConfigurationError, RunConfig, config_from_dict, config_to_dict, flag, require
+from megatron_peft.config import (
+    ConfigurationError,
+    PeftConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    flag,
+    require,
+)
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.models.shape import ModelShape, RopeScaling
 
@@ -185,13 +193,15 @@ def _shape_from_dict(fields: dict[str, Any]) -> ModelShape:
 
 # Whether a run may load a checkpoint. Every contradiction is an error with both values and the way out.
 
-# Section -> fields that a resumed run may change with a warning: other samples, or other updates.
+# Section -> fields that a resumed run may change with a warning: other samples, or other updates. So may it those of
+# its method that are declared with `may_change`; other layers are an error.
 CHANGED_WITH_WARNING = {
     "data": (
         *("train_data_path", "data_path", "split", "seq_length", "overlong", "pack_sequences", "packing", "seed"),
         *("prompt_column", "response_column", "messages_column", "text_column", "chat_template"),
     ),
     "training": ("global_batch_size", "seed"),
+    "model": ("bf16",),
     "optimizer": ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
 }
 SCHEDULE_FLAGS = {
@@ -232,9 +242,10 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
 
 def changes(record: RunRecord, current: CurrentRun) -> str:
     """A warning about permitted changes in a resumed run, or an empty string."""
+    of_method = current.config.peft.spec.fields(current.config.peft) & _may_change() - {"method", "target_modules"}
     changed = [
         f"{flag(name)} {_shown(getattr(now, name))} (before: {_shown(getattr(before, name))})"
-        for section, names in CHANGED_WITH_WARNING.items()
+        for section, names in {**CHANGED_WITH_WARNING, "peft": sorted(of_method)}.items()
         for before, now in [(getattr(record.config, section), getattr(current.config, section))]
         for name in names
         if getattr(before, name) != getattr(now, name)
@@ -335,14 +346,17 @@ def _other_numbers(record: RunRecord, current: CurrentRun) -> Iterator[str]:
     if not current.config.peft.trains_adapters:
         return
     peft = current.config.peft
-    may_change = {one.name for one in dataclasses.fields(peft) if one.metadata["may_change"]}
-    for name in sorted(peft.spec.fields(peft) - may_change):
+    for name in sorted(peft.spec.fields(peft) - _may_change()):
         there, now = getattr(record.config.peft, name), getattr(current.config.peft, name)
         if there != now:
             yield (
                 f"{_load(current)} was trained with {flag(name)} {there}, but this run has {flag(name)} {now}: "
                 f"give {flag(name)} {there}, or {_another(current)}."
             )
+
+
+def _may_change() -> set[str]:
+    return {one.name for one in dataclasses.fields(PeftConfig) if one.metadata["may_change"]}
 
 
 def _other_layers(record: RunRecord, current: CurrentRun) -> Iterator[str]:

@@ -10,12 +10,15 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Size
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -110,8 +113,8 @@ def read_metadata(folder: Path) -> Metadata:
     Entries of other objects are dropped, so that no reader unpickles them.
 
     Raises:
-        ConfigurationError: it names a class that no index needs or a file outside `folder`, or it is truncated. Nothing
-            in it was run.
+        ConfigurationError: it names a class that no index needs or a file outside `folder`, it is truncated, or slices
+            of a tensor are missing. Nothing in it was run.
     """
     path = folder / ".metadata"
     unpickler = _IndexUnpickler(path)
@@ -244,6 +247,12 @@ class _IndexUnpickler(BoundedUnpickler):
             if type(entry) is not self._classes.get("BytesStorageMetadata")
         }
         places = dict(map(self._place, self._typed(fields["storage_data"], dict).items()))
+        torn = [key for key, tensor in tensors.items() if not _is_whole(key, tensor, places)]
+        require(
+            not torn,
+            f"{self._path} is damaged: slices are missing from {''.join(torn[:1])} ({len(torn)} of {len(tensors)} "
+            f"tensors). Copy the checkpoint again.",
+        )
         return Metadata(tensors, storage_data={key: place for key, place in places.items() if key.fqn in tensors})  # type: ignore[arg-type]
 
     def _tensor(self, entry: Any) -> TensorStorageMetadata:
@@ -287,6 +296,24 @@ class _IndexUnpickler(BoundedUnpickler):
                 f"{kind.__name__}."
             )
         return value
+
+
+_MAX_DIMS = 8  # a slice has two corners in each
+
+
+def _is_whole(key: str, tensor: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]) -> bool:
+    """Whether each element of a tensor lies in exactly one of its slices, and each slice has its place in a file."""
+    # Count +1 and -1 at the corners of a box in turn: those of the slices add up to those of the tensor only if the
+    # slices fill it, since each box is the sum of its corners' counts up to each index.
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole = ChunkStorageMetadata(Size([0] * len(tensor.size)), tensor.size)
+    for box, sign in [(whole, 1), *((chunk, -1) for chunk in tensor.chunks)]:
+        if not len(box.offsets) == len(box.sizes) == len(tensor.size) <= _MAX_DIMS:
+            return False
+        for ends in product((0, 1), repeat=len(tensor.size)):
+            corner = tuple(start + size * end for start, size, end in zip(box.offsets, box.sizes, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values()) and all(MetadataIndex(key, chunk.offsets) in places for chunk in tensor.chunks)
 
 
 @contextmanager

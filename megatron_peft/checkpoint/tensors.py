@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -29,6 +29,7 @@ from megatron_peft.adapters.attach import all_names, linear_layers
 from megatron_peft.checkpoint.folders import FileSum, measure
 from megatron_peft.checkpoint.safe_pickle import plain_reason, read_metadata
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.untrusted import require_finite
 from megatron_peft.runtime.launch import checked_together
 
 Sharded = ShardedTensor | ShardedTensorFactory
@@ -145,6 +146,20 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
         return self._index
 
 
+class _LoadPlanner(MCoreLoadPlanner):
+    """Raises ConfigurationError if a slice that was read holds NaN or an infinity."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._folder = folder
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        assert self.metadata is not None
+        file = self.metadata.storage_data[read_item.storage_index].relative_path
+        require_finite(tensor, read_item.storage_index.fqn, self._folder / file)
+        super().commit_tensor(read_item, tensor)
+
+
 def read_index(folder: Path) -> Metadata:
     """Which tensors a checkpoint holds and where they lie, on every rank. A collective.
 
@@ -163,10 +178,11 @@ def read_tensors(tensors: Iterable[ShardedTensor], folder: Path, index: Metadata
         index: that of `folder`, by `read_index`.
 
     Raises:
-        ConfigurationError: on every rank, when a file is missing or damaged.
+        ConfigurationError: on every rank, when a file is missing or damaged, or holds a value that is not finite.
     """
     wanted = [replace(tensor) for tensor in tensors]  # copies, because megatron-core modifies the descriptions
-    planner = MCoreLoadPlanner(
+    planner = _LoadPlanner(
+        folder,
         shapes_validation_sharded_tensors=[tensor for tensor in wanted if not tensor.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={tensor.key: tensor for tensor in wanted if tensor.allow_shape_mismatch},
     )
@@ -201,6 +217,8 @@ def _library_errors(what: str) -> Iterator[None]:
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, ConfigurationError):
+            raise cause from error
         raise ConfigurationError(f"{what}: rank {rank}: {type(cause).__name__}: {plain_reason(cause)}") from error
     except CheckpointingException as error:
         raise ConfigurationError(f"{what}: {error}") from error

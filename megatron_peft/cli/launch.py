@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from megatron_peft.config import ConfigurationError, Requirements, flag, option, require
@@ -170,7 +171,8 @@ def _run_by_torchrun(words: Sequence[str], program: str) -> int:
     for name in TORCHRUN_LOGGERS:  # a rank that fails has said why, and so has one that a signal ends
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        run(parse_args([*words]))
+        with TemporaryDirectory(prefix="megatron_peft_") as folder:  # torchrun would leave its own behind
+            run(parse_args(["--log-dir", folder, *words]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _told(failure.exitcode, rank, program)

@@ -88,7 +88,7 @@ class _ToHuggingFace(_WithCard):
 
         size, dtype = parse_bytes(self.max_shard_size), type_flag(self.dtype)
         card: dict[str, Any] = {"pretrained_checkpoint": self.base, "license": self.license}
-        return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card))
+        return _wrote(convert(self.input, self.output, dtype=dtype, max_shard_bytes=size, **card), self.input)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +140,10 @@ class ExportAdapter(_WithCard):
         if self.as_lora:
             from megatron_peft.conversion.as_lora import export_as_lora
 
-            return _wrote(export_as_lora(self.input, self.output, **card, **limits))
+            return _wrote(export_as_lora(self.input, self.output, **card, **limits), self.input)
         from megatron_peft.conversion.peft import export_adapter
 
-        return _wrote(export_adapter(self.input, self.output, **card))
+        return _wrote(export_adapter(self.input, self.output, **card), self.input)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +197,13 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _wrote(output: Path) -> int:
+def _wrote(output: Path, run: str = "") -> int:
+    """Of a run's export, the lines that serve it come last."""
     from megatron_peft.conversion.model_card import CARD, serving_lines
 
     print(f"wrote {output}")
     if (output / CARD).is_file():
-        print(f"\n{serving_lines(output)}")
+        print(f"\n{serving_lines(output, run)}")
     return 0
 
 

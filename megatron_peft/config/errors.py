@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -49,15 +50,20 @@ def required_option(help: str, *, flags: tuple[str, ...] = (), metavar: str | No
     return field(metadata={"help": help, "check": None, "group": None, "flags": flags, "metavar": metavar})
 
 
+# Control characters, and marks that turn text around.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
 class ConfigurationError(ValueError):
     """Settings are invalid or contradict each other. Each message names the flag, the numbers and the way out.
 
-    `problems` holds the messages one by one; the text of the exception is all of them, a line each.
+    `problems` holds the messages one by one; the text of the exception is all of them, a line each. Names of files and
+    tensors stand in them: what a terminal would obey is escaped.
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(_OBEYED.sub(lambda found: ascii(found[0])[1:-1], problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 def require(condition: bool, message: str) -> None:

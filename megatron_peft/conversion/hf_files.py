@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.safe_pickle import plain_reason, require_harmless
 from megatron_peft.config import ConfigurationError, require
-from megatron_peft.config.untrusted import read_json_object, require_regular
+from megatron_peft.config.untrusted import read_json_object, require_finite, require_regular
 from megatron_peft.models.rules import Index, RowRange, Rule
 
 # A source maps its file again after this many bytes of tensors: pages that were read stay resident until the file is
@@ -152,16 +152,19 @@ class Source:
         than the page faults of a mapped file.
 
         Raises:
-            ConfigurationError: the file cannot be read, or was cut short after its header was checked.
+            ConfigurationError: the file cannot be read, was cut short after its header was checked, or holds a value
+                that is not finite.
         """
         header = self.headers[name]
         if header.start is not None and is_whole_rows(index, header.shape):
-            return self._rows(header, header.start, index)
-        view = self._file_of(header).view(name, index)
-        self.counts.reads += 1
-        self.counts.bytes += view.nbytes
-        self._mapped_bytes += prod(header.shape) * view.element_size()
-        return view
+            values = self._rows(header, header.start, index)
+        else:
+            values = self._file_of(header).view(name, index)
+            self.counts.reads += 1
+            self.counts.bytes += values.nbytes
+            self._mapped_bytes += prod(header.shape) * values.element_size()
+        require_finite(values, name, header.file)
+        return values
 
     def _rows(self, header: Header, start: int, index: Index) -> Tensor:
         first, stop, _ = index[0].indices(header.shape[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_peft.adapters.change import DifferenceChange, WeightChange
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.megatron_weights import MegatronWeights, open_megatron
 from megatron_peft.conversion.pretrained import Weights, open_weights, owned_rules
 from megatron_peft.conversion.trained_adapters import (
@@ -200,7 +201,7 @@ class _ModuleChange:
         for rows in self.ranges:
             change = self.change.rows(_read_rows(self.base, self.rule, rows), rows.megatron)
             require(
-                bool(change.isfinite().all()),
+                is_finite(change),
                 f"the change of {self.rule.name} holds NaN or infinities: training has diverged. Give an older iter_* "
                 f"folder as --input.",
             )

@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_peft.checkpoint.safe_pickle import BoundedUnpickler, read_metadata
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.untrusted import require_finite
 from megatron_peft.conversion.hf_files import listed
 
 
@@ -42,16 +42,11 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor of a checkpoint. Its slices never overlap."""
+    """A global tensor of a checkpoint. Its slices fill it and never overlap."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     slices: tuple[StoredSlice, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the slices fill the tensor."""
-        return sum(prod(stored.shape) for stored in self.slices) == prod(self.shape)
 
     @torch.no_grad()
     def fill(self, target: Tensor, offset: Sequence[int]) -> int:
@@ -186,14 +181,11 @@ def open_distributed(folder: Path) -> dict[str, StoredTensor]:
     """
     index = read_metadata(folder)
     _check_files(folder, index.storage_data)
-    stored = {
+    return {
         key: _tensor(folder, key, entry, index.storage_data)
         for key, entry in index.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    torn = [key for key, tensor in stored.items() if not tensor.is_whole]
-    require(not torn, f"{folder} is damaged: slices are missing from {listed(torn)}. Copy the checkpoint again.")
-    return stored
 
 
 def _check_files(folder: Path, storage: dict) -> None:
@@ -210,11 +202,10 @@ def _check_files(folder: Path, storage: dict) -> None:
 def _tensor(folder: Path, key: str, entry: TensorStorageMetadata, storage: dict) -> StoredTensor:
     slices = []
     for chunk in entry.chunks:
-        place = storage.get(MetadataIndex(key, chunk.offsets))
-        if place is not None:
-            file, shape = folder / place.relative_path, tuple(chunk.sizes)
-            load = partial(_load, file, place.offset, place.length, key, shape)
-            slices.append(StoredSlice(tuple(chunk.offsets), shape, load, (str(file), place.offset)))
+        place = storage[MetadataIndex(key, chunk.offsets)]
+        file, shape = folder / place.relative_path, tuple(chunk.sizes)
+        load = partial(_load, file, place.offset, place.length, key, shape)
+        slices.append(StoredSlice(tuple(chunk.offsets), shape, load, (str(file), place.offset)))
     return StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(slices))
 
 
@@ -226,4 +217,5 @@ def _load(path: Path, start: int, length: int, key: str, shape: tuple[int, ...],
         raise ConfigurationError(f"{path} is damaged where it holds {key}: {error}".partition("\n")[0]) from error
     if values is None:
         raise ConfigurationError(f"{path} is damaged: it does not hold {key} {list(shape)} where its index says so.")
+    require_finite(values, key, path)
     return values

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_peft.checkpoint.folders import INDEX, RANK_FILES, RANK_FOLDER
 from megatron_peft.checkpoint.safe_pickle import load_inertly
 from megatron_peft.config import LINEAR_MODULES, ConfigurationError, require
+from megatron_peft.config.untrusted import require_finite
 from megatron_peft.conversion.hf_files import ReadCounts, listed, raise_problems
 from megatron_peft.conversion.megatron_files import (
     StoredSlice,
@@ -58,12 +59,16 @@ class LegacyCheckpoint:
                 f"{list(rule.local_shape(size))} there.",
             )
         slices = without_duplicates(
-            StoredSlice(part.offset, tuple(part.view.shape), lambda index, view=part.view: view[index])
+            StoredSlice(part.offset, tuple(part.view.shape), partial(self._load, name, rank, part.view))
             for rank, shard in enumerate(shards)
             for part in rule.global_slices(shard, rank, size)
         )
         ends = zip(*([a + b for a, b in zip(part.offset, part.shape, strict=True)] for part in slices), strict=True)
         return StoredTensor(tuple(map(max, ends)), shards[0].dtype, slices)
+
+    def _load(self, name: str, rank: int, view: Tensor, index: Any) -> Tensor:
+        require_finite(view[index], name, self.folder / f"mp_rank_{rank:02d}*")
+        return view[index]
 
 
 def open_legacy(folder: Path) -> LegacyCheckpoint:

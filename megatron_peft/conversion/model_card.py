@@ -2,6 +2,7 @@
 
 The front matter is what the Hugging Face hub reads: base, library, license, tags. Then come method, data and figures of
 the run, from its record and its metrics, and last how to serve the folder. Nothing in it is asked from the network.
+Folders stand there by their last names, and what others have named stands as it is, never as Markdown.
 """
 
 import re
@@ -13,17 +14,18 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from megatron_peft.checkpoint.folders import megatron_files
-from megatron_peft.checkpoint.record import RunRecord
+from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.errors import flag_of, spelled
-from megatron_peft.config.hub import hub_name
-from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_text
+from megatron_peft.config.hub import hub_name, is_hub_name
+from megatron_peft.config.untrusted import MAX_BYTES, parse_json, parse_yaml, read_json_object, read_text
 from megatron_peft.models.families import family_of
 
 CARD = "README.md"
 HEADING = "## How to serve it"
 METRICS = "metrics.jsonl"
+LICENSE = re.compile(r"[A-Za-z0-9][\w.+-]*")  # the hub's identifiers are single words
+LINK = re.compile(r"https://[\w./~%?=&#:@+-]+")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank of `vllm serve` takes
 NO_BASE = "HUGGING_FACE_BASE"  # where the base has no folder that others open
@@ -63,9 +65,9 @@ class Exported:
 
 
 def check_license(license: str | None) -> None:
-    """ConfigurationError: --license is no single word, as the hub's identifiers are."""
+    """ConfigurationError: --license is no identifier."""
     require(
-        license is None or re.fullmatch(r"[A-Za-z0-9][\w.+-]*", license) is not None,
+        license is None or LICENSE.fullmatch(license) is not None,
         f"--license {license!r} is not a license identifier: give one like apache-2.0, llama3.1, or other.",
     )
 
@@ -81,22 +83,27 @@ def write_card(folder: Path, exported: Exported) -> None:
     (folder / CARD).write_text(_card(exported, license), encoding="utf-8")
 
 
-def serving_lines(folder: Path) -> str:
-    """What the card in `folder` says about serving."""
-    _, _, lines = read_text(folder / CARD).partition(HEADING)
-    return lines.strip()
+def serving_lines(output: Path, input: str | Path) -> str:
+    """What the card of an export says about serving, with the folders of this machine."""
+    run, config = find_checkpoint(input), output / ADAPTER_CONFIG
+    adapter = read_json_object(config) if config.is_file() else None
+    base, rank = (adapter["base_model_name_or_path"], adapter.get("r")) if adapter else (None, None)
+    if Path(base or "").is_dir():
+        base = str(Path(base or "").absolute())
+    exported = Exported(run, read_record(run), output, base, adapter is not None, rank)
+    return _serving(exported, base, str(output.absolute()))
 
 
 def _card(exported: Exported, license: Mapping[str, str]) -> str:
     sections = [
         f"---\n{_front_matter(exported, license)}\n---",
-        f"# {exported.name}",
+        f"# {_literal(exported.name)}",
         _summary(exported),
         f"## Method\n\n{_method(exported.record)}",
         f"## Data\n\n{_data(exported.record)}",
         f"## Figures\n\n{_figures(exported)}",
         exported.approximation,
-        f"{HEADING}\n\n{_serving(exported)}",
+        f"{HEADING}\n\n{_serving(exported, _named(exported.base), exported.name)}",
     ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
@@ -128,18 +135,31 @@ def _license(exported: Exported) -> dict[str, str]:
     except ConfigurationError:
         return {}  # somebody else's card: the export does not depend on it
     known = stated if isinstance(stated, dict) and isinstance(stated.get("license"), str) else {}
-    return {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
+    found = {name: known[name] for name in LICENSE_FIELDS if isinstance(known.get(name), str)}
+    link = found.get("license_link", "")
+    is_file = link == Path(link).name and (card.parent / link).is_file()
+    are_names = all(LICENSE.fullmatch(found[name]) for name in ("license", "license_name") if name in found)
+    return found if are_names and (not link or is_file or LINK.fullmatch(link)) else {}
 
 
 def _named(base: str | None) -> str | None:
-    """`org/name` of a folder in the Hub's cache; other names stay."""
-    return hub_name(base or "") or base
+    """`org/name` of the Hub, also of a folder in its cache; of another folder its last name."""
+    if base is None or is_hub_name(base):
+        return base
+    return hub_name(base) or Path(base).absolute().name
+
+
+def _literal(text: str) -> str:
+    """Text as Markdown's code, in which it cannot be a link, a heading, or a cell of a table."""
+    text = "".join(one if one.isprintable() else " " for one in text).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def _summary(exported: Exported) -> str:
     kind = "A LoRA adapter" if exported.is_lora else "An adapter" if exported.is_adapter else "A model"
     base = _named(exported.base) or _named(exported.record.config.model.pretrained_checkpoint)
-    return f"{kind} fine-tuned from `{base}` with megatron_peft."
+    return f"{kind} fine-tuned from {_literal(base or '')} with megatron_peft."
 
 
 def _method(record: RunRecord) -> str:
@@ -150,7 +170,7 @@ def _method(record: RunRecord) -> str:
     optimizer, training = record.config.optimizer, record.config.training
     rows = [
         ("method", f"`{peft.method}`: {peft.spec.summary}"),
-        ("settings", f"`{typed}`" if typed else ""),
+        ("settings", _literal(typed) if typed else ""),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.lr:g}" if optimizer.lr else ""),
         ("samples a step", str(training.global_batch_size or "")),
         ("precision", "bf16" if record.config.model.bf16 else "float32"),
@@ -162,7 +182,7 @@ def _data(record: RunRecord) -> str:
     """Names of files, without the folders of the machine."""
     data = record.config.data
     named = {"training": data.train_data_path or data.data_path, "validation": data.valid_data_path}
-    rows = [(use, ", ".join(f"`{Path(path).name}`" for path in paths)) for use, paths in named.items()]
+    rows = [(use, ", ".join(_literal(Path(path).name) for path in paths)) for use, paths in named.items()]
     return _table([*rows, ("longest sample", f"{data.seq_length:,} tokens")])
 
 
@@ -202,13 +222,10 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
 
 
-def _serving(exported: Exported) -> str:
+def _serving(exported: Exported, base: str | None, folder: str) -> str:
     if not exported.is_adapter:
-        folder = str(exported.output.absolute())
         return f"vLLM:\n\n{_code(f'vllm serve {shlex.quote(folder)}')}\n\ntransformers:\n\n{_python(_model(folder))}"
-    base, folder = exported.base or NO_BASE, str(exported.output.absolute())
-    if megatron_files(base) is None and Path(base).is_dir():
-        base = hub_name(base) or str(Path(base).absolute())
+    base = base or NO_BASE
     adapter = f"model.load_adapter({folder!r})"
     wrapped = f"model = PeftModel.from_pretrained(model, {folder!r})"
     return "\n\n".join([

@@ -24,7 +24,7 @@ from megatron_peft.checkpoint.folders import megatron_files
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.conversion.hf_files import CONFIG, Source, copy_small_files, set_stored_type
 from megatron_peft.conversion.pretrained import open_weights, owned_rules
-from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder
+from megatron_peft.conversion.writer import DirectFile, byte_bar, check_new, new_folder, require_no_overflow
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.rules import Rule, VocabularyRows
 
@@ -180,6 +180,7 @@ class _StreamingPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         self._current.untyped_storage().resize_(0)  # the writer keeps the last slice of every tensor until the end
         self._current = self._slices[write_item.index].read(self._source)
+        require_no_overflow(self._current, write_item.index.fqn)
         self._advance(self._current.nbytes)
         return self._current
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_peft.checkpoint.folders import sync
 from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion.hf_files import SAFETENSORS_TYPES
 
 BLOCK_BYTES = 4 * 2**20
@@ -124,6 +125,15 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def require_no_overflow(values: Tensor, name: str) -> None:
+    """ConfigurationError: what is to be written holds NaN or infinities, although what was read did not."""
+    require(
+        is_finite(values),
+        f"{name} would hold NaN or infinities in {str(values.dtype).removeprefix('torch.')}: give a wider --dtype, or "
+        f"an older iter_* folder of a run that has diverged.",
+    )
+
+
 class SafetensorsWriter:
     """Writes `<stem>.safetensors`, or several shards with an index, into `folder`, one tensor at a time.
 
@@ -165,6 +175,7 @@ class SafetensorsWriter:
         if name == names[0]:
             self._files[file_name] = self._start_file(file_name, names)
         values = tensor.detach().to("cpu", spec.dtype).contiguous()
+        require_no_overflow(values, name)
         self._files[file_name].write(values.reshape(-1).view(torch.uint8).numpy().data)
         if name == names[-1]:
             self._files.pop(file_name).close()

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
@@ -42,9 +43,7 @@ class DemoScore:
 
     def write(self, path: Path) -> None:
         """The file appears whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "DemoScore":
@@ -234,9 +233,7 @@ def _lambdas(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def _print_progress(text: str) -> None:

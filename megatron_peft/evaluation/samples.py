@@ -1,7 +1,6 @@
 """Answers of a run before and after training: to prompts of its validation data, greedy, by its base and by itself."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.checkpoint.record import read_run_record
 from megatron_peft.config import ConfigurationError, Requirements, RunConfig, is_indexed, parse_blend, require
 from megatron_peft.conversion.pretrained import load_pretrained
@@ -151,9 +151,7 @@ def _restore_base(model: InferenceModel) -> None:
 
 
 def _write(samples: Sequence[AnswerPair], output: Path) -> None:
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        temporary.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in samples), "utf-8")
-        os.replace(temporary, output)
+        write_atomically(output, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in samples))
     except OSError as error:
         raise ConfigurationError(f"--samples: {output} cannot be written ({error.strerror}).") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.experiment.plots import save, svg
 from megatron_peft.experiment.tables import BEST, Table
 
@@ -64,7 +65,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {MARKDOWN: markdown(report), HTML: html(report), **report.files}
     for name, text in texts.items():
-        _write(folder / name, text)
+        write_atomically(folder / name, text)
     figures = {name: figure for section in report.sections for name, figure in section.figures.items()}
     for name, figure in figures.items():
         save(figure, folder, name)
@@ -74,11 +75,5 @@ def write(report: Report, folder: Path) -> list[Path]:
 def write_page(report: Report, path: Path) -> Path:
     """Write the page alone, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, html(report))
+    write_atomically(path, html(report))
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.experiment.record import CellRecord
 from megatron_peft.experiment.results import Result, Results, metrics
 from megatron_peft.experiment.tables import Row, Table, format_number, shown_metrics
@@ -62,16 +63,14 @@ def svg(figure: Figure) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """NAME.png and NAME.svg, each whole or not at all."""
-    _write(folder / f"{name}.svg", svg(figure).encode())
+    write_atomically(folder / f"{name}.svg", svg(figure))
+    _save_png(figure, folder / f"{name}.png")
+
+
+def _save_png(figure: Figure, path: Path) -> None:
     output = io.BytesIO()
     figure.savefig(output, format="png", dpi=DOTS_AN_INCH)
-    _write(folder / f"{name}.png", output.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_atomically(path, output.getvalue())
 
 
 # The headline: the first score of each task, a dot for each run.
@@ -363,9 +362,7 @@ def plot_run(
     for part in middle:
         draw_lambdas_into(part, *read_lines(lambdas))
     _draw_translations(texts.subplots(), translations)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    _save_png(figure, path)
 
 
 def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], validation_loss: tuple[float, float]) -> None:

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_peft.checkpoint.folders import write_atomically
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.experiment.cells import Cell, Group
@@ -86,12 +87,10 @@ def write_record(folder: Path, cell: Cell, record: CellRecord) -> None:
     """Write the cell's record, whole or not at all."""
     path = cell_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     values = {name: value for name, value in finite(asdict(record)).items() if value or name != "provenance"}
     values |= {OWN_DIGEST: _own_digest(values)}
     lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a field a line, for diffs
-    temporary.replace(path)
+    write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")  # a field a line, for diffs
 
 
 def read_cell_record(folder: Path, cell: Cell) -> CellRecord | None:

@@ -228,7 +228,8 @@ def _drop_records_after(path: Path, iteration: int) -> None:
         _set_aside(path)
         return
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
+    with temporary.open("xb") as file:
         file.writelines(
             line.rstrip(b"\n") + b"\n" for line, record in _lines_and_records(path) if record["iteration"] <= iteration
         )

@@ -87,6 +87,16 @@ def test_the_last_checkpoints_are_kept_and_later_iterations_are_left_alone(tmp_p
     assert "iter_0000040 cannot be removed: not yours" in caplog.text
 
 
+def test_what_is_being_removed_has_no_checkpoints_name_any_more(tmp_path, monkeypatch):
+    for iteration in (50, 60):
+        save(tmp_path, iteration, str(iteration))
+    with monkeypatch.context() as killed:
+        killed.setattr(folders.shutil, "rmtree", mock.Mock(side_effect=OSError("killed")))
+        folders.keep_last(tmp_path, 60, 1)
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000060"]
+    assert (tmp_path / ".iter_0000050.removed").is_dir()
+
+
 def best_text(folder):
     return (newest_checkpoint(folder / BEST) / RECORD).read_text()
 
@@ -206,6 +216,27 @@ def test_files_are_synced_before_the_rename_and_that_before_the_tracker(tmp_path
     synced = {".draft" if path.suffix == ".draft" else path.name for call, path in calls[:published] if call == "fsync"}
     assert synced == {RECORD, MANIFEST, ".draft", tracker.name}
     assert calls[published + 1 : named] == [("fsync", tmp_path)] == calls[named + 1 :]
+
+
+def test_links_that_others_have_left_lead_nothing_elsewhere(tmp_path):
+    other, path = tmp_path / "other", tmp_path / TRACKER
+    other.write_text("kept")
+    (tmp_path / f".{TRACKER}.tmp").symlink_to(other)
+    folders.write_atomically(path, "50\n")
+    assert path.read_text() == "50\n" and not path.is_symlink()
+    (tmp_path / ".lock").symlink_to(other)
+    with pytest.raises(OSError, match=f"{tmp_path}/.lock"):
+        FolderLock(tmp_path)
+    assert other.read_text() == "kept"
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/.lock'"):
+        FolderLock(tmp_path)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{TRACKER}'"):
+        folders.write_atomically(tmp_path / TRACKER, "50\n")
 
 
 def test_a_full_disk_leaves_the_old_text_and_no_temporary_file(tmp_path, monkeypatch):

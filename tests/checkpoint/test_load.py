@@ -15,7 +15,7 @@ from megatron_peft.parallel.collectives import from_first_rank
 from tests.checkpoint import rank_checks
 from tests.checkpoint.rank_checks import RESUMED_ON_TWO, SLOWLY_RESUMED
 from tests.checkpoint.runs import configure, differences, merged, start
-from tests.conversion.megatron_folders import flip_a_byte
+from tests.conversion.megatron_folders import flip_a_byte, hold_nan
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
@@ -170,6 +170,14 @@ def test_the_rate_of_B_is_four_times_that_of_either_schedule(loaded, flag, highe
     """After two of three steps of a cosine a quarter of the rate is left."""
     state = loaded(optimizer={"lr": 1e-3, flag: True}).state
     assert sorted(group["lr"] for group in state.optimizer.param_groups) == pytest.approx([highest / 4, highest])
+
+
+@pytest.mark.parametrize("key", ["decoder.layers.0.mlp.linear_fc2.adapter.A", "optimizer.exp_avg."])
+def test_a_value_that_is_not_finite_is_named_with_its_file(key, run, folder, tmp_path):
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    path = hold_nan(next(spoilt.glob("iter_*")), key)
+    with pytest.raises(ConfigurationError, match=rf"{path} holds NaN or infinities in {key}.*has diverged: give one"):
+        load_checkpoint(run(checkpoint={"load": str(spoilt)}).state)
 
 
 def test_only_the_save_folder_may_be_without_a_checkpoint(run, tmp_path):

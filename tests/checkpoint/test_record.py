@@ -92,6 +92,13 @@ def test_what_may_change(changes):
         ({}, {}, ""),
         ({"data_digest": "12"}, {"data_digest": "12"}, ""),
         ({}, {"data_digest": "34"}, ""),  # an older record
+        ({}, {"model": {"bf16": True}}, "--bf16 True (before: False)"),
+        pytest.param(
+            {},
+            {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0, "target_modules": ("linear_f*1",)}},
+            "--lora-dropout 0.5 (before: 0.0), --lora-plus-ratio 4.0 (before: 1.0)",
+            id="of the method",
+        ),
         ({"data_digest": "12"}, {"data_digest": "34"}, "other contents of --train-data-path pairs.jsonl than before"),
         (
             {"data_digest": "12", "config": make_config(data_settings={"train_data_path": ("a.jsonl", "b.jsonl")})},
@@ -100,7 +107,7 @@ def test_what_may_change(changes):
         ),
     ],
 )
-def test_other_data_gives_a_warning(before, now, told):
+def test_other_data_and_other_settings_give_a_warning(before, now, told):
     sentence = f"--load runs: the run continues with {told}, at the old position."
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_peft.checkpoint.safe_pickle import Inert, load_inertly, read_metadata
 from megatron_peft.checkpoint.tensors import read_index, read_tensors
@@ -195,6 +203,32 @@ def test_an_index_is_read_whole_and_a_torn_one_is_named(tmp_path):
         (folder / ".metadata").write_bytes(content)
         with pytest.raises(ConfigurationError, match=r"\.metadata (cannot be read|is not an index)"):
             read_metadata(folder)
+
+
+SIZE = (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "is_whole"),
+    [
+        ([((0, 0), SIZE)], True),
+        ([((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4)), ((2, 2), (0, 4))], True),
+        ([], False),
+        ([((0, 0), (4, 5))], False),
+        ([((0, 0), (4, 4)), ((0, 2), (4, 2))], False),  # as many elements as the tensor has
+        ([((0, 0), SIZE), ((0, 6), SIZE)], False),
+        ([((0, 0), SIZE), ((1, 1), (1, 1))], False),
+        ([((0,), (4,))], False),
+    ],
+)
+def test_an_index_whose_slices_do_not_fill_a_tensor_is_refused(boxes, is_whole, tmp_path):
+    """torch would leave the rest of the tensor as it was."""
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(SIZE), chunks)
+    places = {MetadataIndex("a", chunk.offsets): _StorageInfo("__0_0.distcp", 0, 1) for chunk in chunks}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": tensor}, storage_data=places)))
+    with nullcontext() if is_whole else pytest.raises(ConfigurationError, match="slices are missing from a "):
+        read_metadata(tmp_path)
 
 
 # A tuple within a tuple, half a million deep, as a key; a memo of 17 GB; a key that is hashed 2**60 times.

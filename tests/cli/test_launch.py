@@ -106,10 +106,12 @@ def test_ranks_are_started_and_their_end_is_one_line(tmp_path: Path, end: str, c
         "import sys; from megatron_peft.cli.launch import start_processes; "
         f"sys.exit(start_processes('a_rank', ['{end}', '--x'], {{'nproc_per_node': '2'}}, 'p', lambda environ: None))"
     )
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    (tmp_path / "temporary").mkdir()
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "TMPDIR": str(tmp_path / "temporary")}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=seconds(120)
     )
     assert (done.returncode, done.stderr) == (code, told)
     assert f"rank 1 of 2 {end} --x" in done.stdout.splitlines()
     assert end != "0" or f"rank 0 of 2 {end} --x" in done.stdout.splitlines()  # else it may have been ended before
+    assert not list((tmp_path / "temporary").iterdir())

@@ -380,3 +380,9 @@ def test_record_of_a_newer_version_is_refused_by_name(config: RunConfig, section
     record.setdefault(section, {})[name] = 1
     with pytest.raises(ConfigurationError, match=f"{section}.{name}"):
         config_from_dict(record)
+
+
+def test_an_error_escapes_what_a_terminal_would_obey() -> None:
+    """Names of tensors and files stand in it."""
+    told = str(ConfigurationError("a\x1b[31m\x9b\u202e\r", "é\t\n  b"))
+    assert told == "a\\x1b[31m\\x9b\\u202e\\r\né\t\n  b"

@@ -1,6 +1,7 @@
 """Small models in every form that weights come in, made of random numbers and the rules alone."""
 
 import argparse
+import io
 import random
 import signal
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_peft.checkpoint.folders import RECORD, TRACKER
+from megatron_peft.checkpoint.folders import MANIFEST, RECORD, TRACKER, write_manifest
+from megatron_peft.checkpoint.safe_pickle import read_metadata
 from megatron_peft.config import LINEAR_MODULES
 from megatron_peft.conversion.hf_files import open_source, write_config
 from megatron_peft.conversion.pretrained import owned_rules
@@ -113,6 +115,22 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def hold_nan(checkpoint: Path, key: str) -> Path:
+    """Make the last value of the first slice whose key begins so NaN, with a manifest that fits; its file."""
+    places = read_metadata(checkpoint).storage_data
+    place = next(place for index, place in sorted(places.items(), key=str) if index.fqn.startswith(key))
+    path, (start, length) = checkpoint / place.relative_path, (place.offset, place.length)
+    content = bytearray(path.read_bytes())
+    values = torch.load(io.BytesIO(content[start : start + length])).contiguous()
+    at = content.index(values.numpy().tobytes(), start)
+    values.view(-1)[-1] = torch.nan
+    content[at : at + values.nbytes] = values.numpy().tobytes()
+    path.write_bytes(content)
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    write_manifest(checkpoint, {})
+    return path
 
 
 SAME_NAMES = (

@@ -21,9 +21,10 @@ from megatron_peft.conversion import lora_approximation
 from megatron_peft.conversion.as_lora import export_as_lora
 from megatron_peft.conversion.logits_change import logits_change
 from megatron_peft.conversion.lora_approximation import RunAsLora, approximate
+from megatron_peft.conversion.megatron_files import StoredSlice, StoredTensor
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
-from megatron_peft.conversion.trained_adapters import base_of, open_run, save_adapters
+from megatron_peft.conversion.trained_adapters import base_of, open_run, read_stored, save_adapters
 from megatron_peft.conversion.verify import verify
 from megatron_peft.models.families import read_shape
 from tests.conversion.adapter_runs import trained_on
@@ -74,7 +75,7 @@ def merged(moved, tmp_path_factory):
 
 @pytest.mark.parametrize("run", PRODUCTS)
 def test_a_change_that_is_a_product_is_exported_exactly(run, moved, merged, tmp_path, capsys):
-    adapter = export_as_lora(moved.run(run), tmp_path / "adapter", num_tokens=0)
+    adapter = export_as_lora(moved.run(run), tmp_path / "adapter", max_rank=PRODUCTS[run], num_tokens=0)
     assert verify(adapter, merged(run)).logits.relative < 2e-5  # 0.1 to 1.1e-5, by processor
     assert verify(adapter, base_folder(moved.run(run))).logits.relative > 0.01
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -220,9 +221,21 @@ def test_no_tensor_is_as_large_as_a_modules_change(run, moved, tmp_path, monkeyp
 
 def test_weights_that_are_not_finite_are_told(moved, tmp_path):
     run = full_run(moved.base("base"), tmp_path / "run", {}, noise=float("nan"))
-    with pytest.raises(ConfigurationError, match=r"change of decoder.layers.0.*.weight holds NaN or infinities: train"):
+    with pytest.raises(ConfigurationError, match=r"distcp holds NaN or infinities in decoder.layers.0.*.weight. Copy"):
         export_as_lora(run, tmp_path / "adapter", pretrained_checkpoint=moved.base("base"))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_change_is_told_that_is_not_finite_in_some_rows(moved):
+    """As products that overflow make it of finite tensors."""
+    run = open_run(moved.run("boft"))
+    name = next(name for name in run.stored if name.endswith("fc2.adapter.Q"))
+    Q = read_stored(run.stored[name])
+    Q.view(-1)[-1] = torch.nan
+    slices = (StoredSlice((0,) * Q.dim(), tuple(Q.shape), lambda index: Q[index]),)
+    run.stored[name] = StoredTensor(tuple(Q.shape), Q.dtype, slices)
+    with pytest.raises(ConfigurationError, match=r"change of decoder.layers.\d.mlp.linear_fc2.weight holds NaN or inf"):
+        approximate(run, moved.base("base"), 0.05, 4, progress=False)
 
 
 def test_modules_are_padded_to_one_rank_that_changes_nothing(moved, tmp_path):

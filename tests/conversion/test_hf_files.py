@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from megatron_peft.config import ConfigurationError
+from megatron_peft.config.untrusted import is_finite
 from megatron_peft.conversion import hf_files as source_module
 from megatron_peft.conversion.hf_files import (
     NUMBER_TYPES,
@@ -40,6 +42,32 @@ def test_slices_equal_those_of_the_model(kind, saved_folders, odd_llama):
     before = source.counts.bytes
     assert torch.equal(source.slice(DOWN, (slice(None), slice(8, 16))), state[DOWN][:, 8:16])
     assert source.counts.bytes - before == 96 * 8 * 4
+
+
+@pytest.mark.parametrize("index", [(slice(-1, None), slice(None)), (slice(None), slice(-8, None))])
+@pytest.mark.parametrize("kind", ["single", "torch"])
+def test_a_value_that_is_not_finite_is_named_where_its_slice_is_read(kind, index, copy_of):
+    folder = copy_of(kind)
+    (path,) = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    weights = load_file(path) if kind == "single" else torch.load(path)
+    weights[DOWN][-1, -1] = torch.inf
+    save_file(weights, path) if kind == "single" else torch.save(weights, path)
+    source = open_source(folder)
+    source.slice(DOWN, (slice(0, -1), slice(0, -1)))
+    with pytest.raises(ConfigurationError, match=f"{path} holds NaN or infinities in {DOWN}. Copy or download"):
+        source.slice(DOWN, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_found_among_any_number(value, dtype):
+    largest = torch.finfo(dtype).max
+    for length in (1, 2, 15, 16, 17, 33, 70_000):
+        values = torch.tensor([largest, -largest], dtype=dtype).repeat(length)
+        assert is_finite(values) and is_finite(values.view(length, 2)[:, :1])
+        values[2 * (length // 2)] = value
+        assert not is_finite(values) and not is_finite(values.view(length, 2)[:, :1])
+    assert is_finite(torch.empty(0, dtype=dtype)) and is_finite(torch.ones(2, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("kind", ["single", "torch"])

@@ -110,6 +110,18 @@ def test_what_lacks_in_the_files_of_ranks_or_does_not_fit_is_named(change, told,
         open_legacy(ranks).stored(FC2, rules_for(ODD)[FC2])
 
 
+def test_a_value_that_is_not_finite_is_named_with_its_rank_when_it_is_read(original, tmp_path):
+    ranks = save_ranks(original, tmp_path / "ranks", tp=2, pp=2)
+    model = load_inertly(ranks / RANK_FILE)["model"]
+    copies = {name: tensor.clone() for name, tensor in model.items() if tensor is not None}
+    copies[FC2][-1, -1] = -torch.inf
+    torch.save({"model": copies}, ranks / RANK_FILE)
+    weights, rule, local = open_megatron(ranks), rules_for(ODD)[FC2], torch.empty(10, 6)
+    weights.read(rule, local, 0, 2)
+    with pytest.raises(ConfigurationError, match=rf"ranks/mp_rank_01\* holds NaN or infinities in {FC2}"):
+        weights.read(rule, local, 1, 2)
+
+
 SHAPE = ModelShape("llama", 2, 24, 40, 4, 2, 8, 37, 64, norm_epsilon=1e-6, rotary_base=500000.0)
 
 

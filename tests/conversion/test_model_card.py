@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from megatron_peft.commands.convert import main
 from megatron_peft.config import ConfigurationError
@@ -18,7 +19,7 @@ from megatron_peft.conversion.peft import export_adapter
 from megatron_peft.conversion.to_huggingface import megatron_to_hf, merge
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.conversion.verify import random_tokens, verify
-from tests.checkpoint.records import make_record
+from tests.checkpoint.records import make_config, make_record
 from tests.conversion.adapter_runs import trained_on
 from tests.conversion.megatron_folders import ODD, global_tensors, save_random, save_run
 
@@ -55,6 +56,13 @@ def test_the_hub_reads_it(tmp_path):
             "---\nlicense: other\nlicense_name: own\nlicense_link: https://x\ntags:\n- a\n---",
             {"license": "other", "license_name": "own", "license_link": "https://x"},
         ),
+        ("---\nlicense: other\nlicense_link: LICENSE\n---", {"license": "other", "license_link": "LICENSE"}),
+        *(
+            pytest.param(f"---\nlicense: other\nlicense_link: {link}\n---", {}, id=f"link {link}")
+            for link in ("http://x", "javascript:alert(1)", "../LICENSE", "NOTICE", "'https://x) [a](https://y'")
+        ),
+        ("---\nlicense: 'mit](https://x)'\n---", {}),
+        ("---\nlicense: other\nlicense_name: '# own'\n---", {}),
         ("# license: mit", {}),
         ("---\nlicense: [mit]\n---", {}),
         ("---\nlicense: {\n---", {}),
@@ -65,6 +73,7 @@ def test_the_license_is_the_bases_or_is_asked_for(card, found, tmp_path, capsys)
     if card is not None:
         (tmp_path / "base").mkdir()
         (tmp_path / "base" / "README.md").write_text(card)
+        (tmp_path / "base" / "LICENSE").touch()
     data = ModelCard(made(tmp_path / "out", base=str(tmp_path / "base"))).data.to_dict()
     assert {name: value for name, value in data.items() if "license" in name} == found
     assert (NO_LICENSE in capsys.readouterr().out) == (not found)
@@ -77,7 +86,7 @@ def test_vllm_is_given_a_rank_that_it_takes(rank, served, tmp_path):
     (line,) = re.findall("^vllm .*$", made(output, lora_rank=rank, output=output), re.M)
     assert shlex.split(line) == [
         *("vllm", "serve", "org/base", "--enable-lora", "--max-lora-rank", str(served)),
-        *("--lora-modules", f"my lora={output}"),
+        *("--lora-modules", "my lora=my lora"),
     ]
 
 
@@ -114,9 +123,20 @@ def test_method_data_and_figures_are_the_runs(tmp_path):
     assert rows.items() >= figures.items() and rows["epochs"] == "0.2"
 
 
+def test_names_of_others_are_neither_markdown_nor_folders_of_the_machine(tmp_path):
+    name = "a`b|[c](x)\n\n# Heading `` \x1b[31m.jsonl"
+    config = make_config(data_settings={"train_data_path": (f"{tmp_path}/data/{name}",)})
+    base = tmp_path / "folder" / "[base](x)"
+    card = made(tmp_path / "out", record=make_record(config=config), base=str(base), lora_rank=8)
+    assert str(tmp_path) not in card and "\n# Heading" not in card and "\x1b" not in card
+    html = MarkdownIt("commonmark").enable("table").render(card.partition("\n---\n")[2])
+    assert html.count("<h1>") == 1 and "<a " not in html
+    assert "<code>a`b|[c](x)  # Heading ``  [31m.jsonl</code>" in html and "<code>[base](x)</code>" in html
+
+
 def test_the_python_on_an_adapters_card_runs_it(moved, tmp_path):
     adapter = export_adapter(moved.run("tp2"), tmp_path / "adapter")
-    blocks = re.findall(r"```python\n(.*?)```", serving_lines(adapter), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", serving_lines(adapter, moved.run("tp2")), re.S)
     tokens, logits = random_tokens(1001, 8), []
     for block in blocks:
         names: dict[str, Any] = {}
@@ -134,12 +154,15 @@ def test_the_tool_ends_with_the_lines_of_the_card(moved, tmp_path, capsys):
     assert main(["export-adapter", "--as-lora", "--num-tokens", "8", *common, str(outputs["as lora"])]) == 0
     assert main(["merge", *common, str(outputs["merged"])]) == 0
     printed = capsys.readouterr().out
-    for output in outputs.values():
-        assert f"wrote {output}\n\n{serving_lines(output)}\n" in printed
+    lines = {name: serving_lines(output, moved.run("tp2")) for name, output in outputs.items()}
+    for name, output in outputs.items():
+        assert f"wrote {output}\n\n{lines[name]}\n" in printed
+        assert str(tmp_path) in lines[name] and str(moved.bases) not in (output / "README.md").read_text()
         assert ModelCard.load(output / "README.md").data.license == "mit"
-    assert printed.endswith(f"{serving_lines(outputs['merged'])}\n")
+        assert str(tmp_path) not in (output / "README.md").read_text()
+    assert printed.endswith(f"{lines['merged']}\n")
     assert f"vllm serve {shlex.quote(str(outputs['merged']))}\n" in printed
-    assert "--max-lora-rank 8 " in serving_lines(outputs["adapter"])
+    assert "--max-lora-rank 8 " in lines["adapter"]
 
 
 def test_a_model_of_full_fine_tuning_has_a_card_and_a_converted_one_has_none(tmp_path):
@@ -147,7 +170,7 @@ def test_a_model_of_full_fine_tuning_has_a_card_and_a_converted_one_has_none(tmp
     run = save_run(original, tmp_path / "run", global_tensors(original))
     megatron_to_hf(run, tmp_path / "out", license="mit", progress=False)
     data = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert (data.base_model, data.library_name, data.tags) == (str(original), "transformers", ["megatron-peft", "full"])
+    assert (data.base_model, data.library_name, data.tags) == ("hf", "transformers", ["megatron-peft", "full"])
     (run / "iter_0000002" / "run_record.json").unlink()
     megatron_to_hf(run, tmp_path / "bare", pretrained_checkpoint=original, progress=False)
     assert not (tmp_path / "bare" / "README.md").exists()

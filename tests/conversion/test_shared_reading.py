@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -139,45 +140,41 @@ def by_rank(folders, request) -> list[dict[str, dict[str, Read]]]:
     return run_ranks(NUM_RANKS, read_both_ways, (folders, [layout for layout in LAYOUTS if layout in chosen]))
 
 
-@dataclass(frozen=True)
-class Torn:
-    """A folder, the file in it that is cut short once its header has been checked."""
-
-    folder: Path
-    file: str
+DAMAGES: list[Callable[[bytes], bytes]] = [
+    lambda whole: whole[:-60],
+    lambda whole: whole[:-4] + struct.pack("<f", torch.nan),  # its last number
+]
 
 
-def load_a_file_that_is_cut_short(torn: Torn) -> dict[str, str]:
-    """Started on ranks: what each raised, by layout."""
-    path, open_weights = torn.folder / torn.file, pretrained.open_weights
-    whole = path.read_bytes()
+def load_a_file_that_is_damaged(path: Path) -> dict[str, list[str]]:
+    """Started on ranks: what each raised for each damage, by layout. The header was checked before."""
+    open_weights, whole = pretrained.open_weights, path.read_bytes()
 
-    def cut_after_the_check(*arguments):
-        opened = open_weights(*arguments)
-        os.truncate(path, len(whole) - 60)
-        return opened
+    def told(layout: tuple[int, int], damage: Callable[[bytes], bytes]) -> str:
+        def damage_after_the_check(*arguments):
+            opened = open_weights(*arguments)
+            path.write_bytes(damage(whole))
+            return opened
 
-    def told(layout: tuple[int, int]) -> str:
+        pretrained.open_weights = damage_after_the_check  # only the first rank opens all files
         with pytest.raises(ConfigurationError) as raised:
-            load_here(torn.folder, layout, ReadingGroups.of_layout())
+            load_here(path.parent, layout, ReadingGroups.of_layout())
         if dist.get_rank() == 0:
             path.write_bytes(whole)
         return str(raised.value)
 
-    pretrained.open_weights = cut_after_the_check  # only the first rank opens all files
-    try:
-        return at_each(QUICK_LAYOUTS, told)
-    finally:
-        pretrained.open_weights = open_weights
+    return at_each(QUICK_LAYOUTS, lambda layout: [told(layout, damage) for damage in DAMAGES])
 
 
-def test_a_file_that_is_cut_short_after_the_check_ends_all_ranks_with_one_message(folders, tmp_path):
+def test_a_file_that_is_cut_short_or_holds_nan_ends_all_ranks_with_one_message(folders, tmp_path):
     """Other ranks are in a broadcast or an all-to-all by then."""
-    folder = in_shards(folders["original"], tmp_path / "torn", torch.float32)
-    by_rank = run_ranks(NUM_RANKS, load_a_file_that_is_cut_short, Torn(folder, "model-1.safetensors"))
-    told = {message for rank in by_rank for message in rank.values()}
-    path = folder / "model-1.safetensors"
-    assert told == {f"{path} cannot be read: it was cut short while it was read. Copy it again."}
+    path = in_shards(folders["original"], tmp_path / "torn", torch.float32) / "model-1.safetensors"
+    by_rank = run_ranks(NUM_RANKS, load_a_file_that_is_damaged, path)
+    by_damage = zip(*(messages for rank in by_rank for messages in rank.values()), strict=True)
+    cut, not_finite = map(set, by_damage)
+    assert cut == {f"{path} cannot be read: it was cut short while it was read. Copy it again."}
+    last = max((start, name) for name, (file, start) in first_bytes(path.parent).items() if file == str(path))[1]
+    assert len(not_finite) == 1 and f"{path} holds NaN or infinities in {last}. Copy" in not_finite.pop()
 
 
 def test_no_more_broadcasts_are_in_flight_than_the_host_has_waited_for(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from megatron_peft.checkpoint.folders import write_manifest
 from megatron_peft.config import ConfigurationError
@@ -76,6 +77,19 @@ def test_type_is_changed_on_demand_and_config_says_so(original, tmp_path):
     written = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.bfloat16, progress=False)
     assert equal(tensors_of(written), {name: t.bfloat16() for name, t in tensors_of(original).items()})
     assert json.loads((written / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_type_too_narrow_for_a_value_is_refused_and_nothing_is_left(original, tmp_path):
+    large = Path(shutil.copytree(original, tmp_path / "large"))
+    tensors = tensors_of(original)
+    tensors["model.norm.weight"][-1] = 1e5
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="decoder.final_layernorm.weight would hold .* in float16: give a wid"):
+        hf_to_megatron(large, tmp_path / "megatron", dtype=torch.float16, progress=False)
+    hf_to_megatron(large, tmp_path / "megatron", progress=False)
+    with pytest.raises(ConfigurationError, match="model.norm.weight would hold NaN or infinities in float16"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.float16, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"large", "megatron"}
 
 
 def test_a_run_of_full_fine_tuning_is_written_with_its_bases_config(original, tmp_path):

@@ -1,6 +1,7 @@
 """The page of a single run: what its files say, at any stage of it."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,18 @@ def test_running_mean_keeps_the_length_and_the_level() -> None:
     noisy = [2.0 + (-1) ** at for at in range(200)]
     smooth = running_mean(noisy)
     assert len(smooth) == 200 and np.ptp(smooth[5:-5]) < 0.3 and np.mean(smooth) == pytest.approx(2.0, abs=0.05)
+
+
+def test_running_mean_is_the_mean_of_each_points_neighbors_and_of_a_long_run_at_once() -> None:
+    draw = np.random.default_rng(0)
+    for length in (1, 2, 3, 40, 41, 79, 80, 1003):
+        values = (10 ** draw.uniform(-9, 9, length)).tolist()  # spikes leave nothing behind
+        half = max(length // 40, 1)
+        plain = [float(np.mean(values[max(at - half, 0) : at + half + 1])) for at in range(length)]
+        assert running_mean(values) == pytest.approx(plain, rel=1e-12)
+    before = time.process_time()
+    running_mean([1.0] * 40_000)
+    assert time.process_time() - before < 0.5
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Adding a file to a folder of `fixtures/` adds it to the tests. What would be lar
 import gzip
 import json
 import os
+import pickle
 import re
 import struct
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ FROM_RUN = "tools.generate --load run --prompt w1 --max-new-tokens 2"
 CONVERT = "tools.convert hf-to-megatron --input base --output out"
 SHARDED = "tools.convert hf-to-megatron --input sharded --output out"
 MERGE = "tools.convert merge --input run --output out --pretrained-checkpoint base"
+EXPORT = "tools.convert export-adapter --input run --output out --pretrained-checkpoint base"
 IMPORT = "tools.convert import-adapter --input peft --output out --pretrained-checkpoint base"
 EVALUATE = "tools.evaluate --pretrained-checkpoint base --tasks tiny_choices --include-path tasks --output out.json"
 GSM8K = "tools.prepare_data gsm8k --input gsm8k --output out"
@@ -341,6 +343,48 @@ def cases_of_tasks() -> Iterator[Case]:
     )
 
 
+def not_finite(path: Path, name: str) -> None:
+    """The last value of the first tensor with `name` in its name."""
+    if path.suffix == ".distcp":
+        from tests.conversion.megatron_folders import hold_nan
+
+        hold_nan(path.parent, name)
+        return
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    is_safe = path.suffix == ".safetensors"
+    weights = load_file(path) if is_safe else torch.load(path, weights_only=True)
+    next(tensor for key, tensor in weights.items() if name in key).view(-1)[-1] = torch.inf
+    save_file(weights, path, {"format": "pt"}) if is_safe else torch.save(weights, path)
+
+
+def without_slices(path: Path) -> None:
+    """An index that lists the tensors and no slice of them."""
+    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
+
+    index = pickle.loads(path.read_bytes())
+    for tensor in index.state_dict_metadata.values():
+        getattr(tensor, "chunks", []).clear()
+    path.write_bytes(pickle.dumps(index))
+    (path.parent / MANIFEST).unlink()
+    write_manifest(path.parent, {})
+
+
+def cases_of_weights() -> Iterator[Case]:
+    """NaN and infinities, wherever weights enter; tensors of which nothing is stored."""
+    run, adapter, head = f"{CHECKPOINT}/__0_0.distcp", "decoder.layers.1.mlp.linear_fc2.adapter", "lm_head"
+    for line, file, name in (
+        *((line, "base/model.safetensors", head) for line in (GENERATE, EVALUATE, CONVERT, TRAIN, MERGE)),
+        *((line, run, adapter) for line in (FROM_RUN, MERGE, EXPORT, f"{EXPORT} --as-lora", RESUME)),
+        (IMPORT, "peft/adapter_model.safetensors", "lora_B"),
+        (FROM_BIN, "bin/pytorch_model.bin", head),
+    ):
+        told = rf"{re.escape(Path(file).name)} holds NaN or infinities in .*{re.escape(name)}"
+        yield Case("not finite", line, file, partial(not_finite, name=name), told)
+    told = r"\.metadata is damaged: slices are missing from "
+    yield Case("no slices", FROM_RUN, f"{CHECKPOINT}/.metadata", without_slices, told)
+
 def cases_of_flags() -> Iterator[Case]:
     """Numbers and names that no file holds."""
     for words in (
@@ -356,8 +400,8 @@ CASES = [
     case
     for cases in (
         *(cases_of_json, cases_of_no_files, cases_of_models, cases_of_adapters_and_runs, cases_of_data),
-        *(cases_of_metrics, cases_of_tasks, cases_of_flags),
-    )
+        *(cases_of_metrics, cases_of_tasks, cases_of_flags, cases_of_weights),
+   )
     for case in cases()
 ]
 
