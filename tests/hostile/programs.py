@@ -4,11 +4,13 @@ base/                      a Llama with a tokenizer of whole words; bin/ and sha
 data.jsonl, chat.jsonl     pairs, conversations; tokens_text_document.idx and .bin are indexed texts
 run/, peft/                what training saved, and its adapters for HF PEFT
 prompts.jsonl              for megatron-peft generate; tasks/ for megatron-peft evaluate
-gsm8k/, pairs.tsv          for megatron-peft data prepare
+gsm8k/, pairs.tsv          for megatron-peft data prepare, as problems.jsonl.gz
+table.csv                  pairs; table.parquet and table.arrow too
 grid.yaml, cells/          an experiment, and its results
 """
 
 import gc
+import gzip
 import importlib
 import json
 import os
@@ -59,10 +61,16 @@ class Answer(NamedTuple):
 
     code: int | None
     told: str
+    seconds: float = 0.0
+    peak_bytes: int = 0  # resident, of the program alone
 
 
-def answers(argument: tuple[Path, Sequence[Call]]) -> list[Answer]:
-    """Of each call. To be run on a rank: it changes the environment and imports what the programs do."""
+def answers(argument: tuple[Path, Sequence[Call]], more: Sequence[str] = ()) -> list[Answer]:
+    """Of each call. To be run on a rank: it changes the environment and imports what the programs do.
+
+    Args:
+        more: good runs, after `GOOD_RUNS`.
+    """
     folder, calls = argument
     for name in OF_A_RANK:
         os.environ.pop(name, None)
@@ -70,15 +78,15 @@ def answers(argument: tuple[Path, Sequence[Call]]) -> list[Answer]:
     for name in IMPORTED:
         importlib.import_module(name)
     importlib.import_module("megatron_peft.config.templates").SECONDS = TEMPLATE_SECONDS
-    good = _good_files(folder / "good")
+    good = _good_files(folder / "good", (*GOOD_RUNS, *more))
     gc.freeze()  # or each fork, as it ends, would look through (and copy) all that was imported
     return [_answer_of(call, good, folder / str(number)) for number, call in enumerate(calls)]
 
 
 def _answer_of(call: Call, good: Path, folder: Path) -> Answer:
-    """The files are links to the good ones, but for the one that is replaced."""
+    """The files are links to the good ones, but for the one that is replaced; its name may be a pattern."""
     shutil.copytree(good, folder, copy_function=os.link)
-    path = folder / call.file
+    path = next(folder.glob(call.file)) if "*" in call.file else folder / call.file
     content = path.read_bytes() if path.exists() else None
     path.unlink(missing_ok=True)
     if content is not None:
@@ -93,14 +101,15 @@ def run(line: str, folder: Path) -> Answer:
     child = os.fork()
     if child == 0:
         _be_the_program(line.split(), folder, output)
-    code, give_up = None, time.monotonic() + seconds(LIMIT_SECONDS)
-    while code is None and time.monotonic() < give_up:
-        ended, status = os.waitpid(child, os.WNOHANG)
+    code, begun = None, time.monotonic()
+    while code is None and time.monotonic() < begun + seconds(LIMIT_SECONDS):
+        ended, status, used = os.wait4(child, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status) if ended else time.sleep(0.01)
     if code is None:
         os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return Answer(code, output.read_text(errors="replace"))
+        _, _, used = os.wait4(child, 0)
+    told = output.read_text(errors="replace")
+    return Answer(code, told, time.monotonic() - begun, 1024 * used.ru_maxrss)
 
 
 def _be_the_program(words: Sequence[str], folder: Path, output: Path) -> NoReturn:
@@ -122,7 +131,7 @@ def _be_the_program(words: Sequence[str], folder: Path, output: Path) -> NoRetur
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def _good_files(folder: Path) -> Path:
+def _good_files(folder: Path, runs: Sequence[str]) -> Path:
     import torch
     from safetensors.torch import load_file
 
@@ -152,11 +161,26 @@ def _good_files(folder: Path) -> Path:
     os.chdir(folder)  # tasks name their data as they are given
     write_tasks(Path("tasks"), ["w1", "w2"], num_questions=2, longest=8)
     write_cells(folder)
+    _write_pairs(folder, [{"prompt": f"w{number} ", "completion": f"w{number + 1}"} for number in range(8)])
     (folder / "grid.yaml").write_bytes((folder / "experiment.yaml").read_bytes())
-    for line in GOOD_RUNS:
-        code, told = run(line, folder)
-        assert code == 0, told
+    for line in runs:
+        answer = run(line, folder)
+        assert answer.code == 0, answer.told
     return folder
+
+
+def _write_pairs(folder: Path, records: Sequence[dict[str, str]]) -> None:
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    table = Dataset.from_list(list(records))
+    table.to_parquet(folder / "table.parquet")
+    table.to_csv(folder / "table.csv")
+    with ArrowWriter(path=str(folder / "table.arrow"), features=table.features) as writer:
+        writer.write_batch(table.to_dict())
+        writer.finalize()
+    problem = {"task_id": "a/0", "prompt": "def f():\n", "canonical_solution": "", "test": "", "entry_point": "f"}
+    (folder / "problems.jsonl.gz").write_bytes(gzip.compress(json.dumps(problem).encode()))
 
 
 def _write_lines(path: Path, records: Sequence[object]) -> None:

@@ -425,6 +425,6 @@ def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     ],
 )
 def test_a_hostile_file_ends_the_program_with_2_and_is_named(number: int, answered: dict[int, Answer]) -> None:
-    case, (code, told) = CASES[number], answered[number]
+    case, (code, told, *_) = CASES[number], answered[number]
     assert code == 2, f"{code}: {told[-2000:]}"
     assert "Traceback" not in told and re.search(case.told or re.escape(Path(case.file).name), told), told[-2000:]

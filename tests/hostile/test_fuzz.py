@@ -1,0 +1,237 @@
+"""Files damaged at random: whatever they hold, a program ends with 0, or with 2 and the file's name; soon, and small.
+
+A family is a kind of file and the program that reads it. `MEGATRON_PEFT_FUZZ_TRIES=50` tries each family more often.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.hostile.programs import CHECKPOINT, Answer, Call, answers
+from tests.hostile.test_hostile_files import (
+    CHAT,
+    CONVERT,
+    EVALUATE,
+    EXPERIMENT,
+    FROM_BIN,
+    FROM_RUN,
+    GENERATE,
+    GSM8K,
+    HUMANEVAL,
+    IMPORT,
+    INDEXED,
+    MERGE,
+    PAIRS,
+    PREPROCESS,
+    RESUME,
+    SHARDED,
+    TRAIN,
+)
+from tests.ranks import run_ranks
+from tests.time_limits import seconds
+
+TRIES = int(os.environ.get("MEGATRON_PEFT_FUZZ_TRIES", "4"))
+MOST_SECONDS, MOST_BYTES = 30.0, 2 << 30
+CACHED = f"{TRAIN} --data-cache-path kept"
+TABLE = TRAIN.replace("data.jsonl", "table.{}")
+# Beside the good runs of every hostile test.
+MORE_GOOD_RUNS = (CACHED, EVALUATE, f"{TRAIN} --save watched --log-interval 1")
+Damage = Callable[[bytes, random.Random], bytes]
+
+
+class Family(NamedTuple):
+    """`file` is read by the program of `line`, in one of the forms of `damages`.
+
+    Args:
+        told: a regular expression that an error must hold; without one, the file's name.
+        signed: its folder has checksums, which are made anew, as somebody who means harm would.
+    """
+
+    file: str
+    line: str
+    damages: tuple[Damage, ...]
+    told: str = ""
+    signed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.line.split()[0].rpartition('.')[2]}-{self.file}"
+
+
+# Values that no reader expects. Written as JSON, in which they are numbers out of range too.
+STRANGE = (
+    *("null", "true", "[]", "{}", '""', '"x"', "-1", "0", "1.5", "1e999", "NaN", "[[[]]]", "[null]", '{"a": {"a": 1}}'),
+    *("9" * 30, "9" * 5000, "1000000000000", "-1000000000000", "2147483648", "[" * 200 + "]" * 200, f'"{"x" * 300}"'),
+    *('"\\u001b[31mred"', '"../../etc/passwd"', '"/dev/zero"', '"\\ud800"', '"{{ 9**9**9 }}"', '"%s%n"'),
+)
+
+
+def bits(content: bytes, draw: random.Random) -> bytes:
+    """One to eight bits are the other way round."""
+    damaged = bytearray(content)
+    for _ in range(draw.randint(1, 8)):
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def head(content: bytes, draw: random.Random) -> bytes:
+    """As `bits`, within the first hundred bytes, where sizes are."""
+    return bits(content[:100], draw) + content[100:]
+
+
+def cut(content: bytes, draw: random.Random) -> bytes:
+    """The end is missing."""
+    return content[: draw.randrange(len(content))]
+
+
+def hole(content: bytes, draw: random.Random) -> bytes:
+    """A piece is missing, is zeros, or stands there a hundred times."""
+    start, stop = sorted(draw.randrange(len(content) + 1) for _ in range(2))
+    piece = content[start:stop]
+    return content[:start] + draw.choice((b"", bytes(len(piece)), piece * 100)) + content[stop:]
+
+
+def values(content: bytes, draw: random.Random) -> bytes:
+    """A value of JSON or YAML is another one, is missing, or has another name."""
+    return _damaged_value(yaml.safe_load(content), draw).encode()
+
+
+def line(content: bytes, draw: random.Random) -> bytes:
+    """As `values`, in a line of JSON lines."""
+    lines = content.decode().splitlines()
+    at = draw.randrange(len(lines))
+    lines[at] = _damaged_value(json.loads(lines[at]), draw)
+    return "\n".join(lines).encode() + b"\n"
+
+
+def header(content: bytes, draw: random.Random) -> bytes:
+    """As `values`, in the header of a safetensors file."""
+    size = int.from_bytes(content[:8], "little")
+    damaged = _damaged_value(json.loads(content[8 : 8 + size]), draw).encode()
+    return len(damaged).to_bytes(8, "little") + damaged + content[8 + size :]
+
+
+def _damaged_value(value: Any, draw: random.Random) -> str:
+    holders = [one for one in _holders(value) if one]
+    if not holders:
+        return draw.choice(STRANGE)
+    holder = draw.choice(holders)
+    key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    match draw.randrange(6):
+        case 0:
+            del holder[key]
+        case 1:
+            holder[key] = [holder[key]]
+        case 2 if isinstance(holder, dict):
+            holder[f"{key}\x1b[1m"] = holder.pop(key)
+        case _:
+            holder[key] = "<strange>"
+            return json.dumps(value, default=str).replace('"<strange>"', draw.choice(STRANGE))
+    return json.dumps(value, default=str)
+
+
+def _holders(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    found = [value] if isinstance(value, dict | list) else []
+    return found + [holder for one in inner for holder in _holders(one)]
+
+
+BYTES = (bits, cut, hole)
+NUMBERS = (head, bits, cut, hole)
+OBJECT = (values, values, values, *BYTES)
+LINES = (line, line, line, *BYTES)
+FAMILIES = (
+    Family("base/config.json", TRAIN, OBJECT),
+    Family("base/generation_config.json", GENERATE, OBJECT),
+    Family("base/tokenizer.json", TRAIN, OBJECT),
+    Family("base/tokenizer_config.json", TRAIN, OBJECT),
+    Family("base/chat_template.jinja", CHAT, BYTES, "chat template|holds no tokenizer|no token to learn from"),
+    Family("base/model.safetensors", CONVERT, (header, header, *NUMBERS)),
+    Family("sharded/model.safetensors.index.json", SHARDED, OBJECT),
+    Family("bin/pytorch_model.bin", FROM_BIN, NUMBERS),
+    Family("data.jsonl", TRAIN, LINES),
+    Family("chat.jsonl", CHAT, LINES),
+    Family("table.csv", TABLE.format("csv"), BYTES),
+    Family("table.parquet", TABLE.format("parquet"), NUMBERS),
+    Family("table.arrow", TABLE.format("arrow"), NUMBERS),
+    Family("prompts.jsonl", GENERATE, LINES),
+    Family("texts.jsonl", PREPROCESS, LINES),
+    Family("tokens_text_document.idx", INDEXED, NUMBERS),
+    Family("tokens_text_document.bin", INDEXED, NUMBERS, "tokens_text_document"),
+    Family("kept/tokens-*/manifest.json", CACHED, OBJECT, "kept/tokens-"),
+    Family("kept/tokens-*/*.arrow", CACHED, NUMBERS, "kept/tokens-"),
+    Family("peft/adapter_config.json", IMPORT, OBJECT, "peft"),
+    Family("peft/adapter_model.safetensors", IMPORT, (header, header, *NUMBERS), "peft"),
+    Family(f"{CHECKPOINT}/run_record.json", RESUME, OBJECT, signed=True),
+    Family(f"{CHECKPOINT}/run_record.json", MERGE, OBJECT, signed=True),
+    Family(f"{CHECKPOINT}/manifest.json", RESUME, OBJECT),
+    Family(f"{CHECKPOINT}/.metadata", FROM_RUN, NUMBERS, CHECKPOINT, signed=True),
+    Family(f"{CHECKPOINT}/*.distcp", RESUME, NUMBERS, CHECKPOINT, signed=True),
+    Family("run/latest_checkpointed_iteration.txt", RESUME, BYTES),
+    Family("run/adapter_config.json", MERGE, OBJECT),
+    Family("tasks/tiny_choices.yaml", EVALUATE.replace("out.json", "other.json"), OBJECT, "tiny_choices"),
+    Family("tasks/questions.jsonl", EVALUATE.replace("out.json", "other.json"), LINES, "questions|tiny_choices"),
+    Family("out.requests.jsonl", EVALUATE, LINES),
+    Family("gsm8k/train.jsonl", GSM8K, LINES),
+    Family("pairs.tsv", PAIRS, BYTES),
+    Family("problems.jsonl.gz", HUMANEVAL, NUMBERS),
+    Family("grid.yaml", EXPERIMENT, OBJECT),
+    Family("cells/tiny,talk,lora,lr=0.4,seed=1.json", "tools.report .", OBJECT),
+    Family("watched/metrics.jsonl", "tools.report watched", LINES),
+    Family("watched/run.yaml", "pretrain_peft --config watched/run.yaml --save other", OBJECT),
+)
+
+
+def damaged(path: Path, number: int, attempt: int) -> None:
+    """Damage a file as the family's attempt of that number does, always in the same way."""
+    from megatron_peft.checkpoint.folders import MANIFEST, write_manifest
+
+    family, draw = FAMILIES[number], random.Random(f"{FAMILIES[number]} {attempt}")
+    path.write_bytes(family.damages[attempt % len(family.damages)](path.read_bytes(), draw))
+    if family.signed:
+        (path.parent / MANIFEST).unlink()
+        write_manifest(path.parent, {})
+
+
+@pytest.fixture(scope="module")
+def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Answer]]:
+    """Of each family that was asked for; with -s, a table of them."""
+    asked = [item.callspec.params["number"] for item in request.session.items if item.path == request.path]
+    calls = [
+        Call(FAMILIES[number].line, FAMILIES[number].file, partial(damaged, number=number, attempt=attempt))
+        for number in asked
+        for attempt in range(TRIES)
+    ]
+    run = partial(answers, more=MORE_GOOD_RUNS)
+    (told,) = run_ranks(1, run, (tmp_path_factory.mktemp("fuzz"), calls), limit=40 * len(calls) + 100)
+    found = {number: told[at * TRIES : (at + 1) * TRIES] for at, number in enumerate(asked)}
+    print(f"\n{'family':60} exit 2  exit 0  other  seconds  MiB")
+    for number, own in found.items():
+        codes = [answer.code for answer in own]
+        others = len(codes) - codes.count(2) - codes.count(0)
+        peak, longest = max(answer.peak_bytes for answer in own) >> 20, max(answer.seconds for answer in own)
+        print(f"{FAMILIES[number]!s:60} {codes.count(2):6} {codes.count(0):7} {others:6} {longest:8.1f} {peak:5}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=[str(family) for family in FAMILIES])
+def test_a_damaged_file_is_read_or_named(number: int, answered: dict[int, list[Answer]]) -> None:
+    family = FAMILIES[number]
+    name = family.told or re.escape(Path(family.file).name).replace(r"\*", ".*")
+    faults = []
+    for attempt, answer in enumerate(answered[number]):
+        if answer.code not in (0, 2) or "Traceback" in answer.told:
+            faults.append(f"{attempt}: ended with {answer.code}: {answer.told[-600:]}")
+        elif answer.code == 2 and not re.search(name, answer.told):
+            faults.append(f"{attempt}: does not name the file: {answer.told[-600:]}")
+        elif answer.seconds > seconds(MOST_SECONDS) or answer.peak_bytes > MOST_BYTES:
+            faults.append(f"{attempt}: took {answer.seconds:.0f} s and {answer.peak_bytes >> 20} MiB")
+    assert not faults, "\n\n".join(faults)
