@@ -385,6 +385,7 @@ def cases_of_weights() -> Iterator[Case]:
     told = r"\.metadata is damaged: slices are missing from "
     yield Case("no slices", FROM_RUN, f"{CHECKPOINT}/.metadata", without_slices, told)
 
+
 def cases_of_flags() -> Iterator[Case]:
     """Numbers and names that no file holds."""
     for words in (
@@ -401,7 +402,7 @@ CASES = [
     for cases in (
         *(cases_of_json, cases_of_no_files, cases_of_models, cases_of_adapters_and_runs, cases_of_data),
         *(cases_of_metrics, cases_of_tasks, cases_of_flags, cases_of_weights),
-   )
+    )
     for case in cases()
 ]
 
