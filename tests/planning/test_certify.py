@@ -1,8 +1,7 @@
 """`megatron-peft certify`: small runs keep what their runs are, a sound product passes, and six faults are named."""
 
 import json
-from dataclasses import replace
-from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from megatron_peft.planning import small_run as small
 from megatron_peft.planning.certified_ranks import Job, RankReport, train_alone, train_split
 from megatron_peft.planning.certify import certify, digest_of
 from megatron_peft.planning.comparison import compare_runs
-from tests.planning import faults
+from tests.planning.faults import FAULTS, NOT_SEEN, Fault
+from tests.planning.warm import Case, certified
 from tests.ranks import run_ranks
 
 LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied_embeddings=True)
@@ -59,12 +59,13 @@ def run_of(
     peft: dict[str, Any], parallel: dict[str, Any], world_size: int, data: dict[str, Any] | None = None, **others: Any
 ) -> RunConfig:
     """A run of eight samples a step."""
+    overlaps = others.get("overlap_param_gather", False)
     return RunConfig(
         parallel=ParallelConfig(**parallel, world_size=world_size),
         model=ModelConfig("not read", bf16=others.pop("bf16", False), make_vocab_size_divisible_by=16),
         peft=PeftConfig(**peft),
         data=DataConfig(train_data_path=("not-read.jsonl",), **(data or {})),
-        training=TrainingConfig(global_batch_size=8, train_iters=100),
+        training=TrainingConfig(global_batch_size=8, train_iters=100, overlap_grad_reduce=overlaps),
         optimizer=OptimizerSettings(**others),
     )
 
@@ -116,103 +117,56 @@ def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
 
 # Started for real.
 
-
-class Runs:
-    """Small runs in a layout, with a fault, beside their run in one process, which all faults share."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._alone = cache(self._alone)
-
-    def _alone(self, method: str, layout: str) -> tuple[Job, Job, RankReport]:
-        """The runs in a layout and in one process, and what the second finds."""
-        parallel, world_size = LAYOUTS[layout]
-        folder = self._folder / f"{method} {layout}"
-        folder.mkdir()
-        found = small.small_run(run_of(METHODS[method], parallel, world_size), LLAMA, folder)
-        tokens = random_tokens(found.shape.vocab_size, small.SEQ_LENGTH)
-        split, alone = (Job(config, found.shape, tokens) for config in (found.split, found.alone))
-        ((reference, _),) = run_ranks(1, train_alone, (alone, None), 600)
-        return split, alone, reference
-
-    def problems(self, fault: str, method: str, layout: str) -> dict[str, tuple[str, ...]]:
-        """By what was compared."""
-        sound, alone, reference = self._alone(method, layout)
-        save = CheckpointConfig(save=f"{sound.config.checkpoint.save}-{fault}")
-        job = replace(sound, config=replace(sound.config, checkpoint=save), plant=getattr(faults, fault))
-        ranks: list[RankReport] = run_ranks(job.config.parallel.world_size, train_split, job, 600)
-        found = compare_runs((job, ranks), (alone, reference))
-        return {one.name: one.problems for one in found if not one.passed}
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "TP2": (TP2, 2, {}),
+    "TP2+SP": ({**TP2, "sequence_parallel": True}, 2, {}),
+    "PP2": (PP2, 2, {}),
+    "PP2 interleaved": ({**PP2, "num_layers_per_virtual_pipeline_stage": 1}, 2, {}),
+    "DP2": ({}, 2, OVERLAPPED),
+}
 
 
-LAYOUTS = {"TP2": (TP2, 2), "PP2": (PP2, 2), "DP2": ({}, 2)}
-# Fault, method, layout, and: what is compared first that differs, and a name in it.
-FAULTS = [
-    ("sum_left_out", "lora", "TP2", "gradients of step 1", "self_attention.linear_proj.adapter.B"),
-    ("wrong_seed", "lora", "TP2", "copies on several ranks, at the start", "self_attention.linear_qkv.adapter.A"),
-    ("sum_doubled", "lora", "TP2", "gradients of step 1", "mlp.linear_fc2.adapter.B"),
-    ("gate_and_up_mixed", "lora", "TP2", "gradients of step 1", "mlp.linear_fc1.adapter.B"),
-    ("tied_head_forgotten", "full", "PP2", "gradients of step 1", "embedding.word_embeddings.weight"),
-    ("one_ranks_data", "lora", "DP2", "samples of each step", "replica 1"),
-]
+def run_at(method: str, layout: str, bf16: bool = False) -> RunConfig:
+    """A run by the names of method and layout."""
+    parallel, world_size, others = LAYOUTS[layout]
+    return run_of(METHODS[method], parallel, world_size, bf16=bf16, **others)
+
+
+def certificates(cases: list[Case]) -> list[Any]:
+    (found,) = run_ranks(1, certified, cases, 1500)
+    return found
+
+
+def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
+    return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
+
+
+# One of each kind in `make test`; all of them in `make test-all`.
+QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
+SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
+ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("certify"))
+def quick() -> dict[Any, Any]:
+    return dict(zip(QUICK, certificates([Case(run_at(*one), LLAMA) for one in QUICK]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def all_others() -> dict[Any, Any]:
+    return dict(zip(ALL, certificates([Case(run_at(*one), LLAMA) for one in ALL]), strict=True))
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_sound_run_is_certified(quick, case):
+    assert problems_of(quick[case]) == {} and quick[case].verdict == "CERTIFIED"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "method", "layout", "compared", "named"), FAULTS, ids=[case[0] for case in FAULTS])
-def test_a_fault_is_refused_by_name(runs, fault, method, layout, compared, named):
-    problems = runs.problems(fault, method, layout)
-    assert compared in problems, problems
-    assert any(named in problem for problem in problems[compared]), problems[compared]
-
-
-def certificate_of(tmp_path: Path, *flags: str, world_size: int, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
-    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(shape)))
-    output = tmp_path / "certificate.json"
-    common = ["--pretrained-checkpoint", str(tmp_path / "config.json"), "--train-data-path", "not-read.jsonl"]
-    lengths = ["--train-iters", "100", "--global-batch-size", "8", "--make-vocab-size-divisible-by", "16"]
-    own = ["--world-size", str(world_size), "--output", str(output)]
-    assert main([*own, *common, *lengths, *flags]) == expected
-    return json.loads(output.read_text())
-
-
-def test_a_sound_run_gets_a_certificate(tmp_path, capsys):
-    found = certificate_of(
-        *(tmp_path, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--lora-rank", "4"), world_size=2
-    )
-    names = {one["name"]: one for one in found["comparisons"]}
-    assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
-    assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
-    assert {"exported adapter in Hugging Face PEFT", "adapted layers at TP2+SP, in one process"} <= names.keys()
-    assert found["digest"] == digest_of(found)
-    assert found["digest"] != digest_of({**found, "passed": False})
-    printed = capsys.readouterr().out
-    assert "CERTIFIED" in printed and found["digest"] in printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_certified_at_all_splits_at_once(tmp_path, method):
-    parallel = {**TP2, **PP2, "sequence_parallel": True}
-    config = run_of(METHODS[method], parallel, 8, {"pack_sequences": True}, use_distributed_optimizer=True)
-    certificate = certify(config, LLAMA)
-    problems = {one.name: one.problems for one in certificate.comparisons if not one.passed}
-    assert problems == {}
-
-
-@pytest.mark.slow
-def test_a_faulty_run_is_refused_by_the_command(tmp_path, monkeypatch):
-    from megatron_peft.planning import certify as module
-
-    whole = module.certify
-    monkeypatch.setattr(module, "certify", lambda config, shape: whole(config, shape, faults.sum_doubled))
-    flags = ["--tensor-model-parallel-size", "2", "--lora-rank", "4"]
-    found = certificate_of(tmp_path, *flags, world_size=2, expected=1)
-    assert not found["passed"]
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_sound_run_is_certified(all_others, case):
+    assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
 
 
 # What is wrong with the flags.
