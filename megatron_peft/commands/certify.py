@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings: CertifySettings = read_settings()
         typed = typed_values(flags)
         size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed)
-        # Neither data nor a length is needed.
-        config = read_config(flags, {"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: {"save": "never written"})
+        # Neither data nor a length is needed, and nothing is saved.
+        environ, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
+        config = read_config(flags, environ, shape_of_model, saved=lambda values: saved)
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it

@@ -171,9 +171,7 @@ def _resume(job: Job, end: Mapping[str, Tensor]) -> list[str]:
         run.step()
     again = run.snapshot()
     nothing = torch.empty(0)
-    differing = [
-        name for name in {**end, **again} if not torch.equal(end.get(name, nothing), again.get(name, nothing))
-    ]
+    differing = [name for name in {**end, **again} if not torch.equal(end.get(name, nothing), again.get(name, nothing))]
     return sorted({name for names in gather_over_world(differing) for name in names})
 
 

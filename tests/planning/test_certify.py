@@ -1,15 +1,17 @@
-"""`megatron-peft certify`: small runs keep what their runs are, a sound product passes, and six faults are named."""
+"""`megatron-peft certify`: small runs keep what their runs are, sound runs pass, and planted faults are named."""
 
 import json
+from collections import Counter
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_peft.benchmarks.ranks import RanksFailed
 from megatron_peft.commands.certify import main
 from megatron_peft.config import (
-    CheckpointConfig,
     ConfigurationError,
     DataConfig,
     ModelConfig,
@@ -19,14 +21,14 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning import certify as module
 from megatron_peft.planning import small_run as small
-from megatron_peft.planning.certified_ranks import Job, RankReport, train_alone, train_split
-from megatron_peft.planning.certify import certify, digest_of
-from megatron_peft.planning.comparison import compare_runs
+from megatron_peft.planning.certify import NOT_CLAIMED, digest_of
+from megatron_peft.planning.comparison import CertificateLine
 from tests.planning.faults import FAULTS, NOT_SEEN, Fault
+from tests.planning.test_recipe_plans import WORLDS, recipe
 from tests.planning.warm import Case, certified
 from tests.ranks import run_ranks
 
@@ -124,13 +126,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "PP2": (PP2, 2, {}),
     "PP2 interleaved": ({**PP2, "num_layers_per_virtual_pipeline_stage": 1}, 2, {}),
     "DP2": ({}, 2, OVERLAPPED),
+    "DP2 plain": ({}, 2, {}),
 }
 
 
 def run_at(method: str, layout: str, bf16: bool = False) -> RunConfig:
-    """A run by the names of method and layout."""
+    """A run by the names of method and layout; `lora dropout` is another LoRA."""
     parallel, world_size, others = LAYOUTS[layout]
-    return run_of(METHODS[method], parallel, world_size, bf16=bf16, **others)
+    peft = METHODS.get(method, {**LORA, "lora_dropout": 0.1})
+    return run_of(peft, parallel, world_size, bf16=bf16, **others)
 
 
 def certificates(cases: list[Case]) -> list[Any]:
@@ -144,18 +148,37 @@ def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
 
 # One of each kind in `make test`; all of them in `make test-all`.
 QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
+QUICK_FAULTS = ("a sum over tensor ranks is missing", "replicas see the same samples", "moments are not saved")
 SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
 ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
+RECIPES = {**WORLDS, "laptop-cpu": 3}
+
+
+def case_of(fault: Fault) -> Case:
+    layout, _, precision = fault.layout.partition(" bf16")
+    return Case(run_at(fault.method, layout, layout != fault.layout), LLAMA, fault.broken, fault.line or None)
+
+
+def by_what(faults: list[Fault]) -> dict[str, list[CertificateLine]]:
+    return dict(zip((one.what for one in faults), certificates(list(map(case_of, faults))), strict=True))
 
 
 @pytest.fixture(scope="module")
 def quick() -> dict[Any, Any]:
-    return dict(zip(QUICK, certificates([Case(run_at(*one), LLAMA) for one in QUICK]), strict=True))
+    """Certificates of sound runs, and lines of those with a fault, out of one launch."""
+    faults = [fault for fault in FAULTS if fault.what in QUICK_FAULTS]
+    cases = [Case(run_at(*one), LLAMA) for one in QUICK] + list(map(case_of, faults))
+    return dict(zip([*QUICK, *(fault.what for fault in faults)], certificates(cases), strict=True))
 
 
 @pytest.fixture(scope="module")
 def all_others() -> dict[Any, Any]:
     return dict(zip(ALL, certificates([Case(run_at(*one), LLAMA) for one in ALL]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, list[CertificateLine]]:
+    return by_what([fault for fault in FAULTS if fault.what not in QUICK_FAULTS])
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
@@ -167,6 +190,87 @@ def test_a_sound_run_is_certified(quick, case):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_sound_run_is_certified(all_others, case):
     assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
+
+
+@pytest.mark.slow
+def test_every_recipe_is_certified():
+    found = certificates([Case(*recipe(name, [], RECIPES)) for name in RECIPES])
+    assert {name: problems_of(one) for name, one in zip(RECIPES, found, strict=True)} == {name: {} for name in RECIPES}
+
+
+def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
+    return any(fault.named in problem for one in lines if one.name == fault.line for problem in one.problems)
+
+
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_a_fault_is_refused_by_name(quick, fault):
+    assert refuses(quick[fault.what], fault), quick[fault.what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what not in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_every_fault_is_refused_by_name(refused, fault):
+    assert refuses(refused[fault.what], fault), refused[fault.what]
+
+
+@pytest.mark.slow
+def test_what_is_not_seen_is_what_the_certificate_says(refused, capsys):
+    for fault, found in zip(NOT_SEEN, certificates(list(map(case_of, NOT_SEEN))), strict=True):
+        assert problems_of(found) == {} and fault.kind in NOT_CLAIMED, fault
+    others = [one for one in FAULTS if one.what not in QUICK_FAULTS]
+    counts = Counter(one.kind for one in others if refuses(refused[one.what], one))
+    with capsys.disabled():
+        print(f"\nplanted faults that were refused by name: {sum(counts.values())} of {len(others)}, {dict(counts)}")
+
+
+def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
+    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(shape)))
+    output = tmp_path / "certificate.json"
+    common = ["--pretrained-checkpoint", str(tmp_path / "config.json"), "--train-data-path", "not-read.jsonl"]
+    assert main(["--train-iters", "100", "--output", str(output), *common, *flags]) == expected
+    return json.loads(output.read_text())
+
+
+def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.setattr(module, "certify", lambda config, shape: quick[QUICK[0]])
+    found = certificate_of(tmp_path)
+    names = {one["name"]: one for one in found["comparisons"]}
+    assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
+    assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
+    assert {"exported adapter in Hugging Face PEFT", "adapted layers at TP2+SP, in one process"} <= names.keys()
+    assert found["digest"] == digest_of(found)
+    assert found["digest"] != digest_of({**found, "passed": False})
+    printed = capsys.readouterr().out
+    assert "CERTIFIED" in printed and found["digest"] in printed and "dropout" in printed
+
+
+DIFFERS = CertificateLine("losses", 4, 1.0, 1e-5, ("step 1: 2, in one process 1",))
+FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nValueError: no such heads\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict", "code"),
+    [((DIFFERS,), "REFUSED", 1), ((FAILED,), "UNDECIDED", 3), ((FAILED, DIFFERS), "REFUSED", 1)],
+)
+def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
+    certificate = module.Certificate({}, {}, asdict(LLAMA), {}, ("TP1", "TP1"), lines, {})
+    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    found = certificate_of(tmp_path, expected=code)
+    assert found["verdict"] == verdict and not found["passed"]
+    printed = capsys.readouterr().out
+    assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads):
+    from transformers import AutoConfig
+
+    shape = replace(LLAMA, architecture=family, num_attention_heads=heads, num_query_groups=1, hidden_size=16 * heads)
+    for tp in (1, 2):
+        found = small.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
+        AutoConfig.for_model(**config_of_shape(found)).validate()
+        assert found.hidden_size % found.num_attention_heads == 0
 
 
 # What is wrong with the flags.

@@ -36,7 +36,7 @@ class Case:
 
 
 def certified(cases: Sequence[Case]) -> list[Any]:
-    """Certificates of the cases; of one that ends early, the comparisons so far. Called in a process without a world."""
+    """Certificates of the cases; of one that ends early, the comparisons so far. Called without a world."""
     for name in IMPORTED:
         import_module(name)
     ranks._server = multiprocessing.get_context("fork")  # type: ignore[assignment]
@@ -49,8 +49,7 @@ def _in_a_fork(case: Case) -> Any:
         process = multiprocessing.get_context("fork").Process(target=_certify, args=(case, path))
         process.start()
         process.join()
-        assert process.exitcode == 0, case
-        return pickle.loads(path.read_bytes())
+        return pickle.loads(path.read_bytes()) if process.exitcode == 0 else []
 
 
 def _certify(case: Case, path: Path) -> None:
