@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
@@ -24,8 +25,14 @@ from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.checkpoint.folders import iteration_folder
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver, write_new_folder
-from megatron_peft.checkpoint.state import MOMENTS, optimizer_params, random_tensors, whole_parameters
-from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters, with_data
+from megatron_peft.checkpoint.state import (
+    MOMENTS,
+    optimizer_params,
+    optimizer_tensors,
+    random_tensors,
+    whole_parameters,
+)
+from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key, sharded_parameters, with_data
 from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.conversion.verify import BATCH_SIZE
 from megatron_peft.data.batches import Microbatch
@@ -249,12 +256,15 @@ class _Run:
             optimizer.step = update
 
     def write(self, name: str) -> None:
-        """What is trained, whole, into a folder beside the checkpoints."""
+        """What is trained, whole, and the optimizer's float32 copies of it, into a folder beside the checkpoints."""
+        entries, prefix = self.entries, master_key("")
+        copies = [one for one in optimizer_tensors(self.state.optimizer, entries) if one.key.startswith(prefix)]
         with whole_parameters(self.state.model_chunks):
-            self._write(name, self.entries)
+            self._write(name, entries, copies)
 
-    def _write(self, name: str, entries: Sequence[Sharded]) -> None:
-        write_new_folder([part for entry in entries for part in global_slices(entry)], self.job.folder / name)
+    def _write(self, name: str, entries: Sequence[Sharded], others: Sequence[ShardedTensor] = ()) -> None:
+        slices = [part for entry in entries for part in global_slices(entry)]
+        write_new_folder([*slices, *others], self.job.folder / name)
 
     def slices(self) -> dict[tuple[str, Place], str]:
         """Digests of this rank's slices."""

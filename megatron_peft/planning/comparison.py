@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import iteration_folder
+from megatron_peft.checkpoint.tensors import master_key
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.planning.certified_ranks import (
     END,
@@ -197,10 +198,16 @@ def _rank(number: int, run: RankReport) -> str:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Whole tensors of a folder, in float64, each read when it is asked for."""
+    """Whole tensors of a folder, in float64, each read when it is asked for.
+
+    In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
+    less than bfloat16 can say.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._stored: dict[str, StoredTensor] = open_distributed(folder)
+        stored = open_distributed(folder)
+        names = [key for key in stored if not key.startswith(master_key(""))]
+        self._stored: dict[str, StoredTensor] = {key: stored.get(master_key(key), stored[key]) for key in names}
 
     def __getitem__(self, key: str) -> Tensor:
         stored = self._stored[key]

@@ -171,14 +171,11 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
         assert torch.equal(start, parameter), f"{name} does not start as on one rank"
     move(alone.double())
     layer.adapter = made(layer.layout.group)
-    for name, tensor in [*alone.named_parameters(), *alone.named_buffers()]:
-        module, _, last = name.rpartition(".")
-        if hasattr(tensor, "tensor_model_parallel"):
-            put(layer.adapter.get_submodule(module), last, tensor.detach(), size)
-    # What is not marked is neither trained nor saved in slices: each rank's constructor knows its own.
     for path, module in layer.adapter.named_modules():
-        for name, tensor in {**module._buffers, **vars(module)}.items():
-            if isinstance(tensor, Tensor) and not hasattr(tensor, "tensor_model_parallel"):
+        for name, own in {**module._parameters, **module._buffers, **vars(module)}.items():
+            if isinstance(own, nn.Parameter) or hasattr(own, "tensor_model_parallel"):
+                put(module, name, getattr(alone.get_submodule(path), name).detach(), size)
+            elif isinstance(own, Tensor):  # not marked: each rank's constructor knows its slice
                 setattr(module, name, as_held([getattr(one.get_submodule(path), name) for one in ranks]))
 
 
