@@ -231,9 +231,10 @@ class _Run:
         position.iteration += 1
         position.consumed_samples += size
         position.consumed_tokens += report.num_positions
-        random.random(), np.random.random_sample(), torch.rand(())  # as dropout would
         with get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
-            torch.rand(())
+            torch.rand(())  # as dropout would, so that a resumed run has to find its generators where they were
+        for draw in (random.random, np.random.random_sample, lambda: torch.rand(())):
+            draw()
         return report
 
     @contextmanager
