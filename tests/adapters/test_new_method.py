@@ -280,4 +280,4 @@ def test_vera_trains_merges_and_is_certified(tmp_path):
         problems = {one.name: (one.problems, one.error) for one in certificate.comparisons if not one.passed}
         assert certificate.verdict == "CERTIFIED" and problems == {}, problems
         lines = {one.name: one for one in certificate.comparisons}
-        assert lines["merged model in transformers"].num_compared and lines["trained tensors"].num_compared == 16
+        assert lines["merged model in transformers"].num_compared and lines["trained tensors"].num_compared >= 16
