@@ -268,12 +268,6 @@ FAULTS = [
          "lora", "TP2", "trained tensors at the start", "linear_proj.adapter.A"),
     ),
     *_of(
-        "reshard", "megatron_peft.checkpoint.state",
-        ("all tensor ranks' moments lie where the first's do",
-         "global_offset=tuple(a + b for a, b in zip(whole.global_offset, part.offset, strict=True)),",
-         "global_offset=part.offset,", "lora", "TP2", RESUMED, "differs after"),
-    ),
-    *_of(
         "reshard", "megatron_peft.parallel.collectives",
         ("columns of a base weight are exchanged", "for_each.copy_(rows.view(num_rows, size, -1).transpose(0, 1))",
          "for_each.copy_(rows.view(num_rows, size, -1).transpose(0, 1).flip(0))",
