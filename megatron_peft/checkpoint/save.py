@@ -32,7 +32,13 @@ from megatron_peft.checkpoint.folders import (
     write_manifest,
 )
 from megatron_peft.checkpoint.record import ADAPTER_CONFIG, RunRecord, fingerprint
-from megatron_peft.checkpoint.state import TrainingState, optimizer_steps, optimizer_tensors, random_tensors
+from megatron_peft.checkpoint.state import (
+    TrainingState,
+    optimizer_steps,
+    optimizer_tensors,
+    random_tensors,
+    whole_parameters,
+)
 from megatron_peft.checkpoint.tensors import (
     PlannedFiles,
     Sharded,
@@ -132,7 +138,7 @@ def draft_checkpoint(
     record = _run_record(state, adapted_layers(chunks), entries)
     with _as_not_saved(folder, iteration):
         draft = from_first_rank(lambda: start_draft(folder, iteration))
-    with _as_not_saved(folder, iteration, draft):
+    with _as_not_saved(folder, iteration, draft), whole_parameters(state.model_chunks):
         files = PlannedFiles(tensors_to_save(state, entries), draft, snapshot)
     return DraftedCheckpoint(folder, draft, files, record, group)
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -71,6 +72,20 @@ class TrainingState:
     def iteration(self) -> int:
         """Steps taken before the present one."""
         return self.position.iteration
+
+
+@contextmanager
+def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Gather parameters now. With --overlap-param-gather only the next training forward would do so. May be nested."""
+    wanted = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
+    overlaps = [chunk for chunk in wanted if chunk.remove_forward_pre_hook_handles]  # empty inside another `with`
+    for chunk in overlaps:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlaps:
+            chunk.enable_forward_pre_hook()
 
 
 # The distributed optimizer cuts each flattened parameter anywhere, but checkpoints hold rectangular slices of global

@@ -50,6 +50,12 @@ def data_of(sharded: Sharded) -> Tensor:
     return sharded.data
 
 
+def with_data(sharded: Sharded, data: Tensor) -> Sharded:
+    """The same slices of another tensor of that shape, which may be of another type."""
+    own_type = {"dtype": data.dtype} if isinstance(sharded, ShardedTensor) else {}  # a factory takes its data's
+    return replace(sharded, data=data, **own_type)
+
+
 class _DeferredWriter(torch_checkpoint.FileSystemWriter):
     """Separates torch's planning, a collective, from writing the files, which may happen in a thread."""
 

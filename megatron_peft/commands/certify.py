@@ -5,7 +5,8 @@ megatron-peft certify --world-size 128 --output certificate.json FLAGS OF THE RU
 All flags of `megatron-peft train`; --pretrained-checkpoint may be a folder with a config.json alone, or that file. A
 small model of the run's own shape is trained for real in its layout (at most 4 tensor-parallel ranks x 4 stages x 2
 replicas, which share this machine's cores) and in one process; losses, gradients, trained tensors, checkpoints and
-conversions are compared. Takes minutes. Exit code 1: something differs, and is named. See docs/planning.md.
+conversions are compared. Takes minutes. Exit code 1: something differs, and is named; 3: undecided, an error kept
+something from being compared. See docs/planning.md.
 """
 
 import os
@@ -22,6 +23,7 @@ from megatron_peft.models.families import read_shape, read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
 PROGRAM = "megatron-peft certify"
+EXIT_CODES = {"CERTIFIED": 0, "REFUSED": 1, "UNDECIDED": 3}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 for a certificate, 1 for a run that is refused, 2 for whatever the user can put right."""
+    """Exit code 0: certified, 1: refused, 2: whatever the user can put right, 3: undecided."""
     read_settings, flags = read_own_flags(CertifySettings, argv, __doc__)
     try:
         if unknown := unknown_flags(flags):
@@ -59,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings: CertifySettings = read_settings()
         typed = typed_values(flags)
         size = settings.world_size or os.environ.get("WORLD_SIZE") or ranks_of_a_replica(typed)
-        # Neither data nor a length is needed.
-        config = read_config(flags, {"WORLD_SIZE": str(size)}, shape_of_model, saved=lambda values: {})
+        # Neither data nor a length is needed, and nothing is saved.
+        environ, saved = {"WORLD_SIZE": str(size)}, {"save": "never written"}
+        config = read_config(flags, environ, shape_of_model, saved=lambda values: saved)
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first rank does all of it
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_certificate(certificate, settings.output)
     except ConfigurationError as error:
         exit_with_error(error, program=PROGRAM)
-    return 0 if certificate.passed else 1
+    return EXIT_CODES[certificate.verdict]
 
 
 def shape_of_model(model: str) -> ModelShape:

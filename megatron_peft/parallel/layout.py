@@ -94,6 +94,10 @@ class LinearLayout:
         """The same for `parameter` [..., local in]."""
         _mark_adapter(parameter, axis=parameter.ndim - 1 if self.split == "row" else None, stride=1)
 
+    def mark_whole(self, parameter: Tensor) -> None:
+        """The same for a `parameter` that every rank holds whole, over neither side's features."""
+        _mark_adapter(parameter, axis=None, stride=1)
+
 
 def mark_split(parameter: Tensor, axis: int | None, stride: int = 1) -> None:
     """Set megatron-core's attributes of a tensor-parallel parameter.

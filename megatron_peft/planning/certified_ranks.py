@@ -5,24 +5,34 @@ steps, written under the keys of the parameters.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.checkpoint.folders import iteration_folder
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.checkpoint.save import Saver, write_new_folder
-from megatron_peft.checkpoint.state import MOMENTS, optimizer_params
-from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, sharded_parameters
+from megatron_peft.checkpoint.state import (
+    MOMENTS,
+    optimizer_params,
+    optimizer_tensors,
+    random_tensors,
+    whole_parameters,
+)
+from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key, sharded_parameters, with_data
 from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.conversion.verify import BATCH_SIZE
 from megatron_peft.data.batches import Microbatch
@@ -35,7 +45,7 @@ from megatron_peft.training.lora_ga_start import first_steps
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import GradientShards, TrainingState
 from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import inference_mode, validation_loss, whole_parameters
+from megatron_peft.training.validation import inference_mode, validation_loss
 
 SAVED_AT = 2  # the step after which a run is resumed and resharded
 START, END, GRADIENTS, RESHARDED = "start", "end", "gradients{}", "resharded"
@@ -52,13 +62,11 @@ class Job:
         config: its flags; checkpoints and tensors are written to the folder of --save.
         shape: of its model.
         tokens: [2, s], on which the trained model is asked for logits.
-        plant: called first on every rank; tests put faults into the product with it.
     """
 
     config: RunConfig
     shape: ModelShape
     tokens: Tensor
-    plant: Callable[[], None] | None = None
 
     @property
     def folder(self) -> Path:
@@ -72,7 +80,7 @@ class RankReport:
 
     Args:
         place: tensor-parallel rank, stage and replica.
-        samples: digests of the samples that this rank read, step by step.
+        samples: of the microbatches that this rank read, step by step: digests of their samples.
         losses, grad_norms, layer_grad_norms, num_tokens: of the steps.
         lambdas: of the Hybrid's layers, after the last step.
         slices: digests of what this rank holds of trained tensors, by key and place, at the start and at the end.
@@ -81,7 +89,7 @@ class RankReport:
     """
 
     place: tuple[int, int, int]
-    samples: list[list[str]]
+    samples: list[list[tuple[str, ...]]]
     losses: list[float]
     grad_norms: list[float]
     layer_grad_norms: list[tuple[float, ...]]
@@ -96,8 +104,8 @@ class RankReport:
 def train_split(job: Job) -> RankReport:
     """Train in the layout of the configuration, then resume from the middle. Called on every rank."""
     with _world(job):
-        found = _train(job)
-        return replace(found, not_resumed=_resume(job))
+        found, end = _train(job)
+        return replace(found, not_resumed=_resume(job, end))
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,15 @@ class Resharded:
     losses: list[float]
 
 
-def train_alone(jobs: tuple[Job, Job | None]) -> tuple[RankReport, Resharded | None]:
+def train_alone(jobs: tuple[Job, Job]) -> tuple[RankReport, Resharded]:
     """Train in one process; then resume, in one process, what the layout saved. Called on one rank.
 
     Args:
-        jobs: the run in one process, and that in its layout, if that is to be resumed.
+        jobs: the run in one process, and that in its layout.
     """
     alone, split = jobs
     with _world(alone):
-        found = _train(alone)
-        if split is None:
-            return found, None
+        found, _ = _train(alone)
         run = _Run.started(alone, load=iteration_folder(Path(str(split.config.checkpoint.save)), SAVED_AT))
         losses = [run.step().loss for _ in range(run.data.train_iters - SAVED_AT)]
         run.write(RESHARDED)
@@ -126,8 +132,6 @@ def train_alone(jobs: tuple[Job, Job | None]) -> tuple[RankReport, Resharded | N
 
 @contextmanager
 def _world(job: Job) -> Iterator[None]:
-    if job.plant is not None:
-        job.plant()
     parallel = job.config.parallel
     start_world("gloo", parallel.distributed_timeout_minutes)
     try:
@@ -137,7 +141,8 @@ def _world(job: Job) -> Iterator[None]:
         stop()
 
 
-def _train(job: Job) -> RankReport:
+def _train(job: Job) -> tuple[RankReport, Mapping[str, Tensor]]:
+    """What there is to report of a whole run, and its last state on this rank."""
     run = _Run.started(job)
     slices, before = {START: run.slices()}, run.logits()
     run.write(START)
@@ -150,8 +155,8 @@ def _train(job: Job) -> RankReport:
                 saver.finish()
     run.write(END)
     slices[END], after, mixed = run.slices(), run.logits(), mixtures(run.state)
-    valid = run.data.valid
-    return RankReport(
+    end, valid = run.snapshot(), run.data.valid
+    report = RankReport(
         place=run.place,
         samples=run.samples,
         losses=[report.loss for report in reports],
@@ -163,17 +168,17 @@ def _train(job: Job) -> RankReport:
         slices=slices,
         logits=None if before is None or after is None else (before, after),
     )
+    return report, end
 
 
-def _resume(job: Job) -> list[str]:
-    """Names of what is not bit for bit that of the run which was not interrupted."""
-    folder = Path(str(job.config.checkpoint.save))
-    whole = _Run.started(job, load=iteration_folder(folder, job.config.training.train_iters or 0)).snapshot()
-    run = _Run.started(job, load=iteration_folder(folder, SAVED_AT))
+def _resume(job: Job, end: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is not bit for bit that of the run which was not interrupted, whose last state is `end`."""
+    run = _Run.started(job, load=iteration_folder(Path(str(job.config.checkpoint.save)), SAVED_AT))
     while run.state.position.iteration < run.data.train_iters:
         run.step()
     again = run.snapshot()
-    differing = [name for name in whole if name not in again or not torch.equal(whole[name], again[name])]
+    nothing = torch.empty(0)
+    differing = [name for name in {**end, **again} if not torch.equal(end.get(name, nothing), again.get(name, nothing))]
     return sorted({name for names in gather_over_world(differing) for name in names})
 
 
@@ -184,7 +189,7 @@ class _Run:
     job: Job
     state: TrainingState
     data: Data
-    samples: list[list[str]]
+    samples: list[list[tuple[str, ...]]]
 
     @classmethod
     def started(cls, job: Job, load: Path | None = None) -> "_Run":
@@ -220,12 +225,16 @@ class _Run:
         """The next step's report."""
         position, size = self.state.position, self.state.config.global_batch_size
         microbatches = self.data.train.step_at(position.consumed_samples)
-        self.samples.append([digest for microbatch in microbatches for digest in _samples(microbatch)])
+        self.samples.append([tuple(_samples(microbatch)) for microbatch in microbatches])
         with self._kept_gradients(position.iteration + 1) if keeps_gradients else _nothing():
             report = train_step(self.state, microbatches, by_layer=True)
         position.iteration += 1
         position.consumed_samples += size
         position.consumed_tokens += report.num_positions
+        with get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
+            torch.rand(())  # as dropout would, so that a resumed run has to find its generators where they were
+        for draw in (random.random, np.random.random_sample, lambda: torch.rand(())):
+            draw()
         return report
 
     @contextmanager
@@ -238,9 +247,7 @@ class _Run:
             trained = [p for chunk in self.state.model_chunks for p in chunk.parameters() if p.requires_grad]
             gradients = dict(zip(map(id, trained), GradientShards(optimizer).whole(trained), strict=True))
             of_trained = [entry for entry in self.entries if id(entry.data) in gradients]
-            self._write(
-                GRADIENTS.format(number), [replace(entry, data=gradients[id(entry.data)]) for entry in of_trained]
-            )
+            self._write(GRADIENTS.format(number), [with_data(one, gradients[id(one.data)]) for one in of_trained])
             return update(*args, **kwargs)
 
         optimizer.step = write_and_update
@@ -250,12 +257,15 @@ class _Run:
             optimizer.step = update
 
     def write(self, name: str) -> None:
-        """What is trained, whole, into a folder beside the checkpoints."""
+        """What is trained, whole, and the optimizer's float32 copies of it, into a folder beside the checkpoints."""
+        entries, prefix = self.entries, master_key("")
+        copies = [one for one in optimizer_tensors(self.state.optimizer, entries) if one.key.startswith(prefix)]
         with whole_parameters(self.state.model_chunks):
-            self._write(name, self.entries)
+            self._write(name, entries, copies)
 
-    def _write(self, name: str, entries: Sequence[Sharded]) -> None:
-        write_new_folder([part for entry in entries for part in global_slices(entry)], self.job.folder / name)
+    def _write(self, name: str, entries: Sequence[Sharded], others: Sequence[ShardedTensor] = ()) -> None:
+        slices = [part for entry in entries for part in global_slices(entry)]
+        write_new_folder([*slices, *others], self.job.folder / name)
 
     def slices(self) -> dict[tuple[str, Place], str]:
         """Digests of this rank's slices."""
@@ -274,8 +284,9 @@ class _Run:
         for param, entry in optimizer_params(self.state.optimizer, entries):
             found[f"master {entry.key}"] = param.master.detach().clone()
             found |= {f"{name} {entry.key}": param.state[name].clone() for name in MOMENTS if name in param.state}
-        found["torch's generator"] = torch.get_rng_state()
-        return found
+        found |= {f"generator {one.key.split('.', 2)[2]}": data_of(one).clone() for one in random_tensors()}
+        numbers = {**vars(self.state.position), "schedule": self.state.schedule.num_steps}
+        return found | {name: torch.tensor(number) for name, number in numbers.items()}
 
     @torch.no_grad()
     def logits(self) -> Tensor | None:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_peft.checkpoint.folders import iteration_folder
+from megatron_peft.checkpoint.tensors import master_key
 from megatron_peft.conversion.megatron_files import StoredTensor, open_distributed
 from megatron_peft.planning.certified_ranks import (
     END,
@@ -36,6 +38,7 @@ class CertificateLine:
         tolerance: the largest difference that passes.
         problems: what does not pass, the worst first.
         note: how the difference is measured, or why nothing was compared.
+        error: what kept it from being compared: a failure of the tool, or of the ranks that it started.
     """
 
     name: str
@@ -44,11 +47,12 @@ class CertificateLine:
     tolerance: float
     problems: tuple[str, ...] = ()
     note: str = ""
+    error: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs by more than the tolerance."""
-        return not self.problems
+        """Whether nothing differs by more than the tolerance, as far as it was compared."""
+        return not (self.problems or self.error)
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,12 @@ class Tolerances:
     logits: float
 
 
-# float32: losses as promised; the others are ten times what was seen over methods and layouts, or more.
+# float32: losses as promised; the others are ten times what was seen over methods and layouts, or more. bfloat16: at
+# least 1.5 times what was seen.
 # bfloat16 keeps eight bits: a sum over ranks that is missing or doubled still changes a tensor by half or more.
 TOLERANCES = {
     False: Tolerances(1e-5, 1e-4, 1e-4, 1e-3, 1e-3, 2e-2, 1e-2, 1e-3),
-    True: Tolerances(5e-3, 2e-2, 2e-2, 5e-2, 1e-1, 3e-1, 3e-1, 3e-1),
+    True: Tolerances(5e-3, 1e-1, 2e-2, 1e-1, 1e-1, 5e-1, 6e-1, 3e-1),
 }
 
 
@@ -171,23 +176,17 @@ def _layer_norms(found: RankReport, reference: RankReport, tolerance: float) -> 
 
 
 def _same_samples(ranks: Sequence[RankReport], reference: RankReport) -> CertificateLine:
-    """Each step's global batch, and on every rank of a replica the same part of it."""
+    """Each step's microbatches: in their order the replicas' are those of one process, on every rank of a replica."""
     problems = []
+    num_replicas = 1 + max(run.place[2] for run in ranks)
     for step, expected in enumerate(reference.samples):
-        by_replica: dict[int, list[str]] = {}
         for rank, run in enumerate(ranks):
-            own, replica = run.samples[step], run.place[2]
-            if own != by_replica.setdefault(replica, own):
-                problems.append(f"step {step + 1}: {_rank(rank, run)} reads other samples than its replica")
-        read = [sample for replica in sorted(by_replica) for sample in by_replica[replica]]
-        for replica, own in sorted(by_replica.items()):
-            others = [sample for other, them in by_replica.items() if other != replica for sample in them]
-            if set(own) & set(others):
-                problems.append(f"step {step + 1}: replica {replica} reads samples of another replica")
-            if not set(own) <= set(expected):
-                problems.append(f"step {step + 1}: replica {replica} reads samples that are not of this step")
-        if sorted(read) != sorted(expected) and not problems:
-            problems.append(f"step {step + 1}: {len(read)} samples, in one process {len(expected)}")
+            own = expected[run.place[2] :: num_replicas]  # a replica takes every so many-th microbatch
+            for number, (read, wanted) in enumerate(zip_longest(run.samples[step], own), 1):
+                if read != wanted:
+                    elsewhere = "no microbatch of that step" if read not in expected else "another of that step's"
+                    what = f"microbatch {number} is {elsewhere} in one process"
+                    problems.append(f"step {step + 1}, {_rank(rank, run)}: {what}")
     return CertificateLine("samples of each step", len(reference.samples), None, 0.0, shortened(problems), "by digest")
 
 
@@ -200,10 +199,16 @@ def _rank(number: int, run: RankReport) -> str:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Whole tensors of a folder, in float64, each read when it is asked for."""
+    """Whole tensors of a folder, in float64, each read when it is asked for.
+
+    In the place of a bfloat16 parameter stands its float32 copy, if there is one: a few steps change a norm's weight by
+    less than bfloat16 can say.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._stored: dict[str, StoredTensor] = open_distributed(folder)
+        stored = open_distributed(folder)
+        names = [key for key in stored if not key.startswith(master_key(""))]
+        self._stored: dict[str, StoredTensor] = {key: stored.get(master_key(key), stored[key]) for key in names}
 
     def __getitem__(self, key: str) -> Tensor:
         stored = self._stored[key]

@@ -164,18 +164,19 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
         build = import_module(peft.spec.adapter).build
         return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
 
-    alone, slices = (
-        made(TensorParallelPlace(0, 1)),
-        [dict(made(TensorParallelPlace(at, size)).named_parameters()) for at in range(size)],
-    )
+    alone, ranks = made(TensorParallelPlace(0, 1)), [made(TensorParallelPlace(at, size)) for at in range(size)]
+    slices = [dict(one.named_parameters()) for one in ranks]
     for name, parameter in alone.named_parameters():
         start = joined([own[name].detach() for own in slices], split_of(slices[0][name]))
         assert torch.equal(start, parameter), f"{name} does not start as on one rank"
     move(alone.double())
     layer.adapter = made(layer.layout.group)
-    for name, tensor in [*alone.named_parameters(), *alone.named_buffers()]:
-        module, _, last = name.rpartition(".")
-        put(layer.adapter.get_submodule(module), last, tensor.detach(), size)
+    for path, module in layer.adapter.named_modules():
+        for name, own in {**module._parameters, **module._buffers, **vars(module)}.items():
+            if isinstance(own, nn.Parameter) or hasattr(own, "tensor_model_parallel"):
+                put(module, name, getattr(alone.get_submodule(path), name).detach(), size)
+            elif isinstance(own, Tensor):  # not marked: each rank's constructor knows its slice
+                setattr(module, name, as_held([getattr(one.get_submodule(path), name) for one in ranks]))
 
 
 @torch.no_grad()
@@ -270,6 +271,12 @@ def spread(whole: Tensor, split: Split, size: int) -> Any:
     dim, parts = split
     pieces = whole.chunk(parts * size, dim)
     return _local().LocalTensor({rank: torch.cat(pieces[rank::size], dim) for rank in range(size)})
+
+
+def as_held(own: Sequence[Tensor]) -> Any:
+    """Each rank's own tensor, in float64, as all ranks hold it."""
+    tensors = [one.double() if one.is_floating_point() else one for one in own]
+    return tensors[0] if len(tensors) == 1 else _local().LocalTensor(dict(enumerate(tensors)))
 
 
 def whole(tensor: Any, split: Split) -> Tensor:

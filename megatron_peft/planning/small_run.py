@@ -11,7 +11,8 @@ optimizer and overlap. Cut:
     head, hidden and MLP features               the smallest that the method's ranks and blocks fit
     vocabulary                                  one unit of --make-vocab-size-divisible-by (less 3, if padded)
     layers                                      one a virtual stage (two virtual stages a rank if interleaved)
-    samples                                     microbatches of at most 2, at most 4 a step or twice the stages
+    samples                                     microbatches of at most 2, at most 4 a step or twice the stages; an
+                                                epoch ends within the four steps
     --seq-length                                48 tokens
     learning rates                              all times one number, without warmup and decay; --lr becomes 5e-3
     dropouts                                    0: layouts draw them differently
@@ -51,7 +52,8 @@ MOST_RANKS, MOST_REPLICAS, MOST_KEY_HEADS = 4, 2, 4
 NUM_STEPS = 4
 SEQ_LENGTH = 48  # what 2, 3 and 4 ranks divide
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-3, 1e-3
-NUM_SAMPLES = 160
+EPOCH = 3  # steps; of packs about so many
+SAMPLES_OF_A_PACK = 7 / 3
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "distribute_saved_activations")
 
@@ -80,17 +82,18 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
     peft = _peft(config, shape, num_layers)
     small = small_shape(shape, replace(config, peft=peft), parallel.tensor_model_parallel_size, num_layers)
     save_model(small, folder / "model")
-    data = _data(config.data, small, folder)
     replicas, interleaved = parallel.data_parallel_size, parallel.is_interleaved
     stages = parallel.pipeline_model_parallel_size
     microbatches = min(config.num_microbatches, max(4, 2 * stages)) // (stages if interleaved else 1)
     microbatches *= stages if interleaved else 1
     micro_batch_size = min(config.training.micro_batch_size, 2)
+    size = micro_batch_size * microbatches * replicas
     training = TrainingConfig(
         micro_batch_size=micro_batch_size,
-        global_batch_size=micro_batch_size * microbatches * replicas,
+        global_batch_size=size,
         train_iters=NUM_STEPS,
         seed=config.training.seed,
+        eval_iters=NUM_STEPS,
         overlap_grad_reduce=config.training.overlap_grad_reduce,
         grad_reduce_in_bf16=config.training.grad_reduce_in_bf16,
     )
@@ -109,7 +112,7 @@ def small_run(config: RunConfig, shape: ModelShape, folder: Path) -> SmallRun:
         parallel=parallel,
         model=model,
         peft=peft,
-        data=data,
+        data=_data(config.data, small, folder, size),
         training=training,
         optimizer=_optimizer(config),
         checkpoint=CheckpointConfig(save=str(folder / "split"), async_save=config.checkpoint.async_save),
@@ -272,19 +275,18 @@ def small_shape(shape: ModelShape, config: RunConfig, tensor_parallel: int, num_
     )
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, world_size=tensor_parallel)
     problems: list[str] = []
-    for candidate in _widths(small, tensor_parallel):
+    for candidate in _widths(small):
         problems = check_adapters(config.peft, parallel, candidate)
         if not problems:
             return candidate
     raise ConfigurationError(f"no small model fits the run's method, so it cannot be certified: {problems[0]}")
 
 
-def _widths(shape: ModelShape, tensor_parallel: int) -> Iterator[ModelShape]:
-    """From narrow to wide. Where heads fill the hidden size in the family, or may have to, they do."""
+def _widths(shape: ModelShape) -> Iterator[ModelShape]:
+    """From narrow to wide. transformers takes hidden sizes that the heads divide; Bloom's heads have to fill it."""
     bound = shape.architecture == "bloom"  # hidden is heads x features, and the MLP four times that
-    sizes = product(WIDTHS, (None,) if bound else (None, *WIDTHS))
-    for head, width in sorted(sizes, key=lambda pair: (pair[0], pair[1] or max(WIDTHS))):
-        hidden = width * tensor_parallel if width else head * shape.num_attention_heads
+    for head, width in product(WIDTHS, (0,) if bound else (1, 2, *WIDTHS)):
+        hidden = (width or head) * shape.num_attention_heads
         if hidden >= 32:
             ffn = 4 * hidden if bound or not shape.gated_linear_unit else 2 * hidden
             yield replace(shape, kv_channels=head, hidden_size=hidden, ffn_hidden_size=ffn)
@@ -310,11 +312,12 @@ def _draw(name: str, size: tuple[int, ...]) -> torch.Tensor:
 # The data.
 
 
-def _data(data: DataConfig, shape: ModelShape, folder: Path) -> DataConfig:
+def _data(data: DataConfig, shape: ModelShape, folder: Path, batch_size: int) -> DataConfig:
     """Generated sequences for indexed data, else records; packed and padded as the run's."""
     made: Mapping[str, Any] = {"mock_data": True}
     if data.reads_records or not (data.mock_data or data.data_path or data.train_data_path):
-        path = (str(save_records(folder / "data.jsonl", shape.vocab_size)),)
+        number = round(batch_size * EPOCH * (SAMPLES_OF_A_PACK if data.pack_sequences else 1))
+        path = (str(save_records(folder / "data.jsonl", shape.vocab_size, number)),)
         made = {"train_data_path": path, "valid_data_path": path, "pack_sequences": data.pack_sequences}
     return DataConfig(
         **made,
@@ -328,13 +331,13 @@ def _data(data: DataConfig, shape: ModelShape, folder: Path) -> DataConfig:
     )
 
 
-def save_records(path: Path, vocab_size: int) -> Path:
+def save_records(path: Path, vocab_size: int, number: int) -> Path:
     """Prompts and completions of random ids, of many lengths."""
     draw = random.Random(0)
 
     def words(shortest: int, longest: int) -> str:
         return " ".join(str(draw.randrange(vocab_size - 1)) for _ in range(draw.randint(shortest, longest)))
 
-    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(NUM_SAMPLES)]
+    pairs = [{"prompt": words(2, 12), "completion": " " + words(3, 24)} for _ in range(number)]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return path

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_peft.checkpoint.folders import BEST
 from megatron_peft.checkpoint.save import SaveOutcome, Saver
+from megatron_peft.checkpoint.state import whole_parameters
 from megatron_peft.config import config_to_dict
 from megatron_peft.data.batches import GlobalBatches
 from megatron_peft.data.build import Data
@@ -31,7 +32,6 @@ from megatron_peft.training.validation import (
     largest_orthogonality_error,
     layers_without_gradient,
     validation_loss,
-    whole_parameters,
 )
 
 Record = dict[str, Any]
@@ -182,7 +182,7 @@ class _Run:
             own_work = self.speed.own_work.of_device
             report = train_step(self.state, microbatches, self._wants_to_stop(), by_layer, own_work)
         # The position first, since log lines and checkpoints record it. Validation and saves happen between steps, on
-        # all ranks; `whole_parameters` waits for parameters that are still being gathered.
+        # all ranks; both wait for parameters that are still being gathered (`whole_parameters`).
         position.iteration += 1
         position.consumed_samples += config.global_batch_size
         position.consumed_tokens += report.num_positions
@@ -364,19 +364,15 @@ class _Run:
         """Start a checkpoint; its time does not count as time of a step."""
         with self.interval.paused(), self.speed.paused():
             self._report_save(self.saver.finish())  # one save at a time: wait for the one before
-            self._start_saving()
-            self._report_save(self.saver.finish(wait=False))
-
-    def _start_saving(self) -> None:
-        with whole_parameters(self.state.model_chunks):
             self.saver.start(self.state)
+            self._report_save(self.saver.finish(wait=False))
 
     def _save_the_end(self) -> None:
         """Wait for the pending save, then write the last checkpoint unless it exists (a failed save is tried again)."""
         self._report_save(self.saver.finish())
         if not self.state.config.checkpoint.save or self.saved_iteration == self.state.position.iteration:
             return
-        self._start_saving()
+        self.saver.start(self.state)
         outcome = self.saver.finish()
         assert outcome is not None
         if outcome.error is not None:

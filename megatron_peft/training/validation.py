@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step_rotations import inference_rotations
+from megatron_peft.checkpoint.state import whole_parameters
 from megatron_peft.data.batches import Step
 from megatron_peft.data.build import Data
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
@@ -58,20 +59,6 @@ def inference_mode(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[
     finally:
         for chunk in model_chunks:
             chunk.train()
-
-
-@contextmanager
-def whole_parameters(model_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Gather parameters now. With --overlap-param-gather only the next training forward would do so. May be nested."""
-    wanted = [chunk for chunk in model_chunks if chunk.ddp_config.overlap_param_gather]
-    overlaps = [chunk for chunk in wanted if chunk.remove_forward_pre_hook_handles]  # empty inside another `with`
-    for chunk in overlaps:
-        chunk.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for chunk in overlaps:
-            chunk.enable_forward_pre_hook()
 
 
 START_TOLERANCE = {False: 1e-4, True: 2e-2}  # without and with --bf16, relative to the base's loss

@@ -15,6 +15,8 @@ import pytest
 
 from megatron_peft.config import ConfigurationError, PeftConfig, config_from_dict, methods
 from tests.adapters.new_method_runs import LAYOUTS
+from tests.adapters.vera import runs as vera
+from tests.ranks import run_ranks
 from tests.test_plain_english import namesakes, public_things
 from tests.time_limits import seconds
 
@@ -261,3 +263,21 @@ def test_a_record_is_read_without_the_package_of_another_method(tmp_path):
     assert config_from_dict(lora).peft == PeftConfig("lora")
     with pytest.raises(ConfigurationError, match="--peft-method gains is not one of full, lora"):
         config_from_dict(gains)
+
+
+# A method whose layers share frozen matrices, and which trains a vector that every rank has whole: `vera/`.
+
+
+def test_shared_matrices_and_whole_parameters_are_those_of_one_rank_at_tp2(tmp_path):
+    (found,) = run_ranks(1, vera.layers_of_many_ranks, tmp_path)
+    assert {"linear_fc1 adapter.d", "linear_fc2 adapter.b"} <= found.keys() and max(found.values()) < 1e-11, found
+
+
+@pytest.mark.slow
+def test_vera_trains_merges_and_is_certified(tmp_path):
+    (found,) = run_ranks(1, vera.certificates, tmp_path)
+    for certificate in found:
+        problems = {one.name: (one.problems, one.error) for one in certificate.comparisons if not one.passed}
+        assert certificate.verdict == "CERTIFIED" and problems == {}, problems
+        lines = {one.name: one for one in certificate.comparisons}
+        assert lines["merged model in transformers"].num_compared and lines["trained tensors"].num_compared >= 16

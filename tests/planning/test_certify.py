@@ -1,16 +1,17 @@
-"""`megatron-peft certify`: small runs keep what their runs are, a sound product passes, and six faults are named."""
+"""`megatron-peft certify`: small runs keep what their runs are, sound runs pass, and planted faults are named."""
 
 import json
-from dataclasses import replace
-from functools import cache
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_peft.benchmarks.ranks import RanksFailed
 from megatron_peft.commands.certify import main
 from megatron_peft.config import (
-    CheckpointConfig,
     ConfigurationError,
     DataConfig,
     ModelConfig,
@@ -20,14 +21,15 @@ from megatron_peft.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_peft.conversion.verify import random_tokens
 from megatron_peft.models.families import config_of_shape, read_shape
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.planning import certify as module
 from megatron_peft.planning import small_run as small
-from megatron_peft.planning.certified_ranks import Job, RankReport, train_alone, train_split
-from megatron_peft.planning.certify import certify, digest_of
-from megatron_peft.planning.comparison import compare_runs
-from tests.planning import faults
+from megatron_peft.planning.certify import NOT_CLAIMED, digest_of
+from megatron_peft.planning.comparison import CertificateLine
+from tests.planning.faults import FAULTS, NOT_SEEN, Fault
+from tests.planning.test_recipe_plans import WORLDS, recipe
+from tests.planning.warm import Case, certified
 from tests.ranks import run_ranks
 
 LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied_embeddings=True)
@@ -59,12 +61,13 @@ def run_of(
     peft: dict[str, Any], parallel: dict[str, Any], world_size: int, data: dict[str, Any] | None = None, **others: Any
 ) -> RunConfig:
     """A run of eight samples a step."""
+    overlaps = others.get("overlap_param_gather", False)
     return RunConfig(
         parallel=ParallelConfig(**parallel, world_size=world_size),
         model=ModelConfig("not read", bf16=others.pop("bf16", False), make_vocab_size_divisible_by=16),
         peft=PeftConfig(**peft),
         data=DataConfig(train_data_path=("not-read.jsonl",), **(data or {})),
-        training=TrainingConfig(global_batch_size=8, train_iters=100),
+        training=TrainingConfig(global_batch_size=8, train_iters=100, overlap_grad_reduce=overlaps),
         optimizer=OptimizerSettings(**others),
     )
 
@@ -116,74 +119,121 @@ def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
 
 # Started for real.
 
-
-class Runs:
-    """Small runs in a layout, with a fault, beside their run in one process, which all faults share."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._alone = cache(self._alone)
-
-    def _alone(self, method: str, layout: str) -> tuple[Job, Job, RankReport]:
-        """The runs in a layout and in one process, and what the second finds."""
-        parallel, world_size = LAYOUTS[layout]
-        folder = self._folder / f"{method} {layout}"
-        folder.mkdir()
-        found = small.small_run(run_of(METHODS[method], parallel, world_size), LLAMA, folder)
-        tokens = random_tokens(found.shape.vocab_size, small.SEQ_LENGTH)
-        split, alone = (Job(config, found.shape, tokens) for config in (found.split, found.alone))
-        ((reference, _),) = run_ranks(1, train_alone, (alone, None), 600)
-        return split, alone, reference
-
-    def problems(self, fault: str, method: str, layout: str) -> dict[str, tuple[str, ...]]:
-        """By what was compared."""
-        sound, alone, reference = self._alone(method, layout)
-        save = CheckpointConfig(save=f"{sound.config.checkpoint.save}-{fault}")
-        job = replace(sound, config=replace(sound.config, checkpoint=save), plant=getattr(faults, fault))
-        ranks: list[RankReport] = run_ranks(job.config.parallel.world_size, train_split, job, 600)
-        found = compare_runs((job, ranks), (alone, reference))
-        return {one.name: one.problems for one in found if not one.passed}
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "TP2": (TP2, 2, {}),
+    "TP2+SP": ({**TP2, "sequence_parallel": True}, 2, {}),
+    "PP2": (PP2, 2, {}),
+    "PP2 interleaved": ({**PP2, "num_layers_per_virtual_pipeline_stage": 1}, 2, {}),
+    "DP2": ({}, 2, OVERLAPPED),
+    "DP2 plain": ({}, 2, {}),
+}
 
 
-LAYOUTS = {"TP2": (TP2, 2), "PP2": (PP2, 2), "DP2": ({}, 2)}
-# Fault, method, layout, and: what is compared first that differs, and a name in it.
-FAULTS = [
-    ("sum_left_out", "lora", "TP2", "gradients of step 1", "self_attention.linear_proj.adapter.B"),
-    ("wrong_seed", "lora", "TP2", "copies on several ranks, at the start", "self_attention.linear_qkv.adapter.A"),
-    ("sum_doubled", "lora", "TP2", "gradients of step 1", "mlp.linear_fc2.adapter.B"),
-    ("gate_and_up_mixed", "lora", "TP2", "gradients of step 1", "mlp.linear_fc1.adapter.B"),
-    ("tied_head_forgotten", "full", "PP2", "gradients of step 1", "embedding.word_embeddings.weight"),
-    ("one_ranks_data", "lora", "DP2", "samples of each step", "replica 1"),
-]
+def run_at(method: str, layout: str, bf16: bool = False) -> RunConfig:
+    """A run by the names of method and layout; `lora dropout` is another LoRA."""
+    parallel, world_size, others = LAYOUTS[layout]
+    peft = METHODS.get(method, {**LORA, "lora_dropout": 0.1})
+    return run_of(peft, parallel, world_size, bf16=bf16, **others)
+
+
+def certificates(cases: list[Case]) -> list[Any]:
+    (found,) = run_ranks(1, certified, cases, 1500)
+    return found
+
+
+def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
+    return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
+
+
+# One of each kind in `make test`; all of them in `make test-all`.
+QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
+QUICK_FAULTS = ("a sum over tensor ranks is missing", "each rank draws factors of its own")
+SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
+ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
+RECIPES = {**WORLDS, "laptop-cpu": 3}
+
+
+def case_of(fault: Fault) -> Case:
+    layout, _, precision = fault.layout.partition(" bf16")
+    return Case(run_at(fault.method, layout, layout != fault.layout), LLAMA, fault.broken, fault.line or None)
+
+
+def by_what(faults: list[Fault]) -> dict[str, list[CertificateLine]]:
+    return dict(zip((one.what for one in faults), certificates(list(map(case_of, faults))), strict=True))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("certify"))
+def quick() -> dict[Any, Any]:
+    """Certificates of sound runs, and lines of those with a fault, out of one launch."""
+    faults = [fault for fault in FAULTS if fault.what in QUICK_FAULTS]
+    cases = [Case(run_at(*one), LLAMA) for one in QUICK] + list(map(case_of, faults))
+    return dict(zip([*QUICK, *(fault.what for fault in faults)], certificates(cases), strict=True))
+
+
+@pytest.fixture(scope="module")
+def all_others() -> dict[Any, Any]:
+    return dict(zip(ALL, certificates([Case(run_at(*one), LLAMA) for one in ALL]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, list[CertificateLine]]:
+    return by_what([fault for fault in FAULTS if fault.what not in QUICK_FAULTS])
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_sound_run_is_certified(quick, case):
+    assert problems_of(quick[case]) == {} and quick[case].verdict == "CERTIFIED"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "method", "layout", "compared", "named"), FAULTS, ids=[case[0] for case in FAULTS])
-def test_a_fault_is_refused_by_name(runs, fault, method, layout, compared, named):
-    problems = runs.problems(fault, method, layout)
-    assert compared in problems, problems
-    assert any(named in problem for problem in problems[compared]), problems[compared]
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_sound_run_is_certified(all_others, case):
+    assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
 
 
-def certificate_of(tmp_path: Path, *flags: str, world_size: int, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
+@pytest.mark.slow
+def test_every_recipe_is_certified():
+    found = certificates([Case(*recipe(name, [], RECIPES)) for name in RECIPES])
+    assert {name: problems_of(one) for name, one in zip(RECIPES, found, strict=True)} == {name: {} for name in RECIPES}
+
+
+def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
+    return any(fault.named in problem for one in lines if one.name == fault.line for problem in one.problems)
+
+
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_a_fault_is_refused_by_name(quick, fault):
+    assert refuses(quick[fault.what], fault), quick[fault.what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what not in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_every_fault_is_refused_by_name(refused, fault):
+    assert refuses(refused[fault.what], fault), refused[fault.what]
+
+
+@pytest.mark.slow
+def test_what_is_not_seen_is_what_the_certificate_says(refused, capsys):
+    for fault, found in zip(NOT_SEEN, certificates(list(map(case_of, NOT_SEEN))), strict=True):
+        assert problems_of(found) == {} and fault.kind in NOT_CLAIMED, fault
+    others = [one for one in FAULTS if one.what not in QUICK_FAULTS]
+    counts = Counter(one.kind for one in others if refuses(refused[one.what], one))
+    with capsys.disabled():
+        print(f"\nplanted faults that were refused by name: {sum(counts.values())} of {len(others)}, {dict(counts)}")
+
+
+def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
     (tmp_path / "config.json").write_text(json.dumps(config_of_shape(shape)))
     output = tmp_path / "certificate.json"
     common = ["--pretrained-checkpoint", str(tmp_path / "config.json"), "--train-data-path", "not-read.jsonl"]
-    lengths = ["--train-iters", "100", "--global-batch-size", "8", "--make-vocab-size-divisible-by", "16"]
-    own = ["--world-size", str(world_size), "--output", str(output)]
-    assert main([*own, *common, *lengths, *flags]) == expected
+    assert main(["--train-iters", "100", "--output", str(output), *common, *flags]) == expected
     return json.loads(output.read_text())
 
 
-def test_a_sound_run_gets_a_certificate(tmp_path, capsys):
-    found = certificate_of(
-        *(tmp_path, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--lora-rank", "4"), world_size=2
-    )
+def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.setattr(module, "certify", lambda config, shape: quick[QUICK[0]])
+    found = certificate_of(tmp_path)
     names = {one["name"]: one for one in found["comparisons"]}
     assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
     assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
@@ -191,28 +241,36 @@ def test_a_sound_run_gets_a_certificate(tmp_path, capsys):
     assert found["digest"] == digest_of(found)
     assert found["digest"] != digest_of({**found, "passed": False})
     printed = capsys.readouterr().out
-    assert "CERTIFIED" in printed and found["digest"] in printed
+    assert "CERTIFIED" in printed and found["digest"] in printed and "dropout" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_certified_at_all_splits_at_once(tmp_path, method):
-    parallel = {**TP2, **PP2, "sequence_parallel": True}
-    config = run_of(METHODS[method], parallel, 8, {"pack_sequences": True}, use_distributed_optimizer=True)
-    certificate = certify(config, LLAMA)
-    problems = {one.name: one.problems for one in certificate.comparisons if not one.passed}
-    assert problems == {}
+DIFFERS = CertificateLine("losses", 4, 1.0, 1e-5, ("step 1: 2, in one process 1",))
+FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nValueError: no such heads\n"))
 
 
-@pytest.mark.slow
-def test_a_faulty_run_is_refused_by_the_command(tmp_path, monkeypatch):
-    from megatron_peft.planning import certify as module
+@pytest.mark.parametrize(
+    ("lines", "verdict", "code"),
+    [((DIFFERS,), "REFUSED", 1), ((FAILED,), "UNDECIDED", 3), ((FAILED, DIFFERS), "REFUSED", 1)],
+)
+def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
+    certificate = module.Certificate({}, {}, asdict(LLAMA), {}, ("TP1", "TP1"), lines, {})
+    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    found = certificate_of(tmp_path, expected=code)
+    assert found["verdict"] == verdict and not found["passed"]
+    printed = capsys.readouterr().out
+    assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)
 
-    whole = module.certify
-    monkeypatch.setattr(module, "certify", lambda config, shape: whole(config, shape, faults.sum_doubled))
-    flags = ["--tensor-model-parallel-size", "2", "--lora-rank", "4"]
-    found = certificate_of(tmp_path, *flags, world_size=2, expected=1)
-    assert not found["passed"]
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads):
+    from transformers import AutoConfig
+
+    shape = replace(LLAMA, architecture=family, num_attention_heads=heads, num_query_groups=1, hidden_size=16 * heads)
+    for tp in (1, 2):
+        found = small.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
+        AutoConfig.for_model(**config_of_shape(found)).validate()
+        assert found.hidden_size % found.num_attention_heads == 0
 
 
 # What is wrong with the flags.

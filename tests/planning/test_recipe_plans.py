@@ -1,5 +1,6 @@
 """No rank of any method would wait for ever in a recipe's layout. `test_recipes.py` plans the recipes as they are."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,9 +27,9 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def recipe(name: str, words: list[str]) -> tuple[RunConfig, ModelShape]:
+def recipe(name: str, words: list[str], worlds: Mapping[str, int] = WORLDS) -> tuple[RunConfig, ModelShape]:
     base = ["--config", str(RECIPES / f"{name}.yaml"), "--pretrained-checkpoint", str(MODELS / name)]
-    environ = {"WORLD_SIZE": str(WORLDS[name])}
+    environ = {"WORLD_SIZE": str(worlds[name])}
     config = read_config([*base, *words], environ, read_shape, saved=lambda values: {"save": "never written"})
     return config, read_shape(str(MODELS / name))
 

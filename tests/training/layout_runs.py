@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_peft import config as settings
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.low_rank import low_rank_part
+from megatron_peft.checkpoint.state import whole_parameters
 from megatron_peft.config import ParallelConfig, RunConfig
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
@@ -26,7 +27,7 @@ from megatron_peft.training.lora_ga_start import first_steps
 from megatron_peft.training.run import build_state
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import validation_loss, whole_parameters
+from megatron_peft.training.validation import validation_loss
 from tests.tiny_llama import VOCAB_SIZE
 
 NUM_STEPS = 20
