@@ -17,15 +17,24 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config import ConfigurationError, RunConfig
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.record import Call, RankRecord
-from megatron_peft.planning.schedule import RankGrid, RankProgram, StageProgram, program_of_stage, programs_of_ranks
+from megatron_peft.planning.deadlock import Problem, check_order, check_waits
+from megatron_peft.planning.record import Entry, RankRecord
+from megatron_peft.planning.schedule import (
+    RankGrid,
+    RankProgram,
+    StageProgram,
+    program_of_stage,
+    programs_of_ranks,
+    renumbered,
+)
 
 if TYPE_CHECKING:
     from megatron_peft.planning.stage_schedule import StageOutline
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
+MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class RankToRehearse:
         lengths: of each of its microbatches, or of all.
         phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
         num_waiting: microbatches that the run's step has beside these; the device holds their data too.
+        calls_alone: record the calls of the whole run, from the model to a checkpoint, and nothing else.
     """
 
     config: RunConfig
@@ -76,13 +86,14 @@ class RankToRehearse:
     lengths: tuple[Lengths, ...]
     phases: tuple[str, ...] = ("start", "validation", "saving")
     num_waiting: int = 0
+    calls_alone: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
         asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
         if not peaks:
-            fewest = fewest_microbatches(config, config.num_microbatches)
+            fewest = fewest_microbatches(config.parallel, config.num_microbatches)
             return replace(asked, num_microbatches=fewest, phases=())
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
@@ -102,10 +113,10 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
     return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
 
 
-def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
+def fewest_microbatches(parallel: ParallelConfig, num_microbatches: int) -> int:
     """Of a step that has a first, a last and one between, where the run has them: all others are like that one."""
-    pp = config.parallel.pipeline_model_parallel_size
-    return min(num_microbatches, -(-3 // pp) * pp if config.parallel.is_interleaved else 3)
+    pp = parallel.pipeline_model_parallel_size
+    return min(num_microbatches, -(-3 // pp) * pp if parallel.is_interleaved else 3)
 
 
 def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
@@ -176,11 +187,8 @@ def rehearse_run(
         records = dict(
             zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
         )
-    message = activation_message(config, shape, Lengths.longest(config))
     programs = [
-        program_of_stage(
-            records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches, message
-        )
+        program_of_stage(records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches)
         for stage, outline in enumerate(outlines)
     ]
     return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
@@ -203,11 +211,32 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:
-    """The tensor that a stage sends to the next one."""
-    shared = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    size = lengths.positions // shared, lengths.rows, shape.hidden_size
-    return Call("send", "pipeline", (), (size,), "bfloat16" if config.model.bf16 else "float32")
+def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Problem | None:
+    """The first problem of the calls of any rank; None: all end.
+
+    Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
+    replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
+    run itself is replayed, with all of its layers, stages and microbatches.
+    """
+    with _processes(num_processes, 4) as start:
+        config, shape, stages = start(_small_here, run.config, run.shape).result()
+        grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
+        places = [grid.place(rank) for rank in range(grid.size)]
+        if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
+            places = [place for place in places if 0 in place[:2]]
+        asked = RankToRehearse.of(config, shape, 0, peaks=False)
+        found = {
+            place: start(_rehearse_here, replace(asked, rank=grid.rank(*place), calls_alone=True)) for place in places
+        }
+        records = {place: one.result() for place, one in found.items()}
+    numbers = {grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))}
+    programs: dict[int, tuple[Entry, ...]] = {}
+    for rank, number in numbers.items():
+        tensor, data, stage = grid.place(rank)
+        record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
+        entries = record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
+        programs[number] = tuple(renumbered(entries, numbers))
+    return check_order(programs) or check_waits(programs) or check_order(run.programs())
 
 
 @contextmanager
@@ -262,3 +291,29 @@ def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
     from megatron_peft.planning.stage_schedule import outline_stages
 
     return outline_stages(config, shape)
+
+
+def _small_here(config: RunConfig, shape: ModelShape) -> tuple[RunConfig, ModelShape, tuple[int, ...]]:
+    """A run of few layers, stages and microbatches, with the run's tensor-parallel ranks; and which stages it has."""
+    from megatron_peft.planning.small_run import small_layout, small_targets
+
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    small, num_layers = small_layout(parallel, shape.num_layers)
+    tp, pp = parallel.tensor_model_parallel_size, small.pipeline_model_parallel_size
+    dp = min(parallel.data_parallel_size, MOST_REPLICAS)
+    small = replace(small, tensor_model_parallel_size=tp, world_size=tp * pp * dp)
+    batch = fewest_microbatches(small, config.num_microbatches)
+    recomputes = "recompute_num_layers" in config.model.transformer
+    transformer = {**config.model.transformer, **({"recompute_num_layers": 1} if recomputes else {})}
+    training: Any = replace(config.training, global_batch_size=batch * config.training.micro_batch_size * dp)
+    config = replace(
+        config,
+        parallel=small,
+        training=training,
+        model=replace(config.model, transformer=transformer),
+        peft=replace(config.peft, target_modules=small_targets(config.peft, shape, num_layers)),
+        checkpoint=replace(config.checkpoint, save="never written"),
+    )
+    full = min(shape.num_full_attention_layers, num_layers)
+    shape = replace(shape, num_layers=num_layers, num_full_attention_layers=full)
+    return config, shape, tuple(stage if stage < pp - pp // 2 else stages - pp + stage for stage in range(pp))

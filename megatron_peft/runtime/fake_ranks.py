@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
@@ -62,14 +64,33 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
         yield
 
 
-def _gathered(of_all_ranks: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
-    """torch would send objects as tensors, and so does megatron-core's optimizer."""
+@contextmanager
+def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
+    """torch would send objects as tensors, and so does megatron-core's optimizer. Of that only the sizes are sent."""
 
-    def gather(values: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+    def tell_size(value: Any, group: dist.ProcessGroup | None) -> None:
+        sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64)
+        dist.all_gather([*sizes.split(1)], torch.empty(1, dtype=torch.int64), group)
+
+    def gather_all(values: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+        tell_size(value, group)
         values[:] = [of_all_ranks(value)] * len(values)
         values[dist.get_rank(group)] = value
 
-    return replaced(dist, "all_gather_object", gather)
+    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None, **_: Any) -> None:
+        tell_size(value, group)
+
+    def broadcast(values: list[Any], src: Any = None, group: Any = None, **_: Any) -> None:
+        dist.broadcast(torch.empty(len(values), dtype=torch.int64), src, group)
+        values[:] = [Path() if value is None else value for value in values]  # a draft's folder
+
+    with (
+        replaced(dist, "all_gather_object", gather_all),
+        replaced(dist, "gather_object", gather),
+        replaced(dist, "broadcast_object_list", broadcast),
+        replaced(torch_checkpoint, "save", lambda *_, **__: None),  # plans by the numbers of storages
+    ):
+        yield
 
 
 def _zeros(numbers: torch.Tensor) -> list[float]:

@@ -17,9 +17,9 @@ from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.deadlock import MESSAGES, check_order
-from megatron_peft.planning.record import Call, Entry, Wait
-from megatron_peft.planning.rehearsal import Lengths, RehearsedRun, activation_message, rehearse_run
+from megatron_peft.planning.deadlock import check_order
+from megatron_peft.planning.record import MESSAGES, Call, Entry, Wait
+from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run
 from megatron_peft.planning.schedule import RankProgram, program_of_stage, programs_of_ranks
 from megatron_peft.planning.stage_schedule import StageOutline
 from tests.ranks import run_ranks
@@ -118,12 +118,9 @@ def programs_with(
     run: RehearsedRun, schedules: Sequence[Sequence[Entry]], num_microbatches: int
 ) -> dict[int, RankProgram]:
     """Of every rank, with the recorded layers in other schedules of the stages."""
-    message = activation_message(run.config, run.shape, Lengths.longest(run.config))
     records = {record.rank: record for record in run.records}
     stages = [
-        program_of_stage(
-            records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches, message
-        )
+        program_of_stage(records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches)
         for stage, schedule in enumerate(schedules)
     ]
     return programs_of_ranks(stages, run.grid)
