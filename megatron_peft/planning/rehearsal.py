@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig
+from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.deadlock import Problem, check_order, check_waits
 from megatron_peft.planning.record import Entry, RankRecord
@@ -93,7 +93,7 @@ class RankToRehearse:
         """A rank of a run, with as many microbatches as it needs for its peak; without `peaks` with the fewest."""
         asked = cls(config, shape, rank, config.num_microbatches, (Lengths.longest(config),))
         if not peaks:
-            fewest = fewest_microbatches(config.parallel, config.num_microbatches)
+            fewest = fewest_microbatches(config, config.num_microbatches)
             return replace(asked, num_microbatches=fewest, phases=())
         enough = enough_microbatches(config, asked.stage, config.num_microbatches)
         return replace(asked, num_microbatches=enough, num_waiting=config.num_microbatches - enough)
@@ -113,10 +113,10 @@ def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) ->
     return min(num_microbatches, 2 * pp)  # more than the schedule warms up with
 
 
-def fewest_microbatches(parallel: ParallelConfig, num_microbatches: int) -> int:
+def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
     """Of a step that has a first, a last and one between, where the run has them: all others are like that one."""
-    pp = parallel.pipeline_model_parallel_size
-    return min(num_microbatches, -(-3 // pp) * pp if parallel.is_interleaved else 3)
+    pp = config.parallel.pipeline_model_parallel_size
+    return min(num_microbatches, -(-3 // pp) * pp if config.parallel.is_interleaved else 3)
 
 
 def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) -> list[RankRecord]:
@@ -218,17 +218,21 @@ def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Proble
     replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
     run itself is replayed, with all of its layers, stages and microbatches.
     """
-    with _processes(num_processes, 4) as start:
+    if run.grid.size == 1:
+        return None
+    num_processes = num_processes or _num_processes()
+    with _processes(num_processes, num_processes) as start:
         config, shape, stages = start(_small_here, run.config, run.shape).result()
         grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
         places = [grid.place(rank) for rank in range(grid.size)]
         if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
             places = [place for place in places if 0 in place[:2]]
-        asked = RankToRehearse.of(config, shape, 0, peaks=False)
-        found = {
-            place: start(_rehearse_here, replace(asked, rank=grid.rank(*place), calls_alone=True)) for place in places
-        }
-        records = {place: one.result() for place, one in found.items()}
+        lengths = (Lengths.longest(config),)
+        asked = RankToRehearse(config, shape, 0, config.num_microbatches, lengths, calls_alone=True)
+        # A process takes several ranks: most of what the first one costs is found in torch's caches by the others.
+        parts = [places[first :: num_processes] for first in range(num_processes)]
+        found = [start(_record_calls, asked, [grid.rank(*place) for place in part]) for part in parts]
+        records = {grid.place(record.rank): record for one in found for record in one.result()}
     numbers = {grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))}
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
@@ -239,13 +243,17 @@ def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Proble
     return check_order(programs) or check_waits(programs) or check_order(run.programs())
 
 
+def _num_processes() -> int:
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
 @contextmanager
 def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "Future[Any]"]]:
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["megatron_peft.planning.rehearsed_rank"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
+    number = min(num_processes or _num_processes(), most)
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
         yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
 
@@ -287,6 +295,10 @@ def _rehearse_here(rank: RankToRehearse) -> RankRecord:
     return rehearse_rank(rank)
 
 
+def _record_calls(of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
+    return [_rehearse_here(replace(of, rank=rank)) for rank in ranks]
+
+
 def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
     from megatron_peft.planning.stage_schedule import outline_stages
 
@@ -302,7 +314,7 @@ def _small_here(config: RunConfig, shape: ModelShape) -> tuple[RunConfig, ModelS
     tp, pp = parallel.tensor_model_parallel_size, small.pipeline_model_parallel_size
     dp = min(parallel.data_parallel_size, MOST_REPLICAS)
     small = replace(small, tensor_model_parallel_size=tp, world_size=tp * pp * dp)
-    batch = fewest_microbatches(small, config.num_microbatches)
+    batch = min(config.num_microbatches, pp if small.is_interleaved else 2)
     recomputes = "recompute_num_layers" in config.model.transformer
     transformer = {**config.model.transformer, **({"recompute_num_layers": 1} if recomputes else {})}
     training: Any = replace(config.training, global_batch_size=batch * config.training.micro_batch_size * dp)

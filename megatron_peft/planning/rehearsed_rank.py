@@ -25,7 +25,7 @@ from megatron_peft.runtime.fake_ranks import (
     watched_schedule,
     watched_storages,
 )
-from megatron_peft.runtime.launch import start_model_parallel
+from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
@@ -92,7 +92,8 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
             waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
             record = watch_run(watch, of, [microbatch_of(one) for one in steps])
             del waiting  # which the device held until here
-            return record
+        stop_model_parallel()
+        return record
 
 
 def of_all_stages(value: Any, num_layers: int) -> Any:
@@ -136,7 +137,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.assign("optimizer", moments_of(state))
     forget_sends()
     if of.calls_alone:
-        _go_on(watch, state, microbatches)
+        _go_on(watch, state, microbatches, shortest)
         return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
     watch.recorder.clear()
     watch.mark("begin")
@@ -154,13 +155,15 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
 
 
-def _go_on(watch: Watch, state: TrainingState, microbatches: Sequence[Microbatch]) -> None:
+def _go_on(
+    watch: Watch, state: TrainingState, microbatches: Sequence[Microbatch], shortest: Sequence[Microbatch]
+) -> None:
     """What a run does after its first step: all collectives of its loop, once."""
     with watch.phase("step"):
         layers_without_gradient(state)
         train_step(state, list(microbatches), by_layer=True)
     with watch.phase("validation"):
-        validation_loss(state.model_chunks, [list(microbatches)])
+        validation_loss(state.model_chunks, [list(shortest)])
         with whole_parameters(state.model_chunks):
             largest_orthogonality_error(state)
     with (

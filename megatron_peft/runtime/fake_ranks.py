@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,17 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
             _gathered(of_all_ranks),
             _one_generator(),
             shapes_as_asked(),
-            FakeTensorMode(allow_non_fake_inputs=False),
+            _without_numbers(),
             _Answers(),
         ):
             stack.enter_context(part)
         yield
+
+
+@cache
+def _without_numbers() -> FakeTensorMode:
+    """One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix."""
+    return FakeTensorMode(allow_non_fake_inputs=False)
 
 
 @contextmanager
