@@ -230,15 +230,19 @@ def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Proble
         lengths = (Lengths.longest(config),)
         asked = RankToRehearse(config, shape, 0, config.num_microbatches, lengths, calls_alone=True)
         # A process takes several ranks: most of what the first one costs is found in torch's caches by the others.
-        parts = [places[first :: num_processes] for first in range(num_processes)]
+        parts = [places[first::num_processes] for first in range(num_processes)]
         found = [start(_record_calls, asked, [grid.rank(*place) for place in part]) for part in parts]
         records = {grid.place(record.rank): record for one in found for record in one.result()}
-    numbers = {grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))}
+    numbers = {
+        grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))
+    }
     programs: dict[int, tuple[Entry, ...]] = {}
     for rank, number in numbers.items():
         tensor, data, stage = grid.place(rank)
         record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
-        entries = record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
+        entries = (
+            record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
+        )
         programs[number] = tuple(renumbered(entries, numbers))
     return check_order(programs) or check_waits(programs) or check_order(run.programs())
 

@@ -151,7 +151,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     if "saving" in of.phases:
         with watch.phase("saving"):
             only_adapters = config.peft.trains_adapters
-            save.tensors_to_save(state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters))
+            save.tensors_to_save(
+                state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters)
+            )
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
 
 

@@ -119,7 +119,10 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (step, "sum_partial_gradients_over_tensor_parallel"), tensor_rank
     ),
     "gradients: half of the ranks swap two groups": lambda: added(
-        GRADIENTS, lambda: tensor_rank() != replica(), both(total(tensor), total(data)), both(total(data), total(tensor))
+        GRADIENTS,
+        lambda: tensor_rank() != replica(),
+        both(total(tensor), total(data)),
+        both(total(data), total(tensor)),
     ),
     "gradients: one tensor-parallel rank swaps two shapes": lambda: added(
         GRADIENTS, tensor_rank, both(total(tensor, 1), total(tensor, 2)), both(total(tensor, 2), total(tensor, 1))
