@@ -78,7 +78,7 @@ class Watch:
 
 
 def rehearse_rank(of: RankToRehearse) -> RankRecord:
-    """Run one rank. Its process cannot be used for anything else afterwards."""
+    """Run one rank. Its process can be used for others afterwards, and for nothing else."""
     # Transformer Engine needs a GPU.
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
     of = replace(of, config=config)
