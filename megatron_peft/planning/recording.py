@@ -218,7 +218,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """Where its elements begin and end in its storage, in bytes."""
     begin, size = tensor.storage_offset(), tensor.element_size()
     length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin * size, (begin + length * (tensor.numel() > 0)) * size
+    return int(begin * size), int((begin + length * (tensor.numel() > 0)) * size)
 
 
 def _over_all_tokens(products: Mapping[Product, int], dtype: str) -> Product:

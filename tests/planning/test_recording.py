@@ -80,7 +80,9 @@ def test_what_overlaps_the_result_of_a_call_under_way_is_used_early_and_a_view_o
     buffer = torch.zeros(8)
     with recorder:
         recorder._under_way[0] = [buffer[2:4]]
-        buffer[4:].add_(1), buffer[:2].add_(1), buffer[2:4].view(1, 2), torch.empty_like(buffer)
+        buffer[4:].add_(1)
+        buffer[:2].add_(1)
+        _ = buffer[2:4].view(1, 2), torch.empty_like(buffer)
         assert recorder.entries() == ()
         _ = buffer[3:6] + 1
     assert recorder.entries() == (EarlyUse(0),)
