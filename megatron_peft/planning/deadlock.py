@@ -37,7 +37,7 @@ def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     return _Replay(programs).run()
 
 
-def check_waits(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
+def missing_wait(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     """The first asynchronous call whose result is used, or left at the end, without a wait; None: there is none.
 
     A schedule leaves sends to themselves.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.deadlock import Problem, check_order, check_waits
+from megatron_peft.planning.deadlock import Problem, check_order, missing_wait
 from megatron_peft.planning.record import Entry, RankRecord
 from megatron_peft.planning.schedule import (
     RankGrid,
@@ -244,7 +244,7 @@ def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Proble
             record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
         )
         programs[number] = tuple(renumbered(entries, numbers))
-    return check_order(programs) or check_waits(programs) or check_order(run.programs())
+    return check_order(programs) or missing_wait(programs) or check_order(run.programs())
 
 
 def _num_processes() -> int:

@@ -10,7 +10,6 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_peft.adapters import attach
 from megatron_peft.checkpoint import save
-from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.planning import rehearsed_rank
 from megatron_peft.planning.record import RankRecord
 from megatron_peft.planning.rehearsal import RankToRehearse
@@ -149,7 +148,7 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
         (validation, "read_on_host"), first, lambda: dist.broadcast_object_list([0], 0)
     ),
     "saving: the first rank makes a call": lambda: added((save, "tensors_to_save"), first, total(world)),
-    "saving: one replica gathers": lambda: added((PlannedFiles, "write"), replica, lambda: gather_over_world(0)),
+    "saving: one replica gathers": lambda: added((save, "checked_together"), replica, lambda: gather_over_world(0)),
 }
 BETWEEN_STAGES: dict[str, Callable[[], None]] = {
     "a message of another shape": lambda: sent(stage, lambda x: x[:-1].contiguous()),

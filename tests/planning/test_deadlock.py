@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_peft.planning.deadlock import Problem, check_order, check_waits
+from megatron_peft.planning.deadlock import Problem, check_order, missing_wait
 from megatron_peft.planning.record import Call, Computation, EarlyUse, Entry, Mark, Wait
 from megatron_peft.planning.schedule import RankGrid, StageProgram, programs_of_ranks
 
@@ -126,11 +126,11 @@ def test_a_wait_that_is_missing_or_late_is_found():
         Wait(1),
         message("send", 1, is_async=True),
     ]
-    assert check_waits({0: sound}) is None
+    assert missing_wait({0: sound}) is None
     told = "call 1 of rank 1 (validation), all_reduce of float32 [8] in group data"
-    assert check_waits({0: sound, 1: sound[:3]}) == Problem("wait", (1,), f"{told}: nobody waits for it.")
+    assert missing_wait({0: sound, 1: sound[:3]}) == Problem("wait", (1,), f"{told}: nobody waits for it.")
     early = Problem("wait", (1,), f"{told}: its result is used before it is waited for.")
-    assert check_waits({1: [*sound[:3], EarlyUse(1), *sound[3:]]}) == early
+    assert missing_wait({1: [*sound[:3], EarlyUse(1), *sound[3:]]}) == early
 
 
 def test_programs_of_four_replicas_become_those_of_two():
