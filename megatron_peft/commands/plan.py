@@ -155,8 +155,8 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
 
     if not knows_method(config):
         print(
-            f"of --peft-method {config.peft.method} the formulas know the number of parameters alone, and count one pass "
-            f"over what its layers give; a rehearsal runs the method itself."
+            f"of --peft-method {config.peft.method} the formulas know the number of parameters alone, and count one "
+            f"pass over what its layers give; a rehearsal runs the method itself."
         )
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
