@@ -149,9 +149,15 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
+    from megatron_peft.planning.estimate import knows_method
     from megatron_peft.planning.layouts import fit_tables
     from megatron_peft.planning.plan import make_plan, summary
 
+    if not knows_method(config):
+        print(
+            f"of --peft-method {config.peft.method} the formulas know the number of parameters alone, and count one "
+            f"pass over what its layers give; a rehearsal runs the method itself."
+        )
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
         config = replace(config, training=replace(config.training, global_batch_size=ASSUMED_BATCH))

@@ -12,17 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_peft.planning.record import Call, Entry, Wait
-
-MESSAGES = ("send", "recv")
+from megatron_peft.planning.record import MESSAGES, PHASES, Call, EarlyUse, Entry, Mark, Wait
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Two ranks that do not fit together, in a sentence that names both and their calls.
+    """Two ranks that do not fit together, in a sentence that names both and their calls; or one that reads too early.
 
     Args:
-        kind: "mismatch", or "wait" for one that does not end.
+        kind: "mismatch"; "wait" for one that does not end, or for one that is missing.
     """
 
     kind: str
@@ -39,17 +37,53 @@ def check_order(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
     return _Replay(programs).run()
 
 
+def missing_wait(programs: Mapping[int, Iterable[Entry]]) -> Problem | None:
+    """The first asynchronous call whose result is used, or left at the end, without a wait; None: there is none.
+
+    A schedule leaves sends to themselves.
+
+    Args:
+        programs: as for `check_order`, each of a whole run.
+    """
+    for rank, entries in programs.items():
+        calls: list[_Place] = []
+        under_way: dict[int, _Place] = {}
+        for entry, phase in _with_phases(entries):
+            if isinstance(entry, Call):
+                calls.append(_Place(rank, len(calls), entry, phase))
+                if entry.is_async and entry.operation != "send":
+                    under_way[len(calls) - 1] = calls[-1]
+            elif isinstance(entry, Wait):
+                under_way.pop(entry.call, None)
+            elif isinstance(entry, EarlyUse):
+                return Problem("wait", (rank,), f"{calls[entry.call]}: its result is used before it is waited for.")
+        for place in under_way.values():
+            return Problem("wait", (rank,), f"{place}: nobody waits for it.")
+    return None
+
+
+def _with_phases(entries: Iterable[Entry]) -> Iterator[tuple[Entry, str]]:
+    """Each entry, and the phase of a run that it is in; empty if that is not marked."""
+    phase = ""
+    for entry in entries:
+        if isinstance(entry, Mark) and entry.phase in PHASES:
+            phase = entry.phase
+        yield entry, phase
+
+
 @dataclass(slots=True)
 class _Place:
     """A call of a rank, and its number among the rank's calls.
 
     Args:
+        phase: of a run, if it is marked.
         is_met: by all that it waits for.
     """
 
     rank: int
     number: int
     call: Call
+    phase: str = ""
     is_met: bool = False
 
     def __str__(self) -> str:
@@ -59,7 +93,8 @@ class _Place:
         if call.operation not in MESSAGES and call.peer is not None:
             peer = f" from rank {call.peer}"
         of = f" of {call.dtype} {shapes}" if call.shapes else ""
-        return f"call {self.number} of rank {self.rank}, {call.operation}{of}{peer} in group {call.axis}"
+        during = f" ({self.phase})" if self.phase else ""
+        return f"call {self.number} of rank {self.rank}{during}, {call.operation}{of}{peer} in group {call.axis}"
 
 
 @dataclass(slots=True)
@@ -91,9 +126,9 @@ def _nodes(rank: int, entries: Iterable[Entry]) -> Iterator[_Post | _WaitFor]:
     num_calls = 0
     messages: dict[int, _Place] = {}  # by number: those that the program still waits for
     batch: list[_Place] = []
-    for entry in entries:
+    for entry, phase in _with_phases(entries):
         if isinstance(entry, Call):
-            place = _Place(rank, num_calls, entry)
+            place = _Place(rank, num_calls, entry, phase)
             num_calls += 1
             if batch and entry.batch != batch[0].call.batch:
                 yield _Post(batch, blocks=True)

@@ -2,7 +2,8 @@
 
 A rehearsal runs the real step and finds the same (`record.py`); these formulas are for --fit, which looks at hundreds
 of layouts, and are held against rehearsals in the tests. They follow our own modules: `adapters/frozen_linear.py`,
-`models/layers.py`. What is left out of them: biases, the time of dropout, LoRA-GA's start.
+`models/layers.py`. What is left out of them: biases, the time of dropout, LoRA-GA's start. Of a method that they do not
+know (`knows_method`) they take the number of parameters that it declares and one pass over what its layers give.
 
 Letters: s tokens of a microbatch and `own` those of a rank outside the linear layers; h hidden, t tensor-parallel size,
 r rank of the low rank, g features of a rotation's block; q, kv, f a rank's own query, key and feed-forward features.
@@ -62,6 +63,12 @@ def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_sta
     return counts
 
 
+def knows_method(run: RunConfig) -> bool:
+    """Whether the formulas say what the run's method computes; only a rehearsal knows that of a package's own one."""
+    spec = run.peft.spec
+    return not run.peft.trains_adapters or spec.mixes or bool({"lora_rank", "rotation_side"} & spec.fields(run.peft))
+
+
 class _Tape:
     """Entries in program order: work is gathered until the next call."""
 
@@ -73,7 +80,8 @@ class _Tape:
         self._bytes = self._kernels = 0
 
     def product(self, m: int, n: int, k: int, batch: int = 1, dtype: str | None = None) -> None:
-        self._count(Product("mm", batch, m, n, k, dtype or self.dtype))
+        if batch:
+            self._count(Product("mm", batch, m, n, k, dtype or self.dtype))
 
     def attention(self, batch: int, s: int, d: int, backward: bool = False) -> None:
         self._count(Product("attention backward" if backward else "attention", batch, s, s, d, self.dtype))
@@ -282,7 +290,10 @@ class StepEstimate:
 
     def _rotate(self, tape: _Tape, tokens: int, features: int) -> None:
         tape.touch(2 * tokens * features, 1)  # a copy, to which the product is added
-        tape.product(tokens, self.g, self.g, batch=max(features // self.g, 1))
+        tape.product(tokens, self.g, self.g, batch=self._blocks(features))
+
+    def _blocks(self, features: int) -> int:
+        return max(features // self.g, 1) if self.g else 0
 
     def _sum_output(self, tape: _Tape, group: tuple[int, ...], features: int) -> None:
         tape.call("reduce_scatter" if self.splits else "all_reduce", "tensor", group, self.s, features)
@@ -336,7 +347,7 @@ class StepEstimate:
         own = self.own if self.splits else self.s // self.t
         if kind in ("rotation", "mixture"):
             self._rotate(tape, self.own, linear.out)
-            tape.product(self.g, self.g, own, batch=max(linear.out // self.g, 1))
+            tape.product(self.g, self.g, own, batch=self._blocks(linear.out))
         if kind == "mixture":
             tape.product(self.r, linear.out, own)
             tape.product(self.own, self.r, linear.out)
@@ -371,7 +382,7 @@ class StepEstimate:
             tape.product(self.r, linear.out, tokens)
             tape.product(self.r, linear.into, own)
             tape.touch(3 * self.r * (linear.out + linear.into), 2, FLOAT)
-        groups = max(linear.out // self.g, 1) if self.g else 0
+        groups = self._blocks(linear.out)
         if kind in ("rotation", "mixture"):
             tape.product(self.g, self.g, tokens, batch=groups)
         if kind == "mixture":

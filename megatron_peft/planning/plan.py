@@ -11,10 +11,10 @@ from rich.table import Table
 from megatron_peft.config import RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import Cluster
-from megatron_peft.planning.deadlock import Problem, check_order
+from megatron_peft.planning.deadlock import Problem
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.record import PHASES, Call, Memory, RankRecord
-from megatron_peft.planning.rehearsal import RehearsedRun, rehearse_run
+from megatron_peft.planning.rehearsal import RehearsedRun, order_problem, rehearse_run
 from megatron_peft.planning.timing import step_time
 
 _GIB, _MIB = 2**30, 2**20
@@ -79,7 +79,7 @@ class Plan:
 def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
     """Rehearse a run, match the calls of its ranks, and estimate its time."""
     run = rehearse_run(config, shape)
-    problem = check_order(run.programs())
+    problem = order_problem(run)
     if problem is not None:
         return Plan(run, cluster, problem, None)
     time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster, keep_spans=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update"]
-PHASES = ("loading", "start", "step", "validation", "saving")  # of memory; "start" is LoRA-GA's
+Phase = Literal["begin", "forward", "schedule", "backward", "finish", "update", "start", "step", "validation", "saving"]
+PHASES = ("loading", "start", "step", "validation", "saving")  # of a run; "start" is LoRA-GA's
 PARTS = ("weights", "gradients", "optimizer", "buffers", "temporary")  # and "activations of KIND" of each kind of layer
 
 ITEM_BYTES = {
@@ -82,6 +82,9 @@ class Computation:
         return sum(product.flops * count for product, count in self.products.items())
 
 
+MESSAGES = ("send", "recv")
+
+
 @dataclass(frozen=True)
 class Call:
     """A collective or a message.
@@ -125,8 +128,19 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class EarlyUse:
+    """Where what an asynchronous call writes is used, although nobody has waited for it.
+
+    Args:
+        call: the call's index among the rank's calls.
+    """
+
+    call: int
+
+
+@dataclass(frozen=True)
 class Mark:
-    """What follows belongs to this phase of a step.
+    """What follows belongs to this phase of a step, or of a whole run (`PHASES`).
 
     "begin" is what comes before the first microbatch, "forward" and "backward" are of a microbatch, "schedule" is what
     megatron-core's schedule does between them (messages), "finish" sums gradients, "update" is all that follows.
@@ -141,7 +155,7 @@ class Mark:
     chunk: int = 0
 
 
-Entry = Computation | Call | Wait | Mark
+Entry = Computation | Call | Wait | EarlyUse | Mark
 Memory = dict[str, int]  # bytes of each part at the moment of the peak; their sum is the peak
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_peft.planning.record import Call, Computation, Entry, Mark, Memory, Phase, Product, Wait
+from megatron_peft.planning.record import Call, Computation, EarlyUse, Entry, Mark, Memory, Phase, Product, Wait
 from megatron_peft.runtime.fake_ranks import Mode
 
 # Groups of megatron-core that a dense model uses -> their names in a `Call`. Others are never called.
@@ -72,7 +72,7 @@ class Recorder(Mode):
 
     Args:
         groups: as `group_names` gives them.
-        keeps_work: also record computation, not calls alone.
+        keeps_work: record computation too; otherwise calls alone, and where what one has not finished is used.
     """
 
     def __init__(self, groups: Mapping[str, str], keeps_work: bool = True) -> None:
@@ -86,6 +86,7 @@ class Recorder(Mode):
         """Forget what was recorded."""
         self._entries: list[Entry] = []
         self._num_calls = 0
+        self._under_way: dict[int, list[Tensor]] = {}  # by number of the call: what it writes
         self._start_work()
 
     def _start_work(self) -> None:
@@ -145,7 +146,20 @@ class Recorder(Mode):
         result = func(*args, **(kwargs or {}))
         if self.keeps_work:
             self._count(func, args, result)
+        elif self._under_way and next(_written(_kind(func), args, result), None) is not None:  # else a view
+            for tensor in (*_tensors(args), *_tensors(result)):
+                self._look_for_early_use(tensor)
         return result
+
+    def _look_for_early_use(self, tensor: Tensor) -> None:
+        first, last = _extent(tensor)
+        for number, written in [*self._under_way.items()]:
+            for one in written:
+                if one.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                    begin, end = _extent(one)
+                    if first < end and begin < last:
+                        self._add(EarlyUse(number))
+                        self._under_way.pop(number, None)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
@@ -174,7 +188,14 @@ class Recorder(Mode):
         )
         index = self._num_calls
         self._num_calls += 1
-        waits = lambda: self._add(Wait(index))  # noqa: E731
+        if not self.keeps_work and name != "send" and peer != dist.get_rank():  # a source may read what it sends
+            written = [value for key, value in named.items() if key.startswith("output") or key == "tensors"]
+            self._under_way[index] = [*_tensors(written)]
+
+        def waits() -> None:
+            self._under_way.pop(index, None)
+            self._add(Wait(index))
+
         if isinstance(result, tuple):
             *outputs, work = result
             return (*outputs, _watched(operation, work, waits))
@@ -191,6 +212,13 @@ class Recorder(Mode):
         else:
             read = args if kind.reads is None else kind.reads(args, outputs)
             self._num_bytes += sum(map(_num_bytes, (*_tensors(read), *outputs)))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where its elements begin and end in its storage, in bytes."""
+    begin, size = tensor.storage_offset(), tensor.element_size()
+    length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(begin * size), int((begin + length * (tensor.numel() > 0)) * size)
 
 
 def _over_all_tokens(products: Mapping[Product, int], dtype: str) -> Product:

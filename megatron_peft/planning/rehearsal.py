@@ -21,13 +21,22 @@ from typing import TYPE_CHECKING, Any
 from megatron_peft.benchmarks.ranks import NO_GPU, preload
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.record import Call, RankRecord
-from megatron_peft.planning.schedule import RankGrid, RankProgram, StageProgram, program_of_stage, programs_of_ranks
+from megatron_peft.planning.deadlock import Problem, check_order, missing_wait
+from megatron_peft.planning.record import Entry, RankRecord
+from megatron_peft.planning.schedule import (
+    RankGrid,
+    RankProgram,
+    StageProgram,
+    program_of_stage,
+    programs_of_ranks,
+    renumbered,
+)
 
 if TYPE_CHECKING:
     from megatron_peft.planning.stage_schedule import StageOutline
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
+MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class RankToRehearse:
         lengths: of each of its microbatches, or of all.
         phases: of memory (`record.PHASES`) that are rehearsed beside "loading" and "step".
         num_waiting: microbatches that the run's step has beside these; the device holds their data too.
+        calls_alone: record the calls of the whole run, from the model to a checkpoint, and nothing else.
     """
 
     config: RunConfig
@@ -78,6 +88,7 @@ class RankToRehearse:
     lengths: tuple[Lengths, ...]
     phases: tuple[str, ...] = ("start", "validation", "saving")
     num_waiting: int = 0
+    calls_alone: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, rank: int, peaks: bool = True) -> "RankToRehearse":
@@ -178,11 +189,8 @@ def rehearse_run(
         records = dict(
             zip(places, [one.result() for one in [run(_rehearse_here, rank) for rank in asked]], strict=True)
         )
-    message = activation_message(config, shape, Lengths.longest(config))
     programs = [
-        program_of_stage(
-            records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches, message
-        )
+        program_of_stage(records[grid.rank(0, 0, alike[stage])], stage, outline.schedule, grid, num_microbatches)
         for stage, outline in enumerate(outlines)
     ]
     return RehearsedRun(config, shape, tuple(records.values()), tuple(programs), tuple(alike.values()))
@@ -207,11 +215,44 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def activation_message(config: RunConfig, shape: ModelShape, lengths: Lengths) -> Call:
-    """The tensor that a stage sends to the next one."""
-    shared = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    size = lengths.positions // shared, lengths.rows, shape.hidden_size
-    return Call("send", "pipeline", (), (size,), "bfloat16" if config.model.bf16 else "float32")
+def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Problem | None:
+    """The first problem of the calls of any rank; None: all end.
+
+    Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
+    replayed: one rank may do something else than another if those that it does it with do so too. Then a step of the
+    run itself is replayed, with all of its layers, stages and microbatches.
+    """
+    if run.grid.size == 1:
+        return None
+    num_processes = num_processes or _num_processes()
+    with _processes(num_processes, num_processes) as start:
+        config, shape, stages = start(_small_here, run.config, run.shape).result()
+        grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
+        places = [grid.place(rank) for rank in range(grid.size)]
+        if grid.size > MOST_RANKS:  # every tensor-parallel rank of a replica, and one of each replica
+            places = [place for place in places if 0 in place[:2]]
+        lengths = (Lengths.longest(config),)
+        asked = RankToRehearse(config, shape, 0, config.num_microbatches, lengths, calls_alone=True)
+        # A process takes several ranks: most of what the first one costs is found in torch's caches by the others.
+        parts = [places[first::num_processes] for first in range(num_processes)]
+        found = [start(_record_calls, asked, [grid.rank(*place) for place in part]) for part in parts]
+        records = {grid.place(record.rank): record for one in found for record in one.result()}
+    numbers = {
+        grid.rank(*place): many.rank(*place[:2], stages[place[2]]) for place in map(grid.place, range(grid.size))
+    }
+    programs: dict[int, tuple[Entry, ...]] = {}
+    for rank, number in numbers.items():
+        tensor, data, stage = grid.place(rank)
+        record = records.get((tensor, data, stage)) or records[tensor, 0, stage]
+        entries = (
+            record.entries if record.rank == rank else StageProgram(grid, record.rank, record.entries).of_rank(rank)
+        )
+        programs[number] = tuple(renumbered(entries, numbers))
+    return check_order(programs) or missing_wait(programs) or check_order(run.programs())
+
+
+def _num_processes() -> int:
+    return min(len(os.sched_getaffinity(0)), 4)
 
 
 @contextmanager
@@ -219,7 +260,7 @@ def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
     preload(["megatron_peft.planning.rehearsed_rank"])
-    number = min(num_processes or min(len(os.sched_getaffinity(0)), 4), most)
+    number = min(num_processes or _num_processes(), most)
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
         yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
 
@@ -261,7 +302,37 @@ def _rehearse_here(rank: RankToRehearse) -> RankRecord:
     return rehearse_rank(rank)
 
 
+def _record_calls(of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
+    return [_rehearse_here(replace(of, rank=rank)) for rank in ranks]
+
+
 def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":
     from megatron_peft.planning.stage_schedule import outline_stages
 
     return outline_stages(config, shape)
+
+
+def _small_here(config: RunConfig, shape: ModelShape) -> tuple[RunConfig, ModelShape, tuple[int, ...]]:
+    """A run of few layers, stages and microbatches, with the run's tensor-parallel ranks; and which stages it has."""
+    from megatron_peft.planning.small_run import small_layout, small_targets
+
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    small, num_layers = small_layout(parallel, shape.num_layers)
+    tp, pp = parallel.tensor_model_parallel_size, small.pipeline_model_parallel_size
+    dp = min(parallel.data_parallel_size, MOST_REPLICAS)
+    small = replace(small, tensor_model_parallel_size=tp, world_size=tp * pp * dp)
+    batch = min(config.num_microbatches, pp if small.is_interleaved else 2)
+    recomputes = "recompute_num_layers" in config.model.transformer
+    transformer = {**config.model.transformer, **({"recompute_num_layers": 1} if recomputes else {})}
+    training: Any = replace(config.training, global_batch_size=batch * config.training.micro_batch_size * dp)
+    config = replace(
+        config,
+        parallel=small,
+        training=training,
+        model=replace(config.model, transformer=transformer),
+        peft=replace(config.peft, target_modules=small_targets(config.peft, shape, num_layers)),
+        checkpoint=replace(config.checkpoint, save="never written"),
+    )
+    full = min(shape.num_full_attention_layers, num_layers)
+    shape = replace(shape, num_layers=num_layers, num_full_attention_layers=full)
+    return config, shape, tuple(stage if stage < pp - pp // 2 else stages - pp + stage for stage in range(pp))

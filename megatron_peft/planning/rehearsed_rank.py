@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_peft.checkpoint.save import tensors_to_save
-from megatron_peft.checkpoint.tensors import sharded_parameters
+from megatron_peft.checkpoint import save, tensors
+from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
@@ -24,13 +25,18 @@ from megatron_peft.runtime.fake_ranks import (
     watched_schedule,
     watched_storages,
 )
-from megatron_peft.runtime.launch import start_model_parallel
+from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
 from megatron_peft.training import step
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import TrainingState, start_state
 from megatron_peft.training.step import train_step
-from megatron_peft.training.validation import validation_loss
+from megatron_peft.training.validation import (
+    largest_orthogonality_error,
+    layers_without_gradient,
+    validation_loss,
+    whole_parameters,
+)
 
 
 @dataclass
@@ -45,12 +51,13 @@ class Watch:
     def __call__(self) -> Iterator["Watch"]:
         """Watch what this process does meanwhile."""
         with ExitStack() as stack:
-            stack.enter_context(self.memory.watch_modules())
-            stack.enter_context(watched_storages(self.memory.resized))
             stack.enter_context(watched_schedule(self.mark, ended=forget_sends))
             stack.enter_context(watched_batches(self.recorder.batch))
-            stack.enter_context(watched_kernels(self.recorder.one_kernel))
-            stack.enter_context(self.memory)
+            if self.recorder.keeps_work:
+                stack.enter_context(self.memory.watch_modules())
+                stack.enter_context(watched_storages(self.memory.resized))
+                stack.enter_context(watched_kernels(self.recorder.one_kernel))
+                stack.enter_context(self.memory)
             stack.enter_context(self.recorder)
             yield self
 
@@ -60,16 +67,18 @@ class Watch:
         self.recorder.mark(phase, microbatch, chunk)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: Any) -> Iterator[None]:
         """Look for the peak of this phase."""
         self.memory.start_peak()
+        if not self.recorder.keeps_work:
+            self.recorder.mark(name)
         yield
         self.peaks[name] = self.memory.peak()
         forget_sends()
 
 
 def rehearse_rank(of: RankToRehearse) -> RankRecord:
-    """Run one rank. Its process cannot be used for anything else afterwards."""
+    """Run one rank. Its process can be used for others afterwards, and for nothing else."""
     # Transformer Engine needs a GPU.
     config = replace(of.config, model=replace(of.config.model, transformer_impl="local"))
     of = replace(of, config=config)
@@ -77,13 +86,14 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape.num_layers)):
         num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(config.parallel, config.training.seed, num_stages)
-        watch = Watch(Recorder(group_names()))
+        watch = Watch(Recorder(group_names(), keeps_work=not of.calls_alone))
         steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
             waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]
             record = watch_run(watch, of, [microbatch_of(one) for one in steps])
             del waiting  # which the device held until here
-            return record
+        stop_model_parallel()
+        return record
 
 
 def of_all_stages(value: Any, num_layers: int) -> Any:
@@ -122,9 +132,13 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state))
     memory.assign("optimizer", moments_of(state))
-    train_step(state, shortest)
+    with watch.phase("step"):
+        train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
     forget_sends()
+    if of.calls_alone:
+        _go_on(watch, state, microbatches, shortest)
+        return RankRecord(of.rank, of.stage, len(microbatches), watch.recorder.entries(), {}, {})
     watch.recorder.clear()
     watch.mark("begin")
     with watch.phase("step"), _marked_finish(watch):
@@ -137,8 +151,33 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     if "saving" in of.phases:
         with watch.phase("saving"):
             only_adapters = config.peft.trains_adapters
-            tensors_to_save(state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters))
+            save.tensors_to_save(
+                state, sharded_parameters([chunk.module for chunk in state.model_chunks], only_adapters)
+            )
     return RankRecord(of.rank, of.stage, len(microbatches), entries, numbers_of_parameters(chunks), watch.peaks)
+
+
+def _go_on(
+    watch: Watch, state: TrainingState, microbatches: Sequence[Microbatch], shortest: Sequence[Microbatch]
+) -> None:
+    """What a run does after its first step: all collectives of its loop, once."""
+    with watch.phase("step"):
+        layers_without_gradient(state)
+        train_step(state, list(microbatches), by_layer=True)
+    with watch.phase("validation"):
+        validation_loss(state.model_chunks, [list(shortest)])
+        with whole_parameters(state.model_chunks):
+            largest_orthogonality_error(state)
+    with (
+        watch.phase("saving"),
+        whole_parameters(state.model_chunks),
+        replaced(save, "start_draft", lambda *_: Path()),
+        replaced(save, "base_fingerprint", lambda _: None),
+        replaced(tensors, "mcore_to_pyt_state_dict", lambda own: own),
+        replaced(PlannedFiles, "write", lambda _: Written([], {})),
+        replaced(save.DraftedCheckpoint, "_publish", lambda *_: None),
+    ):
+        save.draft_checkpoint(state).complete()
 
 
 @contextmanager

@@ -5,11 +5,11 @@ runs the real schedule of a stage with the run's true number of microbatches, an
 the recorded one is put. Ranks of a stage differ in nothing but their numbers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_peft.config import ParallelConfig
-from megatron_peft.planning.record import Call, Entry, Mark, RankRecord, Wait
+from megatron_peft.planning.record import MESSAGES, Call, Entry, Mark, RankRecord, Wait
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class StageProgram:
 
 
 def program_of_stage(
-    record: RankRecord, stage: int, schedule: Sequence[Entry], grid: RankGrid, num_microbatches: int, message: Call
+    record: RankRecord, stage: int, schedule: Sequence[Entry], grid: RankGrid, num_microbatches: int
 ) -> StageProgram:
     """The program of a stage, from the record of a rank of it, or of a stage that holds the same kinds of layers.
 
     Args:
         schedule: marks and messages of the stage, as `stage_schedule.schedule_of_stage` gives them; peers are stages.
-        message: has the shape and dtype of the activations that stages exchange.
     """
+    messages = {call.operation: call for call in record.calls if call.operation in MESSAGES and call.dtype != "int64"}
     recorded, program = _Recorded(record), _Program()
     tensor, data, _ = grid.place(record.rank)
     program.paste(recorded.parts["begin"])
@@ -117,8 +117,8 @@ def program_of_stage(
             assert entry.peer is not None
             peer = grid.rank(tensor, data, entry.peer)
             tells_shape = entry.dtype == "int64"
-            tensor_sent = {} if tells_shape else {"shapes": message.shapes, "dtype": message.dtype}
-            program.add_message(replace(entry, peer=peer, **tensor_sent))
+            like = entry if tells_shape else messages[entry.operation]
+            program.add_message(replace(entry, peer=peer, shapes=like.shapes, dtype=like.dtype))
         elif isinstance(entry, Wait):
             program.wait_for_message(entry.call)
         elif isinstance(entry, Mark):
@@ -218,6 +218,15 @@ class RankProgram:
 
     def __iter__(self) -> Iterator[Entry]:
         return self.stage.of_rank(self.rank, self.grid)
+
+
+def renumbered(entries: Iterable[Entry], numbers: Mapping[int, int]) -> Iterator[Entry]:
+    """A program of ranks that have other numbers elsewhere."""
+    for entry in entries:
+        if isinstance(entry, Call):
+            peer = None if entry.peer is None else numbers[entry.peer]
+            entry = replace(entry, group=tuple(numbers[rank] for rank in entry.group), peer=peer)
+        yield entry
 
 
 def programs_of_ranks(stages: Sequence[StageProgram], grid: RankGrid) -> dict[int, RankProgram]:

@@ -138,7 +138,7 @@ def _peft(config: RunConfig, shape: ModelShape, num_layers: int) -> PeftConfig:
     """`num_layers`: of the small model."""
     peft, scale = config.peft, _rate_scale(config)
     changes: dict[str, Any] = {"lora_dropout": 0.0, "lora_ga_batches": min(peft.lora_ga_batches, 2)}
-    changes["target_modules"] = _targets(peft, shape, num_layers)
+    changes["target_modules"] = small_targets(peft, shape, num_layers)
     if peft.hybrid_merge_interval:
         changes["hybrid_merge_interval"] = min(peft.hybrid_merge_interval, 2)
     if peft.peft_lr_rotation and peft.urnn_update != "riemannian":  # whose rate is not a multiple of --lr
@@ -146,7 +146,7 @@ def _peft(config: RunConfig, shape: ModelShape, num_layers: int) -> PeftConfig:
     return replace(peft, **changes)
 
 
-def _targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple[str, ...]:
+def small_targets(peft: PeftConfig, shape: ModelShape, num_layers: int) -> tuple[str, ...]:
     """The run's; of a pattern for layers that the small model has not, the kinds of layers that it means."""
     modules, kinds = family_of(shape.architecture).modules, shape.linear_layers(1)
 

@@ -242,7 +242,7 @@ class _Replay:
                 self.post(rank, following)
             elif isinstance(following, Wait):
                 rank.pending.append(rank.calls[following.call])
-            else:
+            elif isinstance(following, Mark):
                 self.turn_to(rank, following)
 
     def _is_posted_with_the_last(self, rank: _Rank, entry: Any) -> bool:

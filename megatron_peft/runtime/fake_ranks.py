@@ -8,10 +8,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
@@ -43,7 +46,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = lambda value: value) -> Iterator[None]:
-    """A rank of `fake_world` whose tensors have no numbers and take no memory.
+    """A rank of `fake_world` whose tensors have no numbers and take no memory. Others may follow in the same process.
 
     Args:
         of_all_ranks: from what this rank gives to a gather of objects, to what another rank would give.
@@ -55,21 +58,46 @@ def fake_rank(rank: int, world_size: int, of_all_ranks: Callable[[Any], Any] = l
             _gathered(of_all_ranks),
             _one_generator(),
             shapes_as_asked(),
-            FakeTensorMode(allow_non_fake_inputs=False),
+            _without_numbers(),
             _Answers(),
         ):
             stack.enter_context(part)
         yield
 
 
-def _gathered(of_all_ranks: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
-    """torch would send objects as tensors, and so does megatron-core's optimizer."""
+@cache
+def _without_numbers() -> FakeTensorMode:
+    """One for all ranks of this process: torch's and our caches keep tensors, and modes do not mix."""
+    return FakeTensorMode(allow_non_fake_inputs=False)
 
-    def gather(values: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+
+@contextmanager
+def _gathered(of_all_ranks: Callable[[Any], Any]) -> Iterator[None]:
+    """torch would send objects as tensors, and so does megatron-core's optimizer. Of that only the sizes are sent."""
+
+    def tell_size(value: Any, group: dist.ProcessGroup | None) -> None:
+        sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64)
+        dist.all_gather([*sizes.split(1)], torch.empty(1, dtype=torch.int64), group)
+
+    def gather_all(values: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+        tell_size(value, group)
         values[:] = [of_all_ranks(value)] * len(values)
         values[dist.get_rank(group)] = value
 
-    return replaced(dist, "all_gather_object", gather)
+    def gather(value: Any, values: Any = None, dst: Any = None, group: Any = None, **_: Any) -> None:
+        tell_size(value, group)
+
+    def broadcast(values: list[Any], src: Any = None, group: Any = None, **_: Any) -> None:
+        dist.broadcast(torch.empty(len(values), dtype=torch.int64), src, group)
+        values[:] = [Path() if value is None else value for value in values]  # a draft's folder
+
+    with (
+        replaced(dist, "all_gather_object", gather_all),
+        replaced(dist, "gather_object", gather),
+        replaced(dist, "broadcast_object_list", broadcast),
+        replaced(torch_checkpoint, "save", lambda *_, **__: None),  # plans by the numbers of storages
+    ):
+        yield
 
 
 def _zeros(numbers: torch.Tensor) -> list[float]:

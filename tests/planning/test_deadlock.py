@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from megatron_peft.planning.deadlock import Problem, check_order
-from megatron_peft.planning.record import Call, Computation, Entry, Mark, Wait
+from megatron_peft.planning.deadlock import Problem, check_order, missing_wait
+from megatron_peft.planning.record import Call, Computation, EarlyUse, Entry, Mark, Wait
 from megatron_peft.planning.schedule import RankGrid, StageProgram, programs_of_ranks
 
 
@@ -115,6 +115,22 @@ def test_groups_in_another_order_wait_in_a_cycle():
     groups = ("tensor", (0, 1)), ("data", (0, 1))
     found = check_order({0: sums(*groups), 1: sums(*reversed(groups))})
     assert found is not None and found.kind == "wait"
+
+
+def test_a_wait_that_is_missing_or_late_is_found():
+    [call] = [replace(one, is_async=True) for one in sums(("data", (0, 1))) if isinstance(one, Call)]
+    sound: list[Entry] = [
+        Mark("validation"),
+        *sums(("tensor", (0, 1))),
+        call,
+        Wait(1),
+        message("send", 1, is_async=True),
+    ]
+    assert missing_wait({0: sound}) is None
+    told = "call 1 of rank 1 (validation), all_reduce of float32 [8] in group data"
+    assert missing_wait({0: sound, 1: sound[:3]}) == Problem("wait", (1,), f"{told}: nobody waits for it.")
+    early = Problem("wait", (1,), f"{told}: its result is used before it is waited for.")
+    assert missing_wait({1: [*sound[:3], EarlyUse(1), *sound[3:]]}) == early
 
 
 def test_programs_of_four_replicas_become_those_of_two():

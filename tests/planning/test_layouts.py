@@ -8,10 +8,11 @@ from rich.console import Console
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig
+from megatron_peft.config.methods import METHODS, Method
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning import layouts
 from megatron_peft.planning.cluster import read_cluster
-from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages
+from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages, knows_method
 from megatron_peft.planning.footprint import memory, parameters, saved_bytes, total
 from megatron_peft.planning.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.planning.pace import Pace, time_table
@@ -270,3 +271,23 @@ def test_hours_follow_from_tokens():
     assert pace.hours(3600 * pace.tokens_per_second) == pytest.approx(1)
     assert pace.tokens == 32 * 2048 and 0 < pace.mfu < 1
     assert memory(StepEstimate(run, SMALL), 0, 5)["activations"] == 5
+
+
+class OwnMethod(Method):
+    """A method of another package: it declares its parameters, and the formulas know nothing else of it."""
+
+    name, summary, adapter, cost = "own", "", "own.adapter", "in"
+
+    def num_parameters(self, peft: object, out_features: int, in_features: int) -> int:
+        return in_features
+
+
+def test_a_method_that_the_formulas_do_not_know_is_fitted_by_the_parameters_that_it_declares(monkeypatch):
+    monkeypatch.setitem(METHODS, "own", OwnMethod())
+    lora = made_up_run("lora", 4096, 32, world_size=8)
+    own = replace(lora, peft=replace(lora.peft, method="own"))
+    assert knows_method(lora) and not knows_method(own)
+    found = next(one for one in fit_small(own, world_size=8) if one.run.parallel.data_parallel_size == 8)
+    inputs = 2 * SMALL.hidden_size + SMALL.num_attention_heads * SMALL.kv_channels + SMALL.ffn_hidden_size
+    step = StepEstimate(found.run, SMALL)
+    assert parameters(step, step.chunks[0]).trained_float32 == SMALL.num_layers * inputs

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +17,13 @@ from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.deadlock import MESSAGES, check_order
-from megatron_peft.planning.record import Call, Entry, Wait
-from megatron_peft.planning.rehearsal import Lengths, RehearsedRun, activation_message, rehearse_run
+from megatron_peft.planning import rehearsal
+from megatron_peft.planning.deadlock import check_order
+from megatron_peft.planning.record import MESSAGES, Call, Entry, Wait
+from megatron_peft.planning.rehearsal import RehearsedRun, order_problem, rehearse_run
 from megatron_peft.planning.schedule import RankProgram, program_of_stage, programs_of_ranks
 from megatron_peft.planning.stage_schedule import StageOutline
+from tests.planning.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
 from tests.ranks import run_ranks
 from tests.tiny_llama import ODD_SHAPE
 
@@ -118,12 +120,9 @@ def programs_with(
     run: RehearsedRun, schedules: Sequence[Sequence[Entry]], num_microbatches: int
 ) -> dict[int, RankProgram]:
     """Of every rank, with the recorded layers in other schedules of the stages."""
-    message = activation_message(run.config, run.shape, Lengths.longest(run.config))
     records = {record.rank: record for record in run.records}
     stages = [
-        program_of_stage(
-            records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches, message
-        )
+        program_of_stage(records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches)
         for stage, schedule in enumerate(schedules)
     ]
     return programs_of_ranks(stages, run.grid)
@@ -157,6 +156,50 @@ def test_no_rank_of_any_method_waits_for_ever(method, layout):
 )
 def test_no_rank_waits_for_ever_in_other_layouts(method, layout):
     assert check_order(rehearsed(method, layout).programs()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_call_of_any_rank_of_a_whole_run_is_alone(method, layout):
+    assert order_problem(rehearsed(method, LAYOUTS[layout])) is None
+
+
+# Faults that are planted in the ranks of a run, from the model to a checkpoint.
+
+
+TENSOR_AND_DATA = Layout(4, 2, 2, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer")
+STAGES_AND_DATA = Layout(4, 2, 2, "--pipeline-model-parallel-size 2 --pad-to-seq-length")
+TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
+
+
+def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
+    layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
+    run = rehearsed(method, layout)
+    monkeypatch.setattr(rehearsal, "_record_calls", partial(record_planted, name))
+    return order_problem(run)
+
+
+def test_a_call_that_only_one_tensor_parallel_rank_makes_in_validation_is_found(monkeypatch):
+    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "lora")
+    assert found is not None and {*found.ranks} == {0, 1} and "(validation), all_reduce of" in found.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TENSOR_AND_DATA | BETWEEN_STAGES)
+def test_a_planted_call_of_some_ranks_is_found_and_named(name, monkeypatch):
+    found = planted(name, monkeypatch)
+    assert found is not None
+    phase = {"the model": "", "LoRA-GA's start": "(start)", "validation": "(validation)", "saving": "(saving)"}
+    expected = "(start)" if name.startswith("a message") else phase.get(name.partition(":")[0], "(step)")
+    assert expected in found.text
+    assert all(f"rank {rank}" in found.text for rank in found.ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOUND)
+def test_ranks_may_do_what_others_of_their_class_do_not_if_their_partners_do_so_too(name, monkeypatch):
+    assert planted(name, monkeypatch) is None
 
 
 # Programs that are broken on purpose.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_peft.adapters.frozen_linear import run_function
-from megatron_peft.planning.record import Computation, Product
+from megatron_peft.planning.record import Computation, EarlyUse, Product
 from megatron_peft.planning.recording import Recorder
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
 from megatron_peft.runtime.fake_ranks import watched_kernels
@@ -73,3 +73,16 @@ def test_adam_is_one_kernel_of_all_parameters():
     work = counted(optimizer.step)
     assert work.num_bytes == 7 * 4 * 120, "parameter, gradient and two moments are read, all but the gradient written"
     assert work.num_kernels == 1
+
+
+def test_what_overlaps_the_result_of_a_call_under_way_is_used_early_and_a_view_of_it_is_not():
+    recorder = Recorder({}, keeps_work=False)
+    buffer = torch.zeros(8)
+    with recorder:
+        recorder._under_way[0] = [buffer[2:4]]
+        buffer[4:].add_(1)
+        buffer[:2].add_(1)
+        _ = buffer[2:4].view(1, 2), torch.empty_like(buffer)
+        assert recorder.entries() == ()
+        _ = buffer[3:6] + 1
+    assert recorder.entries() == (EarlyUse(0),)
