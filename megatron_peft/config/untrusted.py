@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a command line is checked without torch
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; datasets are mapped
 MAX_DEPTH = 100
+MAX_JSON_VALUES = 8_000_000  # of one text: an empty list is two bytes of it and 64 of memory
 MAX_YAML_VALUES = 1_000_000  # a value counts each time that an alias names it: ten lines can hold a billion
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -50,6 +51,8 @@ def is_finite(values: "Tensor") -> bool:
     """Whether no value is NaN or an infinity."""
     if not (values.is_floating_point() and values.numel()):
         return True
+    if values.element_size() == 1:  # float8, which has no extremes
+        values = values.float()
     # Extremes are NaN if any value is. They are exact, need no memory, and take half as long as a copy. Of strided
     # values torch finds them faster one by one.
     return all(map(isfinite, values.aminmax() if values.is_contiguous() else (values.amin(), values.amax())))
@@ -107,6 +110,9 @@ def parse_json(text: str | bytes, place: str | Callable[[], str]) -> Any:
 
 
 def _parsed(text: str | bytes) -> Any:
+    marks = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    if len(text) > MAX_JSON_VALUES and sum(text.count(mark) for mark in marks) > MAX_JSON_VALUES:  # type: ignore[arg-type]
+        raise ConfigurationError(f"it holds more than {MAX_JSON_VALUES:,} values: split it, or write JSON lines.")
     try:
         value = _decoder().decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:

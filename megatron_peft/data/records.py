@@ -12,6 +12,8 @@ from megatron_peft.data.formats import ColumnNames, Record, RecordFormat, format
 from megatron_peft.data.samples import Sample, sample_from_ids
 from megatron_peft.data.tokenizers import ChatSegment, Tokenizer
 
+MAX_WORK = 1 << 25  # of a conversation: messages times characters, of which half are tokenized, a million a second
+
 
 class TokenizedRecord(NamedTuple):
     """The whole record, before truncation: ids, and which of them the loss counts."""
@@ -71,7 +73,14 @@ def _tokenize_messages(record: Record, tokenizer: Tokenizer) -> TokenizedRecord:
         f"the chat template reads {', '.join(wanted)}, which the record has but the template does not get: write it "
         "into the messages, or rename the field.",
     )
-    segments = tokenizer.split_chat(_messages(record, tokenizer), _tools(record))
+    messages = _messages(record, tokenizer)
+    characters = sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
+    require(
+        len(messages) * characters <= MAX_WORK,
+        f"a conversation of {len(messages):,} messages with {characters:,} characters, and each message is written and "
+        f"tokenized with all before it: their product is limited to {MAX_WORK:,}. Split the conversation.",
+    )
+    segments = tokenizer.split_chat(messages, _tools(record))
     tokens = encode_segments(tokenizer.encode, [segment.text for segment in segments])
     last_turn = max(i for i, segment in enumerate(segments) if segment.trained)
     if tokenizer.eos_id not in tokens[last_turn]:

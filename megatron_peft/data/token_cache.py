@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,16 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from megatron_peft.checkpoint.folders import MANIFEST, FileSum, damage, measure, read_manifest, sync, write_manifest
+from megatron_peft.checkpoint.folders import (
+    MANIFEST,
+    FileSum,
+    FolderLock,
+    damage,
+    measure,
+    read_manifest,
+    sync,
+    write_manifest,
+)
 from megatron_peft.config import ConfigurationError, require
 from megatron_peft.config.untrusted import read_json_object
 from megatron_peft.data.files import RecordFiles
@@ -45,7 +55,7 @@ class TokenCache:
         if not isinstance(left_out, dict) or any(type(count) is not int for count in left_out.values()):
             raise ConfigurationError(_damaged(folder, f"{COUNTS} does not count fields"))
         self.left_out: Counter[str] = Counter(left_out)
-        shards = [folder / name for name in sorted(read_manifest(folder)) if name != COUNTS]
+        shards = [folder / name for name in sorted(read_manifest(folder)) if name.endswith(".arrow")]
         self._columns = [_columns_of(path) for path in shards]
         self._ends = np.cumsum([len(ids) for ids, _ in self._columns], dtype=np.int64)
         found = int(self._ends[-1]) if shards else 0
@@ -115,14 +125,16 @@ def open_cache(root: Path, records: RecordFiles, fit: Fit) -> TokenCache:
     mine = [is_there for node, is_there, _ in seen if node == place.node]
     if not all(is_there for _, is_there, _ in seen):
         draft = folder.with_name(f".{folder.name}.{token}.{place.node}")
+        is_first = place.rank == 0 and not all(mine)
+        lock = checked_together(lambda: _start_draft(draft) if is_first else None)
         try:
             found = checked_together(lambda: None if all(mine) else _write_share(draft, records, fit, place))
             written = [one for node, one in gather_over_world((place.node, found)) if node == place.node]
-            is_first = place.rank == 0 and not all(mine)
             checked_together(lambda: _publish(draft, folder, written, len(records)) if is_first else None)
         finally:
-            if place.rank == 0:
+            if lock is not None:
                 shutil.rmtree(draft, ignore_errors=True)
+                lock.release()
     # Arrow sees none of it before all of it is known to be what was written.
     checked_together(partial(_require_whole, folder, place))
     return checked_together(lambda: TokenCache(folder, records, fit, place))
@@ -168,6 +180,20 @@ def _require_ids_fit(shard: Path, columns: tuple[Any, Any], largest: int, record
         first += len(lists)
 
 
+def _start_draft(draft: Path) -> FolderLock:
+    """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
+    try:
+        for left in draft.parent.glob(".tokens-*"):
+            with suppress(ConfigurationError):  # a run at work
+                lock = FolderLock(left, grace_seconds=0)
+                if lock.is_held:
+                    shutil.rmtree(left, ignore_errors=True)
+                lock.release()
+        return FolderLock(draft)
+    except OSError as error:
+        raise _cannot_keep(draft, error) from error
+
+
 def _write_share(
     draft: Path, records: RecordFiles, fit: Fit, place: PlaceOnNode
 ) -> tuple[Counter[str], dict[str, FileSum]]:
@@ -195,10 +221,14 @@ def _write_share(
         sync(shard)
         return left_out, {shard.name: measure(shard)}
     except OSError as error:
-        raise ConfigurationError(
-            f"the tokens of the data cannot be kept in {draft.parent} ({error.strerror or error}): give "
-            "--data-cache-path a folder that can be written."
-        ) from error
+        raise _cannot_keep(draft, error) from error
+
+
+def _cannot_keep(draft: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"the tokens of the data cannot be kept in {draft.parent} ({error.strerror or error}): give "
+        "--data-cache-path a folder that can be written."
+    )
 
 
 def _publish(

@@ -128,7 +128,8 @@ def _record_of(line: bytes, place: str) -> dict[str, Any] | None:
     """The record that a line holds; None for the last line of a file if its write was cut short."""
     try:
         record = parse_json(line, place)
-        numbers = [one for value in record.values() for one in (value.values() if isinstance(value, dict) else [value])]
+        groups = [value if isinstance(value, dict) else {"": value} for value in record.values()]
+        numbers = [one for group in groups for name, one in group.items() if name != "host"]  # the slowest rank's
         if type(record["iteration"]) is not int or not all(isinstance(one, int | float | None) for one in numbers):
             raise TypeError
     except (ConfigurationError, AttributeError, TypeError, KeyError) as error:

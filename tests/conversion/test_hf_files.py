@@ -67,6 +67,8 @@ def test_one_value_that_is_not_finite_is_found_among_any_number(value, dtype):
         assert is_finite(values) and is_finite(values.view(length, 2)[:, :1])
         values[2 * (length // 2)] = value
         assert not is_finite(values) and not is_finite(values.view(length, 2)[:, :1])
+    eight_bits = torch.tensor([1.0, value]).to(torch.float8_e5m2)
+    assert is_finite(eight_bits[:1]) and not is_finite(eight_bits)
     assert is_finite(torch.empty(0, dtype=dtype)) and is_finite(torch.ones(2, dtype=torch.uint8))
 
 

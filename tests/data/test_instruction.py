@@ -174,6 +174,7 @@ def test_the_ids_before_a_boundary_are_those_of_the_text_before_it(hf, parts):
         ({"messages": "hi"}, '"messages" is not a list'),
         ({"messages": [{"role": "user"}]}, 'message 1 lacks the field "content"'),
         ({"messages": [{"role": "user", "content": "a"}]}, 'no message has the role "assistant"'),
+        ({"messages": [{"role": "assistant", "content": 40 * "a"}] * 1000}, "1,000 messages with 49,000 characters"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_an_error(hf, record, message):

@@ -1,6 +1,8 @@
 """Tables are read like JSON, and the tokens of records are made once, whatever the number of ranks."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -298,6 +300,21 @@ def test_a_cache_is_on_the_disk_before_it_has_its_name(write_lines, tmp_path, mo
     InstructionDataset(records, Fit(NullTokenizer(99), 4), tmp_path / "c")
     *files, draft, root = synced
     assert files == [SHARD, "counts.json", "manifest.json"] and draft.startswith(".tokens-") and root == "c"
+
+
+def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write_lines, tmp_path):
+    killed, at_work = tmp_path / "c" / ".tokens-killed", tmp_path / "c" / ".tokens-at-work"
+    for draft in (killed, at_work):
+        draft.mkdir(parents=True)
+        (draft / SHARD).write_bytes(b"a part")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    words = [sys.executable, "-c", hold, str(at_work / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        InstructionDataset(RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4), tmp_path / "c")
+        other.communicate(b"\n")
+    assert (at_work / SHARD).read_bytes() == b"a part" and not killed.exists()
+    assert len(list((tmp_path / "c").iterdir())) == 2
 
 
 def cached_on_a_rank(work: tuple[str, str, str]) -> None:

@@ -60,10 +60,10 @@ def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
 
 
 def test_a_score_that_is_cut_short_leaves_no_file(tmp_path, monkeypatch):
-    def fail(self, target):
+    def fail(source, target):
         raise OSError("killed")
 
-    monkeypatch.setattr(type(tmp_path), "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="killed"):
         DemoScore(12.5, "nrefs:1", 1.75, 1000, ("Fermé",)).write(tmp_path / "after.json")
     assert not (tmp_path / "after.json").exists()

@@ -193,6 +193,8 @@ def cases_of_json() -> Iterator[Case]:
                 yield Case(name, line, file, plant)
     for name, plant in fixtures("third_line"):
         yield Case(f"line 3 {name}", TRAIN, "data.jsonl", plant, "data.jsonl, line 3: ")
+    lists = b"[" + b"[]," * 10_000_000 + b"[]]"
+    yield Case("10 million lists", TRAIN, "data.jsonl", partial(holds, content=lists), "line 1: .* 8,000,000 values")
     for name in ("list", "empty_messages", "torn"):
         yield Case(f"line 3 {name}", GENERATE, "prompts.jsonl", dict(fixtures("third_line"))[name], "prompts.jsonl:3: ")
 
