@@ -48,6 +48,20 @@ def test_nccl_alone_is_bound_to_the_device_of_this_rank(monkeypatch, backend):
     assert joined[1]["device_id"] == (None if backend else torch.device("cuda", 3))
 
 
+@pytest.mark.usefixtures("no_launcher")
+def test_groups_of_a_world_that_is_bound_to_a_device_connect_when_they_are_used():
+    """torch would split each off the world's, in a call of all ranks, and send single messages one after the other."""
+    with world():
+        everyone: Any = dist.group.WORLD
+        everyone.bound_device_id = device = torch.device("cuda", 3)
+        start_model_parallel(ParallelConfig(), seed=1)
+        groups: Any = [
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        ]
+        assert [group.bound_device_id for group in groups] == [None, None] and everyone.bound_device_id == device
+
+
 def checks_of_a_rank(_: None) -> dict[str, Any]:
     start_world()
     found = {
