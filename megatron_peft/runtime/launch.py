@@ -110,12 +110,13 @@ def start_world(
     _prepare_device()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    has_gpu = torch.cuda.is_available()
+    backend = backend or ("nccl" if has_gpu else "gloo")
     dist.init_process_group(
         backend=backend,
         timeout=datetime.timedelta(minutes=timeout_minutes),
         # NCCL connects at once, so that a fault of the network shows here, and barriers know their device.
-        device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None,
+        device_id=torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" and has_gpu else None,
         **rendezvous,
     )
 
