@@ -20,7 +20,7 @@ _READS = frozenset(
 # These read a CPU tensor's memory without an operation that a dispatch mode could see.
 _METHODS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "__array__"}
 _OF_VALUES = frozenset("tensor as_tensor asarray new_tensor from_numpy".split())
-_COPIES = frozenset("to cuda copy_".split())
+_COPIES = ("to", "cuda")
 # These read tensors of the host on any device: Adam's counts of steps, the state of the CPU's generator.
 _ON_THE_HOST = ("/torch/optim/", "/megatron/core/tensor_parallel/random.py")
 _MACHINERY = (
