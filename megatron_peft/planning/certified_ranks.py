@@ -32,10 +32,18 @@ from megatron_peft.checkpoint.state import (
     random_tensors,
     whole_parameters,
 )
-from megatron_peft.checkpoint.tensors import Sharded, data_of, global_slices, master_key, sharded_parameters, with_data
+from megatron_peft.checkpoint.tensors import (
+    Sharded,
+    data_of,
+    global_slices,
+    load_parameters,
+    master_key,
+    sharded_parameters,
+    with_data,
+)
 from megatron_peft.config import CheckpointConfig, RunConfig
 from megatron_peft.conversion.verify import BATCH_SIZE
-from megatron_peft.data.batches import Microbatch
+from megatron_peft.data.batches import Microbatch, Step
 from megatron_peft.data.build import Data, build_data
 from megatron_peft.data.tokenizers import build_tokenizer
 from megatron_peft.models.shape import ModelShape
@@ -123,11 +131,20 @@ def train_alone(jobs: tuple[Job, Job]) -> tuple[RankReport, Resharded]:
     """
     alone, split = jobs
     with _world(alone):
-        found, _ = _train(alone)
+        found, _ = _train(alone, split.folder / START if begins_alike(alone.config) else None)
         run = _Run.started(alone, load=iteration_folder(Path(str(split.config.checkpoint.save)), SAVED_AT))
         losses = [run.step().loss for _ in range(run.data.train_iters - SAVED_AT)]
         run.write(RESHARDED)
         return found, Resharded(losses)
+
+
+def begins_alike(config: RunConfig) -> bool:
+    """Whether one process trains from the start that the layout's run has found, once the two were compared.
+
+    LoRA-GA's directions whose singular values are close are exchanged by bfloat16's rounding alone, and with other
+    directions all that follows is another run.
+    """
+    return config.model.bf16 and config.peft.spec.starts_from_gradients
 
 
 @contextmanager
@@ -141,11 +158,18 @@ def _world(job: Job) -> Iterator[None]:
         stop()
 
 
-def _train(job: Job) -> tuple[RankReport, Mapping[str, Tensor]]:
-    """What there is to report of a whole run, and its last state on this rank."""
+def _train(job: Job, start: Path | None = None) -> tuple[RankReport, Mapping[str, Tensor]]:
+    """What there is to report of a whole run, and its last state on this rank.
+
+    Args:
+        start: tensors to begin with, after the run's own were written.
+    """
     run = _Run.started(job)
-    slices, before = {START: run.slices()}, run.logits()
     run.write(START)
+    if start is not None:
+        load_parameters(run.entries, start)
+        run.state.optimizer.reload_model_params()
+    slices, before = {START: run.slices()}, run.logits()
     reports = []
     with Saver(job.config.checkpoint) as saver:
         for number in range(1, run.data.train_iters + 1):
@@ -189,6 +213,7 @@ class _Run:
     job: Job
     state: TrainingState
     data: Data
+    steps: Iterator[Step]
     samples: list[list[tuple[str, ...]]]
 
     @classmethod
@@ -208,7 +233,7 @@ class _Run:
         state.data_digest = data.digest
         load_checkpoint(state)
         data.train.consumed_samples = state.position.consumed_samples
-        return cls(job, state, data, [])
+        return cls(job, state, data, iter(data.train), [])
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -224,13 +249,15 @@ class _Run:
     def step(self, keeps_gradients: bool = False) -> Any:
         """The next step's report."""
         position, size = self.state.position, self.state.config.global_batch_size
-        microbatches = self.data.train.step_at(position.consumed_samples)
+        microbatches = next(self.steps)
         self.samples.append([tuple(_samples(microbatch)) for microbatch in microbatches])
         with self._kept_gradients(position.iteration + 1) if keeps_gradients else _nothing():
             report = train_step(self.state, microbatches, by_layer=True)
         position.iteration += 1
         position.consumed_samples += size
         position.consumed_tokens += report.num_positions
+        # As if each step were validated, and the first one were the best: a resumed run has to know it.
+        self.state.best = self.state.best.after(float(position.iteration), position.iteration)
         with get_cuda_rng_tracker().fork():  # pyright: ignore[reportOptionalMemberAccess]
             torch.rand(())  # as dropout would, so that a resumed run has to find its generators where they were
         for draw in (random.random, np.random.random_sample, lambda: torch.rand(())):
@@ -285,7 +312,8 @@ class _Run:
             found[f"master {entry.key}"] = param.master.detach().clone()
             found |= {f"{name} {entry.key}": param.state[name].clone() for name in MOMENTS if name in param.state}
         found |= {f"generator {one.key.split('.', 2)[2]}": data_of(one).clone() for one in random_tensors()}
-        numbers = {**vars(self.state.position), "schedule": self.state.schedule.num_steps}
+        best = {f"lowest validation loss: {name}": number for name, number in vars(self.state.best).items()}
+        numbers = {**vars(self.state.position), **best, "schedule": self.state.schedule.num_steps}
         return found | {name: torch.tensor(number) for name, number in numbers.items()}
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint import save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
+from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse
@@ -27,6 +28,7 @@ from megatron_peft.runtime.fake_ranks import (
 )
 from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
 from megatron_peft.training import step
+from megatron_peft.training.after_step import mixtures
 from megatron_peft.training.lora_ga_start import start_lora_ga
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import TrainingState, start_state
@@ -34,6 +36,7 @@ from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import (
     largest_orthogonality_error,
     layers_without_gradient,
+    start_losses,
     validation_loss,
     whole_parameters,
 )
@@ -132,6 +135,9 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
     memory.assign("gradients", gradients(state))
     memory.assign("optimizer", moments_of(state))
+    if of.calls_alone and config.peft.trains_adapters:
+        with watch.phase("start"):
+            start_losses(state, list(microbatches))
     with watch.phase("step"):
         train_step(state, shortest)
     memory.assign("optimizer", moments_of(state))
@@ -160,12 +166,14 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
 def _go_on(
     watch: Watch, state: TrainingState, microbatches: Sequence[Microbatch], shortest: Sequence[Microbatch]
 ) -> None:
-    """What a run does after its first step: all collectives of its loop, once."""
+    """What a run does after its first step: the collectives of its loop, once; not those of timers and stragglers."""
     with watch.phase("step"):
         layers_without_gradient(state)
         train_step(state, list(microbatches), by_layer=True)
+        mixtures(state)  # of a log line
     with watch.phase("validation"):
         validation_loss(state.model_chunks, [list(shortest)])
+        from_first_rank(lambda: state.best.after(1.0, 1))
         with whole_parameters(state.model_chunks):
             largest_orthogonality_error(state)
     with (

@@ -271,7 +271,7 @@ def _check_start(state: TrainingState, data: Data) -> None:
     peft = state.config.peft
     if not peft.trains_adapters or peft.spec.replaces_base(peft):
         return
-    ours, base = start_losses(state, data)
+    ours, base = start_losses(state, data.train.step_at(0))
     require(
         isfinite(base) or not state.config.training.check_for_nan_in_loss_and_grad,
         f"the loss of --pretrained-checkpoint {state.config.model.pretrained_checkpoint} is {base} before anything is "

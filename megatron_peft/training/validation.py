@@ -14,7 +14,6 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.step_rotations import inference_rotations
 from megatron_peft.checkpoint.state import whole_parameters
 from megatron_peft.data.batches import Step
-from megatron_peft.data.build import Data
 from megatron_peft.runtime.launch import gather_over_world, read_on_host
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import run_schedule
@@ -87,10 +86,10 @@ def _with_names(adapter: Any) -> Iterable[tuple[str, nn.Module]]:
     return adapter.trained_parts() if hasattr(adapter, "trained_parts") else [("", adapter)]
 
 
-def start_losses(state: TrainingState, data: Data) -> tuple[float, float]:
-    """Mean loss of the run's first microbatches, with the adapters and without them. A collective."""
+def start_losses(state: TrainingState, step: Step) -> tuple[float, float]:
+    """Mean loss of a step's first microbatches, with the adapters and without them. A collective."""
     # As few microbatches as megatron-core's interleaved schedule takes.
-    step = data.train.step_at(0)[: state.config.parallel.pipeline_model_parallel_size]
+    step = step[: state.config.parallel.pipeline_model_parallel_size]
     # megatron-core takes its hooks off module by module, so no module may be missing when it does.
     with whole_parameters(state.model_chunks):
         return validation_loss(state.model_chunks, [step]), _loss_without_adapters(state, step)

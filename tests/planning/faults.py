@@ -143,6 +143,9 @@ FAULTS = [
         ("LoRA-GA starts from one tensor rank's",
          "[sketch.branch.total for sketch in sketches if sketch.total_is_partial]", "[]",
          "lora-ga", "TP2", "trained tensors at the start", "adapter.A"),
+        ("LoRA-GA starts from one tensor rank's, in bfloat16",
+         "[sketch.branch.total for sketch in sketches if sketch.total_is_partial]", "[]",
+         "lora-ga", "TP2 bf16", "trained tensors at the start", "all together"),
     ),
     *_of(
         "collective", "megatron_peft.training.validation",
@@ -247,8 +250,15 @@ FAULTS = [
         ("data begin again", "setattr(state.position, name, value)",
          'setattr(state.position, name, 0 if name == "consumed_samples" else value)',
          "lora", "TP2", RESUMED, "consumed_samples"),
+        ("the lowest validation loss is lost", "state.best = record.best", "pass",
+         "lora", "TP2", RESUMED, "lowest validation loss: loss"),
         ("the schedule begins again", "    _load_schedule(state, record.schedule)", "    pass",
          "lora", "TP2", RESUMED, "schedule"),
+    ),
+    *_of(
+        "resume", "megatron_peft.data.batches",
+        ("steps begin at the first sample", "self._build(count(self.consumed_samples, size))",
+         "self._build(count(0, size))", "lora", "TP2", RESUMED, "adapter.B differs after"),
     ),
     *_of(
         "resume", "megatron_peft.adapters.hybrid",

@@ -141,6 +141,12 @@ IN_TENSOR_AND_DATA: dict[str, Callable[[], None]] = {
     "LoRA-GA's start: one tensor-parallel rank makes a call": lambda: added(
         (lora_ga_start, "init_from_gradients"), tensor_rank, total(tensor)
     ),
+    "losses at the start: one tensor-parallel rank makes a call": lambda: added(
+        (validation, "_loss_without_adapters"), tensor_rank, total(tensor)
+    ),
+    "a log line: one replica gathers": lambda: added(
+        (rehearsed_rank, "mixtures"), replica, lambda: gather_over_world(0)
+    ),
     "validation: one tensor-parallel rank makes a call": lambda: added(
         (validation, "run_schedule"), tensor_rank, total(tensor)
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_peft.benchmarks.ranks import RanksFailed
 from megatron_peft.commands.certify import main
@@ -26,7 +27,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning import certify as module
 from megatron_peft.planning import small_run as small
 from megatron_peft.planning.certify import NOT_CLAIMED, digest_of
-from megatron_peft.planning.comparison import CertificateLine
+from megatron_peft.planning.comparison import CertificateLine, compare_as_one
 from tests.planning.faults import FAULTS, NOT_SEEN, Fault
 from tests.planning.test_recipe_plans import WORLDS, recipe
 from tests.planning.warm import Case, certified
@@ -190,6 +191,25 @@ def test_a_sound_run_is_certified(quick, case):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_sound_run_is_certified(all_others, case):
     assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
+
+
+@pytest.mark.slow
+def test_directions_that_rounding_exchanges_are_no_difference():
+    """Two leading directions of a gradient of this model are nearly as strong as one another."""
+    shape = replace(LLAMA, num_layers=4, hidden_size=96, ffn_hidden_size=192, vocab_size=512)
+    shape = replace(shape, num_attention_heads=6, num_query_groups=2, kv_channels=16)
+    peft = {"method": "lora-ga", "lora_rank": 4, "lora_max_norm_ratio": 0.5}
+    (found,) = certificates([Case(run_of(peft, {**TP2, **PP2, "sequence_parallel": True}, 4, bf16=True), shape)])
+    assert problems_of(found) == {} and found.verdict == "CERTIFIED"
+
+
+def test_all_tensors_are_compared_as_one():
+    whole = {"a": torch.ones(3), "b": 4 * torch.ones(3)}
+    near, far = ({**whole, "a": torch.zeros(3)}, {**whole, "b": torch.zeros(3)})
+    assert compare_as_one("start", near, whole, 0.5).passed
+    (problem,) = compare_as_one("start", far, whole, 0.5).problems
+    assert problem == "all together: 9.7e-01, most of it in b"
+    assert not compare_as_one("start", {"a": whole["a"]}, whole, 0.5).passed
 
 
 @pytest.mark.slow
