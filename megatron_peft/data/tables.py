@@ -50,7 +50,7 @@ def open_table(path: str, flag: str) -> DataTable:
         files = sorted(one for one in Path(name).rglob("*") if not one.is_dir())
         for one in files:
             require_regular(one, flag)
-            _require_limits(one, flag)
+            require_limits(one, flag)
         folder, digest = Path(name), _digest(files)
     else:
         folder = Path(local_folder(name, flag, DATA_FILES, "dataset"))
@@ -63,7 +63,7 @@ def _open_file(path: Path, flag: str) -> DataTable:
     import datasets
 
     require_regular(path, flag)
-    _require_limits(path, flag)
+    require_limits(path, flag)
     named, kind = f"{flag} {path}", path.suffix[1:]
     if kind == "arrow":
         try:
@@ -74,7 +74,7 @@ def _open_file(path: Path, flag: str) -> DataTable:
     return DataTable(str(path), _read(named, load), _digest([path]))
 
 
-def _require_limits(path: Path, flag: str) -> None:
+def require_limits(path: Path, flag: str) -> None:
     """Raises ConfigurationError for too many columns or too much in little. What cannot be read `datasets` says."""
     import pyarrow as pa
     import pyarrow.parquet as pq
