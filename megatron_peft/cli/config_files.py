@@ -25,7 +25,6 @@ from megatron_peft.config.untrusted import compose_yaml, read_text
 
 CONFIG_FLAG = "--config"
 TYPED_ONLY = (CONFIG_FLAG, "--print-config", "--help", "--version")
-MAX_CHARACTERS = 1 << 20
 _YAML, _ON, _OFF = "tag:yaml.org,2002:", ("true", "yes", "on"), ("false", "no", "off")
 _PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 WhyUnknown = Callable[[str], str]
@@ -112,10 +111,6 @@ class _Reader:
 
     def _table(self) -> list[tuple[yaml.Node, yaml.Node]]:
         text = read_text(Path(self.file))
-        if len(text) > MAX_CHARACTERS:
-            raise ConfigurationError(
-                f"{self.file} has {len(text):,} characters; a configuration has at most 1,048,576."
-            )
         root = compose_yaml(text, self.file)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise ConfigurationError(f"{self.file} is not a table of flags: write `lr: 1e-4`, a line for each flag.")

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import StrictUndefined, Template, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
@@ -78,10 +78,19 @@ def _compiled(kind: str, template: str) -> Template:
     return sandboxed_jinja(kind).from_string(template)
 
 
+def _inputs(template: str) -> str:
+    """JSON: the variables that a chat template reads, and the attributes and strings of its code."""
+    tree = sandboxed_jinja("chat").parse(template)
+    texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
+    fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
+    # This computes what is constant: `{{ 'x' * 10**10 }}`.
+    return json.dumps([sorted(meta.find_undeclared_variables(tree)), sorted(fields)])
+
+
 def _answer(kind: str, template: str, values: Mapping[str, Any], most_characters: int) -> tuple[bytes, str]:
     """(what it is, text): rendered text, too Long, out of Memory, or another Fault and its message."""
     try:
-        text = _compiled(kind, template).render(values)
+        text = _inputs(template) if kind == "inputs" else _compiled(kind, template).render(values)
     except MemoryError:
         return b"M", ""
     except Exception as error:  # noqa: BLE001 - a template is a program

@@ -70,7 +70,8 @@ class _Renderer:
 
 
 def render(kind: str, template: str, values: Mapping[str, Any]) -> str:
-    """The text that a template of a "chat" or of a "task" makes of `values`, of which it gets plain copies.
+    """The text that a template of a "chat" or of a "task" makes of `values`, of which it gets plain copies; or, as
+    "inputs", JSON of the variables that a template of a "chat" reads, and of the fields that it may.
 
     Raises ConfigurationError: the template's own fault, or the limit that it passes.
     """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # a command line is checked without torch
 MAX_BYTES = 1 << 28  # of a file that is read whole; datasets are mapped
 MAX_DEPTH = 100
 MAX_JSON_VALUES = 8_000_000  # of one text: an empty list is two bytes of it and 64 of memory
+MAX_YAML_CHARACTERS = 1 << 20  # of one text: PyYAML takes a minute and a gigabyte for five times as many
 MAX_YAML_VALUES = 1_000_000  # a value counts each time that an alias names it: ten lines can hold a billion
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels."
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -141,7 +142,7 @@ def _may_be_deep(text: str | bytes) -> bool:
 
 def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
     """The value that `text` holds, read by a loader that makes plain values only."""
-    with _yaml_errors(place):
+    with _yaml_errors(text, place):
         value = yaml.load(text, loader)
     try:
         _walk(value, MAX_YAML_VALUES)
@@ -152,12 +153,16 @@ def parse_yaml(text: str, place: str, loader: type = yaml.SafeLoader) -> Any:
 
 def compose_yaml(text: str, place: str) -> yaml.Node | None:
     """The nodes of `text` with their lines and columns, of which no value has been made; None for an empty file."""
-    with _yaml_errors(place):
+    with _yaml_errors(text, place):
         return yaml.compose(text, yaml.SafeLoader)
 
 
 @contextmanager
-def _yaml_errors(place: str) -> Iterator[None]:
+def _yaml_errors(text: str, place: str) -> Iterator[None]:
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ConfigurationError(
+            f"{place} has {len(text):,} characters, above the limit of YAML, {MAX_YAML_CHARACTERS:,}."
+        )
     try:
         yield
     except yaml.MarkedYAMLError as error:

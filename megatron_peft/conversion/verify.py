@@ -18,7 +18,7 @@ from megatron_peft.checkpoint.folders import RECORD, megatron_files
 from megatron_peft.checkpoint.record import differing_base, find_checkpoint, read_record
 from megatron_peft.config import ConfigurationError, ModelConfig, ParallelConfig, require
 from megatron_peft.config.hub import local_model
-from megatron_peft.config.untrusted import read_json_object
+from megatron_peft.config.untrusted import is_finite, read_json_object
 from megatron_peft.conversion.hf_files import CONFIG
 from megatron_peft.conversion.pretrained import known_fingerprint, read_model_shape
 
@@ -101,7 +101,10 @@ def verify(
     longest = min(shape.longest_sequence for shape in shapes)
     require(0 < num_tokens <= longest, f"--num-tokens {num_tokens} must be at least 1 and at most {longest}.")
     tokens = random_tokens(shapes[0].vocab_size, num_tokens, seed)
-    return compare_traces(*(subject.trace(subject, tokens) for subject in subjects))
+    traces = [subject.trace(subject, tokens) for subject in subjects]
+    for flag, folder, trace in zip(given, given.values(), traces, strict=True):
+        require(is_finite(trace.logits), f"{flag} {folder}: its logits are NaN or infinite, so its weights may be too.")
+    return compare_traces(*traces)
 
 
 def logits_of(folder: str | Path, tokens: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]

@@ -4,12 +4,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError, meta, nodes
-
 from megatron_peft.config import ConfigurationError
-from megatron_peft.config.template_process import sandboxed_jinja
-from megatron_peft.config.templates import require_short
-from megatron_peft.config.untrusted import read_text, require_regular
+from megatron_peft.config.templates import render
+from megatron_peft.config.untrusted import parse_json, read_text, require_regular
 
 
 def read_chat_template(given: str) -> str:
@@ -37,10 +34,7 @@ class TemplateInputs(NamedTuple):
 def template_inputs(template: str) -> TemplateInputs:
     """Raises ConfigurationError for a template that is not valid."""
     try:
-        require_short(template)
-        tree = sandboxed_jinja("chat").parse(template)
-        texts = {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
-        fields = texts | {one.attr for one in tree.find_all(nodes.Getattr)}
-        return TemplateInputs(frozenset(meta.find_undeclared_variables(tree)), frozenset(fields))
-    except (ConfigurationError, TemplateError, RecursionError) as error:
-        raise ConfigurationError(f"the chat template cannot be read: {error}.") from error
+        variables, fields = parse_json(render("inputs", template, {}), "what it reads")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the chat template cannot be read: {str(error).rstrip('.')}.") from error
+    return TemplateInputs(frozenset(variables), frozenset(fields))

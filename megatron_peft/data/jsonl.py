@@ -112,8 +112,9 @@ def _blank_lines(starts: np.ndarray, indented: np.ndarray, size: int, descriptor
     """Which of the lines hold nothing but spaces, among those that begin with one."""
     lines = np.searchsorted(starts, indented)
     ends = np.append(starts, size)[lines + 1]
-    texts = (os.pread(descriptor, int(end - start), int(start)) for start, end in zip(indented, ends, strict=True))
-    return [int(line) for line, text in zip(lines, texts, strict=True) if text.isspace()]
+    short = ((line, start, end - start) for line, start, end in zip(lines, indented, ends, strict=True))
+    short = (one for one in short if one[2] <= MAX_LINE_BYTES)  # a longer one is an error, which need not read it
+    return [int(line) for line, start, size in short if os.pread(descriptor, int(size), int(start)).isspace()]
 
 
 def _decoded(raw: bytes, place: Callable[[], str]) -> str:

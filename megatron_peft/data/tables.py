@@ -1,6 +1,7 @@
 """Records in Parquet, CSV and Arrow, in folders that `datasets` saved, and of the Hub: read by `datasets` through its
 memory-mapped cache. Code of a dataset is never run."""
 
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +19,7 @@ MAX_COLUMNS = 4096  # `datasets` takes a minute for 100,000
 # In a Parquet file one cell may stand for a billion: what it unpacks to is counted, unless it is large anyway.
 MAX_RATIO, ALWAYS_BYTES, COUNTED_BYTES = 1000, 1 << 26, 1 << 26
 _ROWS = 256  # unpacked at once
+_QUOTED = re.compile(rb'"[^"]*"')
 
 
 class DataTable:
@@ -50,7 +52,7 @@ def open_table(path: str, flag: str) -> DataTable:
         files = sorted(one for one in Path(name).rglob("*") if not one.is_dir())
         for one in files:
             require_regular(one, flag)
-            _require_limits(one, flag)
+            require_limits(one, flag)
         folder, digest = Path(name), _digest(files)
     else:
         folder = Path(local_folder(name, flag, DATA_FILES, "dataset"))
@@ -63,7 +65,7 @@ def _open_file(path: Path, flag: str) -> DataTable:
     import datasets
 
     require_regular(path, flag)
-    _require_limits(path, flag)
+    require_limits(path, flag)
     named, kind = f"{flag} {path}", path.suffix[1:]
     if kind == "arrow":
         try:
@@ -74,7 +76,7 @@ def _open_file(path: Path, flag: str) -> DataTable:
     return DataTable(str(path), _read(named, load), _digest([path]))
 
 
-def _require_limits(path: Path, flag: str) -> None:
+def require_limits(path: Path, flag: str) -> None:
     """Raises ConfigurationError for too many columns or too much in little. What cannot be read `datasets` says."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -83,9 +85,13 @@ def _require_limits(path: Path, flag: str) -> None:
     most_bytes = max(ALWAYS_BYTES, MAX_RATIO * size)
     try:
         if path.suffix == ".parquet":
-            num_columns = pq.read_metadata(path).num_columns
-            is_counted = size <= COUNTED_BYTES and num_columns <= MAX_COLUMNS
-            for batch in pq.ParquetFile(path).iter_batches(_ROWS) if is_counted else ():
+            stored = pq.read_metadata(path)
+            num_columns = stored.num_columns
+            groups = [stored.row_group(number).total_byte_size for number in range(stored.num_row_groups)]
+            unpacked_bytes = sum(groups) if sum(groups) > most_bytes else 0  # as the file says; a row repeats any of it
+            num_rows = min(_ROWS, max(1, most_bytes // max(1, *groups))) if groups else _ROWS
+            is_counted = size <= COUNTED_BYTES and num_columns <= MAX_COLUMNS and not unpacked_bytes
+            for batch in pq.ParquetFile(path).iter_batches(num_rows) if is_counted else ():
                 unpacked_bytes += batch.nbytes
                 if unpacked_bytes > most_bytes:
                     break
@@ -93,7 +99,8 @@ def _require_limits(path: Path, flag: str) -> None:
             num_columns = len(pa.ipc.open_stream(pa.memory_map(str(path))).schema)
         elif path.suffix == ".csv":
             with path.open("rb") as file:
-                num_columns = file.readline(MAX_LINE_BYTES).count(b",") + 1
+                lines = [_QUOTED.sub(b"", file.readline(MAX_LINE_BYTES)) for _ in range(2)]  # the second counts too
+                num_columns = max(line.count(b",") for line in lines) + 1
     except (pa.ArrowException, OSError):
         pass
     require(

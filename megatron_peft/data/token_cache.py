@@ -184,7 +184,7 @@ def _start_draft(draft: Path) -> FolderLock:
     """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
     try:
         for left in draft.parent.glob(".tokens-*"):
-            with suppress(ConfigurationError):  # a run at work
+            with suppress(ConfigurationError, OSError):  # a run at work; no folder of ours
                 lock = FolderLock(left, grace_seconds=0)
                 if lock.is_held:
                     shutil.rmtree(left, ignore_errors=True)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ class FinishedRequests:
         self._file.write("".join(lines).encode())
         self._file.flush()
 
+    def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
+        """Raises ConfigurationError for one of the known answers that is none to such a request."""
+        wrong = [key for key in keys if key in self and not is_answer(self[key])]
+        require(
+            not wrong,
+            f"{self._path} has no such answer to the request {''.join(wrong[:1])} as the model gives: remove its line "
+            "to repeat the request.",
+        )
+
     def _lock(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
         while True:
@@ -102,7 +112,14 @@ class FinishedRequests:
                 ) from error
 
 
+def _is_score(answer: Any) -> bool:
+    """A log-likelihood, and whether it is of the likeliest continuation."""
+    is_pair = isinstance(answer, list | tuple) and len(answer) == 2
+    return is_pair and type(answer[0]) in (int, float) and type(answer[1]) is bool
+
+
 MAX_NEW_TOKENS = 256  # the harness's default
+MOST_STOP_TEXTS = 1000  # each is looked for after each token
 SUPPORTED_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
@@ -182,7 +199,7 @@ class HarnessModel(TemplateLM):
             _Request(self._finished.key("score", one.context, one.ids), one, (-len(one.context), one.context))
             for one in continuations
         ]
-        return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score)]
+        return [(total, greedy) for total, greedy in self._answers("scoring", keyed, score, _is_score)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, each token with as much context as the model has positions for."""
@@ -207,11 +224,19 @@ class HarnessModel(TemplateLM):
         for plan in dict.fromkeys(plans):
             chosen = [index for index, one in enumerate(plans) if one == plan]
             prompts = self._named([self._prompt(requests[index].args[0], plan) for index in chosen], plan)
-            found = self._answers("answering", prompts, lambda own, to=plan: self._dispatcher.call("generate", own, to))
+            answer = partial(self._generated, plan)
+            found = self._answers("answering", prompts, answer, self._are_ids)
             stop = StopTexts(self._model.tokenizer, plan.until)
             for index, ids in zip(chosen, found, strict=True):
                 texts[index] = stop.cut(self._model.tokenizer.decode(ids))
         return texts
+
+    def _generated(self, plan: AnswerPlan, prompts: Sequence[NamedPrompt]) -> Any:
+        return self._dispatcher.call("generate", prompts, plan)
+
+    def _are_ids(self, answer: Any) -> bool:
+        largest = self._model.tokenizer.largest_id
+        return isinstance(answer, list | tuple) and all(type(one) is int and 0 <= one <= largest for one in answer)
 
     def _named(self, prompts: Sequence[tuple[int, ...]], plan: AnswerPlan) -> Iterator[_Request]:
         """Requests whose random streams are named by content, so that a resumed evaluation samples the same answers."""
@@ -222,9 +247,12 @@ class HarnessModel(TemplateLM):
             what = plan.until, plan.max_new_tokens, plan.sampling.__dict__, plan.seed
             yield _Request(self._finished.key("generate", ids, name, *what), NamedPrompt(ids, name), (-len(ids), ids))
 
-    def _answers(self, title: str, requests: Iterable[_Request], compute: Callable) -> list[Any]:
+    def _answers(
+        self, title: str, requests: Iterable[_Request], compute: Callable, is_answer: Callable[[Any], bool]
+    ) -> list[Any]:
         """Answers in the order of the requests: known ones, and `compute` of the others in portions, longest first."""
         requests = list(requests)
+        self._finished.require_answers([one.key for one in requests], is_answer)
         unknown = {one.key: one for one in requests if one.key not in self._finished}
         pending = sorted(unknown.values(), key=lambda one: one.sort_key)
         num_distinct = len({one.key for one in requests})
@@ -254,20 +282,29 @@ class HarnessModel(TemplateLM):
 
     def _plan(self, request: Instance) -> AnswerPlan:
         arguments: Any = request.args
-        given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
+        try:
+            given: dict[str, Any] = {**normalize_gen_kwargs(arguments[1], MAX_NEW_TOKENS)}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigurationError(f"generation_kwargs of task {request.task_name}: {error}.") from error
         unknown = sorted(given.keys() - SUPPORTED_SETTINGS)
         require(
             not unknown,
             f"generation_kwargs of task {request.task_name}: {', '.join(unknown)} is not supported; "
             f"use {', '.join(sorted(SUPPORTED_SETTINGS))}.",
         )
-        longest = given["max_gen_toks"]
+        longest, until = given["max_gen_toks"], given["until"]
+        require(
+            all(isinstance(text, str) for text in until) and len(until) <= MOST_STOP_TEXTS,
+            f"generation_kwargs of task {request.task_name}: until must be a text, or a list of at most "
+            f"{MOST_STOP_TEXTS} texts.",
+        )
+        require(longest > 0, f"generation_kwargs of task {request.task_name}: max_gen_toks must be above 0.")
         require(
             longest < self.max_length,
             f"task {request.task_name} generates answers of {longest} tokens, but the model has {self.max_length} "
             "positions for question and answer together: lower the task's max_gen_toks.",
         )
-        return AnswerPlan(tuple(given["until"]), longest, self._sampling(given, request), self._seed)
+        return AnswerPlan(tuple(until), longest, self._sampling(given, request), self._seed)
 
     def _sampling(self, given: Mapping[str, Any], request: Instance) -> Sampling:
         if not given["do_sample"]:
@@ -276,5 +313,5 @@ class HarnessModel(TemplateLM):
             return Sampling(
                 float(given.get("temperature", 1.0)), float(given.get("top_p", 1.0)), int(given.get("top_k", 0))
             )
-        except ConfigurationError as error:
+        except (ConfigurationError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(f"generation_kwargs of task {request.task_name}: {error}") from error

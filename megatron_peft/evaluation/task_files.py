@@ -1,8 +1,10 @@
 """Task files of --include-path, read before the harness reads them: what would make it run others' code is refused."""
 
 from collections.abc import Iterator, Sequence
+from glob import has_magic, iglob
 from importlib import import_module
 from inspect import isfunction
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from lm_eval.api.registry import METRIC_REGISTRY
 
 from megatron_peft.config import require
 from megatron_peft.config.untrusted import parse_yaml, read_text, require_regular
+from megatron_peft.data.jsonl import open_json
 from megatron_peft.data.prepare import TaskLoader
+from megatron_peft.data.tables import require_limits
 from megatron_peft.evaluation.task_names import harness_files, own_files
 
 HARNESS = Path(lm_eval.__file__).parent.resolve()
@@ -21,6 +25,8 @@ READERS = {"arrow", "csv", "json", "parquet", "text"}  # of datasets' own; other
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs"}
 DATA_SETTINGS = {"data_dir", "data_files", "field", "revision", "trust_remote_code"}  # the last one is ignored
 DATA_SETTINGS |= {"column_names", "delimiter", "encoding", "header", "names", "quotechar", "sep"}  # of tables
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, ...
+MOST_FILES = 10_000  # of a task's data
 CALLING = {"class", "custom_dataset", "use_prompt"}  # keys of a task that call what they name
 
 
@@ -116,10 +122,30 @@ def _check_data(path: Path, task: dict[str, Any]) -> None:
         reader in READERS or reader not in _PACKAGED_DATASETS_MODULES,
         f"{path} is refused: dataset_path {reader} may run code: give {readers}, a folder, or a name on the Hub.",
     )
-    for file in (reader, *_texts(settings)):
-        require("://" not in file and "::" not in file, f"{path} is refused: {file} is no file: download it first.")
-        if Path(file).exists() and not Path(file).is_dir():
-            require_regular(Path(file), f"{path}: dataset_kwargs:")
+    for given in (reader, *_texts(settings)):
+        require("://" not in given and "::" not in given, f"{path} is refused: {given} is no file: download it first.")
+        files = islice(() if not given or given in READERS else _files_of(given), MOST_FILES + 1)
+        for number, file in enumerate(files):
+            require(number < MOST_FILES, f"{path} is refused: {given} names more than {MOST_FILES:,} files.")
+            _require_readable(file, f"{path}: dataset_kwargs:")
+
+
+def _files_of(given: str) -> Iterator[Path]:
+    """That a path, a folder or a pattern names."""
+    for name in chain([given], iglob(given, recursive=True) if has_magic(given) else ()):
+        inside = Path(name).rglob("*") if Path(name).is_dir() else [Path(name)]
+        yield from (one for one in inside if one.exists() and not one.is_dir())
+
+
+def _require_readable(file: Path, flag: str) -> None:
+    """Raises ConfigurationError for what `datasets` would take a machine's memory for, or unpack."""
+    require_regular(file, flag)
+    with file.open("rb") as opened:
+        start = opened.read(max(map(len, PACKED)))
+    require(not start.startswith(PACKED), f"{flag} {file} is compressed: unpack it first.")
+    if file.suffix in (".json", ".jsonl"):
+        open_json(file, with_digest=False)
+    require_limits(file, flag)
 
 
 def _texts(value: Any) -> Iterator[str]:

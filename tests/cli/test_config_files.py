@@ -110,7 +110,7 @@ WRONG = {
     "- lr\n": "is not a table of flags",
     "lr: [1\n": "is not YAML: line 2, column 1: while parsing a flow sequence, expected",
     "[" * 5000: "nested deeper than",
-    "# " + "x" * (1 << 20): "a configuration has at most 1,048,576",
+    "# " + "x" * (1 << 20): "has 1,048,578 characters, above the limit of YAML, 1,048,576.",
 }
 
 

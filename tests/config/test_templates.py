@@ -9,6 +9,7 @@ import pytest
 
 from megatron_peft.config import ConfigurationError, templates
 from megatron_peft.config.templates import render
+from megatron_peft.data.chat_template import template_inputs
 
 SELF_EXPANDING = (
     "{% set x = namespace(v=START) %}{% for i in range(60) %}{% set x.v = NEXT %}{% endfor %}{{ x.v|length }}"
@@ -120,3 +121,10 @@ def test_each_process_has_its_own(tmp_path: Path) -> None:
     if (child := os.fork()) == 0:
         os._exit(render("task", "{{ x }}", {"x": 2}) != "2")
     assert render("task", "{{ x }}", {"x": 3}) == "3" and os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("text", ["'x' * 3 * 10**8", "'x'|center(3 * 10**8)", "7**99999999", "(9**9999)**99"])
+def test_what_a_chat_template_reads_is_found_within_the_limits(impatient: None, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"cannot be read: .*({MEMORY}|{TIME}|4300 digits)"):
+        template_inputs(f"{{{{ {text} }}}}")
+    assert template_inputs("{{ messages[0].content }}") == (frozenset({"messages"}), frozenset({"content"}))

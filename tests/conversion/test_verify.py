@@ -17,10 +17,10 @@ def original(saved_folders) -> Path:
     return saved_folders["single"]
 
 
-def spoilt(original: Path, folder: Path, name: str) -> Path:
+def spoilt(original: Path, folder: Path, name: str, by: float = 1.1) -> Path:
     shutil.copytree(original, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors[name] * 1.1
+    tensors[name] = tensors[name] * by
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -48,6 +48,12 @@ def test_two_hugging_face_folders_are_compared(original, tmp_path):
     found = verify(other, original, num_tokens=8)
     assert found.logits.relative == pytest.approx(0.1, rel=1e-3)
     assert all(layer.absolute == 0 for layer in found.layers)
+
+
+def test_logits_that_are_not_finite_are_not_compared(original, tmp_path):
+    other = spoilt(original, tmp_path / "other", "lm_head.weight", by=float("nan"))
+    with pytest.raises(ConfigurationError, match=f"--reference {other}: its logits are NaN"):
+        verify(original, other, num_tokens=4)
 
 
 def test_what_cannot_be_compared_is_told(original, tmp_path):

@@ -115,6 +115,27 @@ def test_a_small_file_that_unpacks_to_thousands_of_its_size_is_refused(tmp_path)
     assert len(RecordFiles([str(path)], FLAG)) == 1000
 
 
+def test_a_file_of_large_cells_is_refused_before_many_of_them_are_unpacked(tmp_path, monkeypatch):
+    path, asked, iterate = tmp_path / "a.parquet", [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda file, rows: asked.append(rows) or iterate(file, rows))
+    for cell_bytes, num_rows, unpacked in ((2**26 + 1, 1, []), (2**25, 300, [1])):
+        cells = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array(["x" * cell_bytes]))
+        table = pa.table({"text": cells})
+        pq.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**27)
+        with pytest.raises(ConfigurationError, match=f"{FLAG} .*a.parquet has .* unpacks to more than 67,108,864"):
+            RecordFiles([str(path)], FLAG)
+        assert asked == unpacked
+
+
+def test_a_second_line_of_many_cells_is_refused_but_not_one_of_quoted_commas(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f'prompt,completion\na,"{"b," * 5000}"\n')
+    assert len(RecordFiles([str(path)], FLAG)) == 1
+    path.write_text(f"prompt,completion\n{'b,' * 5000}\n")
+    with pytest.raises(ConfigurationError, match="has 5,001 columns, and the limit is 4,096"):
+        RecordFiles([str(path)], FLAG)
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_a_folder_with_a_pipe_or_a_device_is_refused(tmp_path, make):
     (tmp_path / "rows").mkdir()
@@ -307,6 +328,8 @@ def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write
     for draft in (killed, at_work):
         draft.mkdir(parents=True)
         (draft / SHARD).write_bytes(b"a part")
+    note = tmp_path / "c" / ".tokens-note"
+    note.write_text("a file of somebody's")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     words = [sys.executable, "-c", hold, str(at_work / ".lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -314,7 +337,7 @@ def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write
         InstructionDataset(RecordFiles([write_lines(RECORDS)], FLAG), Fit(NullTokenizer(99), 4), tmp_path / "c")
         other.communicate(b"\n")
     assert (at_work / SHARD).read_bytes() == b"a part" and not killed.exists()
-    assert len(list((tmp_path / "c").iterdir())) == 2
+    assert len(list((tmp_path / "c").iterdir())) == 3 and note.is_file()
 
 
 def cached_on_a_rank(work: tuple[str, str, str]) -> None:

@@ -1,8 +1,10 @@
 """Every place of a task's file at which the harness would evaluate, load or call what stands there."""
 
+import gzip
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from lm_eval import utils
 
 from megatron_peft.config import ConfigurationError, templates
-from megatron_peft.evaluation import harness_run
+from megatron_peft.evaluation import harness_run, task_files
 from megatron_peft.evaluation.harness_run import find_tasks
 from megatron_peft.evaluation.task_files import check_task_files
 from tests.evaluation.local_tasks import TASKS, write_tasks
@@ -207,3 +209,40 @@ def test_a_pattern_that_needs_forever_is_ended(monkeypatch: pytest.MonkeyPatch) 
     assert judge("a") == ["a"]
     with pytest.raises(ConfigurationError, match=r"it has not come to an end in 0.05 s; simplify their patterns"):
         judge("a" * 60 + "b")
+
+
+def test_data_of_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_files, "MOST_FILES", 3)
+    write(folder, {**TEXTS, "dataset_kwargs": {"data_files": "**"}})
+    assert "** names more than 3 files" in refusal(folder)
+
+
+def parquet_of_one_value(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int32()), pa.array(["x" * 1000]))
+    pq.write_table(pa.table({"question": texts.cast(pa.string())}), path)
+
+
+DATA: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "data.jsonl": (
+        "json",
+        lambda path: path.write_text('{"a": "' + "x" * 2**25 + '"}'),
+        "the limit of a line is 32 MiB",
+    ),
+    "data.csv": ("csv", lambda path: path.write_text("," * 5000), "has 5,001 columns, and the limit is 4,096"),
+    "data.parquet": ("parquet", parquet_of_one_value, "unpacks to more than"),
+    "data.jsonl.gz": ("json", lambda path: path.write_bytes(gzip.compress(b"{}")), "is compressed: unpack it first"),
+}
+
+
+@pytest.mark.parametrize("given", ["file", "pattern", "folder"])
+@pytest.mark.parametrize("name", DATA)
+def test_data_of_a_task_have_the_limits_of_data(folder: Path, name: str, given: str) -> None:
+    reader, make, told = DATA[name]
+    (folder / "data").mkdir()
+    make(folder / "data" / name)
+    settings = {"file": {"data_files": f"data/{name}"}, "pattern": {"data_files": ["data/*"]}}
+    write(folder, {**TEXTS, "dataset_path": reader, "dataset_kwargs": settings.get(given, {"data_dir": "data"})})
+    assert told in refusal(folder)

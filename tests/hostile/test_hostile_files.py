@@ -40,6 +40,7 @@ GSM8K = "tools.prepare_data gsm8k --input gsm8k --output out"
 HUMANEVAL = "tools.prepare_data humaneval --input problems.jsonl.gz --output out"
 PAIRS = "tools.prepare_data translation --input pairs.tsv --output out --source-language E --target-language F"
 PREPROCESS = "tools.preprocess_data --input texts.jsonl --output-prefix other --tokenizer-model base"
+ANSWER = EVALUATE.replace("tiny_choices", "tiny_answers")
 EXPERIMENT = "tools.experiment grid.yaml --list"
 REPORT = "tools.report ."
 
@@ -320,6 +321,8 @@ def cases_of_data() -> Iterator[Case]:
     for name, plant in (*fixtures("gzip"), ("huge", partial(holds, content=huge))):
         yield Case(name, HUMANEVAL, "problems.jsonl.gz", plant)
     deep = b"[" * 5000
+    large = partial(holds, content=b"a: [" + b"1," * 2**19 + b"]")
+    yield Case("1 MiB", EVALUATE, "tasks/other.yaml", large, "other.yaml has 1,048,581 characters, above the limit of")
     for name, plant in (*fixtures("yaml"), ("5,000 deep", partial(holds, content=deep))):
         yield Case(name, EXPERIMENT, "grid.yaml", plant)
         if name in ("5,000 deep", "python_tag"):
@@ -339,6 +342,16 @@ def cases_of_tasks() -> Iterator[Case]:
         ("num_fewshot", "5"),
     ):
         yield Case(f"{key} {written[:20]}", EVALUATE, "tasks/tiny_choices.yaml", value(key, written), told)
+    for key, written in (
+        ("until", "5"),
+        ("until", json.dumps([f"w{number}" for number in range(1001)])),
+        ("max_gen_toks", '"many"'),
+        ("max_gen_toks", "-5"),
+        ("temperature", '"hot"'),
+    ):
+        kwargs = f"generation_kwargs.{key}"
+        told = "error: --tasks tiny_answers: generation_kwargs of task tiny_answers: "
+        yield Case(f"{key} {written[:20]}", ANSWER, "tasks/tiny_answers.yaml", value(kwargs, written), told)
     answered = b'{"key": "\xff", "answer": 1}\n'
     yield Case(
         "no_utf8", EVALUATE, "out.requests.jsonl", partial(holds, content=answered), "out.requests.jsonl:1 is not"
