@@ -350,7 +350,7 @@ def cases_of_tasks() -> Iterator[Case]:
         ("temperature", '"hot"'),
     ):
         kwargs = f"generation_kwargs.{key}"
-        told = "error: --tasks tiny_answers: generation_kwargs of task tiny_answers: "
+        told = "error: --tasks tiny_answers(: generation_kwargs of task tiny_answers: | cannot be loaded: .*hot)"
         yield Case(f"{key} {written[:20]}", ANSWER, "tasks/tiny_answers.yaml", value(kwargs, written), told)
     answered = b'{"key": "\xff", "answer": 1}\n'
     yield Case(
