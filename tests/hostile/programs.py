@@ -179,7 +179,8 @@ def _write_pairs(folder: Path, records: Sequence[dict[str, str]]) -> None:
     with ArrowWriter(path=str(folder / "table.arrow"), features=table.features) as writer:
         writer.write_batch(table.to_dict())
         writer.finalize()
-    problem = {"task_id": "a/0", "prompt": "def f():\n", "canonical_solution": "", "test": "", "entry_point": "f"}
+    solved = {"prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+    problem = {"task_id": "a/0", **solved, "test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"}
     (folder / "problems.jsonl.gz").write_bytes(gzip.compress(json.dumps(problem).encode()))
 
 

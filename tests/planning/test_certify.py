@@ -32,6 +32,9 @@ from tests.planning.faults import FAULTS, NOT_SEEN, Fault
 from tests.planning.test_recipe_plans import WORLDS, recipe
 from tests.planning.warm import Case, certified
 from tests.ranks import run_ranks
+from tests.time_limits import seconds
+
+pytestmark = pytest.mark.timeout(seconds(1500))  # the first test of each launch waits for all of its certificates
 
 LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied_embeddings=True)
 BLOOM = ModelShape(

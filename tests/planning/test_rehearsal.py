@@ -68,10 +68,10 @@ def difference(rehearsed: RankRecord, real: RankRecord) -> str:
 
 def of_loading(run: Watched, rehearsed: RankRecord, real: RankRecord) -> str:
     """Only a real run reads: it holds one tensor of the file beside the weights, at most the rank's slice of the
-    largest one, in the file's float32, and in the weights' type where that is another."""
+    largest one, in the file's float32, and in the weights' type where that is another, and its two extremes."""
     of = run.of_rank(rehearsed.rank)
     vocabulary = of.shape.padded_vocab_size(128, of.config.parallel.tensor_model_parallel_size) * of.shape.hidden_size
-    largest = vocabulary // of.config.parallel.tensor_model_parallel_size * (6 if of.config.model.bf16 else 4)
+    largest = vocabulary // of.config.parallel.tensor_model_parallel_size * (6 if of.config.model.bf16 else 4) + 8
     ours, theirs = rehearsed.peaks["loading"], real.peaks["loading"]
     is_same = {**theirs, "temporary": 0} == {**ours, "temporary": 0}
     read = real.peak("loading") - rehearsed.peak("loading")
