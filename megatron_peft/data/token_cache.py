@@ -183,7 +183,8 @@ def _require_ids_fit(shard: Path, columns: tuple[Any, Any], largest: int, record
 def _start_draft(draft: Path) -> FolderLock:
     """Make and hold the folder of a draft, after those of killed runs were removed, which nobody holds."""
     try:
-        for left in draft.parent.glob(".tokens-*"):
+        # Those of this start are being made by other nodes at this moment, and may not be held yet.
+        for left in [one for one in draft.parent.glob(".tokens-*") if one.stem != draft.stem]:
             with suppress(ConfigurationError, OSError):  # a run at work; no folder of ours
                 lock = FolderLock(left, grace_seconds=0)
                 if lock.is_held:

@@ -340,6 +340,14 @@ def test_drafts_of_killed_runs_are_removed_and_that_of_a_run_at_work_stays(write
     assert len(list((tmp_path / "c").iterdir())) == 3 and note.is_file()
 
 
+def test_nodes_that_start_together_leave_one_another_their_drafts(tmp_path):
+    of_another_node, killed = tmp_path / ".tokens-a.start.1", tmp_path / ".tokens-a.before.1"
+    for draft in (of_another_node, killed):
+        draft.mkdir()
+    token_cache._start_draft(tmp_path / ".tokens-a.start.0").release()
+    assert of_another_node.is_dir() and not killed.exists()
+
+
 def cached_on_a_rank(work: tuple[str, str, str]) -> None:
     good, bad, root = work
     start_world()
