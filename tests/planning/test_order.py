@@ -181,7 +181,7 @@ def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = 
 
 
 def test_a_call_that_only_one_tensor_parallel_rank_makes_in_validation_is_found(monkeypatch):
-    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "lora")
+    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "full")
     assert found is not None and {*found.ranks} == {0, 1} and "(validation), all_reduce of" in found.text
 
 
@@ -191,7 +191,7 @@ def test_a_planted_call_of_some_ranks_is_found_and_named(name, monkeypatch):
     found = planted(name, monkeypatch)
     assert found is not None
     phase = {"the model": "", "saving": "(saving)"}
-    # The code of a validation finds the losses at LoRA-GA's start too, which come first.
+    # The code of a validation finds the losses at the start too, which come first where adapters are trained.
     phase |= dict.fromkeys(("LoRA-GA's start", "losses at the start", "validation"), "(start)")
     expected = "(start)" if name.startswith("a message") else phase.get(name.partition(":")[0], "(step)")
     assert expected in found.text
