@@ -118,6 +118,7 @@ class _FailureBoard:
             is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
         """
         self._closed.set()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, when the first rank is gone: not the cause
         if self._world_size == 1:
             _exit_with(message, exit_code)
         try:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from megatron_peft.benchmarks.ranks import free_port
 from megatron_peft.cli.parser import exit_with_error
 from megatron_peft.config import ConfigurationError
+from megatron_peft.runtime import failure
+from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -164,6 +167,21 @@ def test_an_interrupt_is_one_line() -> None:
     with Ranks(1, _interrupted) as ranks:
         ranks.processes[0].join(seconds(60))
         assert (ranks.exit_codes, ranks.output(0)) == ([130], "program: interrupted\n")
+
+
+def _ended_by_the_launcher(_: None) -> None:
+    """As torchrun does with the ranks that are left, when the first one has ended."""
+    print_failure = failure.print_failure
+    failure.print_failure = lambda message: (print_failure(message), os.kill(os.getpid(), signal.SIGTERM))[0]
+    dist.init_process_group("gloo")
+    with ends_before_training(enabled=True):
+        run_together(partial(_program, *CASES["configuration on one"][:1], [0]), "program")
+
+
+def test_what_ends_the_last_ranks_is_not_told() -> None:
+    with Ranks(1, _ended_by_the_launcher) as ranks:
+        ranks.processes[0].join(seconds(60))
+        assert (ranks.exit_codes, ranks.output(0).splitlines()[1:]) == ([2], ["program: error: --lr is wrong."])
 
 
 def test_results_come_by_rank() -> None:
