@@ -5,6 +5,7 @@ from megatron_peft.config.errors import (
     Requirements,
     flag,
     mistyped,
+    not_obeyed,
     option,
     print_failure,
     require,

@@ -62,8 +62,13 @@ class ConfigurationError(ValueError):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(_OBEYED.sub(lambda found: ascii(found[0])[1:-1], problem) for problem in problems)
+        self.problems = tuple(map(not_obeyed, problems))
         super().__init__("\n".join(self.problems))
+
+
+def not_obeyed(text: str) -> str:
+    """The text, in which what a terminal would obey is escaped."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def require(condition: bool, message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch.distributed as dist
 from rich.progress import track
 
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, not_obeyed
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.records import Fit
 from megatron_peft.data.samples import Sample
@@ -46,7 +46,7 @@ class Survey:
             (self.overlong & skipped, f"{too_long} skipped{prompt_only if fit.overlong == 'truncate' else ''}"),
             (~self.overlong & skipped, "have no token to learn from and were skipped"),
         )
-        fields = ", ".join(f'"{name}" ({count} records)' for name, count in self.left_out.most_common())
+        fields = ", ".join(f'"{not_obeyed(name)}" ({count} records)' for name, count in self.left_out.most_common())
         unread = [f"fields that nothing reads were left out: {fields}."] if fields else []
         return unread + [
             f"{int(which.sum())} of {len(which)} samples {what} (first: {records.place(int(which.argmax()))})."

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_peft.config import Blend, DataConfig, kind_of_source, parse_blend
+from megatron_peft.config import Blend, DataConfig, kind_of_source, not_obeyed, parse_blend
 from megatron_peft.config.preview import FLAG, PreviewOptions
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames
@@ -305,7 +305,7 @@ def _batches(preview: Preview) -> Iterator[str]:
 def _notes(preview: Preview) -> Iterator[str]:
     left_out = preview.measured.left_out
     if left_out:
-        yield f"fields that nothing reads: {', '.join(left_out)}"
+        yield f"fields that nothing reads: {', '.join(map(not_obeyed, left_out))}"
 
 
 def _samples(preview: Preview) -> Iterator[Text]:

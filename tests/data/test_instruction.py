@@ -134,9 +134,9 @@ def test_fields_of_messages_that_nothing_reads_are_counted_too(write_lines, hf):
 
 def test_fields_that_nothing_reads_are_counted_once(write_lines, hf):
     chats = write_lines([ANSWERED | {"tools": [], "id": 1}, ANSWERED | {"id": 2}])
-    texts = write_lines([{"text": "the cat", "source": "web"}], "texts.jsonl")
+    texts = write_lines([{"text": "the cat", "\x1b[2Jsource": "web"}], "texts.jsonl")
     warnings = InstructionDataset(RecordFiles([chats, texts], FLAG), Fit(hf, 64)).warnings
-    left_out = '"id" (2 records), "tools" (1 records), "source" (1 records)'
+    left_out = '"id" (2 records), "tools" (1 records), "\\x1b[2Jsource" (1 records)'
     assert warnings == [f"fields that nothing reads were left out: {left_out}."]
 
 
