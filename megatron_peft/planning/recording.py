@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_peft.config import require
 from megatron_peft.planning.record import Call, Computation, EarlyUse, Entry, Mark, Memory, Phase, Product, Wait
 from megatron_peft.runtime.fake_ranks import Mode
 
@@ -141,7 +142,7 @@ class Recorder(Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two calls of three are this one, and other modes would pass it on
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional"):
             return self._call(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if self.keeps_work:
@@ -165,6 +166,11 @@ class Recorder(Mode):
         name = func.overloadpacket.__name__
         if name == "monitored_barrier_":
             return func(*args, **kwargs)
+        require(
+            name in _OPERATIONS,
+            f"a rank calls {func.namespace}.{name}, an operation of torch.distributed that rehearsals do not know: use "
+            f"one of {', '.join(sorted({operation for operation, _ in _OPERATIONS.values()}))}, not functional ones.",
+        )
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = dist.ProcessGroup.unbox(named["process_group"])
         operation, argument = _OPERATIONS[name]

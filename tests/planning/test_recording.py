@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_peft.adapters.frozen_linear import run_function
+from megatron_peft.config import ConfigurationError
 from megatron_peft.planning.record import Computation, EarlyUse, Product
 from megatron_peft.planning.recording import Recorder
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
@@ -43,6 +44,11 @@ def test_a_gradient_in_float32_is_one_product_in_the_type_of_its_factors(dtype):
     name = str(dtype).removeprefix("torch.")
     product = {Product("mm", 1, OUT, INTO, TOKENS, name): 1}
     assert counted(lambda: outer_sum(grad, x, torch.float32)) == Computation(product, num_kernels=1)
+
+
+def test_a_call_that_rehearsals_do_not_know_is_an_error_not_left_out():
+    with Recorder({}), pytest.raises(ConfigurationError, match="_c10d_functional.all_reduce, .* do not know"):
+        torch.ops._c10d_functional.all_reduce(torch.ones(2), "sum", "0")
 
 
 def test_a_sum_in_chunks_of_tokens_is_one_product():
