@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"{PROGRAM}: error: " + "\n  - ".join(error.problems), file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"{PROGRAM}: error: {error.filename or 'the report'} cannot be written ({error.strerror}).", file=sys.stderr
+        )
+        return 2
     for path in written:
         print(path)
     return 0

@@ -70,8 +70,13 @@ class FinishedRequests:
         """Keep answers, in the file too."""
         self._answers |= answers
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
+        try:
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._path} cannot be written ({error.strerror}): free disk space, and the same command goes on."
+            ) from error
 
     def require_answers(self, keys: Iterable[str], is_answer: Callable[[Any], bool]) -> None:
         """Raises ConfigurationError for one of the known answers that is none to such a request."""

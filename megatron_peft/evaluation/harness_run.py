@@ -169,7 +169,12 @@ def evaluate(config: RunConfig, settings: HarnessSettings) -> None:
         return
     results = _run_harness(model, dispatcher, settings, *checked)
     dispatcher.stop()
-    _write(results, settings)
+    try:
+        _write(results, settings)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename} cannot be written ({error.strerror}): free disk space, and the same command goes on."
+        ) from error
 
 
 def _checked_tasks(config: RunConfig, settings: HarnessSettings) -> tuple[Any, FinishedRequests]:

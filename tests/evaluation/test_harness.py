@@ -183,6 +183,13 @@ def test_an_answer_of_another_form_than_the_request_has_is_named(tmp_path, answe
         finished.require_answers(["a", "b", "c"], _is_score)
 
 
+def test_a_full_disk_is_told(tmp_path):
+    finished = FinishedRequests(tmp_path / "file", "model")
+    with open("/dev/full", "wb", buffering=0) as finished._file:
+        with pytest.raises(ConfigurationError, match="file cannot be written .No space left on device."):
+            finished.add({"a": 1})
+
+
 def test_a_file_that_was_cut_anywhere_loses_no_more_than_its_last_line(tmp_path):
     path = tmp_path / "file"
     FinishedRequests(path, "model").add({"a": 1, "b": "two\nlines", "c": 3})

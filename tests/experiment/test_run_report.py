@@ -168,6 +168,11 @@ def test_what_is_wrong_with_flags_is_told_with_exit_code_2(folder: Path, capsys,
     assert code == 2 and told in capsys.readouterr().err and not (folder / "report.html").exists()
 
 
+def test_a_report_that_cannot_be_written_is_told(folder: Path, capsys) -> None:
+    assert report.main([str(folder), "--output", str(folder / "metrics.jsonl" / "x")]) == 2
+    assert "metrics.jsonl/x cannot be written (Not a directory)" in capsys.readouterr().err
+
+
 def test_a_folder_of_a_run_is_told_from_that_of_an_experiment(folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(page, "svg", lambda figure: "<svg/>")
     assert is_run(folder) and not is_run(folder / "nowhere")
