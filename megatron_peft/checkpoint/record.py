@@ -243,13 +243,14 @@ def contradictions(record: RunRecord, current: CurrentRun) -> list[str]:
 def changes(record: RunRecord, current: CurrentRun) -> str:
     """A warning about permitted changes in a resumed run, or an empty string."""
     of_method = current.config.peft.spec.fields(current.config.peft) & _may_change() - {"method", "target_modules"}
-    changed = [
-        f"{flag(name)} {_shown(getattr(now, name))} (before: {_shown(getattr(before, name))})"
+    values = [
+        (name, getattr(getattr(record.config, section), name), getattr(getattr(current.config, section), name))
         for section, names in {**CHANGED_WITH_WARNING, "peft": sorted(of_method)}.items()
-        for before, now in [(getattr(record.config, section), getattr(current.config, section))]
         for name in names
-        if getattr(before, name) != getattr(now, name)
     ]
+    before, now = record.config.model.transformer, current.config.model.transformer
+    values += [(name, before.get(name, 0.0), now.get(name, 0.0)) for name in ("hidden_dropout", "attention_dropout")]
+    changed = [f"{flag(name)} {_shown(new)} (before: {_shown(old)})" for name, old, new in values if old != new]
     changed += _changed_contents(record, current)
     listed = ", ".join(dict.fromkeys(changed))  # --seed is in two sections
     return f"{_load(current)}: the run continues with {listed}, at the old position." if changed else ""

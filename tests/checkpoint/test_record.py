@@ -49,9 +49,12 @@ def test_what_cannot_be_read_is_named(tmp_path, text, told):
         read_record(tmp_path)
 
 
+GROUPS = {"model", "peft", "optimizer", "data_settings", "transformer"}
+
+
 def here(schedule=None, **changes):
     """This run: that of make_record with changes, those of the configuration by group."""
-    groups = {name: changes.pop(name) for name in ("model", "peft", "optimizer", "data_settings") if name in changes}
+    groups = {name: changes.pop(name) for name in GROUPS & changes.keys()}
     record = make_record()
     same = CurrentRun(make_config(**groups), SHAPE, record.adapted_layers, record.base_fingerprint, SCHEDULE)
     return dataclasses.replace(same, schedule={**SCHEDULE, **(schedule or {})}, **changes)
@@ -93,6 +96,7 @@ def test_what_may_change(changes):
         ({"data_digest": "12"}, {"data_digest": "12"}, ""),
         ({}, {"data_digest": "34"}, ""),  # an older record
         ({}, {"model": {"bf16": True}}, "--bf16 True (before: False)"),
+        ({}, {"transformer": {"hidden_dropout": 0.1}}, "--hidden-dropout 0.1 (before: 0.0)"),
         pytest.param(
             {},
             {"peft": {"lora_dropout": 0.5, "lora_plus_ratio": 4.0, "target_modules": ("linear_f*1",)}},
