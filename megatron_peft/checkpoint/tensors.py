@@ -211,7 +211,8 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever the cause
-        raise ConfigurationError(f"{folder} could not be written: {error}") from error
+        cause = "a file was cut short; is the disk full?" if "inline_container" in str(error) else error
+        raise ConfigurationError(f"{folder} could not be written: {cause}") from error
 
 
 @contextmanager

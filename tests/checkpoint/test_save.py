@@ -111,3 +111,11 @@ def test_a_ranks_files_are_synced_when_write_returns(alone, tmp_path, monkeypatc
     written = files.write()
     assert set(written.sums) == {"__0_0.distcp"}
     assert ("fsync", tmp_path / "__0_0.distcp") in calls
+
+
+def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkeypatch):
+    files = PlannedFiles([ShardedTensor.from_rank_offsets("w", torch.ones(4))], tmp_path)
+    torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
+    with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
+        files.finish([files.write()])
