@@ -352,6 +352,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.save_pretrained(folder)
+    usual = (folder / "config.json").stat().st_mode  # by the umask; safetensors' own files are their writer's alone
+    for path in folder.glob("*.safetensors"):
+        path.chmod(usual)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
