@@ -5,6 +5,7 @@ pretrain_peft.py. Training comes first, so that its first loss is soon there, an
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,8 +17,17 @@ BEFORE, AFTER = "before.json", "after.json"
 
 def main() -> None:
     """Train and score a run: the folder of the scores, then flags of pretrain_peft.py."""
-    folder, *flags = sys.argv[1:]
-    with waiting("loading torch and megatron-core", os.environ.get("RANK", "0") == "0"):
+    tells = os.environ.get("RANK", "0") == "0"
+    try:
+        _train_and_score(*sys.argv[1:], tells=tells)
+    except KeyboardInterrupt:  # while nothing has begun
+        if tells:
+            print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+
+def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
+    with waiting("loading torch and megatron-core", tells):
         from megatron.core.utils import unwrap_model
 
         from megatron_peft.cli.parser import parse_arguments

@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from megatron_peft.benchmarks.ranks import free_port
 from megatron_peft.cli.parser import exit_with_error
 from megatron_peft.config import ConfigurationError
+from megatron_peft.runtime import failure
+from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
@@ -164,6 +166,24 @@ def test_an_interrupt_is_one_line() -> None:
     with Ranks(1, _interrupted) as ranks:
         ranks.processes[0].join(seconds(60))
         assert (ranks.exit_codes, ranks.output(0)) == ([130], "program: interrupted\n")
+
+
+def _signalled_as_it_fails(_: None) -> None:
+    def told(message: str) -> None:
+        print(message, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does to the ranks that are left
+
+    failure.print_failure = told
+    dist.init_process_group("gloo")
+    with ends_before_training(True):
+        run_together(lambda: 1 // 0, "program")
+
+
+def test_the_cause_is_the_last_line_of_a_rank_that_its_launcher_ends() -> None:
+    with Ranks(1, _signalled_as_it_fails) as ranks:
+        ranks.processes[0].join(seconds(60))
+        assert ranks.exit_codes == [1] and "SIGTERM" not in ranks.output(0)
+        assert ranks.output(0).strip().endswith("ZeroDivisionError: integer division or modulo by zero")
 
 
 def test_results_come_by_rank() -> None:
