@@ -39,7 +39,7 @@ class Launcher:
             (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
         if self.stops_after_training:
             raise SystemExit(1)
-        scored = range(0, len(HELD_OUT), module.SCORED_OF)
+        scored = range(module.SCORED_OF - 1, len(HELD_OUT), module.SCORED_OF)
         for name, word, bleu, loss in (("before", "text", 3.0, 3.9), ("after", "texte", 20.5, 1.7)):
             words = tuple(f"{word} {i}" for i in scored)
             DemoScore(bleu, "nrefs:1", loss, 4096, words).write(folder / f"{name}.json")
@@ -76,11 +76,11 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
     assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
     assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
-    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 7)
+    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 6)
     example = report["translations"][1]
-    assert example == {"source": "message 3", "reference": "texte 3", "before": "text 3", "after": "texte 3"}
+    assert example == {"source": "message 5", "reference": "texte 5", "before": "text 5", "after": "texte 5"}
     samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
-    assert json.loads(samples[1])["prompt"] == "English: message 3\nFrench:" and len(samples) == 7
+    assert json.loads(samples[1])["prompt"] == "English: message 5\nFrench:" and len(samples) == 6
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 

@@ -66,7 +66,18 @@ def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeyp
     pairs = [Pair(f"w{i} w{i + 7}", "w1 w2 w3").as_record() for i in range(5)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
-    flags += ["--train-iters", "3", "--num-workers", "0", "--seq-length", "128", "--peft-method", "full", "--lr", "1e-2"]
+    flags += [
+        "--train-iters",
+        "3",
+        "--num-workers",
+        "0",
+        "--seq-length",
+        "128",
+        "--peft-method",
+        "full",
+        "--lr",
+        "1e-2",
+    ]
     monkeypatch.setattr(sys, "argv", ["scoring", str(tmp_path / "untrained.json"), *flags])
     scoring.main()
     monkeypatch.setattr(sys, "argv", ["ranks", str(tmp_path), *flags, "--save", str(tmp_path / "run")])
