@@ -345,7 +345,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize to float32 and save."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # there is one around
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {name: value for name, value in quantized.config.to_dict().items() if name not in NOT_OURS}
     with torch.device("meta"):  # a new model: the one that was read has the config of a quantized model
