@@ -6,7 +6,6 @@ pretrain_peft.py. --load names the trained adapters; without it the pretrained m
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import Pair, read_pairs
 from megatron_peft.demo.run import DemoScore
-from megatron_peft.evaluation.answers import request_bar
+from megatron_peft.demo.waiting import waiting
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
@@ -71,17 +70,18 @@ PROGRAM = "megatron_peft.demo.scoring"
 
 def score(config: RunConfig, output: Path) -> None:
     """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
-    score_model(_load(config), "translating", output)
+    score_model(_load(config), "scoring", output)
 
 
 def score_model(trained: Finetuned, title: str, output: Path) -> None:
     """Write the score of a model to `output`, with a bar of that title. A collective over all ranks."""
     state, data, tokenizer = trained
     assert data.valid is not None
-    loss = validation_loss(state.model_chunks, data.valid)
-    pairs = read_pairs(Path(state.config.data.valid_data_path[0]))
     is_writer = dist.get_rank() == 0
-    with request_bar(title, len(pairs)) if is_writer else nullcontext(lambda n: None) as advance:
+    with waiting(f"{title}: loss", is_writer):
+        loss = validation_loss(state.model_chunks, data.valid)
+    pairs = read_pairs(Path(state.config.data.valid_data_path[0]))
+    with waiting(f"{title}: translations", is_writer, len(pairs)) as advance:
         translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance)
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
