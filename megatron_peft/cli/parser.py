@@ -46,8 +46,8 @@ from megatron_peft.models.shape import ModelShape, check_layout, check_lengths, 
 
 HUB_FLAGS = {"pretrained_checkpoint": local_model, "tokenizer_model": local_tokenizer}
 PROGRAM = "pretrain_peft.py"
-USAGE = f"""
-  torchrun --nproc-per-node N {PROGRAM} --pretrained-checkpoint FOLDER
+USAGE = """
+  {command} --pretrained-checkpoint FOLDER
     --train-data-path FILE.jsonl --train-iters N [--save FOLDER] [flag ...]"""
 DESCRIPTION = (
     "Fine-tune a pretrained model, in full or with adapters, over tensor-, pipeline- and data-parallel ranks. Flags "
@@ -84,7 +84,7 @@ def parse_arguments(
         raise SystemExit(0)
     if {"--help", "-h"} & set(argv):
         if _is_first_rank(environ):
-            _build_parser(served_flags()).print_help()
+            _build_parser(served_flags(), program).print_help()
         raise SystemExit(0)
     try:
         typed = _read_words(argv)
@@ -320,11 +320,13 @@ def _shape_problems(
     ]
 
 
-def _build_parser(served: Sequence[Flag]) -> ArgumentParser:
+def _build_parser(served: Sequence[Flag], program: str = PROGRAM) -> ArgumentParser:
     """A parser that stores only what is typed: defaults are the dataclasses' own."""
+    # A script is started by torchrun; the program starts its processes itself.
+    command = f"torchrun --nproc-per-node N {program}" if program == PROGRAM else f"{program} [--nproc-per-node N]"
     parser = ArgumentParser(
-        prog=PROGRAM,
-        usage=USAGE,
+        prog=program,
+        usage=USAGE.format(command=command),
         description=DESCRIPTION,
         formatter_class=_Formatter,
         argument_default=SUPPRESS,

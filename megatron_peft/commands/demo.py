@@ -1,4 +1,4 @@
-"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it before and after, and plot the run.
+"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it with and without that, and plot the run.
 
 megatron-peft demo downloads the model and the messages (once), trains, and writes report.json and report.png.
 All other flags are passed to `megatron-peft train`, for instance --lr 1e-3.
@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, option, require, require_packages
+from megatron_peft.demo.waiting import waiting
 
 ANY_RUN = "--pretrained-checkpoint m --train-data-path a.jsonl --train-iters 1 --tensor-model-parallel-size 3".split()
 
@@ -38,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         made: DemoSettings = settings()
         read_config([*ANY_RUN, *extra_flags], {"WORLD_SIZE": "3"})  # wrong flags are told before anything is imported
-        require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu")
-        from megatron_peft.demo.run import print_report, run_demo
+        with waiting("starting"):
+            require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")
+            from megatron_peft.demo.run import print_report, run_demo
 
         report = run_demo(made.output, made.method, extra_flags)
     except ConfigurationError as error:

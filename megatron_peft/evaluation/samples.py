@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import nn
 
 from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.checkpoint.folders import write_atomically
@@ -23,6 +24,7 @@ from megatron_peft.evaluation.answers import encode_prompts, request_bar
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
 from megatron_peft.evaluation.generation import GREEDY
 from megatron_peft.evaluation.model import InferenceModel, load_model
+from megatron_peft.models.shape import ModelShape
 from megatron_peft.runtime.launch import checked_together
 
 
@@ -116,7 +118,7 @@ def write_samples(config: RunConfig, settings: SampleSettings, output: Path) -> 
     prompts = encode_prompts([one.record for one in questions], model.tokenizer, False, model.max_length)
     with request_bar("answering", 2 * len(questions)) as advance:
         after = _answers(model, prompts, settings, advance)
-        _restore_base(model)
+        restore_base(model.chunks, model.config, model.shape)
         before = _answers(model, prompts, settings, advance)
     samples = [
         AnswerPair(one.prompt, one.reference, *texts) for one, *texts in zip(questions, before, after, strict=True)
@@ -135,16 +137,20 @@ def _answers(
     return [model.tokenizer.decode(ids) for ids in found]
 
 
-def _restore_base(model: InferenceModel) -> None:
-    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective."""
-    for layer in (layer for chunk in model.chunks for layer in linear_layers(chunk)):
+def restore_base(chunks: Sequence[nn.Module], config: RunConfig, shape: ModelShape) -> None:
+    """Take the adapters off, and read the base's weights again: some methods train or replace them. A collective.
+
+    Args:
+        chunks: of this rank, without a data-parallel wrapper.
+    """
+    for layer in (layer for chunk in chunks for layer in linear_layers(chunk)):
         layer.module.adapter = None
     load_pretrained(
-        model.chunks,
-        str(model.config.model.pretrained_checkpoint),
-        model.shape,
+        chunks,
+        str(config.model.pretrained_checkpoint),
+        shape,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_size=model.config.parallel.tensor_model_parallel_size,
+        tensor_parallel_size=config.parallel.tensor_model_parallel_size,
         progress=False,
         groups=ReadingGroups.of_layout(),
     )

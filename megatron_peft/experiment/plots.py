@@ -53,6 +53,11 @@ def color(position: int) -> str:
     return COLOURS[position % len(COLOURS)]
 
 
+def marker(values: Sequence[float] | np.ndarray) -> str:
+    """Of a curve: of a single point no line would be seen."""
+    return "o" if len(values) == 1 else ""
+
+
 def svg(figure: Figure) -> str:
     """The same text for the same figure, at any time."""
     output = io.StringIO()
@@ -224,7 +229,8 @@ def _draw_method(axes: Axes, result: Result, name: str, line_color: str) -> None
     length = min(len(epochs) for epochs, _ in averaged)
     epochs = averaged[0][0][:length]
     values = np.stack([values[:length] for _, values in averaged])
-    axes.plot(epochs, values.mean(axis=0), color=line_color, linewidth=1.6, label=result.method)
+    mean = values.mean(axis=0)
+    axes.plot(epochs, mean, color=line_color, linewidth=1.6, label=result.method, marker=marker(mean))
     if len(values) > 1:
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line_color, alpha=0.15, linewidth=0)
 

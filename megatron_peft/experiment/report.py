@@ -50,7 +50,8 @@ def budget_sentence(results: Results) -> str:
         else f"For each method the best of {tries} settings was chosen by its validation loss, with seed "
         f"{experiment.tuning_seed}."
     )
-    return f"All methods were trained on the same data for the same number of steps. {tuned} Each has {seeds} runs."
+    runs = "1 run" if seeds == 1 else f"{seeds} runs"
+    return f"All methods were trained on the same data for the same number of steps. {tuned} Each has {runs}."
 
 
 def common_flags(results: Results) -> Table:

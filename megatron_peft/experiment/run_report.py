@@ -27,7 +27,8 @@ from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 SAMPLES_FILE = "samples.jsonl"
 VALIDATION = "#d1242f"
 SMOOTHED_FROM = 60  # points of a curve; a shorter one is drawn as it is
-TEXT_CHARACTERS = 600  # of a prompt or an answer on the page
+TEXT_CHARACTERS, TEXT_LINES = 300, 8  # of a prompt or an answer on the page; a model may repeat itself to the end
+TITLE_PARTS = 3  # of a path
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,15 @@ def build_run_report(run: RunFiles) -> Report:
 
 
 def _title(run: RunFiles) -> str:
-    name = run.folder.resolve().name
+    name = _last_parts(run.folder)
     if run.record is None:
         return name
     config = run.record.config
-    return f"{name}: {config.peft.method} on {Path(str(config.model.pretrained_checkpoint)).name}"
+    return f"{config.peft.method} on {_last_parts(Path(str(config.model.pretrained_checkpoint)))}: {name}"
+
+
+def _last_parts(path: Path) -> str:
+    return str(Path(*[part for part in path.parts if part != path.anchor][-TITLE_PARTS:] or [path.resolve().name]))
 
 
 def _sections(run: RunFiles) -> Iterator[Section]:
@@ -116,9 +121,10 @@ def _result(run: RunFiles) -> Iterator[str]:
     last = run.metrics[-1]
     length = _length(run.record)
     of_all = f" of {length}" if length else ""
+    counted = "packs" if run.record and run.record.config.data.pack_sequences else "samples"
     yield (
         f"{_count(last['iteration'])}{of_all} iterations, {last.get('epoch', 0):.2f} epochs, "
-        f"{_count(last.get('consumed_samples'))} samples, {_count(last.get('consumed_tokens'))} tokens."
+        f"{_count(last.get('consumed_samples'))} {counted}, {_count(last.get('consumed_tokens'))} tokens."
     )
     iterations, losses = series(run.metrics, "validation_loss")
     if losses:
@@ -202,7 +208,8 @@ def samples_table(samples: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cut(text: str) -> str:
     text = text.strip()
-    return text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS].rstrip()} …"
+    shown = "\n".join(text.splitlines()[:TEXT_LINES])[:TEXT_CHARACTERS]
+    return text if shown == text else f"{shown.rstrip()} …"
 
 
 def settings_table(record: RunRecord) -> Table:
@@ -238,17 +245,8 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     _draw_smoothed(axes, metrics, "loss", "training")
     iterations, losses = series(metrics, "validation_loss")
     if losses:
-        axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label="validation")
-        lowest = int(np.argmin(losses))
-        axes.annotate(
-            format_number(losses[lowest]),
-            (iterations[lowest], losses[lowest]),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=VALIDATION,
-        )
+        label = f"validation, lowest {format_number(min(losses))}"
+        axes.plot(iterations, losses, "o-", color=VALIDATION, markersize=4, linewidth=1.4, label=label)
     _finish(axes, "Loss")
     axes.legend(frameon=False)
     return figure
@@ -302,7 +300,7 @@ def draw_speed(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 def _draw_smoothed(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
     iterations, values = series(metrics, name)
     if len(values) < SMOOTHED_FROM:
-        axes.plot(iterations, values, color=AFTER, linewidth=1.6, label=label)
+        axes.plot(iterations, values, color=AFTER, linewidth=1.6, label=label, marker=plots.marker(values))
         return
     axes.plot(iterations, values, color=BEFORE, linewidth=0.8, alpha=0.6)
     axes.plot(iterations, running_mean(values), color=AFTER, linewidth=1.8, label=label)

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_peft.config import ConfigurationError, print_failure
-from megatron_peft.runtime.exit_signals import EndedBySignal
+from megatron_peft.runtime.exit_signals import SAVE_AND_EXIT, EndedBySignal
 from megatron_peft.runtime.stacks import Stacks, place_in
 
 CONFIGURATION_ERROR_EXIT_CODE = 2
@@ -118,7 +118,9 @@ class _FailureBoard:
             is_effect: a rank that fails may make others fail so; its own message is better, and may come in a moment.
         """
         self._closed.set()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, when the first rank is gone: not the cause
+        _ignore_signals()  # a launcher ends the ranks that are still here when the first has left: that is no cause
+        if self._leaving.locked():
+            self._leave(exit_code)  # with the other thread, which has seen that another rank failed
         if self._world_size == 1:
             _exit_with(message, exit_code)
         try:
@@ -204,6 +206,12 @@ class _FailureBoard:
         if dist.get_rank() == 0:
             time.sleep(_POLL_SECONDS)  # it may host the store that the others poll
         _exit(exit_code)
+
+
+def _ignore_signals() -> None:
+    with suppress(ValueError):  # not the main thread, which alone gets signals
+        for number in SAVE_AND_EXIT:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _exit_with(message: str, exit_code: int) -> NoReturn:

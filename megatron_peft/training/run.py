@@ -6,6 +6,7 @@ from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -127,7 +128,17 @@ def check_run(config: RunConfig) -> ModelShape:
     return shape
 
 
-def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | str | None] | None = None) -> None:
+class Finetuned(NamedTuple):
+    """A run that has ended, with what it read."""
+
+    state: TrainingState
+    data: Data
+    tokenizer: Tokenizer
+
+
+def finetune(
+    config: RunConfig, run_file: str = "", planned_peak: Callable[[], int | str | None] | None = None
+) -> Finetuned:
     """Train `config` to its end. The processes must be joined (`runtime.launch.world`).
 
     Args:
@@ -181,6 +192,7 @@ def finetune(config: RunConfig, run_file: str = "", planned_peak: Callable[[], i
         # A resumed run skips the samples that it has trained on.
         data.train.consumed_samples = state.position.consumed_samples
         print_rank_0(train(state, data, saver, planned_peak))
+    return Finetuned(state, data, tokenizer)
 
 
 def _require_kernels(config: RunConfig, shape: ModelShape) -> str:

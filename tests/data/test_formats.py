@@ -18,6 +18,10 @@ ANSWER = {"role": "assistant", "content": "sat"}
 ALPACA = {"instruction": "name it", "input": "the cat", "output": "sat"}
 
 
+def part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
 def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True) -> dict:  # noqa: B008 - frozen
     return format_of(tuple(record), columns, chat).native(record)
 
@@ -41,6 +45,10 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
         ),
         ({"conversations": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}),
         (
+            {"messages": [{"role": "user", "content": [part("the "), part("cat?")]}, ANSWER]},
+            {"messages": [QUESTION, ANSWER]},
+        ),
+        (
             ALPACA | {"text": "all of it, as the file of Alpaca's authors has it"},
             {"messages": [{"role": "user", "content": "name it\n\nthe cat"}, ANSWER]}
             | {"text": "all of it, as the file of Alpaca's authors has it"},
@@ -61,6 +69,16 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
 )
 def test_the_fields_of_a_record_are_its_format(record, expected):
     assert native(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [({"type": "image_url", "image_url": {"url": "a.png"}}, "image_url"), ("word", "str"), ({"type": "text"}, "text")],
+)
+def test_a_part_of_a_message_that_is_no_text_is_named(other, kind):
+    record = {"messages": [QUESTION, {"role": "user", "content": [part("the cat?"), other]}]}
+    with pytest.raises(ConfigurationError, match=f'"content" of message 2 has a part of type {kind}: .*Leave the'):
+        native(record)
 
 
 @pytest.mark.parametrize("given", [{}, {"input": "", "system": ""}, {"input": "the cat"}])

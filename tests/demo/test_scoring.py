@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_peft.demo import scoring
+from megatron_peft.demo import ranks, scoring
 from megatron_peft.demo.data import Pair
 from megatron_peft.demo.run import DemoScore
 from megatron_peft.demo.scoring import first_line, translate
+from megatron_peft.training.metrics import read_metrics
 from tests.evaluation.worded_llama import save_worded_llama
 
 LETTERS = SimpleNamespace(  # a character an id
@@ -57,6 +58,34 @@ def test_a_model_scores_its_own_answers_with_a_hundred(tmp_path, monkeypatch):
     assert second.validation_loss < first.validation_loss
     # Of tests.tiny_llama: 4 layers, hidden 96, 6 heads and 2 + 2 key-value heads of 20, gate and up of 160.
     assert first.trainable_parameters == 4 * 2 * ((96 + 200) + (120 + 96) + (96 + 320) + (160 + 96))
+
+
+def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeypatch):
+    base = save_worded_llama(tmp_path / "base")
+    data = tmp_path / "data.jsonl"
+    pairs = [Pair(f"w{i} w{i + 7}", "w1 w2 w3").as_record() for i in range(5)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = ["--pretrained-checkpoint", str(base), "--train-data-path", str(data), "--valid-data-path", str(data)]
+    flags += [
+        "--train-iters",
+        "3",
+        "--num-workers",
+        "0",
+        "--seq-length",
+        "128",
+        "--peft-method",
+        "full",
+        "--lr",
+        "1e-2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["scoring", str(tmp_path / "untrained.json"), *flags])
+    scoring.main()
+    monkeypatch.setattr(sys, "argv", ["ranks", str(tmp_path), *flags, "--save", str(tmp_path / "run")])
+    ranks.main()
+    untrained, before, after = (DemoScore.read(tmp_path / f"{name}.json") for name in ("untrained", "before", "after"))
+    assert (before.translations, before.validation_loss) == (untrained.translations, untrained.validation_loss)
+    assert after.validation_loss < before.validation_loss - 0.1
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["validation_loss"] == after.validation_loss
 
 
 def test_a_score_that_is_cut_short_leaves_no_file(tmp_path, monkeypatch):

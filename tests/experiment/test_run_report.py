@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_peft.checkpoint.folders import RECORD, TRACKER, iteration_folder
+from megatron_peft.checkpoint.record import RunRecord
 from megatron_peft.commands import report
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.experiment import page, run_report
@@ -42,10 +43,10 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
 
 
-def add_checkpoint(folder: Path) -> None:
+def add_checkpoint(folder: Path, record: RunRecord | None = None) -> None:
     checkpoint = iteration_folder(folder, LENGTH)
     checkpoint.mkdir()
-    (checkpoint / RECORD).write_text(make_record().to_json())
+    (checkpoint / RECORD).write_text((record or make_record()).to_json())
     (folder / TRACKER).write_text(f"{LENGTH}\n")
 
 
@@ -58,7 +59,7 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
         "Learning rate and gradient norm",
         "Speed and memory",
     ]
-    assert found.title == folder.name
+    assert found.title == "/".join(folder.parts[-3:])
     text = markdown(found)
     assert "80 iterations, 2.00 epochs, 640 samples, 72,000 tokens." in text
     assert "**1.875** at iteration 80, 2.500 at iteration 20. The lowest is 1.750, at iteration 40." in text
@@ -67,7 +68,7 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     assert f"{told}; memory of the process of rank 0 at most 3.000 GB." in text
     loss = found.sections[0].figures["loss"].axes[0]
     assert [len(one.get_xdata()) for one in loss.lines] == [40, 4]  # type: ignore[arg-type]
-    assert [one.get_text() for one in loss.texts] == ["1.750"]
+    assert [one.get_label() for one in loss.lines] == ["training", "validation, lowest 1.750"] and not loss.texts
     _, memory = found.sections[2].figures["speed"].axes
     assert [one.get_ydata()[0] for one in memory.lines] == [2.0, 3.0]  # type: ignore[index]
 
@@ -91,14 +92,32 @@ def test_a_finished_run_has_its_settings_lambdas_and_answers(folder: Path) -> No
     found = build_run_report(read_run(folder))
     titles = [section.title for section in found.sections]
     assert titles[1] == "Answers before and after" and titles[3:] == ["Lambda by layer", "Speed and memory", "Settings"]
-    assert found.title == f"{folder.name}: lora on base"
+    assert found.title == f"lora on bases/base: {'/'.join(folder.parts[-3:])}"
     assert found.sections[0].texts[0].startswith("80 of 3 iterations")  # the record's length
     assert "is 0.500 on average over 2 layers, from 0.250 to 0.750" in found.sections[3].texts[0]
     (row,) = found.sections[1].tables[0].rows
-    assert row[:3] == ("Hello", "Bonjour", "<script>alert(1)</script>") and row[3] == "x" * 600 + " …"
+    assert row[:3] == ("Hello", "Bonjour", "<script>alert(1)</script>") and row[3] == "x" * 300 + " …"
     settings = {name: value for name, value in found.sections[-1].tables[0].rows}
     assert settings["--lora-rank"] == "4" and settings["--train-data-path"] == "pairs.jsonl"
     assert not {"--lora-alpha", "--eval-interval", "--peft-method"} & settings.keys(), "defaults"
+
+
+def test_an_answer_that_repeats_itself_is_cut_and_packs_are_no_samples(folder: Path) -> None:
+    record = make_record()
+    packed = replace(record.config, data=replace(record.config.data, pack_sequences=True))
+    add_checkpoint(folder, make_record(config=packed))
+    write_lines(folder / SAMPLES_FILE, [{"prompt": "a", "reference": "b", "before": "1998:\n" * 60, "after": "c\nd"}])
+    found = build_run_report(read_run(folder))
+    (row,) = found.sections[1].tables[0].rows
+    assert row[2].splitlines() == ["1998:"] * 7 + ["1998: …"] and row[3] == "c\nd"
+    assert "2.00 epochs, 640 packs, 72,000 tokens" in found.sections[0].texts[0]
+    assert '<td class="text" data-column="in the data">b</td>' in html(replace(found, sections=found.sections[1:2]))
+
+
+def test_a_single_measurement_is_seen(folder: Path) -> None:
+    write_lines(folder / "metrics.jsonl", [line(1)])
+    (axes,) = build_run_report(read_run(folder)).sections[0].figures["loss"].axes
+    assert axes.lines[0].get_marker() == "o"
 
 
 def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -169,19 +168,22 @@ def test_an_interrupt_is_one_line() -> None:
         assert (ranks.exit_codes, ranks.output(0)) == ([130], "program: interrupted\n")
 
 
-def _ended_by_the_launcher(_: None) -> None:
-    """As torchrun does with the ranks that are left, when the first one has ended."""
-    print_failure = failure.print_failure
-    failure.print_failure = lambda message: (print_failure(message), os.kill(os.getpid(), signal.SIGTERM))[0]
+def _signalled_as_it_fails(_: None) -> None:
+    def told(message: str) -> None:
+        print(message, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does to the ranks that are left
+
+    failure.print_failure = told
     dist.init_process_group("gloo")
-    with ends_before_training(enabled=True):
-        run_together(partial(_program, *CASES["configuration on one"][:1], [0]), "program")
+    with ends_before_training(True):
+        run_together(lambda: 1 // 0, "program")
 
 
-def test_what_ends_the_last_ranks_is_not_told() -> None:
-    with Ranks(1, _ended_by_the_launcher) as ranks:
+def test_the_cause_is_the_last_line_of_a_rank_that_its_launcher_ends() -> None:
+    with Ranks(1, _signalled_as_it_fails) as ranks:
         ranks.processes[0].join(seconds(60))
-        assert (ranks.exit_codes, ranks.output(0).splitlines()[1:]) == ([2], ["program: error: --lr is wrong."])
+        assert ranks.exit_codes == [1] and "SIGTERM" not in ranks.output(0)
+        assert ranks.output(0).strip().endswith("ZeroDivisionError: integer division or modulo by zero")
 
 
 def test_results_come_by_rank() -> None:

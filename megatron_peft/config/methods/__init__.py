@@ -95,7 +95,7 @@ class Method:
     adapter: str = ""
     cost: str
     param_groups: tuple[ParamGroup, ...] = ()
-    demo_lr: float = 2e-3
+    demo_lr: float = 3e-3
     starts_from_gradients: bool = False
     mixes: bool = False
 
