@@ -76,7 +76,7 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
     assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
     assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
-    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 6)
+    assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 10)
     example = report["translations"][1]
     assert example == {"source": "message 5", "reference": "texte 5", "before": "text 5", "after": "texte 5"}
     samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
