@@ -78,7 +78,7 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
     assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 10)
     example = report["translations"][1]
-    assert example == {"source": "message 5", "reference": "texte 5", "before": "text 5", "after": "texte 5"}
+    assert example == {"source": "message 2", "reference": "texte 2", "before": "text 2", "after": "texte 2"}
     samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
     assert json.loads(samples[1])["prompt"] == "English: message 5\nFrench:" and len(samples) == 6
     assert (tmp_path / "report.png").stat().st_size > 10_000
