@@ -80,7 +80,7 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     example = report["translations"][1]
     assert example == {"source": "message 2", "reference": "texte 2", "before": "text 2", "after": "texte 2"}
     samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
-    assert json.loads(samples[1])["prompt"] == "English: message 5\nFrench:" and len(samples) == 6
+    assert json.loads(samples[1])["prompt"] == "English: message 2\nFrench:" and len(samples) == 7
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
