@@ -101,7 +101,7 @@ test_image() {
     store run "${volumes[@]}" "$container" -- bash -euc '
         [ "$(id -u)" = 10001 ] || { echo "runs as uid $(id -u)"; exit 1; }
         megatron-peft --version
-        megatron-peft demo --train-iters 2 --lr-warmup-iters 0 --output /tmp/demo
+        megatron-peft demo --train-iters 2 --output /tmp/demo
         test -s /tmp/demo/report.json && test -s /tmp/demo/report.png
         cat /tmp/demo/lora/checkpoints/latest_checkpointed_iteration.txt
     '

@@ -120,7 +120,8 @@ def family_of(model_type: str) -> Family:
     """A registered family; ConfigurationError otherwise."""
     require(
         str(model_type) in FAMILIES,  # a checkpoint's record may hold anything
-        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}.",
+        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}; "
+        f"docs/new-model.md adds one.",
     )
     return import_module(FAMILIES[model_type]).FAMILY
 
