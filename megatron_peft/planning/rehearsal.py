@@ -119,7 +119,9 @@ def work_bar(title: str) -> Iterator[Watch]:
         task = bar.add_task(title, total=None)
 
         def watch(done: int, more: int) -> None:
-            bar.update(task, advance=done, **({"total": (bar.tasks[0].total or 0) + more} if more else {}))
+            if more:
+                bar.update(task, total=(bar.tasks[0].total or 0) + more)
+            bar.advance(task, done)
 
         yield watch
 
