@@ -2,12 +2,13 @@
 # beforehand. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) hold, for instance to take a CPU build of torch.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-rehearsals test-docs test-all golden mutations lint bench check-gpu
-.PHONY: recipe-plans image test-image test-slurm cuda-pins cuda-signatures
+.PHONY: help install demo test test-slow test-rehearsals test-docs test-all test-latest golden mutations lint bench
+.PHONY: check-gpu recipe-plans lock image test-image test-slurm cuda-pins cuda-signatures
 .DELETE_ON_ERROR:
 
 # The first interpreter that is new enough; 3.11 first, because that is where the versions in use were tested.
-# One that HOST_PYTHON names has an environment of its own beside .venv, for instance .venv-3.12.
+# One that HOST_PYTHON names has an environment of its own beside .venv, for instance .venv-3.12. With LATEST=1, whose
+# releases nobody need have tested, it is .venv-latest or .venv-3.12-latest.
 ifeq ($(origin HOST_PYTHON),undefined)
 HOST_PYTHON = $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -15,8 +16,14 @@ VENV := .venv
 else
 VENV := .venv-$(shell $(HOST_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
+ifdef LATEST
+VENV := $(VENV)-latest
+endif
 PYTHON := $(VENV)/bin/python
+# What the programs need; what tests need besides; the linters. Each is installed when a target first needs it.
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.test-installed
+LINTABLE := $(VENV)/.lint-installed
 METHOD ?= lora
 ARGS ?=
 BASE ?=
@@ -30,7 +37,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # These compute on the CPU on a machine with GPUs too.
 test test-slow test-rehearsals test-docs golden mutations bench: export CUDA_VISIBLE_DEVICES :=
 
-install: $(INSTALLED) ## make the environment, .venv, and nothing else
+install: $(INSTALLED) ## make the environment, .venv, of tested versions, and nothing else (LATEST=1: of the newest)
 
 help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -42,32 +49,35 @@ demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU r
 # Two workers; tests/conftest.py says which tests stay together on one of them.
 PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadscope
 
-test: $(INSTALLED) ## run the test-suite, with the main layouts of each method
+test: $(TESTABLE) ## run the test-suite, with the main layouts of each method
 	$(PYTEST) -m 'not slow and not docs and not slurm' $(ARGS)
 
-test-slow: $(INSTALLED) ## run what `make test` leaves out
+test-slow: $(TESTABLE) ## run what `make test` leaves out
 	$(PYTEST) -m 'slow and not rehearsal' $(ARGS)
 
-test-rehearsals: $(INSTALLED) ## rehearse every method in every recipe's layout, of which test-all takes one a recipe
+test-rehearsals: $(TESTABLE) ## rehearse every method in every recipe's layout, of which test-all takes one a recipe
 	$(PYTEST) -m rehearsal $(ARGS)
 
-test-docs: $(INSTALLED) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
+test-docs: $(TESTABLE) ## run the commands of README.md and docs/ in a fresh folder with an empty HOME (downloads the demo)
 	$(PYTHON) -m pytest -m docs tests/docs $(ARGS)
 
 test-all: test test-slow ## run every test but those of test-docs, test-slurm and test-rehearsals
 
+test-latest: ## `make test` with the newest releases of what pyproject.toml admits, in .venv-latest
+	$(MAKE) test LATEST=1
+
 # BASE: HEAD where the working tree differs from it, else the commit before.
-golden: $(INSTALLED) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')
+golden: $(TESTABLE) ## train with the working tree and with BASE=COMMIT, compare bit for bit (ARGS='--only PATTERN')
 	$(PYTHON) -m tests.golden $(if $(BASE),--base $(BASE)) $(ARGS)
 
-mutations: $(INSTALLED) ## break the code one line at a time: a test must fail each time (ARGS='--sample 20')
+mutations: $(TESTABLE) ## break the code one line at a time: a test must fail each time (ARGS='--sample 20')
 	$(PYTHON) tests/mutations/run.py $(ARGS)
 
-lint: $(INSTALLED) ## style (ruff) and types (pyright)
+lint: $(LINTABLE) ## style (ruff) and types (pyright)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
-bench: $(INSTALLED) ## measure steps, memory and collectives beside other libraries
+bench: $(TESTABLE) ## measure steps, memory and collectives beside other libraries
 	$(PYTHON) tools/bench.py $(ARGS)
 
 check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on-cuda.md lists (runs/check-gpu.json)
@@ -76,6 +86,10 @@ check-gpu: $(INSTALLED) ## try on one GPU, in ten minutes, what docs/untested-on
 recipe-plans: $(INSTALLED) ## plan the recipes and write the figures into their heads (ARGS=NAME)
 	$(PYTHON) -m tools.recipe_plans $(ARGS)
 
+lock: ## write the versions that are installed, requirements/*.txt: the newest in the ranges of pyproject.toml
+	@test -x .venv-lock/bin/uv || { $(HOST_PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install uv; }
+	tools/lock.sh $(CURDIR)/.venv-lock/bin/uv
+
 # The next five stand outside test-all: they need root, or the package index.
 image: ## build the CPU image without docker or a registry of images (root; buildah, debootstrap)
 	tools/image.sh build
@@ -83,7 +97,7 @@ image: ## build the CPU image without docker or a registry of images (root; buil
 test-image: ## start that image: its version, its user and its demo
 	tools/image.sh test
 
-test-slurm: $(INSTALLED) ## preempt runs and lose nodes on a real SLURM of two nodes on this machine (root; slurm-wlm)
+test-slurm: $(TESTABLE) ## preempt runs and lose nodes on a real SLURM of two nodes on this machine (root; slurm-wlm)
 	@command -v slurmctld slurmd >/dev/null || test "$$(id -u)" = 0 || \
 		{ echo "make test-slurm needs SLURM: apt-get install slurm-wlm, or run it as root, which installs it." >&2; exit 1; }
 	@command -v slurmctld slurmd >/dev/null || { apt-get update && \
@@ -96,9 +110,25 @@ cuda-pins: $(INSTALLED) ## compare the CUDA image's versions with the package in
 cuda-signatures: $(INSTALLED) ## bind our calls into Transformer Engine to the signatures of its releases (ARGS=--write)
 	$(PYTHON) -m tools.cuda.signatures $(ARGS)
 
-# A half-made environment is removed, so that the next call starts afresh.
-$(INSTALLED): pyproject.toml setup.py
+# requirements/ has the versions that were tested, with hashes of all but torch (tools/lock.sh says why). A half-made
+# environment is removed, so that the next call starts afresh.
+PIP = $(PYTHON) -m pip --disable-pip-version-check install
+LOCKED = $(PIP) --require-hashes --no-deps --no-build-isolation --requirement
+NEWEST = $(PIP) --upgrade --upgrade-strategy eager --editable
+
+$(INSTALLED): pyproject.toml setup.py $(wildcard requirements/*.txt)
 	@test -n "$(HOST_PYTHON)" || { echo "Python 3.11 or newer is needed; HOST_PYTHON=PATH names one." >&2; exit 1; }
 	@test -x $(PYTHON) || $(HOST_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	$(PYTHON) -m pip install --disable-pip-version-check --editable '.[dev]'
+ifdef LATEST
+	$(NEWEST) '.[demo,eval,report]'
+else
+	$(LOCKED) requirements/build.txt
+	$(LOCKED) requirements/install.txt
+	$(PIP) --requirement requirements/torch.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+endif
+	@touch $@
+
+$(VENV)/.%-installed: $(INSTALLED)
+	$(if $(LATEST),$(NEWEST) '.[$*]',$(LOCKED) requirements/$*.txt)
 	@touch $@

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from megatron_peft.commands import demo, evaluate, report
 from megatron_peft.config import ConfigurationError
@@ -57,8 +59,9 @@ def test_every_declared_dependency_is_imported() -> None:
     assert any("torch.utils.tensorboard" in path.read_text() for path in PRODUCT_FILES)
 
 
-def test_dev_includes_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
-    assert "megatron-peft[demo,eval,report]" in PROJECT["optional-dependencies"]["dev"]
+def test_tests_need_the_extras_of_the_programs_and_core_none_of_their_packages() -> None:
+    assert "megatron-peft[demo,eval,report]" in PROJECT["optional-dependencies"]["test"]
+    assert PROJECT["optional-dependencies"]["dev"] == ["megatron-peft[lint,test]"]
     assert DEPENDENCIES & PROGRAM_EXTRAS == set()
     assert EXTRAS["report"] <= EXTRAS["demo"], "README shows the report of the demo's run"
 
@@ -131,9 +134,56 @@ def test_help_needs_no_extra(program, monkeypatch, capsys) -> None:
 
 def test_dependencies_are_ranges_and_apex_of_pypi_is_none_of_them() -> None:
     everything = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
-    everything.remove("megatron-peft[demo,eval,report]")  # this project's own extras
-    assert [requirement for requirement in everything if "==" in requirement or ">=" not in requirement] == []
+    everything = [one for one in everything if not one.startswith("megatron-peft[")]  # this project's own extras
+    assert [one for one in everything if "==" in one or ">=" not in one or ",<" not in one] == []
     assert "apex" not in {distribution_name(requirement) for requirement in everything}
+
+
+# Which build of torch an index has decides these, so they are in no lock file.
+OF_TORCHS_BUILD = re.compile(r"torch|triton|(nvidia|cuda)-.*")
+LOCKS = {name: (ROOT / "requirements" / f"{name}.txt").read_text() for name in ("build", "install", "test", "lint")}
+
+
+def locked(text: str) -> dict[str, list[Requirement]]:
+    """Of each package its lines, several where Pythons differ."""
+    found: dict[str, list[Requirement]] = {}
+    for line in text.replace("\\\n", "").splitlines():
+        words, *hashes = line.split("--hash=sha256:")
+        assert hashes and all(re.fullmatch(r"[0-9a-f]{64}\s*", one) for one in hashes), words
+        found.setdefault(canonicalize_name(Requirement(words).name), []).append(Requirement(words))
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_files_hold_a_tested_version_of_every_dependency(python: str) -> None:
+    """`make lock` was run after the last change of pyproject.toml."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": ""}
+    known = {"torch": [Requirement((ROOT / "requirements" / "torch.txt").read_text().splitlines()[-1])]}
+    extras = PROJECT["optional-dependencies"]
+    groups = {
+        "build": ["setuptools"],
+        "install": [*PROJECT["dependencies"], *extras["demo"], *extras["eval"], *extras["report"]],
+        "test": extras["test"],
+        "lint": extras["lint"],
+    }
+    for name, wanted in groups.items():  # each file has what those before it lack
+        known |= locked(LOCKS[name])
+        for need in map(Requirement, wanted):
+            if need.name == "megatron-peft":
+                continue
+            pins = [
+                one for one in known[canonicalize_name(need.name)] if not one.marker or one.marker.evaluate(environment)
+            ]
+            assert len(pins) == 1, f"{need} on Python {python}: {pins}"
+            [pin] = pins[0].specifier
+            assert pin.operator == "==" and need.specifier.contains(pin.version), f"{need}, but {pins[0]}: make lock"
+    assert [name for name in known if OF_TORCHS_BUILD.fullmatch(name)] == ["torch"]
+
+
+def test_the_lock_files_name_no_index_and_nothing_twice() -> None:
+    names = [name for text in LOCKS.values() for name in locked(text) if name != "setuptools"]
+    assert len(names) == len({*names}) > 100
+    assert not [text for text in LOCKS.values() if "//" in text or "index" in text.partition("\n")[0]]
 
 
 def test_changelog_knows_the_version() -> None:
@@ -152,7 +202,30 @@ def test_make_target_makes_the_environment_first(target: str, tmp_path: Path) ->
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     planned = plan(target, cwd=tmp_path)
-    assert planned.index("-m venv .venv") < planned.index("pip install") < planned.rindex(".venv/bin/python")
+    assert planned.index("-m venv .venv") < planned.index(" install --") < planned.rindex(".venv/bin/python")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["install"], ["build", "install", "torch"]),
+        (["demo"], ["build", "install", "torch"]),
+        (["test"], ["build", "install", "torch", "test"]),
+        (["lint"], ["build", "install", "torch", "lint"]),
+        (["install", "LATEST=1"], []),
+        (["test-latest"], []),
+    ],
+    ids=" ".join,
+)
+def test_what_a_target_installs(arguments: list[str], files: list[str], tmp_path: Path) -> None:
+    """Tested versions, in an environment; the newest in another. Nobody who runs a demo gets pyright and Node."""
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    planned = plan(*arguments, cwd=tmp_path)
+    assert re.findall(r"requirements/(\w+).txt", planned) == files
+    hashed = [line for line in planned.splitlines() if "requirements/" in line and "torch.txt" not in line]
+    assert all("--require-hashes --no-deps" in line for line in hashed)
+    assert ("-m venv .venv-latest" in planned) is (not files) and ("--upgrade" in planned) is (not files)
 
 
 def test_an_interpreter_that_is_named_has_an_environment_of_its_own() -> None:

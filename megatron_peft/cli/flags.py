@@ -190,7 +190,9 @@ def _program_flags() -> Iterator[Flag]:
     yield Flag(("--print-config",), "program", "print_config", words, PROGRAM_GROUP, constant=True)
     words = "check flags, data, tokenizer and checkpoint in this process, show the plan of this layout, and exit"
     yield Flag(("--dry-run",), "program", "dry_run", words, PROGRAM_GROUP, constant=True)
-    words = "with --dry-run: plan for 8xa100, 8xh100, or the cluster of a YAML file (default: this GPU, else 8xh100)"
+    words = (
+        "with --dry-run: plan for 8xa100, 8xh100, or the cluster of a YAML file (default: this machine's GPUs, if any)"
+    )
     yield Flag(("--cluster",), "program", "cluster", words, PROGRAM_GROUP, metavar="NAME")
     words = "on a GPU, do not rehearse rank 0 to print its planned peak of memory beside the measured one"
     yield Flag(("--no-plan",), "program", "no_plan", words, PROGRAM_GROUP, constant=True)

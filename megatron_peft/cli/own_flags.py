@@ -3,13 +3,14 @@
 import argparse
 import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from megatron_peft.cli.config_files import CONFIG_FLAG, KnownFlag, file_entries, split_off_files
 from megatron_peft.cli.flags import Flag, flags_of, known_to_files, served_flags
-from megatron_peft.cli.parser import argparse_settings, in_a_tuple
+from megatron_peft.cli.parser import argparse_settings, in_a_tuple, split_at_flags
 from megatron_peft.cli.unknown import NEAR, nearest
 from megatron_peft.cli.version import version
 from megatron_peft.config import ConfigurationError
@@ -62,10 +63,19 @@ def parse_own(
         SystemExit: 0 after `--help`; 2 after telling what is wrong on stderr.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if commands and argv and argv[0] not in commands and not argv[0].startswith("-"):
+        parser.error(unknown_command(argv[0], commands))
     own = (commands or {}).get(argv[0] if argv else "")
     start, words = ([argv[0]], argv[1:]) if own else ([], argv)
     from_files, _, typed = _words_of_files(own or parser, words)
     return vars(parser.parse_args([*start, *from_files, *typed]))
+
+
+def unknown_command(name: str, commands: Iterable[str]) -> str:
+    """What is told about a command that is not there."""
+    near = get_close_matches(name, commands, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}."
+    return f"{name} is not a command; {hint}"
 
 
 def read_own_flags(
@@ -82,6 +92,12 @@ def read_own_flags(
     parser = own_parser(description)
     add_flags(parser, config_class)
     own, others, typed = _words_of_files(parser, sys.argv[1:] if argv is None else argv, served_flags())
+    for name, values in split_at_flags(typed):
+        action = parser._option_string_actions.get(name)
+        # Else a word behind its value would be taken for one of the run's flag before it.
+        if action and action.nargs is None and len(values) > 1 and not parser._get_positional_actions():
+            told = f"{name} takes one value, but {' '.join(values)} follow it: put a text with spaces into quotes."
+            parser.error(told)
     values, rest = parser.parse_known_args([*own, *typed])
     return lambda: settings_of(config_class, vars(values)), [*others, *rest]
 

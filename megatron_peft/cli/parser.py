@@ -119,7 +119,7 @@ def typed_values(argv: Sequence[str]) -> dict[str, Any]:
 def unknown_flags(argv: Sequence[str]) -> list[str]:
     """The message for each word that no flag of a run explains; values are looked at later."""
     known = {name for one in served_flags() for name in one.names}
-    found = [name for name, _ in _split_at_flags(argv) if name and name not in known]
+    found = [name for name, _ in split_at_flags(argv) if name and name not in known]
     return [why_not_served(name) for name in found]
 
 
@@ -150,7 +150,7 @@ def _read_words(argv: Sequence[str]) -> "_Typed":
     for entry in file_entries(files, known_to_files(served), why_not_served):
         typed.read(entry.name, [*entry.words], f"{entry.place}: ")
     typed.spellings.clear()
-    for name, values in _split_at_flags(words):
+    for name, values in split_at_flags(words):
         typed.read(name, values)
     return typed
 
@@ -240,7 +240,7 @@ class _Typed:
         return in_a_tuple(value)
 
 
-def _split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+def split_at_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     """`a --lr 1 --split=9,1 --bf16` -> ("", [a]), (--lr, [1]), (--split, [9,1]), (--bf16, [])."""
     parts: list[tuple[str, list[str]]] = [("", [])]
     for word in argv:

@@ -1,6 +1,7 @@
 """A run as a configuration file: what `--print-config` prints, and `run.yaml` in the folder of `--save`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_peft.cli.config_files import WrittenFlag, written
@@ -10,7 +11,7 @@ from megatron_peft.config import PeftConfig, RunConfig
 TITLE = "Repeat this run, in the folder where it was started: megatron-peft train --config FOLDER/run.yaml --save OTHER"
 
 
-def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -> str:
+def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE, unset: Collection[str] = ()) -> str:
     """The text of a file from which the run can be repeated: every flag with its value, under its help.
 
     Flags of other methods stand there only if they were given. A flag that is not set is a comment.
@@ -18,6 +19,7 @@ def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -
     Args:
         launch: typed values of `LaunchConfig`.
         title: the first line, a comment.
+        unset: fields that are written as if they were not set.
     """
     lines: dict[str, list[WrittenFlag]] = {name: [] for name in ("launch", *sections())}
     for one in launch_flags():
@@ -25,7 +27,8 @@ def run_file(config: RunConfig, launch: Mapping[str, Any], title: str = TITLE) -
             lines["launch"].append(WrittenFlag(one.names[0][2:], launch[one.key], one.help))
     for one in served_flags():
         if one.section in sections() and not (_is_another_name(one) or _has_no_effect(one, config)):
-            lines[one.section] += _setting(one, config, launch)
+            found = _setting(one, config, launch)
+            lines[one.section] += [replace(it, value=None) for it in found] if one.key in unset else found
     return written(title, {name: found for name, found in lines.items() if found})
 
 

@@ -191,8 +191,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     if settings.save_config:
         title = f"The layout that megatron-peft plan --fit ranks first on {_nodes(size, cluster)}"
         run = layouts[best].run
-        unsaved = replace(run, checkpoint=replace(run.checkpoint, save=None))
-        write_file(settings.save_config, run_file(unsaved, {}, title))
+        write_file(settings.save_config, run_file(run, {}, title, unset=("save",)))
     return 0
 
 
@@ -201,14 +200,17 @@ def _fitting(
 ) -> "tuple[int, list[FittedLayout]]":
     """GPUs and the layouts that fit them: of `world_size`, or of the fewest of `NODES_TRIED` that hold the run."""
     from megatron_peft.planning.layouts import fit
+    from megatron_peft.planning.rehearsal import work_bar
 
     if world_size is not None:
-        return world_size, fit(config, shape, world_size, cluster)
+        with work_bar("Comparing layouts") as watch:
+            return world_size, fit(config, shape, world_size, cluster, watch=watch)
     told = ""
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
-            found = fit(config, shape, size, cluster)
+            with work_bar(f"Comparing layouts of {size} GPUs") as watch:
+                found = fit(config, shape, size, cluster, watch=watch)
         except ConfigurationError as error:
             told = str(error).removeprefix("--fit: ")
             _tell(f"{_nodes(size, cluster)}: {told}")

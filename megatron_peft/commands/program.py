@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -69,11 +68,13 @@ def run_command(
 
 
 def _unknown(name: str, commands: Mapping[str, tuple[str, str]]) -> str:
-    if name in DATA_COMMANDS:
-        return f"{name} is not a command; did you mean data {name}?"
-    nearest = get_close_matches(name, commands, 1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(commands)}."
-    return f"{name} is not a command; {hint}"
+    from megatron_peft.cli.own_flags import unknown_command
+
+    return (
+        f"{name} is not a command; did you mean data {name}?"
+        if name in DATA_COMMANDS
+        else unknown_command(name, commands)
+    )
 
 
 def add_commands(parser: "ArgumentParser", commands: Mapping[str, tuple[str, str]]) -> None:

@@ -68,7 +68,8 @@ def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
 def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, cluster: str | None) -> int:
     """Check in this process alone what a run would check, show its plan for --cluster, and write nothing.
 
-    A plan that does not fit is no error: another machine than the cluster may be meant.
+    Without --cluster it is planned for this machine's GPUs; without any, there is no plan, which would take minutes and
+    be of another machine. A plan that does not fit is no error: another machine than the cluster may be meant.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -91,6 +92,11 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
             shape = check_run(config)
         finally:
             stop()
+        if planned_for is None:
+            print(
+                "not planned: this machine has no GPU. --cluster 8xh100 plans the run for nodes of 8 H100, in minutes."
+            )
+            return 0
         plan = make_plan(config, shape, planned_for)
     except ConfigurationError as error:
         exit_with_error(error, program=program)

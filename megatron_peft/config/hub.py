@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_peft.config.errors import ConfigurationError, require
-from megatron_peft.config.sources import HUB_NAME
+from megatron_peft.config.sources import HUB_NAME, RECORD_NAMES
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
@@ -65,7 +65,8 @@ def local_folder(name: str, flag: str, patterns: Sequence[str], repository: Repo
         return snapshot_download(name, repo_type=repository, allow_patterns=list(patterns), local_files_only=offline)
     except Exception as error:  # noqa: BLE001 - of the network, of the Hub, of its cache
         why = "HF_HUB_OFFLINE is set" if offline else _reason(error)
-        known = "neither a folder here nor the prefix of an .idx" if repository == "dataset" else "no folder here"
+        is_data = repository == "dataset"
+        known = f"no file or folder here and no prefix of an .idx ({RECORD_NAMES})" if is_data else "no folder here"
         raise ConfigurationError(
             f"{flag} {name} is {known}, the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}) does not have it, "
             f"and {why}. {_way_out(name, repository)}"

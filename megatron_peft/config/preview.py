@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_peft.config.errors import Requirements, option, require
 from megatron_peft.config.model import DataConfig
-from megatron_peft.config.sources import is_indexed, parse_blend
+from megatron_peft.config.sources import RECORD_NAMES, is_indexed, parse_blend
 
 FLAG = "--train-data-path"
 
@@ -34,7 +34,7 @@ class PreviewOptions:
         require(
             not is_indexed(paths),
             f"{FLAG} {' '.join(paths)} names indexed data, whose tokens are cut into sequences without regard to "
-            "records: there is nothing to preview. Give the records that it was made from.",
+            f"records: there is nothing to preview. Give the records that it was made from ({RECORD_NAMES}).",
         )
         require(
             not (self.exact and parse_blend(paths, FLAG).weights),

@@ -9,6 +9,8 @@ from megatron_peft.config.errors import ConfigurationError, require
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".parquet", ".csv", ".arrow")
+RECORD_NAMES = f"names of files of records end in {', '.join((*JSON_SUFFIXES, *TABLE_SUFFIXES))}"  # for messages
+_NO_HUB_NAMES = (".txt", ".tsv", ".gz", ".zst", ".zip", ".xlsx")  # endings of files, though nothing here reads them
 SourceKind = Literal["json", "table", "hub", "indexed"]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:[\w.-]+){{0,2}}")
@@ -16,7 +18,7 @@ _HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:[\w.-]+){{0,2}}")
 
 def kind_of_source(path: str) -> SourceKind:
     """By its ending. Else a path with an .idx or .bin is the prefix of indexed data, a folder (or FOLDER:SPLIT) is a
-    table that was saved by `datasets`, and `org/name[:split]` is a dataset of the Hub."""
+    table that was saved by `datasets`, and `org/name[:split]` is a dataset of the Hub, unless it is a file."""
     if path.endswith(JSON_SUFFIXES):
         return "json"
     if path.endswith(TABLE_SUFFIXES):
@@ -25,7 +27,8 @@ def kind_of_source(path: str) -> SourceKind:
         return "indexed"  # megatron-core may have put a folder of this name beside it
     if Path(path).is_dir() or Path(path.partition(":")[0]).is_dir():
         return "table"
-    return "hub" if _HUB_DATA.fullmatch(path) else "indexed"
+    is_file = path.endswith(_NO_HUB_NAMES) or Path(path).is_file()
+    return "hub" if _HUB_DATA.fullmatch(path) and not is_file else "indexed"
 
 
 class Blend(NamedTuple):
@@ -54,8 +57,7 @@ def require_one_kind(paths: Sequence[str], flag: str) -> None:
     if len(indexed) in (0, len(prefixes)):
         return
     missing = [path for path in indexed if not Path(f"{path}.idx").exists()]
-    endings = ", ".join((*JSON_SUFFIXES, *TABLE_SUFFIXES))
-    note = f" (no .idx: {', '.join(missing)}; the names of files of records end in {endings})" if missing else ""
+    note = f" (no .idx: {', '.join(missing)}; {RECORD_NAMES})" if missing else ""
     raise ConfigurationError(
         f"{flag} mixes JSON files or tables with indexed datasets ({' '.join(paths)}): convert the JSON files with "
         f"megatron-peft data preprocess, or leave out {', '.join(indexed)}{note}."

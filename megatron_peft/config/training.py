@@ -255,8 +255,10 @@ class LoggingConfig:
     tensorboard_dir: str | None = option(
         None, "folder for TensorBoard's event files", check="not_empty", metavar="PATH"
     )
-    wandb_project: str | None = option(None, "Weights & Biases project; needs --wandb-exp-name")
-    wandb_exp_name: str | None = option(None, "name of the run at Weights & Biases")
+    wandb_project: str | None = option(None, "Weights & Biases project")
+    wandb_exp_name: str | None = option(
+        None, "name of the run at Weights & Biases (default: that of the --save folder)"
+    )
     wandb_save_dir: str | None = option(
         None, "folder for Weights & Biases' own files", check="not_empty", metavar="PATH"
     )
@@ -307,7 +309,6 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         with Requirements(self) as require:
             require.fields()
-            require.needs("wandb_project", "wandb_exp_name")
             require.needs("use_pytorch_profiler", "profile")
             require.needs("use_pytorch_profiler", "tensorboard_dir")
             require.needs("peak_tflops", "log_throughput")

@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_peft.checkpoint.record import sampled_digest
 from megatron_peft.config import Blend, ConfigurationError, DataConfig, parse_blend, require
+from megatron_peft.config.sources import RECORD_NAMES
 from megatron_peft.config.untrusted import require_regular
 from megatron_peft.data.samples import Sample
 from megatron_peft.data.tokenizers import Tokenizer
@@ -46,7 +47,7 @@ def _require_whole(prefix: str, flag: str) -> None:
     require(
         not missing,
         f"{flag} {prefix}: {' and '.join(missing)} not found. A prefix is a path without .bin and .idx, as "
-        "megatron-peft data preprocess writes it.",
+        f"megatron-peft data preprocess writes it; {RECORD_NAMES}.",
     )
     for path in (index, data):
         require_regular(path, flag)

@@ -55,6 +55,11 @@ class Measured:
     cut: np.ndarray
     left_out: Counter[str]
 
+    @property
+    def empty(self) -> np.ndarray:
+        """bool [n]: there is nothing to learn from the record but that a text ends."""
+        return self.trained + self.cut <= 1
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -303,7 +308,13 @@ def _batches(preview: Preview) -> Iterator[str]:
 
 
 def _notes(preview: Preview) -> Iterator[str]:
-    left_out = preview.measured.left_out
+    left_out, empty = preview.measured.left_out, preview.measured.empty
+    if empty.any():
+        place = preview.records.place(_first(preview, empty))
+        yield (
+            f"WARNING: {_percent(preview.share(empty))} of the records train no token but the end of a text: their "
+            f"completions are empty (first: {place})"
+        )
     if left_out:
         yield f"fields that nothing reads: {', '.join(map(not_obeyed, left_out))}"
 

@@ -120,7 +120,8 @@ def family_of(model_type: str) -> Family:
     """A registered family; ConfigurationError otherwise."""
     require(
         str(model_type) in FAMILIES,  # a checkpoint's record may hold anything
-        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}.",
+        f"model family {str(model_type)[:40]!r} is not supported. Supported: {', '.join(FAMILIES)}; "
+        "docs/new-model.md adds one.",
     )
     return import_module(FAMILIES[model_type]).FAMILY
 
@@ -159,7 +160,7 @@ def _require_supported_architecture(path: Path, config: Config) -> None:
         and model_type in FAMILIES
         and set(named) <= set(family_of(model_type).architectures),
         f"{path} describes {', '.join(named) or 'a model'} of model_type {model_type!r}, which is not supported. "
-        f"Supported: {supported}.",
+        f"Supported: {supported}; docs/new-model.md adds a family.",
     )
 
 

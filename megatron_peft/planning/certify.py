@@ -46,6 +46,7 @@ from megatron_peft.planning.comparison import (
     shortened,
 )
 from megatron_peft.planning.converted import compare_converted
+from megatron_peft.planning.rehearsal import work_bar
 from megatron_peft.planning.small_run import SEQ_LENGTH, SmallRun, small_run, small_shape
 
 TIMEOUT_SECONDS = 600.0
@@ -135,13 +136,18 @@ def certify(config: RunConfig, shape: ModelShape) -> Certificate:
     preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder:
         small = small_run(config, shape, Path(folder))
+        comparisons = []
+        with work_bar("Comparing") as watch:
+            for one in _comparisons(config, shape, small):
+                comparisons.append(one)
+                watch(1, 0)
         return Certificate(
             flags=config_to_dict(config),
             model=asdict(shape),
             small_model=asdict(small.shape),
             small_flags=config_to_dict(_without(small.split, folder)),
             layouts=(layout_of(config), layout_of(small.split)),
-            comparisons=tuple(_comparisons(config, shape, small)),
+            comparisons=tuple(comparisons),
             versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
         )
 

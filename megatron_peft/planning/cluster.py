@@ -160,12 +160,12 @@ def read_cluster(name: str) -> Cluster:
     return cluster_of(values, place)
 
 
-def cluster_of_this_machine() -> Cluster:
-    """With a GPU the shipped cluster of its kind, with the memory that it has; else `DEFAULT`."""
+def cluster_of_this_machine() -> Cluster | None:
+    """With a GPU the shipped cluster of its kind, with the memory that it has; else None."""
     import torch
 
     if not torch.cuda.is_available():
-        return read_cluster(DEFAULT)
+        return None
     gpu = torch.cuda.get_device_properties(0)
     cluster = read_cluster("8xa100" if "A100" in gpu.name else DEFAULT)
     return replace(cluster, name=f"{gpu.name}, links of {cluster.name}", memory_gib=round(gpu.total_memory / 2**30, 1))

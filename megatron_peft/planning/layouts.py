@@ -25,6 +25,7 @@ from megatron_peft.planning.footprint import memory, parameters, saved_bytes, to
 from megatron_peft.planning.pace import Pace
 from megatron_peft.planning.pipeline import estimated_time, in_flight
 from megatron_peft.planning.record import Memory
+from megatron_peft.planning.rehearsal import Watch
 from megatron_peft.planning.timing import WorkTime, time_alone
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -104,7 +105,12 @@ class FittedLayout:
 
 
 def fit(
-    run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster, num_layouts: int = 10
+    run: RunConfig,
+    shape: ModelShape,
+    world_size: int,
+    cluster: Cluster,
+    num_layouts: int = 10,
+    watch: Watch = lambda done, more: None,
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
@@ -113,6 +119,7 @@ def fit(
         shape: of the base model.
         world_size: GPUs.
         num_layouts: at most.
+        watch: counts layouts whose step is replayed.
 
     Raises:
         ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
@@ -133,7 +140,14 @@ def fit(
     for one in sorted(candidates, key=lambda one: one.seconds):
         if one.peak_bytes <= cluster.usable_bytes:
             divisions.setdefault(_but_for_division(one), []).append(one)
-    of_each = (_replayed_that_fit(alike, shape, cluster) for alike in divisions.values())
+    watch(0, min(len(divisions), NUM_REPLAYED))
+
+    def replayed(alike: Sequence["_Candidate"]) -> list[FittedLayout]:
+        found = _replayed_that_fit(alike, shape, cluster)
+        watch(1, 0)
+        return found
+
+    of_each = map(replayed, divisions.values())
     best = [*islice((min(found, key=_slowness) for found in of_each if found), NUM_REPLAYED)]
     if not best:
         nearest = min(candidates, key=lambda one: one.peak_bytes)

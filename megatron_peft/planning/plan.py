@@ -14,7 +14,7 @@ from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.deadlock import Problem
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.record import PHASES, Call, Memory, RankRecord
-from megatron_peft.planning.rehearsal import RehearsedRun, order_problem, rehearse_run
+from megatron_peft.planning.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
 from megatron_peft.planning.timing import step_time
 
 _GIB, _MIB = 2**30, 2**20
@@ -77,9 +77,10 @@ class Plan:
 
 
 def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
-    """Rehearse a run, match the calls of its ranks, and estimate its time."""
-    run = rehearse_run(config, shape)
-    problem = order_problem(run)
+    """Rehearse a run, match the calls of its ranks, and estimate its time. A bar at a terminal shows the rehearsals."""
+    with work_bar("Rehearsing") as watch:
+        run = rehearse_run(config, shape, watch=watch)
+        problem = order_problem(run, watch=watch)
     if problem is not None:
         return Plan(run, cluster, problem, None)
     time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster, keep_spans=True)

@@ -18,6 +18,9 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from megatron_peft.benchmarks.ranks import NO_GPU, preload
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
@@ -35,6 +38,7 @@ from megatron_peft.planning.schedule import (
 if TYPE_CHECKING:
     from megatron_peft.planning.stage_schedule import StageOutline
 
+Watch = Callable[[int, int], None]  # is told how much of the work is done now, and how much more there is to do
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
 MOST_REPLICAS, MOST_RANKS = 8, 64  # whose calls are compared in `order_problem`
 
@@ -106,6 +110,22 @@ class RankToRehearse:
         return self.rank // (self.config.parallel.world_size // self.config.parallel.pipeline_model_parallel_size)
 
 
+@contextmanager
+def work_bar(title: str) -> Iterator[Watch]:
+    """A bar at a terminal, of work whose amount turns out on the way."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def watch(done: int, more: int) -> None:
+            if more:
+                bar.update(task, total=(bar.tasks[0].total or 0) + more)
+            bar.advance(task, done)
+
+        yield watch
+
+
 def enough_microbatches(config: RunConfig, stage: int, num_microbatches: int) -> int:
     """Of a step in which the stage holds as many microbatches at once as in one of `num_microbatches`."""
     pp = config.parallel.pipeline_model_parallel_size
@@ -168,15 +188,20 @@ class RehearsedRun:
 
 
 def rehearse_run(
-    config: RunConfig, shape: ModelShape, num_processes: int | None = None, peaks: bool = True
+    config: RunConfig,
+    shape: ModelShape,
+    num_processes: int | None = None,
+    peaks: bool = True,
+    watch: Watch = lambda done, more: None,
 ) -> RehearsedRun:
     """Rehearse the distinct ranks of a run's world, which need not exist.
 
     Args:
         peaks: of memory. Without them, the records tell what ranks compute and call, in less time.
+        watch: counts processes, of which each rehearses a rank.
     """
     grid, num_microbatches = RankGrid.of(config.parallel), config.num_microbatches
-    with _processes(num_processes, 4) as run:
+    with _processes(num_processes, 4, watch) as run:
         outlines: list[StageOutline] = run(_outline_here, config, shape).result()
         contents = [outline.contents for outline in outlines]
         alike = {stage: contents.index(one) for stage, one in enumerate(contents)}  # the first of those like it
@@ -215,7 +240,9 @@ def start_planned_peak(config: RunConfig, shape: ModelShape) -> Callable[[], int
     return lambda: found[0] if found else None
 
 
-def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Problem | None:
+def order_problem(
+    run: RehearsedRun, num_processes: int | None = None, watch: Watch = lambda done, more: None
+) -> Problem | None:
     """The first problem of the calls of any rank; None: all end.
 
     Every rank of a smaller run (`small_layout`) is rehearsed from the model to a checkpoint, and their programs are
@@ -225,7 +252,7 @@ def order_problem(run: RehearsedRun, num_processes: int | None = None) -> Proble
     if run.grid.size == 1:
         return None
     num_processes = num_processes or _num_processes()
-    with _processes(num_processes, num_processes) as start:
+    with _processes(num_processes, num_processes, watch) as start:
         config, shape, stages = start(_small_here, run.config, run.shape).result()
         grid, many = RankGrid.of(config.parallel), RankGrid.of(run.config.parallel)
         places = [grid.place(rank) for rank in range(grid.size)]
@@ -256,13 +283,22 @@ def _num_processes() -> int:
 
 
 @contextmanager
-def _processes(num_processes: int | None, most: int) -> Iterator[Callable[..., "Future[Any]"]]:
+def _processes(
+    num_processes: int | None, most: int, watch: Watch = lambda done, more: None
+) -> Iterator[Callable[..., "Future[Any]"]]:
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
     preload(["megatron_peft.planning.rehearsed_rank"])
     number = min(num_processes or _num_processes(), most)
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
-        yield lambda function, *arguments: threads.submit(_in_a_process, context, function, arguments)
+
+        def start(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+            watch(0, 1)
+            future = threads.submit(_in_a_process, context, function, arguments)
+            future.add_done_callback(lambda _: watch(1, 0))
+            return future
+
+        yield start
 
 
 def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -24,6 +24,18 @@ from megatron_peft.config.untrusted import MAX_BYTES, parse_json, require_regula
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+# Fields of a record -> curves of TensorBoard and Weights & Biases, which group them by what stands before the slash. A
+# field that is not here has its own name; of a mapping it is NAME/KEY, as in lambda/mean.
+TAGS = {
+    **{name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")},
+    "validation_loss": "validation/loss",
+    "orthogonality_error": "validation/orthogonality_error",
+    **{name: f"position/{name}" for name in ("epoch", "consumed_samples", "consumed_tokens")},
+    **{name: f"speed/{name}" for name in ("step_seconds", "tokens_per_second", "tokens_per_second_per_gpu")},
+    **{name: f"speed/{name}" for name in ("tflops_per_gpu", "mfu", "joules_per_step")},
+    "memory_bytes": "memory/bytes",
+    "peak_memory_bytes": "memory/peak_bytes",
+}
 PROCESS_STATUS = Path("/proc/self/status")
 
 
@@ -74,6 +86,7 @@ class MetricsWriter(AbstractContextManager):
             self._file.append(json.dumps(finite(record)))
         scalars = dict(_scalars(record))
         iteration = int(scalars.pop("iteration"))
+        scalars = {TAGS.get(name, name): value for name, value in scalars.items()}
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, iteration)
@@ -270,9 +283,8 @@ def _open_wandb(logging: LoggingConfig, save_dir: str | Path | None, run_setting
     wandb: Any = import_module("wandb")
     folder = logging.wandb_save_dir or (str(Path(save_dir) / "wandb") if save_dir else "wandb")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=logging.wandb_project, name=logging.wandb_exp_name, dir=folder, config=dict(run_settings or {})
-    )
+    name = logging.wandb_exp_name or (Path(save_dir).resolve().name if save_dir else None)  # None: W&B makes one up
+    return wandb.init(project=logging.wandb_project, name=name, dir=folder, config=dict(run_settings or {}))
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

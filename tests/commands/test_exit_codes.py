@@ -45,6 +45,11 @@ OUT = "--input nowhere --output out"
         (generate, "--nope", "^megatron-peft generate: error: --nope is not a known flag"),
         (generate, f"--prompt a --top-p 2 {BASE}", "megatron-peft generate: error: --top-p is 2.0"),
         (generate, f"--prompt a {BASE}", "nowhere"),
+        (
+            generate,
+            f"{BASE} --prompt a b",
+            "error: --prompt takes one value, but a b follow it: put a text with spaces",
+        ),
         (generate, "--prompt a", "megatron-peft generate: error: no base model: --pretrained-checkpoint"),
         (
             evaluate,

@@ -33,7 +33,11 @@ def test_commands_and_their_commands_are_listed(capsys) -> None:
 
 
 def test_a_slip_is_told_with_the_nearest_command(capsys) -> None:
-    for words, told in ((["trian"], "did you mean train?"), (["data", "preprare"], "did you mean prepare?")):
+    for words, told in (
+        (["trian"], "did you mean train?"),
+        (["data", "preprare"], "did you mean prepare?"),
+        (["convert", "mrege"], "mrege is not a command; did you mean merge?"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(words)
         assert told in capsys.readouterr().err

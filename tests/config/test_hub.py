@@ -9,7 +9,9 @@ import pytest
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import convert
 from megatron_peft.config import ConfigurationError, DataConfig, hub, kind_of_source
+from megatron_peft.config.preview import PreviewOptions
 from megatron_peft.data.files import RecordFiles
+from megatron_peft.data.indexed import checked_blend
 from megatron_peft.data.tokenizers import build_tokenizer
 from tests.data.tiny_tokenizers import save_tokenizer
 
@@ -68,6 +70,20 @@ def test_a_local_folder_of_the_name_wins(tmp_path):
     assert kind_of_source("org/model") == "table" and kind_of_source("org/data:train") == "hub"
     (tmp_path / "org" / "corpus.idx").write_bytes(b"")
     assert kind_of_source("org/corpus") == "indexed"
+
+
+def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
+    """A file of another ending, or one that is mistyped, is not looked for on the Hub."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes").write_text("")
+    assert [kind_of_source(path) for path in ("data/a.txt", "data/a.jsonl.gz", "data/notes")] == ["indexed"] * 3
+    endings = "names of files of records end in .json, .jsonl, .parquet, .csv, .arrow"
+    with pytest.raises(ConfigurationError, match=f"--train-data-path data/a.txt: .* not found. .*; {endings}"):
+        checked_blend(["data/a.txt"], "--train-data-path")
+    with pytest.raises(ConfigurationError, match=rf"data/nope is no file or folder here .*\({endings}\), the cache"):
+        RecordFiles(["data/nope"], "--train-data-path")
+    with pytest.raises(ConfigurationError, match=f"nothing to preview. .*{endings}"):
+        PreviewOptions().check(DataConfig(train_data_path=("data/a.txt",)))
 
 
 @pytest.mark.parametrize("name", ["model", "/a/b", "./a/b", "a/b/c", "org/tokenizer.model", "../model"])

@@ -127,7 +127,6 @@ OF_A_SECTION: dict[type, list[tuple[dict[str, Any], str]]] = {
     ],
     CheckpointConfig: [({"save_interval": 5}, "--save-interval 5 needs --save")],
     LoggingConfig: [
-        ({"wandb_project": "p"}, "--wandb-project p needs --wandb-exp-name"),
         ({"peak_tflops": 989.0}, "--peak-tflops 989.0 needs --log-throughput"),
         ({"log_interval": 0}, "--log-interval is 0"),
         ({"memory_snapshot_path": "s.pickle"}, "--memory-snapshot-path s.pickle needs --record-memory-history"),

@@ -109,6 +109,11 @@ def test_columns_that_flags_name_are_taken_whatever_else_is_there(columns, recor
 @pytest.mark.parametrize(
     ("columns", "record", "told"),
     [
+        (
+            ColumnNames(),
+            {"prompt": "1", "chosen": "2", "rejected": "3"},
+            r"is a preference pair .*no preference loss \(DPO\).*--response-column chosen, or --messages-column chosen",
+        ),
         (ColumnNames(), {"q": "1", "a": "2"}, "the fields q, a, but neither .*--prompt-column q --response-column a,"),
         (ColumnNames(), {"body": "1"}, "the fields body, but .* --messages-column NAME or --text-column NAME"),
         (ColumnNames("q", "a"), {"q": "1", "b": "2"}, '--response-column: there is no field "a"; the record has q, b'),

@@ -57,6 +57,14 @@ def test_padding_is_what_the_rows_of_a_microbatch_lack_to_its_longest(write_line
     assert found.padding == pytest.approx(1 - 12 / (3 * widest))
 
 
+def test_empty_completions_are_told_with_the_first(write_lines):
+    records = [{"prompt": "1", "completion": "2"}, *[{"prompt": "1", "completion": ""}] * 3]
+    told = shown(preview(path := write_lines(records)))
+    assert "WARNING: 75.0% of the records train no token but the end of a text: their completions are empty" in told
+    assert f"(first: {path}, line 2)" in told
+    assert "WARNING" not in shown(preview(write_lines(records[:1])))
+
+
 def test_text_names_what_is_cut_and_skipped_and_where(write_lines):
     text = shown(preview(write_lines(RECORDS)))
     assert "cut at --seq-length 4: 20.0% of the samples, 18.2% of the tokens to train" in text

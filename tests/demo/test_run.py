@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_peft.cli.parser import parse_arguments
+from megatron_peft.cli.parser import parse_arguments, read_config
 from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles
-from megatron_peft.demo.run import DemoScore, run_demo
+from megatron_peft.demo.run import DemoScore, run_demo, training_flags
 from megatron_peft.experiment.plots import Translation
 
 LAMBDAS = {"iteration": 60, "lambda": {"decoder.layers.0.mlp.linear_fc1": 0.4}}
@@ -157,6 +157,19 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     monkeypatch.setattr(run, "print_report", lambda *arguments: made.append(arguments))
     assert demo.main(["--method", "full", "--lr", "1e-4", "--output", "there"]) == 0
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
+
+
+def test_a_shorter_run_has_a_shorter_warmup(monkeypatch):
+    """Nobody who types --train-iters 4 has to know of the demo's warm-up."""
+    made: list = []
+    monkeypatch.setattr(module, "run_demo", lambda *arguments: made.append(arguments[-1]))
+    monkeypatch.setattr(run, "print_report", lambda *_: None)
+    short, typed = ["--train-iters", "4"], ["--train-iters", "320", "--lr-warmup-iters", "3"]
+    assert [demo.main(words) for words in (short, typed, ["--train-iters", "320"])] == [0, 0, 0]
+    assert made == [[*short, "--lr-warmup-iters", "0"], typed, ["--train-iters", "320", "--lr-warmup-iters", "20"]]
+    files = PairFiles(Path("train.jsonl"), Path("valid.jsonl"))
+    words = [*training_flags(Path("model"), files, "lora"), *made[0]]
+    assert read_config(words, {"WORLD_SIZE": "3"}).optimizer.lr_warmup_iters == 0
 
 
 def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""shellcheck and hadolint on what is not Python. Both are wheels of the dev extra; without them the tests skip."""
+"""shellcheck and hadolint on what is not Python. Both are wheels of the lint extra; without them the tests skip."""
 
 import shutil
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHELL_FILES = [*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.sbatch"), ROOT / ".ci" / "run"]
-SHELL_FILES += [ROOT / "tools" / "image.sh"]
+SHELL_FILES += [ROOT / "tools" / name for name in ("image.sh", "lock.sh")]
 SHELL_FILES += [Path(__file__).parent / "stand_ins" / name for name in ("scancel", "scontrol", "srun")]
 
 
 def program(name: str) -> str:
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (pip install -e '.[dev]')")
+        pytest.skip(f"{name} is not installed (make lint)")
     return found
 
 

@@ -97,7 +97,7 @@ def test_job_whose_time_is_up_stops_its_runner_and_is_queued_again(tmp_path: Pat
 def test_shellcheck_is_clean(tmp_path: Path) -> None:
     found = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
     if found is None:
-        pytest.skip("shellcheck is not installed (pip install -e '.[dev]')")
+        pytest.skip("shellcheck is not installed (make lint)")
     checked = subprocess.run([found, str(written(tmp_path))], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 

@@ -309,11 +309,15 @@ def told(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_wrong_flags_are_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config_of_shape(LLAMA)))
     run = ["--pretrained-checkpoint", str(tmp_path), "--train-data-path", "x.jsonl", "--train-iters", "1"]
-    error = told(capsys, *run, "--world-size", "6", "--tensor-model-parallel-size", "4")
-    assert "6 processes cannot hold --tensor-model-parallel-size 4" in error
+    # --save is not needed for --save-interval: nothing is saved, as in a plan.
+    layout = ["--world-size", "6", "--tensor-model-parallel-size", "4", "--save-interval", "200"]
+    error = told(capsys, *run, *layout)
+    assert error.count("error:") == 1 and "6 processes cannot hold --tensor-model-parallel-size 4" in error
+    assert "--save" not in error
     assert "--world-size is 0; it must be above 0" in told(capsys, *run, "--world-size", "0")
     (tmp_path / "there.json").touch()
     error = told(capsys, *run, "--output", str(tmp_path / "there.json"))
     assert "there.json exists already" in error and (tmp_path / "there.json").read_text() == ""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["Mamba"]}))
-    assert "'mamba', which is not supported" in told(capsys, *run)
+    error = told(capsys, *run)
+    assert "'mamba', which is not supported" in error and "docs/new-model.md adds a family" in error

@@ -1,6 +1,7 @@
 """`megatron-peft plan` and `--dry-run`: figures of known models, and errors that name what is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from megatron_peft.cli.parser import read_config
 from megatron_peft.commands import train
 from megatron_peft.commands.plan import main
+from megatron_peft.config import ConfigurationError
 from megatron_peft.models.families import read_shape
 from megatron_peft.planning.cluster import SHIPPED
 from megatron_peft.planning.record import Product
@@ -55,7 +57,8 @@ def test_a_folder_that_is_not_there_is_named_before_anything_runs(base, tmp_path
     assert "--json" in refused(words, capsys)
 
 
-def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
+def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # as at a terminal
     config = tmp_path / "llama-8b.json"
     config.write_text((base / "config.json").read_text())
     words = ["--pretrained-checkpoint", str(config), "--peft-method", "lora", "--lora-rank", "4", "--seq-length", "32"]
@@ -66,8 +69,10 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys):
     assert plan["fits"] and plan["world_size"] == 2 and picture.stat().st_size > 10_000
     assert [rank["rank"] for rank in plan["ranks"]] == [0, 1]
     assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
-    told = capsys.readouterr().out
+    told, waited = capsys.readouterr()
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
+    shown = re.findall(r"Rehearsing .*?(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", waited))
+    assert shown and shown[-1][0] == shown[-1][1], "a bar that ends with all that was to do"
 
 
 SMALL = ["--lora-rank", "4", "--seq-length", "32"]
@@ -94,13 +99,17 @@ def test_fit_finds_a_number_of_nodes_and_a_layout_that_can_be_trained(base, tmp_
     one_small_gpu = {"name": "own", "gpus_per_node": 1, "memory_gib": 1, "reserved_gib": 1 - 2.4 / 1024}
     cluster.write_text(yaml.safe_dump({**fields, **one_small_gpu}))
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit", "--rehearsed", "0"]
+    words += ["--save-interval", "200"]  # a plan needs no --save for it
     assert main([*words, "--save-config", str(saved)]) == 0
     told = capsys.readouterr()
     assert "--global-batch-size 128 is assumed" in told.out and "2 GPUs (2 nodes) of own can hold the run" in told.out
     assert "1 GPUs (1 node) of own: nothing fits" in told.err
     data = ["--pretrained-checkpoint", str(base), "--train-data-path", "x.jsonl", "--train-iters", "1"]
+    with pytest.raises(ConfigurationError, match="^--save-interval 200 needs --save.$"):
+        read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
+    data += ["--save", "runs/first"]
     config = read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
-    assert config.checkpoint.save is None and config.global_batch_size == 128
+    assert config.checkpoint.save_interval == 200 and config.global_batch_size == 128
     assert config.parallel.pipeline_model_parallel_size == 2
 
 
@@ -143,7 +152,8 @@ def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch
     words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
     assert train.main([*words, "--lr", "1e-3", "--micro-batch-size", "2"]) == 0
     told = capsys.readouterr().out
-    assert "40 training samples, 2 iterations" in told and "peak, validation" in told
+    assert "40 training samples, 2 iterations" in told
+    assert "no GPU. --cluster 8xh100 plans the run" in told and "GiB" not in told, "a plan of another machine"
     assert not save.exists()
     with pytest.raises(SystemExit) as ended:
         train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")])
@@ -160,7 +170,11 @@ def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(base, tm
     words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
     assert train.main(words) == 0
     told = capsys.readouterr()
-    assert "cluster: tiny" in told.out and "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    assert (
+        "cluster: tiny" in told.out
+        and "peak, validation" in told.out
+        and "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    )
     with pytest.raises(SystemExit) as ended:
         train.main([*words[:-8], "--cluster", "8xh10", *words[-8:]])
     assert ended.value.code == 2 and "--cluster 8xh10 is neither a file" in capsys.readouterr().err

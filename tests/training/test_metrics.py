@@ -94,7 +94,10 @@ def test_tensorboard_gets_every_number_at_its_iteration(tmp_path):
         writer.write({"iteration": 7, "loss": 1.5, "lambda": {"min": 0.25}})
     events = EventAccumulator(str(tmp_path)).Reload()
     found = {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
-    assert {tag: (one.step, one.value) for tag, one in found.items()} == {"loss": (7, 1.5), "lambda/min": (7, 0.25)}
+    assert {tag: (one.step, one.value) for tag, one in found.items()} == {
+        "train/loss": (7, 1.5),
+        "lambda/min": (7, 0.25),
+    }
 
 
 def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(tmp_path):
@@ -105,7 +108,7 @@ def test_a_resumed_run_replaces_the_points_of_tensorboard_after_its_checkpoint(t
         with MetricsWriter(None, logging, is_writer=True, resumed_iteration=resumed_at) as writer:
             for iteration in iterations:
                 writer.write({"iteration": iteration, "loss": float(resumed_at)})
-    points = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    points = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(one.step, one.value) for one in points] == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
 
 
@@ -129,7 +132,16 @@ def test_wandb_is_started_under_megatrons_flags(monkeypatch, tmp_path):
     with MetricsWriter(None, logging, is_writer=True, run_settings={"lr": 1e-3}) as writer:
         writer.write({"iteration": 3, "loss": 1.0, "validation_loss": None})
     settings = {"project": "p", "name": "e", "dir": str(tmp_path / "w"), "config": {"lr": 1e-3}}
-    assert calls == [settings, (3, {"loss": 1.0}), "end"]
+    assert calls == [settings, (3, {"train/loss": 1.0}), "end"]
+
+
+def test_a_run_at_wandb_is_named_by_the_flag_else_by_its_folder(monkeypatch, tmp_path):
+    names = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **told: names.append(told["name"])))
+    for folder, name in ((tmp_path / "first", "e"), (tmp_path / "first", None), (None, None)):
+        MetricsWriter(folder, LoggingConfig(wandb_project="p", wandb_exp_name=name), is_writer=True)
+    assert names == ["e", "first", None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the resident set of a CPU run")

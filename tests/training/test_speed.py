@@ -84,13 +84,14 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
     assert "optimizer-inner-step" in timers
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     names = {
-        "tflops_per_gpu",
-        "mfu",
-        "tokens_per_second_per_gpu",
+        "speed/tflops_per_gpu",
+        "speed/mfu",
+        "speed/tokens_per_second_per_gpu",
         "grad_norm_by_layer/1",
         "timer_seconds/forward-backward",
     }
     assert names <= {*board.Tags()["scalars"]} and names <= {*sent[0]}
+    assert all("/" in name for name in sent[0]), "a curve without a group"
     printed = capsys.readouterr().out
     assert "throughput per GPU (TFLOP/s/GPU): " in printed and "forward-backward " in printed
     assert json.loads((tmp_path / METRICS_FILE).read_text())["mfu"] == record["tflops_per_gpu"]

@@ -380,9 +380,8 @@ def table(releases_: Mapping[Version, Mapping[str, str]], cores: Mapping[str, Ma
 
 def as_toml(outcome: Mapping[str, Any]) -> str:
     """The table, a line for each release."""
-    lines = [
-        "# Written by `python -m tools.cuda.signatures --write`. A call that binds has true, another one a reason."
-    ]
+    program = "python -m tools.cuda.signatures --write"
+    lines = [f"# Written by `{program}`. A call that does not bind has a reason, not true."]
     for core, forms in outcome["calls"].items():
         lines += ["", f'[calls."{core}"] # of megatron-core {core}: positional arguments are stars']
         lines += [f'"{name}" = [{", ".join(map(_quoted, form))}]' for name, form in forms.items()]
