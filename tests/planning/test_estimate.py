@@ -145,5 +145,5 @@ def test_the_time_of_an_estimate_is_that_of_the_recorded_schedule(timed):
     run = replace(run, peft=PeftConfig(method=method, **PEFT.get(method, {})))
     cluster = read_cluster("8xa100")
     stages = rehearse_run(run, shape, peaks=False).stages
-    recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster)
+    recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster.of_run(run))
     assert estimated_time(StepEstimate(run, shape), cluster).seconds == pytest.approx(recorded.seconds, rel=0.02)
