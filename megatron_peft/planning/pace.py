@@ -15,7 +15,6 @@ from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.timing import StepTime
 from megatron_peft.training.speed import ModelFlops
 
-
 ERRORS = Path(__file__).parent / "published_errors.json"
 ONLY_RANKS = "A plan ranks the layouts of a run on a cluster; its seconds are no promise."
 

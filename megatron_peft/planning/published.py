@@ -1,7 +1,7 @@
 """Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
-`python -m megatron_peft.planning.published docs/results/planning` plans them by the formulas of --fit, in half a minute,
-and writes the tables of docs/planning.md; and beside this file the errors that `pace.Accuracy` reads.
+`python -m megatron_peft.planning.published docs/results/planning` plans them by the formulas of --fit, in half a
+minute, and writes the tables of docs/planning.md; and beside this file the errors that `pace.Accuracy` reads.
 """
 
 import json
@@ -197,7 +197,7 @@ def scores_seconds(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float
 
 
 def bigscience_steps() -> Iterator[Step]:
-    """Layouts of one model. DeepSpeed's pipeline sends the part of a tensor-parallel rank, as sequence parallelism does:
+    """Layouts of one model. DeepSpeed's pipeline sends a tensor-parallel rank's part, as sequence parallelism does, and
     they are planned with it. Gradients are in fp16."""
     common = {key: value for key, value in published()["bigscience"].items() if key not in ("layouts", "network")}
     for dp, tp, pp, rows, batch, seconds in published()["bigscience"]["layouts"]:
@@ -299,10 +299,7 @@ def tables() -> dict[str, dict[str, Any]]:
             "title": "AutoModel's LoRA step of 26.92 s",
             "columns": ["what", "seconds"],
             "text_columns": 1,
-            "rows": [
-                *([name, f"{seconds:.2f}"] for name, seconds in items(automodel_steps())),
-                ["published", "26.92"],
-            ],
+            "rows": [*([name, f"{seconds:.2f}"] for name, seconds in items(automodel_steps())), ["published", "26.92"]],
         },
     }
 
