@@ -103,7 +103,7 @@ def test_an_estimate_is_what_a_rehearsal_finds(rehearsed, case):
         assert calls(estimated) == calls(real)
         assert flops(estimated) == pytest.approx(flops(real), rel=2e-3)
         if "dropout" not in case:  # whose time is left out
-            off = 0.07 if "recomputed" in case else 0.03
+            off = 0.08 if "recomputed" in case else 0.03
             assert other_work(estimated) == pytest.approx(other_work(real), rel=off)
     counts = parameters(step, step.chunks[0])
     assert counts.frozen == record.parameters["frozen"]
