@@ -151,6 +151,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
 
     from megatron_peft.planning.estimate import knows_method
     from megatron_peft.planning.layouts import fit_tables
+    from megatron_peft.planning.pace import ONLY_RANKS, Accuracy
     from megatron_peft.planning.plan import make_plan, summary
 
     if not knows_method(config):
@@ -166,6 +167,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     title = f"Layouts that fit {_nodes(size, cluster)}; hours for {settings.tokens / 1e6:,.0f} million tokens"
     for table in fit_tables(layouts, title, settings.tokens):
         console.print(table)
+    print(f"s/step: {Accuracy.reported()}. {ONLY_RANKS}")
     plans, chosen = [], layouts[: settings.rehearsed]
     for number, layout in enumerate(chosen, 1):
         _tell(f"rehearsing layout {number} of {len(chosen)} (--rehearsed 0 leaves that out): {' '.join(layout.flags)}")
@@ -231,8 +233,9 @@ def _pace(plan: "Plan", num_tokens: float) -> list[str]:
         return []
     pace = plan.pace
     return [
-        f"time: {pace.time.seconds:.2f} s a step, {pace.tokens_per_second:,.0f} tokens/s, "
-        f"{pace.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens"
+        pace.summary(),
+        f"{pace.tokens_per_second:,.0f} tokens/s, "
+        f"{pace.hours(num_tokens):,.1f} hours for {num_tokens / 1e6:,.0f} million tokens",
     ]
 
 

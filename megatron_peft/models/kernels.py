@@ -116,6 +116,12 @@ def fusions(
     return {name: installed.cuda and there and settings.get(name, True) for name, there in exists.items()}
 
 
+def fusions_on_a_gpu(config: RunConfig, shape: ModelShape) -> dict[str, bool]:
+    """`fusions` of a run where all packages of the container (Dockerfile) are installed."""
+    everything = Installed(cuda=True, transformer_engine=True, accumulating_gemm=True)
+    return fusions(shape, config.model.bf16, config.model.transformer, Training.of(config), everything)
+
+
 def messages(settings: Mapping[str, Any], parallel: ParallelConfig, training: Training) -> dict[str, bool]:
     """Fields of TransformerConfig for the messages between pipeline stages.
 
@@ -258,8 +264,7 @@ def without_compiled(config: RunConfig, shape: ModelShape, problem: str) -> tupl
 
     No rank fuses what is compiled: the fused loss makes other calls than the unfused one.
     """
-    here = Installed(cuda=True, transformer_engine=True)
-    is_on = fusions(shape, config.model.bf16, config.model.transformer, Training.of(config), here)
+    is_on = fusions_on_a_gpu(config, shape)
     if not problem or not any(is_on[name] for name in COMPILED):
         return config, ""
     transformer = {**config.model.transformer, **dict.fromkeys(COMPILED, False)}

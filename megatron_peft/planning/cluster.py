@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_peft.config import ConfigurationError, require
+from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.untrusted import compose_yaml, parse_yaml, read_text
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "clusters").glob("*.yaml"))}
@@ -32,6 +32,8 @@ LIMITS: Mapping[str, tuple[str, float, float]] = {
     "memory_efficiency": ("of the rate", 0.05, 1),
     "attention_efficiency": ("of the rate", 0.01, 1),
     "sustained": ("of an isolated kernel's rate", 0.05, 1),
+    "lost_per_doubling": ("of a GPU's speed", 0, 0.5),
+    "tensor_overlap": ("of a tensor-parallel call", 0, 1),
     "launch_us": ("microseconds", 0.1, 1000),
     "call_us": ("microseconds", 0.1, 10_000),
     "node_link.gb_per_second": ("GB/s", 0.1, 100_000),
@@ -70,10 +72,14 @@ class Cluster:
         memory_efficiency: reached by operations that are no products.
         product_efficiency: (GFLOP of a product, its part of the rate), ascending; linear in the logarithm between.
         attention_efficiency: of fused causal attention, without the half that the mask spares.
-        sustained: what products reach in a long run on many GPUs, beside what they reach alone. It is calibrated.
+        sustained: what products reach on one node in a long run, beside what they reach alone. This and the next two
+            are calibrated (published.toml).
+        lost_per_doubling: part of `sustained`, each time that the nodes double.
+        tensor_overlap: part of a tensor-parallel call that is hidden where a run overlaps it with products.
         launch_us: that the host takes for an operation.
         call_us: that the host takes for a collective or a message.
         node_link, network_link: within a node, and between nodes.
+        hidden: `tensor_overlap` in a run that overlaps (`of_run`).
     """
 
     name: str
@@ -87,15 +93,29 @@ class Cluster:
     product_efficiency: tuple[tuple[float, float], ...]
     attention_efficiency: float
     sustained: float
+    lost_per_doubling: float
+    tensor_overlap: float
     launch_us: float
     call_us: float
     node_link: Link
     network_link: Link
+    hidden: float = 0.0
 
     @property
     def usable_bytes(self) -> float:
         """Of a GPU's memory, for what a plan counts."""
         return (self.memory_gib - self.reserved_gib) * 2**30
+
+    def of_run(self, run: RunConfig) -> "Cluster":
+        """As a run of this size and with these flags finds it. Our own linear layers overlap nothing, so no flag of
+        ours sets `tp_comm_overlap`."""
+        doublings = log2(max(run.parallel.world_size / self.gpus_per_node, 1.0))
+        overlaps = run.parallel.sequence_parallel and run.model.transformer.get("tp_comm_overlap", False)
+        return replace(
+            self,
+            sustained=self.sustained * (1 - self.lost_per_doubling) ** doublings,
+            hidden=self.tensor_overlap if overlaps else 0.0,
+        )
 
     def efficiency(self, flops: float) -> float:
         """Part of the rate that a product of so many operations reaches alone."""
@@ -214,7 +234,7 @@ def cluster_of(values: Mapping[str, Any], place: str) -> Cluster:
 
 
 def _unknown(values: Mapping[str, Any]) -> list[str]:
-    known = {field.name for field in fields(Cluster)}
+    known = {field.name for field in fields(Cluster)} - {"hidden"}
     inner = {field.name for field in fields(Link)}
     found = [str(name) for name in values if name not in known]
     found += [f"{name}.{key}" for name in LINKS if isinstance(values.get(name), dict) for key in values[name]]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from megatron_peft.config import LINEAR_MODULES, ParallelConfig, RunConfig
 from megatron_peft.config.methods.hybrid import ROTATIONS
 from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.record import ITEM_BYTES, Call, Computation, Entry, Product, Wait
 
@@ -143,9 +144,13 @@ class StepEstimate:
     Args:
         run: with its world size.
         shape: of the base model.
+        fuses: other fusions than those of the run's flags.
+        samples: that a row packs, of equal lengths; tokens attend to those of their sample.
     """
 
-    def __init__(self, run: RunConfig, shape: ModelShape) -> None:
+    def __init__(
+        self, run: RunConfig, shape: ModelShape, fuses: Mapping[str, bool] | None = None, samples: int = 1
+    ) -> None:
         self.run, self.shape = run, shape
         parallel = run.parallel
         self.t, self.pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -167,7 +172,9 @@ class StepEstimate:
             "linear_fc1": _Linear("linear_fc1", self.gates * self.f, self.h, "column"),
             "linear_fc2": _Linear("linear_fc2", self.h, self.f, "row"),
         }
+        self.samples = samples
         self.chunks = chunks_of_stages(parallel, shape.num_layers)
+        self.fuses = {**fusions_on_a_gpu(run, shape), **(fuses or {})}
         self._targeted = _targeted_layers(shape.architecture, tuple(run.peft.target_modules), shape.num_layers)
         spec = run.peft.spec
         self.is_full = not run.peft.trains_adapters
@@ -222,20 +229,26 @@ class StepEstimate:
         if 1 < self.groups < self.heads:
             tape.touch(2 * self.s * self.q, 1)  # queries out of the fused rows, where they lie apart
         if self.shape.position_embedding == "rope":
-            tape.touch(9 * self.s * (self.q + self.kv), 8)
+            self._rope(tape)
         self._core_attention(tape)
         self._row_forward(tape, self.linears["linear_proj"], targets, group)
         tape.touch(3 * self.own * self.h, 1)  # residual
 
+    def _rope(self, tape: _Tape) -> None:
+        """Of queries and keys, forward or backward."""
+        passes, kernels = (2, 2) if self.fuses["apply_rope_fusion"] else (9, 8)
+        tape.touch(passes * self.s * (self.q + self.kv), kernels)
+
     def _core_attention(self, tape: _Tape) -> None:
-        tape.attention(self.rows * self.heads, self.length, self.d)
+        tape.attention(self.rows * self.heads * self.samples, self.length // self.samples, self.d)
         if self.rows > 1:
             tape.touch(2 * self.s * self.q, 1)  # back to [s, b, h]
 
     def _mlp_forward(self, tape: _Tape, targets: frozenset[str], group: tuple[int, ...]) -> None:
         tape.touch(2 * self.own * self.h, 1)
         self._column_forward(tape, self.linears["linear_fc1"], targets, group)
-        tape.touch((5 if self.gates == 2 else 2) * self.s * self.f, self.gates)
+        passes, kernels = (2, 1) if self.gates == 1 else (3, 1) if self.fuses["bias_activation_fusion"] else (5, 2)
+        tape.touch(passes * self.s * self.f, kernels)
         self._row_forward(tape, self.linears["linear_fc2"], targets, group)
         tape.touch(3 * self.own * self.h, 1)
 
@@ -248,11 +261,10 @@ class StepEstimate:
         elif "mlp" in self.recomputed:
             self._mlp_forward(tape, targets, group)
         self._row_backward(tape, self.linears["linear_fc2"], targets, group)
-        passes = 11 if self.gates == 2 else 3
-        again = (
-            self.gates == 2 and self.kind(self.linears["linear_fc2"], targets) == "mixture"
-        )  # its input is recomputed
-        tape.touch((passes + 3 * again) * self.s * self.f, 2 * self.gates + again)
+        passes, kernels = (3, 2) if self.gates == 1 else (5, 1) if self.fuses["bias_activation_fusion"] else (11, 4)
+        if passes == 11 and self.kind(self.linears["linear_fc2"], targets) == "mixture":  # its input is recomputed
+            passes, kernels = 14, 5
+        tape.touch(passes * self.s * self.f, kernels)
         self._column_backward(tape, self.linears["linear_fc1"], targets, group)
         self._norm_backward(tape)
         self._row_backward(tape, self.linears["linear_proj"], targets, group)
@@ -260,9 +272,9 @@ class StepEstimate:
             self._core_attention(tape)
         if self.rows > 1:
             tape.touch(2 * self.s * self.q, 1)
-        tape.attention(self.rows * self.heads, self.length, self.d, backward=True)
+        tape.attention(self.rows * self.heads * self.samples, self.length // self.samples, self.d, backward=True)
         if self.shape.position_embedding == "rope":
-            tape.touch(9 * self.s * (self.q + self.kv), 8)
+            self._rope(tape)
         tape.touch(2 * self.s * (self.q + 2 * self.kv), 1)
         self._column_backward(tape, self.linears["linear_qkv"], targets, group, is_last)
         if not is_last:
@@ -372,8 +384,10 @@ class StepEstimate:
             tape.product(linear.out, linear.into, self.s)
             self._added_gradient(tape, linear.out * linear.into)
 
-    def _added_gradient(self, tape: _Tape, num_elements: int) -> None:
-        """To the sum over microbatches, in float32."""
+    def _added_gradient(self, tape: _Tape, num_elements: int, of_product: bool = True) -> None:
+        """To the sum over microbatches, in float32: within the product that gives it, where that is fused."""
+        if of_product and self.fuses["gradient_accumulation_fusion"]:
+            return
         tape.touch(2 * num_elements, 1, FLOAT)
         tape.touch(num_elements, 0)
 
@@ -451,7 +465,7 @@ class StepEstimate:
             if self.splits:
                 tape.call("all_gather", "tensor", group, self.own, self.h)
             tape.touch(2 * self.s * self.h + self.vocabulary * self.h, 3)
-            self._added_gradient(tape, self.vocabulary * self.h)
+            self._added_gradient(tape, self.vocabulary * self.h, of_product=False)
         return tape.done()
 
     def _stops(self, chunk: Chunk) -> bool:

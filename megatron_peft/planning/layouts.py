@@ -320,7 +320,8 @@ class _LayerTimes:
             step.forward_chunk(ends[1], 0),
             step.backward_chunk(ends[1], 0),
         )
-        return tuple(_seconds(time_alone(entries, 0, self.cluster)) for entries in made)
+        cluster = self.cluster.of_run(step.run)
+        return tuple(_seconds(time_alone(entries, 0, cluster)) for entries in made)
 
     def _once(self, step: StepEstimate) -> float:
         """Sums of gradients and the gather of parameters, of the first stage."""

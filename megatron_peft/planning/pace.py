@@ -1,6 +1,10 @@
 """What a step's time means for a run: tokens a second, TFLOP/s and MFU, hours for a number of tokens."""
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +14,45 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning.cluster import Cluster
 from megatron_peft.planning.timing import StepTime
 from megatron_peft.training.speed import ModelFlops
+
+ERRORS = Path(__file__).parent / "published_errors.json"
+ONLY_RANKS = "A plan ranks the layouts of a run on a cluster; its seconds are no promise."
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far off plans of published runs were.
+
+    Args:
+        errors: planned over published seconds, less 1.
+    """
+
+    errors: tuple[float, ...]
+
+    @classmethod
+    @cache
+    def reported(cls) -> "Accuracy":
+        """Of the runs that had no part in the constants (`published.py`)."""
+        return cls(tuple(json.loads(ERRORS.read_text(encoding="utf-8")).values()))
+
+    @property
+    def median(self) -> float:
+        """Half of the runs were off by less."""
+        return median(map(abs, self.errors))
+
+    @property
+    def worst(self) -> float:
+        """The largest error."""
+        return max(map(abs, self.errors))
+
+    def around(self, seconds: float) -> tuple[float, float]:
+        """What a run may take of which a plan says `seconds`, if it is as far off as the outermost of these."""
+        return seconds / (1 + max(*self.errors, 0.0)), seconds / (1 + min(*self.errors, 0.0))
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.errors)} published runs were off by {self.median:.0%} in the median, {self.worst:.0%} at most"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,10 +103,23 @@ class Pace:
         """Of training on so many tokens, without validation and saves."""
         return num_tokens / self.tokens_per_second / 3600
 
+    def summary(self) -> str:
+        """Seconds of a step, and how far they can be relied on."""
+        accuracy = Accuracy.reported()
+        low, high = accuracy.around(self.time.seconds)
+        return f"time: {self.time.seconds:.3g} s a step ({low:.3g} to {high:.3g}: {accuracy}). {ONLY_RANKS}"
+
     def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
         """For JSON, with the hours of a run of so many tokens."""
+        accuracy = Accuracy.reported()
         return {
             "time": self.time.as_dict(),
+            "seconds_range": accuracy.around(self.time.seconds),
+            "published_runs": {
+                "number": len(accuracy.errors),
+                "median_error": accuracy.median,
+                "worst_error": accuracy.worst,
+            },
             "tokens_per_step": self.tokens,
             "tokens_per_second": self.tokens_per_second,
             "tflops_per_gpu": self.tflops_per_gpu,

@@ -65,6 +65,7 @@ def in_flight(step: StepEstimate, stage: int) -> int:
 
 def estimated_time(step: StepEstimate, cluster: Cluster, keep_spans: bool = False) -> StepTime:
     """The time of a step at this layout."""
+    cluster = cluster.of_run(step.run)
     scheduled = {step.rank(stage): [*_program(step, stage, cluster)] for stage in range(step.pp)}
     return step_time(scheduled, cluster, keep_spans)
 

@@ -83,7 +83,7 @@ def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
         problem = order_problem(run, watch=watch)
     if problem is not None:
         return Plan(run, cluster, problem, None)
-    time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster, keep_spans=True)
+    time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster.of_run(config), keep_spans=True)
     return Plan(run, cluster, None, Pace.of(config, shape, cluster, time))
 
 
@@ -193,5 +193,7 @@ def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
     if plan.pace is not None:
         console.print(time_table(plan.pace, num_tokens))
     print(f"cluster: {plan.cluster.name}")
+    if plan.pace is not None:
+        print(plan.pace.summary())
     for line in summary(plan):
         print(line)

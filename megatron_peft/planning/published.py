@@ -1,14 +1,16 @@
-"""Published runs, and what the plan's constants say of them: two calibrate them, the others test them.
+"""Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
-Each is rehearsed, and its recorded schedule timed. `python -m megatron_peft.planning.published docs/results/planning`
-writes the tables of docs/planning.md; it takes a quarter of an hour.
+`python -m megatron_peft.planning.published docs/results/planning` plans them by the formulas of --fit, in half a
+minute, and writes the tables of docs/planning.md; and beside this file the errors that `pace.Accuracy` reads.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +24,59 @@ from megatron_peft.config import (
     TrainingConfig,
 )
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.cluster import Cluster, read_cluster
+from megatron_peft.planning.cluster import Cluster, Link, read_cluster
 from megatron_peft.planning.estimate import StepEstimate
-from megatron_peft.planning.pace import Pace
-from megatron_peft.planning.pipeline import estimated_time
-from megatron_peft.planning.record import Entry
-from megatron_peft.planning.rehearsal import rehearse_run
-from megatron_peft.planning.timing import step_time
+from megatron_peft.planning.footprint import memory, total
+from megatron_peft.planning.pace import ERRORS, Accuracy, Pace
+from megatron_peft.planning.pipeline import estimated_time, in_flight
 
-_llama = partial(ModelShape, "llama", max_position_embeddings=131072, vocab_size=128256, num_query_groups=8)
-LLAMA_8B = _llama(32, 4096, 14336, 32, kv_channels=128)
-LLAMA_70B = _llama(80, 8192, 28672, 64, kv_channels=128)
-LLAMA_405B = _llama(126, 16384, 53248, 128, kv_channels=128)
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE: Mapping[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": FULL_RECOMPUTE,
+}
+KINDS: Mapping[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama"},
+    # Its squared ReLU costs what GELU does.
+    "nemotron": {
+        **{"architecture": "llama", "normalization": "LayerNorm", "activation": "gelu", "gated_linear_unit": False},
+        "vocab_size": 256000,
+    },
+    # Learned positions cost next to nothing, and neither does ALiBi.
+    "gpt": {
+        **{"architecture": "bloom", "normalization": "LayerNorm", "activation": "gelu", "gated_linear_unit": False},
+        **{"vocab_size": 51200, "tied_embeddings": True, "position_embedding": "alibi"},
+    },
+}
 
 
-def gpt(num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:
-    """GPT-3's shape; its learned positions cost next to nothing, and neither does ALiBi."""
+@cache
+def published() -> dict[str, Any]:
+    """What published.toml says."""
+    return tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
+
+
+def shape_of(model: str) -> ModelShape:
+    """Of a model of published.toml."""
+    of = published()["models"][model]
+    hidden, heads = of["hidden"], of["heads"]
+    fields = {"vocab_size": 128256, **KINDS[of.get("kind", "llama")]}
+    if "vocabulary" in of:
+        fields["vocab_size"] = of["vocabulary"]
     return ModelShape(
-        "bloom",
-        num_layers,
-        hidden_size,
-        4 * hidden_size,
-        num_heads,
-        num_heads,
-        hidden_size // num_heads,
-        vocab_size=51200,
-        max_position_embeddings=2048,
-        normalization="LayerNorm",
-        activation="gelu",
-        gated_linear_unit=False,
-        tied_embeddings=True,
-        position_embedding="alibi",
+        num_layers=of["layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=of.get("ffn", 4 * hidden),
+        num_attention_heads=heads,
+        num_query_groups=of.get("groups", heads),
+        kv_channels=hidden // heads,
+        max_position_embeddings=131072,
+        **fields,
     )
+
+
+LLAMA_8B, LLAMA_70B, LLAMA_405B = map(shape_of, ("llama-8b", "llama-70b", "llama-405b"))
 
 
 def made_up_run(
@@ -76,84 +98,84 @@ def made_up_run(
     )
 
 
+@dataclass(frozen=True)
 class Step:
-    """A step of a run that is not to be started here.
+    """A published step.
 
     Args:
-        run: with its world size.
-        shape: of the model.
-        scores: whether its attention writes its scores (`scores_seconds`).
+        layout: its entry in published.toml.
+        run: ours that comes nearest.
+        seconds: published; 0: it ran out of memory.
     """
 
-    def __init__(self, run: RunConfig, shape: ModelShape, scores: bool = False) -> None:
-        self.run, self.shape, self.scores = run, shape, scores
+    layout: Mapping[str, Any]
+    run: RunConfig
+    seconds: float
 
-    @cached_property
-    def _programs(self) -> dict[int, Sequence[Entry]]:
-        return {stage.rank: stage.entries for stage in rehearse_run(self.run, self.shape, peaks=False).stages}
+    @property
+    def name(self) -> str:
+        """Of the layout, with the number of GPUs."""
+        return f"{self.layout['name']}, {self.run.parallel.world_size:,} {self.layout['gpu'].upper()}"
 
-    def seconds(self, cluster: Cluster) -> float:
-        """Of its recorded schedule. The first call rehearses it, which may take minutes."""
-        return step_time(self._programs, cluster).seconds + self._scores_seconds(cluster)
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model."""
+        return shape_of(self.layout["model"])
 
-    def estimate(self, cluster: Cluster) -> float:
-        """By the formulas of --fit."""
-        return estimated_time(StepEstimate(self.run, self.shape), cluster).seconds + self._scores_seconds(cluster)
+    def estimate(self) -> StepEstimate:
+        """Megatron fuses SwiGLU whatever is trained; AutoModel's kernels are taken to be ours."""
+        fuses = {} if self.layout["source"] == "automodel" else {"bias_activation_fusion": True}
+        return StepEstimate(self.run, self.shape, fuses, self.layout.get("samples", 1))
 
-    def _scores_seconds(self, cluster: Cluster) -> float:
-        return scores_seconds(self.run, self.shape, cluster) if self.scores else 0.0
+    def planned(self, cluster: Cluster) -> float:
+        """Seconds. Those on A100 had no fused attention."""
+        seconds = estimated_time(self.estimate(), cluster).seconds
+        return seconds + (scores_seconds(self.run, self.shape, cluster) if self.layout["gpu"] == "a100" else 0.0)
 
 
-def llama_3(num_gpus: int) -> RunConfig:
-    """Llama 3 405B, 16 million tokens a step in sequences of 8,192 (arXiv 2407.21783, section 3.3.2 and table 4).
+def steps() -> Iterator[Step]:
+    """Those of all layouts whose seconds are held against the plan's."""
+    for layout in published()["layouts"]:
+        for num_gpus, batch, seconds in layout["steps"]:
+            run = run_of(layout, num_gpus, batch)
+            if layout.get("tflops"):  # as many operations as --log-throughput counts
+                nothing: Any = None
+                pace = Pace.of(run, shape_of(layout["model"]), cluster_of(layout), nothing)
+                seconds = pace.flops / num_gpus / seconds / 1e12  # noqa: PLW2901
+            yield Step(layout, run, seconds)
 
-    The first and the last of 16 stages have a chunk without a layer, so chunks have one layer.
-    """
-    return made_up_run(
-        "full",
-        8192,
-        2048,
+
+def cluster_of(layout: Mapping[str, Any]) -> Cluster:
+    """The shipped one with its GPUs."""
+    return read_cluster(f"8x{layout['gpu']}")
+
+
+def run_of(layout: Mapping[str, Any], num_gpus: int, batch: int) -> RunConfig:
+    """Ours that comes nearest. Runs on A100 overlap no sums of gradients; NeMo's on H100 are in bf16."""
+    tp, pp, ends = layout.get("tp", 1), layout.get("pp", 1), layout.get("ends_count", False)
+    chunks = layout["vp"] * pp if "vp" in layout else None
+    num_layers = published()["models"][layout["model"]]["layers"] + 2 * ends
+    transformer = {**RECOMPUTE[layout.get("recompute", "none")]}
+    if layout.get("tp_comm_overlap"):
+        transformer["tp_comm_overlap"] = True
+    run = made_up_run(
+        *("lora" if "lora" in layout else "full", layout["length"], batch, layout.get("micro_batch", 1), transformer),
         world_size=num_gpus,
-        tensor_model_parallel_size=8,
-        pipeline_model_parallel_size=16,
-        num_layers_per_virtual_pipeline_stage=1,
-        account_for_embedding_in_pipeline_split=True,
-        account_for_loss_in_pipeline_split=True,
-        sequence_parallel=True,
-    )
-
-
-def automodel_70b(
-    batch: int = 32, recompute: dict[str, Any] | None = None, sequence_parallel: bool = False
-) -> RunConfig:
-    """NeMo AutoModel's LoRA of Llama 3 70B on 8 H100: TP2, PP4, ten chunks of two layers."""
-    return made_up_run(
-        "lora",
-        4096,
-        batch,
-        recompute=recompute,
-        world_size=8,
-        tensor_model_parallel_size=2,
-        pipeline_model_parallel_size=4,
-        num_layers_per_virtual_pipeline_stage=2,
-        sequence_parallel=sequence_parallel,
-    )
-
-
-def gpt_run(num_gpus: int, pp: int, chunk: int | None, micro_batch: int, batch: int) -> RunConfig:
-    """Korthikanti et al.'s runs: TP8, sequence parallelism, sequences of 2,048 (arXiv 2205.05198, table 3)."""
-    return made_up_run(
-        "full",
-        2048,
-        batch,
-        micro_batch,
-        recompute={"recompute_granularity": "selective"},
-        world_size=num_gpus,
-        tensor_model_parallel_size=8,
+        tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        num_layers_per_virtual_pipeline_stage=chunk,
-        sequence_parallel=True,
+        num_layers_per_virtual_pipeline_stage=num_layers // chunks if chunks else None,
+        account_for_embedding_in_pipeline_split=ends,
+        account_for_loss_in_pipeline_split=ends,
+        sequence_parallel=tp > 1 and layout.get("sequence_parallel", True),
     )
+    if layout.get("lora"):
+        run = replace(run, peft=replace(run.peft, target_modules=tuple(layout["lora"])))
+    if layout["gpu"] == "a100":
+        training = replace(run.training, overlap_grad_reduce=False, grad_reduce_in_bf16="in_half" in layout)
+        optimizer = replace(run.optimizer, overlap_param_gather=False)
+        return replace(run, training=training, optimizer=optimizer)
+    in_bf16 = layout["source"].startswith("dgxc")
+    return replace(run, training=replace(run.training, grad_reduce_in_bf16=in_bf16))
 
 
 def scores_seconds(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float:
@@ -174,108 +196,55 @@ def scores_seconds(run: RunConfig, shape: ModelShape, cluster: Cluster) -> float
     )
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published run.
+def bigscience_steps() -> Iterator[Step]:
+    """Layouts of one model. DeepSpeed's pipeline sends a tensor-parallel rank's part, as sequence parallelism does, and
+    they are planned with it. Gradients are in fp16."""
+    common = {key: value for key, value in published()["bigscience"].items() if key not in ("layouts", "network")}
+    for dp, tp, pp, rows, batch, seconds in published()["bigscience"]["layouts"]:
+        layout = {**common, "name": f"TP{tp} PP{pp} DP{dp}, micro-batch {rows}", "tp": tp, "pp": pp}
+        layout |= {"micro_batch": rows, "recompute": "full", "gpu": "a100", "in_half": True}
+        yield Step(layout, run_of(layout, dp * tp * pp, batch), seconds)
 
-    Args:
-        name: what it is.
-        role: "calibrates" or "tests".
-        seconds: published, of a step.
-        step: ours.
-        cluster: of `cluster.SHIPPED`.
-        source: where it is published.
+
+def bigscience_cluster() -> Cluster:
+    """Nodes of 8 A100 with the network that BigScience measured."""
+    a100 = read_cluster("8xa100")
+    return replace(a100, network_link=Link(published()["bigscience"]["network"], a100.network_link.latency_us))
+
+
+def fits(step: Step, cluster: Cluster) -> bool:
+    """Without sequence parallelism, as it ran."""
+    run = replace(step.run, parallel=replace(step.run.parallel, sequence_parallel=False))
+    of = StepEstimate(run, step.shape)
+    held = [total(memory(of, stage, in_flight(of, stage))) for stage in {0, 1 % of.pp, of.pp - 1}]
+    return max(held) <= cluster.usable_bytes
+
+
+def kendalls_tau(pairs: Sequence[tuple[float, float]]) -> float:
+    """1: both order alike; 0: no relation; -1: the other way round."""
+    signs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in combinations(pairs, 2)]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(signs)
+
+
+def automodel_steps() -> dict[str, float]:
+    """What makes AutoModel's step of 26.92 s of a 70B LoRA, one after the other, from our step on; seconds.
+
+    The recipe (llama3_3_70b_instruct_peft_benchmark.yaml, October 2025): no sequence parallelism, activation
+    checkpointing, and a global batch in eight passes of the pipeline with four microbatches each.
     """
-
-    name: str
-    role: str
-    seconds: float
-    step: Step
-    cluster: str
-    source: str
-
-
-def _llama_name(num_gpus: int) -> str:
-    return f"Llama 3 405B pretraining, {num_gpus:,} H100"
-
-
-def _llama_seconds(num_gpus: int, tflops: float) -> float:
-    """Table 4 has TFLOP/s a GPU: a step has as many operations as --log-throughput counts."""
-    cluster, run = read_cluster("8xh100"), llama_3(num_gpus)
-    nothing: Any = None
-    return Pace.of(run, LLAMA_405B, cluster, nothing).flops / num_gpus / tflops / 1e12
-
-
-def published_runs() -> list[Published]:
-    """All of them."""
-    automodel, korthikanti = "NeMo AutoModel's performance summary, October 2025", "arXiv 2205.05198, table 5"
-    gpts = [
-        ("GPT-3 175B", "calibrates", 13.75, gpt_run(64, 8, 4, 1, 64), gpt(96, 12288, 96)),
-        ("GPT-3 22B", "tests", 1.10, gpt_run(8, 1, None, 4, 4), gpt(48, 6144, 64)),
-        ("GPT-3 530B", "tests", 37.83, gpt_run(280, 35, 1, 1, 280), gpt(105, 20480, 128)),
-        ("GPT-3 1T", "tests", 71.49, gpt_run(512, 64, None, 1, 512), gpt(128, 25600, 160)),
-    ]
-    return [
-        *(
-            Published(
-                _llama_name(num_gpus),
-                role,
-                _llama_seconds(num_gpus, tflops),
-                Step(llama_3(num_gpus), LLAMA_405B),
-                "8xh100",
-                "arXiv 2407.21783, table 4",
-            )
-            for num_gpus, role, tflops in ((8192, "calibrates", 430), (16384, "tests", 400))
-        ),
-        Published(
-            "LoRA of Llama 3 8B, 1 H100",
-            "tests",
-            10.51,
-            Step(made_up_run("lora", 4096, 32, micro_batch=2), LLAMA_8B),
-            "8xh100",
-            automodel,
-        ),
-        Published(
-            "LoRA of Llama 3 70B, 8 H100: our step at that layout",
-            "tests",
-            26.92,
-            Step(automodel_70b(), LLAMA_70B),
-            "8xh100",
-            automodel,
-        ),
-        *(
-            Published(
-                f"{name} pretraining, {run.parallel.world_size} A100",
-                role,
-                seconds,
-                Step(run, shape, scores=True),
-                "8xa100",
-                korthikanti,
-            )
-            for name, role, seconds, run, shape in gpts
-        ),
-    ]
-
-
-def lost_at_16384(seconds: Mapping[str, float]) -> float:
-    """The part of a GPU's throughput that Llama 3 loses from 8,192 to 16,384 GPUs, by seconds of a step."""
-    few, many = (seconds[_llama_name(num_gpus)] for num_gpus in (8192, 16384))
-    return 1 - few / 2 / many
-
-
-def automodel_steps() -> dict[str, tuple[int, Step]]:
-    """What makes AutoModel's step of 26.92 s, one after the other, from our step on: how often each step is taken.
-
-    The recipe (llama3_3_70b_instruct_peft_benchmark.yaml): no sequence parallelism, activation checkpointing, and a
-    global batch in eight passes of the pipeline with four microbatches each.
-    """
-    runs = {
-        "our step at that layout, with sequence parallelism": (1, automodel_70b(sequence_parallel=True)),
-        "no sequence parallelism": (1, automodel_70b()),
-        "every layer recomputed": (1, automodel_70b(recompute=FULL_RECOMPUTE)),
-        "eight passes of the pipeline": (8, automodel_70b(4, FULL_RECOMPUTE)),
+    layout = {"source": "automodel", "gpu": "h100", "model": "llama-70b", "lora": [], "length": 4096}
+    layout |= {"tp": 2, "pp": 4, "vp": 10}
+    apart, recomputed = {"sequence_parallel": False}, {"sequence_parallel": False, "recompute": "full"}
+    steps = {
+        "our step at that layout, with sequence parallelism": (1, {}, 32),
+        "no sequence parallelism": (1, apart, 32),
+        "every layer recomputed": (1, recomputed, 32),
+        "eight passes of the pipeline": (8, recomputed, 4),
     }
-    return {name: (times, Step(run, LLAMA_70B)) for name, (times, run) in runs.items()}
+    return {
+        name: times * Step(layout, run_of({**layout, **other}, 8, batch), 0).planned(cluster_of(layout))
+        for name, (times, other, batch) in steps.items()
+    }
 
 
 def items(totals: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -289,15 +258,22 @@ def items(totals: Mapping[str, float]) -> list[tuple[str, float]]:
 
 def tables() -> dict[str, dict[str, Any]]:
     """Tables by the names of their files."""
-    clusters = {name: read_cluster(name) for name in ("8xh100", "8xa100")}
-    rows, planned = [], {}
-    for one in published_runs():
-        seconds = planned[one.name] = one.step.seconds(clusters[one.cluster])
-        off = f"{seconds / one.seconds - 1:+.1%}"
-        rows.append([one.name, one.role, one.source, f"{one.seconds:.2f}", f"{seconds:.2f}", off])
-    totals = {name: times * step.seconds(clusters["8xh100"]) for name, (times, step) in automodel_steps().items()}
-    parts = [[name, f"{seconds:.2f}"] for name, seconds in items(totals)]
-    lost = lost_at_16384(planned)
+    rows, errors = [], {True: [], False: []}
+    for step in steps():
+        calibrates, planned = step.layout["calibrates"], step.planned(cluster_of(step.layout))
+        errors[calibrates].append(planned / step.seconds - 1)
+        source = published()["sources"][step.layout["source"]]
+        seconds = [f"{value:.3g}" if value < 10 else f"{value:.2f}" for value in (step.seconds, planned)]
+        role = "calibrates" if calibrates else "reported"
+        rows.append([step.name, role, source, *seconds, f"{errors[calibrates][-1]:+.1%}"])
+    halves = [["calibrates", Accuracy(tuple(errors[True]))], ["reported", Accuracy(tuple(errors[False]))]]
+    ranked, cluster = [], bigscience_cluster()
+    for step in bigscience_steps():
+        planned, ran = step.planned(cluster), step.seconds > 0
+        told = [f"{step.seconds:.1f}" if ran else "out of memory", f"{planned:.1f}"]
+        told += [f"{planned / step.seconds - 1:+.1%}" if ran else "", "yes" if fits(step, cluster) else "no"]
+        ranked.append([step.layout["name"], *told])
+    timed = [(float(row[1]), float(row[2])) for row in ranked if row[1] != "out of memory"]
     return {
         "published": {
             "title": "Published runs and the plan",
@@ -305,17 +281,27 @@ def tables() -> dict[str, dict[str, Any]]:
             "text_columns": 3,
             "rows": rows,
         },
-        "scaling": {
-            "title": "Llama 3 405B from 8,192 to 16,384 GPUs",
-            "columns": ["throughput of a GPU that is lost", "part"],
+        "halves": {
+            "title": "How far off the plan is",
+            "columns": ["half", "runs", "median", "worst", "lowest", "highest"],
             "text_columns": 1,
-            "rows": [["published (430 to 400 TFLOP/s)", f"{1 - 400 / 430:.1%}"], ["planned", f"{lost:.1%}"]],
+            "rows": [
+                [name, str(len(of.errors)), *(f"{part:.1%}" for part in (of.median, of.worst))]
+                + [f"{part:+.1%}" for part in (min(of.errors), max(of.errors))]
+                for name, of in halves
+            ],
+        },
+        "bigscience": {
+            "title": "Layouts of a model of 181B on 384 A100",
+            "columns": ["layout", "published (s a step)", "planned (s a step)", "off by", "planned to fit"],
+            "text_columns": 1,
+            "rows": [*ranked, ["Kendall's tau of those that ran", "", f"{kendalls_tau(timed):.2f}", "", ""]],
         },
         "automodel": {
             "title": "AutoModel's LoRA step of 26.92 s",
             "columns": ["what", "seconds"],
             "text_columns": 1,
-            "rows": [*parts, ["published", "26.92"]],
+            "rows": [*([name, f"{seconds:.2f}"] for name, seconds in items(automodel_steps())), ["published", "26.92"]],
         },
     }
 
@@ -328,8 +314,15 @@ def write_tables(found: dict[str, dict[str, Any]], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the tables into the folder that is named."""
-    write_tables(tables(), Path(arguments[0]))
+    """Write the tables into the folder that is named, and the errors beside this file."""
+    found = tables()
+    write_tables(found, Path(arguments[0]))
+    rows = found["published"]["rows"]
+    errors = {name: round(float(off[:-1]) / 100, 3) for name, role, *_, off in rows if role == "reported"}
+    ERRORS.write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+    for row in found["halves"]["rows"]:
+        print(*row)
+    print(*found["bigscience"]["rows"][-1])
     return 0
 
 

@@ -74,11 +74,12 @@ class Recorder(Mode):
     Args:
         groups: as `group_names` gives them.
         keeps_work: record computation too; otherwise calls alone, and where what one has not finished is used.
+        fuses_sums: on a GPU, products that give a weight's gradient add it to the sum over microbatches themselves.
     """
 
-    def __init__(self, groups: Mapping[str, str], keeps_work: bool = True) -> None:
+    def __init__(self, groups: Mapping[str, str], keeps_work: bool = True, fuses_sums: bool = False) -> None:
         super().__init__()
-        self.groups, self.keeps_work = groups, keeps_work
+        self.groups, self.keeps_work, self.fuses_sums = groups, keeps_work, fuses_sums
         self._batch: int | None = None
         self._num_batches = 0
         self.clear()
@@ -89,6 +90,8 @@ class Recorder(Mode):
         self._num_calls = 0
         self._under_way: dict[int, list[Tensor]] = {}  # by number of the call: what it writes
         self._start_work()
+
+        self._last_product: int | None = None  # the storage that it has written
 
     def _start_work(self) -> None:
         self._products: Counter[Product] = Counter()
@@ -212,12 +215,26 @@ class Recorder(Mode):
         outputs = list(_written(kind, args, result))
         if not outputs:
             return
+        if self.fuses_sums and _adds_to_a_buffer(func, args) and _storage(args[1]) == self._last_product:
+            return
         self._num_kernels += 1
         if kind.product is not None:
             self._products[kind.product(args)] += 1
+            self._last_product = _storage(outputs[0])
         else:
             read = args if kind.reads is None else kind.reads(args, outputs)
             self._num_bytes += sum(map(_num_bytes, (*_tensors(read), *outputs)))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _adds_to_a_buffer(func: Any, args: Any) -> bool:
+    """Whether it adds a tensor to a part of a storage, as to that of all sums of gradients."""
+    if func is not torch.ops.aten.add_.Tensor or not isinstance(args[1], Tensor):
+        return False
+    return args[0].untyped_storage().nbytes() > args[0].nbytes
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from megatron_peft.checkpoint import save, tensors
 from megatron_peft.checkpoint.tensors import PlannedFiles, Written, sharded_parameters
 from megatron_peft.data.batches import Microbatch
+from megatron_peft.models import layers
+from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.collectives import from_first_rank
 from megatron_peft.planning.record import Memory, RankRecord
 from megatron_peft.planning.recording import LiveMemory, Recorder, forget_sends, group_names
@@ -44,9 +47,13 @@ from megatron_peft.training.validation import (
 
 @dataclass
 class Watch:
-    """What is seen of a rank: `recorder`'s entries, and `memory` with the peaks of the phases that have ended."""
+    """What is seen of a rank: `recorder`'s entries, and `memory` with the peaks of the phases that have ended.
+
+    What `fuses` (`kernels.fusions`) says is one kernel on a GPU counts as one.
+    """
 
     recorder: Recorder
+    fuses: Mapping[str, bool] = field(default_factory=dict)
     memory: LiveMemory = field(default_factory=LiveMemory)
     peaks: dict[str, Memory] = field(default_factory=dict)
 
@@ -60,6 +67,7 @@ class Watch:
                 stack.enter_context(self.memory.watch_modules())
                 stack.enter_context(watched_storages(self.memory.resized))
                 stack.enter_context(watched_kernels(self.recorder.one_kernel))
+                stack.enter_context(fused_kernels(self.recorder.one_kernel, self.fuses))
                 stack.enter_context(self.memory)
             stack.enter_context(self.recorder)
             yield self
@@ -80,6 +88,39 @@ class Watch:
         forget_sends()
 
 
+@contextmanager
+def fused_kernels(one_kernel: Callable[..., Any], fuses: Mapping[str, bool]) -> Iterator[None]:
+    """As `watched_kernels`, of the rotary embedding and SwiGLU where `fuses` has them."""
+    rotate, swiglu, swiglu_backward = layers._rotate, layers._SwiGLU.forward, layers._SwiGLU.backward
+
+    def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1))
+
+    class Rotation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):  # type: ignore[override]
+            ctx.save_for_backward(*args[1:])
+            return one_kernel(rotate, args)
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[override]
+            return one_kernel(rotate_back, (grad, *ctx.saved_tensors)), None, None
+
+    def forward(ctx: Any, x: Tensor) -> Any:
+        return one_kernel(partial(swiglu, ctx), (x,))
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return one_kernel(lambda grad, _: swiglu_backward(ctx, grad), (grad, *ctx.saved_tensors))
+
+    with ExitStack() as stack:
+        if fuses.get("apply_rope_fusion"):
+            stack.enter_context(replaced(layers, "_rotate", Rotation.apply))
+        if fuses.get("bias_activation_fusion"):
+            stack.enter_context(replaced(layers._SwiGLU, "forward", staticmethod(forward)))
+            stack.enter_context(replaced(layers._SwiGLU, "backward", staticmethod(backward)))
+        yield
+
+
 def rehearse_rank(of: RankToRehearse) -> RankRecord:
     """Run one rank. Its process can be used for others afterwards, and for nothing else."""
     # Transformer Engine needs a GPU.
@@ -89,7 +130,9 @@ def rehearse_rank(of: RankToRehearse) -> RankRecord:
     with fake_rank(of.rank, config.parallel.world_size, lambda value: of_all_stages(value, of.shape.num_layers)):
         num_stages = config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(config.parallel, config.training.seed, num_stages)
-        watch = Watch(Recorder(group_names(), keeps_work=not of.calls_alone))
+        fuses = fusions_on_a_gpu(config, of.shape)
+        recorder = Recorder(group_names(), not of.calls_alone, fuses["gradient_accumulation_fusion"])
+        watch = Watch(recorder, fuses)
         steps = of.lengths * of.num_microbatches if len(of.lengths) == 1 else of.lengths
         with watch():
             waiting = [microbatch_of(of.lengths[-1]) for _ in range(of.num_waiting)]

@@ -4,6 +4,8 @@
     all else        bytes / memory bandwidth
     a call          alpha log2(ranks) + beta x bytes, once every rank of its group is there
 
+`Cluster.of_run` says what is sustained on a run's nodes, and which part of tensor-parallel calls is hidden.
+
 A rank has two clocks, as PyTorch has on a GPU: the host launches, and the device computes what was launched. Calls run
 beside the computation, those of one group one after the other; the device waits for a call where the program does, the
 host never. What the device spends waiting is a bubble (the others are not there yet), exposed communication (the call
@@ -299,6 +301,8 @@ class _Replay:
             seconds = self.cluster.call_seconds(call.operation, call.num_bytes, ends)
             return _Kind(call, seconds, (call.axis, ends), 2)
         seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
+        if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
+            seconds *= 1 - self.cluster.hidden
         present = tuple(member for member in call.group if member in self.ranks)
         return _Kind(call, seconds, (call.axis, present), len(present))
 

@@ -103,7 +103,7 @@ def test_an_estimate_is_what_a_rehearsal_finds(rehearsed, case):
         assert calls(estimated) == calls(real)
         assert flops(estimated) == pytest.approx(flops(real), rel=2e-3)
         if "dropout" not in case:  # whose time is left out
-            off = 0.07 if "recomputed" in case else 0.03
+            off = 0.08 if "recomputed" in case else 0.03
             assert other_work(estimated) == pytest.approx(other_work(real), rel=off)
     counts = parameters(step, step.chunks[0])
     assert counts.frozen == record.parameters["frozen"]
@@ -145,5 +145,5 @@ def test_the_time_of_an_estimate_is_that_of_the_recorded_schedule(timed):
     run = replace(run, peft=PeftConfig(method=method, **PEFT.get(method, {})))
     cluster = read_cluster("8xa100")
     stages = rehearse_run(run, shape, peaks=False).stages
-    recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster)
+    recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster.of_run(run))
     assert estimated_time(StepEstimate(run, shape), cluster).seconds == pytest.approx(recorded.seconds, rel=0.02)

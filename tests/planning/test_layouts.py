@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_peft.cli.parser import read_config
-from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig
+from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig, RunConfig
 from megatron_peft.config.methods import METHODS, Method
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.planning import layouts
@@ -17,11 +17,25 @@ from megatron_peft.planning.footprint import memory, parameters, saved_bytes, to
 from megatron_peft.planning.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.pipeline import Turn, estimated_time, in_flight, turns
-from megatron_peft.planning.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, llama_3, made_up_run
+from megatron_peft.planning.published import (
+    FULL_RECOMPUTE,
+    LLAMA_8B,
+    LLAMA_70B,
+    LLAMA_405B,
+    made_up_run,
+    published,
+    run_of,
+)
 
 SMALL = ModelShape("llama", 8, 1024, 4096, 16, 8, 64, 32000, 8192)
 A100 = read_cluster("8xa100")
 fit_small = partial(fit, shape=SMALL, cluster=A100)
+
+
+def llama_3() -> RunConfig:
+    """The layout of Llama 3 405B's pretraining, on a replica."""
+    [layout] = [one for one in published()["layouts"] if one["model"] == "llama-405b"]
+    return run_of(layout, 128, 128)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +58,7 @@ def test_layers_are_divided_among_chunks(flags, layers):
 
 
 def test_the_embedding_and_the_loss_count_as_layers():
-    stages = chunks_of_stages(llama_3(128).parallel, 126)
+    stages = chunks_of_stages(llama_3().parallel, 126)
     assert [sum(len(chunk.layers) for chunk in stage) for stage in stages] == [7, *[8] * 14, 7]
     assert not stages[0][0].layers and not stages[-1][-1].layers
 
@@ -60,8 +74,7 @@ def test_a_schedule_runs_every_microbatch_forward_and_then_backward(stage, num_c
 
 
 def test_the_first_stage_of_the_largest_recipe_holds_143_chunks_of_microbatches():
-    run = llama_3(128)
-    step = StepEstimate(replace(run, training=replace(run.training, global_batch_size=128)), LLAMA_405B)
+    step = StepEstimate(llama_3(), LLAMA_405B)
     sizes = {saved_bytes(step, chunk) for chunk in step.chunks[1]}
     assert len(sizes) == 1 and in_flight(step, 1) == (2 * 14 + 7 * 16 + 1) * sizes.pop()
 

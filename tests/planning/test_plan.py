@@ -13,6 +13,7 @@ from megatron_peft.commands.plan import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.models.families import read_shape
 from megatron_peft.planning.cluster import SHIPPED
+from megatron_peft.planning.pace import Accuracy
 from megatron_peft.planning.record import Product
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_llama, save_pairs
@@ -73,6 +74,16 @@ def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
     assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
     shown = re.findall(r"Rehearsing .*?(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", waited))
     assert shown and shown[-1][0] == shown[-1][1], "a bar that ends with all that was to do"
+    low, high = plan["seconds_range"]
+    assert low <= plan["time"]["seconds"] <= high and plan["published_runs"]["number"] == 13
+    assert f"s a step ({low:.3g} to {high:.3g}: 13 published runs were off by " in told
+    assert "A plan ranks the layouts of a run on a cluster; its seconds are no promise." in told
+
+
+def test_a_range_is_as_far_off_as_the_outermost_published_runs():
+    accuracy = Accuracy((0.25, -0.2, 0.1, -0.04))
+    assert accuracy.around(10.0) == (8.0, 12.5) and Accuracy((0.25, 0.1)).around(10.0) == (8.0, 10.0)
+    assert str(accuracy) == "4 published runs were off by 15% in the median, 25% at most"
 
 
 SMALL = ["--lora-rank", "4", "--seq-length", "32"]

@@ -1,17 +1,28 @@
 """The constants of the shipped clusters against published runs, and the tables of docs/planning.md."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_peft.planning.cluster import read_cluster
-from megatron_peft.planning.published import Published, automodel_steps, items, lost_at_16384, published_runs
+from megatron_peft.planning.pace import ERRORS, Accuracy
+from megatron_peft.planning.published import (
+    Step,
+    automodel_steps,
+    bigscience_cluster,
+    bigscience_steps,
+    cluster_of,
+    items,
+    kendalls_tau,
+    published,
+    steps,
+)
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results" / "planning"
-MOST_OFF = {"calibrates": 0.01, "tests": 0.12}
-FORMULAS_OFF = 0.03
+STEPS = {step.name: step for step in steps()}
+SLOW = ("530B", "1T")
 
 
 def recorded(name: str) -> list[list[str]]:
@@ -20,26 +31,60 @@ def recorded(name: str) -> list[list[str]]:
     return table["rows"]
 
 
-def planned(run: Published) -> float:
-    [row] = [row for row in recorded("published") if row[0] == run.name]
-    assert row[1:4] == [run.role, run.source, f"{run.seconds:.2f}"]
+def planned(step: Step) -> float:
+    [row] = [row for row in recorded("published") if row[0] == step.name]
+    assert float(row[3]) == pytest.approx(step.seconds, rel=5e-3)
+    assert row[1] == ("calibrates" if step.layout["calibrates"] else "reported")
     return float(row[4])
 
 
-@pytest.mark.parametrize("run", [one for one in published_runs() if "70B" not in one.name], ids=lambda one: one.name)
-def test_a_published_step_is_planned(run):
-    assert planned(run) == pytest.approx(run.seconds, rel=MOST_OFF[run.role])
+def test_chance_chose_the_half_that_calibrates():
+    """The rule at the head of published.toml, whatever fits."""
+    for gpu in ("h100", "a100"):
+        layouts = [one for one in published()["layouts"] if one["gpu"] == gpu]
+        ordered = sorted(layouts, key=lambda one: sha256(one["name"].encode()).hexdigest())
+        assert [one["calibrates"] for one in ordered] == [number % 2 == 0 for number in range(len(ordered))]
 
 
-@pytest.mark.parametrize("run", published_runs(), ids=lambda one: one.name)
-def test_the_formulas_of_fit_give_the_time_of_the_recorded_schedule(run):
-    """With today's constants: other ones need new records."""
-    assert run.step.estimate(read_cluster(run.cluster)) == pytest.approx(planned(run), rel=FORMULAS_OFF)
+def test_20_published_runs_of_every_kind_from_1_to_2048_gpus():
+    sizes = [step.run.parallel.world_size for step in STEPS.values()]
+    assert len(STEPS) >= 20 and min(sizes) == 1 and {2048, 2240} <= {*sizes}
+    kinds = {(step.layout["gpu"], "lora" in step.layout) for step in STEPS.values()}
+    assert kinds == {("h100", True), ("h100", False), ("a100", False)}
 
 
-def test_what_16384_gpus_lose_is_predicted_within_3_points():
-    assert lost_at_16384({run.name: planned(run) for run in published_runs()}) == pytest.approx(1 - 400 / 430, abs=0.03)
-    assert recorded("scaling")[0][1] == f"{1 - 400 / 430:.1%}"
+def test_the_reported_half_is_off_by_6_percent_in_the_median_and_12_at_most():
+    """The wish was 6% and 15%; runs that nobody here has seen may be further off."""
+    errors = {step.name: planned(step) / step.seconds - 1 for step in STEPS.values() if not step.layout["calibrates"]}
+    assert json.loads(ERRORS.read_text()) == pytest.approx(errors, abs=0.006)
+    accuracy = Accuracy.reported()
+    assert accuracy.median <= 0.06 and accuracy.worst <= 0.12 and len(accuracy.errors) == 13
+
+
+def test_layouts_of_the_181b_model_are_ordered_better_than_by_chance():
+    *rows, total = recorded("bigscience")
+    assert len(rows) == 16
+    assert [row[4] for row in rows] == ["no" if row[1] == "out of memory" else "yes" for row in rows]
+    timed = [(float(row[1]), float(row[2])) for row in rows if row[1] != "out of memory"]
+    assert f"{kendalls_tau(timed):.2f}" == total[2] and kendalls_tau(timed) >= 0.5
+
+
+def test_kendalls_tau_is_1_for_the_same_order_and_minus_1_for_the_other_way_round():
+    assert [kendalls_tau([(1, 1), (2, 4), (3, other)]) for other in (9, 2, 0)] == pytest.approx([1, 1 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if any(one in name for one in SLOW) else []) for name in STEPS]
+)
+def test_the_records_are_those_of_todays_constants(name):
+    step = STEPS[name]
+    assert planned(step) == pytest.approx(step.planned(cluster_of(step.layout)), rel=6e-3)
+
+
+def test_so_is_the_first_layout_of_the_181b_model():
+    step, [row, *_] = next(bigscience_steps()), recorded("bigscience")
+    assert row[0] == step.layout["name"]
+    assert float(row[2]) == pytest.approx(step.planned(bigscience_cluster()), rel=1e-3)
 
 
 def test_items_of_automodels_step_add_up_to_it():
@@ -47,14 +92,4 @@ def test_items_of_automodels_step_add_up_to_it():
     assert total == ("published", 26.92)
     assert sum(seconds for _, seconds in parts) == pytest.approx(26.92, abs=0.03)
     assert all(seconds > 0 for _, seconds in parts)
-    cluster = read_cluster("8xh100")
-    estimated = items({name: times * step.estimate(cluster) for name, (times, step) in automodel_steps().items()})
-    assert [name for name, _ in parts] == [name for name, _ in estimated]
-    assert [seconds for _, seconds in parts] == pytest.approx([seconds for _, seconds in estimated], abs=0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [one for one in published_runs() if "8B" in one.name], ids=lambda one: one.name)
-def test_the_record_is_that_of_the_recorded_schedule(run):
-    """The others take minutes each."""
-    assert f"{run.step.seconds(read_cluster(run.cluster)):.2f}" == f"{planned(run):.2f}"
+    assert dict(parts) == pytest.approx(dict(items(automodel_steps())), abs=0.01)

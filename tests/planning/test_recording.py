@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from megatron_peft.adapters.frozen_linear import run_function
 from megatron_peft.config import ConfigurationError
+from megatron_peft.models import layers
 from megatron_peft.planning.record import Computation, EarlyUse, Product
 from megatron_peft.planning.recording import Recorder
+from megatron_peft.planning.rehearsed_rank import fused_kernels
 from megatron_peft.runtime.cpu_kernels import RootMeanSquareNorm, add_outer_sums, outer_sum
 from megatron_peft.runtime.fake_ranks import watched_kernels
 
@@ -79,6 +81,38 @@ def test_adam_is_one_kernel_of_all_parameters():
     work = counted(optimizer.step)
     assert work.num_bytes == 7 * 4 * 120, "parameter, gradient and two moments are read, all but the gradient written"
     assert work.num_kernels == 1
+
+
+def test_fused_rotary_embeddings_and_swiglu_read_and_write_once_each_way():
+    fuses = {"apply_rope_fusion": True, "bias_activation_fusion": True}
+    recorder = Recorder({})
+    x = torch.zeros(TOKENS, 1, 2, INTO, requires_grad=True)
+    cos, sin = (torch.zeros(TOKENS, 1, 1, INTO) for _ in range(2))
+    both = torch.randn(TOKENS, 1, 2 * INTO, requires_grad=True)
+    ones, ones_x = torch.ones(TOKENS, 1, INTO), torch.ones_like(x)
+    usual = torch.autograd.grad(layers._SwiGLU.apply(both), both, ones)[0]
+    turned = layers._rotate(x + 1, cos + 0.5, sin + 0.25)
+    turned_back = torch.autograd.grad(turned, x, ones_x)[0]
+    with fused_kernels(recorder.one_kernel, fuses):
+        with recorder:
+            torch.autograd.grad(layers._rotate(x, cos, sin), x, ones_x)
+            torch.autograd.grad(layers._SwiGLU.apply(both), both, ones)
+        [work] = recorder.entries()
+        assert torch.equal(torch.autograd.grad(layers._SwiGLU.apply(both), both, ones)[0], usual)
+        y = layers._rotate(x + 1, cos + 0.5, sin + 0.25)
+        assert torch.equal(y, turned) and torch.allclose(torch.autograd.grad(y, x, ones_x)[0], turned_back)
+    rotated, angles, swiglu = 4 * TOKENS * 2 * INTO, 2 * TOKENS * INTO, 8 * TOKENS * INTO
+    assert work == Computation(num_bytes=4 * (rotated + 2 * angles + swiglu), num_kernels=4)
+
+
+def test_a_gradient_is_added_to_its_buffer_within_the_product_where_that_is_fused():
+    grad, x, buffer = torch.zeros(TOKENS, OUT), torch.zeros(TOKENS, INTO), torch.zeros(2, OUT, INTO)
+    products = {Product("mm", 1, OUT, INTO, TOKENS, "float32"): 1}
+    for fuses_sums, num_bytes, num_kernels in ((True, 0, 1), (False, 3 * 4 * OUT * INTO, 2)):
+        recorder = Recorder({}, fuses_sums=fuses_sums)
+        with recorder:
+            buffer[1].add_(torch.mm(grad.t(), x))
+        assert recorder.entries() == (Computation(products, num_bytes, num_kernels),)
 
 
 def test_what_overlaps_the_result_of_a_call_under_way_is_used_early_and_a_view_of_it_is_not():
