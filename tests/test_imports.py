@@ -60,6 +60,7 @@ MAY_OPEN: Mapping[str, set[str]] = {
     "planning.record": {"json.loads"},  # what a process of ours has found
     "benchmarks.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
+    "planning.pace": {"json.loads"},  # another
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }

@@ -57,7 +57,7 @@ def published() -> dict[str, Any]:
     return tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
 
 
-def shape_of(model: str) -> ModelShape:
+def published_shape(model: str) -> ModelShape:
     """Of a model of published.toml."""
     of = published()["models"][model]
     hidden, heads = of["hidden"], of["heads"]
@@ -76,7 +76,7 @@ def shape_of(model: str) -> ModelShape:
     )
 
 
-LLAMA_8B, LLAMA_70B, LLAMA_405B = map(shape_of, ("llama-8b", "llama-70b", "llama-405b"))
+LLAMA_8B, LLAMA_70B, LLAMA_405B = map(published_shape, ("llama-8b", "llama-70b", "llama-405b"))
 
 
 def made_up_run(
@@ -120,7 +120,7 @@ class Step:
     @property
     def shape(self) -> ModelShape:
         """Of the model."""
-        return shape_of(self.layout["model"])
+        return published_shape(self.layout["model"])
 
     def estimate(self) -> StepEstimate:
         """Megatron fuses SwiGLU whatever is trained; AutoModel's kernels are taken to be ours."""
@@ -140,12 +140,12 @@ def steps() -> Iterator[Step]:
             run = run_of(layout, num_gpus, batch)
             if layout.get("tflops"):  # as many operations as --log-throughput counts
                 nothing: Any = None
-                pace = Pace.of(run, shape_of(layout["model"]), cluster_of(layout), nothing)
+                pace = Pace.of(run, published_shape(layout["model"]), cluster_for(layout), nothing)
                 seconds = pace.flops / num_gpus / seconds / 1e12  # noqa: PLW2901
             yield Step(layout, run, seconds)
 
 
-def cluster_of(layout: Mapping[str, Any]) -> Cluster:
+def cluster_for(layout: Mapping[str, Any]) -> Cluster:
     """The shipped one with its GPUs."""
     return read_cluster(f"8x{layout['gpu']}")
 
@@ -242,7 +242,7 @@ def automodel_steps() -> dict[str, float]:
         "eight passes of the pipeline": (8, recomputed, 4),
     }
     return {
-        name: times * Step(layout, run_of({**layout, **other}, 8, batch), 0).planned(cluster_of(layout))
+        name: times * Step(layout, run_of({**layout, **other}, 8, batch), 0).planned(cluster_for(layout))
         for name, (times, other, batch) in steps.items()
     }
 
@@ -260,7 +260,7 @@ def tables() -> dict[str, dict[str, Any]]:
     """Tables by the names of their files."""
     rows, errors = [], {True: [], False: []}
     for step in steps():
-        calibrates, planned = step.layout["calibrates"], step.planned(cluster_of(step.layout))
+        calibrates, planned = step.layout["calibrates"], step.planned(cluster_for(step.layout))
         errors[calibrates].append(planned / step.seconds - 1)
         source = published()["sources"][step.layout["source"]]
         seconds = [f"{value:.3g}" if value < 10 else f"{value:.2f}" for value in (step.seconds, planned)]

@@ -13,7 +13,7 @@ from megatron_peft.planning.published import (
     automodel_steps,
     bigscience_cluster,
     bigscience_steps,
-    cluster_of,
+    cluster_for,
     items,
     kendalls_tau,
     published,
@@ -78,7 +78,7 @@ def test_kendalls_tau_is_1_for_the_same_order_and_minus_1_for_the_other_way_roun
 )
 def test_the_records_are_those_of_todays_constants(name):
     step = STEPS[name]
-    assert planned(step) == pytest.approx(step.planned(cluster_of(step.layout)), rel=6e-3)
+    assert planned(step) == pytest.approx(step.planned(cluster_for(step.layout)), rel=6e-3)
 
 
 def test_so_is_the_first_layout_of_the_181b_model():
