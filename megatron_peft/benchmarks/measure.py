@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
@@ -34,11 +36,13 @@ MAX_SECONDS = 300.0  # of wall time: no turn begins after that, so that a benchm
 
 @dataclass(frozen=True)
 class TurnsJob:
-    """Which of `STEPS` take turns, and how often."""
+    """Which of `STEPS` take turns, and how often; with those of `floors`, the products that they and "frozen" do not
+    share."""
 
     setting: Setting
     names: tuple[str, ...]
     num_turns: int
+    floors: tuple[str, ...] = ()
 
 
 def time_turns(job: TurnsJob) -> dict[str, list[float]]:
@@ -46,6 +50,10 @@ def time_turns(job: TurnsJob) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     join(job.setting)
     steps = {name: STEPS[name](job.setting) for name in job.names}
+    logs = {name: products_of(steps[name]) for name in ("frozen", *job.floors) if job.floors}
+    for name in job.floors:
+        steps[f"{name} adds"] = products_beyond(logs[name], logs["frozen"])
+        steps[f"{name} spares"] = products_beyond(logs["frozen"], logs[name])
     seconds = take_turns(steps, job.num_turns, _Limit(MAX_SECONDS).is_over)
     leave()
     return seconds
@@ -285,3 +293,57 @@ def _describe(func: Any, args: Sequence[Any]) -> Collective:
         num_bytes=sum(tensor.nbytes for tensor in largest),
         width=largest[0].shape[-1] if largest and largest[0].ndim else 1,
     )
+
+
+# The floor of a method: the products of its step that another step does not have, run alone.
+#
+# They are recorded from the step itself and run again on copies of their tensors, in their order, without autograd: on
+# any machine the step takes at least that time. A rotation's inverses and Fourier transforms count as products.
+
+PRODUCTS = {"_linear_pointwise", "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+PRODUCTS |= {"linalg_inv_ex", "_linalg_solve_ex", "_fft_c2c"}
+
+
+class ProductLog(TorchDispatchMode):
+    """Context manager; while it is entered `calls` grows, and `again` has a call on copies for each of `calls`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.again: dict[tuple[Any, ...], Callable[[], Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in PRODUCTS:
+            call = _factors(func.overloadpacket.__name__, [one for one in tree_leaves(args) if isinstance(one, Tensor)])
+            if call not in self.again:
+                self.again[call] = partial(func, *tree_map_only(Tensor, torch.clone, args), **(kwargs or {}))
+            self.calls.append(call)
+        return func(*args, **(kwargs or {}))
+
+
+def _factors(name: str, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Shapes of a product's factors, by whatever operator; or the operator's name and the shape of what it takes."""
+    if name == "_linear_pointwise":  # x, W and perhaps a bias
+        return tuple(tensors[0].shape), tuple(tensors[1].t().shape)
+    if name.startswith(("linalg", "_linalg", "_fft")):
+        return name, tuple(tensors[0].shape)
+    return tuple(tensors[-2].shape), tuple(tensors[-1].shape)  # before them, what they are added to
+
+
+def products_of(step: Step) -> ProductLog:
+    """Of one step, not the first."""
+    step()
+    with ProductLog() as log:
+        step()
+    return log
+
+
+def products_beyond(log: ProductLog, other: ProductLog) -> Step:
+    """Runs the products of the one that the other has not."""
+    common = Counter(other.calls)
+    own = []
+    for call in log.calls:
+        common[call] -= 1
+        if common[call] < 0:
+            own.append(call)
+    return torch.no_grad()(lambda: [log.again[call]() for call in own])

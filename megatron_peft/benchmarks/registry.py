@@ -16,8 +16,6 @@ from megatron_peft.benchmarks.inference import (
 from megatron_peft.benchmarks.layers import boft_layer_figures, crossover_figures
 from megatron_peft.benchmarks.measure import Figure
 from megatron_peft.benchmarks.steps import (
-    MANY_MICROBATCHES,
-    WIDE,
     activations_figures,
     collectives_figures,
     hybrid_full_figures,
@@ -83,11 +81,11 @@ BENCHMARKS = {
     ),
     "microbatch-ratios": Benchmark(
         "CPU seconds of a step over the frozen base's: 8 layers, hidden 512, rank 16, b 8, m 3, 8 times 512 tokens",
-        lambda place: ratio_figures(place.microbatches_of_512(), place.turns, MANY_MICROBATCHES),
+        lambda place: ratio_figures(place.microbatches_of_512(), place.turns),
     ),
     "wide-ratios": Benchmark(
         "CPU seconds of a step over the frozen base's: 2 layers, hidden 2048, rank 16, b 8, m 3, 2 times 512 tokens",
-        lambda place: ratio_figures(place.random_2_wide_layers(), place.turns, WIDE),
+        lambda place: ratio_figures(place.random_2_wide_layers(), place.turns),
     ),
     "boft-layer": Benchmark(
         "A layer of BOFT, b 8, m 3, 2048 x 2048, 1024 tokens, forward and backward",

@@ -2,8 +2,8 @@
 
 For each Hugging Face module the smallest rank whose relative Frobenius error of dW is at most the tolerance. Where the
 method itself has a product of few enough columns (LoRA, LoRA-GA, a Hybrid whose rotation is the identity), the product
-is taken as it is. All others are sketched (`truncated_svd.py`), from rows that are read from the files as they are
-needed: a block of rows is the largest part of any dW that ever exists.
+is taken as it is. All others are decomposed (`truncated_svd.py`), from rows that are read from the files as they are
+needed: a block of rows is the largest part of any dW that ever exists, and of what is larger there is a sketch.
 
 What is no linear layer's weight cannot be in a LoRA. It is left out, and told by name and size: full fine-tuning trains
 norms, biases and the embedding too.
@@ -31,7 +31,7 @@ from megatron_peft.conversion.trained_adapters import (
     read_stored,
     row_ranges,
 )
-from megatron_peft.conversion.truncated_svd import Truncation, truncated_svd
+from megatron_peft.conversion.truncated_svd import Truncation, svd_of_whole, truncated_svd
 from megatron_peft.conversion.writer import byte_bar
 from megatron_peft.models.families import rules_for
 from megatron_peft.models.rules import RowRange, Rule
@@ -219,7 +219,9 @@ def _read_rows(weights: Weights, rule: Rule, rows: RowRange) -> Tensor:  # -> [n
 def _module_lora(name: str, matrix: _ModuleChange, tolerance: float, max_rank: int) -> ModuleLora:
     found = _own_product(matrix, max_rank)
     is_exact = found is not None
-    if found is None:
+    if found is None and prod(matrix.shape) <= BLOCK_ELEMENTS:
+        found = svd_of_whole(matrix, tolerance, max_rank)
+    elif found is None:
         found = truncated_svd(matrix, tolerance, max_rank, torch.Generator().manual_seed(SEED))
     return ModuleLora(name, matrix.ranges, replace(found, A=found.A.float(), B=found.B.float()), is_exact)
 

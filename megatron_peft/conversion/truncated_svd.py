@@ -1,6 +1,7 @@
 """The leading singular triplets of a matrix that is read a few rows at a time, and exactly what they leave out.
 
-A sketch with subspace iteration. With X [in, w] orthonormal, one pass over the rows gives
+A small matrix is taken whole (`svd_of_whole`). For others it is a sketch with subspace iteration: with X [in, w]
+orthonormal, one pass over the rows gives
 
     T = M X  [out, w]        Z = M^T T  [in, w]        |M|_F^2
 
@@ -15,7 +16,7 @@ Everything is in float64, since the difference of two squared norms may be small
 Letters: w width of the sketch, k rank, n rows of a block.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,9 +90,8 @@ class _Sketch:
             T[rows] = block @ X
             Z.addmm_(block.T, T[rows])
             squared_norm += block.square().sum().item()
-        kept = torch.linalg.eigvalsh(T.T @ T).flip(0).cumsum(0)  # much cheaper than the singular values of T
-        residuals = (squared_norm - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
-        return cls(X, T, Z, squared_norm, residuals)
+        squared_values = torch.linalg.eigvalsh(T.T @ T)  # much cheaper than the singular values of T
+        return cls(X, T, Z, squared_norm, _squared_residuals(squared_norm, squared_values))
 
     def truncated(self, rank: int) -> Truncation:
         """The k leading triplets, their roots on either side."""
@@ -120,34 +120,56 @@ def truncated_svd(matrix: RowBlocks, tolerance: float, max_rank: int, generator:
     start = random(width)
     while True:
         most = max_rank if width == widest else width - EXTRA  # a rank beyond it needs a wider sketch
-        sketch, rank = _iterated(matrix, start, lambda sketch: _smallest_rank(sketch, tolerance, max_rank), most)
+        sketch, rank = _iterated(matrix, start, tolerance, max_rank, most)
         if rank <= most:
             return sketch.truncated(rank)
         width = min(widest, GROWTH * width)
         start = torch.cat([sketch.Z, random(width - sketch.Z.shape[1])], dim=1)
 
 
-def _smallest_rank(sketch: _Sketch, tolerance: float, max_rank: int) -> int:
-    """The rank that suffices; `max_rank`, or the sketch's width, if none does."""
-    allowed = max(tolerance**2 * sketch.squared_norm, _rounding(sketch))
-    enough = sketch.squared_residuals <= allowed
+def svd_of_whole(matrix: RowBlocks, tolerance: float, max_rank: int) -> Truncation:
+    """The same of a matrix that is small enough to hold, in one reading: by the Gram matrix of its short side."""
+    whole = torch.empty(matrix.shape, dtype=torch.float64)
+    for rows, block in matrix.blocks():
+        whole[rows] = block
+    is_tall = whole.shape[0] >= whole.shape[1]
+    tall = whole if is_tall else whole.T
+    squared_values, vectors = torch.linalg.eigh(tall.T @ tall)
+    squared_norm = whole.square().sum().item()
+    residuals = _squared_residuals(squared_norm, squared_values)
+    rank = _smallest_rank(residuals, squared_norm, tolerance, max_rank)
+    leading = vectors.flip(1)[:, :rank]
+    long = tall @ leading
+    root = long.norm(dim=0).sqrt()
+    short, long = leading * root, long / root
+    A, B = (short.T, long) if is_tall else (long.T, short)
+    return Truncation(A, B, squared_norm, float(residuals[rank]))
+
+
+def _squared_residuals(squared_norm: float, squared_values: Tensor) -> Tensor:
+    """Of ranks 0, 1, ..., from the squares of the singular values, the smallest first."""
+    kept = squared_values.flip(0).cumsum(0)
+    return (squared_norm - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
+
+
+def _smallest_rank(squared_residuals: Tensor, squared_norm: float, tolerance: float, max_rank: int) -> int:
+    """The rank that suffices; `max_rank`, or the largest there is, if none does."""
+    enough = squared_residuals <= max(tolerance**2, ROUNDING) * squared_norm
     first = int(enough.int().argmax()) if bool(enough.any()) else len(enough) - 1
     return min(first, max_rank)
 
 
-def _iterated(matrix: RowBlocks, start: Tensor, rank_of: Callable[[_Sketch], int], most: int) -> tuple[_Sketch, int]:
+def _iterated(matrix: RowBlocks, start: Tensor, tolerance: float, max_rank: int, most: int) -> tuple[_Sketch, int]:
     """The sketch whose residual no longer changes, and its rank; an earlier one if its rank is above `most`."""
     before, number = (0, 0.0), 0
     while True:
         sketch, number = _Sketch.of(matrix, start), number + 1
-        rank = rank_of(sketch)
+        rank = _smallest_rank(sketch.squared_residuals, sketch.squared_norm, tolerance, max_rank)
         now = rank, float(sketch.squared_residuals[rank])
-        settled = now[0] == before[0] and abs(now[1] - before[1]) <= max(SETTLED * now[1], _rounding(sketch))
+        settled = now[0] == before[0] and abs(now[1] - before[1]) <= max(
+            SETTLED * now[1], ROUNDING * sketch.squared_norm
+        )
         too_narrow = rank > most and number >= PASSES_TO_WIDEN
         if too_narrow or number == MOST_PASSES or (settled and number >= FEWEST_PASSES):
             return sketch, rank
         before, start = now, sketch.Z
-
-
-def _rounding(sketch: _Sketch) -> float:
-    return ROUNDING * sketch.squared_norm

@@ -87,6 +87,10 @@ def pack(rows: Sequence[Sequence[Sample]], multiple: int, pad_id: int, at_least:
     )
 
 
+def _num_positions(row: Sequence[Sample]) -> int:
+    return sum(map(len, row))
+
+
 def _padding(length: int, pad_id: int) -> Sample:
     ids = np.full(length, pad_id, dtype=np.int64)
     return Sample(ids, ids, np.zeros(length, dtype=np.float32))
@@ -188,6 +192,29 @@ class GlobalBatches:
             self._collate([self._samples(p) for p in positions], layout.pad_multiple, layout.pad_id, layout.pad_to)
             for positions in layout.microbatches(first)
         ]
+
+    def in_few_microbatches(self, num_steps: int, max_positions: int, multiple: int) -> Step:
+        """This rank's samples of the first global batches, those of like lengths together: for a sum over all of them.
+
+        Args:
+            num_steps: global batches.
+            max_positions: of a microbatch, padding included, unless one sample (or pack) has more.
+            multiple: of the number of microbatches; that of a step is one too.
+        """
+        layout, groups = self.layout, []
+        firsts = range(0, num_steps * layout.global_batch_size, layout.global_batch_size)
+        rows = [self._samples(p) for first in firsts for positions in layout.microbatches(first) for p in positions]
+        for row in sorted(rows, key=_num_positions, reverse=True):
+            if not groups or (len(groups[-1]) + 1) * self._width(groups[-1][0]) > max_positions:
+                groups.append([])
+            groups[-1].append(row)
+        while len(groups) % multiple:
+            most = max(groups, key=len)
+            groups.append([most.pop() for _ in range(len(most) // 2)])
+        return [self._collate(group, layout.pad_multiple, layout.pad_id, layout.pad_to) for group in groups]
+
+    def _width(self, row: Sequence[Sample]) -> int:
+        return _round_up(max(self.layout.pad_to, _num_positions(row)), self.layout.pad_multiple)
 
     def __iter__(self) -> Iterator[Step]:
         size = self.layout.global_batch_size

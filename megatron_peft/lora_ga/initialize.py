@@ -199,7 +199,8 @@ class _Sketch:
         omega = torch.randn(width, layout.in_features, generator=generator_for(seed, f"{target.name}.sketch"))
         direction = torch.randn(layout.in_features, generator=generator_for(seed, f"{target.name}.sketch.direction"))
         self.direction = layout.slice_input(direction).to(weight.device)
-        self._set_branch(LeftProduct(layout.slice_input(omega).to(weight), layout.local_out_features))
+        own_omega = layout.slice_input(omega).to(weight).contiguous()  # of some columns oneDNN has no fast product
+        self._set_branch(LeftProduct(own_omega, layout.local_out_features))
 
     def _set_branch(self, branch: LeftProduct | RightProduct) -> None:
         self.branch = branch

@@ -23,6 +23,7 @@ from megatron_peft.training.terminal import print_rank_0
 
 START_FILE = "lora_ga_start.json"
 NUM_PASSES = 2
+POSITIONS_THAT_FIT = 256
 
 
 def start_table(peft: PeftConfig, seconds: float, energy: Mapping[str, float], path: Path | None) -> str:
@@ -79,6 +80,9 @@ def _layer(name: str) -> int:
 def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
     """The run's first --lora-ga-batches global batches, which it will also train on; empty for other methods.
 
+    The gradient is a sum over their tokens, so the microbatches are others than in training: samples of like lengths
+    share one. A product of few tokens takes up to three times as long a token.
+
     Raises:
         ConfigurationError: on every rank: the training data has fewer samples.
     """
@@ -94,7 +98,14 @@ def first_steps(config: RunConfig, train: GlobalBatches) -> Sequence[Step]:
         f"--lora-ga-batches {wanted} of --global-batch-size {size} are {wanted * size} samples, but the training data "
         f"has {train.samples_per_epoch}: use {f'at most {most}, or ' if most else ''}a smaller --global-batch-size.",
     )
-    return [train.step_at(index * size) for index in range(wanted)]
+    stages = config.parallel.pipeline_model_parallel_size if config.parallel.is_interleaved else 1
+    # No more memory than the longest samples take in training. Where these are short there is room for more: nothing
+    # has gradients or moments yet. (Not with --pad-to-seq-length, where the stages expect messages of one size.)
+    most_positions = config.training.micro_batch_size * config.data.seq_length
+    most_positions = max(most_positions, 0 if config.data.pad_to_seq_length else POSITIONS_THAT_FIT)
+    microbatches = train.in_few_microbatches(wanted, most_positions, stages)
+    a_step = len(train.layout.microbatches(0))
+    return [microbatches[first : first + a_step] for first in range(0, len(microbatches), a_step)]
 
 
 def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: Sequence[Step]) -> None:
@@ -106,7 +117,7 @@ def start_lora_ga(model_chunks: Sequence[nn.Module], config: RunConfig, steps: S
     tensor_parallel: Any = parallel_state.get_tensor_model_parallel_group()
     data_parallel: Any = parallel_state.get_data_parallel_group()
     passes = iter(range(1, NUM_PASSES + 1))
-    with _progress(len(steps)) as advance:
+    with _progress(len(steps), config.peft.lora_ga_batches) as advance:
 
         def replay() -> None:
             # The same dropout in both passes, so that they see one gradient.
@@ -143,18 +154,18 @@ def _num_loss_tokens(steps: Sequence[Step], data_parallel: dist.ProcessGroup) ->
 
 
 @contextmanager
-def _progress(num_batches: int) -> Iterator[Callable[[int], None]]:
-    """A bar over all batches at a terminal, else a line per pass. Yields a function to call with the pass's number."""
+def _progress(num_parts: int, num_batches: int) -> Iterator[Callable[[int], None]]:
+    """A bar over all parts at a terminal, else a line per pass. Yields a function to call with the pass's number."""
     console = Console()
     bar = Progress(console=console, transient=True, disable=not (console.is_terminal and dist.get_rank() == 0))
-    task = bar.add_task("LoRA-GA start", total=NUM_PASSES * num_batches)
+    task = bar.add_task("LoRA-GA start", total=NUM_PASSES * num_parts)
     done = 0
 
     def advance(number: int) -> None:
         nonlocal done
         done += 1
         bar.update(task, completed=done, description=f"LoRA-GA start, pass {number} of {NUM_PASSES}")
-        if bar.disable and done == number * num_batches:
+        if bar.disable and done == number * num_parts:
             print_rank_0(f"LoRA-GA start: pass {number} of {NUM_PASSES} over {num_batches} batches done")
 
     with bar:

@@ -2,29 +2,28 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_peft.benchmarks import NAMES, layers, registry, steps, subjects
+from megatron_peft.benchmarks import NAMES, layers, measure, registry, steps, subjects
 from megatron_peft.benchmarks.layers import crossover_figures
 from megatron_peft.benchmarks.measure import StepsJob
 from megatron_peft.benchmarks.registry import BENCHMARKS, Workplace
 from megatron_peft.benchmarks.subjects import STEPS, Setting
+from megatron_peft.models.families import read_shape
 from megatron_peft.runtime import cpu_kernels
 from megatron_peft.training import lora_ga_start as start_module
 from tests.one_rank import one_rank
 from tests.ranks import run_ranks
 
 
-def some_ratios(setting: Setting, num_turns: int) -> list:
-    return steps.ratio_figures(setting, num_turns, {"boft": 1.1})
-
-
-@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures, some_ratios])
+@pytest.mark.parametrize("figures", [steps.rotation_figures, steps.hybrid_full_figures])
 def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Setting) -> None:
     for figure in figures(even, 1):
         amounts = [float(text) for text in re.findall(r"([\d.]+) (?:CPU s|MiB)", figure.note)[:2]]
@@ -34,13 +33,53 @@ def test_a_figure_is_the_quotient_of_the_two_that_it_names(figures, even: Settin
             assert [above, below] == re.findall(r"(\w+) [\d.]+ CPU s", figure.note)
 
 
-def test_a_ratio_has_its_spread_and_that_to_the_other_products_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_judged_by_what_it_takes_beyond_the_floor_of_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"frozen": [1.0, 2.0, 1.0], "frozen-mkl": [2.0, 2.0, 2.0], "lora": [1.5, 2.4, 1.3]}
+    seconds |= {"lora adds": [0.25, 0.5, 0.3], "lora spares": [0.02, 0.04, 0.1]}
     monkeypatch.setattr(steps, "run_ranks", lambda num_ranks, target, job, timeout: [seconds] * num_ranks)
-    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3, {"lora": 1.25})
-    assert figure.name == "TP2: lora step / frozen step"
-    assert (figure.measured, figure.target, figure.reached) == (1.3, 1.25, False)
-    assert figure.note.startswith("(against MKL 0.750); 1.200 to 1.500; lora 3.000 CPU s; frozen 2.000 CPU s; 3 turns")
+    monkeypatch.setattr(steps, "METHODS", ("lora",))
+    (figure,) = steps.ratio_figures(Setting("nowhere", tensor_parallel=2), 3)
+    assert (figure.name, figure.unit) == ("TP2: lora step beyond its floor", "hundredths of the frozen step")
+    assert figure.measured == pytest.approx(100 * (1.3 - (1 + 0.25 - 0.02)))
+    assert (figure.target, figure.reached) == (steps.BOOKKEEPING["lora"], False)
+    assert figure.note.startswith("step 1.300 (1.200 to 1.500; against MKL 0.750), floor 1.230; lora 3.000 CPU s")
+
+
+def floors_of_steps(setting: Setting) -> dict[str, Counter]:
+    """Started on a rank. The products that a step has beyond the frozen base's (+) and has not (-), by their shapes."""
+    subjects.join(setting)
+    logs = {name: measure.products_of(STEPS[name](setting)) for name in ("frozen", "lora", "boft")}
+    ran = []
+    for log in logs.values():
+        log.again = {call: partial(ran.append, call) for call in log.again}
+    found = {}
+    for name in ("lora", "boft"):
+        for mark, pair in {"+": ("frozen", name), "-": (name, "frozen")}.items():
+            measure.products_beyond(logs[pair[1]], logs[pair[0]])()
+            found[name + mark] = Counter(ran)
+            ran.clear()
+    subjects.leave()
+    return found
+
+
+def test_a_floor_is_of_the_products_that_the_frozen_base_lacks(even: Setting) -> None:
+    """A low rank: six narrow ones a layer, without the first's input gradient. A rotation: those of its blocks."""
+    (found,) = run_ranks(1, floors_of_steps, even)
+    num_layers = 4 * read_shape(even.checkpoint).num_layers
+    assert sum(found["lora+"].values()) == 6 * num_layers - 1
+    assert all(any(even.rank in shape for shape in factors) for factors in found["lora+"])
+    assert sum(found["lora-"].values()) == 1  # the first layer's input gradient
+    batched = [factors for factors in found["boft+"] if len(factors[1]) == 3]
+    assert len(batched) > 4 and any("linalg_inv_ex" in factors for factors in found["boft+"])
+
+
+def test_recorded_products_run_again_on_copies_and_leave_the_step_alone():
+    total, x = torch.zeros(2, 2), torch.ones(2, 2)
+    log = measure.products_of(lambda: total.addmm_(x, x))
+    run = measure.products_beyond(log, measure.ProductLog())
+    run()
+    assert torch.equal(total, torch.full((2, 2), 4.0))
+    assert torch.equal(next(iter(log.again.values())).args[0], torch.full((2, 2), 4.0))
 
 
 def products_of_steps(setting: Setting) -> dict[str, set[str]]:

@@ -94,6 +94,32 @@ def test_threads_that_build_ahead_change_nothing(packed):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
+@settings(max_examples=40)
+@given(layout=LAYOUT, packed=PACKED, multiple=st.integers(1, 3), pad_multiple=st.integers(1, 2))
+def test_few_microbatches_hold_the_samples_of_the_steps_and_no_more_positions_than_allowed(
+    layout, packed, multiple, pad_multiple
+):
+    dp, micro, per_rank = layout
+    sizes = BatchLayout(dp * micro * per_rank * multiple, micro, 0, dp, pad_multiple)
+    rank, most = source(200, sizes, packed), micro * (SEQ_LENGTH + 1)
+    steps, few = (
+        [rank.step_at(number * sizes.global_batch_size) for number in (0, 1)],
+        rank.in_few_microbatches(2, most, multiple),
+    )
+    numbers = [[number for step in of for batch in seen(step) for number in batch] for of in (steps, [few])]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+    assert len(few) % multiple == 0 and len(few) <= 2 * per_rank * multiple
+    assert all(batch.tokens.numel() <= most and batch.tokens.shape[1] % pad_multiple == 0 for batch in few)
+
+
+def test_few_microbatches_are_of_like_lengths():
+    rank = source(200, BatchLayout(32, 1))
+    few = rank.in_few_microbatches(2, 3 * SEQ_LENGTH, 1)
+    lengths = [rank.dataset.lengths[[int(number) for number in batch]] for batch in seen(few)]
+    assert sum(batch.tokens.numel() for batch in few) < 1.1 * sum(map(sum, lengths))
+    assert len(few) < 64 / 3
+
+
 def test_what_a_thread_raises_arrives():
     batches = source(5, BatchLayout(1, 1), prefetch=2)
     batches.dataset = []

@@ -48,10 +48,19 @@ def test_the_start_is_printed_and_written_beside_the_metrics(start, tmp_path, ca
 def test_the_start_uses_the_first_batches_and_training_repeats_them(start, passes):
     _, data = start(peft=PEFT)
     seen = [step for step, _ in passes]
-    seen += [step for _, step in zip(range(2), data.train, strict=False)]
-    tokens = [torch.cat([microbatch.tokens.flatten() for microbatch in step]).tolist() for step in seen]
-    assert len(passes) == 4
-    assert tokens[0] == tokens[2] == tokens[4] and tokens[1] == tokens[3] == tokens[5]
+    rows, trained = [], [step for _, step in zip(range(2), data.train, strict=False)]
+    for steps in (seen[: len(seen) // 2], seen[len(seen) // 2 :], trained):
+        pairs = [pair for step in steps for one in step for pair in zip(one.labels, one.loss_mask, strict=True)]
+        rows.append(sorted(row[counts > 0].tolist() for row, counts in pairs))
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_small_samples_share_a_microbatch_but_where_the_stages_expect_one_size(start, passes):
+    settings = {"global_batch_size": 8, "micro_batch_size": 1}
+    for fixed, number in ((False, 2), (True, 16)):
+        passes.clear()
+        start(peft=PEFT, training=settings, data_settings={"pad_to_seq_length": fixed})
+        assert sum(len(step) for step, _ in passes) == 2 * number
 
 
 def test_too_few_samples_are_an_error(start):
@@ -96,9 +105,8 @@ def test_dropout_is_that_of_a_run_without_a_start(start, passes):
     expected = torch.rand(3)
     start(peft=PEFT, transformer=DROPOUT)
     assert torch.equal(torch.rand(3), expected)
-    states = [state for _, state in passes]
-    assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[3])
-    assert not torch.equal(states[0], states[1])
+    first, second = (state for _, state in passes)
+    assert torch.equal(first, second)
 
 
 BY_MODULE = {"mlp.linear_fc2": [0.5, 0.75, 1.0], "self_attention.linear_qkv": [0.25, 0.125, 0.5]}
