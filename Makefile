@@ -129,6 +129,8 @@ else
 endif
 	@touch $@
 
+$(LINTABLE): $(TESTABLE)
+
 $(VENV)/.%-installed: $(INSTALLED)
 	$(if $(LATEST),$(NEWEST) '.[$*]',$(LOCKED) requirements/$*.txt)
 	@touch $@
