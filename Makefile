@@ -129,8 +129,6 @@ else
 endif
 	@touch $@
 
-$(LINTABLE): $(TESTABLE)
-
 $(VENV)/.%-installed: $(INSTALLED)
 	$(if $(LATEST),$(NEWEST) '.[$*]',$(LOCKED) requirements/$*.txt)
 	@touch $@

@@ -158,31 +158,29 @@ def locked(text: str) -> dict[str, list[Requirement]]:
 def test_the_lock_files_hold_a_tested_version_of_every_dependency(python: str) -> None:
     """`make lock` was run after the last change of pyproject.toml."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": ""}
-    known = {"torch": [Requirement((ROOT / "requirements" / "torch.txt").read_text().splitlines()[-1])]}
+    torch = Requirement((ROOT / "requirements" / "torch.txt").read_text().splitlines()[-1])
+    installed = {"torch": [torch], **locked(LOCKS["build"]), **locked(LOCKS["install"])}
     extras = PROJECT["optional-dependencies"]
-    groups = {
-        "build": ["setuptools"],
-        "install": [*PROJECT["dependencies"], *extras["demo"], *extras["eval"], *extras["report"]],
-        "test": extras["test"],
-        "lint": extras["lint"],
-    }
-    for name, wanted in groups.items():  # each file has what those before it lack
-        known |= locked(LOCKS[name])
-        for need in map(Requirement, wanted):
+    programs = [*PROJECT["dependencies"], *extras["demo"], *extras["eval"], *extras["report"]]
+    for name, wanted in (("build", []), ("install", programs), ("test", extras["test"]), ("lint", extras["lint"])):
+        found = installed | locked(LOCKS[name])
+        for need in map(Requirement, ["setuptools", *wanted]):
             if need.name == "megatron-peft":
                 continue
             pins = [
-                one for one in known[canonicalize_name(need.name)] if not one.marker or one.marker.evaluate(environment)
+                one for one in found[canonicalize_name(need.name)] if not one.marker or one.marker.evaluate(environment)
             ]
             assert len(pins) == 1, f"{need} on Python {python}: {pins}"
             [pin] = pins[0].specifier
             assert pin.operator == "==" and need.specifier.contains(pin.version), f"{need}, but {pins[0]}: make lock"
-    assert [name for name in known if OF_TORCHS_BUILD.fullmatch(name)] == ["torch"]
+        assert [name for name in found if OF_TORCHS_BUILD.fullmatch(name)] == ["torch"]
 
 
-def test_the_lock_files_name_no_index_and_nothing_twice() -> None:
-    names = [name for text in LOCKS.values() for name in locked(text) if name != "setuptools"]
-    assert len(names) == len({*names}) > 100
+def test_the_lock_files_agree_and_name_no_index() -> None:
+    first: dict[str, set[str]] = {}
+    for name, pins in ((name, {*map(str, pins)}) for text in LOCKS.values() for name, pins in locked(text).items()):
+        assert first.setdefault(name, pins) == pins, "two versions in one environment"
+    assert len(first) > 100
     assert not [text for text in LOCKS.values() if "//" in text or "index" in text.partition("\n")[0]]
 
 

@@ -3,9 +3,9 @@
 #
 #     tools/lock.sh UV    the newest in the ranges of pyproject.toml, for every Python that we take, by the program uv
 #
-# Each file has what those before it lack. What an index gives of torch is a build for CPUs or one for CUDA, and that
-# decides what else it needs: requirements/torch.txt, which is written by hand, has its version alone, and the others
-# leave out what only torch brings. UV_CONSTRAINT=FILE keeps versions from being the newest.
+# test.txt and lint.txt have what install.txt lacks, each by itself. What an index gives of torch is a build for CPUs or
+# one for CUDA, and that decides what else it needs: requirements/torch.txt, which is written by hand, has its version
+# alone, and the others leave out what only torch brings.
 set -euo pipefail
 cd "$(dirname "$0")/../requirements"
 uv=$1
@@ -16,10 +16,10 @@ lock() { # NAME SOURCE [--extra NAME]...
         --output-file "$1.txt" "${rest[@]}" "${@:2}" >/dev/null
     sed -i -E '/^(torch|triton|nvidia-.*|cuda-.*)==/,/[^\\]$/d' "$1.txt"
     rest+=(--constraints "$1.txt")
-    while read -r package; do rest+=(--no-emit-package "$package"); done < <(sed -n 's/==.*//p' "$1.txt")
 }
 
 lock build - <<<"setuptools>=77" # builds what comes as source
 lock install ../pyproject.toml --extra demo --extra eval --extra report
+while read -r package; do rest+=(--no-emit-package "$package"); done < <(sed -n 's/==.*//p' install.txt)
 lock test ../pyproject.toml --extra test
 lock lint ../pyproject.toml --extra lint

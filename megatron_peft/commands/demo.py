@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
-from megatron_peft.cli.parser import read_config, typed_values
+from megatron_peft.cli.parser import read_config
 from megatron_peft.config import METHODS, ConfigurationError, PeftConfig, option, require, require_packages
 from megatron_peft.demo.waiting import waiting
 
@@ -38,10 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, extra_flags = read_own_flags(DemoSettings, argv, __doc__)
     try:
         made: DemoSettings = settings()
-        # A run of another length has a warm-up in proportion, unless one is typed.
-        typed = typed_values(extra_flags)
-        if "train_iters" in typed and not {"lr_warmup_iters", "lr_warmup_fraction"} & typed.keys():
-            extra_flags = [*extra_flags, "--lr-warmup-iters", str(typed["train_iters"] // 16)]
         read_config([*ANY_RUN, *extra_flags], {"WORLD_SIZE": "3"})  # wrong flags are told before anything is imported
         with waiting("starting"):
             require_packages("demo", "accelerate", "gguf", "matplotlib", "sacrebleu", "scipy")

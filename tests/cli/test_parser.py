@@ -154,13 +154,13 @@ def test_nothing_given_names_what_is_needed(capsys: pytest.CaptureFixture[str]) 
 def test_everything_wrong_is_told_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     told = complaint(
         capsys,
-        *"--num-experts 8 --lr fast --lora-dropout 2 --adam-beta1 2 --num-layers 5".split(),
+        *"--num-experts 8 --lr fast --lora-dropout 2 --async-save --num-layers 5".split(),
         *"--tensor-model-parallel-size 4".split(),
         world_size=4,
         read_shape=lambda folder: SHAPE,
     )
     assert told.count("pretrain_peft.py: error: ") == 1
-    names = ("--num-experts", "--lr:", "--lora-dropout", "--adam-beta1", "--num-layers 5", "2 key-value heads")
+    names = ("--num-experts", "--lr:", "--lora-dropout", "--async-save", "--num-layers 5", "2 key-value heads")
     assert [name for name in names if name not in told] == []
     assert told.count("\n  - ") == len(names)
 

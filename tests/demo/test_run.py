@@ -159,17 +159,10 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
     assert made == [(Path("there"), "full", ["--lr", "1e-4"]), ("report", Path("there"))]
 
 
-def test_a_shorter_run_has_a_shorter_warmup(monkeypatch):
-    """Nobody who types --train-iters 4 has to know of the demo's warm-up."""
-    made: list = []
-    monkeypatch.setattr(module, "run_demo", lambda *arguments: made.append(arguments[-1]))
-    monkeypatch.setattr(run, "print_report", lambda *_: None)
-    short, typed = ["--train-iters", "4"], ["--train-iters", "320", "--lr-warmup-iters", "3"]
-    assert [demo.main(words) for words in (short, typed, ["--train-iters", "320"])] == [0, 0, 0]
-    assert made == [[*short, "--lr-warmup-iters", "0"], typed, ["--train-iters", "320", "--lr-warmup-iters", "20"]]
-    files = PairFiles(Path("train.jsonl"), Path("valid.jsonl"))
-    words = [*training_flags(Path("model"), files, "lora"), *made[0]]
-    assert read_config(words, {"WORLD_SIZE": "3"}).optimizer.lr_warmup_iters == 0
+def test_a_short_run_needs_no_word_of_a_warmup() -> None:
+    """Nobody who types --train-iters 4 has to know of one."""
+    words = [*training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), "lora")]
+    assert read_config([*words, "--train-iters", "4"], {"WORLD_SIZE": "3"}).training.train_iters == 4
 
 
 def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):
