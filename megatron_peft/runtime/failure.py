@@ -33,7 +33,7 @@ PLACES_TIMEOUT_SECONDS = 5.0  # in which each rank says where it is
 _POLL_SECONDS = 0.5
 
 
-def run_together(main: Callable[[], None], program: str) -> None:
+def run_together(main: Callable[[], object], program: str) -> None:
     """Run `main` in a started world. When it raises on one rank, all processes end with the same exit code, without
     clean-up (a process group that waits in a collective cannot be destroyed).
 
