@@ -84,16 +84,18 @@ def format_of(fields: tuple[str, ...], columns: ColumnNames, has_chat_template: 
         _ALPACA_CHAT if has_chat_template else _ALPACA,
         _renamed("text", text="text"),
     )
+    whole = [one for one in formats if set(one.required) <= set(fields)]
+    if whole:
+        return whole[0]
     require(
         not {"chosen", "rejected"} <= set(fields),
         'the record is a preference pair ("chosen" and "rejected"): there is no preference loss (DPO) here. To train '
         "on the chosen answers alone: --prompt-column prompt --response-column chosen, or --messages-column chosen "
         "where they are conversations.",
     )
-    whole = [one for one in formats if set(one.required) <= set(fields)]
     begun = [one for one in formats if set(one.required) & set(fields)]
-    if whole or begun:
-        return (whole or begun)[0]
+    if begun:
+        return begun[0]
     raise ConfigurationError(
         f'the record has the fields {", ".join(fields) or "(none)"}, but neither "prompt" and "completion", nor '
         f'"messages", "conversations" (ShareGPT), "instruction" and "output" (Alpaca) or "text". Name its own: '

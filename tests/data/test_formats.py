@@ -32,6 +32,7 @@ def native(record: dict, columns: ColumnNames = ColumnNames(), chat: bool = True
         ({"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
         ({"text": "a"}, {"text": "a"}),
+        *[({"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"},) * 2],  # what can be read is read
         (
             {"conversations": [{"from": "human", "value": "the cat?"}, {"from": "gpt", "value": "sat"}], "id": 7},
             {"messages": [QUESTION, ANSWER], "id": 7},
