@@ -43,7 +43,7 @@ help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 	@echo "  METHOD=lora|full|lora-ga|boft|urnn|hybrid chooses the demo's method; ARGS='...' is passed on to what a target runs."
 
-demo: $(INSTALLED) ## fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it, plot it (runs/demo)
+demo: $(INSTALLED) ## fine-tune a real 135M Llama in two pipeline stages on the CPU, score it, plot it (runs/demo)
 	$(PYTHON) tools/demo.py --method $(METHOD) $(ARGS)
 
 # Two workers; tests/conftest.py says which tests stay together on one of them.

@@ -1,4 +1,4 @@
-"""Fine-tune a real 135M Llama on three tensor-parallel CPU ranks, score it with and without that, and plot the run.
+"""Fine-tune a real 135M Llama in two pipeline stages on CPU ranks, score it with and without that, and plot the run.
 
 megatron-peft demo downloads the model and the messages (once), trains, and writes report.json and report.png.
 All other flags are passed to `megatron-peft train`, for instance --lr 1e-3.

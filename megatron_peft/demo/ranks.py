@@ -31,10 +31,12 @@ def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
         from megatron.core.utils import unwrap_model
 
         from megatron_peft.cli.parser import parse_arguments
+        from megatron_peft.demo.run import MOST_NEW_TOKENS
         from megatron_peft.demo.scoring import score_model
         from megatron_peft.evaluation.samples import restore_base
         from megatron_peft.runtime.failure import run_together
         from megatron_peft.runtime.launch import world
+        from megatron_peft.training.metrics import METRICS_FILE, read_metrics
         from megatron_peft.training.run import finetune
 
     config = parse_arguments(flags, program=PROGRAM)
@@ -43,9 +45,16 @@ def _train_and_score(folder: str, *flags: str, tells: bool) -> None:
         trained = finetune(config)
         if trained.state.position.iteration < trained.data.train_iters:
             raise KeyboardInterrupt  # it was asked to stop, and has saved
-        score_model(trained, "scoring the trained model", Path(folder, AFTER))
+        title, limit = "scoring the {} model", MOST_NEW_TOKENS
+        score_model(trained, title.format("trained"), Path(folder, AFTER), loss=last_loss(), max_new_tokens=limit)
         restore_base(unwrap_model(trained.state.model_chunks), config, trained.state.shape)
-        score_model(trained, "scoring the base model", Path(folder, BEFORE))
+        score_model(trained, title.format("base"), Path(folder, BEFORE), max_new_tokens=limit)
+
+    def last_loss() -> float | None:
+        """Training ends with a validation: of all held-out messages, unless --eval-iters said otherwise."""
+        assert config.checkpoint.save is not None
+        records = read_metrics(Path(config.checkpoint.save) / METRICS_FILE)
+        return records[-1].get("validation_loss") if config.training.eval_iters is None else None
 
     with world(config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes):
         run_together(train_and_score, program=PROGRAM)

@@ -38,11 +38,12 @@ def translate(
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     report: Callable[[int], None] = lambda n: None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> tuple[str, ...]:
     """The model's French for each pair's English; `report` gets the number of messages that were just finished."""
     settings = GenerationSettings(
         end_ids=frozenset({tokenizer.eos_id}),
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         batch_size=BATCH_SIZE,
         is_complete=lambda ids: "\n" in tokenizer.decode(ids).lstrip(),  # an answer is one line
     )
@@ -73,16 +74,22 @@ def score(config: RunConfig, output: Path) -> None:
     score_model(_load(config), "scoring", output)
 
 
-def score_model(trained: Finetuned, title: str, output: Path) -> None:
-    """Write the score of a model to `output`, with a bar of that title. A collective over all ranks."""
+def score_model(
+    trained: Finetuned, title: str, output: Path, *, loss: float | None = None, max_new_tokens: int = MAX_NEW_TOKENS
+) -> None:
+    """Write the score of a model to `output`, with a bar of that title. A collective over all ranks.
+
+    loss: of the held-out completions, where it is known: training ends with a validation.
+    """
     state, data, tokenizer = trained
     assert data.valid is not None
     is_writer = dist.get_rank() == 0
-    with waiting(f"{title}: loss", is_writer):
-        loss = validation_loss(state.model_chunks, data.valid)
+    if loss is None:
+        with waiting(f"{title}: loss", is_writer):
+            loss = validation_loss(state.model_chunks, data.valid)
     pairs = read_pairs(Path(state.config.data.valid_data_path[0]))
     with waiting(f"{title}: translations", is_writer, len(pairs)) as advance:
-        translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance)
+        translations = translate(unwrap_model(state.model_chunks), tokenizer, pairs, advance, max_new_tokens)
     trainable = count_parameters(state.model_chunks).trainable
     if is_writer:
         DemoScore(*bleu_of_pairs(translations, pairs), loss, trainable, translations).write(output)

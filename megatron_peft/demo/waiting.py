@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-SECONDS_OF_SILENCE = 4.0  # at most, in a file
+SECONDS_OF_SILENCE = 3.0  # at most, in a file
 
 
 @contextmanager
 def waiting(text: str, enabled: bool = True, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Tell `text`, and that it goes on: at a terminal a bar that moves, in a file a line every four seconds.
+    """Tell `text`, and that it goes on: at a terminal a bar that moves, in a file a line every three seconds.
 
     Yields a function to call with how many of `total` have just been done, where that is known.
 

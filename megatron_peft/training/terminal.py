@@ -49,7 +49,7 @@ SHORT_FIELDS: Fields = (  # at a terminal, as many as fit its width
 )
 
 
-SECONDS_WITHOUT_A_LINE = 10
+SECONDS_WITHOUT_A_LINE = 3
 
 
 class Progress:
@@ -67,6 +67,7 @@ class Progress:
         self._enabled = enabled
         self._console = console or Console()
         self._bar: Bar | None = None
+        self._told_at = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._started_at = time.monotonic()
@@ -102,15 +103,13 @@ class Progress:
             self.update(record)
 
     def track(self, batches: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
-        """The batches; meanwhile a second bar shows how many are done, or in a file a line every ten seconds."""
+        """The batches; meanwhile a second bar shows how many are done, or in a file a line every three seconds."""
         task = self._bar.add_task(what, total=total, eta=what, loss="") if self._bar else None
-        told_at = time.monotonic()
         try:
             for done, batch in enumerate(batches):
                 if self._bar and task is not None:
                     self._bar.update(task, completed=done)
-                elif time.monotonic() - told_at >= SECONDS_WITHOUT_A_LINE:
-                    told_at = time.monotonic()
+                elif time.monotonic() - self._told_at >= SECONDS_WITHOUT_A_LINE:
                     self.message(f"{what}: {done} of {total} batches")
                 yield batch
         finally:
@@ -148,6 +147,7 @@ class Progress:
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
         self._console.file.flush()  # people read log files during the run
+        self._told_at = time.monotonic()
 
 
 def _make_bar(console: Console) -> Bar:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
 from megatron_peft.demo import run
 from megatron_peft.demo import run as module
-from megatron_peft.demo.data import Pair, PairFiles
+from megatron_peft.demo.data import Pair, PairFiles, read_pairs
 from megatron_peft.demo.run import DemoScore, run_demo, training_flags
 from megatron_peft.experiment.plots import Translation
 
@@ -75,13 +76,23 @@ def test_the_report_holds_what_was_measured(tmp_path, launcher):
     assert report["seconds"] >= 0
     assert (report["bleu_before"], report["bleu_after"]) == (3.0, 20.5)
     assert (report["validation_loss_before"], report["validation_loss_after"]) == (3.9, 1.7)
-    assert (report["tensor_parallel_size"], report["trainable_parameters"]) == (3, 4096)
+    assert (report["pipeline_parallel_size"], report["trainable_parameters"]) == (2, 4096)
     assert (report["training_seconds"], report["iterations"], report["held_out_messages"]) == (30.0, 60, 10)
     example = report["translations"][1]
     assert example == {"source": "message 2", "reference": "texte 2", "before": "text 2", "after": "texte 2"}
     samples = (tmp_path / "lora" / "checkpoints" / "samples.jsonl").read_text().splitlines()
     assert json.loads(samples[1])["prompt"] == "English: message 2\nFrench:" and len(samples) == 7
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_only_short_messages_are_trained_on_and_scored(tmp_path, launcher, monkeypatch):
+    long = Pair("word " * (module.MOST_WORDS + 1), "long")
+    monkeypatch.setattr(sys.modules[__name__], "HELD_OUT", [long, *HELD_OUT])
+    assert run_demo(tmp_path).translations[0].source == "message 0"
+    flags = launcher.commands[0]
+    trained, scored = (Path(flags[flags.index(f"--{which}-data-path") + 1]) for which in ("train", "valid"))
+    assert read_pairs(trained) == HELD_OUT[1:] and read_pairs(scored) == HELD_OUT[1 :: module.SCORED_OF]
+    assert len(read_pairs(trained.with_name("train.jsonl"))) == len(HELD_OUT), "your own run may take all"
 
 
 def test_one_launch_trains_and_scores_with_the_flags_that_were_typed(tmp_path, launcher):
@@ -118,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_folder(tmp_path, launcher):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_flags_are_those_of_pretrain_peft(method, tmp_path):
     flags = module.training_flags(tmp_path, PairFiles(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), method)
-    config = parse_arguments(flags, {"WORLD_SIZE": "3"})
+    config = parse_arguments(flags, {"WORLD_SIZE": "2"})
     assert config.peft.method == method and config.optimizer.lr == METHODS[method].demo_lr
     assert config.parallel.data_parallel_size == 1 and config.training.train_iters == module.ITERATIONS
     assert config.data.pack_sequences
@@ -132,7 +143,7 @@ def test_the_exit_code_of_the_ranks_is_the_demos(monkeypatch, code):
     monkeypatch.setattr(module.os, "environ", {})
     with nullcontext() if code == 0 else pytest.raises(SystemExit, match=str(code)):
         module._launch("folder", "--flag")
-    assert started[0][:3] == (module.MODULE, ("folder", "--flag"), {"nproc_per_node": "3"})
+    assert started[0][:3] == (module.MODULE, ("folder", "--flag"), {"nproc_per_node": "2"})
     assert module.os.environ["OMP_NUM_THREADS"] == "1"
 
 
@@ -145,7 +156,7 @@ def test_the_tables_show_scores_translations_and_where_the_rest_lies(tmp_path, l
     rows = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
     assert {"BLEU 3.0 20.5", "validation loss 3.900 1.700", "source1 [bold] ref1 before1 after1"} <= set(rows)
     assert f"after{run.NUM_SHOWN}" not in text
-    assert "4,055,040 trainable parameters, 60 iterations in 30 s on 3 tensor-parallel ranks; 412 s in all." in text
+    assert "4,055,040 trainable parameters, 60 iterations in 30 s on 2 pipeline stages; 412 s in all." in text
     assert "runs/demo/report.json" in text
     assert r"generate --load runs/demo/lora/checkpoints --prompt $'English: Open the file\nFrench:'" in text
     assert "megatron-peft report runs/demo/lora/checkpoints\n" in text
@@ -162,7 +173,7 @@ def test_flags_that_are_not_the_demos_go_to_the_training(monkeypatch):
 def test_a_short_run_needs_no_word_of_a_warmup() -> None:
     """Nobody who types --train-iters 4 has to know of one."""
     words = [*training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), "lora")]
-    assert read_config([*words, "--train-iters", "4"], {"WORLD_SIZE": "3"}).training.train_iters == 4
+    assert read_config([*words, "--train-iters", "4"], {"WORLD_SIZE": "2"}).training.train_iters == 4
 
 
 def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_peft.demo import ranks, scoring
+from megatron_peft.demo import ranks, run, scoring
 from megatron_peft.demo.data import Pair
 from megatron_peft.demo.run import DemoScore
 from megatron_peft.demo.scoring import first_line, translate
@@ -80,12 +80,19 @@ def test_the_base_is_scored_after_training_as_it_was_before_it(tmp_path, monkeyp
     ]
     monkeypatch.setattr(sys, "argv", ["scoring", str(tmp_path / "untrained.json"), *flags])
     scoring.main()
+    monkeypatch.setattr(run, "MOST_NEW_TOKENS", scoring.MAX_NEW_TOKENS)
     monkeypatch.setattr(sys, "argv", ["ranks", str(tmp_path), *flags, "--save", str(tmp_path / "run")])
     ranks.main()
-    untrained, before, after = (DemoScore.read(tmp_path / f"{name}.json") for name in ("untrained", "before", "after"))
+    loading = ["scoring", str(tmp_path / "loaded.json"), *flags, "--load", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", loading)
+    scoring.main()
+    untrained, before, after, loaded = (
+        DemoScore.read(tmp_path / f"{name}.json") for name in ("untrained", "before", "after", "loaded")
+    )
     assert (before.translations, before.validation_loss) == (untrained.translations, untrained.validation_loss)
     assert after.validation_loss < before.validation_loss - 0.1
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["validation_loss"] == after.validation_loss
+    assert after.validation_loss == pytest.approx(loaded.validation_loss, rel=1e-6)
 
 
 def test_a_score_that_is_cut_short_leaves_no_file(tmp_path, monkeypatch):

@@ -82,10 +82,11 @@ def _shown(**settings):
 
 
 def test_a_file_gets_one_line_per_interval_at_any_width(monkeypatch):
-    clock = iter([0.0, 30.0, 30.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
     console, text = _shown()
     with Progress(60, start_iteration=10, console=console) as progress:
+        clock[0] = 30.0
         progress.advance(11)
         progress.update(RECORD)
         progress.message("saved [bold]run[/bold] at iteration 20")
@@ -117,13 +118,13 @@ def test_a_terminal_gets_a_line_per_interval_above_a_bar_that_fits_its_width():
     assert re.search(r"^\S+ +123457/1000000 1 day, 12:06:\d\d ETA 56 days, \d+:\d\d:\d\d loss 2.500$", bar.strip()), bar
 
 
-def test_progress_of_a_validation_is_a_line_every_ten_seconds_in_a_file_and_a_bar_at_a_terminal(monkeypatch):
+def test_progress_of_a_validation_is_a_line_every_three_seconds_in_a_file_and_a_bar_at_a_terminal(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
     console, text = _shown()
     with Progress(60, console=console) as progress:
         for _ in progress.track(range(8), "validation", 8):
-            clock[0] += 4
+            clock[0] += 1.25
     assert text() == "validation: 3 of 8 batches\nvalidation: 6 of 8 batches\n"
     console, text = _shown(force_terminal=True, width=80, color_system=None)
     with Progress(60, console=console) as progress:
