@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_peft.benchmarks import ranks
-from megatron_peft.benchmarks.ranks import Ranks as Ranks
-from megatron_peft.benchmarks.ranks import RanksFailed as RanksFailed
+from megatron_peft.runtime import ranks
+from megatron_peft.runtime.ranks import Ranks as Ranks
+from megatron_peft.runtime.ranks import RanksFailed as RanksFailed
 from tests.time_limits import seconds
 
 # Nothing of this project's: what a test patches or breaks is imported by the rank itself.

@@ -9,12 +9,12 @@ from megatron_peft.cli.flags import served_flags
 from megatron_peft.cli.own_flags import ArgumentParser
 from megatron_peft.commands.completion import with_commands
 from megatron_peft.commands.program import COMMANDS, add_commands
-from megatron_peft.experiment.documents import PLACE, filled
 from megatron_peft.experiment.page import markdown
 from megatron_peft.experiment.report import build_report
 from megatron_peft.experiment.results import read_results
 from megatron_peft.experiment.tables import reference_method
 from tools import reference
+from tools.documents import PLACE, filled
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -146,7 +146,7 @@ def test_every_page_is_in_the_index() -> None:
 @pytest.mark.parametrize("page", [*PAGES, RECORDS / "README.md"], ids=page_id)
 def test_page_says_what_the_records_say_and_no_other_results(page: Path) -> None:
     text = page.read_text()
-    assert filled(text, RECORDS) == text, "python -m megatron_peft.experiment.documents README.md docs/*.md ..."
+    assert filled(text, RECORDS) == text, "python -m tools.documents README.md docs/*.md ..."
     assert "±" not in PLACE.sub("", text), "a result that no record stands behind"
 
 

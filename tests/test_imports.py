@@ -26,13 +26,37 @@ ALLOWED: Mapping[str, set[str]] = {
     "checkpoint": {"config", "runtime", "parallel", "adapters", "models"},
     "conversion": {"config", "runtime", "parallel", "adapters", "models", "checkpoint"},
     "data": {"config", "runtime", "checkpoint"},
+    "tasks": {"config", "data"},
     "training": {"config", "runtime", "parallel", "adapters", "lora_ga", "models", "checkpoint", "conversion", "data"},
-    "evaluation": {"config", "runtime", "parallel", "adapters", "models", "cli", "checkpoint", "conversion", "data"},
+    "evaluation": {
+        "config",
+        "runtime",
+        "parallel",
+        "adapters",
+        "models",
+        "cli",
+        "checkpoint",
+        "conversion",
+        "tasks",
+        "data",
+    },
     "experiment": {"config", "models", "cli", "checkpoint", "training"},  # what a run would need, and what it wrote
-    "demo": {"config", "runtime", "models", "cli", "checkpoint", "data", "training", "evaluation", "experiment"},
+    "demo": {
+        "config",
+        "runtime",
+        "models",
+        "cli",
+        "checkpoint",
+        "data",
+        "tasks",
+        "training",
+        "evaluation",
+        "experiment",
+    },
 }
-# A certificate starts ranks of its own, with what benchmarks start theirs with.
-ALLOWED = {**ALLOWED, "planning": {*ALLOWED["training"]} - {"lora_ga"} | {"training", "benchmarks"}}
+REHEARSED = {*ALLOWED["training"]} - {"lora_ga"} | {"training"}
+ALLOWED = {**ALLOWED, "rehearsal": REHEARSED - {"conversion"}, "certify": REHEARSED | {"rehearsal"}}
+ALLOWED = {**ALLOWED, "plan": {"config", "adapters", "models", "training", "rehearsal"}}
 ALLOWED = {**ALLOWED, "benchmarks": {*ALLOWED}}  # they measure all of it
 ALLOWED = {**ALLOWED, "commands": {*ALLOWED} - {"adapters", "checkpoint", "lora_ga", "parallel"}}
 ALLOWED = {**ALLOWED, "": {"config", "runtime", "training"}}  # the package's public names, imported at their first use
@@ -55,12 +79,12 @@ MAY_OPEN: Mapping[str, set[str]] = {
         "BoundedUnpickler",
     },  # other people's checkpoints, inertly
     "conversion.megatron_files": {"BoundedUnpickler"},  # descriptions of tensors; no name but those of a list
-    "data.task_readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
+    "tasks.readers": {"gzip.open"},  # within a wheel, up to untrusted's limit
     "evaluation.sandbox_driver": {"json.load", "json.loads"},  # a script of its own: a job, and answers
-    "planning.record": {"json.loads"},  # what a process of ours has found
-    "benchmarks.ranks": {"pickle.loads"},  # what our own processes have written
+    "rehearsal.record": {"json.loads"},  # what a process of ours has found
+    "runtime.ranks": {"pickle.loads"},  # what our own processes have written
     "experiment.paper": {"json.loads"},  # a file of the package
-    "planning.pace": {"json.loads"},  # another
+    "plan.pace": {"json.loads"},  # another
     "benchmarks.inference": {"json.loads"},  # a value that was written a moment ago
     "benchmarks.files": {"safe_open"},  # the yardstick is the library alone
 }

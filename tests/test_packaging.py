@@ -45,7 +45,7 @@ PRODUCT_FILES = [*(ROOT / "megatron_peft").rglob("*.py"), *(ROOT / "tools").glob
 
 def imported_distributions() -> set[str]:
     roots = imported_roots(*(ast.parse(path.read_text()) for path in PRODUCT_FILES))
-    roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", *OPTIONAL, *BENCH_PEERS}
+    roots -= {*sys.stdlib_module_names, "megatron_peft", "pretrain_peft", "tools", *OPTIONAL, *BENCH_PEERS}
     return {DISTRIBUTIONS.get(root, root).lower().replace("_", "-") for root in roots}
 
 

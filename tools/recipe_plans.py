@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape
-from megatron_peft.planning.cluster import SHIPPED, Cluster, read_cluster
+from megatron_peft.plan.cluster import SHIPPED, Cluster, read_cluster
 
 ROOT = Path(__file__).parents[1]
 RECIPES, MODELS = ROOT / "examples" / "recipes", ROOT / "tests" / "examples" / "models"
@@ -61,7 +61,7 @@ def recipe(name: str) -> RunConfig:
 
 def figures(name: str, cluster: Cluster) -> str:
     """What a plan finds of a recipe, in a line or two."""
-    from megatron_peft.planning.plan import make_plan, peak_of
+    from megatron_peft.plan.plan import make_plan, peak_of
 
     config = recipe(name)
     assert config.model.pretrained_checkpoint is not None

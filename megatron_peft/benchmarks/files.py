@@ -18,13 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_peft.benchmarks.measure import Figure, median_ratio, peak_of_bare_torch, peak_resident_bytes, take_turns
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base
 from megatron_peft.conversion.hf_files import ReadCounts, Source, is_whole_rows
 from megatron_peft.conversion.pretrained import base_parameters, open_weights, owned_rules, read_model_shape
 from megatron_peft.conversion.to_huggingface import megatron_to_hf
 from megatron_peft.conversion.to_megatron import hf_to_megatron
 from megatron_peft.models.rules import HFSlice
+from megatron_peft.runtime.ranks import run_ranks
 
 # Time and memory of loading and converting a model, beside reading the same files with plain safetensors.
 #

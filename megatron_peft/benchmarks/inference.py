@@ -21,19 +21,19 @@ from torch import Tensor
 
 from megatron_peft.adapters.attach import attach_adapters, freeze
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, join, leave, load_base, load_with_transformers, microbatch
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config.untrusted import parse_json, read_text
-from megatron_peft.data import task_readers
 from megatron_peft.data.batches import Microbatch
-from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.data import fetch_wheel, prepare_reviews
 from megatron_peft.evaluation.generation import GenerationSettings, generate
 from megatron_peft.evaluation.model import saved_values
 from megatron_peft.evaluation.scoring import Continuation, score_continuations
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
+from megatron_peft.runtime.ranks import run_ranks
+from megatron_peft.tasks import readers as task_readers
+from megatron_peft.tasks.prepare import HashSplit, prepare
 
 LARGEST_DIFFERENCE = 1e-4
 NUM_PROMPTS, NUM_NEW, NUM_TIMED = 200, 16, 16

@@ -14,11 +14,11 @@ from megatron_peft.adapters.linear import AdaptedColumnParallelLinear
 from megatron_peft.adapters.rotation import rotate
 from megatron_peft.adapters.urnn import DENSE_UP_TO, StructuredUrnn, rotate_by_fourier
 from megatron_peft.benchmarks.measure import Figure, median_ratio, take_turns
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import Setting, Step, join, leave
 from megatron_peft.config import PeftConfig
 from megatron_peft.parallel.layout import LinearLayout
 from megatron_peft.runtime import cpu
+from megatron_peft.runtime.ranks import run_ranks
 
 # A linear layer of BOFT beside the frozen layer and HF PEFT's: forward and backward of 1024 tokens at width 2048.
 #

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import STEPS, Setting, Step, join, leave
+from megatron_peft.runtime.ranks import run_ranks
 
 # CPU seconds of several steps that take turns, so that whatever else the machine does falls on all of them alike.
 #

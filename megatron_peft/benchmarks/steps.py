@@ -25,7 +25,6 @@ from megatron_peft.benchmarks.measure import (
     run_steps,
     time_turns,
 )
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.benchmarks.subjects import (
     STEPS,
     Setting,
@@ -39,6 +38,7 @@ from megatron_peft.benchmarks.subjects import (
 )
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.cpu_kernels import give_back_freed_memory
+from megatron_peft.runtime.ranks import run_ranks
 
 METHODS = ("lora", "boft", "urnn", "hybrid")
 

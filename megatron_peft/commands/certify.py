@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported after the arguments were read: --help and a wrong flag answer at once. GPUs are hidden before torch asks.
     import megatron_peft.runtime.no_gpu  # noqa: F401
-    from megatron_peft.planning.certify import certify, print_certificate, write_certificate
+    from megatron_peft.certify.certify import certify, print_certificate, write_certificate
 
     try:
         certificate = certify(config, shape_of_model(str(config.model.pretrained_checkpoint)))

@@ -21,9 +21,9 @@ from megatron_peft.models.families import read_shape_of_file
 from megatron_peft.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from megatron_peft.planning.cluster import Cluster
-    from megatron_peft.planning.layouts import FittedLayout
-    from megatron_peft.planning.plan import Plan
+    from megatron_peft.plan.cluster import Cluster
+    from megatron_peft.plan.layouts import FittedLayout
+    from megatron_peft.plan.plan import Plan
 
 PROGRAM = "megatron-peft plan"
 PICTURES = (".png", ".pdf", ".svg")
@@ -105,7 +105,7 @@ def _shape_of(model: str) -> ModelShape:
 
 
 def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
-    from megatron_peft.planning.cluster import read_cluster
+    from megatron_peft.plan.cluster import read_cluster
 
     cluster = read_cluster(settings.cluster)
     config = _config(settings, flags)
@@ -132,7 +132,7 @@ def _config(settings: PlanSettings, flags: Sequence[str]) -> RunConfig:
 
 
 def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
-    from megatron_peft.planning.plan import make_plan, print_plan
+    from megatron_peft.plan.plan import make_plan, print_plan
 
     _tell("rehearsing the run's distinct ranks: from seconds to a few minutes, by the number of layers of a stage")
     plan = make_plan(config, shape, cluster)
@@ -140,7 +140,7 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
     if settings.json:
         write_file(settings.json, json.dumps(plan.as_dict(settings.tokens), indent=1) + "\n")
     if settings.plot:
-        from megatron_peft.planning.picture import draw
+        from megatron_peft.plan.picture import draw
 
         draw(plan, settings.plot)
     return 0 if plan.fits and plan.problem is None else 1
@@ -149,10 +149,10 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
-    from megatron_peft.planning.estimate import knows_method
-    from megatron_peft.planning.layouts import fit_tables
-    from megatron_peft.planning.pace import ONLY_RANKS, Accuracy
-    from megatron_peft.planning.plan import make_plan, summary
+    from megatron_peft.plan.estimate import knows_method
+    from megatron_peft.plan.layouts import fit_tables
+    from megatron_peft.plan.pace import ONLY_RANKS, Accuracy
+    from megatron_peft.plan.plan import make_plan, summary
 
     if not knows_method(config):
         print(
@@ -201,8 +201,8 @@ def _fitting(
     world_size: int | None, config: RunConfig, shape: ModelShape, cluster: "Cluster"
 ) -> "tuple[int, list[FittedLayout]]":
     """GPUs and the layouts that fit them: of `world_size`, or of the fewest of `NODES_TRIED` that hold the run."""
-    from megatron_peft.planning.layouts import fit
-    from megatron_peft.planning.rehearsal import work_bar
+    from megatron_peft.plan.layouts import fit
+    from megatron_peft.rehearsal.rehearsal import work_bar
 
     if world_size is not None:
         with work_bar("Comparing layouts") as watch:

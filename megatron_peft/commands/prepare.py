@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import ConfigurationError, option, require
-from megatron_peft.data.prepare import BenchmarkData, HashSplit, Prepared, prepare
-from megatron_peft.data.task_readers import TaskFile, load, shipped
+from megatron_peft.tasks.prepare import BenchmarkData, HashSplit, Prepared, prepare
+from megatron_peft.tasks.readers import TaskFile, load, shipped
 
 
 @dataclass(frozen=True)

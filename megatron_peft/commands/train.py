@@ -80,8 +80,8 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
     config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
     os.environ["WORLD_SIZE"] = "1"
 
-    from megatron_peft.planning.cluster import cluster_of_this_machine, read_cluster
-    from megatron_peft.planning.plan import make_plan, print_plan, why_not_to_start
+    from megatron_peft.plan.cluster import cluster_of_this_machine, read_cluster
+    from megatron_peft.plan.plan import make_plan, print_plan, why_not_to_start
     from megatron_peft.runtime.launch import start_world, stop
     from megatron_peft.training.run import check_run
 
@@ -112,7 +112,7 @@ def _planned_peak(config: RunConfig) -> Callable[[], int | str | None] | None:
 
     if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
         return None
-    from megatron_peft.planning.rehearsal import start_planned_peak
+    from megatron_peft.rehearsal.rehearsal import start_planned_peak
 
     return start_planned_peak(config, shape_of(str(config.model.pretrained_checkpoint)))
 

@@ -5,12 +5,12 @@ Whatever a record looks like, it becomes one of three kinds: a prompt with a com
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from megatron_peft.config import ConfigurationError, DataConfig, flag, require
+from megatron_peft.config.templates import render
 from megatron_peft.config.untrusted import parse_json
-from megatron_peft.data.prepare import TaskTemplate
 
 Record = dict[str, Any]
 Kind = Literal["prompt", "messages", "text"]
@@ -223,12 +223,15 @@ def _alpaca(record: Record) -> Record:
         "or a --tokenizer-model with one.",
     )
     asked = {"instruction": record["instruction"], "input": record.get("input") or ""}
-    return {"prompt": _alpaca_prompt().prompt(asked), "completion": record["output"]}
+    return {"prompt": render("task", ALPACA_PROMPT, asked), "completion": record["output"]}
 
 
-@cache
-def _alpaca_prompt() -> TaskTemplate:
-    return TaskTemplate("instructions")
+# As in `tasks/templates/instructions.yaml`.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task{{', paired with an input that provides further context' if input "
+    "else ''}}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n"
+    "{{'\n### Input:\n' ~ input ~ '\n' if input else ''}}\n### Response:\n"
+)
 
 
 _REQUIRED = ("instruction", "output")

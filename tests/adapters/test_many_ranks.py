@@ -1,6 +1,6 @@
 """Adapted layers on 8 and 16 tensor-parallel ranks equal the same layers on one, in float64 and in one process.
 
-`megatron_peft/planning/many_ranks.py` runs them, as it does for a certificate.
+`megatron_peft/certify/many_ranks.py` runs them, as it does for a certificate.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.rotation import BlockRotation
+from megatron_peft.certify.many_ranks import attach, build_layer, fake_groups, layer_config, run_built
 from megatron_peft.config import PeftConfig
-from megatron_peft.planning.many_ranks import attach, build_layer, fake_groups, layer_config, run_built
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
 

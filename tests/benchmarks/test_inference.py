@@ -10,7 +10,7 @@ import pytest
 from megatron_peft.benchmarks import inference
 from megatron_peft.benchmarks.inference import TASKS, HarnessQuestions, compare_items, our_items, their_items
 from megatron_peft.benchmarks.subjects import Setting
-from megatron_peft.data import task_readers
+from megatron_peft.tasks import readers as task_readers
 from tests.evaluation.local_tasks import write_tasks
 from tests.evaluation.worded_llama import WORDS, save_worded_llama
 from tests.ranks import run_ranks

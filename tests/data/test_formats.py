@@ -8,9 +8,9 @@ from megatron_peft.config import ConfigurationError
 from megatron_peft.data.files import RecordFiles
 from megatron_peft.data.formats import ColumnNames, format_of
 from megatron_peft.data.instruction import InstructionDataset
-from megatron_peft.data.prepare import TaskTemplate
 from megatron_peft.data.records import Fit
 from megatron_peft.data.tokenizers import HuggingFaceTokenizer
+from megatron_peft.tasks.template import TaskTemplate
 from tests.data.tiny_tokenizers import CHATML, save_tokenizer
 
 QUESTION = {"role": "user", "content": "the cat?"}

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_peft.config import ConfigurationError
-from megatron_peft.data.prepare import HashSplit, TaskTemplate, prepare
-from megatron_peft.data.task_readers import load
 from megatron_peft.evaluation import sandbox, task_metrics
 from megatron_peft.evaluation.task_metrics import (
     PACKAGES,
@@ -28,6 +26,9 @@ from megatron_peft.evaluation.task_metrics import (
     rouge_l_words,
     run_completions,
 )
+from megatron_peft.tasks.prepare import HashSplit, prepare
+from megatron_peft.tasks.readers import load
+from megatron_peft.tasks.template import TaskTemplate
 from tests.evaluation.confined import needs_bubblewrap
 
 lm_eval = pytest.importorskip("lm_eval")

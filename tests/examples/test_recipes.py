@@ -21,7 +21,7 @@ from megatron_peft.config import RunConfig
 from megatron_peft.models.families import read_shape, rules_for
 from megatron_peft.models.gpt import build_model_chunks
 from megatron_peft.models.rules import expected_tensors
-from megatron_peft.planning.cluster import read_cluster
+from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.runtime import cpu
 from megatron_peft.runtime.launch import start_model_parallel, stop
 from tests.time_limits import seconds

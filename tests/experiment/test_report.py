@@ -13,7 +13,6 @@ import pytest
 from megatron_peft.benchmarks.measure import Figure, write_json
 from megatron_peft.config import ConfigurationError
 from megatron_peft.experiment import paper_tables, report
-from megatron_peft.experiment.documents import filled
 from megatron_peft.experiment.page import Report, html, markdown, write
 from megatron_peft.experiment.record import cell_file
 from megatron_peft.experiment.report import build_report
@@ -22,6 +21,7 @@ from megatron_peft.experiment.tables import rows
 from tests.experiment import small_results
 from tests.experiment.small_results import LOSSES, as_the_paper, results
 from tests.time_limits import seconds
+from tools.documents import filled
 
 VOID = {"meta", "img", "br", "link"}
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

@@ -63,7 +63,7 @@ class Tree:
         Raises:
             ProgramFailed: with its last lines.
         """
-        from megatron_peft.benchmarks.ranks import free_port  # here: run as a program, this file serves another tree
+        from megatron_peft.runtime.ranks import free_port  # here: run as a program, this file serves another tree
 
         has = [program.split() for program in programs if (self.root / program.split()[0]).is_file()]
         if not has:

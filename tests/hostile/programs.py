@@ -36,7 +36,7 @@ IMPORTED = (
     *("megatron_peft.evaluation.harness_run", "megatron_peft.evaluation.answers", "megatron_peft.evaluation.model"),
     *("megatron_peft.conversion.peft", "megatron_peft.conversion.peft", "megatron_peft.conversion.to_huggingface"),
     *("megatron_peft.conversion.to_megatron", "megatron_peft.data.preprocess", "megatron_peft.experiment.report"),
-    *("megatron_peft.data.task_readers", "megatron_peft.experiment.runner"),
+    *("megatron_peft.tasks.readers", "megatron_peft.experiment.runner"),
 )
 CHECKPOINT = "run/iter_0000001"
 GOOD_RUNS = (

@@ -193,6 +193,5 @@ def test_it_takes_one_line_and_no_other_file_names_a_family():
         "conversion/megatron_weights.py",  # Megatron-LM's arguments without a config.json name no family
         "data/tokenizers.py",  # types for which AutoTokenizer has no class of its own
         "benchmarks/check_gpu/subjects.py",  # the model that it trains
-        *("planning/headlines.py", "planning/published.py"),  # models of the paper and of published runs
-        "planning/small_run.py",  # Bloom's hidden size is that of its heads
+        "rehearsal/small_run.py",  # Bloom's hidden size is that of its heads
     }

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_peft.benchmarks.ranks import free_port
 from megatron_peft.cli.parser import exit_with_error
 from megatron_peft.config import ConfigurationError
 from megatron_peft.runtime import failure
 from megatron_peft.runtime.exit_signals import ends_before_training
 from megatron_peft.runtime.failure import LEAVE_TIMEOUT_SECONDS, run_together
+from megatron_peft.runtime.ranks import free_port
 from megatron_peft.training.step import NonFiniteError
 from tests.ranks import Ranks, RanksFailed, run_ranks
 from tests.time_limits import seconds

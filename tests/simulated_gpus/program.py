@@ -3,10 +3,11 @@
 import json
 from typing import Any
 
-from megatron_peft.benchmarks.ranks import run_ranks
 from megatron_peft.config import DataConfig, ModelConfig, ParallelConfig, PeftConfig, RunConfig, TrainingConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.planning.rehearsal import RankToRehearse, rehearse
+from megatron_peft.rehearsal.asked import RankToRehearse
+from megatron_peft.rehearsal.rehearsal import rehearse
+from megatron_peft.runtime.ranks import run_ranks
 
 
 def found_by_a_rank(_: None) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_peft.checkpoint.record import BestValidation
 from megatron_peft.checkpoint.save import CheckpointNotSaved
-from megatron_peft.planning import rehearsal
+from megatron_peft.rehearsal import rehearsal
 from megatron_peft.training import loop
 from megatron_peft.training.loop import ExitSignals, train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics

@@ -26,7 +26,8 @@ from megatron_peft.benchmarks.measure import MIB, Figure
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.parallel.layout import LinearLayout
-from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse
+from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
+from megatron_peft.rehearsal.rehearsal import rehearse
 from megatron_peft.training.metrics import memory_bytes
 from megatron_peft.training.state import TrainingState
 from megatron_peft.training.step import finish_with, run_schedule, train_step

@@ -19,8 +19,8 @@ def install(folder: Path) -> None:
 def layers_of_many_ranks(folder: Path) -> dict[str, float]:
     """Differences of adapted layers at TP2+SP from one rank."""
     install(folder)
+    from megatron_peft.certify.many_ranks import Layers, compare_many_ranks
     from megatron_peft.config import LinearSizes, PeftConfig
-    from megatron_peft.planning.many_ranks import Layers, compare_many_ranks
 
     sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
     return compare_many_ranks(Layers(sizes, PeftConfig("vera", vera_rank=4), 4, 8, sequence_parallel=True))
@@ -29,8 +29,8 @@ def layers_of_many_ranks(folder: Path) -> dict[str, float]:
 def certificates(folder: Path) -> list[Any]:
     """Of VeRA in one layout of each kind."""
     install(folder)
-    from tests.planning.test_certify import LLAMA, OVERLAPPED, PP2, TP2, run_of
-    from tests.planning.warm import Case, certified
+    from tests.certify.test_certify import LLAMA, OVERLAPPED, PP2, TP2, run_of
+    from tests.certify.warm import Case, certified
 
     layouts: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({**TP2, "sequence_parallel": True}, {}),

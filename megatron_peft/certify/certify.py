@@ -1,0 +1,328 @@
+"""The certificate of a run: a small run of its own shape, started here in its layout and in one process, compared.
+
+The small run is `small_run.py`'s, what its ranks do `certified_ranks.py`'s, the comparisons are `comparison.py`'s and
+`converted.py`'s, and `many_ranks.py` has the adapted layers at the run's own number of tensor-parallel ranks.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_peft.certify import many_ranks
+from megatron_peft.certify.certified_ranks import (
+    END,
+    RESHARDED,
+    SAVED_AT,
+    START,
+    Job,
+    RankReport,
+    train_alone,
+    train_split,
+)
+from megatron_peft.certify.comparison import (
+    TOLERANCES,
+    CertificateLine,
+    Tensors,
+    compare_resumed,
+    compare_runs,
+    compare_tensors,
+    numbers,
+    shortened,
+)
+from megatron_peft.certify.converted import compare_converted
+from megatron_peft.checkpoint.folders import write_atomically
+from megatron_peft.config import ConfigurationError, RunConfig, config_to_dict, is_targeted
+from megatron_peft.conversion.verify import random_tokens
+from megatron_peft.models.families import family_of
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal.rehearsal import work_bar
+from megatron_peft.rehearsal.small_run import SEQ_LENGTH, SmallRun, small_run, small_shape
+from megatron_peft.runtime.ranks import RanksFailed, preload, run_ranks
+
+TIMEOUT_SECONDS = 600.0
+PACKAGES = ("megatron-peft", "megatron-core", "torch", "transformers", "peft", "safetensors")
+IMPORTED_ONCE = (
+    "torch.distributed.checkpoint",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
+NOT_CLAIMED = (
+    "anything of the run's own weights, data and memory, warmup and decay of its rates; dropout: all are 0 here, so "
+    "masks that ranks draw alike or apart by mistake are not seen; what is wrong in one process too, unless Hugging "
+    "Face's programs compute otherwise; NCCL, CUDA kernels, Transformer Engine, since it ran on gloo and a processor"
+)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, of which run.
+
+    Args:
+        flags: of the run, by section.
+        model: shape of the run's model.
+        small_model, small_flags: of what was started.
+        layouts: of the run and of what was started, in words.
+        comparisons: in the order in which a fault shows first.
+        versions: of the packages.
+    """
+
+    flags: Mapping[str, Any]
+    model: Mapping[str, Any]
+    small_model: Mapping[str, Any]
+    small_flags: Mapping[str, Any]
+    layouts: tuple[str, str]
+    comparisons: tuple[CertificateLine, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """REFUSED where anything differs; else UNDECIDED where an error kept something from being compared."""
+        if any(one.problems for one in self.comparisons):
+            return "REFUSED"
+        return "UNDECIDED" if any(one.error for one in self.comparisons) else "CERTIFIED"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it, by name."""
+        return {
+            "verdict": self.verdict,
+            "passed": self.verdict == "CERTIFIED",
+            "run": self.layouts[0],
+            "started": self.layouts[1],
+            "comparisons": [{**asdict(one), "passed": one.passed} for one in self.comparisons],
+            "not_claimed": NOT_CLAIMED,
+            "versions": dict(self.versions),
+            "flags": self.flags,
+            "model": self.model,
+            "small_flags": self.small_flags,
+            "small_model": self.small_model,
+        }
+
+    def to_json(self) -> str:
+        """All of it, and a digest of all of it."""
+        content = {**self.content, "digest": digest_of(self.content)}
+        return json.dumps(content, indent=2, default=sorted) + "\n"
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a certificate, the digest itself left out."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, default=sorted).encode()).hexdigest()
+
+
+def certify(config: RunConfig, shape: ModelShape) -> Certificate:
+    """Start the small run and compare. Takes minutes.
+
+    Args:
+        config: of the run.
+        shape: of its base model.
+
+    Raises:
+        ConfigurationError: no small model fits the method.
+    """
+    preload(IMPORTED_ONCE)
+    with tempfile.TemporaryDirectory(prefix="megatron-peft-certify-") as folder:
+        small = small_run(config, shape, Path(folder))
+        comparisons = []
+        with work_bar("Comparing") as watch:
+            for one in _comparisons(config, shape, small):
+                comparisons.append(one)
+                watch(1, 0)
+        return Certificate(
+            flags=config_to_dict(config),
+            model=asdict(shape),
+            small_model=asdict(small.shape),
+            small_flags=config_to_dict(_without(small.split, folder)),
+            layouts=(layout_of(config), layout_of(small.split)),
+            comparisons=tuple(comparisons),
+            versions={name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+        )
+
+
+def _without(config: RunConfig, folder: str) -> RunConfig:
+    """The small run's flags without the temporary folder."""
+    name = lambda path: path and path.replace(folder, "SMALL")  # noqa: E731
+    return replace(
+        config,
+        model=replace(config.model, pretrained_checkpoint=name(config.model.pretrained_checkpoint)),
+        data=replace(
+            config.data,
+            train_data_path=tuple(map(name, config.data.train_data_path)),
+            valid_data_path=tuple(map(name, config.data.valid_data_path)),
+        ),
+        checkpoint=replace(config.checkpoint, save=name(config.checkpoint.save)),
+    )
+
+
+def layout_of(config: RunConfig) -> str:
+    """`TP8+SP x PP16 x DP2, distributed optimizer`."""
+    parallel, optimizer = config.parallel, config.optimizer
+    tensor = f"TP{parallel.tensor_model_parallel_size}{'+SP' if parallel.sequence_parallel else ''}"
+    stages = f"PP{parallel.pipeline_model_parallel_size}{' interleaved' if parallel.is_interleaved else ''}"
+    more = {
+        "distributed optimizer": optimizer.use_distributed_optimizer,
+        "overlapped": config.training.overlap_grad_reduce,
+        "bf16": config.model.bf16,
+        "packed": config.data.pack_sequences,
+    }
+    return ", ".join([f"{tensor} x {stages} x DP{parallel.data_parallel_size}", *(name for name in more if more[name])])
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _comparisons(config: RunConfig, shape: ModelShape, small: SmallRun) -> Iterator[CertificateLine]:
+    """All that can be made: after a failure of the ranks themselves there is nothing more to compare."""
+    end = time.monotonic() + TIMEOUT_SECONDS
+    tokens = random_tokens(small.shape.vocab_size, SEQ_LENGTH)
+    split, alone = (Job(config, small.shape, tokens) for config in (small.split, small.alone))
+    yield from _layers(config, shape)
+    try:
+        ranks: list[RankReport] = run_ranks(split.config.parallel.world_size, train_split, split, _left(end))
+    except RanksFailed as error:
+        yield failed("the run itself", error)
+        return
+    try:
+        ((reference, resharded),) = run_ranks(1, train_alone, (alone, split), _left(end))
+    except RanksFailed as error:
+        yield failed("the run in one process", error)
+        return
+    yield from compare_runs((split, ranks), (alone, reference))
+    yield compare_resumed(ranks)
+    yield from _resharded(split, alone, ranks, resharded.losses)
+    logits = next(run.logits for run in ranks if run.logits is not None)
+    try:
+        (converted,) = run_ranks(1, compare_converted, (split, logits), _left(end))
+    except RanksFailed as error:
+        converted = [failed("merge and export", error)]
+    yield from converted
+
+
+def _left(end: float) -> float:
+    return max(end - time.monotonic(), 1.0)
+
+
+def failed(name: str, error: RanksFailed) -> CertificateLine:
+    """Nothing was compared: the error that ended the first rank that has one, else what was printed last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    return CertificateLine(name, 0, None, 0.0, error=(errors or lines or ["the ranks did not end in time"])[0][:500])
+
+
+def _resharded(split: Job, alone: Job, ranks: list[RankReport], losses: list[float]) -> Iterator[CertificateLine]:
+    """One process that was resumed from the layout's checkpoint, with the layout."""
+    tolerances = TOLERANCES[split.config.model.bf16]
+    yield numbers("losses after resharding to one process", losses, ranks[0].losses[SAVED_AT:], tolerances.losses)
+    found, end, start = (
+        Tensors(folder) for folder in (alone.folder / RESHARDED, split.folder / END, split.folder / START)
+    )
+    yield compare_tensors(
+        "trained tensors after resharding", found, end, tolerances.changes, ranks, since=(start, start)
+    )
+
+
+def _layers(config: RunConfig, shape: ModelShape) -> Iterator[CertificateLine]:
+    """The adapted layers at the run's own number of tensor-parallel ranks."""
+    tp, peft = config.parallel.tensor_model_parallel_size, config.peft
+    name = f"adapted layers at TP{tp}{'+SP' if config.parallel.sequence_parallel else ''}, in one process"
+    if not peft.trains_adapters or tp == 1:
+        return
+    small = small_shape(shape, config, tp, shape.num_layers)
+    modules, layers = family_of(shape.architecture).modules, range(shape.num_layers)
+    sizes = {
+        kind.rpartition(".")[2]: size
+        for kind, size in small.linear_layers(tp).items()
+        if any(is_targeted(f"decoder.layers.{layer}.{kind}", peft.target_modules, modules) for layer in layers)
+    }
+    job = many_ranks.Layers(
+        sizes,
+        replace(peft, lora_dropout=0.0),
+        small.num_attention_heads,
+        small.kv_channels,
+        config.parallel.sequence_parallel,
+    )
+    try:
+        (found,) = run_ranks(1, many_ranks.compare_many_ranks, job, TIMEOUT_SECONDS)
+    except RanksFailed as error:
+        line = failed(name, error)
+        kind, _, what = line.error.partition(": ")
+        if kind == "AssertionError":  # of a start, or of copies, that differ between the ranks
+            line = replace(line, error="", problems=(what,))
+        elif kind in ("ImportError", "ModuleNotFoundError"):
+            line = replace(line, error="", note="not compared: this torch has no LocalTensorMode")
+        yield line
+        return
+    wrong = [f"{tensor}: {error:.1e}" for tensor, error in found.items() if not error <= many_ranks.TOLERANCE]
+    note = "float64, of a tensor's largest number"
+    yield CertificateLine(name, len(found), max(found.values()), many_ranks.TOLERANCE, shortened(wrong), note)
+
+
+# What is printed and written.
+
+
+def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
+    """A table, and below it what did not pass."""
+    console = console or Console()
+    table = Table(title=f"{certificate.layouts[0]}\nstarted here: {certificate.layouts[1]}", title_justify="left")
+    table.add_column("compared")
+    for column in ("number", "largest", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for one in certificate.comparisons:
+        table.add_row(one.name, f"{one.num_compared:,}", *_limits(one), _verdict(one))
+    console.print(table)
+    for one in certificate.comparisons:
+        for problem in one.problems:
+            console.print(f"{one.name}: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if not one.num_compared and not one.problems:
+            console.print(f"{one.name}: {one.error or one.note}", highlight=False, markup=False, soft_wrap=True)
+    model = certificate.small_model
+    console.print(
+        f"{certificate.verdict}: a model of {model['num_layers']} layers, "
+        f"{model['num_attention_heads']} heads, {model['num_query_groups']} key-value heads, hidden size "
+        f"{model['hidden_size']}. Not claimed: {NOT_CLAIMED}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
+    console.print(f"{versions}\ndigest {digest_of(certificate.content)}", highlight=False, soft_wrap=True)
+
+
+def _limits(one: CertificateLine) -> tuple[str, str]:
+    if not one.num_compared:
+        return "", ""
+    largest = "" if one.largest is None else f"{one.largest:.1e}"
+    return largest, f"{one.tolerance:.0e}" if one.tolerance else "equal"
+
+
+def _verdict(one: CertificateLine) -> str:
+    if one.problems:
+        return "DIFFERS"
+    if one.error:
+        return "ERROR"
+    return "ok" if one.num_compared else "not compared"
+
+
+def write_certificate(certificate: Certificate, output: Path) -> None:
+    """ConfigurationError if it cannot be written."""
+    try:
+        write_atomically(output, certificate.to_json())
+    except OSError as error:
+        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror}).") from error

@@ -1,0 +1,372 @@
+"""--fit: the layouts of a run that fit a cluster's GPUs, ranked by tokens a second.
+
+    every layout that divides the model and the batch      memory and time of its bottleneck stage, in closed form
+    the fastest of those that fit                           memory and time by a replay of all stages
+    of those with the same TP, PP, ...                      the fastest: they differ in how a pipeline is divided alone
+
+What is varied: TP, PP, virtual stages, DP (the rest of the world), sequence parallelism, the micro-batch, activation
+recompute and, with several replicas, the distributed optimizer. All else is the run's own.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, flag, require
+from megatron_peft.models.families import check_adapters
+from megatron_peft.models.shape import ModelShape, check_layout
+from megatron_peft.plan.cluster import Cluster
+from megatron_peft.plan.estimate import Chunk, StepEstimate
+from megatron_peft.plan.footprint import memory, parameters, saved_bytes, total
+from megatron_peft.plan.pace import Pace
+from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.timing import WorkTime, time_alone
+from megatron_peft.rehearsal.record import Memory
+from megatron_peft.rehearsal.rehearsal import Watch
+
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
+    "none": ({}, ()),
+    "modules": ({"recompute_granularity": "selective"}, ("mlp",)),
+    "full": ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, ()),
+}
+NUM_REPLAYED = 12  # layouts
+NUM_DIVISIONS_REPLAYED = 2  # of each: other virtual stages, or ends that count as layers
+PARALLEL_FLAGS = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "sequence_parallel"),
+)
+UNEVEN_FLAGS = tuple(
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
+)
+RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+
+
+def _layout_values(run: RunConfig) -> dict[str, Any]:
+    """What `fit` varies or sets back; 0, None, False and () are without a flag."""
+    transformer = run.model.transformer
+    return {
+        **{name: getattr(run.parallel, name) for name in (*PARALLEL_FLAGS, *UNEVEN_FLAGS)},
+        "micro_batch_size": run.training.micro_batch_size,
+        "use_distributed_optimizer": run.optimizer.use_distributed_optimizer,
+        **{name: transformer.get(name) for name in (*RECOMPUTE_FIELDS, "distribute_saved_activations")},
+        "recompute_modules": run.model.recompute_modules,
+    }
+
+
+@dataclass(frozen=True)
+class FittedLayout:
+    """A layout that fits, with what a step of it takes.
+
+    Args:
+        run: the run at this layout.
+        recompute: of `RECOMPUTES`.
+        pace: time of a step, tokens a second and what follows from it.
+        memory: of the rank that holds most, by part.
+        stage: the pipeline rank that it is.
+    """
+
+    run: RunConfig
+    recompute: str
+    pace: Pace
+    memory: Memory
+    stage: int
+
+    @property
+    def flags(self) -> list[str]:
+        """Words of a command line that set the layout, beside the run's own."""
+        words = []
+        for name, value in _layout_values(self.run).items():
+            if value:
+                told = () if value is True else value if isinstance(value, tuple) else (value,)
+                words += [flag(name), *map(str, told)]
+        return words
+
+    def flags_to_leave_out(self, asked: RunConfig) -> list[str]:
+        """Flags of `asked`, the run that a layout was looked for, which `flags` cannot take back."""
+        own = _layout_values(self.run)
+        return [flag(name) for name, value in _layout_values(asked).items() if value and not own[name]]
+
+    def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
+        """For JSON, with the hours of a run of so many tokens."""
+        parallel = self.run.parallel
+        return {
+            "flags": self.flags,
+            "data_parallel_size": parallel.data_parallel_size,
+            "memory_bytes": dict(self.memory),
+            "peak_bytes": total(self.memory),
+            "stage": self.stage,
+            **self.pace.as_dict(num_tokens),
+        }
+
+
+def fit(
+    run: RunConfig,
+    shape: ModelShape,
+    world_size: int,
+    cluster: Cluster,
+    num_layouts: int = 10,
+    watch: Watch = lambda done, more: None,
+) -> list[FittedLayout]:
+    """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
+
+    Args:
+        run: flags of a run of any layout, with --global-batch-size.
+        shape: of the base model.
+        world_size: GPUs.
+        num_layouts: at most.
+        watch: counts layouts whose step is replayed.
+
+    Raises:
+        ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
+            came nearest.
+    """
+    require(
+        run.training.global_batch_size is not None,
+        "--fit compares layouts at the same global batch: give --global-batch-size.",
+    )
+    candidates = [*_candidates(run, shape, world_size, cluster)]
+    require(
+        bool(candidates),
+        f"--fit: no layout of {world_size} GPUs divides the model ({shape.num_layers} layers, "
+        f"{shape.num_attention_heads} heads, {shape.num_query_groups} key-value heads) and --global-batch-size "
+        f"{run.training.global_batch_size}: use another --world-size or another global batch.",
+    )
+    divisions: dict[Hashable, list[_Candidate]] = {}
+    for one in sorted(candidates, key=lambda one: one.seconds):
+        if one.peak_bytes <= cluster.usable_bytes:
+            divisions.setdefault(_but_for_division(one), []).append(one)
+    watch(0, min(len(divisions), NUM_REPLAYED))
+
+    def replayed(alike: Sequence["_Candidate"]) -> list[FittedLayout]:
+        found = _replayed_that_fit(alike, shape, cluster)
+        watch(1, 0)
+        return found
+
+    of_each = map(replayed, divisions.values())
+    best = [*islice((min(found, key=_slowness) for found in of_each if found), NUM_REPLAYED)]
+    if not best:
+        nearest = min(candidates, key=lambda one: one.peak_bytes)
+        parallel = nearest.run.parallel
+        peak = max(nearest.peak_bytes, total(_replayed(nearest, shape, cluster).memory))
+        raise ConfigurationError(
+            f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
+            f"{parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size} with recompute "
+            f"{nearest.recompute} comes nearest and takes {peak / 2**30:.1f} GiB: use more GPUs, a shorter "
+            f"--seq-length, or a method that trains less."
+        )
+    return sorted(best, key=_slowness)[:num_layouts]
+
+
+def _replayed_that_fit(alike: Sequence["_Candidate"], shape: ModelShape, cluster: Cluster) -> list[FittedLayout]:
+    replayed = (_replayed(one, shape, cluster) for one in alike)
+    return [*islice((one for one in replayed if total(one.memory) <= cluster.usable_bytes), NUM_DIVISIONS_REPLAYED)]
+
+
+def _slowness(one: FittedLayout) -> tuple[float, int]:
+    return one.pace.time.seconds, total(one.memory)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout, its time and the memory of its fullest rank, both in closed form."""
+
+    run: RunConfig
+    recompute: str
+    seconds: float
+    peak_bytes: float
+
+
+def _but_for_division(one: _Candidate) -> Hashable:
+    """Equal for layouts that divide the layers of a pipeline in other ways alone."""
+    parallel = replace(
+        one.run.parallel,
+        num_layers_per_virtual_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+    )
+    return parallel, one.run.training.micro_batch_size, one.recompute
+
+
+def _replayed(candidate: _Candidate, shape: ModelShape, cluster: Cluster) -> FittedLayout:
+    step = StepEstimate(candidate.run, shape)
+    stages = sorted({0, 1, step.pp // 2, step.pp - 1} & set(range(step.pp)))
+    held = {stage: memory(step, stage, in_flight(step, stage)) for stage in stages}
+    fullest = max(held, key=lambda stage: total(held[stage]))
+    pace = Pace.of(candidate.run, shape, cluster, estimated_time(step, cluster))
+    return FittedLayout(candidate.run, candidate.recompute, pace, held[fullest], fullest)
+
+
+def _candidates(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[_Candidate]:
+    times = _LayerTimes(cluster, shape)
+    own = {key: value for key, value in run.model.transformer.items() if key not in RECOMPUTE_FIELDS}
+    own.pop("distribute_saved_activations", None)
+    models = {
+        name: replace(run.model, transformer={**own, **fields}, recompute_modules=modules)
+        for name, (fields, modules) in RECOMPUTES.items()
+    }
+    trainings = [replace(run.training, micro_batch_size=size) for size in MICRO_BATCHES]
+    # Sharding is never slower here, and smaller.
+    optimizers = [replace(run.optimizer, use_distributed_optimizer=sharded) for sharded in _may_shard(run)]
+    for parallel in _parallel_layouts(run, shape, world_size, cluster):
+        optimizer = optimizers[-1 if parallel.data_parallel_size > 1 else 0]
+        for training in trainings:
+            try:
+                laid_out = replace(run, parallel=parallel, training=training, optimizer=optimizer)
+            except ConfigurationError:
+                continue  # it doesn't divide the batch
+            yield from (times.candidate(replace(laid_out, model=model), name) for name, model in models.items())
+
+
+def _may_shard(run: RunConfig) -> tuple[bool, ...]:
+    return (
+        (False, True)
+        if run.optimizer.optimizer == "adam" and not run.optimizer.overlap_param_gather
+        else (run.optimizer.use_distributed_optimizer,)
+    )
+
+
+def _parallel_layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
+    """Those that divide the model and the world; TP stays within a node."""
+    plain = replace(
+        run.parallel,
+        world_size=world_size,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        pipeline_model_parallel_layout=None,
+        sequence_parallel=False,
+    )
+    sizes = (
+        (tp, pp)
+        for tp in _divisors(world_size, cluster.gpus_per_node)
+        if _layers_take(run, shape, tp)
+        for pp in _divisors(world_size // tp, shape.num_layers + 2)
+    )
+    for tp, pp in sizes:
+        for pipeline, sequence in product(_pipelines(shape.num_layers, pp), (False, True) if tp > 1 else (False,)):
+            parallel = replace(plain, tensor_model_parallel_size=tp, sequence_parallel=sequence, **pipeline)
+            if not check_layout(parallel, shape):
+                yield parallel
+
+
+def _pipelines(num_layers: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Fields of `ParallelConfig` of every even pipeline, whose embedding and loss count as layers or do not."""
+    for ends in (False, True) if pp > 1 else (False,):
+        stage_layers, rest = divmod(num_layers + 2 * ends, pp)
+        if rest or stage_layers < 1 + ends:
+            continue
+        for chunk in [None, *_divisors(stage_layers, stage_layers - 1)] if pp > 1 else [None]:
+            yield {
+                "pipeline_model_parallel_size": pp,
+                "num_layers_per_virtual_pipeline_stage": chunk,
+                "account_for_embedding_in_pipeline_split": ends,
+                "account_for_loss_in_pipeline_split": ends,
+            }
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
+def _layers_take(run: RunConfig, shape: ModelShape, tp: int) -> bool:
+    """Whether the method's adapters fit the linear layers at this tensor-parallel size."""
+    return not check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape)
+
+
+class _LayerTimes:
+    """Times of one layer and of the ends at each way to compute them, from which those of all stages follow."""
+
+    def __init__(self, cluster: Cluster, shape: ModelShape) -> None:
+        self.cluster, self.shape = cluster, shape
+        self.known: dict[Any, tuple[float, ...]] = {}
+
+    def candidate(self, run: RunConfig, recompute: str) -> _Candidate:
+        step = StepEstimate(run, self.shape)
+        key = step.t, step.splits, step.rows, recompute
+        if key not in self.known:
+            self.known[key] = self._times(step)
+        forward, backward, embedding, head_forward, head_backward = self.known[key]
+        chunks, microbatches = step.chunks, run.num_microbatches
+        stages = []
+        for held in chunks:
+            ends = sum(c.embedding for c in held) * embedding + sum(c.head for c in held) * (
+                head_forward + head_backward
+            )
+            stages.append(sum(len(c.layers) for c in held) * (forward + backward) + ends)
+        bottleneck = max(stages)
+        fill = sum(stages) - bottleneck if step.pp > 1 else 0.0
+        seconds = microbatches * bottleneck + fill / len(chunks[0]) + self._once(step)
+        if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
+            message = self.cluster.call_seconds("send", step.own * step.h * step.item, (step.rank(0), step.rank(1)))
+            seconds += 2 * microbatches * message * (1.0 if len(chunks[0]) == 1 else 0.1 * len(chunks[0]))
+        peak = max(total(memory(step, stage, self._in_flight(step, stage))) for stage in {0, 1 % step.pp, step.pp - 1})
+        return _Candidate(run, recompute, seconds, peak)
+
+    def _times(self, step: StepEstimate) -> tuple[float, ...]:
+        layer, ends = Chunk((0,), False, False), (Chunk((), True, False), Chunk((), False, True))
+        made = (
+            step.forward_chunk(layer, 0),
+            step.backward_chunk(layer, 0),
+            step.forward_chunk(ends[0], 0),
+            step.forward_chunk(ends[1], 0),
+            step.backward_chunk(ends[1], 0),
+        )
+        cluster = self.cluster.of_run(step.run)
+        return tuple(_seconds(time_alone(entries, 0, cluster)) for entries in made)
+
+    def _once(self, step: StepEstimate) -> float:
+        """Sums of gradients and the gather of parameters, of the first stage."""
+        counts = parameters(step, step.chunks[0])
+        trained, group = counts.trained + counts.trained_float32, step.data_group(0)
+        return self.cluster.call_seconds("all_reduce", 4 * trained, group)
+
+    def _in_flight(self, step: StepEstimate, stage: int) -> int:
+        chunks, microbatches = step.chunks[stage], step.run.num_microbatches
+        sizes = [saved_bytes(step, chunk) for chunk in chunks]
+        if len(chunks) == 1:
+            return sizes[0] * min(step.pp - stage, microbatches)
+        count = min((step.pp - stage - 1) * 2 + (len(chunks) - 1) * step.pp + 1, microbatches * len(chunks))
+        return sum(sizes) * count // len(chunks)
+
+
+def _seconds(time: WorkTime) -> float:
+    return max(sum(seconds for _, seconds in time.device), time.host)
+
+
+def fit_tables(layouts: Sequence[FittedLayout], title: str, num_tokens: float) -> list[Table]:
+    """The layouts as tables of 80 columns: what they are and take, hours for `num_tokens`; and where the time goes."""
+    table = narrow_table(
+        title, "", "TP", "PP", "VPP", "DP", "SP", "rows", "recompute", "GiB", "s/step", "tokens/s", "hours"
+    )
+    shares = narrow_table(
+        "The same, parts of a step", "", "TFLOP/s a GPU", "MFU", "bubble", "communication", "launches"
+    )
+    for number, one in enumerate(layouts, 1):
+        parallel, time = one.run.parallel, one.pace.time
+        stages = parallel.num_virtual_stages(one.pace.num_layers)
+        table.add_row(
+            *(str(number), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size)),
+            *(str(stages or "-"), str(parallel.data_parallel_size), "yes" if parallel.sequence_parallel else "no"),
+            *(str(one.run.training.micro_batch_size), one.recompute, f"{total(one.memory) / 2**30:.1f}"),
+            *(f"{time.seconds:.2f}", f"{one.pace.tokens_per_second:,.0f}", f"{one.pace.hours(num_tokens):,.1f}"),
+        )
+        parts = (one.pace.mfu, time.bubble, time.exposed_communication, time.launch_bound)
+        shares.add_row(str(number), f"{one.pace.tflops_per_gpu:.0f}", *(f"{part:.1%}" for part in parts))
+    return [table, shares]
+
+
+def narrow_table(title: str, *columns: str) -> Table:
+    """One whose cells are numbers, and stand close together."""
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

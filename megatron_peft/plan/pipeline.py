@@ -1,0 +1,279 @@
+"""All that the ranks of a run do in a step, from estimates of its chunks: microbatches in the schedule's order, their
+messages, sums of gradients, the update. One rank stands for its tensor- and data-parallel peers, which do the same.
+
+`schedule.py` asks megatron-core's own schedules for the same order; this is for --fit, which looks at hundreds of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal
+
+from megatron_peft.plan.cluster import Cluster
+from megatron_peft.plan.estimate import StepEstimate
+from megatron_peft.plan.footprint import parameters, saved_bytes
+from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A chunk's forward or backward of one microbatch."""
+
+    phase: Pass
+    microbatch: int
+    chunk: int
+
+
+def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Turn]:
+    """What a pipeline rank does, in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
+    total = num_microbatches * num_chunks
+    forwards = [_at(index, num_stages, num_chunks, "forward") for index in range(total)]
+    backwards = [_at(index, num_stages, num_chunks, "backward") for index in range(total)]
+    if num_chunks == 1:
+        warmup = min(num_stages - stage - 1, total)
+    elif num_microbatches == num_stages:
+        warmup = total
+    else:
+        warmup = min((num_stages - stage - 1) * 2 + (num_chunks - 1) * num_stages, total)
+    steady = [turn for pair in zip(forwards[warmup:], backwards, strict=False) for turn in pair]
+    return [*forwards[:warmup], *steady, *backwards[total - warmup :]]
+
+
+def _at(index: int, num_stages: int, num_chunks: int, phase: Pass) -> Turn:
+    """Microbatches go through the chunks in groups of as many as there are stages."""
+    if num_chunks == 1:
+        return Turn(phase, index, 0)
+    group, within = divmod(index, num_stages * num_chunks)
+    chunk = within // num_stages
+    return Turn(
+        phase, group * num_stages + within % num_stages, chunk if phase == "forward" else num_chunks - 1 - chunk
+    )
+
+
+def in_flight(step: StepEstimate, stage: int) -> int:
+    """The largest sum of bytes that the forwards of a rank have saved for backwards still to come."""
+    sizes = [saved_bytes(step, chunk) for chunk in step.chunks[stage]]
+    held = most = 0
+    for turn in turns(stage, step.pp, len(sizes), step.run.num_microbatches):
+        held += sizes[turn.chunk] if turn.phase == "forward" else -sizes[turn.chunk]
+        most = max(most, held)
+    return most
+
+
+def estimated_time(step: StepEstimate, cluster: Cluster, keep_spans: bool = False) -> StepTime:
+    """The time of a step at this layout."""
+    cluster = cluster.of_run(step.run)
+    scheduled = {step.rank(stage): [*_program(step, stage, cluster)] for stage in range(step.pp)}
+    return step_time(scheduled, cluster, keep_spans)
+
+
+def _program(step: StepEstimate, stage: int, cluster: Cluster) -> Iterator[Entry | WorkTime]:
+    writer = _Program(step, stage, cluster)
+    yield from writer.start()
+    yield from writer.interleaved() if len(writer.chunks) > 1 else writer.plain()
+    yield from writer.finish()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose gradients are summed in one call: numbers of elements, and their part of a chunk's work."""
+
+    trained: int
+    trained_float32: int
+    part: float
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.trained + self.trained_float32
+
+
+class _Program:
+    """Writes the program of one rank."""
+
+    def __init__(self, step: StepEstimate, stage: int, cluster: Cluster) -> None:
+        self.step, self.stage, self.cluster = step, stage, cluster
+        self.chunks, self.rank, self.num_calls = step.chunks[stage], step.rank(stage), 0
+        self.blocks = {}
+        for number, chunk in enumerate(self.chunks):
+            forward, backward = step.forward_chunk(chunk, stage), step.backward_chunk(chunk, stage)
+            self.blocks["forward", number] = time_alone(forward, self.rank, cluster)
+            self.blocks["backward", number] = time_alone(backward, self.rank, cluster)
+        self.counts = [parameters(step, [chunk]) for chunk in self.chunks]
+        self.whole = parameters(step, self.chunks)
+        run = step.run
+        self.gathers_early = run.optimizer.overlap_param_gather and step.dp > 1
+        self.reduces_early = run.training.overlap_grad_reduce and step.dp > 1
+        self.buckets = [self._buckets(chunk) for chunk in range(len(self.chunks))]
+        self.gathers: list[int] = []
+        self.sums: list[int] = []
+        self.messages: dict[tuple[str, str, int], Call] = {}
+
+    # Messages. Activations and their gradients go on axes of their own, so that their order does not matter where the
+    # next stage is also the previous one.
+
+    def message(self, operation: Literal["send", "recv"], phase: Pass, shift: int, is_async: bool, batch: int | None):
+        key = (operation, phase, shift, is_async, batch)
+        call = self.messages.get(key)  # pyright: ignore[reportArgumentType]
+        if call is None:
+            peer = self.step.rank((self.stage + shift) % self.step.pp)
+            shape = (self.step.own, self.step.h)
+            call = Call(operation, f"pipeline {phase}", (), (shape,), self.step.dtype, peer, batch, is_async)
+            self.messages[key] = call  # pyright: ignore[reportArgumentType]
+        self.num_calls += 1
+        return call
+
+    def receives(self, turn: Turn) -> bool:
+        """Whether a turn's input comes from another stage."""
+        chunk = self.chunks[turn.chunk]
+        return not (chunk.embedding if turn.phase == "forward" else chunk.head)
+
+    def sends(self, turn: Turn) -> bool:
+        """Whether a turn's output goes to another stage."""
+        chunk = self.chunks[turn.chunk]
+        return not (chunk.head if turn.phase == "forward" else chunk.embedding)
+
+    def compute(self, turn: Turn) -> Iterator[Entry | WorkTime]:
+        yield Mark(turn.phase, turn.microbatch, turn.chunk)
+        block, buckets = self.blocks[turn.phase, turn.chunk], self.buckets[turn.chunk]
+        last = self.step.run.num_microbatches - 1
+        if turn.phase == "forward" and turn.microbatch == 0 and self.gathers:
+            # Where the layers of a bucket begin, their parameters are waited for, and those of the next one asked for.
+            waits_for = self.gathers[turn.chunk]
+            for bucket, following in zip_longest(buckets, buckets[1:]):
+                if bucket.size:
+                    yield Wait(waits_for)
+                waits_for = self.num_calls
+                if following is not None:
+                    yield from self._gather_of_parameters(following, is_async=True)
+                yield part_of(block, bucket.part)
+        elif turn.phase == "backward" and turn.microbatch == last and self.reduces_early:
+            for bucket in reversed(buckets):
+                yield part_of(block, bucket.part)
+                yield from self._sum_of_gradients(bucket, is_async=True)
+        else:
+            yield block
+
+    def _buckets(self, chunk: int) -> list[Bucket]:
+        """As megatron-core cuts the first chunk where sums overlap the backward; it cuts no other."""
+        counts, step = self.counts[chunk], self.step
+        whole = Bucket(counts.trained, counts.trained_float32, 1.0)
+        if chunk or not self.reduces_early:
+            return [whole]
+        embedding = step.vocabulary * step.h * (step.is_full and self.chunks[chunk].embedding)
+        layers = counts.trained - embedding
+        number = max(layers // max(40_000_000, 1_000_000 * step.dp), 1)
+        cut = Bucket(layers // number, counts.trained_float32 // number, 1 / number)
+        cuts = [cut] * number if cut.size else []
+        return [*([Bucket(embedding, 0, 0.0 if cuts else 1.0)] if embedding else []), *cuts] or [whole]
+
+    def plain(self) -> Iterator[Entry | WorkTime]:
+        """One forward, one backward: a message out is waited for together with the one that comes in."""
+        order = turns(self.stage, self.step.pp, 1, self.step.run.num_microbatches)
+        for index, turn in enumerate(order):
+            before = order[index - 1] if index else None
+            is_exchanged = before is not None and before.phase != turn.phase and self.sends(before)
+            if self.receives(turn) and not is_exchanged:
+                yield self.message("recv", turn.phase, -1 if turn.phase == "forward" else 1, False, None)
+            yield from self.compute(turn)
+            following = order[index + 1] if index + 1 < len(order) else None
+            shift = 1 if turn.phase == "forward" else -1
+            if not self.sends(turn):
+                continue
+            if following is not None and following.phase != turn.phase and self.receives(following):
+                yield self.message("send", turn.phase, shift, False, 0)
+                yield self.message("recv", following.phase, shift, False, 0)
+            else:
+                yield self.message("send", turn.phase, shift, False, None)
+
+    def interleaved(self) -> Iterator[Entry | WorkTime]:
+        """Messages run beside the computation: the next turn's input is asked for before this turn."""
+        order = turns(self.stage, self.step.pp, len(self.chunks), self.step.run.num_microbatches)
+        asked: int | None = None
+        for index in range(-1, len(order)):
+            waits_for = asked
+            following = order[index + 1] if index + 1 < len(order) else None
+            asked = None
+            if following is not None and self.receives(following):
+                shift = -1 if following.phase == "forward" else 1
+                asked = self.num_calls
+                yield self.message("recv", following.phase, shift, True, None)
+            if index < 0:
+                continue
+            if waits_for is not None:
+                yield Wait(waits_for)
+            yield from self.compute(order[index])
+            if self.sends(order[index]):
+                phase = order[index].phase
+                yield self.message("send", phase, 1 if phase == "forward" else -1, True, None)
+
+    # What a step has once.
+
+    def collective(
+        self, operation: str, axis: str, group: Sequence[int], size: int, dtype: str, is_async: bool = False
+    ):
+        if size > 0 and len(group) > 1:
+            self.num_calls += 1
+            yield Call(operation, axis, tuple(group), ((size,),), dtype, is_async=is_async)
+
+    def _sum_of_gradients(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
+        step, size = self.step, bucket.size
+        operation = "reduce_scatter" if step.run.optimizer.use_distributed_optimizer else "all_reduce"
+        in_bf16 = step.run.training.grad_reduce_in_bf16 and step.item == 2
+        self.sums += [self.num_calls] * bool(size and step.dp > 1)
+        group = step.data_group(self.stage)
+        yield from self.collective(operation, "data", group, size, "bfloat16" if in_bf16 else "float32", is_async)
+
+    def _gather_of_parameters(self, bucket: Bucket, is_async: bool) -> Iterator[Call]:
+        step, group = self.step, self.step.data_group(self.stage)
+        shard = -(-bucket.trained // step.dp) + -(-bucket.trained_float32 // step.dp) * 4 // step.item
+        yield from self.collective("all_gather", "data", group, shard, step.dtype, is_async)
+
+    def start(self) -> Iterator[Entry | WorkTime]:
+        """Gradients set to zero, blocks of rotations built, parameters gathered."""
+        whole = self.whole
+        trained = whole.trained + whole.trained_float32
+        yield Mark("begin")
+        blocks = whole.rotated * self.step.g  # float32, in a few operations of all layers at once
+        yield Computation(num_bytes=4 * trained + 21 * 4 * blocks, num_kernels=2 + 20 * bool(blocks))
+        if self.gathers_early:
+            for buckets in self.buckets:
+                self.gathers.append(self.num_calls)
+                yield from self._gather_of_parameters(buckets[0], is_async=True)
+
+    def finish(self) -> Iterator[Entry | WorkTime]:
+        """Sums of gradients, the check, the update."""
+        step, whole, group = self.step, self.whole, self.step.data_group(self.stage)
+        trained = whole.trained + whole.trained_float32
+        yield Mark("finish")
+        if whole.rotated:
+            yield Computation(num_bytes=25 * 4 * whole.rotated * step.g, num_kernels=40)
+        if self.reduces_early:
+            yield from (Wait(number) for number in self.sums)
+        else:
+            for [bucket] in self.buckets:
+                yield from self._sum_of_gradients(bucket, is_async=False)
+        if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
+            ends = (step.rank(0), step.rank(step.pp - 1))
+            yield from self.collective("all_reduce", "embedding", ends, step.vocabulary * step.h, "float32")
+        yield from self.collective("broadcast", "pipeline", step.pipeline_group, 1, "int32")
+        yield from self.collective("all_reduce", "data", group, 1, "int32")
+        yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
+        yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
+        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.tensors // 2)
+        world = range(step.t * step.pp * step.dp)
+        yield from self.collective("all_reduce", "world", world, 8, "float64")
+        yield Mark("update")
+        shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
+        # The check, norms by layer, the norm; then clipping, and Adam's gradient, master and moments: read and written.
+        by_layer = 5 * whole.tensors + 14 * whole.mixed
+        yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=10 + by_layer)
+        yield from self.collective("all_reduce", "world", world, 1, "float32")
+        yield Computation(num_bytes=38 * trained // shards, num_kernels=4)
+        if step.run.optimizer.use_distributed_optimizer and not self.gathers_early:
+            for buckets in self.buckets:
+                for bucket in buckets:
+                    yield from self._gather_of_parameters(bucket, is_async=False)

@@ -1,0 +1,199 @@
+"""The plan of a run: what each rank holds and sends, whether all ranks' calls fit together, and what a step takes."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_peft.config import RunConfig
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.plan.cluster import Cluster
+from megatron_peft.plan.pace import Pace, time_table
+from megatron_peft.plan.timing import step_time
+from megatron_peft.rehearsal.deadlock import Problem
+from megatron_peft.rehearsal.record import PHASES, Call, Memory, RankRecord
+from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run, work_bar
+
+_GIB, _MIB = 2**30, 2**20
+ACTIVATIONS = "activations of "
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts.
+
+    Args:
+        run: its rehearsed ranks.
+        cluster: that it will run on.
+        problem: why its ranks would wait for ever; None: they do not.
+        pace: time of a step; None where ranks would wait for ever.
+    """
+
+    run: RehearsedRun
+    cluster: Cluster
+    problem: Problem | None
+    pace: Pace | None
+
+    @property
+    def fullest(self) -> RankRecord:
+        """The rehearsed rank with the highest peak of all phases."""
+        return max(self.run.records, key=peak_of)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's peak leaves free what the cluster's file reserves for what no rehearsal sees."""
+        return peak_of(self.fullest) <= self.cluster.usable_bytes
+
+    def as_dict(self, num_tokens: float = 1e8) -> dict[str, Any]:
+        """For JSON, with the hours of a run of so many tokens."""
+        parallel = self.run.config.parallel
+        return {
+            "cluster": self.cluster.name,
+            "world_size": parallel.world_size,
+            "parameters": self.run.parameters(),
+            "ranks": [
+                {
+                    "rank": record.rank,
+                    "stage": record.stage,
+                    "parameters": dict(record.parameters),
+                    "peak_bytes": {phase: dict(parts) for phase, parts in record.peaks.items()},
+                }
+                for record in self.run.records
+            ],
+            "peak_bytes": peak_of(self.fullest),
+            "usable_bytes": self.cluster.usable_bytes,
+            "fits": self.fits,
+            "calls_of_a_step": [
+                {"stage": stage, "group": axis, "operation": operation, "calls": number, "bytes": num_bytes}
+                for stage, program in enumerate(self.run.stages)
+                for (axis, operation), (number, num_bytes) in calls_by_group(program.entries).items()
+            ],
+            "order": self.problem.text if self.problem else "every rank's calls fit together",
+            **({} if self.pace is None else self.pace.as_dict(num_tokens)),
+        }
+
+
+def make_plan(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Plan:
+    """Rehearse a run, match the calls of its ranks, and estimate its time. A bar at a terminal shows the rehearsals."""
+    with work_bar("Rehearsing") as watch:
+        run = rehearse_run(config, shape, watch=watch)
+        problem = order_problem(run, watch=watch)
+    if problem is not None:
+        return Plan(run, cluster, problem, None)
+    time = step_time({stage.rank: stage.entries for stage in run.stages}, cluster.of_run(config), keep_spans=True)
+    return Plan(run, cluster, None, Pace.of(config, shape, cluster, time))
+
+
+def peak_of(record: RankRecord) -> int:
+    """Bytes, in the phase that holds most."""
+    return max(record.peak(phase) for phase in record.peaks)
+
+
+def calls_by_group(entries: Any) -> dict[tuple[str, str], tuple[int, int]]:
+    """(group, operation) -> (number of calls, bytes that the rank puts in)."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for call in entries:
+        if isinstance(call, Call) and call.operation != "recv":
+            totals = found[call.axis, call.operation]
+            totals[0] += 1
+            totals[1] += call.num_bytes
+    return {key: (number, num_bytes) for key, (number, num_bytes) in sorted(found.items())}
+
+
+def summary(plan: Plan) -> list[str]:
+    """The plan's answers, a line each."""
+    numbers, peak = plan.run.parameters(), peak_of(plan.fullest)
+    usable, reserved = plan.cluster.usable_bytes / _GIB, plan.cluster.reserved_gib
+    total = sum(numbers.values())
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    lines = [
+        f"trainable parameters: {numbers['trained']:,} of {total:,} ({100 * numbers['trained'] / total:.3f}%)",
+        f"memory: {peak / _GIB:.2f} GiB at most (rank {plan.fullest.rank}): {fits} {usable:.1f} GiB, a GPU's "
+        f"{plan.cluster.memory_gib:g} less {reserved:g} for what a rehearsal does not see (reserved memory, NCCL, "
+        f"workspaces)",
+    ]
+    if plan.problem is None:
+        return [*lines, "order of communication: every call of every rank finds its partners"]
+    return [*lines, f"order of communication: ranks would wait for ever. {plan.problem.text}"]
+
+
+def why_not_to_start(plan: Plan) -> str | None:
+    """One sentence; None: nothing speaks against it."""
+    if plan.problem is not None:
+        return f"ranks would wait for ever. {plan.problem.text}"
+    if plan.fits:
+        return None
+    peak, usable = peak_of(plan.fullest) / _GIB, plan.cluster.usable_bytes / _GIB
+    return (
+        f"the run does not fit GPUs of {plan.cluster.name}: rank {plan.fullest.rank} holds {peak:.2f} GiB at its peak, "
+        f"and {usable:.2f} can be used. `megatron-peft plan --fit` finds layouts that fit; --cluster plans for others."
+    )
+
+
+def memory_table(plan: Plan) -> Table:
+    """The peak of each rehearsed rank's step, by part; and of its other phases."""
+    table = Table(title="Memory, GiB")
+    table.add_column("")
+    for record in plan.run.records:
+        table.add_column(f"rank {record.rank}\nstage {record.stage}", justify="right")
+    peaks = [joined_activations(record.peaks["step"]) for record in plan.run.records]
+    for part in ("weights", "gradients", "optimizer", "activations", "buffers", "temporary"):
+        table.add_row(part, *(f"{peak.get(part, 0) / _GIB:.2f}" for peak in peaks))
+    table.add_section()
+    for phase in PHASES:
+        if phase in plan.fullest.peaks:
+            table.add_row(f"peak, {phase}", *(f"{record.peak(phase) / _GIB:.2f}" for record in plan.run.records))
+    return table
+
+
+def activations_table(plan: Plan) -> Table:
+    """Activations of the fullest rank at the peak of its step, by kind of layer."""
+    table = Table(title=f"Activations of rank {plan.fullest.rank} at the peak, MiB", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    memory = plan.fullest.peaks["step"]
+    for part, num_bytes in sorted(memory.items(), key=lambda one: -one[1]):
+        if part.startswith(ACTIVATIONS):
+            table.add_row(part.removeprefix(ACTIVATIONS), f"{num_bytes / _MIB:,.1f}")
+    return table
+
+
+def calls_table(plan: Plan) -> Table:
+    """What the ranks of the first and the last stage send in a step."""
+    table = Table(title="Calls of a step")
+    for name in ("stage", "group", "operation", "calls", "MiB put in"):
+        table.add_column(name, justify="right" if name in ("calls", "MiB put in") else "left")
+    for stage in dict.fromkeys((0, len(plan.run.stages) - 1)):
+        for (axis, operation), (number, num_bytes) in calls_by_group(plan.run.stages[stage].entries).items():
+            table.add_row(str(stage), axis, operation, f"{number:,}", f"{num_bytes / _MIB:,.1f}")
+        table.add_section()
+    return table
+
+
+def joined_activations(memory: Mapping[str, int]) -> Memory:
+    """The parts of a peak, with all activations as one."""
+    joined: dict[str, int] = defaultdict(int)
+    for part, num_bytes in memory.items():
+        joined["activations" if part.startswith(ACTIVATIONS) else part] += num_bytes
+    return dict(joined)
+
+
+def print_plan(plan: Plan, num_tokens: float | None = None) -> None:
+    """All tables and answers, for the terminal.
+
+    Args:
+        num_tokens: of the run, for hours.
+    """
+    console = Console()
+    for table in (memory_table(plan), activations_table(plan), calls_table(plan)):
+        console.print(table)
+    if plan.pace is not None:
+        console.print(time_table(plan.pace, num_tokens))
+    print(f"cluster: {plan.cluster.name}")
+    if plan.pace is not None:
+        print(plan.pace.summary())
+    for line in summary(plan):
+        print(line)

@@ -1,0 +1,325 @@
+"""Seconds of a step: a replay of what every rank computes and calls, in program order, with a cluster's constants.
+
+    a product       max(operations / (rate x efficiency of its size x sustained), bytes / memory bandwidth)
+    all else        bytes / memory bandwidth
+    a call          alpha log2(ranks) + beta x bytes, once every rank of its group is there
+
+`Cluster.of_run` says what is sustained on a run's nodes, and which part of tensor-parallel calls is hidden.
+
+A rank has two clocks, as PyTorch has on a GPU: the host launches, and the device computes what was launched. Calls run
+beside the computation, those of one group one after the other; the device waits for a call where the program does, the
+host never. What the device spends waiting is a bubble (the others are not there yet), exposed communication (the call
+itself) or launches (the host is behind). Two kernels that run at once do not slow each other down here.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from megatron_peft.plan.cluster import Cluster
+from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Product, Wait
+
+COMPUTED = ("products", "attention", "other operations")
+LAUNCHES, BUBBLE, EXPOSED = "launches", "bubble", "communication: "  # and the first word of the group's axis
+# Groups whose sums the host reads, at the end of a step; until then it launches ahead.
+READ_BY_THE_HOST = ("world", "model", "optimizer instance")
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a rank's device did from `start` to `end`, in seconds from the start of the step; fields as of `Mark`."""
+
+    start: float
+    end: float
+    phase: str
+    microbatch: int | None
+    chunk: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step's time, and where it goes: the mean over the ranks.
+
+    Args:
+        seconds: of the step, until the last rank has ended.
+        by_kind: seconds of each kind; they add up to `seconds`. `COMPUTED`, `LAUNCHES`, `BUBBLE`, and `EXPOSED` with
+            the axis of the group.
+        spans: of each rank that was replayed.
+    """
+
+    seconds: float
+    by_kind: Mapping[str, float]
+    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+
+    @property
+    def bubble(self) -> float:
+        """Part of the step in which a device waits for other ranks."""
+        return self.by_kind.get(BUBBLE, 0.0) / self.seconds
+
+    @property
+    def exposed_communication(self) -> float:
+        """Part of the step in which a device waits for a call under way."""
+        return sum(value for kind, value in self.by_kind.items() if kind.startswith(EXPOSED)) / self.seconds
+
+    @property
+    def launch_bound(self) -> float:
+        """Part of the step in which a device waits for its host."""
+        return self.by_kind.get(LAUNCHES, 0.0) / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "seconds": self.seconds,
+            "bubble": self.bubble,
+            "exposed_communication": self.exposed_communication,
+            "launch_bound": self.launch_bound,
+            "seconds_by_kind": dict(self.by_kind),
+        }
+
+
+@lru_cache(maxsize=100_000)
+def product_seconds(product: Product, cluster: Cluster) -> float:
+    """One product alone on a device. Attention is causal: half of its square is computed."""
+    rate = (cluster.bf16_tflops if product.dtype in ("bfloat16", "float16") else cluster.fp32_tflops) * 1e12
+    moved = product.num_bytes / (cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9)
+    if product.kind == "mm":
+        return max(product.flops / (rate * cluster.efficiency(product.flops) * cluster.sustained), moved)
+    return max(product.flops / 2 / (rate * cluster.attention_efficiency * cluster.sustained), moved)
+
+
+@dataclass(frozen=True)
+class WorkTime:
+    """Seconds of some work: of the device by kind, and of the host that launches it."""
+
+    device: tuple[tuple[str, float], ...]
+    host: float
+
+
+def work_time(work: Computation, cluster: Cluster) -> WorkTime:
+    """What `work` takes on a device by itself."""
+    times = dict.fromkeys(COMPUTED, 0.0)
+    for product, count in work.products.items():
+        times["products" if product.kind == "mm" else "attention"] += count * product_seconds(product, cluster)
+    times["other operations"] = work.num_bytes / (cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9)
+    return WorkTime(tuple(times.items()), work.num_kernels * cluster.launch_us * 1e-6)
+
+
+def part_of(time: WorkTime, part: float) -> WorkTime:
+    """That of a part of some work, from 0 to 1."""
+    return WorkTime(tuple((kind, seconds * part) for kind, seconds in time.device), time.host * part)
+
+
+def time_alone(entries: Sequence[Entry], rank: int, cluster: Cluster) -> WorkTime:
+    """The time of a part of a rank's program in which it waits for none but its tensor-parallel peers.
+
+    They do the same at the same time. A part that a schedule repeats need be replayed only once.
+    """
+    device = step_time({rank: entries}, replace(cluster, launch_us=0.0, call_us=0.0)).by_kind
+    num_kernels = sum(entry.num_kernels for entry in entries if isinstance(entry, Computation))
+    num_calls = sum(isinstance(entry, Call) for entry in entries)
+    host = num_kernels * cluster.launch_us + num_calls * cluster.call_us
+    return WorkTime(tuple((kind, seconds) for kind, seconds in device.items() if seconds), host * 1e-6)
+
+
+def step_time(
+    scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool = False
+) -> StepTime:
+    """The time of a step.
+
+    Args:
+        scheduled: global rank -> all that it does in a step, in program order; work may have been timed already. Ranks
+            that do the same at the same time may be left out: tensor-parallel peers and replicas. The other end of
+            every message must be there.
+        keep_spans: for a picture of the pipeline.
+
+    Raises:
+        ValueError: ranks wait for one another for ever. `deadlock.py` says who waits for whom.
+    """
+    return _Replay(scheduled, cluster, keep_spans).run()
+
+
+class _Transfer:
+    """A call: posted by its ranks, it ends `seconds` after the last of them."""
+
+    __slots__ = ("axis", "end", "missing", "ready", "seconds", "waiting")
+
+    def __init__(self, axis: str, missing: int, seconds: float) -> None:
+        self.axis, self.missing, self.seconds = axis, missing, seconds
+        self.ready, self.end = 0.0, -1.0
+        self.waiting: list[int] = []
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is the same of a call each time that the schedule repeats it."""
+
+    call: Call
+    seconds: float
+    key: Any  # calls with the same key follow one another
+    num_ranks: int  # that are replayed
+
+
+class _Rank:
+    """Clocks of one rank, and where it stands in its program."""
+
+    __slots__ = (
+        "at",
+        "calls",
+        "device",
+        "host",
+        "mark",
+        "marked_at",
+        "number",
+        "pending",
+        "program",
+        "spans",
+        "totals",
+    )
+
+    def __init__(self, number: int, program: Sequence[Entry | WorkTime]) -> None:
+        self.number, self.program, self.at = number, program, 0
+        self.host = self.device = 0.0
+        self.calls: list[_Transfer] = []
+        self.pending: deque[_Transfer] = deque()  # that it waits for
+        self.totals: dict[str, float] = {}
+        self.spans: list[Span] = []
+        self.mark: Mark | None = None
+        self.marked_at: float | None = None
+
+    def spend(self, kind: str, seconds: float) -> None:
+        self.totals[kind] = self.totals.get(kind, 0.0) + seconds
+        self.device += seconds
+
+
+class _Replay:
+    def __init__(self, scheduled: Mapping[int, Sequence[Entry | WorkTime]], cluster: Cluster, keep_spans: bool) -> None:
+        self.cluster, self.keep_spans = cluster, keep_spans
+        self.launch, self.call_host = cluster.launch_us * 1e-6, cluster.call_us * 1e-6
+        self.ranks = {number: _Rank(number, entries) for number, entries in scheduled.items()}
+        # The schedule repeats the same objects, or equal ones: each is looked at once.
+        self.works: dict[int, tuple[Computation, WorkTime]] = {}
+        self.kinds: dict[int, _Kind] = {}
+        self.kinds_by_value: dict[tuple[int, Call], _Kind] = {}
+        self.joined: dict[Any, _Transfer] = {}  # (key, number of the call) -> not yet joined by all
+        self.num_posted: dict[Any, int] = {}  # (key, rank) -> so far
+        self.free: dict[Any, float] = {}  # key -> when its last call ended
+        self.runnable = deque(scheduled)
+
+    def run(self) -> StepTime:
+        while self.runnable:
+            self.advance(self.ranks[self.runnable.popleft()])
+        ranks = self.ranks.values()
+        stuck = [rank.number for rank in ranks if rank.at < len(rank.program) or rank.pending]
+        if stuck:
+            raise ValueError(f"ranks {', '.join(map(str, stuck[:8]))} wait for ever.")
+        by_kind: dict[str, float] = dict.fromkeys((*COMPUTED, LAUNCHES, BUBBLE), 0.0)
+        seconds = max(max(rank.device, rank.host) for rank in ranks)
+        for rank in ranks:
+            rank.spend(LAUNCHES, max(rank.host - rank.device, 0.0))
+            rank.spend(BUBBLE, seconds - rank.device)
+            for kind, spent in rank.totals.items():
+                by_kind[kind] = by_kind.get(kind, 0.0) + spent / len(ranks)
+        return StepTime(seconds, by_kind, {rank.number: tuple(rank.spans) for rank in ranks if self.keep_spans})
+
+    def advance(self, rank: _Rank) -> None:
+        """Run a rank until it waits for a call that others have not joined."""
+        while True:
+            following = rank.program[rank.at] if rank.at < len(rank.program) else None
+            if rank.pending and not self._is_posted_with_the_last(rank, following):
+                if not self.wait(rank, rank.pending[0]):
+                    return
+                rank.pending.popleft()
+                continue
+            if following is None:
+                self.turn_to(rank, None)
+                return
+            rank.at += 1
+            if isinstance(following, WorkTime):
+                self.compute(rank, following)
+            elif isinstance(following, Computation):
+                self.compute(rank, self._time_of(following))
+            elif isinstance(following, Call):
+                self.post(rank, following)
+            elif isinstance(following, Wait):
+                rank.pending.append(rank.calls[following.call])
+            elif isinstance(following, Mark):
+                self.turn_to(rank, following)
+
+    def _is_posted_with_the_last(self, rank: _Rank, entry: Any) -> bool:
+        if not isinstance(entry, Call) or entry.batch is None or rank.at == 0:
+            return False
+        last = rank.program[rank.at - 1]
+        return isinstance(last, Call) and last.batch == entry.batch
+
+    def _time_of(self, work: Computation) -> WorkTime:
+        found = self.works.get(id(work))
+        if found is None:
+            found = self.works[id(work)] = (work, work_time(work, self.cluster))
+        return found[1]
+
+    def compute(self, rank: _Rank, times: WorkTime) -> None:
+        first_launch = rank.host + min(times.host, self.launch)
+        if first_launch > rank.device:
+            rank.spend(LAUNCHES, first_launch - rank.device)
+        if rank.marked_at is None:
+            rank.marked_at = rank.device
+        rank.host += times.host
+        for kind, seconds in times.device:
+            rank.spend(kind, seconds)
+        if rank.host > rank.device:
+            rank.spend(LAUNCHES, rank.host - rank.device)
+
+    def post(self, rank: _Rank, call: Call) -> None:
+        kind = self.kinds.get(id(call)) or self._look_at(rank, call)
+        rank.host += self.call_host
+        number = self.num_posted.get((kind.key, rank.number), 0)
+        self.num_posted[kind.key, rank.number] = number + 1
+        transfer = self.joined.pop((kind.key, number), None) or _Transfer(call.axis, kind.num_ranks, kind.seconds)
+        transfer.missing -= 1
+        transfer.ready = max(transfer.ready, rank.device, rank.host)
+        rank.calls.append(transfer)
+        if not call.is_async:
+            rank.pending.append(transfer)
+        if transfer.missing > 0:
+            self.joined[kind.key, number] = transfer
+            return
+        transfer.end = max(transfer.ready, self.free.get(kind.key, 0.0)) + transfer.seconds
+        self.free[kind.key] = transfer.end
+        self.runnable.extend(transfer.waiting)
+
+    def _look_at(self, rank: _Rank, call: Call) -> _Kind:
+        kind = self.kinds_by_value.get((rank.number, call)) or self._new_kind(rank, call)
+        self.kinds[id(call)] = self.kinds_by_value[rank.number, call] = kind
+        return kind
+
+    def _new_kind(self, rank: _Rank, call: Call) -> _Kind:
+        if call.operation in ("send", "recv"):
+            assert call.peer is not None
+            ends = (rank.number, call.peer) if call.operation == "send" else (call.peer, rank.number)
+            seconds = self.cluster.call_seconds(call.operation, call.num_bytes, ends)
+            return _Kind(call, seconds, (call.axis, ends), 2)
+        seconds = self.cluster.call_seconds(call.operation, call.num_bytes, call.group)
+        if call.axis == "tensor" and call.operation in ("all_gather", "reduce_scatter") and not call.is_async:
+            seconds *= 1 - self.cluster.hidden
+        present = tuple(member for member in call.group if member in self.ranks)
+        return _Kind(call, seconds, (call.axis, present), len(present))
+
+    def wait(self, rank: _Rank, transfer: _Transfer) -> bool:
+        """Let the device wait; False if it is not known for how long."""
+        if transfer.end < 0:
+            transfer.waiting.append(rank.number)
+            return False
+        if transfer.end > rank.device:
+            rank.spend(BUBBLE, max(transfer.ready - rank.device, 0.0))  # until the last rank has joined
+            rank.spend(EXPOSED + transfer.axis.split()[0], transfer.end - rank.device)
+        if transfer.axis in READ_BY_THE_HOST:
+            rank.host = max(rank.host, rank.device)
+        return True
+
+    def turn_to(self, rank: _Rank, mark: Mark | None) -> None:
+        old, start = rank.mark, rank.marked_at
+        if self.keep_spans and old is not None and start is not None:
+            rank.spans.append(Span(start, rank.device, old.phase, old.microbatch, old.chunk))
+        rank.mark, rank.marked_at = mark, None

@@ -1,0 +1,323 @@
+"""`megatron-peft certify`: small runs keep what their runs are, sound runs pass, and planted faults are named."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_peft.certify import certify as module
+from megatron_peft.certify.certify import NOT_CLAIMED, digest_of
+from megatron_peft.certify.comparison import CertificateLine, compare_as_one
+from megatron_peft.commands.certify import main
+from megatron_peft.config import (
+    ConfigurationError,
+    DataConfig,
+    ModelConfig,
+    OptimizerSettings,
+    ParallelConfig,
+    PeftConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_peft.models.families import config_of_shape, read_shape
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal import small_run as small
+from megatron_peft.runtime.ranks import RanksFailed
+from tests.certify.faults import FAULTS, NOT_SEEN, Fault
+from tests.certify.warm import Case, certified
+from tests.plan.test_recipe_plans import WORLDS, recipe
+from tests.ranks import run_ranks
+from tests.time_limits import seconds
+
+pytestmark = pytest.mark.timeout(seconds(1500))  # the first test of each launch waits for all of its certificates
+
+LLAMA = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied_embeddings=True)
+BLOOM = ModelShape(
+    *("bloom", 30, 4096, 16384, 32, 32, 128, 250880, 2048),
+    normalization="LayerNorm",
+    gated_linear_unit=False,
+    activation="gelu_tanh",
+    linear_biases=frozenset({"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}),
+    tied_embeddings=True,
+    position_embedding="alibi",
+    embedding_layernorm=True,
+)
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+LORA = {"method": "lora", "lora_rank": 4}
+BOFT = {"method": "boft", "boft_block_size": 4, "boft_factors": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": LORA,
+    "lora-ga": {"method": "lora-ga", "lora_rank": 4, "lora_ga_init": "paper"},
+    "boft": {**BOFT, "rotation_side": "input", "boft_factors": 1},
+    "urnn": {"method": "urnn", "urnn_block_size": 8},
+    "hybrid": {**BOFT, "method": "hybrid", "lora_rank": 4},
+}
+
+
+def run_of(
+    peft: dict[str, Any], parallel: dict[str, Any], world_size: int, data: dict[str, Any] | None = None, **others: Any
+) -> RunConfig:
+    """A run of eight samples a step."""
+    overlaps = others.get("overlap_param_gather", False)
+    return RunConfig(
+        parallel=ParallelConfig(**parallel, world_size=world_size),
+        model=ModelConfig("not read", bf16=others.pop("bf16", False), make_vocab_size_divisible_by=16),
+        peft=PeftConfig(**peft),
+        data=DataConfig(train_data_path=("not-read.jsonl",), **(data or {})),
+        training=TrainingConfig(global_batch_size=8, train_iters=100, overlap_grad_reduce=overlaps),
+        optimizer=OptimizerSettings(**others),
+    )
+
+
+@pytest.mark.parametrize("shape", [LLAMA, BLOOM], ids=["llama", "bloom"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_model_keeps_the_shape(tmp_path, method, shape):
+    config = run_of(METHODS[method], {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 5}, 80)
+    found = small.small_run(config, shape, tmp_path)
+    assert read_shape(tmp_path / "model") == found.shape
+    same = ("architecture", "gated_linear_unit", "tied_embeddings", "linear_biases", "embedding_layernorm")
+    assert all(getattr(found.shape, name) == getattr(shape, name) for name in same)
+    queries = shape.num_attention_heads // shape.num_query_groups
+    assert found.shape.num_attention_heads == queries * found.shape.num_query_groups
+    parallel = found.split.parallel
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (4, 4)
+    assert parallel.data_parallel_size == 2 and found.alone.parallel.world_size == 1
+    assert found.alone.global_batch_size == found.split.global_batch_size
+    assert found.shape.hidden_size < 300
+
+
+@pytest.mark.parametrize(
+    ("given", "num_layers", "expected"),
+    [
+        ({"num_layers_per_virtual_pipeline_stage": 2}, 48, ({"num_layers_per_virtual_pipeline_stage": 1}, 8)),
+        ({"decoder_first_pipeline_num_layers": 3}, 31, ({"decoder_first_pipeline_num_layers": 1}, 7)),
+        ({"pipeline_model_parallel_layout": "E|(tt|)*6ttL"}, 14, ({"pipeline_model_parallel_layout": "E|t|t|tL"}, 3)),
+        ({"account_for_loss_in_pipeline_split": True}, 31, ({}, 7)),
+        ({}, 32, ({}, 4)),
+    ],
+)
+def test_small_stages_hold_fewer_more_or_none_as_the_runs_do(given, num_layers, expected):
+    run = ParallelConfig(pipeline_model_parallel_size=8, world_size=8, **given)
+    changed, layers = expected
+    parallel, found = small.small_layout(run, num_layers)
+    assert found == layers and all(getattr(parallel, name) == value for name, value in changed.items())
+
+
+def test_patterns_for_layers_that_are_cut_mean_their_kinds(tmp_path):
+    config = run_of({**LORA, "target_modules": ("decoder.layers.9.*qkv", "down_proj")}, {}, 1)
+    assert small.small_run(config, LLAMA, tmp_path).split.peft.target_modules == ("linear_qkv", "down_proj")
+
+
+def test_a_method_that_fits_no_small_model_is_an_error(tmp_path):
+    config = run_of({**LORA, "lora_rank": 100_000}, {}, 1)
+    with pytest.raises(ConfigurationError, match="--lora-rank 100000"):
+        small.small_run(config, LLAMA, tmp_path)
+
+
+# Started for real.
+
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "TP2": (TP2, 2, {}),
+    "TP2+SP": ({**TP2, "sequence_parallel": True}, 2, {}),
+    "PP2": (PP2, 2, {}),
+    "PP2 interleaved": ({**PP2, "num_layers_per_virtual_pipeline_stage": 1}, 2, {}),
+    "DP2": ({}, 2, OVERLAPPED),
+    "DP2 plain": ({}, 2, {}),
+}
+
+
+def run_at(method: str, layout: str, bf16: bool = False) -> RunConfig:
+    """A run by the names of method and layout; `lora dropout` is another LoRA."""
+    parallel, world_size, others = LAYOUTS[layout]
+    peft = METHODS.get(method, {**LORA, "lora_dropout": 0.1})
+    return run_of(peft, parallel, world_size, bf16=bf16, **others)
+
+
+def certificates(cases: list[Case]) -> list[Any]:
+    (found,) = run_ranks(1, certified, cases, 1500)
+    return found
+
+
+def problems_of(certificate: Any) -> dict[str, tuple[str, ...]]:
+    return {one.name: one.problems or (one.error,) for one in certificate.comparisons if not one.passed}
+
+
+# One of each kind in `make test`; all of them in `make test-all`.
+QUICK = [("lora", "TP2+SP", True), ("full", "PP2 interleaved", False), ("boft", "DP2", True)]
+QUICK_FAULTS = ("a sum over tensor ranks is missing", "each rank draws factors of its own")
+SPLITS = ("TP2+SP", "PP2 interleaved", "DP2")
+ALL = [case for case in product(METHODS, SPLITS, (False, True)) if case not in QUICK]
+RECIPES = {**WORLDS, "laptop-cpu": 3}
+
+
+def case_of(fault: Fault) -> Case:
+    layout, _, precision = fault.layout.partition(" bf16")
+    return Case(run_at(fault.method, layout, layout != fault.layout), LLAMA, fault.broken, fault.line or None)
+
+
+def by_what(faults: list[Fault]) -> dict[str, list[CertificateLine]]:
+    return dict(zip((one.what for one in faults), certificates(list(map(case_of, faults))), strict=True))
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[Any, Any]:
+    """Certificates of sound runs, and lines of those with a fault, out of one launch."""
+    faults = [fault for fault in FAULTS if fault.what in QUICK_FAULTS]
+    cases = [Case(run_at(*one), LLAMA) for one in QUICK] + list(map(case_of, faults))
+    return dict(zip([*QUICK, *(fault.what for fault in faults)], certificates(cases), strict=True))
+
+
+@pytest.fixture(scope="module")
+def all_others() -> dict[Any, Any]:
+    return dict(zip(ALL, certificates([Case(run_at(*one), LLAMA) for one in ALL]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, list[CertificateLine]]:
+    return by_what([fault for fault in FAULTS if fault.what not in QUICK_FAULTS])
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_sound_run_is_certified(quick, case):
+    assert problems_of(quick[case]) == {} and quick[case].verdict == "CERTIFIED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_sound_run_is_certified(all_others, case):
+    assert problems_of(all_others[case]) == {} and all_others[case].verdict == "CERTIFIED"
+
+
+@pytest.mark.slow
+def test_directions_that_rounding_exchanges_are_no_difference():
+    """Two leading directions of a gradient of this model are nearly as strong as one another."""
+    shape = replace(LLAMA, num_layers=4, hidden_size=96, ffn_hidden_size=192, vocab_size=512)
+    shape = replace(shape, num_attention_heads=6, num_query_groups=2, kv_channels=16)
+    peft = {"method": "lora-ga", "lora_rank": 4, "lora_max_norm_ratio": 0.5}
+    (found,) = certificates([Case(run_of(peft, {**TP2, **PP2, "sequence_parallel": True}, 4, bf16=True), shape)])
+    assert problems_of(found) == {} and found.verdict == "CERTIFIED"
+
+
+def test_all_tensors_are_compared_as_one():
+    whole = {"a": torch.ones(3), "b": 4 * torch.ones(3)}
+    near, far = ({**whole, "a": torch.zeros(3)}, {**whole, "b": torch.zeros(3)})
+    assert compare_as_one("start", near, whole, 0.5).passed
+    (problem,) = compare_as_one("start", far, whole, 0.5).problems
+    assert problem == "all together: 9.7e-01, most of it in b"
+    assert not compare_as_one("start", {"a": whole["a"]}, whole, 0.5).passed
+
+
+@pytest.mark.slow
+def test_every_recipe_is_certified():
+    found = certificates([Case(*recipe(name, [], RECIPES)) for name in RECIPES])
+    assert {name: problems_of(one) for name, one in zip(RECIPES, found, strict=True)} == {name: {} for name in RECIPES}
+
+
+def refuses(lines: list[CertificateLine], fault: Fault) -> bool:
+    return any(fault.named in problem for one in lines if one.name == fault.line for problem in one.problems)
+
+
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_a_fault_is_refused_by_name(quick, fault):
+    assert refuses(quick[fault.what], fault), quick[fault.what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [one for one in FAULTS if one.what not in QUICK_FAULTS], ids=lambda fault: fault.what)
+def test_every_fault_is_refused_by_name(refused, fault):
+    assert refuses(refused[fault.what], fault), refused[fault.what]
+
+
+@pytest.mark.slow
+def test_what_is_not_seen_is_what_the_certificate_says(refused, capsys):
+    for fault, found in zip(NOT_SEEN, certificates(list(map(case_of, NOT_SEEN))), strict=True):
+        assert problems_of(found) == {} and fault.kind in NOT_CLAIMED, fault
+    others = [one for one in FAULTS if one.what not in QUICK_FAULTS]
+    counts = Counter(one.kind for one in others if refuses(refused[one.what], one))
+    with capsys.disabled():
+        print(f"\nplanted faults that were refused by name: {sum(counts.values())} of {len(others)}, {dict(counts)}")
+
+
+def certificate_of(tmp_path: Path, *flags: str, shape: ModelShape = LLAMA, expected: int = 0) -> dict:
+    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(shape)))
+    output = tmp_path / "certificate.json"
+    common = ["--pretrained-checkpoint", str(tmp_path / "config.json"), "--train-data-path", "not-read.jsonl"]
+    assert main(["--train-iters", "100", "--output", str(output), *common, *flags]) == expected
+    return json.loads(output.read_text())
+
+
+def test_a_certificate_is_printed_and_written(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.setattr(module, "certify", lambda config, shape: quick[QUICK[0]])
+    found = certificate_of(tmp_path)
+    names = {one["name"]: one for one in found["comparisons"]}
+    assert found["passed"] and all(one["passed"] and one["num_compared"] for one in names.values())
+    assert {"losses", "trained tensors", "resumed run", "merged model in transformers"} <= names.keys()
+    assert {"exported adapter in Hugging Face PEFT", "adapted layers at TP2+SP, in one process"} <= names.keys()
+    assert found["digest"] == digest_of(found)
+    assert found["digest"] != digest_of({**found, "passed": False})
+    printed = capsys.readouterr().out
+    assert "CERTIFIED" in printed and found["digest"] in printed and "dropout" in printed
+
+
+DIFFERS = CertificateLine("losses", 4, 1.0, 1e-5, ("step 1: 2, in one process 1",))
+FAILED = module.failed("merge and export", RanksFailed("--- rank 0\nTraceback\nValueError: no such heads\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict", "code"),
+    [((DIFFERS,), "REFUSED", 1), ((FAILED,), "UNDECIDED", 3), ((FAILED, DIFFERS), "REFUSED", 1)],
+)
+def test_an_error_is_told_apart_from_a_difference(tmp_path, capsys, monkeypatch, lines, verdict, code):
+    certificate = module.Certificate({}, {}, asdict(LLAMA), {}, ("TP1", "TP1"), lines, {})
+    monkeypatch.setattr(module, "certify", lambda config, shape: certificate)
+    found = certificate_of(tmp_path, expected=code)
+    assert found["verdict"] == verdict and not found["passed"]
+    printed = capsys.readouterr().out
+    assert verdict in printed and ("ValueError: no such heads" in printed) is (FAILED in lines)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 9, 14, 28, 40])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_takes_the_small_model_of_any_number_of_heads(family, heads):
+    from transformers import AutoConfig
+
+    shape = replace(LLAMA, architecture=family, num_attention_heads=heads, num_query_groups=1, hidden_size=16 * heads)
+    for tp in (1, 2):
+        found = small.small_shape(shape, run_of(LORA, {"tensor_model_parallel_size": tp}, tp), tp, 2)
+        AutoConfig.for_model(**config_of_shape(found)).validate()
+        assert found.hidden_size % found.num_attention_heads == 0
+
+
+# What is wrong with the flags.
+
+
+def told(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(flags))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_wrong_flags_are_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_of_shape(LLAMA)))
+    run = ["--pretrained-checkpoint", str(tmp_path), "--train-data-path", "x.jsonl", "--train-iters", "1"]
+    # --save is not needed for --save-interval: nothing is saved, as in a plan.
+    layout = ["--world-size", "6", "--tensor-model-parallel-size", "4", "--save-interval", "200"]
+    error = told(capsys, *run, *layout)
+    assert error.count("error:") == 1 and "6 processes cannot hold --tensor-model-parallel-size 4" in error
+    assert "--save" not in error
+    assert "--world-size is 0; it must be above 0" in told(capsys, *run, "--world-size", "0")
+    (tmp_path / "there.json").touch()
+    error = told(capsys, *run, "--output", str(tmp_path / "there.json"))
+    assert "there.json exists already" in error and (tmp_path / "there.json").read_text() == ""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["Mamba"]}))
+    error = told(capsys, *run)
+    assert "'mamba', which is not supported" in error and "docs/new-model.md adds a family" in error

@@ -1,0 +1,298 @@
+"""Estimates from the model's shape, and --fit: what divides, what fits, what is fastest."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from rich.console import Console
+
+from megatron_peft.cli.parser import read_config
+from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig, RunConfig
+from megatron_peft.config.methods import METHODS, Method
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.plan import layouts
+from megatron_peft.plan.cluster import read_cluster
+from megatron_peft.plan.estimate import StepEstimate, chunks_of_stages, knows_method
+from megatron_peft.plan.footprint import memory, parameters, saved_bytes, total
+from megatron_peft.plan.layouts import FittedLayout, fit, fit_tables
+from megatron_peft.plan.pace import Pace, time_table
+from megatron_peft.plan.pipeline import Turn, estimated_time, in_flight, turns
+from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
+
+SMALL = ModelShape("llama", 8, 1024, 4096, 16, 8, 64, 32000, 8192)
+A100 = read_cluster("8xa100")
+fit_small = partial(fit, shape=SMALL, cluster=A100)
+
+
+def llama_3() -> RunConfig:
+    """The layout of Llama 3 405B's pretraining, on a replica."""
+    [layout] = [one for one in published()["layouts"] if one["model"] == "llama-405b"]
+    return run_of(layout, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [
+        ({}, [[4], [4]]),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, [[2, 2], [2, 2]]),
+        ({"decoder_first_pipeline_num_layers": 3}, [[3], [5]]),
+        ({"decoder_last_pipeline_num_layers": 3}, [[5], [3]]),
+        ({"pipeline_model_parallel_layout": "Et|ttt|tt|ttL"}, [[1, 2], [3, 2]]),
+    ],
+)
+def test_layers_are_divided_among_chunks(flags, layers):
+    stages = chunks_of_stages(ParallelConfig(1, 2, world_size=2, **flags), 8)
+    assert [[len(chunk.layers) for chunk in stage] for stage in stages] == layers
+    in_order = [chunk for held in zip(*stages, strict=True) for chunk in held]
+    assert [layer for chunk in in_order for layer in chunk.layers] == [*range(8)]
+    assert [chunk.embedding for chunk in in_order] == [True, *[False] * (len(in_order) - 1)]
+    assert [chunk.head for chunk in in_order] == [*[False] * (len(in_order) - 1), True]
+
+
+def test_the_embedding_and_the_loss_count_as_layers():
+    stages = chunks_of_stages(llama_3().parallel, 126)
+    assert [sum(len(chunk.layers) for chunk in stage) for stage in stages] == [7, *[8] * 14, 7]
+    assert not stages[0][0].layers and not stages[-1][-1].layers
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_schedule_runs_every_microbatch_forward_and_then_backward(stage, num_chunks):
+    order = turns(stage, 4, num_chunks, 8)
+    assert len(order) == len(set(order)) == 2 * 8 * num_chunks
+    for turn in order:
+        if turn.phase == "forward":
+            assert order.index(turn) < order.index(Turn("backward", turn.microbatch, turn.chunk))
+
+
+def test_the_first_stage_of_the_largest_recipe_holds_143_chunks_of_microbatches():
+    step = StepEstimate(llama_3(), LLAMA_405B)
+    sizes = {saved_bytes(step, chunk) for chunk in step.chunks[1]}
+    assert len(sizes) == 1 and in_flight(step, 1) == (2 * 14 + 7 * 16 + 1) * sizes.pop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [(LLAMA_8B, 8_030_261_248), (LLAMA_70B, 70_553_706_496), (LLAMA_405B, 405_853_388_800)]
+)
+def test_parameters_are_those_of_the_model(shape, count):
+    step = StepEstimate(made_up_run("full", 1024, 8), shape)
+    assert parameters(step, step.chunks[0]).trained == count
+
+
+def test_a_pipeline_without_messages_has_the_bubble_of_1f1b():
+    """p - 1 of m + p - 1: with 4 equal stages and 8 microbatches 3 / 11."""
+    cluster = replace(
+        A100, launch_us=0.0, call_us=0.0, network_link=replace(A100.node_link, gb_per_second=1e9, latency_us=0.0)
+    )
+    cluster = replace(cluster, node_link=cluster.network_link)
+    run = made_up_run("lora", 1024, 8, world_size=4, pipeline_model_parallel_size=4)
+    step = StepEstimate(run, replace(LLAMA_8B, vocab_size=128, num_layers=160))
+    assert estimated_time(step, cluster).bubble == pytest.approx(3 / 11, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "boft", "urnn", "hybrid"])
+def test_layouts_fit_and_are_ranked(method):
+    found = fit_small(made_up_run(method, 2048, 32), world_size=8)
+    seconds = [one.pace.time.seconds for one in found]
+    assert len(found) == 10 and seconds == sorted(seconds)
+    assert all(total(one.memory) <= A100.usable_bytes for one in found)
+    for one in found:
+        kinds = one.pace.time.by_kind
+        assert sum(kinds.values()) == pytest.approx(one.pace.time.seconds)
+    console = Console(width=80, record=True)
+    console.print(*fit_tables(found, "layouts", 1e9), time_table(found[0].pace))
+    told = console.export_text()
+    assert "…" not in told and f"{found[9].pace.hours(1e9):,.1f}" in told and f"{found[9].pace.mfu:.1%}" in told
+
+
+def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_given():
+    found = fit(made_up_run("lora", 4096, 64), LLAMA_70B, 32, A100)
+    shown = [
+        (one.run.parallel.tensor_model_parallel_size, one.run.parallel.pipeline_model_parallel_size)
+        + (one.run.parallel.sequence_parallel, one.run.training.micro_batch_size, one.recompute)
+        for one in found
+    ]
+    assert len(shown) == len(set(shown)) == 10
+    interleaved = next(one for one in found if one.run.parallel.is_interleaved)
+    for chunk in (None, 1, 2, 5):
+        run = replace(
+            interleaved.run,
+            parallel=replace(
+                interleaved.run.parallel,
+                num_layers_per_virtual_pipeline_stage=chunk,
+                account_for_embedding_in_pipeline_split=False,
+                account_for_loss_in_pipeline_split=False,
+            ),
+        )
+        if interleaved.pace.num_layers // run.parallel.pipeline_model_parallel_size % (chunk or 1) == 0:
+            assert estimated_time(StepEstimate(run, LLAMA_70B), A100).seconds >= interleaved.pace.time.seconds * 0.999
+
+
+def test_the_flags_of_a_layout_give_that_layout():
+    run = made_up_run("lora", 2048, 32)
+    for one in fit(run, LLAMA_8B, 16, A100, 40):
+        words = ["--pretrained-checkpoint", "x", "--mock-data", "--train-iters", "1", "--seq-length", "2048"]
+        words += ["--global-batch-size", "32", "--bf16", "--pad-to-seq-length", *one.flags]
+        typed = read_config(words, {"WORLD_SIZE": "16"})
+        assert typed.parallel == one.run.parallel and typed.model.transformer == one.run.model.transformer
+        assert typed.training.micro_batch_size == one.run.training.micro_batch_size
+        assert typed.optimizer.use_distributed_optimizer == one.run.optimizer.use_distributed_optimizer
+        assert one.as_dict()["peak_bytes"] == total(one.memory)
+
+
+def test_flags_of_the_run_that_a_layout_does_without_are_named():
+    """Pasted behind them, its own flags would leave them in force."""
+    run = made_up_run(
+        *("lora", 2048, 32, 1, FULL_RECOMPUTE),
+        world_size=2,
+        pipeline_model_parallel_size=2,
+        decoder_first_pipeline_num_layers=3,
+    )
+    best = fit_small(run, world_size=1, num_layouts=1)[0]
+    recompute = ["--recompute-granularity", "--recompute-method", "--recompute-num-layers"]
+    assert best.flags_to_leave_out(run) == ["--decoder-first-pipeline-num-layers", *recompute]
+    assert best.flags_to_leave_out(best.run) == []
+
+
+@pytest.fixture
+def replay_all(monkeypatch):
+    """Every layout that fits is replayed and given, not only the first in closed form and one of each division."""
+    monkeypatch.setattr(layouts, "NUM_REPLAYED", 10**6)
+    monkeypatch.setattr(layouts, "_but_for_division", id)
+
+
+def test_every_layout_that_divides_is_looked_at(replay_all):
+    """SMALL's 8 layers, and 10 with both ends, on 4 GPUs with 8 samples a step."""
+    chunks = {4: (None, 1, 2), 5: (None, 1), 2: (None, 1)}  # layers of a stage -> of a virtual stage
+    ends = {1: ((8, False),), 2: ((4, False), (5, True)), 4: ((2, False),)}
+    layouts_that_divide = {
+        (tp, pp, has_ends, chunk, sequence, rows, recompute, dp > 1)
+        for tp, pp, dp in ((1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1))
+        for num_layers, has_ends in ends[pp]
+        for chunk in (chunks[num_layers] if pp > 1 else (None,))
+        for sequence in ((False, True) if tp > 1 else (False,))
+        for rows in (1, 2, 4, 8)
+        if 8 % (rows * dp) == 0 and (chunk is None or 8 // (rows * dp) % pp == 0)
+        for recompute in ("none", "modules", "full")
+    }
+    found = fit_small(made_up_run("lora", 512, 8), world_size=4, num_layouts=10**6)
+    told = []
+    for one in found:
+        parallel = one.run.parallel
+        assert parallel.account_for_embedding_in_pipeline_split == parallel.account_for_loss_in_pipeline_split
+        sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        pipeline = parallel.account_for_loss_in_pipeline_split, parallel.num_layers_per_virtual_pipeline_stage
+        step = one.run.training.micro_batch_size, one.recompute, one.run.optimizer.use_distributed_optimizer
+        told.append((*sizes, *pipeline, parallel.sequence_parallel, *step))
+    assert len(told) == len(set(told)) == len(layouts_that_divide) and {*told} == layouts_that_divide
+
+
+@pytest.mark.parametrize(("method", "length", "world_size"), [("lora", 512, 4), ("hybrid", 2048, 8), ("full", 2048, 8)])
+def test_the_fastest_layout_is_among_those_that_are_replayed(method, length, world_size, request):
+    run = made_up_run(method, length, 8)
+    some = fit_small(run, world_size=world_size)
+    request.getfixturevalue("replay_all")
+    assert fit_small(run, world_size=world_size)[0].run == some[0].run
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reduced_in_bf16", "gradients", "kept"),
+    [
+        ({}, False, 4, 12),  # masters and two moments
+        ({"use_distributed_optimizer": True}, True, 2, 3),  # a quarter of them
+        ({"optimizer": "sgd", "sgd_momentum": 0.0}, False, 4, 4),
+        ({"optimizer": "sgd", "sgd_momentum": 0.9}, False, 4, 8),
+    ],
+)
+def test_bytes_of_a_trained_parameter(optimizer, reduced_in_bf16, gradients, kept):
+    run = made_up_run("full", 512, 8, world_size=4)
+    run = replace(
+        run,
+        training=replace(run.training, grad_reduce_in_bf16=reduced_in_bf16),
+        optimizer=OptimizerSettings(**optimizer),
+    )
+    step = StepEstimate(run, SMALL)
+    count = parameters(step, step.chunks[0]).trained
+    found = memory(step, 0, 0)
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, gradients * count, kept * count)
+
+
+def test_less_memory_asks_for_more_recompute_or_more_stages():
+    small = replace(A100, memory_gib=20.0)
+    found = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, small)
+    best = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, A100)
+    assert all(total(one.memory) <= small.usable_bytes for one in found)
+    assert best[0].pace.tokens_per_second >= found[0].pace.tokens_per_second
+
+
+@pytest.mark.parametrize(
+    ("run", "world_size", "shape", "told"),
+    [
+        (made_up_run("full", 2048, 64), 8, LLAMA_405B, "nothing fits 8 GPUs with 73.1 GiB each to use"),
+        (made_up_run("lora", 2048, 7), 11, SMALL, "no layout of 11 GPUs divides the model (8 layers, 16 heads"),
+        (made_up_run("lora", 2048, 8, world_size=8), 8, SMALL, None),
+    ],
+)
+def test_why_nothing_fits_is_said(run, world_size, shape, told):
+    if told is None:
+        run, told = replace(run, training=replace(run.training, global_batch_size=None)), "give --global-batch-size"
+    with pytest.raises(ConfigurationError) as caught:
+        fit(run, shape, world_size, A100)
+    assert told in str(caught.value)
+
+
+def test_layouts_that_fit_in_closed_form_alone_are_none(monkeypatch):
+    """Its peak looks at the outer stages; the replay's at one between them too."""
+    run = made_up_run("lora", 2048, 8)
+    monkeypatch.setattr(layouts, "memory", lambda step, stage, held: {"weights": 2**37 if stage == 2 else 2**30})
+    found = fit_small(run, world_size=8, num_layouts=100)
+    assert {one.run.parallel.pipeline_model_parallel_size for one in found} == {1, 2}
+    monkeypatch.setattr(
+        layouts, "_replayed", lambda one, *_: FittedLayout(run, "none", found[0].pace, {"all": 2**40}, 0)
+    )
+    with pytest.raises(ConfigurationError, match="nothing fits 8 GPUs .* comes nearest and takes 1024.0 GiB"):
+        fit_small(run, world_size=8)
+
+
+def test_an_adapter_that_a_layout_would_cut_is_not_proposed():
+    """Blocks of 512 features: 1,024 hidden over two ranks, at most."""
+    run = made_up_run("urnn", 2048, 32)
+    run = replace(run, peft=replace(run.peft, urnn_block_size=512, rotation_side="input"))
+    found = fit_small(run, world_size=8, num_layouts=100)
+    assert {one.run.parallel.tensor_model_parallel_size for one in found} <= {1, 2}
+
+
+def test_the_first_ten_layouts_of_the_largest_model_take_seconds():
+    import time
+
+    begin = time.process_time()
+    found = fit(made_up_run("lora", 4096, 128), LLAMA_405B, 128, A100)
+    assert time.process_time() - begin < 60 and found[0].run.parallel.sequence_parallel
+
+
+def test_hours_follow_from_tokens():
+    run = made_up_run("lora", 2048, 32, world_size=8)
+    pace = Pace.of(run, SMALL, A100, estimated_time(StepEstimate(run, SMALL), A100))
+    assert pace.hours(3600 * pace.tokens_per_second) == pytest.approx(1)
+    assert pace.tokens == 32 * 2048 and 0 < pace.mfu < 1
+    assert memory(StepEstimate(run, SMALL), 0, 5)["activations"] == 5
+
+
+class OwnMethod(Method):
+    """A method of another package: it declares its parameters, and the formulas know nothing else of it."""
+
+    name, summary, adapter, cost = "own", "", "own.adapter", "in"
+
+    def num_parameters(self, peft: object, out_features: int, in_features: int) -> int:
+        return in_features
+
+
+def test_a_method_that_the_formulas_do_not_know_is_fitted_by_the_parameters_that_it_declares(monkeypatch):
+    monkeypatch.setitem(METHODS, "own", OwnMethod())
+    lora = made_up_run("lora", 4096, 32, world_size=8)
+    own = replace(lora, peft=replace(lora.peft, method="own"))
+    assert knows_method(lora) and not knows_method(own)
+    found = next(one for one in fit_small(own, world_size=8) if one.run.parallel.data_parallel_size == 8)
+    inputs = 2 * SMALL.hidden_size + SMALL.num_attention_heads * SMALL.kv_channels + SMALL.ffn_hidden_size
+    step = StepEstimate(found.run, SMALL)
+    assert parameters(step, step.chunks[0]).trained_float32 == SMALL.num_layers * inputs

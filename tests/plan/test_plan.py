@@ -1,0 +1,236 @@
+"""`megatron-peft plan` and `--dry-run`: figures of known models, and errors that name what is wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_peft.cli.parser import read_config
+from megatron_peft.commands import train
+from megatron_peft.commands.plan import main
+from megatron_peft.config import ConfigurationError
+from megatron_peft.models.families import read_shape
+from megatron_peft.plan.cluster import SHIPPED
+from megatron_peft.plan.pace import Accuracy
+from megatron_peft.rehearsal.record import Product
+from tests.ranks import run_ranks
+from tests.tiny_llama import save_llama, save_pairs
+
+MODELS = Path(__file__).parents[1] / "examples" / "models"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("plan") / "llama")
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_world_that_does_not_divide_is_named(base, capsys):
+    words = ["--pretrained-checkpoint", str(base), "--world-size", "3", "--tensor-model-parallel-size", "2"]
+    told = refused(words, capsys)
+    assert "3 processes cannot hold --tensor-model-parallel-size 2" in told
+
+
+def test_a_model_of_another_family_is_named(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    assert "mamba" in refused(["--pretrained-checkpoint", str(config)], capsys).lower()
+
+
+def test_a_cluster_with_an_absurd_field_is_named_and_nothing_is_written(base, tmp_path, capsys):
+    cluster, found = tmp_path / "own.yaml", tmp_path / "plan.json"
+    cluster.write_text("name: own\ngpus_per_node: 0\n")
+    words = ["--pretrained-checkpoint", str(base), "--cluster", str(cluster), "--json", str(found)]
+    told = refused(words, capsys)
+    assert "gpus_per_node" in told and "memory_gib" in told and not found.exists()
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_runs(base, tmp_path, capsys):
+    words = ["--pretrained-checkpoint", str(base), "--json", str(tmp_path / "no" / "plan.json")]
+    assert "--json" in refused(words, capsys)
+
+
+def test_a_plan_from_a_config_alone(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # as at a terminal
+    config = tmp_path / "llama-8b.json"
+    config.write_text((base / "config.json").read_text())
+    words = ["--pretrained-checkpoint", str(config), "--peft-method", "lora", "--lora-rank", "4", "--seq-length", "32"]
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--micro-batch-size", "2"]
+    found, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    assert main([*words, *layout, "--json", str(found), "--plot", str(picture)]) == 0
+    plan = json.loads(found.read_text())
+    assert plan["fits"] and plan["world_size"] == 2 and picture.stat().st_size > 10_000
+    assert [rank["rank"] for rank in plan["ranks"]] == [0, 1]
+    assert plan["parameters"] == {"trained": 18944, "frozen": 507520}
+    told, waited = capsys.readouterr()
+    assert "every call of every rank finds its partners" in told and "18,944 of 526,464" in told
+    shown = re.findall(r"Rehearsing .*?(\d+)/(\d+)", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", waited))
+    assert shown and shown[-1][0] == shown[-1][1], "a bar that ends with all that was to do"
+    low, high = plan["seconds_range"]
+    assert low <= plan["time"]["seconds"] <= high and plan["published_runs"]["number"] == 13
+    assert f"s a step ({low:.3g} to {high:.3g}: 13 published runs were off by " in told
+    assert "A plan ranks the layouts of a run on a cluster; its seconds are no promise." in told
+
+
+def test_a_range_is_as_far_off_as_the_outermost_published_runs():
+    accuracy = Accuracy((0.25, -0.2, 0.1, -0.04))
+    assert accuracy.around(10.0) == (8.0, 12.5) and Accuracy((0.25, 0.1)).around(10.0) == (8.0, 10.0)
+    assert str(accuracy) == "4 published runs were off by 15% in the median, 25% at most"
+
+
+SMALL = ["--lora-rank", "4", "--seq-length", "32"]
+
+
+@pytest.mark.parametrize("flags", [["urnn"], ["hybrid", "--hybrid-rotation", "urnn"]], ids=" ".join)
+def test_complex_products_take_time_too(base, tmp_path, flags):
+    found = tmp_path / "plan.json"
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--urnn-block-size", "4", "--peft-method", *flags]
+    assert main([*words, "--tokens", "2e9", "--json", str(found)]) == 0
+    plan = json.loads(found.read_text())
+    assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
+
+
+def test_a_complex_product_is_four_real_ones_of_numbers_twice_as_long():
+    whole, real = (Product("mm", 1, 2, 3, 4, dtype) for dtype in ("complex64", "float32"))
+    assert (whole.flops, whole.num_bytes) == (4 * real.flops, 2 * real.num_bytes)
+
+
+def test_fit_finds_a_number_of_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
+    """A cluster of one small GPU a node: one of them cannot hold the whole run."""
+    cluster, saved = tmp_path / "own.yaml", tmp_path / "run.yaml"
+    fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
+    one_small_gpu = {"name": "own", "gpus_per_node": 1, "memory_gib": 1, "reserved_gib": 1 - 2.4 / 1024}
+    cluster.write_text(yaml.safe_dump({**fields, **one_small_gpu}))
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--cluster", str(cluster), "--fit", "--rehearsed", "0"]
+    words += ["--save-interval", "200"]  # a plan needs no --save for it
+    assert main([*words, "--save-config", str(saved)]) == 0
+    told = capsys.readouterr()
+    assert "--global-batch-size 128 is assumed" in told.out and "2 GPUs (2 nodes) of own can hold the run" in told.out
+    assert "1 GPUs (1 node) of own: nothing fits" in told.err
+    data = ["--pretrained-checkpoint", str(base), "--train-data-path", "x.jsonl", "--train-iters", "1"]
+    with pytest.raises(ConfigurationError, match="^--save-interval 200 needs --save.$"):
+        read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
+    data += ["--save", "runs/first"]
+    config = read_config(["--config", str(saved), *data], {"WORLD_SIZE": "2"}, read_shape)
+    assert config.checkpoint.save_interval == 200 and config.global_batch_size == 128
+    assert config.parallel.pipeline_model_parallel_size == 2
+
+
+def test_what_is_wrong_at_every_number_of_nodes_is_the_last_word(base, capsys):
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--global-batch-size", "0"]
+    assert "--global-batch-size" in refused(words, capsys)
+    words = ["--pretrained-checkpoint", str(base), *SMALL[2:], "--lora-rank", "5000", "--fit"]
+    assert "--lora-rank 5000" in refused(words, capsys)
+
+
+def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys):
+    found = tmp_path / "fit.json"
+    words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--world-size", "2", "--rehearsed", "2"]
+    assert main([*words, "--global-batch-size", "8", "--tokens", "1e6", "--json", str(found)]) == 0
+    plans, told = json.loads(found.read_text())["rehearsed"], capsys.readouterr().out
+    best = min((0, 1), key=lambda number: plans[number]["time"]["seconds"])
+    assert f"flags of layout {best + 1}: " in told
+    assert f"{plans[0]['hours']:,.1f} hours for 1 million tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--plot", "x.notanimage"], "--plot x.notanimage is no picture: its name must end in one of .png, .pdf, .svg"),
+        (["--plot", "x.png", "--fit"], "--plot draws one run: leave out --fit"),
+        (["--json", "."], "--json . is a folder: name a file in it"),
+    ],
+    ids=["no picture", "of a fit", "a folder"],
+)
+def test_files_that_cannot_be_written_are_named_before_anything_runs(base, capsys, words, expected):
+    assert expected in refused(["--pretrained-checkpoint", str(base), *words], capsys)
+
+
+def test_a_dry_run_checks_and_writes_nothing(base, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
+    save = tmp_path / "save"
+    pairs = str(save_pairs(tmp_path / "pairs.jsonl"))
+    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--save", str(save)]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
+    assert train.main([*words, "--lr", "1e-3", "--micro-batch-size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "40 training samples, 2 iterations" in told
+    assert "no GPU. --cluster 8xh100 plans the run" in told and "GiB" not in told, "a plan of another machine"
+    assert not save.exists()
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words, "--lr", "1e-3", "--train-data-path", str(tmp_path / "none.jsonl")])
+    assert ended.value.code == 2 and "none.jsonl" in capsys.readouterr().err
+
+
+def test_a_dry_run_plans_for_its_cluster_and_warns_if_that_is_too_small(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cluster, pairs = tmp_path / "own.yaml", str(save_pairs(tmp_path / "pairs.jsonl"))
+    fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
+    cluster.write_text(yaml.safe_dump({**fields, "name": "tiny", "memory_gib": 1, "reserved_gib": 1 - 1 / 1024}))
+    words = ["--dry-run", "--pretrained-checkpoint", str(base), "--train-data-path", pairs, "--cluster", str(cluster)]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000", "--train-iters", "2", "--seq-length", "32"]
+    assert train.main(words) == 0
+    told = capsys.readouterr()
+    assert (
+        "cluster: tiny" in told.out
+        and "peak, validation" in told.out
+        and "WARNING: the run does not fit GPUs of tiny: rank 0 holds" in told.err
+    )
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words[:-8], "--cluster", "8xh10", *words[-8:]])
+    assert ended.value.code == 2 and "--cluster 8xh10 is neither a file" in capsys.readouterr().err
+
+
+# Parameters of the published checkpoints, as the Hugging Face Hub counts them.
+BLOOM_176B = {"model_type": "bloom", "hidden_size": 14336, "n_layer": 70, "n_head": 112, "vocab_size": 250880}
+PUBLISHED = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.3-70b": 70_553_706_496,  # the shape of Llama-3.1-70B
+    "llama-3.1-405b": 405_853_388_800,
+    "bloomz-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+}
+
+
+def counted(folders: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Parameters of each model at TP 8, with LoRA of rank 16 on all linear layers, and rows of padding."""
+    from megatron_peft.rehearsal.rehearsed_rank import numbers_of_parameters
+    from megatron_peft.runtime.fake_ranks import fake_rank
+    from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+    from megatron_peft.training.run import build_chunks
+
+    found = {}
+    for name, folder in folders.items():
+        words = ["--pretrained-checkpoint", folder, "--tensor-model-parallel-size", "8", "--peft-method", "lora"]
+        config = read_config(
+            [*words, "--lora-rank", "16", "--bf16"], {"WORLD_SIZE": "8"}, read_shape, saved=lambda values: {}
+        )
+        shape = read_shape(folder)
+        with fake_rank(0, 8):
+            start_model_parallel(config.parallel, 1)
+            numbers = numbers_of_parameters(build_chunks(config, shape, loads=False))
+            stop_model_parallel()
+        rows = shape.padded_vocab_size(config.model.make_vocab_size_divisible_by, 8) - shape.vocab_size
+        padding = rows * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+        found[name] = {"frozen": numbers["frozen of stage"] - padding, "trained": numbers["trained of stage"]}
+    return found
+
+
+@pytest.mark.slow
+def test_parameters_of_published_models_are_exact(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BLOOM_176B))
+    folders = {name: str(MODELS / name) for name in PUBLISHED} | {"bloom-176b": str(tmp_path)}
+    [found] = run_ranks(1, counted, folders)
+    assert {name: numbers["frozen"] for name, numbers in found.items()} == PUBLISHED
+    # r (in + out) of qkv, proj, fc1 and fc2
+    assert found["llama-3.1-8b"]["trained"] == 32 * 16 * (4096 * 2 + 6144 + 4096 + 4096 + 28672 + 14336 + 4096)

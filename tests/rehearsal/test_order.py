@@ -1,0 +1,388 @@
+"""No rank of a real schedule waits for ever, whatever the method and the layout; what is broken in one is found."""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from megatron_peft.cli.parser import read_config
+from megatron_peft.config import RunConfig
+from megatron_peft.models.families import read_shape
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal import rehearsal
+from megatron_peft.rehearsal.deadlock import check_order
+from megatron_peft.rehearsal.record import MESSAGES, Call, Entry, Wait
+from megatron_peft.rehearsal.rehearsal import RehearsedRun, order_problem, rehearse_run
+from megatron_peft.rehearsal.schedule import RankProgram, program_of_stage, programs_of_ranks
+from megatron_peft.rehearsal.stage_schedule import StageOutline
+from tests.ranks import run_ranks
+from tests.rehearsal.planted_calls import BETWEEN_STAGES, IN_TENSOR_AND_DATA, SOUND, record_planted
+from tests.tiny_llama import ODD_SHAPE
+
+Programs = dict[int, list[Entry]]
+
+METHODS = {
+    "full": "--peft-method full",
+    "lora": "--peft-method lora --lora-rank 4",
+    "lora-ga": "--peft-method lora-ga --lora-rank 4",
+    "boft": "--peft-method boft --boft-block-size 2 --boft-factors 2",
+    "urnn": "--peft-method urnn --urnn-block-size 4",
+    "hybrid": "--peft-method hybrid --lora-rank 4 --boft-block-size 2 --boft-factors 2",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A world, a model's number of layers, and a step's number of microbatches."""
+
+    world_size: int
+    num_layers: int
+    num_microbatches: int
+    flags: str
+
+
+def tp_pp(tp: int, pp: int) -> str:
+    return f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} "
+
+
+OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+INTERLEAVED = " --num-layers-per-virtual-pipeline-stage 1"
+# For every method. Together: with and without sequence parallelism, interleaving, overlap, packs, microbatches of one
+# length and of many, stages that hold more than others or no layer at all.
+LAYOUTS = {
+    "packed, first stage longer": Layout(
+        4, 3, 5, tp_pp(2, 2) + "--decoder-first-pipeline-num-layers 2 --pack-sequences"
+    ),
+    "interleaved, overlapped, padded": Layout(
+        8, 4, 6, tp_pp(2, 2) + "--sequence-parallel --pad-to-seq-length --bf16" + INTERLEAVED + OVERLAP
+    ),
+    "ends count as layers": Layout(
+        4, 2, 6, tp_pp(1, 4) + "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+    ),
+    "layout": Layout(2, 2, 4, tp_pp(1, 2) + "--pipeline-model-parallel-layout E|t|t|L"),
+}
+ENDS = LAYOUTS["ends count as layers"]
+OF_ONE_LENGTH = Layout(8, 4, 4, tp_pp(2, 2) + "--sequence-parallel --pad-to-seq-length" + INTERLEAVED)
+# Of four stages the next is not the previous one: messages to both take one group, posted alone or in batches.
+FOUR_STAGES = Layout(4, 6, 8, tp_pp(1, 4) + "--pipeline-model-parallel-layout E|t|t|t|t|t|t|L")
+BATCHED = replace(FOUR_STAGES, flags=FOUR_STAGES.flags + " --no-overlap-p2p-communication --pad-to-seq-length")
+LAST_STAGE_LONGER = Layout(4, 3, 3, tp_pp(2, 2) + "--decoder-last-pipeline-num-layers 2 --sequence-parallel")
+
+
+@cache
+def asked(method: str, layout: Layout) -> tuple[RunConfig, ModelShape]:
+    batch = layout.num_microbatches * layout.world_size  # divided by the ranks of a replica below
+    with TemporaryDirectory() as folder:
+        shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **ODD_SHAPE}
+        Path(folder, "config.json").write_text(json.dumps({**shape, "num_hidden_layers": layout.num_layers}))
+        flags = f"--pretrained-checkpoint {folder} --seq-length 32 --global-batch-size {batch} {METHODS[method]} "
+        words = (flags + layout.flags).split()
+        config = read_config(words, {"WORLD_SIZE": str(layout.world_size)}, read_shape, saved=lambda values: {})
+        return of_microbatches(config, layout.num_microbatches), read_shape(folder)
+
+
+def of_microbatches(config: RunConfig, number: int) -> RunConfig:
+    """The run with so many in each step."""
+    size = number * config.training.micro_batch_size * config.parallel.data_parallel_size
+    training: Any = replace(config.training, global_batch_size=size)
+    return replace(config, training=training)
+
+
+@cache
+def rehearsed(method: str, layout: Layout) -> RehearsedRun:
+    return rehearse_run(*asked(method, layout), peaks=False)
+
+
+@cache
+def outlined(layout: Layout, numbers: Sequence[int]) -> dict[int, list[StageOutline]]:
+    """Of each number of microbatches, every stage and its real schedule."""
+    config, shape = asked("lora", layout)
+    [found] = run_ranks(1, outlines, ([of_microbatches(config, number) for number in numbers], shape))
+    return dict(zip(numbers, found, strict=True))
+
+
+def outlines(configs_and_shape: tuple[list[RunConfig], ModelShape]) -> list[list[StageOutline]]:
+    from megatron_peft.rehearsal.stage_schedule import outline_stages
+
+    configs, shape = configs_and_shape
+    return [outline_stages(config, shape) for config in configs]
+
+
+def programs_with(
+    run: RehearsedRun, schedules: Sequence[Sequence[Entry]], num_microbatches: int
+) -> dict[int, RankProgram]:
+    """Of every rank, with the recorded layers in other schedules of the stages."""
+    records = {record.rank: record for record in run.records}
+    stages = [
+        program_of_stage(records[run.grid.rank(0, 0, run.alike[stage])], stage, schedule, run.grid, num_microbatches)
+        for stage, schedule in enumerate(schedules)
+    ]
+    return programs_of_ranks(stages, run.grid)
+
+
+# No false alarm.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_rank_of_any_method_waits_for_ever(method, layout):
+    """With as many microbatches as were rehearsed; with fewer, as many and more than the stages warm up with."""
+    run = rehearsed(method, LAYOUTS[layout])
+    assert check_order(run.programs()) is None
+    pp, is_interleaved = run.grid.pipeline, run.config.parallel.is_interleaved
+    numbers = (pp, 2 * pp, 5 * pp) if is_interleaved else (2, pp + 1, 3 * pp)
+    for number, stages in outlined(LAYOUTS[layout], numbers).items():
+        assert check_order(programs_with(run, [stage.schedule for stage in stages], number)) is None, number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        pytest.param("lora-ga", FOUR_STAGES, id="four stages"),
+        pytest.param("lora", BATCHED, id="batched"),
+        pytest.param("full", LAST_STAGE_LONGER, id="last stage longer"),
+        pytest.param("hybrid", replace(ENDS, num_microbatches=1), id="one microbatch"),
+    ],
+)
+def test_no_rank_waits_for_ever_in_other_layouts(method, layout):
+    assert check_order(rehearsed(method, layout).programs()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_call_of_any_rank_of_a_whole_run_is_alone(method, layout):
+    assert order_problem(rehearsed(method, LAYOUTS[layout])) is None
+
+
+# Faults that are planted in the ranks of a run, from the model to a checkpoint.
+
+
+TENSOR_AND_DATA = Layout(4, 2, 2, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer")
+STAGES_AND_DATA = Layout(4, 2, 2, "--pipeline-model-parallel-size 2 --pad-to-seq-length")
+TENSOR_ALONE = Layout(2, 1, 1, "--tensor-model-parallel-size 2")
+
+
+def planted(name: str, monkeypatch: pytest.MonkeyPatch, layout: Layout | None = None, method: str = "lora-ga") -> Any:
+    layout = layout or (STAGES_AND_DATA if name in BETWEEN_STAGES else TENSOR_AND_DATA)
+    run = rehearsed(method, layout)
+    monkeypatch.setattr(rehearsal, "_record_calls", partial(record_planted, name))
+    return order_problem(run)
+
+
+def test_a_call_that_only_one_tensor_parallel_rank_makes_in_validation_is_found(monkeypatch):
+    found = planted("validation: one tensor-parallel rank makes a call", monkeypatch, TENSOR_ALONE, "full")
+    assert found is not None and {*found.ranks} == {0, 1} and "(validation), all_reduce of" in found.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TENSOR_AND_DATA | BETWEEN_STAGES)
+def test_a_planted_call_of_some_ranks_is_found_and_named(name, monkeypatch):
+    found = planted(name, monkeypatch)
+    assert found is not None
+    phase = {"the model": "", "saving": "(saving)"}
+    # The code of a validation finds the losses at the start too, which come first where adapters are trained.
+    phase |= dict.fromkeys(("LoRA-GA's start", "losses at the start", "validation"), "(start)")
+    expected = "(start)" if name.startswith("a message") else phase.get(name.partition(":")[0], "(step)")
+    assert expected in found.text
+    assert all(f"rank {rank}" in found.text for rank in found.ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOUND)
+def test_ranks_may_do_what_others_of_their_class_do_not_if_their_partners_do_so_too(name, monkeypatch):
+    assert planted(name, monkeypatch) is None
+
+
+# Programs that are broken on purpose.
+
+
+def written_out(run: RehearsedRun) -> Programs:
+    return {rank: list(program) for rank, program in run.programs().items()}
+
+
+def broken_runs() -> list[Any]:
+    """One is broken in `make test`."""
+    cases = [
+        ("lora", OF_ONE_LENGTH),
+        ("hybrid", LAYOUTS["interleaved, overlapped, padded"]),
+        ("boft", LAYOUTS["packed, first stage longer"]),
+        ("full", ENDS),
+        ("lora-ga", FOUR_STAGES),
+        ("lora", BATCHED),
+    ]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (number > 0)) for number, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("method", "layout"), broken_runs())
+def test_every_skipped_call_is_found(method, layout):
+    programs, draw = written_out(rehearsed(method, layout)), random.Random(0)
+    for _ in range(60):
+        rank = draw.choice(list(programs))
+        number = draw.randrange(sum(isinstance(entry, Call) for entry in programs[rank]))
+        found = check_order({**programs, rank: without_call(programs[rank], number)})
+        assert found is not None, (rank, number)
+
+
+@pytest.mark.parametrize(("method", "layout"), broken_runs())
+def test_every_swap_of_two_differing_calls_of_a_group_is_found(method, layout):
+    """Of collectives, of messages, of one of each, however far apart.
+
+    A swap that cannot be noticed is none: every other rank meets the same calls in the same order as before, and none
+    waits in a cycle. So it is with two messages of one batch, with messages of two other ranks that lie side by side,
+    and with one that has time before its partner waits for it. Those must raise no alarm.
+    """
+    programs, draw, num_found = written_out(rehearsed(method, layout)), random.Random(0), 0
+    before = {rank: channels(program) for rank, program in programs.items()}
+    while num_found < 60:
+        rank = draw.choice(list(programs))
+        swap = two_differing_calls(programs[rank], draw)
+        changed = {**programs, rank: with_swapped(programs[rank], *swap)}
+        is_noticed = channels(changed[rank]) != before[rank] or waits_in_a_cycle(changed)
+        assert (check_order(changed) is not None) == is_noticed, (rank, *(programs[rank][place] for place in swap))
+        num_found += is_noticed
+
+
+def without_call(program: Sequence[Entry], number: int) -> list[Entry]:
+    """One call less, and its wait; later ones are counted anew."""
+    kept: list[Entry] = []
+    count = -1
+    for entry in program:
+        count += isinstance(entry, Call)
+        if isinstance(entry, Wait):
+            if entry.call != number:
+                kept.append(Wait(entry.call - (entry.call > number)))
+        elif not (isinstance(entry, Call) and count == number):
+            kept.append(entry)
+    return kept
+
+
+def two_differing_calls(program: Sequence[Entry], draw: random.Random) -> tuple[int, int]:
+    """Places of two calls of one group that are not the same."""
+    by_group: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    for place, entry in enumerate(program):
+        if isinstance(entry, Call):
+            by_group[entry.axis].append((place, meaning(entry)))
+    groups = [calls for calls in by_group.values() if len({meaning for _, meaning in calls}) > 1]
+    while True:
+        (first, one), (second, other) = draw.sample(draw.choice(groups), 2)
+        if one != other:
+            return first, second
+
+
+def with_swapped(program: Sequence[Entry], first: int, second: int) -> list[Entry]:
+    """Each call where the other was: waited for where that was, and a message in its batch."""
+    changed = list(program)
+    for place, other in ((first, second), (second, first)):
+        there, call = program[place], program[other]
+        assert isinstance(there, Call) and isinstance(call, Call)
+        are_messages = there.operation in MESSAGES and call.operation in MESSAGES
+        changed[place] = replace(call, batch=there.batch if are_messages else call.batch, is_async=there.is_async)
+    return changed
+
+
+def meaning(call: Call) -> Any:
+    return call.operation, call.shapes, call.dtype, call.peer
+
+
+def channel(call: Call, rank: int) -> Any:
+    """Calls of one are matched in order. Two ranks of a group have one for messages; for batches, one each way."""
+    if call.operation not in MESSAGES:
+        return call.axis, call.group
+    ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
+    return call.axis, call.group, frozenset(ends) if call.batch is None else ends
+
+
+def channels(program: Sequence[Entry]) -> dict[Any, list[Any]]:
+    """What a rank does in each."""
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for entry in program:
+        if isinstance(entry, Call):
+            found[channel(entry, -1)].append(meaning(entry))
+    return dict(found)
+
+
+def waits_in_a_cycle(programs: Programs) -> bool:
+    """Whether some call comes only after itself, where every channel has its calls in order.
+
+    A call comes after all that its rank has waited for, and what is waited for ends after its partners have come.
+    """
+    nodes: dict[Any, int] = {}  # of a call by channel, number and rank: when its rank issues it
+    waits: dict[tuple[int, int], list[Any]] = defaultdict(list)  # what a rank waits for before its next one
+    for rank, program in programs.items():
+        counts: dict[Any, int] = defaultdict(int)
+        calls: list[Any] = []
+        time, batch = 0, None
+        for entry in program:
+            if isinstance(entry, Call):
+                time += entry.batch is None or entry.batch != batch
+                batch = entry.batch
+                key = channel(entry, rank)
+                calls.append((key, counts[key]))
+                nodes[*calls[-1], rank] = time
+                counts[key] += 1
+                if entry.operation not in MESSAGES or entry.batch is not None or not entry.is_async:
+                    waits[rank, time].append(calls[-1])
+            elif isinstance(entry, Wait):
+                time, batch = time + 1, None
+                waits[rank, time].append(calls[entry.call])
+    of_call: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    for (*call, rank), time in nodes.items():
+        of_call[tuple(call)].append((rank, time))
+    graph: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
+    for rank in programs:
+        for time in range(max((time for one, time in waits if one == rank), default=0) + 1):
+            graph[rank, time + 1] = {(rank, time), *(node for call in waits[rank, time] for node in of_call[call])}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError:
+        return True
+    return False
+
+
+def test_stages_that_warm_up_for_two_real_schedules_wait_for_one_another():
+    """The first of four stages follows the schedule of the first of two, with two microbatches fewer under way."""
+    programs, of_two = messages(ENDS), messages(Layout(2, 2, ENDS.num_microbatches, tp_pp(1, 2)))
+    assert check_order(programs) is None and check_order(of_two) is None
+    first = [replace(entry, group=tuple(programs)) if isinstance(entry, Call) else entry for entry in of_two[0]]
+    found = check_order({**programs, 0: first})
+    assert found is not None and found.kind == "wait" and {*found.ranks} == {0, 1}
+    assert "wait for one another" in found.text
+
+
+def messages(layout: Layout) -> Programs:
+    """What the real schedule of each stage exchanges, where each is one rank."""
+    [stages] = outlined(layout, (layout.num_microbatches,)).values()
+    return {
+        stage: [entry for entry in outline.schedule if isinstance(entry, Call | Wait)]
+        for stage, outline in enumerate(stages)
+    }
+
+
+def test_the_program_put_together_is_the_one_that_was_recorded():
+    """Here the rehearsed step has all microbatches of the run, so nothing was left to put together anew."""
+    run = rehearsed("lora", OF_ONE_LENGTH)
+    programs = run.programs()
+    for record in run.records:
+        assert record.num_microbatches == run.config.num_microbatches
+        assert list(numbered(programs[record.rank])) == list(numbered(record.entries))
+
+
+def numbered(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Calls and waits; batches numbered from 0."""
+    batches: dict[int | None, int | None] = {None: None}
+    for entry in entries:
+        if isinstance(entry, Call):
+            yield replace(entry, batch=batches.setdefault(entry.batch, len(batches) - 1))
+        elif isinstance(entry, Wait):
+            yield entry

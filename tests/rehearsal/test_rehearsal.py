@@ -1,0 +1,183 @@
+"""A rehearsed rank makes the calls, computes the products and holds the memory of a real one."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal.asked import RankToRehearse, enough_microbatches
+from megatron_peft.rehearsal.record import Call, Mark, RankRecord
+from megatron_peft.rehearsal.rehearsal import rehearse
+from tests.ranks import run_ranks
+from tests.rehearsal.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
+from tests.time_limits import seconds
+from tests.tiny_llama import save_llama, save_pairs
+from tools.published import LLAMA_405B, made_up_run
+
+MESSAGES_UNDER_WAY = 4
+NOT_OVERLAPPED = ("lora bounded", "projection", "riemannian")  # a step's end needs whole parameters: refused
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return str(save_llama(folder / "llama")), str(save_pairs(folder / "pairs.jsonl"))
+
+
+def check_equal(runs: Sequence[Watched]) -> None:
+    """The record of every rank of every run, rehearsed and real."""
+    size = runs[0].world_size
+    real = run_ranks(size, real_records, list(runs))
+    places = [(run, rank) for run in runs for rank in range(size)]
+    rehearsed = rehearse([run.of_rank(rank) for run, rank in places])
+    problems = [
+        f"{run.job.name}, rank {rank}: {problem}"
+        for (run, rank), found in zip(places, rehearsed, strict=True)
+        if (problem := difference(found, real[rank][run.job.name]) or of_loading(run, found, real[rank][run.job.name]))
+    ]
+    assert not problems, "\n".join(problems)
+    assert all(any(ranks[run.job.name].products for ranks in real) for run in runs)
+
+
+def difference(rehearsed: RankRecord, real: RankRecord) -> str:
+    for number, (ours, theirs) in enumerate(zip_longest(rehearsed.calls, real.calls)):
+        if ours != theirs:
+            return f"call {number}: {ours} rehearsed, {theirs} real"
+    if rehearsed.products != real.products:
+        return f"products: {rehearsed.products.items() ^ real.products.items()}"
+    if rehearsed.peaks.keys() != real.peaks.keys():
+        return f"phases: {[*rehearsed.peaks]} rehearsed, {[*real.peaks]} real"
+    # A real peak moves with the moment at which gloo's threads let go of what they have sent: of two moments that hold
+    # almost as much, it may then be the other, with other parts. On a busy machine several messages are under way.
+    sent = [call.num_bytes for call in rehearsed.calls if call.operation == "send"]
+    under_way = MESSAGES_UNDER_WAY * max(sent, default=0)
+    for phase in rehearsed.peaks.keys() - {"loading"}:
+        ours, theirs = rehearsed.peaks[phase], real.peaks[phase]
+        if any(ours.get(part) != theirs.get(part) for part in ("weights", "gradients", "optimizer")):
+            return f"peak, {phase}: {ours.items() ^ theirs.items()}"
+        excess = real.peak(phase) - rehearsed.peak(phase)
+        if not -1e-3 <= excess / rehearsed.peak(phase) <= 1e-3 + under_way / rehearsed.peak(phase):
+            return f"peak, {phase}: {rehearsed.peak(phase)} rehearsed, {real.peak(phase)} real"
+    return "" if rehearsed.parameters == real.parameters else "parameters"
+
+
+def of_loading(run: Watched, rehearsed: RankRecord, real: RankRecord) -> str:
+    """Only a real run reads: it holds one tensor of the file beside the weights, at most the rank's slice of the
+    largest one, in the file's float32, and in the weights' type where that is another, and its two extremes."""
+    of = run.of_rank(rehearsed.rank)
+    vocabulary = of.shape.padded_vocab_size(128, of.config.parallel.tensor_model_parallel_size) * of.shape.hidden_size
+    largest = vocabulary // of.config.parallel.tensor_model_parallel_size * (6 if of.config.model.bf16 else 4) + 8
+    ours, theirs = rehearsed.peaks["loading"], real.peaks["loading"]
+    is_same = {**theirs, "temporary": 0} == {**ours, "temporary": 0}
+    read = real.peak("loading") - rehearsed.peak("loading")
+    return (
+        "" if is_same and 0 < read <= largest else f"loading: {ours} rehearsed, {theirs} real, at most {largest} more"
+    )
+
+
+def test_a_rehearsed_process_is_a_real_one(files):
+    check_equal(watched(files, 1, ["hybrid"], ["alone"]))
+
+
+def test_products_are_those_of_the_closed_form(files):
+    """6 operations a token for each trained weight, 4 for each frozen one and 6 for each of an adapter."""
+    full, lora = watched(files, 1, ["full"], ["alone"]) + watched(files, 1, ["lora"], ["alone"])
+    found = rehearse([full.of_rank(0), lora.of_rank(0)])
+    of = full.of_rank(0)
+    shape, rows, length = of.shape, of.lengths[0].rows, of.lengths[0].positions
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
+    q, kv = shape.num_attention_heads * d, shape.num_query_groups * d
+    linears = {"qkv": (h, q + 2 * kv), "proj": (q, h), "fc1": (h, 2 * f), "fc2": (f, h)}
+    weights = sum(into * out for into, out in linears.values())
+    head = h * shape.padded_vocab_size(128, 1)
+    adapters = sum(4 * (into + out) for into, out in linears.values())  # of rank 4
+    tokens, layers = rows * length * of.num_microbatches, shape.num_layers
+    # Nothing needs the gradient of the first layer's input.
+    unneeded = h * (q + 2 * kv) + 4 * h
+    assert flops(found[0], "mm") == 6 * tokens * (layers * weights + head)
+    assert flops(found[1], "mm") == tokens * (4 * (layers * weights + head) + 6 * layers * adapters - 2 * unneeded)
+    square = 2 * rows * shape.num_attention_heads * length**2 * d * layers * of.num_microbatches
+    for record in found:
+        assert flops(record, "attention") == 2 * square
+        assert flops(record, "attention backward") == 5 * square
+
+
+def flops(record: RankRecord, kind: str) -> int:
+    return sum(product.flops * count for product, count in record.products.items() if product.kind == kind)
+
+
+@pytest.mark.parametrize("layout", ["PP2 interleaved", pytest.param("PP2", marks=pytest.mark.slow)])
+def test_more_microbatches_hold_no_more_memory(files, layout):
+    """As many as `enough_microbatches` says are enough: the peak of twice as many is the same."""
+    [run] = watched(files, 2, ["lora"], [layout])
+    of = run.of_rank(0)
+    enough = enough_microbatches(of.config, of.stage, 100)
+    assert enough < 8
+    less = replace(of, num_microbatches=enough, num_waiting=8 - enough)
+    few, many = rehearse([less, replace(of, num_microbatches=8)])
+    assert few.peaks["step"] == many.peaks["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_rehearsed_ranks_of_every_method_are_those_of_real_processes(files, world_size, method):
+    layouts = [name for name in LAYOUTS[world_size] if name != "DP2 overlap bf16" or method not in NOT_OVERLAPPED]
+    check_equal(watched(files, world_size, [method], layouts))
+
+
+@pytest.mark.slow
+def test_live_storages_are_what_the_profiler_sees_allocated(files):
+    folder = Path(files[1]).parent / "larger"  # oneDNN's own memory is a smaller part of it
+    larger = {"hidden_size": 384, "intermediate_size": 1024, "num_key_value_heads": 6, "head_dim": 64}
+    base = str(save_llama(folder, **larger))
+    runs = watched((base, files[1]), 1, ["full", "lora", "hybrid"]) + watched((base, files[1]), 1, ["boft"], ["alone"])
+    [peaks] = run_ranks(1, profiled_peaks, runs)
+    assert len(peaks) == 10
+    for name, (ours, profilers) in peaks.items():
+        assert ours == pytest.approx(profilers, rel=1e-3), name
+
+
+def test_full_fine_tuning_gathers_the_first_chunks_before_its_first_input_comes():
+    """Else the first microbatch would wait for a gather in every chunk of every stage."""
+    run = made_up_run(
+        "full", 64, 8, world_size=4, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    )
+    [record] = rehearse([RankToRehearse.of(run, ModelShape("llama", 4, 32, 64, 4, 4, 8, 128, 64), 2, peaks=False)])
+    first = next(number for number, entry in enumerate(record.entries) if entry == Mark("forward", 0))
+    before = [entry.operation for entry in record.entries[:first] if isinstance(entry, Call)]
+    assert before.count("all_gather") >= 2 and before.index("all_gather") < before.index("recv")
+
+
+def of_largest(rank: int) -> RankToRehearse:
+    """Of a run on 128 GPUs without virtual stages, which multiply what a rank must be rehearsed for."""
+    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    layout = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 16, "sequence_parallel": True, **ends}
+    return RankToRehearse.of(made_up_run("lora", 4096, 128, world_size=128, **layout), LLAMA_405B, rank)
+
+
+MEASURED = """
+import json, resource
+from megatron_peft.rehearsal.rehearsed_rank import rehearse_rank
+from tests.rehearsal.test_rehearsal import of_largest
+rehearse_rank(of_largest({rank}))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20]))
+"""
+
+
+@pytest.mark.slow
+def test_three_kinds_of_ranks_of_llama_405b_take_90_cpu_seconds_and_a_gibibyte():
+    found = []
+    for rank in (0, 64, 120):  # the first, a middle and the last stage
+        words = [sys.executable, "-W", "ignore", "-c", MEASURED.format(rank=rank)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert sum(cpu for cpu, _ in found) <= seconds(90)
+    assert max(gibibytes for _, gibibytes in found) <= 1

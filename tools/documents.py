@@ -1,0 +1,89 @@
+"""Writes the results of committed records into documents, so that no figure in them is typed.
+
+python -m tools.documents README.md docs/*.md docs/results/README.md rewrites the text between
+
+    <!-- records: paper_small -->
+    <!-- end of records -->
+
+from docs/results/paper_small: the folder of an experiment (its state, the scores of each method, the best mean), a JSON
+file of megatron-peft bench (`bench/collectives.json`: its figures), or one that holds a table
+(`planning/published.json`). A test compares the documents with them.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_peft.config import ConfigurationError
+from megatron_peft.config.untrusted import read_json, read_text
+from megatron_peft.experiment import report
+from megatron_peft.experiment.results import read_results
+from megatron_peft.experiment.tables import Table, by_score, reference_method, rows
+
+RECORDS = Path("docs/results")  # from the root of a clone
+PLACE = re.compile(r"(<!-- records: (\S+) -->\n).*?(<!-- end of records -->)", re.DOTALL)
+
+
+def filled(text: str, records: Path) -> str:
+    """The document with its marked places filled from the folder `records`."""
+    return PLACE.sub(lambda place: f"{place[1]}{markdown_of(records / place[2])}{place[3]}", text)
+
+
+def markdown_of(record: Path) -> str:
+    """Raises ConfigurationError: there is no such record."""
+    if record.suffix != ".json":
+        return experiment(record)
+    found = read_json(record)
+    return table_of(found) if isinstance(found, dict) else benchmark(record)
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """Markdown of a JSON file with `title`, `columns`, `rows` of text, and the number of `text_columns`."""
+    rows = tuple(map(tuple, found["rows"]))
+    return Table(found["title"], tuple(found["columns"]), rows, text_columns=found["text_columns"]).markdown()
+
+
+def experiment(folder: Path) -> str:
+    """Markdown of an experiment's folder: scores by method, and what they say."""
+    results = read_results(folder)
+    reference = reference_method(results, None)
+    found = rows(results, reference)
+    told = (report.state(results), next(report.provenance(results)), *report.verdicts(found, reference))
+    sentences = "\n".join(f"- {sentence}" for sentence in told)
+    return f"{by_score(results, found).markdown()}\n{sentences}\n"
+
+
+def benchmark(path: Path) -> str:
+    """Markdown of a JSON file that `megatron-peft bench` wrote."""
+    figures: list[dict[str, Any]] = read_json(path)
+    return Table(
+        f"`megatron-peft bench {path.stem}`",
+        ("figure", "behind it", "measured", "target"),
+        tuple((_name(one), one["note"], _number(one["measured"]), _number(one["target"])) for one in figures),
+        text_columns=2,
+    ).markdown()
+
+
+def _name(figure: dict[str, Any]) -> str:
+    return f"{figure['name']} ({figure['unit']})" if figure["unit"] else figure["name"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def main(files: Sequence[str]) -> int:
+    """Fill the marked places of documents. Exit code 2 for records that cannot be read."""
+    try:
+        for path in map(Path, files):
+            path.write_text(filled(read_text(path), RECORDS), encoding="utf-8")
+    except ConfigurationError as error:
+        print("documents: error: " + "\n  - ".join(error.problems), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
