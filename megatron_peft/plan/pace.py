@@ -32,7 +32,7 @@ class Accuracy:
     @classmethod
     @cache
     def reported(cls) -> "Accuracy":
-        """Of the runs that had no part in the constants (`published.py`)."""
+        """Of the runs that had no part in the constants (`tools/published.py`)."""
         return cls(tuple(json.loads(ERRORS.read_text(encoding="utf-8")).values()))
 
     @property

@@ -10,7 +10,7 @@ import pytest
 from megatron_peft.commands.prepare import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.evaluation.harness_run import find_tasks
-from megatron_peft.tasks import readers as task_readers
+from megatron_peft.tasks import readers
 from megatron_peft.tasks.readers import read_task_file, shipped
 from megatron_peft.tasks.template import TASKS, TaskTemplate
 
@@ -48,7 +48,7 @@ def test_its_items_are_trained_on_and_scored(tmp_path: Path) -> None:
 def test_a_file_in_the_folder_of_tasks_is_a_sub_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(TASKS, tmp_path / "tasks")
     (tmp_path / "tasks" / f"{NAME}.yaml").write_text(SOURCE)
-    monkeypatch.setattr(task_readers, "TASKS", tmp_path / "tasks")
+    monkeypatch.setattr(readers, "TASKS", tmp_path / "tasks")
     shipped.cache_clear()
     try:
         assert (prepare(tmp_path, NAME) / f"{NAME}.yaml").exists()
@@ -90,5 +90,5 @@ def test_shipped_tasks_have_their_files_names() -> None:
     assert {*shipped()} == {"mnli", "qqp", "sst2", "qnli", "gsm8k", "translation", "humaneval", "instructions"}
     assert read_task_file(TASKS / "humaneval_greedy.yaml") is None
     with pytest.raises(ConfigurationError, match="no task nli; the tasks are mnli, "):
-        task_readers.load("nli")
+        readers.load("nli")
     assert TaskTemplate("gsm8k_8shot").text.startswith("# GSM8K, 8 solved problems"), "the declaration is not written"
