@@ -347,9 +347,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # there is one around
+    of_gguf.tqdm = lambda tensors, **_: tensors  # pyright: ignore[reportAttributeAccessIssue]
     # transformers parses the file three times, and makes the table of names anew for every module.
     library.GGUFReader, library.get_tensor_name_map = cache(library.GGUFReader), cache(library.get_tensor_name_map)
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
