@@ -152,7 +152,7 @@ def _conversation(column: str, record: Record) -> Record:
     if not isinstance(turns, list) or not turns:
         raise ConfigurationError(f'"{column}" is not a list of objects with "role" and "content", or it is empty.')
     system = record.get("system")
-    messages = [_turn(number, turn) for number, turn in enumerate(turns, 1)]
+    messages = [plain_turn(number, turn) for number, turn in enumerate(turns, 1)]
     found: Record = {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
     if "tools" in record:
         tools = record["tools"]  # some write the list as a text
@@ -161,7 +161,7 @@ def _conversation(column: str, record: Record) -> Record:
     return found
 
 
-def _turn(number: int, turn: Any) -> Any:
+def plain_turn(number: int, turn: Any) -> Any:
     """A turn with role and content; what is neither of the two forms stays, and is refused where turns are checked."""
     if isinstance(turn, dict) and turn.get("content") and isinstance(turn["content"], list):
         turn = {**turn, "content": _joined(number, turn["content"])}

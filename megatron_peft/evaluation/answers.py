@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_peft.config import ConfigurationError, RunConfig, require
 from megatron_peft.config.evaluation import AnswerSettings
 from megatron_peft.config.untrusted import parse_json, read_text, require_regular
+from megatron_peft.data.formats import plain_turn
 from megatron_peft.data.tokenizers import Tokenizer
 from megatron_peft.evaluation.dispatch import AnswerPlan, NamedPrompt, generate_answers
 from megatron_peft.evaluation.generation import StopTexts
@@ -48,6 +49,11 @@ def _record(line: str, place: str, is_json: bool) -> Record:
     are_messages = isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
     is_prompt = isinstance(found.get("prompt"), str) or are_messages
     require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
+    if are_messages:
+        try:
+            return {**found, "messages": [plain_turn(number, one) for number, one in enumerate(messages, 1)]}
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{place}: {error}") from error
     return found
 
 

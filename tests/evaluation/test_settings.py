@@ -199,6 +199,9 @@ def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == line
 
 
+PARTS = '{{"messages": [{{"role": "user", "content": [{{"type": "{}", "text": "Hi"}}]}}], "id": 4}}'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -208,6 +211,8 @@ def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
         ("a.jsonl", '{"text": "x"}\n', r'a\.jsonl:1: neither {"prompt": "..."} nor'),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: neither"),
         ("a.jsonl", '{"messages": "hi"}', r"a\.jsonl:1: neither"),
+        ("a.jsonl", PARTS.format("text"), [{"messages": [{"role": "user", "content": "Hi"}], "id": 4}]),
+        ("a.jsonl", PARTS.format("image"), r'a\.jsonl:1: "content" of message 1 has a part of type image'),
         ("a.txt", "\n", "contains no prompt"),
         ("a.txt", None, "--prompt-file .*a.txt cannot be read"),
     ],
