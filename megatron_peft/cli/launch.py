@@ -18,6 +18,7 @@ TORCHRUN_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
 )
+LOADING = "loading torch and megatron-core\n"
 SECONDS_TO_SAVE = 600  # then ranks are killed; as long as a collective may wait (--distributed-timeout-minutes)
 FT_LAUNCHER = "nvidia_resiliency_ext.fault_tolerance.launcher"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -113,7 +114,16 @@ def start_processes(
             print(f"{program}: error: {problem}", file=sys.stderr)
         raise SystemExit(2) from error
     check({**os.environ, "WORLD_SIZE": str(world_size)})
+    if sys.stderr.isatty():
+        print(f"starting {world_size} process{'es' * (world_size > 1)}", file=sys.stderr, flush=True)
     return _run(config, module, argv, program)
+
+
+def tell_loading() -> None:
+    """At a terminal, that torch is about to be imported, which takes seconds. Of several ranks the first one tells."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(LOADING)
+        sys.stderr.flush()
 
 
 def planned_world_size(launch: Mapping[str, Any], environ: Mapping[str, str]) -> int:

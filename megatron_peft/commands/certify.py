@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, add_run_flags, read_own_flags
 from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
 from megatron_peft.commands.preview import ranks_of_a_replica
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # Imported after the arguments were read: --help and a wrong flag answer at once. GPUs are hidden before torch asks.
+    tell_loading()
     import megatron_peft.runtime.no_gpu  # noqa: F401
     from megatron_peft.certify.certify import certify, print_certificate, write_certificate
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, own_parser, parse_own, settings_of
 from megatron_peft.config import ConfigurationError, Requirements, flag, option, require, required_option
 from megatron_peft.config.hub import local_model
@@ -219,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for bad flags and bad input; 1 if `verify` finds a difference above --tolerance."""
     parser = own_parser(__doc__)
     typed = parse_own(parser, argv, add_arguments(parser))
+    tell_loading()
     try:
         return settings_of(COMMANDS[typed["command"]], typed).run()
     except ConfigurationError as error:

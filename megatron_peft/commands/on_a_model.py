@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_peft.cli.launch import start_processes
+from megatron_peft.cli.launch import start_processes, tell_loading
 from megatron_peft.cli.own_flags import read_own_flags
 from megatron_peft.cli.parser import exit_with_error, typed_launch, unknown_flags
 from megatron_peft.config import ConfigurationError
@@ -45,6 +45,7 @@ def ask_a_model(
     if ended is not None:
         return ended
 
+    tell_loading()
     from megatron_peft.evaluation.model import run_on_a_model
 
     run_on_a_model(load(), settings, flags, program)

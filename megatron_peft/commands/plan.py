@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_peft.cli.launch import tell_loading
 from megatron_peft.cli.own_flags import ArgumentParser, add_flags, read_own_flags
 from megatron_peft.cli.parser import exit_with_error, read_config, typed_values, unknown_flags
 from megatron_peft.cli.run_file import run_file
@@ -113,6 +114,7 @@ def _plan(settings: PlanSettings, flags: Sequence[str]) -> int:
         config.model.pretrained_checkpoint is not None, "give --pretrained-checkpoint: a folder, or its config.json."
     )
     shape = _shape_of(str(config.model.pretrained_checkpoint))
+    tell_loading()
     if settings.fit:
         return _fit(settings, config, shape, cluster)
     return _report(settings, config, shape, cluster)

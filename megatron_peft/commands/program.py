@@ -1,5 +1,6 @@
 """`megatron-peft`: one program for everything. A command's module is imported only when it is called."""
 
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -59,7 +60,11 @@ def run_command(
         return 0
     if name in commands:
         sys.argv[0] = f"{program} {name}"  # argparse names the program by it
-        return import_module(f"megatron_peft.commands.{commands[name][0]}").main(words)
+        try:
+            return import_module(f"megatron_peft.commands.{commands[name][0]}").main(words)
+        except KeyboardInterrupt:
+            print(f"{program} {name}: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
     parser = _overview(program, commands, description)
     if name in ("--help", "-h"):
         parser.print_help()

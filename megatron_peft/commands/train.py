@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes
+from megatron_peft.cli.launch import planned_world_size, running_processes, start_processes, tell_loading
 from megatron_peft.cli.own_flags import ArgumentParser, add_run_flags
 from megatron_peft.cli.parser import exit_with_error, parse_arguments, typed_launch, typed_program
 from megatron_peft.cli.run_file import run_file
@@ -54,6 +54,7 @@ def _train(argv: Sequence[str], program: str) -> int:
 
 def _run(config: RunConfig, text: str, program: str, shows_plan: bool) -> None:
     # Imported after the arguments were read: --help and a wrong flag answer at once.
+    tell_loading()
     from megatron_peft.runtime.failure import run_together
     from megatron_peft.runtime.launch import world
     from megatron_peft.runtime.stacks import record_collectives
@@ -80,6 +81,7 @@ def _dry_run(argv: Sequence[str], launch: Mapping[str, Any], program: str, clust
     config = parse_arguments(argv, {**os.environ, "WORLD_SIZE": str(size)}, shape_of, program)
     os.environ["WORLD_SIZE"] = "1"
 
+    tell_loading()
     from megatron_peft.plan.cluster import cluster_of_this_machine, read_cluster
     from megatron_peft.plan.plan import make_plan, print_plan, why_not_to_start
     from megatron_peft.runtime.launch import start_world, stop

@@ -1,11 +1,12 @@
 """What `megatron-peft data preview` takes besides the flags of a run; `data.preview.Preview` does the work."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_peft.config.errors import Requirements, option, require
 from megatron_peft.config.model import DataConfig
-from megatron_peft.config.sources import RECORD_NAMES, is_indexed, parse_blend
+from megatron_peft.config.sources import RECORD_NAMES, kind_of_source, parse_blend
 
 FLAG = "--train-data-path"
 
@@ -31,8 +32,11 @@ class PreviewOptions:
         """Raises ConfigurationError for data that cannot be previewed, or not like this; no file is opened."""
         paths = data.train_data_path
         require(bool(paths), f"nothing to preview: give {FLAG} FILE.jsonl.")
+        prefixes = [path for path in parse_blend(paths, FLAG).prefixes if kind_of_source(path) == "indexed"]
+        missing = [path for path in prefixes if not Path(f"{path}.idx").exists()]
+        require(not missing, f"{FLAG} {' '.join(missing)}: no file of records; {RECORD_NAMES}.")
         require(
-            not is_indexed(paths),
+            not prefixes,
             f"{FLAG} {' '.join(paths)} names indexed data, whose tokens are cut into sequences without regard to "
             f"records: there is nothing to preview. Give the records that it was made from ({RECORD_NAMES}).",
         )

@@ -129,15 +129,14 @@ def _result(run: RunFiles) -> Iterator[str]:
     iterations, losses = series(run.metrics, "validation_loss")
     if losses:
         lowest = int(np.argmin(losses))
-        yield (
-            f"Validation loss: **{format_number(losses[-1])}** at iteration {iterations[-1]}, "
-            f"{format_number(losses[0])} at iteration {iterations[0]}. The lowest is {format_number(losses[lowest])}, "
-            f"at iteration {iterations[lowest]}."
-        )
+        first = f", {format_number(losses[0])} at iteration {iterations[0]}"
+        best = f". The lowest is {format_number(losses[lowest])}, at iteration {iterations[lowest]}"
+        others = first + best if len(losses) > 1 else ""
+        yield f"Validation loss: **{format_number(losses[-1])}** at iteration {iterations[-1]}{others}."
     iterations, losses = series(run.metrics, "loss")
     if losses:
-        first, last = format_number(losses[0]), format_number(losses[-1])
-        yield f"Training loss: {last} at iteration {iterations[-1]}, {first} at first."
+        first = f", {format_number(losses[0])} at iteration {iterations[0]}" if len(losses) > 1 else ""
+        yield f"Training loss: {format_number(losses[-1])} at iteration {iterations[-1]}{first}."
 
 
 def _length(record: RunRecord | None) -> str:

@@ -6,6 +6,7 @@ as --seq-length allows.
 """
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -208,27 +209,37 @@ def _processes(
     context = get_context("forkserver")
     preload(["megatron_peft.rehearsal.rehearsed_rank"])
     number = min(num_processes or _num_processes(), most)
+    running: set[Any] = set()
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
 
         def start(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
             watch(0, 1)
-            future = threads.submit(_in_a_process, context, function, arguments)
+            future = threads.submit(_in_a_process, context, running, function, arguments)
             future.add_done_callback(lambda _: watch(1, 0))
             return future
 
-        yield start
+        try:
+            yield start
+        except BaseException:  # Ctrl-C too
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                process.kill()
+            raise
 
 
-def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _in_a_process(context: Any, running: set[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
     process.start()
+    running.add(process)
     sender.close()
     try:
         result, error = receiver.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"the process of a rehearsed rank ended with exit code {process.exitcode}") from None
+    finally:
+        running.discard(process)
     process.join()
     if error is not None:
         raise error
@@ -236,6 +247,7 @@ def _in_a_process(context: Any, function: Callable[..., Any], arguments: tuple[A
 
 
 def _answer(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends this one
     import_module(NO_GPU)  # where the server could not
     sys.stdout = open(os.devnull, "w")  # what a run tells at its start
     warnings.simplefilter("ignore")

@@ -8,9 +8,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Timer
 from types import FrameType
 from typing import Any
 
+SECONDS_TO_HEAR_OF_A_FAILURE = 1.0
 SAVE_AND_EXIT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -83,6 +85,11 @@ class ExitSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._prints and not self.received:
-            # Not `print`: the signal may have interrupted a write to the same stream.
-            os.write(2, f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode())
+            told = f"\n{signal.Signals(number).name}: ending after this step (Ctrl-\\ ends at once)\n".encode()
+            if number == signal.SIGINT:
+                os.write(2, told)  # not `print`: the signal may have interrupted a write to the same stream
+            else:  # which a launcher sends too, where another rank has failed and said why: that ends this one first
+                timer = Timer(SECONDS_TO_HEAR_OF_A_FAILURE, os.write, (2, told))
+                timer.daemon = True
+                timer.start()
         self.received = True

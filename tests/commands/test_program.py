@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_peft.commands import program
+from megatron_peft.cli.launch import LOADING, tell_loading
+from megatron_peft.commands import plan, program
 from megatron_peft.commands.program import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,23 @@ def test_every_command_has_help_under_its_own_name(name, capsys, monkeypatch) ->
         main([name, "--help"])
     assert capsys.readouterr().out.split()[:3] == ["usage:", "megatron-peft", name]
     assert sys.argv[0] == f"megatron-peft {name}"
+
+
+def test_ctrl_c_is_one_line_of_any_command(monkeypatch, capsys) -> None:
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "main", interrupted)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr().err == "megatron-peft plan: interrupted\n"
+
+
+def test_a_terminal_is_told_what_takes_seconds(monkeypatch, capsys) -> None:
+    for is_terminal, rank, told in ((True, "0", LOADING), (True, "1", ""), (False, "0", "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setenv("RANK", rank)
+        tell_loading()
+        assert capsys.readouterr().err == told and not told.startswith("\n")
 
 
 def test_commands_and_their_commands_are_listed(capsys) -> None:

@@ -144,7 +144,7 @@ def test_a_weighted_blend_is_drawn_by_its_weights_and_has_no_epoch(write_lines):
     ("flags", "told"),
     [
         ("--tokenizer-model t", "nothing to preview: give --train-data-path"),
-        ("--train-data-path nowhere --tokenizer-model t", "names indexed data"),
+        ("--train-data-path nowhere.txt --tokenizer-model t", "nowhere.txt: no file of records; names of files"),
         ("--train-data-path 1 a.jsonl --tokenizer-model t --exact", "--exact reads each record once, but"),
         ("--train-data-path a.jsonl", "no tokenizer: give --tokenizer-model, or --pretrained-checkpoint"),
         ("--train-data-path a.jsonl --sampled-records 1", "--sampled-records is 1; it must be above 1"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_peft.cli.parser import parse_arguments, read_config
 from megatron_peft.commands import demo
 from megatron_peft.config import METHODS
-from megatron_peft.demo import run
+from megatron_peft.demo import ranks, run
 from megatron_peft.demo import run as module
 from megatron_peft.demo.data import Pair, PairFiles, read_pairs
 from megatron_peft.demo.run import DemoScore, run_demo, training_flags
@@ -174,6 +174,20 @@ def test_a_short_run_needs_no_word_of_a_warmup() -> None:
     """Nobody who types --train-iters 4 has to know of one."""
     words = [*training_flags(Path("model"), PairFiles(Path("train.jsonl"), Path("valid.jsonl")), "lora")]
     assert read_config([*words, "--train-iters", "4"], {"WORLD_SIZE": "2"}).training.train_iters == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupted_rank_ends_with_130_and_the_first_one_says_so(monkeypatch, capsys, rank):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    ended: list[int] = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(ranks, "_train_and_score", interrupted)
+    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["ranks", "folder"])
+    ranks.main()
+    assert ended == [130] and capsys.readouterr().err == ("" if rank else "megatron-peft demo: interrupted\n")
 
 
 def test_an_interrupt_changes_the_exit_code_alone(monkeypatch, capsys):

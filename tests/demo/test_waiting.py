@@ -10,6 +10,7 @@ from megatron_peft.demo.waiting import waiting
 
 
 def test_in_a_file_a_line_tells_every_few_seconds_how_far_it_is(monkeypatch, capsys) -> None:
+    assert module.SECONDS_OF_SILENCE < 5
     monkeypatch.setattr(module, "SECONDS_OF_SILENCE", 0.05)
     with waiting("scoring", total=8) as advance:
         advance(3)

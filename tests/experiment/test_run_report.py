@@ -63,7 +63,7 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     text = markdown(found)
     assert "80 iterations, 2.00 epochs, 640 samples, 72,000 tokens." in text
     assert "**1.875** at iteration 80, 2.500 at iteration 20. The lowest is 1.750, at iteration 40." in text
-    assert "Training loss: 2.013 at iteration 80, 2.500 at first." in text
+    assert "Training loss: 2.013 at iteration 80, 2.500 at iteration 2." in text
     told = "Training took 0:00:40, without validation and saves; a step 0.500 s (median), with 1,230 tokens per second"
     assert f"{told}; memory of the process of rank 0 at most 3.000 GB." in text
     loss = found.sections[0].figures["loss"].axes[0]
@@ -118,6 +118,8 @@ def test_a_single_measurement_is_seen(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", [line(1)])
     (axes,) = build_run_report(read_run(folder)).sections[0].figures["loss"].axes
     assert axes.lines[0].get_marker() == "o"
+    text = markdown(build_run_report(read_run(folder)))
+    assert "Training loss: " in text and "Validation loss" not in text and text.count("at iteration 1") == 1
 
 
 def test_the_page_is_one_file_and_texts_are_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
