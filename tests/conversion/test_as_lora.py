@@ -227,9 +227,9 @@ def test_weights_that_are_not_finite_are_told(moved, tmp_path):
 
 
 def test_a_change_is_told_that_is_not_finite_in_some_rows(moved):
-    """As products that overflow make it of finite tensors."""
-    run = open_run(moved.run("boft"))
-    name = next(name for name in run.stored if name.endswith("fc2.adapter.Q"))
+    """As products that overflow make it of finite tensors. R is on the output's side: one of its blocks, some rows."""
+    run = open_run(moved.run("hybrid"))
+    name = next(name for name in run.stored if name.endswith("fc2.adapter.rotation.Q"))
     Q = read_stored(run.stored[name])
     Q.view(-1)[-1] = torch.nan
     slices = (StoredSlice((0,) * Q.dim(), tuple(Q.shape), lambda index: Q[index]),)

@@ -5,6 +5,7 @@ Also the stream of answers and the world that a program runs in. Answers and who
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,9 @@ from megatron_peft.evaluation.answers import (
 )
 from megatron_peft.evaluation.generation import StopTexts
 from megatron_peft.evaluation.harness_run import find_tasks
-from megatron_peft.evaluation.model import SAVED, end_ids, run_on_a_model, saved_values, values_of_model
+from megatron_peft.evaluation.model import SAVED, end_ids, load_model, run_on_a_model, saved_values, values_of_model
 from tests.evaluation.local_tasks import write_tasks
+from tests.one_rank import one_rank
 from tests.tiny_llama import save_llama
 from tests.training.recorded_saves import small_files_only
 
@@ -334,6 +336,14 @@ def test_a_model_may_name_several_ends_or_none(tmp_path, named, ids):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigurationError, match="generation_config.json: not JSON"):
         end_ids(str(tmp_path))
+
+
+def test_what_ends_the_data_of_a_run_ends_an_answer_beside_what_the_base_names(tmp_path):
+    base = save_llama(tmp_path / "base", num_hidden_layers=1)
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    config = replace(_config(str(base)), parallel=ParallelConfig())
+    with one_rank(with_groups=False):
+        assert load_model(config).end_ids == {2, 5, config.data.vocab_size}
 
 
 def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:

@@ -13,7 +13,7 @@ from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate
 from megatron_peft.planning.footprint import memory, parameters, total
 from megatron_peft.planning.headlines import MODELS
-from megatron_peft.planning.pipeline import estimated_time, in_flight
+from megatron_peft.planning.pipeline import _program, estimated_time, in_flight
 from megatron_peft.planning.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_405B, made_up_run
 from megatron_peft.planning.record import Call, Computation, Entry, Mark, RankRecord
 from megatron_peft.planning.rehearsal import Lengths, RankToRehearse, rehearse, rehearse_run
@@ -147,3 +147,11 @@ def test_the_time_of_an_estimate_is_that_of_the_recorded_schedule(timed):
     stages = rehearse_run(run, shape, peaks=False).stages
     recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster.of_run(run))
     assert estimated_time(StepEstimate(run, shape), cluster).seconds == pytest.approx(recorded.seconds, rel=0.02)
+
+
+@pytest.mark.parametrize(("method", "stages"), [("full", {0, 3}), ("lora", set())])
+def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(method, stages):
+    run = made_up_run(method, 2048, 8, world_size=4, pipeline_model_parallel_size=4)
+    step, cluster = StepEstimate(run, replace(SHAPE, num_layers=4, tied_embeddings=True)), read_cluster("8xa100")
+    entries = {stage: [*_program(step, stage, cluster)] for stage in range(4)}
+    assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages
