@@ -86,10 +86,11 @@ def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives(size):
     assert torch.equal(found[0], torch.autograd.grad(_SwiGLU.apply(h), h, dx)[0])
 
 
+@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["few tokens", "as many as features"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_dropout_masks_what_swiglu_gives(size):
-    adapter, weight = moved("row"), draw("W", OUT, IN)
-    h, mask = draw("h", 5, 2, 2 * IN).requires_grad_(), (draw("mask", 5, 2, IN) > 0) / 0.5
+def test_dropout_masks_what_swiglu_gives(size, num_tokens):
+    adapter, weight, tokens = moved("row"), draw("W", OUT, IN), (num_tokens // 2, 2)
+    h, mask = draw("h", *tokens, 2 * IN).requires_grad_(), (draw("mask", *tokens, IN) > 0) / 0.5
     x, (A, B), (scale, D) = _SwiGLU.apply(h), (adapter.low_rank.A, adapter.low_rank.B), adapter._mixture()
     z = x @ weight.T
     plain = z + z @ torch.block_diag(*D).T + scale * ((x * mask) @ A.T @ B.T)
