@@ -177,6 +177,8 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
                 put(module, name, getattr(alone.get_submodule(path), name).detach(), size)
             elif isinstance(own, Tensor):  # not marked: each rank's constructor knows its slice
                 setattr(module, name, as_held([getattr(one.get_submodule(path), name) for one in ranks]))
+    if hasattr(layer.adapter, "bind_weight"):
+        layer.adapter.bind_weight(layer.weight)
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ def _candidates(run: RunConfig, shape: ModelShape, world_size: int, cluster: Clu
         optimizer = optimizers[-1 if parallel.data_parallel_size > 1 else 0]
         for training in trainings:
             try:
-                laid_out = replace(run, parallel=parallel, training=training, optimizer=optimizer)
+                laid_out = replace(run, model=models["none"], parallel=parallel, training=training, optimizer=optimizer)
             except ConfigurationError:
                 continue  # it doesn't divide the batch
             yield from (times.candidate(replace(laid_out, model=model), name) for name, model in models.items())

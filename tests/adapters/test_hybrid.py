@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_peft.adapters.frozen_linear import FrozenLinearCall
+from megatron_peft.adapters.frozen_linear import FrozenLinearCall, frozen_linear_mixed
 from megatron_peft.adapters.hybrid import Hybrid, update_mixtures
 from megatron_peft.config import PeftConfig
 from megatron_peft.models.layers import _SwiGLU
@@ -84,6 +84,21 @@ def test_a_row_parallel_layer_keeps_nothing_of_what_swiglu_gives(size):
     dx, *expected = torch.autograd.grad((adapter(alone, call) * direction).sum(), [alone, *adapter.parameters()])
     assert all(torch.equal(*pair) for pair in zip(found[1:], expected, strict=True))
     assert torch.equal(found[0], torch.autograd.grad(_SwiGLU.apply(h), h, dx)[0])
+
+
+@pytest.mark.parametrize("num_tokens", [IN - 2, IN], ids=["few tokens", "as many as features"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_dropout_masks_what_swiglu_gives(size, num_tokens):
+    adapter, weight, tokens = moved("row"), draw("W", OUT, IN), (num_tokens // 2, 2)
+    h, mask = draw("h", *tokens, 2 * IN).requires_grad_(), (draw("mask", *tokens, IN) > 0) / 0.5
+    x, (A, B), (scale, D) = _SwiGLU.apply(h), (adapter.low_rank.A, adapter.low_rank.B), adapter._mixture()
+    z = x @ weight.T
+    plain = z + z @ torch.block_diag(*D).T + scale * ((x * mask) @ A.T @ B.T)
+    ours = frozen_linear_mixed(x, A, B, D, scale, call_of(weight, size=size), mask)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
+    trained = [h, *adapter.parameters()]
+    gradients = [torch.autograd.grad(y.square().sum(), trained, retain_graph=True) for y in (ours, plain)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 LOW_SIZE, ROTATION_SIZE = 4, 9

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_peft.adapters import low_rank, urnn
 from megatron_peft.adapters.linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear
 from megatron_peft.adapters.rotation import BlockRotation
-from megatron_peft.certify.many_ranks import attach, build_layer, fake_groups, layer_config, run_built
+from megatron_peft.certify.many_ranks import attach, build_layer, drawn, fake_groups, layer_config, run_built, spread
 from megatron_peft.config import PeftConfig
 
 pytest.importorskip("torch.distributed._local_tensor", reason="this torch has no LocalTensorMode")
@@ -35,6 +36,7 @@ HYBRID = BOFT | URNN | {"method": "hybrid", "lora_rank": 3, "hybrid_lambda": "fi
 METHODS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "lora": {"method": "lora", "lora_rank": 3, "lora_dropout": 0.0},
+    "lora, dropout": {"method": "lora", "lora_rank": 3, "lora_dropout": 0.5},
     "lora-ga, start subtracted": {"method": "lora-ga", "lora_rank": 3, "lora_ga_init": "paper"},
     **{
         f"{name}, {side} side": {**settings, "rotation_side": side}
@@ -50,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "urnn replace": {**URNN, "urnn_mode": "replace"},
     "urnn riemannian replace": {**URNN, "urnn_mode": "replace", "urnn_update": "riemannian"},
     "hybrid": HYBRID,
+    "hybrid, dropout": {**HYBRID, "lora_dropout": 0.5},
     "hybrid with urnn, start subtracted": {**HYBRID, "hybrid_rotation": "urnn", "lora_ga_init": "paper"},
 }
 
@@ -119,4 +122,8 @@ def run(method: str, kind: str, group: dist.ProcessGroup, length: int, sequence_
     layer = build_layer(kind, KINDS[kind], config, group)
     if METHODS[method]:
         attach(layer, PeftConfig(**METHODS[method]), group.size())
-    return run_built(layer, KINDS[kind], length, group.size(), sequence_parallel)
+    cls, _, in_features, batch, _ = KINDS[kind]
+    split = (2, 1) if cls is ROW else (0, 1) if sequence_parallel else None  # as the layer's input is
+    mask = spread((drawn("mask", length, batch, in_features) > 0) / 0.5, split, group.size())
+    with mock.patch.object(low_rank.LowRank, "dropout_mask", lambda self, *_: mask if self.dropout else None):
+        return run_built(layer, KINDS[kind], length, group.size(), sequence_parallel)

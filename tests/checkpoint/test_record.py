@@ -1,5 +1,6 @@
 """A record reads back; contradictions name both values; two bases have different fingerprints."""
 
+import copy
 import dataclasses
 import json
 
@@ -19,7 +20,7 @@ from megatron_peft.checkpoint.record import (
     read_run_record,
     weight_files,
 )
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, flag
 from tests.checkpoint.records import SCHEDULE, SHAPE, make_config, make_record
 from tests.conversion.megatron_folders import save_distributed
 
@@ -114,6 +115,46 @@ def test_what_may_change(changes):
 def test_other_data_and_other_settings_give_a_warning(before, now, told):
     sentence = f"--load runs: the run continues with {told}, at the old position."
     assert changes(make_record(**before), here(**now)) == (sentence if told else "")
+
+
+DECIDING = {  # which samples come, and what an update is
+    "data": "train_data_path data_path split seq_length overlong pack_sequences packing seed prompt_column "
+    "response_column messages_column text_column chat_template",
+    "training": "global_batch_size seed",
+    "model": "bf16",
+    "optimizer": "adam_beta1 adam_beta2 adam_eps sgd_momentum clip_grad",
+}
+
+
+def with_other(run, section, name):
+    """The run with another value, whether it can be used or not."""
+    config, changed = copy.copy(run.config), copy.copy(getattr(run.config, section))
+    object.__setattr__(changed, name, "another")
+    object.__setattr__(config, section, changed)
+    return dataclasses.replace(run, config=config)
+
+
+@pytest.mark.parametrize(("section", "name"), [(one, name) for one in DECIDING for name in DECIDING[one].split()])
+def test_all_that_decides_samples_and_updates_is_compared(section, name):
+    assert f"{flag(name)} another (before: " in changes(make_record(), with_other(here(), section, name))
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
+def test_another_dropout_is_told(name):
+    assert f"{flag(name)} 0.25 (before: 0.0)" in changes(make_record(), here(transformer={name: 0.25}))
+
+
+SLOPING = {**SCHEDULE, "lr_decay_style": "linear", "wd_incr_style": "linear"}
+
+
+@pytest.mark.parametrize("name", [name for name in SLOPING if name != "num_steps"])
+def test_every_part_of_a_schedule_is_compared_and_read_as_what_it_is(name):
+    other = "cosine" if name.endswith("_style") else 12345
+    (message,) = optimizer_contradictions(make_record(schedule=SLOPING), here(schedule={**SLOPING, name: other}))
+    assert f"{SLOPING[name]} there, {other} here" in message
+    plain = json.loads(make_record(schedule=SLOPING).to_json())
+    with pytest.raises(ValueError, match=f"its schedule has {name} True"):
+        RunRecord.from_json(json.dumps({**plain, "schedule": {**plain["schedule"], name: True}}))
 
 
 def test_a_packed_run_of_before_there_was_a_choice_of_packing_is_told_of_the_other_order():

@@ -82,7 +82,9 @@ def test_a_moved_folder_is_locked_again_unless_another_run_has_it(alone, tmp_pat
         assert saver._lock is held
         (tmp_path / "run" / ".lock").unlink()
         publish(start_draft(tmp_path / "run", 50), tmp_path / "run", 50)
+        draft = start_draft(tmp_path / "run", 60)  # which a thread of this run is writing
         saver.hold_folder()  # the lock's file alone is gone, and the checkpoints are this run's
+        assert draft.is_dir()
         (tmp_path / "run").rename(tmp_path / "moved")
         with holder(tmp_path / "run"), pytest.raises(ConfigurationError, match="another run has that folder now"):
             saver.hold_folder()

@@ -88,6 +88,9 @@ def test_later_files_override_and_typed_flags_override_all(tmp_path: Path) -> No
     config = read("--config", first, second)
     assert (config.optimizer.lr, config.optimizer.adam_beta1, config.model.bf16) == (2e-4, 0.9, False)
     assert not config.training.exit_signal_handler
+    on = file_with(tmp_path, "exit-signal-handler: true\n", "on.yaml")
+    for files in ([first, on], [on, first], [first, on, first], [on, first, on]):
+        assert read("--config", *files).training.exit_signal_handler == (files[-1] == on)
     config = read("--lr", "3", "--config", first, "--exit-signal-handler", f"--config={second}")
     assert config.optimizer.lr == 3 and config.training.exit_signal_handler
 

@@ -226,6 +226,17 @@ def test_contradiction_between_groups(values: dict[str, Any], message: str) -> N
     assert len(caught.value.problems) == 1
 
 
+def test_what_is_only_just_allowed() -> None:
+    run_config(min_lr=1e-3, lr=1e-3, lr_warmup_init=1e-3)
+    run_config(decoupled_lr=1e-3, decoupled_min_lr=1e-3)
+    run_config(lr_warmup_iters=9)
+
+
+def test_a_rank_waits_as_long_as_the_flag_that_was_given_says() -> None:
+    assert ParallelConfig().seconds_to_wait == 600 == 10 * ParallelConfig(distributed_timeout_minutes=1).seconds_to_wait
+    assert ParallelConfig(distributed_timeout_seconds_after_init=7).seconds_to_wait == 7
+
+
 @pytest.mark.parametrize(
     ("values", "sizes"),
     [

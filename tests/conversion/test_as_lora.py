@@ -192,6 +192,9 @@ def test_full_fine_tuning_is_exported_and_what_is_left_out_is_told(moved, tmp_pa
     relative = {one: float((after[one] - before[one]).norm() / before[one].norm()) for one in HF_NAMES.values()}
     for name, share in relative.items():
         assert f"{name} ({share:.2%} of its norm)" in printed
+    squares = {name: (after[name].double() - before[name].double()).square().sum().item() for name in before}
+    share = (sum(squares[name] for name in HF_NAMES.values()) / sum(squares.values())) ** 0.5
+    assert f"the changes of 3 others, {share:.2%} of the Frobenius norm of all changes" in printed
     assert all(line in card for line in printed.splitlines() if line.startswith(("A LoRA of rank 3", "Left out")))
     seen = verify(adapter, whole).logits.relative
     assert f"relative {seen:.3g}; same best token" in printed and seen > 0.01
@@ -227,9 +230,9 @@ def test_weights_that_are_not_finite_are_told(moved, tmp_path):
 
 
 def test_a_change_is_told_that_is_not_finite_in_some_rows(moved):
-    """As products that overflow make it of finite tensors."""
-    run = open_run(moved.run("boft"))
-    name = next(name for name in run.stored if name.endswith("fc2.adapter.Q"))
+    """As products that overflow make it of finite tensors. R is on the output's side: one of its blocks, some rows."""
+    run = open_run(moved.run("hybrid"))
+    name = next(name for name in run.stored if name.endswith("fc2.adapter.rotation.Q"))
     Q = read_stored(run.stored[name])
     Q.view(-1)[-1] = torch.nan
     slices = (StoredSlice((0,) * Q.dim(), tuple(Q.shape), lambda index: Q[index]),)

@@ -1,5 +1,6 @@
 """Two models on the same tokens: what is equal is seen to be, and what is not is found and placed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -71,13 +72,23 @@ def test_what_cannot_be_compared_is_told(original, tmp_path):
             verify(ours, theirs, num_tokens=num_tokens)
 
 
+def test_as_many_tokens_are_compared_as_the_shorter_model_takes(original, tmp_path):
+    shorter = Path(shutil.copytree(original, tmp_path / "shorter"))
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    for pair in ((original, shorter), (shorter, original)):
+        assert verify(*pair, num_tokens=20).num_positions == 40
+        with pytest.raises(ConfigurationError, match="--num-tokens 21 must be at least 1 and at most 20"):
+            verify(*pair, num_tokens=21)
+
+
 @pytest.mark.parametrize("change", [lambda weights: weights.write_bytes(weights.read_bytes()[:-9]), Path.unlink])
 def test_what_the_library_that_should_cannot_open_is_told(change, original, tmp_path):
     folder = Path(shutil.copytree(original, tmp_path / "other"))
     change(folder / "model.safetensors")
     with pytest.raises(ConfigurationError, match="transformers cannot open .*other"):
         verify(original, folder, num_tokens=4)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "moved"}')
     with pytest.raises(ConfigurationError, match="base model .* is not there: give its folder with --pretrained-check"):
         verify(original, folder, num_tokens=4)
     with pytest.raises(ConfigurationError, match="HF PEFT cannot open .*other"):

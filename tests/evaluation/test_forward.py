@@ -92,10 +92,11 @@ def passes(monkeypatch):
 
 
 def test_choices_of_one_token_are_one_row(passes):
-    choices = [Continuation((1, 2), (token,)) for token in (3, 4, 5)] + [Continuation((1, 2), (3, 4))]
+    choices = [Continuation((1, 2), (token,)) for token in (3, 4, 5)]
+    choices += [Continuation((1, 2), (3, token)) for token in (4, 5)]
     scores = score_continuations(MODEL, choices, batch_size=8)
     assert passes == [[((1, 2), ()), ((1, 2), (3,))]]
-    assert [one.is_greedy for one in scores] == [True, False, False, True]
+    assert [one.is_greedy for one in scores] == [True, False, False, True, False]
     assert scores[0].log_likelihood > scores[1].log_likelihood == scores[2].log_likelihood
 
 

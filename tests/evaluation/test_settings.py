@@ -5,6 +5,7 @@ Also the stream of answers and the world that a program runs in. Answers and who
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_peft import config as c
+from megatron_peft.checkpoint.folders import MANIFEST
 from megatron_peft.cli.parser import parse_arguments
 from megatron_peft.config import ConfigurationError, ParallelConfig, PeftConfig, RunConfig
 from megatron_peft.config.evaluation import AnswerSettings, HarnessSettings, Sampling
@@ -27,8 +29,18 @@ from megatron_peft.evaluation.answers import (
 )
 from megatron_peft.evaluation.generation import StopTexts
 from megatron_peft.evaluation.harness_run import find_tasks
-from megatron_peft.evaluation.model import SAVED, end_ids, run_on_a_model, saved_values, values_of_model
+from megatron_peft.evaluation.model import (
+    SAVED,
+    end_ids,
+    load_model,
+    model_fingerprint,
+    run_on_a_model,
+    saved_values,
+    values_of_model,
+)
 from tests.evaluation.local_tasks import write_tasks
+from tests.one_rank import one_rank
+from tests.recorded_calls import recorded_calls
 from tests.tiny_llama import save_llama
 from tests.training.recorded_saves import small_files_only
 
@@ -185,7 +197,7 @@ def test_a_file_that_is_there_is_replaced_where_that_is_asked_for_and_never_the_
     assert path.read_text() == "hello\n"
 
 
-def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
+def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path, monkeypatch):
     file, line = AnswerFile(tmp_path / "out.jsonl"), '{"answers": ["yes"]}\n'
     with small_files_only(3 * len(line)):
         for _ in range(3):
@@ -195,8 +207,49 @@ def test_answers_are_kept_as_they_come_where_the_disk_fills(tmp_path):
     assert (tmp_path / ".out.jsonl.partial").read_text() == 3 * line and not (tmp_path / "out.jsonl").exists()
     whole = AnswerFile(tmp_path / "out.jsonl")
     whole.add(line)
+    calls = recorded_calls(monkeypatch)
     whole.publish()
     assert (tmp_path / "out.jsonl").read_text() == line
+    assert calls == [("fsync", tmp_path / ".out.jsonl.partial"), ("replace", tmp_path / "out.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "portions"), [(1, 2, [4, 1]), (2, 2, [4, 4, 2]), (3, 1, 5 * [3])]
+)
+def test_every_answer_has_a_random_stream_of_its_own_and_its_place(monkeypatch, num_samples, batch_size, portions):
+    """On two replicas, in portions of a batch for each."""
+    asked: list[list[str]] = []
+
+    def generated(model, prompts, plan, batch_size):
+        asked.append([one.name for one in prompts])
+        return [[*one.name.encode()] for one in prompts]
+
+    monkeypatch.setattr(answers, "generate_answers", generated)
+    config = SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=2))
+    model: Any = SimpleNamespace(tokenizer=BYTES, config=config)
+    settings = AnswerSettings(prompt_file="f", num_samples=num_samples, batch_size=batch_size, temperature=1.0)
+    records = [{"prompt": f"p{number}"} for number in range(5)]
+    lines = [*answers._lines(model, settings, records, [[1]] * 5, StopTexts(BYTES, ()))]
+    assert [len(names) for names in asked] == portions
+    for number, line in enumerate(lines):
+        own = [f"{number}/{sample}" for sample in range(num_samples)]
+        assert json.loads(line) == {"prompt": f"p{number}", "answers": own}
+    assert len(lines) == 5
+
+
+def test_answers_of_another_base_checkpoint_or_precision_are_not_taken_for_those_of_this_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "base_fingerprint", lambda folder: {"weights": folder})
+    monkeypatch.setattr(model, "find_checkpoint", lambda load: tmp_path / load)
+    for load in ("one", "other"):
+        (tmp_path / load).mkdir()
+        (tmp_path / load / MANIFEST).write_text(load)
+    found = {
+        model_fingerprint(replace(config, checkpoint=replace(config.checkpoint, load=load)))
+        for base in ("a", "b")
+        for config in (_config(base), replace(_config(base), model=replace(_config(base).model, bf16=False)))
+        for load in (None, "one", "other")
+    }
+    assert len(found) == 12
 
 
 PARTS = '{{"messages": [{{"role": "user", "content": [{{"type": "{}", "text": "Hi"}}]}}], "id": 4}}'
@@ -339,6 +392,14 @@ def test_a_model_may_name_several_ends_or_none(tmp_path, named, ids):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigurationError, match="generation_config.json: not JSON"):
         end_ids(str(tmp_path))
+
+
+def test_what_ends_the_data_of_a_run_ends_an_answer_beside_what_the_base_names(tmp_path):
+    base = save_llama(tmp_path / "base", num_hidden_layers=1)
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    config = replace(_config(str(base)), parallel=ParallelConfig())
+    with one_rank(with_groups=False):
+        assert load_model(config).end_ids == {2, 5, config.data.vocab_size}
 
 
 def _config(base: str = "base", peft: PeftConfig = PEFT["lora"]) -> RunConfig:

@@ -63,6 +63,11 @@ def test_bleu_has_an_error():
     assert error is not None and 2 < error < 20
 
 
+@pytest.mark.parametrize("items", [[1.0, 3.0], [*range(NUM_GROUPS)] * 3], ids=["two items", "as many kinds as groups"])
+def test_few_items_and_just_few_enough_kinds_have_the_exact_error(items):
+    assert jackknife_error(mean, items) == pytest.approx(leave_one_out(mean, items))
+
+
 @pytest.mark.parametrize(
     ("statistic", "items"), [(f1_score, LABELS[:1]), (median, [1.0, 2.0, 9.0]), (lambda items: math.nan, [1, 2, 3])]
 )

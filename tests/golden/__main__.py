@@ -3,9 +3,10 @@
 python -m tests.golden --base COMMIT; make golden BASE=COMMIT ARGS='--only hybrid'
 
 Losses, gradient norms, lambdas, learning rates, validation losses, all saved tensors, merged weights and greedy answers
-must be the same bits, and the working tree goes on from what the base saved. Bits differ between machines, so the base
-is run anew. A run, a prepared task and an experiment's record that b03219c wrote are loaded as well
-(test_written_by_b03219c.py). A change of flags, files or names stands in tests/golden/cases.py.
+must be the same bits, and the working tree goes on from what the base saved. Plans, certificates, exports, previews,
+help and errors must be the same texts and numbers. Bits differ between machines, so the base is run anew. A run, a
+prepared task and an experiment's record that b03219c wrote are loaded as well (test_written_by_b03219c.py). A change
+of flags, files or names stands in tests/golden/cases.py.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.golden.cases import CASES, Case, Inputs, resume, train
+from tests.golden.cases import CASES, Case, Commands, Inputs, resume, say, train
 from tests.golden.results import first_difference, quantities
 from tests.golden.tree import ENVIRONMENT, ProgramFailed, Tree
 
@@ -90,7 +91,7 @@ def _git(*words: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def _compare_all(commit: str, cases: Sequence[Case], loads: bool, keep: Path | None) -> int:
+def _compare_all(commit: str, cases: Sequence[Case | Commands], loads: bool, keep: Path | None) -> int:
     start, num_equal = time.monotonic(), 0
     with ExitStack() as stack:
         folder = (keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golden-")))).resolve()
@@ -126,14 +127,22 @@ def _checkout(commit: str, folder: Path) -> Path:
 
 
 def _difference(
-    case: Case, trees: Sequence[Tree], inputs: Inputs, folder: Path, pool: ThreadPoolExecutor, removes_runs: bool
+    case: Case | Commands,
+    trees: Sequence[Tree],
+    inputs: Inputs,
+    folder: Path,
+    pool: ThreadPoolExecutor,
+    removes_runs: bool,
 ) -> str | None:
     """Run the case in both trees at once; where they part, or None."""
     folders = [folder / "runs" / name / re.sub(r"\W+", "-", str(case)) for name in ("base", "work")]
-    told = _parted(
-        [pool.submit(train, tree, case, inputs, at) for tree, at in zip(trees, folders, strict=True)], folders
-    )
-    if told is None and case.layout == RESUMED:
+    pairs = list(zip(trees, folders, strict=True))
+    if isinstance(case, Commands):
+        runs = [pool.submit(say, tree, case, inputs, at) for tree, at in pairs]
+    else:
+        runs = [pool.submit(train, tree, case, inputs, at) for tree, at in pairs]
+    told = _parted(runs, folders)
+    if told is None and isinstance(case, Case) and case.layout == RESUMED:
         resumed, saved = [at / "resumed" for at in folders], folders[0] / "run"
         runs = [pool.submit(resume, tree, case, inputs, saved, at) for tree, at in zip(trees, resumed, strict=True)]
         told = _parted(runs, resumed)

@@ -1,9 +1,11 @@
-"""What golden runs: models, methods, layouts and the flags of each; and what is called otherwise in older trees."""
+"""What golden runs: models, methods, layouts and the flags of each; commands that do not train; and what is called
+otherwise in older trees."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
 # Program or file -> its names, newest first: the first that a tree has is taken. Words after a program's file are
 # given to it first: "train": ("cli/main.py train", "pretrain_peft.py").
 PROGRAMS = {
+    "say": (str(Path(__file__).with_name("say.py")),),  # this one for every tree
     "train": ("pretrain_peft.py",),
     **{name: (f"tools/{name}.py",) for name in ("generate", "convert", "evaluate", "experiment", "report")},
 }
@@ -73,6 +76,27 @@ TRAINING = (
 PROMPTS = ("3 14 15", "92 65 35 89 79", "500")
 NUM_TOKENS = 8  # of an answer
 
+# Name -> command lines of `megatron-peft`, run one after another in one folder, where they may write.
+TEXT = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE - 1} --seq-length 32"
+RUN = (
+    f"{TEXT} --pretrained-checkpoint {{inputs}}/llama --train-data-path {{inputs}}/pairs.jsonl --train-iters 6 "
+    "--micro-batch-size 1 --global-batch-size 4 --lora-rank 4"
+)
+COMMANDS = (
+    "train plan data convert generate evaluate certify experiment report demo bench check-gpu completion "
+    "data:prepare data:preprocess data:preview convert:hf-to-megatron convert:megatron-to-hf convert:merge "
+    "convert:export-adapter convert:import-adapter convert:verify"
+)
+SAID = {
+    "help": ["--help", *(f"{command} --help".replace(":", " ") for command in COMMANDS.split())],
+    "errors": Path(__file__).with_name("errors.txt").read_text().splitlines(),
+    "print-config": [f"train {RUN} --save run --print-config"],
+    "preview": [f"data preview {TEXT} --train-data-path {{inputs}}/pairs.jsonl --pack-sequences --samples 2"],
+    "plan": [f"plan {RUN} {TP2} --pipeline-model-parallel-size 2 --json plan.json"],
+    "plan --fit": [f"plan {RUN} --fit --world-size 2 --rehearsed 1 --json fit.json --save-config fit.yaml"],
+    "certify": [f"certify {RUN} {TP2} --world-size 2 --output certificate.json"],
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -86,12 +110,34 @@ class Case:
         return f"{self.model} {self.method}, {self.layout}"
 
 
-CASES = [Case(model, method, layout) for model in METHODS for method in METHODS[model] for layout in LAYOUTS]
+@dataclass(frozen=True)
+class Commands:
+    """What some commands say and write."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"says {self.name}"
+
+
+CASES: list[Case | Commands] = [Commands(name) for name in SAID]
+CASES += [Case(model, method, layout) for model in METHODS for method in METHODS[model] for layout in LAYOUTS]
+
+
+BAD = {  # file -> what it holds; `errors.txt` names them
+    "json.jsonl": '{"prompt": "1 2", "completion": "3"}\n{"prompt": \n',
+    "fields.jsonl": '{"question": "1 2"}\n',
+    "empty.jsonl": "",
+    "section.yaml": "trainning:\n  lr: 1\n",
+    "list.yaml": "- 1\n",
+    "values.yaml": "lora-rnak: 4\nlr: many\nbf16: perhaps\n",
+    "family/config.json": '{"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}',
+}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Models, data and prompts in a folder; both trees read them."""
+    """Models, data and prompts in a folder, bad ones too; both trees read them."""
 
     folder: Path
 
@@ -101,13 +147,20 @@ class Inputs:
         save_bloom(folder / "bloom")
         save_pairs(folder / "pairs.jsonl")
         (folder / "prompts.jsonl").write_text("".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in PROMPTS))
+        bad = folder / "bad"
+        shutil.copytree(folder / "llama", bad / "cut")
+        weights = bad / "cut" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        for name, text in BAD.items():
+            (bad / name).parent.mkdir(exist_ok=True)
+            (bad / name).write_text(text)
         return cls(folder)
 
 
 def train(tree: Tree, case: Case, inputs: Inputs, folder: Path) -> None:
-    """Train, save and answer the prompts; at PP2 the adapters are merged into the base too.
+    """Train, save and answer the prompts; at PP2 the adapters are merged into the base and exported as LoRA too.
 
-    `folder` then holds `run`, `answers.jsonl` and `merged`.
+    `folder` then holds `run`, `answers.jsonl`, `merged` and `exported`.
     """
     num_ranks, layout = LAYOUTS[case.layout]
     run(tree, "train", f"{_flags(case, inputs)} --save run --exit-interval {NUM_STEPS}", folder, num_ranks)
@@ -117,6 +170,16 @@ def train(tree: Tree, case: Case, inputs: Inputs, folder: Path) -> None:
     if case.layout == "PP2":
         command = "megatron-to-hf" if case.method == "full" else "merge"
         run(tree, "convert", f"{command} --input run --output merged", folder)
+        run(tree, "convert", "export-adapter --as-lora --max-rank 8 --input run --output exported", folder)
+
+
+def say(tree: Tree, case: Commands, inputs: Inputs, folder: Path) -> None:
+    """Run its commands; `folder` then holds `said.jsonl` and what they wrote."""
+    folder.mkdir(parents=True)
+    lines = [line.format(inputs=inputs.folder, run=RUN, text=TEXT) for line in SAID[case.name]]
+    lines = [line.format(inputs=inputs.folder) for line in lines]  # RUN has inputs
+    (folder / "lines.txt").write_text("\n".join(lines))
+    run(tree, "say", "lines.txt", folder)
 
 
 def resume(tree: Tree, case: Case, inputs: Inputs, run_of_base: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ FIRST = ("loss", "grad_norm")  # in a record of metrics; a difference there expl
 
 
 def quantities(folder: Path) -> Quantities:
-    """Of `run`, `answers.jsonl` and `merged` in a case's folder, as far as they are there."""
-    return dict([*_metrics(folder / "run"), *_checkpoint(folder / "run"), *_answers(folder), *_merged(folder)])
+    """Of `run`, `answers.jsonl`, `said.jsonl`, `merged`, `exported`, *.json and *.yaml in a case's folder, if there."""
+    run, models = folder / "run", [folder / name for name in ("merged", "exported")]
+    found = [_metrics(run), _checkpoint(run), _answers(folder), _said(folder), *map(_json, [folder, *models])]
+    return dict(chain(*found, *map(_weights, models)))
 
 
 def first_difference(base: Quantities, work: Quantities) -> str | None:
@@ -81,6 +84,8 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         full = prefix + newest_name(name)
         if isinstance(value, Mapping):
             yield from _flat(value, f"{full}/")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            yield from _flat({str(place): one for place, one in enumerate(value)}, f"{full}/")
         elif full not in NOT_COMPARED:
             yield full, value
 
@@ -101,7 +106,7 @@ def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 def _checkpoint(run: Path) -> Iterator[tuple[str, Tensor]]:
     """Of the newest checkpoint, whatever it is called."""
-    newest = saved_tensors(max(run.rglob(".metadata")).parent)
+    newest = saved_tensors(max(run.rglob(".metadata")).parent) if run.exists() else {}
     named = {newest_name(name): tensor for name, tensor in newest.items()}
     yield from ((f"saved {name}", named[name]) for name in sorted(named))
 
@@ -111,7 +116,24 @@ def _answers(folder: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"answer {number}: {name}", value) for name, value in _flat(record))
 
 
-def _merged(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted((folder / "merged").glob("*.safetensors")):
+def _weights(model: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            yield from ((f"merged {name}", file.get_tensor(name)) for name in sorted(file.keys()))
+            yield from ((f"{model.name} {name}", file.get_tensor(name)) for name in sorted(file.keys()))
+
+
+def _json(folder: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        yield from _flat(json.loads(path.read_text()), f"{path.name}: ")
+
+
+def _said(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Of each command line its exit code and what it printed, line by line; then what it wrote as YAML."""
+    for record in _records(folder / "said.jsonl"):
+        line = record["line"]
+        yield f"exit_code of {line}", record["exit_code"]
+        for stream in ("err", "out"):
+            text = record[stream].replace(record["cwd"], "FOLDER").replace(record["tree"], "TREE")
+            yield from ((f"{stream} {n} of {line}", told) for n, told in enumerate(text.splitlines(), 1))
+    for path in sorted(folder.glob("*.yaml")):
+        yield from ((f"{path.name} {n}", told) for n, told in enumerate(path.read_text().splitlines(), 1))

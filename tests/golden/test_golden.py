@@ -1,6 +1,8 @@
 """Golden's own parts: a changed bit is told, and so are other names; a tree gets the flags that it knows."""
 
+import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from tests.golden import cases
 from tests.golden.__main__ import main
-from tests.golden.results import first_difference
+from tests.golden.results import first_difference, quantities
 
 SAVED = torch.tensor([[0.0, 1, 2], [3, 4, float("nan")]])
 BASE = {"step 1: loss": 5.5, "step 1: grad_norm": 2.0, "saved a": SAVED, "answer 0: answers": ["1 2"]}
@@ -38,6 +40,23 @@ def test_other_names_kinds_and_answers_are_told() -> None:
     assert "answer 0: answers: base ['1 2'], working tree ['1 3']" in told(**{"answer 0: answers": ["1 3"]})
 
 
+def test_a_changed_word_number_or_exit_code_of_a_command_is_told(tmp_path: Path) -> None:
+    def told(name: str, err: str = "wrong, see {}/a in {}\nagain", code: str = "2", hours: float = 0.3) -> str:
+        folder, tree = tmp_path / name, tmp_path / "base"
+        folder.mkdir()
+        said = {"line": "plan", "cwd": str(folder), "tree": str(tree), "exit_code": code, "out": ""}
+        (folder / "said.jsonl").write_text(json.dumps({**said, "err": err.format(folder, tree)}) + "\n")
+        (folder / "plan.json").write_text(json.dumps({"layouts": [{"hours": hours}]}))
+        return first_difference(quantities(tmp_path / "first"), quantities(folder)) or "equal"
+
+    assert told("first") == told("same") == "equal"
+    text = told("word", "wrong, see {}/b in {}\nagain")
+    assert "err 1 of plan: base 'wrong, see FOLDER/a in TREE', working tree 'wrong, see FOLDER/b in TREE'" in text
+    assert "err 2 of plan: only in the base" in told("shorter", "wrong, see {}/a in {}")
+    assert "exit_code of plan: base '2', working tree '1'" in told("code", code="1")
+    assert "plan.json: layouts/0/hours: base 0x1.3333333333333p-2" in told("number", hours=0.30000000000000004)
+
+
 def test_tree_gets_the_flags_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"--interval": "--every", "--update manifold": "--update riemannian", "--lr": "--rate"}
     words = "--interval 3 --lr-decay cosine --update manifold".split()
@@ -50,7 +69,7 @@ def test_tree_gets_the_flags_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_method_stands_at_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 16 * 5 + 1
+    assert len(capsys.readouterr().out.splitlines()) == len(cases.SAID) + 16 * 5 + 1
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--only", "no such case"]) == 2
     assert signal.getsignal(signal.SIGTERM) == before

@@ -49,7 +49,7 @@ class Tree:
             [sys.executable, __file__, str(self.root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(self.root)},  # for processes that a program starts
             text=True,
             start_new_session=True,  # Ctrl-C reaches the caller alone, who ends this
         )

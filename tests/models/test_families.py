@@ -288,6 +288,7 @@ def test_absent_keys_of_mistral_and_qwen_have_the_values_of_transformers(config,
         (QWEN25_7B, {"use_sliding_window": True, "max_window_layers": 0}, (131072, 0)),
         (QWEN3_06B, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20}, (64, 20)),
         (QWEN3_06B, {"layer_types": ["full_attention"] * 28}, (None, 0)),
+        (QWEN25_7B, {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}, (None, 0)),
         (
             QWEN25_7B,
             {"use_sliding_window": True, "layer_types": ["full_attention"] * 27 + ["sliding_attention"]},

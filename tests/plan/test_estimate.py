@@ -12,7 +12,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import read_cluster
 from megatron_peft.plan.estimate import StepEstimate
 from megatron_peft.plan.footprint import memory, parameters, total
-from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.pipeline import _program, estimated_time, in_flight
 from megatron_peft.plan.timing import step_time
 from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, RankRecord
@@ -148,3 +148,11 @@ def test_the_time_of_an_estimate_is_that_of_the_recorded_schedule(timed):
     stages = rehearse_run(run, shape, peaks=False).stages
     recorded = step_time({stage.rank: stage.entries for stage in stages}, cluster.of_run(run))
     assert estimated_time(StepEstimate(run, shape), cluster).seconds == pytest.approx(recorded.seconds, rel=0.02)
+
+
+@pytest.mark.parametrize(("method", "stages"), [("full", {0, 3}), ("lora", set())])
+def test_only_a_trained_embedding_that_the_head_shares_has_its_gradient_summed(method, stages):
+    run = made_up_run(method, 2048, 8, world_size=4, pipeline_model_parallel_size=4)
+    step, cluster = StepEstimate(run, replace(SHAPE, num_layers=4, tied_embeddings=True)), read_cluster("8xa100")
+    entries = {stage: [*_program(step, stage, cluster)] for stage in range(4)}
+    assert {s for s in entries for one in entries[s] if isinstance(one, Call) and one.axis == "embedding"} == stages

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 from rich.console import Console
@@ -239,6 +240,35 @@ def test_why_nothing_fits_is_said(run, world_size, shape, told):
     with pytest.raises(ConfigurationError) as caught:
         fit(run, shape, world_size, A100)
     assert told in str(caught.value)
+
+
+def test_a_layout_that_fills_a_gpu_exactly_fits_and_of_two_as_fast_the_smaller_is_better(monkeypatch):
+    run = made_up_run("lora", 2048, 8)
+    monkeypatch.setattr(layouts, "memory", lambda step, stage, held: {"weights": A100.usable_bytes})
+    found = fit_small(run, world_size=2)
+    smaller = replace(found[0], memory={"weights": A100.usable_bytes - 1})
+    assert min((found[0], smaller), key=layouts._slowness) is smaller
+
+
+def test_the_layout_that_the_run_asks_for_changes_nothing():
+    """Pipelines of uneven stages and activations that ranks share too."""
+    plain = made_up_run("lora", 2048, 8)
+    uneven = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ettttt|tttL"}
+    shared = {**FULL_RECOMPUTE, "distribute_saved_activations": True}
+    asked = made_up_run("lora", 2048, 8, 1, shared, world_size=4, tensor_model_parallel_size=2, **uneven)
+    assert [one.flags for one in fit_small(asked, world_size=2)] == [
+        one.flags for one in fit_small(plain, world_size=2)
+    ]
+
+
+def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
+    known = layouts._LayerTimes(A100, SMALL)
+    for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
+        fields, modules = layouts.RECOMPUTES[recompute]
+        sizes = {"world_size": tp, "tensor_model_parallel_size": tp, "sequence_parallel": sequence and tp > 1}
+        run = made_up_run("hybrid", 1024, 8, rows, fields, **sizes)
+        run = replace(run, model=replace(run.model, recompute_modules=modules))
+        assert known.candidate(run, recompute) == layouts._LayerTimes(A100, SMALL).candidate(run, recompute)
 
 
 def test_layouts_that_fit_in_closed_form_alone_are_none(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal import rehearsal
 from megatron_peft.rehearsal.asked import RankToRehearse, enough_microbatches
-from megatron_peft.rehearsal.record import Call, Mark, RankRecord
+from megatron_peft.rehearsal.record import PHASES, Call, Mark, RankRecord
 from megatron_peft.rehearsal.rehearsal import rehearse
 from tests.ranks import run_ranks
 from tests.rehearsal.watched_runs import LAYOUTS, METHODS, Watched, profiled_peaks, real_records, watched
@@ -122,6 +124,26 @@ def test_more_microbatches_hold_no_more_memory(files, layout):
     less = replace(of, num_microbatches=enough, num_waiting=8 - enough)
     few, many = rehearse([less, replace(of, num_microbatches=8)])
     assert few.peaks["step"] == many.peaks["step"]
+
+
+def test_what_is_left_of_a_step_waits_on_the_device(files):
+    [run] = watched(files, 2, ["lora"], ["PP2"])
+    config = replace(run.of_rank(0).config, training=replace(run.of_rank(0).config.training, global_batch_size=256))
+    asked = RankToRehearse.of(config, run.of_rank(0).shape, 0)
+    assert 0 < asked.num_microbatches < config.num_microbatches
+    assert asked.num_microbatches + asked.num_waiting == config.num_microbatches
+
+
+def test_the_planned_peak_of_a_run_is_that_of_its_fullest_phase(files, monkeypatch):
+    [run] = watched(files, 1, ["lora"], ["alone"])
+    for fullest in PHASES:
+        peaks = {phase: {"weights": 5, "temporary": 4 if phase == fullest else 1} for phase in PHASES}
+        record = RankRecord(0, 0, 1, (), {}, peaks)
+        monkeypatch.setattr(rehearsal, "rehearse", lambda asked, record=record: [record])
+        planned = rehearsal.start_planned_peak(run.of_rank(0).config, run.of_rank(0).shape)
+        while (found := planned()) is None:
+            time.sleep(0.01)
+        assert found == 9, fullest
 
 
 @pytest.mark.slow

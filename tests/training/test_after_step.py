@@ -30,7 +30,7 @@ def adapters(state, kind):
     return [module for module in state.model_chunks[0].modules() if isinstance(module, kind)]
 
 
-@pytest.mark.parametrize("clip_grad", [0.0, 1e-2])
+@pytest.mark.parametrize("clip_grad", [0.0, 1e-2, 1e3])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_riemannian_blocks_move_by_the_clipped_gradient_and_the_schedules_rate(start, clip_grad, sharded):
     settings = {"clip_grad": clip_grad, "use_distributed_optimizer": sharded, "lr_decay_style": "constant"}
@@ -41,7 +41,7 @@ def test_riemannian_blocks_move_by_the_clipped_gradient_and_the_schedules_rate(s
     state.optimizer.step = lambda: (kept.update({one: one.U.main_grad.clone() for one in modules}), real())[1]
     report = train_step(state, next(iter(data.train)))
     clipping = min(1.0, clip_grad / (report.grad_norm + 1e-6)) if clip_grad else 1.0
-    assert len(modules) == 8 and (clipping < 0.5) == bool(clip_grad)
+    assert len(modules) == 8 and (clipping < 0.5) == (clip_grad == 1e-2)
     for module, U in zip(modules, before, strict=True):
         gradient = kept[module].view_as(U)
         expected = exponential_step(torch.view_as_complex(U), torch.view_as_complex(gradient), RATE * clipping)
@@ -175,7 +175,9 @@ def test_lambdas_stand_in_the_order_of_the_layers(start, monkeypatch):
     adapter = next(iter(mixing_adapters(state).values()))
     names = [f"decoder.layers.{layer}.mlp.linear_fc1" for layer in (10, 2)]
     monkeypatch.setattr(after_step, "mixing_adapters", lambda _: dict.fromkeys(names, adapter))
+    adapter.num_kept.fill_(2)
     assert [*mixtures(state).by_layer] == names[::-1]
+    assert mixtures(state).num_kept == 4, "of all layers"
 
 
 def test_one_log_line_reads_the_lambdas_of_all_layers_at_once(start):

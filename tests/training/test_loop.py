@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from math import inf, nan
+from types import SimpleNamespace
 
 import pytest
 
@@ -227,6 +228,38 @@ def test_the_time_of_a_save_is_not_that_of_a_step(start, tmp_path, monkeypatch):
     records = run.to_the_end().records
     assert run.saved == [1, 2, 3]
     assert len(jumps) == 3 and all(records[iteration]["step_seconds"] < 1e5 for iteration in (1, 2, 3))
+
+
+def test_neither_timers_nor_energy_go_on_in_a_save_or_a_validation(start, tmp_path, monkeypatch):
+    happened = []
+    run = Run(start, tmp_path, num_steps=4, save_interval=2, training={"eval_interval": 3})
+    begin, Speed = run.saver.start, loop.Speed
+    run.saver.start = lambda state: (happened.append("save"), begin(state))
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: happened.append("validation") or 1.0)
+
+    def with_meter(state):
+        speed = Speed(state)
+        speed._energy._monitor = SimpleNamespace(
+            pause=lambda: happened.append("pause"), resume=lambda: happened.append("resume"), lap=lambda: 0.0
+        )
+        return speed
+
+    monkeypatch.setattr(loop, "Speed", with_meter)
+    run.to_the_end()
+    assert run.saved == [2, 4]
+    expected = [["pause", one, "resume"] for one in ("save", "validation", "validation", "save")]
+    assert happened == [*itertools.chain(*expected)]
+
+
+def test_the_peak_beside_the_planned_one_is_that_of_the_second_step(start, tmp_path, capsys, monkeypatch):
+    """The plan is known after the fourth; later validations and saves are not what a step takes."""
+    run = Run(start, tmp_path, logging=EACH)
+    planned = iter([None, None, 4 << 30])
+    run.planned_peak = lambda: next(planned)
+    monkeypatch.setattr(loop, "memory_bytes", lambda: (0, run.state.position.iteration << 30))
+    run.to_the_end()
+    told = [line for line in capsys.readouterr().out.splitlines() if "GiB planned" in line]
+    assert len(told) == 1 and "2.00 GiB measured, 4.00 GiB planned (-50.0%;" in told[0]
 
 
 def test_a_resumed_run_ends_at_the_same_iteration(run):

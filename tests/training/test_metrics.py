@@ -10,6 +10,7 @@ import torch
 
 from megatron_peft.config import ConfigurationError, LoggingConfig, untrusted
 from megatron_peft.training.metrics import METRICS_FILE, MetricsWriter, memory_bytes, read_metrics, require_loggers
+from tests.recorded_calls import recorded_calls
 from tests.training.recorded_saves import small_files_only
 
 SILENT = LoggingConfig()
@@ -38,6 +39,14 @@ def test_resume_removes_records_that_will_be_repeated_and_a_torn_line(tmp_path, 
     assert [record["iteration"] for record in read_metrics(tmp_path / METRICS_FILE)] == expected
     kept = {"metrics.1.jsonl"} if resumed == 0 else set()
     assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, *kept}
+
+
+def test_what_is_left_of_a_log_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    _write(tmp_path, [1, 2, 3])
+    calls = recorded_calls(monkeypatch)
+    _write(tmp_path, [], resumed_iteration=2)
+    name = tmp_path / METRICS_FILE
+    assert calls == [("fsync", name.with_suffix(".tmp")), ("replace", name)]
 
 
 def test_a_log_of_any_size_is_cut_in_little_memory(tmp_path, monkeypatch):

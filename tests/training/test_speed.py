@@ -14,7 +14,7 @@ from megatron_peft.models.shape import ModelShape
 from megatron_peft.training import speed as speed_of_training
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
-from megatron_peft.training.speed import Energy, ModelFlops, Speed, Throughput
+from megatron_peft.training.speed import Energy, ModelFlops, OwnWork, Speed, Throughput
 from megatron_peft.training.step import finish_gradients, finish_with, run_schedule
 from tests.tiny_gpt import SIZES
 from tests.training.recorded_saves import RecordedSaves
@@ -78,6 +78,7 @@ def test_every_log_has_speed_timers_and_gradient_norms_by_layer(start, tmp_path,
     )
     train(state, data, RecordedSaves())
     (record,) = read_metrics(tmp_path / METRICS_FILE)
+    assert record["tokens_per_second_per_gpu"] == pytest.approx(record["tokens_per_second"])
     norms, timers = record["grad_norm_by_layer"], record["timer_seconds"]
     assert [*norms] == ["0", "1"] and sum(n**2 for n in norms.values()) == pytest.approx(record["grad_norm"] ** 2)
     assert 0 < timers["forward-compute"] < timers["forward-backward"] < record["step_seconds"]
@@ -139,3 +140,17 @@ def test_energy_is_that_of_all_gpus_since_the_last_line_without_pauses(monkeypat
         pass
     assert energy.joules(num_steps=2) == {"joules_per_step": 7.0}
     assert energy.joules(num_steps=1) == {"joules_per_step": 2.0}
+
+
+def test_the_slowest_rank_is_named_with_the_seconds_of_its_own_work_in_a_step(monkeypatch):
+    clock = iter([0.0, 6.0, 10.0, 11.0])
+    monkeypatch.setattr(speed_of_training.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(speed_of_training, "gather_over_world", lambda own: [(0.5, "a"), own, (9.0, "c")])
+    work = OwnWork(LoggingConfig(log_straggler=True))
+    with work.of_host():
+        pass
+    slowest = {"rank": 2, "host": "c", "seconds": 9.0}
+    assert work.slowest(num_steps=2) == {**slowest, "median_seconds": 3.0}
+    with work.of_device():
+        pass
+    assert work.slowest(num_steps=1) == {**slowest, "median_seconds": 1.0}, "that before counts no more"

@@ -1,5 +1,7 @@
 """Parameter groups, their learning rates, and the schedule."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -8,7 +10,8 @@ from megatron.core.optimizer import optimizer as optimizer_module
 
 from megatron_peft.adapters.hybrid import Hybrid
 from megatron_peft.config import ConfigurationError
-from megatron_peft.training.state import build_optimizer, build_schedule
+from megatron_peft.training import state as state_module
+from megatron_peft.training.state import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import layers_without_gradient
 
@@ -43,6 +46,29 @@ def test_only_trainable_parameters_have_gradients_and_moments(start):
     fc2 = "module.decoder.layers.{}.mlp.linear_fc2.adapter.{}"
     assert set(_groups(state, "max_lr")) == {fc2.format(layer, factor) for layer in (0, 1) for factor in "AB"}
     assert sum(buffer.numel_unpadded for buffer in state.model_chunks[0].buffers) == 2 * 4 * (160 + 96)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_virtual_stages_gather_ahead_where_the_weights_are_trained(job, monkeypatch, num_chunks, method, overlaps):
+    """Only the first of them has buckets, as in Megatron; the others' sums wait for the whole chunk."""
+    made = []
+
+    def wrap(config, settings, chunk, disable_bucketing):
+        made.append((settings, disable_bucketing))
+        return SimpleNamespace(start_param_sync=lambda: chunk, _make_forward_pre_hook=lambda: None, modules=list)
+
+    monkeypatch.setattr(state_module, "DistributedDataParallel", wrap)
+    flags = {"use_distributed_optimizer": overlaps, "overlap_param_gather": overlaps}
+    config = job(peft={"method": method}, optimizer=flags, training={"overlap_grad_reduce": overlaps}).config(1)
+    chunks = [SimpleNamespace(config=SimpleNamespace(param_sync_func=None)) for _ in range(num_chunks)]
+    wrap_data_parallel(chunks, config)
+    ahead = overlaps and method == "full" and num_chunks > 1
+    assert [settings.align_param_gather for settings, _ in made] == [ahead] * num_chunks
+    assert [disabled for _, disabled in made] == [number > 0 for number in range(num_chunks)]
+    gathers = chunks[0].config.param_sync_func
+    assert [one() for one in gathers or []] == (chunks if ahead else [])
 
 
 def test_norms_and_biases_of_the_base_do_not_decay(start):

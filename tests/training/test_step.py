@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def test_pairs_are_counted_where_the_losses_are(alone, num_losses, counted):
     """Every stage has the microbatches, and the sum is over all."""
     losses = torch.ones(num_losses, 3, dtype=torch.float64)
     assert step._sum_over_world(losses, [], False, 7, None)[5] == counted
+
+
+def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(alone):
+    for place in range(7):
+        losses, gradients = torch.ones(3, 3, dtype=torch.float64), [torch.ones(5) for _ in range(4)]
+        (losses[place, 0] if place < 3 else gradients[place - 3][-1]).fill_(math.nan)
+        buffers = [SimpleNamespace(grad_data=one) for one in gradients]
+        chunks = [SimpleNamespace(buffers=buffers[:2]), SimpleNamespace(buffers=buffers[2:])]
+        assert step._sum_over_world(losses, chunks, False, 7, None)[3] == 1, place
 
 
 def test_the_pretrained_weights_are_in_place_and_frozen(start):

@@ -2,14 +2,17 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from weakref import ref
 
 import pytest
 import torch
 
 from megatron_peft.adapters.boft import Boft
-from megatron_peft.adapters.step_rotations import StepRotations, inference_rotations
+from megatron_peft.adapters.hybrid import Hybrid
+from megatron_peft.adapters.step_rotations import StepRotations, _Stack, inference_rotations
 from megatron_peft.evaluation.generation import GenerationSettings, generate
+from megatron_peft.parallel.collectives import gradient_of
 from megatron_peft.training import step as step_module
 from megatron_peft.training.step import train_step
 from megatron_peft.training.validation import validation_loss
@@ -113,6 +116,32 @@ def test_a_layer_takes_the_blocks_of_its_own_weights(start):
     with inference_rotations(state.model_chunks):
         for rotation in (one for one in state.model_chunks[0].modules() if isinstance(one, Boft)):
             torch.testing.assert_close(rotation.held.D, rotation.changes(), atol=1e-6, rtol=0)
+
+
+def test_each_layer_has_the_formula_of_what_it_keeps(start):
+    """Whatever stands between them: at TP2 a Hybrid's column layers keep something else than its row layers."""
+    state, _ = start(peft=HYBRID)
+    adapters = [module for module in state.model_chunks[0].modules() if isinstance(module, Hybrid)]
+    for number, one in enumerate(adapters):
+        torch.nn.init.normal_(one.rotation.Q, std=0.1, generator=torch.Generator().manual_seed(number))
+    kinds = cycle(["input", "mixed output", "output"])
+    layers = [replace(one.applied_rotation(), kept=kept) for one, kept in zip(adapters, kinds, strict=False)]
+
+    def gradients(*stacks):
+        for layer in layers:
+            gradient_of(layer.rotation.trained).zero_()
+        for stack in stacks:
+            stack.build()
+            for layer in stack.layers:
+                layer.rotation.held.total.normal_(generator=torch.Generator().manual_seed(layers.index(layer)))
+            stack.add_gradients()
+        return [gradient_of(layer.rotation.trained).clone() for layer in layers]
+
+    together = gradients(_Stack(layers, torch.float32, True))
+    alone = gradients(*(_Stack([layer], torch.float32, True) for layer in layers))
+    for mine, expected in zip(together, alone, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(mine, expected)
 
 
 def test_groups_too_large_for_blocks_have_none(start, monkeypatch):

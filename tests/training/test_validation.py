@@ -1,11 +1,13 @@
 """Validation loss is a mean over tokens; adapters without gradient and drifting rotations are detected."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.training import loop
 from megatron_peft.training.loop import train
 from megatron_peft.training.metrics import METRICS_FILE, read_metrics
 from megatron_peft.training.step import train_step
@@ -69,6 +71,13 @@ def test_a_rotation_that_drifts_gives_a_warning(start, tmp_path, capsys):
     train(state, data, RecordedSaves())
     assert largest_orthogonality_error(state) > ORTHOGONALITY_LIMIT
     assert "away from orthogonal, above 1e-05: lower --peft-lr-rotation" in capsys.readouterr().out
+
+
+def test_a_rotation_of_which_one_number_is_nan_gives_a_warning(start, tmp_path, capsys, monkeypatch):
+    state, data = start(**peft("boft"), num_steps=1, checkpoint={"save": str(tmp_path)})
+    monkeypatch.setattr(loop, "largest_orthogonality_error", lambda state: math.nan)
+    train(state, data, RecordedSaves())
+    assert "a rotation is nan away from orthogonal" in capsys.readouterr().out
 
 
 def _by_hand(state, data):

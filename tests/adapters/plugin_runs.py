@@ -1,0 +1,118 @@
+"""What a process finds in which a method of one's own is installed: nothing of the project may be imported before."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+STEPS, SAVED = 4, 2
+RUN = (
+    f"--tokenizer-type NullTokenizer --seq-length 32 --train-iters {STEPS} --global-batch-size 4 --micro-batch-size 2 "
+    "--lr 1e-2 --log-interval 1 --num-workers 0"
+)
+TP2 = ("--tensor-model-parallel-size", "2")
+
+
+def install(packages: Path) -> None:
+    """The metadata of packages lies there, as pip leaves it, and their modules if they are not the tests' own."""
+    sys.path.insert(0, str(packages))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(packages), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+
+
+def layers_of_many_ranks(asked: tuple[Path, dict[str, Any]]) -> dict[str, float]:
+    """Differences of adapted layers at TP2+SP from one rank."""
+    packages, peft = asked
+    install(packages)
+    from megatron_peft.certify.many_ranks import Layers, compare_many_ranks
+    from megatron_peft.config import LinearSizes, PeftConfig
+
+    sizes = {"linear_fc1": LinearSizes("column", 64, 16, 2, 2), "linear_fc2": LinearSizes("row", 16, 32, 2)}
+    return compare_many_ranks(Layers(sizes, PeftConfig(**peft), 4, 8, sequence_parallel=True))
+
+
+def certificates(asked: tuple[Path, dict[str, Any]]) -> list[Any]:
+    """In one layout of each kind."""
+    packages, peft = asked
+    install(packages)
+    from tests.certify.test_certify import LLAMA, OVERLAPPED, PP2, TP2, run_of
+    from tests.certify.warm import Case, certified
+
+    layouts: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({**TP2, "sequence_parallel": True}, {}),
+        ({**PP2, "num_layers_per_virtual_pipeline_stage": 1}, {}),
+        ({}, OVERLAPPED),
+    ]
+    return certified([Case(run_of(peft, parallel, 2, **others), LLAMA) for parallel, others in layouts])
+
+
+def life(asked: tuple[Path, dict[str, Any], Path]) -> dict[str, Any]:
+    """Losses of a run at TP2, of its second half resumed there and on one rank; how far what is made of it is from it;
+    exit codes and reports of the commands that plan it.
+    """
+    packages, peft, folder = asked
+    install(packages)
+    from megatron_peft.commands import plan, train
+    from megatron_peft.config import ConfigurationError
+    from megatron_peft.conversion.as_lora import export_as_lora
+    from megatron_peft.conversion.peft import export_adapter
+    from megatron_peft.conversion.to_huggingface import merge
+    from megatron_peft.conversion.verify import verify
+    from megatron_peft.runtime import ranks
+    from tests.ranks import run_ranks
+    from tests.tiny_llama import VOCAB_SIZE, save_llama, save_pairs
+
+    ranks._server = multiprocessing.get_context("fork")  # type: ignore[assignment]
+    base, data = save_llama(folder / "base", num_hidden_layers=2), save_pairs(folder / "pairs.jsonl")
+    flags = [*RUN.split(), "--vocab-size", str(VOCAB_SIZE - 1)]
+    flags += ["--pretrained-checkpoint", str(base), "--train-data-path", str(data)]
+    for name, value in peft.items():
+        flags += ["--peft-method" if name == "method" else f"--{name.replace('_', '-')}", str(value)]
+
+    def trained(name: str, num_ranks: int, *more: str) -> list[float]:
+        assert run_ranks(num_ranks, train.main, [*flags, "--save", str(folder / name), *more]) == [0] * num_ranks
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    found: dict[str, Any] = {"losses": trained("run", 2, *TP2)}
+    trained("half", 2, *TP2, "--exit-interval", str(SAVED))
+    shutil.copytree(folder / "half", folder / "moved")
+    found["resumed"] = trained("half", 2, *TP2, "--load", str(folder / "half"))
+    found["resharded"] = trained("alone", 1, "--load", str(folder / "moved"))
+    run = folder / "run"
+    merged = merge(run, folder / "merged", progress=False)
+    as_lora = export_as_lora(run, folder / "as lora", tolerance=0, num_tokens=0)
+    models = {"merged": merged, "as lora": as_lora, "moved": base}
+    with suppress(ConfigurationError):  # the method has no format of HF PEFT
+        models["exported"] = export_adapter(run, folder / "exported")
+    found |= {name: verify(model, run).logits.absolute for name, model in models.items()}
+    layouts = {"plan": ("--world-size", "2", *TP2), "fit": ("--world-size", "2", "--fit", "--rehearsed", "1")}
+    for name, words in layouts.items():
+        report = folder / f"{name}.json"
+        found[f"{name} ended with"] = plan.main([*flags, *words, "--json", str(report)])
+        found[name] = json.loads(report.read_text())
+    return found
+
+
+def norms_of_a_step(asked: tuple[Path, dict[str, Any], Path]) -> tuple[int, int]:
+    """How often DoRA's adapters compute their norms in a step of two microbatches, and how many adapters there are."""
+    packages, peft, folder = asked
+    install(packages)
+    from megatron_peft.training.step import train_step
+    from tests.adapters.dora.adapter import DoraAdapter
+    from tests.one_rank import one_rank
+    from tests.tiny_llama import save_llama, save_pairs
+    from tests.training.layout_runs import Job, build
+
+    base, data = save_llama(folder / "base", num_hidden_layers=1), save_pairs(folder / "pairs.jsonl")
+    computed, plain = [], DoraAdapter.shrinking
+    DoraAdapter.shrinking = lambda self: computed.append(self) or plain(self)  # type: ignore[method-assign]
+    with one_rank():
+        state, batches = build(Job("job", str(base), str(data), peft=peft, training={"micro_batch_size": 4}).config(1))
+        step = next(iter(batches.train))
+        assert len(step) == 2
+        train_step(state, step)
+    return len(computed), len(set(computed))
