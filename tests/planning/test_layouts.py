@@ -16,7 +16,7 @@ from megatron_peft.planning.cluster import read_cluster
 from megatron_peft.planning.estimate import StepEstimate, chunks_of_stages, knows_method
 from megatron_peft.planning.footprint import memory, parameters, saved_bytes, total
 from megatron_peft.planning.layouts import FittedLayout, fit, fit_tables
-from megatron_peft.planning.pace import Accuracy, Pace, time_table
+from megatron_peft.planning.pace import Pace, time_table
 from megatron_peft.planning.pipeline import Turn, estimated_time, in_flight, turns
 from megatron_peft.planning.published import (
     FULL_RECOMPUTE,
@@ -319,20 +319,6 @@ def test_hours_follow_from_tokens():
     precise = Pace.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, pace.time)
     assert precise.mfu == pytest.approx(pace.mfu * A100.bf16_tflops / A100.fp32_tflops)
     assert memory(StepEstimate(run, SMALL), 0, 5)["activations"] == 5
-
-
-@pytest.mark.parametrize(
-    ("errors", "median", "worst", "around"),
-    [
-        ((0.1, -0.2, 0.05), 0.1, 0.2, (1 / 1.1, 1 / 0.8)),
-        ((0.1, 0.25), 0.175, 0.25, (1 / 1.25, 1.0)),
-        ((-0.2, -0.1), 0.15, 0.2, (1.0, 1 / 0.8)),
-    ],
-)
-def test_a_range_of_seconds_reaches_from_the_worst_error_to_the_other_and_holds_the_plan(errors, median, worst, around):
-    accuracy = Accuracy(errors)
-    assert (accuracy.median, accuracy.worst) == pytest.approx((median, worst))
-    assert accuracy.around(1.0) == pytest.approx(around)
 
 
 class OwnMethod(Method):
