@@ -218,6 +218,13 @@ def test_files_are_synced_before_the_rename_and_that_before_the_tracker(tmp_path
     assert calls[published + 1 : named] == [("fsync", tmp_path)] == calls[named + 1 :]
 
 
+def test_the_link_to_the_best_is_synced(tmp_path, monkeypatch):
+    save(tmp_path, 50, "a")
+    calls = recorded_calls(monkeypatch)
+    folders.link_best(tmp_path, 50)
+    assert calls == [("replace", tmp_path / BEST), ("fsync", tmp_path)]
+
+
 def test_links_that_others_have_left_lead_nothing_elsewhere(tmp_path):
     other, path = tmp_path / "other", tmp_path / TRACKER
     other.write_text("kept")

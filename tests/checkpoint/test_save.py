@@ -2,6 +2,7 @@
 
 import errno
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_peft.checkpoint import save
-from megatron_peft.checkpoint.folders import publish, start_draft
+from megatron_peft.checkpoint.folders import MANIFEST, publish, start_draft
 from megatron_peft.checkpoint.save import Saver
 from megatron_peft.checkpoint.tensors import PlannedFiles
 from megatron_peft.config import CheckpointConfig, ConfigurationError
@@ -121,3 +122,11 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(alone, tmp_path, monkey
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=torn))
     with pytest.raises(ConfigurationError, match="could not be written: a file was cut short; is the disk full.$"):
         files.finish([files.write()])
+
+
+def test_a_folder_of_tensors_is_on_the_disk_before_it_has_its_name_and_that_after(tmp_path, monkeypatch):
+    draft, folder, files = tmp_path / ".draft", tmp_path / "new", SimpleNamespace(finish=lambda by_rank: None)
+    draft.mkdir()
+    calls = recorded_calls(monkeypatch)
+    save._publish_new(files, [], draft, folder)  # pyright: ignore[reportArgumentType]
+    assert calls[-4:] == [("fsync", draft / MANIFEST), ("fsync", draft), ("rename", folder), ("fsync", tmp_path)]

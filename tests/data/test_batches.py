@@ -109,6 +109,7 @@ def test_few_microbatches_hold_the_samples_of_the_steps_and_no_more_positions_th
     numbers = [[number for step in of for batch in seen(step) for number in batch] for of in (steps, [few])]
     assert sorted(numbers[0]) == sorted(numbers[1])
     assert len(few) % multiple == 0 and len(few) <= 2 * per_rank * multiple
+    assert all(batch.num_samples for batch in few)
     assert all(batch.tokens.numel() <= most and batch.tokens.shape[1] % pad_multiple == 0 for batch in few)
 
 

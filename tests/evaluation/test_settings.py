@@ -435,6 +435,15 @@ def test_a_model_is_described_by_its_run_alone(method):
             assert getattr(getattr(again, section), name) == getattr(getattr(config, section), name)
 
 
+def test_all_of_a_run_that_decides_its_answers_is_taken_from_it():
+    config = _config(peft=PEFT["full"])
+    data = replace(config.data, tokenizer_model="tokens", chat_template="{{ messages }}")
+    tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 99}
+    tokenizer |= {"tokenizer_model": "tokens", "chat_template": "{{ messages }}"}
+    model = {"pretrained_checkpoint": "base", "bf16": True, "make_vocab_size_divisible_by": 64}
+    assert values_of_model(replace(config, data=data)) == {**model, **tokenizer, "seed": 7, "method": "full"}
+
+
 def test_the_layout_is_the_users_and_not_the_runs_and_what_is_typed_holds(run):
     config = _parse("--load", "run", "--pipeline-model-parallel-size", "2")
     assert config.peft == PEFT["lora"] and config.model.pretrained_checkpoint == run and config.model.bf16

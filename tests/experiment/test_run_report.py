@@ -73,6 +73,14 @@ def test_a_run_in_progress_has_its_curves_and_figures(folder: Path) -> None:
     assert [one.get_ydata()[0] for one in memory.lines] == [2.0, 3.0]  # type: ignore[index]
 
 
+def test_a_slow_first_step_with_the_peak_is_no_typical_one(folder: Path) -> None:
+    slow = {"step_seconds": 9.0, "tokens_per_second": 10.0, "peak_memory_bytes": 5e9}
+    write_lines(folder / "metrics.jsonl", [line(2, **slow), line(4), line(6)])
+    text = markdown(build_run_report(read_run(folder)))
+    told = "Training took 0:00:20, without validation and saves; a step 0.500 s (median), with 1,230 tokens per second"
+    assert f"{told}; memory of the process of rank 0 at most 5.000 GB." in text
+
+
 def test_gradient_norms_by_layer_are_drawn_where_they_are_recorded(folder: Path) -> None:
     norms = [{"0": 1.0, "1": 2.0}, {"0": None, "1": 3.0}]
     write_lines(folder / "metrics.jsonl", [line(2)] + [line(at, grad_norm_by_layer=norms[at - 3]) for at in (3, 4)])

@@ -18,6 +18,7 @@ from megatron_peft.plan.footprint import memory, parameters, saved_bytes, total
 from megatron_peft.plan.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.plan.pace import Pace, time_table
 from megatron_peft.plan.pipeline import Turn, estimated_time, in_flight, turns
+from megatron_peft.training.speed import ModelFlops
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
 
 SMALL = ModelShape("llama", 8, 1024, 4096, 16, 8, 64, 32000, 8192)
@@ -304,7 +305,11 @@ def test_hours_follow_from_tokens():
     run = made_up_run("lora", 2048, 32, world_size=8)
     pace = Pace.of(run, SMALL, A100, estimated_time(StepEstimate(run, SMALL), A100))
     assert pace.hours(3600 * pace.tokens_per_second) == pytest.approx(1)
-    assert pace.tokens == 32 * 2048 and 0 < pace.mfu < 1
+    assert pace.tokens == 32 * 2048
+    flops = ModelFlops.of(SMALL, is_frozen=True).count(pace.tokens, pace.tokens * 2049 // 2)
+    assert pace.mfu == pytest.approx(flops / pace.time.seconds / 8 / 1e12 / A100.bf16_tflops)
+    precise = Pace.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, pace.time)
+    assert precise.mfu == pytest.approx(pace.mfu * A100.bf16_tflops / A100.fp32_tflops)
     assert memory(StepEstimate(run, SMALL), 0, 5)["activations"] == 5
 
 

@@ -1,6 +1,8 @@
 """What follows the optimizer's step: rules on whole matrices, --hybrid-merge-interval and the Hybrid's lambda."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from megatron_peft.adapters.attach import linear_layers
 from megatron_peft.adapters.boft import ProjectedBoft, nearest_orthogonal
 from megatron_peft.adapters.unitary import exponential_step
 from megatron_peft.adapters.urnn import RiemannianUrnn
-from megatron_peft.config import ConfigurationError
+from megatron_peft.config import ConfigurationError, PeftConfig
 from megatron_peft.training import after_step
 from megatron_peft.training.after_step import merge_if_due, mix_from_gradients, mixing_adapters, mixtures
 from megatron_peft.training.loop import train
@@ -87,6 +89,15 @@ def test_the_logged_rate_is_that_of_rotations_where_nothing_else_is_trained(star
 
 
 HYBRID = {"method": "hybrid", "lora_rank": 4, "lora_ga_batches": 1, **GROUPS_OF_FOUR}
+
+
+def test_the_rate_of_rotations_is_that_of_their_own_group_wherever_it_stands():
+    peft = PeftConfig("hybrid")
+    (label,) = [one.attribute for one in peft.spec.param_groups if one.is_labelled]
+    groups = [{"lr": 1.0}, {"lr": 2.0, label: True}, {"lr": 3.0, label: False}]
+    for order in itertools.permutations(groups):
+        state = SimpleNamespace(peft=peft, optimizer=SimpleNamespace(param_groups=order))
+        assert after_step.rotation_learning_rate(state) == 2.0  # pyright: ignore[reportArgumentType]
 
 
 def take_steps(state, steps, num_steps):
