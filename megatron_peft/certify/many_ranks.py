@@ -160,7 +160,7 @@ def attach(layer: Any, peft: PeftConfig, size: int) -> None:
         AssertionError: they are not.
     """
 
-    def made(group: Any) -> nn.Module:
+    def made(group: Any) -> Any:
         build = import_module(peft.spec.adapter).build
         return build(replace(layer.layout, group=group), peft, "layer.adapter", 3, torch.float64)
 
