@@ -20,11 +20,13 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, read_cluster
-from megatron_peft.plan.estimate import StepEstimate
-from megatron_peft.plan.footprint import memory, total
 from megatron_peft.plan.layouts import FittedLayout, fit
-from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.pipeline import estimated_time
+from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
+from megatron_peft.rehearsal.asked import LayersToRecord
+from megatron_peft.rehearsal.record import Memory
+from megatron_peft.rehearsal.rehearsal import record_layers
 from tools.published import LLAMA_70B, LLAMA_405B, made_up_run, write_tables
 
 METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
@@ -54,24 +56,31 @@ class Compared:
 
     Args:
         best: its fastest layout.
-        same_time, same_bytes: at the layout of full fine-tuning.
+        same_time, same_memory: at the layout of full fine-tuning; memory by stage.
     """
 
     method: str
     best: FittedLayout
     same_time: StepTime
-    same_bytes: int
+    same_memory: dict[int, Memory]
+
+    @property
+    def same_bytes(self) -> int:
+        """Of the fullest GPU."""
+        return max(map(total, self.same_memory.values()))
 
 
 def compare(shape: ModelShape, cluster: Cluster) -> list[Compared]:
     """Every method on the smallest number of GPUs that holds full fine-tuning."""
     full = _smallest(shape, cluster)
+    runs = {method: replace(full.run, peft=PeftConfig(method=method)) for method in METHODS}
+    recorded = record_layers([LayersToRecord.of(run, shape) for run in runs.values()])
     found = []
-    for method in METHODS:
+    for (method, run), layers in zip(runs.items(), recorded, strict=True):
         best = full if method == "full" else fit(_run(method), shape, full.run.parallel.world_size, cluster, 1)[0]
-        step = StepEstimate(replace(full.run, peft=PeftConfig(method=method)), shape)
-        held = [total(memory(step, stage, in_flight(step, stage))) for stage in {0, 1 % step.pp, step.pp - 1}]
-        found.append(Compared(method, best, estimated_time(step, cluster), max(held)))
+        step = RecordedStep(run, shape, layers)
+        held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp - 1, full.stage})}
+        found.append(Compared(method, best, estimated_time(step, cluster), held))
     return found
 
 
@@ -137,14 +146,13 @@ def origins_table(found: Sequence[Compared]) -> dict[str, Any]:
     return {"title": "Llama-3.1-405B, where the time goes", "columns": columns, "text_columns": 1, "rows": rows}
 
 
-def parts_table(found: Sequence[Compared], shape: ModelShape) -> dict[str, Any]:
+def parts_table(found: Sequence[Compared]) -> dict[str, Any]:
     """What the fullest GPU holds at the layout of full fine-tuning."""
     full = found[0].best
     rows = []
-    for method in METHODS:
-        step = StepEstimate(replace(full.run, peft=PeftConfig(method=method)), shape)
-        held = memory(step, full.stage, in_flight(step, full.stage))
-        rows.append([method, *(f"{value / 2**30:.1f}" for value in held.values()), f"{total(held) / 2**30:.1f}"])
+    for one in found:
+        held = one.same_memory[full.stage]
+        rows.append([one.method, *(f"{value / 2**30:.1f}" for value in held.values()), f"{total(held) / 2**30:.1f}"])
     columns = ["GiB", *full.memory, "in all"]
     return {
         "title": "Llama-3.1-405B at the layout of full fine-tuning",
@@ -159,11 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     cluster = read_cluster("8xa100")
     compared = {model: compare(shape, cluster) for model, shape in MODELS.items()}
     largest = compared["Llama-3.1-405B"]
-    found = {
-        "methods": methods_table(compared),
-        "origins": origins_table(largest),
-        "memory": parts_table(largest, LLAMA_405B),
-    }
+    found = {"methods": methods_table(compared), "origins": origins_table(largest), "memory": parts_table(largest)}
     write_tables(found, Path(arguments[0]))
     return 0
 

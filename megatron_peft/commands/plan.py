@@ -149,16 +149,10 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
-    from megatron_peft.plan.estimate import knows_method
     from megatron_peft.plan.layouts import fit_tables
     from megatron_peft.plan.pace import ONLY_RANKS, Accuracy
     from megatron_peft.plan.plan import make_plan, summary
 
-    if not knows_method(config):
-        print(
-            f"of --peft-method {config.peft.method} the formulas know the number of parameters alone, and count one "
-            f"pass over what its layers give; a rehearsal runs the method itself."
-        )
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
         config = replace(config, training=replace(config.training, global_batch_size=ASSUMED_BATCH))
@@ -185,7 +179,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     if plans and not paces:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
         return 1
-    # The rehearsed time decides: formulas leave out some of what a step computes.
+    # The rehearsed time decides: it is of the whole step.
     best = min(paces, key=lambda number: paces[number].time.seconds) if paces else 0
     print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if left_out := layouts[best].flags_to_leave_out(config):
