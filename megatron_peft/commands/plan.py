@@ -201,12 +201,12 @@ def _fitting(
     if world_size is not None:
         with work_bar("Comparing layouts") as watch:
             return world_size, fit(config, shape, world_size, cluster, watch=watch)
-    told = ""
+    told, known = "", {}
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
             with work_bar(f"Comparing layouts of {size} GPUs") as watch:
-                found = fit(config, shape, size, cluster, watch=watch)
+                found = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
             told = str(error).removeprefix("--fit: ")
             _tell(f"{_nodes(size, cluster)}: {told}")

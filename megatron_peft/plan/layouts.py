@@ -26,7 +26,7 @@ from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import WorkTime, time_alone
 from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
-from megatron_peft.rehearsal.record import Memory, Part
+from megatron_peft.rehearsal.record import Memory, Part, RecordedLayers
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -112,6 +112,7 @@ def fit(
     cluster: Cluster,
     num_layouts: int = 10,
     watch: Watch = lambda done, more: None,
+    known: dict[Hashable, RecordedLayers] | None = None,
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
@@ -121,6 +122,7 @@ def fit(
         world_size: GPUs.
         num_layouts: at most.
         watch: counts recordings, and layouts whose step is replayed.
+        known: what searches for the same run in other worlds have recorded; this one adds its own.
 
     Raises:
         ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
@@ -137,11 +139,12 @@ def fit(
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} key-value heads) and --global-batch-size "
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
-    asked = {recorded_alike(one, shape): one for one, _ in reversed(laid_out)}
+    known = {} if known is None else known
+    asked = {key: one for one, _ in laid_out if (key := recorded_alike(one, shape)) not in known}
     recorded = record_layers([LayersToRecord.of(one, shape) for one in asked.values()], watch=watch)
-    of_layers = dict(zip(asked, recorded, strict=True))
+    known |= zip(asked, recorded, strict=True)
     times = _PartTimes(cluster)
-    steps = ((RecordedStep(one, shape, of_layers[recorded_alike(one, shape)]), name) for one, name in laid_out)
+    steps = ((RecordedStep(one, shape, known[recorded_alike(one, shape)]), name) for one, name in laid_out)
     candidates = [times.candidate(step, name) for step, name in steps]
     divisions: dict[Hashable, list[_Candidate]] = {}
     for one in sorted(candidates, key=lambda one: one.seconds):

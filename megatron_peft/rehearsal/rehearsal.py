@@ -80,6 +80,8 @@ def record_layers(
         num_processes: as of `rehearse`.
         watch: counts recordings.
     """
+    if not asked:
+        return []
     number = min(num_processes or _num_processes(), len(asked))
     with _processes(number, number) as run:
         watch(0, len(asked))

@@ -100,6 +100,18 @@ def test_it_merges_and_exports(found):
     assert found["as lora"] < 1e-4
 
 
+@pytest.mark.slow
+def test_layouts_are_fitted_to_it_and_the_best_is_what_its_rehearsal_finds(tree, tmp_path):
+    model, found = ROOT / "tests" / "examples" / "models" / "llama-3.1-8b", tmp_path / "fit.json"
+    flags = "--fit --rehearsed 1 --world-size 1 --peft-method gains --bf16 --seq-length 512 --global-batch-size 8"
+    words = [*flags.split(), "--pretrained-checkpoint", str(model), "--json", str(found)]
+    in_tree(tree, sys.executable, "-m", "megatron_peft", "plan", *words, PYTHONPATH=str(tree))
+    [fitted, *_], [rehearsed] = json.loads(found.read_text()).values()
+    assert fitted["time"]["seconds"] == pytest.approx(rehearsed["time"]["seconds"], rel=0.01)
+    peak = max(sum(rank["peak_bytes"]["step"].values()) for rank in rehearsed["ranks"])
+    assert fitted["peak_bytes"] == pytest.approx(peak, rel=0.01)
+
+
 def test_its_flags_are_in_the_help_and_checked(tree):
     told = in_tree(tree, sys.executable, "pretrain_peft.py", "--help", PYTHONPATH=str(tree))
     assert "hybrid,gains}" in told and "--gains-lr-ratio X" in told
