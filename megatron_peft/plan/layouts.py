@@ -1,7 +1,7 @@
 """--fit: the layouts of a run that fit a cluster's GPUs, ranked by tokens a second.
 
-    every way to compute a layer (TP, micro-batch, ...)     its parts are recorded, on tensors without numbers
-    every layout that divides the model and the batch      memory and time of its bottleneck stage, from these parts
+    every way to compute a layer (TP, micro-batch, ...)     its layers are recorded, on tensors without numbers
+    every layout that divides the model and the batch      memory and time of its bottleneck stage, from these layers
     the fastest of those that fit                           memory and time by a replay of all stages
     of those with the same TP, PP, ...                      the fastest: they differ in how a pipeline is divided alone
 
@@ -26,7 +26,7 @@ from megatron_peft.plan.pipeline import estimated_time
 from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import WorkTime, time_alone
 from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
-from megatron_peft.rehearsal.record import Memory, Part, RecordedLayers
+from megatron_peft.rehearsal.record import Memory, RecordedLayers, Segment
 from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -143,7 +143,7 @@ def fit(
     asked = {key: one for one, _ in laid_out if (key := recorded_alike(one, shape)) not in known}
     recorded = record_layers([LayersToRecord.of(one, shape) for one in asked.values()], watch=watch)
     known |= zip(asked, recorded, strict=True)
-    times = _PartTimes(cluster)
+    times = _SegmentTimes(cluster)
     steps = ((RecordedStep(one, shape, known[recorded_alike(one, shape)]), name) for one, name in laid_out)
     candidates = [times.candidate(step, name) for step, name in steps]
     divisions: dict[Hashable, list[_Candidate]] = {}
@@ -296,16 +296,16 @@ def _layers_take(run: RunConfig, shape: ModelShape, tp: int) -> bool:
     return not check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape)
 
 
-class _PartTimes:
-    """Times of recorded parts, from which those of all stages follow."""
+class _SegmentTimes:
+    """Times of recorded segments, from which those of all stages follow."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.known: dict[Hashable, dict[Part, float]] = {}
+        self.known: dict[Hashable, dict[Segment, float]] = {}
 
     def candidate(self, step: RecordedStep, recompute: str) -> _Candidate:
-        parts = self._seconds_of_parts(step)
-        stages = [sum(parts[part] for chunk in held for part in step.parts(chunk)) for held in step.chunks]
+        times = self._seconds_of_segments(step)
+        stages = [sum(times[one] for chunk in held for one in step.segments(chunk)) for held in step.chunks]
         microbatches, num_chunks, bottleneck = step.run.num_microbatches, len(step.chunks[0]), max(stages)
         seconds = microbatches * bottleneck + (sum(stages) - bottleneck) / num_chunks
         # Sums of gradients and the gather of parameters, of the first stage.
@@ -317,14 +317,14 @@ class _PartTimes:
         peak = max(total(step.memory(stage)) for stage in {0, 1 % step.pp, step.pp - 1})
         return _Candidate(step, recompute, seconds, peak)
 
-    def _seconds_of_parts(self, step: RecordedStep) -> dict[Part, float]:
+    def _seconds_of_segments(self, step: RecordedStep) -> dict[Segment, float]:
         """Of both passes of a microbatch."""
         key = recorded_alike(step.run, step.shape)
         if key not in self.known:
             cluster = self.cluster.of_run(step.run)
             self.known[key] = {
-                name: sum(_seconds(time_alone(one.entries, 0, cluster)) for one in (part.forward, part.backward))
-                for name, part in step.layers.parts.items()
+                name: sum(_seconds(time_alone(one.entries, 0, cluster)) for one in (segment.forward, segment.backward))
+                for name, segment in step.layers.segments.items()
             }
         return self.known[key]
 

@@ -1,4 +1,4 @@
-"""All that the ranks of a run do in a step, from recorded parts of its chunks: microbatches in the schedule's order,
+"""All that the ranks of a run do in a step, from recorded segments of its chunks: microbatches in the schedule's order,
 their messages, sums of gradients, the update. One rank stands for its tensor- and data-parallel peers.
 
 `schedule.py` asks megatron-core's own schedules for the same order; this is for --fit, which looks at hundreds of them.
@@ -50,10 +50,10 @@ class _Program:
         self.step, self.stage, self.cluster = step, stage, cluster
         self.chunks, self.rank, self.num_calls = step.chunks[stage], step.rank(stage), 0
         self.blocks: dict[tuple[Pass, int], WorkTime] = {}
-        known: dict[Any, WorkTime] = {}  # most chunks consist of the same parts
+        known: dict[Any, WorkTime] = {}  # most chunks are alike
         for number, chunk in enumerate(self.chunks):
             for phase in ("forward", "backward"):
-                key = phase, step.parts(chunk)
+                key = phase, step.segments(chunk)
                 if key not in known:
                     known[key] = time_alone(step.entries(phase, chunk, stage), self.rank, cluster)
                 self.blocks[phase, number] = known[key]

@@ -1,8 +1,8 @@
-"""One rank's step in any layout, put together from recorded parts of the model (`rehearsal/layer_recording.py`).
+"""One rank's step in any layout, put together from recorded segments of the model (`rehearsal/layer_recording.py`).
 
 A rehearsal runs the whole step of one layout; --fit looks at hundreds, whose stages consist of the same layers. What a
-pipeline adds is here and in `pipeline.py`: which parts a stage holds, the messages that its chunks keep, the order in
-which microbatches come and go. Gradients and the optimizer's moments follow from numbers of parameters.
+pipeline adds is here and in `pipeline.py`: which segments a stage holds, the messages that its chunks keep, the order
+in which microbatches come and go. Gradients and the optimizer's moments follow from numbers of parameters.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from megatron_peft.rehearsal.record import (
     Entry,
     Memory,
     Parameters,
-    Part,
-    Piece,
     RecordedLayers,
+    RecordedPass,
+    Segment,
     Wait,
 )
 
@@ -129,7 +129,7 @@ class RecordedStep:
         self.is_full = not run.peft.trains_adapters
         self._targets = targets_of_layers(run, shape)
         self._of_recorded = sum(
-            part.parameters.num_trained for name, part in layers.parts.items() if name not in ("embedding", "head")
+            one.parameters.num_trained for name, one in layers.segments.items() if name not in ("embedding", "head")
         )
         self._frees_outputs = messages(run.model.transformer, parallel, Training.of(run))["deallocate_pipeline_outputs"]
 
@@ -150,26 +150,26 @@ class RecordedStep:
         """One rank of each stage."""
         return tuple(self.rank(stage) for stage in range(self.pp))
 
-    def parts(self, chunk: Chunk) -> tuple[Part, ...]:
+    def segments(self, chunk: Chunk) -> tuple[Segment, ...]:
         """What a chunk consists of, in the order of its forward."""
-        layers: list[Part] = [self._targets[layer] for layer in chunk.layers]
+        layers: list[Segment] = [self._targets[layer] for layer in chunk.layers]
         first = next((index for index, targets in enumerate(layers) if targets), None)
         if chunk.embedding and first is not None:  # backward need not go beyond the first adapter
             layers[: first + 1] = [*["before"] * first, "first"]
         return (*["embedding"] * chunk.embedding, *layers, *["head"] * chunk.head)
 
-    def pieces(self, phase: Pass, chunk: Chunk) -> list[Piece]:
+    def passes_of(self, phase: Pass, chunk: Chunk) -> list[RecordedPass]:
         """Of a pass of a microbatch, in program order."""
-        found = [getattr(self.layers.parts[part], phase) for part in self.parts(chunk)]
+        found = [getattr(self.layers.segments[segment], phase) for segment in self.segments(chunk)]
         return found if phase == "forward" else found[::-1]
 
     def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
         """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
         group, num_calls = self.tensor_group(stage), 0
         joined: list[Entry] = []
-        for piece in self.pieces(phase, chunk):
+        for one in self.passes_of(phase, chunk):
             before = num_calls
-            for entry in piece.entries:
+            for entry in one.entries:
                 if isinstance(entry, Wait):
                     joined.append(Wait(entry.call + before))
                 elif isinstance(entry, Call):
@@ -181,17 +181,21 @@ class RecordedStep:
 
     def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
         """Those of chunks of one rank."""
-        return Parameters.sum(self.layers.parts[part].parameters for chunk in chunks for part in self.parts(chunk))
+        return Parameters.sum(
+            self.layers.segments[segment].parameters for chunk in chunks for segment in self.segments(chunk)
+        )
 
     @property
     def num_embedded(self) -> int:
         """Trained elements of the table of embeddings."""
-        return self.layers.parts["embedding"].parameters.trained
+        return self.layers.segments["embedding"].parameters.trained
 
     def _share(self, chunks: Sequence[Chunk]) -> float:
         """What is trained in the chunks' layers, of that in the recorded ones."""
-        parts = (part for chunk in chunks for part in self.parts(chunk) if part not in ("embedding", "head"))
-        trained = sum(self.layers.parts[part].parameters.num_trained for part in parts)
+        layers = (
+            segment for chunk in chunks for segment in self.segments(chunk) if segment not in ("embedding", "head")
+        )
+        trained = sum(self.layers.segments[segment].parameters.num_trained for segment in layers)
         return trained / max(self._of_recorded, 1)
 
     def built_once(self, stage: int) -> tuple[Computation, Computation]:
@@ -225,8 +229,8 @@ class RecordedStep:
         for number, chunk in enumerate(self.chunks[stage]):
             for phase in ("forward", "backward"):
                 at = top = 0
-                for piece in self.pieces(phase, chunk):
-                    top, at = max(top, at + piece.peak), at + piece.left
+                for one in self.passes_of(phase, chunk):
+                    top, at = max(top, at + one.peak), at + one.left
                 receives = self.message_bytes * (not (chunk.embedding if phase == "forward" else chunk.head))
                 if phase == "forward":  # the input from another stage is kept
                     at += receives - self.message_bytes * (not chunk.head and self._frees_outputs)

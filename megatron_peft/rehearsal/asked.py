@@ -8,7 +8,7 @@ from typing import Any
 from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
 from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.record import Part
+from megatron_peft.rehearsal.record import Segment
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
 
@@ -97,7 +97,7 @@ def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
 
 @dataclass(frozen=True)
 class LayersToRecord:
-    """What a process needs to record the parts of a model (`record.RecordedLayers`).
+    """What a process needs to record the segments of a model (`record.RecordedLayers`).
 
     Args:
         run: of one tensor-parallel group, without a pipeline and replicas.
@@ -110,7 +110,7 @@ class LayersToRecord:
 
     run: RunConfig
     shape: ModelShape
-    layers: tuple[Part, ...]
+    layers: tuple[Segment, ...]
     lengths: Lengths
     fuses: Mapping[str, bool] = field(default_factory=dict)
 
@@ -119,7 +119,7 @@ class LayersToRecord:
         """Of a run of any layout."""
         targets = targets_of_layers(run, shape)
         first = next((layer for layer, names in enumerate(targets) if names), 0)
-        layers: tuple[Part, ...] = (*["before"] * (first > 0), "first", *dict.fromkeys(targets))
+        layers: tuple[Segment, ...] = (*["before"] * (first > 0), "first", *dict.fromkeys(targets))
         ends = {"before": frozenset[str](), "first": targets[first]}
         named = [one if isinstance(one, frozenset) else ends[one] for one in layers]
         of_layer = [f"decoder.layers.{layer}.{name}" for layer, names in enumerate(named) for name in sorted(names)]

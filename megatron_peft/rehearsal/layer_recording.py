@@ -1,7 +1,7 @@
-"""Records the parts of a model on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`).
+"""Records the segments of a model on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`).
 
 The training code runs two microbatches through a model of a few layers, without a pipeline; of the second one, forward
-and backward are cut where layers begin and end. Stages of any pipeline are put together from such pieces
+and backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded
 (`plan/recorded_layers.py`).
 """
 
@@ -19,7 +19,15 @@ from megatron_peft.adapters.step_rotations import step_rotations
 from megatron_peft.models.kernels import fusions_on_a_gpu
 from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
 from megatron_peft.rehearsal.asked import LayersToRecord
-from megatron_peft.rehearsal.record import Computation, Parameters, Part, Piece, Product, RecordedLayers, RecordedPart
+from megatron_peft.rehearsal.record import (
+    Computation,
+    Parameters,
+    Product,
+    RecordedLayers,
+    RecordedPass,
+    RecordedSegment,
+    Segment,
+)
 from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of
 from megatron_peft.runtime.fake_ranks import fake_rank
@@ -28,25 +36,25 @@ from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import wrap_data_parallel
 from megatron_peft.training.step import finish_with, run_schedule
 
-Place = tuple[str, Part]  # "forward", "backward", "begin" or "finish"; and of what
+Place = tuple[str, Segment]  # "forward", "backward", "begin" or "finish"; and of what
 
 
 @dataclass
 class _Cuts(Watch):
-    """A watch that cuts what it sees into pieces: of those of one place the last one counts."""
+    """A watch that cuts what it sees into passes: of those of one place the last one counts."""
 
-    pieces: dict[Place, Piece] = field(default_factory=dict)
+    passes: dict[Place, RecordedPass] = field(default_factory=dict)
     place: Place | None = None
     since: tuple[int, int] = (0, 0)  # what the recorder had when the place began, and the memory held
     bytes_before: int = 0
     bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
 
-    def cut(self, phase: str | None, part: Part = "") -> None:
+    def cut(self, phase: str | None, segment: Segment = "") -> None:
         """What follows belongs to this place, or to none."""
         if self.place is not None:
             left, peak = self.memory.total - self.bytes_before, self.memory.highest - self.bytes_before
-            self.pieces[self.place] = Piece(self.recorder.entries(self.since), left, peak)
-        self.place = (phase, part) if phase else None
+            self.passes[self.place] = RecordedPass(self.recorder.entries(self.since), left, peak)
+        self.place = (phase, segment) if phase else None
         self.memory.start_peak()
         self.since, self.bytes_before = self.recorder.place, self.memory.total
 
@@ -57,14 +65,14 @@ class _Cuts(Watch):
             self.bytes_of_microbatches.append(self.memory.total)
         self.cut(phase, {"forward": "embedding", "backward": "head"}[phase]) if phase != "schedule" else self.cut(None)
 
-    def watch_layers(self, model: Any, layers: Sequence[Part]) -> None:
+    def watch_layers(self, model: Any, layers: Sequence[Segment]) -> None:
         """Cut where a layer or the final norm begins, and in backward where the gradient of its input is there."""
 
-        def hook(part: Part, before: Part) -> Callable[..., None]:
+        def hook(segment: Segment, before: Segment) -> Callable[..., None]:
             def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
                 if self.place is None or self.place[0] != "forward":  # recomputed
                     return
-                self.cut("forward", part)
+                self.cut("forward", segment)
                 x: Tensor = kwargs.get("hidden_states", args[0] if args else None)
                 if x.grad_fn is not None:
                     x.register_hook(lambda _: self.cut("backward", before))
@@ -72,11 +80,11 @@ class _Cuts(Watch):
             return begin
 
         modules = [*model.decoder.layers, model.decoder.final_layernorm]
-        for module, part, before in zip(modules, (*layers, "head"), ("embedding", *layers), strict=True):
-            module.register_forward_pre_hook(hook(part, before), with_kwargs=True)
+        for module, segment, before in zip(modules, (*layers, "head"), ("embedding", *layers), strict=True):
+            module.register_forward_pre_hook(hook(segment, before), with_kwargs=True)
 
 
-def record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
+def recorded_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
     """Record each. Its process can be used for others afterwards, and for nothing else."""
     return [_record(one) for one in asked]
 
@@ -106,36 +114,36 @@ def _record(of: LayersToRecord) -> RecordedLayers:
                 finish_with(wrapped, finish)
                 before = cuts.memory.total
                 run_schedule(wrapped, microbatches, forward_only=False)
-        parts = _parts(model, of, cuts.pieces)
+        segments = _segments(model, of, cuts.passes)
         stop_model_parallel()
     cached = cuts.bytes_of_microbatches[-1] - before
-    begin, end = cuts.pieces["begin", ""], cuts.pieces["finish", ""]
-    return RecordedLayers(parts, _work(begin), _work(end), begin.left, cached)
+    begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
+    return RecordedLayers(segments, _work(begin), _work(end), begin.left, cached)
 
 
-def _work(piece: Piece) -> Computation:
-    """All that a piece computes."""
-    works = [entry for entry in piece.entries if isinstance(entry, Computation)]
+def _work(of: RecordedPass) -> Computation:
+    """All that a pass computes."""
+    works = [entry for entry in of.entries if isinstance(entry, Computation)]
     products: Counter[Product] = Counter()
     for work in works:
         products.update(work.products)
     return Computation(dict(products), sum(one.num_bytes for one in works), sum(one.num_kernels for one in works))
 
 
-def _parts(model: Any, of: LayersToRecord, pieces: dict[Place, Piece]) -> dict[Part, RecordedPart]:
-    """The pieces of each part, with its parameters."""
-    found: dict[Part, RecordedPart] = {}
+def _segments(model: Any, of: LayersToRecord, passes: dict[Place, RecordedPass]) -> dict[Segment, RecordedSegment]:
+    """The passes of each segment, with its parameters."""
+    found: dict[Segment, RecordedSegment] = {}
     seen: set[int] = set()
     modules = model.embedding, *model.decoder.layers, model
-    for module, part in zip(modules, ("embedding", *of.layers, "head"), strict=True):
+    for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
         tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
         seen |= {*map(id, tensors)}
         parameters = _parameters(tensors, of.run.model.bf16)
-        if part not in ("embedding", "head"):
+        if segment not in ("embedding", "head"):
             mixed = sum(hasattr(one.module.adapter, "mix") for one in linear_layers(module))
             parameters = replace(parameters, num_mixed=mixed)
-        forward, backward = (pieces.get((phase, part), Piece()) for phase in ("forward", "backward"))
-        found[part] = RecordedPart(forward, backward, parameters)
+        forward, backward = (passes.get((phase, segment), RecordedPass()) for phase in ("forward", "backward"))
+        found[segment] = RecordedSegment(forward, backward, parameters)
     return found
 
 

@@ -200,8 +200,8 @@ class RankRecord:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One microbatch's forward or backward through a part of a model. `Wait` counts the piece's own calls.
+class RecordedPass:
+    """One microbatch's forward or backward through a segment of a model. `Wait` counts the pass's own calls.
 
     Args:
         entries: in program order.
@@ -214,14 +214,14 @@ class Piece:
     peak: int = 0
 
 
-Part = (
+Segment = (
     str | frozenset[str]
 )  # "embedding", "head", "before" and "first" (`LayersToRecord`); of another layer its targets
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of a part of a model on a tensor-parallel rank.
+    """Of a segment of a model on a tensor-parallel rank.
 
     Args:
         weight_bytes, buffer_bytes: of all parameters and buffers.
@@ -248,34 +248,34 @@ class Parameters:
         return self.trained + self.trained_float32
 
     @classmethod
-    def sum(cls, parts: "Iterable[Parameters]") -> "Parameters":
-        """Of several parts."""
-        rows = [tuple(vars(one).values()) for one in parts]
+    def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
+        """Of several segments."""
+        rows = [tuple(vars(one).values()) for one in several]
         total = cls(*map(sum, zip(*rows, strict=True)))
         return replace(total, largest=max((one[6] for one in rows), default=0))
 
 
 @dataclass(frozen=True)
-class RecordedPart:
+class RecordedSegment:
     """A layer or an end of a model: one microbatch's passes, and what it holds."""
 
-    forward: Piece
-    backward: Piece
+    forward: RecordedPass
+    backward: RecordedPass
     parameters: Parameters
 
 
 @dataclass(frozen=True)
 class RecordedLayers:
-    """The parts of a model, and what is built once a step for the layers that were recorded.
+    """The segments of a model, and what is built once a step for the layers that were recorded.
 
     Args:
-        parts: by name.
+        segments: by name.
         begin, finish: the work before the first microbatch and after the last.
         held: bytes between them.
         cached: bytes that layers share and keep from the first microbatch on, as ALiBi's biases.
     """
 
-    parts: Mapping[Part, RecordedPart]
+    segments: Mapping[Segment, RecordedSegment]
     begin: Computation
     finish: Computation
     held: int

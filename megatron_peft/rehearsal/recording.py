@@ -137,7 +137,7 @@ class Recorder(Mode):
         self._flush_work()
         first, calls = since
         found = [replace(one, call=one.call - calls) if isinstance(one, Wait) else one for one in self._entries[first:]]
-        assert all(one.call >= 0 for one in found if isinstance(one, Wait)), "waits for a call of another piece"
+        assert all(one.call >= 0 for one in found if isinstance(one, Wait)), "waits for a call of another pass"
         return tuple(_joined(found))
 
     @property

@@ -74,7 +74,7 @@ def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) 
 def record_layers(
     asked: Sequence[LayersToRecord], num_processes: int | None = None, watch: Watch = lambda done, more: None
 ) -> list[RecordedLayers]:
-    """The parts of each model, from as few layers as have all kinds of parts.
+    """The segments of each model, from as few layers as have all kinds of them.
 
     Args:
         num_processes: as of `rehearse`.
@@ -285,9 +285,9 @@ def _record_calls(of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
 
 
 def _record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
-    from megatron_peft.rehearsal.layer_recording import record_layers
+    from megatron_peft.rehearsal.layer_recording import recorded_layers
 
-    return record_layers(asked)
+    return recorded_layers(asked)
 
 
 def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":

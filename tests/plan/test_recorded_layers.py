@@ -98,7 +98,7 @@ def calls(entries: Sequence[Entry]) -> Counter[tuple[str, str, int]]:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
 )
-def test_joined_pieces_are_what_a_rehearsal_finds(rehearsed, case):
+def test_joined_passes_are_what_a_rehearsal_finds(rehearsed, case):
     record, step = rehearsed[case], step_of(run_of(case), SHAPE)
     (chunk,) = step.chunks[0]
     for phase in ("forward", "backward"):
@@ -114,7 +114,7 @@ def test_joined_pieces_are_what_a_rehearsal_finds(rehearsed, case):
     assert total(held) == pytest.approx(record.peak("step"), rel=0.015), "what --fit calls fitting must fit"
 
 
-def test_parameters_of_parts_add_up_to_those_of_the_recorded_model():
+def test_parameters_of_segments_add_up_to_those_of_the_recorded_model():
     """The largest is one of them."""
     parts = Parameters(8, 2, trained=4, largest=3), Parameters(16, trained=5, trained_float32=7, largest=7)
     assert Parameters.sum(parts) == Parameters(24, 2, trained=9, trained_float32=7, largest=7)
@@ -129,7 +129,7 @@ def test_one_layer_of_each_kind_is_recorded():
     assert whole.layers[0] == "first" and len(whole.layers) == 2
 
 
-def test_waits_are_for_calls_of_their_own_piece():
+def test_waits_are_for_calls_of_their_own_pass():
     """Of the second layer too, whose calls have other numbers in the chunk."""
     step = step_of(run_of("lora TP2+SP"), SHAPE)
     entries = step.entries("forward", step.chunks[0][0], 0)
