@@ -201,7 +201,7 @@ class RecordedStep:
     def built_once(self, stage: int) -> tuple[Computation, Computation]:
         """What is built for a stage's layers before the first microbatch, and what is done with it after the last."""
         share = self._share(self.chunks[stage])
-        return self.layers.once(self.layers.begin, share), self.layers.once(self.layers.finish, share)
+        return _scaled(self.layers.begin, share), _scaled(self.layers.finish, share)
 
     # Memory, in parts.
 
@@ -267,6 +267,14 @@ class RecordedStep:
             largest = largest // self.dp if self.run.training.overlap_grad_reduce else min(largest, own)
         of_adam = 2 * 4 * largest if optimizer.optimizer == "adam" else 0
         return of_adam + 4 * own * (self.gradient_bytes == 2)
+
+
+def _scaled(work: Computation, share: float) -> Computation:
+    """What is computed at once for several layers, of this share of them (above 1: of more) in as many kernels."""
+    products = {
+        replace(product, batch=max(round(product.batch * share), 1)): count for product, count in work.products.items()
+    }
+    return Computation(products, round(work.num_bytes * share), work.num_kernels) if share else Computation()
 
 
 def total(memory: Memory) -> int:

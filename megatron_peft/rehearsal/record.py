@@ -214,9 +214,8 @@ class RecordedPass:
     peak: int = 0
 
 
-Segment = (
-    str | frozenset[str]
-)  # "embedding", "head", "before" and "first" (`LayersToRecord`); of another layer its targets
+# "embedding", "head", "before" and "first" (`LayersToRecord`); another layer is named by its targets.
+Segment = str | frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -280,14 +279,6 @@ class RecordedLayers:
     finish: Computation
     held: int
     cached: int
-
-    def once(self, work: Computation, part: float) -> Computation:
-        """`begin` or `finish` of layers that are this part of the recorded ones, above 1 of more: as many kernels."""
-        products = {
-            replace(product, batch=max(round(product.batch * part), 1)): count
-            for product, count in work.products.items()
-        }
-        return Computation(products, round(work.num_bytes * part), work.num_kernels) if part else Computation()
 
 
 def to_json(record: RankRecord) -> str:
