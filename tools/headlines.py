@@ -11,7 +11,7 @@ python -m tools.headlines docs/results/planning writes the tables of docs/planni
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any
 from megatron_peft.config import ConfigurationError, PeftConfig, RunConfig
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, read_cluster
-from megatron_peft.plan.estimate import StepEstimate
-from megatron_peft.plan.footprint import memory, total
 from megatron_peft.plan.layouts import FittedLayout, fit
-from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.pipeline import estimated_time
+from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import EXPOSED, StepTime
+from megatron_peft.rehearsal.asked import recorded_alike
+from megatron_peft.rehearsal.record import Memory, RecordedLayers
 from tools.published import LLAMA_70B, LLAMA_405B, made_up_run, write_tables
 
 METHODS = ("full", "lora", "lora-ga", "boft", "urnn", "hybrid")
@@ -54,24 +55,31 @@ class Compared:
 
     Args:
         best: its fastest layout.
-        same_time, same_bytes: at the layout of full fine-tuning.
+        same_time, same_memory: at the layout of full fine-tuning; memory by stage.
     """
 
     method: str
     best: FittedLayout
     same_time: StepTime
-    same_bytes: int
+    same_memory: dict[int, Memory]
+
+    @property
+    def same_bytes(self) -> int:
+        """Of the fullest GPU."""
+        return max(map(total, self.same_memory.values()))
 
 
 def compare(shape: ModelShape, cluster: Cluster) -> list[Compared]:
     """Every method on the smallest number of GPUs that holds full fine-tuning."""
-    full = _smallest(shape, cluster)
+    known: dict[str, dict[Hashable, RecordedLayers]] = {method: {} for method in METHODS}
+    full = _smallest(shape, cluster, known["full"])
     found = []
     for method in METHODS:
-        best = full if method == "full" else fit(_run(method), shape, full.run.parallel.world_size, cluster, 1)[0]
-        step = StepEstimate(replace(full.run, peft=PeftConfig(method=method)), shape)
-        held = [total(memory(step, stage, in_flight(step, stage))) for stage in {0, 1 % step.pp, step.pp - 1}]
-        found.append(Compared(method, best, estimated_time(step, cluster), max(held)))
+        world_size, run = full.run.parallel.world_size, replace(full.run, peft=PeftConfig(method=method))
+        best = full if method == "full" else fit(_run(method), shape, world_size, cluster, 1, known=known[method])[0]
+        step = RecordedStep(run, shape, known[method][recorded_alike(run, shape)])
+        held = {stage: step.memory(stage) for stage in sorted({0, 1 % step.pp, step.pp - 1, full.stage})}
+        found.append(Compared(method, best, estimated_time(step, cluster), held))
     return found
 
 
@@ -79,10 +87,10 @@ def _run(method: str) -> RunConfig:
     return made_up_run(method, LENGTH, BATCH)
 
 
-def _smallest(shape: ModelShape, cluster: Cluster) -> FittedLayout:
+def _smallest(shape: ModelShape, cluster: Cluster, known: dict[Hashable, RecordedLayers]) -> FittedLayout:
     for world_size in WORLDS:
         try:
-            return fit(_run("full"), shape, world_size, cluster, 1)[0]
+            return fit(_run("full"), shape, world_size, cluster, 1, known=known)[0]
         except ConfigurationError:
             continue
     raise ConfigurationError(f"full fine-tuning fits none of {WORLDS} GPUs.")
@@ -137,14 +145,13 @@ def origins_table(found: Sequence[Compared]) -> dict[str, Any]:
     return {"title": "Llama-3.1-405B, where the time goes", "columns": columns, "text_columns": 1, "rows": rows}
 
 
-def parts_table(found: Sequence[Compared], shape: ModelShape) -> dict[str, Any]:
+def parts_table(found: Sequence[Compared]) -> dict[str, Any]:
     """What the fullest GPU holds at the layout of full fine-tuning."""
     full = found[0].best
     rows = []
-    for method in METHODS:
-        step = StepEstimate(replace(full.run, peft=PeftConfig(method=method)), shape)
-        held = memory(step, full.stage, in_flight(step, full.stage))
-        rows.append([method, *(f"{value / 2**30:.1f}" for value in held.values()), f"{total(held) / 2**30:.1f}"])
+    for one in found:
+        held = one.same_memory[full.stage]
+        rows.append([one.method, *(f"{value / 2**30:.1f}" for value in held.values()), f"{total(held) / 2**30:.1f}"])
     columns = ["GiB", *full.memory, "in all"]
     return {
         "title": "Llama-3.1-405B at the layout of full fine-tuning",
@@ -159,11 +166,7 @@ def main(arguments: Sequence[str]) -> int:
     cluster = read_cluster("8xa100")
     compared = {model: compare(shape, cluster) for model, shape in MODELS.items()}
     largest = compared["Llama-3.1-405B"]
-    found = {
-        "methods": methods_table(compared),
-        "origins": origins_table(largest),
-        "memory": parts_table(largest, LLAMA_405B),
-    }
+    found = {"methods": methods_table(compared), "origins": origins_table(largest), "memory": parts_table(largest)}
     write_tables(found, Path(arguments[0]))
     return 0
 

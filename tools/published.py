@@ -1,7 +1,7 @@
 """Published runs (published.toml), and what the plan says of them: half of them calibrate its constants.
 
-`python -m tools.published docs/results/planning` plans them by the formulas of --fit, in half a
-minute, and writes the tables of docs/planning.md; and beside this file the errors that `pace.Accuracy` reads.
+`python -m tools.published docs/results/planning` plans them from recorded layers as --fit does, in a
+minute, and writes the tables of docs/planning.md; and beside `pace.py` the errors that `pace.Accuracy` reads.
 """
 
 import json
@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from megatron_peft.config import (
 )
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan.cluster import Cluster, Link, read_cluster
-from megatron_peft.plan.estimate import StepEstimate
-from megatron_peft.plan.footprint import memory, total
 from megatron_peft.plan.pace import ERRORS, Accuracy, Pace
-from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.pipeline import estimated_time
+from megatron_peft.plan.recorded_layers import RecordedStep, total
+from megatron_peft.rehearsal.asked import LayersToRecord, Lengths
+from megatron_peft.rehearsal.rehearsal import record_layers
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTE: Mapping[str, dict[str, Any]] = {
@@ -122,15 +123,28 @@ class Step:
         """Of the model."""
         return published_shape(self.layout["model"])
 
-    def estimate(self) -> StepEstimate:
+    def layers(self) -> LayersToRecord:
         """Megatron fuses SwiGLU whatever is trained; AutoModel's kernels are taken to be ours."""
+        of = LayersToRecord.of(self.run, self.shape)
+        lengths, samples = of.lengths, self.layout.get("samples", 1)
+        if samples > 1:
+            packed = (lengths.positions // samples,) * (samples * lengths.rows)
+            lengths = Lengths(1, lengths.rows * lengths.positions, packed)
         fuses = {} if self.layout["source"] == "automodel" else {"bias_activation_fusion": True}
-        return StepEstimate(self.run, self.shape, fuses, self.layout.get("samples", 1))
+        return replace(of, lengths=lengths, fuses=fuses)
 
-    def planned(self, cluster: Cluster) -> float:
-        """Seconds. Those on A100 had no fused attention."""
-        seconds = estimated_time(self.estimate(), cluster).seconds
+    def seconds_of(self, recorded: RecordedStep, cluster: Cluster) -> float:
+        """As planned. Those on A100 had no fused attention."""
+        seconds = estimated_time(recorded, cluster).seconds
         return seconds + (scores_seconds(self.run, self.shape, cluster) if self.layout["gpu"] == "a100" else 0.0)
+
+
+def record(steps: Sequence[Step]) -> list[RecordedStep]:
+    """All in one call: worlds of several sizes have the same layers."""
+    asked = [step.layers() for step in steps]
+    distinct = {repr(one): one for one in asked}
+    found = dict(zip(distinct, record_layers([*distinct.values()]), strict=True))
+    return [RecordedStep(step.run, step.shape, found[repr(one)]) for step, one in zip(steps, asked, strict=True)]
 
 
 def steps() -> Iterator[Step]:
@@ -212,12 +226,14 @@ def bigscience_cluster() -> Cluster:
     return replace(a100, network_link=Link(published()["bigscience"]["network"], a100.network_link.latency_us))
 
 
-def fits(step: Step, cluster: Cluster) -> bool:
-    """Without sequence parallelism, as it ran."""
-    run = replace(step.run, parallel=replace(step.run.parallel, sequence_parallel=False))
-    of = StepEstimate(run, step.shape)
-    held = [total(memory(of, stage, in_flight(of, stage))) for stage in {0, 1 % of.pp, of.pp - 1}]
-    return max(held) <= cluster.usable_bytes
+def as_it_ran(step: Step) -> Step:
+    """BigScience's, without sequence parallelism: for its memory."""
+    return replace(step, run=replace(step.run, parallel=replace(step.run.parallel, sequence_parallel=False)))
+
+
+def fits(of: RecordedStep, cluster: Cluster) -> bool:
+    """Whether the fullest rank does."""
+    return max(total(of.memory(stage)) for stage in {0, 1 % of.pp, of.pp - 1}) <= cluster.usable_bytes
 
 
 def kendalls_tau(pairs: Sequence[tuple[float, float]]) -> float:
@@ -235,16 +251,15 @@ def automodel_steps() -> dict[str, float]:
     layout = {"source": "automodel", "gpu": "h100", "model": "llama-70b", "lora": [], "length": 4096}
     layout |= {"tp": 2, "pp": 4, "vp": 10}
     apart, recomputed = {"sequence_parallel": False}, {"sequence_parallel": False, "recompute": "full"}
-    steps = {
+    ways = {
         "our step at that layout, with sequence parallelism": (1, {}, 32),
         "no sequence parallelism": (1, apart, 32),
         "every layer recomputed": (1, recomputed, 32),
         "eight passes of the pipeline": (8, recomputed, 4),
     }
-    return {
-        name: times * Step(layout, run_of({**layout, **other}, 8, batch), 0).planned(cluster_for(layout))
-        for name, (times, other, batch) in steps.items()
-    }
+    steps = [Step(layout, run_of({**layout, **other}, 8, batch), 0) for _, other, batch in ways.values()]
+    planned = [step.seconds_of(one, cluster_for(layout)) for step, one in zip(steps, record(steps), strict=True)]
+    return {name: ways[name][0] * seconds for name, seconds in zip(ways, planned, strict=True)}
 
 
 def items(totals: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -258,9 +273,10 @@ def items(totals: Mapping[str, float]) -> list[tuple[str, float]]:
 
 def tables() -> dict[str, dict[str, Any]]:
     """Tables by the names of their files."""
-    rows, errors = [], {True: [], False: []}
-    for step in steps():
-        calibrates, planned = step.layout["calibrates"], step.planned(cluster_for(step.layout))
+    rows, errors, every, timed_layouts = [], {True: [], False: []}, [*steps()], [*bigscience_steps()]
+    recorded = iter(record([*every, *timed_layouts, *map(as_it_ran, timed_layouts)]))
+    for step in every:
+        calibrates, planned = step.layout["calibrates"], step.seconds_of(next(recorded), cluster_for(step.layout))
         errors[calibrates].append(planned / step.seconds - 1)
         source = published()["sources"][step.layout["source"]]
         seconds = [f"{value:.3g}" if value < 10 else f"{value:.2f}" for value in (step.seconds, planned)]
@@ -268,10 +284,11 @@ def tables() -> dict[str, dict[str, Any]]:
         rows.append([step.name, role, source, *seconds, f"{errors[calibrates][-1]:+.1%}"])
     halves = [["calibrates", Accuracy(tuple(errors[True]))], ["reported", Accuracy(tuple(errors[False]))]]
     ranked, cluster = [], bigscience_cluster()
-    for step in bigscience_steps():
-        planned, ran = step.planned(cluster), step.seconds > 0
+    of_time, of_memory = [*islice(recorded, len(timed_layouts))], [*recorded]
+    for step, timed, held in zip(timed_layouts, of_time, of_memory, strict=True):
+        planned, ran = step.seconds_of(timed, cluster), step.seconds > 0
         told = [f"{step.seconds:.1f}" if ran else "out of memory", f"{planned:.1f}"]
-        told += [f"{planned / step.seconds - 1:+.1%}" if ran else "", "yes" if fits(step, cluster) else "no"]
+        told += [f"{planned / step.seconds - 1:+.1%}" if ran else "", "yes" if fits(held, cluster) else "no"]
         ranked.append([step.layout["name"], *told])
     timed = [(float(row[1]), float(row[2])) for row in ranked if row[1] != "out of memory"]
     return {

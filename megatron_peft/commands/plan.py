@@ -151,16 +151,10 @@ def _report(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluste
 def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: "Cluster") -> int:
     from rich.console import Console
 
-    from megatron_peft.plan.estimate import knows_method
     from megatron_peft.plan.layouts import fit_tables
     from megatron_peft.plan.pace import ONLY_RANKS, Accuracy
     from megatron_peft.plan.plan import make_plan, summary
 
-    if not knows_method(config):
-        print(
-            f"of --peft-method {config.peft.method} the formulas know the number of parameters alone, and count one "
-            f"pass over what its layers give; a rehearsal runs the method itself."
-        )
     if config.training.global_batch_size is None:
         print(f"--global-batch-size {ASSUMED_BATCH} is assumed: layouts are compared at the same one.")
         config = replace(config, training=replace(config.training, global_batch_size=ASSUMED_BATCH))
@@ -187,7 +181,7 @@ def _fit(settings: PlanSettings, config: RunConfig, shape: ModelShape, cluster: 
     if plans and not paces:
         print("none of the rehearsed layouts can be run: more may be rehearsed (--rehearsed N).")
         return 1
-    # The rehearsed time decides: formulas leave out some of what a step computes.
+    # The rehearsed time decides: it is of the whole step.
     best = min(paces, key=lambda number: paces[number].time.seconds) if paces else 0
     print(f"flags of layout {best + 1}: {' '.join(layouts[best].flags)}")
     if left_out := layouts[best].flags_to_leave_out(config):
@@ -209,12 +203,12 @@ def _fitting(
     if world_size is not None:
         with work_bar("Comparing layouts") as watch:
             return world_size, fit(config, shape, world_size, cluster, watch=watch)
-    told = ""
+    told, known = "", {}
     for num_nodes in NODES_TRIED:
         size = num_nodes * cluster.gpus_per_node
         try:
             with work_bar(f"Comparing layouts of {size} GPUs") as watch:
-                found = fit(config, shape, size, cluster, watch=watch)
+                found = fit(config, shape, size, cluster, watch=watch, known=known)
         except ConfigurationError as error:
             told = str(error).removeprefix("--fit: ")
             _tell(f"{_nodes(size, cluster)}: {told}")

@@ -1,6 +1,7 @@
 """--fit: the layouts of a run that fit a cluster's GPUs, ranked by tokens a second.
 
-    every layout that divides the model and the batch      memory and time of its bottleneck stage, in closed form
+    every way to compute a layer (TP, micro-batch, ...)     its layers are recorded, on tensors without numbers
+    every layout that divides the model and the batch      memory and time of its bottleneck stage, from these layers
     the fastest of those that fit                           memory and time by a replay of all stages
     of those with the same TP, PP, ...                      the fastest: they differ in how a pipeline is divided alone
 
@@ -20,13 +21,13 @@ from megatron_peft.config import ConfigurationError, ParallelConfig, RunConfig, 
 from megatron_peft.models.families import check_adapters
 from megatron_peft.models.shape import ModelShape, check_layout
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.estimate import Chunk, StepEstimate
-from megatron_peft.plan.footprint import memory, parameters, saved_bytes, total
 from megatron_peft.plan.pace import Pace
-from megatron_peft.plan.pipeline import estimated_time, in_flight
+from megatron_peft.plan.pipeline import estimated_time
+from megatron_peft.plan.recorded_layers import RecordedStep, total
 from megatron_peft.plan.timing import WorkTime, time_alone
-from megatron_peft.rehearsal.record import Memory
-from megatron_peft.rehearsal.rehearsal import Watch
+from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
+from megatron_peft.rehearsal.record import Memory, RecordedLayers, Segment
+from megatron_peft.rehearsal.rehearsal import Watch, record_layers
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> (fields of TransformerConfig, modules)
@@ -111,6 +112,7 @@ def fit(
     cluster: Cluster,
     num_layouts: int = 10,
     watch: Watch = lambda done, more: None,
+    known: dict[Hashable, RecordedLayers] | None = None,
 ) -> list[FittedLayout]:
     """The layouts that fit, the fastest first; of those that divide the layers in other ways alone, the fastest.
 
@@ -119,7 +121,8 @@ def fit(
         shape: of the base model.
         world_size: GPUs.
         num_layouts: at most.
-        watch: counts layouts whose step is replayed.
+        watch: counts recordings, and layouts whose step is replayed.
+        known: what searches for the same run in other worlds have recorded; this one adds its own.
 
     Raises:
         ConfigurationError: there is no global batch to compare layouts at, or no layout divides or fits; it names what
@@ -129,13 +132,20 @@ def fit(
         run.training.global_batch_size is not None,
         "--fit compares layouts at the same global batch: give --global-batch-size.",
     )
-    candidates = [*_candidates(run, shape, world_size, cluster)]
+    laid_out = [*_layouts(run, shape, world_size, cluster)]
     require(
-        bool(candidates),
+        bool(laid_out),
         f"--fit: no layout of {world_size} GPUs divides the model ({shape.num_layers} layers, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} key-value heads) and --global-batch-size "
         f"{run.training.global_batch_size}: use another --world-size or another global batch.",
     )
+    known = {} if known is None else known
+    asked = {key: one for one, _ in laid_out if (key := recorded_alike(one, shape)) not in known}
+    recorded = record_layers([LayersToRecord.of(one, shape) for one in asked.values()], watch=watch)
+    known |= zip(asked, recorded, strict=True)
+    times = _SegmentTimes(cluster)
+    steps = ((RecordedStep(one, shape, known[recorded_alike(one, shape)]), name) for one, name in laid_out)
+    candidates = [times.candidate(step, name) for step, name in steps]
     divisions: dict[Hashable, list[_Candidate]] = {}
     for one in sorted(candidates, key=lambda one: one.seconds):
         if one.peak_bytes <= cluster.usable_bytes:
@@ -143,7 +153,7 @@ def fit(
     watch(0, min(len(divisions), NUM_REPLAYED))
 
     def replayed(alike: Sequence["_Candidate"]) -> list[FittedLayout]:
-        found = _replayed_that_fit(alike, shape, cluster)
+        found = _replayed_that_fit(alike, cluster)
         watch(1, 0)
         return found
 
@@ -152,7 +162,7 @@ def fit(
     if not best:
         nearest = min(candidates, key=lambda one: one.peak_bytes)
         parallel = nearest.run.parallel
-        peak = max(nearest.peak_bytes, total(_replayed(nearest, shape, cluster).memory))
+        peak = max(nearest.peak_bytes, total(_replayed(nearest, cluster).memory))
         raise ConfigurationError(
             f"--fit: nothing fits {world_size} GPUs with {cluster.usable_bytes / 2**30:.1f} GiB each to use. TP "
             f"{parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size} with recompute "
@@ -162,8 +172,8 @@ def fit(
     return sorted(best, key=_slowness)[:num_layouts]
 
 
-def _replayed_that_fit(alike: Sequence["_Candidate"], shape: ModelShape, cluster: Cluster) -> list[FittedLayout]:
-    replayed = (_replayed(one, shape, cluster) for one in alike)
+def _replayed_that_fit(alike: Sequence["_Candidate"], cluster: Cluster) -> list[FittedLayout]:
+    replayed = (_replayed(one, cluster) for one in alike)
     return [*islice((one for one in replayed if total(one.memory) <= cluster.usable_bytes), NUM_DIVISIONS_REPLAYED)]
 
 
@@ -173,12 +183,16 @@ def _slowness(one: FittedLayout) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A layout, its time and the memory of its fullest rank, both in closed form."""
+    """A layout, its time and the memory of its fullest rank, without a replay of its schedule."""
 
-    run: RunConfig
+    step: RecordedStep
     recompute: str
     seconds: float
     peak_bytes: float
+
+    @property
+    def run(self) -> RunConfig:
+        return self.step.run
 
 
 def _but_for_division(one: _Candidate) -> Hashable:
@@ -192,17 +206,17 @@ def _but_for_division(one: _Candidate) -> Hashable:
     return parallel, one.run.training.micro_batch_size, one.recompute
 
 
-def _replayed(candidate: _Candidate, shape: ModelShape, cluster: Cluster) -> FittedLayout:
-    step = StepEstimate(candidate.run, shape)
+def _replayed(candidate: _Candidate, cluster: Cluster) -> FittedLayout:
+    step = candidate.step
     stages = sorted({0, 1, step.pp // 2, step.pp - 1} & set(range(step.pp)))
-    held = {stage: memory(step, stage, in_flight(step, stage)) for stage in stages}
+    held = {stage: step.memory(stage) for stage in stages}
     fullest = max(held, key=lambda stage: total(held[stage]))
-    pace = Pace.of(candidate.run, shape, cluster, estimated_time(step, cluster))
-    return FittedLayout(candidate.run, candidate.recompute, pace, held[fullest], fullest)
+    pace = Pace.of(step.run, step.shape, cluster, estimated_time(step, cluster))
+    return FittedLayout(step.run, candidate.recompute, pace, held[fullest], fullest)
 
 
-def _candidates(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[_Candidate]:
-    times = _LayerTimes(cluster, shape)
+def _layouts(run: RunConfig, shape: ModelShape, world_size: int, cluster: Cluster) -> Iterator[tuple[RunConfig, str]]:
+    """The run at every layout that divides the model and the batch, and the name of its recompute."""
     own = {key: value for key, value in run.model.transformer.items() if key not in RECOMPUTE_FIELDS}
     own.pop("distribute_saved_activations", None)
     models = {
@@ -219,7 +233,7 @@ def _candidates(run: RunConfig, shape: ModelShape, world_size: int, cluster: Clu
                 laid_out = replace(run, model=models["none"], parallel=parallel, training=training, optimizer=optimizer)
             except ConfigurationError:
                 continue  # it doesn't divide the batch
-            yield from (times.candidate(replace(laid_out, model=model), name) for name, model in models.items())
+            yield from ((replace(laid_out, model=model), name) for name, model in models.items())
 
 
 def _may_shard(run: RunConfig) -> tuple[bool, ...]:
@@ -282,60 +296,37 @@ def _layers_take(run: RunConfig, shape: ModelShape, tp: int) -> bool:
     return not check_adapters(run.peft, ParallelConfig(tensor_model_parallel_size=tp, world_size=tp), shape)
 
 
-class _LayerTimes:
-    """Times of one layer and of the ends at each way to compute them, from which those of all stages follow."""
+class _SegmentTimes:
+    """Times of recorded segments, from which those of all stages follow."""
 
-    def __init__(self, cluster: Cluster, shape: ModelShape) -> None:
-        self.cluster, self.shape = cluster, shape
-        self.known: dict[Any, tuple[float, ...]] = {}
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.known: dict[Hashable, dict[Segment, float]] = {}
 
-    def candidate(self, run: RunConfig, recompute: str) -> _Candidate:
-        step = StepEstimate(run, self.shape)
-        key = step.t, step.splits, step.rows, recompute
-        if key not in self.known:
-            self.known[key] = self._times(step)
-        forward, backward, embedding, head_forward, head_backward = self.known[key]
-        chunks, microbatches = step.chunks, run.num_microbatches
-        stages = []
-        for held in chunks:
-            ends = sum(c.embedding for c in held) * embedding + sum(c.head for c in held) * (
-                head_forward + head_backward
-            )
-            stages.append(sum(len(c.layers) for c in held) * (forward + backward) + ends)
-        bottleneck = max(stages)
-        fill = sum(stages) - bottleneck if step.pp > 1 else 0.0
-        seconds = microbatches * bottleneck + fill / len(chunks[0]) + self._once(step)
+    def candidate(self, step: RecordedStep, recompute: str) -> _Candidate:
+        times = self._seconds_of_segments(step)
+        stages = [sum(times[one] for chunk in held for one in step.segments(chunk)) for held in step.chunks]
+        microbatches, num_chunks, bottleneck = step.run.num_microbatches, len(step.chunks[0]), max(stages)
+        seconds = microbatches * bottleneck + (sum(stages) - bottleneck) / num_chunks
+        # Sums of gradients and the gather of parameters, of the first stage.
+        trained = step.parameters(step.chunks[0]).num_trained
+        seconds += self.cluster.call_seconds("all_reduce", 4 * trained, step.data_group(0))
         if step.pp > 1:  # a message to each side; those of the interleaved schedule run beside the computation
-            message = self.cluster.call_seconds("send", step.own * step.h * step.item, (step.rank(0), step.rank(1)))
-            seconds += 2 * microbatches * message * (1.0 if len(chunks[0]) == 1 else 0.1 * len(chunks[0]))
-        peak = max(total(memory(step, stage, self._in_flight(step, stage))) for stage in {0, 1 % step.pp, step.pp - 1})
-        return _Candidate(run, recompute, seconds, peak)
+            message = self.cluster.call_seconds("send", step.message_bytes, (step.rank(0), step.rank(1)))
+            seconds += 2 * microbatches * message * (1.0 if num_chunks == 1 else 0.1 * num_chunks)
+        peak = max(total(step.memory(stage)) for stage in {0, 1 % step.pp, step.pp - 1})
+        return _Candidate(step, recompute, seconds, peak)
 
-    def _times(self, step: StepEstimate) -> tuple[float, ...]:
-        layer, ends = Chunk((0,), False, False), (Chunk((), True, False), Chunk((), False, True))
-        made = (
-            step.forward_chunk(layer, 0),
-            step.backward_chunk(layer, 0),
-            step.forward_chunk(ends[0], 0),
-            step.forward_chunk(ends[1], 0),
-            step.backward_chunk(ends[1], 0),
-        )
-        cluster = self.cluster.of_run(step.run)
-        return tuple(_seconds(time_alone(entries, 0, cluster)) for entries in made)
-
-    def _once(self, step: StepEstimate) -> float:
-        """Sums of gradients and the gather of parameters, of the first stage."""
-        counts = parameters(step, step.chunks[0])
-        trained, group = counts.trained + counts.trained_float32, step.data_group(0)
-        return self.cluster.call_seconds("all_reduce", 4 * trained, group)
-
-    def _in_flight(self, step: StepEstimate, stage: int) -> int:
-        chunks, microbatches = step.chunks[stage], step.run.num_microbatches
-        sizes = [saved_bytes(step, chunk) for chunk in chunks]
-        if len(chunks) == 1:
-            return sizes[0] * min(step.pp - stage, microbatches)
-        count = min((step.pp - stage - 1) * 2 + (len(chunks) - 1) * step.pp + 1, microbatches * len(chunks))
-        return sum(sizes) * count // len(chunks)
+    def _seconds_of_segments(self, step: RecordedStep) -> dict[Segment, float]:
+        """Of both passes of a microbatch."""
+        key = recorded_alike(step.run, step.shape)
+        if key not in self.known:
+            cluster = self.cluster.of_run(step.run)
+            self.known[key] = {
+                name: sum(_seconds(time_alone(one.entries, 0, cluster)) for one in (segment.forward, segment.backward))
+                for name, segment in step.layers.segments.items()
+            }
+        return self.known[key]
 
 
 def _seconds(time: WorkTime) -> float:

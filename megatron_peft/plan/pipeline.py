@@ -1,5 +1,5 @@
-"""All that the ranks of a run do in a step, from estimates of its chunks: microbatches in the schedule's order, their
-messages, sums of gradients, the update. One rank stands for its tensor- and data-parallel peers, which do the same.
+"""All that the ranks of a run do in a step, from recorded segments of its chunks: microbatches in the schedule's order,
+their messages, sums of gradients, the update. One rank stands for its tensor- and data-parallel peers.
 
 `schedule.py` asks megatron-core's own schedules for the same order; this is for --fit, which looks at hundreds of them.
 """
@@ -7,70 +7,22 @@ messages, sums of gradients, the update. One rank stands for its tensor- and dat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_peft.plan.cluster import Cluster
-from megatron_peft.plan.estimate import StepEstimate
-from megatron_peft.plan.footprint import parameters, saved_bytes
+from megatron_peft.plan.recorded_layers import Pass, RecordedStep, Turn, turns
 from megatron_peft.plan.timing import StepTime, WorkTime, part_of, step_time, time_alone
 from megatron_peft.rehearsal.record import Call, Computation, Entry, Mark, Wait
 
-Pass = Literal["forward", "backward"]
 
-
-@dataclass(frozen=True)
-class Turn:
-    """A chunk's forward or backward of one microbatch."""
-
-    phase: Pass
-    microbatch: int
-    chunk: int
-
-
-def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Turn]:
-    """What a pipeline rank does, in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
-    total = num_microbatches * num_chunks
-    forwards = [_at(index, num_stages, num_chunks, "forward") for index in range(total)]
-    backwards = [_at(index, num_stages, num_chunks, "backward") for index in range(total)]
-    if num_chunks == 1:
-        warmup = min(num_stages - stage - 1, total)
-    elif num_microbatches == num_stages:
-        warmup = total
-    else:
-        warmup = min((num_stages - stage - 1) * 2 + (num_chunks - 1) * num_stages, total)
-    steady = [turn for pair in zip(forwards[warmup:], backwards, strict=False) for turn in pair]
-    return [*forwards[:warmup], *steady, *backwards[total - warmup :]]
-
-
-def _at(index: int, num_stages: int, num_chunks: int, phase: Pass) -> Turn:
-    """Microbatches go through the chunks in groups of as many as there are stages."""
-    if num_chunks == 1:
-        return Turn(phase, index, 0)
-    group, within = divmod(index, num_stages * num_chunks)
-    chunk = within // num_stages
-    return Turn(
-        phase, group * num_stages + within % num_stages, chunk if phase == "forward" else num_chunks - 1 - chunk
-    )
-
-
-def in_flight(step: StepEstimate, stage: int) -> int:
-    """The largest sum of bytes that the forwards of a rank have saved for backwards still to come."""
-    sizes = [saved_bytes(step, chunk) for chunk in step.chunks[stage]]
-    held = most = 0
-    for turn in turns(stage, step.pp, len(sizes), step.run.num_microbatches):
-        held += sizes[turn.chunk] if turn.phase == "forward" else -sizes[turn.chunk]
-        most = max(most, held)
-    return most
-
-
-def estimated_time(step: StepEstimate, cluster: Cluster, keep_spans: bool = False) -> StepTime:
+def estimated_time(step: RecordedStep, cluster: Cluster, keep_spans: bool = False) -> StepTime:
     """The time of a step at this layout."""
     cluster = cluster.of_run(step.run)
     scheduled = {step.rank(stage): [*_program(step, stage, cluster)] for stage in range(step.pp)}
     return step_time(scheduled, cluster, keep_spans)
 
 
-def _program(step: StepEstimate, stage: int, cluster: Cluster) -> Iterator[Entry | WorkTime]:
+def _program(step: RecordedStep, stage: int, cluster: Cluster) -> Iterator[Entry | WorkTime]:
     writer = _Program(step, stage, cluster)
     yield from writer.start()
     yield from writer.interleaved() if len(writer.chunks) > 1 else writer.plain()
@@ -94,16 +46,20 @@ class Bucket:
 class _Program:
     """Writes the program of one rank."""
 
-    def __init__(self, step: StepEstimate, stage: int, cluster: Cluster) -> None:
+    def __init__(self, step: RecordedStep, stage: int, cluster: Cluster) -> None:
         self.step, self.stage, self.cluster = step, stage, cluster
         self.chunks, self.rank, self.num_calls = step.chunks[stage], step.rank(stage), 0
-        self.blocks = {}
+        self.blocks: dict[tuple[Pass, int], WorkTime] = {}
+        known: dict[Any, WorkTime] = {}  # most chunks are alike
         for number, chunk in enumerate(self.chunks):
-            forward, backward = step.forward_chunk(chunk, stage), step.backward_chunk(chunk, stage)
-            self.blocks["forward", number] = time_alone(forward, self.rank, cluster)
-            self.blocks["backward", number] = time_alone(backward, self.rank, cluster)
-        self.counts = [parameters(step, [chunk]) for chunk in self.chunks]
-        self.whole = parameters(step, self.chunks)
+            for phase in ("forward", "backward"):
+                key = phase, step.segments(chunk)
+                if key not in known:
+                    known[key] = time_alone(step.entries(phase, chunk, stage), self.rank, cluster)
+                self.blocks[phase, number] = known[key]
+        self.counts = [step.parameters([chunk]) for chunk in self.chunks]
+        self.whole = step.parameters(self.chunks)
+        self.begin, self.end = step.built_once(stage)
         run = step.run
         self.gathers_early = run.optimizer.overlap_param_gather and step.dp > 1
         self.reduces_early = run.training.overlap_grad_reduce and step.dp > 1
@@ -163,7 +119,7 @@ class _Program:
         whole = Bucket(counts.trained, counts.trained_float32, 1.0)
         if chunk or not self.reduces_early:
             return [whole]
-        embedding = step.vocabulary * step.h * (step.is_full and self.chunks[chunk].embedding)
+        embedding = step.num_embedded * self.chunks[chunk].embedding
         layers = counts.trained - embedding
         number = max(layers // max(40_000_000, 1_000_000 * step.dp), 1)
         cut = Bucket(layers // number, counts.trained_float32 // number, 1 / number)
@@ -234,11 +190,9 @@ class _Program:
 
     def start(self) -> Iterator[Entry | WorkTime]:
         """Gradients set to zero, blocks of rotations built, parameters gathered."""
-        whole = self.whole
-        trained = whole.trained + whole.trained_float32
         yield Mark("begin")
-        blocks = whole.rotated * self.step.g  # float32, in a few operations of all layers at once
-        yield Computation(num_bytes=4 * trained + 21 * 4 * blocks, num_kernels=2 + 20 * bool(blocks))
+        yield Computation(num_bytes=4 * self.whole.num_trained, num_kernels=2)
+        yield self.begin
         if self.gathers_early:
             for buckets in self.buckets:
                 self.gathers.append(self.num_calls)
@@ -247,10 +201,9 @@ class _Program:
     def finish(self) -> Iterator[Entry | WorkTime]:
         """Sums of gradients, the check, the update."""
         step, whole, group = self.step, self.whole, self.step.data_group(self.stage)
-        trained = whole.trained + whole.trained_float32
+        trained = whole.num_trained
         yield Mark("finish")
-        if whole.rotated:
-            yield Computation(num_bytes=25 * 4 * whole.rotated * step.g, num_kernels=40)
+        yield self.end
         if self.reduces_early:
             yield from (Wait(number) for number in self.sums)
         else:
@@ -258,18 +211,18 @@ class _Program:
                 yield from self._sum_of_gradients(bucket, is_async=False)
         if step.is_full and step.shape.tied_embeddings and step.pp > 1 and self.stage in (0, step.pp - 1):
             ends = (step.rank(0), step.rank(step.pp - 1))
-            yield from self.collective("all_reduce", "embedding", ends, step.vocabulary * step.h, "float32")
+            yield from self.collective("all_reduce", "embedding", ends, step.num_embedded, "float32")
         yield from self.collective("broadcast", "pipeline", step.pipeline_group, 1, "int32")
         yield from self.collective("all_reduce", "data", group, 1, "int32")
         yield Computation(num_bytes=8 * trained, num_kernels=4 * len(self.chunks))
         yield from self.collective("all_reduce", "tensor", step.tensor_group(self.stage), whole.partial, "float32")
-        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.tensors // 2)
+        yield Computation(num_bytes=8 * whole.partial, num_kernels=10 + whole.num_tensors // 2)
         world = range(step.t * step.pp * step.dp)
         yield from self.collective("all_reduce", "world", world, 8, "float64")
         yield Mark("update")
         shards = step.dp if step.run.optimizer.use_distributed_optimizer else 1
         # The check, norms by layer, the norm; then clipping, and Adam's gradient, master and moments: read and written.
-        by_layer = 5 * whole.tensors + 14 * whole.mixed
+        by_layer = 5 * whole.num_tensors + 14 * whole.num_mixed
         yield Computation(num_bytes=4 * trained + 12 * trained // shards, num_kernels=10 + by_layer)
         yield from self.collective("all_reduce", "world", world, 1, "float32")
         yield Computation(num_bytes=38 * trained // shards, num_kernels=4)

@@ -1,9 +1,14 @@
-"""What a rehearsed rank is asked for: a run, a place in it, and the microbatches of its step."""
+"""What a rehearsed rank is asked for: a run, a place in it, and the microbatches of its step; or a model's layers."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
-from megatron_peft.config import RunConfig
+from megatron_peft.config import ParallelConfig, RunConfig, is_targeted
+from megatron_peft.models.families import family_of
 from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal.record import Segment
 
 SAMPLES_IN_A_PACK = 4  # assumed: what is in the data is not known
 
@@ -88,3 +93,84 @@ def fewest_microbatches(config: RunConfig, num_microbatches: int) -> int:
     """Of a step that has a first, a last and one between, where the run has them: all others are like that one."""
     pp = config.parallel.pipeline_model_parallel_size
     return min(num_microbatches, -(-3 // pp) * pp if config.parallel.is_interleaved else 3)
+
+
+@dataclass(frozen=True)
+class LayersToRecord:
+    """What a process needs to record the segments of a model (`record.RecordedLayers`).
+
+    Args:
+        run: of one tensor-parallel group, without a pipeline and replicas.
+        shape: of a model of the layers that are recorded.
+        layers: their names, in the model's order. "before" stands for those ahead of the first that has an adapter;
+            "first" is that one, whose backward may stop early; of the others there is one for each set of targets.
+        lengths: of a microbatch.
+        fuses: other fusions than those of the run's flags.
+    """
+
+    run: RunConfig
+    shape: ModelShape
+    layers: tuple[Segment, ...]
+    lengths: Lengths
+    fuses: Mapping[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunConfig, shape: ModelShape) -> "LayersToRecord":
+        """Of a run of any layout."""
+        targets = targets_of_layers(run, shape)
+        first = next((layer for layer, names in enumerate(targets) if names), 0)
+        layers: tuple[Segment, ...] = (*["before"] * (first > 0), "first", *dict.fromkeys(targets))
+        ends = {"before": frozenset[str](), "first": targets[first]}
+        named = [one if isinstance(one, frozenset) else ends[one] for one in layers]
+        of_layer = [f"decoder.layers.{layer}.{name}" for layer, names in enumerate(named) for name in sorted(names)]
+        tp, size = run.parallel.tensor_model_parallel_size, run.training.micro_batch_size
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tp, world_size=tp, sequence_parallel=run.parallel.sequence_parallel
+        )
+        transformer: dict[str, Any] = {**run.model.transformer}
+        if "recompute_num_layers" in transformer:
+            transformer["recompute_num_layers"] = 1
+        alone = replace(
+            run,
+            parallel=parallel,
+            model=replace(run.model, transformer=transformer, transformer_impl="local"),
+            peft=replace(run.peft, target_modules=tuple(of_layer)) if run.peft.trains_adapters else run.peft,
+            training=replace(run.training, overlap_grad_reduce=False, global_batch_size=2 * size),
+            optimizer=replace(run.optimizer, use_distributed_optimizer=False, overlap_param_gather=False),
+        )
+        few = replace(
+            shape,
+            num_layers=len(layers),
+            num_full_attention_layers=min(shape.num_full_attention_layers, len(layers)),
+            tied_embeddings=_is_tied(run, shape),
+        )
+        return cls(alone, few, layers, Lengths.longest(run))
+
+
+def recorded_alike(run: RunConfig, shape: ModelShape) -> Hashable:
+    """Equal for layouts of a run whose layers compute, send and hold the same."""
+    parallel, transformer = run.parallel, run.model.transformer
+    recompute = transformer.get("recompute_granularity"), run.model.recompute_modules
+    sizes = parallel.tensor_model_parallel_size, parallel.sequence_parallel, run.training.micro_batch_size
+    return *sizes, *recompute, _is_tied(run, shape)
+
+
+def _is_tied(run: RunConfig, shape: ModelShape) -> bool:
+    """The last of several stages has a table of its own."""
+    return shape.tied_embeddings and run.parallel.pipeline_model_parallel_size == 1
+
+
+def targets_of_layers(run: RunConfig, shape: ModelShape) -> Sequence[frozenset[str]]:
+    """The linear layers of each transformer layer that are adapted (by the end of their names), or all trained."""
+    if not run.peft.trains_adapters:
+        return [frozenset(shape.linear_layers(1))] * shape.num_layers
+    return _adapted(shape, tuple(run.peft.target_modules))
+
+
+@cache
+def _adapted(shape: ModelShape, patterns: Sequence[str]) -> Sequence[frozenset[str]]:
+    kinds, modules = [*shape.linear_layers(1)], family_of(shape.architecture).modules
+    return [
+        frozenset(kind for kind in kinds if is_targeted(f"decoder.layers.{layer}.{kind}", patterns, modules))
+        for layer in range(shape.num_layers)
+    ]

@@ -4,8 +4,8 @@ Plain data without torch, written to JSON and read back.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -197,6 +197,88 @@ class RankRecord:
     def peak(self, phase: str) -> int:
         """Bytes."""
         return sum(self.peaks[phase].values())
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """One microbatch's forward or backward through a segment of a model. `Wait` counts the pass's own calls.
+
+    Args:
+        entries: in program order.
+        left: bytes that it leaves behind.
+        peak: bytes; both are relative to its begin.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    left: int = 0
+    peak: int = 0
+
+
+# "embedding", "head", "before" and "first" (`LayersToRecord`); another layer is named by its targets.
+Segment = str | frozenset[str]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of a segment of a model on a tensor-parallel rank.
+
+    Args:
+        weight_bytes, buffer_bytes: of all parameters and buffers.
+        trained: elements in the run's own type, with master parameters beside them where it is not float32.
+        trained_float32: in a run of another type, those in float32: their own masters.
+        partial: of the trained ones, those whose gradients are summed over the tensor-parallel ranks.
+        num_tensors: trained ones.
+        largest: elements of the largest trained one.
+        num_mixed: linear layers that mix a low rank with a rotation.
+    """
+
+    weight_bytes: int = 0
+    buffer_bytes: int = 0
+    trained: int = 0
+    trained_float32: int = 0
+    partial: int = 0
+    num_tensors: int = 0
+    largest: int = 0
+    num_mixed: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Elements."""
+        return self.trained + self.trained_float32
+
+    @classmethod
+    def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
+        """Of several segments."""
+        rows = [tuple(vars(one).values()) for one in several]
+        total = cls(*map(sum, zip(*rows, strict=True)))
+        return replace(total, largest=max((one[6] for one in rows), default=0))
+
+
+@dataclass(frozen=True)
+class RecordedSegment:
+    """A layer or an end of a model: one microbatch's passes, and what it holds."""
+
+    forward: RecordedPass
+    backward: RecordedPass
+    parameters: Parameters
+
+
+@dataclass(frozen=True)
+class RecordedLayers:
+    """The segments of a model, and what is built once a step for the layers that were recorded.
+
+    Args:
+        segments: by name.
+        begin, finish: the work before the first microbatch and after the last.
+        held: bytes between them.
+        cached: bytes that layers share and keep from the first microbatch on, as ALiBi's biases.
+    """
+
+    segments: Mapping[Segment, RecordedSegment]
+    begin: Computation
+    finish: Computation
+    held: int
+    cached: int
 
 
 def to_json(record: RankRecord) -> str:

@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -128,10 +128,23 @@ class Recorder(Mode):
             self._num_bytes += _bytes_of_storages(args) + _bytes_of_storages(result)
         return result
 
-    def entries(self) -> tuple[Entry, ...]:
-        """In program order. A call that is waited for at once is not asynchronous."""
+    def entries(self, since: tuple[int, int] = (0, 0)) -> tuple[Entry, ...]:
+        """In program order. A call that is waited for at once is not asynchronous.
+
+        Args:
+            since: a `place`; waits then count the calls from there on, and none is for an earlier one.
+        """
         self._flush_work()
-        return tuple(_joined(self._entries))
+        first, calls = since
+        found = [replace(one, call=one.call - calls) if isinstance(one, Wait) else one for one in self._entries[first:]]
+        assert all(one.call >= 0 for one in found if isinstance(one, Wait)), "waits for a call of another pass"
+        return tuple(_joined(found))
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Numbers of entries and of calls so far."""
+        self._flush_work()
+        return len(self._entries), self._num_calls
 
     def _add(self, entry: Entry) -> None:
         self._flush_work()
@@ -459,6 +472,11 @@ class LiveMemory(Mode):
     def total(self) -> int:
         """Bytes now."""
         return self._total
+
+    @property
+    def highest(self) -> int:
+        """Bytes at the peak."""
+        return self._peak
 
     def name_modules(self, chunks: Iterable[nn.Module]) -> None:
         """Learn the kinds of layers, by the names of modules."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from threading import Thread
@@ -24,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_peft.config import ConfigurationError, RunConfig
 from megatron_peft.models.shape import ModelShape
-from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
+from megatron_peft.rehearsal.asked import LayersToRecord, Lengths, RankToRehearse
 from megatron_peft.rehearsal.deadlock import Problem, check_order, missing_wait
-from megatron_peft.rehearsal.record import Entry, RankRecord
+from megatron_peft.rehearsal.record import Entry, RankRecord, RecordedLayers
 from megatron_peft.rehearsal.schedule import (
     RankGrid,
     RankProgram,
@@ -69,6 +70,29 @@ def rehearse(ranks: Sequence[RankToRehearse], num_processes: int | None = None) 
     with _processes(num_processes, len(ranks)) as run:
         asked = [run(_rehearse_here, rank) for rank in ranks]
         return [one.result() for one in asked]
+
+
+def record_layers(
+    asked: Sequence[LayersToRecord], num_processes: int | None = None, watch: Watch = lambda done, more: None
+) -> list[RecordedLayers]:
+    """The segments of each model, from as few layers as have all kinds of them.
+
+    Args:
+        num_processes: as of `rehearse`.
+        watch: counts recordings.
+    """
+    if not asked:
+        return []
+    number = min(num_processes or _num_processes(), len(asked))
+    with _processes(number, number) as run:
+        watch(0, len(asked))
+        # What one costs most is found in torch's caches by those that follow in its process.
+        parts = [asked[first::number] for first in range(number)]
+        found: list[Any] = [run(_record_layers, part) for part in parts]
+        for one, part in zip(found, parts, strict=True):
+            one.add_done_callback(partial(lambda done, _: watch(done, 0), len(part)))
+        recorded = [one.result() for one in found]
+    return [recorded[index % number][index // number] for index in range(len(asked))]
 
 
 @dataclass(frozen=True)
@@ -207,7 +231,7 @@ def _processes(
 ) -> Iterator[Callable[..., "Future[Any]"]]:
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
-    preload(["megatron_peft.rehearsal.rehearsed_rank"])
+    preload(["megatron_peft.rehearsal.rehearsed_rank", "megatron_peft.rehearsal.layer_recording"])
     number = min(num_processes or _num_processes(), most)
     running: set[Any] = set()
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
@@ -270,6 +294,12 @@ def _rehearse_here(rank: RankToRehearse) -> RankRecord:
 
 def _record_calls(of: RankToRehearse, ranks: Sequence[int]) -> list[RankRecord]:
     return [_rehearse_here(replace(of, rank=rank)) for rank in ranks]
+
+
+def _record_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
+    from megatron_peft.rehearsal.layer_recording import recorded_layers
+
+    return recorded_layers(asked)
 
 
 def _outline_here(config: RunConfig, shape: ModelShape) -> "list[StageOutline]":

@@ -1,6 +1,6 @@
 """What runs in the process of a rehearsed rank: the training code, with a recorder of calls, products and memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -176,7 +176,7 @@ def watch_run(watch: Watch, of: RankToRehearse, microbatches: Sequence[Microbatc
             start_lora_ga(chunks, config, [list(microbatches)])
     state = start_state(chunks, config, of.shape, train_iters=1000)
     memory.assign("weights", _parameters(chunks))  # the distributed optimizer has moved them to its buffers
-    memory.assign("gradients", gradients(state))
+    memory.assign("gradients", gradients(state.model_chunks))
     memory.assign("optimizer", moments_of(state))
     if of.calls_alone and config.peft.trains_adapters:
         with watch.phase("start"):
@@ -278,9 +278,9 @@ def _parameters(chunks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for chunk in chunks for parameter in chunk.parameters())
 
 
-def gradients(state: TrainingState) -> Iterator[Tensor]:
+def gradients(chunks: Iterable[Any]) -> Iterator[Tensor]:
     """The buffers of gradients."""
-    for chunk in state.model_chunks:
+    for chunk in chunks:
         buffers: Any = chunk.buffers  # megatron-core's gradient buffers, not nn.Module's method
         yield from (buffer.grad_data for buffer in buffers)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # What takes several operations on a CPU is often one kernel on a GPU. A rehearsal, which runs the CPU's operations to
 # find out what a GPU will do, is told where; nobody else listens.
@@ -109,7 +110,7 @@ def add_outer_sums(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:  # [k, g, 
     On a CPU in chunks of tokens that stay in its cache: for wide layers (k g of 3,072) a single product is
     1.5 times slower, because the columns of a block are not contiguous.
     """
-    if grad.device.type != "cpu":  # a launch or two
+    if grad.device.type != "cpu" or isinstance(grad, FakeTensor):  # a launch or two; in a rehearsal too
         same = grad.dtype == total.dtype
         return total.baddbmm_(grad, x) if same else total.add_(torch.bmm(grad, x, out_dtype=total.dtype))
     for some_grad, some_x in zip(grad.split(CACHED_TOKENS, 2), x.split(CACHED_TOKENS, 1), strict=True):

@@ -9,21 +9,40 @@ from rich.console import Console
 
 from megatron_peft.cli.parser import read_config
 from megatron_peft.config import ConfigurationError, OptimizerSettings, ParallelConfig, RunConfig
-from megatron_peft.config.methods import METHODS, Method
 from megatron_peft.models.shape import ModelShape
 from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import read_cluster
-from megatron_peft.plan.estimate import StepEstimate, chunks_of_stages, knows_method
-from megatron_peft.plan.footprint import memory, parameters, saved_bytes, total
 from megatron_peft.plan.layouts import FittedLayout, fit, fit_tables
 from megatron_peft.plan.pace import Pace, time_table
-from megatron_peft.plan.pipeline import Turn, estimated_time, in_flight, turns
+from megatron_peft.plan.pipeline import estimated_time
+from megatron_peft.plan.recorded_layers import RecordedStep, Turn, chunks_of_stages, total, turns
+from megatron_peft.rehearsal.asked import LayersToRecord, recorded_alike
 from megatron_peft.training.speed import ModelFlops
+from tests.plan.recorded import recorded, step_of
 from tools.published import FULL_RECOMPUTE, LLAMA_8B, LLAMA_70B, LLAMA_405B, made_up_run, published, run_of
 
 SMALL = ModelShape("llama", 8, 1024, 4096, 16, 8, 64, 32000, 8192)
 A100 = read_cluster("8xa100")
 fit_small = partial(fit, shape=SMALL, cluster=A100)
+
+
+@pytest.fixture(autouse=True)
+def one_recording(request, monkeypatch):
+    """Every way to compute a layer has the same record: what a search does with it is tested, not the record."""
+    if "every_recording" not in request.fixturenames:
+        alike = recorded([LayersToRecord.of(made_up_run("lora", 512, 8), SMALL)])
+        monkeypatch.setattr(layouts, "record_layers", lambda asked, watch: alike * len(asked))
+
+
+def step_alike(run: RunConfig, shape: ModelShape) -> RecordedStep:
+    """With `one_recording`'s record."""
+    return RecordedStep(run, shape, recorded([LayersToRecord.of(made_up_run("lora", 512, 8), SMALL)])[0])
+
+
+@pytest.fixture
+def every_recording(monkeypatch):
+    """In `one_recording`'s place."""
+    monkeypatch.setattr(layouts, "record_layers", recorded)
 
 
 def llama_3() -> RunConfig:
@@ -67,18 +86,27 @@ def test_a_schedule_runs_every_microbatch_forward_and_then_backward(stage, num_c
             assert order.index(turn) < order.index(Turn("backward", turn.microbatch, turn.chunk))
 
 
-def test_the_first_stage_of_the_largest_recipe_holds_143_chunks_of_microbatches():
-    step = StepEstimate(llama_3(), LLAMA_405B)
-    sizes = {saved_bytes(step, chunk) for chunk in step.chunks[1]}
-    assert len(sizes) == 1 and in_flight(step, 1) == (2 * 14 + 7 * 16 + 1) * sizes.pop()
+def test_the_second_stage_of_the_largest_recipe_holds_141_chunks_of_microbatches():
+    live = most = 0
+    for turn in turns(1, 16, 8, 128):
+        live += 1 if turn.phase == "forward" else -1
+        most = max(most, live)
+    assert most == 2 * 14 + 7 * 16 + 1
 
 
-@pytest.mark.parametrize(
-    ("shape", "count"), [(LLAMA_8B, 8_030_261_248), (LLAMA_70B, 70_553_706_496), (LLAMA_405B, 405_853_388_800)]
-)
-def test_parameters_are_those_of_the_model(shape, count):
-    step = StepEstimate(made_up_run("full", 1024, 8), shape)
-    assert parameters(step, step.chunks[0]).trained == count
+def test_a_stage_holds_its_chunks_of_all_microbatches_in_flight():
+    """Beside what is there all the time, and what a pass takes for a moment."""
+    step = step_alike(llama_3(), LLAMA_405B)
+    lefts = {step.passes(1)["forward", chunk][0] for chunk in range(8)}
+    assert len(lefts) == 1 and step.memory(1)["activations"] == 141 * lefts.pop()
+
+
+def test_parameters_are_those_of_the_model():
+    shapes = {8_030_261_248: LLAMA_8B, 70_553_706_496: LLAMA_70B, 405_853_388_800: LLAMA_405B}
+    run = made_up_run("full", 1024, 8)
+    every = recorded([LayersToRecord.of(run, shape) for shape in shapes.values()])
+    steps = [RecordedStep(run, shape, layers) for shape, layers in zip(shapes.values(), every, strict=True)]
+    assert [step.parameters(step.chunks[0]).trained for step in steps] == [*shapes]
 
 
 def test_a_pipeline_without_messages_has_the_bubble_of_1f1b():
@@ -88,12 +116,13 @@ def test_a_pipeline_without_messages_has_the_bubble_of_1f1b():
     )
     cluster = replace(cluster, node_link=cluster.network_link)
     run = made_up_run("lora", 1024, 8, world_size=4, pipeline_model_parallel_size=4)
-    step = StepEstimate(run, replace(LLAMA_8B, vocab_size=128, num_layers=160))
+    step = step_of(run, replace(LLAMA_8B, vocab_size=128, num_layers=160))
     assert estimated_time(step, cluster).bubble == pytest.approx(3 / 11, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "boft", "urnn", "hybrid"])
-def test_layouts_fit_and_are_ranked(method):
+def test_layouts_fit_and_are_ranked(method, every_recording):
     found = fit_small(made_up_run(method, 2048, 32), world_size=8)
     seconds = [one.pace.time.seconds for one in found]
     assert len(found) == 10 and seconds == sorted(seconds)
@@ -107,7 +136,8 @@ def test_layouts_fit_and_are_ranked(method):
     assert "…" not in told and f"{found[9].pace.hours(1e9):,.1f}" in told and f"{found[9].pace.mfu:.1%}" in told
 
 
-def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_given():
+@pytest.mark.slow
+def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_given(every_recording):
     found = fit(made_up_run("lora", 4096, 64), LLAMA_70B, 32, A100)
     shown = [
         (one.run.parallel.tensor_model_parallel_size, one.run.parallel.pipeline_model_parallel_size)
@@ -127,7 +157,7 @@ def test_of_layouts_that_divide_the_layers_in_other_ways_alone_the_fastest_is_gi
             ),
         )
         if interleaved.pace.num_layers // run.parallel.pipeline_model_parallel_size % (chunk or 1) == 0:
-            assert estimated_time(StepEstimate(run, LLAMA_70B), A100).seconds >= interleaved.pace.time.seconds * 0.999
+            assert estimated_time(step_of(run, LLAMA_70B), A100).seconds >= interleaved.pace.time.seconds * 0.999
 
 
 def test_the_flags_of_a_layout_give_that_layout():
@@ -189,8 +219,9 @@ def test_every_layout_that_divides_is_looked_at(replay_all):
     assert len(told) == len(set(told)) == len(layouts_that_divide) and {*told} == layouts_that_divide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "length", "world_size"), [("lora", 512, 4), ("hybrid", 2048, 8), ("full", 2048, 8)])
-def test_the_fastest_layout_is_among_those_that_are_replayed(method, length, world_size, request):
+def test_the_fastest_layout_is_among_those_that_are_replayed(method, length, world_size, request, every_recording):
     run = made_up_run(method, length, 8)
     some = fit_small(run, world_size=world_size)
     request.getfixturevalue("replay_all")
@@ -213,13 +244,14 @@ def test_bytes_of_a_trained_parameter(optimizer, reduced_in_bf16, gradients, kep
         training=replace(run.training, grad_reduce_in_bf16=reduced_in_bf16),
         optimizer=OptimizerSettings(**optimizer),
     )
-    step = StepEstimate(run, SMALL)
-    count = parameters(step, step.chunks[0]).trained
-    found = memory(step, 0, 0)
+    step = step_of(run, SMALL)
+    count = step.parameters(step.chunks[0]).trained
+    found = step.held(0)
     assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, gradients * count, kept * count)
 
 
-def test_less_memory_asks_for_more_recompute_or_more_stages():
+@pytest.mark.slow
+def test_less_memory_asks_for_more_recompute_or_more_stages(every_recording):
     small = replace(A100, memory_gib=20.0)
     found = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, small)
     best = fit(made_up_run("lora", 8192, 16), LLAMA_8B, 8, A100)
@@ -230,7 +262,7 @@ def test_less_memory_asks_for_more_recompute_or_more_stages():
 @pytest.mark.parametrize(
     ("run", "world_size", "shape", "told"),
     [
-        (made_up_run("full", 2048, 64), 8, LLAMA_405B, "nothing fits 8 GPUs with 73.1 GiB each to use"),
+        (made_up_run("full", 2048, 64), 8, LLAMA_405B, "nothing fits 8 GPUs with 1.0 GiB each to use. TP 1, PP 8"),
         (made_up_run("lora", 2048, 7), 11, SMALL, "no layout of 11 GPUs divides the model (8 layers, 16 heads"),
         (made_up_run("lora", 2048, 8, world_size=8), 8, SMALL, None),
     ],
@@ -239,13 +271,13 @@ def test_why_nothing_fits_is_said(run, world_size, shape, told):
     if told is None:
         run, told = replace(run, training=replace(run.training, global_batch_size=None)), "give --global-batch-size"
     with pytest.raises(ConfigurationError) as caught:
-        fit(run, shape, world_size, A100)
+        fit(run, shape, world_size, replace(A100, memory_gib=7.0))
     assert told in str(caught.value)
 
 
 def test_a_layout_that_fills_a_gpu_exactly_fits_and_of_two_as_fast_the_smaller_is_better(monkeypatch):
     run = made_up_run("lora", 2048, 8)
-    monkeypatch.setattr(layouts, "memory", lambda step, stage, held: {"weights": A100.usable_bytes})
+    monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: {"weights": A100.usable_bytes})
     found = fit_small(run, world_size=2)
     smaller = replace(found[0], memory={"weights": A100.usable_bytes - 1})
     assert min((found[0], smaller), key=layouts._slowness) is smaller
@@ -263,23 +295,25 @@ def test_the_layout_that_the_run_asks_for_changes_nothing():
 
 
 def test_times_of_a_layer_that_are_known_are_those_of_the_layout():
-    known = layouts._LayerTimes(A100, SMALL)
+    known = layouts._SegmentTimes(A100)
     for rows, tp, sequence, recompute in product((1, 2), (1, 2), (False, True), layouts.RECOMPUTES):
         fields, modules = layouts.RECOMPUTES[recompute]
         sizes = {"world_size": tp, "tensor_model_parallel_size": tp, "sequence_parallel": sequence and tp > 1}
         run = made_up_run("hybrid", 1024, 8, rows, fields, **sizes)
         run = replace(run, model=replace(run.model, recompute_modules=modules))
-        assert known.candidate(run, recompute) == layouts._LayerTimes(A100, SMALL).candidate(run, recompute)
+        step = step_of(run, SMALL)
+        assert known.candidate(step, recompute) == layouts._SegmentTimes(A100).candidate(step, recompute)
 
 
-def test_layouts_that_fit_in_closed_form_alone_are_none(monkeypatch):
-    """Its peak looks at the outer stages; the replay's at one between them too."""
+def test_layouts_whose_outer_stages_alone_fit_are_none(monkeypatch, replay_all):
+    """The first look is at the outer stages; the replay's at one between them too."""
     run = made_up_run("lora", 2048, 8)
-    monkeypatch.setattr(layouts, "memory", lambda step, stage, held: {"weights": 2**37 if stage == 2 else 2**30})
+    sizes = {True: {"weights": 2**37}, False: {"weights": 2**30}}
+    monkeypatch.setattr(RecordedStep, "memory", lambda step, stage: sizes[1 < stage < step.pp - 1])
     found = fit_small(run, world_size=8, num_layouts=100)
     assert {one.run.parallel.pipeline_model_parallel_size for one in found} == {1, 2}
     monkeypatch.setattr(
-        layouts, "_replayed", lambda one, *_: FittedLayout(run, "none", found[0].pace, {"all": 2**40}, 0)
+        layouts, "_replayed", lambda one, _: FittedLayout(run, "none", found[0].pace, {"all": 2**40}, 0)
     )
     with pytest.raises(ConfigurationError, match="nothing fits 8 GPUs .* comes nearest and takes 1024.0 GiB"):
         fit_small(run, world_size=8)
@@ -293,41 +327,44 @@ def test_an_adapter_that_a_layout_would_cut_is_not_proposed():
     assert {one.run.parallel.tensor_model_parallel_size for one in found} <= {1, 2}
 
 
-def test_the_first_ten_layouts_of_the_largest_model_take_seconds():
+def test_a_search_of_the_largest_model_records_84_ways_and_takes_seconds(monkeypatch):
     import time
 
+    counted: list[int] = []
+    usual = layouts.record_layers
+
+    def record(asked, watch):
+        counted.append(len(asked))
+        return usual(asked, watch)
+
+    monkeypatch.setattr(layouts, "record_layers", record)
     begin = time.process_time()
     found = fit(made_up_run("lora", 4096, 128), LLAMA_405B, 128, A100)
-    assert time.process_time() - begin < 60 and found[0].run.parallel.sequence_parallel
+    assert time.process_time() - begin < 60 and len(found) == 10 and counted == [84]
+
+
+def test_layouts_that_are_recorded_alike_have_the_same_request():
+    """Tied ends are apart where a pipeline has several stages."""
+    tied = replace(SMALL, tied_embeddings=True)
+    for shape, alike in ((SMALL, True), (tied, False)):
+        runs = [made_up_run("lora", 512, 8, world_size=2, pipeline_model_parallel_size=pp) for pp in (1, 2)]
+        assert (recorded_alike(runs[0], shape) == recorded_alike(runs[1], shape)) is alike
+        assert (LayersToRecord.of(runs[0], shape) == LayersToRecord.of(runs[1], shape)) is alike
+
+
+def test_adam_takes_two_tensors_as_large_as_the_largest_trained_one():
+    """And a replica of several updates its part."""
+    own = step_of(made_up_run("full", 512, 8), LLAMA_8B)
+    assert own.memory(0)["temporary"] == 2 * 4 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+    assert own.memory(0)["activations"] == 0
 
 
 def test_hours_follow_from_tokens():
-    run = made_up_run("lora", 2048, 32, world_size=8)
-    pace = Pace.of(run, SMALL, A100, estimated_time(StepEstimate(run, SMALL), A100))
+    run = made_up_run("lora", 512, 32, world_size=8)
+    pace = Pace.of(run, SMALL, A100, estimated_time(step_alike(run, SMALL), A100))
     assert pace.hours(3600 * pace.tokens_per_second) == pytest.approx(1)
-    assert pace.tokens == 32 * 2048
-    flops = ModelFlops.of(SMALL, is_frozen=True).count(pace.tokens, pace.tokens * 2049 // 2)
+    assert pace.tokens == 32 * 512
+    flops = ModelFlops.of(SMALL, is_frozen=True).count(pace.tokens, pace.tokens * 513 // 2)
     assert pace.mfu == pytest.approx(flops / pace.time.seconds / 8 / 1e12 / A100.bf16_tflops)
     precise = Pace.of(replace(run, model=replace(run.model, bf16=False)), SMALL, A100, pace.time)
     assert precise.mfu == pytest.approx(pace.mfu * A100.bf16_tflops / A100.fp32_tflops)
-    assert memory(StepEstimate(run, SMALL), 0, 5)["activations"] == 5
-
-
-class OwnMethod(Method):
-    """A method of another package: it declares its parameters, and the formulas know nothing else of it."""
-
-    name, summary, adapter, cost = "own", "", "own.adapter", "in"
-
-    def num_parameters(self, peft: object, out_features: int, in_features: int) -> int:
-        return in_features
-
-
-def test_a_method_that_the_formulas_do_not_know_is_fitted_by_the_parameters_that_it_declares(monkeypatch):
-    monkeypatch.setitem(METHODS, "own", OwnMethod())
-    lora = made_up_run("lora", 4096, 32, world_size=8)
-    own = replace(lora, peft=replace(lora.peft, method="own"))
-    assert knows_method(lora) and not knows_method(own)
-    found = next(one for one in fit_small(own, world_size=8) if one.run.parallel.data_parallel_size == 8)
-    inputs = 2 * SMALL.hidden_size + SMALL.num_attention_heads * SMALL.kv_channels + SMALL.ffn_hidden_size
-    step = StepEstimate(found.run, SMALL)
-    assert parameters(step, step.chunks[0]).trained_float32 == SMALL.num_layers * inputs

@@ -12,6 +12,7 @@ from megatron_peft.commands import train
 from megatron_peft.commands.plan import main
 from megatron_peft.config import ConfigurationError
 from megatron_peft.models.families import read_shape
+from megatron_peft.plan import layouts
 from megatron_peft.plan.cluster import SHIPPED
 from megatron_peft.plan.pace import Accuracy
 from megatron_peft.rehearsal.record import Product
@@ -104,7 +105,13 @@ def test_a_complex_product_is_four_real_ones_of_numbers_twice_as_long():
     assert (whole.flops, whole.num_bytes) == (4 * real.flops, 2 * real.num_bytes)
 
 
-def test_fit_finds_a_number_of_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys):
+@pytest.fixture
+def few_ways(monkeypatch):
+    """To compute a layer: fewer are recorded."""
+    monkeypatch.setattr(layouts, "MICRO_BATCHES", (1,))
+
+
+def test_fit_finds_a_number_of_nodes_and_a_layout_that_can_be_trained(base, tmp_path, capsys, few_ways):
     """A cluster of one small GPU a node: one of them cannot hold the whole run."""
     cluster, saved = tmp_path / "own.yaml", tmp_path / "run.yaml"
     fields = yaml.safe_load(SHIPPED["8xa100"].read_text())
@@ -132,7 +139,7 @@ def test_what_is_wrong_at_every_number_of_nodes_is_the_last_word(base, capsys):
     assert "--lora-rank 5000" in refused(words, capsys)
 
 
-def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys):
+def test_rehearsed_times_choose_among_the_layouts_that_fit(base, tmp_path, capsys, few_ways):
     found = tmp_path / "fit.json"
     words = ["--pretrained-checkpoint", str(base), *SMALL, "--fit", "--world-size", "2", "--rehearsed", "2"]
     assert main([*words, "--global-batch-size", "8", "--tokens", "1e6", "--json", str(found)]) == 0

@@ -131,7 +131,7 @@ def profiled_peaks(runs: list[Watched]) -> dict[str, tuple[int, int]]:
         watch = Watch(Recorder(group_names()))
         of_step = [one for microbatch in step for one in vars(microbatch).values() if isinstance(one, torch.Tensor)]
         parameters = [parameter for chunk in state.model_chunks for parameter in chunk.parameters()]
-        watch.memory.assign("before", [*of_step, *parameters, *gradients(state), *moments_of(state)])
+        watch.memory.assign("before", [*of_step, *parameters, *gradients(state.model_chunks), *moments_of(state)])
         # The profiler sees no end of what was there before it: it watches the first step too, which makes moments.
         with watch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train_step(state, step)

@@ -1,0 +1,282 @@
+"""One rank's step in any layout, put together from recorded segments of the model (`rehearsal/layer_recording.py`).
+
+A rehearsal runs the whole step of one layout; --fit looks at hundreds, whose stages consist of the same layers. What a
+pipeline adds is here and in `pipeline.py`: which segments a stage holds, the messages that its chunks keep, the order
+in which microbatches come and go. Gradients and the optimizer's moments follow from numbers of parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from megatron_peft.config import ParallelConfig, RunConfig
+from megatron_peft.config.parallel import stages_of_layout
+from megatron_peft.models.kernels import Training, messages
+from megatron_peft.models.shape import ModelShape
+from megatron_peft.rehearsal.asked import enough_microbatches, targets_of_layers
+from megatron_peft.rehearsal.record import (
+    ITEM_BYTES,
+    Call,
+    Computation,
+    Entry,
+    Memory,
+    Parameters,
+    RecordedLayers,
+    RecordedPass,
+    Segment,
+    Wait,
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a pipeline rank holds of the model in one piece: numbers of its layers, and the ends."""
+
+    layers: tuple[int, ...]
+    embedding: bool
+    head: bool
+
+
+def chunks_of_stages(parallel: ParallelConfig, num_layers: int) -> list[list[Chunk]]:
+    """The chunks of every pipeline rank, as megatron-core divides the layers. They must divide (`check_layout`)."""
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages(num_layers) or 1
+    counts = _layers_of_virtual_stages(parallel, num_layers, pp * virtual)
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    return [
+        [
+            Chunk(tuple(range(firsts[at], firsts[at] + counts[at])), at == 0, at == pp * virtual - 1)
+            for at in range(stage, pp * virtual, pp)
+        ]
+        for stage in range(pp)
+    ]
+
+
+def _layers_of_virtual_stages(parallel: ParallelConfig, num_layers: int, num_stages: int) -> list[int]:
+    """Of the stages in the order in which a token passes them."""
+    if parallel.pipeline_model_parallel_layout is not None:
+        return [stage.count("t") for stage in stages_of_layout(parallel.pipeline_model_parallel_layout)]
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first or last:
+        between = num_stages - bool(first) - bool(last)
+        rest = (num_layers - (first or 0) - (last or 0)) // max(between, 1)
+        return [*([first] if first else []), *[rest] * between, *([last] if last else [])]
+    counts = [parallel.num_divided(num_layers) // num_stages] * num_stages
+    counts[0] -= parallel.account_for_embedding_in_pipeline_split
+    counts[-1] -= parallel.account_for_loss_in_pipeline_split
+    return counts
+
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A chunk's forward or backward of one microbatch."""
+
+    phase: Pass
+    microbatch: int
+    chunk: int
+
+
+@lru_cache(maxsize=1000)
+def turns(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Turn]:
+    """What a pipeline rank does, in the order of megatron-core's schedules: plain, 1F1B or interleaved."""
+    total = num_microbatches * num_chunks
+    forwards = [_at(index, num_stages, num_chunks, "forward") for index in range(total)]
+    backwards = [_at(index, num_stages, num_chunks, "backward") for index in range(total)]
+    if num_chunks == 1:
+        warmup = min(num_stages - stage - 1, total)
+    elif num_microbatches == num_stages:
+        warmup = total
+    else:
+        warmup = min((num_stages - stage - 1) * 2 + (num_chunks - 1) * num_stages, total)
+    steady = [turn for pair in zip(forwards[warmup:], backwards, strict=False) for turn in pair]
+    return [*forwards[:warmup], *steady, *backwards[total - warmup :]]
+
+
+def _at(index: int, num_stages: int, num_chunks: int, phase: Pass) -> Turn:
+    """Microbatches go through the chunks in groups of as many as there are stages."""
+    if num_chunks == 1:
+        return Turn(phase, index, 0)
+    group, within = divmod(index, num_stages * num_chunks)
+    chunk = within // num_stages
+    return Turn(
+        phase, group * num_stages + within % num_stages, chunk if phase == "forward" else num_chunks - 1 - chunk
+    )
+
+
+class RecordedStep:
+    """A rank's step in a run: the rank that is first of its tensor- and data-parallel groups, of any stage.
+
+    Args:
+        run: with its world size.
+        shape: of the base model.
+        layers: as they were recorded for `LayersToRecord.of(run, shape)`.
+    """
+
+    def __init__(self, run: RunConfig, shape: ModelShape, layers: RecordedLayers) -> None:
+        self.run, self.shape, self.layers = run, shape, layers
+        parallel = run.parallel
+        self.t, self.pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        self.dp = parallel.data_parallel_size
+        self.dtype = "bfloat16" if run.model.bf16 else "float32"
+        self.item, self.h = ITEM_BYTES[self.dtype], shape.hidden_size
+        tokens = run.data.seq_length * run.training.micro_batch_size
+        self.own = tokens // self.t if parallel.sequence_parallel else tokens  # tokens of a rank between linear layers
+        self.message_bytes = self.own * self.h * self.item
+        self.chunks = chunks_of_stages(parallel, shape.num_layers)
+        self.is_full = not run.peft.trains_adapters
+        self._targets = targets_of_layers(run, shape)
+        self._of_recorded = sum(
+            one.parameters.num_trained for name, one in layers.segments.items() if name not in ("embedding", "head")
+        )
+        self._frees_outputs = messages(run.model.transformer, parallel, Training.of(run))["deallocate_pipeline_outputs"]
+
+    def rank(self, stage: int) -> int:
+        """The global rank of the first one of its tensor- and data-parallel groups."""
+        return stage * self.t * self.dp
+
+    def tensor_group(self, stage: int) -> tuple[int, ...]:
+        """Its tensor-parallel ranks."""
+        return tuple(range(self.rank(stage), self.rank(stage) + self.t))
+
+    def data_group(self, stage: int) -> tuple[int, ...]:
+        """Its replicas."""
+        return tuple(range(self.rank(stage), self.rank(stage) + self.t * self.dp, self.t))
+
+    @property
+    def pipeline_group(self) -> tuple[int, ...]:
+        """One rank of each stage."""
+        return tuple(self.rank(stage) for stage in range(self.pp))
+
+    def segments(self, chunk: Chunk) -> tuple[Segment, ...]:
+        """What a chunk consists of, in the order of its forward."""
+        layers: list[Segment] = [self._targets[layer] for layer in chunk.layers]
+        first = next((index for index, targets in enumerate(layers) if targets), None)
+        if chunk.embedding and first is not None:  # backward need not go beyond the first adapter
+            layers[: first + 1] = [*["before"] * first, "first"]
+        return (*["embedding"] * chunk.embedding, *layers, *["head"] * chunk.head)
+
+    def passes_of(self, phase: Pass, chunk: Chunk) -> list[RecordedPass]:
+        """Of a pass of a microbatch, in program order."""
+        found = [getattr(self.layers.segments[segment], phase) for segment in self.segments(chunk)]
+        return found if phase == "forward" else found[::-1]
+
+    def entries(self, phase: Pass, chunk: Chunk, stage: int) -> tuple[Entry, ...]:
+        """A pass of one microbatch through a chunk, with the calls of the tensor-parallel ranks."""
+        group, num_calls = self.tensor_group(stage), 0
+        joined: list[Entry] = []
+        for one in self.passes_of(phase, chunk):
+            before = num_calls
+            for entry in one.entries:
+                if isinstance(entry, Wait):
+                    joined.append(Wait(entry.call + before))
+                elif isinstance(entry, Call):
+                    joined.append(replace(entry, group=group))
+                    num_calls += 1
+                else:
+                    joined.append(entry)
+        return tuple(joined)
+
+    def parameters(self, chunks: Sequence[Chunk]) -> Parameters:
+        """Those of chunks of one rank."""
+        return Parameters.sum(
+            self.layers.segments[segment].parameters for chunk in chunks for segment in self.segments(chunk)
+        )
+
+    @property
+    def num_embedded(self) -> int:
+        """Trained elements of the table of embeddings."""
+        return self.layers.segments["embedding"].parameters.trained
+
+    def _share(self, chunks: Sequence[Chunk]) -> float:
+        """What is trained in the chunks' layers, of that in the recorded ones."""
+        layers = (
+            segment for chunk in chunks for segment in self.segments(chunk) if segment not in ("embedding", "head")
+        )
+        trained = sum(self.layers.segments[segment].parameters.num_trained for segment in layers)
+        return trained / max(self._of_recorded, 1)
+
+    def built_once(self, stage: int) -> tuple[Computation, Computation]:
+        """What is built for a stage's layers before the first microbatch, and what is done with it after the last."""
+        share = self._share(self.chunks[stage])
+        return _scaled(self.layers.begin, share), _scaled(self.layers.finish, share)
+
+    # Memory, in parts.
+
+    def held(self, stage: int) -> Memory:
+        """Bytes that are there all the time."""
+        counts, optimizer = self.parameters(self.chunks[stage]), self.run.optimizer
+        shards = self.dp if optimizer.use_distributed_optimizer else 1
+        moments = {"adam": 8, "sgd": 4 if optimizer.sgd_momentum else 0}[optimizer.optimizer]
+        masters = 0 if self.item == ITEM_BYTES["float32"] else 4 * counts.trained
+        return {
+            "weights": counts.weight_bytes,
+            "gradients": self.gradient_bytes * counts.num_trained,
+            "optimizer": (masters + moments * counts.num_trained) // shards,
+            "buffers": counts.buffer_bytes + self.layers.cached * any(chunk.layers for chunk in self.chunks[stage]),
+        }
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element."""
+        return 2 if self.run.training.grad_reduce_in_bf16 and self.item == 2 else 4
+
+    def passes(self, stage: int) -> dict[tuple[Pass, int], tuple[int, int]]:
+        """Phase, chunk -> bytes that a pass of a microbatch leaves, and their peak; both relative to its begin."""
+        found: dict[tuple[Pass, int], tuple[int, int]] = {}
+        for number, chunk in enumerate(self.chunks[stage]):
+            for phase in ("forward", "backward"):
+                at = top = 0
+                for one in self.passes_of(phase, chunk):
+                    top, at = max(top, at + one.peak), at + one.left
+                receives = self.message_bytes * (not (chunk.embedding if phase == "forward" else chunk.head))
+                if phase == "forward":  # the input from another stage is kept
+                    at += receives - self.message_bytes * (not chunk.head and self._frees_outputs)
+                # The interleaved schedule has asked for the next input too.
+                found[phase, number] = at, top + receives + self.message_bytes * (len(self.chunks[stage]) > 1)
+            found["backward", number] = -found["forward", number][0], found["backward", number][1]
+        return found
+
+    def memory(self, stage: int) -> Memory:
+        """Bytes at the highest point of a walk through the schedule's turns, or of the update after them."""
+        passes, memory, num_chunks = self.passes(stage), self.held(stage), len(self.chunks[stage])
+        num_microbatches = enough_microbatches(self.run, stage, self.run.num_microbatches)
+        live = activations = temporary = 0
+        for turn in turns(stage, self.pp, num_chunks, num_microbatches):
+            left, top = passes[turn.phase, turn.chunk]
+            if live + top > activations + temporary:
+                activations, temporary = live, top
+            live += left
+        built, of_update = self._bytes_built(stage), self._bytes_of_update(stage)
+        if of_update > activations + temporary + built:
+            return {**memory, "activations": 0, "temporary": of_update}
+        return {**memory, "buffers": memory["buffers"] + built, "activations": activations, "temporary": temporary}
+
+    def _bytes_built(self, stage: int) -> int:
+        """What is built once for a step's microbatches, and gone before the update."""
+        return round(self.layers.held * self._share(self.chunks[stage]))
+
+    def _bytes_of_update(self, stage: int) -> int:
+        """Tensors of a moment: Adam takes two of a parameter's size; gradients in bf16 are copied to float32."""
+        counts, optimizer = self.parameters(self.chunks[stage]), self.run.optimizer
+        own, largest = counts.num_trained, counts.largest
+        if optimizer.use_distributed_optimizer:  # where sums overlap the backward, each of their buckets is divided
+            own //= self.dp
+            largest = largest // self.dp if self.run.training.overlap_grad_reduce else min(largest, own)
+        of_adam = 2 * 4 * largest if optimizer.optimizer == "adam" else 0
+        return of_adam + 4 * own * (self.gradient_bytes == 2)
+
+
+def _scaled(work: Computation, share: float) -> Computation:
+    """What is computed at once for several layers, of this share of them (above 1: of more) in as many kernels."""
+    products = {
+        replace(product, batch=max(round(product.batch * share), 1)): count for product, count in work.products.items()
+    }
+    return Computation(products, round(work.num_bytes * share), work.num_kernels) if share else Computation()
+
+
+def total(memory: Memory) -> int:
+    """Bytes."""
+    return sum(memory.values())

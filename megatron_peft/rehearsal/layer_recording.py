@@ -1,0 +1,164 @@
+"""Records the segments of a model on tensors without numbers: its ends and one layer of each kind (`LayersToRecord`).
+
+The training code runs two microbatches through a model of a few layers, without a pipeline; of the second one, forward
+and backward are cut where layers begin and end. Stages of any pipeline are put together from what is recorded
+(`plan/recorded_layers.py`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_peft.adapters.attach import linear_layers
+from megatron_peft.adapters.step_rotations import step_rotations
+from megatron_peft.models.kernels import fusions_on_a_gpu
+from megatron_peft.parallel.layout import PARTIAL_OVER_TENSOR_PARALLEL
+from megatron_peft.rehearsal.asked import LayersToRecord
+from megatron_peft.rehearsal.record import (
+    Computation,
+    Parameters,
+    Product,
+    RecordedLayers,
+    RecordedPass,
+    RecordedSegment,
+    Segment,
+)
+from megatron_peft.rehearsal.recording import Recorder, group_names
+from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of
+from megatron_peft.runtime.fake_ranks import fake_rank
+from megatron_peft.runtime.launch import start_model_parallel, stop_model_parallel
+from megatron_peft.training.run import build_chunks
+from megatron_peft.training.state import wrap_data_parallel
+from megatron_peft.training.step import finish_with, run_schedule
+
+Place = tuple[str, Segment]  # "forward", "backward", "begin" or "finish"; and of what
+
+
+@dataclass
+class _Cuts(Watch):
+    """A watch that cuts what it sees into passes: of those of one place the last one counts."""
+
+    passes: dict[Place, RecordedPass] = field(default_factory=dict)
+    place: Place | None = None
+    since: tuple[int, int] = (0, 0)  # what the recorder had when the place began, and the memory held
+    bytes_before: int = 0
+    bytes_of_microbatches: list[int] = field(default_factory=list)  # at their begin
+
+    def cut(self, phase: str | None, segment: Segment = "") -> None:
+        """What follows belongs to this place, or to none."""
+        if self.place is not None:
+            left, peak = self.memory.total - self.bytes_before, self.memory.highest - self.bytes_before
+            self.passes[self.place] = RecordedPass(self.recorder.entries(self.since), left, peak)
+        self.place = (phase, segment) if phase else None
+        self.memory.start_peak()
+        self.since, self.bytes_before = self.recorder.place, self.memory.total
+
+    def mark(self, phase: Any, microbatch: int | None = None, chunk: int = 0) -> None:
+        """Of megatron-core's schedule: a microbatch begins at an end of the model."""
+        self.memory.phase = phase
+        if phase == "forward":
+            self.bytes_of_microbatches.append(self.memory.total)
+        self.cut(phase, {"forward": "embedding", "backward": "head"}[phase]) if phase != "schedule" else self.cut(None)
+
+    def watch_layers(self, model: Any, layers: Sequence[Segment]) -> None:
+        """Cut where a layer or the final norm begins, and in backward where the gradient of its input is there."""
+
+        def hook(segment: Segment, before: Segment) -> Callable[..., None]:
+            def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if self.place is None or self.place[0] != "forward":  # recomputed
+                    return
+                self.cut("forward", segment)
+                x: Tensor = kwargs.get("hidden_states", args[0] if args else None)
+                if x.grad_fn is not None:
+                    x.register_hook(lambda _: self.cut("backward", before))
+
+            return begin
+
+        modules = [*model.decoder.layers, model.decoder.final_layernorm]
+        for module, segment, before in zip(modules, (*layers, "head"), ("embedding", *layers), strict=True):
+            module.register_forward_pre_hook(hook(segment, before), with_kwargs=True)
+
+
+def recorded_layers(asked: Sequence[LayersToRecord]) -> list[RecordedLayers]:
+    """Record each. Its process can be used for others afterwards, and for nothing else."""
+    return [_record(one) for one in asked]
+
+
+def _record(of: LayersToRecord) -> RecordedLayers:
+    tp = of.run.parallel.tensor_model_parallel_size
+    with fake_rank(0, tp):
+        start_model_parallel(of.run.parallel, of.run.training.seed)
+        fuses = {**fusions_on_a_gpu(of.run, of.shape), **of.fuses}
+        cuts = _Cuts(Recorder(group_names(), fuses_sums=fuses["gradient_accumulation_fusion"]), fuses)
+        [model] = build_chunks(of.run, of.shape, loads=False)
+        wrapped = wrap_data_parallel([model], of.run)
+        microbatches = [microbatch_of(of.lengths) for _ in range(2)]
+        cuts.watch_layers(model, of.layers)
+        given = (value for one in microbatches for value in vars(one).values() if isinstance(value, Tensor))
+        cuts.memory.assign("given", (*model.parameters(), *model.buffers(), *gradients(wrapped), *given))
+        with cuts():
+            cuts.cut("begin")
+            with step_rotations(wrapped) as rotations:
+
+                def finish(chunks: Sequence[nn.Module], *_: Any, **__: Any) -> None:
+                    cuts.cut("finish")
+                    rotations.finish(chunks)
+                    cuts.cut(None)
+
+                cuts.cut(None)
+                finish_with(wrapped, finish)
+                before = cuts.memory.total
+                run_schedule(wrapped, microbatches, forward_only=False)
+        segments = _segments(model, of, cuts.passes)
+        stop_model_parallel()
+    cached = cuts.bytes_of_microbatches[-1] - before
+    begin, end = cuts.passes["begin", ""], cuts.passes["finish", ""]
+    return RecordedLayers(segments, _work(begin), _work(end), begin.left, cached)
+
+
+def _work(of: RecordedPass) -> Computation:
+    """All that a pass computes."""
+    works = [entry for entry in of.entries if isinstance(entry, Computation)]
+    products: Counter[Product] = Counter()
+    for work in works:
+        products.update(work.products)
+    return Computation(dict(products), sum(one.num_bytes for one in works), sum(one.num_kernels for one in works))
+
+
+def _segments(model: Any, of: LayersToRecord, passes: dict[Place, RecordedPass]) -> dict[Segment, RecordedSegment]:
+    """The passes of each segment, with its parameters."""
+    found: dict[Segment, RecordedSegment] = {}
+    seen: set[int] = set()
+    modules = model.embedding, *model.decoder.layers, model
+    for module, segment in zip(modules, ("embedding", *of.layers, "head"), strict=True):
+        tensors = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in seen]
+        seen |= {*map(id, tensors)}
+        parameters = _parameters(tensors, of.run.model.bf16)
+        if segment not in ("embedding", "head"):
+            mixed = sum(hasattr(one.module.adapter, "mix") for one in linear_layers(module))
+            parameters = replace(parameters, num_mixed=mixed)
+        forward, backward = (passes.get((phase, segment), RecordedPass()) for phase in ("forward", "backward"))
+        found[segment] = RecordedSegment(forward, backward, parameters)
+    return found
+
+
+def _parameters(tensors: Sequence[Tensor], in_bf16: bool) -> Parameters:
+    weights = [one for one in tensors if isinstance(one, nn.Parameter)]
+    trained = [one for one in weights if one.requires_grad]
+    in_float32 = sum(one.numel() for one in trained if in_bf16 and one.dtype == torch.float32)
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    weight_bytes = sum(one.nbytes for one in weights)
+    return Parameters(
+        weight_bytes,
+        buffer_bytes=sum(one.nbytes for one in tensors) - weight_bytes,
+        trained=sum(one.numel() for one in trained) - in_float32,
+        trained_float32=in_float32,
+        partial=sum(one.numel() for one in trained if is_split and getattr(one, PARTIAL_OVER_TENSOR_PARALLEL, False)),
+        num_tensors=len(trained),
+        largest=max((one.numel() for one in trained), default=0),
+    )
