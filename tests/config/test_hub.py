@@ -82,7 +82,7 @@ def test_a_file_is_no_name_of_the_hub_and_is_told_what_can_be_read(tmp_path):
         checked_blend(["data/a.txt"], "--train-data-path")
     with pytest.raises(ConfigurationError, match=rf"data/nope is no file or folder here .*\({endings}\), the cache"):
         RecordFiles(["data/nope"], "--train-data-path")
-    with pytest.raises(ConfigurationError, match=f"nothing to preview. .*{endings}"):
+    with pytest.raises(ConfigurationError, match=f"data/a.txt: no file of records; {endings}"):
         PreviewOptions().check(DataConfig(train_data_path=("data/a.txt",)))
 
 
