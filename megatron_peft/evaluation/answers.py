@@ -49,7 +49,7 @@ def _record(line: str, place: str, is_json: bool) -> Record:
     are_messages = isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
     is_prompt = isinstance(found.get("prompt"), str) or are_messages
     require(is_prompt, f'{place}: neither {{"prompt": "..."}} nor {{"messages": [...]}}.')
-    if are_messages:
+    if isinstance(messages, list):
         try:
             return {**found, "messages": [plain_turn(number, one) for number, one in enumerate(messages, 1)]}
         except ConfigurationError as error:

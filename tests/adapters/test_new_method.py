@@ -351,8 +351,15 @@ def test_a_plug_in_is_planned(lives, name):
     assert found["plan"]["parameters"]["trained"] == 2 * sum(count(*size) for size in sizes)
 
 
+AS_IN_EACH_LAYER = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="--fit counts what a step needs once, or what all layers share, as if each layer had its own",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLUG_INS)
+@pytest.mark.parametrize("name", ["gains", *(pytest.param(one, marks=AS_IN_EACH_LAYER) for one in ("dora", "vera"))])
 def test_what_fit_reckons_of_a_plug_in_is_what_a_rehearsal_finds(lives, name):
     (rehearsed,), layout = lives(name)["fit"]["rehearsed"], lives(name)["fit"]["layouts"][0]
     assert layout["time"]["seconds"] == pytest.approx(rehearsed["time"]["seconds"], rel=0.02)
