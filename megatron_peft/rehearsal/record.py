@@ -249,9 +249,9 @@ class Parameters:
     @classmethod
     def sum(cls, several: "Iterable[Parameters]") -> "Parameters":
         """Of several segments."""
-        rows = [tuple(vars(one).values()) for one in several]
-        total = cls(*map(sum, zip(*rows, strict=True)))
-        return replace(total, largest=max((one[6] for one in rows), default=0))
+        parts = [*several]
+        total = cls(*map(sum, zip(*(tuple(vars(one).values()) for one in parts), strict=True)))
+        return replace(total, largest=max((one.largest for one in parts), default=0))
 
 
 @dataclass(frozen=True)

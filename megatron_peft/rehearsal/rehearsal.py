@@ -231,7 +231,7 @@ def _processes(
 ) -> Iterator[Callable[..., "Future[Any]"]]:
     """A function that runs a function of this file in a process of its own, forked from one that has torch."""
     context = get_context("forkserver")
-    preload(["megatron_peft.rehearsal.rehearsed_rank", "megatron_peft.rehearsal.layer_recording"])
+    preload(["megatron_peft.rehearsal.layer_recording"])  # and all that a rehearsed rank imports
     number = min(num_processes or _num_processes(), most)
     running: set[Any] = set()
     with ThreadPoolExecutor(number) as threads:  # each waits for a process
