@@ -1,5 +1,7 @@
 """The same recorder on real gloo ranks as in a rehearsal, for several runs in one world."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,6 +15,8 @@ from megatron_peft.rehearsal.asked import Lengths, RankToRehearse
 from megatron_peft.rehearsal.record import RankRecord
 from megatron_peft.rehearsal.recording import Recorder, group_names
 from megatron_peft.rehearsal.rehearsed_rank import Watch, gradients, microbatch_of, moments_of, watch_run
+from megatron_peft.runtime import cpu_kernels
+from megatron_peft.runtime.fake_ranks import replaced
 from megatron_peft.runtime.launch import start_model_parallel, start_world, stop_model_parallel
 from megatron_peft.training.run import build_chunks
 from megatron_peft.training.state import start_state
@@ -91,6 +95,15 @@ def watched(files: tuple[str, str], world_size: int, methods: Any, layouts: Any 
     return found
 
 
+@contextmanager
+def sums_of_a_gpu() -> Iterator[None]:
+    """Products of bfloat16 with sums in float32, for CPUs: as a GPU has them, without copies of their factors."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("bmm.dtype", lambda x, y, dtype: torch.bmm(x.to(dtype), y.to(dtype)), "CPU")
+        with replaced(cpu_kernels, "sums_in_chunks", lambda grad: False):
+            yield
+
+
 def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
     """Of this rank, by name of the job."""
     start_world()
@@ -100,7 +113,7 @@ def real_records(runs: list[Watched]) -> dict[str, RankRecord]:
         num_stages = of.config.parallel.num_virtual_stages(of.shape.num_layers)
         start_model_parallel(of.config.parallel, of.config.training.seed, num_stages)
         watch = Watch(Recorder(group_names()))
-        with watch():
+        with watch(), sums_of_a_gpu():
             microbatches = [microbatch_of(of.lengths[0]) for _ in range(of.num_microbatches)]
             records[run.job.name] = watch_run(watch, of, microbatches, loads=True)
         stop_model_parallel()
